@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all the set-up there is: each makes .venv when it is missing or out of date.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Further arguments, for example: make demo DEMO_ARGS="--seed 3"
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Train on the digits from a clean start; results go to runs/demo (more arguments: DEMO_ARGS).
+	rm -rf runs/demo
+	$(BIN)/metapl train digits --out runs/demo $(DEMO_ARGS)
+
+test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments for pytest: TEST_ARGS).
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+bench: $(STAMP) ## Measure what each mode costs (more arguments: BENCH_ARGS).
+	$(BIN)/python benchmarks/modes.py $(BENCH_ARGS)
+
+clean: ## Remove the environment, caches and runs/demo; other runs stay.
+	rm -rf $(VENV) runs/demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch and torchvision are resolved together, so that pip picks builds that match.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "metapl needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	       "name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@

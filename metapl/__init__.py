@@ -1,0 +1,30 @@
+"""Meta Pseudo Labels and other bilevel label methods, with gradients that are checked."""
+
+from metapl import feedback, models, problems
+from metapl.errors import MetaplError
+from metapl.feedback import MODES
+from metapl.hypergradient import Hypergradient, hypergradient
+from metapl.losses import UDA, CrossEntropy
+from metapl.monitor import StepReport
+from metapl.problem import BilevelProblem, Signal
+from metapl.problems import PseudoLabels
+from metapl.trainer import BilevelTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MODES",
+    "UDA",
+    "BilevelProblem",
+    "BilevelTrainer",
+    "CrossEntropy",
+    "Hypergradient",
+    "MetaplError",
+    "PseudoLabels",
+    "Signal",
+    "StepReport",
+    "feedback",
+    "hypergradient",
+    "models",
+    "problems",
+]

@@ -1,0 +1,66 @@
+"""Files that are either the old one or the whole new one, whatever interrupts the writing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yields a new file that takes the name `path` only when the block ends well and its bytes are on disk.
+
+    Args:
+        path: the name that the file gets; its folder exists. A file of that name is replaced, never written into.
+
+    Yields:
+        a buffered binary file, `path` with a random ending `.tmp`, in the same folder (a rename works only within one
+        file system). When the block or the disk fails, it is removed and `path` is as it was.
+
+    Raises:
+        OSError: the disk refused. Whatever the block raises passes through.
+
+    >>> import pathlib, tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> with replacing(folder / "note.txt") as file:
+    ...     _ = file.write(b"whole")
+    >>> [found.name for found in folder.iterdir()]
+    ['note.txt']
+    """
+    # Not tempfile.mkstemp: it makes files that only the owner can read, and colleagues share result folders.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    file = open(temporary, "xb")  # noqa: SIM115 - it must be closed before the rename, within the `try`
+    try:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, path)
+    except BaseException:
+        # Closing flushes what the disk has just refused, so it may fail in the same way again.
+        with contextlib.suppress(OSError):
+            file.close()
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the rename itself on disk; without it a power cut may bring the old name back."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems cannot sync a folder; the file itself is synced by then.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

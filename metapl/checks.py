@@ -1,0 +1,186 @@
+"""Wrong batches and networks, refused before anything moves.
+
+On the CPU a look at the values costs nothing and errors are raised on the spot. On an accelerator it would make the
+device wait, so there the finding stays on the device: a :class:`Fault` collects it, the update is masked by it, and it is
+raised when the next report is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+
+
+class Fault:
+    """What was found wrong with values that are still on the device."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Tensor, str]] = []
+
+    @property
+    def flag(self) -> Tensor | None:
+        """Whether anything is wrong, as a boolean scalar on the device; None where all was checked on the spot."""
+        return torch.stack([bad for bad, _ in self.found]).any() if self.found else None
+
+    def raise_if_found(self) -> None:
+        """Wait for the device and raise the first finding."""
+        for bad, text in self.found:
+            if bool(bad):
+                raise MetaplError(f"{text} (found on the device; the step that saw it changed nothing)")
+
+
+_fault: ContextVar[Fault | None] = ContextVar("fault", default=None)
+
+
+@contextmanager
+def deferred_to(fault: Fault) -> Iterator[None]:
+    """Collect in ``fault`` what cannot be looked at without waiting for a device."""
+    token = _fault.set(fault)
+    try:
+        yield
+    finally:
+        _fault.reset(token)
+
+
+def waits(t: Tensor) -> bool:
+    """Whether looking at a value would make the host wait for its device."""
+    return t.device.type != "cpu"
+
+
+def refuse(bad: Tensor, text: str) -> None:
+    """Raise ``text`` where the boolean scalar ``bad`` holds, now or when the next report is read."""
+    fault = _fault.get()
+    if fault is not None and waits(bad):
+        fault.found.append((bad, text))
+    elif bool(bad):
+        raise MetaplError(text)
+
+
+def described(thing: Any) -> str:
+    """A value in words: type, and shape and dtype of a tensor."""
+    if isinstance(thing, Tensor):
+        return f"a tensor of shape {tuple(thing.shape)}, {str(thing.dtype).removeprefix('torch.')}, on {thing.device}"
+    if isinstance(thing, tuple | list):
+        return f"a {type(thing).__name__} of {len(thing)} ({', '.join(type(t).__name__ for t in thing)})"
+    return f"of type {type(thing).__name__}"
+
+
+def batches(labeled: Any, unlabeled: Any, device: torch.device) -> None:
+    """Refuse batches that are empty, of uneven length, elsewhere, or not finite."""
+    if not isinstance(labeled, tuple | list) or len(labeled) < 2 or not isinstance(labeled[0], Tensor):
+        raise MetaplError(f"labeled is {described(labeled)}; expected a pair (inputs, labels) of tensors.")
+    for name, batch in (("labeled", labeled), ("unlabeled", unlabeled)):
+        tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+        if not tensors:
+            raise MetaplError(f"{name} is {described(batch)}; expected tensors.")
+        for t in tensors:
+            _tensor(name, t, device)
+        lengths = {len(t) for t in tensors}
+        if len(lengths) > 1:
+            raise MetaplError(
+                f"the tensors of the {name} batch have lengths {', '.join(str(len(t)) for t in tensors)}; "
+                "expected one row per example in each."
+            )
+
+
+def _tensor(name: str, t: Tensor, device: torch.device) -> None:
+    if t.ndim == 0 or len(t) == 0:
+        raise MetaplError(f"the {name} batch is empty: {described(t)}; expected at least one example.")
+    if t.device != device:
+        raise MetaplError(
+            f"the {name} batch is on {t.device}, the networks are on {device}; move it there with .to({str(device)!r})."
+        )
+    if t.is_floating_point():
+        refuse(~torch.isfinite(t).all(), f"the {name} batch holds NaN or infinite values; clean the inputs first.")
+
+
+def class_outputs(outputs: Tensor, who: str) -> None:
+    """Refuse outputs that are not (B, C) with at least two classes."""
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise MetaplError(
+            f"the {who}'s outputs are {described(outputs)}; expected logits of shape (batch, classes), two classes or "
+            "more. For other outputs, write a problem of your own (metapl.BilevelProblem)."
+        )
+
+
+def class_labels(labels: Any, classes: int) -> None:
+    """Refuse labels that are not integers of [0, classes)."""
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        raise MetaplError(
+            f"the labels are {described(labels)}; expected integers (int64), one class index per example: labels.long()."
+        )
+    if labels.ndim != 1:
+        raise MetaplError(
+            f"the labels have shape {tuple(labels.shape)}; expected one class index per example, (batch,)."
+        )
+    if labels.dtype != torch.int64:
+        raise MetaplError(f"the labels are {described(labels)}; expected int64: labels.long().")
+    low, high = labels.amin(), labels.amax()
+    text = f"the labels hold a value outside 0..{classes - 1}"
+    if not waits(labels):
+        text = f"the labels run from {int(low)} to {int(high)}"
+    refuse((low < 0) | (high >= classes), f"{text}; the networks have {classes} classes: expected 0..{classes - 1}.")
+
+
+def within(labels: Tensor, classes: int) -> Tensor:
+    """Labels that no kernel chokes on: where a finding is deferred, a wrong label must not kill the device first."""
+    return labels.clamp(0, classes - 1) if waits(labels) else labels
+
+
+def drawable(law: Tensor) -> Tensor:
+    """Probabilities that can be drawn from: as :func:`within`, for NaN."""
+    return law.nan_to_num(nan=1.0) if waits(law) else law
+
+
+def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
+    """Refuse a teacher whose outputs do not match the student's, or are not finite."""
+    class_outputs(teacher_outputs, "teacher")
+    if teacher_outputs.shape != student_outputs.shape:
+        raise MetaplError(
+            f"the teacher's outputs have shape {tuple(teacher_outputs.shape)}, the student's "
+            f"{tuple(student_outputs.shape)}; expected the same batch and the same number of classes."
+        )
+    refuse(
+        ~torch.isfinite(teacher_outputs.detach()).all(),
+        "the teacher's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
+    )
+
+
+def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
+    """Refuse networks that have nothing to learn, share weights or live on several devices; return the device."""
+    owned = {}
+    for name, module in (("teacher", teacher), ("student", student)):
+        if not isinstance(module, nn.Module):
+            raise MetaplError(f"{name} is {described(module)}; expected a torch.nn.Module.")
+        owned[name] = [p for p in module.parameters() if p.requires_grad]
+        if not owned[name]:
+            raise MetaplError(f"the {name} has no parameter with requires_grad=True; it could not learn.")
+    if {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
+        raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
+    devices = {
+        name: {p.device for p in module.parameters()} for name, module in (("teacher", teacher), ("student", student))
+    }
+    if len(devices["teacher"] | devices["student"]) > 1:
+        where = "; ".join(f"{name} on {', '.join(sorted(map(str, found)))}" for name, found in devices.items())
+        raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
+    return owned["student"][0].device
+
+
+def fits(problem: Any, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
+    """Ask the problem, where it can tell, whether the batches fit the student's outputs."""
+    check = getattr(problem, "check", None)
+    if check is not None:
+        check(outputs, labeled, unlabeled)

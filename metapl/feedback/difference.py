@@ -1,0 +1,87 @@
+"""Mixed mode without forward-mode AD: ż by a difference of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from metapl.errors import MetaplError
+from metapl.feedback.base import Feedback, Normalization, State, check_choice, divisor, only
+from metapl.feedback.forward import from_tangent
+from metapl.inner import InnerStep
+from metapl.numerics import norm
+from metapl.optimizers import Tree
+
+
+@dataclass(frozen=True)
+class Difference:
+    r"""As ``forward``, with the outputs' derivative along w taken as a difference of forward passes.
+
+    .. math:: \dot z \approx \frac{\|w\|}{2\delta}
+              \big[ S(x_u; \theta + \delta\,\hat w) - S(x_u; \theta - \delta\,\hat w) \big], \quad
+              \delta = r \max(\|\theta\|, 1), \quad \hat w = w / \|w\|
+
+    The passes run in float32 or wider, outside autocast (in bf16 the difference is noise).
+
+    Args:
+        one_sided: S(θ + δŵ) − S(θ), one pass less: the inner pass's outputs are used again where it ran in float32.
+        relative_step: r, the size of the move in units of the weights' norm; ``None`` chooses it by dtype and form.
+        normalization: as in :class:`~metapl.feedback.Forward`.
+
+    Takes: soft signals; hard labels by the expectation.
+    Cost: 11 student passes a step with the teacher's 3 (one-sided: 10, or 11 under autocast), and one copy of the
+    weights.
+    Bias: O(δ²), one-sided O(δ), beside the rounding of the outputs, O(machine epsilon/δ).
+    Runs: wherever the student runs, on any operation.
+    Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.
+    """
+
+    one_sided: bool = False
+    relative_step: float | None = None
+    normalization: Normalization = "gradient"
+
+    name: ClassVar[str] = "difference"
+    labels: ClassVar[tuple[str, ...]] = ("soft", "hard")
+    keep_graph: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
+        if self.relative_step is not None and not 0 < self.relative_step < 1:
+            raise MetaplError(
+                f"Difference(relative_step={self.relative_step}): expected a number between 0 and 1, or None."
+            )
+
+    def init(self) -> State:
+        return {}
+
+    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
+        step = only(steps, self.name)
+        v = step.outer_gradient()
+        w = step.pullback(v)
+        z_dot = self.directional_derivative(step, w)
+        return [from_tangent(step, z_dot, w, divisor(self.normalization, step, w))], state
+
+    def directional_derivative(self, step: InnerStep, w: Tree) -> Tensor:
+        """ż along w, (B, C); exactly zero where w is."""
+        length = norm(w)
+        unit = {name: t / length.clamp_min(torch.finfo(length.dtype).tiny) for name, t in w.items()}
+        delta = self.step_size(step)
+        ahead = step.outputs_at(delta, unit)
+        if not self.one_sided:
+            return length * (ahead - step.outputs_at(-delta, unit)) / (2 * delta)
+        here = step.outputs_at(0 * delta, unit) if step.ran_in_half_precision() else step.outputs
+        return length * (ahead - here) / delta
+
+    def step_size(self, step: InnerStep) -> Tensor:
+        """δ, a scalar on the student's device."""
+        size = norm(step.params)
+        r = self.relative_step or RELATIVE_STEP[size.dtype == torch.float64, self.one_sided]
+        return r * size.clamp_min(1.0)
+
+
+RELATIVE_STEP = {(False, False): 1e-4, (False, True): 1e-5, (True, False): 1e-6, (True, True): 1e-9}
+"""r by (float64?, one-sided?)."""

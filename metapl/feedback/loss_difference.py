@@ -1,0 +1,48 @@
+"""Sampled labels, rewarded by the fall of the labelled loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from metapl.feedback.base import Feedback, State, check_choice, divisor, only
+from metapl.feedback.reinforce import check_baseline, init_baseline, subtract_baseline
+from metapl.inner import InnerStep
+
+
+@dataclass(frozen=True)
+class LossDifference:
+    r"""Old loss minus new, on the same labelled batch.
+
+    .. math:: h = L(\theta) - L(\theta'), \qquad \text{teacher: } h \sum_i \mathrm{CE}(\hat y_i, T(x_i))
+
+    Args:
+        baseline, normalization: as in :class:`~metapl.feedback.Reinforce`.
+
+    Takes: hard labels.
+    Cost: 8 student passes a step with the teacher's 3: two labelled forward passes, no labelled backward pass.
+    Bias: none for the objective E_ŷ[L(θ′(ŷ))], with any optimiser, clipped or adaptive; this objective's gradient tends
+    to that of the soft step as η goes to 0. Noisy, with momentum more so (the velocity's own effect is in h).
+    Source: facts F2; the form of the public implementations, which take it with the opposite sign.
+    """
+
+    baseline: float | None = None
+    normalization: Literal["gradient", "learning_rate"] = "gradient"
+
+    name: ClassVar[str] = "loss_difference"
+    labels: ClassVar[tuple[str, ...]] = ("hard",)
+    keep_graph: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice(self, "normalization", ("gradient", "learning_rate"))
+        check_baseline(self)
+
+    def init(self) -> State:
+        return init_baseline(self.baseline)
+
+    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
+        step = only(steps, self.name)
+        h = (step.outer_loss_before - step.outer_loss) / divisor(self.normalization, step)
+        h, state = subtract_baseline(h, self.baseline, state)
+        return [Feedback(h, "log_prob")], state

@@ -1,0 +1,88 @@
+"""Algorithm 1 of Meta Pseudo Labels: sampled labels and one scalar for the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from metapl.errors import MetaplError
+from metapl.feedback.base import Feedback, State, check_choice, divisor, only, scalar_product
+from metapl.inner import InnerStep
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    r"""Did the step on the sampled labels go where the labelled gradient points?
+
+    .. math:: h = -\langle w, g \rangle \quad (= \eta \langle \nabla L(\theta'), g \rangle \text{ for plain SGD}),
+              \qquad \text{teacher: } h \sum_i \mathrm{CE}(\hat y_i, T(x_i))
+
+    Args:
+        similarity: ``"dot"`` (Algorithm 1) or ``"cosine"``, −⟨w, g⟩/(‖w‖‖g‖), in [−1, 1]: another weighting of the
+            steps, so another estimator, with the sign of the first.
+        baseline: decay of a moving average of h, starting at 0, whose value from *before* this step is subtracted;
+            ``None`` is none. It leaves the expectation alone, since that value does not depend on these labels.
+        normalization: ``"gradient"``, or ``"learning_rate"`` (h/η), for ``"dot"``.
+
+    Takes: hard labels.
+    Cost: 9 student passes a step with the teacher's 3.
+    Bias: for updates affine in g (the SGD family) O(η) beside the exact soft gradient, because L is differentiated at
+    the θ′ of the sampled labels. For Adam and clipping the update is not linear in g and an O(1) bias remains; while a
+    clip by global norm is active ⟨w, g⟩ is zero, and this mode has nothing to say. The noise is large: one number
+    credits all B labels alike.
+    Source: Algorithm 1, lines 2-5, and eq. (12); the cosine and the baseline from the paper's appendix.
+    """
+
+    similarity: Literal["dot", "cosine"] = "dot"
+    baseline: float | None = None
+    normalization: Literal["gradient", "learning_rate"] = "gradient"
+
+    name: ClassVar[str] = "reinforce"
+    labels: ClassVar[tuple[str, ...]] = ("hard",)
+    keep_graph: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice(self, "similarity", ("dot", "cosine"))
+        check_choice(self, "normalization", ("gradient", "learning_rate"))
+        check_baseline(self)
+        if self.similarity == "cosine" and self.normalization != "gradient":
+            raise MetaplError(
+                'Reinforce(similarity="cosine", normalization="learning_rate"): a cosine does not depend on the '
+                "learning rate; leave normalization out."
+            )
+
+    def init(self) -> State:
+        return init_baseline(self.baseline)
+
+    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
+        step = only(steps, self.name)
+        v = step.outer_gradient()
+        w = step.pullback(v)
+        how = "cosine" if self.similarity == "cosine" else self.normalization
+        h = scalar_product(step, w) / divisor(how, step, w)
+        h, state = subtract_baseline(h, self.baseline, state)
+        return [Feedback(h, "log_prob")], state
+
+
+def check_baseline(estimator: object) -> None:
+    """Refuse a decay outside [0, 1)."""
+    decay = getattr(estimator, "baseline", None)
+    if decay is not None and not 0 <= decay < 1:
+        raise MetaplError(f"{type(estimator).__name__}(baseline={decay}): expected a decay in [0, 1), or None.")
+
+
+def init_baseline(decay: float | None) -> State:
+    """The moving average before the first step: 0."""
+    return {} if decay is None else {"baseline": torch.zeros(())}
+
+
+def subtract_baseline(h: Tensor, decay: float | None, state: State) -> tuple[Tensor, State]:
+    """h − b and b ← decay·b + (1 − decay)·h, with the b from before this step."""
+    if decay is None:
+        return h, state
+    b = state["baseline"].to(h)
+    return h - b, {"baseline": decay * b + (1 - decay) * h}

@@ -1,0 +1,55 @@
+"""Sampled labels, and for each the credit that is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from metapl.feedback.base import Feedback, Normalization, State, check_choice, divisor, only
+from metapl.feedback.difference import Difference
+from metapl.inner import InnerStep
+
+
+@dataclass(frozen=True)
+class ReinforcePerExample:
+    r"""One number per label: what this label's part of the step did to the labelled loss.
+
+    .. math:: h_i = -\Big\langle \frac{\partial \ell}{\partial z_i}(z_i, \hat y_i),\ \dot z_i \Big\rangle, \qquad
+              \text{teacher: } \sum_i h_i\, \mathrm{CE}(\hat y_i, T(x_i)), \qquad \sum_i h_i = -\langle w, g \rangle
+
+    Args:
+        tangent: where ż comes from, ``"forward"`` (exact) or ``"difference"`` (runs on any operation).
+        normalization: as in :class:`~metapl.feedback.Forward`.
+
+    Takes: hard labels.
+    Cost: that of its ż: 12 student passes a step with the teacher's 3, or 11.
+    Bias: O(η) for updates affine in g (the SGD family). For Adam and clipping ∂U/∂g is taken at the sampled gradient,
+    not at its mean, so a bias of the order of the gradient's own noise remains. Far less noisy than one scalar: the
+    cross terms between examples, whose mean is zero, are left out.
+    Raises: as :class:`~metapl.feedback.Forward`.
+    Source: facts 1.8 item 2, the per-example form of eq. (12).
+    """
+
+    tangent: Literal["forward", "difference"] = "forward"
+    normalization: Normalization = "gradient"
+
+    name: ClassVar[str] = "reinforce_per_example"
+    labels: ClassVar[tuple[str, ...]] = ("hard",)
+    keep_graph: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice(self, "tangent", ("forward", "difference"))
+        check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
+
+    def init(self) -> State:
+        return {}
+
+    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
+        step = only(steps, self.name)
+        v = step.outer_gradient()
+        w = step.pullback(v)
+        exact = self.tangent == "forward"
+        z_dot = step.directional_derivative(w) if exact else Difference().directional_derivative(step, w)
+        h = step.example_feedback(z_dot, w) / divisor(self.normalization, step, w)
+        return [Feedback(h, "log_prob")], state

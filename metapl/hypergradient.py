@@ -1,0 +1,134 @@
+"""The teacher's gradient of one student step, for those who study it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl import checks
+from metapl.feedback import Estimator, estimator
+from metapl.inner import InnerStep, trainable
+from metapl.optimizers import inner_optimizer as functional
+from metapl.problem import BilevelProblem
+from metapl.problems import PseudoLabels
+from metapl.replay import RandomState, nothing_moved
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """What :func:`hypergradient` returns.
+
+    Args:
+        grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter.
+        feedback: h, minus the gradient of the labelled loss in the signal.
+        inner_loss: the student's mean loss on the signal at θ, a scalar.
+        outer_loss: L(θ′), a scalar.
+        student_params: θ′ by parameter name.
+        inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimiser.
+    """
+
+    grads: dict[str, Tensor]
+    feedback: Tensor
+    inner_loss: Tensor
+    outer_loss: Tensor
+    student_params: dict[str, Tensor]
+    inner_state: Any
+
+
+def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
+    """The problem (default: pseudo-labels) with the kind of labels that the mode needs."""
+    problem = PseudoLabels() if problem is None else problem
+    if not isinstance(problem, BilevelProblem):
+        raise checks.MetaplError(
+            f"problem is {checks.described(problem)}; expected an object with signal, inner_loss and outer_loss "
+            "(metapl.BilevelProblem)."
+        )
+    choose = getattr(problem, "for_modes", None)
+    chosen: BilevelProblem = problem if choose is None else choose(mode.labels, mode.name)
+    return chosen
+
+
+def check_kind(sampled: bool, mode: Estimator) -> None:
+    """Refuse a signal of a kind that the mode cannot differentiate."""
+    kind = "hard" if sampled else "soft"
+    if kind not in mode.labels:
+        raise checks.MetaplError(
+            f"mode '{mode.name}' takes {' or '.join(mode.labels)} signals, and the problem's signal is "
+            + ("sampled (it carries log_prob)." if sampled else "differentiable (it carries no log_prob).")
+            + " Take a mode for it: sampled: reinforce, reinforce_per_example, loss_difference; differentiable: "
+            "forward, difference, unrolled."
+        )
+
+
+def hypergradient(
+    teacher: nn.Module,
+    student: nn.Module,
+    *,
+    labeled: Any,
+    unlabeled: Any,
+    mode: str | Estimator = "forward",
+    problem: BilevelProblem | None = None,
+    inner_optimizer: Any,
+    inner_state: Any = None,
+    generator: torch.Generator | None = None,
+) -> Hypergradient:
+    r"""The gradient of the labelled loss after one student step, in the teacher's weights.
+
+    .. math:: \frac{d}{d\theta_T} L\big(U(\theta_S, \nabla_{\theta_S} \tfrac1B\sum_i
+              \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
+
+    Args:
+        teacher, student: modules on one device; they run in the mode (train or eval) that they are in.
+        labeled: (x_l, y_l) of the outer loss, B_l rows.
+        unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads.
+        mode: one of :data:`metapl.MODES`, or an estimator value.
+        problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
+        inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam or AdamW over the student's parameters
+            (its current state is read and left as it is).
+        inner_state: the transform's state, from an earlier call.
+        generator: for drawing labels; without it the default one of the device.
+
+    Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimiser states stay bit for bit as they were;
+    drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
+
+    Cost, bias: see the mode (:mod:`metapl.feedback`).
+
+    Raises: :class:`metapl.MetaplError` before anything moves.
+
+    >>> import torch, torchopt
+    >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> found = hypergradient(teacher, student, labeled=(torch.randn(5, 4), torch.arange(5) % 3),
+    ...                       unlabeled=torch.randn(6, 4), inner_optimizer=torchopt.sgd(0.1))
+    >>> found.feedback.shape, sorted(found.grads)
+    (torch.Size([6, 3]), ['bias', 'weight'])
+
+    Source: Meta Pseudo Labels, eq. (3) and eq. (12).
+    """
+    how = estimator(mode)
+    problem = prepare(problem, how)
+    device = checks.networks(teacher, student)
+    optimizer = functional(inner_optimizer, trainable(student), inner_state)
+    checks.batches(labeled, unlabeled, device)
+    with nothing_moved(teacher, student, random=RandomState.now(device), on_success=True), torch.enable_grad():
+        inner = InnerStep(student, optimizer, problem, labeled=labeled, unlabeled=unlabeled, keep_graph=how.keep_graph)
+        checks.fits(problem, inner.outputs, labeled, unlabeled)
+        signal = problem.signal(teacher, unlabeled, inner.outputs, generator=generator)
+        check_kind(signal.sampled, how)
+        inner.learn(signal)
+        (feedback,), _ = how.feedback([inner], how.init())
+        parameters = trainable(teacher)
+        loss = feedback.teacher_loss(signal)
+        grads = [torch.zeros_like(p) for p in parameters.values()]
+        if loss.requires_grad:
+            grads = list(torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True))
+        return Hypergradient(
+            grads=dict(zip(parameters, grads, strict=True)),
+            feedback=feedback.h.detach(),
+            inner_loss=inner.inner_loss,
+            outer_loss=inner.outer_loss,
+            student_params=inner.new_params,
+            inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else inner.new_state,
+        )

@@ -1,0 +1,96 @@
+"""The teacher's own losses, beside the feedback: values, each a scalar of the teacher's outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metapl import checks
+from metapl.errors import MetaplError
+from metapl.numerics import wide
+from metapl.problem import Signal
+from metapl.problems.pseudo_labels import views
+
+
+@runtime_checkable
+class TeacherLoss(Protocol):
+    """One term of the teacher's objective. Each view of a batch goes through the teacher in a pass of its own."""
+
+    name: ClassVar[str]
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+        """A scalar with the teacher's graph; ``step`` counts from 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    r"""Supervised: (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
+
+    Args:
+        label_smoothing: α in [0, 1).
+        weight: the factor of this term.
+
+    Source: Algorithm 1, line 6.
+    """
+
+    label_smoothing: float = 0.0
+    weight: float = 1.0
+
+    name: ClassVar[str] = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise MetaplError(f"CrossEntropy(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+        logits = wide(teacher(labeled[0]))
+        labels = checks.within(labeled[1], logits.shape[1])
+        return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class UDA:
+    r"""Consistency: the strong view should get the weak view's (sharpened, confident) prediction.
+
+    .. math:: \frac{\lambda_t}{B}\sum_i \mathbb 1[\max_k p_{ik} > \beta]\ 
+              \mathrm{CE}\big(\mathrm{softmax}(\mathrm{sg}\,T(x_i)/\tau),\ T(x_i^{strong})\big), \quad
+              p = \mathrm{softmax}\,T(x)
+
+    Args:
+        temperature: τ; below 1 sharpens the target.
+        threshold: β in [0, 1): examples whose greatest probability (at τ = 1) does not exceed it are left out.
+        weight: λ.
+        ramp: steps over which λ_t grows linearly from 0 to λ; 0 is from the start.
+
+    Needs: unlabelled batches that are pairs (weak, strong). The weak pass of the signal is used again.
+    Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); the other settings as the authors' code has them.
+    """
+
+    temperature: float = 1.0
+    threshold: float = 0.0
+    weight: float = 1.0
+    ramp: int = 0
+
+    name: ClassVar[str] = "uda"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0 or not 0 <= self.threshold < 1 or self.ramp < 0:
+            raise MetaplError(f"{self}: expected temperature > 0, threshold in [0, 1) and ramp >= 0 steps.")
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+        pair = views(unlabeled)
+        if len(pair) != 2:
+            raise MetaplError(
+                "UDA was given one view of the unlabelled batch; expected unlabeled=(weak, strong), or teacher_losses "
+                "without UDA."
+            )
+        weak = wide((teacher(pair[0]) if signal.outputs is None else signal.outputs).detach())
+        target = F.softmax(weak / self.temperature, -1)
+        confident = F.softmax(weak, -1).amax(-1) > self.threshold
+        losses = F.cross_entropy(wide(teacher(pair[1])), target, reduction="none")
+        ramped = self.weight * min(1.0, step / self.ramp) if self.ramp else self.weight
+        return ramped * (losses * confident).mean()

@@ -1,0 +1,5 @@
+"""Bilevel problems, one a file."""
+
+from metapl.problems.pseudo_labels import PseudoLabels
+
+__all__ = ["PseudoLabels"]

@@ -1,0 +1,108 @@
+"""Meta Pseudo Labels: the teacher's signal is its class probabilities, or labels drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metapl import checks
+from metapl.errors import MetaplError
+from metapl.numerics import wide
+from metapl.problem import Params, Signal, first_input
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    r"""The teacher labels the unlabelled batch; the student learns the labels and is judged on the labelled batch.
+
+    .. math:: q = \mathrm{softmax}(T(x_u)/\tau), \quad
+              \ell_i = \mathrm{CE}\big((1-\alpha)\,t_i + \alpha/C,\ S(x_u)_i\big), \quad
+              L = \tfrac1{B_l}\sum_j \mathrm{CE}(y_j, S(x_l)_j)
+
+    with t = q (soft) or t = ŷ ~ q (hard). A batch of unlabelled inputs is one tensor, or a pair (weak, strong): the
+    teacher labels the weak view and is fed back through that pass, the student learns the label on the strong view.
+
+    Args:
+        kind: ``"soft"``, ``"hard"``, or ``None`` = what the mode needs.
+        temperature: τ, dimensionless; it sharpens (< 1) what the student learns, and the labels are drawn from the same q.
+        label_smoothing: α of the student's loss, never of the teacher's score term (which would bias it).
+
+    Raises: :class:`metapl.MetaplError` for labels, views, lengths or class counts that do not fit.
+
+    >>> PseudoLabels(temperature=0.8).for_modes(("hard",)).kind
+    'hard'
+
+    Source: Meta Pseudo Labels, eqs. (1)-(3), Algorithm 1 lines 2-4.
+    """
+
+    kind: Literal["soft", "hard"] | None = None
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in (None, "soft", "hard"):
+            raise MetaplError(f"PseudoLabels(kind={self.kind!r}): expected 'soft', 'hard' or None.")
+        if not self.temperature > 0:
+            raise MetaplError(f"PseudoLabels(temperature={self.temperature}): expected a number above 0.")
+        if not 0 <= self.label_smoothing < 1:
+            raise MetaplError(f"PseudoLabels(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
+
+    def for_modes(self, labels: Sequence[str], mode: str = "") -> PseudoLabels:
+        """The problem with a kind of labels that a mode takes, its first choice where ``kind`` is None."""
+        if self.kind is None:
+            return replace(self, kind=labels[0])
+        if self.kind not in labels:
+            raise MetaplError(
+                f"mode '{mode}' takes {' or '.join(labels)} labels and PseudoLabels(kind={self.kind!r}) was given; "
+                "leave kind=None, or take a mode for this kind (hard: the sampled modes; soft: unrolled, forward, "
+                "difference)."
+            )
+        return self
+
+    def student_input(self, batch: Any) -> Tensor:
+        """The strong view, or the only one."""
+        return views(batch)[-1]
+
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
+        """Refuse labels that are no classes of the student's outputs."""
+        checks.class_outputs(outputs, "student")
+        checks.class_labels(labeled[1], outputs.shape[1])
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
+    ) -> Signal:
+        """q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
+        logits = teacher(views(batch)[0])
+        checks.same_classes(logits, student_outputs)
+        log_q = F.log_softmax(wide(logits) / self.temperature, -1)
+        q = log_q.exp()
+        if self.kind != "hard":
+            return Signal(q, outputs=logits)
+        drawn = torch.multinomial(checks.drawable(q.detach()), 1, generator=generator)
+        return Signal(drawn.squeeze(-1), log_q.gather(-1, drawn).squeeze(-1), q, logits)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """CE of the student's outputs against the (smoothed) label, (B,)."""
+        return F.cross_entropy(outputs, signal.value, reduction="none", label_smoothing=self.label_smoothing)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Mean CE on the labelled batch."""
+        return F.cross_entropy(outputs, checks.within(batch[1], outputs.shape[1]))
+
+
+def views(unlabeled: Any) -> tuple[Tensor, ...]:
+    """(x,) or (weak, strong)."""
+    if isinstance(unlabeled, Tensor):
+        return (unlabeled,)
+    if isinstance(unlabeled, tuple | list) and len(unlabeled) == 2 and all(isinstance(v, Tensor) for v in unlabeled):
+        return tuple(unlabeled)
+    if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
+        return (first_input(unlabeled),)
+    raise MetaplError(
+        f"unlabeled is {checks.described(unlabeled)}; expected one tensor, or a pair (weak view, strong view)."
+    )

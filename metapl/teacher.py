@@ -1,0 +1,106 @@
+"""The teacher's half of a step: it makes the signal, and learns from the feedback on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.feedback import Feedback
+from metapl.losses import TeacherLoss
+from metapl.problem import BilevelProblem, Signal
+from metapl.replay import RandomState, frozen_statistics, replayed
+
+
+class TeacherStep:
+    """The teacher's passes of one step, all at θ_T from before it.
+
+    Args:
+        teacher, problem: as in the trainer.
+        unlabeled: the inner batch.
+        student_outputs: S(x_u; θ_S), without a graph, which the signal may depend on.
+        generator: for drawing labels.
+        recompute: make the signal without a graph first, and again with one at the end.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        problem: BilevelProblem,
+        unlabeled: Any,
+        student_outputs: Tensor,
+        generator: torch.Generator | None,
+        recompute: bool,
+    ) -> None:
+        self.teacher, self.problem, self.unlabeled = teacher, problem, unlabeled
+        self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
+        self._random = RandomState.now(student_outputs.device)
+        self._drawn_from = None if generator is None else generator.get_state()
+        self._outputs: list[Tensor] = []
+
+    def signal(self) -> Signal:
+        """Algorithm 1, line 2; with the teacher's graph, unless that is recomputed."""
+        if self.recompute:
+            with torch.no_grad():
+                return self._make_signal()
+        with self._recording():
+            self._signal = self._make_signal()
+        return self._signal
+
+    def loss(
+        self, feedback: Feedback, weight: float, losses: Sequence[TeacherLoss], labeled: Any, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Algorithm 1, lines 5-7: weight·(−Σ h·signal) + Σ own losses, and each of its parts."""
+        with self._recording():
+            if self.recompute:
+                self._signal = self._signal_again()
+            own: dict[str, Tensor] = {}
+            for term in losses:
+                value = term(self.teacher, labeled=labeled, unlabeled=self.unlabeled, signal=self._signal, step=step)
+                own[f"teacher_{term.name}"] = own.get(f"teacher_{term.name}", 0) + value
+        from_feedback = weight * feedback.teacher_loss(self._signal)
+        from_own = torch.stack(list(own.values())).sum() if own else torch.zeros_like(from_feedback)
+        scalars = {name: value.detach() for name, value in own.items()}
+        scalars["teacher_loss"] = from_own.detach()
+        scalars["feedback_ratio"] = self._size(from_feedback) / (self._size(from_own) if own else torch.nan)
+        return from_feedback + from_own, scalars
+
+    def _make_signal(self) -> Signal:
+        return self.problem.signal(self.teacher, self.unlabeled, self.student_outputs, generator=self.generator)
+
+    def _signal_again(self) -> Signal:
+        """The same signal with a graph: same masks, same draws; statistics and generators have moved on already."""
+        if self.generator is not None:
+            moved_on = self.generator.get_state()
+            self.generator.set_state(self._drawn_from)
+        try:
+            with replayed(self._random), frozen_statistics(self.teacher):
+                return self._make_signal()
+        finally:
+            if self.generator is not None:
+                self.generator.set_state(moved_on)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Note every output of the teacher, where the parts of its objective can be weighed against each other."""
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                self._outputs.append(output)
+
+        handle = self.teacher.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _size(self, loss: Tensor) -> Tensor:
+        """‖∂loss/∂(all outputs of the teacher)‖: a look at the head alone, the networks' graphs stay."""
+        if not loss.requires_grad or not self._outputs:
+            return loss.new_zeros(())
+        grads = torch.autograd.grad(loss, self._outputs, retain_graph=True, allow_unused=True)
+        norms = [g.float().norm() for g in grads if g is not None]
+        return torch.stack(norms).norm() if norms else loss.new_zeros(())

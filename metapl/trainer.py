@@ -1,0 +1,180 @@
+"""Teacher and student, trained together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl import checks
+from metapl.errors import MetaplError
+from metapl.feedback import Estimator, estimator
+from metapl.hypergradient import check_kind, prepare
+from metapl.inner import InnerStep, trainable
+from metapl.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.monitor import StepReport
+from metapl.optimizers import inner_optimizer as functional
+from metapl.problem import BilevelProblem
+from metapl.problems.pseudo_labels import PseudoLabels, views
+from metapl.replay import RandomState, nothing_moved
+from metapl.teacher import TeacherStep
+
+
+class BilevelTrainer:
+    r"""Meta Pseudo Labels, or any other bilevel label problem: Algorithm 1 with a choice of gradient.
+
+    .. math:: \theta_S' = U(\theta_S, \nabla_{\theta_S} \ell(S(x_u), \mathrm{signal})), \qquad
+              \theta_T \leftarrow \theta_T - \eta_T \nabla_{\theta_T}
+              \Big[ -\lambda \sum \mathrm{sg}(h)\cdot\mathrm{signal} + \sum_k L_k(\theta_T) \Big]
+
+    Args:
+        teacher, student: modules on one device, with weights of their own.
+        mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
+        problem: default :class:`metapl.PseudoLabels`.
+        inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
+        outer_optimizer: the teacher's: any ``torch.optim`` optimiser over the teacher's parameters. Both default to
+            ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``.
+        teacher_losses: the teacher's own losses; ``None`` is ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` where
+            the unlabelled batch has two views; ``()`` is none.
+        feedback_weight: λ. The true gradient is of the order of η/B per label; beside a supervised loss on a small
+            problem it takes a few times the batch size to matter. ``StepReport.feedback_ratio`` tells.
+        recompute_teacher: run the teacher's pass on the unlabelled batch without a graph first and build it again at
+            the end (same dropout masks and statistics): one teacher forward pass more, one graph less in memory.
+        generator: for drawing labels; without it the default one.
+
+    >>> import torch, metapl
+    >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> trainer = metapl.BilevelTrainer(teacher, student, mode="reinforce")
+    >>> report = trainer.step(labeled=(torch.randn(5, 4), torch.arange(5) % 3), unlabeled=torch.randn(6, 4))
+    >>> report.feedback.shape, report.step
+    (torch.Size([]), 0)
+
+    Raises: :class:`metapl.MetaplError` before anything moves.
+    Source: Meta Pseudo Labels, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        mode: str | Estimator = "reinforce",
+        *,
+        problem: BilevelProblem | None = None,
+        inner_optimizer: Any = None,
+        outer_optimizer: torch.optim.Optimizer | None = None,
+        teacher_losses: Sequence[TeacherLoss] | None = None,
+        feedback_weight: float = 1.0,
+        recompute_teacher: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.mode = estimator(mode)
+        self.problem = prepare(problem, self.mode)
+        self.device = checks.networks(teacher, student)
+        self.teacher, self.student = teacher, student
+        self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
+        self.inner = functional(self.inner_optimizer, trainable(student))
+        self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
+        _check_outer(self.outer_optimizer, teacher)
+        self.teacher_losses = None if teacher_losses is None else tuple(teacher_losses)
+        self.feedback_weight = feedback_weight
+        self.recompute_teacher = recompute_teacher
+        self.generator = generator
+        self.mode_state = self.mode.init()
+        self.steps_done = 0
+
+    def step(self, labeled: Any, unlabeled: Any) -> StepReport:
+        """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong)."""
+        fault = checks.Fault()
+        with self._nothing_moves(fault, labeled, unlabeled):
+            student = InnerStep(
+                self.student,
+                self.inner,
+                self.problem,
+                labeled=labeled,
+                unlabeled=unlabeled,
+                keep_graph=self.mode.keep_graph,
+            )
+            teacher = TeacherStep(
+                self.teacher, self.problem, unlabeled, student.outputs, self.generator, self.recompute_teacher
+            )
+            signal = teacher.signal()  # line 2: ŷ_u ~ P(·|x_u; θ_T), or the soft label
+            check_kind(signal.sampled, self.mode)
+            student.learn(signal)  # line 3: θ_S′ = U(θ_S, g_u)
+            (feedback,), mode_state = self.mode.feedback([student], self.mode_state)  # line 4: h
+            losses = self._losses_for(unlabeled)
+            loss, scalars = teacher.loss(feedback, self.feedback_weight, losses, labeled, self.steps_done)  # lines 5-7
+            if loss.requires_grad:
+                loss.backward()
+        with self._masked_by(fault.flag):
+            self.outer_optimizer.step()  # line 8
+            student.commit()
+        self.outer_optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
+        self.mode_state = mode_state
+        self.steps_done += 1
+        scalars = {"inner_loss": student.inner_loss, **student.known_outer_loss(), **scalars}
+        return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, signal.detached(), student.outputs, fault)
+
+    @contextmanager
+    def _nothing_moves(self, fault: checks.Fault, labeled: Any, unlabeled: Any) -> Iterator[None]:
+        """Check the batches; whatever is refused or fails, everything is left as it was."""
+        checks.batches(labeled, unlabeled, self.device)
+        random = RandomState.now(self.device)
+        with nothing_moved(self.teacher, self.student, random=random), checks.deferred_to(fault), torch.enable_grad():
+            self.outer_optimizer.zero_grad(set_to_none=True)
+            yield
+
+    @contextmanager
+    def _masked_by(self, flag: Tensor | None) -> Iterator[None]:
+        """Undo the update where the device found the batch wrong; nothing where all was checked on the spot."""
+        if flag is None:
+            yield
+            return
+        optimizers = [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
+        networks = [t for net in (self.teacher, self.student) for t in net.state_dict().values()]
+        before = [(t, t.clone()) for t in [*networks, *optimizer_tensors(optimizers)]]
+        yield
+        known = {id(t) for t, _ in before}
+        with torch.no_grad():
+            for t, old in before:
+                t.copy_(torch.where(flag.to(t.device), old, t))
+            for t in optimizer_tensors(optimizers):
+                if id(t) not in known:  # born in this step
+                    t.copy_(torch.where(flag.to(t.device), torch.zeros_like(t), t))
+
+    def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
+        if self.teacher_losses is not None:
+            return self.teacher_losses
+        supervised = CrossEntropy(label_smoothing=0.1)
+        two_views = isinstance(self.problem, PseudoLabels) and len(views(unlabeled)) == 2
+        return (supervised, UDA()) if two_views else (supervised,)
+
+
+def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9 and weight decay 5e-4, at 0.05."""
+    return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """The tensors of the optimisers' states that live beside the weights (not Adam's step counts on the host)."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return [t for state in states for name, t in state.items() if isinstance(t, Tensor) and name != "step"]
+
+
+def _check_outer(optimizer: Any, teacher: nn.Module) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise MetaplError(
+            f"outer_optimizer is {checks.described(optimizer)}; expected a torch.optim optimiser over "
+            "teacher.parameters()."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in trainable(teacher).items() if id(p) not in held]
+    if missing or not held <= {id(p) for p in teacher.parameters()}:
+        raise MetaplError(
+            "outer_optimizer does not hold exactly the teacher's parameters"
+            + (f" ({', '.join(missing[:3])} missing)" if missing else " (it holds others)")
+            + "; build it from teacher.parameters()."
+        )
