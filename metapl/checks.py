@@ -1,8 +1,8 @@
 """Wrong batches and networks, refused before anything moves.
 
 On the CPU a look at the values costs nothing and errors are raised on the spot. On an accelerator it would make the
-device wait, so there the finding stays on the device: a :class:`Fault` collects it, the update is masked by it, and it is
-raised when the next report is read.
+host wait, so there the finding stays on the device: a :class:`Fault` collects it, the update is masked by it, and it
+is raised when the next report is read.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def class_labels(labels: Any, classes: int) -> None:
         or labels.dtype == torch.bool
     ):
         raise MetaplError(
-            f"the labels are {described(labels)}; expected integers (int64), one class index per example: labels.long()."
+            f"the labels are {described(labels)}; expected integers, one class index per example: labels.long()."
         )
     if labels.ndim != 1:
         raise MetaplError(

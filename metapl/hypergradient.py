@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl import checks
+from metapl.errors import MetaplError
 from metapl.feedback import Estimator, estimator
 from metapl.inner import InnerStep, trainable
 from metapl.optimizers import inner_optimizer as functional
@@ -42,7 +43,7 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
     """The problem (default: pseudo-labels) with the kind of labels that the mode needs."""
     problem = PseudoLabels() if problem is None else problem
     if not isinstance(problem, BilevelProblem):
-        raise checks.MetaplError(
+        raise MetaplError(
             f"problem is {checks.described(problem)}; expected an object with signal, inner_loss and outer_loss "
             "(metapl.BilevelProblem)."
         )
@@ -55,7 +56,7 @@ def check_kind(sampled: bool, mode: Estimator) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate."""
     kind = "hard" if sampled else "soft"
     if kind not in mode.labels:
-        raise checks.MetaplError(
+        raise MetaplError(
             f"mode '{mode.name}' takes {' or '.join(mode.labels)} signals, and the problem's signal is "
             + ("sampled (it carries log_prob)." if sampled else "differentiable (it carries no log_prob).")
             + " Take a mode for it: sampled: reinforce, reinforce_per_example, loss_difference; differentiable: "

@@ -56,7 +56,7 @@ class CrossEntropy:
 class UDA:
     r"""Consistency: the strong view should get the weak view's (sharpened, confident) prediction.
 
-    .. math:: \frac{\lambda_t}{B}\sum_i \mathbb 1[\max_k p_{ik} > \beta]\ 
+    .. math:: \frac{\lambda_t}{B}\sum_i \mathbb 1[\max_k p_{ik} > \beta]\;
               \mathrm{CE}\big(\mathrm{softmax}(\mathrm{sg}\,T(x_i)/\tau),\ T(x_i^{strong})\big), \quad
               p = \mathrm{softmax}\,T(x)
 

@@ -28,4 +28,6 @@ def dot(a: Tree, b: Tree) -> Tensor:
 
 def norm(a: Tree) -> Tensor:
     """‖a‖ over all parameters, a scalar."""
-    return torch.stack(torch._foreach_norm([wide(t) for t in a.values()])).norm()
+    norms: list[Tensor] = list(torch._foreach_norm([wide(t) for t in a.values()]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total

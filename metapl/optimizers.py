@@ -1,8 +1,9 @@
 r"""Inner optimisers: the student's update θ′ = U(θ, g) as a function, and its pullback w = (∂U/∂g)ᵀ v.
 
 The estimators need two things of an update that optimisers do not offer: to be differentiated through, and to be left
-undone. So the update rules of ``torch.optim`` SGD, Adam and AdamW stand here as functions of (θ, g, state); the state is
-read from the real optimiser, which alone moves the student in the end. A TorchOpt transform is such a function already.
+undone. So the update rules of ``torch.optim`` SGD, Adam and AdamW stand here as functions of (θ, g, state); the state
+is read from the real optimiser, which alone moves the student in the end. A TorchOpt transform is such a function
+already.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ class InnerOptimizer(Protocol):
     ``grads`` may lack parameters that the inner loss does not reach: these do not move.
     """
 
-    learning_rate: float | None
-    """η where it is known (the first group's), for feedback that is measured in units of it."""
+    @property
+    def learning_rate(self) -> float | None:
+        """η where it is known (the first group's), for feedback that is measured in units of it."""
+        ...
 
     def read_state(self) -> Any:
         """The current state, to be handed to :meth:`update`; reading it changes nothing."""
@@ -171,7 +174,8 @@ class _SGD:
             fresh = state.get("momentum_buffer") is None
             c = 1.0 if fresh else 1.0 - group["dampening"]
             c = 1.0 + mu * c if group["nesterov"] else c
-        return -group["lr"] * (-c if group["maximize"] else c)
+        slope: Tensor | float = -group["lr"] * (-c if group["maximize"] else c)
+        return slope
 
 
 class _Adam:
@@ -218,8 +222,9 @@ class _Adam:
         d_root = torch.where(root > 0, (1 - beta2) / (1 - beta2**t) * d / root, 0.0)
         if group["amsgrad"]:  # where an older maximum rules, n̂ does not depend on d
             d_root = torch.where(new["exp_avg_sq"] >= new["max_exp_avg_sq"], d_root, 0.0)
-        slope = ((1 - beta1) / (1 - beta1**t) - m_hat / denominator * d_root) / denominator
-        return group["lr"] * slope if group["maximize"] else -group["lr"] * slope
+        slope: Tensor = ((1 - beta1) / (1 - beta1**t) - m_hat / denominator * d_root) / denominator
+        eta: float = -group["lr"] if group["maximize"] else group["lr"]
+        return -eta * slope
 
 
 _RULES: dict[type, _Rule] = {torch.optim.SGD: _SGD, torch.optim.Adam: _Adam, torch.optim.AdamW: _Adam}
@@ -234,7 +239,7 @@ class TransformUpdate:
     its exact derivative is put in its place.
     """
 
-    learning_rate = None
+    learning_rate: float | None = None
 
     def __init__(self, transform: Any, parameters: Mapping[str, nn.Parameter], state: Any) -> None:
         self.transform = _with_differentiable_clip(transform)

@@ -73,15 +73,9 @@ class TeacherStep:
 
     def _signal_again(self) -> Signal:
         """The same signal with a graph: same masks, same draws; statistics and generators have moved on already."""
-        if self.generator is not None:
-            moved_on = self.generator.get_state()
-            self.generator.set_state(self._drawn_from)
-        try:
-            with replayed(self._random), frozen_statistics(self.teacher):
-                return self._make_signal()
-        finally:
-            if self.generator is not None:
-                self.generator.set_state(moved_on)
+        own_draws = _replayed_generator(self.generator, self._drawn_from)
+        with replayed(self._random), own_draws, frozen_statistics(self.teacher):
+            return self._make_signal()
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -104,3 +98,17 @@ class TeacherStep:
         grads = torch.autograd.grad(loss, self._outputs, retain_graph=True, allow_unused=True)
         norms = [g.float().norm() for g in grads if g is not None]
         return torch.stack(norms).norm() if norms else loss.new_zeros(())
+
+
+@contextmanager
+def _replayed_generator(generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
+    """Draw again from ``state`` on; afterwards the generator is as it was before."""
+    if generator is None or state is None:
+        yield
+        return
+    before = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(before)

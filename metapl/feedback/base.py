@@ -13,11 +13,11 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.inner import InnerStep
-from metapl.numerics import dot, norm
-from metapl.optimizers import Tree
+from metapl.numerics import Tree, dot, norm
 from metapl.problem import Signal
 
 State = dict[str, Tensor]
+Kind = Literal["soft", "hard"]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 
 
@@ -42,7 +42,7 @@ class Feedback:
         """
         if self.about is None:
             return self.h.new_zeros(())
-        part = getattr(signal, self.about)
+        part: Tensor = getattr(signal, self.about)
         return -(self.h * part).sum()
 
 
@@ -51,7 +51,7 @@ class Estimator(Protocol):
     """How the feedback is found: a frozen value; what changes from step to step goes in and comes out as state."""
 
     name: ClassVar[str]
-    labels: ClassVar[tuple[str, ...]]
+    labels: ClassVar[tuple[Kind, ...]]
     """The kinds of signal it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled); its own choice first."""
     keep_graph: ClassVar[bool]
     """Whether the inner gradient must stay differentiable in the signal."""

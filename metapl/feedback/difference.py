@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Feedback, Normalization, State, check_choice, divisor, only
+from metapl.feedback.base import Feedback, Kind, Normalization, State, check_choice, divisor, only
 from metapl.feedback.forward import from_tangent
 from metapl.inner import InnerStep
-from metapl.numerics import norm
-from metapl.optimizers import Tree
+from metapl.numerics import Tree, norm
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Difference:
     normalization: Normalization = "gradient"
 
     name: ClassVar[str] = "difference"
-    labels: ClassVar[tuple[str, ...]] = ("soft", "hard")
+    labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     keep_graph: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

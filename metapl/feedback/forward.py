@@ -8,8 +8,8 @@ The derivation that every mode of this folder but ``unrolled`` rests on. The out
              = d\,\tfrac{d}{d\varepsilon} \ell(S(x_u; \theta + \varepsilon w), s)
              = d\,\langle \tfrac{\partial \ell}{\partial z}(z, s), \dot z \rangle .
 
-The mixed second derivative ∂²ℓ/∂θ∂s, contracted with w, is thus a derivative of the *outputs* along w, followed by one in
-the head, where the signal enters: no second derivative of the network is ever formed.
+The mixed second derivative ∂²ℓ/∂θ∂s, contracted with w, is thus a derivative of the *outputs* along w, followed by one
+in the head, where the signal enters: no second derivative of the network is ever formed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Feedback, Normalization, State, check_choice, divisor, only
+from metapl.feedback.base import Feedback, Kind, Normalization, State, check_choice, divisor, only
 from metapl.inner import InnerStep
-from metapl.optimizers import Tree
+from metapl.numerics import Tree
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Forward:
     normalization: Normalization = "gradient"
 
     name: ClassVar[str] = "forward"
-    labels: ClassVar[tuple[str, ...]] = ("soft", "hard")
+    labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     keep_graph: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Feedback, State, check_choice, divisor, only
+from metapl.feedback.base import Feedback, Kind, State, check_choice, divisor, only
 from metapl.feedback.reinforce import check_baseline, init_baseline, subtract_baseline
 from metapl.inner import InnerStep
 
@@ -31,7 +31,7 @@ class LossDifference:
     normalization: Literal["gradient", "learning_rate"] = "gradient"
 
     name: ClassVar[str] = "loss_difference"
-    labels: ClassVar[tuple[str, ...]] = ("hard",)
+    labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     keep_graph: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.feedback.base import Feedback, State, only
+from metapl.feedback.base import Feedback, Kind, State, only
 from metapl.inner import InnerStep
 
 
@@ -19,7 +19,7 @@ class NoFeedback:
     """
 
     name: ClassVar[str] = "none"
-    labels: ClassVar[tuple[str, ...]] = ("soft", "hard")
+    labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     keep_graph: ClassVar[bool] = False
 
     def init(self) -> State:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Feedback, State, check_choice, divisor, only, scalar_product
+from metapl.feedback.base import Feedback, Kind, State, check_choice, divisor, only, scalar_product
 from metapl.inner import InnerStep
 
 
@@ -42,7 +42,7 @@ class Reinforce:
     normalization: Literal["gradient", "learning_rate"] = "gradient"
 
     name: ClassVar[str] = "reinforce"
-    labels: ClassVar[tuple[str, ...]] = ("hard",)
+    labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     keep_graph: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

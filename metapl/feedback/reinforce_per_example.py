@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Feedback, Normalization, State, check_choice, divisor, only
+from metapl.feedback.base import Feedback, Kind, Normalization, State, check_choice, divisor, only
 from metapl.feedback.difference import Difference
 from metapl.inner import InnerStep
 
@@ -35,7 +35,7 @@ class ReinforcePerExample:
     normalization: Normalization = "gradient"
 
     name: ClassVar[str] = "reinforce_per_example"
-    labels: ClassVar[tuple[str, ...]] = ("hard",)
+    labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     keep_graph: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

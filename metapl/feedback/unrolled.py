@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from metapl.feedback.base import Feedback, State, only
+from metapl.feedback.base import Feedback, Kind, State, only
 from metapl.inner import InnerStep, explained
 
 
@@ -27,7 +27,7 @@ class Unrolled:
     """
 
     name: ClassVar[str] = "unrolled"
-    labels: ClassVar[tuple[str, ...]] = ("soft",)
+    labels: ClassVar[tuple[Kind, ...]] = ("soft",)
     keep_graph: ClassVar[bool] = True
 
     def init(self) -> State:

@@ -29,7 +29,7 @@ class PseudoLabels:
 
     Args:
         kind: ``"soft"``, ``"hard"``, or ``None`` = what the mode needs.
-        temperature: τ, dimensionless; it sharpens (< 1) what the student learns, and the labels are drawn from the same q.
+        temperature: τ, dimensionless; below 1 it sharpens q, from which hard labels are drawn too.
         label_smoothing: α of the student's loss, never of the teacher's score term (which would bias it).
 
     Raises: :class:`metapl.MetaplError` for labels, views, lengths or class counts that do not fit.
@@ -52,7 +52,7 @@ class PseudoLabels:
         if not 0 <= self.label_smoothing < 1:
             raise MetaplError(f"PseudoLabels(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
 
-    def for_modes(self, labels: Sequence[str], mode: str = "") -> PseudoLabels:
+    def for_modes(self, labels: Sequence[Literal["soft", "hard"]], mode: str = "") -> PseudoLabels:
         """The problem with a kind of labels that a mode takes, its first choice where ``kind`` is None."""
         if self.kind is None:
             return replace(self, kind=labels[0])
