@@ -5,9 +5,9 @@ from metapl.errors import MetaplError
 from metapl.feedback import MODES
 from metapl.hypergradient import Hypergradient, hypergradient
 from metapl.losses import UDA, CrossEntropy
-from metapl.monitor import StepReport
 from metapl.problem import BilevelProblem, Signal
 from metapl.problems import PseudoLabels
+from metapl.step_report import StepReport
 from metapl.trainer import BilevelTrainer
 
 __version__ = "0.1.0"

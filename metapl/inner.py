@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.errors import MetaplError
-from metapl.numerics import Tree, wide, wide_tree
+from metapl.numerics import Tree, full_float32, reduced_float32, wide, wide_tree
 from metapl.optimizers import InnerOptimizer
 from metapl.problem import BilevelProblem, Signal, first_input, student_input
-from metapl.replay import RandomState, frozen_statistics, loose_buffers, replayed
+from metapl.replay import RandomState, call_at, frozen_statistics, loose_buffers, replayed
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -147,15 +146,17 @@ class InnerStep:
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
 
     def outputs_at(self, step: Tensor, direction: Tree) -> Tensor:
-        """S(x_u; θ + step·direction) in float32 or wider, outside autocast, (B, C); the weights stay where they are."""
+        """S(x_u; θ + step·direction), (B, C), in float32 or wider, without autocast and TF32; the weights stay at θ."""
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        with self._again(), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        autocast = torch.autocast(self.device.type, enabled=False)
+        with self._again(), torch.no_grad(), autocast, full_float32(self.device):
             return self._call(moved, wide_tree(self.input), upcast=True)
 
-    def ran_in_half_precision(self) -> bool:
-        """Whether the inner pass computed in less than float32 anywhere that autocast or the weights tell."""
+    def ran_in_full_precision(self) -> bool:
+        """Whether the inner pass computed in float32 or wider throughout, as far as weights and settings tell."""
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.params.values())
-        return half or torch.is_autocast_enabled(self.device.type)
+        rounded = any(p.dtype == torch.float32 for p in self.params.values()) and reduced_float32(self.device)
+        return not (half or rounded or torch.is_autocast_enabled(self.device.type))
 
     def outer_loss_of_signal(self) -> Tensor:
         """L(θ′) with its graph through g back to the signal: what double backward differentiates."""
@@ -195,7 +196,7 @@ class InnerStep:
             guarded = {n: b for n, b in self.student.named_buffers() if n not in tensors}
             tensors = {n: wide_tree(t) for n, t in {**frozen, **guarded, **tensors}.items()}
         with frozen_statistics(self.student):
-            outputs: Tensor = functional_call(self.student, tensors, (inputs,))
+            outputs: Tensor = call_at(self.student, tensors, inputs)
         return outputs
 
     @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -31,3 +33,49 @@ def norm(a: Tree) -> Tensor:
     norms: list[Tensor] = list(torch._foreach_norm([wide(t) for t in a.values()]))
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
+
+
+def reduced_float32(device: torch.device) -> bool:
+    """Whether PyTorch may round the factors of float32 products on ``device`` (TF32 on CUDA, bf16 on CPU).
+
+    For convolutions on CUDA it does so unless told otherwise.
+    """
+    return any(switch.fp32_precision not in ("none", "ieee") for switch in _switches(device))
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """float32 products in float32; the settings are put back as they were."""
+    if not reduced_float32(device):
+        yield
+        return
+    switches = _switches(device) + _switches(torch.device("cpu"))  # the older setters write to both
+    before = [switch.fp32_precision for switch in switches]
+    # The older setters keep a flag of their own, which must agree with the new one; with a mixture they cannot be read.
+    matmul = cudnn = None
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    with suppress(RuntimeError):
+        cudnn = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+    for switch in _switches(device):
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = cudnn
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+
+
+def _switches(device: torch.device) -> list[Any]:
+    backends: Any = torch.backends  # whose stubs lack some of these
+    if device.type == "cuda":
+        return [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    if device.type == "cpu":
+        return [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    return []

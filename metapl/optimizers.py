@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.numerics import Tree
+from metapl.numerics import Tree, dot, norm
 
 
 class InnerOptimizer(Protocol):
@@ -44,6 +44,14 @@ class InnerOptimizer(Protocol):
 
     def commit(self, parameters: Mapping[str, nn.Parameter], grads: Tree, new_params: Tree, new_state: Any) -> None:
         """Move the real parameters."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state, as plain values and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
         ...
 
 
@@ -137,6 +145,12 @@ class TorchUpdate:
         self.optimizer.step()
         for p in parameters.values():
             p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
 
 
 class _Rule(Protocol):
@@ -275,6 +289,19 @@ class TransformUpdate:
                 p.copy_(new_params[name])
         self.state = new_state
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"leaves": pytree.tree_leaves(self.state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # The structure is the transform's own: only its leaves are stored, so that no code is read from a file.
+        leaves, structure = pytree.tree_flatten(self.state)
+        if len(leaves) != len(state["leaves"]):
+            raise MetaplError(
+                f"the stored state has {len(state['leaves'])} entries, this transform's has {len(leaves)}; build the "
+                "transform as it was built before."
+            )
+        self.state = pytree.tree_unflatten(state["leaves"], structure)
+
     @staticmethod
     def _filled(params: Tree, grads: Tree) -> Tree:
         return {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
@@ -317,3 +344,52 @@ def _clip_update(max_norm: float, norm_type: float) -> Callable[..., tuple[Tree,
         return {name: g * scale for name, g in updates.items()}, state
 
     return update
+
+
+class Clipped:
+    r"""Another update behind a clip of the gradient's global norm: θ′ = U(θ, c(g)·g), c = min(1, m/(‖g‖ + 1e-6)).
+
+    .. math:: w = c\,\tilde w - [c < 1]\, \frac{c}{\|g\| + 10^{-6}} \Big\langle \tilde w, \tfrac{g}{\|g\|} \Big\rangle g
+              , \qquad \tilde w = (\partial U/\partial g)^\top v \text{ at } c\,g
+
+    The rule is that of ``torch.nn.utils.clip_grad_norm_``.
+    """
+
+    def __init__(self, inner: InnerOptimizer, max_norm: float) -> None:
+        if not max_norm > 0:
+            raise MetaplError(f"clip_norm={max_norm}: expected a number above 0, or None.")
+        self.inner, self.max_norm = inner, max_norm
+
+    @property
+    def learning_rate(self) -> float | None:
+        return self.inner.learning_rate
+
+    def read_state(self) -> Any:
+        return self.inner.read_state()
+
+    def _scale(self, grads: Tree) -> tuple[Tensor, Tensor]:
+        length = norm(grads)
+        return (self.max_norm / (length + 1e-6)).clamp(max=1.0), length
+
+    def _clip(self, grads: Tree) -> Tree:
+        scale, _ = self._scale(grads)
+        return {name: g * scale.to(g.dtype) for name, g in grads.items()}
+
+    def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        return self.inner.update(params, self._clip(grads), state)
+
+    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
+        w = self.inner.pullback(params, self._clip(grads), state, v)
+        scale, length = self._scale(grads)
+        along = torch.where(scale < 1, scale / (length + 1e-6) * dot(w, grads) / length, torch.zeros_like(scale))
+        clipped = {name: scale.to(t.dtype) * t for name, t in w.items()}
+        return {n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()}
+
+    def commit(self, parameters: Mapping[str, nn.Parameter], grads: Tree, new_params: Tree, new_state: Any) -> None:
+        self.inner.commit(parameters, self._clip(grads), new_params, new_state)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state)

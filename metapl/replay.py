@@ -6,12 +6,15 @@ number generators bit for bit as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 
@@ -68,6 +71,23 @@ def loose_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the buffers that :func:`frozen_statistics` does not guard, for a pass that may write to them."""
     guarded = {id(b) for norm in _own_statistics(module) for b in norm.buffers(recurse=False)}
     return {name: b.clone() for name, b in module.named_buffers() if id(b) not in guarded}
+
+
+def call_at(module: nn.Module, tensors: Mapping[str, Tensor], inputs: Any) -> Any:
+    """The module at other weights and buffers, wherever it holds them; its own stay in place.
+
+    ``functional_call`` left to tie weights itself swaps a submodule that is registered twice twice over, and puts the
+    stand-in back as the original (pytorch/pytorch#164759); here each slot is named once.
+    """
+    own = chain(module.named_parameters(), module.named_buffers())
+    stand_in = {id(t): tensors[name] for name, t in own if name in tensors}
+    slots = {
+        f"{path}.{leaf}".removeprefix("."): stand_in[id(t)]
+        for path, part in module.named_modules()
+        for leaf, t in chain(part._parameters.items(), part._buffers.items())
+        if id(t) in stand_in
+    }
+    return functional_call(module, slots, (inputs,), tie_weights=False)
 
 
 class Buffers:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +13,20 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.errors import MetaplError
 from metapl.feedback import Estimator, estimator
-from metapl.hypergradient import check_kind, prepare
+from metapl.fit import Loop
+from metapl.hypergradient import check_kind, hypergradient, prepare
 from metapl.inner import InnerStep, trainable
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.monitor import StepReport
+from metapl.optimizers import Clipped
 from metapl.optimizers import inner_optimizer as functional
 from metapl.problem import BilevelProblem
 from metapl.problems.pseudo_labels import PseudoLabels, views
-from metapl.replay import RandomState, nothing_moved
+from metapl.replay import RandomState, nothing_moved, replayed
+from metapl.step_report import StepReport
 from metapl.teacher import TeacherStep
 
 
-class BilevelTrainer:
+class BilevelTrainer(Loop):
     r"""Meta Pseudo Labels, or any other bilevel label problem: Algorithm 1 with a choice of gradient.
 
     .. math:: \theta_S' = U(\theta_S, \nabla_{\theta_S} \ell(S(x_u), \mathrm{signal})), \qquad
@@ -44,6 +47,9 @@ class BilevelTrainer:
         recompute_teacher: run the teacher's pass on the unlabelled batch without a graph first and build it again at
             the end (same dropout masks and statistics): one teacher forward pass more, one graph less in memory.
         generator: for drawing labels; without it the default one.
+        clip_norm: the greatest global norm of either network's gradient; the student's clip is part of its update, so
+            the feedback goes through its derivative. None: no clipping.
+        precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -69,6 +75,8 @@ class BilevelTrainer:
         feedback_weight: float = 1.0,
         recompute_teacher: bool = False,
         generator: torch.Generator | None = None,
+        clip_norm: float | None = None,
+        precision: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         self.mode = estimator(mode)
         self.problem = prepare(problem, self.mode)
@@ -76,6 +84,11 @@ class BilevelTrainer:
         self.teacher, self.student = teacher, student
         self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
         self.inner = functional(self.inner_optimizer, trainable(student))
+        if clip_norm is not None:
+            self.inner = Clipped(self.inner, clip_norm)
+        if precision not in ("float32", "bfloat16"):
+            raise MetaplError(f"precision={precision!r}: expected 'float32' or 'bfloat16'.")
+        self.clip_norm, self.precision = clip_norm, precision
         self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
         _check_outer(self.outer_optimizer, teacher)
         self.teacher_losses = None if teacher_losses is None else tuple(teacher_losses)
@@ -85,10 +98,10 @@ class BilevelTrainer:
         self.mode_state = self.mode.init()
         self.steps_done = 0
 
-    def step(self, labeled: Any, unlabeled: Any) -> StepReport:
+    def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong)."""
         fault = checks.Fault()
-        with self._nothing_moves(fault, labeled, unlabeled):
+        with self._nothing_moves(fault, labeled, unlabeled), self._autocast():
             student = InnerStep(
                 self.student,
                 self.inner,
@@ -109,6 +122,8 @@ class BilevelTrainer:
             if loss.requires_grad:
                 loss.backward()
         with self._masked_by(fault.flag):
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.teacher.parameters(), self.clip_norm)
             self.outer_optimizer.step()  # line 8
             student.commit()
         self.outer_optimizer.zero_grad(set_to_none=True)
@@ -117,6 +132,70 @@ class BilevelTrainer:
         self.steps_done += 1
         scalars = {"inner_loss": student.inner_loss, **student.known_outer_loss(), **scalars}
         return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, signal.detached(), student.outputs, fault)
+
+    @property
+    def labeller(self) -> nn.Module:
+        """The teacher."""
+        return self.teacher
+
+    @property
+    def schedulable(self) -> list[torch.optim.Optimizer]:
+        """The student's and the teacher's optimiser; a TorchOpt transform brings its own schedule."""
+        return [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next step, but the data and the default generators."""
+        return {
+            "teacher": self.teacher.state_dict(),
+            "student": self.student.state_dict(),
+            "inner": self.inner.state_dict(),
+            "outer": self.outer_optimizer.state_dict(),
+            "mode": self.mode.name,
+            "mode_state": dict(self.mode_state),
+            "steps_done": self.steps_done,
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, in a trainer built alike."""
+        if state["mode"] != self.mode.name:
+            raise MetaplError(
+                f"the state is of a trainer with mode {state['mode']!r}, this one has {self.mode.name!r}; "
+                "build the trainer as it was built before."
+            )
+        self.teacher.load_state_dict(state["teacher"])
+        self.student.load_state_dict(state["student"])
+        self.inner.load_state_dict(state["inner"])
+        self.outer_optimizer.load_state_dict(state["outer"])
+        self.mode_state = dict(state["mode_state"])
+        self.steps_done = state["steps_done"]
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"])
+
+    def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
+        """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
+        moves, generators included. None where there is no feedback, or the problem's signal is not pseudo-labels."""
+        if self.mode.name == "none" or not isinstance(self.problem, PseudoLabels):
+            return None
+        state = self.inner.read_state() if isinstance(self.inner_optimizer, tuple) else None
+
+        def gradient(mode: str | Estimator, problem: BilevelProblem) -> Tensor:
+            with replayed(RandomState.now(self.device)), self._autocast():
+                found = hypergradient(
+                    self.teacher,
+                    self.student,
+                    labeled=labeled,
+                    unlabeled=unlabeled,
+                    mode=mode,
+                    problem=problem,
+                    inner_optimizer=self.inner_optimizer,
+                    inner_state=state,
+                )
+            return torch.cat([g.flatten().double() for g in found.grads.values()])
+
+        own = gradient(self.mode, self.problem)
+        exact = gradient("forward", replace(self.problem, kind="soft"))
+        return float(torch.nn.functional.cosine_similarity(own, exact, dim=0))
 
     @contextmanager
     def _nothing_moves(self, fault: checks.Fault, labeled: Any, unlabeled: Any) -> Iterator[None]:

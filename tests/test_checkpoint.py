@@ -415,6 +415,7 @@ def test_a_full_disk_leaves_the_old_one_whole_and_says_so(tmp_path: Path) -> Non
 WRITER = """
 import itertools, os, random, signal, sys, time, torch
 from metapl.checkpoint import CheckpointFolder
+torch.set_num_threads(1)  # a pool of threads does not outlive a fork
 folder = CheckpointFolder(sys.argv[1], keep=2)
 folder.write(1, {"step": 1, "weights": torch.full((2_000_000,), 1.0)})
 draw, strays = random.Random(0), 0
@@ -424,7 +425,11 @@ for _ in range(12):
     if child == 0:
         for step in itertools.count(start + 1):
             folder.write(step, {"step": step, "weights": torch.full((2_000_000,), float(step))})
-    time.sleep(draw.uniform(0.02, 0.15))
+    deadline = time.monotonic() + 60
+    while folder.paths()[0].name <= f"step-{start:08d}.ckpt":
+        assert time.monotonic() < deadline, "the child writes nothing"
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0.0, 0.08))
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     strays += any(name.endswith(".tmp") for name in os.listdir(sys.argv[1]))

@@ -2,11 +2,13 @@
 
 from metapl.data.batches import LabeledBatches, StepBatches, UnlabeledBatches, loader
 from metapl.data.digits import DigitsSplit, load_digits_split
+from metapl.data.feed import Feed, feed, to_device
 from metapl.data.samplers import StepSampler
 from metapl.data.views import Identity, ShiftNoiseCutout, View
 
 __all__ = [
     "DigitsSplit",
+    "Feed",
     "Identity",
     "LabeledBatches",
     "ShiftNoiseCutout",
@@ -14,6 +16,8 @@ __all__ = [
     "StepSampler",
     "UnlabeledBatches",
     "View",
+    "feed",
     "load_digits_split",
     "loader",
+    "to_device",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from metapl.errors import MetaplError
+from metapl.feedback.altered import Altered
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import Forward
@@ -14,6 +15,7 @@ from metapl.feedback.unrolled import Unrolled
 
 __all__ = [
     "MODES",
+    "Altered",
     "Difference",
     "Estimator",
     "Feedback",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -50,11 +50,20 @@ class Feedback:
 class Estimator(Protocol):
     """How the feedback is found: a frozen value; what changes from step to step goes in and comes out as state."""
 
-    name: ClassVar[str]
-    labels: ClassVar[tuple[Kind, ...]]
-    """The kinds of signal it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled); its own choice first."""
-    keep_graph: ClassVar[bool]
-    """Whether the inner gradient must stay differentiable in the signal."""
+    @property
+    def name(self) -> str:
+        """The mode's name."""
+        ...
+
+    @property
+    def labels(self) -> tuple[Kind, ...]:
+        """The kinds of signal it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled); its own choice first."""
+        ...
+
+    @property
+    def keep_graph(self) -> bool:
+        """Whether the inner gradient must stay differentiable in the signal."""
+        ...
 
     def init(self) -> State:
         """The state before the first step."""

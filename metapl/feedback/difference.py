@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,18 +23,20 @@ class Difference:
 
     .. math:: \dot z \approx \frac{\|w\|}{2\delta}
               \big[ S(x_u; \theta + \delta\,\hat w) - S(x_u; \theta - \delta\,\hat w) \big], \quad
-              \delta = r \max(\|\theta\|, 1), \quad \hat w = w / \|w\|
+              \delta = r\,\frac{\|\theta\|}{\sqrt n}, \quad \hat w = w / \|w\|
 
-    The passes run in float32 or wider, outside autocast (in bf16 the difference is noise).
+    The passes run in float32 or wider, outside autocast and TF32 (in bf16 and TF32 the difference is noise).
 
     Args:
-        one_sided: S(θ + δŵ) − S(θ), one pass less: the inner pass's outputs are used again where it ran in float32.
-        relative_step: r, the size of the move in units of the weights' norm; ``None`` chooses it by dtype and form.
+        one_sided: S(θ + δŵ) − S(θ), one pass less: the inner pass's outputs are used again where it ran in full
+            float32 (so neither under autocast nor by TF32, which PyTorch allows for convolutions on CUDA).
+        relative_step: r, the length of the move over the root mean square of the n weights; ``None`` is 2e-3 in float32
+            and 1e-6 in float64.
         normalization: as in :class:`~metapl.feedback.Forward`.
 
     Takes: soft signals; hard labels by the expectation.
-    Cost: 11 student passes a step with the teacher's 3 (one-sided: 10, or 11 under autocast), and one copy of the
-    weights.
+    Cost: 11 student passes a step with the teacher's 3 (one-sided: 10, or 11 under autocast or TF32), and one copy of
+    the weights.
     Bias: O(δ²), one-sided O(δ), beside the rounding of the outputs, O(machine epsilon/δ).
     Runs: wherever the student runs, on any operation.
     Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.
@@ -72,15 +75,18 @@ class Difference:
         ahead = step.outputs_at(delta, unit)
         if not self.one_sided:
             return length * (ahead - step.outputs_at(-delta, unit)) / (2 * delta)
-        here = step.outputs_at(0 * delta, unit) if step.ran_in_half_precision() else step.outputs
+        here = step.outputs if step.ran_in_full_precision() else step.outputs_at(0 * delta, unit)
         return length * (ahead - here) / delta
 
     def step_size(self, step: InnerStep) -> Tensor:
         """δ, a scalar on the student's device."""
         size = norm(step.params)
-        r = self.relative_step or RELATIVE_STEP[size.dtype == torch.float64, self.one_sided]
-        return r * size.clamp_min(1.0)
+        r = self.relative_step or RELATIVE_STEP[size.dtype]
+        typical = size / math.sqrt(sum(t.numel() for t in step.params.values()))
+        return r * typical.clamp_min(1e-3)  # the bound is for weights that are all zero
 
 
-RELATIVE_STEP = {(False, False): 1e-4, (False, True): 1e-5, (True, False): 1e-6, (True, True): 1e-9}
-"""r by (float64?, one-sided?)."""
+RELATIVE_STEP = {torch.float32: 2e-3, torch.float64: 1e-6}
+"""r by dtype. A unit move along the gradient changes the outputs in inverse proportion to a typical weight, however
+many there are, so r fixes the change of the outputs: far above their rounding, yet few ReLUs switch on the way (which,
+not curvature, is what the error of a longer move is made of). Measured in benchmarks/difference_step.py."""

@@ -1,0 +1,509 @@
+"""What each mode costs and how noisy it is, side by side in one run.
+
+    python benchmarks/modes.py                                       # about five minutes on two cores
+    python benchmarks/modes.py --table benchmarks/results/modes.json
+    python benchmarks/modes.py --write-readme README.md
+
+On WRN-28-2: the cost of one ``BilevelTrainer.step`` (equal batches, no losses of the teacher's own) in student forward
+passes, by counting FLOPs; its time, the modes taking turns; and its peak memory beyond weights and optimiser states, by the
+allocator's own account. Then, over draws of the labels at fixed weights, the noise and the bias of the teacher's gradient
+against the exact one (double backward in float64), on a small classifier of digits and on WRN-28-2.
+
+Writes a JSON file and a picture beside it. With a CUDA device the same is measured on it, in float32 (TF32 off) and in bf16
+autocast, instead of on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import described, write_json
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import metapl
+from metapl.data import load_digits_split
+from metapl.feedback import Difference, Estimator
+
+RESULT = Path("benchmarks/results/modes.json")
+BEGIN, END = "<!-- modes:begin -->", "<!-- modes:end -->"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A mode as it is measured; ``noisy`` where the gradient depends on drawn labels."""
+
+    name: str
+    what: str
+    exact: str
+    mode: str | Estimator
+    kind: str
+    noisy: bool = False
+    recompute_teacher: bool = False
+
+
+MODES = [
+    Mode("none", "no feedback, the control", "–", "none", "soft"),
+    Mode("loss_difference", "sampled labels, L(θ) − L(θ′)", "no", "loss_difference", "hard", noisy=True),
+    Mode(
+        "reinforce",
+        "Algorithm 1: sampled labels, one scalar",
+        "up to O(η), on average",
+        "reinforce",
+        "hard",
+        noisy=True,
+    ),
+    Mode(
+        "reinforce_per_example",
+        "sampled labels, one number each",
+        "up to O(η), on average",
+        "reinforce_per_example",
+        "hard",
+        noisy=True,
+    ),
+    Mode("difference, one-sided", "outputs' difference, soft labels", "up to O(δ)", Difference(one_sided=True), "soft"),
+    Mode("difference", "central difference, soft labels", "up to O(δ²)", "difference", "soft"),
+    Mode("forward", "forward-mode derivative, soft labels", "yes", "forward", "soft"),
+    Mode(
+        "forward, hard labels", "the same in expectation, sampled labels", "up to O(η)", "forward", "hard", noisy=True
+    ),
+    Mode("forward, recompute_teacher", "the same, teacher run twice", "yes", "forward", "soft", recompute_teacher=True),
+    Mode("unrolled", "double backward, soft labels", "yes", "unrolled", "soft"),
+]
+
+
+# --------------------------------------------------------------------------------------------------- where it runs
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device and the precision of its passes."""
+
+    device: str
+    precision: str
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """What a training loop in this precision would set."""
+        if self.device == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def places() -> list[Place]:
+    return [Place("cuda", "float32"), Place("cuda", "bf16")] if torch.cuda.is_available() else [Place("cpu", "float32")]
+
+
+# ------------------------------------------------------------------------------------------------------------ cost
+
+
+def step_of(mode: Mode, place: Place, batch: int) -> tuple[Callable[[], Any], nn.Module, Tensor]:
+    """One trainer's step on fixed batches, the student, and its batch; two steps have been taken."""
+    torch.manual_seed(0)
+    teacher, student = (metapl.models.wide_resnet28_2(num_classes=10).to(place.device) for _ in range(2))
+    unlabeled = torch.randn(batch, 3, 32, 32, device=place.device)
+    labeled = torch.randn(batch, 3, 32, 32, device=place.device), torch.arange(batch, device=place.device) % 10
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        mode.mode,
+        problem=metapl.PseudoLabels(mode.kind),
+        teacher_losses=(),
+        recompute_teacher=mode.recompute_teacher,
+    )
+
+    def step() -> None:
+        with place.active():
+            trainer.step(labeled, unlabeled)
+
+    step()
+    step()
+    place.wait()
+    return step, student, unlabeled
+
+
+def passes(mode: Mode, place: Place, batch: int = 2) -> float:
+    """The FLOPs of one step over those of one forward pass of the student on the same batch."""
+    step, student, unlabeled = step_of(mode, place, batch)
+    with FlopCounterMode(display=False) as whole:
+        step()
+    with FlopCounterMode(display=False) as one, torch.no_grad(), place.active():
+        student(unlabeled)
+    return whole.get_total_flops() / one.get_total_flops()
+
+
+def peak_memory(mode: Mode, place: Place, batch: int) -> int:
+    """Bytes that one step holds at its fullest, beyond what was held before it."""
+    step, _, _ = step_of(mode, place, batch)
+    if place.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        place.wait()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def times(place: Place, batch: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of one step per mode and round; the modes take turns, so that what else the machine does hits all."""
+    found: dict[str, list[float]] = {mode.name: [] for mode in MODES}
+    steps = {mode.name: step_of(mode, place, batch)[0] for mode in MODES}
+    for turn in range(rounds):
+        names = list(steps) if turn % 2 == 0 else list(steps)[::-1]
+        for name in names:
+            place.wait()
+            start = time.perf_counter()
+            steps[name]()
+            place.wait()
+            found[name].append(time.perf_counter() - start)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- noise
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Networks at fixed weights, after a little supervised training, with one batch of each kind."""
+
+    name: str
+    teacher: nn.Module
+    student: nn.Module
+    labeled: tuple[Tensor, Tensor]
+    unlabeled: Tensor
+
+    def gradient(
+        self, mode: Mode, place: Place, generator: torch.Generator | None = None, double: bool = False
+    ) -> Tensor:
+        """The teacher's gradient, flat, float64 on the host."""
+        teacher, student, x_l, x_u = self.teacher, self.student, self.labeled[0], self.unlabeled
+        if double:
+            teacher, student = copy.deepcopy(teacher).double(), copy.deepcopy(student).double()
+            x_l, x_u = x_l.double(), x_u.double()
+        with contextlib.nullcontext() if double else place.active():
+            found = metapl.hypergradient(
+                teacher,
+                student,
+                labeled=(x_l, self.labeled[1]),
+                unlabeled=x_u,
+                mode=mode.mode,
+                problem=metapl.PseudoLabels(mode.kind),
+                inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.05),
+                generator=generator,
+            )
+        return torch.cat([g.double().flatten() for g in found.grads.values()]).cpu()
+
+
+def small_classifier(place: Place) -> Subject:
+    """Digits, an MLP of 64, 32 and 10 units, B = 64 unlabelled and 64 labelled images."""
+    torch.manual_seed(0)
+    split = load_digits_split(labels_per_class=20, seed=0)
+    return _trained("digits, MLP 64-32-10", lambda: metapl.models.mlp([64, 32, 10]), split, place, batch=64, steps=100)
+
+
+def wide_resnet(place: Place) -> Subject:
+    """Digits at 32x32, WRN-28-2, B = 8 unlabelled and 8 labelled images."""
+    torch.manual_seed(0)
+    split = load_digits_split(labels_per_class=20, seed=0)
+    build = metapl.models.wide_resnet28_2
+    return _trained("digits at 32x32, WRN-28-2", build, split, place, batch=8, steps=20, size=32)
+
+
+def _trained(
+    name: str, build: Callable[[], nn.Module], split: Any, place: Place, batch: int, steps: int, size: int | None = None
+) -> Subject:
+    def prepared(images: Tensor) -> Tensor:
+        if size is not None:
+            images = F.interpolate(images, size=size, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+        return images.to(place.device)
+
+    images, labels = prepared(split.labeled[0]), split.labeled[1].to(place.device)
+    networks = []
+    for _ in range(2):
+        network = build().to(place.device)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(steps):
+            at = torch.randint(len(images), (max(batch, 16),))
+            optimizer.zero_grad()
+            F.cross_entropy(network(images[at]), labels[at]).backward()
+            optimizer.step()
+        networks.append(network)
+    at, of = torch.randperm(len(images))[:batch], torch.randperm(len(split.unlabeled))[:batch]
+    return Subject(name, *networks, (images[at], labels[at]), prepared(split.unlabeled[of]))
+
+
+def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any]]:
+    r"""Per mode, beside the exact gradient G: noise \sqrt{E‖g − ḡ‖²}/‖G‖ and bias ‖ḡ − G‖/‖G‖.
+
+    Of n draws, noise alone would make the bias look like noise/√n: its ``bias_floor``. ``along`` is ⟨ḡ, G⟩/‖G‖², 1 without
+    bias along G, with its standard error.
+    """
+    reference = next(mode for mode in MODES if mode.mode == "unrolled")
+    exact = subject.gradient(reference, place, double=True)
+    size = exact.norm()
+    found: dict[str, dict[str, Any]] = {}
+    for mode in MODES:
+        if mode.mode == "none":
+            continue
+        n = draws if mode.noisy else 1
+        generator = torch.Generator(place.device).manual_seed(1)
+        g = torch.stack([subject.gradient(mode, place, generator) for _ in range(n)])
+        mean = g.mean(0)
+        row = {"draws": n, "bias": float((mean - exact).norm() / size)}
+        if mode.noisy:
+            spread = float(((g - mean).square().sum() / (n - 1)).sqrt() / size)
+            along = g @ exact / size**2
+            row |= {
+                "noise": spread,
+                "bias_floor": spread / n**0.5,
+                "along": float(along.mean()),
+                "along_error": float(along.std() / n**0.5),
+            }
+        else:
+            row |= {"noise": 0.0, "bias_floor": 0.0}
+        found[mode.name] = row
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ the one run
+
+
+def measured(place: Place, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of every mode in one place."""
+    print(f"{place.device}, {place.precision}: time", flush=True)
+    seconds = times(place, arguments.batch, arguments.rounds)
+    print("noise", flush=True)
+    small = noise(small_classifier(place), place, arguments.draws)
+    large = noise(wide_resnet(place), place, arguments.draws_wrn)
+    print("FLOPs and memory", flush=True)
+    cost = {mode.name: (passes(mode, place), peak_memory(mode, place, arguments.batch)) for mode in MODES}
+    rows = []
+    for mode in MODES:
+        here = seconds[mode.name]
+        rows.append(
+            {
+                "mode": mode.name,
+                "what": mode.what,
+                "exact": mode.exact,
+                "passes": cost[mode.name][0],
+                "seconds": _spread(here),
+                "time_over_none": _spread([a / b for a, b in zip(here, seconds["none"], strict=True)]),
+                "time_over_forward": _spread([a / b for a, b in zip(here, seconds["forward"], strict=True)]),
+                "peak_bytes": cost[mode.name][1],
+                "memory_over_none": cost[mode.name][1] / cost["none"][1],
+                "memory_over_forward": cost[mode.name][1] / cost["forward"][1],
+                "gradient_small": small.get(mode.name),
+                "gradient_wrn": large.get(mode.name),
+            }
+        )
+    return {"device": place.device, "precision": place.precision, "modes": rows}
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": statistics.median(values), "lower_quartile": quartiles[0], "upper_quartile": quartiles[2]}
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+
+def table(result: dict[str, Any]) -> str:
+    """The README's table, from the raw file alone."""
+    return "\n\n".join(_table_of(run, result["setup"]) for run in result["runs"])
+
+
+def _table_of(run: dict[str, Any], setup: dict[str, Any]) -> str:
+    lines = [
+        "| mode | what | exact? | cost, passes | time | peak memory | noise / signal | bias |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {_code(row['mode'])} | {row['what']} | {row['exact']} | {row['passes']:.1f} "
+        f"| {row['time_over_forward']['median']:.2f} | {row['memory_over_forward']:.2f} "
+        f"| {_noise(row['gradient_small'])} | {_bias(row['gradient_small'])} |"
+        for row in run["modes"]
+    ]
+    forward = next(row for row in run["modes"] if row["mode"] == "forward")
+    hardware = setup["device"] if run["device"] == "cuda" else f"{setup['cpu']}, threads: {setup['threads']}"
+    noisy = next(row for row in run["modes"] if row["mode"] == "reinforce")["gradient_small"]
+    lines += [
+        "",
+        f"Cost of one step of WRN-28-2 in forward passes of the student (FLOPs), the teacher's own 3 included (1 for `none`,"
+        f" whose teacher has nothing to learn from here). Time and peak memory relative to `forward`"
+        f" ({forward['seconds']['median']:.2g} s, {forward['peak_bytes'] / 1e6:.0f} MB beyond the weights; batch"
+        f" {setup['batch']}, {run['precision']}, median of {setup['rounds']} interleaved rounds; {hardware}; torch"
+        f" {setup['torch']}). Noise and bias of the teacher's gradient relative to the exact gradient's norm, {noisy['draws']}"
+        f" draws of labels on a small classifier (digits, B = 64, C = 10); ≤ marks a bias that the noise of its own mean"
+        f" would explain. `{setup['command']}`",
+    ]
+    return "\n".join(lines)
+
+
+def _code(name: str) -> str:
+    first, _, rest = name.partition(", ")
+    return f"`{first}`, {rest}" if rest else f"`{first}`"
+
+
+def _noise(row: dict[str, Any] | None) -> str:
+    return "–" if row is None else "0" if row["noise"] == 0 else f"{row['noise']:.2g}"
+
+
+def _bias(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    if row["bias"] < 2 * row["bias_floor"]:
+        return f"≤ {row['bias']:.2g}"
+    return f"{row['bias']:.1e}" if row["bias"] < 0.001 else f"{row['bias']:.2g}"
+
+
+def write_readme(readme: Path, text: str) -> None:
+    """Put the table between its markers."""
+    page = readme.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise SystemExit(f"{readme} must contain {BEGIN} and {END} once each, in this order")
+    before, rest = page.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+# ---------------------------------------------------------------------------------------------------------- picture
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """One row of panels per run: passes, time, memory, noise; a mode keeps its line throughout."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = result["runs"]
+    figure, grid = plt.subplots(len(runs), 4, figsize=(13, 0.9 + 4.1 * len(runs)), squeeze=False, sharey=True)
+    for run, panels in zip(runs, grid, strict=True):
+        _draw_run(run, panels, where=f"{run['device'].upper()}, {run['precision']}")
+    figure.suptitle(
+        "What a teacher's gradient costs, and how noisy it is: one step of WRN-28-2",
+        x=0.01,
+        ha="left",
+        fontsize=14,
+        fontweight="bold",
+    )
+    figure.tight_layout(rect=(0, 0, 1, 1), w_pad=2.0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_run(run: dict[str, Any], panels: Any, where: str) -> None:
+    rows = run["modes"]
+    lines = range(len(rows))
+    # Okabe and Ito's colours: exact, sampled, and the control.
+    colours = ["#6B6B6B" if r["mode"] == "none" else "#D55E00" if _is_noisy(r) else "#0072B2" for r in rows]
+    columns = [
+        ("cost, student forward passes (FLOPs)", [r["passes"] for r in rows], "{:.1f}"),
+        ("time, relative to forward", [r["time_over_forward"]["median"] for r in rows], "{:.2f}"),
+        ("peak memory, relative to forward", [r["memory_over_forward"] for r in rows], "{:.2f}"),
+    ]
+    for axes, (title, values, form) in zip(panels, columns, strict=False):
+        axes.barh(lines, values, color=colours, height=0.62)
+        for y, value in zip(lines, values, strict=True):
+            axes.annotate(form.format(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set_xlim(0, 1.18 * max(values))
+        axes.set_title(title, fontsize=10.5, loc="left")
+    bounds = [(r["time_over_forward"]["lower_quartile"], r["time_over_forward"]["upper_quartile"]) for r in rows]
+    for y, (low, high) in zip(lines, bounds, strict=True):
+        panels[1].plot([low, high], [y + 0.2, y + 0.2], color="black", linewidth=1.2, solid_capstyle="butt")
+    _draw_noise(panels[3], rows, colours)
+    panels[0].set_yticks(lines, [r["mode"] for r in rows], fontsize=10)
+    panels[0].invert_yaxis()
+    panels[0].set_ylabel(where, fontsize=10)
+    for axes in panels:
+        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", labelsize=8, colors="#6B6B6B")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _is_noisy(row: dict[str, Any]) -> bool:
+    return row["gradient_small"] is not None and row["gradient_small"]["noise"] > 0
+
+
+def _draw_noise(axes: Any, rows: list[dict[str, Any]], colours: list[str]) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(1e-3, 3e2)
+    axes.set_title("noise / signal of the gradient (log)", fontsize=10.5, loc="left")
+    axes.axvline(1, color="#C0C0C0", linewidth=0.9, zorder=0)
+    for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+        found = row["gradient_small"]
+        if found is None or found["noise"] == 0:
+            axes.text(1.15e-3, y, "0" if found else "no gradient", va="center", fontsize=9, color=colour)
+            continue
+        large = row["gradient_wrn"]["noise"]
+        axes.plot([found["noise"], large], [y, y], color=colour, linewidth=1, zorder=1)
+        axes.scatter([found["noise"]], [y], s=42, color=colour, zorder=2)
+        axes.scatter([large], [y], s=42, facecolor="white", edgecolor=colour, linewidth=1.4, zorder=2)
+        axes.annotate(
+            f"{found['noise']:.2g}", (found["noise"], y), (0, 7), textcoords="offset points", ha="center", fontsize=9
+        )
+        axes.annotate(f"{large:.2g}", (large, y), (0, -13), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xlabel("● small classifier   ○ WRN-28-2", fontsize=9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULT, help="the JSON file; the picture goes beside it")
+    parser.add_argument("--batch", type=int, default=16, help="images of each kind, for time and memory")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps per mode")
+    parser.add_argument("--draws", type=int, default=2000, help="draws of labels on the small classifier")
+    parser.add_argument("--draws-wrn", type=int, default=24, help="draws of labels on WRN-28-2")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print the Markdown table of a result and stop")
+    parser.add_argument("--write-readme", type=Path, metavar="README", help="put the table of --out there and stop")
+    parser.add_argument("--draw", action="store_true", help="draw the picture of --out again and stop")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())))
+    elif arguments.write_readme:
+        write_readme(arguments.write_readme, table(json.loads(arguments.out.read_text())))
+    else:
+        if not arguments.draw:
+            run(arguments)
+        draw(json.loads(arguments.out.read_text()), arguments.out.with_suffix(".png"))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
+    sizes = {name: getattr(arguments, name) for name in ("batch", "rounds", "draws", "draws_wrn")}
+    options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    where = places()
+    setup = {**described(where[0].device), "command": f"python benchmarks/modes.py{options}", **sizes}
+    start = time.perf_counter()
+    result = {"setup": setup, "runs": [measured(place, arguments) for place in where]}
+    setup["minutes"] = (time.perf_counter() - start) / 60
+    write_json(arguments.out, result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

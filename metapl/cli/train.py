@@ -1,0 +1,169 @@
+"""``metapl train RECIPE``"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from metapl.cli.jobs import Job, run_all
+from metapl.errors import MetaplError
+from metapl.fit import Interrupted
+from metapl.recipes import Digits
+from metapl.recipes.comparison import TITLES, Comparison, parse_seeds
+from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS
+from metapl.recipes.store import describe
+from metapl.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a student with Meta Pseudo Labels, and say whether the teacher's feedback helped.
+
+    Args:
+        recipe: what is trained, and how.
+        out: the run folder; by default the next free one in runs/.
+        resume: go on with the run in the folder, bit for bit where it was stopped.
+        compare: run the same loop without feedback and the baselines beside it.
+        seeds: with --compare: the seeds, such as 0-9 or 0,3,5; the recipe's own seed by default.
+        controls: with --compare: altered feedback too.
+        methods: with --compare: these methods alone.
+        jobs: with --compare: runs at a time; by default as many as there are cores.
+    """
+
+    recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
+    out: Path | None = None
+    resume: bool = False
+    compare: bool = False
+    seeds: str | None = None
+    controls: bool = False
+    methods: tuple[str, ...] | None = None
+    jobs: int | None = None
+
+    def __call__(self) -> int:
+        self._check()
+        out = self.out or _default_out(self.recipe.name, self.resume)
+        try:
+            return self._compare(out) if self.compare else self._train(out)
+        except KeyboardInterrupt as stopped:
+            return _say_how_to_go_on(stopped, out)
+
+    def _check(self) -> None:
+        for name in ("seeds", "methods", "jobs", "controls"):
+            if getattr(self, name) and not self.compare:
+                raise MetaplError(f"--{name} goes with --compare.")
+        unknown = [name for name in self.methods or () if name not in METHODS]
+        if unknown:
+            raise MetaplError(f"--methods {' '.join(unknown)}: expected some of {', '.join(METHODS)}.")
+        if self.jobs is not None and self.jobs < 1:
+            raise MetaplError(f"--jobs {self.jobs}: expected 1 or more.")
+
+    # ------------------------------------------------------------------------------------------------------ one run
+
+    def _train(self, out: Path) -> int:
+        finished = self.resume and (out / "result.json").exists()
+        if not finished:
+            print(f"{self.recipe.name}, mode {self.recipe.feedback.mode}, seed {self.recipe.seed} -> {out}", flush=True)
+        result = Job(self.recipe, "mpl", out, self.resume).run(progress=True, quiet=False)
+        if finished:
+            print(f"{out} is finished already.")
+        print(f"validation accuracy {result['validation_accuracy']:.1%} at step {result['best_step']}")
+        print(
+            f"test accuracy {result['test_accuracy']:.1%}, "
+            f"finetuned on the labelled data {result['finetuned_test_accuracy']:.1%}"
+        )
+        print(f"the student, its report and figures are in {out}")
+        print("whether the feedback helped, only a comparison tells: metapl train digits --compare --seeds 0-2")
+        return 0
+
+    # --------------------------------------------------------------------------------------------------- a comparison
+
+    def _compare(self, out: Path) -> int:
+        seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
+        methods = self.methods or COMPARED + (CONTROLS if self.controls else ())
+        folder = RunFolder(out)
+        recipe = describe(self.recipe, compare=list(methods), seeds=list(seeds))
+        with folder.claimed(recipe, resume=self.resume):
+            results = self._run_jobs(out, methods, seeds)
+            comparison = Comparison(
+                seeds,
+                {
+                    method: {
+                        readout: [results[method, seed][readout] for seed in seeds]
+                        for readout in ("test_accuracy", "finetuned_test_accuracy")
+                    }
+                    for method in methods
+                },
+            )
+            self._leave_behind(folder, comparison, results)
+        print(f"\ntest accuracy in %, mean ± standard deviation over seeds\n\n{comparison.table()}\n")
+        print(comparison.sentence())
+        print(f"\nfigures, report and the best student are in {out}")
+        return 0
+
+    def _run_jobs(
+        self, out: Path, methods: tuple[str, ...], seeds: tuple[int, ...]
+    ) -> dict[tuple[str, int], dict[str, Any]]:
+        jobs = []
+        for seed in seeds:
+            recipe = dataclasses.replace(self.recipe, seed=seed)
+            for method in methods:
+                place = out / method / f"seed-{seed}"
+                jobs.append(Job(recipe, method, place, self.resume or (place / "recipe.json").exists()))
+        workers = self.jobs or min(len(jobs), os.cpu_count() or 1)
+        print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
+        results, since = {}, time.monotonic()
+        for number, (job, result) in enumerate(run_all(jobs, workers), 1):
+            results[job.method, job.recipe.seed] = result
+            print(
+                f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {time.monotonic() - since:4.0f} s  "
+                f"{TITLES.get(job.method, job.method)}, seed {job.recipe.seed}: {result['test_accuracy']:.1%}",
+                flush=True,
+            )
+        return results
+
+    def _leave_behind(
+        self, folder: RunFolder, comparison: Comparison, results: dict[tuple[str, int], dict[str, Any]]
+    ) -> None:
+        """The comparison's own files: the best MPL student by validation, the averaged report, the result."""
+        from metapl.recipes.reports import draw_comparison
+
+        first = "mpl" if "mpl" in comparison.methods else next(iter(comparison.methods))
+        best = max(comparison.seeds, key=lambda seed: results[first, seed]["validation_accuracy"])
+        source = RunFolder(folder.path / first / f"seed-{best}")
+        for name in ("student.safetensors", "finetuned_student.safetensors"):
+            folder.write_weights(name, source.read_weights(name))
+        draw_comparison(folder.path, comparison, results)
+        delivered = {k: results[first, best][k] for k in ("test_accuracy", "finetuned_test_accuracy", "seed", "method")}
+        folder.write_json("result.json", {**comparison.to_json(), **delivered})
+
+
+def _default_out(recipe: str, resume: bool) -> Path:
+    """The next free runs/<recipe>-NNN; with --resume the last one that is there."""
+    taken = sorted(
+        int(match[1])
+        for path in Path("runs").glob(f"{recipe}-*")
+        if (match := re.fullmatch(rf"{recipe}-(\d+)", path.name))
+    )
+    if resume and not taken:
+        raise MetaplError(f"there is no run runs/{recipe}-* to resume here; name its folder with --out.")
+    number = (taken or [0])[-1] + (0 if resume else 1)
+    return Path("runs") / f"{recipe}-{number:03d}"
+
+
+def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
+    """Exit as a process that the signal ended would, after the line that resumes."""
+    given = [a for a in sys.argv[1:] if a != "--resume"]
+    if not any(a == "--out" or a.startswith("--out=") for a in given):
+        given += ["--out", str(out)]
+    where = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
+    print(f"\n{where}go on with:\n  metapl {shlex.join([*given, '--resume'])}", file=sys.stderr)
+    return 128 + (stopped.signal_number if isinstance(stopped, Interrupted) else 2)

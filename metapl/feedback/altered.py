@@ -1,0 +1,82 @@
+"""Feedback with something taken out of it: controls that show what carries a gain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metapl.errors import MetaplError
+from metapl.feedback.base import Estimator, Feedback, Kind, State, check_choice
+from metapl.feedback.forward import Forward
+from metapl.inner import InnerStep
+
+
+@dataclass(frozen=True)
+class Altered:
+    r"""Another estimator's feedback, altered within the batch.
+
+    Args:
+        base: the estimator whose h, with a row per example, is altered.
+        how: ``"permuted"``: rows given to other examples, h_π(i); ``"class_means"``: every row replaced by the mean
+            over the batch (of the rows with the same label, where labels are sampled), so that nothing of the single
+            example is left; ``"random_sign"``: each row times ±1, by a fair coin.
+        seed: of the permutations and coins, which draw from a generator of their own.
+
+    Takes, cost: as ``base``. Bias: on purpose.
+
+    >>> Altered(how="permuted").name
+    'forward_permuted'
+    """
+
+    base: Estimator = field(default_factory=Forward)
+    how: Literal["permuted", "class_means", "random_sign"] = "permuted"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice(self, "how", ("permuted", "class_means", "random_sign"))
+        if self.base.name in ("none", "reinforce", "loss_difference"):
+            raise MetaplError(
+                f"Altered(base={self.base!r}): expected an estimator with feedback per example: forward, difference, "
+                "unrolled or reinforce_per_example."
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.base.name}_{self.how}"
+
+    @property
+    def labels(self) -> tuple[Kind, ...]:
+        return self.base.labels
+
+    @property
+    def keep_graph(self) -> bool:
+        return self.base.keep_graph
+
+    def init(self) -> State:
+        return {**self.base.init(), "altered": torch.zeros((), dtype=torch.int64)}
+
+    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
+        count = int(state["altered"])
+        found, next_state = self.base.feedback(steps, {k: v for k, v in state.items() if k != "altered"})
+        altered = [replace(one, h=self._alter(one.h, step, count)) for one, step in zip(found, steps, strict=True)]
+        return altered, {**next_state, "altered": torch.tensor(count + 1)}
+
+    def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:
+        if self.how == "class_means":
+            return _class_means(h, step)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
+        if self.how == "permuted":
+            return h[torch.randperm(len(h), generator=generator).to(h.device)]
+        coins = torch.randint(0, 2, (len(h),), generator=generator).to(h) * 2 - 1
+        return h * coins.reshape(-1, *[1] * (h.ndim - 1))
+
+
+def _class_means(h: Tensor, step: InnerStep) -> Tensor:
+    if h.ndim > 1:
+        return h.mean(0, keepdim=True).expand_as(h)
+    same = (step.signal.value[:, None] == step.signal.value[None, :]).to(h)
+    return (same @ h) / same.sum(1)

@@ -1,0 +1,178 @@
+"""What recipes are made of: frozen configurations, validated when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from metapl import feedback
+from metapl.errors import MetaplError
+from metapl.losses import TeacherLoss
+from metapl.problems import PseudoLabels
+
+Mode = Literal["unrolled", "forward", "difference", "reinforce", "reinforce_per_example", "loss_difference", "none"]
+
+
+def require(recipe: object, condition: bool, field: str, expected: str) -> None:
+    """Refuse a recipe whose ``field`` is not as ``expected``."""
+    if not condition:
+        raise MetaplError(f"{type(recipe).__name__}({field}={getattr(recipe, field)!r}): expected {expected}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Stochastic gradient descent.
+
+    Args:
+        lr: base learning rate; the schedule multiplies it.
+        momentum: heavy-ball or Nesterov momentum.
+        nesterov: the latter.
+        weight_decay: L2.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self, self.lr > 0, "lr", "a number above 0")
+        require(self, 0 <= self.momentum < 1, "momentum", "a number in [0, 1)")
+        require(self, self.weight_decay >= 0, "weight_decay", "a number of 0 or more")
+
+    def build(self, module: nn.Module) -> torch.optim.SGD:
+        """The optimiser over a module's parameters."""
+        return torch.optim.SGD(module.parameters(), **dataclasses.asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """How the teacher is told.
+
+    Args:
+        mode: how its gradient is found; see ``metapl.MODES``.
+        labels: soft or hard pseudo-labels; None: what the mode needs.
+        feedback_weight: factor of the feedback beside the teacher's own losses.
+        normalization: what h is divided by: nothing (gradient), the learning rate, or ‖w‖‖g‖ (cosine); None: the
+            mode's own.
+        baseline: decay of the moving average subtracted from h (reinforce, loss_difference); None: no baseline.
+        temperature: of the pseudo-labels' softmax.
+    """
+
+    mode: Mode = "forward"
+    labels: Literal["soft", "hard"] | None = None
+    feedback_weight: float = 1.0
+    normalization: Literal["gradient", "learning_rate", "cosine"] | None = None
+    baseline: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.problem().for_modes(self.estimator().labels, self.mode)
+
+    def estimator(self) -> feedback.Estimator:
+        """The mode with the fields that are set."""
+        plain = feedback.estimator(self.mode)
+        fields: dict[str, Any] = {"baseline": self.baseline}
+        cosine = self.normalization == "cosine" and isinstance(plain, feedback.Reinforce)
+        fields |= {"similarity": "cosine"} if cosine else {"normalization": self.normalization}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        known = {f.name for f in dataclasses.fields(plain)}  # type: ignore[arg-type]  # every registered mode is one
+        for name in fields.keys() - known:
+            raise MetaplError(f"mode '{self.mode}' has no {name}; leave {name} out, or take a mode that has it.")
+        return dataclasses.replace(plain, **fields)  # type: ignore[type-var]  # as above
+
+    def problem(self) -> PseudoLabels:
+        """The pseudo-labels."""
+        return PseudoLabels(kind=self.labels, temperature=self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a recipe trains on.
+
+    Args:
+        labeled, unlabeled: sources of batches, for ``fit``.
+        finetuning: source of labelled batches for finetuning.
+        validation, test: (inputs, labels).
+        classes: names.
+        truth: (inputs, labels) of unlabelled examples whose labels are known, for looking at pseudo-labels only.
+    """
+
+    labeled: Any
+    unlabeled: Any
+    finetuning: Any
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: tuple[str, ...]
+    truth: tuple[Tensor, Tensor] | None = None
+
+
+class Recipe(Protocol):
+    """A frozen configuration that can be run: data, networks, optimisers, how long."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def feedback(self) -> Feedback: ...
+    @property
+    def student(self) -> SGD: ...
+    @property
+    def teacher(self) -> SGD: ...
+    @property
+    def finetune_steps(self) -> int: ...
+    @property
+    def finetune(self) -> SGD: ...
+
+    def task(self) -> Task:
+        """The data."""
+        ...
+
+    def network(self) -> nn.Module:
+        """A network with fresh weights, from the default generator."""
+        ...
+
+    def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
+        """The teacher's own losses; ``uda`` overrides whether UDA is among them."""
+        ...
+
+    def fit_options(self) -> dict[str, Any]:
+        """Fields of :class:`metapl.fit.FitOptions` but ``steps`` and ``phase``."""
+        ...
+
+
+R = TypeVar("R")
+
+
+def from_dict(kind: type[R], values: Mapping[str, Any]) -> R:
+    """A recipe from the dictionary that :func:`dataclasses.asdict` made of it, by way of JSON.
+
+    >>> from_dict(SGD, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}).momentum
+    0.9
+    """
+    hints = _hints(kind)
+    unknown = values.keys() - hints.keys()
+    if unknown:
+        raise MetaplError(f"{kind.__name__} has no {', '.join(sorted(unknown))}; the run is of another version.")
+    built = {name: _rebuilt(hints[name], value) for name, value in values.items()}
+    return kind(**built)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    import typing
+
+    return {f.name: hint for f in dataclasses.fields(kind) if (hint := typing.get_type_hints(kind)[f.name])}
+
+
+def _rebuilt(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,119 @@
+"""Handwritten digits with a few labels a class: the recipe that runs anywhere, in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+from torch import nn
+
+from metapl.data import (
+    Identity,
+    LabeledBatches,
+    ShiftNoiseCutout,
+    StepSampler,
+    UnlabeledBatches,
+    load_digits_split,
+)
+from metapl.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.models import mlp
+from metapl.recipes.base import SGD, Feedback, Task, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits:
+    """1,797 real 8x8 images: 1,200 to train on (a few labelled), 197 to select on, 400 to report on, split per seed.
+
+    The teacher sees clean unlabelled images and learns from augmented labelled ones; the student learns its labels on
+    augmented images.
+
+    Args:
+        seed: of the split, the weights and every draw.
+        labels_per_class: labelled images of each class.
+        steps: training steps.
+        labeled_batch, unlabeled_batch: examples a step.
+        hidden: widths of the hidden layers of teacher and student.
+        dropout: in both.
+        view: how the student's, and the teacher's labelled, images are altered.
+        label_smoothing: of the teacher's supervised loss.
+        uda_weight: weight of UDA among the teacher's losses; 0 leaves it out.
+        uda_temperature, uda_threshold: of UDA.
+        feedback: how the teacher is told; its weight is in units of the true gradient, which carries η/B.
+        student, teacher: their optimisers.
+        schedule, warmup: of both learning rates.
+        ema_decay: of an average of the student that is then what is kept.
+        finetune_steps, finetune: on the labelled data, after the rest.
+        validate_every, log_every, save_every, exact_every, keep: see metapl.fit.FitOptions.
+        threads: of the linear algebra; more do not help networks of this size, and rounding depends on the number.
+    """
+
+    name: ClassVar[str] = "digits"
+
+    seed: int = 0
+    labels_per_class: int = 2
+    steps: int = 3000
+    labeled_batch: int = 64
+    unlabeled_batch: int = 64
+    hidden: tuple[int, ...] = (32, 32)
+    dropout: float = 0.0
+    view: ShiftNoiseCutout = field(default_factory=ShiftNoiseCutout)
+    label_smoothing: float = 0.0
+    uda_weight: float = 0.0
+    uda_temperature: float = 1.0
+    uda_threshold: float = 0.0
+    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: Feedback(feedback_weight=192.0)
+    )
+    student: SGD = field(default_factory=lambda: SGD(lr=0.5))
+    teacher: SGD = field(default_factory=lambda: SGD(lr=0.06, momentum=0.9))
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 0
+    ema_decay: float | None = None
+    finetune_steps: int = 200
+    finetune: SGD = field(default_factory=lambda: SGD(lr=0.02))
+    validate_every: int = 100
+    log_every: int = 20
+    save_every: int = 500
+    exact_every: int | None = None
+    keep: int = 2
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("labels_per_class", "steps", "labeled_batch", "unlabeled_batch", "threads"):
+            require(self, getattr(self, name) >= 1, name, "1 or more")
+        require(self, 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
+        require(self, all(width >= 1 for width in self.hidden), "hidden", "widths of 1 or more")
+        require(self, 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
+        require(self, self.finetune_steps >= 0, "finetune_steps", "0 or more")
+        require(self, self.uda_weight >= 0, "uda_weight", "0 or more")
+        CrossEntropy(self.label_smoothing)
+
+    def task(self) -> Task:
+        split = load_digits_split(self.labels_per_class, self.seed)
+        images, labels = split.labeled
+        few = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=0)
+        many = StepSampler(len(split.unlabeled), self.unlabeled_batch, seed=self.seed, stream=1)
+        again = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=2)
+        return Task(
+            labeled=LabeledBatches(images, labels, few, self.view, self.seed),
+            unlabeled=UnlabeledBatches(split.unlabeled, many, Identity(), self.view, self.seed),
+            finetuning=LabeledBatches(images, labels, again, self.view, self.seed + 1),
+            validation=split.validation,
+            test=split.test,
+            classes=tuple("0123456789"),
+            truth=(split.unlabeled, split.unlabeled_truth),
+        )
+
+    def network(self) -> nn.Module:
+        return mlp([64, *self.hidden, 10], dropout=self.dropout)
+
+    def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
+        supervised = CrossEntropy(self.label_smoothing)
+        weight = self.uda_weight if self.uda_weight > 0 else 1.0
+        wanted = self.uda_weight > 0 if uda is None else uda
+        return (supervised, UDA(self.uda_temperature, self.uda_threshold, weight)) if wanted else (supervised,)
+
+    def fit_options(self) -> dict[str, Any]:
+        names = ("schedule", "warmup", "ema_decay", "validate_every", "log_every", "save_every", "exact_every", "keep")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,206 @@
+"""A run on disk: what was run, what it measured, and what it ended with.
+
+recipe.json           the recipe as it ran, with versions and hardware
+metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
+events.out.tfevents*  the same for TensorBoard
+checkpoints/<phase>/  whole checkpoints only
+student.safetensors   the best student by validation
+report.png            curves, confusion matrix, quality of the pseudo-labels
+result.json           the end: accuracies
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from metapl.atomic import replacing
+from metapl.checkpoint import CheckpointFolder
+from metapl.errors import MetaplError
+
+FORMAT = 1
+"""The layout of run folders that this version writes and reads."""
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder.
+        keep: checkpoints kept per phase.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], keep: int = 2) -> None:
+        self.path, self.keep = Path(path), keep
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has been started here."""
+        return (self.path / "recipe.json").is_file()
+
+    def start(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
+        """Claim the folder for a recipe, or go on with the run in it.
+
+        Raises:
+            MetaplError: a run is here and ``resume`` is not asked for; or it is of another recipe or format; or the
+                folder cannot be made.
+        """
+        if self.exists:
+            self._check_same(recipe, resume)
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
+        except OSError as error:
+            raise MetaplError(f"the run folder {self.path} cannot be written: {error.strerror}.") from error
+
+    @contextmanager
+    def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
+        """:meth:`start`, and hold the folder against other processes until the block ends or the process dies."""
+        self.start(recipe, resume=resume)
+        with (self.path / ".lock").open("w") as lock:
+            _lock(lock, self.path)
+            yield
+
+    def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
+        if not resume:
+            raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
+        before = self.recipe()
+        now = json.loads(json.dumps(dict(recipe)))
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        if changed:
+            what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
+            raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe of the run in the folder."""
+        found = self.read_json("recipe.json")
+        if found.get("format") != FORMAT:
+            raise MetaplError(
+                f"{self.path} was written in run format {found.get('format')!r}; this metapl {version('metapl')} reads "
+                f"format {FORMAT}. Use the version that wrote it: {found.get('made_with', {}).get('metapl', '?')}."
+            )
+        recipe: dict[str, Any] = found["recipe"]
+        return recipe
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of the folder's JSON files."""
+        file = self.path / name
+        if not file.is_file():
+            raise MetaplError(f"{self.path} is no run folder that has got so far: {name} is missing in it.")
+        try:
+            content: dict[str, Any] = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise MetaplError(f"{file} cannot be read: {error}.") from error
+        return content
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file whole or not at all."""
+        with replacing(self.path / name) as file:
+            file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def checkpoints(self, phase: str) -> CheckpointFolder:
+        """The checkpoints of a phase."""
+        folder = self.path / "checkpoints" / phase
+        folder.mkdir(parents=True, exist_ok=True)
+        return CheckpointFolder(folder, keep=self.keep)
+
+    def write_weights(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Weights as safetensors: the file depends on them alone."""
+        from safetensors.torch import save
+
+        plain = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}
+        with replacing(self.path / name) as file:
+            file.write(save(plain))
+
+    def read_weights(self, name: str) -> dict[str, Tensor]:
+        """The weights in a safetensors file of the folder."""
+        from safetensors.torch import load_file
+
+        file = self.path / name
+        if not file.is_file():
+            raise MetaplError(f"{file} is missing: the run has not got so far. Finish it with --resume.")
+        try:
+            weights: dict[str, Tensor] = load_file(file)
+        except Exception as error:  # safetensors raises its own types, and OSError
+            raise MetaplError(f"{file} cannot be read: {error}.") from error
+        return weights
+
+
+class Metrics:
+    """``metrics.jsonl``, one row per logged step of a phase.
+
+    Rows after the step that is resumed from belong to work that was lost: they are cut off before going on, so the file
+    of a resumed run equals that of an uninterrupted one.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def rows(self, phase: str | None = None) -> list[dict[str, Any]]:
+        """The rows written so far, a torn last line left out."""
+        if not self.file.exists():
+            return []
+        lines = self.file.read_text().split("\n")[:-1]
+        rows = [json.loads(line) for line in lines if line]
+        return [row for row in rows if phase is None or row["phase"] == phase]
+
+    def cut(self, phase: str, step: int) -> None:
+        """Forget rows of ``phase`` after ``step``."""
+        kept = [row for row in self.rows() if row["phase"] != phase or row["step"] <= step]
+        with replacing(self.file) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        with self.file.open("a") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+
+
+def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:
+    """Take the lock, waiting a little for a process that is just going."""
+    give_up = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() > give_up:
+                raise MetaplError(f"another process is running in {folder}; wait for it, or stop it.") from None
+            time.sleep(0.1)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record of a run."""
+    cuda = torch.cuda.is_available()
+    return {
+        "metapl": version("metapl"),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "torchopt": version("torchopt"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,216 @@
+"""The teacher's gradient by plain double backward, and update rules from the textbook: no code of the library.
+
+The student's step is differentiated through from end to end by autograd; nothing here knows of pullbacks, directional
+derivatives or score functions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Tree = dict[str, Tensor]
+Rule = Callable[[Tree, Tree, Any], tuple[Tree, Any]]
+"""(θ, g, state or None) -> (θ′, state′), differentiable in g."""
+
+
+# ------------------------------------------------------------------------------------------------- update rules
+
+
+def sgd(
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> Rule:
+    def rule(params: Tree, grads: Tree, state: Tree | None) -> tuple[Tree, Tree]:
+        new, velocity = {}, {}
+        for name, p in params.items():
+            d = (-grads[name] if maximize else grads[name]) + weight_decay * p
+            velocity[name] = d if state is None else momentum * state[name] + (1 - dampening) * d
+            step = d
+            if momentum:
+                step = d + momentum * velocity[name] if nesterov else velocity[name]
+            new[name] = p - lr * step
+        return new, _constant(velocity)
+
+    return rule
+
+
+def adam(
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    decoupled: bool = False,
+) -> Rule:
+    beta1, beta2 = betas
+
+    def rule(params: Tree, grads: Tree, state: dict[str, Any] | None) -> tuple[Tree, dict[str, Any]]:
+        zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+        state = state or {"t": 0, "m": zeros, "n": zeros, "top": zeros}
+        t = state["t"] + 1
+        new, m, n, top = {}, {}, {}, {}
+        for name, p in params.items():
+            d = -grads[name] if maximize else grads[name]
+            d = d if decoupled else d + weight_decay * p
+            m[name] = beta1 * state["m"][name] + (1 - beta1) * d
+            n[name] = beta2 * state["n"][name] + (1 - beta2) * d.square()
+            top[name] = torch.where(n[name] >= state["top"][name], n[name], state["top"][name])
+            m_hat, n_hat = m[name] / (1 - beta1**t), (top if amsgrad else n)[name] / (1 - beta2**t)
+            kept = p * (1 - lr * weight_decay) if decoupled else p
+            root = n_hat.clamp_min(1e-300).sqrt()  # keeps the derivative at 0 finite, and right
+            new[name] = kept - lr * m_hat / (root + eps)
+        return new, {"t": t, "m": _constant(m), "n": _constant(n), "top": _constant(top)}
+
+    return rule
+
+
+def adamw(**options: Any) -> Rule:
+    return adam(**options, decoupled=True)
+
+
+def clipped(max_norm: float, then: Rule) -> Rule:
+    def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        length = sum(g.square().sum() for g in grads.values()).sqrt()
+        factor = torch.clamp(max_norm / (length + 1e-6), max=1.0)
+        return then(params, {name: factor * g for name, g in grads.items()}, state)
+
+    return rule
+
+
+def _constant(tree: Tree) -> Tree:
+    return {name: t.detach() for name, t in tree.items()}
+
+
+# --------------------------------------------------------------------------------------------------- one step
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the reference finds; gradients of the labelled loss, so without the feedback's sign."""
+
+    grads: Tree
+    signal_grad: Tensor
+    student_params: Tree
+    state: Any
+    inner_loss: Tensor
+    outer_loss: Tensor
+    labels: Tensor | None = None
+
+
+def at(module: nn.Module, params: Tree, x: Tensor) -> Tensor:
+    """A copy of the module at other weights, so that running statistics stay."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return functional_call(copy.deepcopy(module), params, (x,))
+
+
+def weights(module: nn.Module) -> Tree:
+    return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+
+
+def cross_entropy(target: Tensor, outputs: Tensor) -> Tensor:
+    """−Σ_k target_k log softmax(outputs)_k, (B,)."""
+    return -(target * torch.log_softmax(outputs, -1)).sum(-1)
+
+
+def pseudo_labels(
+    teacher: nn.Module,
+    student: nn.Module,
+    labeled: tuple[Tensor, Tensor],
+    unlabeled: Any,
+    rule: Rule,
+    state: Any = None,
+    *,
+    kind: str = "soft",
+    temperature: float = 1.0,
+    smoothing: float = 0.0,
+    labels: Tensor | None = None,
+) -> Found:
+    """One step of Meta Pseudo Labels.
+
+    Args:
+        kind: ``"soft"``: the student learns q; ``"expected"``: it learns ŷ, and the teacher is told of q as if the
+            student's step were linear in it (a straight-through label); ``"score"``: it learns ŷ, and the teacher gets
+            Σ_i (∂L/∂u_i) ∇log p_i(ŷ_i), with u_i = 1 the weight of example i in the inner loss; ``"batch_score"``: the
+            same with one weight u for the whole batch.
+        labels: ŷ, where it is not to be drawn.
+    """
+    weak, strong = unlabeled if isinstance(unlabeled, tuple) else (unlabeled, unlabeled)
+    theta, phi = weights(student), weights(teacher)
+    z = at(student, theta, strong)  # draws first
+    after_inner = torch.get_rng_state()
+    log_q = torch.log_softmax(at(teacher, phi, weak) / temperature, -1)  # draws next
+    q = log_q.exp()
+    classes, rows = q.shape[-1], len(q)
+    if kind != "soft" and labels is None:
+        labels = torch.multinomial(q.detach(), 1).squeeze(-1)
+    end = torch.get_rng_state()
+    hard = None if labels is None else F.one_hot(labels, classes).to(q)
+    u = torch.ones((1,) if kind == "batch_score" else (rows,), dtype=q.dtype, requires_grad=True)
+    leaf = (q if hard is None else hard).detach().requires_grad_()
+    target = (1 - smoothing) * leaf + smoothing / classes
+    inner = (u * cross_entropy(target, z)).mean()
+    names = list(theta)
+    g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+    moved, new_state = rule(theta, dict(zip(names, g, strict=True)), state)
+    torch.set_rng_state(after_inner)  # L(θ′) draws right after the inner pass
+    outer = F.cross_entropy(at(student, moved, labeled[0]), labeled[1])
+    torch.set_rng_state(end)
+    if kind in ("soft", "expected"):
+        (signal_grad,) = torch.autograd.grad(outer, leaf)
+        told = (signal_grad * q).sum()
+    else:
+        (signal_grad,) = torch.autograd.grad(outer, u)
+        told = (signal_grad * (log_q * hard).sum(-1)).sum()
+    grads = torch.autograd.grad(told, list(phi.values()))
+    return Found(
+        dict(zip(phi, grads, strict=True)),
+        signal_grad.detach(),
+        _constant(moved),
+        new_state,
+        inner.detach(),
+        outer.detach(),
+        labels,
+    )
+
+
+def soft_end_to_end(
+    teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tensor], unlabeled: Tensor, rule: Rule, state: Any
+) -> Tree:
+    """The soft gradient with one graph from the teacher's weights to the labelled loss, nothing cut in between."""
+    theta, phi = weights(student), weights(teacher)
+    z = at(student, theta, unlabeled)
+    after_inner = torch.get_rng_state()
+    q = torch.softmax(at(teacher, phi, unlabeled), -1)
+    g = torch.autograd.grad(cross_entropy(q, z).mean(), list(theta.values()), create_graph=True)
+    moved, _ = rule(theta, dict(zip(theta, g, strict=True)), state)
+    torch.set_rng_state(after_inner)
+    outer = F.cross_entropy(at(student, moved, labeled[0]), labeled[1])
+    return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ comparing trees
+
+
+def flat(tree: Tree | Tensor) -> Tensor:
+    return (tree if isinstance(tree, Tensor) else torch.cat([t.flatten() for t in tree.values()])).detach().double()
+
+
+def error(found: Tree | Tensor, expected: Tree | Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖ over all entries."""
+    a, b = flat(found), flat(expected)
+    assert b.norm() > 0, "an expected value of zero proves nothing here"
+    return float((a - b).norm() / b.norm())

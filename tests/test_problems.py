@@ -1,0 +1,192 @@
+"""Problems of one's own against plain double backward: example weights, label correction, losses that read the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import reference
+import torch
+from problems_zoo import OPTIMISERS, STUDENTS, Toy, mlp, toy, warm
+from reference import error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import Signal
+
+Loss = Callable[..., Tensor]
+
+
+class Outer:
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+class MetaWeightNet(Outer):
+    """The teacher weighs each example by the student's own loss on it; a batch is (x, noisy label)."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        losses = F.cross_entropy(student_outputs, batch[1], reduction="none")
+        return Signal(teacher(losses.unsqueeze(-1)).squeeze(-1).sigmoid())
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return signal.value * F.cross_entropy(outputs, batch[1], reduction="none")
+
+
+class LabelCorrection(Outer):
+    """The teacher reads the input and mixes its own label with the noisy one."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        x, noisy = batch
+        logits = teacher(x)
+        return Signal(0.6 * logits.softmax(-1) + 0.4 * F.one_hot(noisy, logits.shape[-1]), outputs=logits)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return F.cross_entropy(outputs, signal.value, reduction="none")
+
+
+class LearnedDecay(Outer):
+    """The teacher says, per example, how strongly the student's weights are pulled to zero."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        return Signal(teacher(batch[0]).softmax(-1)[:, 0])
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        squares = sum(p.square().sum() for p in params.values())
+        return F.cross_entropy(outputs, batch[1], reduction="none") + 0.3 * signal.value * squares
+
+
+@dataclass(frozen=True)
+class ByName:
+    problem: Any
+    teacher: Callable[[], nn.Module]
+
+
+def weigher() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+PROBLEMS = {
+    "meta_weight_net": ByName(MetaWeightNet(), weigher),
+    "label_correction": ByName(LabelCorrection(), mlp),
+    "learned_decay": ByName(LearnedDecay(), mlp),
+}
+
+
+def noisy_toy(name: str, student: str) -> Toy:
+    problem = toy(student, teacher=PROBLEMS[name].teacher)
+    noisy = torch.tensor([2, 0, 1, 1])
+    return Toy(problem.teacher, problem.student, problem.labeled, (problem.unlabeled, noisy), problem.seed)
+
+
+def double_backward(name: str, case: Toy, rule: reference.Rule, state: Any) -> dict[str, Tensor]:
+    """dL(θ′)/dθ_T with one graph from end to end, each problem's formulas written out once more."""
+    theta, phi = reference.weights(case.student), reference.weights(case.teacher)
+    x, noisy = case.unlabeled
+    rows = torch.arange(len(noisy))
+    z = reference.at(case.student, theta, x)
+    after_inner = torch.get_rng_state()
+    ce = -z.log_softmax(-1)[rows, noisy]
+    if name == "meta_weight_net":
+        losses = torch.sigmoid(reference.at(case.teacher, phi, ce.detach()[:, None]))[:, 0] * ce
+    elif name == "label_correction":
+        target = 0.6 * torch.softmax(reference.at(case.teacher, phi, x), -1) + 0.4 * torch.eye(3)[noisy]
+        losses = reference.cross_entropy(target, z)
+    else:
+        pull = torch.softmax(reference.at(case.teacher, phi, x), -1)[:, 0]
+        losses = ce + 0.3 * pull * torch.stack([(p**2).sum() for p in theta.values()]).sum()
+    g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
+    moved, _ = rule(theta, dict(zip(theta, g, strict=True)), state)
+    torch.set_rng_state(after_inner)
+    outer = F.cross_entropy(reference.at(case.student, moved, case.labeled[0]), case.labeled[1])
+    return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
+
+
+@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam", "torchopt_clip"])
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_own_problems_are_exact(name: str, mode: str, student: str, optimiser: str) -> None:
+    case = noisy_toy(name, student)
+    inner, inner_state, state = warm(case, OPTIMISERS[optimiser])
+    case.draw_from_start()
+    expected = double_backward(name, case, OPTIMISERS[optimiser].rule, state)
+    case.draw_from_start()
+    found = metapl.hypergradient(
+        **case.networks(),
+        **case.data(),
+        mode=mode,
+        problem=PROBLEMS[name].problem,
+        inner_optimizer=inner,
+        inner_state=inner_state,
+    )
+    assert error(found.grads, expected) < (1e-4 if mode == "difference" else 1e-9)
+    assert found.feedback.shape == ((4, 3) if name == "label_correction" else (4,))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_trainer_takes_own_problems(name: str) -> None:
+    """Thirty steps lower the labelled loss by more than the student's steps alone do with an idle teacher."""
+    losses = {}
+    for mode in ("forward", "none"):
+        case = noisy_toy(name, "mlp")
+        trainer = metapl.BilevelTrainer(
+            **case.networks(),
+            mode=mode,
+            problem=PROBLEMS[name].problem,
+            inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.3),
+            outer_optimizer=torch.optim.Adam(case.teacher.parameters(), lr=0.05),
+            teacher_losses=(),
+        )
+        for _ in range(30):
+            trainer.step(**case.data())
+        losses[mode] = F.cross_entropy(case.student(case.labeled[0]), case.labeled[1]).item()
+    assert losses["forward"] < losses["none"] - 0.02
+
+
+class Coins(Outer):
+    """A signal that is not a class: the teacher draws which examples to keep, by their log-probability alone."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        p = teacher(batch[0])[:, 0].sigmoid()
+        kept = torch.bernoulli(p.detach(), generator=generator)
+        return Signal(kept, log_prob=(kept * p + (1 - kept) * (1 - p)).log())
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return signal.value * F.cross_entropy(outputs, batch[1], reduction="none")
+
+
+def test_sampled_signals_need_no_classes() -> None:
+    """The examples left out get no credit, and the credits sum to Algorithm 1's scalar."""
+    h = {}
+    for mode in ("reinforce", "reinforce_per_example"):
+        case = noisy_toy("learned_decay", "mlp")
+        case.draw_from_start()
+        inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
+        h[mode] = metapl.hypergradient(
+            **case.networks(), **case.data(), mode=mode, problem=Coins(), inner_optimizer=inner
+        ).feedback
+    assert 0 < int((h["reinforce_per_example"] == 0).sum()) < 4
+    assert error(h["reinforce_per_example"].sum(), h["reinforce"]) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference"])
+def test_an_expectation_needs_the_law(mode: str) -> None:
+    case = noisy_toy("learned_decay", "mlp")
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
+    with pytest.raises(metapl.MetaplError, match=r"carries no probs.*reinforce_per_example"):
+        metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=Coins(), inner_optimizer=inner)
+
+
+def test_an_inner_loss_that_is_averaged_already_is_refused() -> None:
+    class Averaged(metapl.PseudoLabels):
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            return super().inner_loss(outputs, signal, batch, params).mean()
+
+    case = toy("mlp")
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
+    with pytest.raises(metapl.MetaplError, match=r"shape \(\) for a batch of 4; expected one loss per example"):
+        metapl.hypergradient(**case.networks(), **case.data(), problem=Averaged(), inner_optimizer=inner)

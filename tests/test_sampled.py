@@ -1,0 +1,223 @@
+"""Sampled labels, by enumerating every joint label of a tiny batch with its probability: no draw is left to chance."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torchopt
+from problems_zoo import CLASSES, OPTIMISERS, Optimiser, Toy, toy, warm
+from reference import error, flat
+from torch import Tensor
+
+import metapl
+from metapl.feedback import Reinforce, ReinforcePerExample
+
+ROWS = 2
+
+
+def joint_labels(problem: Toy) -> list[tuple[Tensor, Tensor]]:
+    """Every ŷ (B,) with its probability, as a function of the teacher's weights."""
+    q = problem.teacher(problem.unlabeled).softmax(-1)
+    rows = torch.arange(len(q))
+    every = [torch.tensor(ys) for ys in itertools.product(range(CLASSES), repeat=len(q))]
+    return [(ys, q[rows, ys].prod()) for ys in every]
+
+
+def mean_over_labels(grads_for: Callable[[Tensor], Any], problem: Toy) -> Tensor:
+    return sum(p.detach() * flat(grads_for(ys)) for ys, p in joint_labels(problem))
+
+
+def library_mean(
+    mode: Any, problem: Toy, optimiser: Optimiser, monkeypatch: pytest.MonkeyPatch, warmed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The mean over ŷ of what the library hands the teacher, and of θ′."""
+    inner, inner_state, _ = warm(problem, optimiser) if warmed else (optimiser.build(problem.student), None, None)
+
+    def call(ys: Tensor) -> metapl.Hypergradient:
+        monkeypatch.setattr(torch, "multinomial", lambda law, n, generator=None: ys.unsqueeze(-1))
+        return metapl.hypergradient(
+            **problem.networks(),
+            **problem.data(),
+            mode=mode,
+            problem=metapl.PseudoLabels("hard"),
+            inner_optimizer=inner,
+            inner_state=inner_state,
+        )
+
+    found = {ys: call(ys) for ys, _ in joint_labels(problem)}
+    return (
+        mean_over_labels(lambda ys: next(f.grads for k, f in found.items() if torch.equal(k, ys)), problem),
+        mean_over_labels(lambda ys: next(f.student_params for k, f in found.items() if torch.equal(k, ys)), problem),
+    )
+
+
+def reference_mean(told: str, problem: Toy, optimiser: Optimiser, warmed: bool = False) -> Tensor:
+    """The enumerated mean of an estimator's own formula, by the reference."""
+    state = warm(problem, optimiser)[2] if warmed else None
+    case = {**problem.networks(), **problem.data(), "rule": optimiser.rule, "state": state, "kind": told}
+    return mean_over_labels(lambda ys: reference.pseudo_labels(**case, labels=ys).grads, problem)
+
+
+def soft_gradient(problem: Toy, optimiser: Optimiser, warmed: bool = False) -> Tensor:
+    state = warm(problem, optimiser)[2] if warmed else None
+    return flat(
+        reference.pseudo_labels(**problem.networks(), **problem.data(), rule=optimiser.rule, state=state).grads
+    )
+
+
+def sgd(lr: float) -> Optimiser:
+    return Optimiser("sgd", reference.sgd(lr=lr), torch.optim.SGD, (("lr", lr),))
+
+
+def nesterov(lr: float) -> Optimiser:
+    options = {"lr": lr, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    return Optimiser("nesterov", reference.sgd(**options), torch.optim.SGD, tuple(options.items()))
+
+
+def adam(lr: float) -> Optimiser:
+    return Optimiser("adam", reference.adam(lr=lr), torch.optim.Adam, (("lr", lr),))
+
+
+def clip(lr: float) -> Optimiser:
+    transform = torchopt.chain(torchopt.clip_grad_norm(0.05), torchopt.sgd(lr))
+    return Optimiser("clip", reference.clipped(0.05, reference.sgd(lr=lr)), transform=lambda: transform)
+
+
+HARD = {
+    # mode, what the reference differentiates, order in η of the bias beside the soft gradient
+    "reinforce": ("reinforce", "batch_score", 1),
+    "reinforce_per_example": ("reinforce_per_example", "score", 1),
+    "reinforce_per_example_by_difference": (ReinforcePerExample(tangent="difference"), "score", 1),
+    "forward": ("forward", "expected", 2),
+    "difference": ("difference", "expected", 2),
+}
+
+
+@pytest.mark.parametrize("optimiser", [sgd, nesterov])
+@pytest.mark.parametrize("mode", HARD)
+def test_mean_over_labels_tends_to_the_soft_gradient(
+    mode: str, optimiser: Callable[[float], Optimiser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In direction and in length, with its bias falling as η (one credit per draw) or η² (labels' expectation)."""
+    how, _, order = HARD[mode]
+    problem, gaps = toy("mlp", rows=ROWS), []
+    for eta in (0.02, 0.01, 0.005):
+        soft = soft_gradient(problem, optimiser(eta))
+        mean, _ = library_mean(how, problem, optimiser(eta), monkeypatch)
+        gaps.append(float((mean - soft).norm() / soft.norm()))
+        assert torch.cosine_similarity(mean, soft, dim=0) > 1 - 5e-3
+        assert abs(mean.norm() / soft.norm() - 1) < 0.05
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert gaps[1] / gaps[2] == pytest.approx(2**order, rel=0.15)
+
+
+@pytest.mark.parametrize("mode", HARD)
+def test_the_mean_step_of_plain_sgd_is_the_soft_step(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, optimiser = toy("mlp", rows=ROWS), sgd(0.3)
+    _, theta = library_mean(HARD[mode][0], problem, optimiser, monkeypatch)
+    soft = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=optimiser.rule)
+    assert error(theta, soft.student_params) < 1e-12
+
+
+@pytest.mark.parametrize("warmed", [False, True])
+@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam", "torchopt_clip"])
+@pytest.mark.parametrize("mode", HARD)
+def test_mean_over_labels_is_that_of_the_formula(
+    mode: str, optimiser: str, warmed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how, told, _ = HARD[mode]
+    problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]
+    expected = reference_mean(told, toy("mlp", rows=ROWS), rule, warmed)
+    found, _ = library_mean(how, problem, rule, monkeypatch, warmed)
+    assert error(found, expected) < (1e-4 if "difference" in mode else 1e-8)
+
+
+@cache
+def bias(mode: str, optimiser: Callable[[float], Optimiser], eta: float, warmed: bool) -> tuple[float, float, float]:
+    """Medians over five problems of two examples each: ‖mean − soft‖/‖soft‖, ‖mean‖/‖soft‖, their cosine."""
+    seen = []
+    for seed in range(5):
+        mean = reference_mean(HARD[mode][1], toy("mlp", rows=ROWS, seed=seed), optimiser(eta), warmed)
+        soft = soft_gradient(toy("mlp", rows=ROWS, seed=seed), optimiser(eta), warmed)
+        seen.append([(mean - soft).norm(), mean.norm(), mean @ soft / mean.norm()])
+        seen[-1] = [float(t / soft.norm()) for t in seen[-1]]
+    return tuple(torch.tensor(seen).median(0).values.tolist())
+
+
+@pytest.mark.parametrize("eta", [0.01, 0.001])
+@pytest.mark.parametrize(
+    ("mode", "gap", "length"),
+    [("reinforce", 0.49, 0.55), ("reinforce_per_example", 0.33, 0.74), ("forward", 0.26, 0.74)],
+)
+def test_bias_under_adam_stays_as_the_learning_rate_falls(mode: str, gap: float, length: float, eta: float) -> None:
+    """The figures that the docstrings state: too short, in nearly the right direction."""
+    found = bias(mode, adam, eta, True)
+    assert found == (pytest.approx(gap, abs=0.03), pytest.approx(length, abs=0.03), pytest.approx(0.99, abs=0.011))
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.001])
+@pytest.mark.parametrize(
+    ("mode", "gap", "length"),
+    [("reinforce", 1.0, 0.0), ("reinforce_per_example", 0.86, 0.16), ("forward", 0.82, 0.23)],
+)
+def test_bias_under_an_active_clip_stays_as_the_learning_rate_falls(
+    mode: str, gap: float, length: float, eta: float
+) -> None:
+    """As above; the scalar of Algorithm 1 says nothing at all there."""
+    found = bias(mode, clip, eta, False)
+    assert found == (pytest.approx(gap, abs=0.03), pytest.approx(length, abs=0.03), pytest.approx(0.95, abs=0.02))
+
+
+@pytest.mark.parametrize("warmed", [False, True])
+@pytest.mark.parametrize(
+    "optimiser", ["torch_sgd", "torch_sgd_momentum", "torch_sgd_nesterov", "torch_adam", "torch_adamw", "torchopt_clip"]
+)
+def test_loss_difference_is_the_gradient_of_the_expected_labelled_loss(
+    optimiser: str, warmed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """∇ E_ŷ[L(θ′(ŷ))], the expectation differentiated as the finite sum that it is; no optimiser is an exception."""
+    problem, rule = toy("mlp", rows=ROWS), OPTIMISERS[optimiser]
+    found, _ = library_mean("loss_difference", problem, rule, monkeypatch, warmed)
+    problem = toy("mlp", rows=ROWS)
+    state = warm(problem, rule)[2] if warmed else None
+    case = {**problem.networks(), **problem.data(), "rule": rule.rule, "state": state, "kind": "score"}
+    loss = sum(p * reference.pseudo_labels(**case, labels=ys).outer_loss for ys, p in joint_labels(problem))
+    assert error(found, flat_grad(loss, problem)) < 1e-9
+
+
+def flat_grad(loss: Tensor, problem: Toy) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(problem.teacher.parameters()))])
+
+
+@pytest.mark.parametrize("mode", ["reinforce", "loss_difference"])
+def test_a_constant_baseline_leaves_the_mean_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E[∇ log p(ŷ)] = 0, so whatever does not depend on these labels may be subtracted."""
+    problem, optimiser = toy("mlp", rows=ROWS), sgd(0.3)
+    plain, _ = library_mean(mode, problem, optimiser, monkeypatch)
+    before = metapl.feedback.reinforce.init_baseline
+    for module in (metapl.feedback.reinforce, metapl.feedback.loss_difference):
+        monkeypatch.setattr(module, "init_baseline", lambda decay: {k: v + 5.0 for k, v in before(decay).items()})
+    how = {"reinforce": Reinforce, "loss_difference": metapl.feedback.LossDifference}[mode](baseline=0.9)
+    shifted, _ = library_mean(how, problem, optimiser, monkeypatch)
+    assert error(shifted, plain) < 1e-10
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_labels_are_drawn_from_the_tempered_softmax(temperature: float) -> None:
+    """4000 draws of one row: frequencies within four standard errors of q."""
+    problem = toy("mlp", rows=1)
+    many = problem.unlabeled.expand(4000, -1, -1, -1)
+    torch.manual_seed(0)
+    signal = metapl.PseudoLabels("hard", temperature).signal(
+        problem.teacher, many, problem.student(many).detach(), generator=None
+    )
+    q = (problem.teacher(problem.unlabeled)[0] / temperature).softmax(-1)
+    frequency = signal.value.bincount(minlength=CLASSES) / len(many)
+    assert ((frequency - q).abs() < 4 * (q * (1 - q) / len(many)).sqrt()).all()
+    torch.testing.assert_close(signal.log_prob, q.log()[signal.value])
