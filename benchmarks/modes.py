@@ -5,12 +5,12 @@
     python benchmarks/modes.py --write-readme README.md
 
 On WRN-28-2: the cost of one ``BilevelTrainer.step`` (equal batches, no losses of the teacher's own) in student forward
-passes, by counting FLOPs; its time, the modes taking turns; and its peak memory beyond weights and optimiser states, by the
-allocator's own account. Then, over draws of the labels at fixed weights, the noise and the bias of the teacher's gradient
-against the exact one (double backward in float64), on a small classifier of digits and on WRN-28-2.
+passes, by counting FLOPs; its time, the modes taking turns; and its peak memory beyond weights and optimiser states, by
+the allocator's own account. Then, over draws of the labels at fixed weights, the noise and the bias of the teacher's
+gradient against the exact one (double backward in float64), on a small classifier of digits and on WRN-28-2.
 
-Writes a JSON file and a picture beside it. With a CUDA device the same is measured on it, in float32 (TF32 off) and in bf16
-autocast, instead of on the CPU.
+Writes a JSON file and a picture beside it. With a CUDA device the same is measured on it, in float32 (TF32 off) and in
+bf16 autocast, instead of on the CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import json
+import os
 import statistics
 import time
 import warnings
@@ -37,6 +38,10 @@ import metapl
 from metapl.data import load_digits_split
 from metapl.feedback import Difference, Estimator
 
+# The profiler's own log would go to the terminal.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+LEARNING_RATE = 0.05  # η of the step whose gradient is judged
 RESULT = Path("benchmarks/results/modes.json")
 BEGIN, END = "<!-- modes:begin -->", "<!-- modes:end -->"
 
@@ -56,7 +61,14 @@ class Mode:
 
 MODES = [
     Mode("none", "no feedback, the control", "–", "none", "soft"),
-    Mode("loss_difference", "sampled labels, L(θ) − L(θ′)", "no", "loss_difference", "hard", noisy=True),
+    Mode(
+        "loss_difference",
+        "sampled labels, L(θ) − L(θ′)",
+        "up to O(η), on average",
+        "loss_difference",
+        "hard",
+        noisy=True,
+    ),
     Mode(
         "reinforce",
         "Algorithm 1: sampled labels, one scalar",
@@ -116,7 +128,7 @@ def places() -> list[Place]:
 
 
 def step_of(mode: Mode, place: Place, batch: int) -> tuple[Callable[[], Any], nn.Module, Tensor]:
-    """One trainer's step on fixed batches, the student, and its batch; two steps have been taken."""
+    """One trainer's step on fixed batches, the student, and its batch; one step has been taken."""
     torch.manual_seed(0)
     teacher, student = (metapl.models.wide_resnet28_2(num_classes=10).to(place.device) for _ in range(2))
     unlabeled = torch.randn(batch, 3, 32, 32, device=place.device)
@@ -134,7 +146,6 @@ def step_of(mode: Mode, place: Place, batch: int) -> tuple[Callable[[], Any], nn
         with place.active():
             trainer.step(labeled, unlabeled)
 
-    step()
     step()
     place.wait()
     return step, student, unlabeled
@@ -213,7 +224,7 @@ class Subject:
                 unlabeled=x_u,
                 mode=mode.mode,
                 problem=metapl.PseudoLabels(mode.kind),
-                inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.05),
+                inner_optimizer=torch.optim.SGD(student.parameters(), lr=LEARNING_RATE),
                 generator=generator,
             )
         return torch.cat([g.double().flatten() for g in found.grads.values()]).cpu()
@@ -223,7 +234,7 @@ def small_classifier(place: Place) -> Subject:
     """Digits, an MLP of 64, 32 and 10 units, B = 64 unlabelled and 64 labelled images."""
     torch.manual_seed(0)
     split = load_digits_split(labels_per_class=20, seed=0)
-    return _trained("digits, MLP 64-32-10", lambda: metapl.models.mlp([64, 32, 10]), split, place, batch=64, steps=100)
+    return _trained("digits, MLP 64-32-10", lambda: metapl.models.mlp([64, 32, 10]), split, place, batch=64, steps=30)
 
 
 def wide_resnet(place: Place) -> Subject:
@@ -260,8 +271,8 @@ def _trained(
 def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any]]:
     r"""Per mode, beside the exact gradient G: noise \sqrt{E‖g − ḡ‖²}/‖G‖ and bias ‖ḡ − G‖/‖G‖.
 
-    Of n draws, noise alone would make the bias look like noise/√n: its ``bias_floor``. ``along`` is ⟨ḡ, G⟩/‖G‖², 1 without
-    bias along G, with its standard error.
+    Of n draws, noise alone would make it look like noise/√n, the standard error of ḡ: ``bias_floor``. ``along``
+    is ⟨ḡ, G⟩/‖G‖², 1 without bias along G, with its standard error.
     """
     reference = next(mode for mode in MODES if mode.mode == "unrolled")
     exact = subject.gradient(reference, place, double=True)
@@ -301,7 +312,7 @@ def measured(place: Place, arguments: argparse.Namespace) -> dict[str, Any]:
     small = noise(small_classifier(place), place, arguments.draws)
     large = noise(wide_resnet(place), place, arguments.draws_wrn)
     print("FLOPs and memory", flush=True)
-    cost = {mode.name: (passes(mode, place), peak_memory(mode, place, arguments.batch)) for mode in MODES}
+    cost = {mode.name: (passes(mode, place), peak_memory(mode, place, arguments.memory_batch)) for mode in MODES}
     rows = []
     for mode in MODES:
         here = seconds[mode.name]
@@ -353,13 +364,15 @@ def _table_of(run: dict[str, Any], setup: dict[str, Any]) -> str:
     noisy = next(row for row in run["modes"] if row["mode"] == "reinforce")["gradient_small"]
     lines += [
         "",
-        f"Cost of one step of WRN-28-2 in forward passes of the student (FLOPs), the teacher's own 3 included (1 for `none`,"
-        f" whose teacher has nothing to learn from here). Time and peak memory relative to `forward`"
-        f" ({forward['seconds']['median']:.2g} s, {forward['peak_bytes'] / 1e6:.0f} MB beyond the weights; batch"
-        f" {setup['batch']}, {run['precision']}, median of {setup['rounds']} interleaved rounds; {hardware}; torch"
-        f" {setup['torch']}). Noise and bias of the teacher's gradient relative to the exact gradient's norm, {noisy['draws']}"
-        f" draws of labels on a small classifier (digits, B = 64, C = 10); ≤ marks a bias that the noise of its own mean"
-        f" would explain. `{setup['command']}`",
+        "Cost of one step of WRN-28-2 in forward passes of the student (FLOPs), the teacher's own 3 included (1 for"
+        " `none`, whose teacher has nothing to learn from here). Time and peak memory relative to `forward`:"
+        f" {forward['seconds']['median']:.2g} s at batch {setup['batch']}, median of {setup['rounds']} interleaved"
+        f" rounds; {forward['peak_bytes'] / 1e6:.0f} MB at batch {setup['memory_batch']}, beyond weights and optimiser"
+        f" states ({run['precision']};"
+        f" {hardware}; torch {setup['torch']}). Noise and bias of the teacher's gradient over the norm of the exact"
+        f" one, at one state of a small classifier (digits, B = 64, C = 10, η = {LEARNING_RATE}), {noisy['draws']}"
+        " draws of labels; ≤ where the bias found is within twice the standard error of its mean."
+        f" `{setup['command']}`",
     ]
     return "\n".join(lines)
 
@@ -401,48 +414,57 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     runs = result["runs"]
-    figure, grid = plt.subplots(len(runs), 4, figsize=(13, 0.9 + 4.1 * len(runs)), squeeze=False, sharey=True)
+    height = 1.1 + 4.0 * len(runs)
+    figure, grid = plt.subplots(len(runs), 4, figsize=(13, height), squeeze=False, sharey=True)
     for run, panels in zip(runs, grid, strict=True):
-        _draw_run(run, panels, where=f"{run['device'].upper()}, {run['precision']}")
-    figure.suptitle(
-        "What a teacher's gradient costs, and how noisy it is: one step of WRN-28-2",
-        x=0.01,
-        ha="left",
-        fontsize=14,
-        fontweight="bold",
-    )
-    figure.tight_layout(rect=(0, 0, 1, 1), w_pad=2.0)
+        _draw_run(run, panels)
+        panels[0].set_ylabel(f"{run['device'].upper()}, {run['precision']}", fontsize=10)
+    title = "What the teacher's gradient costs and how noisy it is, mode by mode, on WRN-28-2"
+    figure.text(0.012, 1 - 0.3 / height, title, fontsize=14, fontweight="bold", va="center")
+    left = 0.012
+    for words, colour in (
+        ("soft labels: the exact gradient or an approximation of it without noise", SOFT),
+        ("sampled labels", SAMPLED),
+        ("control", CONTROL),
+    ):
+        written = figure.text(left, 1 - 0.62 / height, f"■ {words}", fontsize=10.5, color=colour, va="center")
+        left = written.get_window_extent().x1 / figure.bbox.width + 0.015
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.75 / height), w_pad=2.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _draw_run(run: dict[str, Any], panels: Any, where: str) -> None:
+# Of Okabe and Ito's colours, which the colour-blind can tell apart.
+SOFT, SAMPLED, CONTROL = "#0072B2", "#C14F00", "#6B6B6B"
+
+
+def _draw_run(run: dict[str, Any], panels: Any) -> None:
     rows = run["modes"]
     lines = range(len(rows))
-    # Okabe and Ito's colours: exact, sampled, and the control.
-    colours = ["#6B6B6B" if r["mode"] == "none" else "#D55E00" if _is_noisy(r) else "#0072B2" for r in rows]
+    colours = [CONTROL if r["mode"] == "none" else SAMPLED if _is_noisy(r) else SOFT for r in rows]
     columns = [
-        ("cost, student forward passes (FLOPs)", [r["passes"] for r in rows], "{:.1f}"),
-        ("time, relative to forward", [r["time_over_forward"]["median"] for r in rows], "{:.2f}"),
-        ("peak memory, relative to forward", [r["memory_over_forward"] for r in rows], "{:.2f}"),
+        ("cost in student passes (FLOPs)", [r["passes"] for r in rows], "{:.1f}"),
+        ("time, forward = 1", [r["time_over_forward"]["median"] for r in rows], "{:.2f}"),
+        ("peak memory, forward = 1", [r["memory_over_forward"] for r in rows], "{:.2f}"),
     ]
     for axes, (title, values, form) in zip(panels, columns, strict=False):
         axes.barh(lines, values, color=colours, height=0.62)
         for y, value in zip(lines, values, strict=True):
             axes.annotate(form.format(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
-        axes.set_xlim(0, 1.18 * max(values))
+        axes.set_xlim(0, 1.22 * max(values))
         axes.set_title(title, fontsize=10.5, loc="left")
-    bounds = [(r["time_over_forward"]["lower_quartile"], r["time_over_forward"]["upper_quartile"]) for r in rows]
-    for y, (low, high) in zip(lines, bounds, strict=True):
-        panels[1].plot([low, high], [y + 0.2, y + 0.2], color="black", linewidth=1.2, solid_capstyle="butt")
+    for y, row in zip(lines, rows, strict=True):
+        spread = row["time_over_forward"]
+        between = [spread["lower_quartile"], spread["upper_quartile"]]
+        panels[1].plot(between, [y + 0.2, y + 0.2], color="black", linewidth=1.5, solid_capstyle="butt")
+    panels[1].set_xlabel("line: quartiles over the rounds", fontsize=9)
     _draw_noise(panels[3], rows, colours)
     panels[0].set_yticks(lines, [r["mode"] for r in rows], fontsize=10)
     panels[0].invert_yaxis()
-    panels[0].set_ylabel(where, fontsize=10)
     for axes in panels:
         axes.tick_params(axis="y", length=0)
-        axes.tick_params(axis="x", labelsize=8, colors="#6B6B6B")
+        axes.tick_params(axis="x", which="both", labelsize=8, colors="#6B6B6B")
         axes.spines[["top", "right", "left"]].set_visible(False)
 
 
@@ -452,30 +474,32 @@ def _is_noisy(row: dict[str, Any]) -> bool:
 
 def _draw_noise(axes: Any, rows: list[dict[str, Any]], colours: list[str]) -> None:
     axes.set_xscale("log")
-    axes.set_xlim(1e-3, 3e2)
-    axes.set_title("noise / signal of the gradient (log)", fontsize=10.5, loc="left")
+    axes.set_xlim(1e-2, 1e2)
+    axes.minorticks_off()
+    axes.set_title("noise / signal of the gradient", fontsize=10.5, loc="left")
     axes.axvline(1, color="#C0C0C0", linewidth=0.9, zorder=0)
     for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
-        found = row["gradient_small"]
-        if found is None or found["noise"] == 0:
-            axes.text(1.15e-3, y, "0" if found else "no gradient", va="center", fontsize=9, color=colour)
+        small, large = row["gradient_small"], row["gradient_wrn"]
+        if small is None or small["noise"] == 0:
+            axes.text(1.1e-2, y, "0" if small else "no gradient", va="center", fontsize=9, color=colour)
             continue
-        large = row["gradient_wrn"]["noise"]
-        axes.plot([found["noise"], large], [y, y], color=colour, linewidth=1, zorder=1)
-        axes.scatter([found["noise"]], [y], s=42, color=colour, zorder=2)
-        axes.scatter([large], [y], s=42, facecolor="white", edgecolor=colour, linewidth=1.4, zorder=2)
-        axes.annotate(
-            f"{found['noise']:.2g}", (found["noise"], y), (0, 7), textcoords="offset points", ha="center", fontsize=9
-        )
-        axes.annotate(f"{large:.2g}", (large, y), (0, -13), textcoords="offset points", ha="center", fontsize=9)
+        low, high = sorted((small["noise"], large["noise"]))
+        axes.plot([low, high], [y, y], color=colour, linewidth=1, zorder=1)
+        axes.scatter([small["noise"]], [y], s=42, color=colour, zorder=2)
+        axes.scatter([large["noise"]], [y], s=42, facecolor="white", edgecolor=colour, linewidth=1.4, zorder=2)
+        for value, side, shift in ((low, "right", -7), (high, "left", 7)):
+            axes.annotate(
+                f"{value:.2g}", (value, y), (shift, 0), textcoords="offset points", ha=side, va="center", fontsize=9
+            )
     axes.set_xlabel("● small classifier   ○ WRN-28-2", fontsize=9)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULT, help="the JSON file; the picture goes beside it")
-    parser.add_argument("--batch", type=int, default=16, help="images of each kind, for time and memory")
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps per mode")
+    parser.add_argument("--batch", type=int, default=8, help="images of each kind, for time")
+    parser.add_argument("--rounds", type=int, default=21, help="timed steps per mode")
+    parser.add_argument("--memory-batch", type=int, default=32, help="images of each kind, for memory")
     parser.add_argument("--draws", type=int, default=2000, help="draws of labels on the small classifier")
     parser.add_argument("--draws-wrn", type=int, default=24, help="draws of labels on WRN-28-2")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the Markdown table of a result and stop")
@@ -494,7 +518,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
-    sizes = {name: getattr(arguments, name) for name in ("batch", "rounds", "draws", "draws_wrn")}
+    sizes = {name: getattr(arguments, name) for name in ("batch", "rounds", "memory_batch", "draws", "draws_wrn")}
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
     where = places()
     setup = {**described(where[0].device), "command": f"python benchmarks/modes.py{options}", **sizes}

@@ -248,7 +248,8 @@ class TransformUpdate:
     """The update of a TorchOpt transform: its state goes in and comes out, its pullback is the VJP of ``update``.
 
     Three of TorchOpt's traps are closed here. ``trace`` forgets the momentum of a state handed to a fresh transform
-    (a hidden first-call flag): the flag is spent on a dummy call. The VJP of ``adam`` is NaN where a gradient entry is
+    (a hidden first-call flag): the flag is spent on a dummy call, so with ``dampening`` the first step is damped like
+    every other, which TorchOpt's own is not. The VJP of ``adam`` is NaN where a gradient entry is
     exactly zero: it is taken at an entry too small to matter instead. ``clip_grad_norm`` hides its norm from autograd:
     its exact derivative is put in its place.
     """

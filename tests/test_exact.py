@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import OPTIMISERS, STUDENTS, Optimiser, Toy, toy, unmoved, warm
+from problems_zoo import OPTIMISERS, STUDENTS, Optimiser, Toy, noisy_teacher, toy, unmoved, warm
 from reference import error
 
 import metapl
@@ -155,7 +155,7 @@ def test_the_reference_agrees_with_central_differences_of_real_steps(optimiser: 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.15])
 def test_two_views_temperature_and_smoothing(estimator: str, smoothing: float) -> None:
-    """The teacher is fed back through the weak view, the student learns on the strong; smoothing stays the student's."""
+    """The teacher is fed back through the weak view, the student learns the strong; smoothing is the student's own."""
     problem, rule = toy("batch_norm", views=True), OPTIMISERS["torch_sgd_nesterov"]
     inner = rule.build(problem.student)
     labels = {"temperature": 0.7, "smoothing": smoothing}
@@ -181,14 +181,8 @@ def test_a_teacher_with_dropout_and_batch_norm(estimator: str, student: str) -> 
         check_against_reference(estimator, problem, rule, rule.build(problem.student), None, None)
 
 
-def noisy_teacher() -> torch.nn.Module:
-    return torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(16, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.3), torch.nn.Linear(6, 3)
-    )
-
-
-# Measured over the cases below: forward 1.7e-6, difference 2.8e-3, one-sided 5.2e-3.
-SINGLE = {"unrolled": 2e-5, "forward": 2e-5, "difference": 1e-2, "difference_one_sided": 2e-2}
+# Measured over the cases below: unrolled 7.7e-6, forward 6.6e-6, difference 5.5e-4, one-sided 1.4e-3.
+SINGLE = {"unrolled": 2e-5, "forward": 2e-5, "difference": 2e-3, "difference_one_sided": 5e-3}
 
 
 @pytest.mark.parametrize("optimiser", ["torch_sgd", "torch_sgd_nesterov", "torch_adamw", "torchopt_clip"])

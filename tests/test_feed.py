@@ -1,4 +1,4 @@
-"""Feeds: whatever the source, a restored feed goes on with the batches of the uninterrupted run, and disturbs nobody."""
+"""Feeds: whatever the source, a restored one goes on with the batches of the uninterrupted run, and disturbs nobody."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing import active_children
 from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
@@ -58,8 +59,10 @@ class OwnGenerators(Noisy):
         self.legacy = np.random.RandomState(4)
 
     def __getitem__(self, index: int) -> Tensor:
-        drawn = torch.rand((), generator=self.torch), self.python.random(), self.numpy.random(), self.legacy.rand()
-        return torch.tensor([index, *drawn], dtype=torch.float64)
+        numpy = self.numpy.random() + self.legacy.rand()
+        return torch.tensor(
+            [index, torch.rand((), generator=self.torch), self.python.random(), numpy], dtype=torch.float64
+        )
 
 
 class Stream(IterableDataset[Tensor]):
@@ -93,18 +96,29 @@ class Doubles(StepBatches[Tensor]):
 
 
 class Countdown:
-    """A source that keeps its own position, in epochs of 4 batches with a random second entry."""
+    """A source that keeps its own position, but not what it draws from."""
 
     def __init__(self) -> None:
-        self.left: list[int] = []
+        self.generator = seeded(8)
+        self.left: list[int] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        if not self.left:
-            self.left = torch.randperm(4).tolist()
+        self.begin()
+        self.salt = torch.randint(100, ())  # like the seed that a loader draws for its workers, and then has no use for
+        return self.batches()
+
+    def begin(self) -> None:
+        if self.left is None:
+            self.left = torch.randperm(4, generator=self.generator).tolist()
+            random.shuffle(self.left)
+
+    def batches(self) -> Iterator[Tensor]:
         while self.left:
             yield torch.stack([torch.tensor(self.left.pop()), torch.randint(100, ())])
+        self.left = None
 
     def state_dict(self) -> dict[str, Any]:
+        self.begin()  # as torchdata's loader does when it is asked before it is iterated
         return {"left": self.left}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -121,8 +135,12 @@ def step_batches() -> UnlabeledBatches:
     )
 
 
+def shuffled_by_its_sampler() -> DataLoader[Tensor]:
+    return DataLoader(Noisy(), batch_size=3, sampler=RandomSampler(Noisy(), generator=seeded(5)))
+
+
 def nested() -> DataLoader[Tensor]:
-    own = Subset(ConcatDataset([OwnGenerators(), Noisy(3)]), list(range(2, 12)))
+    own: Subset[Tensor] = Subset(ConcatDataset([OwnGenerators(), Noisy(3)]), list(range(2, 12)))
     return DataLoader(own, batch_sampler=BatchSampler(RandomSampler(own, generator=seeded(7)), 3, drop_last=True))
 
 
@@ -145,6 +163,8 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "weighted": lambda: weighted(None),
     "weighted, own generator": lambda: weighted(seeded(6)),
     "data set's generators": lambda: DataLoader(OwnGenerators(), batch_size=3, shuffle=True),
+    # Where batches fill the epoch, the sampler draws once more as it ends.
+    "full batches": lambda: DataLoader(Noisy(12), batch_size=3, shuffle=True, generator=seeded(5)),
     "nested": nested,
     "iterable": lambda: DataLoader(Stream(), batch_size=3),
     "re-iterable": Reiterable,
@@ -262,11 +282,21 @@ def test_every_epoch_is_whole_and_shuffled_anew() -> None:
     assert len(torch.cat(epochs)[:, 1:].unique()) == 3 * 27
 
 
-@pytest.mark.parametrize("source", [SOURCES["shuffled"], WITH_WORKERS["persistent"]])
-def test_first_epoch_is_the_loaders_own(source: Callable[[], Any]) -> None:
-    stream = made(source())
+@pytest.mark.parametrize(
+    ("source", "epochs"),
+    [
+        (SOURCES["shuffled"], 3),
+        (SOURCES["own generator"], 3),
+        (SOURCES["full batches"], 3),
+        (WITH_WORKERS["persistent"], 1),
+    ],
+    ids=["shuffled", "own generator", "full batches", "persistent workers"],
+)
+def test_batches_are_those_of_the_loader_alone(source: Callable[[], Any], epochs: int) -> None:
+    stream, alone = made(source()), source()
     torch.default_generator.set_state(stream.state()["stream"][0])
-    assert same([batch[:, :2] for batch in take(stream, 4)], [batch[:, :2] for batch in source()])
+    expected = [batch[:, :2] for _ in range(epochs) for batch in alone]
+    assert same([batch[:, :2] for batch in take(stream, 4 * epochs)], expected)
     stream.close()
 
 
@@ -315,8 +345,6 @@ def test_leaves_persistent_workers_to_their_loader() -> None:
 
 
 def test_workers_start_with_the_first_batch_and_stop_on_close() -> None:
-    from torch.multiprocessing import active_children
-
     for stream in (made(Doubles(), num_workers=1), made(DataLoader(Noisy(), batch_size=3, num_workers=1))):
         stream.state()
         assert not active_children()
@@ -333,7 +361,7 @@ def test_an_iterator_is_served_once() -> None:
     state = through_a_file(stream.state())
     with pytest.raises(MetaplError, match=r"labeled ran out at batch 3 .* needs 5; .* DataLoader"):
         stream.next()
-    with pytest.raises(MetaplError, match=r"labeled is an iterator .*generator.*cannot be resumed.*state_dict"):
+    with pytest.raises(MetaplError, match=r"labeled is an iterator .*list_iterator.*cannot be resumed.*state_dict"):
         made(iter([1, 2, 3])).restore(state)
 
 
@@ -384,7 +412,7 @@ def test_refuses_an_object_with_items_alone() -> None:
         def __getitem__(self, index: int) -> int:
             return index
 
-    with pytest.raises(MetaplError, match="Items.*wrap it in a DataLoader"):
+    with pytest.raises(MetaplError, match=r"Items.*wrap it in a DataLoader"):
         made(Items())
 
 
@@ -421,7 +449,7 @@ def test_refuses_an_epoch_that_is_used_up() -> None:
 
     stream = made(UsedUp())
     take(stream, 2)
-    with pytest.raises(MetaplError, match="labeled gave no batch in epoch 1 .*used up after one pass"):
+    with pytest.raises(MetaplError, match=r"labeled gave no batch in epoch 1 .*used up after one pass"):
         stream.next()
 
 
@@ -488,7 +516,7 @@ def test_says_which_batch_failed() -> None:
     stream = made(DataLoader(Failing(OSError("disk gone")), batch_size=2))
     take(stream, 2)
     with pytest.raises(
-        MetaplError, match="labeled failed at batch 2 of epoch 0 .*DataLoader.*OSError: disk gone"
+        MetaplError, match=r"labeled failed at batch 2 of epoch 0 .*DataLoader.*OSError: disk gone"
     ) as info:
         stream.next()
     assert isinstance(info.value.__cause__, OSError)
@@ -500,6 +528,7 @@ def test_says_which_batch_failed_in_a_worker() -> None:
     with pytest.raises(MetaplError, match="labeled failed at batch 2 of epoch 0") as info:
         stream.next()
     assert "disk gone" in str(info.value.__cause__)
+    assert not active_children()  # although the traceback still holds the loader's iterator
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -507,7 +536,7 @@ def test_says_which_step_failed(num_workers: int) -> None:
     stream = made(Doubles(bad=3), num_workers=num_workers)
     take(stream, 3)
     for _ in range(2):  # a failed step is not skipped
-        with pytest.raises(MetaplError, match="labeled failed at batch 3 .*KeyError") as info:
+        with pytest.raises(MetaplError, match=r"labeled failed at batch 3 .*KeyError") as info:
             stream.next()
         assert isinstance(info.value.__cause__, KeyError)
 
@@ -521,7 +550,7 @@ def test_says_which_batch_of_other_sources_failed() -> None:
     stateful, once = made(Bad()), made(iter(Bad()))
     for stream in (stateful, once):
         stream.next()
-        with pytest.raises(MetaplError, match="labeled failed at batch 1.*OSError: disk gone"):
+        with pytest.raises(MetaplError, match=r"labeled failed at batch 1.*OSError: disk gone"):
             stream.next()
 
 
@@ -539,8 +568,7 @@ def test_goes_on_exactly_after_an_interruption(error: BaseException) -> None:
     before = checkpoint.rng_state()
     batches: list[Any] = []
     with pytest.raises(MetaplError if isinstance(error, OSError) else KeyboardInterrupt):
-        while True:
-            batches.append(stream.next())
+        batches.extend(iter(stream.next, None))
     assert same(checkpoint.rng_state(), before)
     state = stream.state()
     batches += take(stream, 8 - len(batches))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, OPTIMISERS, STUDENTS, Toy, mlp, toy, unmoved
+from problems_zoo import CLASSES, OPTIMISERS, STUDENTS, Toy, toy, unmoved
 from reference import error
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -122,8 +122,8 @@ def test_a_callers_flash_attention_is_set_aside(mode: str) -> None:
     assert error(fused.grads, plain.grads) < 1e-12
 
 
-# Measured on these networks: see the figures beside each mode; ż, v and the heads in bf16 carry three digits at best.
-HALF = {"difference": 0.05, "forward": 0.05, "unrolled": 0.05, "reinforce_per_example": 0.05}
+# Measured over the cases below: 4.5e-3, 5.5e-3, 5.9e-3, 1.0e-2; bf16 itself has eight bits, 3.9e-3.
+HALF = {"difference": 0.02, "forward": 0.02, "unrolled": 0.02, "reinforce_per_example": 0.03}
 
 
 @pytest.mark.parametrize("student", [s for s in STUDENTS if s != "dropout"])
@@ -199,7 +199,10 @@ def test_a_frozen_layer_stays_and_the_rest_is_exact(mode: str) -> None:
     case, rule = toy("mlp"), OPTIMISERS["torch_sgd_nesterov"]
     head = Toy(case.teacher, case.student[3], case.labeled, case.unlabeled, 0)
     body = case.student[:3].requires_grad_(False)
-    on_features = {"labeled": (body(case.labeled[0]), case.labeled[1]), "unlabeled": (case.unlabeled, body(case.unlabeled))}
+    on_features = {
+        "labeled": (body(case.labeled[0]), case.labeled[1]),
+        "unlabeled": (case.unlabeled, body(case.unlabeled)),
+    }
     expected = reference.pseudo_labels(**head.networks(), **on_features, rule=rule.rule)
     learned = [p for p in case.student.parameters() if p.requires_grad]
     inner = torch.optim.SGD(learned, lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.01)

@@ -1,4 +1,4 @@
-"""Problems of one's own against plain double backward: example weights, label correction, losses that read the weights."""
+"""Problems of one's own against plain double backward: example weights, corrected labels, losses that read θ."""
 
 from __future__ import annotations
 

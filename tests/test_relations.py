@@ -175,9 +175,7 @@ def test_weights_buffers_gradients_and_states_stay_bit_for_bit(mode: str, studen
     own = torch.Generator().manual_seed(5)
     drops = student == "dropout"
     with unmoved(problem, inner, generator=not drops):
-        metapl.hypergradient(
-            **problem.networks(), **problem.data(), mode=mode, inner_optimizer=inner, generator=own
-        )
+        metapl.hypergradient(**problem.networks(), **problem.data(), mode=mode, inner_optimizer=inner, generator=own)
     assert (mode in SAMPLED) == (not torch.equal(own.get_state(), torch.Generator().manual_seed(5).get_state()))
 
 

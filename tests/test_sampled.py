@@ -66,9 +66,7 @@ def reference_mean(told: str, problem: Toy, optimiser: Optimiser, warmed: bool =
 
 def soft_gradient(problem: Toy, optimiser: Optimiser, warmed: bool = False) -> Tensor:
     state = warm(problem, optimiser)[2] if warmed else None
-    return flat(
-        reference.pseudo_labels(**problem.networks(), **problem.data(), rule=optimiser.rule, state=state).grads
-    )
+    return flat(reference.pseudo_labels(**problem.networks(), **problem.data(), rule=optimiser.rule, state=state).grads)
 
 
 def sgd(lr: float) -> Optimiser:

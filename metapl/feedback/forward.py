@@ -45,7 +45,9 @@ class Forward:
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step.
-    Bias: none for soft signals; O(η) for hard labels (θ′ of the sampled labels stands in for that of their mean).
+    Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
+    updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
+    norm: 0.26 under a warmed Adam, 0.82 under an active clip).
     Raises: :class:`metapl.MetaplError` for operations without forward-mode AD, by name; attention runs on its math
     kernel.
     Source: derived at the head of this file; facts F6; the mixed-mode Hessian-vector product of the AD literature.

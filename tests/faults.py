@@ -1,0 +1,192 @@
+"""Planted faults: each bends the library as a plausible mistake would, until the monkeypatch is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metapl import optimizers, replay
+from metapl.feedback import base, loss_difference, reinforce
+from metapl.inner import InnerStep
+from metapl.problem import Signal
+from metapl.problems import PseudoLabels
+from metapl.problems import pseudo_labels as module
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def flipped_sign(patch: pytest.MonkeyPatch) -> None:
+    """The teacher climbs where it should descend."""
+    real = base.Feedback.teacher_loss
+    patch.setattr(base.Feedback, "teacher_loss", lambda self, signal: -real(self, signal))
+
+
+def new_minus_old(patch: pytest.MonkeyPatch) -> None:
+    """The loss difference the wrong way round, as public implementations have it."""
+    before, after = InnerStep.outer_loss_before, InnerStep.outer_loss
+    patch.setattr(InnerStep, "outer_loss_before", after)
+    patch.setattr(InnerStep, "outer_loss", before)
+
+
+def mean_for_sum(patch: pytest.MonkeyPatch) -> None:
+    """The teacher's term averaged over the batch: 1/B of the gradient."""
+    real = base.Feedback.teacher_loss
+    patch.setattr(base.Feedback, "teacher_loss", lambda self, s: real(self, s) / len(s.value))
+
+
+def sum_for_mean(patch: pytest.MonkeyPatch) -> None:
+    """The student's loss summed over the batch."""
+    real = PseudoLabels.inner_loss
+    patch.setattr(PseudoLabels, "inner_loss", lambda self, z, *rest: real(self, z, *rest) * len(z))
+
+
+def student_learns_weak(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PseudoLabels, "student_input", lambda self, batch: module.views(batch)[0])
+
+
+def teacher_labels_strong(patch: pytest.MonkeyPatch) -> None:
+    real = PseudoLabels.signal
+
+    def signal(self: PseudoLabels, teacher: Any, batch: Any, outputs: Tensor, *, generator: Any) -> Signal:
+        return real(self, teacher, module.views(batch)[-1], outputs, generator=generator)
+
+    patch.setattr(PseudoLabels, "signal", signal)
+
+
+def momentum_ignored(patch: pytest.MonkeyPatch) -> None:
+    """The pullback takes the step for −ηg whatever the optimiser."""
+    patch.setattr(optimizers._SGD, "slope", staticmethod(lambda p, g, state, group: -group["lr"]))
+
+
+def velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """θ′ of the estimate starts from no velocity, the real optimiser from its own."""
+    real = optimizers._SGD.update
+    patch.setattr(optimizers._SGD, "update", staticmethod(lambda p, g, state, group: real(p, g, {}, group)))
+
+
+def transforms_velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A TorchOpt transform built anew takes its first call for the first step."""
+
+    def init(self: Any, transform: Any, parameters: Any, state: Any) -> None:
+        self.transform = optimizers._with_differentiable_clip(transform)
+        fresh = self.transform.init({name: p.detach() for name, p in parameters.items()})
+        self.state = fresh if state is None else state
+
+    patch.setattr(optimizers.TransformUpdate, "__init__", init)
+
+
+def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
+    """TorchOpt's own clip, whose norm autograd does not see."""
+    patch.setattr(optimizers, "_with_differentiable_clip", lambda transform: transform)
+
+
+def statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
+    """Feedback passes write to the running statistics."""
+    patch.setattr("metapl.inner.frozen_statistics", lambda module: nullcontext())
+    patch.setattr("metapl.inner.loose_buffers", lambda module: {})
+
+
+def teachers_statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
+    """The recomputed pass writes to the teacher's running statistics once more."""
+    patch.setattr("metapl.teacher.frozen_statistics", lambda module: nullcontext())
+
+
+def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
+    """ż is taken with masks of its own."""
+    patch.setattr(InnerStep, "_again", lambda self: nullcontext())
+
+
+def generator_not_put_back(patch: pytest.MonkeyPatch) -> None:
+    """Feedback passes draw from the caller's generator."""
+
+    def replayed(state: replay.RandomState) -> Any:
+        state.restore()
+        return nullcontext()
+
+    patch.setattr("metapl.inner.replayed", replayed)
+
+
+def stale_weights_after_a_difference(patch: pytest.MonkeyPatch) -> None:
+    """The weights stay where the difference moved them."""
+    real = InnerStep.outputs_at
+
+    def outputs_at(self: InnerStep, step: Tensor, direction: Any) -> Tensor:
+        outputs = real(self, step, direction)
+        with torch.no_grad():
+            for name, d in direction.items():
+                self.parameters[name].add_(step * d * (step < 0))  # the second of the two passes
+        return outputs
+
+    patch.setattr(InnerStep, "outputs_at", outputs_at)
+
+
+def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:
+    """v = ∇L(θ) instead of ∇L(θ′)."""
+    real = InnerStep.outer_gradient
+
+    def outer_gradient(self: InnerStep) -> Any:
+        after, self.new_params = self.new_params, self.params
+        try:
+            return real(self)
+        finally:
+            self.new_params = after
+
+    patch.setattr(InnerStep, "outer_gradient", outer_gradient)
+
+
+def smoothed_score(patch: pytest.MonkeyPatch) -> None:
+    """Label smoothing in the teacher's score term too."""
+    real = PseudoLabels.signal
+
+    def signal(self: PseudoLabels, *args: Any, **options: Any) -> Signal:
+        found = real(self, *args, **options)
+        if found.log_prob is None:
+            return found
+        alpha = self.label_smoothing
+        return replace(found, log_prob=(1 - alpha) * found.log_prob + alpha * found.probs.log().mean(-1))
+
+    patch.setattr(PseudoLabels, "signal", signal)
+
+
+def baseline_with_this_step(patch: pytest.MonkeyPatch) -> None:
+    """The moving average already holds the h that it is subtracted from."""
+
+    def subtract(h: Tensor, decay: float | None, state: Any) -> Any:
+        if decay is None:
+            return h, state
+        b = decay * state["baseline"].to(h) + (1 - decay) * h
+        return h - b, {"baseline": b}
+
+    patch.setattr(reinforce, "subtract_baseline", subtract)
+    patch.setattr(loss_difference, "subtract_baseline", subtract)
+
+
+FAULTS: dict[str, Plant] = {
+    plant.__name__: plant
+    for plant in (
+        flipped_sign,
+        new_minus_old,
+        mean_for_sum,
+        sum_for_mean,
+        student_learns_weak,
+        teacher_labels_strong,
+        momentum_ignored,
+        velocity_forgotten,
+        transforms_velocity_forgotten,
+        clip_without_derivative,
+        statistics_updated_twice,
+        teachers_statistics_updated_twice,
+        other_dropout_mask,
+        generator_not_put_back,
+        stale_weights_after_a_difference,
+        gradient_before_the_step,
+        smoothed_score,
+        baseline_with_this_step,
+    )
+}

@@ -1,0 +1,41 @@
+"""The examples run as they stand and print what they promise."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import metapl
+
+ROOT = Path(__file__).parents[1]
+
+
+def output(name: str) -> str:
+    command = [sys.executable, f"examples/{name}"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient() -> None:
+    rows = dict(line.split(maxsplit=1) for line in output("all_modes.py").splitlines()[1:])
+    assert tuple(rows) == metapl.MODES
+    cosines = {mode: [float(c) for c in row.split()[:2]] for mode, row in rows.items()}
+    for exact in ("unrolled", "forward", "difference"):
+        assert min(cosines[exact]) > 0.999
+    assert cosines["reinforce_per_example"][1] > 0.99
+    assert cosines["reinforce"][1] > 0.8
+    assert cosines["loss_difference"][1] > 0.8
+    assert cosines["none"] == [0, 0]
+
+
+def test_own_networks_learns() -> None:
+    found = re.search(r"accuracy on images it never saw: ([\d.]+)", output("own_networks.py"))
+    assert found is not None
+    assert float(found[1]) > 0.7
+
+
+def test_own_networks_takes_fifteen_lines() -> None:
+    text = (ROOT / "examples/own_networks.py").read_text()
+    lines = [line for line in text.splitlines()[1:] if line.strip() and not line.startswith(("import", "from"))]
+    assert len(lines) <= 15

@@ -1,0 +1,172 @@
+"""The suite can fail: each planted fault is caught by the tests named beside it, which pass without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import test_exact
+import test_optimizers
+import test_relations
+import test_sampled
+import test_step
+from faults import FAULTS
+
+from metapl.feedback import LossDifference, Reinforce
+
+Check = Callable[[pytest.MonkeyPatch], None]
+
+
+def exact(estimator: str, student: str = "mlp", optimiser: str = "torch_sgd") -> Check:
+    return lambda patch: test_exact.test_fresh_optimiser(estimator, student, optimiser)
+
+
+def warmed(estimator: str, optimiser: str) -> Check:
+    return lambda patch: test_exact.test_warmed_optimiser(estimator, "mlp", optimiser)
+
+
+def chained(estimator: str, optimiser: str) -> Check:
+    return lambda patch: test_exact.test_three_steps_chained_by_inner_state(estimator, "mlp", optimiser)
+
+
+def bit_for_bit(mode: str, student: str) -> Check:
+    return lambda patch: test_relations.test_weights_buffers_gradients_and_states_stay_bit_for_bit(mode, student)
+
+
+def lowers(mode: str) -> Check:
+    return lambda patch: test_relations.test_a_step_against_the_hypergradient_lowers_the_labelled_loss(
+        mode, "mlp", "torch_sgd"
+    )
+
+
+def views(mode: str) -> Check:
+    return lambda patch: test_step.test_the_student_learns_strong_and_the_teacher_is_fed_back_through_weak(mode)
+
+
+def smoothed(estimator: str) -> Check:
+    return lambda patch: test_exact.test_two_views_temperature_and_smoothing(estimator, 0.15)
+
+
+def mean_is_soft(mode: str) -> Check:
+    return lambda patch: test_sampled.test_mean_over_labels_tends_to_the_soft_gradient(mode, test_sampled.sgd, patch)
+
+
+CAUGHT: dict[str, dict[str, Check]] = {
+    "flipped_sign": {
+        "forward_lowers_the_loss": lowers("forward"),
+        "unrolled_is_exact": exact("unrolled"),
+        "reinforce_is_exact": exact("reinforce"),
+        "reinforce_tends_to_the_soft_gradient": mean_is_soft("reinforce"),
+    },
+    "new_minus_old": {
+        "old_minus_new": lambda patch: test_relations.test_the_loss_difference_is_old_minus_new(),
+        "expected_labelled_loss": lambda patch: (
+            test_sampled.test_loss_difference_is_the_gradient_of_the_expected_labelled_loss("torch_sgd", False, patch)
+        ),
+    },
+    "mean_for_sum": {
+        "forward_lowers_the_loss": lowers("forward"),
+        "reinforce_is_exact": exact("reinforce"),
+        "per_example_tends_to_the_soft_gradient": mean_is_soft("reinforce_per_example"),
+    },
+    "sum_for_mean": {"forward_is_exact": exact("forward"), "reinforce_is_exact": exact("reinforce")},
+    "student_learns_weak": {"forward": views("forward"), "reinforce": views("reinforce")},
+    "teacher_labels_strong": {"forward": views("forward"), "reinforce": views("reinforce")},
+    "momentum_ignored": {
+        "forward_is_exact_with_nesterov": exact("forward", optimiser="torch_sgd_nesterov"),
+        "reinforce_is_exact_with_nesterov": warmed("reinforce", "torch_sgd_nesterov"),
+        "difference_is_exact_with_dampening": warmed("difference", "torch_sgd_dampening"),
+        "the_pullback_is_the_vjp": lambda patch: test_optimizers.test_the_pullback_is_the_updates_vjp(
+            "torch_sgd_nesterov", 3
+        ),
+    },
+    "velocity_forgotten": {
+        "forward_is_exact_when_warmed": warmed("forward", "torch_sgd_momentum"),
+        "unrolled_is_exact_when_warmed": warmed("unrolled", "torch_sgd_momentum"),
+        "the_update_is_the_optimisers_step": lambda patch: (
+            test_optimizers.test_the_functional_update_is_the_optimisers_own_step("torch_sgd_momentum", 3)
+        ),
+    },
+    "transforms_velocity_forgotten": {
+        "three_chained_steps": chained("forward", "torchopt_sgd_nesterov"),
+        "a_fresh_transform_goes_on": lambda patch: (
+            test_optimizers.test_a_fresh_transform_with_a_saved_state_goes_on_like_the_old_one("torchopt_sgd_nesterov")
+        ),
+    },
+    "clip_without_derivative": {
+        "forward_is_exact": exact("forward", optimiser="torchopt_clip"),
+        "unrolled_is_exact": exact("unrolled", optimiser="torchopt_clip"),
+        "central_difference_of_the_real_update": lambda patch: (
+            test_optimizers.test_the_pullback_agrees_with_central_differences_of_the_real_update("torchopt_clip", 0)
+        ),
+    },
+    "statistics_updated_twice": {
+        "one_pass_of_each_network": lambda patch: (
+            test_step.test_statistics_and_generator_advance_as_by_one_pass_of_each_network("forward", False)
+        ),
+    },
+    "teachers_statistics_updated_twice": {
+        "one_pass_of_each_network": lambda patch: (
+            test_step.test_statistics_and_generator_advance_as_by_one_pass_of_each_network("forward", True)
+        ),
+        "recomputing_changes_no_bit": lambda patch: test_step.test_recomputing_the_teacher_changes_no_bit(
+            "reinforce", (), False
+        ),
+    },
+    "other_dropout_mask": {
+        "forward_is_exact_with_dropout": exact("forward", "dropout"),
+        "difference_is_exact_with_dropout": exact("difference", "dropout"),
+        "credits_sum_to_the_scalar": lambda patch: (
+            test_relations.test_credits_per_example_sum_to_the_scalar_of_algorithm_1("dropout", "torch_sgd_nesterov")
+        ),
+    },
+    "generator_not_put_back": {
+        "forward_is_exact_with_a_noisy_teacher": lambda patch: test_exact.test_a_teacher_with_dropout_and_batch_norm(
+            "forward", "dropout"
+        ),
+        "one_pass_of_each_network": lambda patch: (
+            test_step.test_statistics_and_generator_advance_as_by_one_pass_of_each_network("difference", False)
+        ),
+    },
+    "stale_weights_after_a_difference": {
+        "weights_stay_bit_for_bit": bit_for_bit("difference", "mlp"),
+        "difference_leaves_all_in_place": exact("difference"),
+    },
+    "gradient_before_the_step": {
+        "forward_is_exact": exact("forward"),
+        "reinforce_is_exact": exact("reinforce"),
+        "algorithm_1_line_4": lambda patch: (
+            test_relations.test_for_plain_sgd_the_scalar_is_eta_times_the_product_of_gradients()
+        ),
+    },
+    "smoothed_score": {
+        "reinforce": smoothed("reinforce"),
+        "per_example": smoothed("reinforce_per_example"),
+        "the_teachers_step": lambda patch: (
+            test_step.test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone()
+        ),
+    },
+    "baseline_with_this_step": {
+        "reinforce": lambda patch: test_relations.test_the_baseline_is_its_value_from_before_the_step(Reinforce),
+        "loss_difference": lambda patch: test_relations.test_the_baseline_is_its_value_from_before_the_step(
+            LossDifference
+        ),
+    },
+}
+
+PAIRS = [(fault, check) for fault, checks in CAUGHT.items() for check in checks]
+
+
+def test_every_fault_has_a_test_that_catches_it() -> None:
+    assert set(CAUGHT) == set(FAULTS)
+
+
+@pytest.mark.parametrize(("fault", "check"), PAIRS)
+def test_a_planted_fault_is_caught(fault: str, check: str) -> None:
+    run = CAUGHT[fault][check]
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch)  # passes on the library as it is
+    with pytest.MonkeyPatch.context() as patch:
+        FAULTS[fault](patch)
+        with pytest.raises(AssertionError):
+            run(patch)

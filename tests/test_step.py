@@ -1,0 +1,358 @@
+"""The trainer's step: what the hypergradient says, done to both networks, with the teacher's own losses beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torchopt
+from problems_zoo import OPTIMISERS, STUDENTS, Toy, everything, mlp, noisy_teacher, same, toy
+from reference import error, flat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import UDA, CrossEntropy
+from metapl.feedback import Difference, LossDifference, Reinforce
+
+SAMPLED = ["reinforce", "reinforce_per_example", "loss_difference"]
+
+
+def trainer_for(case: Toy, mode: Any, **options: Any) -> metapl.BilevelTrainer:
+    """Plain SGD at rate 1 on the teacher, so that its step is its gradient; no losses of its own."""
+    options = {"teacher_losses": (), **options}
+    options.setdefault("outer_optimizer", torch.optim.SGD(case.teacher.parameters(), lr=1.0))
+    return metapl.BilevelTrainer(**case.networks(), mode=mode, **options)
+
+
+def values(net: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in net.named_parameters()}
+
+
+def moved(before: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach() - before[n] for n, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov", "torchopt_clip"])
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("mode", metapl.MODES)
+def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimiser: str) -> None:
+    """Two steps in a row: the teacher moves by −grads exactly, the student to θ′, the state goes on."""
+    case, rule, state = toy(student, teacher=noisy_teacher), OPTIMISERS[optimiser], None
+    inner = rule.build(case.student)
+    trainer = trainer_for(case, mode, inner_optimizer=inner, feedback_weight=3.0)
+    for step in range(2):
+        torch.manual_seed(step)
+        found = metapl.hypergradient(
+            **case.networks(), **case.data(), mode=mode, inner_optimizer=inner, inner_state=state
+        )
+        drawn_to, before = torch.get_rng_state(), values(case.teacher)
+        torch.manual_seed(step)
+        report = trainer.step(**case.data())
+        state = found.inner_state
+        assert torch.equal(torch.get_rng_state(), drawn_to)
+        if mode == "none":
+            assert all(d.abs().max() == 0 for d in moved(before, case.teacher).values())
+        else:
+            step_of_teacher = {n: -3.0 * g for n, g in found.grads.items()}
+            gap = flat(moved(before, case.teacher)) - flat(step_of_teacher)
+            assert gap.norm() < 1e-12 * flat(step_of_teacher).norm() + 1e-15  # weights of order 1 round at 1e-16
+        assert error(values(case.student), found.student_params) < 1e-13
+        assert torch.equal(report.feedback, found.feedback)
+        assert report.inner_loss == pytest.approx(float(found.inner_loss), rel=1e-14)
+        if mode != "none":
+            assert report.outer_loss == pytest.approx(float(found.outer_loss), rel=1e-12)
+        assert report.step == step
+    assert all(p.grad is None for net in case.networks().values() for p in net.parameters())
+
+
+def twice(case_of: Callable[[], Toy], mode: Any, own_generator: bool, **options: Any) -> list[list[Tensor]]:
+    """Three steps with and without recomputation: all that there is at the end."""
+    runs = []
+    for recompute in (False, True):
+        case = case_of()
+        generator = torch.Generator().manual_seed(3) if own_generator else None
+        outer = torch.optim.SGD(case.teacher.parameters(), lr=0.5, momentum=0.9)
+        trainer = trainer_for(
+            case, mode, outer_optimizer=outer, generator=generator, recompute_teacher=recompute, **options
+        )
+        torch.manual_seed(0)
+        reports = [trainer.step(**case.data()) for _ in range(3)]
+        runs.append([*everything(case, outer), *(r.feedback for r in reports), *(r.signal.value for r in reports)])
+        if generator is not None:
+            runs[-1].append(generator.get_state())
+    return runs
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("losses", [(), (CrossEntropy(0.1), UDA(temperature=0.5))])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", *SAMPLED])
+def test_recomputing_the_teacher_changes_no_bit(mode: str, losses: tuple[Any, ...], own_generator: bool) -> None:
+    """With dropout, batch norm and sampled labels; statistics are updated once per pass."""
+    runs = twice(lambda: toy("dropout", teacher=noisy_teacher, views=True), mode, own_generator, teacher_losses=losses)
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mode", metapl.MODES)
+def test_statistics_and_generator_advance_as_by_one_pass_of_each_network(mode: str, recompute: bool) -> None:
+    """One pass of the student on the strong view, one of the teacher on the weak, and one draw of labels."""
+    case = toy("batch_norm", teacher=noisy_teacher, views=True)
+    case.student.append(nn.Dropout(0.2))
+    twin = toy("batch_norm", teacher=noisy_teacher, views=True)
+    twin.student.append(nn.Dropout(0.2))
+    torch.manual_seed(4)
+    trainer_for(case, mode, recompute_teacher=recompute).step(**case.data())
+    after = torch.get_rng_state()
+    torch.manual_seed(4)
+    twin.student(twin.unlabeled[1])
+    q = twin.teacher(twin.unlabeled[0]).softmax(-1)
+    if mode in SAMPLED:
+        torch.multinomial(q, 1)
+    assert torch.equal(after, torch.get_rng_state())
+    for name in ("student", "teacher"):
+        buffers = (dict(net.networks()[name].named_buffers()) for net in (case, twin))
+        first, second = buffers
+        assert first
+        assert all(torch.equal(first[k], second[k]) for k in second)
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "difference", *SAMPLED])
+def test_the_student_learns_strong_and_the_teacher_is_fed_back_through_weak(mode: str) -> None:
+    kind = {"reinforce": "batch_score", "reinforce_per_example": "score", "loss_difference": "score"}.get(mode, "soft")
+    case, rule = toy("batch_norm", views=True), OPTIMISERS["torch_sgd_nesterov"]
+    inner, before = rule.build(case.student), values(case.teacher)
+    case.draw_from_start()
+    expected = reference.pseudo_labels(**case.networks(), **case.data(), rule=rule.rule, kind=kind)
+    case.draw_from_start()
+    trainer = trainer_for(case, mode, inner_optimizer=inner)
+    report = trainer.step(**case.data())
+    assert error(values(case.student), expected.student_params) < 1e-12
+    if mode != "loss_difference":
+        assert error(moved(before, case.teacher), {n: -g for n, g in expected.grads.items()}) < 1e-4
+    if mode in SAMPLED:
+        assert torch.equal(report.signal.value, expected.labels)
+
+
+def test_wrong_views_would_show() -> None:
+    """The two views of the toy give other steps, so the test above can fail."""
+    case, rule = toy("batch_norm", views=True), OPTIMISERS["torch_sgd_nesterov"].rule
+    weak, strong = case.unlabeled
+    right = reference.pseudo_labels(**case.networks(), **case.data(), rule=rule)
+    for pair in ((strong, weak), (weak, weak), (strong, strong)):
+        other = reference.pseudo_labels(**case.networks(), labeled=case.labeled, unlabeled=pair, rule=rule)
+        assert error(other.grads, right.grads) > 0.05
+
+
+# ---------------------------------------------------------------------------------------- the teacher's own losses
+
+
+def smoothed_cross_entropy(teacher: nn.Module, labeled: tuple[Tensor, Tensor], alpha: float) -> Tensor:
+    target = (1 - alpha) * torch.eye(3, dtype=torch.float64)[labeled[1]] + alpha / 3
+    return reference.cross_entropy(target, teacher(labeled[0])).mean()
+
+
+def uda(teacher: nn.Module, pair: tuple[Tensor, Tensor], temperature: float, threshold: float) -> Tensor:
+    weak = teacher(pair[0]).detach()
+    target = (weak / temperature).softmax(-1)
+    kept = (weak.softmax(-1).max(-1).values > threshold).double()
+    return (kept * reference.cross_entropy(target, teacher(pair[1]))).mean()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.42])
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_teachers_own_losses_are_added_to_the_feedback(
+    temperature: float, threshold: float, recompute: bool
+) -> None:
+    """Three steps through a ramp of two: λ_t = 0, λ/2, λ. The target of UDA carries no gradient."""
+    case = toy("batch_norm", views=True)
+    losses = (CrossEntropy(label_smoothing=0.2, weight=0.7), UDA(temperature, threshold, weight=1.5, ramp=2))
+    trainer = trainer_for(case, "forward", teacher_losses=losses, recompute_teacher=recompute, feedback_weight=2.0)
+    for ramp in (0.0, 0.5, 1.0):
+        before = values(case.teacher)
+        found = metapl.hypergradient(**case.networks(), **case.data(), inner_optimizer=trainer.inner_optimizer)
+        supervised = 0.7 * smoothed_cross_entropy(case.teacher, case.labeled, 0.2)
+        consistency = 1.5 * ramp * uda(case.teacher, case.unlabeled, temperature, threshold)
+        own = torch.autograd.grad(supervised + consistency, list(case.teacher.parameters()))
+        expected = {n: -(2.0 * found.grads[n] + g) for n, g in zip(before, own, strict=True)}
+        report = trainer.step(**case.data())
+        assert error(moved(before, case.teacher), expected) < 1e-12
+        assert report.teacher_cross_entropy == pytest.approx(supervised.item(), rel=1e-12)
+        assert report.teacher_uda == pytest.approx(consistency.item(), rel=1e-12)
+        assert report.teacher_loss == pytest.approx((supervised + consistency).item(), rel=1e-12)
+
+
+def test_the_threshold_leaves_some_examples_out_and_not_all() -> None:
+    """So that the test above says something of it."""
+    case = toy("batch_norm", views=True)
+    confidence = case.teacher(case.unlabeled[0]).softmax(-1).amax(-1)
+    assert 0 < int((confidence > 0.42).sum()) < len(confidence)
+
+
+@pytest.mark.parametrize(("views", "names"), [(False, {"cross_entropy"}), (True, {"cross_entropy", "uda"})])
+def test_the_default_losses_are_smoothed_cross_entropy_and_uda_for_two_views(views: bool, names: set[str]) -> None:
+    case = toy("mlp", views=views)
+    report = metapl.BilevelTrainer(**case.networks(), mode="none").step(**case.data())
+    assert {n.removeprefix("teacher_") for n in report.as_dict() if n.startswith("teacher_")} == {"loss", *names}
+    case = toy("mlp", views=views)
+    assert report.teacher_cross_entropy == pytest.approx(
+        smoothed_cross_entropy(case.teacher, case.labeled, 0.1).item(), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_the_feedback_ratio_is_that_of_gradients_at_the_teachers_outputs(mode: str) -> None:
+    """‖∂(λ·feedback)/∂outputs‖ / ‖∂(own losses)/∂outputs‖, over all outputs together, computed by hand."""
+    case = toy("mlp", views=True)
+    losses, weight = (CrossEntropy(0.1), UDA(0.5)), 4.0
+    trainer = trainer_for(case, mode, teacher_losses=losses, feedback_weight=weight)
+    twin = toy("mlp", views=True)
+    weak, strong, labelled = (twin.teacher(x) for x in (*twin.unlabeled, twin.labeled[0]))
+    torch.manual_seed(0)
+    report = trainer.step(**case.data())
+    h, log_q = report.feedback, weak.log_softmax(-1)
+    rows = torch.arange(len(weak))
+    told = (h * log_q[rows, report.signal.value]) if mode == "reinforce" else h * log_q.exp()
+    (of_feedback,) = torch.autograd.grad(-weight * told.sum(), weak, retain_graph=True)
+    target = 0.9 * torch.eye(3, dtype=torch.float64)[twin.labeled[1]] + 0.1 / 3
+    own = reference.cross_entropy(target, labelled).mean()
+    own = own + reference.cross_entropy((weak.detach() / 0.5).softmax(-1), strong).mean()
+    of_own = torch.autograd.grad(own, [strong, labelled])
+    expected = of_feedback.norm() / torch.cat([g.flatten() for g in of_own]).norm()
+    assert report.feedback_ratio == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_without_own_losses_there_is_no_ratio() -> None:
+    case = toy("mlp")
+    assert torch.tensor(trainer_for(case, "forward").step(**case.data()).feedback_ratio).isnan()
+
+
+# ------------------------------------------------------------------------------------------------------ the report
+
+
+def test_the_report_is_of_the_step() -> None:
+    case = toy("mlp")
+    q = case.teacher(case.unlabeled).softmax(-1)
+    agreement = (q.argmax(-1) == case.student(case.unlabeled).argmax(-1)).double().mean()
+    found = trainer_for(case, "forward").step(**case.data()).as_dict()
+    assert found["pseudo_label_confidence"] == pytest.approx(q.amax(-1).mean().item())
+    assert found["pseudo_label_entropy"] == pytest.approx(-(q * q.log()).sum(-1).mean().item())
+    assert found["agreement"] == agreement.item()
+    with pytest.raises(AttributeError, match="StepReport has no 'accuracy'; it has feedback and"):
+        _ = trainer_for(case, "forward").step(**case.data()).accuracy
+
+
+def test_a_gradient_left_by_the_caller_does_not_enter_the_step() -> None:
+    runs = []
+    for stale in (False, True):
+        case = toy("mlp")
+        if stale:
+            for net in case.networks().values():
+                for p in net.parameters():
+                    p.grad = torch.ones_like(p)
+        torch.manual_seed(0)
+        trainer_for(case, "reinforce").step(**case.data())
+        runs.append([*values(case.student).values(), *values(case.teacher).values()])
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("fault_at", ["outer_loss", "teacher_loss"])
+def test_a_step_that_fails_half_way_leaves_everything_as_it_was(fault_at: str) -> None:
+    """An error of the user's own code, late in the step."""
+
+    class Failing(metapl.PseudoLabels):
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            raise ZeroDivisionError
+
+    class FailingLoss:
+        name = "failing"
+
+        def __call__(self, teacher: nn.Module, **_: Any) -> Tensor:
+            teacher(case.unlabeled)
+            raise ZeroDivisionError
+
+    case = toy("dropout", teacher=noisy_teacher)
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.1, momentum=0.9)
+    options: dict[str, Any] = {"inner_optimizer": inner}
+    options |= {"problem": Failing()} if fault_at == "outer_loss" else {"teacher_losses": (FailingLoss(),)}
+    trainer = trainer_for(case, Reinforce(baseline=0.9), **options)
+    before = everything(case, inner)
+    with pytest.raises(ZeroDivisionError):
+        trainer.step(**case.data())
+    assert same(before, everything(case, inner))
+    assert trainer.mode_state["baseline"] == 0
+
+
+@pytest.mark.parametrize("mode", [Difference(), LossDifference(baseline=0.9), "forward", "reinforce"])
+def test_the_same_seed_gives_the_same_run(mode: Any) -> None:
+    runs = []
+    for _ in range(2):
+        case = toy("dropout", teacher=noisy_teacher)
+        trainer = metapl.BilevelTrainer(**case.networks(), mode=mode)
+        torch.manual_seed(1)
+        for _ in range(3):
+            trainer.step(**case.data())
+        runs.append(everything(case))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torchopt_sgd_nesterov"])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "difference", "reinforce_per_example"])
+def test_the_students_clip_is_part_of_its_update(mode: str, optimiser: str) -> None:
+    """Two steps with an active clip of 0.05 on both networks: θ′, and the feedback through the clip's derivative."""
+    case, rule = toy("group_norm"), OPTIMISERS[optimiser]
+    trainer = trainer_for(case, mode, inner_optimizer=rule.build(case.student), clip_norm=0.05, feedback_weight=100.0)
+    clipped, state = reference.clipped(0.05, rule.rule), None
+    kind = "score" if mode == "reinforce_per_example" else "soft"
+    for _ in range(2):
+        before = values(case.teacher)
+        case.draw_from_start()
+        expected = reference.pseudo_labels(**case.networks(), **case.data(), rule=clipped, state=state, kind=kind)
+        state = expected.state
+        case.draw_from_start()
+        report = trainer.step(**case.data())
+        bound = 1e-4 if mode == "difference" else 1e-9
+        assert error(report.feedback, -expected.signal_grad) < bound
+        assert error(values(case.student), expected.student_params) < 1e-12
+        length = 100.0 * flat(expected.grads).norm()
+        scale = 100.0 * min(1.0, 0.05 / float(length + 1e-6))
+        assert error(moved(before, case.teacher), {n: -scale * g for n, g in expected.grads.items()}) < bound
+
+
+def test_a_transforms_state_goes_on_between_steps() -> None:
+    """Three steps of the trainer, and of the optimiser that it imitates."""
+    runs = []
+    for inner in ("torchopt", "torch"):
+        case = toy("mlp")
+        options = {"lr": 0.2, "momentum": 0.9, "nesterov": True}
+        student = torch.optim.SGD(case.student.parameters(), **options) if inner == "torch" else torchopt.sgd(**options)
+        trainer = trainer_for(case, "forward", inner_optimizer=student)
+        for _ in range(3):
+            trainer.step(**case.data())
+        runs.append(values(case.student))
+    assert error(*runs) < 1e-13
+
+
+def test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone() -> None:
+    """The teacher's score term stays log p(ŷ): smoothing it too would bias the feedback."""
+    case = replace(toy("mlp"), teacher=mlp().double())
+    before = values(case.teacher)
+    trainer = trainer_for(case, "reinforce", problem=metapl.PseudoLabels(label_smoothing=0.3))
+    twin_logits = case.teacher(case.unlabeled)
+    torch.manual_seed(0)
+    report = trainer.step(**case.data())
+    score = F.cross_entropy(twin_logits, report.signal.value, reduction="sum")
+    assert torch.isfinite(report.feedback)
+    assert len(before) == 4
+    (g,) = torch.autograd.grad(report.feedback * score, twin_logits)
+    assert error(trainer_bias(before, case), -g.sum(0)) < 1e-12
+
+
+def trainer_bias(before: dict[str, Tensor], case: Toy) -> Tensor:
+    """How far the teacher's last bias moved: minus the sum over the batch of the gradient at its outputs."""
+    return moved(before, case.teacher)["3.bias"]
