@@ -1,6 +1,7 @@
 """Meta Pseudo Labels and other bilevel label methods, with gradients that are checked."""
 
 from metapl import feedback, models, problems
+from metapl.baselines import LossTrainer
 from metapl.errors import MetaplError
 from metapl.feedback import MODES
 from metapl.hypergradient import Hypergradient, hypergradient
@@ -19,6 +20,7 @@ __all__ = [
     "BilevelTrainer",
     "CrossEntropy",
     "Hypergradient",
+    "LossTrainer",
     "MetaplError",
     "PseudoLabels",
     "Signal",

@@ -177,7 +177,7 @@ class Loop(ABC):
 
         Args:
             labeled, unlabeled: endless or re-iterable sources of batches: a DataLoader, a list of batches, metapl's
-                own step batches, anything :func:`metapl.data.feed.feed` takes. ``unlabeled=None`` where no loss reads it.
+                own step batches, anything :func:`metapl.data.feed.feed` takes. ``unlabeled=None`` where nothing reads it.
             steps: in all, those of an earlier part of the run included.
             validation: (inputs, labels) or an iterable of such batches; without it the last student is kept.
             truth: (inputs, labels) of unlabelled examples whose labels happen to be known, for recording how many of
@@ -191,8 +191,8 @@ class Loop(ABC):
         Returns: a :class:`FitResult`.
 
         Raises:
-            MetaplError: wrong options or sources, a loss that is not finite (with its step and the last good checkpoint),
-                a disk that is full.
+            MetaplError: wrong options or sources, a loss that is not finite (with its step and the last good
+                checkpoint), a disk that is full.
             Interrupted: after Ctrl-C or SIGTERM, when the step under way is finished and saved.
         """
         how = FitOptions(steps=steps, **options)

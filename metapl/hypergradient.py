@@ -115,7 +115,6 @@ def hypergradient(
     checks.batches(labeled, unlabeled, device)
     with nothing_moved(teacher, student, random=RandomState.now(device), on_success=True), torch.enable_grad():
         inner = InnerStep(student, optimizer, problem, labeled=labeled, unlabeled=unlabeled, keep_graph=how.keep_graph)
-        checks.fits(problem, inner.outputs, labeled, unlabeled)
         signal = problem.signal(teacher, unlabeled, inner.outputs, generator=generator)
         check_kind(signal.sampled, how)
         inner.learn(signal)

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metapl import checks
 from metapl.errors import MetaplError
 from metapl.numerics import Tree, full_float32, reduced_float32, wide, wide_tree
 from metapl.optimizers import InnerOptimizer
@@ -70,12 +71,13 @@ class InnerStep:
             self._graph: Tensor | None = wide(student(self.input))
         self.random_after = RandomState.now(self.device)
         self.outputs = self._graph.detach()
+        checks.fits(problem, self.outputs, labeled, unlabeled)
         self._outer_losses: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------------------------------ the step itself
 
     def learn(self, signal: Signal) -> None:
-        """g = ∇_θ mean_i ℓ_i(S(x_u; θ), signal) and θ′ = U(θ, g)."""
+        """g = ∇_θ mean_i ℓ_i(S(x_u; θ), signal); the student's graph is gone afterwards."""
         self.signal = signal.detached()
         if self.keep_graph:
             self.signal.value.requires_grad_()
@@ -97,7 +99,20 @@ class InnerStep:
         self._grads = {n: g for n, g in zip(self.parameters, grads, strict=True) if g is not None}
         self.gradient: Tree = {name: g.detach() for name, g in self._grads.items()}
         self.state = self.optimizer.read_state()
-        self.new_params, self.new_state = self.optimizer.update(self.params, self.gradient, self.state)
+
+    @cached_property
+    def _moved(self) -> tuple[Tree, Any]:
+        return self.optimizer.update(self.params, self.gradient, self.state)
+
+    @property
+    def new_params(self) -> Tree:
+        """θ′ = U(θ, g)."""
+        return self._moved[0]
+
+    @property
+    def new_state(self) -> Any:
+        """The optimiser's state after the step."""
+        return self._moved[1]
 
     def commit(self) -> None:
         """Move the student to θ′, by the real optimiser."""

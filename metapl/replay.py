@@ -107,13 +107,15 @@ class Buffers:
 
 
 @contextmanager
-def nothing_moved(*modules: nn.Module, random: RandomState | None = None, on_success: bool = False) -> Iterator[None]:
+def nothing_moved(
+    *modules: nn.Module, random: RandomState | None = None, on_success: bool = False
+) -> Iterator[list[Buffers]]:
     """Put buffers back if the block fails (and, with ``on_success``, also if it does not); on failure the random
-    number generators too."""
+    number generators too. The block is given the buffers as they were before it."""
     saved = [Buffers(module) for module in modules]
     failed = True
     try:
-        yield
+        yield saved
         failed = False
     finally:
         if failed or on_success:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,36 @@ from metapl.feedback import Feedback
 from metapl.losses import TeacherLoss
 from metapl.problem import BilevelProblem, Signal
 from metapl.replay import RandomState, frozen_statistics, replayed
+
+
+@dataclass(frozen=True)
+class TeacherLosses:
+    """The teacher's objective in its parts.
+
+    Args:
+        feedback: weight·(−Σ h·signal), a scalar with the teacher's graph; a sum over the batch.
+        own: the sum of the teacher's own losses, each a mean over its batch.
+        scalars: ``teacher_loss`` = own, and ``teacher_<name>`` for each of them.
+        sizes: the norms of the gradients of both at the teacher's outputs.
+    """
+
+    feedback: Tensor
+    own: Tensor
+    scalars: dict[str, Tensor]
+    sizes: dict[str, Tensor]
+
+    def without_graph(self) -> TeacherLosses:
+        """The numbers alone."""
+        return replace(self, feedback=self.feedback.detach(), own=self.own.detach())
+
+
+def teacher_scalars(parts: Sequence[TeacherLosses]) -> dict[str, Tensor]:
+    """The scalars of a step from those of its micro-batches, and ``feedback_ratio``, NaN without own losses."""
+    means = {name: torch.stack([part.scalars[name] for part in parts]).mean() for name in parts[0].scalars}
+    feedback, own = (torch.stack([part.sizes[name] for part in parts]).norm() for name in ("feedback", "own"))
+    # The own losses are means over micro-batches, the feedback is a sum over them.
+    own = own / len(parts)
+    return {**means, "feedback_ratio": torch.where(own > 0, feedback / own, torch.nan)}
 
 
 class TeacherStep:
@@ -52,8 +83,8 @@ class TeacherStep:
 
     def loss(
         self, feedback: Feedback, weight: float, losses: Sequence[TeacherLoss], labeled: Any, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Algorithm 1, lines 5-7: weight·(−Σ h·signal) + Σ own losses, and each of its parts."""
+    ) -> TeacherLosses:
+        """Algorithm 1, lines 5-7: weight·(−Σ h·signal) and Σ own losses."""
         with self._recording():
             if self.recompute:
                 self._signal = self._signal_again()
@@ -65,8 +96,8 @@ class TeacherStep:
         from_own = torch.stack(list(own.values())).sum() if own else torch.zeros_like(from_feedback)
         scalars = {name: value.detach() for name, value in own.items()}
         scalars["teacher_loss"] = from_own.detach()
-        scalars["feedback_ratio"] = self._size(from_feedback) / (self._size(from_own) if own else torch.nan)
-        return from_feedback + from_own, scalars
+        sizes = {"feedback": self._size(from_feedback), "own": self._size(from_own)}
+        return TeacherLosses(from_feedback, from_own, scalars, sizes)
 
     def _make_signal(self) -> Signal:
         return self.problem.signal(self.teacher, self.unlabeled, self.student_outputs, generator=self.generator)

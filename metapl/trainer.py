@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from metapl import checks
+from metapl.accumulate import micro_batches, split, union
+from metapl.baselines import LossTrainer
 from metapl.errors import MetaplError
 from metapl.feedback import Estimator, estimator
-from metapl.fit import Loop
+from metapl.fit import FitResult, Loop
 from metapl.hypergradient import check_kind, hypergradient, prepare
 from metapl.inner import InnerStep, trainable
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
@@ -23,7 +25,7 @@ from metapl.problem import BilevelProblem
 from metapl.problems.pseudo_labels import PseudoLabels, views
 from metapl.replay import RandomState, nothing_moved, replayed
 from metapl.step_report import StepReport
-from metapl.teacher import TeacherStep
+from metapl.teacher import TeacherStep, teacher_scalars
 
 
 class BilevelTrainer(Loop):
@@ -49,6 +51,9 @@ class BilevelTrainer(Loop):
         generator: for drawing labels; without it the default one.
         clip_norm: the greatest global norm of either network's gradient; the student's clip is part of its update, so
             the feedback goes through its derivative. None: no clipping.
+        accumulate: micro-batches that each batch is taken in, one after another: the same numbers (but for batch
+            statistics and dropout masks, which are a micro-batch's own) in about 1/accumulate of the memory, for one
+            teacher pass more.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
 
     >>> import torch, metapl
@@ -77,6 +82,7 @@ class BilevelTrainer(Loop):
         generator: torch.Generator | None = None,
         clip_norm: float | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
+        accumulate: int = 1,
     ) -> None:
         self.mode = estimator(mode)
         self.problem = prepare(problem, self.mode)
@@ -88,7 +94,12 @@ class BilevelTrainer(Loop):
             self.inner = Clipped(self.inner, clip_norm)
         if precision not in ("float32", "bfloat16"):
             raise MetaplError(f"precision={precision!r}: expected 'float32' or 'bfloat16'.")
-        self.clip_norm, self.precision = clip_norm, precision
+        if accumulate < 1 or (accumulate > 1 and self.mode.keep_graph):
+            raise MetaplError(
+                f"accumulate={accumulate} with mode {self.mode.name!r}: expected 1 or more, and 1 with 'unrolled', "
+                "which keeps the graph of the whole batch (mode 'forward' is as exact)."
+            )
+        self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
         _check_outer(self.outer_optimizer, teacher)
         self.teacher_losses = None if teacher_losses is None else tuple(teacher_losses)
@@ -102,36 +113,52 @@ class BilevelTrainer(Loop):
         """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong)."""
         fault = checks.Fault()
         with self._nothing_moves(fault, labeled, unlabeled), self._autocast():
-            student = InnerStep(
-                self.student,
-                self.inner,
-                self.problem,
-                labeled=labeled,
-                unlabeled=unlabeled,
-                keep_graph=self.mode.keep_graph,
-            )
-            teacher = TeacherStep(
-                self.teacher, self.problem, unlabeled, student.outputs, self.generator, self.recompute_teacher
-            )
-            signal = teacher.signal()  # line 2: ŷ_u ~ P(·|x_u; θ_T), or the soft label
-            check_kind(signal.sampled, self.mode)
-            student.learn(signal)  # line 3: θ_S′ = U(θ_S, g_u)
-            (feedback,), mode_state = self.mode.feedback([student], self.mode_state)  # line 4: h
-            losses = self._losses_for(unlabeled)
-            loss, scalars = teacher.loss(feedback, self.feedback_weight, losses, labeled, self.steps_done)  # lines 5-7
-            if loss.requires_grad:
-                loss.backward()
+            students, teachers = [], []
+            micro = list(self._micro_batches(labeled, unlabeled))
+            for x_l, x_u in micro:
+                student = InnerStep(
+                    self.student, self.inner, self.problem, labeled=x_l, unlabeled=x_u, keep_graph=self.mode.keep_graph
+                )
+                teacher = TeacherStep(
+                    self.teacher, self.problem, x_u, student.outputs, self.generator, self._recomputes
+                )
+                signal = teacher.signal()  # line 2: ŷ_u ~ P(·|x_u; θ_T), or the soft label
+                check_kind(signal.sampled, self.mode)
+                student.learn(signal)  # line 3: g_u
+                students.append(student)
+                teachers.append(teacher)
+            whole = union(students)  # line 3: θ_S′ = U(θ_S, g_u)
+            (feedback,), mode_state = self.mode.feedback([whole], self.mode_state)  # line 4: h
+            parts = []
+            for teacher, h, (x_l, x_u) in zip(teachers, split(feedback, len(micro)), micro, strict=True):
+                part = teacher.loss(h, self.feedback_weight, self._losses_for(x_u), x_l, self.steps_done)
+                loss = part.feedback + part.own / len(micro)
+                if loss.requires_grad:
+                    loss.backward()  # lines 5-7
+                parts.append(part.without_graph())
         with self._masked_by(fault.flag):
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.teacher.parameters(), self.clip_norm)
             self.outer_optimizer.step()  # line 8
-            student.commit()
+            whole.commit()  # line 3
         self.outer_optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
         self.mode_state = mode_state
         self.steps_done += 1
-        scalars = {"inner_loss": student.inner_loss, **student.known_outer_loss(), **scalars}
-        return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, signal.detached(), student.outputs, fault)
+        scalars = {"inner_loss": whole.inner_loss, **whole.known_outer_loss(), **teacher_scalars(parts)}
+        return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, whole.signal, whole.outputs, fault)
+
+    def _micro_batches(self, labeled: Any, unlabeled: Any) -> Iterator[tuple[Any, Any]]:
+        return zip(
+            micro_batches(labeled, self.accumulate, "labeled"),
+            micro_batches(unlabeled, self.accumulate, "unlabeled"),
+            strict=True,
+        )
+
+    @property
+    def _recomputes(self) -> bool:
+        # The graphs of all micro-batches together are what does not fit.
+        return self.recompute_teacher or self.accumulate > 1
 
     @property
     def labeller(self) -> nn.Module:
@@ -171,6 +198,23 @@ class BilevelTrainer(Loop):
         self.steps_done = state["steps_done"]
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"])
+
+    def finetune(
+        self, labeled: Any, *, steps: int, optimizer: torch.optim.Optimizer | None = None, **options: Any
+    ) -> FitResult:
+        """Train the student, as it is now, on labelled batches alone: what Meta Pseudo Labels ends with.
+
+        Args:
+            labeled: as for :meth:`fit`.
+            steps: 1,000 or so in the paper, at a small learning rate.
+            optimizer: over the student's parameters; default ``SGD(lr=1e-3)``.
+            options: as for :meth:`fit` (``validation``, ``out``, ``resume``, ...); the phase is called ``finetune``.
+
+        Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
+        """
+        chosen = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
+        tuner = LossTrainer(self.student, (CrossEntropy(),), optimizer=chosen, precision=self.precision)
+        return tuner.fit(labeled, steps=steps, **{"phase": "finetune", **options})
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing

@@ -1,0 +1,79 @@
+"""Micro-batches give the numbers of the whole batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import metapl
+from metapl.feedback import Difference, Reinforce
+
+
+def _networks() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return tuple(
+        nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Linear(8, 3)).double() for _ in range(2)
+    )
+
+
+def _after(mode: object, accumulate: int, **options: object) -> tuple[list[torch.Tensor], dict[str, float]]:
+    teacher, student = _networks()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.3, momentum=0.9, nesterov=True)
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        mode,
+        inner_optimizer=optimizer,
+        accumulate=accumulate,
+        feedback_weight=5.0,
+        generator=torch.Generator().manual_seed(3),
+        **options,
+    )
+    draws = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        x, weak, strong = (torch.randn(8, 5, generator=draws, dtype=torch.float64) for _ in range(3))
+        report = trainer.step((x, torch.randint(0, 3, (8,), generator=draws)), (weak, strong))
+    weights = [p.detach() for module in (teacher, student) for p in module.parameters()]
+    return weights, report.as_dict()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "forward",
+        "difference",
+        Difference(one_sided=True),
+        "reinforce",
+        Reinforce(similarity="cosine", baseline=0.9),
+        "reinforce_per_example",
+        "loss_difference",
+        "none",
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_change_nothing_but_memory(mode: object, accumulate: int) -> None:
+    whole, report = _after(mode, 1, clip_norm=0.5)
+    parts, same = _after(mode, accumulate, clip_norm=0.5)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    assert report.keys() == same.keys()
+    for name, value in report.items():
+        assert same[name] == pytest.approx(value, rel=1e-5, abs=1e-9, nan_ok=True), name
+
+
+def test_a_batch_that_cannot_be_split_evenly_is_refused() -> None:
+    teacher, student = _networks()
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", accumulate=3)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(metapl.MetaplError, match=r"accumulate=3 .* 8 examples"):
+        trainer.step((torch.randn(8, 5).double(), torch.arange(8) % 3), torch.randn(9, 5).double())
+    assert all(torch.equal(a, before[k]) for k, a in student.state_dict().items())
+
+
+def test_unrolled_does_not_accumulate() -> None:
+    with pytest.raises(metapl.MetaplError, match="unrolled"):
+        metapl.BilevelTrainer(*_networks(), "unrolled", accumulate=2)
