@@ -497,9 +497,9 @@ def _draw_noise(axes: Any, rows: list[dict[str, Any]], colours: list[str]) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULT, help="the JSON file; the picture goes beside it")
-    parser.add_argument("--batch", type=int, default=8, help="images of each kind, for time")
+    parser.add_argument("--batch", type=int, help="images of each kind, for time; default 8, on CUDA 128")
     parser.add_argument("--rounds", type=int, default=21, help="timed steps per mode")
-    parser.add_argument("--memory-batch", type=int, default=32, help="images of each kind, for memory")
+    parser.add_argument("--memory-batch", type=int, help="the same for memory; default 32, on CUDA 128")
     parser.add_argument("--draws", type=int, default=2000, help="draws of labels on the small classifier")
     parser.add_argument("--draws-wrn", type=int, default=24, help="draws of labels on WRN-28-2")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the Markdown table of a result and stop")
@@ -518,9 +518,12 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
+    where = places()
+    on_cuda = where[0].device == "cuda"
+    arguments.batch = arguments.batch or (128 if on_cuda else 8)
+    arguments.memory_batch = arguments.memory_batch or (128 if on_cuda else 32)
     sizes = {name: getattr(arguments, name) for name in ("batch", "rounds", "memory_batch", "draws", "draws_wrn")}
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
-    where = places()
     setup = {**described(where[0].device), "command": f"python benchmarks/modes.py{options}", **sizes}
     start = time.perf_counter()
     result = {"setup": setup, "runs": [measured(place, arguments) for place in where]}

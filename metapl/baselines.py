@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,16 @@ class LossReport:
 
     step: int
     scalars: dict[str, Tensor]
+    fault: checks.Fault = field(default_factory=checks.Fault, repr=False)
 
     def as_dict(self) -> dict[str, float]:
         """Every scalar, by one transfer: ``loss`` and a ``loss_<name>`` per term."""
         values = torch.stack([t.detach().double() for t in self.scalars.values()]).tolist()
         return dict(zip(self.scalars, values, strict=True))
+
+    def counts(self) -> dict[str, list[int]]:
+        """Nothing is counted."""
+        return {}
 
 
 class LossTrainer(Loop):

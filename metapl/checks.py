@@ -30,11 +30,11 @@ class Fault:
         """Whether anything is wrong, as a boolean scalar on the device; None where all was checked on the spot."""
         return torch.stack([bad for bad, _ in self.found]).any() if self.found else None
 
-    def raise_if_found(self) -> None:
-        """Wait for the device and raise the first finding."""
+    def raise_if_found(self, where: str = "") -> None:
+        """Wait for the device and raise the first finding, with ``where`` before its text."""
         for bad, text in self.found:
             if bool(bad):
-                raise MetaplError(f"{text} (found on the device; the step that saw it changed nothing)")
+                raise MetaplError(f"{where}{text} (found on the device; the step that saw it changed nothing)")
 
 
 _fault: ContextVar[Fault | None] = ContextVar("fault", default=None)

@@ -12,8 +12,8 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,11 +21,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils import _pytree as pytree
 
 from metapl import checkpoint
+from metapl.checks import Fault
 from metapl.data.feed import Feed, feed, to_device
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation, evaluate_logits, predict_logits
+from metapl.replay import RandomState, replayed
 from metapl.run_folder import Metrics, RunFolder
 
 Say = Callable[[str], None]
@@ -74,6 +77,12 @@ class FitOptions:
         if self.exact_every is not None and self.exact_every < 1:
             raise MetaplError(f"exact_every={self.exact_every}: expected 1 or more, or None.")
 
+    def decisive(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its beginning."""
+        names = ("schedule", "warmup", "ema_decay")
+        decisive = {name: getattr(self, name) for name in names}
+        return decisive | ({"steps": self.steps} if self.schedule == "cosine" else {})
+
     def rate(self, step: int) -> float:
         """The factor of the base learning rates at ``step``.
 
@@ -120,9 +129,14 @@ class Report(Protocol):
     """What a step returns: numbers that stay on the device until they are read."""
 
     @property
+    def fault(self) -> Fault: ...
+
+    @property
     def scalars(self) -> dict[str, Tensor]: ...
 
     def as_dict(self) -> dict[str, float]: ...
+
+    def counts(self) -> dict[str, list[int]]: ...
 
 
 class Loop(ABC):
@@ -177,13 +191,15 @@ class Loop(ABC):
 
         Args:
             labeled, unlabeled: endless or re-iterable sources of batches: a DataLoader, a list of batches, metapl's
-                own step batches, anything :func:`metapl.data.feed.feed` takes. ``unlabeled=None`` where nothing reads it.
+                own step batches, anything :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where nothing reads
+                it.
             steps: in all, those of an earlier part of the run included.
             validation: (inputs, labels) or an iterable of such batches; without it the last student is kept.
             truth: (inputs, labels) of unlabelled examples whose labels happen to be known, for recording how many of
                 the teacher's labels are right; nothing is trained or selected on it.
             out: a folder for metrics, TensorBoard events and checkpoints.
-            resume: go on from the newest whole checkpoint in ``out``.
+            resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
+                phase is refused.
             progress: draw a progress bar on standard error, where that is a terminal.
             say: where messages go; default: standard error.
             options: the other fields of :class:`FitOptions`.
@@ -196,7 +212,7 @@ class Loop(ABC):
             Interrupted: after Ctrl-C or SIGTERM, when the step under way is finished and saved.
         """
         how = FitOptions(steps=steps, **options)
-        folder = RunFolder(out, keep=how.keep) if isinstance(out, str | Path) else out
+        folder = RunFolder(out) if isinstance(out, str | Path) else out
         return _Fit(self, how, folder, validation, truth, progress, say or _to_stderr).run(labeled, unlabeled, resume)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
@@ -242,39 +258,50 @@ class _Fit:
         self.average = None if how.ema_decay is None else _average(trainer.student, how.ema_decay)
         self.best = Best()
         self.feeds: dict[str, Feed] = {}
-        self.checkpoints = None if out is None else out.checkpoints(how.phase)
+        self.checkpoints = None if out is None else out.checkpoints(how.phase, how.keep)
         self.metrics = None if out is None else Metrics(out.path / "metrics.jsonl")
         self.saved_at: Path | None = None
         self.first_bad = torch.full((), torch.inf, device=trainer.device)
+        self.faults: list[tuple[int, Fault]] = []
 
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
+        if not resume:
+            self._refuse_another_run()
         sources = {"labeled": labeled, "unlabeled": unlabeled}
-        for name, source in sources.items():
-            if source is not None:
-                self.feeds[name] = feed(source, name=name, stop=self.how.steps, num_workers=self.how.num_workers)
-        start = self._restore() if resume else 0
-        if self.metrics is not None:
-            self.metrics.cut(self.how.phase, start)
         try:
-            with _stop_requests() as stop, self._bar(start) as bar, self._events(start) as events:
-                for t in range(start, self.how.steps):
-                    row = self._one_step(t, bar)
-                    if row is not None:
-                        self._record(row, events)
-                    if _every(self.how.save_every, t, self.how.steps):
-                        self._save(t + 1)
-                    if stop:
-                        raise Interrupted(t + 1, stop[0], self._save(t + 1))
+            for name, source in sources.items():
+                if source is not None:
+                    self.feeds[name] = feed(source, name=name, stop=self.how.steps, num_workers=self.how.num_workers)
+            start = self._restore() if resume else 0
+            if self.metrics is not None:
+                with self._writing():
+                    self.metrics.cut(self.how.phase, start)
+            self._steps(start)
         finally:
+            self._scale_rates(1.0)
             for one in self.feeds.values():
                 one.close()
         return self._finish()
 
-    def _one_step(self, t: int, bar: _Bar) -> dict[str, float] | None:
+    def _steps(self, start: int) -> None:
+        with _stop_requests() as stop:
+            with self._bar(start) as bar, self._events(start) as events:
+                for t in range(start, self.how.steps):
+                    row = self._one_step(t, bar, events)
+                    if row is not None:
+                        self._record(row, events)
+                    if _every(self.how.save_every, t, self.how.steps):
+                        self._save(t + 1, events)
+                    if stop:
+                        raise Interrupted(t + 1, stop[0], self._save(t + 1, events))
+            if stop:  # after the last step, while the records were closed
+                raise Interrupted(self.how.steps, stop[0], self.saved_at)
+
+    def _one_step(self, t: int, bar: _Bar, events: Any) -> dict[str, float] | None:
         """Step t; the row to record, if this step is one that is recorded."""
         batches = {name: to_device(one.next(), self.trainer.device) for name, one in self.feeds.items()}
         labeled, unlabeled = batches["labeled"], batches.get("unlabeled")
-        self._set_rates(t)
+        self._scale_rates(self.how.rate(t))
         row: dict[str, float] = {}
         if self.how.exact_every is not None and _every(self.how.exact_every, t, self.how.steps):
             cosine = self.trainer.exact_cosine(labeled, unlabeled)
@@ -284,27 +311,32 @@ class _Fit:
             self.average.update_parameters(self.trainer.student)
         self._watch(report, t)
         logged = _every(self.how.log_every, t, self.how.steps)
+        validated = _every(self.how.validate_every, t, self.how.steps)
+        if logged or validated:
+            self._refuse_bad(t)
         if logged:
             row |= report.as_dict() | self._rates()
-        if _every(self.how.validate_every, t, self.how.steps):
+            with self._writing():
+                _write_counts(events, report.counts(), t + 1)
+        if validated:
             row |= self._validate(t)
-        bar.advance(len(next(iter(_tensors(batches)))), row)
-        if not row:
-            return None
-        self._refuse_not_finite()
-        return {"step": t + 1, **row}
+        bar.advance(sum(map(_examples, batches.values())), row)
+        return {"step": t + 1, **row} if row else None
 
     # ----------------------------------------------------------------------------------------------- parts of a step
 
-    def _set_rates(self, t: int) -> None:
-        factor = self.how.rate(t)
+    def _scale_rates(self, factor: float) -> None:
         for optimizer, rates in zip(self.trainer.schedulable, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
 
     def _rates(self) -> dict[str, float]:
-        names = ("student_lr", "teacher_lr")
-        return {name: o.param_groups[0]["lr"] for name, o in zip(names, self.trainer.schedulable, strict=False)}
+        """The student's rate and the teacher's; of a transform that brings its own schedule, none is known."""
+        names = ("student_lr", "teacher_lr") if len(self.trainer.schedulable) > 1 else (self._only_rate(),)
+        return {name: o.param_groups[0]["lr"] for name, o in zip(names, self.trainer.schedulable, strict=True)}
+
+    def _only_rate(self) -> str:
+        return "student_lr" if self.trainer.labeller is None else "teacher_lr"
 
     def _watch(self, report: Report, t: int) -> None:
         """Note, on the device, the first step whose losses were not finite."""
@@ -312,15 +344,24 @@ class _Fit:
         bad = ~torch.isfinite(torch.stack(losses)).all()
         here = torch.where(bad, torch.full_like(self.first_bad, t + 1), torch.full_like(self.first_bad, torch.inf))
         self.first_bad = torch.minimum(self.first_bad, here)
+        if report.fault.found:
+            self.faults.append((t, report.fault))
 
-    def _refuse_not_finite(self) -> None:
+    def _refuse_bad(self, t: int) -> None:
+        """Stop where a batch was wrong or a loss not finite up to step t, or the weights after it are not."""
+        for step, fault in self.faults:
+            fault.raise_if_found(f"step {step + 1}: ")
+        self.faults.clear()
         first = float(self.first_bad)
-        if math.isinf(first):
+        if math.isfinite(first):
+            what = f"a loss was NaN or infinite at step {int(first)}"
+        elif not _all_finite([self.trainer.student, self.trainer.labeller]):
+            what = f"weights were NaN or infinite after step {t + 1}, and the losses were not yet"
+        else:
             return
-        good = f"the last good checkpoint is {self.saved_at}" if self.saved_at else "no checkpoint was written before"
         raise MetaplError(
-            f"a loss was NaN or infinite at step {int(first)}; {good}. Lower the learning rates or feedback_weight, or "
-            "look for examples with extreme values."
+            f"{what}; {self._last_good()}. Lower the learning rates or feedback_weight, or look for examples with "
+            "extreme values."
         )
 
     def _candidate(self) -> nn.Module:
@@ -347,23 +388,26 @@ class _Fit:
 
     def _accuracy(self, model: nn.Module, data: Any = None) -> float:
         data = self.validation if data is None else data
-        logits, labels = predict_logits(model, _batches(data, self.trainer.device))
+        # A DataLoader draws from the default generator; looking at the validation data must not change the training.
+        with replayed(RandomState.now(self.trainer.device)):
+            logits, labels = predict_logits(model, _batches(data, self.trainer.device))
         return evaluate_logits(logits, labels).accuracy
 
     # ------------------------------------------------------------------------------------------- records and resuming
 
     def _record(self, row: dict[str, float], events: Any) -> None:
-        if self.metrics is not None:
+        if self.metrics is None:
+            return
+        with self._writing():
             self.metrics.add({"phase": self.how.phase, **{k: _plain(v) for k, v in row.items()}})
-        if events is not None:
             for name, value in row.items():
                 if name != "step":
-                    events.add_scalar(f"{self.how.phase}/{name}", value, row["step"])
+                    events.add_scalar(name, value, row["step"])
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
             "step": step,
-            "steps": self.how.steps,
+            "options": self.how.decisive(),
             "trainer": self.trainer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "best": {"accuracy": self.best.accuracy, "step": self.best.step, "weights": self.best.weights},
@@ -371,10 +415,14 @@ class _Fit:
             "rng": checkpoint.rng_state(),
         }
 
-    def _save(self, step: int) -> Path | None:
-        if self.checkpoints is None:
+    def _save(self, step: int, events: Any) -> Path | None:
+        if self.checkpoints is None or self.metrics is None:
             return None
-        self._refuse_not_finite()
+        self._refuse_bad(step - 1)
+        with self._writing():
+            # What is older than the checkpoint is not written again, so it must be on the disk first.
+            events.flush()
+            self.metrics.sync()
         self.saved_at = self.checkpoints.write(step, self._state(step))
         return self.saved_at
 
@@ -393,11 +441,7 @@ class _Fit:
         for skipped in found.skipped:
             self.say(f"passed over {skipped.path.name}: {skipped.reason}")
         state = found.state
-        if state["steps"] != self.how.steps and self.how.schedule == "cosine":
-            raise MetaplError(
-                f"{found.path} is of a run of {state['steps']} steps, {self.how.steps} are asked for; the cosine "
-                "schedule depends on it: give the same number."
-            )
+        self._refuse_other_options(found.path, state)
         self.trainer.load_state_dict(state["trainer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -406,21 +450,50 @@ class _Fit:
             one.restore(state["feeds"][name])
         checkpoint.set_rng_state(state["rng"])
         self.saved_at = found.path
-        self.say(f"resumed at step {state['step']}")
         step: int = state["step"]
+        self.say(f"resumed at step {step}" + ("" if self.how.phase == "fit" else f" of phase {self.how.phase}"))
         return step
 
+    def _refuse_another_run(self) -> None:
+        if self.out is not None and self.checkpoints is not None and self.checkpoints.paths():
+            raise MetaplError(
+                f"{self.out.path} holds checkpoints of a phase {self.how.phase!r} already; go on with it by "
+                "resume=True, or give another out or phase."
+            )
+
+    def _refuse_other_options(self, file: Path, state: dict[str, Any]) -> None:
+        before, now = state["options"], self.how.decisive()
+        changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+        if changed:
+            what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+            raise MetaplError(f"{file} is of a run with other options ({what}); resume it as it was started.")
+        if state["feeds"].keys() != self.feeds.keys():
+            had, has = (" and ".join(kinds) for kinds in (state["feeds"], self.feeds))
+            raise MetaplError(f"{file} is of a run on {had} batches, now there are {has} ones; give the same sources.")
+
     def _finish(self) -> FitResult:
-        """Put the best student in place, and the base learning rates back."""
-        for optimizer, rates in zip(self.trainer.schedulable, self.base_rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        """Put the best student in place."""
         if not self.best.weights:
             last = {k: v.detach().cpu().clone() for k, v in self._candidate().state_dict().items()}
             self.trainer.student.load_state_dict(last)
             return FitResult(None, self.how.steps, last)
         self.trainer.student.load_state_dict(self.best.weights)
         return FitResult(self.best.accuracy, self.best.step, self.best.weights)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say which checkpoint is left when the records cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            where = self.out.path if self.out is not None else None
+            raise MetaplError(
+                f"the records in {where} could not be written: {error.strerror or error}; {self._last_good()}. Mend "
+                "that (is the disk full?), then resume the run."
+            ) from error
+
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self.saved_at}" if self.saved_at else "no checkpoint was written before"
 
     @contextmanager
     def _bar(self, start: int) -> Iterator[_Bar]:
@@ -443,8 +516,18 @@ class _Fit:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(self.out.path), purge_step=start + 1) as writer:
+        # A folder per phase: what is purged on resuming is purged of every curve in the folder.
+        folder = self.out.path / "tensorboard" / self.how.phase
+        with self._writing():
+            writer = SummaryWriter(str(folder), purge_step=start + 1)
+        try:
             yield writer
+        except BaseException:
+            with suppress(OSError):  # the error under way says more
+                writer.close()
+            raise
+        with self._writing():
+            writer.close()
 
 
 class _Bar:
@@ -474,6 +557,30 @@ def _average(student: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(student, multi_avg_fn=torch.no_grad()(average))
 
 
+def _all_finite(modules: Sequence[nn.Module | None]) -> bool:
+    weights = [p.detach() for module in modules if module is not None for p in module.parameters()]
+    return bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())
+
+
+def _write_counts(events: Any, counts: dict[str, list[int]], step: int) -> None:
+    """Each as a histogram with a bucket per class."""
+    if events is None:
+        return
+    for name, per_class in counts.items():
+        classes = range(len(per_class))
+        events.add_histogram_raw(
+            name,
+            min=0,
+            max=len(per_class) - 1,
+            num=sum(per_class),
+            sum=sum(k * n for k, n in zip(classes, per_class, strict=True)),
+            sum_squares=sum(k * k * n for k, n in zip(classes, per_class, strict=True)),
+            bucket_limits=[k + 0.5 for k in classes],
+            bucket_counts=per_class,
+            global_step=step,
+        )
+
+
 def _every(n: int, t: int, steps: int) -> bool:
     return (t + 1) % n == 0 or t + 1 == steps
 
@@ -483,10 +590,10 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    from torch.utils import _pytree as pytree
-
-    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+def _examples(batch: Any) -> int:
+    """How many examples a batch holds: the rows of its first tensor that has any."""
+    leaves = pytree.tree_leaves(batch)
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
 def _batches(data: Any, device: torch.device, size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
@@ -503,7 +610,8 @@ def _stop_requests() -> Iterator[list[int]]:
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if asked:
+        # Not on a second SIGTERM: who stops a group of processes may reach one of them twice.
+        if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
         asked.append(number)
 

@@ -2,7 +2,7 @@
 
 recipe.json           the recipe as it ran, with versions and hardware
 metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
-events.out.tfevents*  the same for TensorBoard
+tensorboard/<phase>/  the same for TensorBoard
 checkpoints/<phase>/  whole checkpoints only
 student.safetensors   the best student by validation
 report.png            curves, confusion matrix, quality of the pseudo-labels
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -38,11 +38,10 @@ class RunFolder:
 
     Args:
         path: the folder.
-        keep: checkpoints kept per phase.
     """
 
-    def __init__(self, path: str | os.PathLike[str], keep: int = 2) -> None:
-        self.path, self.keep = Path(path), keep
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
 
     @property
     def exists(self) -> bool:
@@ -61,9 +60,9 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
         except OSError as error:
-            raise MetaplError(f"the run folder {self.path} cannot be written: {error.strerror}.") from error
+            raise MetaplError(f"the run folder {self.path} cannot be made: {error.strerror}.") from error
+        self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
@@ -107,21 +106,19 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all."""
-        with replacing(self.path / name) as file:
+        with _written(self.path / name) as file:
             file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
-    def checkpoints(self, phase: str) -> CheckpointFolder:
-        """The checkpoints of a phase."""
-        folder = self.path / "checkpoints" / phase
-        folder.mkdir(parents=True, exist_ok=True)
-        return CheckpointFolder(folder, keep=self.keep)
+    def checkpoints(self, phase: str, keep: int = 2) -> CheckpointFolder:
+        """The checkpoints of a phase, of which the last ``keep`` stay."""
+        return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Weights as safetensors: the file depends on them alone."""
         from safetensors.torch import save
 
         plain = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}
-        with replacing(self.path / name) as file:
+        with _written(self.path / name) as file:
             file.write(save(plain))
 
     def read_weights(self, name: str) -> dict[str, Tensor]:
@@ -157,15 +154,36 @@ class Metrics:
         return [row for row in rows if phase is None or row["phase"] == phase]
 
     def cut(self, phase: str, step: int) -> None:
-        """Forget rows of ``phase`` after ``step``."""
-        kept = [row for row in self.rows() if row["phase"] != phase or row["step"] <= step]
+        """Forget rows of ``phase`` after ``step``, and go on behind the other phases' rows."""
+        rows = self.rows()
+        others = [row for row in rows if row["phase"] != phase]
+        kept = [row for row in rows if row["phase"] == phase and row["step"] <= step]
         with replacing(self.file) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
+            file.write("".join(json.dumps(row) + "\n" for row in others + kept).encode())
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
         with self.file.open("a") as file:
             file.write(json.dumps(dict(row)) + "\n")
+
+    def sync(self) -> None:
+        """Put the rows on disk."""
+        if self.file.exists():
+            with self.file.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[BinaryIO]:
+    """:func:`replacing`, with the disk's refusal in words."""
+    try:
+        with replacing(file) as new:
+            yield new
+    except OSError as error:
+        raise MetaplError(
+            f"{file} could not be written: {error.strerror or error}; what was there before is whole. Mend that (is "
+            "the disk full?), then go on with --resume."
+        ) from error
 
 
 def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:

@@ -45,6 +45,15 @@ class StepReport:
         values = torch.stack([t.detach().double().reshape(()) for t in tensors.values()]).tolist()
         return dict(zip(tensors, values, strict=True))
 
+    def counts(self) -> dict[str, list[int]]:
+        """For class labels, ``pseudo_label_classes``: how many of the batch the teacher gave each class, drawn or most
+        probable."""
+        logits = self.signal.outputs
+        if logits is None or logits.shape != self.student_outputs.shape:
+            return {}
+        chosen = self.signal.value if self.signal.sampled else logits.argmax(-1)
+        return {"pseudo_label_classes": torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).tolist()}
+
     def _of_classes(self) -> dict[str, Tensor]:
         logits = self.signal.outputs
         if logits is None or logits.shape != self.student_outputs.shape:

@@ -23,7 +23,7 @@ from metapl.optimizers import Clipped
 from metapl.optimizers import inner_optimizer as functional
 from metapl.problem import BilevelProblem
 from metapl.problems.pseudo_labels import PseudoLabels, views
-from metapl.replay import RandomState, nothing_moved, replayed
+from metapl.replay import Buffers, RandomState, nothing_moved, replayed
 from metapl.step_report import StepReport
 from metapl.teacher import TeacherStep, teacher_scalars
 
@@ -44,8 +44,10 @@ class BilevelTrainer(Loop):
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``.
         teacher_losses: the teacher's own losses; ``None`` is ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` where
             the unlabelled batch has two views; ``()`` is none.
-        feedback_weight: λ. The true gradient is of the order of η/B per label; beside a supervised loss on a small
-            problem it takes a few times the batch size to matter. ``StepReport.feedback_ratio`` tells.
+        feedback_weight: λ. At 1 the teacher descends the true gradient of the labelled loss after one student step,
+            whose size goes with the student's learning rate. Much more than that is dangerous: teacher and student
+            then chase each other's class frequencies and may collapse onto one class (on the digits 0.3 to 2 helps, 10
+            hurts, 50 collapses). ``StepReport.feedback_ratio`` tells how it compares with the teacher's own losses.
         recompute_teacher: run the teacher's pass on the unlabelled batch without a graph first and build it again at
             the end (same dropout masks and statistics): one teacher forward pass more, one graph less in memory.
         generator: for drawing labels; without it the default one.
@@ -112,7 +114,7 @@ class BilevelTrainer(Loop):
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong)."""
         fault = checks.Fault()
-        with self._nothing_moves(fault, labeled, unlabeled), self._autocast():
+        with self._nothing_moves(fault, labeled, unlabeled) as buffers, self._autocast():
             students, teachers = [], []
             micro = list(self._micro_batches(labeled, unlabeled))
             for x_l, x_u in micro:
@@ -136,14 +138,14 @@ class BilevelTrainer(Loop):
                 if loss.requires_grad:
                     loss.backward()  # lines 5-7
                 parts.append(part.without_graph())
-        with self._masked_by(fault.flag):
+        with self._masked_by(fault.flag, buffers):
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.teacher.parameters(), self.clip_norm)
             self.outer_optimizer.step()  # line 8
             whole.commit()  # line 3
         self.outer_optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
-        self.mode_state = mode_state
+        self.mode_state = _kept_where(fault.flag, self.mode_state, mode_state)
         self.steps_done += 1
         scalars = {"inner_loss": whole.inner_loss, **whole.known_outer_loss(), **teacher_scalars(parts)}
         return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, whole.signal, whole.outputs, fault)
@@ -242,31 +244,40 @@ class BilevelTrainer(Loop):
         return float(torch.nn.functional.cosine_similarity(own, exact, dim=0))
 
     @contextmanager
-    def _nothing_moves(self, fault: checks.Fault, labeled: Any, unlabeled: Any) -> Iterator[None]:
+    def _nothing_moves(self, fault: checks.Fault, labeled: Any, unlabeled: Any) -> Iterator[list[Buffers]]:
         """Check the batches; whatever is refused or fails, everything is left as it was."""
-        checks.batches(labeled, unlabeled, self.device)
         random = RandomState.now(self.device)
-        with nothing_moved(self.teacher, self.student, random=random), checks.deferred_to(fault), torch.enable_grad():
-            self.outer_optimizer.zero_grad(set_to_none=True)
-            yield
+        with checks.deferred_to(fault), nothing_moved(self.teacher, self.student, random=random) as buffers:
+            checks.batches(labeled, unlabeled, self.device)
+            with torch.enable_grad():
+                self.outer_optimizer.zero_grad(set_to_none=True)
+                yield buffers
 
     @contextmanager
-    def _masked_by(self, flag: Tensor | None) -> Iterator[None]:
-        """Undo the update where the device found the batch wrong; nothing where all was checked on the spot."""
+    def _masked_by(self, flag: Tensor | None, buffers: list[Buffers]) -> Iterator[None]:
+        """Undo the step where the device found the batch wrong; nothing where all was checked on the spot."""
         if flag is None:
             yield
             return
         optimizers = [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
-        networks = [t for net in (self.teacher, self.student) for t in net.state_dict().values()]
-        before = [(t, t.clone()) for t in [*networks, *optimizer_tensors(optimizers)]]
+        weights = [p for net in (self.teacher, self.student) for p in net.parameters()]
+        before = [(t, t.clone()) for t in [*weights, *optimizer_tensors(optimizers)]]
+        before += [pair for saved in buffers for pair in saved.saved.values()]  # from before the passes
+        transform = isinstance(self.inner_optimizer, tuple)
+        leaves = self.inner.state_dict()["leaves"] if transform else []
         yield
         known = {id(t) for t, _ in before}
         with torch.no_grad():
             for t, old in before:
-                t.copy_(torch.where(flag.to(t.device), old, t))
+                t.copy_(torch.where(flag, old, t))
             for t in optimizer_tensors(optimizers):
                 if id(t) not in known:  # born in this step
-                    t.copy_(torch.where(flag.to(t.device), torch.zeros_like(t), t))
+                    t.copy_(torch.where(flag, torch.zeros_like(t), t))
+            if transform:
+                new = self.inner.state_dict()["leaves"]
+                pairs = zip(leaves, new, strict=True)
+                kept = [torch.where(flag, o, n) if isinstance(n, Tensor) else n for o, n in pairs]
+                self.inner.load_state_dict({"leaves": kept})
 
     def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         if self.teacher_losses is not None:
@@ -274,6 +285,11 @@ class BilevelTrainer(Loop):
         supervised = CrossEntropy(label_smoothing=0.1)
         two_views = isinstance(self.problem, PseudoLabels) and len(views(unlabeled)) == 2
         return (supervised, UDA()) if two_views else (supervised,)
+
+
+def _kept_where(flag: Tensor | None, old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``old`` where the device found the batch wrong, else ``new``."""
+    return new if flag is None else {name: torch.where(flag, old[name].to(t), t) for name, t in new.items()}
 
 
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:

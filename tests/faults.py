@@ -131,11 +131,9 @@ def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:
     real = InnerStep.outer_gradient
 
     def outer_gradient(self: InnerStep) -> Any:
-        after, self.new_params = self.new_params, self.params
-        try:
+        with pytest.MonkeyPatch.context() as inside:
+            inside.setattr(InnerStep, "new_params", property(lambda step: step.params))
             return real(self)
-        finally:
-            self.new_params = after
 
     patch.setattr(InnerStep, "outer_gradient", outer_gradient)
 

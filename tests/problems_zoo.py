@@ -1,0 +1,221 @@
+"""Small networks, batches and optimisers that the proofs run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import reference
+import torch
+import torchopt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CLASSES = 3
+
+
+class Attention(nn.Module):
+    """One block of attention over the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.flatten(1, 2)).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+
+
+def noisy_teacher() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, CLASSES))
+
+
+STUDENTS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "batch_norm": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, CLASSES)
+    ),
+    "group_norm": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(16, CLASSES)
+    ),
+    "attention": Attention,
+    "dropout": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Dropout(0.4), nn.Linear(8, CLASSES), nn.Dropout(0.2)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Two networks and two batches."""
+
+    teacher: nn.Module
+    student: nn.Module
+    labeled: tuple[Tensor, Tensor]
+    unlabeled: Any
+    seed: int
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher, "student": self.student}
+
+    def data(self) -> dict[str, Any]:
+        return {"labeled": self.labeled, "unlabeled": self.unlabeled}
+
+    def draw_from_start(self) -> None:
+        """Both the library and the reference draw dropout masks and labels from here on."""
+        torch.manual_seed(1000 + self.seed)
+
+
+def toy(
+    kind: str = "mlp",
+    *,
+    rows: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    views: bool = False,
+    teacher: Callable[[], nn.Module] = mlp,
+) -> Toy:
+    """A problem that is the same whenever it is built from the same arguments."""
+    torch.manual_seed(seed)
+    networks = [net().to(dtype).train() for net in (teacher, STUDENTS[kind])]
+    x_l, x_u, x_s = (torch.randn(n, 1, 4, 4, dtype=dtype) for n in (rows + 1, rows, rows))
+    y_l = torch.randint(0, CLASSES, (rows + 1,))
+    return Toy(networks[0], networks[1], (x_l, y_l), (x_u, x_s) if views else x_u, seed)
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """An inner optimiser of the library, and the same rule written out in the tests."""
+
+    name: str
+    rule: reference.Rule
+    torch_class: type[torch.optim.Optimizer] | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    transform: Callable[[], Any] | None = None
+    tolerance: float = 1e-9
+
+    def build(self, student: nn.Module) -> Any:
+        if self.torch_class is None:
+            return self.transform()
+        return self.torch_class(student.parameters(), **dict(self.options))
+
+
+def _torch(
+    name: str, cls: type[torch.optim.Optimizer], rule: Callable[..., reference.Rule], **options: Any
+) -> Optimiser:
+    return Optimiser(f"torch_{name}", rule(**options), cls, tuple(options.items()))
+
+
+def _torchopt(name: str, transform: Callable[[], Any], rule: reference.Rule, tolerance: float = 1e-9) -> Optimiser:
+    return Optimiser(f"torchopt_{name}", rule, transform=transform, tolerance=tolerance)
+
+
+_SGD, _ADAM, _ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+_ALMOST_ADAM = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2}  # at ε = 1e-8 Adam's first step is the gradient's sign
+
+OPTIMISERS: dict[str, Optimiser] = {
+    o.name: o
+    for o in (
+        _torch("sgd", _SGD, reference.sgd, lr=0.3),
+        _torch("sgd_momentum", _SGD, reference.sgd, lr=0.3, momentum=0.9),
+        _torch("sgd_nesterov", _SGD, reference.sgd, lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.01),
+        _torch("sgd_dampening", _SGD, reference.sgd, lr=0.3, momentum=0.8, dampening=0.4, weight_decay=0.05),
+        _torch("sgd_maximize", _SGD, reference.sgd, lr=0.3, momentum=0.8, weight_decay=0.05, maximize=True),
+        _torch("adam", _ADAM, reference.adam, **_ALMOST_ADAM, weight_decay=0.02),
+        _torch("adam_amsgrad", _ADAM, reference.adam, **_ALMOST_ADAM, amsgrad=True),
+        _torch("adam_defaults", _ADAM, reference.adam, lr=1e-3),
+        _torch("adam_maximize", _ADAM, reference.adam, **_ALMOST_ADAM, weight_decay=0.02, maximize=True),
+        _torch("adamw", _ADAMW, reference.adamw, **_ALMOST_ADAM, weight_decay=0.1),
+        _torch("adamw_amsgrad", _ADAMW, reference.adamw, **_ALMOST_ADAM, weight_decay=0.1, amsgrad=True),
+        _torchopt("sgd", lambda: torchopt.sgd(0.3), reference.sgd(lr=0.3)),
+        _torchopt(
+            "sgd_nesterov",
+            lambda: torchopt.sgd(0.3, momentum=0.9, nesterov=True),
+            reference.sgd(lr=0.3, momentum=0.9, nesterov=True),
+        ),
+        _torchopt(
+            "sgd_momentum_decay",
+            lambda: torchopt.sgd(0.3, momentum=0.9, weight_decay=0.05),
+            reference.sgd(lr=0.3, momentum=0.9, weight_decay=0.05),
+        ),
+        _torchopt("adam", lambda: torchopt.adam(0.05, eps=1e-2), reference.adam(lr=0.05, eps=1e-2), 1e-4),
+        _torchopt(
+            "adamw",
+            lambda: torchopt.adamw(0.05, eps=1e-2, weight_decay=0.1),
+            reference.adamw(lr=0.05, eps=1e-2, weight_decay=0.1),
+            1e-4,
+        ),
+        _torchopt(
+            "clip",
+            lambda: torchopt.chain(torchopt.clip_grad_norm(0.05), torchopt.sgd(0.3)),
+            reference.clipped(0.05, reference.sgd(lr=0.3)),
+        ),
+        _torchopt(
+            "clip_momentum",
+            lambda: torchopt.chain(torchopt.clip_grad_norm(0.05), torchopt.sgd(0.3, momentum=0.9)),
+            reference.clipped(0.05, reference.sgd(lr=0.3, momentum=0.9)),
+        ),
+    )
+}
+
+
+def warm(problem: Toy, optimiser: Optimiser, steps: int = 3) -> tuple[Any, Any, Any]:
+    """Take real steps on given gradients: (the optimiser, its inner_state for the library, the reference's state).
+
+    The reference's state comes from its own rule, never from the optimiser that it is compared with.
+    """
+    real = optimiser.build(problem.student)
+    params = {name: p.detach().clone() for name, p in problem.student.named_parameters()}
+    rule_state: Any = None
+    inner_state = None if optimiser.torch_class else real.init(params)
+    draw = torch.Generator().manual_seed(7)
+    for _ in range(steps):
+        grads = {n: 0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in params.items()}
+        if optimiser.torch_class:
+            for name, p in problem.student.named_parameters():
+                p.grad = grads[name].clone()
+            real.step()
+            real.zero_grad()
+        else:
+            updates, inner_state = real.update(grads, inner_state, params=params, inplace=False)
+            with torch.no_grad():
+                for name, p in problem.student.named_parameters():
+                    p.add_(updates[name])
+        params, rule_state = optimiser.rule(params, grads, rule_state)
+    return real, inner_state, rule_state
+
+
+def everything(
+    problem: Toy, *optimizers: torch.optim.Optimizer, generator: bool = True, counts: bool = True
+) -> list[Tensor]:
+    """Copies of all that a call must leave as it is: weights, buffers, gradients, optimiser states (with their step
+    ``counts``), the generator."""
+    found = [t for net in (problem.teacher, problem.student) for t in net.state_dict().values()]
+    found += [torch.ones(()) if p.grad is None else p.grad for p in problem.student.parameters()]
+    found += [torch.ones(()) if p.grad is None else p.grad for p in problem.teacher.parameters()]
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            found += [t for name, t in state.items() if isinstance(t, Tensor) and (counts or name != "step")]
+    return [t.detach().clone() for t in found] + [torch.get_rng_state()] * generator
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Bit for bit (a NaN is itself)."""
+    return len(a) == len(b) and all(torch.allclose(x, y, 0, 0, equal_nan=True) for x, y in zip(a, b, strict=True))
+
+
+@contextmanager
+def unmoved(problem: Toy, *optimizers: torch.optim.Optimizer, generator: bool = True) -> Iterator[None]:
+    """Assert that the block leaves everything bit for bit as it was (but for the ``generator``, if it may move)."""
+    before = everything(problem, *optimizers, generator=generator)
+    slots = [[id(t) for t in net.state_dict(keep_vars=True).values()] for net in problem.networks().values()]
+    yield
+    after = [[id(t) for t in net.state_dict(keep_vars=True).values()] for net in problem.networks().values()]
+    assert slots == after, "a network holds other tensors than before"
+    assert same(before, everything(problem, *optimizers, generator=generator)), "something moved"

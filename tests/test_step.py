@@ -356,3 +356,26 @@ def test_cross_entropy_of_hard_labels_is_smoothed_for_the_student_alone() -> Non
 def trainer_bias(before: dict[str, Tensor], case: Toy) -> Tensor:
     """How far the teacher's last bias moved: minus the sum over the batch of the gradient at its outputs."""
     return moved(before, case.teacher)["3.bias"]
+
+
+@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_clip"])
+@pytest.mark.parametrize("student", ["mlp", "group_norm", "attention"])
+@pytest.mark.parametrize("mode", ["forward", "difference", "none"])
+def test_micro_batches_give_the_numbers_of_the_whole(mode: str, student: str, optimiser: str) -> None:
+    """Two steps on two micro-batches each, with the teacher's own losses, where no layer mixes examples."""
+    runs = []
+    for accumulate in (1, 2):
+        case, rule = toy(student, views=True), OPTIMISERS[optimiser]
+        case = replace(case, labeled=tuple(t[:4] for t in case.labeled))
+        trainer = trainer_for(
+            case,
+            mode,
+            inner_optimizer=rule.build(case.student),
+            teacher_losses=(CrossEntropy(0.1), UDA(0.5)),
+            accumulate=accumulate,
+        )
+        reports = [trainer.step(**case.data()) for _ in range(2)]
+        runs.append({**values(case.student), **{f"teacher.{n}": p for n, p in values(case.teacher).items()}})
+        runs[-1] |= {f"h{i}": r.feedback for i, r in enumerate(reports)}
+    bound = 1e-4 if mode == "difference" else 1e-10
+    assert all(error(runs[1][n], runs[0][n]) < bound for n in runs[0] if runs[0][n].abs().max() > 1e-12)

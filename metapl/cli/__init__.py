@@ -2,48 +2,85 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
 HELP = """\
-metapl trains a classifier from few labels and many unlabelled examples: a teacher makes up labels, a student learns
-from them, and the teacher learns from how the student then does on the labelled data (Meta Pseudo Labels).
+metapl trains a classifier from a few labelled examples and many unlabelled
+ones. A teacher network makes up labels for a student network, and learns from
+how well the student then does on the labelled examples: Meta Pseudo Labels.
 
-  metapl train digits                      train on scikit-learn's handwritten digits, 2 labels a class
-  metapl train digits --compare --seeds 0-2
-                                           the same beside its controls: did the teacher's feedback help?
-  metapl train digits --help               everything that can be set
+  metapl train RECIPE           train a student; it goes to a run folder (RUN)
+  metapl evaluate RUN           measure its student on the test set again
+  metapl predict RUN FILES...   let it classify your images or CSV files
+  metapl finetune RUN           finetune it on the labelled examples again
+  metapl compare RUN RUN...     put runs side by side, and test if they differ
 
-Each command says more with --help.
+For example, with the handwritten digits that come with scikit-learn, of which
+two in each class are labelled (a minute on a laptop, no graphics card):
+
+  metapl train digits --out runs/first
+  metapl predict runs/first my_digit.png another.png
+  metapl train digits --compare --seeds 0-2 --out runs/compared
+
+The last one trains the same without the teacher's feedback, and by other
+methods, and says whether the feedback helped.
+
+Each command says more with --help: metapl train digits --help.
+metapl --version says which metapl this is.
 """
+
+COMMANDS = ("train", "evaluate", "predict", "finetune", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 wrong input, 128 + n stopped by signal n."""
+    """Run the command line.
+
+    Returns: the exit code: 0 done; 1 done in part, or the system refused; 2 wrong input; 128 + n stopped by signal n.
+    """
     from metapl.errors import MetaplError
 
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± shows ?
     try:
-        return _dispatch(given)
+        try:
+            return _dispatch(given)
+        finally:
+            sys.stdout.flush()
     except MetaplError as error:
         print(f"metapl: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read this has gone, as head does. What is still buffered must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("\nmetapl: stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        print(f"metapl: {error.filename or 'input or output'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
 
 
 def _dispatch(given: list[str]) -> int:
     from metapl.errors import MetaplError
 
-    if not given or given[0] in ("-h", "--help", "help"):
+    command, rest = (given[0], given[1:]) if given else ("help", [])
+    if command in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
-    if given[0] == "--version":
+    if command == "--version":
         from metapl import __version__
 
         print(f"metapl {__version__}")
         return 0
-    if given[0] == "train":
-        return _train(given[1:])
-    raise MetaplError(f"there is no command {given[0]!r}; expected train. See metapl --help.")
+    if command not in COMMANDS:
+        raise MetaplError(f"there is no command {command!r}; expected one of {', '.join(COMMANDS)}. See metapl --help.")
+    return _train(rest) if command == "train" else _after_training(command, rest)
 
 
 def _train(given: list[str]) -> int:
@@ -59,3 +96,19 @@ def _train(given: list[str]) -> int:
         print(f"metapl train RECIPE, with RECIPE one of: {', '.join(recipes)}. Each says more with --help.")
         return 0
     return parse(recipes[given[0]], f"metapl train {given[0]}", given[1:])()
+
+
+def _after_training(command: str, given: list[str]) -> int:
+    from metapl.cli.compare import Compare
+    from metapl.cli.evaluate import Evaluate
+    from metapl.cli.finetune import Finetune
+    from metapl.cli.parse import parse
+    from metapl.cli.predict import Predict
+
+    kinds: dict[str, type[Evaluate] | type[Predict] | type[Finetune] | type[Compare]] = {
+        "evaluate": Evaluate,
+        "predict": Predict,
+        "finetune": Finetune,
+        "compare": Compare,
+    }
+    return parse(kinds[command], f"metapl {command}", given)()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from metapl.errors import MetaplError
 from metapl.recipes.base import Recipe
 
 
@@ -49,24 +54,122 @@ def _aloud(text: str) -> None:
     print(text, flush=True)
 
 
-def run_all(jobs: list[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any]]]:
+def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:
     """Run the jobs, ``workers`` at a time, and give each with its result as it ends.
 
-    A worker whose parent is gone ends itself, so that a killed comparison leaves nobody writing to its folders.
+    However this ends, no worker is left: where it is stopped, or a job fails, the others save the step under way and
+    go; and a worker whose parent was killed ends itself, so that nobody goes on writing to the folders.
+
+    Raises:
+        MetaplError: what a job raised, or that its process was killed.
     """
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:
-            yield job, job.run()
+            with _named(job):
+                result = job.run()
+            yield job, result
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent, (os.getpid(),)) as pool:
-        futures = {pool.submit(job.run): job for job in jobs}
+    waiting = deque(jobs)
+    staff = _start(min(workers, len(jobs)))
+    try:
+        busy = {worker: worker.take(waiting.popleft()) for worker in staff}
+        while busy:
+            worker = _first_ready(list(busy))
+            job = busy.pop(worker)
+            with _named(job):
+                result = worker.result()
+            if waiting:
+                busy[worker] = worker.take(waiting.popleft())
+            yield job, result
+    finally:
+        for worker in staff:
+            worker.stop()
+        for worker in staff:
+            worker.wait()
+
+
+@contextmanager
+def _named(job: Job) -> Iterator[None]:
+    """Say whose error it is."""
+    try:
+        yield
+    except MetaplError as error:
+        raise MetaplError(f"{job.method}, seed {job.recipe.seed}: {error}") from error
+
+
+class _Worker:
+    """A process that runs one job after another."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self.link, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, os.getpid()))
+        self.process.start()
+        theirs.close()
+
+    def take(self, job: Job) -> Job:
+        self.link.send(job)
+        return job
+
+    def result(self) -> dict[str, Any]:
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+            answer = self.link.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            raise MetaplError(
+                f"its process ended with code {self.process.exitcode} (-9: was there too little memory?); go on with "
+                "--resume."
+            ) from None
+        if isinstance(answer, BaseException):
+            raise answer
+        result: dict[str, Any] = answer
+        return result
+
+    def stop(self) -> None:
+        """Ask to save and go."""
+        self.process.terminate()
+
+    def wait(self, patience: float = 30.0) -> None:
+        try:
+            self.process.join(patience)
+        finally:  # also when it is the user who has no more patience
+            self.process.kill()
+            self.process.join()
+
+
+def _start(number: int) -> list[_Worker]:
+    # A terminal's Ctrl-C reaches every process of the command. The parent alone decides, so workers are born without
+    # hearing it; starting Python's resource tracker among them would end the deafness too early.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return [_Worker() for _ in range(number)]
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _first_ready(workers: list[_Worker]) -> _Worker:
+    links = {worker.link: worker for worker in workers}
+    return links[wait(list(links))[0]]  # type: ignore[index]  # what is waited for are these
+
+
+def _work(link: Connection, parent: int) -> None:
+    """A worker's life: jobs come and results or errors go, until the link is closed or the worker told to stop."""
+    _end_with_parent(parent)
+    while True:
+        try:
+            job: Job = link.recv()
+        except EOFError:
+            return
+        try:
+            answer: Any = job.run()
+        except KeyboardInterrupt:  # stopped and saved
+            return
+        except Exception as error:
+            if not isinstance(error, MetaplError):
+                error.add_note(f"in {job.method}, seed {job.recipe.seed}:\n{traceback.format_exc()}")
+            answer = error
+        link.send(answer)
 
 
 def _end_with_parent(parent: int) -> None:

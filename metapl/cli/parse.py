@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from typing import TypeVar
+from pathlib import Path
+from typing import Annotated, TypeVar
 
 import tyro
 
 from metapl.errors import MetaplError
 
 T = TypeVar("T")
+
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+"""The folder of a run, by its place."""
+
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
+"""Off unless given; there is no --no-."""
 
 
 def parse(kind: type[T], program: str, arguments: list[str]) -> T:
@@ -32,7 +39,14 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
 
 
 def _one_line(box: str) -> str:
-    """tyro's framed message without its frame and its pointer to the help."""
-    words = re.sub("[╭╮╰╯│─]+", " ", re.sub(r"\x1b\[[0-9;]*m", "", box))
-    words = re.sub(r"For full helptext.*", "", words, flags=re.DOTALL)
-    return re.sub(r"\s+", " ", words).strip().rstrip(".") + "."
+    """What tyro's framed message says, in a line: without the frame, its title, and the help of the arguments named.
+
+    >>> _one_line("╭─ Wrong ─────────╮\\n│ Unrecognized: -x │\\n│ ─────────────── │\\n│ For full help │\\n╰─────╯")
+    'Unrecognized: -x.'
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [match[1] for match in re.finditer(r"^│ (.*?) *│?$", plain, re.MULTILINE)]
+    parts = re.split(r"^─+$", "\n".join(line for line in lines if not line.startswith(8 * " ")), flags=re.MULTILINE)
+    said = [parts[0].partition("Got errors:")[0], *(p for p in parts[1:] if p.strip().startswith("Perhaps"))]
+    sentences = [re.sub(r"\s+", " ", part).strip().rstrip(".") for part in said]
+    return ". ".join(sentences).replace("{None}|", "") + "."

@@ -6,8 +6,12 @@ import dataclasses
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +56,8 @@ class Train:
         self._check()
         out = self.out or _default_out(self.recipe.name, self.resume)
         try:
-            return self._compare(out) if self.compare else self._train(out)
+            with _terminable():
+                return self._compare(out) if self.compare else self._train(out)
         except KeyboardInterrupt as stopped:
             return _say_how_to_go_on(stopped, out)
 
@@ -121,13 +126,14 @@ class Train:
         workers = self.jobs or min(len(jobs), os.cpu_count() or 1)
         print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
         results, since = {}, time.monotonic()
-        for number, (job, result) in enumerate(run_all(jobs, workers), 1):
-            results[job.method, job.recipe.seed] = result
-            print(
-                f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {time.monotonic() - since:4.0f} s  "
-                f"{TITLES.get(job.method, job.method)}, seed {job.recipe.seed}: {result['test_accuracy']:.1%}",
-                flush=True,
-            )
+        with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping
+            for number, (job, result) in enumerate(running, 1):
+                results[job.method, job.recipe.seed] = result
+                print(
+                    f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {time.monotonic() - since:4.0f} s  "
+                    f"{TITLES.get(job.method, job.method)}, seed {job.recipe.seed}: {result['test_accuracy']:.1%}",
+                    flush=True,
+                )
         return results
 
     def _leave_behind(
@@ -166,4 +172,27 @@ def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
         given += ["--out", str(out)]
     where = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
     print(f"\n{where}go on with:\n  metapl {shlex.join([*given, '--resume'])}", file=sys.stderr)
-    return 128 + (stopped.signal_number if isinstance(stopped, Interrupted) else 2)
+    return 128 + getattr(stopped, "signal_number", signal.SIGINT)
+
+
+class _Terminated(KeyboardInterrupt):
+    """A SIGTERM that came outside the steps of a fit."""
+
+    signal_number = signal.SIGTERM
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does."""
+
+    def unwind(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # signals are another's affair
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -19,8 +19,8 @@ class Unrolled:
     .. math:: h = -\frac{d}{d\,\mathrm{signal}} L\big(U(\theta, g(\mathrm{signal}))\big)
 
     Takes: soft (differentiable) signals, also ones that enter the student's input or the inner loss anywhere else.
-    Cost: 13 student passes a step with the teacher's 3; the inner graph and its derivative stay in memory (about 1.6
-    times Algorithm 1's peak).
+    Cost: 13 student passes a step with the teacher's 3; the inner graph and its derivative stay in memory (about twice
+    the peak of ``forward``, benchmarks/modes.py).
     Bias: none; the one mode that does not use the pullback written in :mod:`metapl.optimizers`.
     Raises: :class:`metapl.MetaplError` for operations without a second derivative, by name.
     Source: Meta Pseudo Labels, eq. (3); DARTS and MAML's one-step gradient.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -118,6 +119,16 @@ class Recipe(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the network's outputs."""
+        ...
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Suffixes of the files that :meth:`read` finds in a folder."""
+        ...
+
+    @property
     def seed(self) -> int: ...
     @property
     def steps(self) -> int: ...
@@ -138,6 +149,14 @@ class Recipe(Protocol):
 
     def network(self) -> nn.Module:
         """A network with fresh weights, from the default generator."""
+        ...
+
+    def read(self, path: Path) -> list[tuple[str, Tensor]]:
+        """The examples in a user's file: where each stands, and the network's input for it.
+
+        Raises:
+            MetaplError: the file cannot be read; the message begins with its path.
+        """
         ...
 
     def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from metapl.data import (
     Identity,
@@ -16,6 +17,7 @@ from metapl.data import (
     UnlabeledBatches,
     load_digits_split,
 )
+from metapl.data.files import IMAGES, csv_rows, gray_image
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.models import mlp
 from metapl.recipes.base import SGD, Feedback, Task, require
@@ -49,6 +51,8 @@ class Digits:
     """
 
     name: ClassVar[str] = "digits"
+    classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
+    reads: ClassVar[tuple[str, ...]] = (*IMAGES, ".csv")
 
     seed: int = 0
     labels_per_class: int = 2
@@ -62,9 +66,7 @@ class Digits:
     uda_weight: float = 0.0
     uda_temperature: float = 1.0
     uda_threshold: float = 0.0
-    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Feedback(feedback_weight=192.0)
-    )
+    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=lambda: Feedback(feedback_weight=1.0))
     student: SGD = field(default_factory=lambda: SGD(lr=0.5))
     teacher: SGD = field(default_factory=lambda: SGD(lr=0.06, momentum=0.9))
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -101,12 +103,19 @@ class Digits:
             finetuning=LabeledBatches(images, labels, again, self.view, self.seed + 1),
             validation=split.validation,
             test=split.test,
-            classes=tuple("0123456789"),
+            classes=self.classes,
             truth=(split.unlabeled, split.unlabeled_truth),
         )
 
     def network(self) -> nn.Module:
         return mlp([64, *self.hidden, 10], dropout=self.dropout)
+
+    def read(self, path: Path) -> list[tuple[str, Tensor]]:
+        if path.suffix.lower() == ".csv":
+            return [(f"{path}:{line}", values.reshape(1, 8, 8) / 16.0) for line, values in csv_rows(path, 64, 16)]
+        image = gray_image(path, 8)
+        # The digits are bright ink on dark, paper is the other way round.
+        return [(str(path), (1 - image if image.mean() > 0.5 else image)[None])]
 
     def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
         supervised = CrossEntropy(self.label_smoothing)

@@ -44,7 +44,7 @@ class Experiment:
         trained, result = fitted
         evaluation = trained.evaluate(task.test, classes=list(task.classes))
         self.folder.write_weights("student.safetensors", result.weights)
-        finetuned, after = self._finetune(task, trained.student, result)
+        finetuned, after = self.finetune(task, trained.student, result)
         content = {
             "recipe": self.recipe.name,
             "method": method,
@@ -58,7 +58,7 @@ class Experiment:
             "evaluation": evaluation.to_json(),
         }
         self.folder.write_weights("finetuned_student.safetensors", finetuned.weights)
-        self._report(content, evaluation, task.classes)
+        self.report(content, evaluation, task.classes)
         self.folder.write_json("result.json", content)
         return content
 
@@ -80,8 +80,9 @@ class Experiment:
             **self.recipe.fit_options(),
         )
 
-    def _finetune(self, task: Any, student: nn.Module, before: FitResult) -> tuple[FitResult, Evaluation]:
+    def finetune(self, task: Any, student: nn.Module, before: FitResult) -> tuple[FitResult, Evaluation]:
         """The student on the labelled data; the better by validation of what it was and what it became."""
+        torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
         tuner = LossTrainer(student, (CrossEntropy(),), optimizer=self.recipe.finetune.build(student))
         result = before
         if self.recipe.finetune_steps:
@@ -97,9 +98,13 @@ class Experiment:
                 say=self.say,
                 **options | {"validate_every": max(1, self.recipe.finetune_steps // 10)},
             )
+        if (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
+            student.load_state_dict(before.weights)
+            result = before
         return result, tuner.evaluate(task.test)
 
-    def _report(self, content: Mapping[str, Any], evaluation: Evaluation, classes: tuple[str, ...]) -> None:
+    def report(self, content: Mapping[str, Any], evaluation: Evaluation, classes: tuple[str, ...]) -> None:
+        """Draw ``report.png`` from the rows on disk and what ``result.json`` holds."""
         from metapl.report import draw_report
 
         summary = (

@@ -1,0 +1,176 @@
+"""``metapl compare RUN RUN...``"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from metapl.cli.finished import Finished, finished
+from metapl.cli.table import table
+from metapl.errors import MetaplError
+from metapl.evaluate import paired_test
+from metapl.recipes.comparison import Comparison
+
+READOUTS = ("test_accuracy", "finetuned_test_accuracy")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method with one seed.
+
+    Args:
+        method: its name.
+        seed: its seed.
+        fields: the recipe's, without the seed; nested ones as ``feedback.mode``.
+        accuracies: by read-out.
+    """
+
+    method: str
+    seed: int
+    fields: dict[str, Any]
+    accuracies: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Put the test accuracies of runs side by side, and test whether they differ.
+
+    Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
+    with other options) was run with the same seeds. Otherwise, or with other numbers of labels, the accuracies are
+    listed, and it is said why they are not paired. Runs of different recipes are refused: their test sets differ.
+
+    Args:
+        runs: run folders, of single runs or of comparisons.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+
+    def __call__(self) -> int:
+        runs = [finished(path) for path in self.runs]
+        self._check(runs)
+        found = [(run, list(_entries(run))) for run in runs]
+        print(f"test accuracy in %\n\n{_table(found)}\n")
+        print(_verdict([entry for _, entries in found for entry in entries]))
+        return 0
+
+    def _check(self, runs: list[Finished]) -> None:
+        if not runs:
+            raise MetaplError(
+                "no runs were named; expected run folders: metapl compare runs/digits-001 runs/digits-002"
+            )
+        paths = [path.resolve() for path in self.runs]
+        if len(set(paths)) < len(paths):
+            raise MetaplError(f"{next(p for p in self.runs if paths.count(p.resolve()) > 1)} was given twice.")
+        names = {run.recipe.name: run.folder.path for run in runs}
+        if len(names) > 1:
+            which = ", ".join(f"{path} is of {name}" for name, path in names.items())
+            raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
+
+
+def _entries(run: Finished) -> Iterator[Entry]:
+    """The runs in a folder: one, or all of a comparison."""
+    fields = _flat(run.description["fields"])
+    del fields["seed"]
+    if not run.is_comparison:
+        accuracies = {readout: run.result[readout] for readout in READOUTS}
+        yield Entry(run.result["method"], run.result["seed"], fields, accuracies)
+        return
+    for method, readouts in run.result["methods"].items():
+        for index, seed in enumerate(run.result["seeds"]):
+            yield Entry(method, seed, fields, {readout: readouts[readout][index] for readout in READOUTS})
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+# ------------------------------------------------------------------------------------------------------- what is shown
+
+
+def _table(found: Sequence[tuple[Finished, list[Entry]]]) -> str:
+    """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
+    rows: list[tuple[str, ...]] = [("run", "method", "seeds", "student", "finetuned")]
+    for run, entries in found:
+        for method in dict.fromkeys(entry.method for entry in entries):
+            mine = [entry for entry in entries if entry.method == method]
+            accuracies = [_spread([entry.accuracies[readout] for entry in mine]) for readout in READOUTS]
+            rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in mine]), *accuracies))
+    return table(rows, left=3)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """Seeds as ``--seeds`` takes them.
+
+    >>> _ranges([0, 1, 2, 7])
+    '0-2,7'
+    """
+    parts: list[list[int]] = []
+    for seed in sorted(seeds):
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+# ------------------------------------------------------------------------------------------------------ what is tested
+
+
+def _verdict(entries: list[Entry]) -> str:
+    """The paired differences in words, or why there are none."""
+    differing = {name: values for name in entries[0].fields if len(values := _values(entries, name)) > 1}
+    if "labels_per_class" in differing:
+        counts = ", ".join(differing["labels_per_class"])
+        return f"Not paired: the runs have different numbers of labels (labels_per_class {counts})."
+    variants: dict[str, dict[int, Entry]] = {}
+    for entry in entries:
+        name = ", ".join([entry.method, *(f"{field} {entry.fields[field]}" for field in differing)])
+        if entry.seed in variants.setdefault(name, {}):
+            return f"Not paired: {name} with seed {entry.seed} is there twice."
+        variants[name][entry.seed] = entry
+    seeds = tuple(sorted(next(iter(variants.values()))))
+    for name, by_seed in variants.items():
+        if set(by_seed) != set(seeds):
+            first = next(iter(variants))
+            return f"Not paired: {first} has seeds {_ranges(seeds)}, {name} has {_ranges(list(by_seed))}."
+    if len(variants) < 2:
+        return "Nothing to pair: one method with one set of options."
+    return _paired(
+        Comparison(
+            seeds,
+            {
+                name: {readout: [by_seed[seed].accuracies[readout] for seed in seeds] for readout in READOUTS}
+                for name, by_seed in variants.items()
+            },
+        )
+    )
+
+
+def _values(entries: list[Entry], field: str) -> list[str]:
+    return list(dict.fromkeys(str(entry.fields.get(field)) for entry in entries))
+
+
+def _paired(comparison: Comparison) -> str:
+    """Does the feedback help, where that was run; else each against the first."""
+    if comparison.against_control() is not None:
+        return comparison.sentence()
+    (first, reference), *others = comparison.methods.items()
+    lines = [f"Students, paired over {len(comparison.seeds)} seed(s), against {first}:"]
+    for name, readouts in others:
+        test = paired_test(readouts["test_accuracy"], reference["test_accuracy"])
+        p = "too few seeds for a test" if test.p is None else f"paired t-test p = {test.p:.2g}"
+        lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""Runs that have ended, as the commands after ``train`` find them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metapl.errors import MetaplError
+from metapl.recipes import Recipe
+from metapl.recipes.store import stored
+from metapl.run_folder import RunFolder
+
+NUMBERS = ("test_accuracy", "finetuned_test_accuracy", "seed", "method")
+"""What every ``result.json`` says of the student in its folder."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run, or a comparison and the student it delivers.
+
+    Args:
+        folder: its files.
+        recipe: what was run; of a comparison, with the seed of the student it delivers.
+        description: what ``recipe.json`` holds.
+        result: what ``result.json`` holds.
+    """
+
+    folder: RunFolder
+    recipe: Recipe
+    description: dict[str, Any]
+    result: dict[str, Any]
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether several methods were run here."""
+        return "compare" in self.description
+
+    @property
+    def title(self) -> str:
+        """The run in words."""
+        return f"{self.folder.path}: {self.recipe.name}, {self.result['method']}, seed {self.result['seed']}"
+
+    def student(self, finetuned: bool) -> nn.Module:
+        """The network with the weights of the best student by validation, or of that student finetuned.
+
+        Raises:
+            MetaplError: the weights are missing, damaged, or of another network.
+        """
+        torch.set_num_threads(getattr(self.recipe, "threads", torch.get_num_threads()))
+        name = weights_file(finetuned)
+        weights, network = self.folder.read_weights(name), self.recipe.network()
+        found = {key: tuple(value.shape) for key, value in weights.items()}
+        expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        for key in sorted(found.keys() | expected.keys()):
+            if found.get(key) != expected.get(key):
+                raise MetaplError(
+                    f"{self.folder.path / name} does not fit the network of recipe.json: {key} is "
+                    f"{found.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
+                )
+        network.load_state_dict(weights)
+        return network
+
+
+def weights_file(finetuned: bool) -> str:
+    """The name of the file of weights."""
+    return "finetuned_student.safetensors" if finetuned else "student.safetensors"
+
+
+def finished(path: Path) -> Finished:
+    """The run in a folder.
+
+    Raises:
+        MetaplError: there is no run, or it is not finished, of another version, or damaged.
+    """
+    if not path.is_dir():
+        raise MetaplError(f"{path} is a file; expected the folder of a run." if path.exists() else _missing(path))
+    folder = RunFolder(path)
+    if not folder.exists:
+        raise MetaplError(f"{path} is no run folder: there is no recipe.json in it.")
+    try:
+        recipe, description = stored(folder)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise MetaplError(f"{path / 'recipe.json'} is damaged: {type(error).__name__}, {error}.") from error
+    if not (path / "result.json").is_file():
+        raise MetaplError(
+            f"the run in {path} is not finished; go on with it by the command that started it, with --out {path} "
+            "--resume."
+        )
+    result = folder.read_json("result.json")
+    if not isinstance(result, dict) or not result.keys() >= set(NUMBERS):
+        raise MetaplError(f"{path / 'result.json'} is damaged: it does not say {', '.join(NUMBERS)}.")
+    delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])  # type: ignore[type-var]  # recipes are dataclasses
+    return Finished(folder, delivered, description, result)
+
+
+def _missing(path: Path) -> str:
+    return f"there is no folder {path}; expected one that metapl train wrote, such as runs/digits-001."
