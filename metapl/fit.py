@@ -306,7 +306,7 @@ class _Fit:
         if self.how.exact_every is not None and _every(self.how.exact_every, t, self.how.steps):
             cosine = self.trainer.exact_cosine(labeled, unlabeled)
             row |= {} if cosine is None else {"exact_cosine": cosine}
-        report = self.trainer.step(labeled, unlabeled)
+        report = self._step(t, labeled, unlabeled)
         if self.average is not None:
             self.average.update_parameters(self.trainer.student)
         self._watch(report, t)
@@ -324,6 +324,12 @@ class _Fit:
         return {"step": t + 1, **row} if row else None
 
     # ----------------------------------------------------------------------------------------------- parts of a step
+
+    def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
+        try:
+            return self.trainer.step(labeled, unlabeled)
+        except MetaplError as error:
+            raise MetaplError(f"step {t + 1}: {error} ({self._last_good()})") from error
 
     def _scale_rates(self, factor: float) -> None:
         for optimizer, rates in zip(self.trainer.schedulable, self.base_rates, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,14 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.cli.finished import Finished, finished
+from metapl.cli.parse import WIDTH
 from metapl.cli.table import table
 from metapl.errors import MetaplError
 from metapl.evaluate import paired_test
 from metapl.recipes.comparison import Comparison
 
+IRRELEVANT = ("seed", "log_every", "save_every", "exact_every", "keep")
+"""Fields in which runs of one method may differ: the seed, and what changes no number."""
 READOUTS = ("test_accuracy", "finetuned_test_accuracy")
 
 
@@ -26,7 +31,7 @@ class Entry:
     Args:
         method: its name.
         seed: its seed.
-        fields: the recipe's, without the seed; nested ones as ``feedback.mode``.
+        fields: those of its recipe that matter; nested ones as ``feedback.mode``.
         accuracies: by read-out.
     """
 
@@ -74,8 +79,8 @@ class Compare:
 
 def _entries(run: Finished) -> Iterator[Entry]:
     """The runs in a folder: one, or all of a comparison."""
-    fields = _flat(run.description["fields"])
-    del fields["seed"]
+    fields = _flat(dataclasses.asdict(run.recipe))  # type: ignore[call-overload]  # recipes are dataclasses
+    fields = {name: value for name, value in fields.items() if name not in IRRELEVANT}
     if not run.is_comparison:
         accuracies = {readout: run.result[readout] for readout in READOUTS}
         yield Entry(run.result["method"], run.result["seed"], fields, accuracies)
@@ -166,9 +171,9 @@ def _values(entries: list[Entry], field: str) -> list[str]:
 def _paired(comparison: Comparison) -> str:
     """Does the feedback help, where that was run; else each against the first."""
     if comparison.against_control() is not None:
-        return comparison.sentence()
+        return textwrap.fill(comparison.sentence(), WIDTH)
     (first, reference), *others = comparison.methods.items()
-    lines = [f"Students, paired over {len(comparison.seeds)} seed(s), against {first}:"]
+    lines = [f"The students by seed ({_ranges(comparison.seeds)}), against those of {first}:"]
     for name, readouts in others:
         test = paired_test(readouts["test_accuracy"], reference["test_accuracy"])
         p = "too few seeds for a test" if test.p is None else f"paired t-test p = {test.p:.2g}"

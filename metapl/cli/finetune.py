@@ -29,7 +29,7 @@ class Finetune:
 
     Without options it repeats what train did. The finetuned student and its numbers in result.json are replaced when
     the new ones are there; the student before finetuning stays as it is. Choose options by the validation accuracy: the
-    test set is to report on.
+    test set is to report on. A comparison that the run is part of keeps the numbers that it was made with.
 
     Args:
         run: the run folder.

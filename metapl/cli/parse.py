@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
+import textwrap
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -13,6 +15,9 @@ import tyro
 from metapl.errors import MetaplError
 
 T = TypeVar("T")
+
+WIDTH = 80
+"""Columns of text."""
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
 """The folder of a run, by its place."""
@@ -31,11 +36,17 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=program, args=arguments)
+            return tyro.cli(kind, prog=program, description=_description(kind), args=arguments)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise MetaplError(f"{_one_line(said.getvalue())} See {program} --help.") from None
+
+
+def _description(kind: type) -> str:
+    """The docstring above its arguments, in lines that a terminal of 80 columns shows whole."""
+    text = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:")[0]
+    return "\n\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in text.strip().split("\n\n"))
 
 
 def _one_line(box: str) -> str:
@@ -49,4 +60,6 @@ def _one_line(box: str) -> str:
     parts = re.split(r"^─+$", "\n".join(line for line in lines if not line.startswith(8 * " ")), flags=re.MULTILINE)
     said = [parts[0].partition("Got errors:")[0], *(p for p in parts[1:] if p.strip().startswith("Perhaps"))]
     sentences = [re.sub(r"\s+", " ", part).strip().rstrip(".") for part in said]
-    return ". ".join(sentences).replace("{None}|", "") + "."
+    text = ". ".join(sentences).replace("{None}|", "") + "."
+    text = re.sub(r"^Missing from [^:]*:", "missing:", text)
+    return re.sub(r"^Error parsing (\S+): no type matching (\S+) .* from \[(.*)\]", r"\1: expected \2, got \3", text)

@@ -23,6 +23,9 @@ from metapl.errors import MetaplError
 from metapl.recipes import Recipe
 
 BATCH = 256
+Files = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE_OR_FOLDER...", help_behavior_hint="")
+]
 HEADER = ("file", "class", "probability")
 
 
