@@ -103,7 +103,7 @@ class TorchUpdate:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], rule: _Rule) -> None:
         self.optimizer, self.rule = optimizer, rule
-        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         missing = [name for name, p in parameters.items() if id(p) not in group_of]
         if missing or len(group_of) != len(parameters):
             raise MetaplError(
@@ -117,7 +117,7 @@ class TorchUpdate:
         for option in ("differentiable", "capturable"):
             if any(group.get(option) for group in optimizer.param_groups):
                 raise MetaplError(f"inner_optimizer has {option}=True, which metapl does not support; leave it out.")
-        self.groups = {name: group_of[id(p)] for name, p in parameters.items()}
+        self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
         self.parameters = dict(parameters)
 
     @property
@@ -130,12 +130,12 @@ class TorchUpdate:
     def update(self, params: Tree, grads: Tree, state: dict[str, dict[str, Any]]) -> tuple[Tree, Any]:
         new_params, new_state = dict(params), dict(state)
         for name, g in grads.items():
-            new_params[name], new_state[name] = self.rule.update(params[name], g, state[name], self.groups[name])
+            new_params[name], new_state[name] = self.rule.update(params[name], g, state[name], self._group(name))
         return new_params, new_state
 
     def pullback(self, params: Tree, grads: Tree, state: dict[str, dict[str, Any]], v: Tree) -> Tree:
         return {
-            name: self.rule.slope(params[name], g, state[name], self.groups[name]) * v[name]
+            name: self.rule.slope(params[name], g, state[name], self._group(name)) * v[name]
             for name, g in grads.items()
         }
 
@@ -151,6 +151,10 @@ class TorchUpdate:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+
+    def _group(self, name: str) -> dict[str, Any]:
+        # By number: an optimiser that loads a state has other dictionaries afterwards.
+        return self.optimizer.param_groups[self.group_of[name]]
 
 
 class _Rule(Protocol):
@@ -301,7 +305,11 @@ class TransformUpdate:
                 f"the stored state has {len(state['leaves'])} entries, this transform's has {len(leaves)}; build the "
                 "transform as it was built before."
             )
-        self.state = pytree.tree_unflatten(state["leaves"], structure)
+        placed = [
+            new.to(old.device) if isinstance(old, Tensor) else new
+            for old, new in zip(leaves, state["leaves"], strict=True)
+        ]
+        self.state = pytree.tree_unflatten(placed, structure)
 
     @staticmethod
     def _filled(params: Tree, grads: Tree) -> Tree:

@@ -158,6 +158,7 @@ class Metrics:
         rows = self.rows()
         others = [row for row in rows if row["phase"] != phase]
         kept = [row for row in rows if row["phase"] == phase and row["step"] <= step]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as file:
             file.write("".join(json.dumps(row) + "\n" for row in others + kept).encode())
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.accumulate import micro_batches, split, union
 from metapl.baselines import LossTrainer
+from metapl.deferred import Movable, kept_where, undone_where
 from metapl.errors import MetaplError
 from metapl.feedback import Estimator, estimator
 from metapl.fit import FitResult, Loop
@@ -138,14 +139,14 @@ class BilevelTrainer(Loop):
                 if loss.requires_grad:
                     loss.backward()  # lines 5-7
                 parts.append(part.without_graph())
-        with self._masked_by(fault.flag, buffers):
+        with undone_where(fault.flag, self._movable(buffers)):
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.teacher.parameters(), self.clip_norm)
             self.outer_optimizer.step()  # line 8
             whole.commit()  # line 3
         self.outer_optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
-        self.mode_state = _kept_where(fault.flag, self.mode_state, mode_state)
+        self.mode_state = kept_where(fault.flag, self.mode_state, mode_state)
         self.steps_done += 1
         scalars = {"inner_loss": whole.inner_loss, **whole.known_outer_loss(), **teacher_scalars(parts)}
         return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, whole.signal, whole.outputs, fault)
@@ -253,31 +254,8 @@ class BilevelTrainer(Loop):
                 self.outer_optimizer.zero_grad(set_to_none=True)
                 yield buffers
 
-    @contextmanager
-    def _masked_by(self, flag: Tensor | None, buffers: list[Buffers]) -> Iterator[None]:
-        """Undo the step where the device found the batch wrong; nothing where all was checked on the spot."""
-        if flag is None:
-            yield
-            return
-        optimizers = [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
-        weights = [p for net in (self.teacher, self.student) for p in net.parameters()]
-        before = [(t, t.clone()) for t in [*weights, *optimizer_tensors(optimizers)]]
-        before += [pair for saved in buffers for pair in saved.saved.values()]  # from before the passes
-        transform = isinstance(self.inner_optimizer, tuple)
-        leaves = self.inner.state_dict()["leaves"] if transform else []
-        yield
-        known = {id(t) for t, _ in before}
-        with torch.no_grad():
-            for t, old in before:
-                t.copy_(torch.where(flag, old, t))
-            for t in optimizer_tensors(optimizers):
-                if id(t) not in known:  # born in this step
-                    t.copy_(torch.where(flag, torch.zeros_like(t), t))
-            if transform:
-                new = self.inner.state_dict()["leaves"]
-                pairs = zip(leaves, new, strict=True)
-                kept = [torch.where(flag, o, n) if isinstance(n, Tensor) else n for o, n in pairs]
-                self.inner.load_state_dict({"leaves": kept})
+    def _movable(self, buffers: list[Buffers]) -> Movable:
+        return Movable((self.teacher, self.student), buffers, self.schedulable, self.inner)
 
     def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         if self.teacher_losses is not None:
@@ -287,20 +265,9 @@ class BilevelTrainer(Loop):
         return (supervised, UDA()) if two_views else (supervised,)
 
 
-def _kept_where(flag: Tensor | None, old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``old`` where the device found the batch wrong, else ``new``."""
-    return new if flag is None else {name: torch.where(flag, old[name].to(t), t) for name, t in new.items()}
-
-
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9 and weight decay 5e-4, at 0.05."""
     return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-
-def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
-    """The tensors of the optimisers' states that live beside the weights (not Adam's step counts on the host)."""
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    return [t for state in states for name, t in state.items() if isinstance(t, Tensor) and name != "step"]
 
 
 def _check_outer(optimizer: Any, teacher: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import re
 import textwrap
@@ -33,20 +32,21 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
         MetaplError: a wrong flag or value, in one line.
         SystemExit: 0, after ``--help``.
     """
-    said = io.StringIO()
+    said, help_text = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=program, description=_description(kind), args=arguments)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(help_text):
+            return tyro.cli(kind, prog=program, args=arguments)
     except SystemExit as stop:
         if stop.code in (0, None):
+            print(_wrapped(help_text.getvalue()))
             raise
         raise MetaplError(f"{_one_line(said.getvalue())} See {program} --help.") from None
 
 
-def _description(kind: type) -> str:
-    """The docstring above its arguments, in lines that a terminal of 80 columns shows whole."""
-    text = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:")[0]
-    return "\n\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in text.strip().split("\n\n"))
+def _wrapped(text: str) -> str:
+    """Help whose lines a terminal of 80 columns shows whole; those in frames are so already."""
+    lines = text.splitlines()
+    return "\n".join(line if line.startswith(tuple("╭│╰")) else textwrap.fill(line, WIDTH) for line in lines)
 
 
 def _one_line(box: str) -> str:

@@ -37,8 +37,8 @@ class Feedback:
     def teacher_loss(self, signal: Signal) -> Tensor:
         """−Σ stopgrad(h)·signal, a scalar with the teacher's graph; its gradient is the hypergradient dL(θ′)/dθ_T.
 
-        The sum, not the mean: h carries the 1/B of the inner loss already (facts: E over labels of a mean would be
-        1/B of the exact gradient).
+        The sum, not the mean: h carries the 1/B of the inner loss already, and the mean would come to 1/B of the exact
+        gradient.
         """
         if self.about is None:
             return self.h.new_zeros(())

@@ -50,7 +50,7 @@ class Forward:
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).
     Raises: :class:`metapl.MetaplError` for operations without forward-mode AD, by name; attention runs on its math
     kernel.
-    Source: derived at the head of this file; facts F6; the mixed-mode Hessian-vector product of the AD literature.
+    Source: derived at the head of this file, from eq. (3); the mixed-mode products of the AD literature.
     """
 
     normalization: Normalization = "gradient"

@@ -24,7 +24,8 @@ class LossDifference:
     Cost: 8 student passes a step with the teacher's 3: two labelled forward passes, no labelled backward pass.
     Bias: none for the objective E_ŷ[L(θ′(ŷ))], with any optimiser, clipped or adaptive; this objective's gradient tends
     to that of the soft step as η goes to 0. Noisy, with momentum more so (the velocity's own effect is in h).
-    Source: facts F2; the form of the public implementations, which take it with the opposite sign.
+    Source: a first-order form of eq. (12), L(θ) − L(θ − ηg) = η⟨∇L, g⟩ + O(η²); the public implementations use it, with
+    the opposite sign.
     """
 
     baseline: float | None = None

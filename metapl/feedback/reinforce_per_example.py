@@ -30,7 +30,7 @@ class ReinforcePerExample:
     active clip (length 0.16, cosine 0.95), whatever η. Far less noisy than one scalar: the cross terms between
     examples, whose mean is zero, are left out.
     Raises: as :class:`~metapl.feedback.Forward`.
-    Source: facts 1.8 item 2, the per-example form of eq. (12).
+    Source: eq. (12) example by example; the terms left out have mean zero, since E ∇CE(ŷ_j, T(x_j)) = 0.
     """
 
     tangent: Literal["forward", "difference"] = "forward"

@@ -1,0 +1,424 @@
+"""The command line as its users meet it: real processes, their output and exit codes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+
+from metapl.cli import COMMANDS, main
+from metapl.data.files import csv_rows, gray_image
+from metapl.errors import MetaplError
+from metapl.recipes import Digits
+
+SHORT = ("--steps", "300", "--finetune-steps", "20")
+
+
+def metapl(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "metapl", *map(str, arguments)]
+    finished = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == code, finished.stderr
+    assert "Traceback" not in finished.stderr
+    return finished
+
+
+def refusal(finished: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a refused command says."""
+    assert finished.stdout == ""
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("metapl: ")
+    return line
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The same without the cost of a process."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:
+    """Standard output of a command in this process."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == code
+    return capsys.readouterr().out
+
+
+def result(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return content
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, which tests leave as it is."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    metapl("train", "digits", *SHORT, "--out", run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison, which tests leave as it is."""
+    run = tmp_path_factory.mktemp("runs") / "compared"
+    short = ("--steps", "30", "--finetune-steps", "5", "--jobs", "1")
+    metapl("train", "digits", "--compare", "--seeds", "0-1", "--methods", "mpl", "none", *short, "--out", run)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A run to spoil."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten digits as images and as a table, and a file that is neither."""
+    folder = tmp_path_factory.mktemp("pictures")
+    digits = load_digits()
+    (folder / "more").mkdir()
+    for index, image in enumerate(digits.images[:10]):
+        Image.fromarray((image * 255 / 16).round().astype("uint8")).save(folder / "more" / f"{index}.png")
+    with (folder / "a, b.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([[f"pixel {i}" for i in range(64)], *digits.data[:10].tolist()])
+    (folder / "notes.txt").write_text("not to be read")
+    return folder
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+# -------------------------------------------------------------------------------------------------------------- the help
+
+
+def test_help_names_every_command_and_fits_a_terminal() -> None:
+    text = metapl("--help").stdout
+    assert all(f"\n  metapl {command} " in text for command in COMMANDS)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "train digits"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    try:
+        assert main([*command.split(), "--help"]) == 0
+    except SystemExit as stop:
+        assert stop.code == 0
+    text = capsys.readouterr().out
+    assert f"metapl {command}" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_importing_the_library_does_not_import_what_only_parts_of_it_need() -> None:
+    heavy = ("matplotlib", "pandas", "scipy", "sklearn", "tensorboard", "torchvision", "tyro")
+    code = f"import sys, metapl; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- the commands
+
+
+def test_evaluate_gives_the_number_on_record_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = metapl("evaluate", trained).stdout
+    recorded = result(trained)
+    assert f"{recorded['test_accuracy']:.2%} of 400, as in result.json" in text
+    assert recorded["test_accuracy"] > 0.3
+    table = [line.split() for line in text[text.index("class ") :].splitlines()[1:]]
+    counts = [[0 if cell == "." else int(cell) for cell in line[1:-1]] for line in table]
+    assert counts == recorded["evaluation"]["confusion"]
+    found = json.loads(said(capsys, "evaluate", trained, "--json"))
+    assert found["accuracy"] == found["recorded_accuracy"] == recorded["test_accuracy"]
+    assert {name: found[name] for name in recorded["evaluation"]} == recorded["evaluation"]
+    found = json.loads(said(capsys, "evaluate", trained, "--json", "--finetuned"))
+    assert found["accuracy"] == found["recorded_accuracy"] == recorded["finetuned_test_accuracy"]
+
+
+def test_evaluate_says_so_when_the_number_is_another(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {name: torch.zeros_like(value) for name, value in load_file(run / "student.safetensors").items()}
+    save_file(weights, run / "student.safetensors")
+    assert f"but result.json says {result(run)['test_accuracy']:.2%}" in said(capsys, "evaluate", run)
+
+
+def test_evaluate_takes_the_student_that_a_comparison_delivers(
+    compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(said(capsys, "evaluate", compared, "--json"))
+    delivered = result(compared / found["method"] / f"seed-{found['seed']}")
+    assert found["accuracy"] == found["recorded_accuracy"] == delivered["test_accuracy"]
+    assert (found["method"], found["seed"]) == ("mpl", result(compared)["seed"])
+
+
+def test_predict_takes_images_and_tables_for_the_same(trained: Path, pictures: Path) -> None:
+    found = rows(metapl("predict", trained, pictures).stdout)
+    assert list(found[0]) == ["file", "class", "probability"]
+    table, images = found[:10], found[10:]
+    assert [row["file"] for row in table] == [f"{pictures}/a, b.csv:{line}" for line in range(2, 12)]
+    assert [row["file"] for row in images] == [f"{pictures}/more/{index}.png" for index in range(10)]
+    assert [row["class"] for row in table] == [row["class"] for row in images]
+    for one, other in zip(table, images, strict=True):
+        assert float(one["probability"]) == pytest.approx(float(other["probability"]), abs=0.01)
+
+
+def test_predict_agrees_with_the_network(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = Digits().network()
+    network.load_state_dict(load_file(trained / "finetuned_student.safetensors"))
+    images = torch.tensor(load_digits().images[:10], dtype=torch.float32)[:, None] / 16
+    probability, index = network(images).softmax(dim=1).max(dim=1)
+    found = rows(said(capsys, "predict", trained, pictures / "a, b.csv", "--finetuned"))
+    assert [int(row["class"]) for row in found] == index.tolist()
+    assert [float(row["probability"]) for row in found] == pytest.approx(probability.tolist(), abs=2e-6)
+
+
+def test_predict_leaves_out_what_it_cannot_read_and_says_so(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    inputs, out = Path(shutil.copytree(pictures / "more", tmp_path / "inputs")), tmp_path / "inputs" / "out.csv"
+    (inputs / "torn.png").write_bytes((inputs / "0.png").read_bytes()[:60])
+    finished = metapl("predict", trained, inputs, "--out", out, code=1)
+    assert len(rows(out.read_text())) == 10
+    *reasons, count = finished.stderr.splitlines()
+    assert [f"{inputs}/torn.png: " in reason for reason in reasons] == [True]
+    assert count == "metapl: 1 of 11 files left out"
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_predict_refuses_what_is_not_there_before_it_writes(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = pictures / "more" / "0.png"
+    assert "no files were named" in refused(capsys, "predict", trained)
+    assert f"there is no file or folder {tmp_path}/none" in refused(
+        capsys, "predict", trained, image, tmp_path / "none"
+    )
+    assert "no file in" in refused(capsys, "predict", trained, tmp_path)
+    assert "is a folder" in refused(capsys, "predict", trained, image, "--out", tmp_path)
+    assert "there is no folder" in refused(capsys, "predict", trained, image, "--out", tmp_path / "none" / "out.csv")
+
+
+def test_a_reader_that_goes_away_ends_predict_quietly(trained: Path, pictures: Path) -> None:
+    command = [sys.executable, "-m", "metapl", "predict", str(trained), str(pictures)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_finetune_repeats_what_train_did(run: Path) -> None:
+    before, weights = result(run), (run / "finetuned_student.safetensors").read_bytes()
+    metrics = (run / "metrics.jsonl").read_text()
+    text = metapl("finetune", run).stdout
+    assert (run / "finetuned_student.safetensors").read_bytes() == weights
+    assert (run / "metrics.jsonl").read_text() == metrics
+    assert result(run) == before | {"finetuned_with": {"steps": 20, "lr": 0.02}}
+    assert text.count(f"{before['finetuned_test_accuracy']:.2%}") >= 2
+
+
+def test_finetune_with_options_replaces_the_finetuned_student_alone(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    said(capsys, "finetune", run, "--steps", "30", "--lr", "0.1")
+    after = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {"finetuned_student.safetensors", "metrics.jsonl", "report.png", "result.json"}
+    assert result(run)["finetuned_with"] == {"steps": 30, "lr": 0.1}
+    assert result(run)["test_accuracy"] == json.loads(before["result.json"])["test_accuracy"]
+    found = json.loads(said(capsys, "evaluate", run, "--json", "--finetuned"))
+    assert found["accuracy"] == found["recorded_accuracy"]
+
+
+def test_finetune_that_is_stopped_leaves_the_run_as_it_was(run: Path) -> None:
+    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    command = [sys.executable, "-m", "metapl", "finetune", str(run), "--steps", "10000000"]
+    environment = {**os.environ, "TMPDIR": str(run.parent)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(run.parent.glob("metapl-*/metrics.jsonl")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert error.strip() == f"metapl: stopped; {run} is as it was."
+    assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
+    assert not list(run.parent.glob("metapl-*"))
+
+
+def test_finetune_refuses_comparisons_and_senseless_options(
+    trained: Path, compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"metapl finetune {compared}/mpl/seed-" in refused(capsys, "finetune", compared)
+    assert "expected 1 or more" in refused(capsys, "finetune", trained, "--steps", "0")
+    assert "expected a number above 0" in refused(capsys, "finetune", trained, "--lr", "-1")
+    assert "--lr: expected FLOAT, got 'x'" in refused(capsys, "finetune", trained, "--lr", "x")
+
+
+def test_compare_pairs_the_runs_of_a_comparison(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = result(compared)["sentence"]
+    whole = metapl("compare", compared).stdout
+    assert sentence in " ".join(whole.split())
+    singles = said(capsys, "compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1)))
+    assert sentence in " ".join(singles.split())
+    accuracy = result(compared / "none" / "seed-1")["test_accuracy"]
+    assert f"none    1        {100 * accuracy:.2f}" in singles
+
+
+def test_compare_says_why_it_does_not_pair(
+    trained: Path, compared: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = compared / "mpl" / "seed-0", compared / "none" / "seed-1"
+    assert "Not paired: mpl has seeds 0, none has 1." in said(capsys, "compare", first, other)
+    assert "Not paired: mpl with seed 0 is there twice." in said(capsys, "compare", compared, first)
+    assert "against those of mpl, finetune_steps 20, steps 300" in said(capsys, "compare", trained, first)
+    assert "Nothing to pair" in said(capsys, "compare", trained)
+    edit(run / "recipe.json", lambda content: content["recipe"]["fields"].update(labels_per_class=4))
+    assert "different numbers of labels (labels_per_class 2, 4)" in said(capsys, "compare", trained, run)
+    assert "was given twice" in refused(capsys, "compare", trained, trained)
+    assert "no runs were named" in refused(capsys, "compare")
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evaluate", "none"], "there is no folder none"),
+        (["evaluate", "none", "--finetunde"], "Unrecognized options: --finetunde. Perhaps you meant: --finetuned."),
+        (["train", "digits", "--steps", "0"], "expected 1 or more"),
+        (["trian"], "there is no command 'trian'; expected one of train, evaluate,"),
+    ],
+)
+def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
+    arguments: list[str], expected: str, tmp_path: Path
+) -> None:
+    assert expected in refusal(metapl(*arguments, code=2, cwd=tmp_path))
+
+
+def test_a_run_of_another_version_gives_one_line_and_exit_code_2(run: Path) -> None:
+    edit(run / "recipe.json", lambda content: content.update(format=99))
+    assert "written in run format 99" in refusal(metapl("evaluate", run, code=2))
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no recipe": (lambda run: (run / "recipe.json").unlink(), "there is no recipe.json in it"),
+    "no result": (lambda run: (run / "result.json").unlink(), "not finished.*--resume"),
+    "no student": (lambda run: (run / "student.safetensors").unlink(), "student.safetensors is missing.*--resume"),
+    "torn recipe": (lambda run: (run / "recipe.json").write_text("{"), "recipe.json cannot be read"),
+    "another thing": (lambda run: (run / "recipe.json").write_text("[]"), "recipe.json is damaged"),
+    "no fields": (lambda run: edit(run / "recipe.json", lambda c: c["recipe"].pop("fields")), "recipe.json is damaged"),
+    "result of another thing": (lambda run: (run / "result.json").write_text("{}"), "result.json is damaged"),
+    "unknown recipe": (
+        lambda run: edit(run / "recipe.json", lambda c: c["recipe"].update(name="letters")),
+        "'letters', which this metapl does not have; it has digits",
+    ),
+    "unknown field": (
+        lambda run: edit(run / "recipe.json", lambda c: c["recipe"]["fields"].update(colour=1)),
+        "has no colour; the run is of another version",
+    ),
+    "other network": (
+        lambda run: edit(run / "recipe.json", lambda c: c["recipe"]["fields"].update(hidden=[16, 16])),
+        r"student.safetensors does not fit.*\(32,\) in the file and \(16,\) in the network",
+    ),
+    "torn weights": (lambda run: (run / "student.safetensors").write_bytes(b"torn"), "safetensors cannot be read"),
+    "a file": (lambda run: (shutil.rmtree(run), run.write_text("")), "is a file; expected the folder of a run"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_spoiled_run_is_refused_in_one_line(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, expected = SPOILED[name]
+    spoil(run)
+    line = refused(capsys, "evaluate", run)
+    assert str(run) in line or name == "unknown field"
+    assert re.search(expected, line), line
+
+
+# -------------------------------------------------------------------------------------------------- images and CSV files
+
+
+def picture(kind: str) -> Image.Image:
+    """One digit, as files of many kinds hold it."""
+    ink = (load_digits().images[5] * 255 / 16).round().astype("uint8")
+    plain = Image.fromarray(ink)
+    return {
+        "gray": lambda: plain,
+        "colour": lambda: plain.convert("RGB"),
+        "palette": lambda: plain.convert("P"),
+        "print": lambda: plain.convert("CMYK"),
+        "16 bits": lambda: Image.fromarray(ink.astype("uint16") * 257),
+        "paper": lambda: Image.fromarray(255 - ink),
+        "transparent": lambda: Image.merge("LA", (Image.new("L", (8, 8)), plain)),
+        "large": lambda: plain.resize((80, 120), Image.Resampling.NEAREST),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["gray", "colour", "palette", "print", "16 bits", "paper", "transparent", "large"])
+def test_an_image_of_any_kind_gives_the_same_input(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / ("digit.tif" if kind == "print" else "digit.png")
+    picture(kind).save(file)
+    ((name, found),) = Digits().read(file)
+    assert name == str(file)
+    torch.testing.assert_close(found, torch.tensor(load_digits().images[5:6] / 16).float(), atol=0.003, rtol=0)
+
+
+def test_areas_are_averaged(tmp_path: Path) -> None:
+    Image.fromarray(numpy.array([[0, 255, 51, 51]] * 2, numpy.uint8)).save(tmp_path / "x.png")
+    expected = torch.tensor([[0.5, 0.2], [0.5, 0.2]])
+    torch.testing.assert_close(gray_image(tmp_path / "x.png", 2), expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["1,2.5,0\n", "a,b,c\n1,2.5,0\n", "0,1,2\n1,2.5,0\n", "\ufeffa,b,c\r\n\r\n1, 2.5 ,0\r\n"]
+)
+def test_tables_with_and_without_a_header(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(text, newline="")
+    ((line, values),) = csv_rows(tmp_path / "x.csv", 3, highest=16)
+    assert line == len(text.splitlines())
+    assert values.tolist() == [1, 2.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "no row of numbers"),
+        (b"a,b,c\n", "no row of numbers"),
+        (b"1,2,3\n1,2\n", r":2: the row has 2 cells; expected 3"),
+        (b"1,2,3\n1,x,3\n", r":2: cell 2 is 'x'"),
+        (b"1,2,17\n", r":1: cell 3 is '17'; expected a number from 0 to 16"),
+        (b"1,2,nan\n", r":1: cell 3 is 'nan'"),
+        (b"\xff\xfe,2\n", "cannot be read"),
+    ],
+)
+def test_a_table_that_is_not_of_examples_is_refused(content: bytes, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(MetaplError, match=expected):
+        csv_rows(tmp_path / "x.csv", 3, highest=16)
