@@ -329,6 +329,7 @@ class _Fit:
         try:
             return self.trainer.step(labeled, unlabeled)
         except MetaplError as error:
+            self._refuse_bad(t - 1)  # what went wrong before is the reason
             raise MetaplError(f"step {t + 1}: {error} ({self._last_good()})") from error
 
     def _scale_rates(self, factor: float) -> None:

@@ -204,9 +204,18 @@ def test_validating_changes_nothing_else() -> None:
 
 
 def poisoned(number: int, at: int) -> list[Any]:
+    """Inputs are finite throughout; the network of :func:`trapped` is not on batch ``at``."""
     labeled = batches(number)[0]
-    labeled[at - 1][0][0, 0] = 3e38  # finite, unlike its variance
+    labeled[at - 1][0][0, 0] = 1e6
     return labeled
+
+
+def trapped(trainer: Any) -> Any:
+    def trap(module: nn.Module, given: tuple[Tensor], logits: Tensor) -> Tensor:
+        return logits * (math.nan if given[0].max() > 1e5 else 1.0)
+
+    trainer.student.register_forward_hook(trap)
+    return trainer
 
 
 @pytest.mark.parametrize("trainer", [single, bilevel])
@@ -217,7 +226,7 @@ def test_a_nan_stops_the_run_at_its_step(trainer: Callable[[], Loop], bad: int, 
     saved = 4 * ((bad - 1) // 4)
     good = f"checkpoint is .*step-{saved:08d}.ckpt" if saved else "no checkpoint was written"
     with pytest.raises(MetaplError, match=f"NaN or infinite at step {bad};.*{good}"):
-        trainer().fit(
+        trapped(trainer()).fit(
             labeled,
             unlabeled,
             steps=20,
@@ -235,8 +244,10 @@ def test_a_nan_stops_the_run_at_its_step(trainer: Callable[[], Loop], bad: int, 
 
 
 def test_weights_that_blow_up_are_not_saved_although_the_loss_is_finite(tmp_path: Path) -> None:
+    trainer = single()
+    trainer.student[0].weight.register_hook(lambda g: g * math.inf)
     with pytest.raises(MetaplError, match=r"weights were NaN or infinite after step 1.*no checkpoint"):
-        single(lr=1e45).fit(batches(4)[0], steps=5, save_every=1, log_every=5, out=tmp_path)
+        trainer.fit(batches(4)[0], steps=5, save_every=1, log_every=5, out=tmp_path)
     assert not list(tmp_path.glob("checkpoints/**/*.ckpt"))
 
 

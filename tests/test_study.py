@@ -1,0 +1,43 @@
+"""The README's digits table is the one that its raw rows give."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import digits_tables
+
+    yield digits_tables
+    for name in ("digits_tables", "digits_study"):
+        sys.modules.pop(name, None)
+
+
+def test_readme_shows_the_table_of_the_raw_rows(tables: object) -> None:
+    import digits_study
+
+    rows = digits_study.rows()
+    between = (ROOT / "README.md").read_text().split(tables.BEGIN)[1].split(tables.END)[0]
+    assert between.strip() == f"{tables.table(rows)}\n\n{tables.note(rows)}"
+
+
+def test_every_method_was_tuned_alike_and_the_test_set_opened_for_final_runs_alone(tables: object) -> None:
+    import digits_study
+
+    rows = digits_study.rows()
+    assert all(("test_accuracy" in row) == row["final"] for row in rows)
+    for name, entry in digits_study.ENTRIES.items():
+        tuning = [row for row in rows if row["method"] == name and not row["final"]]
+        assert len(tuning) == (60 if entry.grid else 0)
+        assert not {row["seed"] for row in tuning} & set(digits_study.SEEDS)
+        for labels in (2, 4) if name in digits_study.AT_FOUR else (2,):
+            final = [r for r in rows if r["method"] == name and r["final"] and r["labels_per_class"] == labels]
+            assert sorted(row["seed"] for row in final) == list(digits_study.SEEDS)
+            assert len({str(row["config"]) for row in final}) == 1
