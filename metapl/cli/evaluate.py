@@ -68,7 +68,10 @@ def _split(inputs: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _as_recorded(found: Evaluation, recorded: float) -> str:
     if found.accuracy == recorded:
         return "as in result.json"
-    return f"but result.json says {recorded:.2%}: the weights or the data have changed, or the machine rounds otherwise"
+    return (
+        f"but {recorded:.2%} in result.json:\n"
+        "  the weights or the data have changed since, or this machine rounds otherwise"
+    )
 
 
 def _confusion(found: Evaluation, classes: tuple[str, ...]) -> str:

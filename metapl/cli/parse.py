@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import sys
 import textwrap
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -33,7 +32,8 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
         MetaplError: a wrong flag or value, in one line.
         SystemExit: 0, after ``--help``.
     """
-    said, help_text = io.StringIO(), _like_stdout()
+    # tyro draws its frames, by which its messages are taken apart below, for a standard output of this encoding alone.
+    said, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(help_text):
             return tyro.cli(kind, prog=program, args=arguments)
@@ -45,15 +45,10 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
         raise MetaplError(f"{_one_line(said.getvalue())} See {program} --help.") from None
 
 
-def _like_stdout() -> io.TextIOWrapper:
-    """A text with the encoding of standard output, by which tyro chooses how to draw its frames."""
-    return io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")
-
-
 def _wrapped(text: str) -> str:
     """Help whose lines a terminal of 80 columns shows whole; those in frames are so already."""
     lines = text.splitlines()
-    return "\n".join(line if line.startswith(tuple("╭│╰+|")) else textwrap.fill(line, WIDTH) for line in lines)
+    return "\n".join(line if line.startswith(tuple("╭│╰")) else textwrap.fill(line, WIDTH) for line in lines)
 
 
 def _one_line(box: str) -> str:
@@ -63,8 +58,8 @@ def _one_line(box: str) -> str:
     'Unrecognized: -x.'
     """
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [match[1] for match in re.finditer(r"^[│|] (.*?) *[│|]?$", plain, re.MULTILINE)]
-    parts = re.split(r"^[─-]+$", "\n".join(line for line in lines if not line.startswith(8 * " ")), flags=re.MULTILINE)
+    lines = [match[1] for match in re.finditer(r"^│ (.*?) *│?$", plain, re.MULTILINE)] or plain.splitlines()
+    parts = re.split(r"^─+$", "\n".join(line for line in lines if not line.startswith(8 * " ")), flags=re.MULTILINE)
     said = [parts[0].partition("Got errors:")[0], *(p for p in parts[1:] if p.strip().startswith("Perhaps"))]
     sentences = [re.sub(r"\s+", " ", part).strip().rstrip(".") for part in said]
     text = ". ".join(sentences).replace("{None}|", "") + "."
