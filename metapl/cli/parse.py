@@ -21,8 +21,8 @@ WIDTH = 80
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
 """The folder of a run, by its place."""
 
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")]
-"""Off unless given; there is no --no-."""
+Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+"""Off unless given."""
 
 
 def parse(kind: type[T], program: str, arguments: list[str]) -> T:
@@ -36,7 +36,7 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
     said, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(help_text):
-            return tyro.cli(kind, prog=program, args=arguments)
+            return tyro.cli(kind, prog=program, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:
         if stop.code in (0, None):
             help_text.seek(0)

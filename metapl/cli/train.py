@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.cli.jobs import Job, run_all
+from metapl.cli.parse import Switch
 from metapl.errors import MetaplError
 from metapl.fit import Interrupted
 from metapl.recipes import Digits
@@ -44,13 +45,13 @@ class Train:
     """
 
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
-    out: Path | None = None
-    resume: bool = False
-    compare: bool = False
-    seeds: str | None = None
-    controls: bool = False
-    methods: tuple[str, ...] | None = None
-    jobs: int | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    resume: Switch = False
+    compare: Switch = False
+    seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS", help_behavior_hint="")] = None
+    controls: Switch = False
+    methods: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD ...", help_behavior_hint="")] = None
+    jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
 
     def __call__(self) -> int:
         self._check()

@@ -34,19 +34,28 @@ class Digits:
         seed: of the split, the weights and every draw.
         labels_per_class: labelled images of each class.
         steps: training steps.
-        labeled_batch, unlabeled_batch: examples a step.
+        labeled_batch: labelled examples a step.
+        unlabeled_batch: unlabelled examples a step.
         hidden: widths of the hidden layers of teacher and student.
         dropout: in both.
         view: how the student's, and the teacher's labelled, images are altered.
         label_smoothing: of the teacher's supervised loss.
         uda_weight: weight of UDA among the teacher's losses; 0 leaves it out.
-        uda_temperature, uda_threshold: of UDA.
+        uda_temperature: of UDA's target; below 1 sharpens it.
+        uda_threshold: UDA leaves out examples whose greatest probability does not exceed it.
         feedback: how the teacher is told; its weight is in units of the true gradient, which carries η/B.
-        student, teacher: their optimisers.
-        schedule, warmup: of both learning rates.
+        student: its optimiser.
+        teacher: its optimiser.
+        schedule: of both learning rates.
+        warmup: steps over which both learning rates grow from 0.
         ema_decay: of an average of the student that is then what is kept.
-        finetune_steps, finetune: on the labelled data, after the rest.
-        validate_every, log_every, save_every, exact_every, keep: see metapl.fit.FitOptions.
+        finetune_steps: on the labelled data, after the rest.
+        finetune: its optimiser.
+        validate_every: steps between validations.
+        log_every: steps between rows of metrics.
+        save_every: steps between checkpoints.
+        exact_every: steps between looks at the cosine of the mode's gradient with the exact one; None is never.
+        keep: checkpoints kept.
         threads: of the linear algebra; more do not help networks of this size, and rounding depends on the number.
     """
 

@@ -81,7 +81,7 @@ class Experiment:
         )
 
     def finetune(self, task: Any, student: nn.Module, before: FitResult) -> tuple[FitResult, Evaluation]:
-        """The student on the labelled data; the better by validation of what it was and what it became."""
+        """The student on the labelled data; the best by validation of what it becomes."""
         torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
         tuner = LossTrainer(student, (CrossEntropy(),), optimizer=self.recipe.finetune.build(student))
         result = before
