@@ -17,6 +17,24 @@ from metapl.replay import RandomState, frozen_statistics, replayed
 
 
 @dataclass(frozen=True)
+class Weight:
+    """How much the feedback counts beside the teacher's own losses.
+
+    Args:
+        value: a factor, where ``relative`` is False; else the norm that the feedback's gradient at the teacher's
+            outputs is given at every step, in units of that of the own losses.
+        relative: see ``value``.
+    """
+
+    value: float
+    relative: bool = False
+
+    def factor(self, feedback: Tensor, own: Tensor) -> Tensor | float:
+        """What the feedback is multiplied with, from the two norms; both stay on the device."""
+        return self.value * own / feedback.clamp_min(1e-12) if self.relative else self.value
+
+
+@dataclass(frozen=True)
 class TeacherLosses:
     """The teacher's objective in its parts.
 
@@ -82,7 +100,7 @@ class TeacherStep:
         return self._signal
 
     def loss(
-        self, feedback: Feedback, weight: float, losses: Sequence[TeacherLoss], labeled: Any, step: int
+        self, feedback: Feedback, weight: Weight, losses: Sequence[TeacherLoss], labeled: Any, step: int
     ) -> TeacherLosses:
         """Algorithm 1, lines 5-7: weight·(−Σ h·signal) and Σ own losses."""
         with self._recording():
@@ -92,12 +110,14 @@ class TeacherStep:
             for term in losses:
                 value = term(self.teacher, labeled=labeled, unlabeled=self.unlabeled, signal=self._signal, step=step)
                 own[f"teacher_{term.name}"] = own.get(f"teacher_{term.name}", 0) + value
-        from_feedback = weight * feedback.teacher_loss(self._signal)
+        from_feedback = feedback.teacher_loss(self._signal)
         from_own = torch.stack(list(own.values())).sum() if own else torch.zeros_like(from_feedback)
         scalars = {name: value.detach() for name, value in own.items()}
         scalars["teacher_loss"] = from_own.detach()
         sizes = {"feedback": self._size(from_feedback), "own": self._size(from_own)}
-        return TeacherLosses(from_feedback, from_own, scalars, sizes)
+        factor = weight.factor(sizes["feedback"], sizes["own"])
+        sizes["feedback"] = factor * sizes["feedback"]
+        return TeacherLosses(factor * from_feedback, from_own, scalars, sizes)
 
     def _make_signal(self) -> Signal:
         return self.problem.signal(self.teacher, self.unlabeled, self.student_outputs, generator=self.generator)

@@ -26,7 +26,7 @@ from metapl.problem import BilevelProblem
 from metapl.problems.pseudo_labels import PseudoLabels, views
 from metapl.replay import Buffers, RandomState, nothing_moved, replayed
 from metapl.step_report import StepReport
-from metapl.teacher import TeacherStep, teacher_scalars
+from metapl.teacher import TeacherStep, Weight, teacher_scalars
 
 
 class BilevelTrainer(Loop):
@@ -49,6 +49,9 @@ class BilevelTrainer(Loop):
             whose size goes with the student's learning rate. Much more than that is dangerous: teacher and student
             then chase each other's class frequencies and may collapse onto one class (on the digits 0.3 to 2 helps, 10
             hurts, 50 collapses). ``StepReport.feedback_ratio`` tells how it compares with the teacher's own losses.
+        feedback_ratio: instead of a weight: scale the feedback at every step so that its gradient at the teacher's
+            outputs has this norm in units of that of the teacher's own losses. The direction within a step is that of
+            the mode; its size no longer dies with the learning rate, nor does it explode.
         recompute_teacher: run the teacher's pass on the unlabelled batch without a graph first and build it again at
             the end (same dropout masks and statistics): one teacher forward pass more, one graph less in memory.
         generator: for drawing labels; without it the default one.
@@ -81,6 +84,7 @@ class BilevelTrainer(Loop):
         outer_optimizer: torch.optim.Optimizer | None = None,
         teacher_losses: Sequence[TeacherLoss] | None = None,
         feedback_weight: float = 1.0,
+        feedback_ratio: float | None = None,
         recompute_teacher: bool = False,
         generator: torch.Generator | None = None,
         clip_norm: float | None = None,
@@ -106,7 +110,9 @@ class BilevelTrainer(Loop):
         self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
         _check_outer(self.outer_optimizer, teacher)
         self.teacher_losses = None if teacher_losses is None else tuple(teacher_losses)
-        self.feedback_weight = feedback_weight
+        self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
+        if feedback_ratio is not None:
+            self._check_ratio(feedback_ratio)
         self.recompute_teacher = recompute_teacher
         self.generator = generator
         self.mode_state = self.mode.init()
@@ -134,7 +140,7 @@ class BilevelTrainer(Loop):
             (feedback,), mode_state = self.mode.feedback([whole], self.mode_state)  # line 4: h
             parts = []
             for teacher, h, (x_l, x_u) in zip(teachers, split(feedback, len(micro)), micro, strict=True):
-                part = teacher.loss(h, self.feedback_weight, self._losses_for(x_u), x_l, self.steps_done)
+                part = teacher.loss(h, self._weight, self._losses_for(x_u), x_l, self.steps_done)
                 loss = part.feedback + part.own / len(micro)
                 if loss.requires_grad:
                     loss.backward()  # lines 5-7
@@ -157,6 +163,25 @@ class BilevelTrainer(Loop):
             micro_batches(unlabeled, self.accumulate, "unlabeled"),
             strict=True,
         )
+
+    @property
+    def _weight(self) -> Weight:
+        if self.feedback_ratio is None:
+            return Weight(self.feedback_weight)
+        return Weight(self.feedback_ratio, relative=True)
+
+    def _check_ratio(self, ratio: float) -> None:
+        if not ratio >= 0:
+            raise MetaplError(f"feedback_ratio={ratio}: expected a number of 0 or more, or None.")
+        if self.feedback_weight != 1.0:
+            raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
+        if self.teacher_losses == ():
+            raise MetaplError("feedback_ratio needs teacher losses to measure by, and teacher_losses=() has none.")
+        if self.accumulate > 1:
+            raise MetaplError(
+                f"feedback_ratio is measured on a whole batch and does not go with accumulate={self.accumulate}; "
+                "use feedback_weight."
+            )
 
     @property
     def _recomputes(self) -> bool:
