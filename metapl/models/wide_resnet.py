@@ -32,10 +32,10 @@ class _Block(nn.Module):
 
 
 class _WideResNet(nn.Module):
-    def __init__(self, depth: int, widen: int, num_classes: int, dropout: float) -> None:
+    def __init__(self, depth: int, widen: int, num_classes: int, dropout: float, in_channels: int) -> None:
         super().__init__()
         blocks_per_group = (depth - 4) // 6
-        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         channels = 16
         blocks: list[nn.Module] = []
         for width, first_stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
@@ -62,7 +62,7 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def wide_resnet(depth: int, widen: int, num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
+def wide_resnet(depth: int, widen: int, num_classes: int = 10, dropout: float = 0.0, in_channels: int = 3) -> nn.Module:
     """Build a pre-activation wide residual network WRN-depth-widen.
 
     Three groups of n = (depth − 4) / 6 blocks with 16, 32 and 64 times ``widen`` channels; the second and third group
@@ -73,9 +73,10 @@ def wide_resnet(depth: int, widen: int, num_classes: int = 10, dropout: float = 
         widen: width factor, 1 or more.
         num_classes: number of outputs, 1 or more.
         dropout: probability in [0, 1) of zeroing a value between the two convolutions of a block.
+        in_channels: channels of a picture: 3 for colour, 1 for grey.
 
     Returns:
-        A module from images (B, 3, H, W), meant for 32x32, to logits (B, ``num_classes``).
+        A module from images (B, ``in_channels``, H, W), meant for 32x32, to logits (B, ``num_classes``).
 
     Cost: 1,467,610 weights for WRN-28-2 and 36.5 million for WRN-28-10, with 10 classes.
 
@@ -92,14 +93,14 @@ def wide_resnet(depth: int, widen: int, num_classes: int = 10, dropout: float = 
         raise MetaplError(
             f"wide_resnet got depth {depth}; expected 6n + 4 with n blocks a group: 10, 16, 22, 28, 34 or 40, say"
         )
-    if widen < 1 or num_classes < 1:
+    if widen < 1 or num_classes < 1 or in_channels < 1:
         raise MetaplError(
-            f"wide_resnet got widen {widen} and num_classes {num_classes}; expected both to be 1 or more: "
-            "wide_resnet(28, 2, num_classes=10)"
+            f"wide_resnet got widen {widen}, num_classes {num_classes} and in_channels {in_channels}; expected each to "
+            "be 1 or more: wide_resnet(28, 2, num_classes=10)"
         )
     if not 0.0 <= dropout < 1.0:
         raise MetaplError(f"wide_resnet got dropout {dropout}; expected a probability in [0, 1): dropout=0.3, say")
-    return _WideResNet(depth, widen, num_classes, dropout)
+    return _WideResNet(depth, widen, num_classes, dropout, in_channels)
 
 
 def wide_resnet28_2(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:

@@ -1,0 +1,41 @@
+"""What the networks of a library have in common, for :mod:`metapl.models.architecture`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from metapl.models.architecture import Architecture
+
+
+def unchanged(module: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
+    """Leave a file's weights as they are."""
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How networks of one kind are built, and what they have.
+
+    Args:
+        library: the package that builds them: torchvision, timm or metapl.
+        build: makes one.
+        code: the lines of Python that make one by ``library`` alone, as ``model``.
+        heads: the names of the layers that turn features into classes.
+        dropout, stochastic_depth: whether they have it.
+        patch: the side in pixels that a picture's must be a multiple of, where the network is built for one size.
+        adapt: fits the weights of a file in place to a network of another resolution, and names what it changed.
+    """
+
+    library: str
+    build: Callable[[Architecture], nn.Module]
+    code: Callable[[Architecture], list[str]]
+    heads: Callable[[nn.Module], tuple[str, ...]]
+    dropout: bool = False
+    stochastic_depth: bool = False
+    patch: int | None = None
+    adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] = unchanged

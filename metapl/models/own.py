@@ -1,0 +1,35 @@
+"""The networks that are metapl's own, by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from metapl.models.family import Family
+from metapl.models.small_cnn import small_cnn
+from metapl.models.wide_resnet import wide_resnet
+
+if TYPE_CHECKING:
+    from metapl.models.architecture import Architecture
+
+_WIDTHS = {"wide_resnet28_2": 2, "wide_resnet28_10": 10}
+
+
+def _build(a: Architecture) -> nn.Module:
+    if a.name == "small_cnn":
+        return small_cnn(a.num_classes, in_channels=a.in_channels, dropout=a.dropout)
+    return wide_resnet(28, _WIDTHS[a.name], a.num_classes, dropout=a.dropout, in_channels=a.in_channels)
+
+
+def _code(a: Architecture) -> list[str]:
+    channels = f", in_channels={a.in_channels}" * (a.in_channels != 3)
+    return [f'model = metapl.models.create("{a.name}", num_classes={a.num_classes}{channels})']
+
+
+def _heads(_module: nn.Module) -> tuple[str, ...]:
+    return ("head",)
+
+
+_FAMILY = Family(library="metapl", build=_build, code=_code, heads=_heads, dropout=True)
+FAMILIES = dict.fromkeys(("small_cnn", *_WIDTHS), _FAMILY)

@@ -1,0 +1,71 @@
+"""A small convolutional network for small pictures."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metapl.errors import MetaplError
+
+
+class _ConvNorm(nn.Module):
+    """3x3 convolution, group norm, ReLU, out of place."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+        self.norm = nn.GroupNorm(8, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.norm(self.conv(x)))
+
+
+class _SmallCNN(nn.Module):
+    def __init__(self, num_classes: int, in_channels: int, dropout: float) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            _ConvNorm(in_channels, 32, 1), _ConvNorm(32, 48, 2), _ConvNorm(48, 64, 2), _ConvNorm(64, 64, 1)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.dropout(self.features(images).mean(dim=(2, 3))))
+        return logits
+
+
+def small_cnn(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0) -> nn.Module:
+    """Build a network of four 3x3 convolutions for pictures of about 16x16.
+
+    Convolutions with 32, 48, 64 and 64 channels, each with group norm and ReLU, the second and third halve the
+    resolution; then the mean over positions, dropout and a linear layer. Group norm keeps the examples of a batch
+    apart, so the labelled and the unlabelled batch may differ in size and make-up.
+
+    Args:
+        num_classes: number of outputs, 1 or more.
+        in_channels: channels of a picture: 3 for colour, 1 for grey.
+        dropout: probability in [0, 1) of zeroing one of the 64 features before the linear layer.
+
+    Returns:
+        A module from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``).
+
+    Cost: 80,266 weights with 3 channels and 10 classes.
+
+    Raises:
+        MetaplError: a size below 1, or a dropout outside [0, 1).
+
+    >>> import torch
+    >>> small_cnn(num_classes=7, in_channels=1)(torch.zeros(2, 1, 16, 16)).shape
+    torch.Size([2, 7])
+    """
+    if num_classes < 1 or in_channels < 1:
+        raise MetaplError(
+            f"small_cnn got num_classes {num_classes} and in_channels {in_channels}; expected both to be 1 or more: "
+            "small_cnn(num_classes=10, in_channels=1)"
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise MetaplError(f"small_cnn got dropout {dropout}; expected a probability in [0, 1): dropout=0.3, say")
+    return _SmallCNN(num_classes, in_channels, dropout)

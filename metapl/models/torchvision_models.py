@@ -1,0 +1,137 @@
+"""torchvision's networks, by name, with the noise and the sizes of the papers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from metapl.errors import MetaplError
+from metapl.models.family import Family
+
+if TYPE_CHECKING:
+    from metapl.models.architecture import Architecture
+
+_KEEPING_STAGES = (2, 3)
+"""The stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32."""
+
+
+def _build_resnet(a: Architecture) -> nn.Module:
+    return _with_channels(_make(a.name, num_classes=a.num_classes), "conv1", a.in_channels)
+
+
+def _build_efficientnet(a: Architecture) -> nn.Module:
+    module = _make(a.name.removesuffix("_svhn"), num_classes=a.num_classes, dropout=a.dropout)
+    if a.name.endswith("_svhn"):
+        for stage in _KEEPING_STAGES:
+            # The first block of a stage: expansion, then the depthwise convolution that strides.
+            module.get_submodule(f"features.{stage}.0.block.1.0").stride = (1, 1)  # type: ignore[assignment]
+    _set_stochastic_depth(module, a.stochastic_depth)
+    return _with_channels(module, "features.0.0", a.in_channels)
+
+
+def _set_stochastic_depth(module: nn.Module, last: float) -> None:
+    """Drop block l of L with probability (l/L) · last, l = 1 … L.
+
+    torchvision counts blocks from 0, so with it the last block is dropped less often than the rule says.
+    """
+    from torchvision.ops import StochasticDepth
+
+    blocks = [m for m in module.modules() if isinstance(m, StochasticDepth)]
+    for number, block in enumerate(blocks, start=1):
+        block.p = last * number / len(blocks)
+
+
+def _build_vit(a: Architecture) -> nn.Module:
+    size = {} if a.image_size is None else {"image_size": a.image_size}
+    module = _make(a.name, num_classes=a.num_classes, dropout=a.dropout, **size)
+    return _with_channels(module, "conv_proj", a.in_channels)
+
+
+def _make(name: str, **fields: Any) -> nn.Module:
+    from torchvision import models
+
+    module: nn.Module = models.get_model(name, weights=None, **fields)
+    return module
+
+
+def _with_channels(module: nn.Module, stem: str, in_channels: int) -> nn.Module:
+    """The network with a fresh first convolution for pictures of other than three channels."""
+    old = module.get_submodule(stem)
+    assert isinstance(old, nn.Conv2d)
+    if old.in_channels != in_channels:
+        new = _like(old, in_channels)
+        if old.bias is None:
+            nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+        else:  # a vision transformer's patches
+            nn.init.trunc_normal_(new.weight, std=new.weight[0].numel() ** -0.5)
+            nn.init.zeros_(new.bias)  # type: ignore[arg-type]  # there is one where there was one
+        module.set_submodule(stem, new)
+    return module
+
+
+def _like(old: nn.Conv2d, in_channels: int) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]  # two numbers, of which mypy has forgotten the count
+        old.stride,  # type: ignore[arg-type]
+        old.padding,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
+
+
+def _code(a: Architecture, stem: str) -> list[str]:
+    """Lines that need torchvision alone; noise is left out, for it acts in training only and has no weights."""
+    sized = a.image_size is not None and a.name.startswith("vit_")
+    size = f", image_size={a.image_size}" * sized
+    lines = [f"model = torchvision.models.{a.name.removesuffix('_svhn')}(num_classes={a.num_classes}{size})"]
+    if a.name.endswith("_svhn"):
+        lines += [f"for stage in {_KEEPING_STAGES}:", "    model.features[stage][0].block[1][0].stride = (1, 1)"]
+    if a.in_channels != 3:
+        import torch
+
+        with torch.device("meta"):
+            conv = a.create().get_submodule(stem)
+        head, *indices = stem.split(".")
+        lines.append(f"model.{head}{''.join(f'[{i}]' for i in indices)} = torch.nn.{conv}")
+    return lines
+
+
+def _interpolate(module: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
+    """Position embeddings of another resolution, by torchvision's own rule."""
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    key = "encoder.pos_embedding"
+    own = module.state_dict()[key]
+    if key not in state or state[key].shape == own.shape or state[key].ndim != 3 or len(state[key]) != 1:
+        return ()
+    size, patch = int(module.image_size), int(module.patch_size)  # type: ignore[arg-type]
+    try:
+        interpolate_embeddings(size, patch, state)
+    except ValueError as error:
+        raise MetaplError(f"{key} in the file cannot be interpolated to pictures of {size} pixels: {error}.") from error
+    return (key,)
+
+
+def _family(stem: str, head: str, build: Any, **has: Any) -> Family:
+    return Family(
+        library="torchvision",
+        build=build,
+        code=lambda a: _code(a, stem),
+        heads=lambda _module: (head,),
+        **has,
+    )
+
+
+_RESNET = _family("conv1", "fc", _build_resnet)
+_EFFICIENTNET = _family("features.0.0", "classifier.1", _build_efficientnet, dropout=True, stochastic_depth=True)
+_VIT = _family("conv_proj", "heads.head", _build_vit, dropout=True, adapt=_interpolate)
+
+FAMILIES: dict[str, Family] = {
+    **{f"resnet{depth}": _RESNET for depth in (18, 34, 50, 101, 152)},
+    **{f"efficientnet_b{scale}": _EFFICIENTNET for scale in range(8)},
+    "efficientnet_b0_svhn": _EFFICIENTNET,
+    **{f"vit_{size}": replace(_VIT, patch=int(size[2:])) for size in ("b_16", "b_32", "l_16", "l_32", "h_14")},
+}

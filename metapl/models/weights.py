@@ -1,0 +1,168 @@
+"""Pretrained weights from a local file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.errors import MetaplError
+from metapl.models.family import unchanged
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What :func:`load_weights` did.
+
+    Args:
+        file: where the weights came from.
+        loaded: names of the tensors taken from it.
+        fresh: names of the head's tensors that stayed as they were, for the file has none that fit.
+        interpolated: names of those brought to another resolution.
+    """
+
+    file: Path
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
+    interpolated: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{len(self.loaded)} tensors loaded from {self.file}"
+        text += f"; fresh, for the head is of another size: {', '.join(self.fresh)}" if self.fresh else ""
+        return text + (f"; interpolated: {', '.join(self.interpolated)}" if self.interpolated else "")
+
+
+def load_weights(
+    module: nn.Module,
+    file: str | os.PathLike[str],
+    *,
+    heads: Iterable[str] = (),
+    adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] = unchanged,
+) -> LoadedWeights:
+    """Put the weights of a local file into a network.
+
+    The file is a state dict by ``torch.save``, alone or under "state_dict" or "model" as training programs store it,
+    or ``.safetensors``. It is read without running code from it. Prefixes that data parallelism and ``torch.compile``
+    put before every name are taken off.
+
+    Args:
+        module: the network; it is changed in place, or not at all.
+        file: a ``.safetensors`` file, or one that ``torch.save`` wrote.
+        heads: names of the layers that give the classes. One whose number of classes differs from the file's, or that
+            the file does not have, keeps the weights that it has.
+        adapt: called with the network and the file's tensors, may change the latter and names those it changed.
+
+    Returns:
+        What was loaded and what was not; its text is one line.
+
+    Raises:
+        MetaplError: the file is missing, damaged, holds something else than finite tensors, or its names or shapes
+            outside the heads differ from the network's.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> torch.save(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1000)).state_dict(), folder / "weights.pt")
+    >>> load_weights(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), folder / "weights.pt", heads=["1"]).fresh
+    ('1.weight', '1.bias')
+    """
+    path = Path(file)
+    state = _without_prefixes(_state_dict(path), module.state_dict().keys())
+    _check_finite(path, state)
+    interpolated = adapt(module, state)
+    own = module.state_dict()
+    # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the count.
+    optional = {name for name in own if name.endswith("num_batches_tracked")} - state.keys()
+    fresh = _fresh(own, state, heads)
+    fits = {name: t for name, t in state.items() if name not in fresh}
+    _check_fit(path, fits, {name: t for name, t in own.items() if name not in optional and name not in fresh})
+    module.load_state_dict({**own, **fits})
+    return LoadedWeights(path, tuple(fits), fresh, interpolated)
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file, by name."""
+    if not path.is_file():
+        raise MetaplError(f"there is no file of weights {path}; expected a .safetensors or .pt file on this machine.")
+    try:
+        found = _read(path)
+    except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
+        what = str(error).split("\n")[0] or type(error).__name__
+        raise MetaplError(
+            f"{path} cannot be read as weights: {what}. Expected a state dict: .safetensors, or tensors alone as "
+            "torch.save(model.state_dict(), path) writes them."
+        ) from error
+    while isinstance(found, Mapping) and (inner := _wrapped(found)):
+        found = inner
+    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
+        kind = f"a {type(found).__name__}" if not isinstance(found, Mapping) else f"the entries {_few(found)}"
+        raise MetaplError(f"{path} holds {kind}; expected tensors by name, as model.state_dict() gives them.")
+    return {str(name): t for name, t in found.items()}
+
+
+def _wrapped(found: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
+    """The state dict in what a training program stored."""
+    return next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), Mapping)), None)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    while prefix := next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in state)), None):
+        if all(name.startswith(prefix) for name in own):
+            return state
+        state = {name.removeprefix(prefix): t for name, t in state.items()}
+    return state
+
+
+def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    bad = [name for name, t in state.items() if not t.isfinite().all()]
+    if bad:
+        raise MetaplError(f"{path} holds values that are not finite, in {_few(bad)}; expected finite weights.")
+
+
+def _fresh(own: Mapping[str, Tensor], found: Mapping[str, Tensor], heads: Iterable[str]) -> tuple[str, ...]:
+    """The tensors of heads that the file lacks or has for another number of classes."""
+    fresh: list[str] = []
+    for head in heads:
+        names = [name for name in own if name.startswith(f"{head}.")]
+        same = all(name in found and found[name].shape == own[name].shape for name in names)
+        other_features = any(name in found and found[name].shape[1:] != own[name].shape[1:] for name in names)
+        if not same and not other_features:
+            fresh += names
+    return tuple(fresh)
+
+
+def _check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    faults = []
+    if missing := [name for name in expected if name not in found]:
+        faults.append(f"it lacks {_few(missing)}")
+    if foreign := [name for name in found if name not in expected]:
+        faults.append(f"the network has no {_few(foreign)}")
+    both = [name for name in expected if name in found]
+    if other := [name for name in both if found[name].shape != expected[name].shape]:
+        shapes = [f"{n} {tuple(found[n].shape)} instead of {tuple(expected[n].shape)}" for n in other]
+        faults.append(f"other shapes: {_few(shapes)}")
+    if kinds := [n for n in both if found[n].is_floating_point() != expected[n].is_floating_point()]:
+        faults.append(f"whole numbers for real ones or the reverse: {_few(kinds)}")
+    if faults:
+        raise MetaplError(
+            f"the weights in {path} are not of this network: {'; '.join(faults)}. Only the head may differ, by its "
+            "number of classes; create the network that the weights are of."
+        )
+
+
+def _few(names: Iterable[str], most: int = 4) -> str:
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
