@@ -1,0 +1,247 @@
+"""What would spoil a training with a set of folders, found before it begins."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from metapl.data.folders import Count, Files, LabeledFiles, Progress
+from metapl.errors import MetaplError
+
+T = TypeVar("T")
+
+_SHOWN = 5
+_GLIMPSE = 4096
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about the folders that a user should know before training.
+
+    Args:
+        level: an "error" makes results wrong or training impossible; a "warning" may be meant so.
+        message: what was found, with the first few files, and how to mend it.
+        files: all the files that it is about.
+    """
+
+    level: Literal["error", "warning"]
+    message: str
+    files: tuple[Path, ...] = ()
+
+
+def check_folders(
+    labeled: LabeledFiles,
+    unlabeled: Files | None = None,
+    validation: LabeledFiles | None = None,
+    test: LabeledFiles | None = None,
+    progress: Progress | None = None,
+) -> list[Finding]:
+    """Find what would spoil a training with these folders.
+
+    Errors: fewer than two classes; a class without pictures; a class of validation or test that training does not
+    know; a picture of test or validation, by its bytes, among the labelled or unlabelled ones (the result would be too
+    good), or in two classes. Warnings: a class with one picture; classes whose names differ by case only; pictures
+    beside the class folders; a picture of test in validation; a class that validation or test lacks.
+
+    Args:
+        labeled, unlabeled: the folders trained on.
+        validation, test: the folders that are not.
+        progress: called with the number of files whose bytes were looked at.
+
+    Returns:
+        errors first; empty where all is well.
+
+    Cost: one question to the file system for each file. Bytes are read only of files that another side has with the
+    same size, and beyond 4 KiB only where these agree too.
+
+    Raises:
+        MetaplError: a file is gone or cannot be read.
+    """
+    findings = [*_class_findings(labeled), *_copies(labeled, unlabeled, validation, test, progress)]
+    for name, held_out in (("validation", validation), ("test", test)):
+        if held_out is not None:
+            findings += _other_classes(labeled, held_out, name)
+    return sorted(findings, key=lambda one: one.level != "error")
+
+
+def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
+    if len(labeled.classes) < 2:
+        yield Finding("error", f"{labeled.root} has one class, {labeled.classes[0]!r}; expected two or more folders.")
+    counts = labeled.counts()
+    for name, count in counts.items():
+        where = labeled.root / name
+        if count == 0:
+            yield Finding(
+                "error", f"class {name!r} has no picture in {where}; put some there, or remove the folder.", (where,)
+            )
+        elif count == 1:
+            files = tuple(labeled.path(i) for i, label in enumerate(labeled.labels) if labeled.classes[label] == name)
+            yield Finding(
+                "warning",
+                f"class {name!r} has one picture, {files[0]}: it is trained on, so a validation split cannot have any "
+                "of this class; add more.",
+                files,
+            )
+    for same in _grouped(labeled.classes, str.casefold):
+        names = " and ".join(map(repr, same))
+        folders = tuple(labeled.root / name for name in same)
+        yield Finding(
+            "warning",
+            f"classes {names} differ by case only and count as different classes; if not, merge them.",
+            folders,
+        )
+    if labeled.loose:
+        yield Finding(
+            "warning",
+            f"{labeled.loose} pictures lie in {labeled.root} beside the class folders and are not used; move them into "
+            "the folder of their class.",
+        )
+
+
+def _other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> Iterator[Finding]:
+    counts = held_out.counts()
+    known = set(labeled.classes)
+    unknown = [one for one, count in counts.items() if one not in known and count]
+    if unknown:
+        yield Finding(
+            "error",
+            f"the {name} folder {held_out.root} has classes that {labeled.root} does not: {some(unknown)}; expected "
+            "folders of the same names.",
+            tuple(held_out.root / one for one in unknown),
+        )
+    missing = [one for one in labeled.classes if not counts.get(one)]
+    if missing:
+        yield Finding(
+            "warning",
+            f"the {name} folder {held_out.root} has no picture of {some(missing)}: nothing is measured there.",
+        )
+
+
+@dataclass(frozen=True)
+class _Copy:
+    side: str
+    label: str | None
+    path: str
+
+
+def _copies(
+    labeled: LabeledFiles,
+    unlabeled: Files | None,
+    validation: LabeledFiles | None,
+    test: LabeledFiles | None,
+    progress: Progress | None,
+) -> Iterator[Finding]:
+    """The files that stand on several sides, by their bytes."""
+    sides = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
+    files = [
+        _Copy(side, found.classes[found.labels[i]] if isinstance(found, LabeledFiles) else None, path)
+        for side, found in sides.items()
+        if found is not None
+        for i, path in enumerate(found.paths())
+    ]
+    count = Count(progress)
+    leaks: defaultdict[tuple[str, str], list[tuple[_Copy, _Copy]]] = defaultdict(list)
+    contradictions: list[list[_Copy]] = []
+    for group in _same_bytes(files, count):
+        first = {side: next((one for one in group if one.side == side), None) for side in sides}
+        for held_out, other in _LEAKS:
+            a, b = first[held_out], first[other]
+            # A folder given twice, say to train and to test on, is found here too.
+            if a is not None and b is not None:
+                leaks[held_out, other].append((a, b))
+        labeled_ones = [one for one in group if one.side == "labeled"]
+        if len({one.label for one in labeled_ones}) > 1:
+            contradictions.append(labeled_ones)
+    count.end()
+    for (held_out, other), pairs in leaks.items():
+        yield _leak(held_out, other, pairs)
+    if contradictions:
+        shown = some([" and ".join(one.path for one in group) for group in contradictions])
+        yield Finding(
+            "error",
+            f"{len(contradictions)} pictures are in two classes: {shown}; remove them from all classes but one.",
+            tuple(Path(one.path) for group in contradictions for one in group),
+        )
+
+
+_LEAKS = (
+    ("test", "labeled"),
+    ("test", "unlabeled"),
+    ("validation", "labeled"),
+    ("validation", "unlabeled"),
+    ("test", "validation"),
+)
+
+
+def _leak(held_out: str, other: str, pairs: Sequence[tuple[_Copy, _Copy]]) -> Finding:
+    harmless = (held_out, other) == ("test", "validation")
+    shown = some([f"{a.path} is {b.path}" for a, b in pairs])
+    return Finding(
+        "warning" if harmless else "error",
+        f"{len(pairs)} {held_out} pictures are among the {other} ones too: {shown}; "
+        + ("what is selected on them looks better than it is: " if harmless else "the result would be too good: ")
+        + f"remove them from the {other} folder.",
+        tuple(Path(one.path) for pair in pairs for one in pair),
+    )
+
+
+def _same_bytes(files: Sequence[_Copy], count: Count) -> Iterator[list[_Copy]]:
+    """Groups of files with the same bytes that matter: on several sides, or labelled in two ways.
+
+    Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one size, so a look
+    into them comes before all their bytes.
+    """
+
+    def asked(key: Callable[[str], Hashable], counted: bool) -> Callable[[_Copy], Hashable]:
+        def ask(file: _Copy) -> Hashable:
+            try:
+                found = key(file.path)
+            except OSError as error:
+                raise MetaplError(f"{file.path} cannot be read: {error.strerror}; was it removed just now?") from error
+            count.add(counted)
+            return found
+
+        return ask
+
+    groups = [list(files)]
+    for key, counted in ((os.path.getsize, False), (_glimpse, True), (_digest, False)):
+        groups = [same for group in groups for same in _grouped(group, asked(key, counted)) if _matters(same)]
+    return iter(groups)
+
+
+def _matters(files: Sequence[_Copy]) -> bool:
+    """Whether something would be wrong if these files were one picture: labelled ones may be unlabelled too."""
+    sides = {file.side for file in files}
+    leak = any(held_out in sides and other in sides for held_out, other in _LEAKS)
+    return leak or len({file.label for file in files if file.side == "labeled"}) > 1
+
+
+def _glimpse(path: str) -> bytes:
+    """4 KiB from the middle: the beginning is often a header that all files share."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size // 2 - _GLIMPSE // 2))
+        return hashlib.sha256(file.read(_GLIMPSE)).digest()
+
+
+def _digest(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _grouped(values: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """The values that share their key with another."""
+    groups: defaultdict[Hashable, list[T]] = defaultdict(list)
+    for value in values:
+        groups[key(value)].append(value)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
