@@ -217,7 +217,7 @@ class Loop(ABC):
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
         """Accuracy, per class, confusion matrix and calibration of the student on (inputs, labels) or batches."""
-        logits, labels = predict_logits(self.student, _batches(data, self.device))
+        logits, labels = predict_logits(self.student, batches_of(data, self.device))
         return evaluate_logits(logits, labels, classes)
 
     def save(self, path: str | Path) -> None:
@@ -397,7 +397,7 @@ class _Fit:
         data = self.validation if data is None else data
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
         with replayed(RandomState.now(self.trainer.device)):
-            logits, labels = predict_logits(model, _batches(data, self.trainer.device))
+            logits, labels = predict_logits(model, batches_of(data, self.trainer.device))
         return evaluate_logits(logits, labels).accuracy
 
     # ------------------------------------------------------------------------------------------- records and resuming
@@ -603,7 +603,7 @@ def _examples(batch: Any) -> int:
     return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
-def _batches(data: Any, device: torch.device, size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_of(data: Any, device: torch.device, size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
     """(inputs, labels) in batches on the device, from a pair of tensors or an iterable of pairs."""
     pair = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
     pieces = zip(data[0].split(size), data[1].split(size), strict=True) if pair else data

@@ -15,130 +15,135 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from test_fit import events
+from test_fit import events, rows
 
 from metapl.checkpoint import CheckpointFolder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills, limits and /proc as Linux has them")
 
-TINY = "--hidden 16 --labeled-batch 32 --unlabeled-batch 32 --log-every 5 --validate-every 10 --save-every 10"
+TINY = (
+    "--hidden 16 --labeled-batch 32 --unlabeled-batch 32 --finetune-steps 40 "
+    "--log-every 5 --validate-every 10 --save-every 10"
+)
 RECIPES = {
-    "soft": f"{TINY} --steps 200 --finetune-steps 60 --dropout 0.2 --teacher.lr 0.05 --student.momentum 0.5",
-    "hard": f"{TINY} --steps 200 --finetune-steps 60 --mode reinforce --baseline 0.99 --ema-decay 0.9 --dropout 0.1 "
-    "--uda-weight 0.5 --warmup 20 --exact-every 40",
+    "soft": f"train digits {TINY} --steps 120 --dropout 0.2 --teacher.lr 0.05 --student.momentum 0.5",
+    "hard": f"train digits {TINY} --steps 120 --mode reinforce --baseline 0.99 --ema-decay 0.9 "
+    "--dropout 0.1 --uda-weight 0.5 --warmup 10 --exact-every 40",
 }
-COMPARISON = f"{TINY} --steps 60 --finetune-steps 20 --compare --seeds 0-1 --jobs 2 --methods mpl none"
+# Owner and name of a function, the number of the call, and the signal that comes with it.
+Point = tuple[str, str, int, int]
+Moment = float | Point
+KILL, INTERRUPT, TERMINATE = int(signal.SIGKILL), int(signal.SIGINT), int(signal.SIGTERM)
 
-# Runs the command line, and kills itself at the n-th call of a function of the library or of the system.
-DYING = """
-import os, pkgutil, signal, sys
+COMPARISON = f"train digits {TINY} --steps 60 --compare --seeds 0-1 --jobs 2 --methods mpl none"
+
+
+# A process that has imported everything, and forks one for each command line: importing takes longer than these runs.
+# A command can be told to send itself a signal at the n-th call of a function of the library or of the system.
+NURSERY = """
+import json, os, pkgutil, signal, sys
+import matplotlib.figure, metapl.report, metapl.recipes.experiment, sklearn.datasets, tensorboard, torch._dynamo
+import torch.utils.tensorboard
+from metapl import inner
 from metapl.cli import main
-import metapl.fit, metapl.report, metapl.recipes.experiment
-owner, name, number = sys.argv[1:4]
-sys.argv = ["metapl", *sys.argv[4:]]
-owner = pkgutil.resolve_name(owner)
-real, calls = getattr(owner, name), []
-def dying(*given, **named):
-    calls.append(name)
-    if len(calls) == int(number):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*given, **named)
-setattr(owner, name, dying)
-sys.exit(main())
+
+inner._load_forward_mode()
+
+def born(argv, output, point):
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = ["metapl", *argv]
+    if point:
+        owner, name, number, signum = point
+        owner = pkgutil.resolve_name(owner)
+        real, calls = getattr(owner, name), []
+        def dying(*given, **named):
+            calls.append(name)
+            if len(calls) == number:
+                os.kill(os.getpid(), signum)
+            return real(*given, **named)
+        setattr(owner, name, dying)
+    code = 1
+    try:
+        code = main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        born(*json.loads(line))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-POINTS = [
-    ("metapl.run_folder:RunFolder", "write_json", 1),  # before there is a recipe
-    ("metapl.fit", "predict_logits", 4),  # while validating
-    ("os", "fsync", 9),  # before a file is on the disk: of the rows, of a checkpoint
-    ("os", "fsync", 10),
-    ("os", "replace", 6),  # before a checkpoint has its name
-    ("metapl.atomic", "_sync_folder", 4),  # after it has
-    ("metapl.checkpoint:CheckpointFolder", "_remove_oldest", 3),  # before the oldest one goes
-    ("metapl.run_folder:Metrics", "add", 25),
-    ("metapl.run_folder:Metrics", "cut", 2),  # between training and finetuning
-    ("metapl.run_folder:RunFolder", "write_weights", 1),
-    ("metapl.baselines:LossTrainer", "step", 33),  # while finetuning
-    ("metapl.run_folder:RunFolder", "write_weights", 2),
-    ("metapl.report", "draw_report", 1),
-    ("metapl.run_folder:RunFolder", "write_json", 1),  # before there is a result
+POINTS: list[Point] = [
+    ("metapl.run_folder:RunFolder", "write_json", 1, KILL),  # before there is a recipe
+    ("metapl.run_folder:Metrics", "add", 5, KILL),
+    ("metapl.fit", "predict_logits", 4, KILL),  # while validating
+    ("os", "fsync", 6, KILL),  # before the rows or a checkpoint are on the disk
+    ("os", "fsync", 7, KILL),
+    ("os", "replace", 3, KILL),  # before a checkpoint has its name
+    ("metapl.atomic", "_sync_folder", 3, KILL),  # after it has
+    ("metapl.checkpoint:CheckpointFolder", "_remove_oldest", 2, KILL),  # before the oldest one goes
+    ("metapl.run_folder:Metrics", "cut", 2, KILL),  # between training and finetuning
+    ("metapl.run_folder:RunFolder", "write_weights", 1, KILL),
+    ("metapl.baselines:LossTrainer", "step", 23, KILL),  # while finetuning
+    ("metapl.run_folder:RunFolder", "write_weights", 2, KILL),
+    ("metapl.report", "draw_report", 1, KILL),
+    ("metapl.run_folder:RunFolder", "write_json", 1, KILL),  # before there is a result
 ]
 
 
-@dataclass
-class Ended:
-    code: int
-    out: str
-    err: str
+class Nursery:
+    """Where command lines are run, one at a time."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, arguments: str, out: Path, point: Point | None = None) -> int:
+        """The process's number; what it says goes to ``out``.txt."""
+        argv = [*shlex.split(arguments), *([] if "--out" in arguments else ["--out", str(out)])]
+        return self._asked(json.dumps([argv, f"{out}.txt", point]))
+
+    def wait(self) -> int:
+        """The exit code; minus the number of the signal that killed it."""
+        return self._asked(None)
+
+    def run(self, arguments: str, out: Path, point: Point | None = None) -> tuple[int, str]:
+        self.start(arguments, out, point)
+        return self.wait(), said(out)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def _asked(self, line: str | None) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        if line is not None:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        return int(self.process.stdout.readline())
 
 
-def start(arguments: str, out: Path, before: Sequence[str] = ("-m", "metapl")) -> subprocess.Popen[str]:
-    command = [sys.executable, *before, "train", "digits", *shlex.split(arguments), "--out", str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait(process: subprocess.Popen[str], timeout: float = 120) -> Ended:
-    out, err = process.communicate(timeout=timeout)
-    return Ended(process.returncode, out, err)
-
-
-def run(arguments: str, out: Path) -> Ended:
-    return wait(start(arguments, out))
-
-
-def files(out: Path) -> dict[str, Any]:
-    """What two runs must have in common to the byte, but for where a result says it lies."""
-    names = ("student.safetensors", "finetuned_student.safetensors", "metrics.jsonl", "result.json")
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.name in names and "checkpoints" not in path.parts
-    }
-
-
-def assert_equal(out: Path, reference: Path) -> None:
-    found, wanted = files(out), files(reference)
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if found[name] != wanted[name]] == []
-
-
-def newest_step(out: Path, phase: str) -> int | None:
-    numbers = [int(path.stem[5:]) for path in (out / "checkpoints" / phase).glob("step-*.ckpt")]
-    return max(numbers, default=None)
-
-
-def assert_resumed(said: str, steps: dict[str, int | None]) -> None:
-    """Every phase that had a checkpoint went on from it."""
-    if steps["fit"] is None:
-        assert "starting anew" in said
-        return
-    assert f"resumed at step {steps['fit']}\n" in said
-    if steps["finetune"] is not None:
-        assert f"resumed at step {steps['finetune']} of phase finetune\n" in said
-
-
-def steps_of(out: Path) -> dict[str, int | None]:
-    return {phase: newest_step(out, phase) for phase in ("fit", "finetune")}
-
-
-@cache
-def reference(name: str, folder: Path) -> tuple[Path, float]:
-    """A run that was left alone, and how long it took from its first words on."""
-    out = folder / f"reference-{name}"
-    process = start(RECIPES.get(name, COMPARISON), out)
-    first = process.stdout.readline() if process.stdout else ""
-    since = time.monotonic()
-    done = wait(process)
-    assert done.code == 0, done.err
-    assert first
-    return out, time.monotonic() - since
+@pytest.fixture(scope="module")
+def nurseries() -> Iterator[list[Nursery]]:
+    both = [Nursery(), Nursery()]
+    yield both
+    for one in both:
+        one.close()
 
 
 @pytest.fixture(scope="module")
@@ -146,36 +151,291 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("resume")
 
 
-def killed_at_random(name: str, folder: Path, kills: int, seed: int) -> int:
-    """Runs, each killed and resumed until it ends, until so many kills have hit; the number that hit a finished phase
-    or no checkpoint yet does not matter."""
-    whole, duration = reference(name, folder)
-    draw, hits, number = random.Random(seed), 0, 0
-    while hits < kills:
-        out, number = folder / f"{name}-{seed}-{number}", number + 1
-        steps: dict[str, int | None] | None = None
-        while True:
-            process = start(RECIPES[name] + " --resume" * (steps is not None), out)
-            assert process.stdout is not None
-            said = process.stdout.readline()
-            time.sleep(draw.uniform(0, 0.7 * duration))
-            process.kill()
-            done = wait(process)
-            said += done.out
-            if steps is not None and len(said.splitlines()) > 1 and done.code != -signal.SIGKILL:
-                assert_resumed(said, steps)
-            if done.code == 0:
-                break
-            assert done.code == -signal.SIGKILL, done.err
-            hits += 1
-            steps = steps_of(out)
-        assert_equal(out, whole)
-    return hits
+@pytest.fixture(scope="module")
+def whole(nurseries: list[Nursery], folder: Path) -> dict[str, tuple[Path, float]]:
+    """Runs that were left alone, and how long they took."""
+
+    def one(nursery: Nursery, name: str) -> tuple[Path, float]:
+        out, since = folder / f"whole-{name}", time.monotonic()
+        code, words = nursery.run(RECIPES[name], out)
+        assert code == 0, words
+        return out, time.monotonic() - since
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(RECIPES, pool.map(one, nurseries, RECIPES), strict=True))
+
+
+def said(out: Path) -> str:
+    return Path(f"{out}.txt").read_text()
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """What two runs must have in common to the byte."""
+    names = ("student.safetensors", "finetuned_student.safetensors", "metrics.jsonl", "result.json")
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.name in names}
+
+
+def assert_equal(out: Path, whole: Path) -> None:
+    found, wanted = files(out), files(whole)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+    left = [path.name for path in out.rglob("*") if path.name.endswith(".tmp")]
+    assert [name for name in left if name.startswith("step-")] == []
+
+
+def newest(out: Path) -> dict[str, int]:
+    """The newest checkpoint of each phase that has one."""
+    found = {phase: CheckpointFolder(out / "checkpoints" / phase).paths() for phase in ("fit", "finetune")}
+    return {phase: int(paths[0].stem[5:]) for phase, paths in found.items() if paths}
+
+
+def assert_resumed(words: str, checkpoints: dict[str, int]) -> None:
+    """Every phase that had a checkpoint went on from it, and without any the run said that it starts anew."""
+    if not checkpoints:
+        assert "starting anew" in words
+    for phase, step in checkpoints.items():
+        assert f"resumed at step {step}{'' if phase == 'fit' else ' of phase finetune'}\n" in words
+
+
+def lived(nursery: Nursery, recipe: str, out: Path, moments: Iterator[Moment]) -> int:
+    """A run, killed at one moment after the other and resumed, until it ends; how many kills hit."""
+    hits, resumed, checkpoints = 0, "", dict[str, int]()
+    while True:
+        moment = next(moments, None)
+        point = moment if isinstance(moment, tuple) else None
+        pid = nursery.start(recipe + resumed, out, point)
+        if isinstance(moment, float):
+            time.sleep(moment)
+            with suppress(ProcessLookupError):  # it was faster
+                os.kill(pid, signal.SIGKILL)
+        code = nursery.wait()
+        if resumed and code == 0:
+            assert_resumed(said(out), checkpoints)
+        if code == 0:
+            assert point is None, f"{point} was not reached"
+            return hits
+        assert code == -signal.SIGKILL, said(out)
+        hits, checkpoints = hits + 1, newest(out)
+        resumed = " --resume" if (out / "recipe.json").exists() else ""
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(folder: Path) -> None:
-    """At least 24 kills -9 over start, training, validation, saving, finetuning and reporting."""
+def test_killed_at_random_moments(nurseries: list[Nursery], whole: dict[str, tuple[Path, float]]) -> None:
+    """At least 24 kills -9 anywhere between the first line and the report."""
+
+    def some(nursery: Nursery, name: str) -> int:
+        (reference, duration), draw, hits = whole[name], random.Random(name), 0
+        while hits < 12:
+            out = reference.with_name(f"random-{name}-{hits}")
+            hits += lived(nursery, RECIPES[name], out, iter([draw.uniform(0, 0.5 * duration) for _ in range(12)]))
+            assert_equal(out, reference)
+        return hits
+
     with ThreadPoolExecutor(2) as pool:
-        hits = list(pool.map(lambda name: killed_at_random(name, folder, 12, seed=1), RECIPES))
-    assert sum(hits) >= 24
+        assert sum(pool.map(some, nurseries, RECIPES)) >= 24
+
+
+@pytest.mark.slow
+def test_killed_at_the_moments_that_matter(nurseries: list[Nursery], whole: dict[str, tuple[Path, float]]) -> None:
+    """Each of :data:`POINTS`, one after the other in the life of one run."""
+
+    def one(nursery: Nursery, name: str) -> int:
+        reference, out = whole[name][0], whole[name][0].with_name(f"points-{name}")
+        hits = lived(nursery, RECIPES[name], out, iter(POINTS))
+        assert_equal(out, reference)
+        return hits
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(one, nurseries, RECIPES)) == [len(POINTS)] * 2
+
+    # The event files of a life in fifteen pieces show every step once.
+    for name, (reference, _) in whole.items():
+        out = reference.with_name(f"points-{name}")
+        for phase in ("fit", "finetune"):
+            logged, shown = rows(out, phase), events(out / "tensorboard" / phase)
+            assert set(shown.Tags()["scalars"]) == {key for row in logged for key in row} - {"phase", "step"}
+            for key in shown.Tags()["scalars"]:
+                steps = [event.step for event in shown.Scalars(key)]
+                assert steps == [row["step"] for row in logged if key in row], (phase, key)
+
+
+def pasted(words: str) -> str:
+    """The line that the run said to go on with, without the command's name."""
+    command, line = words.rstrip().splitlines()[-1].split(None, 1)
+    assert command == "metapl"
+    assert "go on with:" in words
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "step"),
+    [
+        ("metapl.trainer:BilevelTrainer", "step", 37, "stopped after step 37; saved to .*fit/step-00000037.ckpt"),
+        ("metapl.trainer:BilevelTrainer", "step", 120, "stopped after step 120; saved to .*fit/step-00000120.ckpt"),
+        ("metapl.checkpoint:CheckpointFolder", "write", 4, "stopped after step 40; saved to .*step-00000040.ckpt"),
+        ("metapl.baselines:LossTrainer", "step", 7, "stopped after step 7; saved to .*finetune/step-00000007.ckpt"),
+        ("metapl.report", "draw_report", 1, "stopped"),
+    ],
+)
+def test_asked_to_stop_a_run_saves_and_says_how_to_go_on(
+    owner: str, name: str, number: int, step: str, nurseries: list[Nursery], whole: dict[str, tuple[Path, float]]
+) -> None:
+    def one(nursery: Nursery, signum: int) -> None:
+        recipe = "soft" if signum == INTERRUPT else "hard"
+        reference = whole[recipe][0]
+        out = reference.with_name(f"{signum} {name} {number}")  # with blanks, which the line must quote
+        code, words = nursery.run(RECIPES[recipe] + f" --out '{out}'", out, (owner, name, number, signum))
+        assert code == 128 + signum, words
+        assert re.search(step, words)
+        checkpoints = newest(out)
+        code, words = nursery.run(pasted(words), out)
+        assert code == 0, words
+        assert_resumed(words, checkpoints)
+        assert_equal(out, reference)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, nurseries, (INTERRUPT, TERMINATE)))
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_costs_a_few_steps(
+    nurseries: list[Nursery], whole: dict[str, tuple[Path, float]]
+) -> None:
+    """In either phase, also when the phase after it had begun."""
+
+    def one(nursery: Nursery, name: str) -> None:
+        reference, out = whole[name][0], whole[name][0].with_name(f"damaged-{name}")
+        assert nursery.run(RECIPES[name], out, ("metapl.baselines:LossTrainer", "step", 33, KILL))[0] == -KILL
+        damaged = ("fit", "finetune") if name == "soft" else ("fit",)
+        for phase in damaged:
+            path = CheckpointFolder(out / "checkpoints" / phase).paths()[0]
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        code, words = nursery.run(RECIPES[name] + " --resume", out)
+        assert code == 0, words
+        assert "passed over step-00000120.ckpt" in words
+        assert "resumed at step 110\n" in words
+        assert f"resumed at step {20 if name == 'soft' else 30} of phase finetune\n" in words
+        assert_equal(out, reference)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, nurseries, RECIPES))
+
+
+@pytest.mark.slow
+def test_without_a_whole_checkpoint_it_starts_anew_and_a_finished_run_is_left_alone(
+    nurseries: list[Nursery], whole: dict[str, tuple[Path, float]]
+) -> None:
+    reference, nursery, recipe = whole["soft"][0], nurseries[0], RECIPES["soft"]
+    out = reference.with_name("anew")
+    assert nursery.run(recipe, out, ("metapl.trainer:BilevelTrainer", "step", 33, KILL))[0] == -KILL
+    for path in (out / "checkpoints/fit").iterdir():
+        path.write_bytes(b"not a checkpoint at all")
+    code, words = nursery.run(recipe, out)
+    assert (code, "holds a run already; give --resume" in words) == (2, True)
+    code, words = nursery.run(recipe.replace("--dropout 0.2", "--dropout 0.3") + " --resume", out)
+    assert (code, "run of another recipe" in words) == (2, True)
+    code, words = nursery.run(recipe + " --resume", out)
+    assert code == 0, words
+    assert re.search("step-00000030.ckpt is not a checkpoint of metapl(.|\n)*starting anew", words)
+    assert_equal(out, reference)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    code, words = nursery.run(recipe + " --resume", out)
+    assert (code, "is finished already" in words) == (0, True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ["for rows", "for nothing"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(
+    room: str, nurseries: list[Nursery], whole: dict[str, tuple[Path, float]]
+) -> None:
+    """A limit on the size of files, put on the running process, refuses what a full disk would."""
+
+    def one(nursery: Nursery, name: str) -> None:
+        reference, out = whole[name][0], whole[name][0].with_name(f"full-{name}-{room}")
+        pid = nursery.start(RECIPES[name], out)
+        while not newest(out):
+            time.sleep(0.002)
+        limit = (
+            900 if room == "for nothing" else CheckpointFolder(out / "checkpoints/fit").paths()[0].stat().st_size - 1
+        )
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
+        code, words = nursery.wait(), said(out)
+        assert code == 2, words
+        assert "Traceback" not in words
+        last = max(CheckpointFolder(out / "checkpoints/fit").paths())
+        assert re.search(f"could not be written: File too large.*{last.name}", words), words
+        checkpoints = newest(out)
+        code, words = nursery.run(RECIPES[name] + " --resume", out)
+        assert code == 0, words
+        assert_resumed(words, checkpoints)
+        assert_equal(out, reference)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, nurseries, RECIPES))
+
+
+# ------------------------------------------------------------------------------------------------------- comparisons
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, and theirs."""
+    own = [int(one) for task in Path(f"/proc/{pid}/task").iterdir() for one in (task / "children").read_text().split()]
+    return own + [grandchild for child in own for grandchild in children(child)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def compared(nurseries: list[Nursery], folder: Path) -> Path:
+    out = folder / "whole-comparison"
+    code, words = nurseries[0].run(COMPARISON, out)
+    assert code == 0, words
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [KILL, INTERRUPT, TERMINATE])
+def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(
+    signum: int, nurseries: list[Nursery], compared: Path
+) -> None:
+    """A kill of the parent alone; Ctrl-C, which a terminal sends to all; a SIGTERM to the parent alone."""
+    nursery, out = nurseries[0], compared.with_name(f"compared-{signum}")
+    pid = nursery.start(COMPARISON, out)
+    while not list(out.glob("*/*/checkpoints/fit/step-00000030.ckpt")):
+        assert alive(pid), said(out)
+        time.sleep(0.002)
+    workers = children(pid)
+    assert len(workers) >= 2
+    (os.killpg if signum == INTERRUPT else os.kill)(pid, signum)
+    code = nursery.wait()
+    assert code == (-KILL if signum == KILL else 128 + signum), said(out)
+    gone_by = time.monotonic() + 5
+    while any(map(alive, workers)):
+        assert time.monotonic() < gone_by or signum != KILL, "children go on without their parent"
+        time.sleep(0.01)
+    if signum != KILL:
+        assert "Traceback" not in said(out)
+    before = files(out)
+    resumed = COMPARISON + " --resume" if signum == KILL else pasted(said(out))
+    assert files(out) == before
+    code, words = nursery.run(resumed, out)
+    assert code == 0, words
+    assert_equal(out, compared)
+
+
+@pytest.mark.slow
+def test_a_run_of_a_comparison_that_fails_is_named_and_the_others_save(nurseries: list[Nursery], folder: Path) -> None:
+    out = folder / "failing"
+    code, words = nurseries[0].run(COMPARISON.replace("--steps 60", "--steps 3000 --student.lr 1e30"), out)
+    assert code == 2, words
+    assert re.search(r"metapl: (mpl|none), seed [01]: ", words)
+    assert "Traceback" not in words

@@ -85,10 +85,10 @@ def _dispatch(given: list[str]) -> int:
 
 def _train(given: list[str]) -> int:
     from metapl.cli.parse import parse
-    from metapl.cli.train import Train
+    from metapl.cli.train import Train, TrainImages
     from metapl.errors import MetaplError
 
-    recipes = {"digits": Train}
+    recipes = {"digits": Train, "images": TrainImages}
     if not given or given[0] not in (*recipes, "-h", "--help"):
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
         raise MetaplError(f"{named}; expected one of {', '.join(recipes)}: metapl train digits.")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from metapl.cli.finished import Finished, finished, weights_file
 from metapl.cli.parse import Run, Switch
 from metapl.cli.table import table
 from metapl.evaluate import Evaluation, evaluate_logits, predict_logits
+from metapl.fit import batches_of
 
-BATCH = 1024
 HEADING = 5
 """Letters of a class that head a column."""
 
@@ -38,7 +37,7 @@ class Evaluate:
     def __call__(self) -> int:
         run = finished(self.run)
         student, task = run.student(self.finetuned), run.recipe.task()
-        found = evaluate_logits(*predict_logits(student, _split(*task.test)), task.classes)
+        found = evaluate_logits(*predict_logits(student, batches_of(task.test, torch.device("cpu"))), task.classes)
         recorded = run.result["finetuned_test_accuracy" if self.finetuned else "test_accuracy"]
         if self.json:
             print(json.dumps({**self._about(run), "recorded_accuracy": recorded, **found.to_json()}, indent=2))
@@ -59,10 +58,6 @@ class Evaluate:
             "seed": run.recipe.seed,
             "weights": weights_file(self.finetuned),
         }
-
-
-def _split(inputs: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(inputs.split(BATCH), labels.split(BATCH), strict=True)
 
 
 def _as_recorded(found: Evaluation, recorded: float) -> str:

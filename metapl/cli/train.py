@@ -22,7 +22,7 @@ from metapl.cli.jobs import Job, run_all
 from metapl.cli.parse import Switch
 from metapl.errors import MetaplError
 from metapl.fit import Interrupted
-from metapl.recipes import Digits
+from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.comparison import TITLES, Comparison, parse_seeds
 from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS
 from metapl.recipes.store import describe
@@ -55,6 +55,12 @@ class Train:
 
     def __call__(self) -> int:
         self._check()
+        settle = getattr(self.recipe, "settled", None)
+        if settle is not None:
+            return dataclasses.replace(self, recipe=settle())._run()
+        return self._run()
+
+    def _run(self) -> int:
         out = self.out or _default_out(self.recipe.name, self.resume)
         try:
             with _terminable():
@@ -87,7 +93,7 @@ class Train:
             f"finetuned on the labelled data {result['finetuned_test_accuracy']:.1%}"
         )
         print(f"the student, its report and figures are in {out}")
-        print("whether the feedback helped, only a comparison tells: metapl train digits --compare --seeds 0-2")
+        print("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-2")
         return 0
 
     # --------------------------------------------------------------------------------------------------- a comparison
@@ -151,6 +157,17 @@ class Train:
         draw_comparison(folder.path, comparison, results)
         delivered = {k: results[first, best][k] for k in ("test_accuracy", "finetuned_test_accuracy", "seed", "method")}
         folder.write_json("result.json", {**comparison.to_json(), **delivered})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainImages(Train):
+    """Train a student on your own pictures: a few in one folder a class, many in a folder without labels.
+
+    Args:
+        recipe: what is trained, and how.
+    """
+
+    recipe: Annotated[ImageFolders, tyro.conf.arg(name="")]  # type: ignore[assignment]  # another recipe, run alike
 
 
 def _default_out(recipe: str, resume: bool) -> Path:

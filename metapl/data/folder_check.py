@@ -148,18 +148,16 @@ def _copies(
     leaks: defaultdict[tuple[str, str], list[tuple[_Copy, _Copy]]] = defaultdict(list)
     contradictions: list[list[_Copy]] = []
     for group in _same_bytes(files, count):
-        first = {side: next((one for one in group if one.side == side), None) for side in sides}
+        of = {side: [one for one in group if one.side == side] for side in sides}
         for held_out, other in _LEAKS:
-            a, b = first[held_out], first[other]
-            # A folder given twice, say to train and to test on, is found here too.
-            if a is not None and b is not None:
-                leaks[held_out, other].append((a, b))
-        labeled_ones = [one for one in group if one.side == "labeled"]
-        if len({one.label for one in labeled_ones}) > 1:
-            contradictions.append(labeled_ones)
+            if of[other]:
+                leaks[held_out, other] += ((one, of[other][0]) for one in of[held_out])
+        if len({one.label for one in of["labeled"]}) > 1:
+            contradictions.append(of["labeled"])
     count.end()
     for (held_out, other), pairs in leaks.items():
-        yield _leak(held_out, other, pairs)
+        if pairs:
+            yield _leak(held_out, other, pairs)
     if contradictions:
         shown = some([" and ".join(one.path for one in group) for group in contradictions])
         yield Finding(

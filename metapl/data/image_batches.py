@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metapl.data import draws
 from metapl.data.batches import StepBatches
-from metapl.data.image_sets import FileImages, Images, files_of_dead_workers, pick
+from metapl.data.image_sets import FileImages, Images, pick
 from metapl.data.images import Box
 from metapl.data.samplers import StepSampler
 from metapl.data.views import View
@@ -59,10 +59,12 @@ class ImageBatches(StepBatches[BatchT]):
         """Batches of what is fetched, for workers that leave the views to the device."""
         return RawBatches(self, self.steps)
 
-    def explain(self, error: BaseException) -> str | None:
-        """Which file a worker died of, for the message that ``error`` ends in; None where that is not what happened."""
-        files = files_of_dead_workers(self.images, error)
-        return f"while reading {' or '.join(map(str, files))}: remove or replace it" if files else None
+    def explain(self) -> str | None:
+        """Which file workers died of, for the message about it; None where that is not what happened.
+
+        To be asked once a loader has failed, before its workers are stopped.
+        """
+        return _died_of(self.images)
 
     def _examples(self, step: int) -> Tensor:
         # With B > n a batch holds copies of an example; counting the epoch in keeps their augmentations apart.
@@ -79,8 +81,9 @@ class RawBatches(StepBatches[Fetched]):
     def batch(self, step: int) -> Fetched:
         return self.batches.fetch(step)
 
-    def explain(self, error: BaseException) -> str | None:
-        return self.batches.explain(error)
+    def explain(self) -> str | None:
+        """As :meth:`ImageBatches.explain`."""
+        return self.batches.explain()
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,10 +235,14 @@ class ImageEvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
         images, used = whole(indices)
         return in_unit_range(images), pick(self.labels, used)
 
-    def explain(self, error: BaseException) -> str | None:
+    def explain(self) -> str | None:
         """As :meth:`ImageBatches.explain`."""
-        files = files_of_dead_workers(self.images, error)
-        return f"while reading {' or '.join(map(str, files))}: remove or replace it" if files else None
+        return _died_of(self.images)
+
+
+def _died_of(images: Images) -> str | None:
+    files = images.dead_readers() if isinstance(images, FileImages) else []
+    return f"a worker died while reading {' or '.join(map(str, files))}; remove or replace it" if files else None
 
 
 def in_unit_range(images: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterable, Sequence
+from multiprocessing import active_children
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -201,12 +203,24 @@ class FileImages:
             )
         return MemoryImages(data[: len(kept)]), torch.tensor(kept, dtype=torch.int64)
 
-    def being_read(self, process: int) -> Path | None:
-        """The file that a worker process is reading, or was when it died."""
-        for pid, number in self._reading.tolist():
-            if pid == process and number > 0:
-                return Path(self._path(number - 1))
-        return None
+    def dead_readers(self) -> list[Path]:
+        """The files that worker processes were reading when they died, each told once.
+
+        To be asked after a loader failed and before its workers are stopped.
+        """
+        slots = self._reading.numpy()
+        reading = {int(pid): worker for worker, (pid, number) in enumerate(slots) if number > 0}
+        alive = {child.pid: child for child in active_children()}
+        if reading and reading.keys() <= alive.keys():
+            # A process loses its connections, which is what a loader may fail of, a moment before it counts as dead.
+            # When it does, torch's signal handler raises wherever this process is at.
+            with contextlib.suppress(RuntimeError):
+                wait([alive[pid].sentinel for pid in reading], timeout=1)
+            alive = {child.pid: child for child in active_children()}
+        dead = [worker for pid, worker in reading.items() if pid not in alive]
+        numbers = sorted({int(slots[worker, 1]) - 1 for worker in dead})
+        slots[dead, 1] = 0
+        return [Path(self._path(number)) for number in numbers]
 
     def _next_sound(self, index: int, crops: Sequence[Crop]) -> tuple[list[Tensor], int]:
         tries = min(_IN_A_ROW, len(self))
@@ -264,20 +278,6 @@ def replaced_files(log: Path) -> dict[str, str]:
             continue  # the last line of a process that was killed
         found[one["file"]] = one["reason"]
     return found
-
-
-def files_of_dead_workers(images: object, error: BaseException) -> list[Path]:
-    """The files that worker processes were reading when they died.
-
-    Args:
-        images: what the workers read from.
-        error: what the loader raised; it names the processes.
-    """
-    if not isinstance(images, FileImages):
-        return []
-    numbers = re.findall(r"pid(?:\(s\))? ([\d, ]+)", str(error))
-    pids = [int(pid) for some in numbers for pid in some.replace(",", " ").split()]
-    return [path for pid in pids if (path := images.being_read(pid)) is not None]
 
 
 def pick(values: Tensor, indices: Tensor) -> Tensor:

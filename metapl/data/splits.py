@@ -141,16 +141,15 @@ def draw_split(
     free[held_out] = False
     order = _shuffled(len(train_labels), seed, _LABELED)
     able = order[free[order] & (order < (len(train_labels) if labeled_from is None else labeled_from))]
-    kept = []
-    for label in train_labels.unique().tolist():
-        of_class = able[train_labels[able] == label]
-        if len(of_class) < labels_per_class:
-            raise MetaplError(
-                f"split {name!r} needs {labels_per_class} labels of class {label}, which has {len(of_class)} examples "
-                "outside validation; ask for fewer labels or a smaller validation part"
-            )
-        kept.append(of_class[:labels_per_class])
-    labeled = torch.cat(kept).sort().values
+    classes, inverse, _ = _classes(train_labels)
+    found = inverse[able].bincount(minlength=len(classes))
+    if int(found.min()) < labels_per_class:
+        fewest = int(found.argmin())
+        raise MetaplError(
+            f"split {name!r} needs {labels_per_class} labels of class {int(classes[fewest])}, which has "
+            f"{int(found[fewest])} examples outside validation; ask for fewer labels or a smaller validation part"
+        )
+    labeled = _first_of_each(able, inverse, torch.full_like(classes, labels_per_class))
     free[labeled] = False
     return Split(
         name=name,
@@ -165,14 +164,11 @@ def draw_split(
 
 def _in_proportion(labels: Tensor, count: int, seed: int) -> Tensor:
     """``count`` examples with the classes in proportion, sorted."""
-    classes, sizes = labels.unique(return_counts=True)
+    _, inverse, sizes = _classes(labels)
     # Whole numbers: a quotient in floating point could rank equal remainders differently elsewhere.
     share, remainder = sizes * count // len(labels), sizes * count % len(labels)
-    largest = remainder.argsort(descending=True, stable=True)[: count - int(share.sum())]
-    share[largest] += 1
-    order = _shuffled(len(labels), seed, _VALIDATION)
-    chosen = [order[labels[order] == label][:n] for label, n in zip(classes.tolist(), share.tolist(), strict=True)]
-    return torch.cat(chosen).sort().values
+    share[remainder.argsort(descending=True, stable=True)[: count - int(share.sum())]] += 1
+    return _first_of_each(_shuffled(len(labels), seed, _VALIDATION), inverse, share)
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -198,13 +194,9 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     """
     if not 0 < fraction < 1:
         raise MetaplError(f"stratified_split got fraction {fraction}; expected a number between 0 and 1, such as 0.1.")
-    order = _shuffled(len(labels), seed, _VALIDATION)
-    held_out = []
-    for label in labels.unique().tolist():
-        of_class = order[labels[order] == label]
-        count = min(max(round(fraction * len(of_class)), 1), len(of_class) - 1)
-        held_out.append(of_class[:count])
-    validation = torch.cat(held_out).sort().values if held_out else torch.empty(0, dtype=torch.int64)
+    _, inverse, sizes = _classes(labels)
+    share = (fraction * sizes.double()).round().long().clamp(min=1).minimum(sizes - 1)
+    validation = _first_of_each(_shuffled(len(labels), seed, _VALIDATION), inverse, share)
     if not len(validation):
         raise MetaplError(
             f"no class of the {len(labels)} labelled pictures has two; expected more, or a folder of its own for "
@@ -213,6 +205,20 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     chosen[validation] = True
     return (~chosen).nonzero()[:, 0], validation
+
+
+def _classes(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The classes (C,), the class of each example as an index into them, and the number of examples of each (C,)."""
+    classes: tuple[Tensor, Tensor, Tensor] = labels.unique(return_inverse=True, return_counts=True)
+    return classes
+
+
+def _first_of_each(order: Tensor, classes: Tensor, counts: Tensor) -> Tensor:
+    """The first ``counts[c]`` examples of each class c in an order of examples, sorted by their number."""
+    by_class = order[classes[order].argsort(stable=True)]
+    sizes = classes[order].bincount(minlength=len(counts))
+    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[classes[by_class]]
+    return by_class[rank < counts[classes[by_class]]].sort().values
 
 
 def _shuffled(size: int, seed: int, stream: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from metapl import feedback
 from metapl.errors import MetaplError
 from metapl.losses import TeacherLoss
+from metapl.models import parameter_groups
 from metapl.problems import PseudoLabels
+
+Say = Callable[[str], None]
 
 Mode = Literal["unrolled", "forward", "difference", "reinforce", "reinforce_per_example", "loss_difference", "none"]
 
@@ -34,12 +37,14 @@ class SGD:
         momentum: heavy-ball or Nesterov momentum.
         nesterov: the latter.
         weight_decay: L2.
+        decay_norms: also on normalisation layers and biases.
     """
 
     lr: float = 0.1
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    decay_norms: bool = True
 
     def __post_init__(self) -> None:
         require(self, self.lr > 0, "lr", "a number above 0")
@@ -48,7 +53,8 @@ class SGD:
 
     def build(self, module: nn.Module) -> torch.optim.SGD:
         """The optimiser over a module's parameters."""
-        return torch.optim.SGD(module.parameters(), **dataclasses.asdict(self))
+        groups = parameter_groups(module, self.weight_decay, on_norms=self.decay_norms)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +105,20 @@ class Task:
     Args:
         labeled, unlabeled: sources of batches, for ``fit``.
         finetuning: source of labelled batches for finetuning.
-        validation, test: (inputs, labels).
+        validation, test: (inputs, labels), or batches of these.
         classes: names.
         truth: (inputs, labels) of unlabelled examples whose labels are known, for looking at pseudo-labels only.
+        record: what was found and how it was split, for the run folder's ``data.json``.
     """
 
     labeled: Any
     unlabeled: Any
     finetuning: Any
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    validation: Any
+    test: Any
     classes: tuple[str, ...]
     truth: tuple[Tensor, Tensor] | None = None
+    record: Mapping[str, Any] | None = None
 
 
 class Recipe(Protocol):
@@ -143,8 +151,8 @@ class Recipe(Protocol):
     @property
     def finetune(self) -> SGD: ...
 
-    def task(self) -> Task:
-        """The data."""
+    def task(self, say: Say | None = None) -> Task:
+        """The data; ``say`` is told what a user should know of it."""
         ...
 
     def network(self) -> nn.Module:
@@ -165,6 +173,14 @@ class Recipe(Protocol):
 
     def fit_options(self) -> dict[str, Any]:
         """Fields of :class:`metapl.fit.FitOptions` but ``steps`` and ``phase``."""
+        ...
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Options of :class:`metapl.BilevelTrainer`: the feedback's size, clipping, precision."""
+        ...
+
+    def place(self) -> torch.device:
+        """Where it runs."""
         ...
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import tyro
 from torch import Tensor, nn
 
@@ -18,9 +19,10 @@ from metapl.data import (
     load_digits_split,
 )
 from metapl.data.files import IMAGES, csv_rows, gray_image
+from metapl.fit import FitOptions
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.models import mlp
-from metapl.recipes.base import SGD, Feedback, Task, require
+from metapl.recipes.base import SGD, Feedback, Say, Task, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +101,9 @@ class Digits:
         require(self, self.finetune_steps >= 0, "finetune_steps", "0 or more")
         require(self, self.uda_weight >= 0, "uda_weight", "0 or more")
         CrossEntropy(self.label_smoothing)
+        FitOptions(steps=self.steps, **self.fit_options())
 
-    def task(self) -> Task:
+    def task(self, say: Say | None = None) -> Task:
         split = load_digits_split(self.labels_per_class, self.seed)
         images, labels = split.labeled
         few = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=0)
@@ -135,3 +138,9 @@ class Digits:
     def fit_options(self) -> dict[str, Any]:
         names = ("schedule", "warmup", "ema_decay", "validate_every", "log_every", "save_every", "exact_every", "keep")
         return {name: getattr(self, name) for name in names}
+
+    def trainer_options(self) -> dict[str, Any]:
+        return {"feedback_weight": self.feedback.feedback_weight}
+
+    def place(self) -> torch.device:
+        return torch.device("cpu")  # networks of this size are slower elsewhere

@@ -38,8 +38,10 @@ class Experiment:
         ``finetuned_test_accuracy``, the validation accuracies of both, and the test set's full evaluation.
         """
         torch.manual_seed(self.recipe.seed)
-        task = self.recipe.task()
-        teacher, student = self.recipe.network(), self.recipe.network()
+        task, place = self.recipe.task(self.say), self.recipe.place()
+        if task.record is not None:
+            self.folder.write_json("data.json", task.record)
+        teacher, student = self.recipe.network().to(place), self.recipe.network().to(place)
         fitted = METHODS[method](self, task, teacher, student)
         trained, result = fitted
         evaluation = trained.evaluate(task.test, classes=list(task.classes))
@@ -129,6 +131,7 @@ def _bilevel(
     run: Experiment, task: Any, teacher: nn.Module, student: nn.Module, *, mode: Any, problem: PseudoLabels
 ) -> Fitted:
     recipe = run.recipe
+    options = recipe.trainer_options()
     trainer = BilevelTrainer(
         teacher,
         student,
@@ -137,7 +140,7 @@ def _bilevel(
         inner_optimizer=recipe.student.build(student),
         outer_optimizer=recipe.teacher.build(teacher),
         teacher_losses=recipe.teacher_losses(),
-        feedback_weight=recipe.feedback.feedback_weight,
+        **options,
     )
     return trainer, run.fit(trainer, task)
 

@@ -1,0 +1,95 @@
+"""`metapl train images` on folders of real pictures, through the real command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FLAGS = (
+    *("--image-size", "16", "--grey", "--strong.writing", "--pad", "2", "--strong.cutout", "4"),
+    *("--labeled-batch", "16", "--unlabeled-batch", "16", "--steps", "8", "--finetune-steps", "4"),
+    *("--validate-every", "4", "--log-every", "4", "--save-every", "4"),
+)
+
+
+def _metapl(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error::FutureWarning", "-m", "metapl", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from sklearn.datasets import load_digits
+
+    root, digits = tmp_path_factory.mktemp("pictures"), load_digits()
+    for number in range(160):
+        label = digits.target[number]
+        picture = Image.fromarray((digits.images[number] * 255 / 16).round().astype(np.uint8)).resize((16, 16))
+        for part in (("labeled", "test")[number % 2] if number < 100 else "unlabeled",):
+            folder = root / part if part == "unlabeled" else root / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"{number:03}.png")
+    (root / "unlabeled" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(pictures: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = pictures / "run"
+    folders = [part for name in ("labeled", "unlabeled", "test") for part in (f"--{name}", pictures / name)]
+    return out, _metapl("train", "images", *folders, "--out", out, *FLAGS)
+
+
+def test_it_trains_and_says_what_it_found_and_left_out(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, done = run
+    assert done.returncode == 0, done.stderr
+    assert "unlabeled: 1 of 61 files are left out" in done.stdout
+    assert "60 unlabelled" in done.stdout
+    result = json.loads((out / "result.json").read_text())
+    assert 0 <= result["test_accuracy"] <= 1
+    data = json.loads((out / "data.json").read_text())
+    assert not set(data["labeled"]) & set(data["validation"])
+    assert len(data["labeled"]) + len(data["validation"]) == 50
+    assert (out / "report.png").stat().st_size > 10_000
+
+
+def test_the_run_is_evaluated_and_predicts_by_class_name(
+    run: tuple[Path, subprocess.CompletedProcess[str]], pictures: Path
+) -> None:
+    out, _ = run
+    again = _metapl("evaluate", out, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["accuracy"] == json.loads((out / "result.json").read_text())["test_accuracy"]
+    labelled = _metapl("predict", out, pictures / "test" / "3")
+    rows = list(csv.DictReader(labelled.stdout.splitlines()))
+    assert len(rows) == len(list((pictures / "test" / "3").iterdir()))
+    assert {row["class"] for row in rows} <= set("0123456789")
+
+
+def test_a_test_picture_among_the_training_ones_is_refused(pictures: Path, tmp_path: Path) -> None:
+    leak = next((pictures / "test" / "3").iterdir())
+    seen = tmp_path / "unlabeled"
+    seen.mkdir()
+    (seen / "same.png").write_bytes(leak.read_bytes())
+    folders = ["--labeled", pictures / "labeled", "--unlabeled", seen, "--test", pictures / "test"]
+    done = _metapl("train", "images", *folders, "--out", tmp_path / "run", *FLAGS)
+    assert done.returncode == 2
+    assert leak.name in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
+    done = _metapl(
+        "train", "images", "--labeled", tmp_path / "none", "--unlabeled", tmp_path, "--out", tmp_path / "run"
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert str(tmp_path / "none") in done.stderr
