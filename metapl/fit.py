@@ -13,7 +13,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,6 +28,7 @@ from metapl.checks import Fault
 from metapl.data.feed import Feed, feed, to_device
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation, evaluate_logits, predict_logits
+from metapl.events import Events
 from metapl.replay import RandomState, replayed
 from metapl.run_folder import Metrics, RunFolder
 
@@ -297,7 +298,7 @@ class _Fit:
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(self.how.steps, stop[0], self.saved_at)
 
-    def _one_step(self, t: int, bar: _Bar, events: Any) -> dict[str, float] | None:
+    def _one_step(self, t: int, bar: _Bar, events: Events | None) -> dict[str, float] | None:
         """Step t; the row to record, if this step is one that is recorded."""
         batches = {name: to_device(one.next(), self.trainer.device) for name, one in self.feeds.items()}
         labeled, unlabeled = batches["labeled"], batches.get("unlabeled")
@@ -316,8 +317,7 @@ class _Fit:
             self._refuse_bad(t)
         if logged:
             row |= report.as_dict() | self._rates()
-            with self._writing():
-                _write_counts(events, report.counts(), t + 1)
+            self._record_counts(t + 1, report.counts(), events)
         if validated:
             row |= self._validate(t)
         bar.advance(sum(map(_examples, batches.values())), row)
@@ -402,14 +402,17 @@ class _Fit:
 
     # ------------------------------------------------------------------------------------------- records and resuming
 
-    def _record(self, row: dict[str, float], events: Any) -> None:
-        if self.metrics is None:
+    def _record(self, row: dict[str, float], events: Events | None) -> None:
+        if self.metrics is None or events is None:
             return
         with self._writing():
             self.metrics.add({"phase": self.how.phase, **{k: _plain(v) for k, v in row.items()}})
-            for name, value in row.items():
-                if name != "step":
-                    events.add_scalar(name, value, row["step"])
+            events.scalars(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
+
+    def _record_counts(self, step: int, counts: dict[str, list[int]], events: Events | None) -> None:
+        if events is not None:
+            with self._writing():
+                events.counts(step, counts)
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
@@ -422,8 +425,8 @@ class _Fit:
             "rng": checkpoint.rng_state(),
         }
 
-    def _save(self, step: int, events: Any) -> Path | None:
-        if self.checkpoints is None or self.metrics is None:
+    def _save(self, step: int, events: Events | None) -> Path | None:
+        if self.checkpoints is None or self.metrics is None or events is None:
             return None
         self._refuse_bad(step - 1)
         with self._writing():
@@ -516,25 +519,12 @@ class _Fit:
         ) as bar:
             yield _Bar(bar)
 
-    @contextmanager
-    def _events(self, start: int) -> Iterator[Any]:
+    def _events(self, start: int) -> AbstractContextManager[Events | None]:
         if self.out is None:
-            yield None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        # A folder per phase: what is purged on resuming is purged of every curve in the folder.
-        folder = self.out.path / "tensorboard" / self.how.phase
+            return nullcontext()
+        # A folder per phase: what is void after resuming is void for every curve in the folder.
         with self._writing():
-            writer = SummaryWriter(str(folder), purge_step=start + 1)
-        try:
-            yield writer
-        except BaseException:
-            with suppress(OSError):  # the error under way says more
-                writer.close()
-            raise
-        with self._writing():
-            writer.close()
+            return Events(self.out.path / "tensorboard" / self.how.phase, start)
 
 
 class _Bar:
@@ -567,25 +557,6 @@ def _average(student: nn.Module, decay: float) -> AveragedModel:
 def _all_finite(modules: Sequence[nn.Module | None]) -> bool:
     weights = [p.detach() for module in modules if module is not None for p in module.parameters()]
     return bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())
-
-
-def _write_counts(events: Any, counts: dict[str, list[int]], step: int) -> None:
-    """Each as a histogram with a bucket per class."""
-    if events is None:
-        return
-    for name, per_class in counts.items():
-        classes = range(len(per_class))
-        events.add_histogram_raw(
-            name,
-            min=0,
-            max=len(per_class) - 1,
-            num=sum(per_class),
-            sum=sum(k * n for k, n in zip(classes, per_class, strict=True)),
-            sum_squares=sum(k * k * n for k, n in zip(classes, per_class, strict=True)),
-            bucket_limits=[k + 0.5 for k in classes],
-            bucket_counts=per_class,
-            global_step=step,
-        )
 
 
 def _every(n: int, t: int, steps: int) -> bool:

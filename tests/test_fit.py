@@ -25,6 +25,7 @@ from metapl import CrossEntropy, MetaplError
 from metapl.baselines import LossTrainer
 from metapl.checkpoint import CheckpointFolder
 from metapl.evaluate import evaluate_logits
+from metapl.events import Events
 from metapl.feedback import Altered, LossDifference, Reinforce
 from metapl.fit import FitOptions, FitResult, Interrupted, Loop
 
@@ -479,15 +480,13 @@ def test_a_second_ctrl_c_is_not_held_back_and_a_second_sigterm_is() -> None:
 
 
 def test_a_signal_while_the_records_are_closed_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.tensorboard import SummaryWriter
+    close = Events.__exit__
 
-    close = SummaryWriter.close
-
-    def ringing(self: Any) -> None:
+    def ringing(self: Any, *error: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
-        close(self)
+        close(self, *error)
 
-    monkeypatch.setattr(SummaryWriter, "close", ringing)
+    monkeypatch.setattr(Events, "__exit__", ringing)
     with pytest.raises(Interrupted, match="after step 5; saved to"):
         single().fit(batches(3)[0], steps=5, out=tmp_path)
 

@@ -49,7 +49,7 @@ COMPARISON = f"train digits {TINY} --steps 60 --compare --seeds 0-1 --jobs 2 --m
 NURSERY = """
 import json, os, pkgutil, signal, sys
 import matplotlib.figure, metapl.report, metapl.recipes.experiment, sklearn.datasets, tensorboard, torch._dynamo
-import torch.utils.tensorboard
+import torch.utils.tensorboard.summary
 from metapl import inner
 from metapl.cli import main
 

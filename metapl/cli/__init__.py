@@ -26,7 +26,11 @@ two in each class are labelled (a minute on a laptop, no graphics card):
   metapl predict runs/first my_digit.png another.png
   metapl train digits --compare --seeds 0-2 --out runs/compared
 
-The last one trains the same without the teacher's feedback, and by other
+With pictures of your own, a few of them in one folder a class:
+
+  metapl train images --labeled few/ --unlabeled many/ --test held_out/
+
+--compare, with either recipe, trains the same without the teacher's feedback, and by other
 methods, and says whether the feedback helped.
 
 Each command says more with --help: metapl train digits --help.

@@ -215,7 +215,10 @@ class FileImages:
             # A process loses its connections, which is what a loader may fail of, a moment before it counts as dead.
             # When it does, torch's signal handler raises wherever this process is at.
             with contextlib.suppress(RuntimeError):
-                wait([alive[pid].sentinel for pid in reading], timeout=1)
+                ending = wait([alive[pid].sentinel for pid in reading], timeout=1)
+                for pid in reading:
+                    if alive[pid].sentinel in ending:
+                        alive[pid].join()
             alive = {child.pid: child for child in active_children()}
         dead = [worker for pid, worker in reading.items() if pid not in alive]
         numbers = sorted({int(slots[worker, 1]) - 1 for worker in dead})
