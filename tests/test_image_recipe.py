@@ -93,3 +93,30 @@ def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert str(tmp_path / "none") in done.stderr
+
+
+def test_a_worker_that_dies_is_reported_with_its_file(pictures: Path) -> None:
+    """A picture on which decoding kills the process, as a bug in a decoder would."""
+    code = f"""
+import os, metapl.data.image_sets as sets
+from metapl.data import Identity, StepSampler
+from metapl.data.feed import feed
+from metapl.data.folders import scan_unlabeled
+from metapl.data.image_batches import ImageUnlabeledBatches
+from metapl.errors import MetaplError
+
+files = scan_unlabeled({str(pictures / "test")!r})
+images = sets.FileImages(files.paths(), size=(16, 16))
+deadly, read = str(images.path(3)), sets.read_image
+sets.read_image = lambda path, *a, **k: os._exit(9) if str(path) == deadly else read(path, *a, **k)
+batches = ImageUnlabeledBatches(images, StepSampler(len(images), len(images), seed=0), Identity(), None, 0)
+try:
+    feed(batches, name="unlabeled", stop=2, num_workers=1).next()
+except MetaplError as error:
+    print(error)
+    print(deadly)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said, deadly = done.stdout.strip().splitlines()
+    assert deadly in said, done.stdout + done.stderr
+    assert said.startswith("unlabeled failed at batch 0")

@@ -394,48 +394,47 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def compared(nurseries: list[Nursery], folder: Path) -> Path:
-    out = folder / "whole-comparison"
-    code, words = nurseries[0].run(COMPARISON, out)
-    assert code == 0, words
-    return out
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [KILL, INTERRUPT, TERMINATE])
-def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(
-    signum: int, nurseries: list[Nursery], compared: Path
-) -> None:
-    """A kill of the parent alone; Ctrl-C, which a terminal sends to all; a SIGTERM to the parent alone."""
-    nursery, out = nurseries[0], compared.with_name(f"compared-{signum}")
-    pid = nursery.start(COMPARISON, out)
-    while not list(out.glob("*/*/checkpoints/fit/step-00000030.ckpt")):
-        assert alive(pid), said(out)
-        time.sleep(0.002)
-    workers = children(pid)
-    assert len(workers) >= 2
-    (os.killpg if signum == INTERRUPT else os.kill)(pid, signum)
-    code = nursery.wait()
-    assert code == (-KILL if signum == KILL else 128 + signum), said(out)
-    gone_by = time.monotonic() + 5
-    while any(map(alive, workers)):
-        assert time.monotonic() < gone_by or signum != KILL, "children go on without their parent"
-        time.sleep(0.01)
-    if signum != KILL:
+def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(nurseries: list[Nursery], folder: Path) -> None:
+    """A kill of the parent alone while the first runs train; Ctrl-C, which a terminal sends to all, when one is
+    finished; a SIGTERM to the parent alone before the last is."""
+    whole, out, nursery = folder / "whole-comparison", folder / "compared", nurseries[0]
+    code, words = nursery.run(COMPARISON, whole)
+    assert code == 0, words
+
+    command = COMPARISON
+    for signum, sign, number in (
+        (KILL, "*/*/checkpoints/fit/step-00000030.ckpt", 1),
+        (INTERRUPT, "*/*/result.json", 1),
+        (TERMINATE, "*/*/result.json", 3),
+    ):
+        pid = nursery.start(command, out)
+        while len(list(out.glob(sign))) < number:
+            assert alive(pid), said(out)
+            time.sleep(0.002)
+        workers = children(pid)
+        assert len(workers) >= 2
+        (os.killpg if signum == INTERRUPT else os.kill)(pid, signum)
+        code = nursery.wait()
+        assert code == (-KILL if signum == KILL else 128 + signum), said(out)
+        gone_by = time.monotonic() + 5 * (signum == KILL)
+        while any(map(alive, workers)):
+            assert time.monotonic() < gone_by, "a worker goes on without its parent"
+            time.sleep(0.01)
         assert "Traceback" not in said(out)
-    before = files(out)
-    resumed = COMPARISON + " --resume" if signum == KILL else pasted(said(out))
-    assert files(out) == before
-    code, words = nursery.run(resumed, out)
+        command = COMPARISON + " --resume" if signum == KILL else pasted(said(out))
+    code, words = nursery.run(command, out)
     assert code == 0, words
-    assert_equal(out, compared)
+    assert_equal(out, whole)
 
 
 @pytest.mark.slow
-def test_a_run_of_a_comparison_that_fails_is_named_and_the_others_save(nurseries: list[Nursery], folder: Path) -> None:
+def test_a_run_of_a_comparison_that_fails_is_named(nurseries: list[Nursery], folder: Path) -> None:
+    """And the other one, which would take minutes, saves and goes."""
     out = folder / "failing"
-    code, words = nurseries[0].run(COMPARISON.replace("--steps 60", "--steps 3000 --student.lr 1e30"), out)
+    poison = "--steps 100000 --student.lr 1e30 --methods none supervised --seeds 0 --save-every 1000000"
+    code, words = nurseries[0].run(f"{COMPARISON} {poison}", out)
     assert code == 2, words
-    assert re.search(r"metapl: (mpl|none), seed [01]: ", words)
+    assert re.search(r"metapl: none, seed 0: .*NaN or infinite", words)
     assert "Traceback" not in words
+    assert [path for path in (out / "supervised").rglob("step-*.ckpt")]

@@ -560,12 +560,23 @@ def _blamed(what: str, source: Any) -> Iterator[None]:
     """Say which source failed where; errors that say so themselves, and Ctrl-C, pass."""
     try:
         yield
-    except MetaplError:
-        raise
+    except MetaplError as error:
+        raise _without_traceback(error) from error.__cause__
     except Exception as error:
+        known = getattr(source, "explain", lambda: None)()  # which file a worker died of, where the source can tell
+        if known is not None:
+            raise MetaplError(f"{what}: {known}") from error
         raise MetaplError(
             f"{what} ({described(source)}): {_words(error)}; the error that caused this one says where to mend the data"
         ) from error
+
+
+def _without_traceback(error: MetaplError) -> MetaplError:
+    """An error from a worker process as it was raised there: the loader puts the worker's traceback into its text."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return error
+    return MetaplError(text.rsplit("MetaplError: ", 1)[-1].strip())
 
 
 def _words(error: BaseException) -> str:
