@@ -69,7 +69,7 @@ def note(rows: Rows) -> str:
     return (
         f"Test accuracy in %, mean ± standard deviation over {len(SEEDS)} seeds (400 test images each, drawn anew "
         f"per seed from the same 1,797); p from a paired t-test, not corrected for the number of rows. "
-        f"{tuning} tuning runs on five other seeds chose among 12 configurations of each method by validation accuracy; "
+        f"{tuning} tuning runs on five other seeds chose among 12 configurations of each method by validation; "
         f"`unrolled` and `difference` take those of `forward`, whose gradient they compute. "
         f"`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/{RAW.name}`."
     )
