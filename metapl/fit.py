@@ -507,16 +507,13 @@ class _Fit:
 
     @contextmanager
     def _bar(self, start: int) -> Iterator[_Bar]:
+        # Not tqdm's disable=True: it makes locks between processes even so, which a killed worker would leave behind.
+        if not self.progress:
+            yield _Bar(None)
+            return
         from tqdm import tqdm
 
-        with tqdm(
-            total=self.how.steps,
-            initial=start,
-            desc=self.how.phase,
-            unit="step",
-            disable=not self.progress,
-            leave=False,
-        ) as bar:
+        with tqdm(total=self.how.steps, initial=start, desc=self.how.phase, unit="step", leave=False) as bar:
             yield _Bar(bar)
 
     def _events(self, start: int) -> AbstractContextManager[Events | None]:
@@ -530,11 +527,13 @@ class _Fit:
 class _Bar:
     """The progress bar with what a user wants to see on it."""
 
-    def __init__(self, bar: Any) -> None:
+    def __init__(self, bar: Any | None) -> None:
         self.bar, self.examples, self.since = bar, 0, time.monotonic()
         self.shown: dict[str, str] = {}
 
     def advance(self, examples: int, row: dict[str, float]) -> None:
+        if self.bar is None:
+            return
         self.bar.update()
         self.examples += examples
         names = {"student_validation_accuracy": "accuracy", "feedback_mean": "h"}

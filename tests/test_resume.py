@@ -417,7 +417,7 @@ def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(nurseries
         (os.killpg if signum == INTERRUPT else os.kill)(pid, signum)
         code = nursery.wait()
         assert code == (-KILL if signum == KILL else 128 + signum), said(out)
-        gone_by = time.monotonic() + 5 * (signum == KILL)
+        gone_by = time.monotonic() + 5
         while any(map(alive, workers)):
             assert time.monotonic() < gone_by, "a worker goes on without its parent"
             time.sleep(0.01)
@@ -430,11 +430,10 @@ def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(nurseries
 
 @pytest.mark.slow
 def test_a_run_of_a_comparison_that_fails_is_named(nurseries: list[Nursery], folder: Path) -> None:
-    """And the other one, which would take minutes, saves and goes."""
+    """And the other one, which would take minutes, goes."""
     out = folder / "failing"
     poison = "--steps 100000 --student.lr 1e30 --methods none supervised --seeds 0 --save-every 1000000"
     code, words = nurseries[0].run(f"{COMPARISON} {poison}", out)
     assert code == 2, words
     assert re.search(r"metapl: none, seed 0: .*NaN or infinite", words)
     assert "Traceback" not in words
-    assert [path for path in (out / "supervised").rglob("step-*.ckpt")]

@@ -78,7 +78,7 @@ class Digits:
     uda_temperature: float = 1.0
     uda_threshold: float = 0.0
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=lambda: Feedback(feedback_weight=1.0))
-    student: SGD = field(default_factory=lambda: SGD(lr=0.5))
+    student: SGD = field(default_factory=lambda: SGD(lr=1.0))
     teacher: SGD = field(default_factory=lambda: SGD(lr=0.06, momentum=0.9))
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: int = 0

@@ -1,0 +1,252 @@
+"""Recipes as they are run: what stays on disk, what is selected on what, and that they come back as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_baselines import TINY
+
+from metapl import MetaplError
+from metapl.cli import main
+from metapl.evaluate import evaluate_logits
+from metapl.fit import FitResult
+from metapl.recipes import SGD, Digits, Feedback, from_dict
+from metapl.recipes.experiment import METHODS, Experiment
+from metapl.recipes.store import describe, stored
+from metapl.run_folder import Metrics, RunFolder
+
+
+def run(folder: Path, method: str = "mpl", recipe: Digits = TINY) -> dict[str, Any]:
+    where = RunFolder(folder)
+    with where.claimed(describe(recipe, method=method), resume=False):
+        return Experiment(recipe, where, progress=False, say=lambda _: None).run(method)
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def test_a_run_leaves_behind_what_it_says(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.iterdir()}
+    assert left - {".lock"} == {
+        "recipe.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "student.safetensors",
+        "finetuned_student.safetensors",
+        "report.png",
+        "result.json",
+    }
+    assert read(tmp_path, "result.json") == result
+    assert result.keys() >= {
+        "recipe",
+        "method",
+        "seed",
+        "steps",
+        "best_step",
+        "validation_accuracy",
+        "test_accuracy",
+        "finetuned_validation_accuracy",
+        "finetuned_test_accuracy",
+        "evaluation",
+    }
+    assert (result["recipe"], result["method"], result["seed"], result["steps"]) == ("digits", "mpl", 0, 6)
+    assert result["evaluation"]["accuracy"] == result["test_accuracy"]
+    assert result["evaluation"]["n"] == 400
+
+
+def test_a_run_says_with_what_it_was_made(tmp_path: Path) -> None:
+    run(tmp_path)
+    content = read(tmp_path, "recipe.json")
+    made = content["made_with"]
+    assert content["format"] == 1
+    assert (made["metapl"], made["torch"]) == (version("metapl"), torch.__version__)
+    assert made.keys() >= {"torchvision", "torchopt", "python", "machine", "processor", "cpus", "gpu"}
+    assert made["processor"]
+    assert made["cpus"] >= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_numbers_are_those_of_the_weights_on_disk(method: str, tmp_path: Path) -> None:
+    """Selected on validation data, measured on the test set."""
+    result, task = run(tmp_path, method), TINY.task()
+    for name, prefix in (("student", ""), ("finetuned_student", "finetuned_")):
+        network = TINY.network().eval()
+        network.load_state_dict(load_file(tmp_path / f"{name}.safetensors"))
+        for split in ("validation", "test"):
+            inputs, labels = getattr(task, split)
+            with torch.inference_mode():
+                accuracy = evaluate_logits(network(inputs), labels).accuracy
+            assert accuracy == result[f"{prefix}{split}_accuracy"]
+    rows = Metrics(tmp_path / "metrics.jsonl").rows("fit")
+    validated = {
+        row["step"]: row["student_validation_accuracy"] for row in rows if "student_validation_accuracy" in row
+    }
+    assert result["validation_accuracy"] == max(validated.values())
+    assert result["best_step"] == min(step for step, found in validated.items() if found == max(validated.values()))
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path: Path) -> None:
+    names = ("student.safetensors", "finetuned_student.safetensors", "metrics.jsonl", "result.json")
+    ends = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)  # what was drawn before does not matter
+        folder = tmp_path / str(number)
+        run(folder, recipe=dataclasses.replace(TINY, seed=seed))
+        ends.append([(folder / name).read_bytes() for name in names])
+    assert ends[0] == ends[1]
+    assert all(a != b for a, b in zip(ends[0], ends[2], strict=True))
+
+
+def test_finetuning_that_does_not_help_is_not_kept() -> None:
+    """The better by validation of what the student was and what it became."""
+    for lr, kept in ((1e-9, False), (50.0, True)):
+        recipe = dataclasses.replace(TINY, finetune=SGD(lr=lr))
+        task, torch_state = recipe.task(), torch.get_rng_state()
+        student = recipe.network()
+        before = FitResult(1.0, 3, {name: t.clone() for name, t in student.state_dict().items()})
+        found, after = _finetuned(recipe, task, student, before)
+        assert found is before, (lr, kept)
+        assert all(torch.equal(t, before.weights[name]) for name, t in student.state_dict().items())
+        assert after.n == 400
+        torch.set_rng_state(torch_state)
+    before = FitResult(0.0, 3, before.weights)
+    found, _ = _finetuned(TINY, task, student, before)
+    assert found is not before
+
+
+def _finetuned(recipe: Digits, task: Any, student: Any, before: FitResult) -> Any:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        where = RunFolder(scratch)
+        return Experiment(recipe, where, progress=False, say=lambda _: None).finetune(task, student, before)
+
+
+def test_finetuning_does_not_depend_on_what_was_drawn_before() -> None:
+    ends = []
+    for seed in (0, 1):
+        torch.manual_seed(5)
+        student, task = TINY.network(), TINY.task()
+        torch.manual_seed(seed)
+        found, _ = _finetuned(TINY, task, student, FitResult(0.0, 1, student.state_dict()))
+        ends.append(found.weights)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_recipe_comes_back_as_it_was_stored(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        TINY, feedback=Feedback(mode="reinforce", baseline=0.9), schedule="constant", ema_decay=0.5, seed=3
+    )
+    folder = RunFolder(tmp_path)
+    folder.start(describe(recipe, method="none"), resume=False)
+    found, description = stored(folder)
+    assert found == recipe
+    assert description["method"] == "none"
+
+
+def test_a_folder_of_another_format_or_recipe_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(describe(TINY, method="mpl"), resume=False)
+    with pytest.raises(MetaplError, match="holds a run already; give --resume"):
+        folder.start(describe(TINY, method="mpl"), resume=False)
+    with pytest.raises(MetaplError, match=r"holds a run of another recipe .*method was 'mpl', now 'none'"):
+        folder.start(describe(TINY, method="none"), resume=True)
+    folder.start(describe(TINY, method="mpl"), resume=True)
+    folder.write_json("recipe.json", read(tmp_path, "recipe.json") | {"format": 99})
+    with pytest.raises(MetaplError, match=r"written in run format 99; this metapl .* reads format 1"):
+        folder.recipe()
+    with pytest.raises(MetaplError, match=r"no run folder .* result\.json is missing"):
+        folder.read_json("result.json")
+    with pytest.raises(MetaplError, match=r"student\.safetensors is missing"):
+        folder.read_weights("student.safetensors")
+
+
+def test_two_processes_do_not_run_in_one_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with (
+        folder.claimed(describe(TINY), resume=False),
+        pytest.raises(MetaplError, match="another process is running"),
+        folder.claimed(describe(TINY), resume=True),
+    ):
+        pass
+
+
+def test_rows_after_a_step_are_cut_off_and_phases_stay_in_order(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for phase, steps in (("fit", (1, 2, 3)), ("finetune", (1, 2))):
+        for step in steps:
+            metrics.add({"phase": phase, "step": step})
+    with metrics.file.open("a") as file:
+        file.write('{"phase": "finetune", "st')  # torn
+    metrics.cut("fit", 2)
+    metrics.add({"phase": "fit", "step": 3})
+    metrics.cut("finetune", 1)
+    found = [(row["phase"], row["step"]) for row in metrics.rows()]
+    assert found == [("fit", 1), ("fit", 2), ("fit", 3), ("finetune", 1)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"steps": 0}, r"Digits\(steps=0\): expected 1 or more"),
+        ({"dropout": 1.0}, r"dropout=1\.0"),
+        ({"hidden": (0,)}, "hidden"),
+        ({"seed": -1}, "seed=-1"),
+        ({"finetune_steps": -1}, "finetune_steps=-1"),
+        ({"uda_weight": -0.5}, r"uda_weight=-0\.5"),
+        ({"label_smoothing": 2.0}, "label_smoothing"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(MetaplError, match=words):
+        Digits(**fields)
+
+
+def test_fields_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(MetaplError, match="mode 'forward' has no baseline"):
+        Feedback(mode="forward", baseline=0.9)
+    with pytest.raises(MetaplError, match="mode 'unrolled' takes soft"):
+        Feedback(mode="unrolled", labels="hard")
+    with pytest.raises(MetaplError, match="momentum"):
+        SGD(momentum=1.0)
+    with pytest.raises(MetaplError, match="SGD has no speed"):
+        from_dict(SGD, {"lr": 0.1, "speed": 3})
+
+
+def test_a_comparison_leaves_its_own_files_beside_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (
+        "train digits --compare --seeds 0-1 --methods mpl none --jobs 1 --steps 4 --hidden 8 --validate-every 2 "
+        f"--finetune-steps 2 --out {tmp_path}/all"
+    )
+    assert main(command.split()) == 0
+    said = capsys.readouterr().out
+    assert "MPL's student reaches" in said
+    folder, runs = tmp_path / "all", {}
+    for method in ("mpl", "none"):
+        runs[method] = [read(folder / method / f"seed-{seed}", "result.json") for seed in (0, 1)]
+    result = read(folder, "result.json")
+    assert result["seeds"] == [0, 1]
+    for method, found in runs.items():
+        for name in ("test_accuracy", "finetuned_test_accuracy"):
+            assert result["methods"][method][name] == [one[name] for one in found]
+    assert result["sentence"] in said
+    assert result["mpl_against_none"]["n"] == 2
+    best = max(runs["mpl"], key=lambda one: one["validation_accuracy"])
+    assert (result["seed"], result["method"], result["test_accuracy"]) == (best["seed"], "mpl", best["test_accuracy"])
+    delivered = folder / "mpl" / f"seed-{best['seed']}"
+    for name in ("student.safetensors", "finetuned_student.safetensors"):
+        assert (folder / name).read_bytes() == (delivered / name).read_bytes()
+    assert read(folder, "recipe.json")["recipe"]["compare"] == ["mpl", "none"]
+    assert (folder / "report.png").stat().st_size > 1000
+    assert main([*command.split(), "--resume"]) == 0
+    assert read(folder, "result.json") == result
