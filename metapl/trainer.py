@@ -47,8 +47,9 @@ class BilevelTrainer(Loop):
             the unlabelled batch has two views; ``()`` is none.
         feedback_weight: λ. At 1 the teacher descends the true gradient of the labelled loss after one student step,
             whose size goes with the student's learning rate. Much more than that is dangerous: teacher and student
-            then chase each other's class frequencies and may collapse onto one class (on the digits 0.3 to 2 helps, 10
-            hurts, 50 collapses). ``StepReport.feedback_ratio`` tells how it compares with the teacher's own losses.
+            then chase each other's class frequencies and may collapse onto one class (on the digits 10 hurts and 50
+            collapses, benchmarks/feedback_size.py). ``StepReport.feedback_ratio`` tells how it compares with the
+            teacher's own losses.
         feedback_ratio: instead of a weight: scale the feedback at every step so that its gradient at the teacher's
             outputs has this norm in units of that of the teacher's own losses. The direction within a step is that of
             the mode; its size no longer dies with the learning rate, nor does it explode.

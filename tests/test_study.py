@@ -41,3 +41,13 @@ def test_every_method_was_tuned_alike_and_the_test_set_opened_for_final_runs_alo
             final = [r for r in rows if r["method"] == name and r["final"] and r["labels_per_class"] == labels]
             assert sorted(row["seed"] for row in final) == list(digits_study.SEEDS)
             assert len({str(row["config"]) for row in final}) == 1
+
+
+def test_readme_shows_the_table_of_feedback_sizes(tables: object) -> None:
+    import json
+
+    import feedback_size
+
+    between = (ROOT / "README.md").read_text().split("<!-- size:begin -->")[1].split("<!-- size:end -->")[0]
+    assert between.strip() == feedback_size.table(json.loads(feedback_size.RAW.read_text())["rows"])
+    sys.modules.pop("feedback_size")
