@@ -30,8 +30,8 @@ With pictures of your own, a few of them in one folder a class:
 
   metapl train images --labeled few/ --unlabeled many/ --test held_out/
 
---compare, with either recipe, trains the same without the teacher's feedback, and by other
-methods, and says whether the feedback helped.
+With --compare, either recipe trains the same without the teacher's feedback,
+and by other methods, and says whether the feedback helped.
 
 Each command says more with --help: metapl train digits --help.
 metapl --version says which metapl this is.
@@ -97,7 +97,7 @@ def _train(given: list[str]) -> int:
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
         raise MetaplError(f"{named}; expected one of {', '.join(recipes)}: metapl train digits.")
     if given[0] not in recipes:
-        print(f"metapl train RECIPE, with RECIPE one of: {', '.join(recipes)}. Each says more with --help.")
+        print(f"metapl train RECIPE, with RECIPE one of: {', '.join(recipes)}.\nEach says more with --help.")
         return 0
     return parse(recipes[given[0]], f"metapl train {given[0]}", given[1:])()
 
