@@ -225,12 +225,12 @@ def test_killed_at_random_moments(nurseries: list[Nursery], whole: dict[str, tup
 
     def some(nursery: Nursery, name: str) -> int:
         (reference, duration), draw, hits, lives = whole[name], random.Random(name), 0, 0
+        span = 0.5 * duration
         while hits < 12:
-            out = reference.with_name(f"random-{name}-{lives}")
-            hit = lived(nursery, RECIPES[name], out, iter([draw.uniform(0, 0.5 * duration) for _ in range(12)]))
+            out, lives = reference.with_name(f"random-{name}-{lives}"), lives + 1
+            new = lived(nursery, RECIPES[name], out, iter([draw.uniform(0, span) for _ in range(12 - hits)]))
             assert_equal(out, reference)
-            hits, lives = hits + hit, lives + 1
-            duration *= 1.0 if hit else 0.5  # the machine has become faster than it was for the reference
+            hits, span = hits + new, span if new > 1 else 0.7 * span  # the machine may have become faster
         return hits
 
     with ThreadPoolExecutor(2) as pool:
