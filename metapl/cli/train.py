@@ -116,9 +116,9 @@ class Train:
                 },
             )
             self._leave_behind(folder, comparison, results)
+        print(f"figures, report and the best student are in {out}")
         print(f"\ntest accuracy in %, mean ± standard deviation over seeds\n\n{comparison.table()}\n")
         print(comparison.sentence())
-        print(f"\nfigures, report and the best student are in {out}")
         return 0
 
     def _run_jobs(

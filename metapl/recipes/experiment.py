@@ -83,7 +83,7 @@ class Experiment:
         )
 
     def finetune(self, task: Any, student: nn.Module, before: FitResult) -> tuple[FitResult, Evaluation]:
-        """The student on the labelled data; the best by validation of what it becomes."""
+        """The student finetuned on the labelled data, or as it was before where that is better by validation."""
         torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
         tuner = LossTrainer(student, (CrossEntropy(),), optimizer=self.recipe.finetune.build(student))
         result = before
