@@ -247,7 +247,8 @@ class BilevelTrainer(Loop):
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
-        moves, generators included. None where there is no feedback, or the problem's signal is not pseudo-labels."""
+        moves, generators included; ``clip_norm`` and the baseline so far are left out of both. None where there is no
+        feedback, or the problem's signal is not pseudo-labels."""
         if self.mode.name == "none" or not isinstance(self.problem, PseudoLabels):
             return None
         state = self.inner.read_state() if isinstance(self.inner_optimizer, tuple) else None
