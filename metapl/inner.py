@@ -254,7 +254,8 @@ def _along(scalar: Tensor, at: list[Tensor], tangents: list[Tensor]) -> Tensor:
 def _load_forward_mode() -> None:
     """Make the first dual number here, where PyTorch's own deprecation warning on loading its rules is silenced."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        for category in (FutureWarning, DeprecationWarning):  # the second from older releases
+            warnings.simplefilter("ignore", category)
         with forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 

@@ -24,8 +24,8 @@ class Attention(nn.Module):
         self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x.flatten(1, 2)).chunk(3, -1)
-        return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
+        q, k, v = self.qkv(x.flatten(1, 2))[:, None].chunk(3, -1)  # (B, one head, length, width)
+        return self.head(F.scaled_dot_product_attention(q, k, v)[:, 0].mean(1))
 
 
 def mlp() -> nn.Module:
