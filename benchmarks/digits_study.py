@@ -91,7 +91,7 @@ def recipe_of(entry: Entry, config: Config, seed: int, labels_per_class: int) ->
     """The digits recipe with a configuration of the grid."""
     told = Feedback(
         mode=entry.mode,  # type: ignore[arg-type]  # a name from ENTRIES
-        labels=entry.labels,  # type: ignore[arg-type]
+        labels=entry.labels,  # type: ignore[arg-type]  # as above
         feedback_weight=config.get("weight", 1.0),
         temperature=config.get("temperature", 1.0),
     )
@@ -237,7 +237,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--write-readme", type=Path, help="replace the table in this file, and draw the picture")
+    parser.add_argument("--pairs", action="store_true", help="print the comparisons that the README speaks of")
     given = parser.parse_args()
+    if given.pairs:
+        from digits_tables import pairs
+
+        print(pairs(rows()))
+        return
     if given.write_readme is None:
         study(given.workers)
         return

@@ -63,6 +63,29 @@ def _difference(test: PairedTest) -> list[str]:
     return [f"{100 * test.mean:+.1f}", p]
 
 
+PAIRS = (
+    (2, "mpl", "none", "test_accuracy"),
+    (4, "mpl", "none", "test_accuracy"),
+    (2, "mpl", "permuted", "test_accuracy"),
+    (2, "mpl", "class_means", "test_accuracy"),
+    (2, "mpl", "random_sign", "test_accuracy"),
+    (2, "mpl", "difference", "test_accuracy"),
+    (2, "mpl", "pseudo_labels", "finetuned_test_accuracy"),
+    (4, "mpl", "pseudo_labels", "finetuned_test_accuracy"),
+)
+"""The comparisons that the README speaks of beside those of the table: labels a class, two methods, read-out."""
+
+
+def pairs(rows: Rows) -> str:
+    """A line per comparison of :data:`PAIRS`: the mean paired difference in points, and p."""
+    lines = []
+    for labels, first, second, read_out in PAIRS:
+        test = paired_test(column(rows, first, labels, read_out), column(rows, second, labels, read_out))
+        difference, p = _difference(test)
+        lines.append(f"{labels} labels, {read_out}: {first} - {second} = {difference} points, p = {p}")
+    return "\n".join(lines)
+
+
 def note(rows: Rows) -> str:
     """How the numbers came about."""
     tuning = sum(not r["final"] for r in rows)

@@ -120,3 +120,11 @@ except MetaplError as error:
     said, deadly = done.stdout.strip().splitlines()
     assert deadly in said, done.stdout + done.stderr
     assert said.startswith("unlabeled failed at batch 0")
+
+
+def test_a_comparison_needs_pictures_that_nothing_was_selected_on(pictures: Path, tmp_path: Path) -> None:
+    folders = ["--labeled", pictures / "labeled", "--unlabeled", pictures / "unlabeled"]
+    done = _metapl("train", "images", *folders, "--out", tmp_path / "run", "--compare", *FLAGS)
+    assert done.returncode == 2
+    assert "--test" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -250,3 +250,17 @@ def test_a_comparison_leaves_its_own_files_beside_its_runs(tmp_path: Path, capsy
     assert (folder / "report.png").stat().st_size > 1000
     assert main([*command.split(), "--resume"]) == 0
     assert read(folder, "result.json") == result
+
+
+@pytest.mark.parametrize("method", ["supervised", "uda", "pseudo_labels", "none", "mpl"])
+def test_every_method_trains_under_the_same_clip_and_precision(method: str, tmp_path: Path) -> None:
+    """The options of the recipe that have nothing to do with feedback reach the baselines too."""
+
+    class Clipped(Digits):
+        def trainer_options(self) -> dict[str, object]:
+            return {**super().trainer_options(), "clip_norm": 0.25, "precision": "bfloat16"}
+
+    recipe = Clipped(steps=2, hidden=(8,), validate_every=1, finetune_steps=0)
+    run = Experiment(recipe, RunFolder(tmp_path), progress=False, say=lambda text: None)
+    trained, _ = METHODS[method](run, recipe.task(), recipe.network(), recipe.network())
+    assert (trained.clip_norm, trained.precision) == (0.25, "bfloat16")

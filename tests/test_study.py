@@ -51,3 +51,17 @@ def test_readme_shows_the_table_of_feedback_sizes(tables: object) -> None:
     between = (ROOT / "README.md").read_text().split("<!-- size:begin -->")[1].split("<!-- size:end -->")[0]
     assert between.strip() == feedback_size.table(json.loads(feedback_size.RAW.read_text())["rows"])
     sys.modules.pop("feedback_size")
+
+
+def test_the_differences_that_the_readme_speaks_of_are_those_of_the_rows(tables: object) -> None:
+    import digits_study
+
+    found = tables.pairs(digits_study.rows())
+    for said in (
+        "2 labels, test_accuracy: mpl - none = +2.6 points, p = 0.0012",
+        "4 labels, test_accuracy: mpl - none = +1.6 points, p = 0.00052",
+        "2 labels, test_accuracy: mpl - random_sign = +3.9 points, p = 1.7e-05",
+        "2 labels, test_accuracy: mpl - difference = -0.7 points",
+        "4 labels, finetuned_test_accuracy: mpl - pseudo_labels = -1.4 points, p = 0.0066",
+    ):
+        assert said in found

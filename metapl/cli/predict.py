@@ -65,7 +65,7 @@ class Predict:
         with _sink(self.out) as sink:
             writer = csv.writer(sink, lineterminator="\n")
             writer.writerow(HEADER)
-            for count, row in enumerate(predictions(student, inputs, run.recipe.classes), 1):  # noqa: B007
+            for count, row in enumerate(predictions(student, inputs, run.recipe.classes), 1):  # noqa: B007 - told below
                 writer.writerow(row)
         if self.out is not None:
             print(f"{count} prediction{'s' if count != 1 else ''} in {self.out}")

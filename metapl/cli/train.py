@@ -169,6 +169,14 @@ class TrainImages(Train):
 
     recipe: Annotated[ImageFolders, tyro.conf.arg(name="")]  # type: ignore[assignment]  # another recipe, run alike
 
+    def _check(self) -> None:
+        super()._check()
+        if self.compare and self.recipe.test is None:
+            raise MetaplError(
+                "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
+                "labelled pictures for it."
+            )
+
 
 def _default_out(recipe: str, resume: bool) -> Path:
     """The next free runs/<recipe>-NNN; with --resume the last one that is there."""

@@ -26,7 +26,7 @@ def _build_efficientnet(a: Architecture) -> nn.Module:
     if a.name.endswith("_svhn"):
         for stage in _KEEPING_STAGES:
             # The first block of a stage: expansion, then the depthwise convolution that strides.
-            module.get_submodule(f"features.{stage}.0.block.1.0").stride = (1, 1)  # type: ignore[assignment]
+            module.get_submodule(f"features.{stage}.0.block.1.0").stride = (1, 1)  # type: ignore[assignment]  # a Conv2d
     _set_stochastic_depth(module, a.stochastic_depth)
     return _with_channels(module, "features.0.0", a.in_channels)
 

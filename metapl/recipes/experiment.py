@@ -165,10 +165,15 @@ def _altered(how: Literal["permuted", "class_means", "random_sign"]) -> Method:
     return method
 
 
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The options that have nothing to do with feedback, so that a baseline trains as MPL does."""
+    return {name: value for name, value in recipe.trainer_options().items() if name in ("clip_norm", "precision")}
+
+
 def _one_network(uda: bool) -> Method:
     def method(run: Experiment, task: Any, teacher: nn.Module, student: nn.Module) -> Fitted:
         losses = run.recipe.teacher_losses(uda=uda)
-        trainer = LossTrainer(teacher, losses, optimizer=run.recipe.teacher.build(teacher))
+        trainer = LossTrainer(teacher, losses, optimizer=run.recipe.teacher.build(teacher), **_plain(run.recipe))
         return trainer, run.fit(trainer, task, unlabeled=uda)
 
     return method
@@ -179,7 +184,10 @@ def _fixed_teacher(kind: Literal["soft", "hard"]) -> Method:
 
     def method(run: Experiment, task: Any, teacher: nn.Module, student: nn.Module) -> Fitted:
         supervised = LossTrainer(
-            teacher, run.recipe.teacher_losses(uda=False), optimizer=run.recipe.teacher.build(teacher)
+            teacher,
+            run.recipe.teacher_losses(uda=False),
+            optimizer=run.recipe.teacher.build(teacher),
+            **_plain(run.recipe),
         )
         run.fit(supervised, task, unlabeled=False, phase="teacher")
         trainer = BilevelTrainer(
@@ -189,6 +197,7 @@ def _fixed_teacher(kind: Literal["soft", "hard"]) -> Method:
             problem=PseudoLabels(kind=kind, temperature=run.recipe.feedback.temperature),
             inner_optimizer=run.recipe.student.build(student),
             outer_optimizer=run.recipe.teacher.build(teacher),
+            **_plain(run.recipe),
             teacher_losses=(),  # without a loss and without feedback the teacher stays as it is
         )
         return trainer, run.fit(trainer, task)
