@@ -164,14 +164,19 @@ def passes(mode: Mode, place: Place, batch: int = 2) -> float:
 def peak_memory(mode: Mode, place: Place, batch: int) -> int:
     """Bytes that one step holds at its fullest, beyond what was held before it."""
     step, _, _ = step_of(mode, place, batch)
+    return held_at_most(step, place)
+
+
+def held_at_most(run: Callable[[], Any], place: Place) -> int:
+    """Bytes that a call holds at its fullest, beyond what was held before it."""
     if place.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        run()
         place.wait()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

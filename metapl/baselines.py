@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from metapl import checks
+from metapl.accumulate import micro_batches
+from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.errors import MetaplError
 from metapl.fit import Loop
 from metapl.losses import CrossEntropy, TeacherLoss
 from metapl.problem import Signal
+from metapl.replay import RandomState, nothing_moved
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,15 @@ class LossTrainer(Loop):
 
     Args:
         model: the network.
-        losses: the terms.
+        losses: the terms, each a mean over its batch.
         optimizer: any ``torch.optim`` optimiser over the model's parameters.
+        clip_norm: the greatest global norm of the gradient; None: no clipping.
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
+        accumulate: micro-batches that each batch is taken in, one after another: the same numbers (but for batch
+            statistics and dropout masks, which are a micro-batch's own) in about 1/accumulate of the memory.
+        compile: run the network through ``torch.compile``, as in :class:`~metapl.BilevelTrainer`.
+
+    Raises: :class:`metapl.MetaplError` before anything moves.
     """
 
     def __init__(
@@ -55,13 +64,19 @@ class LossTrainer(Loop):
         optimizer: torch.optim.Optimizer,
         clip_norm: float | None = None,
         precision: str = "float32",
+        accumulate: int = 1,
+        compile: bool = False,
     ) -> None:
+        refuse_compiled(model=model)
         self.student = model
         self.losses, self.optimizer = tuple(losses), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
+        if accumulate < 1:
+            raise MetaplError(f"accumulate={accumulate}: expected 1 or more.")
         self.device = next(model.parameters()).device
-        self.clip_norm, self.precision = clip_norm, precision
+        self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
+        self.compiled = CompiledPasses(*([model] if compile else []))
         self.steps_done = 0
 
     @property
@@ -71,23 +86,33 @@ class LossTrainer(Loop):
     def step(self, labeled: Any, unlabeled: Any = None) -> LossReport:
         """One step on a labelled batch and, where a loss reads it, an unlabelled one."""
         checks.batches(labeled, labeled if unlabeled is None else unlabeled, self.device)
+        batches = zip(
+            micro_batches(labeled, self.accumulate, "labeled"),
+            micro_batches(unlabeled, self.accumulate, "unlabeled"),
+            strict=True,
+        )
         self.optimizer.zero_grad(set_to_none=True)
-        # No signal was made: a loss that wants the weak view's outputs makes them.
-        nothing = Signal(torch.empty(0, device=self.device))
-        with self._autocast():
-            terms = {
-                f"loss_{term.name}": term(
-                    self.student, labeled=labeled, unlabeled=unlabeled, signal=nothing, step=self.steps_done
-                )
-                for term in self.losses
-            }
-        loss = torch.stack(list(terms.values())).sum()
-        loss.backward()
+        with nothing_moved(self.student, random=RandomState.now(self.device)), self.compiled():
+            parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
         self.optimizer.step()
         self.steps_done += 1
-        return LossReport(self.steps_done - 1, {"loss": loss.detach(), **{k: t.detach() for k, t in terms.items()}})
+        means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        return LossReport(self.steps_done - 1, means)
+
+    def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
+        """The terms on a micro-batch, whose share of the gradient is added to what is there."""
+        # No signal was made: a loss that wants the weak view's outputs makes them.
+        nothing = Signal(torch.empty(0, device=self.device))
+        terms: dict[str, Tensor] = {}
+        with self._autocast():
+            for term in self.losses:
+                value = term(self.student, labeled=labeled, unlabeled=unlabeled, signal=nothing, step=self.steps_done)
+                terms[f"loss_{term.name}"] = terms.get(f"loss_{term.name}", 0) + value
+        loss = torch.stack(list(terms.values())).sum()
+        (loss / self.accumulate).backward()
+        return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step, but the data."""

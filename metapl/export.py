@@ -65,7 +65,8 @@ def export(
             mapping from name to number); if wanted ``title``, ``classes`` (their names in the order of the outputs)
             and ``notes`` (text in Markdown).
         architecture: what builds the network; checked against the weights. None, for a network of your own: the card's
-            code leaves the building to you.
+            code spells out a plain sequence of layers, such as :func:`metapl.models.mlp` makes, and leaves the building
+            of any other to you.
 
     Returns:
         The files. The same network and card give the same bytes, with the same versions of the packages.
@@ -88,7 +89,7 @@ def export(
     _check_weights(state, architecture)
     content = _safetensors(state, _metadata(architecture, normalization, card.get("classes")))
     digest = hashlib.sha256(content).hexdigest()
-    text = _render(card, architecture, normalization, _counts(module), digest)
+    text = _render(card, architecture, normalization, module, digest)
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,14 +186,15 @@ def _render(
     card: Mapping[str, Any],
     architecture: Architecture | None,
     normalization: Mapping[str, list[float]] | None,
-    counts: str,
+    module: nn.Module,
     digest: str,
 ) -> str:
+    building = _building(module, architecture)
     name = "A network" if architecture is None else architecture.name
     sections = [
         f"# {card.get('title') or name}",
-        _summary(card, architecture, normalization, counts, digest),
-        f"## Loading it\n\n{_how(architecture)}\n\n```python\n{_loading(architecture, normalization)}\n```",
+        _summary(card, architecture, normalization, _counts(module), digest),
+        f"## Loading it\n\n{_how(building)}\n\n```python\n{_loading(building, normalization)}\n```",
         f"## Metrics\n\n{_table('metric', card['metrics'])}",
         f"## Data\n\n{_data(card['data_hash'])}",
         f"## Recipe\n\n```json\n{json.dumps(card['recipe'], indent=2, sort_keys=True, default=str)}\n```",
@@ -228,21 +230,41 @@ def _summary(
     return "\n".join(lines)
 
 
-def _how(architecture: Architecture | None) -> str:
-    if architecture is None:
+@dataclass(frozen=True)
+class _Building:
+    """The code that builds a network as ``model``, and the package that it needs; None for code that is not known."""
+
+    code: str
+    library: str | None
+
+
+def _building(module: nn.Module, architecture: Architecture | None) -> _Building:
+    if architecture is not None:
+        return _Building(architecture.code(), architecture.library)
+    if type(module) is nn.Sequential and all(type(layer) in _SPELLED for layer in module):
+        layers = "".join(f"    torch.nn.{layer},\n" for layer in module)
+        return _Building(f"model = torch.nn.Sequential(\n{layers})", "torch")
+    return _Building("model = build_network()", None)
+
+
+_SPELLED = (nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout)
+"""Layers whose text is the code that makes them."""
+
+
+def _how(building: _Building) -> str:
+    library = building.library
+    if library is None:
         return "`build_network()` stands for the code that builds the network."
-    library = architecture.library
     without = "; metapl itself is not needed" * (library != "metapl")
     return f"This needs {library} and safetensors{without}."
 
 
-def _loading(architecture: Architecture | None, normalization: Mapping[str, list[float]] | None) -> str:
-    library = None if architecture is None else architecture.library
+def _loading(building: _Building, normalization: Mapping[str, list[float]] | None) -> str:
+    library = building.library
     imports = {"import torch", "from safetensors.torch import load_file"}
     imports |= {{"metapl": "import metapl.models"}.get(library, f"import {library}")} if library else set()
     lines = sorted(imports, key=lambda line: (line.startswith("from"), line))
-    build = "model = build_network()" if architecture is None else architecture.code()
-    lines += ["", build, f'model.load_state_dict(load_file("{WEIGHTS}"))', "model.eval()"]
+    lines += ["", building.code, f'model.load_state_dict(load_file("{WEIGHTS}"))', "model.eval()"]
     lines += ["", "", "def predict(images):"]
     if normalization is None:
         lines += ['    """Class probabilities (B, K) of pictures (B, C, H, W) in the range of the training."""']

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl import checks
+from metapl.compiled import uncompiled
 from metapl.errors import MetaplError
 from metapl.numerics import Tree, full_float32, reduced_float32, wide, wide_tree
 from metapl.optimizers import InnerOptimizer
@@ -154,7 +155,14 @@ class InnerStep:
     def directional_derivative(self, w: Tree) -> Tensor:
         """ż = d/dε S(x_u; θ + εw) by forward-mode AD, (B, C): exact, one pass of about three plain ones, no graph."""
         _load_forward_mode()
-        with self._again(), torch.no_grad(), forward_ad.dual_level(), only_math_attention(), explained("forward"):
+        with (
+            self._again(),
+            torch.no_grad(),
+            uncompiled(),
+            forward_ad.dual_level(),
+            only_math_attention(),
+            explained("forward"),
+        ):
             duals = {name: forward_ad.make_dual(p, w[name]) for name, p in self.params.items() if name in w}
             outputs = wide(self._call({**self.params, **duals}, self.input))
             tangent = forward_ad.unpack_dual(outputs).tangent

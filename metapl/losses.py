@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,8 +48,11 @@ class CrossEntropy:
             raise MetaplError(f"CrossEntropy(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        logits = wide(teacher(labeled[0]))
-        labels = checks.within(labeled[1], logits.shape[1])
+        logits, labels = wide(teacher(labeled[0])), labeled[1]
+        probabilities = isinstance(labels, Tensor) and labels.shape == logits.shape
+        if logits.ndim == 2 and not probabilities:
+            checks.class_labels(labels, logits.shape[1])
+        labels = checks.within(labels, logits.shape[1])
         return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
@@ -66,7 +70,8 @@ class UDA:
         weight: λ.
         ramp: steps over which λ_t grows linearly from 0 to λ; 0 is from the start.
 
-    Needs: unlabelled batches that are pairs (weak, strong). The weak pass of the signal is used again.
+    Needs: unlabelled batches that are pairs (weak, strong). The weak pass of the signal is used again; where there is
+    none, it is made here, without a graph.
     Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); the other settings as the authors' code has them.
     """
 
@@ -88,7 +93,11 @@ class UDA:
                 "UDA was given one view of the unlabelled batch; expected unlabeled=(weak, strong), or teacher_losses "
                 "without UDA."
             )
-        weak = wide((teacher(pair[0]) if signal.outputs is None else signal.outputs).detach())
+        weak = signal.outputs
+        if weak is None:
+            with torch.no_grad():
+                weak = teacher(pair[0])
+        weak = wide(weak.detach())
         target = F.softmax(weak / self.temperature, -1)
         confident = F.softmax(weak, -1).amax(-1) > self.threshold
         losses = F.cross_entropy(wide(teacher(pair[1])), target, reduction="none")

@@ -38,6 +38,11 @@ class RandomState:
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
+    def same(self, other: RandomState) -> bool:
+        """Whether the generators were at the same point."""
+        pairs = ((self.cpu, other.cpu), (self.accelerator, other.accelerator))
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
 
 @contextmanager
 def replayed(state: RandomState) -> Iterator[None]:

@@ -1,11 +1,15 @@
 """A run on disk: what was run, what it measured, and what it ended with.
 
 recipe.json           the recipe as it ran, with versions and hardware
+data.json             on which data, by their hashes
+split.json            which examples are labelled, unlabelled, held out, where the recipe draws that from a data set
 metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
 tensorboard/<phase>/  the same for TensorBoard
 checkpoints/<phase>/  whole checkpoints only
 student.safetensors   the best student by validation
-report.png            curves, confusion matrix, quality of the pseudo-labels
+pictures.safetensors  the pictures of the report
+report.png            curves, confusion matrix, quality of the pseudo-labels, pictures
+skipped.jsonl         the files that could not be read, where there are any
 result.json           the end: accuracies
 """
 
@@ -16,6 +20,7 @@ import json
 import os
 import platform
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -31,6 +36,9 @@ from metapl.errors import MetaplError
 
 FORMAT = 1
 """The layout of run folders that this version writes and reads."""
+
+SPEED_ALONE = ("num_workers",)
+"""Fields of recipes in which the parts of a run may differ: they change nothing but speed."""
 
 
 class RunFolder:
@@ -69,15 +77,15 @@ class RunFolder:
         """:meth:`start`, and hold the folder against other processes until the block ends or the process dies."""
         self.start(recipe, resume=resume)
         with (self.path / ".lock").open("w") as lock:
+            _close_in_forks(lock)
             _lock(lock, self.path)
             yield
 
     def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
         if not resume:
             raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
-        before = self.recipe()
-        now = json.loads(json.dumps(dict(recipe)))
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        before, now = _flat(self.recipe()), _flat(json.loads(json.dumps(dict(recipe))))
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in SPEED_ALONE)
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
             raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
@@ -185,6 +193,31 @@ def _written(file: Path) -> Iterator[BinaryIO]:
             f"{file} could not be written: {error.strerror or error}; what was there before is whole. Mend that (is "
             "the disk full?), then go on with --resume."
         ) from error
+
+
+def _flat(recipe: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Every field by the name that it has on the command line.
+
+    >>> _flat({"name": "digits", "fields": {"seed": 3, "student": {"lr": 0.1}}})
+    {'name': 'digits', 'seed': 3, 'student.lr': 0.1}
+    """
+    found: dict[str, Any] = {}
+    for name, value in recipe.items():
+        whole = f"{above}.{name}".removeprefix("fields.").removeprefix(".")
+        found |= _flat(value, whole) if isinstance(value, dict) else {whole: value}
+    return found
+
+
+def _close_in_forks(file: IO[str]) -> None:
+    """A forked process shares the lock: workers that outlive a parent that was killed would hold it."""
+    held = weakref.ref(file)
+
+    def close() -> None:
+        found = held()
+        if found is not None:
+            found.close()
+
+    os.register_at_fork(after_in_child=close)
 
 
 def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:

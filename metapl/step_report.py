@@ -42,8 +42,7 @@ class StepReport:
         h = self.feedback.double()
         tensors = {**self.scalars, "feedback_mean": h.mean(), "feedback_std": h.std(correction=0)}
         tensors |= self._of_classes()
-        values = torch.stack([t.detach().double().reshape(()) for t in tensors.values()]).tolist()
-        return dict(zip(tensors, values, strict=True))
+        return _read(tensors)
 
     def counts(self) -> dict[str, list[int]]:
         """For class labels, ``pseudo_label_classes``: how many of the batch the teacher gave each class, drawn or most
@@ -72,3 +71,32 @@ class StepReport:
         if name not in values:
             raise AttributeError(f"StepReport has no {name!r}; it has feedback and {', '.join(values)}")
         return values[name]
+
+
+@dataclass(frozen=True)
+class TeacherReport:
+    """What one step of the teacher alone saw; numbers stay on the device until they are read.
+
+    Args:
+        step: the step's number, from 0.
+        scalars: ``teacher_loss`` (the sum of its own losses) and a ``teacher_<name>`` for each of them.
+        fault: as in :class:`StepReport`.
+    """
+
+    step: int
+    scalars: dict[str, Tensor]
+    fault: checks.Fault = field(default_factory=checks.Fault, repr=False)
+
+    def as_dict(self) -> dict[str, float]:
+        """Every scalar, by one transfer."""
+        self.fault.raise_if_found()
+        return _read(self.scalars)
+
+    def counts(self) -> dict[str, list[int]]:
+        """Nothing is counted."""
+        return {}
+
+
+def _read(scalars: dict[str, Tensor]) -> dict[str, float]:
+    values = torch.stack([t.detach().double().reshape(()) for t in scalars.values()]).tolist()
+    return dict(zip(scalars, values, strict=True))

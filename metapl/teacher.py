@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,13 +55,29 @@ class TeacherLosses:
         return replace(self, feedback=self.feedback.detach(), own=self.own.detach())
 
 
+def own_losses(
+    teacher: nn.Module, losses: Sequence[TeacherLoss], *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+) -> dict[str, Tensor]:
+    """The teacher's own losses, a ``teacher_<name>`` each, with its graph; those of one name are added."""
+    own: dict[str, Tensor] = {}
+    for term in losses:
+        value = term(teacher, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
+        own[f"teacher_{term.name}"] = own.get(f"teacher_{term.name}", 0) + value
+    return own
+
+
+def means(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The scalars of a step from those of its micro-batches."""
+    return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}
+
+
 def teacher_scalars(parts: Sequence[TeacherLosses]) -> dict[str, Tensor]:
     """The scalars of a step from those of its micro-batches, and ``feedback_ratio``, NaN without own losses."""
-    means = {name: torch.stack([part.scalars[name] for part in parts]).mean() for name in parts[0].scalars}
     feedback, own = (torch.stack([part.sizes[name] for part in parts]).norm() for name in ("feedback", "own"))
     # The own losses are means over micro-batches, the feedback is a sum over them.
     own = own / len(parts)
-    return {**means, "feedback_ratio": torch.where(own > 0, feedback / own, torch.nan)}
+    ratio = torch.where(own > 0, feedback / own, torch.nan)
+    return {**means([part.scalars for part in parts]), "feedback_ratio": ratio}
 
 
 class TeacherStep:
@@ -106,10 +122,9 @@ class TeacherStep:
         with self._recording():
             if self.recompute:
                 self._signal = self._signal_again()
-            own: dict[str, Tensor] = {}
-            for term in losses:
-                value = term(self.teacher, labeled=labeled, unlabeled=self.unlabeled, signal=self._signal, step=step)
-                own[f"teacher_{term.name}"] = own.get(f"teacher_{term.name}", 0) + value
+            own = own_losses(
+                self.teacher, losses, labeled=labeled, unlabeled=self.unlabeled, signal=self._signal, step=step
+            )
         from_feedback = feedback.teacher_loss(self._signal)
         from_own = torch.stack(list(own.values())).sum() if own else torch.zeros_like(from_feedback)
         scalars = {name: value.detach() for name, value in own.items()}

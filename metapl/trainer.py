@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.accumulate import micro_batches, split, union
 from metapl.baselines import LossTrainer
+from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, kept_where, undone_where
 from metapl.errors import MetaplError
 from metapl.feedback import Estimator, estimator
@@ -22,11 +23,11 @@ from metapl.inner import InnerStep, trainable
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.optimizers import Clipped
 from metapl.optimizers import inner_optimizer as functional
-from metapl.problem import BilevelProblem
+from metapl.problem import BilevelProblem, Signal
 from metapl.problems.pseudo_labels import PseudoLabels, views
 from metapl.replay import Buffers, RandomState, nothing_moved, replayed
-from metapl.step_report import StepReport
-from metapl.teacher import TeacherStep, Weight, teacher_scalars
+from metapl.step_report import StepReport, TeacherReport
+from metapl.teacher import TeacherStep, Weight, means, own_losses, teacher_scalars
 
 
 class BilevelTrainer(Loop):
@@ -62,6 +63,12 @@ class BilevelTrainer(Loop):
             statistics and dropout masks, which are a micro-batch's own) in about 1/accumulate of the memory, for one
             teacher pass more.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
+        compile: run the networks' passes, forward and backward, through ``torch.compile``: the same numbers to
+            rounding, dropout masks included (the first passes that draw are compared with plain ones). Plain are the
+            forward-mode pass of ``forward`` and ``reinforce_per_example``, all of the student's under ``unrolled``, and
+            what is no part of a step, such as validation. The networks stay plain modules. Each kind of pass is
+            compiled when it first meets a shape of batch, about a minute in all for WRN-28-2 on a CPU; so let batches
+            have one size.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -91,11 +98,16 @@ class BilevelTrainer(Loop):
         clip_norm: float | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
         accumulate: int = 1,
+        compile: bool = False,
     ) -> None:
         self.mode = estimator(mode)
         self.problem = prepare(problem, self.mode)
         self.device = checks.networks(teacher, student)
+        refuse_compiled(teacher=teacher, student=student)
         self.teacher, self.student = teacher, student
+        # Double backward has no compiled form: there the student runs as it is.
+        compiled = () if not compile else (teacher,) if self.mode.keep_graph else (teacher, student)
+        self.compile, self.compiled = compile, CompiledPasses(*compiled)
         self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
         self.inner = functional(self.inner_optimizer, trainable(student))
         if clip_norm is not None:
@@ -122,7 +134,7 @@ class BilevelTrainer(Loop):
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong)."""
         fault = checks.Fault()
-        with self._nothing_moves(fault, labeled, unlabeled) as buffers, self._autocast():
+        with self._nothing_moves(fault, labeled, unlabeled) as buffers, self._autocast(), self.compiled():
             students, teachers = [], []
             micro = list(self._micro_batches(labeled, unlabeled))
             for x_l, x_u in micro:
@@ -147,16 +159,56 @@ class BilevelTrainer(Loop):
                     loss.backward()  # lines 5-7
                 parts.append(part.without_graph())
         with undone_where(fault.flag, self._movable(buffers)):
-            if self.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.teacher.parameters(), self.clip_norm)
-            self.outer_optimizer.step()  # line 8
+            self._move_teacher()  # line 8
             whole.commit()  # line 3
-        self.outer_optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
         self.mode_state = kept_where(fault.flag, self.mode_state, mode_state)
-        self.steps_done += 1
+        self._end_step()
         scalars = {"inner_loss": whole.inner_loss, **whole.known_outer_loss(), **teacher_scalars(parts)}
         return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, whole.signal, whole.outputs, fault)
+
+    def teacher_step(self, labeled: Any, unlabeled: Any = None) -> TeacherReport:
+        """One step of the teacher alone, while the student waits: lines 6-8 of Algorithm 1, on the batches of a step.
+
+        Its losses are given no signal: those that want the outputs on the weak view make them, as :class:`metapl.UDA`
+        does. ``steps_done`` counts on.
+
+        Cost: no pass of the student, whose weights, statistics and optimiser stay as they are. The default generators
+        advance by the teacher's dropout masks alone, ``generator`` not at all.
+
+        Raises: :class:`metapl.MetaplError` before anything moves: the batches are wrong, or there are no losses.
+        """
+        if self.teacher_losses == ():
+            raise MetaplError("teacher_losses=() leaves the teacher nothing to learn from alone; expected wait=0.")
+        fault = checks.Fault()
+        nothing = Signal(torch.empty(0, device=self.device))
+        with self._nothing_moves(fault, labeled, unlabeled) as buffers, self._autocast(), self.compiled():
+            scalars = []
+            for x_l, x_u in self._micro_batches(labeled, unlabeled):
+                own = own_losses(
+                    self.teacher,
+                    self._losses_for(x_u),
+                    labeled=x_l,
+                    unlabeled=x_u,
+                    signal=nothing,
+                    step=self.steps_done,
+                )
+                loss = torch.stack(list(own.values())).sum()
+                (loss / self.accumulate).backward()  # lines 6-7
+                scalars.append({name: value.detach() for name, value in (*own.items(), ("teacher_loss", loss))})
+        with undone_where(fault.flag, self._movable(buffers)):
+            self._move_teacher()  # line 8
+        self._end_step()
+        return TeacherReport(self.steps_done - 1, means(scalars), fault)
+
+    def _move_teacher(self) -> None:
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.teacher.parameters(), self.clip_norm)
+        self.outer_optimizer.step()
+
+    def _end_step(self) -> None:
+        self.outer_optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
+        self.steps_done += 1
 
     def _micro_batches(self, labeled: Any, unlabeled: Any) -> Iterator[tuple[Any, Any]]:
         return zip(
@@ -242,7 +294,9 @@ class BilevelTrainer(Loop):
         Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
         """
         chosen = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
-        tuner = LossTrainer(self.student, (CrossEntropy(),), optimizer=chosen, precision=self.precision)
+        tuner = LossTrainer(
+            self.student, (CrossEntropy(),), optimizer=chosen, precision=self.precision, compile=self.compile
+        )
         return tuner.fit(labeled, steps=steps, **{"phase": "finetune", **options})
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:

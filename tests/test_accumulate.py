@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 import metapl
+from metapl import UDA, CrossEntropy, baselines
+from metapl.baselines import LossTrainer
 from metapl.feedback import Difference, Reinforce
+from metapl.losses import TeacherLoss
 
 
 def _networks() -> tuple[nn.Module, nn.Module]:
@@ -77,3 +80,62 @@ def test_a_batch_that_cannot_be_split_evenly_is_refused() -> None:
 def test_unrolled_does_not_accumulate() -> None:
     with pytest.raises(metapl.MetaplError, match="unrolled"):
         metapl.BilevelTrainer(*_networks(), "unrolled", accumulate=2)
+
+
+# --------------------------------------------------------------------------------------------------------- LossTrainer
+
+
+def _alone(accumulate: int, losses: tuple[TeacherLoss, ...]) -> tuple[nn.Module, list[dict]]:
+    model, _ = _networks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    trainer = LossTrainer(model, losses, optimizer=optimizer, clip_norm=0.5, accumulate=accumulate)
+    draws = torch.Generator().manual_seed(1)
+    reports = []
+    for _ in range(3):
+        labels = torch.randint(0, 3, (8,), generator=draws)
+        x, weak, strong = (torch.randn(n, 5, generator=draws, dtype=torch.float64) for n in (8, 12, 12))
+        unlabeled = (weak, strong) if len(losses) > 1 else None
+        reports.append(trainer.step((x, labels), unlabeled).as_dict())
+    return model, reports
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        (CrossEntropy(0.1),),
+        (CrossEntropy(), UDA(temperature=0.5, threshold=0.4, weight=2.0)),
+        (CrossEntropy(), CrossEntropy(0.3, weight=0.5), UDA(ramp=2)),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_change_no_number_of_a_loss_trainer(accumulate: int, losses: tuple[TeacherLoss, ...]) -> None:
+    whole, reports = _alone(1, losses)
+    parts, same = _alone(accumulate, losses)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    for one, other in zip(reports, same, strict=True):
+        assert other == pytest.approx(one, rel=1e-12)
+
+
+def test_a_micro_batch_taken_twice_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault, so that the test above can fail."""
+    whole, _ = _alone(1, (CrossEntropy(),))
+    real = baselines.micro_batches
+    monkeypatch.setattr(baselines, "micro_batches", lambda batch, parts, name: real(batch, parts, name)[:1] * parts)
+    wrong, _ = _alone(2, (CrossEntropy(),))
+    assert not torch.allclose(whole[0].weight, wrong[0].weight, rtol=1e-3)
+
+
+def test_a_loss_trainer_takes_multiples_alone_and_nothing_moves() -> None:
+    model, _ = _networks()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    trainer = LossTrainer(model, optimizer=optimizer, accumulate=3)
+    labeled = (torch.randn(8, 5).double(), torch.arange(8) % 3)
+    with pytest.raises(metapl.MetaplError, match=r"accumulate=3 .* labeled batch has 8 examples"):
+        trainer.step(labeled)
+    with pytest.raises(metapl.MetaplError, match=r"accumulate=3 .* unlabeled batch has 8 examples"):
+        trainer.step((labeled[0][:6], labeled[1][:6]), labeled[0])
+    assert all(torch.equal(a, before[k]) for k, a in model.state_dict().items())
+    with pytest.raises(metapl.MetaplError, match="accumulate=0"):
+        LossTrainer(model, optimizer=optimizer, accumulate=0)

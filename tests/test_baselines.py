@@ -74,6 +74,19 @@ def test_a_step_is_torchs_own_on_the_sum_of_the_losses() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_two_losses_of_one_name_both_count() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    labeled = (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    expected = 1.5 * F.cross_entropy(model(labeled[0]), labeled[1]).item()
+    trainer = LossTrainer(
+        model, (CrossEntropy(), CrossEntropy(weight=0.5)), optimizer=torch.optim.SGD(model.parameters())
+    )
+    report = trainer.step(labeled).as_dict()
+    assert report["loss"] == pytest.approx(expected, rel=1e-6)
+    assert report["loss_cross_entropy"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_trainer_without_losses_is_refused() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(MetaplError, match="no losses"):
@@ -294,5 +307,25 @@ def test_controls_alter_hard_labels_too(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_method_is_compared_or_a_control_or_asked_for_by_name() -> None:
-    assert set(METHODS) == {*COMPARED, *CONTROLS, "pseudo_labels_hard"}
+    assert set(METHODS) == {*COMPARED, *CONTROLS, "pseudo_labels_hard", "label_smoothing", "supervised_everything"}
     assert Altered().base == Forward()
+
+
+def test_headroom_and_label_smoothing_train_on_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = watched("supervised_everything", tmp_path / "a", monkeypatch)
+    task = TINY.task()
+    assert everything.trainers[0].losses == TINY.teacher_losses(uda=False)
+    labels = torch.cat([task.everything[t][1] for t in range(19)])
+    assert len(task.everything.images) == 1200
+    assert labels.bincount().min() > 5 * TINY.labels_per_class
+    smoothed = watched("label_smoothing", tmp_path / "b", monkeypatch)
+    assert smoothed.trainers[0].losses == (CrossEntropy(label_smoothing=0.1),)
+    plain = watched("supervised", tmp_path / "c", monkeypatch)
+    assert plain.trainers[0].losses == (CrossEntropy(),)
+
+
+def test_headroom_needs_the_labels_of_all(tmp_path: Path) -> None:
+    run = Experiment(TINY, RunFolder(tmp_path))
+    task = dataclasses.replace(TINY.task(), everything=None)
+    with pytest.raises(MetaplError, match="true labels of all examples"):
+        METHODS["supervised_everything"](run, task, TINY.network(), TINY.network())

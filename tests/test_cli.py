@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
+import hashlib
 import json
 import os
 import re
@@ -20,6 +20,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from command import loaded_elsewhere, metapl, refusal, refused, result, rows, said
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -28,47 +29,9 @@ from metapl.cli import COMMANDS, main
 from metapl.data.files import csv_rows, gray_image
 from metapl.errors import MetaplError
 from metapl.recipes import Digits
+from metapl.report import Gallery, draw_grid
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
-
-
-def metapl(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    command = [sys.executable, "-m", "metapl", *map(str, arguments)]
-    finished = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == code, finished.stderr
-    assert "Traceback" not in finished.stderr
-    return finished
-
-
-def refusal(finished: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a refused command says."""
-    assert finished.stdout == ""
-    (line,) = finished.stderr.splitlines()
-    assert line.startswith("metapl: ")
-    return line
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The same without the cost of a process."""
-    capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1
-    return said.err
-
-
-def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:
-    """Standard output of a command in this process."""
-    capsys.readouterr()
-    assert main([str(a) for a in arguments]) == code
-    return capsys.readouterr().out
-
-
-def result(run: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((run / "result.json").read_text())
-    return content
 
 
 @pytest.fixture(scope="session")
@@ -106,10 +69,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         csv.writer(file).writerows([[f"pixel {i}" for i in range(64)], *digits.data[:10].tolist()])
     (folder / "notes.txt").write_text("not to be read")
     return folder
-
-
-def rows(text: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(text)))
 
 
 # ------------------------------------------------------------------------------------------------------------ the help
@@ -214,6 +173,45 @@ def test_predict_refuses_what_is_not_there_before_it_writes(
     assert "no file in" in refused(capsys, "predict", trained, tmp_path)
     assert "is a folder" in refused(capsys, "predict", trained, image, "--out", tmp_path)
     assert "there is no folder" in refused(capsys, "predict", trained, image, "--out", missing / "out.csv")
+    assert "--grid" in refused(capsys, "predict", trained, image, "--grid", missing / "grid.png")
+    assert "a name that ends with .png" in refused(capsys, "predict", trained, image, "--grid", tmp_path / "grid.jpg")
+
+
+def test_predict_draws_what_it_saw_and_does_not_read_the_drawing(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, drawn = Path(shutil.copytree(pictures, tmp_path / "inputs")), []
+
+    def draw(path: Path, gallery: Gallery, *, total: int) -> None:
+        drawn.append((gallery, total))
+        draw_grid(path, gallery, total=total)
+
+    monkeypatch.setattr("metapl.cli.predict.draw_grid", draw)
+    found = said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png")
+    (gallery, total), predicted = drawn[0], rows(found)
+    assert total == len(gallery) == len(predicted) == 20
+    for row, caption in zip(predicted, gallery.captions, strict=True):
+        assert caption == f"{row['class']}  {float(row['probability']):.0%}\n{Path(row['file']).name}"
+    torch.testing.assert_close(gallery.pictures[:10, 0], torch.tensor(load_digits().images[:10]).float() / 16)
+    with Image.open(inputs / "grid.png") as image:
+        assert min(image.size) > 300
+    assert said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png") == found
+
+
+def test_a_grid_shows_the_first_64_and_says_of_how_many(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr("metapl.cli.predict.draw_grid", lambda *given, **named: drawn.append((*given, named)))
+    numpy.savetxt(tmp_path / "x.csv", load_digits().data[:70], delimiter=",")
+    grid, out = tmp_path / "grid.png", tmp_path / "out.csv"
+    text = said(capsys, "predict", trained, tmp_path / "x.csv", "--grid", grid, "--out", out)
+    assert text == f"70 predictions in {out}\n"
+    ((path, gallery, named),) = drawn
+    assert (path, len(gallery), named) == (grid, 64, {"total": 70})
+    (tmp_path / "torn.png").write_bytes(b"")
+    said(capsys, "predict", trained, tmp_path / "torn.png", "--grid", grid, code=1)
+    assert len(drawn) == 1
 
 
 def test_a_reader_that_goes_away_ends_predict_quietly(trained: Path, pictures: Path) -> None:
@@ -272,6 +270,48 @@ def test_finetune_refuses_comparisons_and_senseless_options(
     assert "expected 1 or more" in refused(capsys, "finetune", trained, "--steps", "0")
     assert "expected a number above 0" in refused(capsys, "finetune", trained, "--lr", "-1")
     assert "--lr: expected FLOAT, got 'x'" in refused(capsys, "finetune", trained, "--lr", "x")
+
+
+def test_export_of_digits_is_read_without_metapl(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    text = metapl("export", trained, "--out", out, "--finetuned").stdout
+    assert "finetuned_student.safetensors" in text
+    assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in text
+    card = (out / "MODEL_CARD.md").read_text()
+    assert f"| test accuracy | {result(trained)['finetuned_test_accuracy']:.6g} |" in card
+    assert f"| validation accuracy | {result(trained)['finetuned_validation_accuracy']:.6g} |" in card
+    assert "top-5" not in card  # which is known of the student before finetuning
+    assert "| SHA-256 of labeled |" in card
+    found = loaded_elsewhere(out, "torch.tensor(load_digits().images[:10]).float()[:, None] / 16")
+    table = rows(metapl("predict", trained, pictures / "a, b.csv", "--finetuned").stdout)
+    assert [index for index, _ in found] == [int(row["class"]) for row in table]
+    assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in table], abs=1e-5)
+
+
+def test_export_takes_the_student_that_a_comparison_delivers(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "export", compared, "--out", tmp_path / "all")
+    seed = result(compared)["seed"]
+    said(capsys, "export", compared / "mpl" / f"seed-{seed}", "--out", tmp_path / "one")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
+    assert weights[0] == weights[1]
+    whole, one = (set((tmp_path / name / "MODEL_CARD.md").read_text().splitlines()) for name in ("all", "one"))
+    assert whole - one == {"- Of the students of the seeds 0, 1, this is the best by validation."}
+    assert one <= whole
+    (tmp_path / "file").write_text("")
+    assert "could not be written" in refused(capsys, "export", compared, "--out", tmp_path / "file")
+
+
+def test_export_of_what_was_finetuned_anew_says_how(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "finetune", run, "--steps", "7", "--lr", "0.5")
+    for flags, expected in (((), False), (("--finetuned",), True)):
+        said(capsys, "export", run, "--out", tmp_path / "out", *flags)
+        card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
+        recipe = json.loads(re.findall(r"```json\n(.*?)```", card, flags=re.DOTALL)[0])
+        assert recipe.get("finetuned_with") == ({"steps": 7, "lr": 0.5} if expected else None)
 
 
 def test_compare_pairs_the_runs_of_a_comparison(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:

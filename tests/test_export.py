@@ -79,12 +79,28 @@ def test_the_cards_code_predicts_the_same(
     torch.testing.assert_close(theirs["predict"](images), wrapped.eval()(images).softmax(1).detach())
 
 
+class Own(nn.Sequential):
+    """A network that metapl knows nothing of."""
+
+
 def test_the_cards_code_for_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mlp([12, 5, 3])
+    model = Own(*mlp([12, 5, 3]))
     written = export(normalized(model, [0.5] * 3, [0.25] * 3), tmp_path, card=CARD)
+    assert "`build_network()` stands for" in written.card.read_text()
     theirs = run(written, monkeypatch, build_network=lambda: mlp([12, 5, 3]))
     images = torch.rand(2, 3, 2, 2)
     torch.testing.assert_close(theirs["predict"](images), model((images - 0.5) / 0.25).softmax(1).detach())
+
+
+def test_the_card_spells_out_plain_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp([12, 5, 4, 3], dropout=0.5)
+    written = export(model, tmp_path, card=CARD)
+    theirs = run(written, monkeypatch)
+    images = torch.rand(6, 3, 2, 2)
+    torch.testing.assert_close(theirs["predict"](images), model.eval()(images).softmax(1).detach())
+    assert "build_network" not in written.card.read_text()
+    gelu = export(mlp([12, 5, 3], activation=nn.GELU), tmp_path, card=CARD)
+    assert "build_network()" in code_of(gelu)
 
 
 def test_timm_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,12 @@ import metapl
 from metapl import CrossEntropy, MetaplError
 from metapl.baselines import LossTrainer
 from metapl.checkpoint import CheckpointFolder
+from metapl.data import ImageLabeledBatches, MemoryImages, StepSampler, Weak, feed
 from metapl.evaluate import evaluate_logits
 from metapl.events import Events
 from metapl.feedback import Altered, LossDifference, Reinforce
 from metapl.fit import FitOptions, FitResult, Interrupted, Loop
+from metapl.fitting.progress import examples_in
 
 Inner = Callable[[nn.Module], Any]
 
@@ -160,7 +162,7 @@ def test_the_earliest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch
         accuracy = next(wanted)
         return type("Found", (), {"accuracy": accuracy})
 
-    monkeypatch.setattr("metapl.fit.evaluate_logits", scripted)
+    monkeypatch.setattr("metapl.fitting.selection.evaluate_logits", scripted)
     found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1)
     assert (found.validation_accuracy, found.step, len(seen)) == (0.6, 2, steps)
     assert same(found.weights, seen[1])
@@ -454,6 +456,34 @@ def test_workers_change_nothing() -> None:
     assert same(*ends)
 
 
+def test_a_run_may_go_on_where_views_are_taken_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the views taken by the loader, on the trainer's device, and in turns."""
+    draw = torch.Generator().manual_seed(0)
+    images = MemoryImages(torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8, generator=draw))
+    labels, sampler, weak = torch.arange(20) % 3, StepSampler(20, 6, seed=0), Weak(pad=1)
+    ends = []
+    for ways in ("loader", "device", "in turns"):
+        trainer, folder = single(), tmp_path / ways
+        trainer.student[0] = nn.Sequential(nn.Flatten(), nn.Linear(16, 8))
+        trainer.optimizer = torch.optim.SGD(trainer.student.parameters(), lr=0.1)
+        torch.manual_seed(7)
+        for steps in (5, 9):
+            on_device = ways == "device" or (ways, steps) == ("in turns", 9)
+            monkeypatch.setattr(sys.modules[feed.__module__], "_finishes_batches", lambda _, here=on_device: here)
+            labeled = ImageLabeledBatches(images, labels, sampler, weak, seed=0)
+            trainer.fit(
+                labeled,
+                steps=steps,
+                schedule="constant",
+                out=folder,
+                resume=steps == 9,
+                say=lambda _: None,
+            )
+        ends.append((copied(trainer.student), (folder / "metrics.jsonl").read_bytes()))
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [1, 7, 12])
 def test_asked_to_stop_a_fit_finishes_its_step_and_saves(number: signal.Signals, at: int, tmp_path: Path) -> None:
@@ -707,7 +737,7 @@ def slowly(step: Callable[..., Any], sleep: Callable[[float], None]) -> Callable
 
 def test_a_batch_of_no_rows_is_no_reason_to_fail() -> None:
     """Sources are pytrees of any kind; the bar counts what has rows."""
-    assert [metapl.fit._examples(one) for one in (torch.tensor(1.0), "x", {"a": torch.ones(4, 2)}, ())] == [0, 0, 4, 0]
+    assert [examples_in(one) for one in (torch.tensor(1.0), "x", {"a": torch.ones(4, 2)}, ())] == [0, 0, 4, 0]
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

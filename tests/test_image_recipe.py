@@ -128,3 +128,20 @@ def test_a_comparison_needs_pictures_that_nothing_was_selected_on(pictures: Path
     assert done.returncode == 2
     assert "--test" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_it_was_started_from_are_not_needed_afterwards(pictures: Path, tmp_path: Path) -> None:
+    import torch
+
+    from metapl import models
+
+    start = tmp_path / "start.pt"
+    torch.save(models.create("small_cnn", 10, in_channels=1).state_dict(), start)
+    folders = [part for name in ("labeled", "unlabeled", "test") for part in (f"--{name}", pictures / name)]
+    out = tmp_path / "run"
+    done = _metapl("train", "images", *folders, "--out", out, *FLAGS, "--weights", start)
+    assert done.returncode == 0, done.stderr
+    start.unlink()
+    again = _metapl("evaluate", out, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["accuracy"] == json.loads((out / "result.json").read_text())["test_accuracy"]

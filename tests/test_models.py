@@ -301,7 +301,7 @@ def test_small_cnn_keeps_the_examples_apart() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"name": "resnet50", "dropout": 0.5}, r"resnet50 has no dropout.*small_cnn"),
+        ({"name": "resnet50", "stochastic_depth": 0.5}, r"resnet50 has no stochastic_depth.*efficientnet_b0"),
         ({"name": "wide_resnet28_2", "stochastic_depth": 0.2}, r"no stochastic_depth.*efficientnet_b0"),
         ({"name": "vit_b_16", "stochastic_depth": 0.2}, "no stochastic_depth"),
         ({"name": "small_cnn", "dropout": 1.0}, r"dropout=1.0.*\[0, 1\)"),

@@ -38,9 +38,11 @@ def test_a_run_leaves_behind_what_it_says(tmp_path: Path) -> None:
     left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.iterdir()}
     assert left - {".lock"} == {
         "recipe.json",
+        "data.json",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
+        "pictures.safetensors",
         "student.safetensors",
         "finetuned_student.safetensors",
         "report.png",

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from metapl import report
 from metapl.errors import MetaplError
 from metapl.report import draw_report
+from metapl.report.canvas import png
 
 KEYS = [key for panel in report.PANELS for key, _ in panel.series]
 
@@ -42,6 +46,14 @@ def draw(path: Path, **changes: Any) -> tuple[int, int]:
     }
     draw_report(path, **{**given, **changes})
     return pixels(path)
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were drawn."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr("metapl.report.page.png", lambda figure: drawn.append(figure) or png(figure))
+    return drawn
 
 
 def test_the_size_follows_from_what_is_drawn(tmp_path: Path) -> None:
@@ -79,9 +91,27 @@ def test_a_feedback_of_zero_has_no_place_on_a_logarithmic_scale(tmp_path: Path) 
     draw(tmp_path / "report.png", curves={"none": zero, "mpl": rows(9)}, confusion=None, classes=None)
 
 
+def test_a_feedback_that_stays_the_same_has_a_scale_around_it(tmp_path: Path, pages: list[Figure]) -> None:
+    same = [{"step": step, "feedback_ratio": 0.1} for step in range(200)]
+    draw(tmp_path / "report.png", curves={"mpl": same}, confusion=None, classes=None)
+    low, high = pages[0].axes[0].get_ylim()
+    ticks = [tick for tick in pages[0].axes[0].get_yticks() if low <= tick <= high]
+    assert low < 0.06 < 0.1 < 0.16 < high < 1
+    assert ticks == pytest.approx([0.05, 0.1, 0.2])
+
+
 def test_the_spread_of_the_feedback_stands_in_for_its_ratio(tmp_path: Path) -> None:
     curves = {"mpl": [{"step": step, "feedback_ratio": math.nan, "feedback_std": 0.1} for step in range(9)]}
     assert draw(tmp_path / "report.png", curves=curves, confusion=None, classes=None)[0] == 870
+
+
+def test_lines_between_a_thousand_classes_do_not_hide_the_cells(tmp_path: Path) -> None:
+    path, size = tmp_path / "report.png", 400
+    draw(path, curves={}, confusion=torch.eye(size, dtype=torch.int64), classes=None)
+    with Image.open(path) as image:
+        cells = numpy.asarray(image.convert("L"))[300:-300, 300:-300]
+    assert (cells == 255).mean() > 0.98
+    assert cells.min() < 100
 
 
 @pytest.mark.parametrize("size", [1, 2, 10, 40, 100, 150])
@@ -100,7 +130,7 @@ def test_no_examples_at_all(tmp_path: Path) -> None:
 
 
 def test_names_are_not_read_as_formulas_and_any_script_will_do(tmp_path: Path) -> None:
-    draw(tmp_path / "report.png", classes=["$\\frac{$", "猫"], title="costs $5 or $6_", summary="50 % of _x^")
+    draw(tmp_path / "report.png", classes=["$\\frac{$", "猫\n\udcff"], title="costs $5 or $6_", summary="50 % of _x^")
 
 
 def test_long_texts_break_into_lines(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ RECIPES = {
     "hard": f"train digits {TINY} --steps 120 --mode reinforce --baseline 0.99 --ema-decay 0.9 "
     "--dropout 0.1 --uda-weight 0.5 --warmup 10 --exact-every 40",
 }
-# Owner and name of a function, the number of the call, and the signal that comes with it.
+# Owner and name of a function, the number of the call, and the signal that comes with it; minus it: to all workers too.
 Point = tuple[str, str, int, int]
 Moment = float | Point
 KILL, INTERRUPT, TERMINATE = int(signal.SIGKILL), int(signal.SIGINT), int(signal.SIGTERM)
@@ -55,6 +55,16 @@ from metapl.cli import main
 
 inner._load_forward_mode()
 
+def send(signum):
+    if signum > 0:
+        return os.kill(os.getpid(), signum)
+    group, sender = os.getpgrp(), os.fork()  # as another process does it, which workers tell from their parent
+    if not sender:
+        os.setpgid(0, 0)
+        os.killpg(group, -signum)
+        os._exit(0)
+    os.waitpid(sender, 0)
+
 def born(argv, output, point):
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.setpgid(0, 0)
@@ -69,7 +79,7 @@ def born(argv, output, point):
         def dying(*given, **named):
             calls.append(name)
             if len(calls) == number:
-                os.kill(os.getpid(), signum)
+                send(signum)
             return real(*given, **named)
         setattr(owner, name, dying)
     code = 1
@@ -90,7 +100,7 @@ for line in sys.stdin:
 POINTS: list[Point] = [
     ("metapl.run_folder:RunFolder", "write_json", 1, KILL),  # before there is a recipe
     ("metapl.run_folder:Metrics", "add", 5, KILL),
-    ("metapl.fit", "predict_logits", 4, KILL),  # while validating
+    ("metapl.fitting.selection", "predict_logits", 4, KILL),  # while validating
     ("os", "fsync", 6, KILL),  # before the rows or a checkpoint are on the disk
     ("os", "fsync", 7, KILL),
     ("os", "replace", 3, KILL),  # before a checkpoint has its name

@@ -15,9 +15,10 @@ how well the student then does on the labelled examples: Meta Pseudo Labels.
 
   metapl train RECIPE           train a student; it goes to a run folder (RUN)
   metapl evaluate RUN           measure its student on the test set again
-  metapl predict RUN FILES...   let it classify your images or CSV files
+  metapl predict RUN FILES...   let it classify your pictures
   metapl finetune RUN           finetune it on the labelled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
+  metapl export RUN --out DIR   write its weights for others, with a model card
 
 For example, with the handwritten digits that come with scikit-learn, of which
 two in each class are labelled (a minute on a laptop, no graphics card):
@@ -30,14 +31,18 @@ With pictures of your own, a few of them in one folder a class:
 
   metapl train images --labeled few/ --unlabeled many/ --test held_out/
 
-With --compare, either recipe trains the same without the teacher's feedback,
+With the paper's data, as torchvision keeps them (svhn-1k, imagenet-10pct too):
+
+  metapl train cifar10-4k --data-root DIR
+
+With --compare, each recipe trains the same without the teacher's feedback,
 and by other methods, and says whether the feedback helped.
 
 Each command says more with --help: metapl train digits --help.
 metapl --version says which metapl this is.
 """
 
-COMMANDS = ("train", "evaluate", "predict", "finetune", "compare")
+COMMANDS = ("train", "evaluate", "predict", "finetune", "compare", "export")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,30 +94,32 @@ def _dispatch(given: list[str]) -> int:
 
 def _train(given: list[str]) -> int:
     from metapl.cli.parse import parse
-    from metapl.cli.train import Train, TrainImages
+    from metapl.cli.train import COMMANDS as RECIPES
     from metapl.errors import MetaplError
 
-    recipes = {"digits": Train, "images": TrainImages}
-    if not given or given[0] not in (*recipes, "-h", "--help"):
+    if not given or given[0] not in (*RECIPES, "-h", "--help"):
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
-        raise MetaplError(f"{named}; expected one of {', '.join(recipes)}: metapl train digits.")
-    if given[0] not in recipes:
-        print(f"metapl train RECIPE, with RECIPE one of: {', '.join(recipes)}.\nEach says more with --help.")
+        raise MetaplError(f"{named}; expected one of {', '.join(RECIPES)}: metapl train digits.")
+    if given[0] not in RECIPES:
+        print("metapl train RECIPE, with RECIPE one of:", *RECIPES, sep="\n  ")
+        print("Each says more with --help: metapl train digits --help.")
         return 0
-    return parse(recipes[given[0]], f"metapl train {given[0]}", given[1:])()
+    return parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])()
 
 
 def _after_training(command: str, given: list[str]) -> int:
     from metapl.cli.compare import Compare
     from metapl.cli.evaluate import Evaluate
+    from metapl.cli.export import Export
     from metapl.cli.finetune import Finetune
     from metapl.cli.parse import parse
     from metapl.cli.predict import Predict
 
-    kinds: dict[str, type[Evaluate] | type[Predict] | type[Finetune] | type[Compare]] = {
+    kinds: dict[str, type[Evaluate] | type[Predict] | type[Finetune] | type[Compare] | type[Export]] = {
         "evaluate": Evaluate,
         "predict": Predict,
         "finetune": Finetune,
         "compare": Compare,
+        "export": Export,
     }
     return parse(kinds[command], f"metapl {command}", given)()

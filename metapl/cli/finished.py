@@ -12,6 +12,8 @@ from torch import nn
 
 from metapl.errors import MetaplError
 from metapl.recipes import Recipe
+from metapl.recipes.base import Role
+from metapl.recipes.experiment import TEACHERS
 from metapl.recipes.store import stored
 from metapl.run_folder import RunFolder
 
@@ -53,7 +55,10 @@ class Finished:
         """
         torch.set_num_threads(getattr(self.recipe, "threads", torch.get_num_threads()))
         name = weights_file(finetuned)
-        weights, network = self.folder.read_weights(name), self.recipe.network()
+        role: Role = "teacher" if self.result["method"] in TEACHERS else "student"
+        # What it was started from need not be there any more.
+        fresh = dataclasses.replace(self.recipe, weights=None) if hasattr(self.recipe, "weights") else self.recipe  # type: ignore[type-var]
+        weights, network = self.folder.read_weights(name), fresh.network(role)
         found = {key: tuple(value.shape) for key, value in weights.items()}
         expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
         for key in sorted(found.keys() | expected.keys()):

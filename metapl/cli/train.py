@@ -22,7 +22,7 @@ from metapl.cli.jobs import Job, run_all
 from metapl.cli.parse import Switch
 from metapl.errors import MetaplError
 from metapl.fit import Interrupted
-from metapl.recipes import Digits, ImageFolders
+from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.comparison import TITLES, Comparison, parse_seeds
 from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS
 from metapl.recipes.store import describe
@@ -40,7 +40,9 @@ class Train:
         compare: run the same loop without feedback and the baselines beside it.
         seeds: with --compare: the seeds, such as 0-9 or 0,3,5; the recipe's own seed by default.
         controls: with --compare: altered feedback too.
-        methods: with --compare: these methods alone.
+        methods: with --compare: these methods alone, of mpl, none, supervised, label_smoothing, pseudo_labels,
+            pseudo_labels_hard, uda, permuted, class_means, random_sign, and, where the labels of all examples are
+            known, supervised_everything: the headroom.
         jobs: with --compare: runs at a time; by default as many as there are cores.
     """
 
@@ -176,6 +178,23 @@ class TrainImages(Train):
                 "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
                 "labelled pictures for it."
             )
+
+
+def _train_on(kind: type[Vision]) -> type[Train]:
+    """The command that trains by one of the protocols; its help begins with what the recipe says of itself."""
+    fields = [("recipe", Annotated[kind, tyro.conf.arg(name="")])]
+    command = dataclasses.make_dataclass(f"Train{kind.__name__}", fields, bases=(Train,), frozen=True, kw_only=True)
+    about, _, _ = (kind.__doc__ or "").partition("    Args:")
+    command.__doc__ = f"{about.rstrip()}\n\n    Args:\n        recipe: what is trained, and how.\n    "
+    return command
+
+
+COMMANDS: dict[str, type[Train]] = {
+    Digits.name: Train,
+    ImageFolders.name: TrainImages,
+    **{kind.name: _train_on(kind) for kind in PROTOCOL_RECIPES},
+}
+"""The recipes that can be trained, by name."""
 
 
 def _default_out(recipe: str, resume: bool) -> Path:

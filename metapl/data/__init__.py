@@ -2,8 +2,9 @@
 
 from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, Chain, RandAugment, ResizedCrop, Weak
 from metapl.data.batches import LabeledBatches, StepBatches, UnlabeledBatches, loader
+from metapl.data.device import to_device
 from metapl.data.digits import DigitsSplit, load_digits_split
-from metapl.data.feed import Feed, feed, to_device
+from metapl.data.feed import Feed, feed
 from metapl.data.folder_check import Finding, check_folders
 from metapl.data.folders import Files, LabeledFiles, scan_labeled, scan_unlabeled
 from metapl.data.image_batches import ImageEvaluationBatches, ImageLabeledBatches, ImageUnlabeledBatches

@@ -6,16 +6,18 @@ object with ``__getitem__(step)`` serves it, and :func:`loader` serves the same 
 
 from __future__ import annotations
 
+import signal
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from metapl.data import draws
+from metapl.data.device import to_device
 from metapl.data.samplers import StepSampler
 from metapl.data.views import View
 from metapl.errors import MetaplError
@@ -31,6 +33,9 @@ class StepBatches(Dataset[BatchT], ABC):
 
     A subclass has a field ``steps``, the number of steps or None for an endless stream, and says in :meth:`batch` what
     step t holds, from t and its own constant fields alone. ``batches[t]`` and ``len(batches)`` follow.
+
+    Where half of the work is better done on the device, :meth:`raw` and :meth:`augment` are its halves; without them,
+    the first is all of it.
     """
 
     steps: int | None
@@ -38,6 +43,15 @@ class StepBatches(Dataset[BatchT], ABC):
     @abstractmethod
     def batch(self, step: int) -> BatchT:
         """The batch of a step in [0, len(self))."""
+
+    def raw(self) -> StepBatches[Any]:
+        """What is fetched, for workers that leave the rest to the device; of as many steps."""
+        return self
+
+    def augment(self, step: int, fetched: Any) -> BatchT:
+        """``self[step]``, from ``self.raw()[step]`` on whatever device it is on."""
+        batch: BatchT = fetched
+        return batch
 
     def __getitem__(self, step: int) -> BatchT:
         if step < 0:
@@ -138,7 +152,9 @@ class UnlabeledBatches(StepBatches[Tensor | tuple[Tensor, Tensor]]):
         return weak, _view(self.strong, self.images, self.sampler, step, draws.fold_in(self.seed, _STRONG))
 
 
-def loader(batches: StepBatches[BatchT], start: int, stop: int, num_workers: int = 0) -> DataLoader[BatchT]:
+def loader(
+    batches: StepBatches[BatchT], start: int, stop: int, num_workers: int = 0, *, pin_memory: bool = False
+) -> DataLoader[BatchT]:
     """Serve the batches of steps start, …, stop − 1 in order.
 
     Args:
@@ -146,6 +162,8 @@ def loader(batches: StepBatches[BatchT], start: int, stop: int, num_workers: int
         start: first step, 0 or more; a resumed run starts where it stopped.
         stop: the step after the last.
         num_workers: processes that prepare batches ahead; 0 prepares them in this one.
+        pin_memory: serve tensors in pinned memory, from which they are copied to CUDA without a wait; they must come
+            from the CPU.
 
     Returns:
         A loader whose items are ``batches[start]``, …, ``batches[stop - 1]``, whatever the number of workers. It leaves
@@ -171,21 +189,34 @@ def loader(batches: StepBatches[BatchT], start: int, stop: int, num_workers: int
         batch_size=None,
         sampler=range(start, stop),
         num_workers=num_workers,
+        worker_init_fn=_begin_worker,
+        pin_memory=pin_memory,
         # A loader draws a base seed for its workers. From the default generator, that would change what dropout and
         # sampled labels draw after a restart.
         generator=torch.Generator(),
     )
 
 
+def _begin_worker(worker: int) -> None:
+    # Ctrl-C, and who stops a group of processes, reach the workers too; the parent needs them for the step under way.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whoever means it asks twice, as Python does at its end.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    # Errors travel to the parent. What is printed here is that a parent that failed fetched nothing any more.
+    sys.excepthook = lambda kind, error, trace: None
+
+
 def _view(view: View, images: Tensor, sampler: StepSampler, step: int, seed: int) -> Tensor:
     indices = sampler.indices(step)
     # With B > n a batch holds copies of an example; counting the epoch in keeps their augmentations apart.
     examples = sampler.epochs(step) * sampler.size + indices
-    return view(_pick(images, indices), seed=seed, step=step, examples=examples.to(images.device))
+    # On the CPU, wherever the images are: a view that plans there would otherwise wait for the device.
+    return view(_pick(images, indices), seed=seed, step=step, examples=examples)
 
 
 def _pick(values: Tensor, indices: Tensor) -> Tensor:
-    return values[indices.to(values.device)]
+    picked: Tensor = values[to_device(indices, values.device)]
+    return picked
 
 
 def _check(name: str, sampler: StepSampler, steps: int | None, **tensors: Tensor) -> None:

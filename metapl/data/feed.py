@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from metapl.checks import described
 from metapl.data import draws
 from metapl.data.batches import StepBatches, loader
+from metapl.data.device import to_device
 from metapl.errors import MetaplError
 
 _END: Any = object()
@@ -54,7 +54,15 @@ class Feed(Protocol):
         """Stop the workers; ask for the state before."""
 
 
-def feed(source: Any, *, name: str, stop: int, num_workers: int = 0, seed: int = 0) -> Feed:
+def feed(
+    source: Any,
+    *,
+    name: str,
+    stop: int,
+    num_workers: int = 0,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Feed:
     """Serve the batches of a source without end, resumably.
 
     Args:
@@ -71,13 +79,16 @@ def feed(source: Any, *, name: str, stop: int, num_workers: int = 0, seed: int =
         stop: number of batches that the run needs, 0 or more. Batches beyond it are not promised.
         num_workers: processes that prepare batches of a ``StepBatches`` ahead. A ``DataLoader`` has its own number.
         seed: of what the source draws, any integer.
+        device: where the batches are wanted; None: wherever the source has them. Away from the CPU, what a
+            ``StepBatches`` leaves to :meth:`~metapl.data.StepBatches.augment`, such as the views of pictures, is done
+            there, and workers fetch no more than :meth:`~metapl.data.StepBatches.raw` batches.
 
     Returns:
         A feed at batch 0. Workers start with the first batch.
 
     Cost: to restore a ``DataLoader`` takes as long as the batches of the epoch so far; everything else is immediate.
     Swapping generators takes about 0.2 ms per batch on one CPU core, most of it numpy's; ``StepBatches`` and lists do
-    without.
+    without. Copies to CUDA are queued and not waited for, see :func:`~metapl.data.to_device`.
 
     Exactness: what is drawn from torch's CPU generator, ``random`` and numpy's global generator while a batch is made
     comes from a stream of (seed, name) and leaves those generators alone. Generators that a loader, its samplers, its
@@ -103,9 +114,16 @@ def feed(source: Any, *, name: str, stop: int, num_workers: int = 0, seed: int =
     True
     """
     _refuse_numbers(name, stop, num_workers)
+    place = None if device is None else torch.device(device)
     if isinstance(source, StepBatches):
-        return _StepFeed(source, name, stop, num_workers)
+        return _StepFeed(source, name, stop, num_workers, place)
     _refuse_source(source, name)
+    served = _served(source, name, stop, seed)
+    return served if place is None else _PlacedFeed(served, place)
+
+
+def _served(source: Any, name: str, stop: int, seed: int) -> Feed:
+    """The feed for a kind of source, wherever its batches are."""
     if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
         return _StatefulFeed(source, name, stop, seed)
     if isinstance(source, Sequence):
@@ -113,33 +131,6 @@ def feed(source: Any, *, name: str, stop: int, num_workers: int = 0, seed: int =
     if isinstance(source, Iterator):
         return _IteratorFeed(source, name, stop, seed)
     return _EpochFeed(source, name, seed)
-
-
-def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Move every tensor of a batch to a device.
-
-    Args:
-        batch: a tensor, or dicts, lists, tuples and named tuples of tensors and other values.
-        device: where to.
-
-    Returns:
-        The batch with its tensors on the device; those that are there already, and what is no tensor, are the same
-        objects. From pinned memory the copy is queued and not waited for.
-
-    >>> batch = {"x": torch.ones(2), "names": ["a", "b"]}
-    >>> to_device(batch, "meta")["x"].device, to_device(batch, "cpu")["x"] is batch["x"]
-    (device(type='meta'), True)
-    """
-    device = torch.device(device)
-
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        # Towards the CPU, a copy that is not waited for could be read before it is there.
-        queued = leaf.device.type == "cpu" and device.type != "cpu" and leaf.is_pinned()
-        return leaf.to(device, non_blocking=queued)
-
-    return pytree.tree_map(move, batch)
 
 
 class _Stream:
@@ -374,18 +365,44 @@ class _IteratorFeed:
         """The iterator is its owner's, and may go on elsewhere."""
 
 
+class _PlacedFeed:
+    """Another feed's batches, moved to a device."""
+
+    def __init__(self, feed: Feed, device: torch.device) -> None:
+        self._feed, self._device = feed, device
+
+    def next(self) -> Any:
+        return to_device(self._feed.next(), self._device)
+
+    def state(self) -> dict[str, Any]:
+        return self._feed.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._feed.restore(state)
+
+    def close(self) -> None:
+        self._feed.close()
+
+
 class _StepFeed:
-    """The batches of a `StepBatches`, by their step."""
+    """The batches of a `StepBatches`, by their step: made whole by the loader, or on the device from what it fetches.
+
+    Both ways give the same batches and have the same position, so a run may change from one to the other.
+    """
 
     kind = "steps"
 
-    def __init__(self, source: StepBatches[Any], name: str, stop: int, num_workers: int) -> None:
+    def __init__(
+        self, source: StepBatches[Any], name: str, stop: int, num_workers: int, device: torch.device | None
+    ) -> None:
         if stop > len(source):
             raise MetaplError(
                 f"{name} has {len(source)} steps, and the run needs {stop}; expected as many or more: a stream without "
                 "an end has steps=None"
             )
         self._source, self._name, self._stop, self._num_workers = source, name, stop, num_workers
+        self._device = device
+        self._finished_there = device is not None and _finishes_batches(device)
         self._position = 0
         self._iterator: Iterator[Any] | None = None
 
@@ -398,14 +415,25 @@ class _StepFeed:
         try:
             with _blamed(f"{self._name} failed at batch {self._position}", self._source):
                 if self._iterator is None:
-                    self._iterator = iter(loader(self._source, self._position, self._stop, self._num_workers))
-                batch = next(self._iterator)
+                    self._iterator = self._opened()
+                batch = self._finished(next(self._iterator))
         except BaseException:
             # An interrupted loader may skip the batch that it was at; a new one begins with it.
             self.close()
             raise
         self._position += 1
         return batch
+
+    def _opened(self) -> Iterator[Any]:
+        """A loader from the position on. Workers have their batches pinned in the background, for CUDA."""
+        source = self._source.raw() if self._finished_there else self._source
+        pinned = self._num_workers > 0 and self._device is not None and self._device.type == "cuda"
+        return iter(loader(source, self._position, self._stop, self._num_workers, pin_memory=pinned))
+
+    def _finished(self, item: Any) -> Any:
+        batch = item if self._device is None else to_device(item, self._device)
+        # As loaders do, which turn tuples into lists.
+        return default_convert(self._source.augment(self._position, batch)) if self._finished_there else batch
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "position": self._position}
@@ -418,6 +446,11 @@ class _StepFeed:
     def close(self) -> None:
         _stop_workers(self._iterator)
         self._iterator = None
+
+
+def _finishes_batches(device: torch.device) -> bool:
+    """Whether views are taken on the device itself: on the CPU, that is the workers' affair."""
+    return device.type != "cpu"
 
 
 class _SequenceFeed:

@@ -208,15 +208,19 @@ def _same_bytes(files: Sequence[_Copy], count: Count) -> Iterator[list[_Copy]]:
 
     groups = [list(files)]
     for key, counted in ((os.path.getsize, False), (_glimpse, True), (_digest, False)):
-        groups = [same for group in groups for same in _grouped(group, asked(key, counted)) if _matters(same)]
+        found = [_mattering(same) for group in groups for same in _grouped(group, asked(key, counted))]
+        groups = [same for same in found if same]
     return iter(groups)
 
 
-def _matters(files: Sequence[_Copy]) -> bool:
-    """Whether something would be wrong if these files were one picture: labelled ones may be unlabelled too."""
+def _mattering(files: list[_Copy]) -> list[_Copy]:
+    """Those of files that might be one picture with which something would be wrong then."""
     sides = {file.side for file in files}
-    leak = any(held_out in sides and other in sides for held_out, other in _LEAKS)
-    return leak or len({file.label for file in files if file.side == "labeled"}) > 1
+    if any(held_out in sides and other in sides for held_out, other in _LEAKS):
+        return files
+    # Labelled ones may be unlabelled too.
+    labeled = [file for file in files if file.side == "labeled"]
+    return labeled if len({file.label for file in labeled}) > 1 else []
 
 
 def _glimpse(path: str) -> bytes:

@@ -47,7 +47,8 @@ class Files:
 
     def paths(self) -> Iterator[str]:
         """Where the files are."""
-        return (os.path.join(self.root, name) for name in self.names)
+        folder = os.path.join(self.root, "")
+        return (folder + name for name in self.names)
 
     def keep(self: FilesT, indices: Sequence[int]) -> FilesT:
         """The same folder with some of its files."""
@@ -71,9 +72,17 @@ class LabeledFiles(Files):
     def keep(self, indices: Sequence[int]) -> LabeledFiles:
         return dataclasses.replace(super().keep(indices), labels=tuple(self.labels[i] for i in indices))
 
-    def targets(self) -> Tensor:
-        """The labels, int64 (n,)."""
-        return torch.tensor(self.labels, dtype=torch.int64)
+    def targets(self, classes: Sequence[str] | None = None) -> Tensor:
+        """The labels, int64 (n,), as indices into ``classes``; None: into the folder's own.
+
+        Raises:
+            MetaplError: there are pictures of a class that is not among ``classes``.
+        """
+        known = {name: index for index, name in enumerate(self.classes if classes is None else classes)}
+        unknown = sorted({self.classes[label] for label in self.labels} - known.keys())
+        if unknown:
+            raise MetaplError(f"{self.root} has pictures of {', '.join(unknown)}; expected {', '.join(known)} alone.")
+        return torch.tensor([known[self.classes[label]] for label in self.labels], dtype=torch.int64)
 
     def counts(self) -> dict[str, int]:
         """Number of pictures of each class."""

@@ -2,7 +2,7 @@
 
 The halves can run in different places. ``batches[t]`` does both. With ``batches.raw()`` as the source of a loader,
 workers only fetch, a quarter of the bytes crosses to the device, and ``batches.augment(t, item)`` applies the views
-there.
+there: so :func:`metapl.data.feed.feed` does where the device is not the CPU.
 Normalisation is no view: it belongs to the network, which sees the same numbers whatever the data came from.
 """
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import mmap
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -92,13 +94,14 @@ class FileImages:
     """Pictures in files, read when they are fetched.
 
     A file that cannot be read is replaced by the next one that can, in the order of this set; so the batches stay a
-    function of their position. It is recorded once a process: as a line of ``log``, or as a warning.
+    function of their position. It is recorded once, whichever process meets it: as a line of ``log``, or as a warning.
 
     Args:
         paths: of the files.
         size: (height, width) of every picture, see :func:`metapl.data.images.read_image`.
         mode: "RGB" or "L".
         max_pixels: larger pictures count as unreadable.
+        centre: share of the centred box that is used where no other box is asked for, see ``read_image``.
         log: file that gets a line of JSON, ``{"file": …, "reason": …}``, for each replaced file; see
             :func:`replaced_files`.
 
@@ -115,6 +118,7 @@ class FileImages:
         size: tuple[int, int],
         mode: Literal["RGB", "L"] = "RGB",
         max_pixels: int = MAX_PIXELS,
+        centre: float = 1.0,
         log: Path | None = None,
     ) -> None:
         # Lists of Python's own objects are copied bit by bit in forked workers, as their counts of references change.
@@ -124,8 +128,9 @@ class FileImages:
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._ends = np.cumsum([len(path) for path in encoded])
         self._indices = torch.arange(len(encoded))
-        self.size, self.mode, self.max_pixels, self.log = size, mode, max_pixels, log
-        self._told: set[int] = set()
+        self.size, self.mode, self.max_pixels, self.centre, self.log = size, mode, max_pixels, centre, log
+        self._cache: _Cache | None = None
+        self._told = _shared(len(encoded))
         # What each worker is reading: its process and the file, 0 for none. Whoever waits for it can look.
         self._reading = torch.zeros(_WORKERS, 2, dtype=torch.int64).share_memory_()
 
@@ -138,8 +143,26 @@ class FileImages:
 
     def select(self, indices: Tensor) -> FileImages:
         some = object.__new__(FileImages)
-        vars(some).update(vars(self), _indices=self._indices[indices], _told=set())
+        vars(some).update(vars(self), _indices=self._indices[indices])
         return some
+
+    def logged(self, log: Path | None) -> FileImages:
+        """The same pictures, with another ``log``."""
+        some = self.select(torch.arange(len(self)))
+        some.log = log
+        return some
+
+    def cached(self) -> FileImages:
+        """The same pictures, each kept in memory once it was read whole; forked worker processes share that memory.
+
+        Cost: C·H·W + 1 bytes a picture, taken as the pictures are read.
+        """
+        some = self.select(torch.arange(len(self)))
+        some._cache = _Cache(len(self._ends), self.shape)
+        return some
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cache": None}  # a process that is not forked reads for itself
 
     def path(self, index: int) -> Path:
         """Where a picture is."""
@@ -238,6 +261,9 @@ class FileImages:
 
     def _try(self, index: int, crops: Sequence[Crop]) -> list[Tensor] | None:
         number = int(self._indices[index])
+        known = None if crops or self._cache is None else self._cache.get(number)
+        if known is not None:
+            return [known]
         path = self._path(number)
         worker = get_worker_info()
         if worker is not None and worker.id < _WORKERS:
@@ -245,7 +271,10 @@ class FileImages:
         try:
             if crops:
                 return read_crops(path, crops, size=self.size, mode=self.mode, max_pixels=self.max_pixels)
-            return [read_image(path, size=self.size, mode=self.mode, max_pixels=self.max_pixels)]
+            picture = read_image(path, size=self.size, mode=self.mode, max_pixels=self.max_pixels, centre=self.centre)
+            if self._cache is not None:
+                self._cache.put(number, picture)
+            return [picture]
         except UnreadableImage as error:
             self._tell(number, path, error.reason)
             return None
@@ -258,15 +287,48 @@ class FileImages:
         return os.fsdecode(self._bytes[start : int(self._ends[number])].tobytes())
 
     def _tell(self, number: int, path: str, reason: str) -> None:
-        if number in self._told:
+        if self._told[number]:
             return
-        self._told.add(number)
+        self._told[number] = 1
         if self.log is None:
             warnings.warn(f"{path} is left out: {reason}", stacklevel=2)
             return
-        with self.log.open("a", encoding="utf-8") as file:
-            # One write a line: workers append to the same file.
-            file.write(json.dumps({"file": path, "reason": reason}) + "\n")
+        record_files(self.log, {path: reason})
+
+
+class _Cache:
+    """Pictures by number in memory that is shared with forked processes: whoever reads one, reads it for all.
+
+    Two that read the same picture at once write the same bytes, and a picture counts as there when it is whole.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
+        memory = _shared(count * (1 + math.prod(shape)))
+        self._there = memory[:count]
+        self._pictures = torch.from_numpy(memory[count:].reshape(count, *shape))
+
+    def get(self, number: int) -> Tensor | None:
+        return self._pictures[number] if self._there[number] else None
+
+    def put(self, number: int, picture: Tensor) -> None:
+        self._pictures[number] = picture
+        self._there[number] = 1
+
+
+def _shared(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Zeros that this process shares with those forked from it; memory is taken where something is written."""
+    # Not torch's shared tensors, which are bounded by the size of /dev/shm.
+    return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+
+
+def record_files(log: Path, reasons: Mapping[str, str]) -> None:
+    """Add files that cannot be read to a record, each with the reason; those that are in it stay once."""
+    known = replaced_files(log)
+    new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
+    if new:
+        with log.open("a", encoding="utf-8") as file:
+            # One write: several processes may append.
+            file.write("".join(json.dumps(one) + "\n" for one in new))
 
 
 def replaced_files(log: Path) -> dict[str, str]:

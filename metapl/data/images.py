@@ -72,6 +72,7 @@ def read_image(
     mode: Literal["RGB", "L"] = "RGB",
     size: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
+    centre: float = 1.0,
 ) -> Tensor:
     """Read a picture as bytes.
 
@@ -86,6 +87,7 @@ def read_image(
             shape that the picture has, by antialiased bilinear resampling: nothing is distorted, and the side that is
             too long loses both ends.
         max_pixels: a file whose header claims more is refused before anything is decoded; at most ``MAX_PIXELS``.
+        centre: share of the sides of that box that is used, about its centre: 224/256 for ImageNet; needs a size.
 
     Returns:
         uint8 (3, H, W) or (1, H, W) on the CPU.
@@ -105,7 +107,9 @@ def read_image(
     >>> read_image(path).shape, read_image(path, size=(8, 8))[:, 0, 0]
     (torch.Size([3, 30, 40]), tensor([255,   0,   0], dtype=torch.uint8))
     """
-    return _read(path, mode, size, max_pixels, (None,))[0]
+    if not 0 < centre <= 1:
+        raise MetaplError(f"read_image got centre {centre}; expected a share of the sides, above 0 and at most 1.")
+    return _read(path, mode, size, max_pixels, (None,), centre)[0]
 
 
 def read_crops(
@@ -135,13 +139,14 @@ def _read(
     size: tuple[int, int] | None,
     max_pixels: int,
     crops: Sequence[Crop | None],
+    centre: float = 1.0,
 ) -> list[Tensor]:
     if not 1 <= max_pixels <= MAX_PIXELS or (size is not None and min(size) < 1):
         raise MetaplError(
             f"read_image got size {size} and max_pixels {max_pixels}; expected sides of 1 or more and 1 to {MAX_PIXELS}"
         )
     with _opened(path, max_pixels) as image:
-        pictures = _decoded(image, mode, size, crops)
+        pictures = _decoded(image, mode, size, crops, centre)
         values = [torch.from_numpy(numpy.array(one, dtype=numpy.uint8)) for one in pictures]
     return [one[None] if mode == "L" else one.permute(2, 0, 1).contiguous() for one in values]
 
@@ -189,13 +194,17 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
 
 
 def _decoded(
-    image: Image, mode: Literal["RGB", "L"], size: tuple[int, int] | None, crops: Sequence[Crop | None]
+    image: Image,
+    mode: Literal["RGB", "L"],
+    size: tuple[int, int] | None,
+    crops: Sequence[Crop | None],
+    centre: float,
 ) -> list[Image]:
     if size is None:
         return [_plain(_turned(image), mode)]
     if image.format in ("JPEG", "MPO"):
         full = _upright_size(image)
-        parts = [_part(full, size, crop) for crop in crops]
+        parts = [_part(full, size, crop, centre) for crop in crops]
         # Twice the resolution of the result, so that the resampling has something to average over.
         shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
         shrink = max(1.0, min(shrinks))
@@ -204,7 +213,7 @@ def _decoded(
     else:
         upright = _plain(_turned(image), mode)
         full = upright.size
-        parts = [_part(full, size, crop) for crop in crops]
+        parts = [_part(full, size, crop, centre) for crop in crops]
     return [_resized(upright, size, part, full) for part in parts]
 
 
@@ -217,12 +226,12 @@ def _upright_size(image: Image) -> tuple[int, int]:
     return (image.height, image.width) if turned else image.size
 
 
-def _part(full: tuple[int, int], size: tuple[int, int], crop: Crop | None) -> Box:
+def _part(full: tuple[int, int], size: tuple[int, int], crop: Crop | None, centre: float) -> Box:
     """The box of an upright picture of the given (width, height) that is used."""
     width, height = full
     if crop is not None:
         return crop(height, width)
-    scale = min(height / size[0], width / size[1])
+    scale = centre * min(height / size[0], width / size[1])
     left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
     return left, top, width - left, height - top
 

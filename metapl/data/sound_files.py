@@ -20,7 +20,7 @@ from metapl.errors import MetaplError
 
 Depth = Literal["decode", "header", "size"]
 
-DECODE_UP_TO = 5_000
+DECODE_UP_TO, DECODE_BYTES = 5_000, 2**29
 HEADER_UP_TO = 50_000
 
 
@@ -73,9 +73,9 @@ def verify_files(
     Args:
         files: from a scan.
         depth: "decode" reads each picture whole, which finds all that can be found; "header" finds what is empty, no
-            picture, or too large; "size" finds empty files. None: by the number of files, decode up to 5,000, header
-            up to 50,000, and size beyond. What is found later, while training, is replaced there (see
-            :class:`metapl.data.FileImages`).
+            picture, or too large; "size" finds empty files. None: by what takes seconds, decode up to 5,000 files and
+            half a gigabyte, header up to 50,000 files, and size beyond. What is found later, while training, is
+            replaced there (see :class:`metapl.data.FileImages`).
         max_pixels: as :func:`metapl.data.images.read_image`.
         cache: file to keep the result in. It is used again as long as the names, sizes and times of change of all
             files, and what is asked, are the same.
@@ -89,13 +89,14 @@ def verify_files(
     Raises:
         MetaplError: the cache cannot be written.
     """
-    if depth is None:
-        depth = "decode" if len(files) <= DECODE_UP_TO else "header" if len(files) <= HEADER_UP_TO else "size"
-    statuses = [_status(path) for path in files.paths()]
-    asked = _fingerprint(files, statuses, depth, max_pixels)
+    if depth is None and len(files) > HEADER_UP_TO:
+        depth = "size"
+    statuses = _statuses(files, progress if depth == "size" else None)
+    depth = depth or _affordable(statuses)
+    asked = "" if cache is None else _fingerprint(files, statuses, depth, max_pixels)
     skipped = None if cache is None else _remembered(cache, asked)
     if skipped is None:
-        count = Count(progress)
+        count = Count(None if depth == "size" else progress)
         skipped = []
         for name, path, status in zip(files.names, files.paths(), statuses, strict=True):
             reason = _fault(path, status, depth, max_pixels)
@@ -109,12 +110,27 @@ def verify_files(
     return Verified(tuple(i for i, name in enumerate(files.names) if name not in names), tuple(skipped), depth)
 
 
+def _statuses(files: Files, progress: Progress | None) -> list[tuple[int, int] | str]:
+    count = Count(progress)
+    found = []
+    for path in files.paths():
+        found.append(_status(path))
+        count.add()
+    count.end()
+    return found
+
+
 def _status(path: str) -> tuple[int, int] | str:
     try:
         status = os.stat(path)
     except OSError as error:
         return error.strerror or type(error).__name__
     return status.st_size, status.st_mtime_ns
+
+
+def _affordable(statuses: Sequence[tuple[int, int] | str]) -> Depth:
+    size = sum(status[0] for status in statuses if not isinstance(status, str))
+    return "decode" if len(statuses) <= DECODE_UP_TO and size <= DECODE_BYTES else "header"
 
 
 def _fault(path: str, status: tuple[int, int] | str, depth: Depth, max_pixels: int) -> str | None:
@@ -126,7 +142,7 @@ def _fault(path: str, status: tuple[int, int] | str, depth: Depth, max_pixels: i
         if depth == "header":
             image_size(path, max_pixels=max_pixels)
         elif depth == "decode":
-            read_image(path, max_pixels=max_pixels)
+            read_image(path, size=(1, 1), max_pixels=max_pixels)  # of a size, JPEGs are decoded several times as fast
     except UnreadableImage as error:
         return error.reason
     return None

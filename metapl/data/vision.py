@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class VisionData:
         train_labels: int64 (n,).
         core: number of training pictures at the beginning that labels are kept of; for SVHN, the core.
         test, test_labels: pictures to test on; for ImageNet, the validation pictures of ILSVRC 2012.
+        test_names: the files that these are in, below their class folder; None where they are in none.
     """
 
     name: str
@@ -43,6 +44,7 @@ class VisionData:
     core: int
     test: Images
     test_labels: Tensor
+    test_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ the rest, 25,000). ``dataclasses.replace`` makes smaller ones."""
 
 
 def load_vision(
-    name: str, root: str | Path, size: tuple[int, int] = IMAGENET_SIZE, log: Path | None = None
+    name: str,
+    root: str | Path,
+    size: tuple[int, int] = IMAGENET_SIZE,
+    log: Path | None = None,
+    centre: float = 1.0,
+    mode: Literal["RGB", "L"] = "RGB",
 ) -> VisionData:
     """Load a data set that lies on disk as torchvision keeps it.
 
@@ -104,7 +111,7 @@ def load_vision(
             ``train``, and ``test`` or ``val``, each with one folder a class) stay in files.
         root: the folder that torchvision calls so.
         size: (height, width) that pictures in files are brought to.
-        log: see :class:`metapl.data.FileImages`.
+        log, centre, mode: of pictures in files, see :class:`metapl.data.FileImages`.
 
     Returns:
         The data set. Nothing is downloaded; ImageNet's archives are unpacked where that was not done yet.
@@ -118,10 +125,10 @@ def load_vision(
     if name not in _LOADERS:
         raise MetaplError(f"there is no data set {name!r}; expected one of {', '.join(_LOADERS)}.")
     folder = Path(root).expanduser()
-    if name == "imagenet":
-        return _imagenet(folder, size, log)
-    if name == "imagefolder":
-        return _image_folder(folder, size, log)
+    if name in ("imagenet", "imagefolder"):
+        classes, train, test = _imagenet(folder) if name == "imagenet" else _image_folder(folder)
+        read = partial(FileImages, size=size, log=log, centre=centre, mode=mode)
+        return _of_folders(name, classes, train, test, read)
     return _svhn(folder) if name == "svhn" else _cifar(name, folder)
 
 
@@ -176,7 +183,7 @@ def _svhn(root: Path) -> VisionData:
     )
 
 
-def _imagenet(root: Path, size: tuple[int, int], log: Path | None) -> VisionData:
+def _imagenet(root: Path) -> tuple[tuple[str, ...], Any, Any]:
     from torchvision.datasets import ImageNet
     from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE
 
@@ -194,10 +201,10 @@ def _imagenet(root: Path, size: tuple[int, int], log: Path | None) -> VisionData
 
     train, test = load("train"), load("val")
     _same_classes(train.wnids, test.wnids, root)
-    return _of_folders("imagenet", _distinct(train.classes, train.wnids), train, test, size, log)
+    return _distinct(train.classes, train.wnids), train, test
 
 
-def _image_folder(root: Path, size: tuple[int, int], log: Path | None) -> VisionData:
+def _image_folder(root: Path) -> tuple[tuple[str, ...], Any, Any]:
     from torchvision.datasets import ImageFolder
 
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
@@ -206,20 +213,21 @@ def _image_folder(root: Path, size: tuple[int, int], log: Path | None) -> Vision
         _loaded("imagefolder", partial(ImageFolder, folder), [folder], mend) for folder in (root / "train", held_out)
     )
     _same_classes(train.classes, test.classes, root)
-    return _of_folders("imagefolder", tuple(train.classes), train, test, size, log)
+    return tuple(train.classes), train, test
 
 
 def _of_folders(
-    name: str, classes: tuple[str, ...], train: Any, test: Any, size: tuple[int, int], log: Path | None
+    name: str, classes: tuple[str, ...], train: Any, test: Any, read: Callable[[Iterable[str]], FileImages]
 ) -> VisionData:
     return VisionData(
         name=name,
         classes=classes,
-        train=FileImages((path for path, _ in train.samples), size=size, log=log),
+        train=read(path for path, _ in train.samples),
         train_labels=torch.tensor(train.targets),
         core=len(train),
-        test=FileImages((path for path, _ in test.samples), size=size, log=log),
+        test=read(path for path, _ in test.samples),
         test_labels=torch.tensor(test.targets),
+        test_names=tuple(f"{Path(path).parent.name}/{Path(path).name}" for path, _ in test.samples),
     )
 
 

@@ -1,6 +1,16 @@
 """How good a model is, and whether one method beats another: pure functions on logits, labels and scores."""
 
 from metapl.evaluate.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.evaluate.multi_label import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
 from metapl.evaluate.statistics import PairedTest, paired_test
 
-__all__ = ["Evaluation", "PairedTest", "evaluate_logits", "paired_test", "predict_logits"]
+__all__ = [
+    "Evaluation",
+    "MultiLabelAccuracy",
+    "PairedTest",
+    "evaluate_logits",
+    "multi_label_accuracy",
+    "paired_test",
+    "predict_logits",
+    "read_label_sets",
+]

@@ -26,7 +26,7 @@ class Altered:
             example is left; ``"random_sign"``: each row times ±1, by a fair coin.
         seed: of the permutations and coins, which draw from a generator of their own.
 
-    Takes, cost: as ``base``. Bias: on purpose.
+    Takes, cost: as ``base``, and on an accelerator the host waits for it once a step. Bias: on purpose.
 
     >>> Altered(how="permuted").name
     'forward_permuted'

@@ -124,7 +124,7 @@ def create(
     ====================  ==================================  =====================  ================
     small_cnn             four convolutions, for 16x16        before the head        none
     wide_resnet28_2/_10   WRN-28-2 and WRN-28-10, for 32x32   inside each block      none
-    resnet18 … resnet152  torchvision's                       none                   none
+    resnet18 … resnet152  torchvision's                       before the head        none
     efficientnet_b0 … b7  torchvision's                       before the head        linear rule
     efficientnet_b0_svhn  B0 whose stages 2 and 3 keep the    before the head        linear rule
                           resolution: 32x32 ends as 4x4

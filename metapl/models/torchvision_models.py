@@ -17,8 +17,22 @@ _KEEPING_STAGES = (2, 3)
 """The stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32."""
 
 
+class _DroppedLinear(nn.Linear):
+    """A linear layer behind dropout, under the names of a plain one."""
+
+    def __init__(self, features: int, outputs: int, p: float) -> None:
+        super().__init__(features, outputs)
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.dropout(x))
+
+
 def _build_resnet(a: Architecture) -> nn.Module:
-    return _with_channels(_make(a.name, num_classes=a.num_classes), "conv1", a.in_channels)
+    module = _make(a.name, num_classes=a.num_classes)
+    if a.dropout > 0:
+        module.fc = _DroppedLinear(module.fc.in_features, a.num_classes, a.dropout)  # type: ignore[arg-type,union-attr]
+    return _with_channels(module, "conv1", a.in_channels)
 
 
 def _build_efficientnet(a: Architecture) -> nn.Module:
@@ -125,7 +139,7 @@ def _family(stem: str, head: str, build: Any, **has: Any) -> Family:
     )
 
 
-_RESNET = _family("conv1", "fc", _build_resnet)
+_RESNET = _family("conv1", "fc", _build_resnet, dropout=True)
 _EFFICIENTNET = _family("features.0.0", "classifier.1", _build_efficientnet, dropout=True, stochastic_depth=True)
 _VIT = _family("conv_proj", "heads.head", _build_vit, dropout=True, adapt=_interpolate)
 

@@ -3,8 +3,40 @@
 from metapl.recipes.base import SGD, Feedback, Recipe, Task, from_dict
 from metapl.recipes.digits import Digits
 from metapl.recipes.images import ImageFolders
+from metapl.recipes.pictures import PictureRecipe, Strong
+from metapl.recipes.protocols import (
+    PROTOCOL_RECIPES,
+    Cifar10,
+    Cifar10Paper,
+    Imagenet10,
+    Imagenet10Paper,
+    Svhn,
+    Vision,
+)
 
-RECIPES: dict[str, type] = {"digits": Digits, "images": ImageFolders}
+RECIPES: dict[str, type] = {
+    Digits.name: Digits,
+    ImageFolders.name: ImageFolders,
+    **{kind.name: kind for kind in PROTOCOL_RECIPES},
+}
 """Recipes by name."""
 
-__all__ = ["RECIPES", "SGD", "Digits", "Feedback", "ImageFolders", "Recipe", "Task", "from_dict"]
+__all__ = [
+    "PROTOCOL_RECIPES",
+    "RECIPES",
+    "SGD",
+    "Cifar10",
+    "Cifar10Paper",
+    "Digits",
+    "Feedback",
+    "ImageFolders",
+    "Imagenet10",
+    "Imagenet10Paper",
+    "PictureRecipe",
+    "Recipe",
+    "Strong",
+    "Svhn",
+    "Task",
+    "Vision",
+    "from_dict",
+]

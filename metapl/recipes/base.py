@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from metapl import feedback
+from metapl.data.splits import Split
 from metapl.errors import MetaplError
 from metapl.losses import TeacherLoss
-from metapl.models import parameter_groups
+from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
 
 Say = Callable[[str], None]
+
+Role = Literal["teacher", "student"]
 
 Mode = Literal["unrolled", "forward", "difference", "reinforce", "reinforce_per_example", "loss_difference", "none"]
 
@@ -69,6 +72,7 @@ class Feedback:
             mode's own.
         baseline: decay of the moving average subtracted from h (reinforce, loss_difference); None: no baseline.
         temperature: of the pseudo-labels' softmax.
+        pseudo_label_smoothing: of the pseudo-labels, in the loss of the student.
     """
 
     mode: Mode = "forward"
@@ -77,6 +81,7 @@ class Feedback:
     normalization: Literal["gradient", "learning_rate", "cosine"] | None = None
     baseline: float | None = None
     temperature: float = 1.0
+    pseudo_label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         self.problem().for_modes(self.estimator().labels, self.mode)
@@ -95,7 +100,7 @@ class Feedback:
 
     def problem(self) -> PseudoLabels:
         """The pseudo-labels."""
-        return PseudoLabels(kind=self.labels, temperature=self.temperature)
+        return PseudoLabels(kind=self.labels, temperature=self.temperature, label_smoothing=self.pseudo_label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +112,16 @@ class Task:
         finetuning: source of labelled batches for finetuning.
         validation, test: (inputs, labels), or batches of these.
         classes: names.
-        truth: (inputs, labels) of unlabelled examples whose labels are known, for looking at pseudo-labels only.
-        record: what was found and how it was split, for the run folder's ``data.json``.
+        everything: source of labelled batches of the labelled and the unlabelled examples with their true labels, for
+            the headroom; None where these are not known.
+        truth: (inputs, labels), or batches of these, of unlabelled examples whose labels are known, for looking at
+            pseudo-labels only.
+        sample: some unlabelled examples as they are, (inputs, anything) or batches of these, for the report.
+        test_names: what the test examples are called, such as their files; None where they have no names.
+        split: how the examples were divided, for the run folder's ``split.json``.
+        skipped: files that are left out, each with the reason.
+        record: what was found and how it was split, for the run folder's ``data.json``; its ``hash`` says of which
+            data: a run is gone on with on the same alone.
     """
 
     labeled: Any
@@ -117,8 +130,13 @@ class Task:
     validation: Any
     test: Any
     classes: tuple[str, ...]
-    truth: tuple[Tensor, Tensor] | None = None
-    record: Mapping[str, Any] | None = None
+    record: Mapping[str, Any]
+    everything: Any = None
+    truth: Any = None
+    sample: Any = None
+    test_names: tuple[str, ...] | None = None
+    split: Split | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 class Recipe(Protocol):
@@ -151,12 +169,19 @@ class Recipe(Protocol):
     @property
     def finetune(self) -> SGD: ...
 
-    def task(self, say: Say | None = None) -> Task:
-        """The data; ``say`` is told what a user should know of it."""
+    def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
+        """The data; ``say`` is told what a user should know of it, and ``progress`` shows what takes long.
+
+        Files that turn out to be unreadable later are recorded in ``log``; see :class:`metapl.data.FileImages`.
+        """
         ...
 
-    def network(self) -> nn.Module:
-        """A network with fresh weights, from the default generator."""
+    def network(self, role: Role = "student") -> nn.Module:
+        """The teacher or the student with fresh weights, from the default generator."""
+        ...
+
+    def architecture(self) -> Architecture | None:
+        """What builds the student without metapl's wrappers; None for a network that has no name."""
         ...
 
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
@@ -173,6 +198,10 @@ class Recipe(Protocol):
 
     def fit_options(self) -> dict[str, Any]:
         """Fields of :class:`metapl.fit.FitOptions` but ``steps`` and ``phase``."""
+        ...
+
+    def finetune_options(self) -> dict[str, Any]:
+        """Fields of :class:`metapl.fit.FitOptions` in which finetuning differs from the rest."""
         ...
 
     def trainer_options(self) -> dict[str, Any]:

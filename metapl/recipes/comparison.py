@@ -16,6 +16,8 @@ TITLES = {
     "mpl": "Meta Pseudo Labels",
     "none": "same loop, no feedback",
     "supervised": "supervised, labelled data only",
+    "label_smoothing": "supervised with label smoothing",
+    "supervised_everything": "supervised with all true labels (headroom)",
     "pseudo_labels": "pseudo labels of a fixed teacher, soft",
     "pseudo_labels_hard": "pseudo labels of a fixed teacher, hard",
     "uda": "UDA alone",

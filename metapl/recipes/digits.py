@@ -19,10 +19,11 @@ from metapl.data import (
     load_digits_split,
 )
 from metapl.data.files import IMAGES, csv_rows, gray_image
+from metapl.data.fingerprint import hashes
 from metapl.fit import FitOptions
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.models import mlp
-from metapl.recipes.base import SGD, Feedback, Say, Task, require
+from metapl.recipes.base import SGD, Feedback, Role, Say, Task, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +104,14 @@ class Digits:
         CrossEntropy(self.label_smoothing)
         FitOptions(steps=self.steps, **self.fit_options())
 
-    def task(self, say: Say | None = None) -> Task:
+    def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         split = load_digits_split(self.labels_per_class, self.seed)
         images, labels = split.labeled
         few = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=0)
         many = StepSampler(len(split.unlabeled), self.unlabeled_batch, seed=self.seed, stream=1)
         again = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=2)
+        known = torch.cat([images, split.unlabeled]), torch.cat([labels, split.unlabeled_truth])
+        all_of_them = StepSampler(len(known[0]), self.labeled_batch, seed=self.seed, stream=0)
         return Task(
             labeled=LabeledBatches(images, labels, few, self.view, self.seed),
             unlabeled=UnlabeledBatches(split.unlabeled, many, Identity(), self.view, self.seed),
@@ -116,11 +119,17 @@ class Digits:
             validation=split.validation,
             test=split.test,
             classes=self.classes,
+            record={"hash": hashes(labeled=split.labeled, unlabeled=split.unlabeled, test=split.test)},
+            everything=LabeledBatches(*known, all_of_them, self.view, self.seed),
             truth=(split.unlabeled, split.unlabeled_truth),
+            sample=(split.unlabeled, split.unlabeled_truth),
         )
 
-    def network(self) -> nn.Module:
+    def network(self, role: Role = "student") -> nn.Module:
         return mlp([64, *self.hidden, 10], dropout=self.dropout)
+
+    def architecture(self) -> None:
+        return None
 
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
         if path.suffix.lower() == ".csv":
@@ -138,6 +147,9 @@ class Digits:
     def fit_options(self) -> dict[str, Any]:
         names = ("schedule", "warmup", "ema_decay", "validate_every", "log_every", "save_every", "exact_every", "keep")
         return {name: getattr(self, name) for name in names}
+
+    def finetune_options(self) -> dict[str, Any]:
+        return {}
 
     def trainer_options(self) -> dict[str, Any]:
         return {"feedback_weight": self.feedback.feedback_weight}

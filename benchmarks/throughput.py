@@ -1,0 +1,262 @@
+"""What a whole step costs beside the passes that it cannot do without, and what loading the pictures adds.
+
+    python benchmarks/throughput.py                                      # about ten minutes on two cores
+    python benchmarks/throughput.py --table benchmarks/results/throughput.json
+    python benchmarks/throughput.py --write-readme README.md
+
+The step is Algorithm 1 with a teacher that learns from labels and by UDA, at the ratio of unlabelled to labelled
+pictures of the recipes: 7 for WRN-28-2 on 32x32 pictures, 15 for ResNet-50. Three things take turns in one process, so
+that what else the machine does hits all of them:
+
+- floor: the plain forward and backward passes alone, as anybody would write them in PyTorch: the teacher's on the weak
+  view, on the strong view and on the labelled batch with one backward pass; the student's on the strong view and, of
+  what it would be after the step, on the labelled batch, each with its backward pass; for mode ``forward`` also one
+  pass with dual numbers. No optimiser moves anything, no label is drawn, no coefficient made.
+- step: ``BilevelTrainer.step`` on the same batches.
+- fed: the same step on batches that are drawn, augmented (crop, mirror, RandAugment) and moved anew each time, by a
+  feed with and without worker processes.
+
+Figures are medians over rounds of the ratios within a round. Peak memory is what a step holds beyond what was held
+before it. With a CUDA device the same is measured on it in float32 (TF32 off) and bf16, compiled and not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import described, write_json
+from modes import Place, held_at_most, places
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+import metapl
+from metapl.data import (
+    Chain,
+    ImageLabeledBatches,
+    ImageUnlabeledBatches,
+    MemoryImages,
+    RandAugment,
+    StepSampler,
+    Weak,
+    feed,
+)
+from metapl.losses import UDA, CrossEntropy
+
+RESULT = Path("benchmarks/results/throughput.json")
+BEGIN, END = "<!-- throughput:begin -->", "<!-- throughput:end -->"
+MODES = ("reinforce", "forward")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, its pictures, and the batches of a step."""
+
+    network: str
+    side: int
+    labeled: int
+    unlabeled: int
+
+    @property
+    def examples(self) -> int:
+        return self.labeled + self.unlabeled
+
+    def __str__(self) -> str:
+        return f"{self.network}, {self.side} px, {self.labeled} + {self.unlabeled}"
+
+
+CPU_SUBJECTS = (Subject("wide_resnet28_2", 32, 8, 56), Subject("resnet50", 64, 2, 30))
+CUDA_SUBJECTS = (Subject("wide_resnet28_2", 32, 128, 896), Subject("resnet50", 224, 32, 480))
+
+
+class Bench:
+    """A trainer and the same networks by hand, on the same batches."""
+
+    def __init__(self, subject: Subject, mode: str, place: Place, compiled: bool) -> None:
+        torch.manual_seed(0)
+        self.subject, self.mode, self.place = subject, mode, place
+        precision = "bfloat16" if place.precision == "bf16" else "float32"
+        self.teacher, self.student = (self._network() for _ in range(2))
+        self.trainer = metapl.BilevelTrainer(
+            self.teacher,
+            self.student,
+            mode,
+            teacher_losses=(CrossEntropy(0.1), UDA(temperature=0.7, threshold=0.6)),
+            precision=precision,
+            compile=compiled,
+        )
+        self.plain_teacher, self.plain_student = (self._network() for _ in range(2))
+        if compiled:
+            for network in (self.plain_teacher, self.plain_student):
+                network.compile()
+        self.after = {n: p.detach().clone().requires_grad_() for n, p in self.plain_student.named_parameters()}
+        self.along = {n: torch.randn_like(p) for n, p in self.plain_student.named_parameters()}
+        self.x_l, self.y_l = self._pictures(subject.labeled), self._classes(subject.labeled)
+        self.weak, self.strong = self._pictures(subject.unlabeled), self._pictures(subject.unlabeled)
+        self.y_u = self._classes(subject.unlabeled)
+
+    def _network(self) -> nn.Module:
+        network = metapl.models.create(self.subject.network, 10).to(self.place.device)
+        return network.to(memory_format=torch.channels_last) if self.place.device == "cuda" else network
+
+    def _pictures(self, count: int) -> Tensor:
+        return torch.rand(count, 3, self.subject.side, self.subject.side, device=self.place.device)
+
+    def _classes(self, count: int) -> Tensor:
+        return torch.arange(count, device=self.place.device) % 10
+
+    def step(self) -> None:
+        self.trainer.step((self.x_l, self.y_l), (self.weak, self.strong))
+
+    def floor(self) -> None:
+        """The passes alone."""
+        with self.place.active():
+            teacher, student = self.plain_teacher, self.plain_student
+            weak = teacher(self.weak)
+            F.cross_entropy(student(self.strong).float(), self.y_u).backward()
+            at_after = torch.func.functional_call(student, self.after, (self.x_l,))
+            torch.autograd.grad(F.cross_entropy(at_after.float(), self.y_l), list(self.after.values()))
+            if self.mode == "forward":
+                self._dual_pass()
+            own = F.cross_entropy(teacher(self.x_l).float(), self.y_l)
+            own = own + F.cross_entropy(teacher(self.strong).float(), self.y_u)
+            (own + F.cross_entropy(weak.float(), self.y_u)).backward()
+        for network in (teacher, student):
+            network.zero_grad(set_to_none=True)
+
+    def _dual_pass(self) -> None:
+        with torch.no_grad(), forward_ad.dual_level(), torch.compiler.set_stance("force_eager"):
+            duals = {n: forward_ad.make_dual(p, self.along[n]) for n, p in self.plain_student.named_parameters()}
+            forward_ad.unpack_dual(torch.func.functional_call(self.plain_student, duals, (self.strong,)))
+
+    def fed(self, num_workers: int) -> Callable[[], None]:
+        """A step on batches that are drawn, augmented and moved for it."""
+        few, many = self.subject.labeled, self.subject.unlabeled
+        size = 4 * many
+        images = MemoryImages(torch.randint(0, 256, (size, 3, self.subject.side, self.subject.side), dtype=torch.uint8))
+        weak = Weak(self.subject.side // 8)
+        strong = Chain((weak, RandAugment(translate=1 / 8, cutout=self.subject.side // 2)))
+        sources = {
+            "labeled": ImageLabeledBatches(images, torch.arange(size) % 10, StepSampler(size, few, seed=0), weak, 0),
+            "unlabeled": ImageUnlabeledBatches(images, StepSampler(size, many, seed=1), weak, strong, 0),
+        }
+        feeds = {
+            name: feed(source, name=name, stop=10**6, num_workers=num_workers, device=self.place.device)
+            for name, source in sources.items()
+        }
+
+        def step() -> None:
+            self.trainer.step(feeds["labeled"].next(), feeds["unlabeled"].next())
+
+        return step
+
+
+def timed(run: Callable[[], Any], place: Place) -> float:
+    place.wait()
+    start = time.perf_counter()
+    run()
+    place.wait()
+    return time.perf_counter() - start
+
+
+def measure(subject: Subject, mode: str, place: Place, compiled: bool, rounds: int) -> dict[str, Any]:
+    """One row of the result."""
+    bench = Bench(subject, mode, place, compiled)
+    workers = 4 if place.device == "cuda" else 1
+    runs = {
+        "floor": bench.floor,
+        "step": bench.step,
+        "fed": bench.fed(0),
+        f"fed, {workers} worker{'s' * (workers > 1)}": bench.fed(workers),
+    }
+    for _ in range(3 if compiled else 2):
+        for run in runs.values():
+            run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds):
+        for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
+            found[name].append(timed(runs[name], place))
+    memory = {name: held_at_most(runs[name], place) for name in ("floor", "step")}
+    base = found["floor"]
+    return {
+        "subject": str(subject),
+        "mode": mode,
+        "precision": place.precision,
+        "compiled": compiled,
+        "examples": subject.examples,
+        "rounds": rounds,
+        "seconds": found,
+        "ratio": {n: statistics.median(t / f for t, f in zip(ts, base, strict=True)) for n, ts in found.items()},
+        "examples_per_second": {n: subject.examples / statistics.median(ts) for n, ts in found.items()},
+        "peak_bytes": memory,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| network, pictures, batch | mode | precision | examples/s | step ÷ floor | fed ÷ floor | with workers | "
+        "peak memory, floor | step |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        ratio = row["ratio"]
+        workers = next(value for name, value in ratio.items() if "worker" in name)
+        precision = row["precision"] + (", compiled" if row["compiled"] else "")
+        cells = [row["subject"], f"`{row['mode']}`", precision, f"{row['examples_per_second']['step']:.0f}"]
+        cells += [f"{ratio['step']:.2f}", f"{ratio['fed']:.2f}", f"{workers:.2f}"]
+        cells += [f"{row['peak_bytes'][name] / 2**20:.0f} MB" for name in ("floor", "step")]
+        lines.append("| " + " | ".join(cells) + " |")
+    made = result["made_with"]
+    lines += [
+        "",
+        f"Medians of {result['rows'][0]['rounds']} rounds on {made['device']} ({made['cpu']}, {made['threads']} "
+        f"threads), torch {made['torch']}. `python benchmarks/throughput.py`; raw: "
+        "`benchmarks/results/throughput.json`.",
+    ]
+    return "\n".join(lines)
+
+
+def write_readme(path: Path) -> None:
+    text = path.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    path.write_text(f"{before}{BEGIN}\n{table(json.loads(RESULT.read_text()))}\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result")
+    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there")
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return
+    if options.write_readme:
+        write_readme(options.write_readme)
+        return
+    cuda = torch.cuda.is_available()
+    rows = []
+    for place in places():
+        for subject in CUDA_SUBJECTS if cuda else CPU_SUBJECTS:
+            for compiled in (False, True) if cuda else (False,):
+                for mode in MODES:
+                    rows.append(measure(subject, mode, place, compiled, options.rounds))
+                    print(f"{rows[-1]['subject']}, {mode}: {rows[-1]['ratio']}", flush=True)
+    result = {"made_with": described(places()[0].device), "rows": rows}
+    write_json(options.out, result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

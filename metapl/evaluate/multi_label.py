@@ -1,0 +1,289 @@
+"""Accuracy where an example has several right labels or none, and files that say which, ReaL's among them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from metapl.errors import MetaplError
+
+Label = int | str
+LabelSets = tuple[frozenset[int], ...]
+
+COLUMNS = ("file", "labels")
+"""Of label sets in CSV."""
+
+BETWEEN_LABELS = ";"
+
+SHOWN = 3
+"""Names in an error."""
+
+
+@dataclass(frozen=True)
+class MultiLabelAccuracy:
+    """What :func:`multi_label_accuracy` found.
+
+    Args:
+        accuracy: a fraction between 0 and 1.
+        n: examples with a label.
+        without_label: examples that have none, and do not count.
+    """
+
+    accuracy: float
+    n: int
+    without_label: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The same figures, ready for ``json.dumps``."""
+        return asdict(self)
+
+
+def multi_label_accuracy(predicted_N: Tensor, label_sets: Sequence[Set[int]]) -> MultiLabelAccuracy:
+    """How often the class that was predicted is one of the right ones.
+
+        accuracy = Σ_i [ŷ_i ∈ S_i] / Σ_i [S_i ≠ ∅]
+
+    Args:
+        predicted_N: (N,) integers, the class ŷ_i of each example.
+        label_sets: N sets S_i of right classes; an example whose set is empty is left out.
+
+    Returns:
+        the accuracy, and of how many.
+
+    Raises:
+        MetaplError: other than N sets, or all of them are empty.
+
+    >>> import torch
+    >>> multi_label_accuracy(torch.tensor([0, 1, 2, 2]), [{0, 5}, {0}, {1, 2}, set()])
+    MultiLabelAccuracy(accuracy=0.6666666666666666, n=3, without_label=1)
+
+    Beyer et al. 2020, "Are we done with ImageNet?", section 3.1: ReaL accuracy.
+    """
+    if predicted_N.shape != (len(label_sets),):
+        raise MetaplError(
+            f"there are label sets for {len(label_sets):,} examples, and predictions of shape "
+            f"{tuple(predicted_N.shape)}; expected as many of one as of the other, in the same order."
+        )
+    hits = [one in labels for one, labels in zip(predicted_N.tolist(), label_sets, strict=True) if labels]
+    if not hits:
+        raise MetaplError(f"none of the {len(label_sets):,} examples has a label; expected one at least.")
+    return MultiLabelAccuracy(sum(hits) / len(hits), len(hits), len(label_sets) - len(hits))
+
+
+def read_label_sets(path: Path, classes: Sequence[str], names: Sequence[str] | None = None) -> LabelSets:
+    """The right labels of each test example, from a file in one of three forms.
+
+    - JSON, a list of lists of classes: in the order of the test set. Where all test examples are called
+      ``ILSVRC2012_val_`` and 8 digits, entry k is that of number k, as in ReaL's own ``real.json``.
+    - JSON, an object of lists of classes by file name.
+    - CSV with the columns ``file`` and ``labels``, the latter with ``;`` between them, or empty.
+
+    Classes are given by name or by index, all in a file alike. Numbers in JSON are indices; text is names where all of
+    it is names of classes, and indices otherwise. A file is given by its name below the test folder (``cat/1.png``), or
+    by the last part of that where no other test file has the same; names of other files are passed over.
+
+    Args:
+        path: the file.
+        classes: the names of the classes, in the order of their indices.
+        names: of the N test examples, in their order, with slashes; None where they have none.
+
+    Returns:
+        N sets of indices; where the test examples have no names, as many as the file has.
+
+    Raises:
+        MetaplError: a file in no such form, test examples without an entry or with two, a name that several have, or
+            classes that are unknown or can be read in two ways.
+    """
+    found = _parsed(path)
+    entries = found.values() if isinstance(found, dict) else found
+    index = _indices(path, {label for labels in entries for label in labels}, classes)
+    in_order = _by_name(path, found, names) if isinstance(found, dict) else _by_place(path, found, names)
+    return tuple(frozenset(index[label] for label in labels) for labels in in_order)
+
+
+# ---------------------------------------------------------------------------------------------------------- the forms
+
+
+def _parsed(path: Path) -> list[list[Label]] | dict[str, list[Label]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise MetaplError(f"{path} cannot be read: {said}.") from error
+    return _from_json(path, text) if text.lstrip()[:1] in ("[", "{") else _from_csv(path, text)
+
+
+def _from_json(path: Path, text: str) -> list[list[Label]] | dict[str, list[Label]]:
+    try:
+        found = json.loads(text, object_pairs_hook=lambda pairs: _once_each(path, pairs))
+    except json.JSONDecodeError as error:
+        raise MetaplError(f"{path} cannot be read as JSON: {error}.") from error
+    for where, labels in found.items() if isinstance(found, dict) else enumerate(found):
+        if not isinstance(labels, list) or any(type(label) not in (int, str) for label in labels):
+            raise MetaplError(
+                f"{path}: the entry of {where} is {_short(json.dumps(labels))}; expected a list of classes, such as "
+                "[3, 7], and [] for none."
+            )
+    return found  # type: ignore[no-any-return]  # just checked
+
+
+def _from_csv(path: Path, text: str) -> dict[str, list[Label]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not set(COLUMNS) <= set(reader.fieldnames or ()):
+        raise MetaplError(
+            f"{path} begins with {_short(text.partition(chr(10))[0])!r}; expected CSV with the columns "
+            f"{' and '.join(COLUMNS)}, or JSON."
+        )
+    pairs = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise MetaplError(
+                f"{path}:{reader.line_num}: the row has not as many cells as the first; labels are separated by "
+                f"{BETWEEN_LABELS}, and what has a comma in it stands in quotes."
+            )
+        labels: list[Label] = [part.strip() for part in row["labels"].split(BETWEEN_LABELS) if part.strip()]
+        pairs.append((row["file"].strip(), labels))
+    return _once_each(path, pairs)
+
+
+def _once_each(path: Path, pairs: Sequence[tuple[str, list[Label]]]) -> dict[str, list[Label]]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise MetaplError(f"{path} has more than one entry of {_some(twice)}; expected one, with all the labels.")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- which class it is
+
+
+def _indices(path: Path, labels: Set[Label], classes: Sequence[str]) -> dict[Label, int]:
+    """The index of each class that occurs in a file."""
+    by_name: dict[Label, int] = {name: index for index, name in enumerate(classes)}
+    if labels <= by_name.keys():
+        return {label: by_name[label] for label in labels}
+    numbers = {label: int(label) for label in labels if isinstance(label, int) or re.fullmatch("[0-9]+", label)}
+    if len(numbers) < len(labels):
+        unknown, expected = labels - by_name.keys(), f"their names, such as {_some(classes)}"
+    else:
+        unknown = {label for label, number in numbers.items() if not 0 <= number < len(classes)}
+        expected = f"their names, or 0 to {len(classes) - 1}"
+    if unknown:
+        raise MetaplError(
+            f"{path}: {len(unknown):,} of the {len(labels):,} classes in it are not among the run's: "
+            f"{_some(sorted(unknown, key=str))}; expected {expected}."
+        )
+    _check_one_meaning(path, numbers, classes)
+    return numbers
+
+
+def _check_one_meaning(path: Path, numbers: Mapping[Label, int], classes: Sequence[str]) -> None:
+    by_name = {name: index for index, name in enumerate(classes)}
+    two = sorted((x for x, number in numbers.items() if by_name.get(str(x), number) != number), key=str)
+    if two:
+        one, index = two[0], numbers[two[0]]
+        raise MetaplError(
+            f"{path}: {len(two):,} of the {len(numbers):,} classes can be read in two ways: {one} is the index of "
+            f'{classes[index]!r} and the name of another class; expected names alone, in JSON in quotes: "{one}".'
+        )
+
+
+# ------------------------------------------------------------------------------------------------ whose labels they are
+
+
+def _by_place(path: Path, found: list[list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
+    numbers = _ilsvrc_numbers(names or ())
+    if numbers is None:
+        if names is not None and len(names) != len(found):
+            raise MetaplError(
+                f"{path} is a list of {len(found):,} entries, and there are {len(names):,} test examples; expected one "
+                "entry for each, in their order, or an object by file name."
+            )
+        return found
+    beyond = [name for name, number in zip(names or (), numbers, strict=True) if number > len(found)]
+    if beyond:
+        raise MetaplError(
+            f"{path} is a list of {len(found):,} entries, and the numbers of {len(beyond):,} test files are greater: "
+            f"{_some(beyond)}; expected ReaL's own list of 50,000, or an object by file name."
+        )
+    return [found[number - 1] for number in numbers]
+
+
+def _ilsvrc_numbers(names: Sequence[str]) -> list[int] | None:
+    """The numbers in the names, where each is called as a validation picture of ILSVRC 2012; they begin with 1.
+
+    >>> _ilsvrc_numbers(["n01440764/ILSVRC2012_val_00000293.JPEG"]), _ilsvrc_numbers(["cat/1.png"])
+    ([293], None)
+    """
+    found = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", PurePosixPath(name).stem) for name in names]
+    numbers = [int(match[1]) for match in found if match]
+    return numbers if names and len(numbers) == len(names) and min(numbers) > 0 else None
+
+
+def _by_name(path: Path, found: dict[str, list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
+    if names is None:
+        raise MetaplError(
+            f"{path} has labels by file name, and the test examples of this run have no names; expected a JSON list "
+            "of lists, in the order of the test set."
+        )
+    whole, last = _places(names), _places(PurePosixPath(name).name for name in names)
+    at = {name: whole.get(name) or last.get(name, []) for name in found}
+    shared = [name for name, places in at.items() if len(places) > 1]
+    if shared:
+        ours = _some(names[place] for place in at[shared[0]])
+        raise MetaplError(
+            f"{path}: {len(shared):,} of its {len(found):,} names are those of several test files: {shared[0]} of "
+            f"{ours}; write them with their folder."
+        )
+    entries: list[list[str]] = [[] for _ in names]
+    for name, places in at.items():
+        for place in places:
+            entries[place].append(name)
+    _check_entries(path, found, names, entries)
+    return [found[one] for (one,) in entries]
+
+
+def _places(names: Iterable[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+    return places
+
+
+def _check_entries(path: Path, found: Iterable[str], names: Sequence[str], entries: Sequence[Sequence[str]]) -> None:
+    twice = [both for both in entries if len(both) > 1]
+    if twice:
+        raise MetaplError(
+            f"{path}: {len(twice):,} of the {len(names):,} test files have two entries: {' and '.join(twice[0])} are "
+            "one; expected one, with all the labels."
+        )
+    missing = [name for name, one in zip(names, entries, strict=True) if not one]
+    if missing:
+        raise MetaplError(
+            f"{path} has no entry for {len(missing):,} of the {len(names):,} test files: {_some(missing)}; expected "
+            f"these names, with an empty list of labels where none is right. The names in it: {_some(list(found))}."
+        )
+
+
+def _some(what: Iterable[Label]) -> str:
+    """The first few.
+
+    >>> _some(["a", "b", "c", "d", "e"]), _some([7])
+    ('a, b, c and 2 more', '7')
+    """
+    listed = [_short(str(one)) for one in what]
+    more = len(listed) - SHOWN
+    return ", ".join(listed[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,0 +1,65 @@
+"""What the loop asks of a trainer, and of what its steps return."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from metapl.checks import Fault
+
+Say = Callable[[str], None]
+
+
+class Report(Protocol):
+    """What a step returns: numbers that stay on the device until they are read."""
+
+    @property
+    def fault(self) -> Fault: ...
+
+    @property
+    def scalars(self) -> dict[str, Tensor]: ...
+
+    def as_dict(self) -> dict[str, float]: ...
+
+    def counts(self) -> dict[str, list[int]]: ...
+
+
+class Stepwise(ABC):
+    """A trainer that goes step by step, and whose state can be saved between any two."""
+
+    student: nn.Module
+    device: torch.device
+
+    @property
+    def labeller(self) -> nn.Module | None:
+        """The teacher, where there is one."""
+        return None
+
+    @property
+    @abstractmethod
+    def schedulable(self) -> list[torch.optim.Optimizer]:
+        """The optimisers whose learning rates the schedule moves: the student's, then the teacher's."""
+
+    @abstractmethod
+    def step(self, labeled: Any, unlabeled: Any = None) -> Report:
+        """One step."""
+
+    def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
+        """One step of the teacher alone, while the student waits; asked for where there is a :attr:`labeller`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next step, but the data and the default generators."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+
+    def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
+        """The cosine between this trainer's teacher gradient and the exact one; None where it has none."""
+        return None

@@ -1,0 +1,234 @@
+"""The loop: batches in, steps taken, what they showed recorded, checkpoints out.
+
+It knows nothing of what a step does. It is resumed by position: what is drawn, scheduled and measured is a function of
+the step's number and of what a checkpoint holds, so a run that was killed ends bit for bit as one that was not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from metapl import checkpoint
+from metapl.data.feed import Feed, feed
+from metapl.errors import MetaplError
+from metapl.fitting.contract import Report, Say, Stepwise
+from metapl.fitting.options import FitOptions
+from metapl.fitting.progress import Bar, progress_bar
+from metapl.fitting.rates import Rates
+from metapl.fitting.records import Records
+from metapl.fitting.selection import Best, Selection, weights_of
+from metapl.fitting.stopping import Interrupted, stop_requests
+from metapl.fitting.watch import Watch
+from metapl.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit ended with: the best validation accuracy (a fraction; None without validation), the step it was
+    reached at, and these weights, which are in the student now."""
+
+    validation_accuracy: float | None
+    step: int
+    weights: dict[str, Tensor] = field(repr=False)
+
+
+class FitRun:
+    """One run of the loop; the arguments are those of :meth:`metapl.fit.Loop.fit`."""
+
+    def __init__(
+        self,
+        trainer: Stepwise,
+        how: FitOptions,
+        out: RunFolder | None,
+        validation: Any,
+        truth: Any,
+        progress: bool,
+        say: Say,
+    ) -> None:
+        if how.wait and trainer.labeller is None:
+            raise MetaplError(
+                f"wait={how.wait} was asked for, and a {type(trainer).__name__} has no teacher that could train while "
+                "its student waits; expected wait=0."
+            )
+        self.trainer, self.how, self.say = trainer, how, say
+        self.progress = progress and sys.stderr.isatty()
+        self.rates = Rates(trainer, how)
+        self.average = None if how.ema_decay is None else _average(trainer.student, how.ema_decay)
+        self.watch = Watch(trainer)
+        self.selection = Selection(validation, truth, trainer.device)
+        self.records = Records(out, how)
+        self.feeds: dict[str, Feed] = {}
+
+    def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
+        if not resume:
+            self.records.refuse_another_run()
+        try:
+            for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
+                if source is not None:
+                    self.feeds[name] = self._feed(source, name)
+            self._steps(self._restore() if resume else 0)
+        except Exception as error:
+            death = _worker_death(error, (labeled, unlabeled))
+            if death is None:
+                raise
+            raise MetaplError(f"{death} ({self.records.last_good()})") from error
+        finally:
+            self.rates.put_back()
+            for one in self.feeds.values():
+                one.close()
+        return self._finish()
+
+    def _feed(self, source: Any, name: str) -> Feed:
+        how = self.how
+        return feed(source, name=name, stop=how.steps, num_workers=how.num_workers, device=self.trainer.device)
+
+    def _steps(self, start: int) -> None:
+        how = self.how
+        with stop_requests() as stop:
+            bar = progress_bar(self.progress, name=how.phase, start=start, steps=how.steps)
+            with bar as shown, self.records.opened(start):
+                for t in range(start, how.steps):
+                    row = self._one_step(t, shown)
+                    if row:
+                        self.records.row({"step": t + 1, **row})
+                    if how.due(how.save_every, t):
+                        self._save(t + 1)
+                    if stop:
+                        raise Interrupted(t + 1, stop[0], self._save(t + 1))
+            if stop:  # after the last step, while the records were closed
+                raise Interrupted(how.steps, stop[0], self.records.saved_at)
+
+    def _one_step(self, t: int, bar: Bar) -> dict[str, float]:
+        """Step t; the numbers to record, if this step is one that is recorded."""
+        how, batches = self.how, {name: one.next() for name, one in self.feeds.items()}
+        labeled, unlabeled = batches["labeled"], batches.get("unlabeled")
+        self.rates.move(t)
+        row: dict[str, float] = {}
+        if how.due(how.exact_every, t) and not how.waits(t):
+            cosine = self.trainer.exact_cosine(labeled, unlabeled)
+            row |= {} if cosine is None else {"exact_cosine": cosine}
+        report = self._step(t, labeled, unlabeled)
+        self.watch.note(report, t)
+        logged, validated = how.due(how.log_every, t), how.due(how.validate_every, t)
+        if logged or validated:
+            self._refuse_bad(t)
+        if logged:
+            row |= report.as_dict() | self.rates.now()
+            self.records.counts(t + 1, report.counts())
+        if validated:
+            student = None if how.waits(t) else self._candidate()
+            row |= self.selection.look(student, self.trainer.labeller, t + 1)
+        bar.advance(batches.values(), row)
+        return row
+
+    def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
+        try:
+            if self.how.waits(t):
+                return self.trainer.teacher_step(labeled, unlabeled)
+            report = self.trainer.step(labeled, unlabeled)
+        except MetaplError as error:
+            self._refuse_bad(t - 1)  # what went wrong before is the reason
+            raise MetaplError(f"step {t + 1}: {error} ({self.records.last_good()})") from error
+        if self.average is not None:
+            self.average.update_parameters(self.trainer.student)
+        return report
+
+    def _refuse_bad(self, t: int) -> None:
+        self.watch.refuse(t, self.records.last_good())
+
+    def _candidate(self) -> nn.Module:
+        """What is validated and kept: the averaged student, or the student."""
+        if self.average is None:
+            return self.trainer.student
+        averaged: nn.Module = self.average.module
+        return averaged
+
+    # ------------------------------------------------------------------------------------------- saving and resuming
+
+    def _save(self, step: int) -> Path | None:
+        if not self.records.kept:
+            return None
+        self._refuse_bad(step - 1)
+        return self.records.save(step, self._state(step))
+
+    def _state(self, step: int) -> dict[str, Any]:
+        best = self.selection.best
+        return {
+            "step": step,
+            "options": self.how.decisive(),
+            "trainer": self.trainer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "best": {"accuracy": best.accuracy, "step": best.step, "weights": best.weights},
+            "feeds": {name: one.state() for name, one in self.feeds.items()},
+            "rng": checkpoint.rng_state(),
+        }
+
+    def _restore(self) -> int:
+        """Go on from the newest whole checkpoint; the step to go on with."""
+        found = self.records.newest(self.say)
+        if found is None:
+            return 0
+        state = found.state
+        self._refuse_other_options(found.path, state)
+        self.trainer.load_state_dict(state["trainer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.selection.best = Best(**state["best"])
+        for name, one in self.feeds.items():
+            one.restore(state["feeds"][name])
+        checkpoint.set_rng_state(state["rng"])
+        self.records.saved_at = found.path
+        step: int = state["step"]
+        self.say(f"resumed at step {step}" + ("" if self.how.phase == "fit" else f" of phase {self.how.phase}"))
+        return step
+
+    def _refuse_other_options(self, file: Path, state: dict[str, Any]) -> None:
+        before, now = state["options"], self.how.decisive()
+        changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+        if changed:
+            what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+            raise MetaplError(f"{file} is of a run with other options ({what}); resume it as it was started.")
+        if state["feeds"].keys() != self.feeds.keys():
+            had, has = (" and ".join(kinds) for kinds in (state["feeds"], self.feeds))
+            raise MetaplError(f"{file} is of a run on {had} batches, now there are {has} ones; give the same sources.")
+
+    def _finish(self) -> FitResult:
+        """Put the best student in place."""
+        best = self.selection.best
+        if best.weights:
+            self.trainer.student.load_state_dict(best.weights)
+            return FitResult(best.accuracy, best.step, best.weights)
+        last = weights_of(self._candidate())
+        self.trainer.student.load_state_dict(last)
+        return FitResult(None, self.how.steps, last)
+
+
+def _worker_death(error: Exception, sources: Iterable[Any]) -> str | None:
+    """What became of a worker, if that is the error: torch raises it wherever the loop is at.
+
+    To be asked before the workers are stopped.
+    """
+    for source in sources:
+        known: str | None = getattr(source, "explain", lambda: None)()
+        if known is not None:
+            return known
+    said = next((str(one) for one in (error, error.__cause__) if str(one).startswith("DataLoader worker")), None)
+    if said is None:
+        return None
+    return f"a process that prepares batches died ({said.split('. ')[0].strip(' .')}): was there too little memory?"
+
+
+def _average(student: nn.Module, decay: float) -> AveragedModel:
+    def average(averaged: Any, current: Any, count: Any) -> None:
+        t = int(count)
+        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + t) / (10 + t)))
+
+    return AveragedModel(student, multi_avg_fn=torch.no_grad()(average))

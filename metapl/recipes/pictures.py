@@ -1,0 +1,319 @@
+"""What recipes for pictures share: views, networks, losses, how long. Where the pictures come from is their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from metapl import models
+from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, Chain, RandAugment, ResizedCrop, Weak
+from metapl.data.image_batches import (
+    ImageEvaluationBatches,
+    ImageLabeledBatches,
+    ImageUnlabeledBatches,
+    in_unit_range,
+)
+from metapl.data.image_sets import Images
+from metapl.data.images import SUFFIXES, read_image
+from metapl.data.samplers import StepSampler
+from metapl.data.views import Identity, View
+from metapl.errors import MetaplError
+from metapl.fit import FitOptions
+from metapl.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.recipes.base import SGD, Feedback, Role, require
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation that pretrained weights expect."""
+
+EVALUATED_AT_ONCE, SAMPLED = 256, 2048
+"""Pictures in a batch of an evaluation; unlabelled pictures that the report looks at."""
+
+NESTEROV = SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strong:
+    """The student's view: the weak one, then RandAugment, then a square cut out.
+
+    Args:
+        operations: drawn per picture.
+        magnitude: of each, on a scale of 10; 0 to 17 or so.
+        cutout: side of the square in pixels.
+        writing: the pictures are digits or letters: nothing is mirrored, turned or moved sideways.
+        again: mirror and move once more after that, as the authors' code does on CIFAR-10.
+        translate: share of the side by which a picture is moved at a magnitude of 10.
+    """
+
+    operations: int = 2
+    magnitude: float = 8.0
+    cutout: int = 8
+    writing: bool = False
+    again: bool = False
+    translate: float = 1 / 8
+
+    def view(self, weak: View) -> View:
+        """RandAugment with one of the paper's two lists of operations, after the weak view."""
+        changed = RandAugment(
+            self.operations,
+            self.magnitude,
+            operations=SVHN_OPERATIONS if self.writing else CIFAR_OPERATIONS,
+            translate=self.translate,
+            cutout=self.cutout,
+        )
+        return Chain((weak, changed, weak) if self.again else (weak, changed))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A recipe's pictures: a few with labels, many without, and those to select and to report on.
+
+    Args:
+        few, labels: labelled pictures and int64 (n,).
+        many: unlabelled pictures.
+        hidden: int64, the true labels of these, where they are known: for looking at pseudo-labels only.
+        known: labelled and unlabelled pictures together with their true labels, where they are known: for the headroom.
+        val, val_labels: to select on.
+        test, test_labels: to report on.
+    """
+
+    few: Images
+    labels: Tensor
+    many: Images
+    val: Images
+    val_labels: Tensor
+    test: Images
+    test_labels: Tensor
+    hidden: Tensor | None = None
+    known: tuple[Images, Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRecipe:
+    """How a classifier of pictures is trained.
+
+    The teacher labels weakly augmented pictures and learns from labelled ones, from consistency (UDA) and from the
+    student's feedback; the student learns its labels on strongly augmented pictures.
+
+    Args:
+        seed: of the split, the weights and every draw.
+        image_size: side that every picture is brought to, in pixels.
+        grey: read pictures without colours.
+        network: small_cnn, wide_resnet28_2, resnet50, efficientnet_b0, vit_b_16, timm:NAME, ...
+        weights: file with pretrained weights of it.
+        dropout: in the student.
+        teacher_dropout: in the teacher; None is as in the student.
+        stochastic_depth: probability with which the last block is dropped, in networks that have it.
+        channels_last: keep the networks' weights in the order that tensor cores like.
+        compile: the networks' passes by torch.compile.
+        steps: training steps.
+        wait: of these, steps before the student starts, in which the teacher learns alone.
+        labeled_batch: labelled pictures a step.
+        unlabeled_batch: unlabelled pictures a step.
+        pad: by how many pixels the weak view moves a picture at most.
+        resized_crop: the views cut out a random part of a picture, as for photos, instead of moving it by pad; pictures
+            are then read anew each time.
+        strong: the student's view.
+        label_smoothing: of the teacher's supervised loss.
+        uda_weight: weight of UDA among the teacher's losses; 0 leaves it out.
+        uda_temperature: of UDA's target; below 1 sharpens it.
+        uda_threshold: UDA leaves out pictures whose greatest probability does not exceed it.
+        uda_ramp: steps over which its weight grows from 0.
+        feedback: how the teacher is told.
+        feedback_ratio: instead of feedback_weight: the size of the feedback's gradient in units of that of the
+            teacher's own losses, at every step.
+        student: its optimiser.
+        teacher: its optimiser.
+        schedule: of both learning rates.
+        warmup: steps over which both learning rates grow from 0.
+        clip_norm: greatest norm of either network's gradient.
+        accumulate: micro-batches a batch is taken in, to save memory.
+        precision: bfloat16 runs the networks' passes under autocast.
+        ema_decay: of an average of the student that is then what is kept.
+        finetune_steps: on the labelled data, after the rest.
+        finetune_batch: labelled pictures a step of it; None is as many as before.
+        finetune: its optimiser.
+        validate_every: steps between validations.
+        log_every: steps between rows of metrics.
+        save_every: steps between checkpoints.
+        exact_every: steps between looks at the cosine of the mode's gradient with the exact one; None is never.
+        keep: checkpoints kept.
+        num_workers: processes that read pictures; changes nothing but speed.
+        device: auto takes a GPU where there is one.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = SUFFIXES
+    centre: ClassVar[float] = 1.0
+    """Share of a picture's sides that is looked at when it is evaluated."""
+
+    seed: int = 0
+    image_size: int = 32
+    grey: bool = False
+    network_name: Annotated[str, tyro.conf.arg(name="network")] = "small_cnn"
+    weights: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    dropout: float = 0.0
+    teacher_dropout: float | None = None
+    stochastic_depth: float = 0.0
+    channels_last: bool = False
+    compile: bool = False
+    steps: int = 3000
+    wait: int = 0
+    labeled_batch: int = 64
+    unlabeled_batch: int = 128
+    pad: int = 4
+    resized_crop: bool = False
+    strong: Strong = field(default_factory=Strong)
+    label_smoothing: float = 0.1
+    uda_weight: float = 1.0
+    uda_temperature: float = 0.7
+    uda_threshold: float = 0.6
+    uda_ramp: int = 500
+    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
+    feedback_ratio: float | None = None
+    student: SGD = field(default_factory=lambda: NESTEROV)
+    teacher: SGD = field(default_factory=lambda: NESTEROV)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 0
+    clip_norm: float | None = None
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float | None = 0.995
+    finetune_steps: int = 200
+    finetune_batch: int | None = None
+    finetune: SGD = field(default_factory=lambda: SGD(lr=1e-3))
+    validate_every: int = 100
+    log_every: int = 20
+    save_every: int = 500
+    exact_every: int | None = None
+    keep: int = 2
+    num_workers: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "steps", "labeled_batch", "unlabeled_batch", "accumulate"):
+            require(self, getattr(self, name) >= 1, name, "1 or more")
+        for name in ("finetune_steps", "uda_weight", "num_workers", "pad"):
+            require(self, getattr(self, name) >= 0, name, "0 or more")
+        require(self, self.finetune_batch is None or self.finetune_batch >= 1, "finetune_batch", "1 or more")
+        require(self, 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
+        CrossEntropy(self.label_smoothing)
+        self.strong.view(Identity())
+        FitOptions(steps=self.steps, **self.fit_options())
+        for role in ("teacher", "student"):
+            self._architecture(role, num_classes=2)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the network's outputs."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------ the data
+
+    def views(self) -> tuple[View, View, ResizedCrop | None]:
+        """The weak and the strong view, and the box that is cut out of a file before either."""
+        if self.resized_crop:
+            # The crop mirrors too; what is left of the weak view is nothing.
+            crop = ResizedCrop(self.image_size, flip=not self.strong.writing)
+            return Identity(), self.strong.view(Identity()), crop
+        weak = Weak(self.pad, flip=not self.strong.writing)
+        return weak, self.strong.view(weak), None
+
+    def batches(self, pictures: Pictures) -> dict[str, Any]:
+        """The sources of a :class:`~metapl.recipes.Task`."""
+        weak, strong, crop = self.views()
+        few, many, labels = pictures.few, pictures.many, pictures.labels
+
+        def labeled(images: Images, labels: Tensor, size: int, stream: int, seed: int) -> ImageLabeledBatches:
+            sampler = StepSampler(len(images), size, seed=self.seed, stream=stream)
+            return ImageLabeledBatches(images, labels, sampler, weak, seed, crop=crop)
+
+        def looked_at(images: Images, labels: Tensor) -> ImageEvaluationBatches:
+            return ImageEvaluationBatches(images, labels, EVALUATED_AT_ONCE)
+
+        sampler = StepSampler(len(many), self.unlabeled_batch, seed=self.seed, stream=1)
+        some = torch.arange(min(len(many), SAMPLED))
+        hidden = torch.zeros(len(many), dtype=torch.int64) if pictures.hidden is None else pictures.hidden
+        sample = looked_at(many.select(some), hidden[some])
+        return {
+            "labeled": labeled(few, labels, self.labeled_batch, 0, self.seed),
+            "unlabeled": ImageUnlabeledBatches(many, sampler, weak, strong, self.seed, crop=crop),
+            "finetuning": labeled(few, labels, self.finetune_batch or self.labeled_batch, 2, self.seed + 1),
+            "validation": looked_at(pictures.val, pictures.val_labels),
+            "test": looked_at(pictures.test, pictures.test_labels),
+            "sample": sample,
+            "truth": None if pictures.hidden is None else sample,
+            "everything": pictures.known and labeled(*pictures.known, self.labeled_batch, 0, self.seed),
+        }
+
+    def read(self, path: Path) -> list[tuple[str, Tensor]]:
+        """The network's input for a file."""
+        size = (self.image_size, self.image_size)
+        image = read_image(path, mode="L" if self.grey else "RGB", size=size, centre=self.centre)
+        return [(str(path), in_unit_range(image))]
+
+    # -------------------------------------------------------------------------------------------------- the networks
+
+    def architecture(self) -> models.Architecture:
+        """What builds the student, without normalisation."""
+        return self._architecture("student", len(self.classes))
+
+    def _architecture(self, role: Role, num_classes: int) -> models.Architecture:
+        own = self.teacher_dropout is not None and role == "teacher"
+        dropout = self.teacher_dropout if own else self.dropout
+        return models.Architecture(
+            name=self.network_name,
+            num_classes=num_classes,
+            dropout=dropout or 0.0,
+            stochastic_depth=self.stochastic_depth,
+            in_channels=1 if self.grey else 3,
+            image_size=self.image_size,
+        )
+
+    def network(self, role: Role = "student") -> nn.Module:
+        """The teacher or the student with fresh or pretrained weights, normalising pictures in [0, 1]."""
+        network = self._architecture(role, len(self.classes)).create(self.weights)
+        channels = 1 if self.grey else 3
+        mean, std = IMAGENET if self.weights and not self.grey else ((0.5,) * channels, (0.25,) * channels)
+        normalized = models.normalized(network, mean, std)
+        return normalized.to(memory_format=torch.channels_last) if self.channels_last else normalized
+
+    # -------------------------------------------------------------------------------------------------- the training
+
+    def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
+        """Supervised cross-entropy, and UDA if wanted."""
+        supervised = CrossEntropy(self.label_smoothing)
+        weight = self.uda_weight if self.uda_weight > 0 else 1.0
+        wanted = self.uda_weight > 0 if uda is None else uda
+        consistency = UDA(self.uda_temperature, self.uda_threshold, weight, self.uda_ramp)
+        return (supervised, consistency) if wanted else (supervised,)
+
+    def fit_options(self) -> dict[str, Any]:
+        """For ``fit``."""
+        every = ("validate_every", "log_every", "save_every", "exact_every")
+        names = ("wait", "schedule", "warmup", "ema_decay", *every, "keep", "num_workers")
+        return {name: getattr(self, name) for name in names}
+
+    def finetune_options(self) -> dict[str, Any]:
+        """For ``fit`` on the labelled data, at a rate that stays: section 2.3 of the paper."""
+        return {"schedule": "constant"}
+
+    def trainer_options(self) -> dict[str, Any]:
+        """For :class:`metapl.BilevelTrainer`."""
+        options = {name: getattr(self, name) for name in ("clip_norm", "accumulate", "precision", "compile")}
+        weight = {"feedback_weight": self.feedback.feedback_weight}
+        return options | (weight if self.feedback_ratio is None else {"feedback_ratio": self.feedback_ratio})
+
+    def place(self) -> torch.device:
+        """A GPU where there is one, if wanted."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise MetaplError("device=cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def whole(path: str | None) -> str | None:
+    """A path as it can be stored; None stays None."""
+    return None if path is None else str(Path(path).expanduser().resolve())

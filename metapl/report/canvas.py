@@ -1,0 +1,124 @@
+"""A page without a display, and the file that it becomes."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metapl.atomic import replacing
+from metapl.errors import MetaplError
+from metapl.report.style import (
+    DOTS_PER_INCH,
+    MARGIN,
+    NOTE_ABOVE,
+    NOTE_SIZE,
+    PANEL_TITLE_SIZE,
+    QUIET,
+    STYLE,
+    SUMMARY_LINE,
+    SUMMARY_SIZE,
+    TITLE_ABOVE,
+    TITLE_LINE,
+    TITLE_SIZE,
+)
+from metapl.report.text import wrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+Box = tuple[float, float, float, float]  # left, bottom, width, height in inches, from the lower left of the page
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Everything is measured and drawn within this block; matplotlib's global state is as it was when it ends."""
+    import matplotlib.style
+
+    # "default" first, so that a user's own matplotlibrc does not change the picture; both end with the block.
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        # Names of classes may be in any script; a box for a letter is better than no report.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def blank_page(width: float, height: float) -> Figure:
+    """A white page of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def fractions(figure: Figure, box: Box) -> Box:
+    """The same box in fractions of the page."""
+    (page_width, page_height), (left, bottom, width, height) = figure.get_size_inches(), box
+    return left / page_width, bottom / page_height, width / page_width, height / page_height
+
+
+def write_at(figure: Figure, x: float, y: float, text: str, **look: Any) -> Text:
+    """Writes a line of text at inches from the lower left."""
+    width, height = figure.get_size_inches()
+    return figure.text(x / width, y / height, text, **look)
+
+
+def write_heading(axes: Axes, title: str) -> None:
+    """The title above a panel."""
+    axes.set_title(title, loc="left", fontsize=PANEL_TITLE_SIZE, fontweight="bold", pad=72 * TITLE_ABOVE)
+
+
+def write_note(axes: Axes, text: str) -> None:
+    """The line between the title and the panel."""
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(text, (0, 1), (0, 72 * NOTE_ABOVE), fontsize=NOTE_SIZE, color=QUIET, **place)
+
+
+def wrap_head(title: str, summary: str, width: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The lines of a page's title and of the sentences beneath it."""
+    return wrap(title, width - 2 * MARGIN, TITLE_SIZE, "bold"), wrap(summary, width - 2 * MARGIN, SUMMARY_SIZE)
+
+
+def head_height(title: Sequence[str], summary: Sequence[str]) -> float:
+    """Inches that they take."""
+    return TITLE_LINE * len(title) + SUMMARY_LINE * len(summary)
+
+
+def draw_head(figure: Figure, title: Sequence[str], summary: Sequence[str]) -> float:
+    """Writes them at the top of the page; returns how high they end, in inches from below."""
+    y = float(figure.get_size_inches()[1]) - MARGIN
+    for line in title:
+        write_at(figure, MARGIN, y - 0.1, line, fontsize=TITLE_SIZE, fontweight="bold", va="center")
+        y -= TITLE_LINE
+    for line in summary:
+        write_at(figure, MARGIN, y - 0.1, line, fontsize=SUMMARY_SIZE, color=QUIET, va="center")
+        y -= SUMMARY_LINE
+    return y
+
+
+def png(figure: Figure) -> bytes:
+    """The page as the bytes of a PNG file."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name such as "$5" is no formula
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def write_whole(path: str | os.PathLike[str], image: bytes) -> None:
+    """Writes a file that takes its name only when it is whole."""
+    path = Path(path)
+    try:
+        with replacing(path) as file:
+            file.write(image)
+    except OSError as error:
+        raise MetaplError(f"{path} could not be written: {error.strerror}; any earlier one is as it was") from error

@@ -1,0 +1,230 @@
+"""What was measured over the steps: a panel for each few quantities that belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from metapl.report.canvas import write_heading, write_note
+from metapl.report.style import DOTS_PER_INCH, GRID, NOTE_SIZE, PALETTE, QUIET
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Rows = Sequence[Mapping[str, float]]
+Curves = Mapping[str, Rows]
+
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.8)), (0, (1.2, 1.4)))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot of a few quantities over the steps; the first is drawn solid, the next dashed, the third dotted."""
+
+    title: str
+    series: tuple[tuple[str, str], ...]  # (key of the rows, its name in the legend)
+    percent: bool = False
+    log: bool = False
+    noisy: bool = True
+    last_values: bool = False
+    otherwise: Panel | None = None  # drawn in its place where there are no figures for it
+
+
+PANELS = (
+    Panel(
+        "Validation accuracy",
+        (("student_validation_accuracy", "student"), ("teacher_validation_accuracy", "teacher")),
+        percent=True,
+        noisy=False,
+        last_values=True,
+    ),
+    Panel("Losses", (("inner_loss", "inner (student)"), ("outer_loss", "outer (labelled)"))),
+    Panel(
+        "Feedback to the teacher",
+        (("feedback_ratio", "its gradient ÷ that of the teacher's own losses"),),
+        log=True,
+        otherwise=Panel("Feedback to the teacher", (("feedback_std", "standard deviation of h"),), log=True),
+    ),
+    Panel(
+        "Pseudo-labels",
+        (("pseudo_label_accuracy", "accuracy"), ("pseudo_label_confidence", "confidence"), ("agreement", "agreement")),
+        percent=True,
+    ),
+)
+
+
+def _points(rows: Rows, key: str) -> list[tuple[float, float]]:
+    pairs = ((float(row["step"]), float(row[key])) for row in rows if "step" in row and row.get(key) is not None)
+    return sorted(pair for pair in pairs if all(map(math.isfinite, pair)))
+
+
+def has_figures(panel: Panel, curves: Curves) -> bool:
+    """Whether there is anything to draw in a panel."""
+    points = (value for rows in curves.values() for key, _ in panel.series for _, value in _points(rows, key))
+    return any(value > 0 or not panel.log for value in points)
+
+
+def draw_panel(axes: Axes, panel: Panel, curves: Curves) -> None:
+    """Draws the curves of all methods, with their scales and a note."""
+    ends: list[tuple[float, str]] = []
+    last_step = 0.0
+    for index, rows in enumerate(curves.values()):
+        for rank, (key, _) in enumerate(panel.series):
+            points = [(step, value) for step, value in _points(rows, key) if value > 0 or not panel.log]
+            if not points:
+                continue
+            colour = colour_of(index if len(curves) > 1 else rank)
+            _draw_curve(axes, points, colour, rank, panel.noisy, pale=len(curves) * len(panel.series) <= 4)
+            last_step = max(last_step, points[-1][0])
+            if panel.last_values and (rank == 0 or len(curves) == 1):
+                ends.append((points[-1][1], colour))
+    _dress(axes, panel, last_step)
+    _draw_note(axes, panel, curves)
+    _label_ends(axes, ends)
+
+
+def _draw_curve(
+    axes: Axes, points: Sequence[tuple[float, float]], colour: str, rank: int, noisy: bool, pale: bool
+) -> None:
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    marker = "o" if len(points) == 1 else None
+    window = len(points) // 40 if noisy else 0
+    if window > 1:
+        if pale:
+            axes.plot(steps, values, color=colour, alpha=0.16, linewidth=0.8, zorder=1)
+        values = _running_mean(values, window)
+    axes.plot(steps, values, color=colour, linewidth=1.9, linestyle=DASHES[rank], marker=marker, markersize=5, zorder=3)
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean over `window` values about each, over fewer towards the ends.
+
+    >>> _running_mean([0.0, 3.0, 6.0, 9.0], 3)
+    [1.5, 3.0, 6.0, 7.5]
+    """
+    half = window // 2
+    spans = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    return [math.fsum(span) / len(span) for span in spans]
+
+
+def _dress(axes: Axes, panel: Panel, last_step: float) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.tick_params(which="both", length=0)
+    write_heading(axes, panel.title)
+    axes.set_xlabel("step", loc="right", labelpad=1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short_number(last_step)))
+    axes.margins(x=0.02, y=0.08)
+    if panel.log:
+        _dress_log(axes)
+    elif panel.percent:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+    else:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+
+
+def _dress_log(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    # What hardly changes would leave a scale without a tick, or none at all.
+    middle, half = math.sqrt(low * high), max(math.sqrt(high / low), 2.0)
+    low, high = middle / half, middle * half
+    axes.set_ylim(low, high)
+    # Within less than two decades, powers of ten alone would leave a scale of one tick or none.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0), numticks=8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _short_number(largest: float) -> Callable[[float, Any], str]:
+    """
+    >>> _short_number(20_000)(2_500, None), _short_number(900)(250, None)
+    ('2.5k', '250')
+    """
+    for unit, letter in ((1e6, "M"), (1e3, "k")):
+        if largest >= 5 * unit:
+            return lambda value, _: f"{value / unit:g}{letter}" if value else "0"
+    return lambda value, _: f"{value:g}"
+
+
+def _draw_note(axes: Axes, panel: Panel, curves: Curves) -> None:
+    """The line between title and panel, where no curve can run through it: what each dash means, or what is drawn."""
+    from matplotlib.lines import Line2D
+
+    if len(panel.series) == 1:
+        key, name = panel.series[0]
+        write_note(axes, name + _never_positive(panel, key, curves))
+        return
+    present = [
+        (rank, name)
+        for rank, (key, name) in enumerate(panel.series)
+        if any(_points(rows, key) for rows in curves.values())
+    ]
+    handles = [
+        Line2D([], [], color=colour_of(rank) if len(curves) == 1 else QUIET, linestyle=DASHES[rank], linewidth=1.9)
+        for rank, _ in present
+    ]
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.008, 1.015), "borderpad": 0.2}
+    look: dict[str, Any] = {"fontsize": NOTE_SIZE, "labelcolor": QUIET, "handlelength": 1.9, "columnspacing": 1.2}
+    labels = [name for _, name in present]
+    axes.legend(handles, labels, ncols=len(labels), frameon=False, handletextpad=0.5, borderaxespad=0, **place, **look)
+
+
+def _never_positive(panel: Panel, key: str, curves: Curves) -> str:
+    """A logarithmic scale has no zero, so the methods whose values are all zero are named instead."""
+    values = {method: [value for _, value in _points(rows, key)] for method, rows in curves.items()}
+    zero = [method for method, ones in values.items() if ones and max(ones) <= 0]
+    named = ", ".join(zero) if len(zero) < 3 else f"{len(zero)} methods"
+    return f"; {named}: 0" if panel.log and zero else ""
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str]]) -> None:
+    """The last values beside their curves, moved apart where they would touch."""
+    if not ends:
+        return
+    low, high = axes.get_ylim()
+    height = axes.get_window_extent().height / DOTS_PER_INCH
+    ordered = sorted(ends)
+    places = _apart([(value - low) / (high - low) * height for value, _ in ordered], 0.2)
+    above = max(0.0, places[-1] - height)
+    for y, (value, colour) in zip(places, ordered, strict=True):
+        axes.text(
+            1.015,
+            (y - above) / height,
+            f"{100 * value:.1f} %",
+            transform=axes.transAxes,
+            color=colour,
+            fontsize=NOTE_SIZE,
+            fontweight="bold",
+            va="center",
+        )
+
+
+def _apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """Moves sorted positions as little as needed for neighbours to be `gap` apart.
+
+    >>> _apart([0.0, 1.0, 1.0], 0.5)
+    [0.0, 0.75, 1.25]
+    """
+    groups: list[tuple[float, int]] = []  # (centre, members)
+    for one in wanted:
+        groups.append((one, 1))
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
+            (centre, count), (last, last_count) = groups[-2:]
+            groups[-2:] = [((centre * count + last * last_count) / (count + last_count), count + last_count)]
+    return [centre + gap * (index - (count - 1) / 2) for centre, count in groups for index in range(count)]
+
+
+def colour_of(index: int) -> str:
+    """The colour of a method, or of a series where there is one method."""
+    return PALETTE[index]

@@ -1,0 +1,89 @@
+"""The metapl command, in a process of its own or in this one, and what it says."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metapl.cli import main
+
+
+def metapl(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "metapl", *map(str, arguments)]
+    finished = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == code, finished.stderr
+    assert "Traceback" not in finished.stderr
+    return finished
+
+
+def refusal(finished: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a refused command says."""
+    assert finished.stdout == ""
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("metapl: ")
+    return line
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The same without the cost of a process."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:
+    """Standard output of a command in this process."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == code
+    return capsys.readouterr().out
+
+
+def result(run: Path) -> dict[str, Any]:
+    """What a run ended with."""
+    content: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return content
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    """CSV with a header."""
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+ELSEWHERE = """
+import json, sys
+sys.modules["metapl"] = None  # whoever imports it fails
+import numpy, torch
+from pathlib import Path
+from PIL import Image
+from sklearn.datasets import load_digits
+scope = {{}}
+exec(json.loads({code!r}), scope)
+best = scope["predict"]({images}).max(dim=1)
+print(json.dumps([best.indices.tolist(), best.values.tolist()]))
+"""
+
+
+def loaded_elsewhere(exported: Path, images: str) -> list[tuple[int, float]]:
+    """What the code of a model card, run in a fresh process without metapl, takes pictures for, and how surely.
+
+    ``images`` is Python for these, (B, C, H, W).
+    """
+    (code,) = re.findall(r"```python\n(.*?)```", (exported / "MODEL_CARD.md").read_text(), flags=re.DOTALL)
+    command = [sys.executable, "-c", ELSEWHERE.format(code=json.dumps(code), images=images)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run(command, cwd=exported, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return list(zip(*json.loads(finished.stdout), strict=True))

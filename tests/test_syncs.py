@@ -1,0 +1,154 @@
+"""No step makes the host wait for the device.
+
+On CUDA, PyTorch itself raises where it would. Elsewhere the step runs as it would on an accelerator (nothing is looked
+at on the spot), and every operator counts that reads a value out of a tensor, or whose result has a shape that depends
+on values.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metapl
+from metapl import checks
+from metapl.baselines import LossTrainer
+from metapl.losses import UDA, CrossEntropy
+
+WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal", "unique_dim")
+PACKAGE = Path(metapl.__file__).parent
+IN_A_STEP = (
+    *("trainer", "teacher", "inner", "accumulate", "deferred", "losses", "numerics", "replay", "problem"),
+    *("problems/pseudo_labels", "feedback/base", "feedback/unrolled", "feedback/forward", "feedback/difference"),
+    *("feedback/reinforce", "feedback/reinforce_per_example", "feedback/loss_difference", "feedback/none"),
+)
+ALLOWED = {("trainer", "exact_cosine")}
+"""Functions that a step does not call."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that make the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
+    monkeypatch.setattr(checks, "waits", lambda t: True)
+    with Waits() as waits:
+        yield waits
+
+
+def networks(device: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+
+    def network() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(288, 4)
+        ).to(device)
+
+    return network(), network()
+
+
+def trainer(mode: Any, device: str, **options: Any) -> metapl.BilevelTrainer:
+    teacher, student = networks(device)
+    losses = (CrossEntropy(0.1), UDA(threshold=0.3))
+    return metapl.BilevelTrainer(teacher, student, mode, teacher_losses=losses, clip_norm=1.0, **options)
+
+
+def batches(device: str) -> tuple[Any, Any]:
+    torch.manual_seed(1)
+    labeled = torch.randn(4, 3, 8, 8), torch.arange(4)
+    views = torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8)
+    return tuple(t.to(device) for t in labeled), tuple(t.to(device) for t in views)
+
+
+SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{mode: (mode, {}) for mode in metapl.MODES},
+    "reinforce with a baseline": (metapl.feedback.Reinforce(similarity="cosine", baseline=0.9), {}),
+    "a ratio": ("forward", {"feedback_ratio": 0.1}),
+    "micro-batches": ("forward", {"accumulate": 2}),
+    "bfloat16": ("reinforce", {"precision": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_does_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, options = SETTINGS[name]
+    one = trainer(mode, "cpu", **options)
+    labeled, unlabeled = batches("cpu")
+    one.step(labeled, unlabeled)
+    with as_on_an_accelerator(monkeypatch) as waits:
+        report = one.step(labeled, unlabeled)
+        assert waits.found == []
+        assert report.fault.flag is not None, "it ran as on the CPU, where it may look at values"
+        report.as_dict()
+
+
+@pytest.mark.parametrize("wait", ["teacher_step", "supervised"])
+def test_nor_do_the_other_steps(wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    labeled, unlabeled = batches("cpu")
+    with as_on_an_accelerator(monkeypatch) as waits:
+        if wait == "teacher_step":
+            trainer("forward", "cpu").teacher_step(labeled, unlabeled)
+        else:
+            model, _ = networks("cpu")
+            LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).step(labeled)
+        assert waits.found == []
+
+
+def test_a_look_at_a_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counter can fail: a look at the loss, as many training loops have one."""
+    one = trainer("forward", "cpu")
+    with as_on_an_accelerator(monkeypatch) as waits:
+        report = one.step(*batches("cpu"))
+        if report.scalars["inner_loss"] > 0:
+            report.scalars["inner_loss"].item()
+    assert len(waits.found) == 2
+
+
+@pytest.mark.parametrize("module", IN_A_STEP)
+def test_the_code_of_a_step_fetches_nothing(module: str) -> None:
+    """What operators do not show: ``tolist``, ``numpy`` and ``cpu`` read tensors past the dispatcher."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert functions
+    for function in functions:
+        if (module, function.name) in ALLOWED:
+            continue
+        calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+        names = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+        assert not names & {"item", "tolist", "numpy", "cpu", "nonzero"}, function.name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "unrolled"])
+def test_cuda_is_not_waited_for(name: str, compiled: bool) -> None:
+    mode, options = SETTINGS[name]
+    one = trainer(mode, "cuda", compile=compiled, **options)
+    labeled, unlabeled = batches("cuda")
+    for _ in range(3):
+        one.step(labeled, unlabeled)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one.step(labeled, unlabeled)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
