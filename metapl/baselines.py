@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.accumulate import micro_batches
 from metapl.compiled import CompiledPasses, refuse_compiled
+from metapl.deferred import Movable, undone_where
 from metapl.errors import MetaplError
 from metapl.fit import Loop
 from metapl.losses import CrossEntropy, TeacherLoss
@@ -85,21 +86,23 @@ class LossTrainer(Loop):
 
     def step(self, labeled: Any, unlabeled: Any = None) -> LossReport:
         """One step on a labelled batch and, where a loss reads it, an unlabelled one."""
-        checks.batches(labeled, labeled if unlabeled is None else unlabeled, self.device)
-        batches = zip(
-            micro_batches(labeled, self.accumulate, "labeled"),
-            micro_batches(unlabeled, self.accumulate, "unlabeled"),
-            strict=True,
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        with nothing_moved(self.student, random=RandomState.now(self.device)), self.compiled():
+        fault, random = checks.Fault(), RandomState.now(self.device)
+        with checks.deferred_to(fault), nothing_moved(self.student, random=random) as buffers, self.compiled():
+            checks.batches(labeled, labeled if unlabeled is None else unlabeled, self.device)
+            batches = zip(
+                micro_batches(labeled, self.accumulate, "labeled"),
+                micro_batches(unlabeled, self.accumulate, "unlabeled"),
+                strict=True,
+            )
+            self.optimizer.zero_grad(set_to_none=True)
             parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
-        self.optimizer.step()
+        with undone_where(fault.flag, Movable((self.student,), buffers, [self.optimizer])):
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
+            self.optimizer.step()
         self.steps_done += 1
         means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        return LossReport(self.steps_done - 1, means)
+        return LossReport(self.steps_done - 1, means, fault)
 
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
         """The terms on a micro-batch, whose share of the gradient is added to what is there."""

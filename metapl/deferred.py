@@ -26,13 +26,13 @@ class Movable:
         networks: their weights.
         buffers: their buffers, saved before the passes, which move them first.
         optimizers: the ``torch.optim`` optimisers, with their states.
-        inner: the student's update, with the state of a TorchOpt transform.
+        inner: the student's update, with the state of a TorchOpt transform; None where there is none.
     """
 
     networks: tuple[nn.Module, ...]
     buffers: Sequence[Buffers]
     optimizers: Sequence[torch.optim.Optimizer]
-    inner: InnerOptimizer
+    inner: InnerOptimizer | None = None
 
     def states(self) -> list[Tensor]:
         """The tensors of the optimisers' states that live beside the weights (Adam counts its steps on the host)."""
@@ -41,7 +41,7 @@ class Movable:
 
     def transform_leaves(self) -> list[Any]:
         """The entries of a TorchOpt transform's state; none for ``torch.optim``."""
-        leaves: list[Any] = self.inner.state_dict().get("leaves", [])
+        leaves: list[Any] = [] if self.inner is None else self.inner.state_dict().get("leaves", [])
         return leaves
 
 
@@ -66,7 +66,7 @@ def undone_where(flag: Tensor | None, movable: Movable) -> Iterator[None]:
         for t in movable.states():
             if id(t) not in known:  # born in this step
                 t.copy_(torch.where(flag, torch.zeros_like(t), t))
-        if leaves:
+        if movable.inner is not None and leaves:
             pairs = zip(leaves, movable.transform_leaves(), strict=True)
             kept = [torch.where(flag, old, new) if isinstance(new, Tensor) else new for old, new in pairs]
             movable.inner.load_state_dict({"leaves": kept})

@@ -58,12 +58,9 @@ inner._load_forward_mode()
 def send(signum):
     if signum > 0:
         return os.kill(os.getpid(), signum)
-    group, sender = os.getpgrp(), os.fork()  # as another process does it, which workers tell from their parent
-    if not sender:
-        os.setpgid(0, 0)
-        os.killpg(group, -signum)
-        os._exit(0)
-    os.waitpid(sender, 0)
+    # Another process does it, as the workers can tell.
+    kill = ["sh", "-c", f"kill -{-signum} -{os.getpgrp()}"]
+    os.waitpid(os.posix_spawn("/bin/sh", kill, os.environ, setpgroup=0), 0)
 
 def born(argv, output, point):
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

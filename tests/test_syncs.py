@@ -152,3 +152,21 @@ def test_cuda_is_not_waited_for(name: str, compiled: bool) -> None:
         one.step(labeled, unlabeled)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_bad_batch_found_on_the_device_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not looked at on the spot is undone, by the one network's trainer too."""
+    model, _ = networks("cpu")
+    one = LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), clip_norm=1.0)
+    (x, y), _ = batches("cpu")
+    one.step((x, y))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    momentum = [one.optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    with as_on_an_accelerator(monkeypatch) as waits:
+        report = one.step((x * torch.nan, y))
+        assert waits.found == []
+    with pytest.raises(metapl.MetaplError, match="NaN"):
+        report.fault.raise_if_found()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    after = [one.optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(momentum, after, strict=True))

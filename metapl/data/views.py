@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metapl.data import draws
+from metapl.data.device import to_device
 from metapl.errors import MetaplError
 
 _GEOMETRY, _NOISE = range(2)
@@ -69,7 +70,7 @@ class ShiftNoiseCutout:
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
         self._check(images, examples)
-        examples = examples.to(images.device)
+        examples = to_device(examples, images.device)
         u_B4 = draws.uniform(seed, step, examples, 4, stream=_GEOMETRY, dtype=torch.float64)
         images = _shift(images, _below(u_B4[:, :2], 2 * self.shift + 1) - self.shift)
         if self.noise > 0:

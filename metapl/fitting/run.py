@@ -76,7 +76,7 @@ class FitRun:
                     self.feeds[name] = self._feed(source, name)
             self._steps(self._restore() if resume else 0)
         except Exception as error:
-            death = _worker_death(error, (labeled, unlabeled))
+            death = _worker_death(error, (labeled, unlabeled), self.how.num_workers)
             if death is None:
                 raise
             raise MetaplError(f"{death} ({self.records.last_good()})") from error
@@ -211,7 +211,7 @@ class FitRun:
         return FitResult(None, self.how.steps, last)
 
 
-def _worker_death(error: Exception, sources: Iterable[Any]) -> str | None:
+def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) -> str | None:
     """What became of a worker, if that is the error: torch raises it wherever the loop is at.
 
     To be asked before the workers are stopped.
@@ -220,10 +220,19 @@ def _worker_death(error: Exception, sources: Iterable[Any]) -> str | None:
         known: str | None = getattr(source, "explain", lambda: None)()
         if known is not None:
             return known
-    said = next((str(one) for one in (error, error.__cause__) if str(one).startswith("DataLoader worker")), None)
-    if said is None:
+    told = error.__cause__ if isinstance(error, MetaplError) else error
+    if not _is_of_a_lost_worker(told, num_workers):
         return None
-    return f"a process that prepares batches died ({said.split('. ')[0].strip(' .')}): was there too little memory?"
+    if told is not error and type(told).__name__ not in str(error):
+        return str(error)  # the feed knew more than the error, or it would quote it
+    said = str(told).split(". ")[0].strip(" .") or type(told).__name__
+    return f"a process that prepares batches died ({said}): was there too little memory?"
+
+
+def _is_of_a_lost_worker(error: BaseException | None, num_workers: int) -> bool:
+    if isinstance(error, ConnectionError | EOFError) and num_workers:
+        return not str(error).startswith("Caught ")  # what a worker raised
+    return str(error).startswith("DataLoader worker")
 
 
 def _average(student: nn.Module, decay: float) -> AveragedModel:

@@ -160,10 +160,10 @@ class PictureRecipe:
     stochastic_depth: float = 0.0
     channels_last: bool = False
     compile: bool = False
-    steps: int = 3000
+    steps: int = 1000
     wait: int = 0
-    labeled_batch: int = 64
-    unlabeled_batch: int = 128
+    labeled_batch: int = 32
+    unlabeled_batch: int = 64
     pad: int = 4
     resized_crop: bool = False
     strong: Strong = field(default_factory=Strong)
@@ -171,7 +171,7 @@ class PictureRecipe:
     uda_weight: float = 1.0
     uda_temperature: float = 0.7
     uda_threshold: float = 0.6
-    uda_ramp: int = 500
+    uda_ramp: int = 200
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
     feedback_ratio: float | None = None
     student: SGD = field(default_factory=lambda: NESTEROV)
