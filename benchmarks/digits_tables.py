@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import machine
 from digits_study import AT_FOUR, ENTRIES, RAW, SEEDS
 
 from metapl.evaluate import PairedTest, paired_test
 
 Rows = Sequence[dict[str, Any]]
 READ_OUTS = ("test_accuracy", "finetuned_test_accuracy")
-BEGIN, END = "<!-- digits:begin -->", "<!-- digits:end -->"
 
 
 def column(rows: Rows, method: str, labels: int, read_out: str) -> list[float]:
@@ -100,10 +100,7 @@ def note(rows: Rows) -> str:
 
 def write_readme(readme: Path, rows: Rows) -> None:
     """Put table and note between the README's markers, and draw the picture beside the raw file."""
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{table(rows)}\n\n{note(rows)}\n{END}{after}")
+    machine.write_readme(readme, "digits", f"{table(rows)}\n\n{note(rows)}")
     draw(RAW.with_suffix(".png"), rows)
 
 

@@ -1,4 +1,4 @@
-"""What a result was measured on, and the file that it goes to."""
+"""What a result was measured on, and the files that it goes to."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(v) for v in value]
     return value
+
+
+def write_readme(readme: Path, name: str, text: str) -> None:
+    """Put a text between the marks of a name: <!-- name:begin --> and <!-- name:end -->."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    page = readme.read_text()
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise SystemExit(f"{readme} must contain {begin} and {end} once each, in this order")
+    before, rest = page.split(begin)
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described, write_json
+from machine import described, write_json, write_readme
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,7 +43,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 LEARNING_RATE = 0.05  # η of the step whose gradient is judged
 RESULT = Path("benchmarks/results/modes.json")
-BEGIN, END = "<!-- modes:begin -->", "<!-- modes:end -->"
 
 
 @dataclass(frozen=True)
@@ -399,15 +398,6 @@ def _bias(row: dict[str, Any] | None) -> str:
     return f"{row['bias']:.1e}" if row["bias"] < 0.001 else f"{row['bias']:.2g}"
 
 
-def write_readme(readme: Path, text: str) -> None:
-    """Put the table between its markers."""
-    page = readme.read_text()
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise SystemExit(f"{readme} must contain {BEGIN} and {END} once each, in this order")
-    before, rest = page.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
-
-
 # ---------------------------------------------------------------------------------------------------------- picture
 
 
@@ -514,7 +504,7 @@ def main() -> None:
     if arguments.table:
         print(table(json.loads(arguments.table.read_text())))
     elif arguments.write_readme:
-        write_readme(arguments.write_readme, table(json.loads(arguments.out.read_text())))
+        write_readme(arguments.write_readme, "modes", table(json.loads(arguments.out.read_text())))
     else:
         if not arguments.draw:
             run(arguments)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import write_readme
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +32,6 @@ from metapl.evaluate import paired_test
 from metapl.run_folder import environment
 
 RAW = Path(__file__).parent / "results" / "pictures_study.jsonl"
-BEGIN, END = "<!-- pictures:begin -->", "<!-- pictures:end -->"
 TUNING_SEEDS, SEEDS = (100, 101, 102), tuple(range(10))
 LABELS_PER_CLASS, SIDE = 2, 16
 FLAGS = (
@@ -164,14 +164,6 @@ def _spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
-def write_readme(path: Path) -> None:
-    """Put the table between its marks."""
-    text = path.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    path.write_text(f"{before}{BEGIN}\n{table(read())}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -181,7 +173,7 @@ def main() -> None:
     if options.table:
         print(table(read()))
     elif options.write_readme:
-        write_readme(options.write_readme)
+        write_readme(options.write_readme, "pictures", table(read()))
     else:
         study(options.jobs)
         print(table(read()))

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described, write_json
+from machine import described, write_json, write_readme
 from modes import Place, held_at_most, places
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -52,7 +52,6 @@ from metapl.data import (
 from metapl.losses import UDA, CrossEntropy
 
 RESULT = Path("benchmarks/results/throughput.json")
-BEGIN, END = "<!-- throughput:begin -->", "<!-- throughput:end -->"
 MODES = ("reinforce", "forward")
 
 
@@ -225,13 +224,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(path: Path) -> None:
-    text = path.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    path.write_text(f"{before}{BEGIN}\n{table(json.loads(RESULT.read_text()))}\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -243,7 +235,7 @@ def main() -> None:
         print(table(json.loads(options.table.read_text())))
         return
     if options.write_readme:
-        write_readme(options.write_readme)
+        write_readme(options.write_readme, "throughput", table(json.loads(RESULT.read_text())))
         return
     cuda = torch.cuda.is_available()
     rows = []

@@ -466,3 +466,25 @@ def test_a_table_that_is_not_of_examples_is_refused(content: bytes, expected: st
     (tmp_path / "x.csv").write_bytes(content)
     with pytest.raises(MetaplError, match=expected):
         csv_rows(tmp_path / "x.csv", 3, highest=16)
+
+
+def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from metapl.cli import train as command
+    from metapl.recipes import Digits
+
+    seen: list[Any] = []
+    monkeypatch.setattr(command.os, "cpu_count", lambda: 8)
+
+    def stop(jobs: Any, workers: int) -> Any:
+        seen.append((workers, {job.threads for job in jobs}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_all", stop)
+    for given in (None, 2):
+        train = command.Train(recipe=Digits(), compare=True, methods=("mpl", "none", "uda"), jobs=given)
+        with pytest.raises(KeyboardInterrupt):
+            train._run_jobs(tmp_path, train.methods or (), (0, 1))
+    monkeypatch.setattr(Digits, "place", lambda self: torch.device("cuda"))
+    with pytest.raises(KeyboardInterrupt):
+        command.Train(recipe=Digits(), compare=True)._run_jobs(tmp_path, ("mpl", "none"), (0, 1))
+    assert seen == [(6, {1}), (2, {4}), (1, {8})]

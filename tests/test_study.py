@@ -1,4 +1,4 @@
-"""The README's digits table is the one that its raw rows give."""
+"""The README's tables are those that the raw files give."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
     import digits_tables
 
     yield digits_tables
-    for name in ("digits_tables", "digits_study"):
+    for name in ("digits_tables", "digits_study", "machine"):
         sys.modules.pop(name, None)
+
+
+def shown(name: str) -> str:
+    """What stands between the README's marks of a name."""
+    page = (ROOT / "README.md").read_text()
+    return page.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
 
 
 def test_readme_shows_the_table_of_the_raw_rows(tables: object) -> None:
     import digits_study
 
     rows = digits_study.rows()
-    between = (ROOT / "README.md").read_text().split(tables.BEGIN)[1].split(tables.END)[0]
-    assert between.strip() == f"{tables.table(rows)}\n\n{tables.note(rows)}"
+    assert shown("digits") == f"{tables.table(rows)}\n\n{tables.note(rows)}"
 
 
 def test_every_method_was_tuned_alike_and_the_test_set_opened_for_final_runs_alone(tables: object) -> None:
@@ -48,9 +53,31 @@ def test_readme_shows_the_table_of_feedback_sizes(tables: object) -> None:
 
     import feedback_size
 
-    between = (ROOT / "README.md").read_text().split("<!-- size:begin -->")[1].split("<!-- size:end -->")[0]
-    assert between.strip() == feedback_size.table(json.loads(feedback_size.RAW.read_text())["rows"])
+    assert shown("size") == feedback_size.table(json.loads(feedback_size.RAW.read_text())["rows"])
     sys.modules.pop("feedback_size")
+
+
+def test_readme_shows_the_table_of_pictures(tables: object) -> None:
+    import pictures_study
+
+    rows = pictures_study.read()
+    assert shown("pictures") == pictures_study.table(rows)
+    tuning = [row for row in rows if row["phase"] == "tuning"]
+    assert not {row["seed"] for row in tuning} & set(pictures_study.SEEDS)
+    final = [row for row in rows if row["phase"] == "final"]
+    assert len(final) == len(pictures_study.METHODS) * len(pictures_study.SEEDS)
+    assert {row["size"] for row in final} == {pictures_study.chosen(rows)}
+    sys.modules.pop("pictures_study")
+
+
+def test_readme_shows_the_table_of_throughput(tables: object) -> None:
+    import json
+
+    import throughput
+
+    assert shown("throughput") == throughput.table(json.loads((ROOT / throughput.RESULT).read_text()))
+    for name in ("throughput", "modes"):
+        sys.modules.pop(name)
 
 
 def test_the_differences_that_the_readme_speaks_of_are_those_of_the_rows(tables: object) -> None:

@@ -22,12 +22,18 @@ from metapl.recipes.base import Recipe
 
 @dataclass(frozen=True)
 class Job:
-    """One recipe by one method."""
+    """One recipe by one method.
+
+    Args:
+        recipe, method, folder, resume: as they are run.
+        threads: of the linear algebra, where the recipe does not say; None: as many as PyTorch takes by itself.
+    """
 
     recipe: Recipe
     method: str
     folder: Path
     resume: bool
+    threads: int | None = None
 
     def run(self, *, progress: bool = False, quiet: bool = True) -> dict[str, Any]:
         """Run it here; a run that is finished already only gives its result."""
@@ -37,7 +43,7 @@ class Job:
         from metapl.recipes.store import describe
         from metapl.run_folder import RunFolder
 
-        torch.set_num_threads(getattr(self.recipe, "threads", torch.get_num_threads()))
+        torch.set_num_threads(getattr(self.recipe, "threads", self.threads or torch.get_num_threads()))
         folder = RunFolder(self.folder)
         with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
             if (self.folder / "result.json").exists():

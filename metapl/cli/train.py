@@ -43,7 +43,7 @@ class Train:
         methods: with --compare: these methods alone, of mpl, none, supervised, label_smoothing, pseudo_labels,
             pseudo_labels_hard, uda, permuted, class_means, random_sign, and, where the labels of all examples are
             known, supervised_everything: the headroom.
-        jobs: with --compare: runs at a time; by default as many as there are cores.
+        jobs: with --compare: runs at a time; by default as many as there are cores, and one on a GPU.
     """
 
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
@@ -126,13 +126,16 @@ class Train:
     def _run_jobs(
         self, out: Path, methods: tuple[str, ...], seeds: tuple[int, ...]
     ) -> dict[tuple[str, int], dict[str, Any]]:
+        cores = os.cpu_count() or 1
+        together = 1 if self.recipe.place().type == "cuda" else cores
+        workers = min(self.jobs or together, len(methods) * len(seeds))
         jobs = []
         for seed in seeds:
             recipe = dataclasses.replace(self.recipe, seed=seed)
             for method in methods:
                 place = out / method / f"seed-{seed}"
-                jobs.append(Job(recipe, method, place, self.resume or (place / "recipe.json").exists()))
-        workers = self.jobs or min(len(jobs), os.cpu_count() or 1)
+                begun = self.resume or (place / "recipe.json").exists()
+                jobs.append(Job(recipe, method, place, begun, threads=max(1, cores // workers)))
         print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
         results, since = {}, time.monotonic()
         with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping

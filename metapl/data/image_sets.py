@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import mmap
@@ -323,24 +324,30 @@ def _shared(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def record_files(log: Path, reasons: Mapping[str, str]) -> None:
     """Add files that cannot be read to a record, each with the reason; those that are in it stay once."""
-    known = replaced_files(log)
-    new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
-    if new:
-        with log.open("a", encoding="utf-8") as file:
-            # One write: several processes may append.
-            file.write("".join(json.dumps(one) + "\n" for one in new))
+    if not reasons:
+        return
+    with log.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # workers add to it too
+        file.seek(0)
+        before = file.read()
+        known = _recorded(before)
+        new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
+        torn = before and not before.endswith("\n")  # by a process that was killed
+        file.write(("\n" if torn else "") + "".join(json.dumps(one) + "\n" for one in new))
 
 
 def replaced_files(log: Path) -> dict[str, str]:
     """The files that :class:`FileImages` recorded, each with the reason; empty where there is no such record."""
-    if not log.exists():
-        return {}
+    return _recorded(log.read_text(encoding="utf-8")) if log.exists() else {}
+
+
+def _recorded(lines: str) -> dict[str, str]:
     found = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
+    for line in lines.splitlines():
         try:
             one = json.loads(line)
         except ValueError:
-            continue  # the last line of a process that was killed
+            continue  # torn
         found[one["file"]] = one["reason"]
     return found
 
