@@ -488,3 +488,12 @@ def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         command.Train(recipe=Digits(), compare=True)._run_jobs(tmp_path, ("mpl", "none"), (0, 1))
     assert seen == [(6, {1}), (2, {4}), (1, {8})]
+
+
+def test_every_recipe_is_told() -> None:
+    from metapl.cli import RECIPES_HELP
+    from metapl.recipes import RECIPES
+
+    told = [line.split()[0] for line in RECIPES_HELP.splitlines() if line.startswith("  ")]
+    assert told == list(RECIPES)
+    assert max(map(len, RECIPES_HELP.splitlines())) <= 80

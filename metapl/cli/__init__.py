@@ -45,6 +45,22 @@ metapl --version says which metapl this is.
 COMMANDS = ("train", "evaluate", "predict", "finetune", "compare", "export")
 
 
+RECIPES_HELP = """\
+metapl train RECIPE, with RECIPE one of:
+
+  digits                handwritten digits that come with scikit-learn
+  images                your own pictures, in folders
+  torchvision           CIFAR, SVHN, ImageNet or folders as torchvision has them
+  cifar10-4k            CIFAR-10 with 4,000 labels, the authors' code's settings
+  cifar10-4k-paper      the same with the settings of the paper's table
+  svhn-1k               SVHN with 1,000 labels, the paper's table
+  imagenet-10pct        ImageNet with 128 labels a class, the authors' code's
+  imagenet-10pct-paper  the same with the settings of the paper's table
+
+Each says more with --help: metapl train digits --help.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -101,8 +117,7 @@ def _train(given: list[str]) -> int:
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
         raise MetaplError(f"{named}; expected one of {', '.join(RECIPES)}: metapl train digits.")
     if given[0] not in RECIPES:
-        print("metapl train RECIPE, with RECIPE one of:", *RECIPES, sep="\n  ")
-        print("Each says more with --help: metapl train digits --help.")
+        print(RECIPES_HELP, end="")
         return 0
     return parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])()
 
