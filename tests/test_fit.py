@@ -138,11 +138,11 @@ def test_the_average_is_that_of_a_loop_by_hand(decay: float) -> None:
     torch.manual_seed(1)
     found = fitted.fit(labeled, unlabeled, steps=8, schedule="constant", ema_decay=decay)
     torch.manual_seed(1)
-    average: dict[str, Tensor] = {}
+    average = copied(twin.student)
     for t, data in enumerate(zip(labeled, unlabeled, strict=True)):
         twin.step(*data)
-        d = min(decay, (1 + t) / (10 + t)) if t else 0.0  # the first weights are the first average
-        average = {n: d * average.get(n, p) + (1 - d) * p for n, p in copied(twin.student).items()}
+        d = min(decay, (1 + t) / (10 + t))
+        average = {n: d * average[n] + (1 - d) * p for n, p in copied(twin.student).items()}
     buffers = {n: b.clone() for n, b in twin.student.named_buffers()}  # statistics are the student's own
     for name, value in {**average, **buffers}.items():
         torch.testing.assert_close(found.weights[name], value, rtol=1e-5, atol=1e-6)

@@ -113,6 +113,23 @@ def test_nor_do_the_other_steps(wait: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert waits.found == []
 
 
+def test_nor_does_the_loop_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedule, average and watch between two looks at the numbers."""
+    one, data = trainer("forward", "cpu"), batches("cpu")
+    counts: list[int] = []
+    with as_on_an_accelerator(monkeypatch) as waits:
+        step = one.step
+
+        def noted(*given: Any) -> Any:
+            counts.append(len(waits.found))
+            return step(*given)
+
+        one.step = noted  # type: ignore[method-assign]
+        one.fit([data[0]], [data[1]], steps=8, wait=2, ema_decay=0.9, log_every=100, validate_every=100)
+    assert len(counts) == 6
+    assert counts == [0] * 6
+
+
 def test_a_look_at_a_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The counter can fail: a look at the loss, as many training loops have one."""
     one = trainer("forward", "cpu")

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from metapl import checkpoint
 from metapl.data.feed import Feed, feed
 from metapl.errors import MetaplError
+from metapl.fitting.average import Average
 from metapl.fitting.contract import Report, Say, Stepwise
 from metapl.fitting.options import FitOptions
 from metapl.fitting.progress import Bar, progress_bar
@@ -61,7 +60,7 @@ class FitRun:
         self.trainer, self.how, self.say = trainer, how, say
         self.progress = progress and sys.stderr.isatty()
         self.rates = Rates(trainer, how)
-        self.average = None if how.ema_decay is None else _average(trainer.student, how.ema_decay)
+        self.average = None if how.ema_decay is None else Average(trainer.student, how.ema_decay)
         self.watch = Watch(trainer)
         self.selection = Selection(validation, truth, trainer.device)
         self.records = Records(out, how)
@@ -138,7 +137,7 @@ class FitRun:
             self._refuse_bad(t - 1)  # what went wrong before is the reason
             raise MetaplError(f"step {t + 1}: {error} ({self.records.last_good()})") from error
         if self.average is not None:
-            self.average.update_parameters(self.trainer.student)
+            self.average.update(self.trainer.student)
         return report
 
     def _refuse_bad(self, t: int) -> None:
@@ -146,10 +145,7 @@ class FitRun:
 
     def _candidate(self) -> nn.Module:
         """What is validated and kept: the averaged student, or the student."""
-        if self.average is None:
-            return self.trainer.student
-        averaged: nn.Module = self.average.module
-        return averaged
+        return self.trainer.student if self.average is None else self.average.module
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
@@ -233,11 +229,3 @@ def _is_of_a_lost_worker(error: BaseException | None, num_workers: int) -> bool:
     if isinstance(error, ConnectionError | EOFError) and num_workers:
         return not str(error).startswith("Caught ")  # what a worker raised
     return str(error).startswith("DataLoader worker")
-
-
-def _average(student: nn.Module, decay: float) -> AveragedModel:
-    def average(averaged: Any, current: Any, count: Any) -> None:
-        t = int(count)
-        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, (1 + t) / (10 + t)))
-
-    return AveragedModel(student, multi_avg_fn=torch.no_grad()(average))
