@@ -160,6 +160,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+PAIRS = tuple(("mpl", other) for other in ("none", "uda", "permuted", "class_means", "random_sign"))
+
+
+def pairs(rows: Sequence[Row]) -> str:
+    """Student against student, before finetuning."""
+    lines = []
+    for one, other in PAIRS:
+        mine, theirs = (
+            [next(r["test_accuracy"] for r in rows if r["phase"] == "final" and _is(r, m, seed)) for seed in SEEDS]
+            for m in (one, other)
+        )
+        test = paired_test(mine, theirs)
+        lines.append(f"{one} - {other}: {100 * test.mean:+.1f} (p = {test.p:.2g})")
+    return "\n".join(lines)
+
+
 def _spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
@@ -167,11 +183,11 @@ def _spread(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="print the table from the raw file")
+    parser.add_argument("--table", action="store_true", help="print table and pairs from the raw file")
     parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there")
     options = parser.parse_args()
     if options.table:
-        print(table(read()))
+        print(f"{table(read())}\n\n{pairs(read())}")
     elif options.write_readme:
         write_readme(options.write_readme, "pictures", table(read()))
     else:

@@ -121,10 +121,13 @@ def test_parts_share_what_is_kept_and_know_which_picture_is_which(
     part = whole.select(torch.tensor([10, 4, 0]))
     part.fetch(torch.tensor([0, 1]))
     images, used = whole.fetch(torch.tensor([4, 10, 0]))
-    assert decodings.counts[[10, 4, 0]].tolist() == [1, 1, 1]
     assert used.tolist() == [4, 10, 0]
-    for image, number in zip(images, (4, 10, 0), strict=True):
+    others, used = part.fetch(torch.tensor([1, 0, 2]))
+    assert used.tolist() == [1, 0, 2]
+    assert decodings.counts[[10, 4, 0]].tolist() == [1, 1, 1]
+    for image, other, number in zip(images, others, (4, 10, 0), strict=True):
         assert torch.equal(image, read_image(paths[number], size=(8, 8)))
+        assert torch.equal(image, other)
     # A set with a memory of its own leaves the first as it was.
     other = whole.select(torch.tensor([1, 2])).cached()
     other.fetch(torch.tensor([0]))

@@ -67,6 +67,22 @@ def test_readme_shows_the_table_of_pictures(tables: object) -> None:
     final = [row for row in rows if row["phase"] == "final"]
     assert len(final) == len(pictures_study.METHODS) * len(pictures_study.SEEDS)
     assert {row["size"] for row in final} == {pictures_study.chosen(rows)}
+    page = (ROOT / "README.md").read_text()
+    said = pictures_study.pairs(rows).splitlines()
+    assert said == [
+        "mpl - none: +2.3 (p = 0.071)",
+        "mpl - uda: -1.3 (p = 0.28)",
+        "mpl - permuted: +1.7 (p = 0.56)",
+        "mpl - class_means: +0.7 (p = 0.17)",
+        "mpl - random_sign: +3.0 (p = 0.067)",
+    ]
+    for words in (
+        "student against student 2.3 (p = 0.071)",
+        "(+0.7, p = 0.17)",
+        "(+1.7, p = 0.56)",
+        "(by 1.3, p = 0.28)",
+    ):
+        assert words in page
     sys.modules.pop("pictures_study")
 
 
