@@ -25,7 +25,9 @@ def wide_tree(tree: Any) -> Any:
 
 def dot(a: Tree, b: Tree) -> Tensor:
     """⟨a, b⟩ over the parameters that both have, a scalar."""
-    return torch.stack([(wide(a[name]) * wide(b[name])).sum() for name in a if name in b]).sum()
+    names = [name for name in a if name in b]
+    products = torch._foreach_mul([wide(a[name]) for name in names], [wide(b[name]) for name in names])
+    return torch.cat([t.flatten() for t in products]).sum()
 
 
 def norm(a: Tree) -> Tensor:

@@ -8,7 +8,7 @@ already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -129,15 +129,18 @@ class TorchUpdate:
 
     def update(self, params: Tree, grads: Tree, state: dict[str, dict[str, Any]]) -> tuple[Tree, Any]:
         new_params, new_state = dict(params), dict(state)
-        for name, g in grads.items():
-            new_params[name], new_state[name] = self.rule.update(params[name], g, state[name], self._group(name))
+        for group, names in self._groups(grads):
+            moved, states = self.rule.update(*_columns(names, params, grads, state), group)
+            new_params.update(zip(names, moved, strict=True))
+            new_state.update(zip(names, states, strict=True))
         return new_params, new_state
 
     def pullback(self, params: Tree, grads: Tree, state: dict[str, dict[str, Any]], v: Tree) -> Tree:
-        return {
-            name: self.rule.slope(params[name], g, state[name], self._group(name)) * v[name]
-            for name, g in grads.items()
-        }
+        w: Tree = {}
+        for group, names in self._groups(grads):
+            slopes = self.rule.slopes(*_columns(names, params, grads, state), group)
+            w.update(zip(names, torch._foreach_mul([v[name] for name in names], slopes), strict=True))
+        return {name: w[name] for name in grads}
 
     def commit(self, parameters: Mapping[str, nn.Parameter], grads: Tree, new_params: Tree, new_state: Any) -> None:
         for name, p in parameters.items():
@@ -152,19 +155,38 @@ class TorchUpdate:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
 
-    def _group(self, name: str) -> dict[str, Any]:
-        # By number: an optimiser that loads a state has other dictionaries afterwards.
-        return self.optimizer.param_groups[self.group_of[name]]
+    def _groups(self, grads: Tree) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """The param groups, each with the names of its parameters that have a gradient."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            names = [name for name in grads if self.group_of[name] == number]
+            if names:
+                yield group, names
+
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+Columns = tuple[list[Tensor], list[Tensor], list[dict[str, Any]]]
+
+
+def _columns(names: Sequence[str], params: Tree, grads: Tree, state: dict[str, dict[str, Any]]) -> Columns:
+    return [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
 
 
 class _Rule(Protocol):
-    """One parameter's update; ``slope`` is ∂θ′/∂g, elementwise, since none of these mixes entries."""
+    """The update of a param group; ``slopes`` are ∂θ′/∂g, elementwise, since none of these mixes entries.
+
+    Lists go through PyTorch's fused operations on lists: a few kernels for all parameters, where their number would
+    keep a GPU waiting for the host.
+    """
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]: ...
+    def update(
+        params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> tuple[Tensors, list[dict[str, Any]]]: ...
 
     @staticmethod
-    def slope(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor | float: ...
+    def slopes(
+        params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> Any: ...
 
 
 class _SGD:
@@ -174,26 +196,41 @@ class _SGD:
     """
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        d = -g if group["maximize"] else g
-        d = d + group["weight_decay"] * p
+    def update(
+        params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> tuple[Tensors, list[dict[str, Any]]]:
+        d: Tensors = torch._foreach_neg(grads) if group["maximize"] else grads
+        d = torch._foreach_add(d, params, alpha=group["weight_decay"]) if group["weight_decay"] != 0 else d
         mu = group["momentum"]
         if mu != 0:
-            buf = state.get("momentum_buffer")
-            buf = d if buf is None else mu * buf + (1 - group["dampening"]) * d
-            state = {**state, "momentum_buffer": buf.detach()}
-            d = d + mu * buf if group["nesterov"] else buf
-        return p - group["lr"] * d, state
+            bufs = _SGD._momentum(d, [state.get("momentum_buffer") for state in states], group)
+            states = [{**state, "momentum_buffer": buf.detach()} for state, buf in zip(states, bufs, strict=True)]
+            d = torch._foreach_add(d, bufs, alpha=mu) if group["nesterov"] else bufs
+        return torch._foreach_sub(params, torch._foreach_mul(d, group["lr"])), states
 
     @staticmethod
-    def slope(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor | float:
-        c, mu = 1.0, group["momentum"]
-        if mu != 0:
-            fresh = state.get("momentum_buffer") is None
-            c = 1.0 if fresh else 1.0 - group["dampening"]
-            c = 1.0 + mu * c if group["nesterov"] else c
-        slope: Tensor | float = -group["lr"] * (-c if group["maximize"] else c)
-        return slope
+    def _momentum(d: Tensors, bufs: list[Tensor | None], group: dict[str, Any]) -> Tensors:
+        mu, damped = group["momentum"], 1 - group["dampening"]
+        old = [buf for buf in bufs if buf is not None]
+        if len(old) == len(bufs):
+            return torch._foreach_add(torch._foreach_mul(old, mu), d, alpha=damped)
+        return [one if buf is None else mu * buf + damped * one for one, buf in zip(d, bufs, strict=True)]
+
+    @staticmethod
+    def slopes(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Any:
+        mu, sign = group["momentum"], 1.0 if group["maximize"] else -1.0
+        factors = []
+        for state in states:
+            c = 1.0
+            if mu != 0:
+                fresh = state.get("momentum_buffer") is None
+                c = 1.0 if fresh else 1.0 - group["dampening"]
+                c = 1.0 + mu * c if group["nesterov"] else c
+            factors.append(sign * c)
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            return [(lr * c).to(p) for c, p in zip(factors, params, strict=True)]
+        return [lr * c for c in factors]
 
 
 class _Adam:
@@ -223,7 +260,18 @@ class _Adam:
         return d, new, m / (1 - beta1**t), n / (1 - beta2**t)
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def update(
+        params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> tuple[Tensors, list[dict[str, Any]]]:
+        moved = [_Adam._update(*one, group) for one in zip(params, grads, states, strict=True)]
+        return [p for p, _ in moved], [state for _, state in moved]
+
+    @staticmethod
+    def slopes(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Any:
+        return [_Adam._slope(*one, group) for one in zip(params, grads, states, strict=True)]
+
+    @staticmethod
+    def _update(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         _, new, m_hat, n_hat = _Adam._moments(p, g, state, group)
         # The square root's own derivative is infinite at 0, where the update's is not: keep it out of the graph.
         root = torch.where(n_hat > 0, torch.where(n_hat > 0, n_hat, 1.0).sqrt(), 0.0)
@@ -231,7 +279,7 @@ class _Adam:
         return p * (1 - decay) - group["lr"] * m_hat / (root + group["eps"]), new
 
     @staticmethod
-    def slope(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor | float:
+    def _slope(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         d, new, m_hat, n_hat = _Adam._moments(p, g, state, group)
         beta1, beta2 = group["betas"]
         t = float(new["step"])

@@ -61,13 +61,15 @@ def teacher_labels_strong(patch: pytest.MonkeyPatch) -> None:
 
 def momentum_ignored(patch: pytest.MonkeyPatch) -> None:
     """The pullback takes the step for −ηg whatever the optimiser."""
-    patch.setattr(optimizers._SGD, "slope", staticmethod(lambda p, g, state, group: -group["lr"]))
+    patch.setattr(optimizers._SGD, "slopes", staticmethod(lambda p, g, states, group: -group["lr"]))
 
 
 def velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
     """θ′ of the estimate starts from no velocity, the real optimiser from its own."""
     real = optimizers._SGD.update
-    patch.setattr(optimizers._SGD, "update", staticmethod(lambda p, g, state, group: real(p, g, {}, group)))
+    patch.setattr(
+        optimizers._SGD, "update", staticmethod(lambda p, g, states, group: real(p, g, [{} for _ in p], group))
+    )
 
 
 def transforms_velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
