@@ -216,8 +216,8 @@ def measure(subject: Subject, mode: str, place: Place, compiled: bool, rounds: i
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| network, pictures, batch | mode | precision | examples/s | step ÷ floor | of which optimisers | fed ÷ floor | "
-        "with workers | peak memory, floor | step |",
+        "| network, pictures, batch | mode | precision | examples/s | step ÷ floor | of which optimisers | "
+        "fed ÷ floor | with workers | peak memory, floor | step |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
