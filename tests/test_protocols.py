@@ -34,7 +34,7 @@ from metapl.recipes.protocols import _loaded
 SHORT = (
     *("--labeled-batch", "4", "--unlabeled-batch", "6", "--steps", "4", "--wait", "1", "--warmup", "1"),
     *("--finetune-steps", "2", "--finetune-batch", "4", "--validate-every", "2", "--log-every", "1"),
-    *("--save-every", "2", "--device", "cpu"),
+    *("--save-every", "2", "--device", "cpu", "--student.lr", "0.01", "--teacher.lr", "0.01"),
 )
 FEW = ("--labels-per-class", "3", "--validation", "10")
 

@@ -7,7 +7,7 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,16 +216,23 @@ def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) ->
         known: str | None = getattr(source, "explain", lambda: None)()
         if known is not None:
             return known
-    told = error.__cause__ if isinstance(error, MetaplError) else error
-    if not _is_of_a_lost_worker(told, num_workers):
+    told = next((one for one in _and_causes(error) if _is_of_a_lost_worker(one, num_workers)), None)
+    if told is None:
         return None
-    if told is not error and type(told).__name__ not in str(error):
+    if isinstance(error, MetaplError) and type(told).__name__ not in str(error):
         return str(error)  # the feed knew more than the error, or it would quote it
     said = str(told).split(". ")[0].strip(" .") or type(told).__name__
     return f"a process that prepares batches died ({said}): was there too little memory?"
 
 
-def _is_of_a_lost_worker(error: BaseException | None, num_workers: int) -> bool:
+def _and_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of: out of torch's C++, such as the writer of checkpoints, come errors of its own."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_of_a_lost_worker(error: BaseException, num_workers: int) -> bool:
     if isinstance(error, ConnectionError | EOFError) and num_workers:
         return not str(error).startswith("Caught ")  # what a worker raised
     return str(error).startswith("DataLoader worker")
