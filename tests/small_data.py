@@ -72,13 +72,15 @@ WNIDS = ("n01440764", "n02012849", "n03126707")  # tench, crane the bird, crane 
 NAMES = ("tench, Tinca tinca", "crane", "crane")
 
 
-def write_imagenet(root: Path, monkeypatch: pytest.MonkeyPatch, each: int, val: int) -> None:
-    """The three archives as they are downloaded; a training picture of class c has the level 50 c."""
+def write_imagenet(root: Path, monkeypatch: pytest.MonkeyPatch, each: int, val: int, noise: int = 0) -> None:
+    """The three archives as they are downloaded; a training picture of class c has the level 50 c, and noise on it."""
     root.mkdir(parents=True)
+    rng = np.random.default_rng(0)
 
     def picture(level: int) -> bytes:
         file = io.BytesIO()
-        Image.new("RGB", (40, 30), (level, level, level)).save(file, "JPEG", quality=95)
+        levels = level + rng.integers(0, noise + 1, (30, 40, 3))
+        Image.fromarray(levels.astype(np.uint8)).save(file, "JPEG", quality=95)
         return file.getvalue()
 
     def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
