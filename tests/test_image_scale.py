@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -258,6 +259,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.pid, self.file = pty.fork()
         if not self.pid:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background was born ignoring it
             os.execv(sys.executable, [sys.executable, "-c", SHOWING_ALL, *arguments])
         fcntl.ioctl(self.file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
         self.shown = ""
@@ -318,7 +320,7 @@ def test_control_c_while_it_lists(many: Path, tmp_path: Path) -> None:
     terminal = Terminal(*command, "--out", str(tmp_path / "run"))
     terminal.until("listing unlabelled files: ")
     os.write(terminal.file, b"\x03")
-    assert terminal.end() == 130
+    assert terminal.end() == 130, terminal.shown
     assert "Traceback" not in terminal.shown
     assert "go on with:" in terminal.shown
     assert not (tmp_path / "run/data.json").exists()
