@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # Further arguments, for example: make demo DEMO_ARGS="--seed 3"
 DEMO_ARGS ?=
 TEST_ARGS ?=
-# Test files at a time; 0 for one after another in one process.
+# Test files at a time, each with one thread; 0 for one after another in one process.
 TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 
@@ -27,7 +27,7 @@ test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 bench: $(STAMP) ## Measure what each mode costs (more arguments: BENCH_ARGS).
 	$(BIN)/python benchmarks/modes.py $(BENCH_ARGS)
