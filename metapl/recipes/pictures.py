@@ -160,7 +160,7 @@ class PictureRecipe:
     stochastic_depth: float = 0.0
     channels_last: bool = False
     compile: bool = False
-    steps: int = 1000
+    steps: int = 600
     wait: int = 0
     labeled_batch: int = 32
     unlabeled_batch: int = 64
