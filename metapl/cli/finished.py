@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
-from metapl.recipes import Recipe
+from metapl.recipes import PictureRecipe, Recipe
 from metapl.recipes.base import Role
 from metapl.recipes.experiment import TEACHERS
 from metapl.recipes.store import stored
@@ -57,7 +57,9 @@ class Finished:
         name = weights_file(finetuned)
         role: Role = "teacher" if self.result["method"] in TEACHERS else "student"
         # What it was started from need not be there any more.
-        fresh = dataclasses.replace(self.recipe, weights=None) if hasattr(self.recipe, "weights") else self.recipe  # type: ignore[type-var]
+        fresh = self.recipe
+        if isinstance(fresh, PictureRecipe):
+            fresh = dataclasses.replace(fresh, weights=None)
         weights, network = self.folder.read_weights(name), fresh.network(role)
         found = {key: tuple(value.shape) for key, value in weights.items()}
         expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
