@@ -1,7 +1,8 @@
 """How good a model is, and whether one method beats another: pure functions on logits, labels and scores."""
 
-from metapl.evaluate.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.evaluate.metrics import Evaluation, evaluate_logits
 from metapl.evaluate.multi_label import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
+from metapl.evaluate.predictions import predict_logits
 from metapl.evaluate.statistics import PairedTest, paired_test
 
 __all__ = [

@@ -7,7 +7,7 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from metapl import checkpoint
 from metapl.data.feed import Feed, feed
 from metapl.errors import MetaplError
 from metapl.fitting.average import Average
+from metapl.fitting.callbacks import Callback, Callbacks
 from metapl.fitting.contract import Report, Say, Stepwise
 from metapl.fitting.options import FitOptions
 from metapl.fitting.progress import Bar, progress_bar
@@ -31,12 +32,20 @@ from metapl.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit ended with: the best validation accuracy (a fraction; None without validation), the step it was
-    reached at, and these weights, which are in the student now."""
+    """What a fit ended with.
+
+    Args:
+        validation_accuracy: the best one, a fraction; None without validation.
+        step: the step it was reached at; without validation the last one.
+        weights: those of that step, which are in the student now.
+        history: the recorded rows in their order, each with its ``step``; of a fit that was resumed, those of its
+            earlier parts too.
+    """
 
     validation_accuracy: float | None
     step: int
     weights: dict[str, Tensor] = field(repr=False)
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
 
 class FitRun:
@@ -51,6 +60,7 @@ class FitRun:
         truth: Any,
         progress: bool,
         say: Say,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if how.wait and trainer.labeller is None:
             raise MetaplError(
@@ -64,6 +74,9 @@ class FitRun:
         self.watch = Watch(trainer)
         self.selection = Selection(validation, truth, trainer.device)
         self.records = Records(out, how)
+        self.callbacks = Callbacks(callbacks, trainer)
+        # The last step, and why it is, once a callback has said so.
+        self.ended: tuple[int, str] | None = None
         self.feeds: dict[str, Feed] = {}
 
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
@@ -94,14 +107,16 @@ class FitRun:
         with stop_requests() as stop:
             bar = progress_bar(self.progress, name=how.phase, start=start, steps=how.steps)
             with bar as shown, self.records.opened(start):
-                for t in range(start, how.steps):
+                for t in range(start, how.steps if self.ended is None else start):
                     row = self._one_step(t, shown)
                     if row:
-                        self.records.row({"step": t + 1, **row})
-                    if how.due(how.save_every, t):
+                        self._record(t + 1, {"step": t + 1, **row})
+                    if self.ended or how.due(how.save_every, t):
                         self._save(t + 1)
                     if stop:
                         raise Interrupted(t + 1, stop[0], self._save(t + 1))
+                    if self.ended:
+                        break
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(how.steps, stop[0], self.records.saved_at)
 
@@ -127,6 +142,13 @@ class FitRun:
             row |= self.selection.look(student, self.trainer.labeller, t + 1)
         bar.advance(batches.values(), row)
         return row
+
+    def _record(self, step: int, row: dict[str, float]) -> None:
+        self.records.row(row)
+        reason = self.callbacks.after(step, row)
+        if reason is not None:
+            self.ended = step, reason
+            self.say(f"stopped after step {step} by a callback" + (f": {reason}" if reason else ""))
 
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
         try:
@@ -165,6 +187,8 @@ class FitRun:
             "best": {"accuracy": best.accuracy, "step": best.step, "weights": best.weights},
             "feeds": {name: one.state() for name, one in self.feeds.items()},
             "rng": checkpoint.rng_state(),
+            "callbacks": self.callbacks.state(),
+            "ended": self.ended,
         }
 
     def _restore(self) -> int:
@@ -174,6 +198,7 @@ class FitRun:
             return 0
         state = found.state
         self._refuse_other_options(found.path, state)
+        self.callbacks.restore(state.get("callbacks", []))
         self.trainer.load_state_dict(state["trainer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -181,6 +206,7 @@ class FitRun:
         for name, one in self.feeds.items():
             one.restore(state["feeds"][name])
         checkpoint.set_rng_state(state["rng"])
+        self.ended = state.get("ended")
         self.records.saved_at = found.path
         step: int = state["step"]
         self.say(f"resumed at step {step}" + ("" if self.how.phase == "fit" else f" of phase {self.how.phase}"))
@@ -201,10 +227,10 @@ class FitRun:
         best = self.selection.best
         if best.weights:
             self.trainer.student.load_state_dict(best.weights)
-            return FitResult(best.accuracy, best.step, best.weights)
+            return FitResult(best.accuracy, best.step, best.weights, self.records.history)
         last = weights_of(self._candidate())
         self.trainer.student.load_state_dict(last)
-        return FitResult(None, self.how.steps, last)
+        return FitResult(None, self.ended[0] if self.ended else self.how.steps, last, self.records.history)
 
 
 def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) -> str | None:
