@@ -1,4 +1,4 @@
-"""What is called after each recorded row: what it sees, how it stops a fit, and what stays of it when one is resumed."""
+"""What is called after each recorded row: what it sees, how it stops a fit, and what is left of it on resuming."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_what_a_callback_raises_comes_out_as_it_is(tmp_path: Path) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("mine")
 
-    with pytest.raises(ZeroDivisionError, match="^mine$"):
+    with pytest.raises(ZeroDivisionError, match=r"^mine$"):
         trainer.fit(batches(4)[0], steps=8, log_every=2, callbacks=[fail], out=tmp_path)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.1
     assert [row["step"] for row in rows(tmp_path)] == [2]
