@@ -1,0 +1,2 @@
+from benchmarks.pictures.problem import Problem
+PROBLEMS: tuple[Problem, ...] = ()
