@@ -99,7 +99,7 @@ def ground(rng: np.random.Generator, size: int, levels: tuple[float, float], clu
 
 
 class Sprite:
-    """A drawing on a transparent ground; x goes right and y goes down, both over -1..1, and widths are in their unit."""
+    """A drawing on a transparent ground; x goes right and y down, both over -1..1, and widths are in their unit."""
 
     def __init__(self, size: int) -> None:
         self.side = OVERSAMPLING * size

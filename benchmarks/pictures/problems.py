@@ -72,8 +72,7 @@ def arrays(problem: Problem, seed: int) -> Pictures:
     unlabeled = rng.permutation(np.concatenate([own, np.full(foreign, FOREIGN)]))
     test = _labels(problem, problem.test, as_found=True)
     drawn = (
-        _drawn(problem, seed, part, labels)
-        for part, labels in zip(PARTS, (labeled, unlabeled, test), strict=True)
+        _drawn(problem, seed, part, labels) for part, labels in zip(PARTS, (labeled, unlabeled, test), strict=True)
     )
     return Pictures(next(drawn), labeled, next(drawn), unlabeled, next(drawn), test)
 

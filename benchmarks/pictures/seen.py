@@ -196,16 +196,14 @@ def degraded(rng: Generator, label: int, size: int, test: bool) -> Bytes:
         patch = Image.open(file)
     elif name == "few_levels":
         shades = int(rng.integers(3, 5))
-        patch = Image.fromarray(
-            (np.rint(np.asarray(patch) / 255 * (shades - 1)) * 255 / (shades - 1)).astype(np.uint8)
-        )
+        patch = Image.fromarray((np.rint(np.asarray(patch) / 255 * (shades - 1)) * 255 / (shades - 1)).astype(np.uint8))
     margin = (patch.width - size) // 2
     levels = np.asarray(patch.crop((margin, margin, margin + size, margin + size)), dtype=float)
     return finish(rng, levels, noise=2, blur=0, light=0)
 
 
 def _patch(rng: Generator, size: int, test: bool) -> Image.Image:
-    """A patch with a margin and with something to see; those of the test set are from other parts of the photographs."""
+    """A patch with a margin and something to see; those of the test set are from other parts of the photographs."""
     side = size + 16
     while True:
         photo = photographs()[rng.integers(2)]
