@@ -101,7 +101,7 @@ def class_counts(classes: int, total: int, imbalance: float) -> list[int]:
     >>> class_counts(3, 12, imbalance=1)
     [4, 4, 4]
     >>> class_counts(3, 100, imbalance=10)
-    [71, 22, 7]
+    [69, 23, 8]
     """
     shares = imbalance ** (-np.arange(classes) / max(classes - 1, 1))
     ends = np.rint(np.cumsum(shares) / shares.sum() * (total - classes)).astype(int)
