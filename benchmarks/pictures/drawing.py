@@ -185,7 +185,7 @@ def view(
     tilt[2, :2] = rng.uniform(-perspective, perspective, 2)
     move = np.eye(3)
     move[:2, 2] = rng.uniform(-shift, shift, 2)
-    return move @ tilt @ rotate @ slant @ resize
+    return np.asarray(move @ tilt @ rotate @ slant @ resize)
 
 
 @cache

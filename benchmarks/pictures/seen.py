@@ -99,8 +99,8 @@ def _pattern(rng: Generator, name: str, u: Floats, v: Floats, fine: int) -> Floa
         mix = nearest[..., 1] - nearest[..., 0] < fine * rng.uniform(0.015, 0.035)
     else:  # clouds
         start = int(rng.integers(3, 6))
-        mix = sum(smooth_noise(rng, fine, start * 2**k) / 2**k for k in range(4)) / 1.875
-        return np.clip(0.5 + 1.5 * (mix - 0.5), 0, 1)
+        octaves = np.stack([smooth_noise(rng, fine, start * 2**k) / 2**k for k in range(4)])
+        return np.clip(0.5 + 1.5 * (octaves.sum(axis=0) / 1.875 - 0.5), 0, 1)
     return mix.astype(float)
 
 
@@ -237,8 +237,8 @@ def arrow(rng: Generator, label: int, size: int, test: bool) -> Bytes:
             sprite.line([(-0.8, 0), (0.8, 0)], fill, shaft)
             sprite.line([(head, -wide), (0.8, 0), (head, wide)], fill, shaft)
         case 2:  # a chevron
-            back = rng.uniform(-0.5, -0.1)
-            sprite.line([(back, -0.7), (0.5, 0), (back, 0.7)], fill, 1.5 * shaft)
+            ends = rng.uniform(-0.5, -0.1)
+            sprite.line([(ends, -0.7), (0.5, 0), (ends, 0.7)], fill, 1.5 * shaft)
         case _:  # a dart
             sprite.polygon([(0.8, 0), (-0.7, wide), (rng.uniform(-0.5, -0.2), 0), (-0.7, -wide)], fill)
     turn = math.radians(45 * label)

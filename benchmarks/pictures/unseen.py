@@ -21,6 +21,7 @@ from benchmarks.pictures.drawing import (
     ground,
     hsv,
     photographs,
+    to_color,
     tones,
     view,
 )
@@ -406,6 +407,10 @@ def _curve(rng: Generator, count: int) -> Floats:
     return np.stack([np.linspace(-0.74, 0.8, count), 0.6 - 1.2 * heights], axis=1)
 
 
+def _paper(sprite: Sprite) -> Color:
+    return to_color(np.asarray(sprite.image.crop((2, 2, 3, 3)), dtype=float)[0, 0, :3])
+
+
 def _line(rng: Generator, sprite: Sprite, fills: list[Color]) -> None:
     for k in range(rng.integers(1, 4)):
         sprite.line(_curve(rng, int(rng.integers(5, 14))), fills[k], rng.uniform(0.04, 0.07))
@@ -422,12 +427,12 @@ def _pie(rng: Generator, sprite: Sprite, fills: list[Color]) -> None:
     hole = rng.random() < 0.3
     for k, (start, end) in enumerate(pairwise(edges)):
         sprite.polygon([(0, 0), *_arc((0, 0), (0.78, 0.78), start, end).tolist()], fills[k % 6])
-    gap = sprite.image.getpixel((2, 2))
+    gap = _paper(sprite)
     for edge in edges:
         way = math.radians(edge)
-        sprite.line([(0, 0), (0.8 * math.cos(way), 0.8 * math.sin(way))], gap[:3], 0.04)
+        sprite.line([(0, 0), (0.8 * math.cos(way), 0.8 * math.sin(way))], gap, 0.04)
     if hole:
-        sprite.ellipse((0, 0), (0.35, 0.35), gap[:3])
+        sprite.ellipse((0, 0), (0.35, 0.35), gap)
 
 
 def _scatter(rng: Generator, sprite: Sprite, fills: list[Color]) -> None:
@@ -454,7 +459,7 @@ def _boxes(rng: Generator, sprite: Sprite, fills: list[Color]) -> None:
 
 def _heat(rng: Generator, sprite: Sprite, fills: list[Color]) -> None:
     rows, columns = (int(n) for n in rng.integers(4, 9, 2))
-    low, high = np.array(fills[0]), np.array(sprite.image.getpixel((2, 2))[:3])
+    low, high = np.array(fills[0]), np.array(_paper(sprite))
     for i in range(rows):
         for j in range(columns):
             mix = rng.uniform(0, 1)
@@ -482,12 +487,12 @@ PLACES: dict[str, tuple[int, int, int]] = {  # which photograph, and the place's
     "balcony": (0, 205, 215),
     "bush": (0, 465, 340),
     "eaves": (0, 270, 265),
-    "hedge": (0, 110, 390),
     "island": (0, 450, 240),
     "spire": (0, 205, 75),
     "tree": (0, 600, 225),
     "bud": (1, 370, 395),
     "core": (1, 305, 215),
+    "leaf": (1, 80, 170),
     "rim": (1, 215, 150),
 }
 
@@ -547,9 +552,9 @@ def cell(rng: Generator, label: int, size: int, test: bool) -> Bytes:
     name = CELLS[label]
     if name == "red_grains":
         for _ in range(rng.integers(30, 50)):
-            angle, at = rng.uniform(0, 2 * math.pi), body * 0.88 * math.sqrt(rng.uniform(0, 1))
+            angle, away = rng.uniform(0, 2 * math.pi), body * 0.88 * math.sqrt(rng.uniform(0, 1))
             grain = hsv(rng.uniform(0.97, 1.05) % 1, rng.uniform(0.6, 0.9), rng.uniform(0.7, 0.95))
-            sprite.ellipse((at * math.cos(angle), at * math.sin(angle)), (0.06, 0.06), grain)
+            sprite.ellipse((away * math.cos(angle), away * math.sin(angle)), (0.06, 0.06), grain)
     if name == "round":
         large = body * rng.uniform(0.6, 0.85)
         sprite.ellipse(tuple(rng.uniform(-0.08, 0.08, 2)), (large, large * rng.uniform(0.85, 1)), stain)
