@@ -15,9 +15,9 @@ from metapl.replay import RandomState, replayed
 
 @dataclass
 class Best:
-    """The best student so far, by validation accuracy; the earliest of equals."""
+    """The best student so far, by validation accuracy; the latest of equals."""
 
-    accuracy: float = -1.0
+    accuracy: float | None = None
     step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -29,25 +29,34 @@ class Selection:
         validation: (inputs, labels) or an iterable of such batches; None: nothing is looked at.
         truth: (inputs, labels) of unlabelled examples, for the teacher.
         device: where the networks are.
+        select: whether the best student is remembered.
     """
 
-    def __init__(self, validation: Any, truth: Any, device: torch.device) -> None:
-        self.validation, self.truth, self.device = validation, truth, device
+    def __init__(self, validation: Any, truth: Any, device: torch.device, select: bool = True) -> None:
+        self.validation, self.truth, self.device, self.select = validation, truth, device, select
         self.best = Best()
 
-    def look(self, student: nn.Module | None, teacher: nn.Module | None, step: int) -> dict[str, float]:
-        """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun."""
+    def look(
+        self, student: nn.Module | None, teacher: nn.Module | None, labeller: nn.Module | None, step: int
+    ) -> dict[str, float]:
+        """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun.
+
+        Args:
+            student, teacher: what is kept of them, such as their averages.
+            labeller: the network that makes the pseudo-labels.
+            step: number of steps done.
+        """
         if self.validation is None:
             return {}
         found = {}
         if student is not None:
             found["student_validation_accuracy"] = accuracy = self._accuracy(student, self.validation)
-            if accuracy > self.best.accuracy:
+            if self.select and accuracy >= (self.best.accuracy or 0.0):
                 self.best = Best(accuracy, step, weights_of(student))
         if teacher is not None:
             found["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)
-            if self.truth is not None:
-                found["pseudo_label_accuracy"] = self._accuracy(teacher, self.truth)
+        if labeller is not None and self.truth is not None:
+            found["pseudo_label_accuracy"] = self._accuracy(labeller, self.truth)
         return found
 
     def _accuracy(self, model: nn.Module, data: Any) -> float:

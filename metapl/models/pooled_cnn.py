@@ -16,45 +16,49 @@ SMALLEST = 6
 """Side of the last feature map, at least, in pixels: a stage that would end below it does not pool."""
 
 
-def _stage(channels_in: int, channels_out: int, *, stride: int = 1, pool: bool = False) -> nn.Sequential:
+class _Stage(nn.Sequential):
     """3x3 convolution, batch norm, ReLU, and the greatest of each 2x2 values."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(),
-    ]
-    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
+
+    def __init__(self, channels_in: int, channels_out: int, *, stride: int = 1, pool: bool = False) -> None:
+        super().__init__(
+            nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+            nn.MaxPool2d(2) if pool else nn.Identity(),
+        )
 
 
 class _PooledCNN(nn.Module):
     def __init__(self, num_classes: int, in_channels: int, dropout: float, image_size: int) -> None:
         super().__init__()
-        self.features = nn.Sequential(*_stages(in_channels, image_size))
+        plan = _plan(image_size)
+        widths = [WIDTHS[min(stage, len(WIDTHS) - 1)] for stage in range(len(plan))]
+        channels = zip([in_channels, *widths], widths, plan, strict=False)
+        self.features = nn.Sequential(
+            *(_Stage(into, out, stride=stride, pool=pool) for into, out, (stride, pool) in channels)
+        )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(self.features[-1][0].out_channels, num_classes)
+        self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.dropout(self.features(images).mean(dim=(2, 3))))
         return logits
 
 
-def _stages(channels: int, side: int) -> list[nn.Sequential]:
-    stages: list[nn.Sequential] = []
+def _plan(side: int) -> list[tuple[int, bool]]:
+    """The stride of each stage's convolution, and whether the stage pools.
 
-    def add(**how: bool | int) -> None:
-        nonlocal channels
-        width = WIDTHS[min(len(stages), len(WIDTHS) - 1)]
-        stages.append(_stage(channels, width, **how))  # type: ignore[arg-type]  # stride and pool
-        channels = width
-
+    >>> _plan(32)
+    [(1, True), (1, True), (1, False)]
+    """
+    plan = []
     if side > LARGE:
-        add(stride=2)
+        plan.append((2, False))
         side = -(-side // 2)
     while side >= 2 * SMALLEST:
-        add(pool=True)
+        plan.append((1, True))
         side //= 2
-    add()
-    return stages
+    return [*plan, (1, False)]
 
 
 def pooled_cnn(
