@@ -68,8 +68,7 @@ class Affine:
     def __post_init__(self) -> None:
         _require(self, 0 <= self.degrees <= 180, "degrees", "0 to 180")
         _require(self, 0 <= self.translate < math.inf, "translate", "a share of the side, 0 or more")
-        low, high = self.scale
-        _require(self, 0 < low <= high < math.inf, "scale", "0 < smallest <= largest")
+        _require(self, _is_range(self.scale) and self.scale[0] > 0, "scale", "(smallest, largest), above 0")
         _require(self, 0 <= self.shear < 90, "shear", "degrees, 0 or more and below 90")
         known = self.fill in _PADDING if isinstance(self.fill, str) else 0 <= self.fill <= 1
         _require(self, known, "fill", '"border", "reflect" or a level from 0 to 1')
@@ -208,8 +207,7 @@ class Hole:
     fill: Literal["mean", "grey"] = "mean"
 
     def __post_init__(self) -> None:
-        low, high = self.side
-        _require(self, 0 <= low <= high < math.inf, "side", "0 <= smallest <= largest, shares of the shorter side")
+        _require(self, _is_range(self.side), "side", "(smallest, largest), shares of the shorter side, 0 or more")
         _require(self, self.fill in ("mean", "grey"), "fill", '"mean" or "grey"')
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
@@ -285,6 +283,11 @@ def _mean(images: Tensor) -> Tensor:
     raised = images.float() + 1.0
     mean: Tensor = raised.sum((2, 3), keepdim=True, dtype=torch.float64) / math.prod(images.shape[2:]) - 1.0
     return mean
+
+
+def _is_range(value: object) -> bool:
+    """Whether it is (smallest, largest), not negative."""
+    return isinstance(value, tuple | list) and len(value) == 2 and 0 <= value[0] <= value[1] < math.inf
 
 
 def _require(view: object, holds: bool, name: str, expected: str) -> None:
