@@ -1,5 +1,6 @@
 """How good a model is, and whether one method beats another: pure functions on logits, labels and scores."""
 
+from metapl.evaluate.intervals import interval, spoken
 from metapl.evaluate.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.evaluate.multi_label import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
 from metapl.evaluate.statistics import PairedTest, paired_test
@@ -9,8 +10,10 @@ __all__ = [
     "MultiLabelAccuracy",
     "PairedTest",
     "evaluate_logits",
+    "interval",
     "multi_label_accuracy",
     "paired_test",
     "predict_logits",
     "read_label_sets",
+    "spoken",
 ]

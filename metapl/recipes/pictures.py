@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor, nn
 
 from metapl import models
-from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, Chain, RandAugment, ResizedCrop, Weak
+from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.data.image_batches import (
     ImageEvaluationBatches,
     ImageLabeledBatches,
@@ -21,7 +21,7 @@ from metapl.data.image_batches import (
 from metapl.data.image_sets import Images
 from metapl.data.images import SUFFIXES, read_image
 from metapl.data.samplers import StepSampler
-from metapl.data.views import Identity, View
+from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
 from metapl.fit import FitOptions
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
