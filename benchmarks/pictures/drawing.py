@@ -74,7 +74,7 @@ def ground(rng: np.random.Generator, size: int, levels: tuple[float, float], clu
         mix = np.clip(0.5 + (x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle), 0, 1)
     else:
         mix = smooth_noise(rng, size, int(rng.integers(2, 7)))
-    picture = first + (second - first) * mix[..., None]
+    picture: Floats = first + (second - first) * mix[..., None]
     if not clutter:
         return picture
     image = Image.fromarray(picture.astype(np.uint8))

@@ -100,7 +100,7 @@ def _pattern(rng: Generator, name: str, u: Floats, v: Floats, fine: int) -> Floa
     else:  # clouds
         start = int(rng.integers(3, 6))
         octaves = np.stack([smooth_noise(rng, fine, start * 2**k) / 2**k for k in range(4)])
-        return np.clip(0.5 + 1.5 * (octaves.sum(axis=0) / 1.875 - 0.5), 0, 1)
+        return np.asarray(np.clip(0.5 + 1.5 * (octaves.sum(axis=0) / 1.875 - 0.5), 0, 1))
     return mix.astype(float)
 
 
