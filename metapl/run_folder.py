@@ -32,6 +32,7 @@ from torch import Tensor
 
 from metapl.atomic import replacing
 from metapl.checkpoint import CheckpointFolder
+from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
 
 FORMAT = 1
@@ -89,6 +90,14 @@ class RunFolder:
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
             raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
+
+    def threads(self) -> int:
+        """Threads of the linear algebra that the run in the folder was started with; for a new one, the default.
+
+        Whoever goes on with a run, or looks at it again, takes as many: rounding depends on their number.
+        """
+        begun = self.read_json("recipe.json").get("made_with", {}) if self.exists else {}
+        return int(begun.get("threads") or default_threads())
 
     def recipe(self) -> dict[str, Any]:
         """The recipe of the run in the folder."""
@@ -244,7 +253,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": _processor(),
-        "cpus": os.cpu_count(),
+        "cpus": available_cores(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
     }
 

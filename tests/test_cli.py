@@ -468,12 +468,13 @@ def test_a_table_that_is_not_of_examples_is_refused(content: bytes, expected: st
         csv_rows(tmp_path / "x.csv", 3, highest=16)
 
 
-def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from metapl.cli import train as command
     from metapl.recipes import Digits
 
     seen: list[Any] = []
-    monkeypatch.setattr(command.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(command, "available_cores", lambda: 8)
+    monkeypatch.setattr(command, "default_threads", lambda: 8)
 
     def stop(jobs: Any, workers: int) -> Any:
         seen.append((workers, {job.threads for job in jobs}))
@@ -487,7 +488,7 @@ def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Digits, "place", lambda self: torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
         command.Train(recipe=Digits(), compare=True)._run_jobs(tmp_path, ("mpl", "none"), (0, 1))
-    assert seen == [(6, {1}), (2, {4}), (1, {8})]
+    assert seen == [(6, {1}), (2, {1}), (1, {8})]
 
 
 def test_every_recipe_is_told() -> None:

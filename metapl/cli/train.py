@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shlex
 import signal
@@ -20,6 +19,7 @@ import tyro
 
 from metapl.cli.jobs import Job, run_all
 from metapl.cli.parse import Switch
+from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
 from metapl.fit import Interrupted
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
@@ -126,16 +126,18 @@ class Train:
     def _run_jobs(
         self, out: Path, methods: tuple[str, ...], seeds: tuple[int, ...]
     ) -> dict[tuple[str, int], dict[str, Any]]:
-        cores = os.cpu_count() or 1
-        together = 1 if self.recipe.place().type == "cuda" else cores
-        workers = min(self.jobs or together, len(methods) * len(seeds))
+        on_gpu = self.recipe.place().type == "cuda"
+        workers = min(self.jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
+        # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn
+        # the weights differ already. So a job has as many threads whatever --jobs is, and when it is resumed.
+        threads = default_threads() if on_gpu else 1
         jobs = []
         for seed in seeds:
             recipe = dataclasses.replace(self.recipe, seed=seed)
             for method in methods:
                 place = out / method / f"seed-{seed}"
                 begun = self.resume or (place / "recipe.json").exists()
-                jobs.append(Job(recipe, method, place, begun, threads=max(1, cores // workers)))
+                jobs.append(Job(recipe, method, place, begun, threads=threads))
         print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
         results, since = {}, time.monotonic()
         with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping
