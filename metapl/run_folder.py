@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -75,12 +76,21 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-        """:meth:`start`, and hold the folder against other processes until the block ends or the process dies."""
+        """:meth:`start`, and hold the folder against other processes until the block ends or the process dies.
+
+        A new run that is refused in the block before it has begun to train leaves nothing behind.
+        """
+        beginning = None if self.exists else _Beginning.of(self.path)
         self.start(recipe, resume=resume)
         with (self.path / ".lock").open("w") as lock:
             _close_in_forks(lock)
             _lock(lock, self.path)
-            yield
+            try:
+                yield
+            except MetaplError:
+                if beginning is not None:
+                    beginning.undo()
+                raise
 
     def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
         if not resume:
@@ -150,6 +160,43 @@ class RunFolder:
         except Exception as error:  # safetensors raises its own types, and OSError
             raise MetaplError(f"{file} cannot be read: {error}.") from error
         return weights
+
+
+BEFORE_TRAINING = ("recipe.json", ".lock", "data.json", "split.json", "skipped.jsonl")
+"""What a run writes before its first step."""
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What stood where a run is about to start, so that only what the run made is taken back.
+
+    Args:
+        path: the run's folder.
+        there: names in it; none where there was no folder.
+        made: the folders that have to be made for it, the innermost first.
+    """
+
+    path: Path
+    there: frozenset[str]
+    made: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> _Beginning:
+        there = frozenset(os.listdir(path)) if path.is_dir() else frozenset()
+        return cls(path, there, tuple(one for one in (path, *path.parents) if not one.exists()))
+
+    def undo(self) -> None:
+        """Remove the run's files and folders, unless it has begun to train: then they are worth keeping."""
+        new = set(os.listdir(self.path)) - self.there
+        if not new <= set(BEFORE_TRAINING):
+            return
+        for name in new:
+            (self.path / name).unlink()
+        for folder in self.made:
+            try:
+                folder.rmdir()
+            except OSError:  # another run is in it by now
+                return
 
 
 class Metrics:

@@ -49,7 +49,7 @@ class Job:
         with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
             if (self.folder / "result.json").exists():
                 return folder.read_json("result.json")
-            say = _silent if quiet else _aloud
+            say = _silent if quiet else aloud
             return Experiment(self.recipe, folder, self.resume and folder.exists, progress, say).run(self.method)
 
 
@@ -57,7 +57,7 @@ def _silent(text: str) -> None:
     """Messages of a run beside others are not shown."""
 
 
-def _aloud(text: str) -> None:
+def aloud(text: str) -> None:
     print(text, flush=True)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.cli.jobs import Job, run_all
+from metapl.cli.jobs import Job, aloud, run_all
 from metapl.cli.parse import Switch
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
@@ -106,6 +106,8 @@ class Train:
         folder = RunFolder(out)
         recipe = describe(self.recipe, compare=list(methods), seeds=list(seeds))
         with folder.claimed(recipe, resume=self.resume):
+            if not (out / "result.json").exists():
+                self.recipe.task(aloud, progress=True)  # before any job starts, and the jobs say nothing
             results = self._run_jobs(out, methods, seeds)
             comparison = Comparison(
                 seeds,

@@ -37,10 +37,10 @@ class SGD:
 
     Args:
         lr: base learning rate; the schedule multiplies it.
-        momentum: heavy-ball or Nesterov momentum.
-        nesterov: the latter.
-        weight_decay: L2.
-        decay_norms: also on normalisation layers and biases.
+        momentum: decay of the moving average of gradients.
+        nesterov: Nesterov's momentum instead of heavy-ball.
+        weight_decay: weight of the L2 penalty.
+        decay_norms: weight decay on normalisation layers and biases too.
     """
 
     lr: float = 0.1
@@ -52,6 +52,7 @@ class SGD:
     def __post_init__(self) -> None:
         require(self, self.lr > 0, "lr", "a number above 0")
         require(self, 0 <= self.momentum < 1, "momentum", "a number in [0, 1)")
+        require(self, self.momentum > 0 or not self.nesterov, "momentum", "a number above 0 beside nesterov")
         require(self, self.weight_decay >= 0, "weight_decay", "a number of 0 or more")
 
     def build(self, module: nn.Module) -> torch.optim.SGD:
