@@ -45,7 +45,7 @@ class Evaluate:
     """Measure a run's student on its test set again: accuracy, calibration, and which classes it takes for which.
 
     The accuracy is the one in the run's result.json; where it is not, that is said. Of a comparison, it is the student
-    that the comparison delivers: MPL's best by validation.
+    that the comparison delivers: the best by validation of the best method.
 
     With label sets, several classes of a picture can be right, or none: ReaL accuracy. The file is a JSON list with a
     list of classes for each test picture, such as ReaL's own real.json; or a JSON object of such lists by file name; or
@@ -109,7 +109,7 @@ def _as_json(found: Evaluation, several: MultiLabelAccuracy | None) -> dict[str,
 
 
 def _figures(found: Evaluation, several: MultiLabelAccuracy | None, of_accuracy: str) -> str:
-    lines = {"test accuracy": f"{found.accuracy:.2%} of {found.n:,}, {of_accuracy}"}
+    lines = {"test accuracy": f"{found.accuracy:.2%} of {found.n:,}, {of_accuracy}", "chance": f"{found.chance:.2%}"}
     if found.top5 is not None:
         lines["top-5 accuracy"] = f"{found.top5:.2%}"
     if several is not None:
