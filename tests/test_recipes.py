@@ -18,6 +18,7 @@ from metapl.cli import main
 from metapl.evaluate import evaluate_logits
 from metapl.fit import FitResult
 from metapl.recipes import Digits, Feedback, Optimizer, from_dict
+from metapl.recipes.comparison import TITLES
 from metapl.recipes.experiment import METHODS, Experiment
 from metapl.recipes.store import describe, stored
 from metapl.run_folder import Metrics, RunFolder
@@ -241,11 +242,15 @@ def test_a_comparison_leaves_its_own_files_beside_its_runs(tmp_path: Path, capsy
     for method, found in runs.items():
         for name in ("test_accuracy", "finetuned_test_accuracy"):
             assert result["methods"][method][name] == [one[name] for one in found]
-    assert said.rstrip().endswith(result["sentence"])
+    assert result["sentence"] in " ".join(said.split())
+    assert "at least 5 seeds are needed" in result["sentence"]
+    assert (result["test_examples"], 0.1 <= result["chance"] < 0.15) == (400, True)
     assert result["mpl_against_none"]["n"] == 2
-    best = max(runs["mpl"], key=lambda one: one["validation_accuracy"])
-    assert (result["seed"], result["method"], result["test_accuracy"]) == (best["seed"], "mpl", best["test_accuracy"])
-    delivered = folder / "mpl" / f"seed-{best['seed']}"
+    method = max(runs, key=lambda name: sum(one["validation_accuracy"] for one in runs[name]))
+    best = max(runs[method], key=lambda one: one["validation_accuracy"])
+    assert (result["seed"], result["method"], result["test_accuracy"]) == (best["seed"], method, best["test_accuracy"])
+    assert f"delivered: {TITLES[method]}, seed {best['seed']};" in " ".join(said.split())
+    delivered = folder / method / f"seed-{best['seed']}"
     for name in ("student.safetensors", "finetuned_student.safetensors"):
         assert (folder / name).read_bytes() == (delivered / name).read_bytes()
     assert read(folder, "recipe.json")["recipe"]["compare"] == ["mpl", "none"]

@@ -59,7 +59,9 @@ class FitOptions:
         if not 0 <= self.wait < self.steps:
             raise MetaplError(f"wait={self.wait}: expected 0 or more, and fewer than steps={self.steps}.")
         if self.warm_start and not self.wait:
-            raise MetaplError("warm_start=True was given with wait=0; expected steps in which the teacher trains alone.")
+            raise MetaplError(
+                "warm_start=True was given with wait=0; expected steps in which the teacher trains alone."
+            )
         if not 0 <= self.warmup <= self.steps - self.wait:
             after = f" - wait={self.wait}" if self.wait else ""
             raise MetaplError(f"warmup={self.warmup}: expected between 0 and steps={self.steps}{after}.")

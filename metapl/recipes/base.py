@@ -38,10 +38,10 @@ class Optimizer:
     Args:
         algorithm: stochastic gradient descent, or AdamW with decay rates 0.9 and 0.999.
         lr: base learning rate; the schedule multiplies it.
-        momentum: heavy-ball or Nesterov momentum of sgd.
-        nesterov: the latter.
-        weight_decay: L2 with sgd, decoupled with adamw.
-        decay_norms: also on normalisation layers and biases.
+        momentum: decay of the moving average of gradients (sgd).
+        nesterov: Nesterov's momentum instead of heavy-ball (sgd).
+        weight_decay: weight of the L2 penalty; decoupled from the gradient with adamw.
+        decay_norms: weight decay on normalisation layers and biases too.
     """
 
     algorithm: Literal["sgd", "adamw"] = "sgd"
@@ -54,6 +54,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         require(self, self.lr > 0, "lr", "a number above 0")
         require(self, 0 <= self.momentum < 1, "momentum", "a number in [0, 1)")
+        require(self, self.momentum > 0 or not self.nesterov, "momentum", "a number above 0 beside nesterov")
         require(self, self.weight_decay >= 0, "weight_decay", "a number of 0 or more")
         adaptive = self.algorithm == "adamw"
         require(self, not (adaptive and self.momentum), "momentum", "0 with adamw, which has its own")
