@@ -2,8 +2,9 @@
 
 from metapl.evaluate.chance import chance_level, with_chance
 from metapl.evaluate.intervals import interval, spoken
-from metapl.evaluate.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.evaluate.metrics import Evaluation, evaluate_logits
 from metapl.evaluate.multi_label import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
+from metapl.evaluate.predictions import predict_logits
 from metapl.evaluate.statistics import PairedTest, paired_test
 
 __all__ = [

@@ -7,7 +7,7 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from metapl import checkpoint
 from metapl.data.feed import Feed, feed
 from metapl.errors import MetaplError
 from metapl.fitting.average import Average
+from metapl.fitting.callbacks import Callback, Callbacks
 from metapl.fitting.contract import Report, Say, Stepwise
 from metapl.fitting.options import FitOptions
 from metapl.fitting.progress import Bar, progress_bar
@@ -35,16 +36,19 @@ class FitResult:
 
     Args:
         validation_accuracy: of the student that is kept, a fraction; None without validation.
-        step: the step it was reached at.
+        step: the step it was reached at; without validation the last one.
         weights: of that student; they are in the student now.
         teacher_weights: of the teacher after the last step, averaged where the student is; they are in the teacher now.
             None where there is no teacher.
+        history: the recorded rows in their order, each with its ``step``; of a fit that was resumed, those of its
+            earlier parts too.
     """
 
     validation_accuracy: float | None
     step: int
     weights: dict[str, Tensor] = field(repr=False)
     teacher_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
 
 class FitRun:
@@ -59,6 +63,7 @@ class FitRun:
         truth: Any,
         progress: bool,
         say: Say,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if how.wait and trainer.labeller is None:
             raise MetaplError(
@@ -76,6 +81,9 @@ class FitRun:
         self.watch = Watch(trainer)
         self.selection = Selection(validation, truth, trainer.device, how.select)
         self.records = Records(out, how)
+        self.callbacks = Callbacks(callbacks, trainer)
+        # The last step, and why it is, once a callback has said so.
+        self.ended: tuple[int, str] | None = None
         self.feeds: dict[str, Feed] = {}
         self.seen: dict[str, float] = {}  # the last accuracies on validation data
 
@@ -107,14 +115,16 @@ class FitRun:
         with stop_requests() as stop:
             bar = progress_bar(self.progress, name=how.phase, start=start, steps=how.steps)
             with bar as shown, self.records.opened(start):
-                for t in range(start, how.steps):
+                for t in range(start, how.steps if self.ended is None else start):
                     row = self._one_step(t, shown)
                     if row:
-                        self.records.row({"step": t + 1, **row})
-                    if how.due(how.save_every, t):
+                        self._record(t + 1, {"step": t + 1, **row})
+                    if self.ended or how.due(how.save_every, t):
                         self._save(t + 1)
                     if stop:
                         raise Interrupted(t + 1, stop[0], self._save(t + 1))
+                    if self.ended:
+                        break
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(how.steps, stop[0], self.records.saved_at)
 
@@ -141,6 +151,13 @@ class FitRun:
             row |= self.seen
         bar.advance(batches.values(), row)
         return row
+
+    def _record(self, step: int, row: dict[str, float]) -> None:
+        self.records.row(row)
+        reason = self.callbacks.after(step, row)
+        if reason is not None:
+            self.ended = step, reason
+            self.say(f"stopped after step {step} by a callback" + (f": {reason}" if reason else ""))
 
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
         if self.how.warm_start and t == self.how.wait:
@@ -200,6 +217,8 @@ class FitRun:
             "best": {"accuracy": best.accuracy, "step": best.step, "weights": best.weights},
             "feeds": {name: one.state() for name, one in self.feeds.items()},
             "rng": checkpoint.rng_state(),
+            "callbacks": self.callbacks.state(),
+            "ended": self.ended,
         }
 
     def _restore(self) -> int:
@@ -209,6 +228,7 @@ class FitRun:
             return 0
         state = found.state
         self._refuse_other_options(found.path, state)
+        self.callbacks.restore(state.get("callbacks", []))
         self.trainer.load_state_dict(state["trainer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -219,6 +239,7 @@ class FitRun:
         for name, one in self.feeds.items():
             one.restore(state["feeds"][name])
         checkpoint.set_rng_state(state["rng"])
+        self.ended = state.get("ended")
         self.records.saved_at = found.path
         step: int = state["step"]
         self.say(f"resumed at step {step}" + ("" if self.how.phase == "fit" else f" of phase {self.how.phase}"))
@@ -243,9 +264,10 @@ class FitRun:
         best = self.selection.best
         if not best.weights:
             found = self.seen.get("student_validation_accuracy")
-            best = Best(found, self.how.steps, weights_of(self._candidate()))
+            step = self.ended[0] if self.ended else self.how.steps
+            best = Best(found, step, weights_of(self._candidate()))
         self.trainer.student.load_state_dict(best.weights)
-        return FitResult(best.accuracy, best.step, best.weights, taught)
+        return FitResult(best.accuracy, best.step, best.weights, taught, self.records.history)
 
 
 def _refuse_other_shapes(student: nn.Module, teacher: nn.Module) -> None:

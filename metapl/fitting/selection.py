@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.evaluate import evaluate_logits, predict_logits
+from metapl.evaluate.predictions import batches_of
 from metapl.replay import RandomState, replayed
 
 
@@ -69,11 +69,3 @@ class Selection:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of a network's weights and buffers on the host."""
     return {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
-
-
-def batches_of(data: Any, device: torch.device, size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, labels) in batches on the device, from a pair of tensors or an iterable of pairs."""
-    pair = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
-    pieces = zip(data[0].split(size), data[1].split(size), strict=True) if pair else data
-    for inputs, labels in pieces:
-        yield inputs.to(device), labels.to(device)
