@@ -14,6 +14,7 @@ from metapl.data.images import UnreadableImage, read_image
 from metapl.data.samplers import StepSampler
 from metapl.data.sound_files import Skipped, Verified, verify_files
 from metapl.data.splits import Split, draw_split, stratified_split
+from metapl.data.unlabeled import WithoutLabels, without_labels
 from metapl.data.views import Chain, Identity, ShiftNoiseCutout, View
 from metapl.data.vision import PROTOCOLS, Protocol, VisionData, load_vision
 
@@ -53,6 +54,7 @@ __all__ = [
     "View",
     "VisionData",
     "Weak",
+    "WithoutLabels",
     "check_folders",
     "draw_split",
     "feed",
@@ -66,4 +68,5 @@ __all__ = [
     "stratified_split",
     "to_device",
     "verify_files",
+    "without_labels",
 ]
