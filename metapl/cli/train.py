@@ -26,10 +26,10 @@ from metapl.errors import MetaplError
 from metapl.fit import Interrupted
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
-from metapl.recipes.comparison import READOUTS, Comparison, parse_seeds, title
+from metapl.recipes.comparison import Comparison, parse_seeds, title
 from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
 from metapl.recipes.store import describe, stored
-from metapl.run_folder import RunFolder
+from metapl.run_folder import WEIGHTS, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class Train:
             results = self._run_jobs(out, methods, seeds)
             comparison = Comparison.of(seeds, methods, results)
             self._leave_behind(folder, comparison, results)
-        print(f"figures, report and the delivered student are in {out}")
+        print(f"figures, report and the delivered networks are in {out}")
         print(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
         print(textwrap.fill(comparison.sentence(), WIDTH))
         print(textwrap.fill(comparison.delivery(), WIDTH))
@@ -138,8 +138,8 @@ class Train:
         threads = default_threads() if on_gpu else 1
         jobs = []
         for seed in seeds:
-            recipe = dataclasses.replace(self.recipe, seed=seed)
             for method in methods:
+                recipe = self._by(method, seed)
                 place = out / method / f"seed-{seed}"
                 begun = self.resume or (place / "recipe.json").exists()
                 jobs.append(Job(recipe, method, place, begun, threads=threads))
@@ -155,19 +155,26 @@ class Train:
                 )
         return results
 
+    def _by(self, method: str, seed: int) -> Recipe:
+        """The recipe as it is settled, its number of steps included, by one of the methods."""
+        recipe: Recipe = self.recipe
+        if isinstance(recipe, ImageFolders):
+            return dataclasses.replace(recipe, seed=seed, method=method)
+        return dataclasses.replace(self.recipe, seed=seed)
+
     def _leave_behind(
         self, folder: RunFolder, comparison: Comparison, results: dict[tuple[str, int], dict[str, Any]]
     ) -> None:
-        """The comparison's own files: the student that it delivers, the averaged report, the result."""
+        """The comparison's own files: the networks of the run that it delivers, the averaged report, the result."""
         from metapl.recipes.reports import draw_comparison
 
         method, seed = comparison.delivered()
         source = RunFolder(folder.path / method / f"seed-{seed}")
-        for name in ("student.safetensors", "finetuned_student.safetensors"):
-            folder.write_weights(name, source.read_weights(name))
+        for name in WEIGHTS.values():
+            if (source.path / name).is_file():
+                folder.write_weights(name, source.read_weights(name))
         draw_comparison(folder.path, comparison, results)
-        delivered = {name: results[method, seed][name] for name in (*READOUTS, "seed", "method")}
-        folder.write_json("result.json", {**comparison.to_json(), **delivered})
+        folder.write_json("result.json", results[method, seed] | comparison.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)

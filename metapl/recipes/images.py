@@ -257,11 +257,11 @@ class ImageFolders(PictureRecipe):
 
     def scheduled(self, steps: int) -> ImageFolders:
         """The recipe with so many steps, and what is a share of them."""
-        # Of the teacher's steps without a student; where there is no student, none.
-        wait = round(WAIT * steps) if self.method in ("mpl", "none") else 0
+        # A method without a student does not wait, whatever stands here: a comparison has one recipe for all methods.
+        wait = min(round(WAIT * steps), steps - 1) if self.wait is None else self.wait
         shares = {
-            "wait": min(wait, steps - 1),
-            "warmup": round(WARMUP * (steps - wait)),
+            "wait": wait,
+            "warmup": round(WARMUP * (steps - wait if self.method in ("mpl", "none") else steps)),
             "uda_ramp": round(RAMP * steps),
             "validate_every": max(1, round(steps / 20)),
         }
