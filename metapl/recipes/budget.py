@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,10 +35,16 @@ FASTER = 1.25
 """How much faster bfloat16 has to be to be taken: it is where the processor has instructions for it."""
 
 
-class _Rehearsal(Experiment):
-    """An experiment whose fits are a few steps, of which each kind is timed."""
+Clock = Callable[[], float]
+"""Seconds from some moment on."""
 
-    seconds: float = 0.0
+
+@dataclass(frozen=True)
+class _Rehearsal(Experiment):
+    """An experiment whose fits are a few steps, timed: ``seconds`` a step, of each fit."""
+
+    seconds: list[float] = field(default_factory=list)
+    clock: Clock = time.monotonic
 
     def fit(
         self, trainer: Loop, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
@@ -46,32 +53,33 @@ class _Rehearsal(Experiment):
         feeds = [feed(one, name=str(i), stop=2**31, device=trainer.device) for i, one in enumerate(sources)]
         batches = iter(lambda: [one.next() for one in feeds], None)
         steps, waits = self.recipe.steps, self.recipe.fit_options().get("wait", 0) if "wait" not in over else 0
-        alone = _seconds(trainer.teacher_step, batches) if waits else 0.0
+        alone = _seconds(trainer.teacher_step, batches, self.clock) if waits else 0.0
         share = waits / steps
         object.__setattr__(
-            self, "seconds", self.seconds + share * alone + (1 - share) * _seconds(trainer.step, batches)
+            self, "seconds", self.seconds + share * alone + (1 - share) * _seconds(trainer.step, batches, self.clock)
         )
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 
 
-def _seconds(step: Callable[..., Any], batches: Iterator[Any]) -> float:
+def _seconds(step: Callable[..., Any], batches: Iterator[Any], clock: Clock) -> float:
     """The median of a step, the making of its batches included."""
     times: list[float] = []
     begun = time.monotonic()
     while len(times) < WARM + TIMED and (len(times) <= WARM or time.monotonic() - begun < SECONDS):
-        since = time.monotonic()
+        since = clock()
         report = step(*next(batches))
         report.as_dict()  # waits for the device
-        times.append(time.monotonic() - since)
+        times.append(clock() - since)
     return statistics.median(times[WARM:])
 
 
-def seconds_per_step(recipe: ImageFolders) -> float:
+def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> float:
     """What a step of the recipe's method takes on this machine, on pictures of noise.
 
     Args:
         recipe: complete, of any number of steps.
+        clock: ``time.process_time`` where other processes share the cores.
 
     Cost: some seconds; the default generator is put back.
     """
@@ -84,19 +92,19 @@ def seconds_per_step(recipe: ImageFolders) -> float:
     task = Task(**sources, classes=recipe.classes, record={})
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        rehearsal = _Rehearsal(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None)
+        rehearsal = _Rehearsal(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None, clock=clock)
         networks = [recipe.network(role).to(recipe.place()) for role in ROLES]
         METHODS[recipe.method](rehearsal, task, *networks)
-    return rehearsal.seconds
+    return sum(rehearsal.seconds)
 
 
-def steps_within(recipe: ImageFolders, minutes: float) -> int:
+def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monotonic) -> int:
     """The number of steps that fit into a time, rounded to two digits.
 
     >>> _rounded(4371.8), _rounded(86.2)
     (4400, 86)
     """
-    return _rounded(SHARE * 60 * minutes / seconds_per_step(recipe))
+    return _rounded(SHARE * 60 * minutes / seconds_per_step(recipe, clock))
 
 
 def faster_precision(recipe: ImageFolders) -> Literal["float32", "bfloat16"]:

@@ -279,6 +279,9 @@ FIXED_TEACHER = ("pseudo_labels", "pseudo_labels_hard")
 ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
 """Options of a fit without a teacher that learns."""
 
+FIXMATCH_THRESHOLD = 0.95
+"""As published (arXiv:2001.07685)."""
+
 USUAL_SMOOTHING = 0.1
 """Of the baseline by label smoothing, where the recipe smooths nothing."""
 
@@ -361,6 +364,15 @@ def _uda(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) ->
     return _alone(run, task, teacher, run.recipe.teacher_losses(uda=True), task.labeled)
 
 
+def _fixmatch(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
+    """UDA with the most probable class as the label of what the network is sure of."""
+    losses = [
+        dataclasses.replace(term, temperature=0.0, threshold=FIXMATCH_THRESHOLD) if isinstance(term, UDA) else term
+        for term in run.recipe.teacher_losses(uda=True)
+    ]
+    return _alone(run, task, teacher, losses, task.labeled)
+
+
 def _fixed_teacher(kind: Literal["soft", "hard"]) -> Method:
     """Plain pseudo labels, eq. (1): a supervised teacher, then a student of it."""
 
@@ -390,13 +402,14 @@ METHODS: dict[str, Method] = {
     "pseudo_labels": _fixed_teacher("soft"),
     "pseudo_labels_hard": _fixed_teacher("hard"),
     "uda": _uda,
+    "fixmatch": _fixmatch,
     "permuted": _altered("permuted"),
     "class_means": _altered("class_means"),
     "random_sign": _altered("random_sign"),
 }
 """The methods by name: Meta Pseudo Labels, the same loop without feedback, the baselines, and altered feedback."""
 
-TEACHERS = ("supervised", "label_smoothing", "supervised_everything", "uda")
+TEACHERS = ("supervised", "label_smoothing", "supervised_everything", "uda", "fixmatch")
 """The methods whose one network is built as the teacher is."""
 
 COMPARED = ("mpl", "none", "supervised", "pseudo_labels", "uda")

@@ -22,6 +22,7 @@ from metapl.data.sound_files import verify_files
 from metapl.data.splits import stratified_split
 from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
+from metapl.losses import UDA, TeacherLoss
 from metapl.recipes.base import Optimizer, Say, Task, require
 from metapl.recipes.looking import Look, look
 from metapl.recipes.pictures import IMAGENET, PictureRecipe, Pictures, Views, whole
@@ -151,6 +152,8 @@ class ImageFolders(PictureRecipe):
         minutes: how long training may take, from a short measurement on this machine; --steps overrides it.
         val_fraction: part of each class that is set aside where there is no val; 0 is none.
         mean, std: what pictures are normalised by, of each channel in [0, 1].
+        uda_align: how much UDA spreads its labels over the classes, 0 to 1: 0.5 is half way from the network's own
+            spread to an even one.
         changes: how pictures are changed before they are learned from.
         randaugment: change them by the paper's RandAugment instead, Pillow's operations one by one: slower.
         class_names: found in labeled.
@@ -184,6 +187,7 @@ class ImageFolders(PictureRecipe):
     label_smoothing: float = 0.0
     uda_temperature: float = 0.5
     uda_threshold: float = 0.7
+    uda_align: float = 0.5
     warm_start: bool = True
     student: Optimizer = field(default_factory=lambda: ADAMW)
     teacher: Optimizer = field(default_factory=lambda: ADAMW)
@@ -290,6 +294,13 @@ class ImageFolders(PictureRecipe):
             after = self.changes.after_crop()
             return Views(Identity(), after, after, ResizedCrop(self.image_size, flip=self.changes.mirror))
         return Views(self.changes.weak(), self.changes.strong(), self.changes.strong())
+
+    def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
+        aligned = (
+            dataclasses.replace(term, align=self.uda_align) if isinstance(term, UDA) else term
+            for term in super().teacher_losses(uda)
+        )
+        return tuple(aligned)
 
     def fit_options(self) -> dict[str, Any]:
         return super().fit_options() | {"warm_start": self.warm_start and self.wait > 0}
