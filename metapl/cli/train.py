@@ -158,9 +158,9 @@ class Train:
     def _by(self, method: str, seed: int) -> Recipe:
         """The recipe as it is settled, its number of steps included, by one of the methods."""
         recipe: Recipe = self.recipe
-        if isinstance(recipe, ImageFolders):
-            return dataclasses.replace(recipe, seed=seed, method=method)
-        return dataclasses.replace(self.recipe, seed=seed)
+        changed: dict[str, Any] = {"seed": seed} | ({"method": method} if isinstance(recipe, ImageFolders) else {})
+        settled: Recipe = dataclasses.replace(self.recipe, **changed)
+        return settled
 
     def _leave_behind(
         self, folder: RunFolder, comparison: Comparison, results: dict[tuple[str, int], dict[str, Any]]
