@@ -71,9 +71,7 @@ class Train:
         torch.set_num_threads(default_threads())
         folder = RunFolder(out)
         before = stored(folder)[0] if self.resume and folder.exists else None
-        settled = recipe.settled(before if isinstance(before, ImageFolders) else None)
-        print(settled.chosen(), flush=True)
-        return settled
+        return recipe.settled(before if isinstance(before, ImageFolders) else None, aloud)
 
     def _run(self, out: Path) -> int:
         try:

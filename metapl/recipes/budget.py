@@ -55,9 +55,8 @@ class _Rehearsal(Experiment):
         steps, waits = self.recipe.steps, self.recipe.fit_options().get("wait", 0) if "wait" not in over else 0
         alone = _seconds(trainer.teacher_step, batches, self.clock) if waits else 0.0
         share = waits / steps
-        object.__setattr__(
-            self, "seconds", self.seconds + share * alone + (1 - share) * _seconds(trainer.step, batches, self.clock)
-        )
+        together = _seconds(trainer.step, batches, self.clock)
+        self.seconds.append(share * alone + (1 - share) * together)
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 
