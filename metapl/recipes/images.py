@@ -44,8 +44,9 @@ SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 SELECTED_ON = 50
 """Validation pictures from which on some are set aside: fewer cannot tell students apart, and train better."""
 
-WAIT, WARMUP, RAMP = 0.5, 0.05, 0.1
-"""Shares of the steps: before the student of a teacher begins, of the growing learning rates, of UDA's ramp."""
+WAIT, WARMUP, START, RAMP = 0.5, 0.05, 0.2, 0.1
+"""Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
+of its ramp."""
 
 REHEARSED = 1000
 """Steps of the recipe that is measured: of such a recipe, a few are taken."""
@@ -58,6 +59,7 @@ CHOSEN = (
     "wait",
     "warmup",
     "uda_ramp",
+    "uda_start",
     "validate_every",
     "val_fraction",
     "mean",
@@ -171,6 +173,7 @@ class ImageFolders(PictureRecipe):
         mean, std: what pictures are normalised by, of each channel in [0, 1].
         uda_align: how much UDA spreads its labels over the classes, 0 to 1: 0.5 is half way from the network's own
             spread to an even one.
+        uda_start: steps before UDA begins, on the labels alone: they are cheap.
         changes: how pictures are changed before they are learned from.
         randaugment: change them by the paper's RandAugment instead, Pillow's operations one by one: slower.
         class_names: found in labeled.
@@ -191,6 +194,7 @@ class ImageFolders(PictureRecipe):
     wait: Open[int] = OPEN
     warmup: Open[int] = OPEN
     uda_ramp: Open[int] = OPEN
+    uda_start: Open[int] = OPEN
     validate_every: Open[int] = OPEN
     precision: Open[Literal["float32", "bfloat16"]] = OPEN
     val_fraction: float | None = None
@@ -305,6 +309,7 @@ class ImageFolders(PictureRecipe):
             "wait": min(wait, steps - 1),
             "warmup": round(WARMUP * (steps - wait)),
             "uda_ramp": round(RAMP * steps),
+            "uda_start": round(START * steps),
             "validate_every": max(1, round(steps / 20)),
         }
         missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
@@ -335,7 +340,7 @@ class ImageFolders(PictureRecipe):
 
     def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
         aligned = (
-            dataclasses.replace(term, align=self.uda_align) if isinstance(term, UDA) else term
+            dataclasses.replace(term, align=self.uda_align, start=self.uda_start) if isinstance(term, UDA) else term
             for term in super().teacher_losses(uda)
         )
         return tuple(aligned)
