@@ -61,7 +61,11 @@ class Train:
     def __call__(self) -> int:
         self._check()
         out = self.out or _default_out(self.recipe.name, self.resume)
-        return dataclasses.replace(self, recipe=self._settled(out))._run(out)
+        try:
+            with _terminable():
+                return dataclasses.replace(self, recipe=self._settled(out))._run(out)
+        except KeyboardInterrupt as stopped:
+            return _say_how_to_go_on(stopped, out)
 
     def _settled(self, out: Path) -> Any:
         """The recipe as it can be stored: what is left open is chosen, or is as it was where a run is gone on with."""
@@ -71,16 +75,10 @@ class Train:
         torch.set_num_threads(default_threads())
         folder = RunFolder(out)
         before = stored(folder)[0] if self.resume and folder.exists else None
-        settled = recipe.settled(before if isinstance(before, ImageFolders) else None)
-        print(settled.chosen(), flush=True)
-        return settled
+        return recipe.settled(before if isinstance(before, ImageFolders) else None, aloud)
 
     def _run(self, out: Path) -> int:
-        try:
-            with _terminable():
-                return self._compare(out) if self.compare else self._train(out)
-        except KeyboardInterrupt as stopped:
-            return _say_how_to_go_on(stopped, out)
+        return self._compare(out) if self.compare else self._train(out)
 
     def _check(self) -> None:
         for name in ("seeds", "methods", "jobs", "controls"):
