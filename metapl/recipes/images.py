@@ -247,9 +247,8 @@ class ImageFolders(PictureRecipe):
         """
         from metapl.recipes.budget import faster_precision, steps_within
 
-        places: dict[str, Any] = {
-            name: whole(getattr(self, name)) for name in ("labeled", "unlabeled", "val", "test", "weights")
-        }
+        places: dict[str, Any] = {name: whole(getattr(self, name)) for name in ("labeled", "unlabeled", "val", "test")}
+        places["weights"] = self._weights()
         recipe = dataclasses.replace(self, **places, class_names=scan_labeled(self.labeled).classes)
         if before is not None:
             kept = {name: getattr(before, name) for name in CHOSEN if getattr(self, name) is None}
@@ -289,9 +288,13 @@ class ImageFolders(PictureRecipe):
             "network_name": PRETRAINED_NETWORK if self.weights else "pooled_cnn",
             "val_fraction": 0.0 if self.val or self._aside() < SELECTED_ON else SET_ASIDE,
         }
-        if self.weights is None or grey:
-            mean, std = (seen.mean, seen.std) if grey == seen.grey else (seen.mean * 3, seen.std * 3)
-            chosen |= {"mean": mean, "std": std}
+        if grey:
+            chosen |= {"mean": seen.level[:1], "std": seen.level[1:]}
+        elif self.weights is None:
+            chosen |= {
+                "mean": seen.mean * 3 if seen.grey else seen.mean,
+                "std": seen.std * 3 if seen.grey else seen.std,
+            }
         else:
             chosen |= dict(zip(("mean", "std"), IMAGENET, strict=True))
         missing = {name: value for name, value in chosen.items() if getattr(self, name) is None}
