@@ -55,7 +55,7 @@ class Loop(Stepwise):
             out: a folder for metrics, TensorBoard events and checkpoints.
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
                 phase is refused.
-            progress: draw a progress bar on standard error, where that is a terminal.
+            progress: show on standard error how far it is: a bar on a terminal, else a line for each validation.
             say: where messages go; default: standard error.
             options: the other fields of :class:`FitOptions`.
 

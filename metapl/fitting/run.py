@@ -6,7 +6,6 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from metapl.errors import MetaplError
 from metapl.fitting.average import Average
 from metapl.fitting.contract import Report, Say, Stepwise
 from metapl.fitting.options import FitOptions
-from metapl.fitting.progress import Bar, progress_bar
+from metapl.fitting.progress import Progress, progress
 from metapl.fitting.rates import Rates
 from metapl.fitting.records import Records
 from metapl.fitting.selection import Best, Selection, weights_of
@@ -49,7 +48,7 @@ class FitRun:
         out: RunFolder | None,
         validation: Any,
         truth: Any,
-        progress: bool,
+        shown: bool,
         say: Say,
     ) -> None:
         if how.wait and trainer.labeller is None:
@@ -58,7 +57,7 @@ class FitRun:
                 "its student waits; expected wait=0."
             )
         self.trainer, self.how, self.say = trainer, how, say
-        self.progress = progress and sys.stderr.isatty()
+        self.shown = shown
         self.rates = Rates(trainer, how)
         self.average = None if how.ema_decay is None else Average(trainer.student, how.ema_decay)
         self.watch = Watch(trainer)
@@ -92,10 +91,10 @@ class FitRun:
     def _steps(self, start: int) -> None:
         how = self.how
         with stop_requests() as stop:
-            bar = progress_bar(self.progress, name=how.phase, start=start, steps=how.steps)
-            with bar as shown, self.records.opened(start):
+            told = progress(self.shown, name=how.phase, start=start, steps=how.steps)
+            with told as progressing, self.records.opened(start):
                 for t in range(start, how.steps):
-                    row = self._one_step(t, shown)
+                    row = self._one_step(t, progressing)
                     if row:
                         self.records.row({"step": t + 1, **row})
                     if how.due(how.save_every, t):
@@ -105,7 +104,7 @@ class FitRun:
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(how.steps, stop[0], self.records.saved_at)
 
-    def _one_step(self, t: int, bar: Bar) -> dict[str, float]:
+    def _one_step(self, t: int, progressing: Progress) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
         how, batches = self.how, {name: one.next() for name, one in self.feeds.items()}
         labeled, unlabeled = batches["labeled"], batches.get("unlabeled")
@@ -125,7 +124,7 @@ class FitRun:
         if validated:
             student = None if how.waits(t) else self._candidate()
             row |= self.selection.look(student, self.trainer.labeller, t + 1)
-        bar.advance(batches.values(), row)
+        progressing.advance(batches.values(), row, due=validated, examples=self.selection.examples)
         return row
 
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
