@@ -391,7 +391,7 @@ def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.Captu
     ("flags", "expected"),
     [
         (("--lableed", "a", "--unlabeled", "b"), "there is no --lableed; did you mean --labeled"),
-        (("--lr", "3"), "there is no --lr; did you mean --finetune.lr or --student.lr or --teacher.lr?"),
+        (("--lr", "3"), "there is no --lr; did you mean --student.lr or --teacher.lr or --finetune.lr?"),
         (("--labelled", "a"), "missing: --unlabeled DIR."),
         (("--unlabelled", "a"), "missing: --labeled DIR."),
         (("--labelled", "nowhere", "--unlabelled", "b", "--gray"), "nowhere"),

@@ -51,16 +51,17 @@ def draw_grid(
         )
     if columns is not None and not 1 <= columns <= GRID_SHOWN:
         raise MetaplError(f"{columns} columns were asked for; expected 1 to {GRID_SHOWN}")
-    with drawing():
-        image = png(_figure(gallery, shown, total, columns))
+    with drawing(gallery.texts) as explanation:
+        image = png(_figure(gallery, shown, total, columns, explanation))
     write_whole(path, image)
 
 
-def _figure(gallery: Gallery, shown: int, total: int, columns: int | None) -> Figure:
+def _figure(gallery: Gallery, shown: int, total: int, columns: int | None, explanation: str) -> Figure:
     count = min(columns or math.ceil(shown / math.ceil(shown / MOST_COLUMNS)), shown)
     hanging = Hanging(gallery, Columns(count, PICTURE, PITCH), shown)
     width = max(2 * MARGIN + PITCH * (count - 1) + PICTURE, NARROWEST)
-    title, summary = wrap_head(gallery.title, _with_counts(gallery.note, shown, total), width)
+    note = f"{_with_counts(gallery.note, shown, total)}{explanation and '. '}{explanation}"
+    title, summary = wrap_head(gallery.title, note, width)
     figure = blank_page(width, 2 * MARGIN + head_height(title, summary) + BELOW_HEAD + hanging.height)
     draw_gallery(figure, hanging, MARGIN, draw_head(figure, title, summary) - BELOW_HEAD)
     return figure
