@@ -394,7 +394,7 @@ def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.Captu
         (("--lr", "3"), "there is no --lr; did you mean --student.lr or --teacher.lr or --finetune.lr?"),
         (("--labelled", "a"), "missing: --unlabeled DIR."),
         (("--unlabelled", "a"), "missing: --labeled DIR."),
-        (("--labelled", "nowhere", "--unlabelled", "b", "--gray"), "nowhere"),
+        (("--labelled", "nowhere", "--unlabelled", "b", "--gray", "True"), "nowhere"),
         (("--xyzzy",), "there is no --xyzzy. See metapl train images --help."),
     ],
 )
@@ -412,12 +412,13 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
         main(["train", recipe, "--help"])
     text = capsys.readouterr().out
     blocks = {block.partition(":\n")[0]: block.splitlines()[1:] for block in text.split("\n\n")}
-    assert "".join(blocks[OTHERS]).split()[0] == "--help"  # a new flag is put into a group in metapl/cli/help.py
+    # A new flag is put into a group in metapl/cli/help.py.
+    assert "".join(blocks[OTHERS]).split()[:2] == ["-h,", "--help"]
     assert len(re.findall(r"^  -", "\n".join(blocks[OTHERS]), re.MULTILINE)) == 1
-    flags = re.findall(r"^  --([\w.-]+)", text, re.MULTILINE)
+    flags = re.findall(r"^  --(?:no-)?([\w.-]+)", text, re.MULTILINE)
     assert len(flags) == len(set(flags))
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(RECIPES[recipe])}
-    hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view"}
+    hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view", "changes"}
     hidden |= {"data"} if recipe.startswith("cifar") else set()
     assert fields - hidden <= set(flags)
     assert all(len(block) > 0 for block in blocks.values() if block)

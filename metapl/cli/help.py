@@ -22,11 +22,11 @@ INDENT = 26
 
 GROUPS: dict[str, str] = {
     "data": "labeled unlabeled val test val-fraction data data-root labels-per-class validation split seed",
-    "network": "network weights image-size grey hidden dropout teacher-dropout stochastic-depth",
-    "views": "pad resized-crop view.* strong.*",
-    "training": "minutes steps wait labeled-batch unlabeled-batch method schedule warmup clip-norm ema-decay "
-    "validate-every",
-    "losses of the teacher": "label-smoothing uda-weight uda-temperature uda-threshold uda-ramp",
+    "network": "network weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth",
+    "views": "view.* changes.* pad resized-crop randaugment strong.*",
+    "training": "method minutes steps wait warm-start labeled-batch unlabeled-batch schedule warmup clip-norm "
+    "ema-decay validate-every",
+    "losses of the teacher": "label-smoothing uda-weight uda-temperature uda-threshold uda-align uda-ramp",
     "feedback": "mode labels feedback-weight feedback-ratio normalization baseline temperature pseudo-label-smoothing "
     "exact-every",
     "optimisers": "student.* teacher.*",
@@ -37,7 +37,10 @@ GROUPS: dict[str, str] = {
 }
 """Flags by group, each without its dashes and the no- of a switch; ``x.*`` are all that begin with ``x.``."""
 
-OTHERS, REQUIRED = "options", "(required)"
+OTHERS, REQUIRED, HELP = "options", "(required)", "--help"
+
+FEW = 20
+"""Flags that need no groups."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,11 @@ class Entry:
 
     def text(self) -> str:
         """Its lines."""
-        flag, about = f"  {self.name} {self.value}".rstrip(), self.help.replace(f" {REQUIRED}", "")
+        name = "-h, --help" if self.name == HELP else self.name
+        flag, about = f"  {name} {self.value}".rstrip(), self.help.replace(f" {REQUIRED}", "")
         indent = " " * INDENT
+        if not about:
+            return flag
         if len(flag) < INDENT - 1:
             return textwrap.fill(about, WIDTH, initial_indent=flag.ljust(INDENT), subsequent_indent=indent)
         if len(flag) > WIDTH:
@@ -82,8 +88,10 @@ def readable(text: str) -> str:
     head, _, _ = text.partition("╭")
     paragraphs = [textwrap.fill(line, WIDTH) for line in head.strip().splitlines()]
     groups: dict[str, list[Entry]] = {name: [] for name in ("arguments", "required", *GROUPS, OTHERS)}
-    for entry in sorted(found(text), key=lambda one: one.place[1]):
-        groups[entry.place[0]].append(entry)
+    entries = sorted(found(text), key=lambda one: (one.name == HELP, one.place[1]))
+    for entry in entries:
+        group, _ = entry.place
+        groups[OTHERS if group in GROUPS and len(entries) <= FEW else group].append(entry)
     blocks = [f"{name}:\n" + "\n".join(one.text() for one in some) for name, some in groups.items() if some]
     return "\n".join(paragraphs) + "\n\n" + "\n\n".join(blocks)
 
@@ -111,14 +119,15 @@ def _entries(lines: Sequence[str]) -> Iterator[Entry]:
 
 def _plain_value(value: str) -> str:
     """
-    >>> _plain_value("{None}|FLOAT"), _plain_value("{None,soft,hard}")
-    ('FLOAT', '{soft,hard}')
+    >>> _plain_value("{None}|FLOAT"), _plain_value("{None,soft,hard}"), _plain_value("{[INT [INT ...]]}")
+    ('FLOAT', '{soft,hard}', 'INT ...')
     """
-    return value.replace("{None}|", "").replace("{None,", "{")
+    value = value.replace("{None}|", "").replace("{None,", "{")
+    return re.sub(r"\{?\[(\w+) \[\1 \.\.\.\]\]\}?", r"\1 ...", value)
 
 
 def _plain_help(name: str, text: str) -> str:
-    text = text.replace("``", "").replace(" (default: None)", "").replace(" (default: False)", "")
+    text = re.sub(r" ?\(default: (None|False)\)", "", text.replace("``", ""))
     if re.search(r"(--|\.)no-", name):
         text = text.replace("(default: True)", "(on by default: this turns it off)")
     return text

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -36,7 +36,7 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
     """
     arguments = respelled(arguments)
     code, value, said, text = _ask_tyro(kind, program, arguments)
-    if code is None:
+    if value is not None:
         return value
     if code == 0:
         print(readable(text))
@@ -47,11 +47,12 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
     raise MetaplError(f"{why} See {program} --help.")
 
 
-def _ask_tyro(kind: type[T], program: str, arguments: list[str]) -> tuple[int | None, Any, str, str]:
+def _ask_tyro(kind: type[T], program: str, arguments: list[str]) -> tuple[int | None, T | None, str, str]:
     """The exit code it would end with (None: it does not), the instance, and what it says as errors and as help."""
     # tyro draws its frames, by which its messages are taken apart, for a standard output of this encoding alone.
     said, text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    code, value = None, None
+    code: int | None = None
+    value: T | None = None
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(text), _columns(WIDE):
         try:
             value = tyro.cli(kind, prog=program, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))

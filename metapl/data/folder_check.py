@@ -63,7 +63,7 @@ def check_folders(
     Raises:
         MetaplError: a file is gone or cannot be read.
     """
-    findings = [*_class_findings(labeled), *_copies(labeled, unlabeled, validation, test, progress)]
+    findings = [*_class_findings(labeled), *find_copies(labeled, unlabeled, validation, test, progress)]
     for name, held_out in (("validation", validation), ("test", test)):
         if held_out is not None:
             findings += _other_classes(labeled, held_out, name)
@@ -130,14 +130,14 @@ class _Copy:
     path: str
 
 
-def _copies(
+def find_copies(
     labeled: LabeledFiles,
     unlabeled: Files | None,
     validation: LabeledFiles | None,
     test: LabeledFiles | None,
     progress: Progress | None,
 ) -> Iterator[Finding]:
-    """The files that stand on several sides, by their bytes."""
+    """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`."""
     sides = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
     files = [
         _Copy(side, found.classes[found.labels[i]] if isinstance(found, LabeledFiles) else None, path)
