@@ -240,7 +240,7 @@ def test_a_comparison_leaves_its_own_files_beside_its_runs(tmp_path: Path, capsy
     result = read(folder, "result.json")
     assert result["seeds"] == [0, 1]
     for method, found in runs.items():
-        for name in ("test_accuracy", "finetuned_test_accuracy"):
+        for name in ("student_test_accuracy", "finetuned_test_accuracy"):
             assert result["methods"][method][name] == [one[name] for one in found]
     assert result["sentence"] in " ".join(said.split())
     assert "at least 5 seeds are needed" in result["sentence"]

@@ -9,7 +9,6 @@ import signal
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -20,16 +19,19 @@ import torch
 import tyro
 
 from metapl.cli.jobs import Job, aloud, run_all
+from metapl.cli.pace import Pace
 from metapl.cli.parse import WIDTH, Switch
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
+from metapl.evaluate import Evaluation, with_chance
 from metapl.fit import Interrupted
+from metapl.fitting.progress import duration
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
-from metapl.recipes.comparison import READOUTS, Comparison, parse_seeds, title
-from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
+from metapl.recipes.comparison import Comparison, parse_seeds, title
+from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, TITLED, summary
 from metapl.recipes.store import describe, stored
-from metapl.run_folder import RunFolder
+from metapl.run_folder import RunFolder, weights_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +144,15 @@ class Train:
                 begun = self.resume or (place / "recipe.json").exists()
                 jobs.append(Job(recipe, method, place, begun, threads=threads))
         print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
-        results, since = {}, time.monotonic()
+        results = {}
+        to_run = [job for job in jobs if not (job.folder / "result.json").exists()]
+        pace = Pace([job.method for job in to_run], workers)
         with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping
-            for number, (job, result) in enumerate(running, 1):
+            for number, (job, result, seconds) in enumerate(running, 1):
                 results[job.method, job.recipe.seed] = result
-                print(
-                    f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {time.monotonic() - since:4.0f} s  "
-                    f"{title(job.method)}, seed {job.recipe.seed}: {result['test_accuracy']:.1%}",
-                    flush=True,
-                )
+                if job in to_run:
+                    pace.done(job.method, seconds)
+                print(f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {_job_line(job, result, pace)}", flush=True)
         return results
 
     def _leave_behind(
@@ -161,10 +163,12 @@ class Train:
 
         method, seed = comparison.delivered()
         source = RunFolder(folder.path / method / f"seed-{seed}")
-        for name in ("student.safetensors", "finetuned_student.safetensors"):
+        result = results[method, seed]
+        for name in (weights_file(network) for network in TITLED if f"{network}_test_accuracy" in result):
             folder.write_weights(name, source.read_weights(name))
         draw_comparison(folder.path, comparison, results)
-        delivered = {name: results[method, seed][name] for name in (*READOUTS, "seed", "method")}
+        told = ("seed", "method", "delivered", "delivered_by", "validation_size")
+        delivered = {key: value for key, value in result.items() if key in told or key.endswith("_accuracy")}
         folder.write_json("result.json", {**comparison.to_json(), **delivered})
 
 
@@ -202,6 +206,13 @@ COMMANDS: dict[str, type[Train]] = {
     **{kind.name: _train_on(kind) for kind in PROTOCOL_RECIPES},
 }
 """The recipes that can be trained, by name."""
+
+
+def _job_line(job: Job, result: dict[str, Any], pace: Pace) -> str:
+    """What came of a job, and how long the others will take."""
+    on = Evaluation(**result["evaluation"])
+    left = f", about {duration(pace.left())} left" if pace.waiting else ""
+    return f"{job.method}, seed {job.recipe.seed}: {with_chance(result['test_accuracy'], on.n, on.chance)}{left}"
 
 
 def _default_out(recipe: str, resume: bool) -> Path:
