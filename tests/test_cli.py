@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from sklearn.datasets import load_digits
 from metapl.cli import COMMANDS, main
 from metapl.data.files import csv_rows, gray_image
 from metapl.errors import MetaplError
-from metapl.recipes import Digits
+from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
@@ -367,7 +368,7 @@ def test_compare_names_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "expected"),
     [
         (["evaluate", "none"], "there is no folder none"),
-        (["evaluate", "none", "--finetunde"], "Unrecognized options: --finetunde. Perhaps you meant: --finetuned."),
+        (["evaluate", "none", "--finetunde"], "there is no --finetunde; did you mean --finetuned?"),
     ],
 )
 def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
@@ -377,10 +378,55 @@ def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
 
 
 def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "there is no command 'trian'; expected one of train, evaluate," in refused(capsys, "trian")
-    assert "there is no recipe 'dgits'; expected one of digits" in refused(capsys, "train", "dgits")
+    line = refused(capsys, "trian")
+    assert "there is no command 'trian'; did you mean train? Expected one of train, evaluate," in line
+    line = refused(capsys, "train", "dgits")
+    assert "there is no recipe 'dgits'; did you mean digits? Expected one of digits" in line
+    assert "there is no recipe 'xyz'. Expected one of digits" in refused(capsys, "train", "xyz")
     assert "no recipe was named" in refused(capsys, "train")
     assert "Digits(steps=0): expected 1 or more" in refused(capsys, "train", "digits", "--steps", "0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--lableed", "a", "--unlabeled", "b"), "there is no --lableed; did you mean --labeled"),
+        (("--lr", "3"), "there is no --lr; did you mean --student.lr or --teacher.lr or --finetune.lr?"),
+        (("--labelled", "a"), "missing: --unlabeled DIR."),
+        (("--unlabelled", "a"), "missing: --labeled DIR."),
+        (("--labelled", "nowhere", "--unlabelled", "b", "--gray", "True"), "nowhere"),
+        (("--xyzzy",), "there is no --xyzzy. See metapl train images --help."),
+    ],
+)
+def test_flags_that_do_not_exist_are_refused_with_what_was_meant(
+    flags: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refused(capsys, "train", "images", *flags)
+
+
+@pytest.mark.parametrize("recipe", ["digits", "images", "torchvision", "cifar10-4k"])
+def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from metapl.cli.help import OTHERS
+
+    with contextlib.suppress(SystemExit):
+        main(["train", recipe, "--help"])
+    text = capsys.readouterr().out
+    blocks = {block.partition(":\n")[0]: block.splitlines()[1:] for block in text.split("\n\n")}
+    # A new flag is put into a group in metapl/cli/help.py.
+    assert "".join(blocks[OTHERS]).split()[:2] == ["-h,", "--help"]
+    assert len(re.findall(r"^  -", "\n".join(blocks[OTHERS]), re.MULTILINE)) == 1
+    flags = re.findall(r"^  --(?:no-)?([\w.-]+)", text, re.MULTILINE)
+    assert len(flags) == len(set(flags))
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(RECIPES[recipe])}
+    hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view", "changes"}
+    hidden |= {"data"} if recipe.startswith("cifar") else set()
+    assert fields - hidden <= set(flags)
+    assert all(len(block) > 0 for block in blocks.values() if block)
+    if recipe == "images":
+        required = [line.split()[0] for line in blocks["required"] if line.startswith("  -")]
+        assert required == ["--labeled", "--unlabeled"]
+        assert text.index("required:") < text.index("data:")
+        assert "resnet18" in " ".join("".join(blocks["network"]).split())
 
 
 def test_a_run_of_another_version_gives_one_line_and_exit_code_2(run: Path) -> None:

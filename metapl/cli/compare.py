@@ -19,7 +19,7 @@ from metapl.data.folder_check import some
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation, paired_test
 from metapl.recipes import ImageFolders
-from metapl.recipes.comparison import ENOUGH_SEEDS, READOUTS, Comparison
+from metapl.recipes.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
 from metapl.run_folder import RunFolder
 
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
@@ -107,12 +107,9 @@ def _entries(run: Finished) -> Iterator[Entry]:
 
 
 def _entry(run: Finished, folder: RunFolder, told: dict[str, Any], fields: dict[str, Any]) -> Entry:
-    evaluation = folder.read_json("result.json").get("evaluation")
-    if evaluation is None:
-        raise MetaplError(
-            f"{folder.path} has no test accuracy: train was given no --test. Compare runs that were, with the same "
-            "folder."
-        )
+    result = folder.read_json("result.json")
+    if "evaluation" not in result:
+        raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
     # The data of a folder of pictures are what it holds; other recipes draw theirs from a data set.
     drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
     return Entry(
@@ -123,7 +120,7 @@ def _entry(run: Finished, folder: RunFolder, told: dict[str, Any], fields: dict[
         folder.path,
         folder.read_json("data.json")["hash"],
         tuple(str((fields | {"seed": told["seed"]}).get(name)) for name in drawn_by),
-        Evaluation(**evaluation),
+        Evaluation(**result["evaluation"]),
     )
 
 
@@ -252,7 +249,7 @@ def _paired(comparison: Comparison) -> str:
     (first, reference), *others = comparison.methods.items()
     lines = [f"The students by seed ({_ranges(comparison.seeds)}), against those of {first}:"]
     for name, readouts in others:
-        test = paired_test(readouts[READOUTS[0]], reference[READOUTS[0]])
+        test = paired_test(readouts[STUDENT], reference[STUDENT])
         few = test.p is None or test.n < ENOUGH_SEEDS
         p = f"at least {ENOUGH_SEEDS} seeds are needed for a test" if few else f"paired t-test p = {test.p:.2g}"
         lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")

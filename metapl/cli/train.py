@@ -9,7 +9,6 @@ import signal
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -20,10 +19,13 @@ import torch
 import tyro
 
 from metapl.cli.jobs import Job, aloud, run_all
+from metapl.cli.pace import Pace
 from metapl.cli.parse import WIDTH, Switch
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
+from metapl.evaluate import Evaluation, with_chance
 from metapl.fit import Interrupted
+from metapl.fitting.progress import duration
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
 from metapl.recipes.comparison import Comparison, parse_seeds, title
@@ -142,15 +144,15 @@ class Train:
                 begun = self.resume or (place / "recipe.json").exists()
                 jobs.append(Job(recipe, method, place, begun, threads=threads))
         print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
-        results, since = {}, time.monotonic()
+        results = {}
+        to_run = [job for job in jobs if not (job.folder / "result.json").exists()]
+        pace = Pace([job.method for job in to_run], workers)
         with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping
-            for number, (job, result) in enumerate(running, 1):
+            for number, (job, result, seconds) in enumerate(running, 1):
                 results[job.method, job.recipe.seed] = result
-                print(
-                    f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {time.monotonic() - since:4.0f} s  "
-                    f"{title(job.method)}, seed {job.recipe.seed}: {result['test_accuracy']:.1%}",
-                    flush=True,
-                )
+                if job in to_run:
+                    pace.done(job.method, seconds)
+                print(f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {_job_line(job, result, pace)}", flush=True)
         return results
 
     def _by(self, method: str, seed: int) -> Recipe:
@@ -209,6 +211,13 @@ COMMANDS: dict[str, type[Train]] = {
     **{kind.name: _train_on(kind) for kind in PROTOCOL_RECIPES},
 }
 """The recipes that can be trained, by name."""
+
+
+def _job_line(job: Job, result: dict[str, Any], pace: Pace) -> str:
+    """What came of a job, and how long the others will take."""
+    on = Evaluation(**result["evaluation"])
+    left = f", about {duration(pace.left())} left" if pace.waiting else ""
+    return f"{job.method}, seed {job.recipe.seed}: {with_chance(result['test_accuracy'], on.n, on.chance)}{left}"
 
 
 def _default_out(recipe: str, resume: bool) -> Path:

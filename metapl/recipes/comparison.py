@@ -28,7 +28,7 @@ TITLES = {
 }
 
 
-READOUTS = ("student_test_accuracy", "finetuned_test_accuracy")
+STUDENT, FINETUNED = READOUTS = ("student_test_accuracy", "finetuned_test_accuracy")
 """What is compared: the student, and the student finetuned."""
 
 HEADROOM = "supervised_everything"
@@ -85,11 +85,11 @@ class Comparison:
             return None
         control = self.methods["none"]
         better = max(READOUTS, key=lambda readout: statistics.fmean(control[readout]))
-        return paired_test(self.methods["mpl"][READOUTS[0]], control[better]), better
+        return paired_test(self.methods["mpl"][STUDENT], control[better]), better
 
     def best(self) -> str:
         """The method whose students have the highest mean accuracy on the test set; the earlier of equals."""
-        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name][READOUTS[0]]))
+        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name][STUDENT]))
 
     def delivered(self) -> tuple[str, int]:
         """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
@@ -118,7 +118,7 @@ class Comparison:
         """
         rows = [("method", "student", "finetuned", "seeds")]
         for name, found in self.methods.items():
-            student, finetuned = (_spread(found[readout]) for readout in READOUTS)
+            student, finetuned = _spread(found[STUDENT]), _spread(found[FINETUNED])
             rows.append((title(name), student, finetuned, str(len(self.seeds))))
         rows.append(("chance", f"{100 * self.chance:.1f}", f"{100 * self.chance:.1f}", ""))
         return "\n".join(f"{a:<40}{b:<15}{c:<15}{d}".rstrip() for a, b, c, d in rows)
@@ -134,7 +134,7 @@ class Comparison:
         if found is None:
             return f"No comparison of mpl with none was run; {self._best_of_all()}."
         test, readout = found
-        mine = statistics.fmean(self.methods["mpl"][READOUTS[0]])
+        mine = statistics.fmean(self.methods["mpl"][STUDENT])
         theirs = statistics.fmean(self.methods["none"][readout])
         which = "finetuned student" if readout.startswith("finetuned") else "student"
         start = (
@@ -147,7 +147,7 @@ class Comparison:
 
     def _best_of_all(self) -> str:
         best = self.best()
-        reached = statistics.fmean(self.methods[best][READOUTS[0]])
+        reached = statistics.fmean(self.methods[best][STUDENT])
         return f"the best on the test set is {title(best)} with {with_chance(reached, self.examples, self.chance)}"
 
     def delivery(self) -> str:
