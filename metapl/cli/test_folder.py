@@ -37,8 +37,8 @@ class TestFolder:
         unknown = [name for name, count in counts.items() if count and name not in recipe.classes]
         if unknown:
             raise MetaplError(
-                f"{folder} has pictures of {some(unknown)}, which the run does not know; expected folders called as its "
-                f"classes: {', '.join(recipe.classes)}."
+                f"{folder} has pictures of {some(unknown)}, which the run does not know; expected folders called as "
+                f"its classes: {', '.join(recipe.classes)}."
             )
         self.missing = tuple(name for name in recipe.classes if not counts.get(name))
         labels = self.files.targets(recipe.classes).tolist()
