@@ -29,7 +29,7 @@ import torch
 
 from metapl.baselines import LossTrainer
 from metapl.losses import CrossEntropy
-from metapl.recipes import SGD, Digits, Feedback
+from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
 from metapl.recipes.experiment import METHODS, Experiment
 from metapl.run_folder import environment
@@ -102,8 +102,8 @@ def recipe_of(entry: Entry, config: Config, seed: int, labels_per_class: int) ->
         feedback=told,
         label_smoothing=config.get("label_smoothing", 0.0),
         uda_weight=config.get("uda_weight", 0.0),
-        student=SGD(lr=config.get("student_lr", 0.5)),
-        teacher=SGD(lr=config.get("teacher_lr", 0.06), momentum=0.9),
+        student=Optimizer(lr=config.get("student_lr", 0.5)),
+        teacher=Optimizer(lr=config.get("teacher_lr", 0.06), momentum=0.9),
         log_every=STEPS,
     )
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from metapl.recipes import SGD, Digits, Feedback
+from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.run_folder import environment
 from metapl.trainer import BilevelTrainer
 
@@ -42,7 +42,7 @@ def one_run(setting: str, kind: str, size: float, seed: int) -> dict[str, Any]:
     """The student's best validation accuracy."""
     torch.set_num_threads(1)
     recipe = Digits(
-        seed=seed, steps=STEPS, log_every=STEPS, feedback=Feedback(), student=SGD(lr=1.0), **SETTINGS[setting]
+        seed=seed, steps=STEPS, log_every=STEPS, feedback=Feedback(), student=Optimizer(lr=1.0), **SETTINGS[setting]
     )
     torch.manual_seed(seed)
     task, teacher, student = recipe.task(), recipe.network(), recipe.network()

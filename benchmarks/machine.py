@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from metapl.cores import available_cores
+
 
 def described(device: str) -> dict[str, Any]:
     """Hardware and versions, without the names of hosts or folders."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "cpu": _cpu(),
-        "cores": cores,
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -49,8 +49,8 @@ class Evaluate:
     """Measure a run's student on its test set again: accuracy, calibration, and which classes it takes for which.
 
     The accuracy is the one in the run's result.json; where it is not, that is said. Of a comparison, it is the student
-    that the comparison delivers: MPL's best by validation. Beside it stand its 95 % interval (Wilson's), what guessing
-    evenly among the classes gives, and what always naming the most frequent class gives.
+    that the comparison delivers: the best by validation of the best method. Beside it stand its 95 % interval, what
+    guessing evenly among the classes gives, and what always naming the most frequent class gives.
 
     With --test, it is measured on other pictures: one folder a class, called as the run's classes. A file that cannot
     be read is left out, with the reason on standard error; the exit code is then 1.

@@ -10,10 +10,11 @@ import tyro
 
 from metapl.cli.finished import Finished, finished, weights_file
 from metapl.cli.parse import Run, Switch
+from metapl.evaluate import Evaluation
 from metapl.export import export
 from metapl.programs import ONNX, can_run_onnx, require_onnx
 from metapl.recipes import Digits, PictureRecipe, Recipe
-from metapl.recipes.comparison import TITLES
+from metapl.recipes.comparison import title
 from metapl.recipes.store import describe
 from metapl.run_folder import RunFolder
 
@@ -113,7 +114,7 @@ class _Trained:
         """What :func:`metapl.export.export` writes on the card."""
         method = self.run.result["method"]
         return {
-            "title": f"{self.run.recipe.name}: {TITLES.get(method, method)}",
+            "title": f"{self.run.recipe.name}: {title(method)}",
             "classes": self.run.recipe.classes,
             "metrics": self.metrics(finetuned),
             "data_hash": self.examples(),
@@ -127,6 +128,7 @@ class _Trained:
         accuracy = self.run.result[f"{which}test_accuracy"]
         evaluation = self.result["evaluation"]
         found = {f"{part} accuracy": accuracy, f"{part} examples": evaluation["n"]}
+        found[f"{part} chance level"] = Evaluation(**evaluation).chance
         if not finetuned:  # the evaluation is of the student before that
             found |= {f"{part} {title}": evaluation[name] for name, title in FIGURES.items()}
         # One of a comparison's runs may have been finetuned anew since.
@@ -166,8 +168,8 @@ class _Trained:
         if finetuned:
             notes.append("They were finetuned on the labelled examples, unless that lowered the validation accuracy.")
         if self.run.is_comparison:
-            seeds = ", ".join(map(str, self.run.result["seeds"]))
-            notes.append(f"Of the students of the seeds {seeds}, this is the best by validation.")
+            methods, seeds = (", ".join(map(str, self.run.result[name])) for name in ("methods", "seeds"))
+            notes.append(f"It was compared: methods {methods}; seeds {seeds}. This is the best by validation.")
         if self.without_test:
             notes.append("There was no test set: the accuracy is on the pictures by which the weights were chosen.")
         else:
