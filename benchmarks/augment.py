@@ -10,7 +10,6 @@ Where other programs run beside it, the processor's time is the one to compare.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -20,16 +19,17 @@ from typing import Any
 
 import torch
 import torchvision
-from machine import described, write_json
+from machine import arguments, described, parsed, write_json
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from metapl.data import Chain, RandAugment, ResizedCrop, View, Weak
 
-RESULT = Path("benchmarks/results/augment.json")
+RESULT = Path(__file__).parent / "results" / "augment.json"
 SHAPES = {"CIFAR-10": (448, 3, 32, 32), "ImageNet": (64, 3, 224, 224)}
-SECONDS = 2.5
+MINIATURE_SHAPES = {"CIFAR-10": (4, 3, 32, 32), "ImageNet": (2, 3, 224, 224)}
+SECONDS, MINIATURE_SECONDS = 2.5, 0.0
 
 
 def pictures(shape: tuple[int, ...], device: str) -> Tensor:
@@ -69,8 +69,8 @@ def cases(name: str) -> dict[str, Callable[[Tensor, int], Tensor]]:
     }
 
 
-def measured(change: Callable[[Tensor, int], Tensor], images: Tensor) -> dict[str, Any]:
-    """Milliseconds of the calls that fit into the time, after a first one, by the clock and of this process alone."""
+def measured(change: Callable[[Tensor, int], Tensor], images: Tensor, seconds: float) -> dict[str, Any]:
+    """Milliseconds of the calls that fit into a time, after a first one, by the clock and of this process alone."""
     wait = torch.cuda.synchronize if images.is_cuda else lambda: None
     times, busy = [], []
     began = time.perf_counter()
@@ -81,7 +81,7 @@ def measured(change: Callable[[Tensor, int], Tensor], images: Tensor) -> dict[st
         wait()
         times.append(1000 * (time.perf_counter() - start))
         busy.append(1000 * (time.process_time() - start_busy))
-        if time.perf_counter() - began > SECONDS and step >= 3:
+        if time.perf_counter() - began > seconds and step >= 3:
             break
     times, busy = times[1:], busy[1:]
     return {
@@ -107,29 +107,29 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--table", type=Path, help="print the table of a result file and stop")
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.table.read_text())))
+    parser = arguments(__doc__, RESULT)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
+    given = parsed(parser)
+    if given.table:
+        print(table(json.loads(given.table.read_text())))
         return
+    shapes, seconds = (MINIATURE_SHAPES, MINIATURE_SECONDS) if given.miniature else (SHAPES, SECONDS)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows = []
     for device in devices:
-        for name, shape in SHAPES.items():
+        for name, shape in shapes.items():
             images = pictures(shape, device)
             for view, change in cases(name).items():
                 torch.manual_seed(0)
-                rows.append({"device": device, "shape": shape, "view": view, **measured(change, images)})
+                rows.append({"device": device, "shape": shape, "view": view, **measured(change, images, seconds)})
     setup = {
         **described(devices[-1]),
         "torchvision": torchvision.__version__,
         "command": "python benchmarks/augment.py",
     }
     result = {"setup": setup, "rows": rows}
-    write_json(arguments.out, result)
-    print(table(result))
+    write_json(given.out, result)
+    print(table(json.loads(given.out.read_text())))
 
 
 if __name__ == "__main__":

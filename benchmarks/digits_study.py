@@ -2,7 +2,7 @@
 
     python benchmarks/digits_study.py                        # tune, then run; goes on where it was stopped
     python benchmarks/digits_study.py --write-readme README.md
-    python benchmarks/digits_study.py --miniature --raw FILE # all of it in seconds, to see that it runs
+    python benchmarks/digits_study.py --miniature --out FILE # all of it in seconds, to see that it runs
 
 Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by validation (197
 labelled images) is best on average is chosen. Final runs: the chosen configuration on 20 other seeds, where nothing is
@@ -15,21 +15,18 @@ were made with.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import arguments, parsed, results
 
 from metapl.baselines import LossTrainer
 from metapl.fit import Loop
@@ -187,7 +184,7 @@ def _tested(trained: Loop, task: Task, recipe: Digits) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ running it all
 
 
-def rows(raw: Path = RAW) -> list[dict[str, Any]]:
+def read(raw: Path = RAW) -> list[dict[str, Any]]:
     """What has been run so far."""
     if not raw.exists():
         return []
@@ -197,7 +194,7 @@ def rows(raw: Path = RAW) -> list[dict[str, Any]]:
 def run_missing(jobs: list[Job], size: Size, raw: Path, workers: int) -> None:
     """Run what the raw file does not hold yet, a row each."""
     fields = [field.name for field in dataclasses.fields(Job)]
-    done = {Job(**{name: row[name] for name in fields}).key for row in rows(raw)}
+    done = {Job(**{name: row[name] for name in fields}).key for row in read(raw)}
     missing = [job for job in jobs if job.key not in done]
     if not missing:
         return
@@ -206,21 +203,11 @@ def run_missing(jobs: list[Job], size: Size, raw: Path, workers: int) -> None:
     with raw.open("a") as file:
         made_with = {"made_with": environment(), "steps": size.steps, "final_ema_decay": EMA_DECAY}
         file.write(json.dumps(made_with) + "\n")
-        for number, row in enumerate(_results(missing, size, workers), 1):
+        for number, row in enumerate(results(one_run, [(job, size) for job in missing], workers), 1):
             file.write(json.dumps(row) + "\n")
             file.flush()
             if number % 20 == 0 or number == len(missing):
                 print(f"{number}/{len(missing)} runs, {time.monotonic() - since:.0f} s", flush=True)
-
-
-def _results(jobs: list[Job], size: Size, workers: int) -> Iterator[dict[str, Any]]:
-    """A row per job, as they end."""
-    if workers == 1:
-        yield from (one_run(job, size) for job in jobs)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(one_run, job, size) for job in jobs]):
-            yield future.result()
 
 
 def chosen(found: list[dict[str, Any]], size: Size = FULL) -> dict[str, Config]:
@@ -246,7 +233,7 @@ def study(size: Size, raw: Path, workers: int) -> None:
     ]
     print(f"tuning: {len(tuning)} runs", flush=True)
     run_missing(tuning, size, raw, workers)
-    best = chosen(rows(raw), size)
+    best = chosen(read(raw), size)
     for name, config in best.items():
         print(f"  {name}: {config}")
     final = [Job(name, best[name], seed, 2, final=True) for seed in size.seeds for name in ENTRIES]
@@ -256,27 +243,21 @@ def study(size: Size, raw: Path, workers: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--raw", type=Path, default=RAW, metavar="FILE", help="the file of the rows")
-    parser.add_argument("--miniature", action="store_true", help="a few steps, two seeds, one configuration a method")
-    parser.add_argument(
-        "--write-readme", type=Path, metavar="FILE", help="replace the table there, and draw the picture"
-    )
+    parser = arguments(__doc__, RAW)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the tables there; draw the picture")
     parser.add_argument("--pairs", action="store_true", help="print the comparisons that the README speaks of")
-    given = parser.parse_args()
-    if given.miniature and given.raw == RAW:
-        parser.error("--miniature would add its rows to those of the study; give it another file by --raw FILE.")
+    given = parsed(parser)
     if given.pairs:
         from digits_tables import pairs
 
-        print(pairs(rows(given.raw)))
+        print(pairs(read(given.out)))
     elif given.write_readme is not None:
         from digits_tables import write_readme
 
-        write_readme(given.write_readme, given.raw)
+        write_readme(given.write_readme, given.out)
     else:
-        study(MINIATURE if given.miniature else FULL, given.raw, given.workers)
+        study(MINIATURE if given.miniature else FULL, given.out, given.workers)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from digits_study import AT_FOUR, ENTRIES, RAW, SEEDS
+from digits_study import AT_FOUR, EMA_DECAY, ENTRIES, read
+from figures import difference, spread
 
-from metapl.evaluate import PairedTest, paired_test
+from metapl.evaluate import paired_test
 
 Rows = Sequence[dict[str, Any]]
 READ_OUTS = ("test_accuracy", "finetuned_test_accuracy")
+
+
+def seeds(rows: Rows) -> list[int]:
+    """Of the final runs."""
+    return sorted({r["seed"] for r in rows if r["final"]})
 
 
 def column(rows: Rows, method: str, labels: int, read_out: str) -> list[float]:
@@ -21,7 +27,7 @@ def column(rows: Rows, method: str, labels: int, read_out: str) -> list[float]:
     found = {
         r["seed"]: r[read_out] for r in rows if r["final"] and r["method"] == method and r["labels_per_class"] == labels
     }
-    return [found[seed] for seed in SEEDS]
+    return [found[seed] for seed in seeds(rows)]
 
 
 def better_control(rows: Rows, labels: int) -> tuple[str, list[float]]:
@@ -48,19 +54,9 @@ def _one_table(rows: Rows, labels: int, methods: Sequence[str]) -> str:
     ]
     for method in methods:
         student, finetuned = (column(rows, method, labels, name) for name in READ_OUTS)
-        cells = [ENTRIES[method].title, _spread(student), _spread(finetuned)]
-        cells += ["–", "–"] if method == "none" else _difference(paired_test(student, control))
-        lines.append("| " + " | ".join(cells) + " |")
+        compared = ("–", "–") if method == "none" else difference(student, control)
+        lines.append("| " + " | ".join([ENTRIES[method].title, spread(student), spread(finetuned), *compared]) + " |")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
-
-
-def _difference(test: PairedTest) -> list[str]:
-    p = "–" if test.p is None else f"{test.p:.2g}"
-    return [f"{100 * test.mean:+.1f}", p]
 
 
 PAIRS = (
@@ -77,31 +73,35 @@ PAIRS = (
 
 
 def pairs(rows: Rows) -> str:
-    """A line per comparison of :data:`PAIRS`: the mean paired difference in points, and p."""
+    """A line per comparison of :data:`PAIRS`: the difference of the means in points, and p of the pairs."""
     lines = []
     for labels, first, second, read_out in PAIRS:
-        test = paired_test(column(rows, first, labels, read_out), column(rows, second, labels, read_out))
-        difference, p = _difference(test)
-        lines.append(f"{labels} labels, {read_out}: {first} - {second} = {difference} points, p = {p}")
+        points, p = difference(column(rows, first, labels, read_out), column(rows, second, labels, read_out))
+        lines.append(f"{labels} labels, {read_out}: {first} - {second} = {points} points, p = {p}")
     return "\n".join(lines)
 
 
 def note(rows: Rows) -> str:
     """How the numbers came about."""
-    tuning = sum(not r["final"] for r in rows)
+    tuning = [r for r in rows if not r["final"]]
+    tuned_on = len({r["seed"] for r in tuning})
     return (
-        f"Test accuracy in %, mean ± standard deviation over {len(SEEDS)} seeds (400 test images each, drawn anew "
-        f"per seed from the same 1,797); p from a paired t-test, not corrected for the number of rows. "
-        f"{tuning} tuning runs on five other seeds chose among 12 configurations of each method by validation; "
-        f"`unrolled` and `difference` take those of `forward`, whose gradient they compute. "
-        f"`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/{RAW.name}`."
+        f"Test accuracy in %, mean ± standard deviation over {len(seeds(rows))} seeds (400 test images each, drawn "
+        "anew per seed from the same 1,797); differences are of the means as shown, p is from a paired t-test, not "
+        "corrected for the number of rows. In these runs nothing is selected: each network is the average of its "
+        f"weights (decay {EMA_DECAY}) at the last step; `finetuned` is it after 200 more steps on the labelled images. "
+        f"What was selected before, on {tuned_on} other seeds: one of 12 configurations of each "
+        f"method, by the best accuracy on 197 labelled validation images, in {len(tuning)} runs without the average; "
+        "`unrolled` and `difference` take those of `forward`, whose gradient they compute. "
+        "`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/digits_study.jsonl`."
     )
 
 
-def write_readme(readme: Path, rows: Rows) -> None:
+def write_readme(readme: Path, raw: Path) -> None:
     """Put table and note between the README's markers, and draw the picture beside the raw file."""
+    rows = read(raw)
     machine.write_readme(readme, "digits", f"{table(rows)}\n\n{note(rows)}")
-    draw(RAW.with_suffix(".png"), rows)
+    draw(raw.with_suffix(".png"), rows)
 
 
 def draw(path: Path, rows: Rows) -> None:
@@ -127,7 +127,8 @@ def draw(path: Path, rows: Rows) -> None:
         axes.plot(100 * test.mean, y, "o", color=colour, markersize=7)
     axes.set_yticks(range(len(methods)), [ENTRIES[m].title for m in methods])
     axes.set_xlabel("points of test accuracy above the same loop without feedback (its better read-out)")
-    axes.set_title("Digits, 2 labels a class: mean over 20 paired seeds, 95 % intervals", loc="left", fontsize=12)
+    title = f"Digits, 2 labels a class: mean over {len(seeds(rows))} paired seeds, 95 % intervals"
+    axes.set_title(title, loc="left", fontsize=12)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

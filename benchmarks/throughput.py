@@ -23,7 +23,6 @@ before it. With a CUDA device the same is measured on it in float32 (TF32 off) a
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described, write_json, write_readme
+from machine import arguments, described, parsed, write_json, write_readme
 from modes import Place, held_at_most, places
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -53,7 +52,7 @@ from metapl.data import (
 )
 from metapl.losses import UDA, CrossEntropy
 
-RESULT = Path("benchmarks/results/throughput.json")
+RESULT = Path(__file__).parent / "results" / "throughput.json"
 MODES = ("reinforce", "forward")
 
 
@@ -75,6 +74,7 @@ class Subject:
 
 
 CPU_SUBJECTS = (Subject("wide_resnet28_2", 32, 8, 56), Subject("resnet50", 64, 2, 30))
+MINIATURE_SUBJECTS = (Subject("small_cnn", 16, 2, 6),)
 CUDA_SUBJECTS = (Subject("wide_resnet28_2", 32, 128, 896), Subject("resnet50", 224, 32, 480))
 
 
@@ -239,29 +239,30 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result")
-    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there")
-    options = parser.parse_args()
+    parser = arguments(__doc__, RESULT)
+    parser.add_argument("--rounds", type=int, help="of all four taking turns; default 15")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
+    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there and stop")
+    options = parsed(parser)
     if options.table:
         print(table(json.loads(options.table.read_text())))
         return
     if options.write_readme:
-        write_readme(options.write_readme, "throughput", table(json.loads(RESULT.read_text())))
+        write_readme(options.write_readme, "throughput", table(json.loads(options.out.read_text())))
         return
     cuda = torch.cuda.is_available()
+    subjects = MINIATURE_SUBJECTS if options.miniature else CUDA_SUBJECTS if cuda else CPU_SUBJECTS
+    rounds = options.rounds or (1 if options.miniature else 15)
     rows = []
     for place in places():
-        for subject in CUDA_SUBJECTS if cuda else CPU_SUBJECTS:
+        for subject in subjects:
             for compiled in (False, True) if cuda else (False,):
                 for mode in MODES:
-                    rows.append(measure(subject, mode, place, compiled, options.rounds))
+                    rows.append(measure(subject, mode, place, compiled, rounds))
                     print(f"{rows[-1]['subject']}, {mode}: {rows[-1]['ratio']}", flush=True)
     result = {"made_with": described(places()[0].device), "rows": rows}
     write_json(options.out, result)
-    print(table(result))
+    print(table(json.loads(options.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
     import digits_tables
 
     yield digits_tables
-    for name in ("digits_tables", "digits_study", "machine"):
+    for name in ("digits_tables", "digits_study", "figures", "machine"):
         sys.modules.pop(name, None)
 
 
@@ -29,14 +29,14 @@ def shown(name: str) -> str:
 def test_readme_shows_the_table_of_the_raw_rows(tables: object) -> None:
     import digits_study
 
-    rows = digits_study.rows()
+    rows = digits_study.read()
     assert shown("digits") == f"{tables.table(rows)}\n\n{tables.note(rows)}"
 
 
 def test_every_method_was_tuned_alike_and_the_test_set_opened_for_final_runs_alone(tables: object) -> None:
     import digits_study
 
-    rows = digits_study.rows()
+    rows = digits_study.read()
     assert all(("test_accuracy" in row) == row["final"] for row in rows)
     for name, entry in digits_study.ENTRIES.items():
         tuning = [row for row in rows if row["method"] == name and not row["final"]]
@@ -99,7 +99,7 @@ def test_readme_shows_the_table_of_throughput(tables: object) -> None:
 def test_the_differences_that_the_readme_speaks_of_are_those_of_the_rows(tables: object) -> None:
     import digits_study
 
-    found = tables.pairs(digits_study.rows())
+    found = tables.pairs(digits_study.read())
     for said in (
         "2 labels, test_accuracy: mpl - none = +2.6 points, p = 0.0012",
         "4 labels, test_accuracy: mpl - none = +1.6 points, p = 0.00052",
