@@ -31,7 +31,7 @@ from machine import arguments, parsed, results
 from metapl.baselines import LossTrainer
 from metapl.fit import Loop
 from metapl.losses import CrossEntropy
-from metapl.recipes import SGD, Digits, Feedback
+from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
 from metapl.recipes.experiment import METHODS, Experiment
 from metapl.run_folder import environment
@@ -137,8 +137,8 @@ def recipe_of(job: Job, size: Size) -> Digits:
         feedback=told,
         label_smoothing=config.get("label_smoothing", 0.0),
         uda_weight=config.get("uda_weight", 0.0),
-        student=SGD(lr=config.get("student_lr", 0.5)),
-        teacher=SGD(lr=config.get("teacher_lr", 0.06), momentum=0.9),
+        student=Optimizer(lr=config.get("student_lr", 0.5)),
+        teacher=Optimizer(lr=config.get("teacher_lr", 0.06), momentum=0.9),
         ema_decay=EMA_DECAY if job.final else None,
         finetune_steps=size.finetune_steps,
         log_every=size.steps,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results
 
-from metapl.recipes import SGD, Digits, Feedback
+from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.run_folder import environment
 from metapl.trainer import BilevelTrainer
 
@@ -41,7 +41,7 @@ def one_run(setting: str, kind: str, size: float, seed: int, steps: int) -> dict
     """The student's best validation accuracy."""
     torch.set_num_threads(1)
     recipe = Digits(
-        seed=seed, steps=steps, log_every=steps, feedback=Feedback(), student=SGD(lr=1.0), **SETTINGS[setting]
+        seed=seed, steps=steps, log_every=steps, feedback=Feedback(), student=Optimizer(lr=1.0), **SETTINGS[setting]
     )
     torch.manual_seed(seed)
     task, teacher, student = recipe.task(), recipe.network(), recipe.network()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from metapl.cores import available_cores
 
 
 def arguments(description: str | None, result: Path) -> argparse.ArgumentParser:
@@ -44,11 +45,10 @@ def results(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], worke
 
 def described(device: str) -> dict[str, Any]:
     """Hardware and versions, without the names of hosts or folders."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "cpu": _cpu(),
-        "cores": cores,
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

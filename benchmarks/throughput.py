@@ -1,6 +1,7 @@
 """What a whole step costs beside the passes that it cannot do without, and what loading the pictures adds.
 
     python benchmarks/throughput.py                                      # about ten minutes on two cores
+    python benchmarks/throughput.py --small small_cnn                    # its rows alone, into the same result
     python benchmarks/throughput.py --table benchmarks/results/throughput.json
     python benchmarks/throughput.py --write-readme README.md
 
@@ -14,8 +15,9 @@ that what else the machine does hits all of them:
   pass with dual numbers. No optimiser moves anything, no label is drawn, no coefficient made.
 - moves: the steps of the two optimisers alone, by themselves, which every training has on top of its passes.
 - step: ``BilevelTrainer.step`` on the same batches.
-- fed: the same step on batches that are drawn, augmented (crop, mirror, RandAugment) and moved anew each time, by a
-  feed with and without worker processes.
+- fed: the same step on batches that are drawn, augmented and moved anew each time, by a feed with and without worker
+  processes. The large networks are fed by the paper's views (crop, mirror, RandAugment), the small one by views that
+  change whole batches (mirror, affine, colour, hole).
 
 Figures are medians over rounds of the ratios within a round. Peak memory is what a step holds beyond what was held
 before it. With a CUDA device the same is measured on it in float32 (TF32 off) and bf16, compiled and not.
@@ -27,7 +29,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,17 @@ from torch.nn import functional as F
 
 import metapl
 from metapl.data import (
+    Affine,
     Chain,
+    Color,
+    Flip,
+    Hole,
     ImageLabeledBatches,
     ImageUnlabeledBatches,
     MemoryImages,
     RandAugment,
     StepSampler,
+    View,
     Weak,
     feed,
 )
@@ -64,18 +71,36 @@ class Subject:
     side: int
     labeled: int
     unlabeled: int
+    batched: bool = False
+    """Whether its views change whole batches, or are the paper's."""
 
     @property
     def examples(self) -> int:
         return self.labeled + self.unlabeled
+
+    def views(self) -> tuple[View, View]:
+        """The weak and the strong one."""
+        if self.batched:
+            weak = Chain((Flip(), Affine(translate=1 / 8, scale=(0.9, 1.1))))
+            affine = Affine(degrees=15, translate=1 / 8, scale=(0.8, 1.2), shear=10, fill="reflect")
+            return weak, Chain((Flip(), affine, Color(0.4, 0.4, 0.4, 0.1), Hole((0.2, 0.5))))
+        moved = Weak(self.side // 8)
+        return moved, Chain((moved, RandAugment(translate=1 / 8, cutout=self.side // 2)))
 
     def __str__(self) -> str:
         return f"{self.network}, {self.side} px, {self.labeled} + {self.unlabeled}"
 
 
 CPU_SUBJECTS = (Subject("wide_resnet28_2", 32, 8, 56), Subject("resnet50", 64, 2, 30))
-MINIATURE_SUBJECTS = (Subject("small_cnn", 16, 2, 6),)
 CUDA_SUBJECTS = (Subject("wide_resnet28_2", 32, 128, 896), Subject("resnet50", 224, 32, 480))
+
+
+MINIATURE_SUBJECTS = (Subject("small_cnn", 16, 2, 6), Subject("small_cnn", 16, 2, 6, batched=True))
+
+
+def small(network: str) -> Subject:
+    """A network whose passes cost little, with the batches of the recipe for pictures."""
+    return Subject(network, 32, 32, 64, batched=True)
 
 
 class Bench:
@@ -154,8 +179,7 @@ class Bench:
         few, many = self.subject.labeled, self.subject.unlabeled
         size = 4 * many
         images = MemoryImages(torch.randint(0, 256, (size, 3, self.subject.side, self.subject.side), dtype=torch.uint8))
-        weak = Weak(self.subject.side // 8)
-        strong = Chain((weak, RandAugment(translate=1 / 8, cutout=self.subject.side // 2)))
+        weak, strong = self.subject.views()
         sources = {
             "labeled": ImageLabeledBatches(images, torch.arange(size) % 10, StepSampler(size, few, seed=0), weak, 0),
             "unlabeled": ImageUnlabeledBatches(images, StepSampler(size, many, seed=1), weak, strong, 0),
@@ -201,6 +225,7 @@ def measure(subject: Subject, mode: str, place: Place, compiled: bool, rounds: i
     base = found["floor"]
     return {
         "subject": str(subject),
+        "batched": subject.batched,
         "mode": mode,
         "precision": place.precision,
         "compiled": compiled,
@@ -224,7 +249,8 @@ def table(result: dict[str, Any]) -> str:
         ratio = row["ratio"]
         workers = next(value for name, value in ratio.items() if "worker" in name)
         precision = row["precision"] + (", compiled" if row["compiled"] else "")
-        cells = [row["subject"], f"`{row['mode']}`", precision, f"{row['examples_per_second']['step']:.0f}"]
+        subject = row["subject"] + (", batched views" if row["batched"] else "")
+        cells = [subject, f"`{row['mode']}`", precision, f"{row['examples_per_second']['step']:.0f}"]
         cells += [f"{ratio['step']:.3f}", f"{ratio['moves']:.3f}", f"{ratio['fed']:.3f}", f"{workers:.3f}"]
         cells += [f"{row['peak_bytes'][name] / 2**20:.0f} MB" for name in ("floor", "step")]
         lines.append("| " + " | ".join(cells) + " |")
@@ -238,9 +264,22 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measured(subjects: Sequence[Subject], rounds: int) -> list[dict[str, Any]]:
+    """Rows for every place, way and mode."""
+    rows = []
+    for place in places():
+        for subject in subjects:
+            for compiled in (False, True) if place.device == "cuda" else (False,):
+                for mode in MODES:
+                    rows.append(measure(subject, mode, place, compiled, rounds))
+                    print(f"{rows[-1]['subject']}, {mode}: {rows[-1]['ratio']}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = arguments(__doc__, RESULT)
-    parser.add_argument("--rounds", type=int, help="of all four taking turns; default 15")
+    parser.add_argument("--rounds", type=int, help="in which the four take turns; default 15")
+    parser.add_argument("--small", metavar="NETWORK", help="measure this small network alone, and add it to the result")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
     parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there and stop")
     options = parsed(parser)
@@ -250,17 +289,20 @@ def main() -> None:
     if options.write_readme:
         write_readme(options.write_readme, "throughput", table(json.loads(options.out.read_text())))
         return
-    cuda = torch.cuda.is_available()
-    subjects = MINIATURE_SUBJECTS if options.miniature else CUDA_SUBJECTS if cuda else CPU_SUBJECTS
+    made_with, kept = described(places()[0].device), []
     rounds = options.rounds or (1 if options.miniature else 15)
-    rows = []
-    for place in places():
-        for subject in subjects:
-            for compiled in (False, True) if cuda else (False,):
-                for mode in MODES:
-                    rows.append(measure(subject, mode, place, compiled, rounds))
-                    print(f"{rows[-1]['subject']}, {mode}: {rows[-1]['ratio']}", flush=True)
-    result = {"made_with": described(places()[0].device), "rows": rows}
+    if options.miniature:
+        subjects: tuple[Subject, ...] = MINIATURE_SUBJECTS
+    elif options.small:
+        subjects = (small(options.small),)
+        before = json.loads(options.out.read_text()) if options.out.exists() else {"made_with": made_with, "rows": []}
+        if before["made_with"] != made_with:
+            raise SystemExit(f"{options.out} was made with {before['made_with']}, and this is {made_with}; use --out")
+        kept = [row for row in before["rows"] if not row["batched"]]
+    else:
+        large = CUDA_SUBJECTS if torch.cuda.is_available() else CPU_SUBJECTS
+        subjects = (*large, small("small_cnn"))
+    result = {"made_with": made_with, "rows": kept + measured(subjects, rounds)}
     write_json(options.out, result)
     print(table(json.loads(options.out.read_text())))
 

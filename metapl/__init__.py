@@ -4,6 +4,7 @@ from metapl import feedback, models, problems
 from metapl.baselines import LossTrainer
 from metapl.errors import MetaplError
 from metapl.feedback import MODES
+from metapl.fit import StopFit
 from metapl.hypergradient import Hypergradient, hypergradient
 from metapl.losses import UDA, CrossEntropy
 from metapl.problem import BilevelProblem, Signal
@@ -25,6 +26,7 @@ __all__ = [
     "PseudoLabels",
     "Signal",
     "StepReport",
+    "StopFit",
     "feedback",
     "hypergradient",
     "models",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.accumulate import micro_batches
+from metapl.batch import labeled_pair, plain
 from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, undone_where
 from metapl.errors import MetaplError
@@ -85,7 +86,8 @@ class LossTrainer(Loop):
         return [self.optimizer]
 
     def step(self, labeled: Any, unlabeled: Any = None) -> LossReport:
-        """One step on a labelled batch and, where a loss reads it, an unlabelled one."""
+        """One step on a labelled batch and, where a loss reads it, an unlabelled one; as in the bilevel trainer."""
+        labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
         fault, random = checks.Fault(), RandomState.now(self.device)
         with checks.deferred_to(fault), nothing_moved(self.student, random=random) as buffers, self.compiled():
             checks.batches(labeled, labeled if unlabeled is None else unlabeled, self.device)

@@ -68,6 +68,8 @@ def described(thing: Any) -> str:
     """A value in words: type, and shape and dtype of a tensor."""
     if isinstance(thing, Tensor):
         return f"a tensor of shape {tuple(thing.shape)}, {str(thing.dtype).removeprefix('torch.')}, on {thing.device}"
+    if isinstance(thing, dict):
+        return f"a dict of {len(thing)} ({', '.join(map(repr, thing))})"
     if isinstance(thing, tuple | list):
         return f"a {type(thing).__name__} of {len(thing)} ({', '.join(type(t).__name__ for t in thing)})"
     return f"of type {type(thing).__name__}"
@@ -75,8 +77,6 @@ def described(thing: Any) -> str:
 
 def batches(labeled: Any, unlabeled: Any, device: torch.device) -> None:
     """Refuse batches that are empty, of uneven length, elsewhere, or not finite."""
-    if not isinstance(labeled, tuple | list) or len(labeled) < 2 or not isinstance(labeled[0], Tensor):
-        raise MetaplError(f"labeled is {described(labeled)}; expected a pair (inputs, labels) of tensors.")
     for name, batch in (("labeled", labeled), ("unlabeled", unlabeled)):
         tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
         if not tensors:
@@ -100,6 +100,16 @@ def _tensor(name: str, t: Tensor, device: torch.device) -> None:
         )
     if t.is_floating_point():
         refuse(~torch.isfinite(t).all(), f"the {name} batch holds NaN or infinite values; clean the inputs first.")
+
+
+def logits(outputs: Any, who: str) -> Tensor:
+    """The outputs of a network, refused where they are no tensor."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    raise MetaplError(
+        f"the {who} returned {described(outputs)}; expected a tensor of logits. For a network that returns an object "
+        f"with .logits, give metapl.models.Logits({who})."
+    )
 
 
 def class_outputs(outputs: Tensor, who: str) -> None:

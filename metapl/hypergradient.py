@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl import checks
+from metapl.batch import labeled_pair, plain
 from metapl.errors import MetaplError
 from metapl.feedback import Estimator, estimator
 from metapl.inner import InnerStep, trainable
@@ -83,7 +84,8 @@ def hypergradient(
 
     Args:
         teacher, student: modules on one device; they run in the mode (train or eval) that they are in.
-        labeled: (x_l, y_l) of the outer loss, B_l rows.
+        labeled: (x_l, y_l) of the outer loss, B_l rows; x_l a tensor, or a dict or tuple of tensors. A dict that also
+            holds the labels, under ``labels``, is such a pair.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads.
         mode: one of :data:`metapl.MODES`, or an estimator value.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
@@ -112,6 +114,7 @@ def hypergradient(
     problem = prepare(problem, how)
     device = checks.networks(teacher, student)
     optimizer = functional(inner_optimizer, trainable(student), inner_state)
+    labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
     checks.batches(labeled, unlabeled, device)
     with nothing_moved(teacher, student, random=RandomState.now(device), on_success=True), torch.enable_grad():
         inner = InnerStep(student, optimizer, problem, labeled=labeled, unlabeled=unlabeled, keep_graph=how.keep_graph)

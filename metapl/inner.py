@@ -69,7 +69,7 @@ class InnerStep:
         self.random_before = RandomState.now(self.device)
         self.keep_graph = keep_graph
         with torch.enable_grad(), only_math_attention() if keep_graph else nullcontext():
-            self._graph: Tensor | None = wide(student(self.input))
+            self._graph: Tensor | None = wide(checks.logits(student(self.input), "student"))
         self.random_after = RandomState.now(self.device)
         self.outputs = self._graph.detach()
         checks.fits(problem, self.outputs, labeled, unlabeled)

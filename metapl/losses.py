@@ -48,7 +48,7 @@ class CrossEntropy:
             raise MetaplError(f"CrossEntropy(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        logits, labels = wide(teacher(labeled[0])), labeled[1]
+        logits, labels = wide(checks.logits(teacher(labeled[0]), "network")), labeled[1]
         probabilities = isinstance(labels, Tensor) and labels.shape == logits.shape
         if logits.ndim == 2 and not probabilities:
             checks.class_labels(labels, logits.shape[1])
@@ -96,7 +96,7 @@ class UDA:
         weak = signal.outputs
         if weak is None:
             with torch.no_grad():
-                weak = teacher(pair[0])
+                weak = checks.logits(teacher(pair[0]), "network")
         weak = wide(weak.detach())
         target = F.softmax(weak / self.temperature, -1)
         confident = F.softmax(weak, -1).amax(-1) > self.threshold

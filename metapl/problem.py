@@ -53,7 +53,7 @@ class BilevelProblem(Protocol):
     A problem may also have
 
     - ``student_input(batch)``: what the student reads of an inner batch. Without it: the batch itself where it is a
-      tensor, its first element where it is a tuple or a list.
+      tensor or a dict, its first element where it is a tuple or a list.
     - ``for_modes(labels)``: the problem with the kind of labels that a mode needs (see :class:`metapl.PseudoLabels`).
     - ``check(outputs, labeled, unlabeled)``: refuses, with a :class:`metapl.MetaplError`, a batch that does not fit the
       student's outputs; called before anything moves.
@@ -75,17 +75,17 @@ class BilevelProblem(Protocol):
 
 
 def first_input(batch: Any) -> Any:
-    """What a network reads of a batch that is a tensor, or a tuple whose first element is the input.
+    """What a network reads of a batch that is a tensor or a dict, or a tuple whose first element is the input.
 
     >>> first_input((torch.ones(2), "labels"))
     tensor([1., 1.])
     """
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor | Mapping):
         return batch
     if isinstance(batch, tuple | list) and batch:
         return batch[0]
     raise MetaplError(
-        f"a batch of type {type(batch).__name__} was given; a tensor or a tuple (input, ...) was expected. "
+        f"a batch of type {type(batch).__name__} was given; a tensor, a dict or a tuple (input, ...) was expected. "
         "Give the problem a method student_input(batch) that says what the student reads."
     )
 

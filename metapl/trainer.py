@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.accumulate import micro_batches, split, union
 from metapl.baselines import LossTrainer
+from metapl.batch import labeled_pair, plain
 from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, kept_where, undone_where
 from metapl.errors import MetaplError
@@ -132,7 +133,13 @@ class BilevelTrainer(Loop):
         self.steps_done = 0
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
-        """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong)."""
+        """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong).
+
+        In the place of a tensor of inputs may be a dict or a tuple of tensors; a dict that also holds the labels, under
+        ``labels``, is a labelled batch. The networks get it as one argument; see :class:`metapl.models.Logits` for
+        those that take several.
+        """
+        labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
         fault = checks.Fault()
         with self._nothing_moves(fault, labeled, unlabeled) as buffers, self._autocast(), self.compiled():
             students, teachers = [], []
@@ -179,6 +186,7 @@ class BilevelTrainer(Loop):
         """
         if self.teacher_losses == ():
             raise MetaplError("teacher_losses=() leaves the teacher nothing to learn from alone; expected wait=0.")
+        labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
         fault = checks.Fault()
         nothing = Signal(torch.empty(0, device=self.device))
         with self._nothing_moves(fault, labeled, unlabeled) as buffers, self._autocast(), self.compiled():

@@ -127,7 +127,7 @@ def test_evaluate_takes_the_student_that_a_comparison_delivers(
     found = json.loads(said(capsys, "evaluate", compared, "--json"))
     delivered = result(compared / found["method"] / f"seed-{found['seed']}")
     assert found["accuracy"] == found["recorded_accuracy"] == delivered["test_accuracy"]
-    assert (found["method"], found["seed"]) == ("mpl", result(compared)["seed"])
+    assert (found["method"], found["seed"]) == (result(compared)["method"], result(compared)["seed"])
 
 
 def test_predict_takes_images_and_tables_for_the_same(trained: Path, pictures: Path) -> None:
@@ -266,7 +266,7 @@ def test_finetune_that_is_stopped_leaves_the_run_as_it_was(run: Path) -> None:
 def test_finetune_refuses_comparisons_and_senseless_options(
     trained: Path, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert f"metapl finetune {compared}/mpl/seed-" in refused(capsys, "finetune", compared)
+    assert f"metapl finetune {compared}/{result(compared)['method']}/seed-" in refused(capsys, "finetune", compared)
     assert "expected 1 or more" in refused(capsys, "finetune", trained, "--steps", "0")
     assert "expected a number above 0" in refused(capsys, "finetune", trained, "--lr", "-1")
     assert "--lr: expected FLOAT, got 'x'" in refused(capsys, "finetune", trained, "--lr", "x")
@@ -293,11 +293,11 @@ def test_export_takes_the_student_that_a_comparison_delivers(
 ) -> None:
     said(capsys, "export", compared, "--out", tmp_path / "all")
     seed = result(compared)["seed"]
-    said(capsys, "export", compared / "mpl" / f"seed-{seed}", "--out", tmp_path / "one")
+    said(capsys, "export", compared / result(compared)["method"] / f"seed-{seed}", "--out", tmp_path / "one")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
     assert weights[0] == weights[1]
     whole, one = (set((tmp_path / name / "MODEL_CARD.md").read_text().splitlines()) for name in ("all", "one"))
-    assert whole - one == {"- Of the students of the seeds 0, 1, this is the best by validation."}
+    assert whole - one == {"- It was compared: methods mpl, none; seeds 0, 1. This is the best by validation."}
     assert one <= whole
     (tmp_path / "file").write_text("")
     assert "could not be written" in refused(capsys, "export", compared, "--out", tmp_path / "file")
@@ -335,6 +335,28 @@ def test_compare_says_why_it_does_not_pair(
     edit(run / "recipe.json", lambda content: content["recipe"]["fields"].update(labels_per_class=4))
     assert "different numbers of labels (labels_per_class 2, 4)" in said(capsys, "compare", trained, run)
     assert "was given twice" in refused(capsys, "compare", trained, trained)
+
+
+def test_compare_refuses_runs_on_other_data_or_of_other_classes(
+    trained: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoiled = json.loads((run / "result.json").read_text())
+    spoiled["evaluation"]["classes"][3] = "three"
+    (run / "result.json").write_text(json.dumps(spoiled))
+    line = refused(capsys, "compare", trained, run)
+    assert f"{run} and {trained} are of different classes: only one of them has three, 3." in line
+    shutil.copy(trained / "result.json", run)
+    edit(run / "data.json", lambda content: content["hash"].update(test="0", unlabeled="1"))
+    line = refused(capsys, "compare", trained, run)
+    assert f"{run} and {trained} are on different data: unlabeled and test differ by their hashes" in line
+    assert "Train both on the same files" in line
+    # Another seed has another split of the same data.
+    edit(run / "recipe.json", lambda content: content["recipe"]["fields"].update(seed=1))
+    edit(run / "result.json", lambda content: content.update(seed=1))
+    said(capsys, "compare", trained, run)
+
+
+def test_compare_names_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no runs were named" in refused(capsys, "compare")
 
 
@@ -468,12 +490,13 @@ def test_a_table_that_is_not_of_examples_is_refused(content: bytes, expected: st
         csv_rows(tmp_path / "x.csv", 3, highest=16)
 
 
-def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from metapl.cli import train as command
     from metapl.recipes import Digits
 
     seen: list[Any] = []
-    monkeypatch.setattr(command.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(command, "available_cores", lambda: 8)
+    monkeypatch.setattr(command, "default_threads", lambda: 8)
 
     def stop(jobs: Any, workers: int) -> Any:
         seen.append((workers, {job.threads for job in jobs}))
@@ -487,7 +510,7 @@ def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Digits, "place", lambda self: torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
         command.Train(recipe=Digits(), compare=True)._run_jobs(tmp_path, ("mpl", "none"), (0, 1))
-    assert seen == [(6, {1}), (2, {4}), (1, {8})]
+    assert seen == [(6, {1}), (2, {1}), (1, {8})]
 
 
 def test_every_recipe_is_told() -> None:

@@ -153,7 +153,7 @@ def test_the_average_is_that_of_a_loop_by_hand(decay: float) -> None:
 # ---------------------------------------------------------------------------------------------------------- selection
 
 
-def test_the_earliest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, steps, wanted = single(), 5, iter([0.2, 0.6, 0.4, 0.6, 0.5])
     seen: list[dict[str, Tensor]] = []
 
@@ -164,10 +164,23 @@ def test_the_earliest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("metapl.fitting.selection.evaluate_logits", scripted)
     found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1)
-    assert (found.validation_accuracy, found.step, len(seen)) == (0.6, 2, steps)
-    assert same(found.weights, seen[1])
-    assert same(copied(trainer.student), seen[1])
+    assert (found.validation_accuracy, found.step, len(seen)) == (0.6, 4, steps)
+    assert same(found.weights, seen[3])
+    assert same(copied(trainer.student), seen[3])
     assert not same(seen[1], seen[3])
+
+
+def test_without_selection_the_last_student_is_kept_and_its_accuracy_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, steps, wanted = single(), 3, iter([0.2, 0.6, 0.4])
+
+    def scripted(*_: Any) -> Any:
+        return type("Found", (), {"accuracy": next(wanted)})
+
+    monkeypatch.setattr("metapl.fitting.selection.evaluate_logits", scripted)
+    found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1, select=False)
+    assert (found.validation_accuracy, found.step) == (0.4, steps)
+    twin = single()
+    assert same(found.weights, twin.fit(batches(3)[0], steps=steps).weights)
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])

@@ -18,7 +18,7 @@ how well the student then does on the labelled examples: Meta Pseudo Labels.
   metapl predict RUN FILES...   let it classify your pictures
   metapl finetune RUN           finetune it on the labelled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
-  metapl export RUN --out DIR   write its weights for others, with a model card
+  metapl export RUN --out DIR   write it for others: a program, weights, a card
 
 For example, with the handwritten digits that come with scikit-learn, of which
 two in each class are labelled (a minute on a laptop, no graphics card):

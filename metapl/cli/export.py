@@ -10,9 +10,11 @@ import tyro
 
 from metapl.cli.finished import Finished, finished, weights_file
 from metapl.cli.parse import Run, Switch
+from metapl.evaluate import Evaluation
 from metapl.export import export
+from metapl.programs import ONNX, can_run_onnx, require_onnx
 from metapl.recipes import Digits, PictureRecipe, Recipe
-from metapl.recipes.comparison import TITLES
+from metapl.recipes.comparison import title
 from metapl.recipes.store import describe
 from metapl.run_folder import RunFolder
 
@@ -25,36 +27,66 @@ PARTS = ("labeled", "unlabeled", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run's student for others: weights that need no metapl, and a card that says what they are.
+    """Write a run's student for others: files that need no metapl, and a card that says what they are.
 
-    model.safetensors holds the weights under the names of torchvision or timm, where the network is theirs.
-    MODEL_CARD.md has the code that loads them, the accuracies, the recipe without the places of your files, hashes of
-    the data, and versions. Files of these names that are there already are replaced.
+    model.pt2 is the whole network, with its normalisation, as a program for torch.export.load: any number of pictures
+    in, logits out. model.safetensors holds the weights under the names of torchvision or timm, where the network is
+    theirs. MODEL_CARD.md has the code that loads each, the accuracies, the recipe without the places of your files,
+    hashes of the data, and versions. Files of these names that are there already are replaced.
+
+    Programs are run without metapl and compared with the network before anything is written.
 
     Args:
         run: the run folder; of a comparison, the student that it delivers.
         out: the folder to write them to; made if need be.
         finetuned: the student after finetuning on the labelled data.
+        onnx: model.onnx too; needs pip install 'metapl[onnx]'.
     """
 
     run: Run
     out: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
     finetuned: Switch = False
+    onnx: Switch = False
 
     def __call__(self) -> int:
         run = finished(self.run)
+        if self.onnx:
+            require_onnx()
         trained = _Trained.of(run)
         written = export(
             run.student(self.finetuned),
             self.out,
             card=trained.card(self.finetuned),
             architecture=run.recipe.architecture(),
+            shape=_shape(run.recipe),
+            onnx=self.onnx,
         )
         print(f"{run.title}, {weights_file(self.finetuned)}\n")
-        size = written.weights.stat().st_size / 1e6
-        print(f"{written.weights}: {size:.3g} MB\n  SHA-256 {written.sha256}")
+        print(f"{written.weights}: {_size(written.weights)}\n  SHA-256 {written.sha256}")
+        for file in (written.program, written.onnx):
+            if file is not None:
+                print(f"{file}: {_size(file)}\n  {_checked(file)}")
         print(f"{written.card}: how to load them, and how good they are")
         return 0
+
+
+def _size(file: Path) -> str:
+    return f"{file.stat().st_size / 1e6:.3g} MB"
+
+
+def _checked(file: Path) -> str:
+    if file.name == ONNX and not can_run_onnx():
+        return "not run: onnxruntime is not installed"
+    return "run without metapl: it gives what the network gives"
+
+
+def _shape(recipe: Recipe) -> tuple[int, int, int] | None:
+    """Of the network's input."""
+    if isinstance(recipe, Digits):
+        return 1, 8, 8
+    if isinstance(recipe, PictureRecipe):
+        return 1 if recipe.grey else 3, recipe.image_size, recipe.image_size
+    return None
 
 
 @dataclass(frozen=True)
@@ -82,7 +114,7 @@ class _Trained:
         """What :func:`metapl.export.export` writes on the card."""
         method = self.run.result["method"]
         return {
-            "title": f"{self.run.recipe.name}: {TITLES.get(method, method)}",
+            "title": f"{self.run.recipe.name}: {title(method)}",
             "classes": self.run.recipe.classes,
             "metrics": self.metrics(finetuned),
             "data_hash": self.examples(),
@@ -96,6 +128,7 @@ class _Trained:
         accuracy = self.run.result[f"{which}test_accuracy"]
         evaluation = self.result["evaluation"]
         found = {f"{part} accuracy": accuracy, f"{part} examples": evaluation["n"]}
+        found[f"{part} chance level"] = Evaluation(**evaluation).chance
         if not finetuned:  # the evaluation is of the student before that
             found |= {f"{part} {title}": evaluation[name] for name, title in FIGURES.items()}
         # One of a comparison's runs may have been finetuned anew since.
@@ -135,8 +168,8 @@ class _Trained:
         if finetuned:
             notes.append("They were finetuned on the labelled examples, unless that lowered the validation accuracy.")
         if self.run.is_comparison:
-            seeds = ", ".join(map(str, self.run.result["seeds"]))
-            notes.append(f"Of the students of the seeds {seeds}, this is the best by validation.")
+            methods, seeds = (", ".join(map(str, self.run.result[name])) for name in ("methods", "seeds"))
+            notes.append(f"It was compared: methods {methods}; seeds {seeds}. This is the best by validation.")
         if self.without_test:
             notes.append("There was no test set: the accuracy is on the pictures by which the weights were chosen.")
         else:

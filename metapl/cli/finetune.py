@@ -55,6 +55,8 @@ class Finetune:
             return 128 + (stopped.signal_number if isinstance(stopped, Interrupted) else 2)
         print(f"{run.title}\n")
         print(_before_and_after(run.result, result, run.recipe))
+        on = Evaluation(**run.result["evaluation"])
+        print(f"\ntest: {on.n:,} examples, chance {on.chance:.2%}")
         print(f"\nthe finetuned student and its numbers in {self.run} are new")
         return 0
 

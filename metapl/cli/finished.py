@@ -53,7 +53,7 @@ class Finished:
         Raises:
             MetaplError: the weights are missing, damaged, or of another network.
         """
-        torch.set_num_threads(getattr(self.recipe, "threads", torch.get_num_threads()))
+        torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
         name = weights_file(finetuned)
         role: Role = "teacher" if self.result["method"] in TEACHERS else "student"
         # What it was started from need not be there any more.

@@ -26,7 +26,8 @@ class Job:
 
     Args:
         recipe, method, folder, resume: as they are run.
-        threads: of the linear algebra, where the recipe does not say; None: as many as PyTorch takes by itself.
+        threads: of the linear algebra, where the recipe does not say; None: as many as the run was started with, or
+            the default of a new one.
     """
 
     recipe: Recipe
@@ -43,12 +44,12 @@ class Job:
         from metapl.recipes.store import describe
         from metapl.run_folder import RunFolder
 
-        torch.set_num_threads(getattr(self.recipe, "threads", self.threads or torch.get_num_threads()))
         folder = RunFolder(self.folder)
+        torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))
         with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
             if (self.folder / "result.json").exists():
                 return folder.read_json("result.json")
-            say = _silent if quiet else _aloud
+            say = _silent if quiet else aloud
             return Experiment(self.recipe, folder, self.resume and folder.exists, progress, say).run(self.method)
 
 
@@ -56,7 +57,7 @@ def _silent(text: str) -> None:
     """Messages of a run beside others are not shown."""
 
 
-def _aloud(text: str) -> None:
+def aloud(text: str) -> None:
     print(text, flush=True)
 
 

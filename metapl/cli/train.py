@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -18,12 +18,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.cli.jobs import Job, run_all
-from metapl.cli.parse import Switch
+from metapl.cli.jobs import Job, aloud, run_all
+from metapl.cli.parse import WIDTH, Switch
+from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
 from metapl.fit import Interrupted
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
-from metapl.recipes.comparison import TITLES, Comparison, parse_seeds
+from metapl.recipes.comparison import READOUTS, Comparison, parse_seeds, title
 from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS
 from metapl.recipes.store import describe
 from metapl.run_folder import RunFolder
@@ -106,36 +107,32 @@ class Train:
         folder = RunFolder(out)
         recipe = describe(self.recipe, compare=list(methods), seeds=list(seeds))
         with folder.claimed(recipe, resume=self.resume):
+            if not (out / "result.json").exists():
+                self.recipe.task(aloud, progress=True)  # before any job starts, and the jobs say nothing
             results = self._run_jobs(out, methods, seeds)
-            comparison = Comparison(
-                seeds,
-                {
-                    method: {
-                        readout: [results[method, seed][readout] for seed in seeds]
-                        for readout in ("test_accuracy", "finetuned_test_accuracy")
-                    }
-                    for method in methods
-                },
-            )
+            comparison = Comparison.of(seeds, methods, results)
             self._leave_behind(folder, comparison, results)
-        print(f"figures, report and the best student are in {out}")
-        print(f"\ntest accuracy in %, mean ± standard deviation over seeds\n\n{comparison.table()}\n")
-        print(comparison.sentence())
+        print(f"figures, report and the delivered student are in {out}")
+        print(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
+        print(textwrap.fill(comparison.sentence(), WIDTH))
+        print(textwrap.fill(comparison.delivery(), WIDTH))
         return 0
 
     def _run_jobs(
         self, out: Path, methods: tuple[str, ...], seeds: tuple[int, ...]
     ) -> dict[tuple[str, int], dict[str, Any]]:
-        cores = os.cpu_count() or 1
-        together = 1 if self.recipe.place().type == "cuda" else cores
-        workers = min(self.jobs or together, len(methods) * len(seeds))
+        on_gpu = self.recipe.place().type == "cuda"
+        workers = min(self.jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
+        # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn
+        # the weights differ already. So a job has as many threads whatever --jobs is, and when it is resumed.
+        threads = default_threads() if on_gpu else 1
         jobs = []
         for seed in seeds:
             recipe = dataclasses.replace(self.recipe, seed=seed)
             for method in methods:
                 place = out / method / f"seed-{seed}"
                 begun = self.resume or (place / "recipe.json").exists()
-                jobs.append(Job(recipe, method, place, begun, threads=max(1, cores // workers)))
+                jobs.append(Job(recipe, method, place, begun, threads=threads))
         print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
         results, since = {}, time.monotonic()
         with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping
@@ -143,7 +140,7 @@ class Train:
                 results[job.method, job.recipe.seed] = result
                 print(
                     f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {time.monotonic() - since:4.0f} s  "
-                    f"{TITLES.get(job.method, job.method)}, seed {job.recipe.seed}: {result['test_accuracy']:.1%}",
+                    f"{title(job.method)}, seed {job.recipe.seed}: {result['test_accuracy']:.1%}",
                     flush=True,
                 )
         return results
@@ -151,16 +148,15 @@ class Train:
     def _leave_behind(
         self, folder: RunFolder, comparison: Comparison, results: dict[tuple[str, int], dict[str, Any]]
     ) -> None:
-        """The comparison's own files: the best MPL student by validation, the averaged report, the result."""
+        """The comparison's own files: the student that it delivers, the averaged report, the result."""
         from metapl.recipes.reports import draw_comparison
 
-        first = "mpl" if "mpl" in comparison.methods else next(iter(comparison.methods))
-        best = max(comparison.seeds, key=lambda seed: results[first, seed]["validation_accuracy"])
-        source = RunFolder(folder.path / first / f"seed-{best}")
+        method, seed = comparison.delivered()
+        source = RunFolder(folder.path / method / f"seed-{seed}")
         for name in ("student.safetensors", "finetuned_student.safetensors"):
             folder.write_weights(name, source.read_weights(name))
         draw_comparison(folder.path, comparison, results)
-        delivered = {k: results[first, best][k] for k in ("test_accuracy", "finetuned_test_accuracy", "seed", "method")}
+        delivered = {name: results[method, seed][name] for name in (*READOUTS, "seed", "method")}
         folder.write_json("result.json", {**comparison.to_json(), **delivered})
 
 

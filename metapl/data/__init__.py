@@ -1,6 +1,7 @@
 """Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
 
-from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, Chain, RandAugment, ResizedCrop, Weak
+from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
+from metapl.data.batched import Affine, Color, Flip, Hole
 from metapl.data.batches import LabeledBatches, StepBatches, UnlabeledBatches, loader
 from metapl.data.device import to_device
 from metapl.data.digits import DigitsSplit, load_digits_split
@@ -13,19 +14,24 @@ from metapl.data.images import UnreadableImage, read_image
 from metapl.data.samplers import StepSampler
 from metapl.data.sound_files import Skipped, Verified, verify_files
 from metapl.data.splits import Split, draw_split, stratified_split
-from metapl.data.views import Identity, ShiftNoiseCutout, View
+from metapl.data.unlabeled import WithoutLabels, without_labels
+from metapl.data.views import Chain, Identity, ShiftNoiseCutout, View
 from metapl.data.vision import PROTOCOLS, Protocol, VisionData, load_vision
 
 __all__ = [
     "CIFAR_OPERATIONS",
     "PROTOCOLS",
     "SVHN_OPERATIONS",
+    "Affine",
     "Chain",
+    "Color",
     "DigitsSplit",
     "Feed",
     "FileImages",
     "Files",
     "Finding",
+    "Flip",
+    "Hole",
     "Identity",
     "ImageEvaluationBatches",
     "ImageLabeledBatches",
@@ -48,6 +54,7 @@ __all__ = [
     "View",
     "VisionData",
     "Weak",
+    "WithoutLabels",
     "check_folders",
     "draw_split",
     "feed",
@@ -61,4 +68,5 @@ __all__ = [
     "stratified_split",
     "to_device",
     "verify_files",
+    "without_labels",
 ]

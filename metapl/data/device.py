@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metapl.batch import plain
+
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """Move every tensor of a batch to a device.
 
     Args:
-        batch: a tensor, or dicts, lists, tuples and named tuples of tensors and other values.
+        batch: a tensor, or dicts, lists, tuples and named tuples of tensors and other values. What is like a dict, such
+            as the output of a tokenizer, comes back as a dict.
         device: where to.
 
     Returns:
@@ -27,7 +30,7 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     (device(type='meta'), True)
     """
     device = torch.device(device)
-    return pytree.tree_map(lambda leaf: _moved(leaf, device) if isinstance(leaf, Tensor) else leaf, batch)
+    return pytree.tree_map(lambda leaf: _moved(leaf, device) if isinstance(leaf, Tensor) else leaf, plain(batch))
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

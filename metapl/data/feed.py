@@ -22,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_convert
 
+from metapl.batch import inputs_of
 from metapl.checks import described
 from metapl.data import draws
 from metapl.data.batches import StepBatches, loader
 from metapl.data.device import to_device
+from metapl.data.unlabeled import WithoutLabels
 from metapl.errors import MetaplError
 
 _END: Any = object()
@@ -74,6 +76,7 @@ def feed(
             - a list or tuple of batches: batch t is ``source[t % len(source)]``.
             - a torch ``DataLoader``, or anything else that ``iter`` begins anew each time: its epochs follow each
               other, and ``set_epoch(epoch)`` is called on samplers and data sets that have it.
+            - :func:`~metapl.data.without_labels` of one of these: its batches without their labels.
             - an iterator or generator: served once, and it cannot be restored.
         name: what messages call the source, such as "labeled"; feeds of different names draw differently.
         stop: number of batches that the run needs, 0 or more. Batches beyond it are not promised.
@@ -115,6 +118,9 @@ def feed(
     """
     _refuse_numbers(name, stop, num_workers)
     place = None if device is None else torch.device(device)
+    if isinstance(source, WithoutLabels):
+        whole = feed(source.source, name=name, stop=stop, num_workers=num_workers, seed=seed, device=device)
+        return _InputsFeed(whole)
     if isinstance(source, StepBatches):
         return _StepFeed(source, name, stop, num_workers, place)
     _refuse_source(source, name)
@@ -363,6 +369,17 @@ class _IteratorFeed:
 
     def close(self) -> None:
         """The iterator is its owner's, and may go on elsewhere."""
+
+
+class _InputsFeed:
+    """Another feed's batches without their labels."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self.state, self.restore, self.close = feed.state, feed.restore, feed.close
+
+    def next(self) -> Any:
+        return inputs_of(self._feed.next())
 
 
 class _PlacedFeed:

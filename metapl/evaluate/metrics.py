@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
+from metapl.evaluate.chance import chance_level
 
 CALIBRATION_BINS = 15
 
@@ -32,6 +32,11 @@ class Evaluation:
     per_class: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     classes: tuple[str, ...] | None = None
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing on these examples; see :func:`metapl.evaluate.chance_level`."""
+        return chance_level([sum(row) for row in self.confusion])
 
     def to_json(self) -> dict[str, Any]:
         """The same figures as dicts, lists and numbers, ready for `json.dumps`."""
@@ -87,51 +92,6 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
         confusion=tuple(tuple(row) for row in confusion_CC.tolist()),
         classes=None if classes is None else tuple(classes),
     )
-
-
-def predict_logits(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Runs a classifier over labelled batches in eval mode and without gradients.
-
-    Args:
-        model: gives logits (B, C); the batches are moved to the device of its first parameter.
-        batches: pairs (x, y) with y of shape (B,).
-
-    Returns:
-        logits (N, C) and labels (N,), on the CPU, in the order of the batches. Every submodule is in the mode (train
-        or eval) that it had, whatever happens.
-
-    Cost: one forward pass per example; the logits of all examples in memory.
-
-    Raises:
-        MetaplError: there are no batches.
-
-    >>> model = torch.nn.Linear(3, 2)
-    >>> logits, labels = predict_logits(model, [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))])
-    >>> logits.shape, labels.shape, model.training
-    (torch.Size([4, 2]), torch.Size([4]), True)
-    """
-    first = next(model.parameters(), None)
-    logits, labels = [], []
-    with _eval_mode(model), torch.inference_mode():
-        for x, y in batches:
-            logits.append(model(x if first is None else x.to(first.device)).cpu())
-            labels.append(y.cpu())
-    if not logits:
-        raise MetaplError("there are no batches to predict; give at least one, and a fresh iterator for each call")
-    # Outside inference mode, so that what comes back are ordinary tensors.
-    return torch.cat(logits), torch.cat(labels)
-
-
-@contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    # Each flag for itself: `model.train()` afterwards would wake the layers that a user has frozen in eval mode.
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:

@@ -6,9 +6,10 @@ run         the loop
 rates       the learning rates, moved by the schedule
 watch       numbers gone wrong, found without waiting for the device
 selection   validation, and the student that is kept
+callbacks   what is called after each row
 records     rows, TensorBoard events and checkpoints
 stopping    Ctrl-C and SIGTERM, heard between steps
 progress    the bar
 
-Imports go down: run → rates, watch, selection, records → options, contract.
+Imports go down: run → rates, watch, selection, callbacks, records → options, contract.
 """

@@ -29,6 +29,7 @@ class Records:
         self.checkpoints = None if out is None else out.checkpoints(how.phase, how.keep)
         self.metrics = None if out is None else Metrics(out.path / "metrics.jsonl")
         self.events: Events | None = None
+        self.history: list[dict[str, float]] = []
         self.saved_at: Path | None = None
 
     @property
@@ -44,6 +45,7 @@ class Records:
             return
         with self._writing():
             self.metrics.cut(self.phase, start)
+            self.history = [_numbers(row) for row in self.metrics.rows(self.phase)]
             # A folder per phase: what is void after resuming is void for every curve in the folder.
             events = Events(self.out.path / "tensorboard" / self.phase, start)
         with events as self.events:
@@ -51,6 +53,7 @@ class Records:
 
     def row(self, row: dict[str, float]) -> None:
         """Keep the numbers of a step."""
+        self.history.append(row)
         if self.metrics is None or self.events is None:
             return
         with self._writing():
@@ -113,6 +116,11 @@ class Records:
                 f"the records in {where} could not be written: {error.strerror or error}; {self.last_good()}. Mend "
                 "that (is the disk full?), then resume the run."
             ) from error
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """A row as it was before it was written."""
+    return {name: math.nan if value is None else value for name, value in row.items() if name != "phase"}
 
 
 def _plain(value: float) -> float | None:

@@ -7,7 +7,7 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from metapl import checkpoint
 from metapl.data.feed import Feed, feed
 from metapl.errors import MetaplError
 from metapl.fitting.average import Average
+from metapl.fitting.callbacks import Callback, Callbacks
 from metapl.fitting.contract import Report, Say, Stepwise
 from metapl.fitting.options import FitOptions
 from metapl.fitting.progress import Bar, progress_bar
@@ -31,12 +32,23 @@ from metapl.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit ended with: the best validation accuracy (a fraction; None without validation), the step it was
-    reached at, and these weights, which are in the student now."""
+    """What a fit ended with.
+
+    Args:
+        validation_accuracy: of the student that is kept, a fraction; None without validation.
+        step: the step it was reached at; without validation the last one.
+        weights: of that student; they are in the student now.
+        teacher_weights: of the teacher after the last step, averaged where the student is; they are in the teacher now.
+            None where there is no teacher.
+        history: the recorded rows in their order, each with its ``step``; of a fit that was resumed, those of its
+            earlier parts too.
+    """
 
     validation_accuracy: float | None
     step: int
     weights: dict[str, Tensor] = field(repr=False)
+    teacher_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
 
 class FitRun:
@@ -51,6 +63,7 @@ class FitRun:
         truth: Any,
         progress: bool,
         say: Say,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if how.wait and trainer.labeller is None:
             raise MetaplError(
@@ -60,11 +73,19 @@ class FitRun:
         self.trainer, self.how, self.say = trainer, how, say
         self.progress = progress and sys.stderr.isatty()
         self.rates = Rates(trainer, how)
-        self.average = None if how.ema_decay is None else Average(trainer.student, how.ema_decay)
+        teacher = trainer.labeller
+        if how.warm_start and teacher is not None:
+            _refuse_other_shapes(trainer.student, teacher)
+        self.average = self._average(trainer.student)
+        self.teacher_average = self._average(teacher)
         self.watch = Watch(trainer)
-        self.selection = Selection(validation, truth, trainer.device)
+        self.selection = Selection(validation, truth, trainer.device, how.select)
         self.records = Records(out, how)
+        self.callbacks = Callbacks(callbacks, trainer)
+        # The last step, and why it is, once a callback has said so.
+        self.ended: tuple[int, str] | None = None
         self.feeds: dict[str, Feed] = {}
+        self.seen: dict[str, float] = {}  # the last accuracies on validation data
 
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
         if not resume:
@@ -94,14 +115,16 @@ class FitRun:
         with stop_requests() as stop:
             bar = progress_bar(self.progress, name=how.phase, start=start, steps=how.steps)
             with bar as shown, self.records.opened(start):
-                for t in range(start, how.steps):
+                for t in range(start, how.steps if self.ended is None else start):
                     row = self._one_step(t, shown)
                     if row:
-                        self.records.row({"step": t + 1, **row})
-                    if how.due(how.save_every, t):
+                        self._record(t + 1, {"step": t + 1, **row})
+                    if self.ended or how.due(how.save_every, t):
                         self._save(t + 1)
                     if stop:
                         raise Interrupted(t + 1, stop[0], self._save(t + 1))
+                    if self.ended:
+                        break
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(how.steps, stop[0], self.records.saved_at)
 
@@ -124,21 +147,44 @@ class FitRun:
             self.records.counts(t + 1, report.counts())
         if validated:
             student = None if how.waits(t) else self._candidate()
-            row |= self.selection.look(student, self.trainer.labeller, t + 1)
+            self.seen = self.selection.look(student, self._kept_teacher(), self.trainer.labeller, t + 1)
+            row |= self.seen
         bar.advance(batches.values(), row)
         return row
 
+    def _record(self, step: int, row: dict[str, float]) -> None:
+        self.records.row(row)
+        reason = self.callbacks.after(step, row)
+        if reason is not None:
+            self.ended = step, reason
+            self.say(f"stopped after step {step} by a callback" + (f": {reason}" if reason else ""))
+
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
+        if self.how.warm_start and t == self.how.wait:
+            self._warm_start()
         try:
-            if self.how.waits(t):
-                return self.trainer.teacher_step(labeled, unlabeled)
-            report = self.trainer.step(labeled, unlabeled)
+            waits = self.how.waits(t)
+            report = self.trainer.teacher_step(labeled, unlabeled) if waits else self.trainer.step(labeled, unlabeled)
         except MetaplError as error:
             self._refuse_bad(t - 1)  # what went wrong before is the reason
             raise MetaplError(f"step {t + 1}: {error} ({self.records.last_good()})") from error
-        if self.average is not None:
+        if self.average is not None and not waits:
             self.average.update(self.trainer.student)
+        if self.teacher_average is not None and self.trainer.labeller is not None:
+            self.teacher_average.update(self.trainer.labeller)
         return report
+
+    def _warm_start(self) -> None:
+        """The student begins as the teacher is."""
+        teacher = self._kept_teacher()
+        if teacher is None:
+            return
+        self.trainer.student.load_state_dict(teacher.state_dict())
+        self.average = self._average(self.trainer.student)
+
+    def _average(self, network: nn.Module | None) -> Average | None:
+        decay = self.how.ema_decay
+        return None if network is None or decay is None else Average(network, decay)
 
     def _refuse_bad(self, t: int) -> None:
         self.watch.refuse(t, self.records.last_good())
@@ -146,6 +192,10 @@ class FitRun:
     def _candidate(self) -> nn.Module:
         """What is validated and kept: the averaged student, or the student."""
         return self.trainer.student if self.average is None else self.average.module
+
+    def _kept_teacher(self) -> nn.Module | None:
+        """What is validated and kept of the teacher: its average, or the teacher."""
+        return self.trainer.labeller if self.teacher_average is None else self.teacher_average.module
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
@@ -162,9 +212,13 @@ class FitRun:
             "options": self.how.decisive(),
             "trainer": self.trainer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "teacher_average": None if self.teacher_average is None else self.teacher_average.state_dict(),
+            "seen": self.seen,
             "best": {"accuracy": best.accuracy, "step": best.step, "weights": best.weights},
             "feeds": {name: one.state() for name, one in self.feeds.items()},
             "rng": checkpoint.rng_state(),
+            "callbacks": self.callbacks.state(),
+            "ended": self.ended,
         }
 
     def _restore(self) -> int:
@@ -174,13 +228,18 @@ class FitRun:
             return 0
         state = found.state
         self._refuse_other_options(found.path, state)
+        self.callbacks.restore(state.get("callbacks", []))
         self.trainer.load_state_dict(state["trainer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.teacher_average is not None:
+            self.teacher_average.load_state_dict(state["teacher_average"])
+        self.seen = state["seen"]
         self.selection.best = Best(**state["best"])
         for name, one in self.feeds.items():
             one.restore(state["feeds"][name])
         checkpoint.set_rng_state(state["rng"])
+        self.ended = state.get("ended")
         self.records.saved_at = found.path
         step: int = state["step"]
         self.say(f"resumed at step {step}" + ("" if self.how.phase == "fit" else f" of phase {self.how.phase}"))
@@ -197,14 +256,28 @@ class FitRun:
             raise MetaplError(f"{file} is of a run on {had} batches, now there are {has} ones; give the same sources.")
 
     def _finish(self) -> FitResult:
-        """Put the best student in place."""
+        """Put the student that is kept in place, and the teacher."""
+        teacher, taught = self.trainer.labeller, None
+        if teacher is not None:
+            taught = weights_of(self._kept_teacher() or teacher)
+            teacher.load_state_dict(taught)
         best = self.selection.best
-        if best.weights:
-            self.trainer.student.load_state_dict(best.weights)
-            return FitResult(best.accuracy, best.step, best.weights)
-        last = weights_of(self._candidate())
-        self.trainer.student.load_state_dict(last)
-        return FitResult(None, self.how.steps, last)
+        if not best.weights:
+            found = self.seen.get("student_validation_accuracy")
+            step = self.ended[0] if self.ended else self.how.steps
+            best = Best(found, step, weights_of(self._candidate()))
+        self.trainer.student.load_state_dict(best.weights)
+        return FitResult(best.accuracy, best.step, best.weights, taught, self.records.history)
+
+
+def _refuse_other_shapes(student: nn.Module, teacher: nn.Module) -> None:
+    mine, theirs = ({name: t.shape for name, t in one.state_dict().items()} for one in (student, teacher))
+    if mine != theirs:
+        name = next(name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name))
+        raise MetaplError(
+            f"warm_start=True needs a student of the teacher's architecture; {name} is {mine.get(name, 'missing')} in "
+            f"the student and {theirs.get(name, 'missing')} in the teacher."
+        )
 
 
 def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) -> str | None:

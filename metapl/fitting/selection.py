@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from metapl.evaluate import evaluate_logits, predict_logits
+from metapl.evaluate.predictions import batches_of
 from metapl.replay import RandomState, replayed
 
 
 @dataclass
 class Best:
-    """The best student so far, by validation accuracy; the earliest of equals."""
+    """The best student so far, by validation accuracy; the latest of equals."""
 
-    accuracy: float = -1.0
+    accuracy: float | None = None
     step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -29,25 +29,34 @@ class Selection:
         validation: (inputs, labels) or an iterable of such batches; None: nothing is looked at.
         truth: (inputs, labels) of unlabelled examples, for the teacher.
         device: where the networks are.
+        select: whether the best student is remembered.
     """
 
-    def __init__(self, validation: Any, truth: Any, device: torch.device) -> None:
-        self.validation, self.truth, self.device = validation, truth, device
+    def __init__(self, validation: Any, truth: Any, device: torch.device, select: bool = True) -> None:
+        self.validation, self.truth, self.device, self.select = validation, truth, device, select
         self.best = Best()
 
-    def look(self, student: nn.Module | None, teacher: nn.Module | None, step: int) -> dict[str, float]:
-        """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun."""
+    def look(
+        self, student: nn.Module | None, teacher: nn.Module | None, labeller: nn.Module | None, step: int
+    ) -> dict[str, float]:
+        """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun.
+
+        Args:
+            student, teacher: what is kept of them, such as their averages.
+            labeller: the network that makes the pseudo-labels.
+            step: number of steps done.
+        """
         if self.validation is None:
             return {}
         found = {}
         if student is not None:
             found["student_validation_accuracy"] = accuracy = self._accuracy(student, self.validation)
-            if accuracy > self.best.accuracy:
+            if self.select and accuracy >= (self.best.accuracy or 0.0):
                 self.best = Best(accuracy, step, weights_of(student))
         if teacher is not None:
             found["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)
-            if self.truth is not None:
-                found["pseudo_label_accuracy"] = self._accuracy(teacher, self.truth)
+        if labeller is not None and self.truth is not None:
+            found["pseudo_label_accuracy"] = self._accuracy(labeller, self.truth)
         return found
 
     def _accuracy(self, model: nn.Module, data: Any) -> float:
@@ -60,11 +69,3 @@ class Selection:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of a network's weights and buffers on the host."""
     return {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
-
-
-def batches_of(data: Any, device: torch.device, size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, labels) in batches on the device, from a pair of tensors or an iterable of pairs."""
-    pair = isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data)
-    pieces = zip(data[0].split(size), data[1].split(size), strict=True) if pair else data
-    for inputs, labels in pieces:
-        yield inputs.to(device), labels.to(device)

@@ -2,6 +2,7 @@
 
 from metapl.models.architecture import NAMES, Architecture, create
 from metapl.models.groups import parameter_groups
+from metapl.models.logits import Logits
 from metapl.models.mlp import mlp
 from metapl.models.normalized import Normalized, normalized
 from metapl.models.small_cnn import small_cnn
@@ -12,6 +13,7 @@ __all__ = [
     "NAMES",
     "Architecture",
     "LoadedWeights",
+    "Logits",
     "Normalized",
     "create",
     "load_weights",

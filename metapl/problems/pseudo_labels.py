@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import checks
+from metapl.batch import LABEL_KEYS, are_views
 from metapl.errors import MetaplError
 from metapl.numerics import wide
 from metapl.problem import Params, Signal, first_input
@@ -26,6 +27,8 @@ class PseudoLabels:
 
     with t = q (soft) or t = ŷ ~ q (hard). A batch of unlabelled inputs is one tensor, or a pair (weak, strong): the
     teacher labels the weak view and is fed back through that pass, the student learns the label on the strong view.
+    In the place of a tensor may be a dict of tensors; a tuple of them as well, but alone it is written ``(inputs,)``,
+    for a pair is two views.
 
     Args:
         kind: ``"soft"``, ``"hard"``, or ``None`` = what the mode needs.
@@ -64,7 +67,7 @@ class PseudoLabels:
             )
         return self
 
-    def student_input(self, batch: Any) -> Tensor:
+    def student_input(self, batch: Any) -> Any:
         """The strong view, or the only one."""
         return views(batch)[-1]
 
@@ -77,7 +80,7 @@ class PseudoLabels:
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
-        logits = teacher(views(batch)[0])
+        logits = checks.logits(teacher(views(batch)[0]), "teacher")
         checks.same_classes(logits, student_outputs)
         log_q = F.log_softmax(wide(logits) / self.temperature, -1)
         q = log_q.exp()
@@ -95,14 +98,34 @@ class PseudoLabels:
         return F.cross_entropy(outputs, checks.within(batch[1], outputs.shape[1]))
 
 
-def views(unlabeled: Any) -> tuple[Tensor, ...]:
-    """(x,) or (weak, strong)."""
+def views(unlabeled: Any) -> tuple[Any, ...]:
+    """(x,) or (weak, strong); inputs with their labels beside them are no two views.
+
+    >>> views((torch.zeros(2, 3), torch.ones(2, 3)))[1].shape
+    torch.Size([2, 3])
+    """
     if isinstance(unlabeled, Tensor):
         return (unlabeled,)
-    if isinstance(unlabeled, tuple | list) and len(unlabeled) == 2 and all(isinstance(v, Tensor) for v in unlabeled):
-        return tuple(unlabeled)
+    if isinstance(unlabeled, Mapping):
+        named = [name for name in LABEL_KEYS if name in unlabeled]
+        if named:
+            raise MetaplError(f"unlabeled is {checks.described(unlabeled)}, with labels under {named[0]!r}; {_MEND}.")
+        return (unlabeled,)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
         return (first_input(unlabeled),)
-    raise MetaplError(
-        f"unlabeled is {checks.described(unlabeled)}; expected one tensor, or a pair (weak view, strong view)."
-    )
+    if not isinstance(unlabeled, tuple | list) or len(unlabeled) != 2:
+        raise MetaplError(
+            f"unlabeled is {checks.described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak "
+            "view, strong view)."
+        )
+    if not are_views(*unlabeled):
+        first, second = map(checks.described, unlabeled)
+        raise MetaplError(
+            f"unlabeled is a pair of {first} and {second}; two views of the same examples have the same shape and "
+            f"type, and inputs with their labels are no two views: {_MEND}. Inputs that are a tuple of tensors are "
+            "written (inputs,)."
+        )
+    return tuple(unlabeled)
+
+
+_MEND = "leave the labels out, by metapl.data.without_labels(loader) or a data set of the inputs alone"

@@ -141,7 +141,8 @@ class Experiment:
 
         summary = (
             f"test accuracy of the best student by validation: {content['test_accuracy']:.1%} "
-            f"(finetuned: {content['finetuned_test_accuracy']:.1%}), n = {evaluation.n}"
+            f"(finetuned: {content['finetuned_test_accuracy']:.1%}), n = {evaluation.n:,}, "
+            f"chance {evaluation.chance:.1%}"
         )
         draw_report(
             self.folder.path / "report.png",

@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor, nn
 
 from metapl import models
-from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, Chain, RandAugment, ResizedCrop, Weak
+from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.data.image_batches import (
     ImageEvaluationBatches,
     ImageLabeledBatches,
@@ -21,11 +21,11 @@ from metapl.data.image_batches import (
 from metapl.data.image_sets import Images
 from metapl.data.images import SUFFIXES, read_image
 from metapl.data.samplers import StepSampler
-from metapl.data.views import Identity, View
+from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
 from metapl.fit import FitOptions
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.recipes.base import SGD, Feedback, Role, require
+from metapl.recipes.base import Feedback, Optimizer, Role, require
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that pretrained weights expect."""
@@ -33,7 +33,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EVALUATED_AT_ONCE, SAMPLED = 256, 2048
 """Pictures in a batch of an evaluation; unlabelled pictures that the report looks at."""
 
-NESTEROV = SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
+NESTEROV = Optimizer(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +174,8 @@ class PictureRecipe:
     uda_ramp: int = 200
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
     feedback_ratio: float | None = None
-    student: SGD = field(default_factory=lambda: NESTEROV)
-    teacher: SGD = field(default_factory=lambda: NESTEROV)
+    student: Optimizer = field(default_factory=lambda: NESTEROV)
+    teacher: Optimizer = field(default_factory=lambda: NESTEROV)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: int = 0
     clip_norm: float | None = None
@@ -184,7 +184,7 @@ class PictureRecipe:
     ema_decay: float | None = 0.995
     finetune_steps: int = 200
     finetune_batch: int | None = None
-    finetune: SGD = field(default_factory=lambda: SGD(lr=1e-3))
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))
     validate_every: int = 100
     log_every: int = 20
     save_every: int = 500

@@ -1,0 +1,117 @@
+"""What a batch is made of: inputs, labels and views.
+
+The inputs of a network are a tensor, or a dict or tuple of tensors; a network is called with them as one argument
+(:class:`metapl.models.Logits` spreads them over several).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metapl.checks import described
+from metapl.errors import MetaplError
+
+LABEL_KEYS = ("labels", "label")
+"""The names that a label may have in a batch that is a dict."""
+
+_EXPECTED = (
+    "expected a pair (inputs, labels), the inputs a tensor, or a dict or tuple of tensors, or one dict with the labels "
+    "under 'labels'"
+)
+
+
+def plain(batch: Any) -> Any:
+    """A batch whose dict-like parts, such as the output of a tokenizer, are dicts.
+
+    >>> from collections import UserDict
+    >>> plain((UserDict(ids=[1, 2]), "labels"))
+    ({'ids': [1, 2]}, 'labels')
+    """
+    if isinstance(batch, Mapping):
+        return {name: plain(value) for name, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(plain(part) for part in batch)
+    return batch
+
+
+def labeled_pair(batch: Any) -> Any:
+    """A labelled batch as (inputs, labels), or a longer tuple that begins with them.
+
+    >>> import torch
+    >>> inputs, labels = labeled_pair({"ids": torch.tensor([1, 2]), "labels": torch.tensor([0, 1])})
+    >>> inputs, labels
+    ({'ids': tensor([1, 2])}, tensor([0, 1]))
+
+    Raises: :class:`metapl.MetaplError` for what is no such batch.
+    """
+    batch = plain(batch)
+    if isinstance(batch, dict):
+        return _from_dict(batch)
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not _holds_tensors(batch[0]):
+        raise MetaplError(f"labeled is {described(batch)}; {_EXPECTED}.")
+    return batch
+
+
+def inputs_of(batch: Any) -> Any:
+    """The inputs of a batch that may have labels: what a network reads.
+
+    >>> inputs_of(["x", "y"]), inputs_of({"ids": [1, 2], "labels": [0, 1]}), inputs_of("x")
+    ('x', {'ids': [1, 2]}, 'x')
+    """
+    batch = plain(batch)
+    if isinstance(batch, dict):
+        return {name: value for name, value in batch.items() if name not in LABEL_KEYS}
+    if isinstance(batch, tuple | list) and batch:
+        return batch[0]
+    return batch
+
+
+def is_whole(data: Any) -> bool:
+    """Whether labelled data is one pair (inputs, labels) or one dict, and no iterable of such batches."""
+    return isinstance(data, Mapping) or (
+        isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[1], Tensor)
+    )
+
+
+def rows(batch: Any, start: int, stop: int) -> Any:
+    """Some of the examples of a batch."""
+    return pytree.tree_map_only(Tensor, lambda t: t[start:stop], batch)
+
+
+def length(batch: Any) -> int:
+    """How many examples a batch holds: the rows of its longest tensor."""
+    return max((len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), default=0)
+
+
+def are_views(first: Any, second: Any) -> bool:
+    """Whether two parts of a batch can be two views of the same inputs.
+
+    Tensors must agree in shape and type, and one integer per example is a label; dicts and tuples in the names, types
+    and numbers of dimensions of their tensors (texts may be padded to different lengths).
+    """
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        labels = second.ndim == 1 and not second.is_floating_point()
+        return first.shape == second.shape and first.dtype == second.dtype and not labels
+    ours, structure = pytree.tree_flatten(first)
+    theirs, other = pytree.tree_flatten(second)
+    return structure == other and _holds_tensors(first) and list(map(_kind, ours)) == list(map(_kind, theirs))
+
+
+def _from_dict(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    found = [name for name in LABEL_KEYS if name in batch]
+    inputs = {name: value for name, value in batch.items() if name not in found}
+    if len(found) != 1 or not _holds_tensors(inputs):
+        raise MetaplError(f"labeled is a dict with the keys {', '.join(map(repr, batch)) or 'none'}; {_EXPECTED}.")
+    return inputs, batch[found[0]]
+
+
+def _holds_tensors(inputs: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
+
+
+def _kind(leaf: Any) -> Any:
+    return (leaf.dtype, leaf.ndim) if isinstance(leaf, Tensor) else type(leaf)

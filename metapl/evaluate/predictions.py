@@ -1,0 +1,132 @@
+"""A network's outputs on inputs that it does not learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metapl import checks
+from metapl.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
+from metapl.data.device import to_device
+from metapl.errors import MetaplError
+
+ROWS = 1024
+"""Examples in a pass, where data comes as a whole."""
+
+
+def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Runs a classifier over labelled batches in eval mode and without gradients.
+
+    Args:
+        model: gives logits (B, C); the batches are moved to the device of its first parameter.
+        batches: pairs (x, y) with y of shape (B,); x is a tensor, or a dict or tuple of tensors.
+
+    Returns:
+        logits (N, C) and labels (N,), on the CPU, in the order of the batches. Every submodule is in the mode (train
+        or eval) that it had, whatever happens.
+
+    Cost: one forward pass per example; the logits of all examples in memory.
+
+    Raises:
+        MetaplError: there are no batches.
+
+    >>> model = torch.nn.Linear(3, 2)
+    >>> logits, labels = predict_logits(model, [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))])
+    >>> logits.shape, labels.shape, model.training
+    (torch.Size([4, 2]), torch.Size([4]), True)
+    """
+    labels: list[Tensor] = []
+
+    def inputs() -> Iterator[Any]:
+        for x, y in batches:
+            labels.append(y.cpu())
+            yield x
+
+    logits = logits_of(model, inputs())
+    return logits, torch.cat(labels)
+
+
+def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
+    """The logits (N, C) of batches of inputs, on the CPU; the rest is as in :func:`predict_logits`."""
+    first = next(model.parameters(), None)
+    found = []
+    with _eval_mode(model), torch.inference_mode():
+        for x in inputs:
+            outputs = checks.logits(model(x if first is None else to_device(x, first.device)), "network")
+            found.append(outputs.cpu())
+    if not found:
+        raise MetaplError("there are no batches to predict; give at least one, and a fresh iterator for each call")
+    # Outside inference mode, so that what comes back are ordinary tensors.
+    return torch.cat(found)
+
+
+def batches_of(data: Any, device: torch.device, size: int = ROWS) -> Iterator[tuple[Any, Tensor]]:
+    """(inputs, labels) in batches on the device, from one labelled batch or an iterable of such."""
+    whole = is_whole(data)
+    for batch in [data] if whole else data:
+        inputs, labels = labeled_pair(batch)[:2]
+        yield from _pieces((to_device(inputs, device), to_device(labels, device)), size if whole else None)
+
+
+def input_batches(data: Any, dtype: torch.dtype, size: int = ROWS) -> Iterator[Any]:
+    """The inputs of data without labels, or with labels that are left out, in batches.
+
+    Args:
+        data: a tensor, an array or a dict of these; a tuple that begins with such inputs; or an iterable of all these.
+        dtype: what floating-point arrays of numpy become; tensors stay as they are.
+        size: the most examples in a batch of what comes as a whole.
+    """
+    whole = _is_array(data) or isinstance(plain(data), dict | tuple)
+    for batch in [data] if whole else data:
+        yield from _pieces(_tensors(inputs_of(batch), dtype), size if whole else None)
+
+
+def _pieces(batch: Any, size: int | None) -> Iterator[Any]:
+    count = length(batch)
+    if size is None or count <= size:
+        yield batch
+        return
+    for start in range(0, count, size):
+        yield rows(batch, start, start + size)
+
+
+def _is_array(data: Any) -> bool:
+    return isinstance(data, Tensor) or hasattr(data, "__array__")
+
+
+def _tensors(inputs: Any, dtype: torch.dtype) -> Any:
+    """Inputs whose arrays are tensors."""
+    if isinstance(inputs, Tensor):
+        return inputs
+    if isinstance(inputs, dict):
+        return {name: _tensors(value, dtype) for name, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(_tensors(value, dtype) for value in inputs)
+    if not _is_array(inputs):
+        raise MetaplError(
+            f"the inputs to predict are {checks.described(inputs)}; expected a tensor, a numpy array, a dict or tuple "
+            "of these, or an iterable of batches."
+        )
+    array = np.asarray(inputs)
+    if array.dtype.kind not in "biuf":
+        raise MetaplError(f"the inputs to predict are an array of {array.dtype}; expected numbers.")
+    # A copy: torch can neither share what is read-only nor what runs backwards.
+    tensor = torch.tensor(np.ascontiguousarray(array))
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    # Each flag for itself: `model.train()` afterwards would wake the layers that a user has frozen in eval mode.
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

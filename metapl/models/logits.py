@@ -1,0 +1,59 @@
+"""Networks of several inputs, or whose logits are part of what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from metapl.checks import described
+from metapl.errors import MetaplError
+
+
+class Logits(nn.Module):
+    """A network, such as those of Hugging Face, as a module from the inputs of a batch to logits.
+
+    The inputs go in as the batch has them: a dict as keyword arguments, a tuple or list as positional ones, a tensor
+    alone. What comes out is the tensor that the network returns, or its ``logits`` (an attribute, or the entry of a
+    dict).
+
+    Args:
+        network: is held, not copied: what is trained are its own weights.
+
+    Raises: :class:`metapl.MetaplError` on a call, where the network returns neither.
+
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> class Scorer(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.embed, self.head = nn.Embedding(10, 4), nn.Linear(4, 3)
+    ...     def forward(self, input_ids, attention_mask):
+    ...         kept = self.embed(input_ids) * attention_mask[..., None]
+    ...         return SimpleNamespace(logits=self.head(kept.sum(1)))
+    >>> batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": torch.ones(2, 5)}
+    >>> Logits(Scorer())(batch).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Any) -> Tensor:
+        if isinstance(inputs, Mapping):
+            outputs = self.network(**inputs)
+        elif isinstance(inputs, tuple | list):
+            outputs = self.network(*inputs)
+        else:
+            outputs = self.network(inputs)
+        if isinstance(outputs, Tensor):
+            return outputs
+        found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+        if not isinstance(found, Tensor):
+            raise MetaplError(
+                f"the {type(self.network).__name__} in metapl.models.Logits returned {described(outputs)} without a "
+                "tensor of logits; expected a tensor, an object with .logits or a dict with 'logits'."
+            )
+        return found
