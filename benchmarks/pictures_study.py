@@ -167,7 +167,7 @@ def _seeds(rows: Sequence[Row]) -> list[int]:
     return sorted({r["seed"] for r in rows if r["phase"] == "final"})
 
 
-def _column(rows: Sequence[Row], method: str, read_out: str) -> list[float]:
+def column(rows: Sequence[Row], method: str, read_out: str) -> list[float]:
     """A method's accuracies in the order of the seeds."""
     found = {r["seed"]: r[read_out] for r in rows if r["phase"] == "final" and r["method"] == method}
     return [found[seed] for seed in _seeds(rows)]
@@ -175,7 +175,7 @@ def _column(rows: Sequence[Row], method: str, read_out: str) -> list[float]:
 
 def table(rows: Sequence[Row]) -> str:
     """The README's table."""
-    controls = {name: _column(rows, "none", name) for name in READ_OUTS}
+    controls = {name: column(rows, "none", name) for name in READ_OUTS}
     better = max(READ_OUTS, key=lambda name: statistics.fmean(controls[name]))
     which = "finetuned student" if better.startswith("finetuned") else "student"
     lines = [
@@ -183,7 +183,7 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for method in _methods(rows):
-        student, finetuned = (_column(rows, method, name) for name in READ_OUTS)
+        student, finetuned = (column(rows, method, name) for name in READ_OUTS)
         compared = ("–", "–") if method == "none" else difference(student, controls[better])
         lines.append("| " + " | ".join([METHODS[method], spread(student), spread(finetuned), *compared]) + " |")
     return "\n".join([*lines, "", _note(rows)])
@@ -208,7 +208,7 @@ def pairs(rows: Sequence[Row]) -> str:
     """MPL's student against each other method's, before finetuning."""
     lines = []
     for other in (name for name in OTHERS if name in _methods(rows)):
-        points, p = difference(*(_column(rows, name, "test_accuracy") for name in ("mpl", other)))
+        points, p = difference(*(column(rows, name, "test_accuracy") for name in ("mpl", other)))
         lines.append(f"mpl - {other}: {points} (p = {p})")
     return "\n".join(lines)
 
