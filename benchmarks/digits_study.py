@@ -246,13 +246,8 @@ def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the tables there; draw the picture")
-    parser.add_argument("--pairs", action="store_true", help="print the comparisons that the README speaks of")
     given = parsed(parser)
-    if given.pairs:
-        from digits_tables import pairs
-
-        print(pairs(read(given.out)))
-    elif given.write_readme is not None:
+    if given.write_readme is not None:
         from digits_tables import write_readme
 
         write_readme(given.write_readme, given.out)

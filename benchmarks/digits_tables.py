@@ -1,4 +1,4 @@
-"""The README's table and picture of the digits study, made from its raw rows alone."""
+"""The README's tables and picture of the digits study, made from its raw rows alone."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _one_table(rows: Rows, labels: int, methods: Sequence[str]) -> str:
     ]
     for method in methods:
         student, finetuned = (column(rows, method, labels, name) for name in READ_OUTS)
-        compared = ("–", "–") if method == "none" else difference(student, control)
-        lines.append("| " + " | ".join([ENTRIES[method].title, spread(student), spread(finetuned), *compared]) + " |")
+        found = ("–", "–") if method == "none" else difference(student, control)
+        lines.append("| " + " | ".join([ENTRIES[method].title, spread(student), spread(finetuned), *found]) + " |")
     return "\n".join(lines)
 
 
@@ -69,15 +69,22 @@ PAIRS = (
     (2, "mpl", "pseudo_labels", "finetuned_test_accuracy"),
     (4, "mpl", "pseudo_labels", "finetuned_test_accuracy"),
 )
-"""The comparisons that the README speaks of beside those of the table: labels a class, two methods, read-out."""
+"""The comparisons that the tables of the methods do not hold: labels a class, two methods, read-out."""
+
+
+def compared(rows: Rows, labels: int, first: str, second: str, read_out: str) -> tuple[str, str]:
+    """The difference of the means in points, and p of the pairs."""
+    return difference(column(rows, first, labels, read_out), column(rows, second, labels, read_out))
 
 
 def pairs(rows: Rows) -> str:
-    """A line per comparison of :data:`PAIRS`: the difference of the means in points, and p of the pairs."""
-    lines = []
+    """A row per comparison of :data:`PAIRS`."""
+    lines = ["| student against student | read-out | labels a class | difference | p |", "|---|---|---:|---:|---:|"]
     for labels, first, second, read_out in PAIRS:
-        points, p = difference(column(rows, first, labels, read_out), column(rows, second, labels, read_out))
-        lines.append(f"{labels} labels, {read_out}: {first} - {second} = {points} points, p = {p}")
+        points, p = compared(rows, labels, first, second, read_out)
+        which = "finetuned" if read_out.startswith("finetuned") else "student"
+        titles = f"{ENTRIES[first].title} − {ENTRIES[second].title}"
+        lines.append(f"| {titles} | {which} | {labels} | {points} | {p} |")
     return "\n".join(lines)
 
 
@@ -88,19 +95,24 @@ def note(rows: Rows) -> str:
     return (
         f"Test accuracy in %, mean ± standard deviation over {len(seeds(rows))} seeds (400 test images each, drawn "
         "anew per seed from the same 1,797); differences are of the means as shown, p is from a paired t-test, not "
-        "corrected for the number of rows. In these runs nothing is selected: each network is the average of its "
-        f"weights (decay {EMA_DECAY}) at the last step; `finetuned` is it after 200 more steps on the labelled images. "
-        f"What was selected before, on {tuned_on} other seeds: one of 12 configurations of each "
-        f"method, by the best accuracy on 197 labelled validation images, in {len(tuning)} runs without the average; "
+        "corrected for the number of rows. In these runs nothing is selected: the student is the average of its "
+        f"weights (decay {EMA_DECAY}) after the last step, `finetuned` the same after 200 more steps on the labelled "
+        f"images. What was selected before, on {tuned_on} other seeds: one of 12 configurations of each method, by the "
+        f"best checkpoint's accuracy on 197 labelled validation images, in {len(tuning)} runs without the average; "
         "`unrolled` and `difference` take those of `forward`, whose gradient they compute. "
         "`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/digits_study.jsonl`."
     )
 
 
+def block(rows: Rows) -> str:
+    """What stands in the README: the tables, and how they came about."""
+    return f"{table(rows)}\n\n{pairs(rows)}\n\n{note(rows)}"
+
+
 def write_readme(readme: Path, raw: Path) -> None:
     """Put table and note between the README's markers, and draw the picture beside the raw file."""
     rows = read(raw)
-    machine.write_readme(readme, "digits", f"{table(rows)}\n\n{note(rows)}")
+    machine.write_readme(readme, "digits", block(rows))
     draw(raw.with_suffix(".png"), rows)
 
 
