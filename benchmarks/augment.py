@@ -1,10 +1,11 @@
-"""What the views cost per batch, beside torchvision's RandAugment image by image and once for the whole batch.
+"""What the views cost per batch, beside torchvision's image by image and, for RandAugment, once for the whole batch.
 
     python benchmarks/augment.py                                       # under a minute on one core
     python benchmarks/augment.py --table benchmarks/results/augment.json
 
 torchvision draws one operation for all that it is given, so that only image by image does the same work; once for the
-batch shows what one call costs. All get uint8 pictures on the device; with a CUDA device it is measured there as well.
+batch shows what one call costs. The views that change whole batches stand beside torchvision's affine map, colours and
+erasing with the same settings. All get uint8 pictures on the device; with a CUDA device it is measured there as well.
 Where other programs run beside it, the processor's time is the one to compare.
 """
 
@@ -24,12 +25,14 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from metapl.data import Chain, RandAugment, ResizedCrop, View, Weak
+from metapl.data import Affine, Chain, Color, Flip, Hole, RandAugment, ResizedCrop, View, Weak
+from metapl.data.image_batches import in_unit_range
 
 RESULT = Path(__file__).parent / "results" / "augment.json"
 SHAPES = {"CIFAR-10": (448, 3, 32, 32), "ImageNet": (64, 3, 224, 224)}
-MINIATURE_SHAPES = {"CIFAR-10": (4, 3, 32, 32), "ImageNet": (2, 3, 224, 224)}
-SECONDS, MINIATURE_SECONDS = 2.5, 0.0
+WHOLE_BATCHES = {"64": (64, 3, 32, 32), "160": (160, 3, 32, 32)}
+SECONDS = 2.5
+MINIATURE_BATCH, MINIATURE_SECONDS = 2, 0.0
 
 
 def pictures(shape: tuple[int, ...], device: str) -> Tensor:
@@ -66,6 +69,32 @@ def cases(name: str) -> dict[str, Callable[[Tensor, int], Tensor]]:
         "strong": ours(Chain((weak, strong, weak) if cifar else (weak, strong))),
         "torchvision, image by image": theirs,
         "torchvision, once for the batch": lambda images, step: v2.RandAugment(2, 16)(images),
+    }
+
+
+def whole_batches() -> dict[str, Callable[[Tensor, int], Tensor]]:
+    """The views that change whole batches, alone and together, and torchvision's."""
+    affine = Affine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill="reflect")
+    color, hole = Color(0.4, 0.4, 0.4, 0.1), Hole((0.2, 0.5))
+    moved = v2.RandomAffine(15, (0.1, 0.1), (0.8, 1.2), 10, interpolation=v2.InterpolationMode.BILINEAR)
+    strong = v2.Compose([v2.RandomHorizontalFlip(), moved, v2.ColorJitter(0.4, 0.4, 0.4, 0.1), v2.RandomErasing(1)])
+    views: dict[str, View] = {
+        "Flip": Flip(),
+        "Affine": affine,
+        "Color": color,
+        "Hole": hole,
+        "Flip, Affine, Color, Hole": Chain((Flip(), affine, color, hole)),
+        "Weak and RandAugment": Chain((Weak(), RandAugment(cutout=8))),
+    }
+
+    def in_range(view: View) -> Callable[[Tensor, int], Tensor]:
+        change = ours(view)
+        return lambda images, step: change(in_unit_range(images), step)
+
+    return {name: in_range(view) for name, view in views.items()} | {
+        "torchvision's flip, affine, colours, erasing, image by image": lambda images, step: torch.stack(
+            [strong(image) for image in in_unit_range(images)]
+        )
     }
 
 
@@ -113,13 +142,16 @@ def main() -> None:
     if given.table:
         print(table(json.loads(given.table.read_text())))
         return
-    shapes, seconds = (MINIATURE_SHAPES, MINIATURE_SECONDS) if given.miniature else (SHAPES, SECONDS)
+    seconds = MINIATURE_SECONDS if given.miniature else SECONDS
+    # Once something large was freed, as in every training, the C library keeps memory instead of fetching it each time.
+    torch.ones(2**22)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows = []
     for device in devices:
-        for name, shape in shapes.items():
+        for name, whole in (SHAPES | WHOLE_BATCHES).items():
+            shape = (MINIATURE_BATCH, *whole[1:]) if given.miniature else whole
             images = pictures(shape, device)
-            for view, change in cases(name).items():
+            for view, change in (cases(name) if name in SHAPES else whole_batches()).items():
                 torch.manual_seed(0)
                 rows.append({"device": device, "shape": shape, "view": view, **measured(change, images, seconds)})
     setup = {

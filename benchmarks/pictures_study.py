@@ -34,10 +34,17 @@ from metapl.run_folder import environment
 RAW = Path(__file__).parent / "results" / "pictures_study.jsonl"
 TUNING_SEEDS, SEEDS = (100, 101, 102), tuple(range(10))
 LABELS_PER_CLASS, SIDE = 2, 16
+OPTIMIZER = ("algorithm sgd", "lr 0.05", "momentum 0.9", "nesterov", "weight-decay 5e-4", "no-decay-norms")
 FLAGS = (
-    *("--image-size", "16", "--grey", "--strong.writing", "--pad", "2", "--strong.cutout", "4"),
-    *("--labeled-batch", "32", "--unlabeled-batch", "64", "--uda-ramp", "100"),
+    *("--network", "small_cnn", "--image-size", "16", "--grey", "--mean", "0.5", "--std", "0.25", "--no-channels-last"),
+    *("--randaugment", "--strong.writing", "--pad", "2", "--strong.cutout", "4", "--precision", "float32"),
+    *("--labeled-batch", "32", "--unlabeled-batch", "64", "--label-smoothing", "0.1", "--ema-decay", "0.995"),
+    *("--uda-temperature", "0.7", "--uda-threshold", "0.6", "--uda-align", "0", "--uda-ramp", "100"),
+    *("--wait", "0", "--no-warm-start", "--warmup", "0", "--validate-every", "100"),
+    *(part for who in ("student", "teacher") for flag in OPTIMIZER for part in f"--{who}.{flag}".split()),
 )
+"""All that decides the training, so that other defaults of the recipe do not change the study."""
+
 SIZES = {
     "weight 0.3": ("--feedback-weight", "0.3"),
     "weight 1": ("--feedback-weight", "1"),
@@ -77,7 +84,7 @@ MINIATURE = Plan(
     tuning_seeds=(100,),
     seeds=(0, 1),
     flags=(*FLAGS, "--steps", "2", "--finetune-steps", "2"),
-    images=20,
+    images=60,
 )
 
 
@@ -109,8 +116,14 @@ def run(plan: Plan, seed: int, methods: Sequence[str], size: str, jobs: int) -> 
         subprocess.run([*command, "--out", str(root / "out")], check=True)
         for method in methods:
             result = json.loads((root / "out" / method / f"seed-{seed}" / "result.json").read_text())
-            kept = ("validation_accuracy", "finetuned_validation_accuracy", *READ_OUTS, "best_step")
-            yield {"method": method, "seed": seed, "size": size, **{name: result[name] for name in kept}}
+            kept = {
+                "validation_accuracy": result["student_validation_accuracy"],
+                "finetuned_validation_accuracy": result["finetuned_validation_accuracy"],
+                "test_accuracy": result["student_test_accuracy"],
+                "finetuned_test_accuracy": result["finetuned_test_accuracy"],
+                "best_step": result["best_step"],
+            }
+            yield {"method": method, "seed": seed, "size": size, **kept}
 
 
 def study(plan: Plan, raw: Path, jobs: int) -> None:

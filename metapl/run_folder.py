@@ -6,7 +6,7 @@ split.json            which examples are labelled, unlabelled, held out, where t
 metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
 tensorboard/<phase>/  the same for TensorBoard
 checkpoints/<phase>/  whole checkpoints only
-student.safetensors   the best student by validation
+student.safetensors   the student; finetuned_student.safetensors and teacher.safetensors likewise
 pictures.safetensors  the pictures of the report
 report.png            curves, confusion matrix, quality of the pseudo-labels, pictures
 skipped.jsonl         the files that could not be read, where there are any
@@ -41,6 +41,18 @@ FORMAT = 1
 
 SPEED_ALONE = ("num_workers",)
 """Fields of recipes in which the parts of a run may differ: they change nothing but speed."""
+
+
+WEIGHTS = {
+    "student": "student.safetensors",
+    "finetuned": "finetuned_student.safetensors",
+    "teacher": "teacher.safetensors",
+}
+
+
+def weights_file(network: str) -> str:
+    """The file of a network's weights in a run folder: of the student, the student finetuned or the teacher."""
+    return WEIGHTS[network]
 
 
 class RunFolder:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from metapl.cli.jobs import Job, aloud, run_all
@@ -24,9 +25,10 @@ from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
 from metapl.fit import Interrupted
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
+from metapl.recipes.base import Recipe
 from metapl.recipes.comparison import READOUTS, Comparison, parse_seeds, title
-from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS
-from metapl.recipes.store import describe
+from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
+from metapl.recipes.store import describe, stored
 from metapl.run_folder import RunFolder
 
 
@@ -58,13 +60,22 @@ class Train:
 
     def __call__(self) -> int:
         self._check()
-        settle = getattr(self.recipe, "settled", None)
-        if settle is not None:
-            return dataclasses.replace(self, recipe=settle())._run()
-        return self._run()
-
-    def _run(self) -> int:
         out = self.out or _default_out(self.recipe.name, self.resume)
+        return dataclasses.replace(self, recipe=self._settled(out))._run(out)
+
+    def _settled(self, out: Path) -> Any:
+        """The recipe as it can be stored: what is left open is chosen, or is as it was where a run is gone on with."""
+        recipe: Recipe = self.recipe
+        if not isinstance(recipe, ImageFolders):
+            return recipe.settled() if isinstance(recipe, Vision) else recipe
+        torch.set_num_threads(default_threads())
+        folder = RunFolder(out)
+        before = stored(folder)[0] if self.resume and folder.exists else None
+        settled = recipe.settled(before if isinstance(before, ImageFolders) else None)
+        print(settled.chosen(), flush=True)
+        return settled
+
+    def _run(self, out: Path) -> int:
         try:
             with _terminable():
                 return self._compare(out) if self.compare else self._train(out)
@@ -85,18 +96,17 @@ class Train:
 
     def _train(self, out: Path) -> int:
         finished = self.resume and (out / "result.json").exists()
+        method = getattr(self.recipe, "method", "mpl")
         if not finished:
-            print(f"{self.recipe.name}, mode {self.recipe.feedback.mode}, seed {self.recipe.seed} -> {out}", flush=True)
-        result = Job(self.recipe, "mpl", out, self.resume).run(progress=True, quiet=False)
+            print(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", flush=True)
+        result = Job(self.recipe, method, out, self.resume).run(progress=True, quiet=False)
         if finished:
             print(f"{out} is finished already.")
-        print(f"validation accuracy {result['validation_accuracy']:.1%} at step {result['best_step']}")
-        print(
-            f"test accuracy {result['test_accuracy']:.1%}, "
-            f"finetuned on the labelled data {result['finetuned_test_accuracy']:.1%}"
-        )
-        print(f"the student, its report and figures are in {out}")
-        print("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-2")
+        for line in summary(result, len(self.recipe.classes)):
+            print(textwrap.fill(line, WIDTH))
+        print(f"the networks, the report and the figures are in {out}")
+        if method == "mpl":
+            print("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
         return 0
 
     # --------------------------------------------------------------------------------------------------- a comparison

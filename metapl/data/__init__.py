@@ -1,7 +1,7 @@
 """Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
 
 from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
-from metapl.data.batched import Affine, Color, Flip, Hole
+from metapl.data.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.batches import LabeledBatches, StepBatches, UnlabeledBatches, loader
 from metapl.data.device import to_device
 from metapl.data.digits import DigitsSplit, load_digits_split
@@ -42,6 +42,7 @@ __all__ = [
     "MemoryImages",
     "Protocol",
     "RandAugment",
+    "Recolor",
     "ResizedCrop",
     "ShiftNoiseCutout",
     "Skipped",

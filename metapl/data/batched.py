@@ -21,7 +21,7 @@ from metapl.data.device import to_device
 from metapl.errors import MetaplError
 
 # Streams 0 to 5 are those of ShiftNoiseCutout and of augment.py.
-_AFFINE, _COLOR, _HOLE, _FLIP = range(6, 10)
+_AFFINE, _COLOR, _HOLE, _FLIP, _RECOLOR = range(6, 11)
 
 # ITU-R BT.601, as in Pillow.
 _LUMA = (0.299, 0.587, 0.114)
@@ -144,11 +144,7 @@ class Color:
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
         _check(self, images, examples)
-        if images.shape[1] not in (1, 3):
-            raise MetaplError(
-                f"Color got images of {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, blue): take "
-                "transparency off first"
-            )
+        _check_channels(self, images)
         _check_range(self, images)
         if self == Color():
             return images
@@ -262,6 +258,48 @@ class Flip:
         return images
 
 
+@dataclass(frozen=True)
+class Recolor:
+    """Exchange the colors of each picture: its channels in another order, and light for dark.
+
+    x_c ↦ x_π(c), then 1 − x with probability ``invert``; π is one of the six orders of red, green and blue, all alike.
+    A network that is to give such pictures one label learns to look at shapes: not for classes that are told apart by
+    color or brightness.
+
+    Args:
+        permute: draw π; pictures of one channel have no order.
+        invert: probability in [0, 1].
+
+    Call: as :class:`Affine`, with 1 or 3 channels.
+
+    Raises:
+        MetaplError: a field outside its range; on the call, as :class:`Color`.
+
+    >>> view = Recolor(permute=True, invert=0.5)
+    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 48])
+    """
+
+    permute: bool = True
+    invert: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(self, 0 <= self.invert <= 1, "invert", "a probability, 0 to 1")
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        _check(self, images, examples)
+        _check_channels(self, images)
+        _check_range(self, images)
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=_RECOLOR, dtype=torch.float64)
+        if self.permute and images.shape[1] == 3:
+            order_B3 = to_device(u_B4[:, :3].argsort(dim=1), images.device)
+            images = images.gather(1, order_B3[:, :, None, None].expand_as(images))
+        if self.invert > 0:
+            inverted_B = to_device((u_B4[:, 3] < self.invert).to(images.dtype), images.device)[:, None, None, None]
+            images = inverted_B + images * (1.0 - 2.0 * inverted_B)
+        return images
+
+
 def _centered(side: int, like: Tensor) -> Tensor:
     """The places of pixels along a side, from its middle."""
     return torch.arange(side, dtype=like.dtype, device=like.device) - (side - 1) / 2.0
@@ -306,6 +344,14 @@ def _check(view: object, images: Tensor, examples: Tensor) -> None:
         raise MetaplError(
             f"{name} got examples of shape {tuple(examples.shape)} for {len(images)} images; expected one index per "
             f"image, ({len(images)},): the indices that picked the images from the data set"
+        )
+
+
+def _check_channels(view: object, images: Tensor) -> None:
+    if images.shape[1] not in (1, 3):
+        raise MetaplError(
+            f"{type(view).__name__} got images of {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, "
+            "blue): take transparency off first"
         )
 
 

@@ -117,7 +117,7 @@ class Task:
     Args:
         labeled, unlabeled: sources of batches, for ``fit``.
         finetuning: source of labelled batches for finetuning.
-        validation, test: (inputs, labels), or batches of these.
+        validation, test: (inputs, labels), or batches of these; None where there are none.
         classes: names.
         everything: source of labelled batches of the labelled and the unlabelled examples with their true labels, for
             the headroom; None where these are not known.
@@ -134,16 +134,25 @@ class Task:
     labeled: Any
     unlabeled: Any
     finetuning: Any
-    validation: Any
-    test: Any
     classes: tuple[str, ...]
     record: Mapping[str, Any]
+    validation: Any = None
+    test: Any = None
     everything: Any = None
     truth: Any = None
     sample: Any = None
     test_names: tuple[str, ...] | None = None
     split: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def validation_size(self) -> int:
+        """Number of validation examples."""
+        if self.validation is None:
+            return 0
+        if isinstance(self.validation, tuple):
+            return len(self.validation[1])
+        return len(self.validation.labels)
 
 
 class Recipe(Protocol):

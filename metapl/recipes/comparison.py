@@ -21,6 +21,7 @@ TITLES = {
     "pseudo_labels": "pseudo labels of a fixed teacher, soft",
     "pseudo_labels_hard": "pseudo labels of a fixed teacher, hard",
     "uda": "UDA alone",
+    "fixmatch": "FixMatch alone",
     "permuted": "MPL, feedback permuted over the batch",
     "class_means": "MPL, class means of the feedback only",
     "random_sign": "MPL, feedback with random signs",

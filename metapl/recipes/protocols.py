@@ -102,10 +102,8 @@ class Vision(PictureRecipe):
             many=train.select(split.unlabeled),
             hidden=data.train_labels[split.unlabeled],
             known=(train.select(together), data.train_labels[together]),
-            val=train.select(split.validation),
-            val_labels=data.train_labels[split.validation],
-            test=test.select(split.test),
-            test_labels=data.test_labels[split.test],
+            val=(train.select(split.validation), data.train_labels[split.validation]),
+            test=(test.select(split.test), data.test_labels[split.test]),
         )
         counts, names = split.counts(), data.test_names
         if say is not None:
