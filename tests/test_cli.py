@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from metapl.data.files import csv_rows, gray_image
 from metapl.errors import MetaplError
 from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
+from metapl.run_folder import weights_file
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
 
@@ -70,6 +71,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         csv.writer(file).writerows([[f"pixel {i}" for i in range(64)], *digits.data[:10].tolist()])
     (folder / "notes.txt").write_text("not to be read")
     return folder
+
+
+def delivered(run: Path) -> Path:
+    """The weights that the commands take."""
+    return run / weights_file(result(run)["delivered"])
 
 
 # ------------------------------------------------------------------------------------------------------------ the help
@@ -112,13 +118,17 @@ def test_evaluate_gives_the_number_on_record_again(trained: Path, capsys: pytest
     found = json.loads(said(capsys, "evaluate", trained, "--json"))
     assert found["accuracy"] == found["recorded_accuracy"] == recorded["test_accuracy"]
     assert {name: found[name] for name in recorded["evaluation"]} == recorded["evaluation"]
-    found = json.loads(said(capsys, "evaluate", trained, "--json", "--finetuned"))
-    assert found["accuracy"] == found["recorded_accuracy"] == recorded["finetuned_test_accuracy"]
+    assert "delivered by validation" in text
+    assert (found["network"], found["measured_on"]) == (recorded["delivered"], "test")
+    for name in ("student", "finetuned", "teacher"):
+        found = json.loads(said(capsys, "evaluate", trained, "--json", "--network", name))
+        assert found["accuracy"] == found["recorded_accuracy"] == recorded[f"{name}_test_accuracy"]
+        assert (found["network"], found["weights"]) == (name, weights_file(name))
 
 
 def test_evaluate_says_so_when_the_number_is_another(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = {name: torch.zeros_like(value) for name, value in load_file(run / "student.safetensors").items()}
-    save_file(weights, run / "student.safetensors")
+    weights = {name: torch.zeros_like(value) for name, value in load_file(delivered(run)).items()}
+    save_file(weights, delivered(run))
     assert f"but {result(run)['test_accuracy']:.2%} in result.json" in said(capsys, "evaluate", run)
 
 
@@ -147,7 +157,7 @@ def test_predict_agrees_with_the_network(trained: Path, pictures: Path, capsys: 
     network.load_state_dict(load_file(trained / "finetuned_student.safetensors"))
     images = torch.tensor(load_digits().images[:10], dtype=torch.float32)[:, None] / 16
     probability, index = network(images).softmax(dim=1).max(dim=1)
-    found = rows(said(capsys, "predict", trained, pictures / "a, b.csv", "--finetuned"))
+    found = rows(said(capsys, "predict", trained, pictures / "a, b.csv", "--network", "finetuned"))
     assert [int(row["class"]) for row in found] == index.tolist()
     assert [float(row["probability"]) for row in found] == pytest.approx(probability.tolist(), abs=2e-6)
 
@@ -178,38 +188,66 @@ def test_predict_refuses_what_is_not_there_before_it_writes(
     assert "a name that ends with .png" in refused(capsys, "predict", trained, image, "--grid", tmp_path / "grid.jpg")
 
 
+def test_a_network_that_a_run_does_not_have_is_refused_with_those_it_has(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "teacher.safetensors").unlink()
+    for command, *more in (
+        ("evaluate",),
+        ("predict", pictures / "a, b.csv"),
+        ("export", "--out", tmp_path / "out"),
+    ):
+        line = refused(capsys, command, run, *more, "--network", "teacher")
+        assert f"--network teacher: {run} has no teacher.safetensors" in line
+        assert "expected one of its networks: student, finetuned." in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_predict_draws_what_it_saw_and_does_not_read_the_drawing(
     trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, drawn = Path(shutil.copytree(pictures, tmp_path / "inputs")), []
 
-    def draw(path: Path, gallery: Gallery, *, total: int) -> None:
-        drawn.append((gallery, total))
-        draw_grid(path, gallery, total=total)
+    def draw(path: Path, title: str, note: str, groups: Sequence[Gallery]) -> None:
+        drawn.append((note, groups))
+        draw_grid(path, title, note, groups)
 
-    monkeypatch.setattr("metapl.cli.predict.draw_grid", draw)
+    monkeypatch.setattr("metapl.cli.prediction_grid.draw_grid", draw)
     found = said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png")
-    (gallery, total), predicted = drawn[0], rows(found)
-    assert total == len(gallery) == len(predicted) == 20
-    for row, caption in zip(predicted, gallery.captions, strict=True):
-        assert caption == f"{row['class']}  {float(row['probability']):.0%}\n{Path(row['file']).name}"
-    torch.testing.assert_close(gallery.pictures[:10, 0], torch.tensor(load_digits().images[:10]).float() / 16)
+    (note, groups), predicted = drawn[0], rows(found)
+    assert f"{len(predicted)} pictures, {len(groups)} of 10 classes predicted" in note
+    assert [group.title for group in groups] == sorted({row["class"] for row in predicted})
+    for group in groups:
+        mine = [row for row in predicted if row["class"] == group.title]
+        assert group.note.startswith(f"{len(mine)} picture")
+        captions = {f"{float(row['probability']):.1%}\n{Path(row['file']).name}" for row in mine}
+        assert set(group.captions) <= captions
+        assert len(group) == min(len(mine), 8)
+    shown = torch.cat([group.pictures for group in groups])
+    expected = (torch.tensor(load_digits().images[:10])[:, None] / 16 * 255).round().to(torch.uint8)
+    assert all((shown.float() - one.float()).abs().amax((1, 2, 3)).min() <= 1 for one in expected)
     with Image.open(inputs / "grid.png") as image:
         assert min(image.size) > 300
     assert said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png") == found
 
 
-def test_a_grid_shows_the_first_64_and_says_of_how_many(
+def test_a_grid_shows_the_surest_and_the_least_sure_of_each_class(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr("metapl.cli.predict.draw_grid", lambda *given, **named: drawn.append((*given, named)))
-    numpy.savetxt(tmp_path / "x.csv", load_digits().data[:70], delimiter=",")
+    monkeypatch.setattr("metapl.cli.prediction_grid.draw_grid", lambda *given: drawn.append(given))
+    numpy.savetxt(tmp_path / "x.csv", load_digits().data[:400], delimiter=",")
     grid, out = tmp_path / "grid.png", tmp_path / "out.csv"
     text = said(capsys, "predict", trained, tmp_path / "x.csv", "--grid", grid, "--out", out)
-    assert text == f"70 predictions in {out}\n"
-    ((path, gallery, named),) = drawn
-    assert (path, len(gallery), named) == (grid, 64, {"total": 70})
+    assert text == f"400 predictions in {out}\n"
+    ((path, _, note, groups),) = drawn
+    assert path == grid
+    assert "400 pictures" in note
+    assert "the 4 most and the 4 least probable" in note
+    for group in groups:
+        sure = sorted(float(row["probability"]) for row in rows(out.read_text()) if row["class"] == group.title)
+        told = [f"{p:.1%}" for p in (*sure[::-1][:4], *sure[::-1][4:][-4:])]
+        assert [caption.splitlines()[0] for caption in group.captions] == told
     (tmp_path / "torn.png").write_bytes(b"")
     said(capsys, "predict", trained, tmp_path / "torn.png", "--grid", grid, code=1)
     assert len(drawn) == 1
@@ -244,9 +282,30 @@ def test_finetune_with_options_replaces_the_finetuned_student_alone(
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert changed == {"finetuned_student.safetensors", "metrics.jsonl", "report.png", "result.json"}
     assert result(run)["finetuned_with"] == {"steps": 30, "lr": 0.1}
-    assert result(run)["test_accuracy"] == json.loads(before["result.json"])["test_accuracy"]
-    found = json.loads(said(capsys, "evaluate", run, "--json", "--finetuned"))
-    assert found["accuracy"] == found["recorded_accuracy"]
+    for name in ("student", "teacher"):
+        assert result(run)[f"{name}_test_accuracy"] == json.loads(before["result.json"])[f"{name}_test_accuracy"]
+    for name in ("finetuned", "delivered"):
+        found = json.loads(said(capsys, "evaluate", run, "--json", "--network", name))
+        assert found["accuracy"] == found["recorded_accuracy"]
+    assert {name: found[name] for name in result(run)["evaluation"]} == result(run)["evaluation"]
+
+
+def test_finetuning_can_change_which_network_is_delivered(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By validation, as in training; what is said of the delivered one follows."""
+    # As if nothing but what is finetuned anew were any good, and then as if all else were better.
+    for recorded, expected in ((0.0, "finetuned"), (1.0, "student")):
+        edit(
+            run / "result.json",
+            lambda content, to=recorded: content.update(
+                student_validation_accuracy=to, teacher_validation_accuracy=to / 2
+            ),
+        )
+        text = said(capsys, "finetune", run, "--steps", "5", "--lr", "0.01")
+        found = result(run)
+        assert found["delivered"] == expected
+        assert f"delivered: {expected} (by validation" in text
+        assert found["test_accuracy"] == found["evaluation"]["accuracy"] == found[f"{expected}_test_accuracy"]
+        assert found["validation_accuracy"] == found[f"{expected}_validation_accuracy"]
 
 
 def test_finetune_that_is_stopped_leaves_the_run_as_it_was(run: Path) -> None:
@@ -275,16 +334,16 @@ def test_finetune_refuses_comparisons_and_senseless_options(
 
 def test_export_of_digits_is_read_without_metapl(trained: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    text = metapl("export", trained, "--out", out, "--finetuned").stdout
+    text = metapl("export", trained, "--out", out, "--network", "finetuned").stdout
     assert "finetuned_student.safetensors" in text
     assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in text
     card = (out / "MODEL_CARD.md").read_text()
     assert f"| test accuracy | {result(trained)['finetuned_test_accuracy']:.6g} |" in card
     assert f"| validation accuracy | {result(trained)['finetuned_validation_accuracy']:.6g} |" in card
-    assert "top-5" not in card  # which is known of the student before finetuning
+    assert ("top-5" in card) == (result(trained)["delivered"] == "finetuned")  # of which alone it is known
     assert "| SHA-256 of labeled |" in card
     found = loaded_elsewhere(out, "torch.tensor(load_digits().images[:10]).float()[:, None] / 16")
-    table = rows(metapl("predict", trained, pictures / "a, b.csv", "--finetuned").stdout)
+    table = rows(metapl("predict", trained, pictures / "a, b.csv", "--network", "finetuned").stdout)
     assert [index for index, _ in found] == [int(row["class"]) for row in table]
     assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in table], abs=1e-5)
 
@@ -298,7 +357,8 @@ def test_export_takes_the_student_that_a_comparison_delivers(
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
     assert weights[0] == weights[1]
     whole, one = (set((tmp_path / name / "MODEL_CARD.md").read_text().splitlines()) for name in ("all", "one"))
-    assert whole - one == {"- It was compared: methods mpl, none; seeds 0, 1. This is the best by validation."}
+    compared_with = f"- It was compared: methods mpl, none; seeds 0, 1; {result(compared)['delivery']}."
+    assert whole - one == {compared_with}
     assert one <= whole
     (tmp_path / "file").write_text("")
     assert "could not be written" in refused(capsys, "export", compared, "--out", tmp_path / "file")
@@ -308,8 +368,8 @@ def test_export_of_what_was_finetuned_anew_says_how(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said(capsys, "finetune", run, "--steps", "7", "--lr", "0.5")
-    for flags, expected in (((), False), (("--finetuned",), True)):
-        said(capsys, "export", run, "--out", tmp_path / "out", *flags)
+    for name, expected in (("student", False), ("finetuned", True)):
+        said(capsys, "export", run, "--out", tmp_path / "out", "--network", name)
         card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
         recipe = json.loads(re.findall(r"```json\n(.*?)```", card, flags=re.DOTALL)[0])
         assert recipe.get("finetuned_with") == ({"steps": 7, "lr": 0.5} if expected else None)
@@ -321,7 +381,7 @@ def test_compare_pairs_the_runs_of_a_comparison(compared: Path, capsys: pytest.C
     assert sentence in " ".join(whole.split())
     singles = said(capsys, "compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1)))
     assert sentence in " ".join(singles.split())
-    accuracy = result(compared / "none" / "seed-1")["test_accuracy"]
+    accuracy = result(compared / "none" / "seed-1")["student_test_accuracy"]
     assert f"none    1        {100 * accuracy:.2f}" in singles
 
 
@@ -368,7 +428,7 @@ def test_compare_names_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "expected"),
     [
         (["evaluate", "none"], "there is no folder none"),
-        (["evaluate", "none", "--finetunde"], "there is no --finetunde; did you mean --finetuned?"),
+        (["evaluate", "none", "--netwrok"], "there is no --netwrok; did you mean --network?"),
     ],
 )
 def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
@@ -443,7 +503,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no recipe": (lambda run: (run / "recipe.json").unlink(), "there is no recipe.json in it"),
     "no result": (lambda run: (run / "result.json").unlink(), "not finished.*--resume"),
-    "no student": (lambda run: (run / "student.safetensors").unlink(), "student.safetensors is missing.*--resume"),
+    "no weights": (lambda run: delivered(run).unlink(), "safetensors is missing.*--resume"),
     "torn recipe": (lambda run: (run / "recipe.json").write_text("{"), "recipe.json cannot be read"),
     "another thing": (lambda run: (run / "recipe.json").write_text("[]"), "recipe.json is damaged"),
     "no fields": (lambda run: edit(run / "recipe.json", lambda c: c["recipe"].pop("fields")), "recipe.json is damaged"),
@@ -458,9 +518,9 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other network": (
         lambda run: edit(run / "recipe.json", lambda c: c["recipe"]["fields"].update(hidden=[16, 16])),
-        r"student.safetensors does not fit.*\(32,\) in the file and \(16,\) in the network",
+        r"safetensors does not fit.*\(32,\) in the file and \(16,\) in the network",
     ),
-    "torn weights": (lambda run: (run / "student.safetensors").write_bytes(b"torn"), "safetensors cannot be read"),
+    "torn weights": (lambda run: delivered(run).write_bytes(b"torn"), "safetensors cannot be read"),
     "a file": (lambda run: (shutil.rmtree(run), run.write_text("")), "is a file; expected the folder of a run"),
 }
 
