@@ -106,7 +106,7 @@ class Evaluate:
             print(_figures(found, several, on.part, compared))
             print(_confusions(found, run.recipe.classes))
         if on.skipped():
-            print(f"metapl: {on.skipped()} files left out", file=sys.stderr)
+            print(f"metapl: {on.skipped()} file{'s' * (on.skipped() != 1)} left out", file=sys.stderr)
         return 1 if on.skipped() else 0
 
     def _about(self, run: Finished, name: str) -> dict[str, str | int]:
