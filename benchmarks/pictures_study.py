@@ -40,6 +40,7 @@ FLAGS = (
     *("--randaugment", "--strong.writing", "--pad", "2", "--strong.cutout", "4", "--precision", "float32"),
     *("--labeled-batch", "32", "--unlabeled-batch", "64", "--label-smoothing", "0.1", "--ema-decay", "0.995"),
     *("--uda-temperature", "0.7", "--uda-threshold", "0.6", "--uda-align", "0", "--uda-ramp", "100"),
+    *("--uda-start", "0"),
     *("--wait", "0", "--no-warm-start", "--warmup", "0", "--validate-every", "100"),
     *(part for who in ("student", "teacher") for flag in OPTIMIZER for part in f"--{who}.{flag}".split()),
 )

@@ -333,9 +333,9 @@ def test_predict_gives_more_classes_and_all_probabilities(
 def test_a_diverged_network_names_the_files(
     run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = load_file(run / "student.safetensors")
+    weights = load_file(delivered(run))
     last = list(weights)[-1]
-    save_file({**weights, last: torch.full_like(weights[last], torch.nan)}, run / "student.safetensors")
+    save_file({**weights, last: torch.full_like(weights[last], torch.nan)}, delivered(run))
     out, shown = tmp_path / "out.csv", [f"{pictures}/more/{index}.png" for index in range(5)]
     words = refused(capsys, "predict", run, pictures / "more", "--out", out)
     assert f"outputs are not finite for {', '.join(shown)} and 5 more" in words
