@@ -19,11 +19,11 @@ from metapl.data.folder_check import some
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation, paired_test
 from metapl.recipes import ImageFolders
-from metapl.recipes.comparison import ENOUGH_SEEDS, READOUTS, Comparison
+from metapl.recipes.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
 from metapl.run_folder import RunFolder
 
-IRRELEVANT = ("seed", "log_every", "save_every", "exact_every", "keep")
-"""Fields in which runs of one method may differ: the seed, and what changes no number."""
+IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
+"""Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""
 
 DRAWN_BY = ("seed", "labels_per_class", "validation", "split")
 """Fields that decide which examples a recipe draws from its data set."""
@@ -41,7 +41,7 @@ class Entry:
         place: its folder.
         hashes: of its data, by part.
         drawn_by: runs that agree in it have the same data.
-        evaluation: of its student on the test set.
+        evaluation: on the test set, of the network that it delivers.
     """
 
     method: str
@@ -107,6 +107,9 @@ def _entries(run: Finished) -> Iterator[Entry]:
 
 
 def _entry(run: Finished, folder: RunFolder, told: dict[str, Any], fields: dict[str, Any]) -> Entry:
+    result = folder.read_json("result.json")
+    if "evaluation" not in result:
+        raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
     # The data of a folder of pictures are what it holds; other recipes draw theirs from a data set.
     drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
     return Entry(
@@ -117,7 +120,7 @@ def _entry(run: Finished, folder: RunFolder, told: dict[str, Any], fields: dict[
         folder.path,
         folder.read_json("data.json")["hash"],
         tuple(str((fields | {"seed": told["seed"]}).get(name)) for name in drawn_by),
-        Evaluation(**folder.read_json("result.json")["evaluation"]),
+        Evaluation(**result["evaluation"]),
     )
 
 
@@ -246,7 +249,7 @@ def _paired(comparison: Comparison) -> str:
     (first, reference), *others = comparison.methods.items()
     lines = [f"The students by seed ({_ranges(comparison.seeds)}), against those of {first}:"]
     for name, readouts in others:
-        test = paired_test(readouts["test_accuracy"], reference["test_accuracy"])
+        test = paired_test(readouts[STUDENT], reference[STUDENT])
         few = test.p is None or test.n < ENOUGH_SEEDS
         p = f"at least {ENOUGH_SEEDS} seeds are needed for a test" if few else f"paired t-test p = {test.p:.2g}"
         lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")

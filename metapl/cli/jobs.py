@@ -61,8 +61,8 @@ def aloud(text: str) -> None:
     print(text, flush=True)
 
 
-def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:
-    """Run the jobs, ``workers`` at a time, and give each with its result as it ends.
+def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
+    """Run the jobs, ``workers`` at a time, and give each with its result and the seconds it took as it ends.
 
     However this ends, no worker is left: where it is stopped, or a job fails, the others save the step under way and
     go; and a worker whose parent was killed ends itself, so that nobody goes on writing to the folders.
@@ -72,9 +72,10 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
     """
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:
+            since = time.monotonic()
             with _named(job):
                 result = job.run()
-            yield job, result
+            yield job, result, time.monotonic() - since
         return
     waiting = deque(jobs)
     staff = _start(min(workers, len(jobs)))
@@ -85,9 +86,10 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
             job = busy.pop(worker)
             with _named(job):
                 result = worker.result()
+            seconds = time.monotonic() - worker.since
             if waiting:
                 busy[worker] = worker.take(waiting.popleft())
-            yield job, result
+            yield job, result, seconds
     finally:
         for worker in staff:
             worker.stop()
@@ -109,6 +111,7 @@ class _Worker:
 
     def __init__(self) -> None:
         context = get_context("spawn")
+        self.since = time.monotonic()
         self.link, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, os.getpid()))
         self.process.start()
@@ -116,6 +119,7 @@ class _Worker:
 
     def take(self, job: Job) -> Job:
         self.link.send(job)
+        self.since = time.monotonic()
         return job
 
     def result(self) -> dict[str, Any]:

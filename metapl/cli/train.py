@@ -9,7 +9,6 @@ import signal
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -20,16 +19,19 @@ import torch
 import tyro
 
 from metapl.cli.jobs import Job, aloud, run_all
+from metapl.cli.pace import Pace
 from metapl.cli.parse import WIDTH, Switch
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
+from metapl.evaluate import Evaluation, with_chance
 from metapl.fit import Interrupted
+from metapl.fitting.progress import duration
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
-from metapl.recipes.comparison import READOUTS, Comparison, parse_seeds, title
+from metapl.recipes.comparison import Comparison, parse_seeds, title
 from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
 from metapl.recipes.store import describe, stored
-from metapl.run_folder import RunFolder
+from metapl.run_folder import WEIGHTS, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,11 @@ class Train:
     def __call__(self) -> int:
         self._check()
         out = self.out or _default_out(self.recipe.name, self.resume)
-        return dataclasses.replace(self, recipe=self._settled(out))._run(out)
+        try:
+            with _terminable():
+                return dataclasses.replace(self, recipe=self._settled(out))._run(out)
+        except KeyboardInterrupt as stopped:
+            return _say_how_to_go_on(stopped, out)
 
     def _settled(self, out: Path) -> Any:
         """The recipe as it can be stored: what is left open is chosen, or is as it was where a run is gone on with."""
@@ -71,16 +77,10 @@ class Train:
         torch.set_num_threads(default_threads())
         folder = RunFolder(out)
         before = stored(folder)[0] if self.resume and folder.exists else None
-        settled = recipe.settled(before if isinstance(before, ImageFolders) else None)
-        print(settled.chosen(), flush=True)
-        return settled
+        return recipe.settled(before if isinstance(before, ImageFolders) else None, aloud)
 
     def _run(self, out: Path) -> int:
-        try:
-            with _terminable():
-                return self._compare(out) if self.compare else self._train(out)
-        except KeyboardInterrupt as stopped:
-            return _say_how_to_go_on(stopped, out)
+        return self._compare(out) if self.compare else self._train(out)
 
     def _check(self) -> None:
         for name in ("seeds", "methods", "jobs", "controls"):
@@ -122,7 +122,7 @@ class Train:
             results = self._run_jobs(out, methods, seeds)
             comparison = Comparison.of(seeds, methods, results)
             self._leave_behind(folder, comparison, results)
-        print(f"figures, report and the delivered student are in {out}")
+        print(f"figures, report and the delivered networks are in {out}")
         print(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
         print(textwrap.fill(comparison.sentence(), WIDTH))
         print(textwrap.fill(comparison.delivery(), WIDTH))
@@ -138,36 +138,43 @@ class Train:
         threads = default_threads() if on_gpu else 1
         jobs = []
         for seed in seeds:
-            recipe = dataclasses.replace(self.recipe, seed=seed)
             for method in methods:
+                recipe = self._by(method, seed)
                 place = out / method / f"seed-{seed}"
                 begun = self.resume or (place / "recipe.json").exists()
                 jobs.append(Job(recipe, method, place, begun, threads=threads))
         print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
-        results, since = {}, time.monotonic()
+        results = {}
+        to_run = [job for job in jobs if not (job.folder / "result.json").exists()]
+        pace = Pace([job.method for job in to_run], workers)
         with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping
-            for number, (job, result) in enumerate(running, 1):
+            for number, (job, result, seconds) in enumerate(running, 1):
                 results[job.method, job.recipe.seed] = result
-                print(
-                    f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {time.monotonic() - since:4.0f} s  "
-                    f"{title(job.method)}, seed {job.recipe.seed}: {result['test_accuracy']:.1%}",
-                    flush=True,
-                )
+                if job in to_run:
+                    pace.done(job.method, seconds)
+                print(f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {_job_line(job, result, pace)}", flush=True)
         return results
+
+    def _by(self, method: str, seed: int) -> Recipe:
+        """The recipe as it is settled, its number of steps included, by one of the methods."""
+        recipe: Recipe = self.recipe
+        changed: dict[str, Any] = {"seed": seed} | ({"method": method} if isinstance(recipe, ImageFolders) else {})
+        settled: Recipe = dataclasses.replace(self.recipe, **changed)
+        return settled
 
     def _leave_behind(
         self, folder: RunFolder, comparison: Comparison, results: dict[tuple[str, int], dict[str, Any]]
     ) -> None:
-        """The comparison's own files: the student that it delivers, the averaged report, the result."""
+        """The comparison's own files: the networks of the run that it delivers, the averaged report, the result."""
         from metapl.recipes.reports import draw_comparison
 
         method, seed = comparison.delivered()
         source = RunFolder(folder.path / method / f"seed-{seed}")
-        for name in ("student.safetensors", "finetuned_student.safetensors"):
-            folder.write_weights(name, source.read_weights(name))
+        for name in WEIGHTS.values():
+            if (source.path / name).is_file():
+                folder.write_weights(name, source.read_weights(name))
         draw_comparison(folder.path, comparison, results)
-        delivered = {name: results[method, seed][name] for name in (*READOUTS, "seed", "method")}
-        folder.write_json("result.json", {**comparison.to_json(), **delivered})
+        folder.write_json("result.json", results[method, seed] | comparison.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +211,13 @@ COMMANDS: dict[str, type[Train]] = {
     **{kind.name: _train_on(kind) for kind in PROTOCOL_RECIPES},
 }
 """The recipes that can be trained, by name."""
+
+
+def _job_line(job: Job, result: dict[str, Any], pace: Pace) -> str:
+    """What came of a job, and how long the others will take."""
+    on = Evaluation(**result["evaluation"])
+    left = f", about {duration(pace.left())} left" if pace.waiting else ""
+    return f"{job.method}, seed {job.recipe.seed}: {with_chance(result['test_accuracy'], on.n, on.chance)}{left}"
 
 
 def _default_out(recipe: str, resume: bool) -> Path:

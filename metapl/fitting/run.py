@@ -6,7 +6,6 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from metapl.fitting.average import Average
 from metapl.fitting.callbacks import Callback, Callbacks
 from metapl.fitting.contract import Report, Say, Stepwise
 from metapl.fitting.options import FitOptions
-from metapl.fitting.progress import Bar, progress_bar
+from metapl.fitting.progress import Progress, progress
 from metapl.fitting.rates import Rates
 from metapl.fitting.records import Records
 from metapl.fitting.selection import Best, Selection, weights_of
@@ -61,7 +60,7 @@ class FitRun:
         out: RunFolder | None,
         validation: Any,
         truth: Any,
-        progress: bool,
+        shown: bool,
         say: Say,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -71,7 +70,7 @@ class FitRun:
                 "its student waits; expected wait=0."
             )
         self.trainer, self.how, self.say = trainer, how, say
-        self.progress = progress and sys.stderr.isatty()
+        self.shown = shown
         self.rates = Rates(trainer, how)
         teacher = trainer.labeller
         if how.warm_start and teacher is not None:
@@ -113,10 +112,10 @@ class FitRun:
     def _steps(self, start: int) -> None:
         how = self.how
         with stop_requests() as stop:
-            bar = progress_bar(self.progress, name=how.phase, start=start, steps=how.steps)
-            with bar as shown, self.records.opened(start):
+            told = progress(self.shown, name=how.phase, start=start, steps=how.steps)
+            with told as progressing, self.records.opened(start):
                 for t in range(start, how.steps if self.ended is None else start):
-                    row = self._one_step(t, shown)
+                    row = self._one_step(t, progressing)
                     if row:
                         self._record(t + 1, {"step": t + 1, **row})
                     if self.ended or how.due(how.save_every, t):
@@ -128,7 +127,7 @@ class FitRun:
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(how.steps, stop[0], self.records.saved_at)
 
-    def _one_step(self, t: int, bar: Bar) -> dict[str, float]:
+    def _one_step(self, t: int, progressing: Progress) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
         how, batches = self.how, {name: one.next() for name, one in self.feeds.items()}
         labeled, unlabeled = batches["labeled"], batches.get("unlabeled")
@@ -149,7 +148,7 @@ class FitRun:
             student = None if how.waits(t) else self._candidate()
             self.seen = self.selection.look(student, self._kept_teacher(), self.trainer.labeller, t + 1)
             row |= self.seen
-        bar.advance(batches.values(), row)
+        progressing.advance(batches.values(), row, due=validated, examples=self.selection.examples)
         return row
 
     def _record(self, step: int, row: dict[str, float]) -> None:

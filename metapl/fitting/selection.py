@@ -35,6 +35,8 @@ class Selection:
     def __init__(self, validation: Any, truth: Any, device: torch.device, select: bool = True) -> None:
         self.validation, self.truth, self.device, self.select = validation, truth, device, select
         self.best = Best()
+        self.examples = 0
+        """On how many the last accuracy was measured."""
 
     def look(
         self, student: nn.Module | None, teacher: nn.Module | None, labeller: nn.Module | None, step: int
@@ -50,20 +52,22 @@ class Selection:
             return {}
         found = {}
         if student is not None:
-            found["student_validation_accuracy"] = accuracy = self._accuracy(student, self.validation)
+            accuracy, self.examples = self._accuracy(student, self.validation)
+            found["student_validation_accuracy"] = accuracy
             if self.select and accuracy >= (self.best.accuracy or 0.0):
                 self.best = Best(accuracy, step, weights_of(student))
         if teacher is not None:
-            found["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)
+            found["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)[0]
         if labeller is not None and self.truth is not None:
-            found["pseudo_label_accuracy"] = self._accuracy(labeller, self.truth)
+            found["pseudo_label_accuracy"] = self._accuracy(labeller, self.truth)[0]
         return found
 
-    def _accuracy(self, model: nn.Module, data: Any) -> float:
+    def _accuracy(self, model: nn.Module, data: Any) -> tuple[float, int]:
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
         with replayed(RandomState.now(self.device)):
             logits, labels = predict_logits(model, batches_of(data, self.device))
-        return evaluate_logits(logits, labels).accuracy
+        found = evaluate_logits(logits, labels)
+        return found.accuracy, found.n
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ TITLES = {
 }
 
 
-READOUTS = ("test_accuracy", "finetuned_test_accuracy")
+STUDENT, FINETUNED = READOUTS = ("student_test_accuracy", "finetuned_test_accuracy")
 """What is compared: the student, and the student finetuned."""
 
 HEADROOM = "supervised_everything"
@@ -45,8 +45,9 @@ class Comparison:
 
     Args:
         seeds: the seeds, in the order of the lists.
-        methods: name → {"test_accuracy": one per seed, "finetuned_test_accuracy": one per seed, "validation_accuracy":
-            one per seed, where there are any}, fractions.
+        methods: name → {"student_test_accuracy": one per seed, "finetuned_test_accuracy": one per seed,
+            "validation_accuracy": one per seed, of the network that it delivers, where validation can tell networks
+            apart}, fractions.
         examples: in the test set.
         chance: the accuracy of guessing there; see :func:`metapl.evaluate.chance_level`.
     """
@@ -69,7 +70,7 @@ class Comparison:
         found: dict[str, dict[str, list[float]]] = {}
         for method in methods:
             mine = [results[method, seed] for seed in seeds]
-            validated = all(one.get("validation_accuracy") is not None for one in mine)
+            validated = all(one["delivered_by"] == "validation" for one in mine)
             readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
             found[method] = {readout: [one[readout] for one in mine] for readout in readouts}
         evaluations = [Evaluation(**one["evaluation"]) for one in results.values()]
@@ -84,16 +85,16 @@ class Comparison:
             return None
         control = self.methods["none"]
         better = max(READOUTS, key=lambda readout: statistics.fmean(control[readout]))
-        return paired_test(self.methods["mpl"]["test_accuracy"], control[better]), better
+        return paired_test(self.methods["mpl"][STUDENT], control[better]), better
 
     def best(self) -> str:
         """The method whose students have the highest mean accuracy on the test set; the earlier of equals."""
-        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name]["test_accuracy"]))
+        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name][STUDENT]))
 
     def delivered(self) -> tuple[str, int]:
         """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
 
-        The test set has no say in it. Where there are no validation accuracies, it is the first method's first seed.
+        The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
         """
         names = self._methods()
         if any("validation_accuracy" not in self.methods[name] for name in names):
@@ -109,7 +110,7 @@ class Comparison:
     def table(self) -> str:
         """The methods with mean ± standard deviation of both read-outs, in %.
 
-        >>> accuracies = {"test_accuracy": [0.8, 0.9], "finetuned_test_accuracy": [0.8, 0.8]}
+        >>> accuracies = {"student_test_accuracy": [0.8, 0.9], "finetuned_test_accuracy": [0.8, 0.8]}
         >>> print(Comparison((0, 1), {"mpl": accuracies}, examples=400, chance=0.1).table())
         method                                  student        finetuned      seeds
         Meta Pseudo Labels                      85.0 ± 7.1     80.0 ± 0.0     2
@@ -117,7 +118,7 @@ class Comparison:
         """
         rows = [("method", "student", "finetuned", "seeds")]
         for name, found in self.methods.items():
-            student, finetuned = _spread(found["test_accuracy"]), _spread(found["finetuned_test_accuracy"])
+            student, finetuned = _spread(found[STUDENT]), _spread(found[FINETUNED])
             rows.append((title(name), student, finetuned, str(len(self.seeds))))
         rows.append(("chance", f"{100 * self.chance:.1f}", f"{100 * self.chance:.1f}", ""))
         return "\n".join(f"{a:<40}{b:<15}{c:<15}{d}".rstrip() for a, b, c, d in rows)
@@ -133,7 +134,7 @@ class Comparison:
         if found is None:
             return f"No comparison of mpl with none was run; {self._best_of_all()}."
         test, readout = found
-        mine = statistics.fmean(self.methods["mpl"]["test_accuracy"])
+        mine = statistics.fmean(self.methods["mpl"][STUDENT])
         theirs = statistics.fmean(self.methods["none"][readout])
         which = "finetuned student" if readout.startswith("finetuned") else "student"
         start = (
@@ -146,15 +147,17 @@ class Comparison:
 
     def _best_of_all(self) -> str:
         best = self.best()
-        reached = statistics.fmean(self.methods[best]["test_accuracy"])
+        reached = statistics.fmean(self.methods[best][STUDENT])
         return f"the best on the test set is {title(best)} with {with_chance(reached, self.examples, self.chance)}"
 
     def delivery(self) -> str:
-        """Which student the comparison delivers, and why that one."""
+        """Which run the comparison delivers, and why that one."""
         method, seed = self.delivered()
-        if "validation_accuracy" not in self.methods[method]:
-            return f"delivered: {title(method)}, seed {seed}, the first one named; there was no validation"
-        return f"delivered: {title(method)}, seed {seed}; of all methods it has the best mean validation accuracy"
+        if any("validation_accuracy" not in self.methods[name] for name in self._methods()):
+            why = ", the first one named; there was no validation that could tell them apart"
+        else:
+            why = "; of all methods it has the best mean validation accuracy"
+        return f"delivered: {title(method)}, seed {seed}{why}"
 
     def to_json(self) -> dict[str, Any]:
         """For ``result.json``."""
@@ -165,6 +168,7 @@ class Comparison:
             "test_examples": self.examples,
             "chance": self.chance,
             "sentence": self.sentence(),
+            "delivery": self.delivery(),
         }
         if found is not None:
             content["mpl_against_none"] = {"read_out": found[1], **found[0].to_json()}

@@ -119,7 +119,8 @@ class PictureRecipe:
         seed: of the split, the weights and every draw.
         image_size: side that every picture is brought to, in pixels.
         grey: read pictures without colours.
-        network: small_cnn, wide_resnet28_2, resnet50, efficientnet_b0, vit_b_16, timm:NAME, ...
+        network_name: small_cnn, wide_resnet28_2, resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or
+            timm:NAME; a name that there is not is answered with all that there are.
         weights: file with pretrained weights of it.
         dropout: in the student.
         teacher_dropout: in the teacher; None is as in the student.

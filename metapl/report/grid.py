@@ -70,8 +70,8 @@ def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Seque
         raise MetaplError("there is nothing to draw: the grid has no picture")
     if len(groups) > MOST_GROUPS:
         raise MetaplError(f"{len(groups):,} groups of pictures were given; expected {MOST_GROUPS:,} at most")
-    with drawing():
-        image = png(_figure(title, note, groups))
+    with drawing([title, note, *(text for group in groups for text in group.texts)]) as explanation:
+        image = png(_figure(title, f"{note}{explanation and '. '}{explanation}", groups))
     write_whole(path, image)
 
 
