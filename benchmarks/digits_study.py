@@ -185,10 +185,13 @@ def _tested(trained: Loop, task: Task, recipe: Digits) -> dict[str, Any]:
 
 
 def read(raw: Path = RAW) -> list[dict[str, Any]]:
-    """What has been run so far."""
+    """What has been run so far; final runs that select a checkpoint are of an earlier study, and do not mix."""
     if not raw.exists():
         return []
-    return [row for line in raw.read_text().splitlines() if "method" in (row := json.loads(line))]
+    rows = [row for line in raw.read_text().splitlines() if "method" in (row := json.loads(line))]
+    if len({row.get("selected", True) for row in rows if row["final"]}) > 1:
+        raise SystemExit(f"{raw} has final runs that select a checkpoint beside runs that do not; remove the former")
+    return rows
 
 
 def run_missing(jobs: list[Job], size: Size, raw: Path, workers: int) -> None:

@@ -95,12 +95,21 @@ def note(rows: Rows) -> str:
     return (
         f"Test accuracy in %, mean ± standard deviation over {len(seeds(rows))} seeds (400 test images each, drawn "
         "anew per seed from the same 1,797); differences are of the means as shown, p is from a paired t-test, not "
-        "corrected for the number of rows. In these runs nothing is selected: the student is the average of its "
-        f"weights (decay {EMA_DECAY}) after the last step, `finetuned` the same after 200 more steps on the labelled "
-        f"images. What was selected before, on {tuned_on} other seeds: one of 12 configurations of each method, by the "
-        f"best checkpoint's accuracy on 197 labelled validation images, in {len(tuning)} runs without the average; "
+        f"corrected for the number of rows. {_selection(rows)} Before, {len(tuning)} runs on {tuned_on} other seeds "
+        "chose one of 12 configurations of each method, by the best checkpoint's accuracy on 197 labelled validation "
+        "images; "
         "`unrolled` and `difference` take those of `forward`, whose gradient they compute. "
         "`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/digits_study.jsonl`."
+    )
+
+
+def _selection(rows: Rows) -> str:
+    """What selected the networks that were tested."""
+    if any(r.get("selected", True) for r in rows if r["final"]):
+        return "In every run 197 labelled validation images select the checkpoint, of the finetuned student too."
+    return (
+        f"In these runs nothing is selected: the student is the average of its weights (decay {EMA_DECAY}) after the "
+        "last step, `finetuned` the same after 200 more steps on the labelled images."
     )
 
 
