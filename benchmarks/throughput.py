@@ -25,7 +25,6 @@ before it. With a CUDA device the same is measured on it in float32 (TF32 off) a
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described, write_json, write_readme
+from machine import arguments, described, parsed, write_json, write_readme
 from modes import Place, held_at_most, places
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -60,7 +59,7 @@ from metapl.data import (
 )
 from metapl.losses import UDA, CrossEntropy
 
-RESULT = Path("benchmarks/results/throughput.json")
+RESULT = Path(__file__).parent / "results" / "throughput.json"
 MODES = ("reinforce", "forward")
 BATCHED = ", batched views"
 
@@ -96,6 +95,9 @@ class Subject:
 
 CPU_SUBJECTS = (Subject("wide_resnet28_2", 32, 8, 56), Subject("resnet50", 64, 2, 30))
 CUDA_SUBJECTS = (Subject("wide_resnet28_2", 32, 128, 896), Subject("resnet50", 224, 32, 480))
+
+
+MINIATURE_SUBJECTS = (Subject("small_cnn", 16, 2, 6), Subject("small_cnn", 16, 2, 6, batched=True))
 
 
 def small(network: str) -> Subject:
@@ -275,22 +277,24 @@ def measured(subjects: Sequence[Subject], rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser = arguments(__doc__, RESULT)
+    parser.add_argument("--rounds", type=int, help="in which the four take turns; default 15")
     parser.add_argument("--small", metavar="NETWORK", help="measure this small network alone, and add it to the result")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result")
-    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there")
-    options = parser.parse_args()
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
+    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there and stop")
+    options = parsed(parser)
     if options.table:
         print(table(json.loads(options.table.read_text())))
         return
     if options.write_readme:
-        write_readme(options.write_readme, "throughput", table(json.loads(RESULT.read_text())))
+        write_readme(options.write_readme, "throughput", table(json.loads(options.out.read_text())))
         return
     made_with, kept = described(places()[0].device), []
-    if options.small:
-        subjects: tuple[Subject, ...] = (small(options.small),)
+    rounds = options.rounds or (1 if options.miniature else 15)
+    if options.miniature:
+        subjects: tuple[Subject, ...] = MINIATURE_SUBJECTS
+    elif options.small:
+        subjects = (small(options.small),)
         before = json.loads(options.out.read_text()) if options.out.exists() else {"made_with": made_with, "rows": []}
         if before["made_with"] != made_with:
             raise SystemExit(f"{options.out} was made with {before['made_with']}, and this is {made_with}; use --out")
@@ -298,9 +302,9 @@ def main() -> None:
     else:
         large = CUDA_SUBJECTS if torch.cuda.is_available() else CPU_SUBJECTS
         subjects = (*large, small("small_cnn"))
-    result = {"made_with": made_with, "rows": kept + measured(subjects, options.rounds)}
+    result = {"made_with": made_with, "rows": kept + measured(subjects, rounds)}
     write_json(options.out, result)
-    print(table(result))
+    print(table(json.loads(options.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ class UDA:
         threshold: β in [0, 1): examples whose greatest probability (at τ = 1) does not exceed it are left out.
         weight: λ.
         ramp: steps over which λ_t grows linearly from 0 to λ; 0 is from the start.
+        start: steps before that; until then there is no pass, which makes these steps cheap.
         align: the power, in [0, 1]: 0 leaves p as it is, 1 makes all classes as frequent in the mean over the batch.
 
     Needs: unlabelled batches that are pairs (weak, strong). The weak pass of the signal is used again; where there is
@@ -91,14 +92,15 @@ class UDA:
     weight: float = 1.0
     ramp: int = 0
     align: float = 0.0
+    start: int = 0
 
     name: ClassVar[str] = "uda"
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or not 0 <= self.threshold < 1 or self.ramp < 0 or not 0 <= self.align <= 1:
-            raise MetaplError(
-                f"{self}: expected temperature >= 0, threshold in [0, 1), ramp >= 0 steps and align in [0, 1]."
-            )
+        if not self.temperature >= 0 or not 0 <= self.threshold < 1 or not 0 <= self.align <= 1:
+            raise MetaplError(f"{self}: expected temperature >= 0, threshold in [0, 1) and align in [0, 1].")
+        if self.ramp < 0 or self.start < 0:
+            raise MetaplError(f"{self}: expected ramp and start of 0 or more steps.")
 
     def target(self, logits: Tensor) -> Tensor:
         """(B, C) class probabilities that the strong view should get, 0 for examples that are left out.
@@ -121,10 +123,13 @@ class UDA:
                 "UDA was given one view of the unlabelled batch; expected unlabeled=(weak, strong), or teacher_losses "
                 "without UDA."
             )
+        if step < self.start:
+            nothing: Tensor = pair[1].new_zeros(())
+            return nothing
         weak = signal.outputs
         if weak is None:
             with torch.no_grad():
                 weak = checks.logits(teacher(pair[0]), "network")
-        losses = F.cross_entropy(wide(teacher(pair[1])), self.target(wide(weak.detach())), reduction="none")
-        ramped = self.weight * min(1.0, step / self.ramp) if self.ramp else self.weight
+        losses: Tensor = F.cross_entropy(wide(teacher(pair[1])), self.target(wide(weak.detach())), reduction="none")
+        ramped = self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
         return ramped * losses.mean()

@@ -36,7 +36,7 @@ from metapl.checkpoint import CheckpointFolder
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
 
-FORMAT = 1
+FORMAT = 2
 """The layout of run folders that this version writes and reads."""
 
 SPEED_ALONE = ("num_workers",)
@@ -125,9 +125,10 @@ class RunFolder:
         """The recipe of the run in the folder."""
         found = self.read_json("recipe.json")
         if found.get("format") != FORMAT:
+            made = found.get("made_with", {}).get("metapl", "?")
             raise MetaplError(
                 f"{self.path} was written in run format {found.get('format')!r}; this metapl {version('metapl')} reads "
-                f"format {FORMAT}. Use the version that wrote it: {found.get('made_with', {}).get('metapl', '?')}."
+                f"format {FORMAT}. Train again, or use the version that wrote it: {made}."
             )
         recipe: dict[str, Any] = found["recipe"]
         return recipe

@@ -29,6 +29,7 @@ from sklearn.datasets import load_digits
 from metapl.cli import COMMANDS, main
 from metapl.data.files import csv_rows, gray_image
 from metapl.errors import MetaplError
+from metapl.evaluate import interval
 from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
 
@@ -122,6 +123,54 @@ def test_evaluate_says_so_when_the_number_is_another(run: Path, capsys: pytest.C
     assert f"but {result(run)['test_accuracy']:.2%} in result.json" in said(capsys, "evaluate", run)
 
 
+def test_an_accuracy_stands_beside_what_it_takes_to_judge_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, found = said(capsys, "evaluate", trained), json.loads(said(capsys, "evaluate", trained, "--json"))
+    low, high = interval(round(400 * found["accuracy"]), 400)
+    assert found["interval"] == [low, high]
+    assert f"95 % interval               {low:.2%} to {high:.2%}" in text.splitlines()
+    assert found["chance"] == 0.1
+    frequent = max(map(sum, found["confusion"])) / 400
+    assert found["most_frequent_class"] == frequent
+    line = f"chance level                10.00%; always the most frequent class: {frequent:.2%}"
+    assert line in text.splitlines()
+    assert max(map(len, text.splitlines()[1:])) <= 80  # the first line names the run
+
+
+def test_evaluate_measures_on_another_folder(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    truth = {}
+    for index, digit in enumerate(load_digits().images[:40]):
+        label = int(load_digits().target[index])
+        if label != 7:
+            (other / str(label)).mkdir(parents=True, exist_ok=True)
+            truth[f"{other}/{label}/{index}.png"] = str(label)
+            Image.fromarray((digit * 255 / 16).round().astype("uint8")).save(other / str(label) / f"{index}.png")
+    taken = {row["file"]: row["class"] for row in rows(said(capsys, "predict", trained, other))}
+    right = sum(taken[file] == label for file, label in truth.items())
+    found = json.loads(said(capsys, "evaluate", trained, "--test", other, "--json"))
+    assert (found["n"], found["accuracy"]) == (len(truth), right / len(truth))
+    assert (found["test"], found["missing_classes"], found["per_class"][7]) == (str(other), ["7"], None)
+    assert "recorded_accuracy" not in found
+    (other / "3" / "torn.png").write_bytes(b"")
+    (other / "7").mkdir()
+    (other / "nothing here").mkdir()
+    finished = metapl("evaluate", trained, "--test", other, code=1)
+    assert f"\non {other}\n" in finished.stdout
+    assert f"test accuracy               {right / len(truth):.2%} of {len(truth)}\n" in finished.stdout
+    assert f"metapl: note: {other} has no picture of 7: nothing is measured there.\n" in finished.stderr
+    assert f"{other}/3/torn.png" in finished.stderr
+    assert "metapl: 1 file left out" in finished.stderr
+    (other / "ten").mkdir()
+    shutil.copy(pictures / "more" / "0.png", other / "ten")
+    words = refused(capsys, "evaluate", trained, "--test", other)
+    assert f"{other} has pictures of ten, which the run does not know" in words
+    assert "its classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in words
+    assert "does not exist" in refused(capsys, "evaluate", trained, "--test", tmp_path / "none")
+    assert "expected one folder a class" in refused(capsys, "evaluate", trained, "--test", pictures / "more")
+
+
 def test_evaluate_takes_the_student_that_a_comparison_delivers(
     compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,41 +227,101 @@ def test_predict_refuses_what_is_not_there_before_it_writes(
     assert "a name that ends with .png" in refused(capsys, "predict", trained, image, "--grid", tmp_path / "grid.jpg")
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Gallery]]]:
+    """The notes and groups of the grids that were drawn."""
+    found = []
+
+    def draw(path: Path, title: str, note: str, groups: list[Gallery]) -> None:
+        found.append((note, groups))
+        draw_grid(path, title, note, groups)
+
+    monkeypatch.setattr("metapl.cli.prediction_grid.draw_grid", draw)
+    return found
+
+
 def test_predict_draws_what_it_saw_and_does_not_read_the_drawing(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
 ) -> None:
-    inputs, drawn = Path(shutil.copytree(pictures, tmp_path / "inputs")), []
-
-    def draw(path: Path, gallery: Gallery, *, total: int) -> None:
-        drawn.append((gallery, total))
-        draw_grid(path, gallery, total=total)
-
-    monkeypatch.setattr("metapl.cli.predict.draw_grid", draw)
+    inputs = Path(shutil.copytree(pictures, tmp_path / "inputs"))
     found = said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png")
-    (gallery, total), predicted = drawn[0], rows(found)
-    assert total == len(gallery) == len(predicted) == 20
-    for row, caption in zip(predicted, gallery.captions, strict=True):
-        assert caption == f"{row['class']}  {float(row['probability']):.0%}\n{Path(row['file']).name}"
-    torch.testing.assert_close(gallery.pictures[:10, 0], torch.tensor(load_digits().images[:10]).float() / 16)
+    ((note, groups),), predicted = drawn, rows(found)
+    assert "; 20 pictures, " in note
+    captions = {(group.title, caption) for group in groups for caption in group.captions}
+    assert captions == {
+        (row["class"], f"{float(row['probability']):.1%}\n{Path(row['file']).name}") for row in predicted
+    }
+    assert [group.title for group in groups] == sorted({row["class"] for row in predicted})
+    assert f"{len(groups)} of 10 classes predicted" in note
+    seen = {tuple(picture.flatten().tolist()) for group in groups for picture in group.pictures}
+    digits = torch.tensor(load_digits().images[:10]).float() / 16
+    assert {tuple((255 * digit).round().to(torch.uint8).flatten().tolist()) for digit in digits} <= seen
     with Image.open(inputs / "grid.png") as image:
         assert min(image.size) > 300
     assert said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png") == found
 
 
-def test_a_grid_shows_the_first_64_and_says_of_how_many(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_grid_shows_the_extremes_of_every_class(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
 ) -> None:
-    drawn = []
-    monkeypatch.setattr("metapl.cli.predict.draw_grid", lambda *given, **named: drawn.append((*given, named)))
-    numpy.savetxt(tmp_path / "x.csv", load_digits().data[:70], delimiter=",")
+    numpy.savetxt(tmp_path / "x.csv", load_digits().data[:300], delimiter=",")
     grid, out = tmp_path / "grid.png", tmp_path / "out.csv"
     text = said(capsys, "predict", trained, tmp_path / "x.csv", "--grid", grid, "--out", out)
-    assert text == f"70 predictions in {out}\n"
-    ((path, gallery, named),) = drawn
-    assert (path, len(gallery), named) == (grid, 64, {"total": 70})
+    assert text == f"300 predictions in {out}\n"
+    ((note, groups),), predicted = drawn, rows(out.read_text())
+    of = {
+        name: [float(row["probability"]) for row in predicted if row["class"] == name] for name in map(str, range(10))
+    }
+    assert [group.title for group in groups] == [name for name in of if of[name]]
+    assert max(map(len, of.values())) > 8
+    assert "of a class with more than 8: the 4 most and the 4 least probable" in note
+    for group in groups:
+        ranked = sorted(of[group.title], reverse=True)
+        expected = ranked if len(ranked) <= 8 else ranked[:4] + ranked[-4:]
+        assert [caption.partition("%")[0] for caption in group.captions] == [f"{100 * p:.1f}" for p in expected]
+        assert group.note == f"{len(ranked)} picture{'s' if len(ranked) != 1 else ''}"
     (tmp_path / "torn.png").write_bytes(b"")
     said(capsys, "predict", trained, tmp_path / "torn.png", "--grid", grid, code=1)
     assert len(drawn) == 1
+
+
+def test_predict_gives_more_classes_and_all_probabilities(
+    trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pictures / "a, b.csv"
+    plain = rows(said(capsys, "predict", trained, table))
+    found = rows(said(capsys, "predict", trained, table, "--top", "3", "--probabilities"))
+    more = ["class_2", "probability_2", "class_3", "probability_3"]
+    assert list(found[0]) == ["file", "class", "probability", *more, *(f"p({digit})" for digit in range(10))]
+    for row, before in zip(found, plain, strict=True):
+        assert row.items() >= before.items()
+        shares = {str(digit): float(row[f"p({digit})"]) for digit in range(10)}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        ranked = sorted(shares.values(), reverse=True)
+        for which, share in zip(("", "_2", "_3"), ranked, strict=False):
+            assert shares[row[f"class{which}"]] == float(row[f"probability{which}"]) == share
+    for wrong in ("0", "11"):
+        words = refused(capsys, "predict", trained, table, "--top", wrong)
+        assert f"--top {wrong} was given; expected 1 to 10" in words
+
+
+def test_a_diverged_network_names_the_files(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(run / "student.safetensors")
+    last = list(weights)[-1]
+    save_file({**weights, last: torch.full_like(weights[last], torch.nan)}, run / "student.safetensors")
+    out, shown = tmp_path / "out.csv", [f"{pictures}/more/{index}.png" for index in range(5)]
+    words = refused(capsys, "predict", run, pictures / "more", "--out", out)
+    assert f"outputs are not finite for {', '.join(shown)} and 5 more" in words
+    assert not out.exists()
+    for index in range(2):
+        (tmp_path / "other" / str(index)).mkdir(parents=True)
+        shutil.copy(pictures / "more" / f"{index}.png", tmp_path / "other" / str(index) / "x.png")
+    words = refused(capsys, "evaluate", run, "--test", tmp_path / "other")
+    assert words.endswith("\n")
+    assert "not finite for 0/x.png, 1/x.png; " in words
+    assert "not finite" in refused(capsys, "evaluate", run)  # where they have no names
 
 
 def test_a_reader_that_goes_away_ends_predict_quietly(trained: Path, pictures: Path) -> None:
@@ -283,10 +392,11 @@ def test_export_of_digits_is_read_without_metapl(trained: Path, pictures: Path, 
     assert f"| validation accuracy | {result(trained)['finetuned_validation_accuracy']:.6g} |" in card
     assert "top-5" not in card  # which is known of the student before finetuning
     assert "| SHA-256 of labeled |" in card
-    found = loaded_elsewhere(out, "torch.tensor(load_digits().images[:10]).float()[:, None] / 16")
     table = rows(metapl("predict", trained, pictures / "a, b.csv", "--finetuned").stdout)
-    assert [index for index, _ in found] == [int(row["class"]) for row in table]
-    assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in table], abs=1e-5)
+    for file in ("model.safetensors", "model.pt2"):
+        found = loaded_elsewhere(out, "torch.tensor(load_digits().images[:10]).float()[:, None] / 16", file)
+        assert [index for index, _ in found] == [int(row["class"]) for row in table]
+        assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in table], abs=1e-5)
 
 
 def test_export_takes_the_student_that_a_comparison_delivers(

@@ -180,7 +180,7 @@ def test_label_sets_of_examples_without_names(tmp_path: Path, capsys: pytest.Cap
 
 def test_an_accuracy_on_validation_is_called_so(resnet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, "evaluate", resnet / "run").splitlines()
-    at = next(number for number, line in enumerate(lines) if line.startswith("test accuracy"))
+    at = next(number for number, line in enumerate(lines) if line.startswith("validation accuracy"))
     assert lines[at + 1] == "  these are the pictures that it was selected on: train was given no --test"
 
 
@@ -214,10 +214,52 @@ def test_torchvision_alone_predicts_the_same(resnet: Path, tmp_path: Path, capsy
     resnet18(num_classes=2).load_state_dict(load_file(out / "model.safetensors"), strict=True)
     names = [str(file) for file in files]
     read = f"torch.stack([torch.tensor(numpy.array(Image.open(f))).permute(2, 0, 1) / 255 for f in {names}])"
-    found = loaded_elsewhere(out, read)
     told = rows(said(capsys, "predict", resnet / "run", *files))
-    assert [("is 0", "is 1")[index] for index, _ in found] == [row["class"] for row in told]
-    assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in told], abs=1e-5)
+    for file in ("model.safetensors", "model.pt2"):
+        found = loaded_elsewhere(out, read, file)
+        assert [("is 0", "is 1")[index] for index, _ in found] == [row["class"] for row in told]
+        assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in told], abs=1e-5)
+
+
+def test_the_default_network_runs_in_plain_pytorch_and_as_onnx(
+    many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    out, files = tmp_path / "out", sorted((many / "data" / "test").rglob("*.png"))[:7]
+    text = said(capsys, "export", many / "run", "--out", out, "--onnx")
+    for name in ("model.pt2", "model.onnx"):
+        assert f"{out}/{name}: " in text
+    assert text.count("run without metapl: it gives what the network gives") == 2
+    told = rows(said(capsys, "predict", many / "run", *files))
+    names = [str(file) for file in files]
+    read = f"numpy.stack([numpy.array(Image.open(f).convert('RGB')).transpose(2, 0, 1) for f in {names}])"
+    read = f"({read}.astype('float32') / 255)"
+    classes = result(many / "run")["evaluation"]["classes"]
+    network = torch.export.load(out / "model.pt2").module()
+    with torch.inference_mode():
+        scope = {"numpy": numpy, "Image": Image}
+        shares = network(torch.from_numpy(eval(read, scope))).softmax(dim=1)
+    assert [classes[index] for index in shares.argmax(dim=1)] == [row["class"] for row in told]
+    (code,) = re.findall(r"```python\n([^`]*model\.onnx[^`]*)```", (out / "MODEL_CARD.md").read_text())
+    with contextlib.chdir(out):
+        exec(code, scope)
+    found = scope["predict"](eval(read, scope))  # type: ignore[operator]  # what the card defines
+    assert found == pytest.approx(shares.numpy(), abs=1e-5)
+
+
+def test_evaluate_says_which_pictures_were_trained_on(
+    resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(resnet / "few", tmp_path / "other"))
+    seen = sorted((resnet / "many").iterdir())[0]
+    shutil.copy(seen, other / "is 0" / "new.png")
+    capsys.readouterr()
+    assert main(["evaluate", str(resnet / "run"), "--test", str(other)]) == 0
+    notes = capsys.readouterr().err
+    count = len(list((resnet / "few").rglob("*.png")))
+    assert f"note: {count} test pictures are among the labeled ones too" in notes
+    assert f"note: 1 test pictures are among the unlabeled ones too: {other}/is 0/new.png is {seen}" in notes
 
 
 def test_the_card_says_what_was_measured_and_no_place_of_a_file(

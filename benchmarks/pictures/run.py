@@ -128,7 +128,9 @@ def main() -> None:
             with file.open("a") as raw:
                 raw.write(json.dumps(row) + "\n")
             reached = " ".join(f"{k.removesuffix('test_accuracy')}{100 * row[k]:.1f}" for k in row if "test_acc" in k)
-            print(f"[{number}/{len(todo)}] {row['problem']} {row['method']} {row['steps']} steps: {reached}", flush=True)
+            print(
+                f"[{number}/{len(todo)}] {row['problem']} {row['method']} {row['steps']} steps: {reached}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from metapl.recipes import ImageFolders
 from metapl.recipes.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
 from metapl.run_folder import RunFolder
 
-IRRELEVANT = ("seed", "log_every", "save_every", "exact_every", "keep")
-"""Fields in which runs of one method may differ: the seed, and what changes no number."""
+IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
+"""Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""
 
 DRAWN_BY = ("seed", "labels_per_class", "validation", "split")
 """Fields that decide which examples a recipe draws from its data set."""
@@ -41,7 +41,7 @@ class Entry:
         place: its folder.
         hashes: of its data, by part.
         drawn_by: runs that agree in it have the same data.
-        evaluation: of its student on the test set.
+        evaluation: on the test set, of the network that it delivers.
     """
 
     method: str

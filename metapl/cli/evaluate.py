@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from metapl.cli.finished import Finished, finished, weights_file
+from metapl.cli.finished import Finished, NetworkName, finished
 from metapl.cli.inputs import require_finite
 from metapl.cli.parse import WIDTH, Run, Switch
 from metapl.cli.place import place
@@ -30,6 +30,7 @@ from metapl.evaluate import (
     read_label_sets,
 )
 from metapl.fit import batches_of
+from metapl.run_folder import weights_file
 
 HEADINGS = (5, 4, 3)
 """Letters of a class that head a column, as many as there is room for."""
@@ -46,11 +47,14 @@ NAME = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a run's student on its test set again: accuracy, calibration, and which classes it takes for which.
+    """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
-    The accuracy is the one in the run's result.json; where it is not, that is said. Of a comparison, it is the student
-    that the comparison delivers: the best by validation of the best method. Beside it stand its 95 % interval, what
-    guessing evenly among the classes gives, and what always naming the most frequent class gives.
+    It is the network that the run delivers, or the one named. The accuracy is the one in the run's result.json; where
+    it is not, that is said. Of a comparison, it is of the run that the comparison delivers: the best by validation of
+    the best method. Beside it stand its 95 % interval, what guessing evenly among the classes gives, and what always
+    naming the most frequent class gives.
+
+    A run without a test set is measured on its validation examples, and the accuracy is called so.
 
     With --test, it is measured on other pictures: one folder a class, called as the run's classes. A file that cannot
     be read is left out, with the reason on standard error; the exit code is then 1.
@@ -62,23 +66,26 @@ class Evaluate:
     Args:
         run: the run folder.
         test: folder with one folder a class, to measure on instead of the run's own test set.
-        finetuned: the student after finetuning on the labelled data.
+        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
+            labelled data, or the teacher.
         label_sets: file with all the right labels of each test example.
         json: print JSON.
     """
 
     run: Run
     test: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    finetuned: Switch = False
+    network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
     label_sets: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     json: Switch = False
 
     def __call__(self) -> int:
         run = finished(self.run)
-        device = place(run.recipe)
-        student = run.student(self.finetuned).to(device)
+        name, device = run.name(self.network), place(run.recipe)
+        network = run.network(name).to(device)
         on = _own(run, device) if self.test is None else _other(run, self.test)
-        logits, labels = predict_logits(student, on.batches)
+        if self.label_sets is not None and on.part == "validation":
+            raise MetaplError(f"--label-sets are of test pictures, and {_UNTESTED.format(self.run)}")
+        logits, labels = predict_logits(network, on.batches)
         names = on.names()
         if names is not None and len(names) == len(logits):
             require_finite(logits, names)
@@ -87,28 +94,33 @@ class Evaluate:
         if self.label_sets is not None:
             sets = read_label_sets(self.label_sets, run.recipe.classes, names)
             several = _against_sets(logits, sets, names)
-        recorded = run.result["finetuned_test_accuracy" if self.finetuned else "test_accuracy"]
+        recorded = run.result.get(f"{name}_{on.part}_accuracy")
         if self.json:
             on_record = {"recorded_accuracy": recorded} if self.test is None else on.about
-            print(json.dumps({**self._about(run), **on_record, **_as_json(found, several)}, indent=2))
+            about = {**self._about(run, name), "measured_on": on.part}
+            print(json.dumps({**about, **on_record, **_as_json(found, several)}, indent=2))
         else:
             where = "" if self.test is None else f"\non {self.test}"
             compared = _as_recorded(found, recorded) + on.remark if self.test is None else ""
-            print(f"{run.title}, {weights_file(self.finetuned)}{where}\n")
+            print(f"{run.heading(name)}{where}\n")
             print(_figures(found, several, on.part, compared))
             print(_confusions(found, run.recipe.classes))
         if on.skipped():
-            print(f"metapl: {on.skipped()} files left out", file=sys.stderr)
+            print(f"metapl: {on.skipped()} file{'s' * (on.skipped() != 1)} left out", file=sys.stderr)
         return 1 if on.skipped() else 0
 
-    def _about(self, run: Finished) -> dict[str, str | int]:
+    def _about(self, run: Finished, name: str) -> dict[str, str | int]:
         return {
             "run": str(self.run),
             "recipe": run.recipe.name,
             "method": run.result["method"],
             "seed": run.recipe.seed,
-            "weights": weights_file(self.finetuned),
+            "network": name,
+            "weights": weights_file(name),
         }
+
+
+_UNTESTED = "{} has no test set; give --test DIR, a folder of labelled pictures with one folder a class."
 
 
 @dataclass(frozen=True)
@@ -133,12 +145,15 @@ class _Measured:
 
 
 def _own(run: Finished, device: torch.device) -> _Measured:
-    """The run's own test set."""
+    """The run's own test set; where it has none, what it was validated on."""
     task = run.recipe.task(progress=True)
-    validation = bool(task.record.get("test_is_validation"))
-    remark = "\n  these are the pictures that it was selected on: train was given no --test" * validation
-    part: Literal["test", "validation"] = "validation" if validation else "test"
-    return _Measured(batches_of(task.test, device), lambda: task.test_names, part, remark)
+    if task.test is not None:
+        return _Measured(batches_of(task.test, device), lambda: task.test_names)
+    if task.validation is None:
+        raise MetaplError(f"{_UNTESTED.format(run.folder.path)} It has no validation set either.")
+    selected = run.result["delivered_by"] == "validation"
+    remark = "\n  the network was selected on these examples: train was given no --test" * selected
+    return _Measured(batches_of(task.validation, device), lambda: None, "validation", remark)
 
 
 def _other(run: Finished, folder: Path) -> _Measured:
@@ -194,7 +209,9 @@ def _figures(found: Evaluation, several: MultiLabelAccuracy | None, part: str, o
     return "\n".join(f"{name:<28}{value}" for name, value in lines.items())
 
 
-def _as_recorded(found: Evaluation, recorded: float) -> str:
+def _as_recorded(found: Evaluation, recorded: float | None) -> str:
+    if recorded is None:
+        return "not in result.json"
     if found.accuracy == recorded:
         return "as in result.json"
     return (

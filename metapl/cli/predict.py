@@ -16,12 +16,13 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.atomic import replacing
-from metapl.cli.finished import finished, weights_file
+from metapl.cli.finished import NetworkName, finished
 from metapl.cli.inputs import Inputs, require_finite
 from metapl.cli.parse import Run, Switch
 from metapl.cli.place import place
 from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
+from metapl.recipes.experiment import TITLED
 
 HEADER = ("file", "class", "probability")
 
@@ -48,7 +49,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Say what a run's student takes pictures for: as CSV, with the columns file, class and probability.
+    """Say what a run's network takes pictures for: as CSV, with the columns file, class and probability.
 
     With --top 3, class_2, probability_2, class_3 and probability_3 follow: the classes that come next. With
     --probabilities, a column for each class follows, p(cat) say: all of them sum to 1.
@@ -65,13 +66,14 @@ class Predict:
     with the reason on standard error; the exit code is then 1.
 
     Args:
-        run: the run folder; of a comparison, the student that it delivers.
+        run: the run folder; of a comparison, the run that it delivers.
         files: pictures, or folders of them.
         out: write here rather than to standard output, and only when all is predicted.
         top: how many classes to give of each picture, the most probable first.
         probabilities: give the probability of every class.
         grid: draw a PNG file with each class that was predicted: how many pictures, the most and the least probable.
-        finetuned: the student after finetuning on the labelled data.
+        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
+            labelled data, or the teacher.
     """
 
     run: Run
@@ -82,19 +84,20 @@ class Predict:
     top: int = 1
     probabilities: Switch = False
     grid: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="")] = None
-    finetuned: Switch = False
+    network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
 
     def __call__(self) -> int:
         run = finished(self.run)
         classes = run.recipe.classes
         self._check(classes)
-        student = run.student(self.finetuned).to(place(run.recipe))
+        name = run.name(self.network)
+        network = run.network(name).to(place(run.recipe))
         inputs = Inputs(run.recipe, self.files, leave=[file for file in (self.out, self.grid) if file is not None])
         count, grid = 0, PredictionGrid(classes)
         with _sink(self.out) as sink:
             writer = csv.writer(sink, lineterminator="\n")
             writer.writerow(self._header(classes))
-            for one in predictions(student, inputs):
+            for one in predictions(network, inputs):
                 writer.writerow(self._row(one, classes))
                 count += 1
                 if self.grid is not None:
@@ -102,7 +105,7 @@ class Predict:
         if self.out is not None:
             print(f"{count} prediction{'s' * (count != 1)} in {self.out}")
         if self.grid is not None:
-            grid.draw(self.grid, f"{run.title}, {weights_file(self.finetuned)}")
+            grid.draw(self.grid, f"{run.title}, {TITLED[name]}")
         if inputs.skipped:
             print(f"metapl: {inputs.skipped} of {inputs.seen} files left out", file=sys.stderr)
         return 1 if inputs.skipped else 0
@@ -144,17 +147,17 @@ def _six(probability: float) -> str:
     return f"{probability:.6f}"
 
 
-def predictions(student: nn.Module, inputs: Inputs) -> Iterator[Prediction]:
+def predictions(network: nn.Module, inputs: Inputs) -> Iterator[Prediction]:
     """What each example is taken for, in order; the network's device does the work.
 
     Raises:
         MetaplError: the network gives numbers that are not finite; the files are named.
     """
-    student.eval()
-    device = next(student.parameters()).device
+    network.eval()
+    device = next(network.parameters()).device
     for batch in inputs.batches():
         with torch.inference_mode():
-            logits_BC = student(torch.stack([x for _, x in batch]).to(device))
+            logits_BC = network(torch.stack([x for _, x in batch]).to(device))
         require_finite(logits_BC, [name for name, _ in batch])
         for (name, x), p in zip(batch, logits_BC.softmax(dim=1).tolist(), strict=True):
             yield Prediction(name, tuple(p), x)

@@ -71,7 +71,8 @@ class PredictionGrid:
         if drawn < predicted:
             parts.append(f"shown: the {drawn:,} with the most pictures")
         if max(self.counts.values()) > each:
-            parts.append(f"of a class with more than {each}: the {each // 2} most and the {each // 2} least probable")
+            some = f"{each // 2} " if each > 2 else ""
+            parts.append(f"of a class with more than {each}: the {some}most and the {some}least probable")
         absent = [name for index, name in enumerate(self.classes) if index not in self.counts]
         if absent:
             more = f" and {len(absent) - NAMED:,} more" if len(absent) > NAMED else ""

@@ -29,9 +29,9 @@ from metapl.fitting.progress import duration
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
 from metapl.recipes.comparison import Comparison, parse_seeds, title
-from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, TITLED, summary
+from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
 from metapl.recipes.store import describe, stored
-from metapl.run_folder import RunFolder, weights_file
+from metapl.run_folder import WEIGHTS, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,11 @@ class Train:
     def __call__(self) -> int:
         self._check()
         out = self.out or _default_out(self.recipe.name, self.resume)
-        return dataclasses.replace(self, recipe=self._settled(out))._run(out)
+        try:
+            with _terminable():
+                return dataclasses.replace(self, recipe=self._settled(out))._run(out)
+        except KeyboardInterrupt as stopped:
+            return _say_how_to_go_on(stopped, out)
 
     def _settled(self, out: Path) -> Any:
         """The recipe as it can be stored: what is left open is chosen, or is as it was where a run is gone on with."""
@@ -73,16 +77,10 @@ class Train:
         torch.set_num_threads(default_threads())
         folder = RunFolder(out)
         before = stored(folder)[0] if self.resume and folder.exists else None
-        settled = recipe.settled(before if isinstance(before, ImageFolders) else None)
-        print(settled.chosen(), flush=True)
-        return settled
+        return recipe.settled(before if isinstance(before, ImageFolders) else None, aloud)
 
     def _run(self, out: Path) -> int:
-        try:
-            with _terminable():
-                return self._compare(out) if self.compare else self._train(out)
-        except KeyboardInterrupt as stopped:
-            return _say_how_to_go_on(stopped, out)
+        return self._compare(out) if self.compare else self._train(out)
 
     def _check(self) -> None:
         for name in ("seeds", "methods", "jobs", "controls"):
@@ -124,7 +122,7 @@ class Train:
             results = self._run_jobs(out, methods, seeds)
             comparison = Comparison.of(seeds, methods, results)
             self._leave_behind(folder, comparison, results)
-        print(f"figures, report and the delivered student are in {out}")
+        print(f"figures, report and the delivered networks are in {out}")
         print(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
         print(textwrap.fill(comparison.sentence(), WIDTH))
         print(textwrap.fill(comparison.delivery(), WIDTH))
@@ -140,8 +138,8 @@ class Train:
         threads = default_threads() if on_gpu else 1
         jobs = []
         for seed in seeds:
-            recipe = dataclasses.replace(self.recipe, seed=seed)
             for method in methods:
+                recipe = self._by(method, seed)
                 place = out / method / f"seed-{seed}"
                 begun = self.resume or (place / "recipe.json").exists()
                 jobs.append(Job(recipe, method, place, begun, threads=threads))
@@ -157,21 +155,26 @@ class Train:
                 print(f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {_job_line(job, result, pace)}", flush=True)
         return results
 
+    def _by(self, method: str, seed: int) -> Recipe:
+        """The recipe as it is settled, its number of steps included, by one of the methods."""
+        recipe: Recipe = self.recipe
+        changed: dict[str, Any] = {"seed": seed} | ({"method": method} if isinstance(recipe, ImageFolders) else {})
+        settled: Recipe = dataclasses.replace(self.recipe, **changed)
+        return settled
+
     def _leave_behind(
         self, folder: RunFolder, comparison: Comparison, results: dict[tuple[str, int], dict[str, Any]]
     ) -> None:
-        """The comparison's own files: the student that it delivers, the averaged report, the result."""
+        """The comparison's own files: the networks of the run that it delivers, the averaged report, the result."""
         from metapl.recipes.reports import draw_comparison
 
         method, seed = comparison.delivered()
         source = RunFolder(folder.path / method / f"seed-{seed}")
-        result = results[method, seed]
-        for name in (weights_file(network) for network in TITLED if f"{network}_test_accuracy" in result):
-            folder.write_weights(name, source.read_weights(name))
+        for name in WEIGHTS.values():
+            if (source.path / name).is_file():
+                folder.write_weights(name, source.read_weights(name))
         draw_comparison(folder.path, comparison, results)
-        told = ("seed", "method", "delivered", "delivered_by", "validation_size")
-        delivered = {key: value for key, value in result.items() if key in told or key.endswith("_accuracy")}
-        folder.write_json("result.json", {**comparison.to_json(), **delivered})
+        folder.write_json("result.json", results[method, seed] | comparison.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)

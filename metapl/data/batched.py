@@ -81,7 +81,7 @@ class Affine:
         maps_B23 = to_device(self._maps(seed, step, examples, height, width), images.device).to(images.dtype)
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
         x, y = _centered(width, images), _centered(height, images)[:, None]
-        # Not one fused operation, which rounds differently at the end of a tensor than in its middle.
+        # Not one fused operation, which may round differently at the end of a tensor than in its middle.
         grid_BHW2 = (along_x * x + (along_y * y + offset)).permute(0, 2, 3, 1)
         if isinstance(self.fill, str):
             moved = F.grid_sample(images, grid_BHW2, padding_mode=_PADDING[self.fill], align_corners=False)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,12 +53,17 @@ class _Rehearsal(Experiment):
         sources = [labeled] if unlabeled is None else [labeled, unlabeled]
         feeds = [feed(one, name=str(i), stop=2**31, device=trainer.device) for i, one in enumerate(sources)]
         batches = iter(lambda: [one.next() for one in feeds], None)
-        steps, waits = self.recipe.steps, self.recipe.fit_options().get("wait", 0) if "wait" not in over else 0
-        alone = _seconds(trainer.teacher_step, batches, self.clock) if waits else 0.0
-        share = waits / steps
-        object.__setattr__(
-            self, "seconds", self.seconds + share * alone + (1 - share) * _seconds(trainer.step, batches, self.clock)
-        )
+        waits = 0 if "wait" in over else self.recipe.fit_options().get("wait", 0)
+        begins = min(getattr(self.recipe, "uda_start", 0), self.recipe.steps)
+        # Steps differ before and after UDA begins, and while a student waits: each kind is timed, and counts as often
+        # as it comes.
+        edges = sorted({0, begins, waits, self.recipe.steps})
+        seconds = 0.0
+        for first, last in pairwise(edges):
+            trainer.steps_done = first
+            step = trainer.teacher_step if first < waits else trainer.step
+            seconds += (last - first) / self.recipe.steps * _seconds(step, batches, self.clock)
+        self.seconds.append(seconds)
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 

@@ -46,7 +46,8 @@ class Comparison:
     Args:
         seeds: the seeds, in the order of the lists.
         methods: name → {"student_test_accuracy": one per seed, "finetuned_test_accuracy": one per seed,
-            "validation_accuracy": one per seed, where there are any}, fractions.
+            "validation_accuracy": one per seed, of the network that it delivers, where validation can tell networks
+            apart}, fractions.
         examples: in the test set.
         chance: the accuracy of guessing there; see :func:`metapl.evaluate.chance_level`.
     """
@@ -69,7 +70,7 @@ class Comparison:
         found: dict[str, dict[str, list[float]]] = {}
         for method in methods:
             mine = [results[method, seed] for seed in seeds]
-            validated = all(one.get("validation_accuracy") is not None for one in mine)
+            validated = all(one["delivered_by"] == "validation" for one in mine)
             readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
             found[method] = {readout: [one[readout] for one in mine] for readout in readouts}
         evaluations = [Evaluation(**one["evaluation"]) for one in results.values()]
@@ -93,7 +94,7 @@ class Comparison:
     def delivered(self) -> tuple[str, int]:
         """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
 
-        The test set has no say in it. Where there are no validation accuracies, it is the first method's first seed.
+        The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
         """
         names = self._methods()
         if any("validation_accuracy" not in self.methods[name] for name in names):
@@ -150,11 +151,13 @@ class Comparison:
         return f"the best on the test set is {title(best)} with {with_chance(reached, self.examples, self.chance)}"
 
     def delivery(self) -> str:
-        """Which student the comparison delivers, and why that one."""
+        """Which run the comparison delivers, and why that one."""
         method, seed = self.delivered()
-        if "validation_accuracy" not in self.methods[method]:
-            return f"delivered: {title(method)}, seed {seed}, the first one named; there was no validation"
-        return f"delivered: {title(method)}, seed {seed}; of all methods it has the best mean validation accuracy"
+        if any("validation_accuracy" not in self.methods[name] for name in self._methods()):
+            why = ", the first one named; there was no validation that could tell them apart"
+        else:
+            why = "; of all methods it has the best mean validation accuracy"
+        return f"delivered: {title(method)}, seed {seed}{why}"
 
     def to_json(self) -> dict[str, Any]:
         """For ``result.json``."""
@@ -165,6 +168,7 @@ class Comparison:
             "test_examples": self.examples,
             "chance": self.chance,
             "sentence": self.sentence(),
+            "delivery": self.delivery(),
         }
         if found is not None:
             content["mpl_against_none"] = {"read_out": found[1], **found[0].to_json()}

@@ -63,13 +63,10 @@ class Experiment:
             "steps": self.recipe.steps,
             "best_step": result.step,
             "validation_size": task.validation_size,
-            "delivered": name,
             "delivered_by": "validation" if self.selects(task) else "rule",
-            **chosen.accuracies(),
             **{key: value for one in networks.values() for key, value in one.accuracies(f"{one.name}_").items()},
+            **chosen.as_delivered(),
         }
-        if chosen.evaluation is not None:
-            content["evaluation"] = chosen.evaluation.to_json()
         self.report(content, chosen.evaluation, task)
         self.folder.write_json("result.json", content)
         unread = replaced_files(self.skipped)
@@ -84,10 +81,25 @@ class Experiment:
             theirs = LossTrainer(trained.labeller, (CrossEntropy(),), optimizer=_unused(trained.labeller))
             right = None if task.validation is None else theirs.evaluate(task.validation).accuracy
             found.append(self.network("teacher", task, theirs, right, result.teacher_weights))
-        tuned = self.finetune(task, trained.student, result)
-        tuner = LossTrainer(trained.student, (CrossEntropy(),), optimizer=_unused(trained.student))
-        found.append(self.network("finetuned", task, tuner, tuned.validation_accuracy, tuned.weights))
+        found.append(self.finetuned(task, trained.student, result))
         return {one.name: one for one in found}
+
+    def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
+        """:meth:`finetune`, and what the student then reaches."""
+        tuned = self.finetune(task, student, before)
+        return self.measured("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
+
+    def measured(
+        self,
+        name: str,
+        task: Task,
+        network: nn.Module,
+        validation_accuracy: float | None,
+        weights: Mapping[str, Tensor],
+    ) -> Network:
+        """:meth:`network` for a module that has these weights, whatever has trained it."""
+        trainer = LossTrainer(network, (CrossEntropy(),), optimizer=_unused(network))
+        return self.network(name, task, trainer, validation_accuracy, weights)
 
     def network(
         self, name: str, task: Task, trainer: Loop, validation_accuracy: float | None, weights: Mapping[str, Tensor]
@@ -205,6 +217,11 @@ class Network:
         found = {"validation_accuracy": self.validation_accuracy}
         found["test_accuracy"] = None if self.evaluation is None else self.evaluation.accuracy
         return {prefix + key: value for key, value in found.items() if value is not None}
+
+    def as_delivered(self) -> dict[str, Any]:
+        """What ``result.json`` says of the network that is delivered."""
+        told = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
+        return {"delivered": self.name, **self.accuracies(), **told}
 
 
 def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:

@@ -23,6 +23,7 @@ from metapl.data.splits import stratified_split
 from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
 from metapl.losses import UDA, TeacherLoss
+from metapl.models.pretrained import fetch_imagenet_weights
 from metapl.recipes.base import Optimizer, Say, Task, require
 from metapl.recipes.looking import Look, look
 from metapl.recipes.pictures import IMAGENET, PictureRecipe, Pictures, Views, whole
@@ -43,8 +44,9 @@ SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 SELECTED_ON = 50
 """Validation pictures from which on some are set aside: fewer cannot tell students apart, and train better."""
 
-WAIT, WARMUP, RAMP = 0.5, 0.05, 0.1
-"""Shares of the steps: before the student of a teacher begins, of the growing learning rates, of UDA's ramp."""
+WAIT, WARMUP, START, RAMP = 0.5, 0.05, 0.2, 0.1
+"""Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
+of its ramp."""
 
 REHEARSED = 1000
 """Steps of the recipe that is measured: of such a recipe, a few are taken."""
@@ -57,6 +59,7 @@ CHOSEN = (
     "wait",
     "warmup",
     "uda_ramp",
+    "uda_start",
     "validate_every",
     "val_fraction",
     "mean",
@@ -72,7 +75,7 @@ if TYPE_CHECKING:
 else:
     Open = Optional
 
-Method = Literal["fixmatch", "mpl", "uda", "none", "supervised", "pseudo_labels"]
+Method = Literal["uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,21 @@ class Changes:
 
 
 ADAMW = Optimizer(algorithm="adamw", lr=2e-3, weight_decay=0.05, decay_norms=False)
+"""For pooled_cnn; of other networks, the rate is that of their family."""
+
+RATES = {"pooled_cnn": 2e-3, "small_cnn": 2e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 1e-3, "vit": 3e-4}
+OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
+"""Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
+
+CLIPPED = 1.0
+"""Greatest norm of a gradient in networks that are not metapl's own: without it, some diverge at the start."""
+
+PRETRAINED_NETWORK = "resnet18"
+
+PHOTOGRAPHS = 128
+"""Side in pixels from which on color pictures are taken for photographs."""
+
+IMAGENET_WEIGHTS = "imagenet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +165,15 @@ class ImageFolders(PictureRecipe):
         unlabeled: folder with pictures, in any tree.
         val: as labeled, to select on; without it a part of labeled is set aside where there are enough.
         test: as labeled, to report on.
-        method: fixmatch trains one network on its own confident labels; mpl a teacher and a student with feedback; none
-            the same without feedback; the others are baselines.
+        method: uda and fixmatch train one network, on the few labels and on its own labels of what it is sure of; mpl a
+            teacher and a student with feedback; none the same without feedback; supervised on the labels alone;
+            pseudo_labels a student of a teacher that was trained on the labels alone.
         minutes: how long training may take, from a short measurement on this machine; --steps overrides it.
         val_fraction: part of each class that is set aside where there is no val; 0 is none.
         mean, std: what pictures are normalised by, of each channel in [0, 1].
         uda_align: how much UDA spreads its labels over the classes, 0 to 1: 0.5 is half way from the network's own
             spread to an even one.
+        uda_start: steps before UDA begins, on the labels alone: they are cheap.
         changes: how pictures are changed before they are learned from.
         randaugment: change them by the paper's RandAugment instead, Pillow's operations one by one: slower.
         class_names: found in labeled.
@@ -165,7 +185,7 @@ class ImageFolders(PictureRecipe):
     unlabeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     val: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     test: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    method: Method = "fixmatch"
+    method: Method = "uda"
     minutes: float = 5.0
     steps: Open[int] = OPEN
     image_size: Open[int] = OPEN
@@ -174,6 +194,7 @@ class ImageFolders(PictureRecipe):
     wait: Open[int] = OPEN
     warmup: Open[int] = OPEN
     uda_ramp: Open[int] = OPEN
+    uda_start: Open[int] = OPEN
     validate_every: Open[int] = OPEN
     precision: Open[Literal["float32", "bfloat16"]] = OPEN
     val_fraction: float | None = None
@@ -201,6 +222,14 @@ class ImageFolders(PictureRecipe):
         require(self, fraction is None or 0 <= fraction < 1, "val_fraction", "a number in [0, 1)")
         require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
 
+    def _for_network(self, name: str) -> ImageFolders:
+        """The recipe with the rates at which such a network trains, where others were not asked for."""
+        family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
+        optimizer = dataclasses.replace(ADAMW, lr=PRETRAINED_RATE if self.weights else family)
+        student, teacher = (optimizer if one == ADAMW else one for one in (self.student, self.teacher))
+        clip = CLIPPED if self.clip_norm is None and not name.endswith("_cnn") else self.clip_norm
+        return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
+
     @property
     def complete(self) -> bool:
         return all(getattr(self, name) is not None for name in CHOSEN)
@@ -209,27 +238,39 @@ class ImageFolders(PictureRecipe):
     def classes(self) -> tuple[str, ...]:
         return self.class_names or scan_labeled(self.labeled).classes
 
-    def settled(self, before: ImageFolders | None = None) -> ImageFolders:
+    def settled(self, before: ImageFolders | None = None, say: Say | None = None) -> ImageFolders:
         """The recipe as it can be stored: whole paths, the classes that are found, and a value for every field.
 
         Args:
-            before: the recipe of the run that is gone on with: what was chosen then is not chosen anew.
+            before: the recipe of the run that is resumed: what was chosen then is not chosen anew.
+            say: is told what was chosen, and what may be better.
         """
         from metapl.recipes.budget import faster_precision, steps_within
 
-        places: dict[str, Any] = {
-            name: whole(getattr(self, name)) for name in ("labeled", "unlabeled", "val", "test", "weights")
-        }
+        places: dict[str, Any] = {name: whole(getattr(self, name)) for name in ("labeled", "unlabeled", "val", "test")}
+        places["weights"] = self._weights()
         recipe = dataclasses.replace(self, **places, class_names=scan_labeled(self.labeled).classes)
         if before is not None:
             kept = {name: getattr(before, name) for name in CHOSEN if getattr(self, name) is None}
             recolor = before.changes.recolor if self.changes.recolor is None else self.changes.recolor
-            return dataclasses.replace(recipe, **kept, changes=dataclasses.replace(self.changes, recolor=recolor))
-        recipe = recipe.fitted(recipe._look())
+            recipe = dataclasses.replace(recipe, **kept, changes=dataclasses.replace(self.changes, recolor=recolor))
+            return recipe._for_network(recipe.network_name)
+        seen, tell = recipe._look(), say or (lambda text: None)
+        recipe = recipe.fitted(seen)
         trial = dataclasses.replace(recipe, steps=REHEARSED).scheduled(REHEARSED)
         precision = faster_precision(trial) if recipe.precision is OPEN else recipe.precision
         recipe, trial = (dataclasses.replace(one, precision=precision) for one in (recipe, trial))
-        return recipe.scheduled(steps_within(trial, recipe.minutes) if recipe.steps is OPEN else recipe.steps)
+        recipe = recipe.scheduled(steps_within(trial, recipe.minutes) if recipe.steps is OPEN else recipe.steps)
+        tell(recipe.chosen())
+        if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
+            tell("for photographs a network that was trained on photographs is better: --weights imagenet")
+        return recipe
+
+    def _weights(self) -> str | None:
+        """The file of weights."""
+        if self.weights == IMAGENET_WEIGHTS:
+            return str(fetch_imagenet_weights(self.network_name or PRETRAINED_NETWORK))
+        return whole(self.weights)
 
     def _look(self) -> Look:
         labeled = scan_labeled(self.labeled)
@@ -244,16 +285,21 @@ class ImageFolders(PictureRecipe):
         chosen: dict[str, Any] = {
             "grey": grey,
             "image_size": side,
-            "network_name": "resnet18" if self.weights else "pooled_cnn",
+            "network_name": PRETRAINED_NETWORK if self.weights else "pooled_cnn",
             "val_fraction": 0.0 if self.val or self._aside() < SELECTED_ON else SET_ASIDE,
         }
-        if self.weights is None or grey:
-            mean, std = (seen.mean, seen.std) if grey == seen.grey else (seen.mean * 3, seen.std * 3)
-            chosen |= {"mean": mean, "std": std}
+        if grey:
+            chosen |= {"mean": seen.level[:1], "std": seen.level[1:]}
+        elif self.weights is None:
+            chosen |= {
+                "mean": seen.mean * 3 if seen.grey else seen.mean,
+                "std": seen.std * 3 if seen.grey else seen.std,
+            }
         else:
             chosen |= dict(zip(("mean", "std"), IMAGENET, strict=True))
         missing = {name: value for name, value in chosen.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing, changes=dataclasses.replace(self.changes, recolor=recolor))
+        fitted = dataclasses.replace(self, **missing, changes=dataclasses.replace(self.changes, recolor=recolor))
+        return fitted._for_network(fitted.network_name)
 
     def _aside(self) -> int:
         """How many labelled pictures the usual part of them is."""
@@ -261,12 +307,13 @@ class ImageFolders(PictureRecipe):
 
     def scheduled(self, steps: int) -> ImageFolders:
         """The recipe with so many steps, and what is a share of them."""
-        # Of the teacher's steps without a student; where there is no student, none.
-        wait = round(WAIT * steps) if self.method in ("mpl", "none") else 0
+        # A method without a student does not wait, whatever stands here: a comparison has one recipe for all methods.
+        wait = min(round(WAIT * steps), steps - 1) if self.wait is None else self.wait
         shares = {
-            "wait": min(wait, steps - 1),
-            "warmup": round(WARMUP * (steps - wait)),
+            "wait": wait,
+            "warmup": round(WARMUP * (steps - wait if self.method in ("mpl", "none") else steps)),
             "uda_ramp": round(RAMP * steps),
+            "uda_start": round(START * steps),
             "validate_every": max(1, round(steps / 20)),
         }
         missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
@@ -297,7 +344,7 @@ class ImageFolders(PictureRecipe):
 
     def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
         aligned = (
-            dataclasses.replace(term, align=self.uda_align) if isinstance(term, UDA) else term
+            dataclasses.replace(term, align=self.uda_align, start=self.uda_start) if isinstance(term, UDA) else term
             for term in super().teacher_losses(uda)
         )
         return tuple(aligned)

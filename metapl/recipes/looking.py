@@ -22,6 +22,12 @@ SIDE = 32
 ALIKE = 8
 """Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey."""
 
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey, as pictures are read without their colors."""
+
+SMALLEST_STD = 0.05
+"""Standard deviation in [0, 1] that blank pictures are given."""
+
 SIGNIFICANT = 2.6
 """Standard errors above chance from which colors are taken to tell classes apart: one set in two hundred by chance."""
 
@@ -49,6 +55,7 @@ class Look:
         side: median of the shorter sides, in pixels.
         grey: none of the pictures has colors.
         mean, std: of each channel (one where ``grey``), in [0, 1].
+        level: mean and standard deviation of the pictures without their colors.
         colors: whether color alone tells the classes apart.
     """
 
@@ -56,6 +63,7 @@ class Look:
     grey: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    level: tuple[float, float]
     colors: Colors
 
 
@@ -91,12 +99,14 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
     grey = bool((levels_N3HW.amax(1) - levels_N3HW.amin(1)).max() <= ALIKE)
     shown = levels_N3HW[:, :1] if grey else levels_N3HW
     unit = shown / 255
+    level_NHW = (levels_N3HW / 255 * torch.tensor(LUMA)[:, None, None]).sum(1)
     of_labeled = torch.tensor(classes) >= 0
     return Look(
         side=int(statistics.median(sides)),
         grey=grey,
         mean=tuple(round(value, 3) for value in unit.mean((0, 2, 3)).tolist()),
-        std=tuple(round(max(value, 0.05), 3) for value in unit.std((0, 2, 3)).tolist()),
+        std=tuple(_spread_of(value) for value in unit.std((0, 2, 3)).tolist()),
+        level=(round(float(level_NHW.mean()), 3), _spread_of(float(level_NHW.std()))),
         colors=colors_tell(unit[of_labeled].mean((2, 3)), torch.tensor(classes)[of_labeled]),
     )
 
@@ -131,6 +141,11 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     distance_NK = (scaled[:, None] - means_NKC).square().sum(-1)
     right = float((distance_NK.argmin(1) == labels)[judged_N].float().mean())
     return Colors(right, chance, right - chance > SIGNIFICANT * (chance * (1 - chance) / judged) ** 0.5)
+
+
+def _spread_of(std: float) -> float:
+    """A standard deviation that can be divided by: that of blank pictures is 0."""
+    return round(max(std, SMALLEST_STD), 3)
 
 
 def _spread(count: int) -> list[int]:
