@@ -44,7 +44,7 @@ SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 SELECTED_ON = 50
 """Validation pictures from which on some are set aside: fewer cannot tell students apart, and train better."""
 
-WAIT, WARMUP, START, RAMP = 0.5, 0.05, 0.2, 0.1
+WAIT, WARMUP, START, RAMP = 0.5, 0.05, 0.3, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
 of its ramp."""
 
