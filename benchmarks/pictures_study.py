@@ -36,32 +36,13 @@ TUNING_SEEDS, SEEDS = (100, 101, 102), tuple(range(10))
 LABELS_PER_CLASS, SIDE = 2, 16
 OPTIMIZER = ("algorithm sgd", "lr 0.05", "momentum 0.9", "nesterov", "weight-decay 5e-4")
 FLAGS = (
-<<<<<<< HEAD
     *("--network", "small_cnn", "--image-size", "16", "--grey", "True", "--no-channels-last"),
     *("--mean", "0.5", "--std", "0.25"),
     *("--randaugment", "--strong.writing", "--pad", "2", "--strong.cutout", "4", "--precision", "float32"),
     *("--labeled-batch", "32", "--unlabeled-batch", "64", "--label-smoothing", "0.1", "--ema-decay", "0.995"),
-    *(
-        "--uda-temperature",
-        "0.7",
-        "--uda-threshold",
-        "0.6",
-        "--uda-align",
-        "0",
-        "--uda-ramp",
-        "100",
-        "--uda-start",
-        "0",
-    ),
+    *("--uda-temperature", "0.7", "--uda-threshold", "0.6", "--uda-align", "0"),
+    *("--uda-ramp", "100", "--uda-start", "0"),
     *("--wait", "0", "--no-warm-start", "--warmup", "0", "--validate-every", "100"),
-=======
-    *("--network", "small_cnn", "--image-size", "16", "--grey", "True", "--mean", "0.5", "--std", "0.25"),
-    *("--randaugment", "--strong.writing", "--pad", "2", "--strong.cutout", "4", "--precision", "float32"),
-    *("--labeled-batch", "32", "--unlabeled-batch", "64", "--label-smoothing", "0.1", "--ema-decay", "0.995"),
-    *("--uda-temperature", "0.7", "--uda-threshold", "0.6", "--uda-align", "0", "--uda-start", "0"),
-    *("--uda-ramp", "100", "--wait", "0", "--no-warm-start", "--warmup", "0", "--validate-every", "100"),
-    "--no-channels-last",
->>>>>>> deliver
     *(part for who in ("student", "teacher") for flag in OPTIMIZER for part in f"--{who}.{flag}".split()),
 )
 """All that decides the training, so that other defaults of the recipe do not change the study."""
@@ -103,7 +84,7 @@ MINIATURE = Plan(
     methods=("mpl", "none"),
     sizes=("weight 1",),
     tuning_seeds=(100,),
-    seeds=(0, 1),
+    seeds=(0,),
     flags=(*FLAGS, "--steps", "2", "--finetune-steps", "2"),
     images=60,
 )
