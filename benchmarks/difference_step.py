@@ -11,7 +11,6 @@ weights), each with its best constant, and the rule in use.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described, write_json
+from machine import arguments, described, parsed, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +32,7 @@ from metapl.inner import InnerStep, trainable
 from metapl.numerics import norm
 from metapl.optimizers import inner_optimizer
 
+RESULT = Path(__file__).parent / "results" / "difference_step.json"
 HALF_DECADES = [10 ** (k / 2) for k in range(-18, 1)]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -73,17 +73,20 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "conv, group norm": (group_norm_net, 64, 200),
     "WRN-28-2": (lambda: metapl.models.wide_resnet28_2(num_classes=10), 16, 25),
 }
+MINIATURE_NETWORKS = {name: (NETWORKS[name][0], 2, 1) for name in ("MLP, ReLU", "transformer", "WRN-28-2")}
+SIDE, MINIATURE_SIDE = 32, 8  # of WRN-28-2's images
 
 
-def cases(seed: int) -> list[dict[str, Any]]:
+def cases(seed: int, miniature: bool) -> list[dict[str, Any]]:
     """Every network before and after some supervised steps on the digits."""
+    side = MINIATURE_SIDE if miniature else SIDE
     split = load_digits_split(labels_per_class=40, seed=seed)
     rows = []
-    for name, (build, batch, steps) in NETWORKS.items():
+    for name, (build, batch, steps) in (MINIATURE_NETWORKS if miniature else NETWORKS).items():
         torch.manual_seed(seed)
         teacher, student = build(), build()
-        images, labels = as_input(split.labeled[0], name), split.labeled[1]
-        unlabeled = as_input(split.unlabeled, name)
+        images, labels = as_input(split.labeled[0], name, side), split.labeled[1]
+        unlabeled = as_input(split.unlabeled, name, side)
         for trained in (0, steps):
             if trained:
                 for network in (teacher, student):
@@ -95,10 +98,10 @@ def cases(seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def as_input(images: Tensor, network: str) -> Tensor:
+def as_input(images: Tensor, network: str, side: int) -> Tensor:
     if network != "WRN-28-2":
         return images
-    return F.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+    return F.interpolate(images, size=side, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
 
 
 def train(network: nn.Module, images: Tensor, labels: Tensor, batch: int, steps: int) -> None:
@@ -280,24 +283,24 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/difference_step.json"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--table", type=Path, help="print the tables of a result file and stop")
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.table.read_text())))
+    parser = arguments(__doc__, RESULT)
+    parser.add_argument("--seeds", type=int, help="how many; default 3, in miniature 1")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the tables of a result and stop")
+    given = parsed(parser)
+    if given.table:
+        print(table(json.loads(given.table.read_text())))
         return
+    seeds = given.seeds or (1 if given.miniature else 3)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
-    rows = [row for seed in range(arguments.seeds) for row in cases(seed)]
-    command = f"python benchmarks/difference_step.py --seeds {arguments.seeds}"
+    rows = [row for seed in range(seeds) for row in cases(seed, given.miniature)]
+    command = f"python benchmarks/difference_step.py --seeds {seeds}"
     result = {
-        "setup": {**described("cpu"), "command": command, "seeds": arguments.seeds},
+        "setup": {**described("cpu"), "command": command, "seeds": seeds},
         "deltas": HALF_DECADES,
         "cases": rows,
     }
-    write_json(arguments.out, result)
-    print(table(result))
+    write_json(given.out, result)
+    print(table(json.loads(given.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -2,45 +2,64 @@
 
     python benchmarks/digits_study.py                        # tune, then run; goes on where it was stopped
     python benchmarks/digits_study.py --write-readme README.md
+    python benchmarks/digits_study.py --miniature --out FILE # all of it in seconds, to see that it runs
 
-Each method is tuned over 12 configurations x 5 seeds by the validation accuracy of its student; the chosen one is then
-run on 20 other seeds, and only these runs look at the test set, once. Every method sees the same batches from the same
-initial weights for a seed. At 4 labels a class the settings tuned at 2 are used as they are, for all methods alike.
-Every run is a row of the raw file, so the tables and the picture are made from it alone.
+Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by validation (197
+labelled images) is best on average is chosen. Final runs: the chosen configuration on 20 other seeds, where nothing is
+selected: no validation image is read, and the student that is kept, and finetuned, is the average of its weights at the
+last step. Only these runs look at the test set, once. Every method sees the same batches from the same initial weights
+for a seed. At 4 labels a class the settings tuned at 2 are used as they are, for all methods alike. Every run is a row
+of the raw file, so the tables and the picture are made from it alone; a row without a method says what those below it
+were made with.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import arguments, parsed, results
 
 from metapl.baselines import LossTrainer
+from metapl.fit import Loop
 from metapl.losses import CrossEntropy
-from metapl.recipes import SGD, Digits, Feedback
+from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
 from metapl.recipes.experiment import METHODS, Experiment
 from metapl.run_folder import environment
 
 HERE = Path(__file__).parent
 RAW = HERE / "results" / "digits_study.jsonl"
-STEPS = 1500
-TUNING_SEEDS = tuple(range(100, 105))
-SEEDS = tuple(range(20))
+EMA_DECAY = 0.995
+"""Of the averaged student in the final runs; the tuning runs select a checkpoint and have no average."""
 
 Config = dict[str, Any]
+Key = tuple[str, str, int, int, bool]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run: training and finetuning steps, seeds, configurations of each method."""
+
+    steps: int
+    finetune_steps: int
+    tuning_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    configurations: int
+
+
+FULL = Size(
+    steps=1500, finetune_steps=200, tuning_seeds=tuple(range(100, 105)), seeds=tuple(range(20)), configurations=12
+)
+MINIATURE = Size(steps=4, finetune_steps=2, tuning_seeds=(100,), seeds=(0, 1), configurations=1)
 
 
 @dataclass(frozen=True)
@@ -87,8 +106,24 @@ ENTRIES: dict[str, Entry] = {
 AT_FOUR = ("mpl", "none", "supervised", "pseudo_labels", "pseudo_labels_hard", "uda")
 
 
-def recipe_of(entry: Entry, config: Config, seed: int, labels_per_class: int) -> Digits:
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    method: str
+    config: Config
+    seed: int
+    labels_per_class: int
+    final: bool
+
+    @property
+    def key(self) -> Key:
+        return self.method, json.dumps(self.config, sort_keys=True), self.seed, self.labels_per_class, self.final
+
+
+def recipe_of(job: Job, size: Size) -> Digits:
     """The digits recipe with a configuration of the grid."""
+    entry, config = ENTRIES[job.method], job.config
     told = Feedback(
         mode=entry.mode,  # type: ignore[arg-type]  # a name from ENTRIES
         labels=entry.labels,  # type: ignore[arg-type]  # as above
@@ -96,160 +131,131 @@ def recipe_of(entry: Entry, config: Config, seed: int, labels_per_class: int) ->
         temperature=config.get("temperature", 1.0),
     )
     return Digits(
-        seed=seed,
-        labels_per_class=labels_per_class,
-        steps=STEPS,
+        seed=job.seed,
+        labels_per_class=job.labels_per_class,
+        steps=size.steps,
         feedback=told,
         label_smoothing=config.get("label_smoothing", 0.0),
         uda_weight=config.get("uda_weight", 0.0),
-        student=SGD(lr=config.get("student_lr", 0.5)),
-        teacher=SGD(lr=config.get("teacher_lr", 0.06), momentum=0.9),
-        log_every=STEPS,
+        student=Optimizer(lr=config.get("student_lr", 0.5)),
+        teacher=Optimizer(lr=config.get("teacher_lr", 0.06), momentum=0.9),
+        ema_decay=EMA_DECAY if job.final else None,
+        finetune_steps=size.finetune_steps,
+        log_every=size.steps,
     )
 
 
 @lru_cache(maxsize=3)
-def drawn(seed: int, labels_per_class: int) -> Task:
+def drawn(seed: int, labels_per_class: int, size: Size) -> Task:
     """The task with its batches drawn once: they are the same for every method."""
     task = Digits(seed=seed, labels_per_class=labels_per_class).task()
     return dataclasses.replace(
         task,
-        labeled=[task.labeled[t] for t in range(STEPS)],
-        unlabeled=[task.unlabeled[t] for t in range(STEPS)],
-        finetuning=[task.finetuning[t] for t in range(200)],
+        labeled=[task.labeled[t] for t in range(size.steps)],
+        unlabeled=[task.unlabeled[t] for t in range(size.steps)],
+        finetuning=[task.finetuning[t] for t in range(size.finetune_steps)],
         truth=None,
     )
 
 
-class Study(Experiment):
-    """An experiment that leaves no files."""
-
-    def fit(self, trainer: Any, task: Any, *, unlabeled: bool = True, phase: str = "fit") -> Any:
-        source = task.unlabeled if unlabeled else None
-        options = self.recipe.fit_options()
-        return trainer.fit(
-            task.labeled, source, steps=STEPS, validation=task.validation, progress=False, phase=phase, **options
-        )
-
-
-def one_run(name: str, config: Config, seed: int, labels_per_class: int, final: bool) -> dict[str, Any]:
-    """Train one method once; the test set is looked at in final runs only."""
+def one_run(job: Job, size: Size) -> dict[str, Any]:
+    """Train one method once: tuning runs read the validation images, final runs the test images."""
     torch.set_num_threads(1)
     since = time.perf_counter()
-    entry = ENTRIES[name]
-    recipe = recipe_of(entry, config, seed, labels_per_class)
-    torch.manual_seed(seed)
-    task = drawn(seed, labels_per_class)
-    run = Study(recipe, None)  # type: ignore[arg-type]  # no folder is written to
-    trained, result = METHODS[entry.method](run, task, recipe.network(), recipe.network())
-    row = {
-        "method": name,
-        "config": config,
-        "seed": seed,
-        "labels_per_class": labels_per_class,
-        "final": final,
-        "validation_accuracy": result.validation_accuracy,
-    }
-    if final:
-        row["test_accuracy"] = trained.evaluate(task.test).accuracy
-        tuner = LossTrainer(trained.student, (CrossEntropy(),), optimizer=recipe.finetune.build(trained.student))
-        tuned = tuner.fit(
-            task.finetuning, steps=200, validation=task.validation, validate_every=20, log_every=200, progress=False
-        )
-        row["finetuned_validation_accuracy"] = tuned.validation_accuracy
-        row["finetuned_test_accuracy"] = tuner.evaluate(task.test).accuracy
-    row["seconds"] = round(time.perf_counter() - since, 2)
-    return row
+    recipe = recipe_of(job, size)
+    torch.manual_seed(job.seed)
+    task = drawn(job.seed, job.labels_per_class, size)
+    task = dataclasses.replace(task, **{"validation" if job.final else "test": None})
+    run = Experiment(recipe, None, progress=False)  # type: ignore[arg-type]  # no folder is written to
+    trained, result = METHODS[ENTRIES[job.method].method](run, task, recipe.network(), recipe.network())
+    found = _tested(trained, task, recipe) if job.final else {"validation_accuracy": result.validation_accuracy}
+    return dataclasses.asdict(job) | found | {"seconds": round(time.perf_counter() - since, 2)}
+
+
+def _tested(trained: Loop, task: Task, recipe: Digits) -> dict[str, Any]:
+    """The test accuracy of the student, and of the same student after finetuning to the last step."""
+    tested = {"selected": False, "test_accuracy": trained.evaluate(task.test).accuracy}
+    tuner = LossTrainer(trained.student, (CrossEntropy(),), optimizer=recipe.finetune.build(trained.student))
+    steps = recipe.finetune_steps
+    tuner.fit(task.finetuning, steps=steps, validation=None, log_every=steps, progress=False)
+    return tested | {"finetuned_test_accuracy": tuner.evaluate(task.test).accuracy}
 
 
 # ------------------------------------------------------------------------------------------------------ running it all
 
-Key = tuple[str, str, int, int, bool]
 
-
-def _key(row: dict[str, Any]) -> Key:
-    config = json.dumps(row["config"], sort_keys=True)
-    return row["method"], config, row["seed"], row["labels_per_class"], row["final"]
-
-
-def rows() -> list[dict[str, Any]]:
-    """What has been run so far."""
-    if not RAW.exists():
+def read(raw: Path = RAW) -> list[dict[str, Any]]:
+    """What has been run so far; final runs that select a checkpoint are of an earlier study, and do not mix."""
+    if not raw.exists():
         return []
-    return [row for line in RAW.read_text().splitlines() if "method" in (row := json.loads(line))]
+    rows = [row for line in raw.read_text().splitlines() if "method" in (row := json.loads(line))]
+    if len({row.get("selected", True) for row in rows if row["final"]}) > 1:
+        raise SystemExit(f"{raw} has final runs that select a checkpoint beside runs that do not; remove the former")
+    return rows
 
 
-def run_missing(jobs: list[tuple[str, Config, int, int, bool]], workers: int) -> None:
+def run_missing(jobs: list[Job], size: Size, raw: Path, workers: int) -> None:
     """Run what the raw file does not hold yet, a row each."""
-    done = {_key(row) for row in rows()}
-    missing = [job for job in jobs if (job[0], json.dumps(job[1], sort_keys=True), *job[2:]) not in done]
+    fields = [field.name for field in dataclasses.fields(Job)]
+    done = {Job(**{name: row[name] for name in fields}).key for row in read(raw)}
+    missing = [job for job in jobs if job.key not in done]
     if not missing:
         return
-    RAW.parent.mkdir(parents=True, exist_ok=True)
-    if not RAW.exists():
-        RAW.write_text(json.dumps({"made_with": environment(), "steps": STEPS}) + "\n")
+    raw.parent.mkdir(parents=True, exist_ok=True)
     since = time.monotonic()
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, RAW.open("a") as file:
-        futures = [pool.submit(one_run, *job) for job in missing]
-        for number, future in enumerate(as_completed(futures), 1):
-            file.write(json.dumps(future.result()) + "\n")
+    with raw.open("a") as file:
+        made_with = {"made_with": environment(), "steps": size.steps, "final_ema_decay": EMA_DECAY}
+        file.write(json.dumps(made_with) + "\n")
+        for number, row in enumerate(results(one_run, [(job, size) for job in missing], workers), 1):
+            file.write(json.dumps(row) + "\n")
             file.flush()
             if number % 20 == 0 or number == len(missing):
                 print(f"{number}/{len(missing)} runs, {time.monotonic() - since:.0f} s", flush=True)
 
 
-def chosen(found: list[dict[str, Any]]) -> dict[str, Config]:
+def chosen(found: list[dict[str, Any]], size: Size = FULL) -> dict[str, Config]:
     """For each method the configuration with the best mean validation accuracy over the tuning seeds."""
     best: dict[str, Config] = {}
     for name, entry in ENTRIES.items():
         if entry.grid:
             tuning = [r for r in found if r["method"] == name and not r["final"]]
             best[name] = max(
-                entry.grid, key=lambda c: _mean(r["validation_accuracy"] for r in tuning if r["config"] == c)
+                entry.grid[: size.configurations],
+                key=lambda c: statistics.fmean(r["validation_accuracy"] for r in tuning if r["config"] == c),
             )
     return best | {name: best[e.tuned_as] for name, e in ENTRIES.items() if e.tuned_as is not None}
 
 
-def _mean(values: Iterator[float]) -> float:
-    return statistics.fmean(values)
-
-
-def study(workers: int) -> None:
+def study(size: Size, raw: Path, workers: int) -> None:
     """Tune every method, then run each on the seeds that nobody has looked at."""
     tuning = [
-        (name, config, seed, 2, False)
-        for seed in TUNING_SEEDS
+        Job(name, config, seed, 2, final=False)
+        for seed in size.tuning_seeds
         for name, entry in ENTRIES.items()
-        for config in entry.grid
+        for config in entry.grid[: size.configurations]
     ]
     print(f"tuning: {len(tuning)} runs", flush=True)
-    run_missing(tuning, workers)
-    best = chosen(rows())
+    run_missing(tuning, size, raw, workers)
+    best = chosen(read(raw), size)
     for name, config in best.items():
         print(f"  {name}: {config}")
-    final = [(name, best[name], seed, 2, True) for seed in SEEDS for name in ENTRIES]
-    final += [(name, best[name], seed, 4, True) for seed in SEEDS for name in AT_FOUR]
+    final = [Job(name, best[name], seed, 2, final=True) for seed in size.seeds for name in ENTRIES]
+    final += [Job(name, best[name], seed, 4, final=True) for seed in size.seeds for name in AT_FOUR]
     print(f"final: {len(final)} runs", flush=True)
-    run_missing(final, workers)
+    run_missing(final, size, raw, workers)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--write-readme", type=Path, help="replace the table in this file, and draw the picture")
-    parser.add_argument("--pairs", action="store_true", help="print the comparisons that the README speaks of")
-    given = parser.parse_args()
-    if given.pairs:
-        from digits_tables import pairs
+    parser = arguments(__doc__, RAW)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the tables there; draw the picture")
+    given = parsed(parser)
+    if given.write_readme is not None:
+        from digits_tables import write_readme
 
-        print(pairs(rows()))
-        return
-    if given.write_readme is None:
-        study(given.workers)
-        return
-    from digits_tables import write_readme
-
-    write_readme(given.write_readme, rows())
+        write_readme(given.write_readme, given.out)
+    else:
+        study(MINIATURE if given.miniature else FULL, given.out, given.workers)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's table and picture of the digits study, made from its raw rows alone."""
+"""The README's tables and picture of the digits study, made from its raw rows alone."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from digits_study import AT_FOUR, ENTRIES, RAW, SEEDS
+from digits_study import AT_FOUR, EMA_DECAY, ENTRIES, read
+from figures import difference, spread
 
-from metapl.evaluate import PairedTest, paired_test
+from metapl.evaluate import paired_test
 
 Rows = Sequence[dict[str, Any]]
 READ_OUTS = ("test_accuracy", "finetuned_test_accuracy")
+
+
+def seeds(rows: Rows) -> list[int]:
+    """Of the final runs."""
+    return sorted({r["seed"] for r in rows if r["final"]})
 
 
 def column(rows: Rows, method: str, labels: int, read_out: str) -> list[float]:
@@ -21,7 +27,7 @@ def column(rows: Rows, method: str, labels: int, read_out: str) -> list[float]:
     found = {
         r["seed"]: r[read_out] for r in rows if r["final"] and r["method"] == method and r["labels_per_class"] == labels
     }
-    return [found[seed] for seed in SEEDS]
+    return [found[seed] for seed in seeds(rows)]
 
 
 def better_control(rows: Rows, labels: int) -> tuple[str, list[float]]:
@@ -48,19 +54,9 @@ def _one_table(rows: Rows, labels: int, methods: Sequence[str]) -> str:
     ]
     for method in methods:
         student, finetuned = (column(rows, method, labels, name) for name in READ_OUTS)
-        cells = [ENTRIES[method].title, _spread(student), _spread(finetuned)]
-        cells += ["–", "–"] if method == "none" else _difference(paired_test(student, control))
-        lines.append("| " + " | ".join(cells) + " |")
+        found = ("–", "–") if method == "none" else difference(student, control)
+        lines.append("| " + " | ".join([ENTRIES[method].title, spread(student), spread(finetuned), *found]) + " |")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
-
-
-def _difference(test: PairedTest) -> list[str]:
-    p = "–" if test.p is None else f"{test.p:.2g}"
-    return [f"{100 * test.mean:+.1f}", p]
 
 
 PAIRS = (
@@ -73,35 +69,60 @@ PAIRS = (
     (2, "mpl", "pseudo_labels", "finetuned_test_accuracy"),
     (4, "mpl", "pseudo_labels", "finetuned_test_accuracy"),
 )
-"""The comparisons that the README speaks of beside those of the table: labels a class, two methods, read-out."""
+"""The comparisons that the tables of the methods do not hold: labels a class, two methods, read-out."""
+
+
+def compared(rows: Rows, labels: int, first: str, second: str, read_out: str) -> tuple[str, str]:
+    """The difference of the means in points, and p of the pairs."""
+    return difference(column(rows, first, labels, read_out), column(rows, second, labels, read_out))
 
 
 def pairs(rows: Rows) -> str:
-    """A line per comparison of :data:`PAIRS`: the mean paired difference in points, and p."""
-    lines = []
+    """A row per comparison of :data:`PAIRS`."""
+    lines = ["| student against student | read-out | labels a class | difference | p |", "|---|---|---:|---:|---:|"]
     for labels, first, second, read_out in PAIRS:
-        test = paired_test(column(rows, first, labels, read_out), column(rows, second, labels, read_out))
-        difference, p = _difference(test)
-        lines.append(f"{labels} labels, {read_out}: {first} - {second} = {difference} points, p = {p}")
+        points, p = compared(rows, labels, first, second, read_out)
+        which = "finetuned" if read_out.startswith("finetuned") else "student"
+        titles = f"{ENTRIES[first].title} − {ENTRIES[second].title}"
+        lines.append(f"| {titles} | {which} | {labels} | {points} | {p} |")
     return "\n".join(lines)
 
 
 def note(rows: Rows) -> str:
     """How the numbers came about."""
-    tuning = sum(not r["final"] for r in rows)
+    tuning = [r for r in rows if not r["final"]]
+    tuned_on = len({r["seed"] for r in tuning})
     return (
-        f"Test accuracy in %, mean ± standard deviation over {len(SEEDS)} seeds (400 test images each, drawn anew "
-        f"per seed from the same 1,797); p from a paired t-test, not corrected for the number of rows. "
-        f"{tuning} tuning runs on five other seeds chose among 12 configurations of each method by validation; "
-        f"`unrolled` and `difference` take those of `forward`, whose gradient they compute. "
-        f"`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/{RAW.name}`."
+        f"Test accuracy in %, mean ± standard deviation over {len(seeds(rows))} seeds (400 test images each, drawn "
+        "anew per seed from the same 1,797); differences are of the means as shown, p is from a paired t-test, not "
+        f"corrected for the number of rows. {_selection(rows)} Before, {len(tuning)} runs on {tuned_on} other seeds "
+        "chose one of 12 configurations of each method, by the best checkpoint's accuracy on 197 labelled validation "
+        "images; "
+        "`unrolled` and `difference` take those of `forward`, whose gradient they compute. "
+        "`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/digits_study.jsonl`."
     )
 
 
-def write_readme(readme: Path, rows: Rows) -> None:
+def _selection(rows: Rows) -> str:
+    """What selected the networks that were tested."""
+    if any(r.get("selected", True) for r in rows if r["final"]):
+        return "In every run 197 labelled validation images select the checkpoint, of the finetuned student too."
+    return (
+        f"In these runs nothing is selected: the student is the average of its weights (decay {EMA_DECAY}) after the "
+        "last step, `finetuned` the same after 200 more steps on the labelled images."
+    )
+
+
+def block(rows: Rows) -> str:
+    """What stands in the README: the tables, and how they came about."""
+    return f"{table(rows)}\n\n{pairs(rows)}\n\n{note(rows)}"
+
+
+def write_readme(readme: Path, raw: Path) -> None:
     """Put table and note between the README's markers, and draw the picture beside the raw file."""
-    machine.write_readme(readme, "digits", f"{table(rows)}\n\n{note(rows)}")
-    draw(RAW.with_suffix(".png"), rows)
+    rows = read(raw)
+    machine.write_readme(readme, "digits", block(rows))
+    draw(raw.with_suffix(".png"), rows)
 
 
 def draw(path: Path, rows: Rows) -> None:
@@ -127,7 +148,8 @@ def draw(path: Path, rows: Rows) -> None:
         axes.plot(100 * test.mean, y, "o", color=colour, markersize=7)
     axes.set_yticks(range(len(methods)), [ENTRIES[m].title for m in methods])
     axes.set_xlabel("points of test accuracy above the same loop without feedback (its better read-out)")
-    axes.set_title("Digits, 2 labels a class: mean over 20 paired seeds, 95 % intervals", loc="left", fontsize=12)
+    title = f"Digits, 2 labels a class: mean over {len(seeds(rows))} paired seeds, 95 % intervals"
+    axes.set_title(title, loc="left", fontsize=12)
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

@@ -10,22 +10,21 @@ is not looked at.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import arguments, parsed, results
 
-from metapl.recipes import SGD, Digits, Feedback
+from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.run_folder import environment
 from metapl.trainer import BilevelTrainer
 
 RAW = Path(__file__).parent / "results" / "feedback_size.json"
 STEPS, SEEDS = 1000, (100, 101, 102)
+MINIATURE_STEPS, MINIATURE_SEEDS = 2, (100,)
 SETTINGS: dict[str, dict[str, Any]] = {
     "2 labels, batch 64, 32-32": {},
     "8 labels": {"labels_per_class": 8},
@@ -38,11 +37,11 @@ SIZES: dict[str, tuple[float, ...]] = {
 }
 
 
-def one_run(setting: str, kind: str, size: float, seed: int) -> dict[str, Any]:
+def one_run(setting: str, kind: str, size: float, seed: int, steps: int) -> dict[str, Any]:
     """The student's best validation accuracy."""
     torch.set_num_threads(1)
     recipe = Digits(
-        seed=seed, steps=STEPS, log_every=STEPS, feedback=Feedback(), student=SGD(lr=1.0), **SETTINGS[setting]
+        seed=seed, steps=steps, log_every=steps, feedback=Feedback(), student=Optimizer(lr=1.0), **SETTINGS[setting]
     )
     torch.manual_seed(seed)
     task, teacher, student = recipe.task(), recipe.network(), recipe.network()
@@ -56,7 +55,7 @@ def one_run(setting: str, kind: str, size: float, seed: int) -> dict[str, Any]:
         **{f"feedback_{kind}": size},
     )
     result = trainer.fit(
-        task.labeled, task.unlabeled, steps=STEPS, validation=task.validation, progress=False, log_every=STEPS
+        task.labeled, task.unlabeled, steps=steps, validation=task.validation, progress=False, log_every=steps
     )
     return {"setting": setting, "kind": kind, "size": size, "seed": seed, "validation": result.validation_accuracy}
 
@@ -75,24 +74,29 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def run(out: Path, steps: int, seeds: tuple[int, ...], workers: int) -> None:
+    """Every setting at every size on every seed."""
+    jobs = [
+        (setting, kind, size, seed, steps)
+        for setting in SETTINGS
+        for kind, sizes in SIZES.items()
+        for size in sizes
+        for seed in seeds
+    ]
+    rows = list(results(one_run, jobs, workers))
+    content = {"made_with": environment(), "steps": steps, "seeds": seeds, "rows": rows}
+    out.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="print the table of the committed rows")
-    given = parser.parse_args()
+    parser = arguments(__doc__, RAW)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="print the table of the file's rows and stop")
+    given = parsed(parser)
     if not given.table:
-        jobs = [
-            (setting, kind, size, seed)
-            for setting in SETTINGS
-            for kind, sizes in SIZES.items()
-            for size in sizes
-            for seed in SEEDS
-        ]
-        with ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
-            rows = list(pool.map(one_run, *zip(*jobs, strict=True)))
-        content = {"made_with": environment(), "steps": STEPS, "seeds": SEEDS, "rows": rows}
-        RAW.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(json.loads(RAW.read_text())["rows"]))
+        steps, seeds = (MINIATURE_STEPS, MINIATURE_SEEDS) if given.miniature else (STEPS, SEEDS)
+        run(given.out, steps, seeds, given.workers)
+    print(table(json.loads(given.out.read_text())["rows"]))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,54 @@
-"""What a result was measured on, and the files that it goes to."""
+"""What the benchmarks share: their arguments, what a result was measured on, and the files that it goes to."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import platform
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from metapl.cores import available_cores
+
+
+def arguments(description: str | None, result: Path) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes: where its result goes, and whether it is run in miniature."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=result, metavar="FILE", help="the file of the result")
+    parser.add_argument(
+        "--miniature", action="store_true", help="everything in seconds, to see that it runs; its figures mean nothing"
+    )
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; a miniature may not take the place of the committed result."""
+    given = parser.parse_args()
+    if given.miniature and given.out.resolve() == parser.get_default("out").resolve():
+        parser.error(f"--miniature would write its figures to {given.out}; give it another file by --out FILE")
+    return given
+
+
+def results(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Any]:
+    """The function's value for each tuple of arguments, in their order; one worker is this process."""
+    if workers == 1:
+        yield from (function(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from pool.map(function, *zip(*jobs, strict=True))
+
 
 def described(device: str) -> dict[str, Any]:
     """Hardware and versions, without the names of hosts or folders."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "cpu": _cpu(),
-        "cores": cores,
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

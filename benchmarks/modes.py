@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described, write_json, write_readme
+from machine import arguments, described, parsed, write_json, write_readme
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,7 +42,25 @@ from metapl.feedback import Difference, Estimator
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 LEARNING_RATE = 0.05  # η of the step whose gradient is judged
-RESULT = Path("benchmarks/results/modes.json")
+RESULT = Path(__file__).parent / "results" / "modes.json"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A wide residual network, and the side of its pictures."""
+
+    depth: int
+    widen: int
+    side: int
+
+    def build(self) -> nn.Module:
+        return metapl.models.wide_resnet(self.depth, self.widen)
+
+    def __str__(self) -> str:
+        return f"WRN-{self.depth}-{self.widen}"
+
+
+NETWORK, MINIATURE_NETWORK = Network(28, 2, 32), Network(10, 1, 8)
 
 
 @dataclass(frozen=True)
@@ -126,12 +144,12 @@ def places() -> list[Place]:
 # ------------------------------------------------------------------------------------------------------------ cost
 
 
-def step_of(mode: Mode, place: Place, batch: int) -> tuple[Callable[[], Any], nn.Module, Tensor]:
+def step_of(mode: Mode, place: Place, batch: int, network: Network) -> tuple[Callable[[], Any], nn.Module, Tensor]:
     """One trainer's step on fixed batches, the student, and its batch; one step has been taken."""
     torch.manual_seed(0)
-    teacher, student = (metapl.models.wide_resnet28_2(num_classes=10).to(place.device) for _ in range(2))
-    unlabeled = torch.randn(batch, 3, 32, 32, device=place.device)
-    labeled = torch.randn(batch, 3, 32, 32, device=place.device), torch.arange(batch, device=place.device) % 10
+    teacher, student = (network.build().to(place.device) for _ in range(2))
+    unlabeled = torch.randn(batch, 3, network.side, network.side, device=place.device)
+    labeled = torch.randn_like(unlabeled), torch.arange(batch, device=place.device) % 10
     trainer = metapl.BilevelTrainer(
         teacher,
         student,
@@ -150,9 +168,9 @@ def step_of(mode: Mode, place: Place, batch: int) -> tuple[Callable[[], Any], nn
     return step, student, unlabeled
 
 
-def passes(mode: Mode, place: Place, batch: int = 2) -> float:
+def passes(mode: Mode, place: Place, network: Network) -> float:
     """The FLOPs of one step over those of one forward pass of the student on the same batch."""
-    step, student, unlabeled = step_of(mode, place, batch)
+    step, student, unlabeled = step_of(mode, place, 2, network)
     with FlopCounterMode(display=False) as whole:
         step()
     with FlopCounterMode(display=False) as one, torch.no_grad(), place.active():
@@ -160,9 +178,9 @@ def passes(mode: Mode, place: Place, batch: int = 2) -> float:
     return whole.get_total_flops() / one.get_total_flops()
 
 
-def peak_memory(mode: Mode, place: Place, batch: int) -> int:
+def peak_memory(mode: Mode, place: Place, batch: int, network: Network) -> int:
     """Bytes that one step holds at its fullest, beyond what was held before it."""
-    step, _, _ = step_of(mode, place, batch)
+    step, _, _ = step_of(mode, place, batch, network)
     return held_at_most(step, place)
 
 
@@ -184,10 +202,10 @@ def held_at_most(run: Callable[[], Any], place: Place) -> int:
     return peak
 
 
-def times(place: Place, batch: int, rounds: int) -> dict[str, list[float]]:
+def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, list[float]]:
     """Seconds of one step per mode and round; the modes take turns, so that what else the machine does hits all."""
     found: dict[str, list[float]] = {mode.name: [] for mode in MODES}
-    steps = {mode.name: step_of(mode, place, batch)[0] for mode in MODES}
+    steps = {mode.name: step_of(mode, place, batch, network)[0] for mode in MODES}
     for turn in range(rounds):
         names = list(steps) if turn % 2 == 0 else list(steps)[::-1]
         for name in names:
@@ -241,12 +259,12 @@ def small_classifier(place: Place) -> Subject:
     return _trained("digits, MLP 64-32-10", lambda: metapl.models.mlp([64, 32, 10]), split, place, batch=64, steps=30)
 
 
-def wide_resnet(place: Place) -> Subject:
-    """Digits at 32x32, WRN-28-2, B = 8 unlabelled and 8 labelled images."""
+def wide_resnet(place: Place, network: Network) -> Subject:
+    """Digits, WRN-28-2, B = 8 unlabelled and 8 labelled images."""
     torch.manual_seed(0)
     split = load_digits_split(labels_per_class=20, seed=0)
-    build = metapl.models.wide_resnet28_2
-    return _trained("digits at 32x32, WRN-28-2", build, split, place, batch=8, steps=20, size=32)
+    name = f"digits at {network.side}x{network.side}, {network}"
+    return _trained(name, network.build, split, place, batch=8, steps=20, size=network.side)
 
 
 def _trained(
@@ -308,15 +326,16 @@ def noise(subject: Subject, place: Place, draws: int) -> dict[str, dict[str, Any
 # ------------------------------------------------------------------------------------------------------ the one run
 
 
-def measured(place: Place, arguments: argparse.Namespace) -> dict[str, Any]:
+def measured(place: Place, given: argparse.Namespace) -> dict[str, Any]:
     """Every figure of every mode in one place."""
     print(f"{place.device}, {place.precision}: time", flush=True)
-    seconds = times(place, arguments.batch, arguments.rounds)
+    seconds = times(place, given.batch, given.network, given.rounds)
     print("noise", flush=True)
-    small = noise(small_classifier(place), place, arguments.draws)
-    large = noise(wide_resnet(place), place, arguments.draws_wrn)
+    small = noise(small_classifier(place), place, given.draws)
+    large = noise(wide_resnet(place, given.network), place, given.draws_wrn)
     print("FLOPs and memory", flush=True)
-    cost = {mode.name: (passes(mode, place), peak_memory(mode, place, arguments.memory_batch)) for mode in MODES}
+    flops = {mode.name: passes(mode, place, given.network) for mode in MODES}
+    memory = {mode.name: peak_memory(mode, place, given.memory_batch, given.network) for mode in MODES}
     rows = []
     for mode in MODES:
         here = seconds[mode.name]
@@ -325,13 +344,13 @@ def measured(place: Place, arguments: argparse.Namespace) -> dict[str, Any]:
                 "mode": mode.name,
                 "what": mode.what,
                 "exact": mode.exact,
-                "passes": cost[mode.name][0],
+                "passes": flops[mode.name],
                 "seconds": _spread(here),
                 "time_over_none": _spread([a / b for a, b in zip(here, seconds["none"], strict=True)]),
                 "time_over_forward": _spread([a / b for a, b in zip(here, seconds["forward"], strict=True)]),
-                "peak_bytes": cost[mode.name][1],
-                "memory_over_none": cost[mode.name][1] / cost["none"][1],
-                "memory_over_forward": cost[mode.name][1] / cost["forward"][1],
+                "peak_bytes": memory[mode.name],
+                "memory_over_none": memory[mode.name] / memory["none"],
+                "memory_over_forward": memory[mode.name] / memory["forward"],
                 "gradient_small": small.get(mode.name),
                 "gradient_wrn": large.get(mode.name),
             }
@@ -490,41 +509,48 @@ def _draw_noise(axes: Any, rows: list[dict[str, Any]], colours: list[str]) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULT, help="the JSON file; the picture goes beside it")
+    parser = arguments(__doc__, RESULT)
     parser.add_argument("--batch", type=int, help="images of each kind, for time; default 8, on CUDA 128")
-    parser.add_argument("--rounds", type=int, default=21, help="timed steps per mode")
+    parser.add_argument("--rounds", type=int, help="timed steps per mode; default 21")
     parser.add_argument("--memory-batch", type=int, help="the same for memory; default 32, on CUDA 128")
-    parser.add_argument("--draws", type=int, default=2000, help="draws of labels on the small classifier")
-    parser.add_argument("--draws-wrn", type=int, default=24, help="draws of labels on WRN-28-2")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print the Markdown table of a result and stop")
-    parser.add_argument("--write-readme", type=Path, metavar="README", help="put the table of --out there and stop")
-    parser.add_argument("--draw", action="store_true", help="draw the picture of --out again and stop")
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.table.read_text())))
-    elif arguments.write_readme:
-        write_readme(arguments.write_readme, "modes", table(json.loads(arguments.out.read_text())))
+    parser.add_argument("--draws", type=int, help="draws of labels on the small classifier; default 2000")
+    parser.add_argument("--draws-wrn", type=int, help="draws of labels on WRN-28-2; default 24")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the Markdown table of a result and stop")
+    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="put the table of --out there and stop")
+    parser.add_argument("--draw", action="store_true", help="draw the picture of --out, beside it, again and stop")
+    given = parsed(parser)
+    if given.table:
+        print(table(json.loads(given.table.read_text())))
+    elif given.write_readme:
+        write_readme(given.write_readme, "modes", table(json.loads(given.out.read_text())))
     else:
-        if not arguments.draw:
-            run(arguments)
-        draw(json.loads(arguments.out.read_text()), arguments.out.with_suffix(".png"))
+        if not given.draw:
+            run(given)
+        draw(json.loads(given.out.read_text()), given.out.with_suffix(".png"))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(given: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit\._script")
     where = places()
-    on_cuda = where[0].device == "cuda"
-    arguments.batch = arguments.batch or (128 if on_cuda else 8)
-    arguments.memory_batch = arguments.memory_batch or (128 if on_cuda else 32)
-    sizes = {name: getattr(arguments, name) for name in ("batch", "rounds", "memory_batch", "draws", "draws_wrn")}
+    sizes = default_sizes(where[0].device, given.miniature)
+    sizes |= {name: getattr(given, name) for name in sizes if getattr(given, name) is not None}
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    given = argparse.Namespace(**sizes, network=MINIATURE_NETWORK if given.miniature else NETWORK, out=given.out)
     setup = {**described(where[0].device), "command": f"python benchmarks/modes.py{options}", **sizes}
     start = time.perf_counter()
-    result = {"setup": setup, "runs": [measured(place, arguments) for place in where]}
+    result = {"setup": setup, "runs": [measured(place, given) for place in where]}
     setup["minutes"] = (time.perf_counter() - start) / 60
-    write_json(arguments.out, result)
-    print(table(result))
+    write_json(given.out, result)
+    print(table(json.loads(given.out.read_text())))
+
+
+def default_sizes(device: str, miniature: bool) -> dict[str, int]:
+    """The numbers that were not given."""
+    if miniature:
+        return {"batch": 2, "rounds": 1, "memory_batch": 2, "draws": 2, "draws_wrn": 2}
+    on_cuda = device == "cuda"
+    batches = {"batch": 128 if on_cuda else 8, "rounds": 21, "memory_batch": 128 if on_cuda else 32}
+    return {**batches, "draws": 2000, "draws_wrn": 24}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a whole step costs beside the passes that it cannot do without, and what loading the pictures adds.
 
     python benchmarks/throughput.py                                      # about ten minutes on two cores
+    python benchmarks/throughput.py --small small_cnn                    # its rows alone, into the same result
     python benchmarks/throughput.py --table benchmarks/results/throughput.json
     python benchmarks/throughput.py --write-readme README.md
 
@@ -14,8 +15,9 @@ that what else the machine does hits all of them:
   pass with dual numbers. No optimiser moves anything, no label is drawn, no coefficient made.
 - moves: the steps of the two optimisers alone, by themselves, which every training has on top of its passes.
 - step: ``BilevelTrainer.step`` on the same batches.
-- fed: the same step on batches that are drawn, augmented (crop, mirror, RandAugment) and moved anew each time, by a
-  feed with and without worker processes.
+- fed: the same step on batches that are drawn, augmented and moved anew each time, by a feed with and without worker
+  processes. The large networks are fed by the paper's views (crop, mirror, RandAugment), the small one by views that
+  change whole batches (mirror, affine, colour, hole).
 
 Figures are medians over rounds of the ratios within a round. Peak memory is what a step holds beyond what was held
 before it. With a CUDA device the same is measured on it in float32 (TF32 off) and bf16, compiled and not.
@@ -23,18 +25,17 @@ before it. With a CUDA device the same is measured on it in float32 (TF32 off) a
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described, write_json, write_readme
+from machine import arguments, described, parsed, write_json, write_readme
 from modes import Place, held_at_most, places
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -42,19 +43,25 @@ from torch.nn import functional as F
 
 import metapl
 from metapl.data import (
+    Affine,
     Chain,
+    Color,
+    Flip,
+    Hole,
     ImageLabeledBatches,
     ImageUnlabeledBatches,
     MemoryImages,
     RandAugment,
     StepSampler,
+    View,
     Weak,
     feed,
 )
 from metapl.losses import UDA, CrossEntropy
 
-RESULT = Path("benchmarks/results/throughput.json")
+RESULT = Path(__file__).parent / "results" / "throughput.json"
 MODES = ("reinforce", "forward")
+BATCHED = ", batched views"
 
 
 @dataclass(frozen=True)
@@ -65,17 +72,37 @@ class Subject:
     side: int
     labeled: int
     unlabeled: int
+    batched: bool = False
+    """Whether its views change whole batches, or are the paper's."""
 
     @property
     def examples(self) -> int:
         return self.labeled + self.unlabeled
 
+    def views(self) -> tuple[View, View]:
+        """The weak and the strong one."""
+        if self.batched:
+            weak = Chain((Flip(), Affine(translate=1 / 8, scale=(0.9, 1.1))))
+            affine = Affine(degrees=15, translate=1 / 8, scale=(0.8, 1.2), shear=10, fill="reflect")
+            return weak, Chain((Flip(), affine, Color(0.4, 0.4, 0.4, 0.1), Hole((0.2, 0.5))))
+        moved = Weak(self.side // 8)
+        return moved, Chain((moved, RandAugment(translate=1 / 8, cutout=self.side // 2)))
+
     def __str__(self) -> str:
-        return f"{self.network}, {self.side} px, {self.labeled} + {self.unlabeled}"
+        views = BATCHED if self.batched else ""
+        return f"{self.network}, {self.side} px, {self.labeled} + {self.unlabeled}{views}"
 
 
 CPU_SUBJECTS = (Subject("wide_resnet28_2", 32, 8, 56), Subject("resnet50", 64, 2, 30))
 CUDA_SUBJECTS = (Subject("wide_resnet28_2", 32, 128, 896), Subject("resnet50", 224, 32, 480))
+
+
+MINIATURE_SUBJECTS = (Subject("small_cnn", 16, 2, 6), Subject("small_cnn", 16, 2, 6, batched=True))
+
+
+def small(network: str) -> Subject:
+    """A network whose passes cost little, with the batches of the recipe for pictures."""
+    return Subject(network, 32, 32, 64, batched=True)
 
 
 class Bench:
@@ -154,8 +181,7 @@ class Bench:
         few, many = self.subject.labeled, self.subject.unlabeled
         size = 4 * many
         images = MemoryImages(torch.randint(0, 256, (size, 3, self.subject.side, self.subject.side), dtype=torch.uint8))
-        weak = Weak(self.subject.side // 8)
-        strong = Chain((weak, RandAugment(translate=1 / 8, cutout=self.subject.side // 2)))
+        weak, strong = self.subject.views()
         sources = {
             "labeled": ImageLabeledBatches(images, torch.arange(size) % 10, StepSampler(size, few, seed=0), weak, 0),
             "unlabeled": ImageUnlabeledBatches(images, StepSampler(size, many, seed=1), weak, strong, 0),
@@ -238,30 +264,47 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measured(subjects: Sequence[Subject], rounds: int) -> list[dict[str, Any]]:
+    """Rows for every place, way and mode."""
+    rows = []
+    for place in places():
+        for subject in subjects:
+            for compiled in (False, True) if place.device == "cuda" else (False,):
+                for mode in MODES:
+                    rows.append(measure(subject, mode, place, compiled, rounds))
+                    print(f"{rows[-1]['subject']}, {mode}: {rows[-1]['ratio']}", flush=True)
+    return rows
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result")
-    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there")
-    options = parser.parse_args()
+    parser = arguments(__doc__, RESULT)
+    parser.add_argument("--rounds", type=int, help="in which the four take turns; default 15")
+    parser.add_argument("--small", metavar="NETWORK", help="measure this small network alone, and add it to the result")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
+    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there and stop")
+    options = parsed(parser)
     if options.table:
         print(table(json.loads(options.table.read_text())))
         return
     if options.write_readme:
-        write_readme(options.write_readme, "throughput", table(json.loads(RESULT.read_text())))
+        write_readme(options.write_readme, "throughput", table(json.loads(options.out.read_text())))
         return
-    cuda = torch.cuda.is_available()
-    rows = []
-    for place in places():
-        for subject in CUDA_SUBJECTS if cuda else CPU_SUBJECTS:
-            for compiled in (False, True) if cuda else (False,):
-                for mode in MODES:
-                    rows.append(measure(subject, mode, place, compiled, options.rounds))
-                    print(f"{rows[-1]['subject']}, {mode}: {rows[-1]['ratio']}", flush=True)
-    result = {"made_with": described(places()[0].device), "rows": rows}
+    made_with, kept = described(places()[0].device), []
+    rounds = options.rounds or (1 if options.miniature else 15)
+    if options.miniature:
+        subjects: tuple[Subject, ...] = MINIATURE_SUBJECTS
+    elif options.small:
+        subjects = (small(options.small),)
+        before = json.loads(options.out.read_text()) if options.out.exists() else {"made_with": made_with, "rows": []}
+        if before["made_with"] != made_with:
+            raise SystemExit(f"{options.out} was made with {before['made_with']}, and this is {made_with}; use --out")
+        kept = [row for row in before["rows"] if not row["subject"].endswith(BATCHED)]
+    else:
+        large = CUDA_SUBJECTS if torch.cuda.is_available() else CPU_SUBJECTS
+        subjects = (*large, small("small_cnn"))
+    result = {"made_with": made_with, "rows": kept + measured(subjects, rounds)}
     write_json(options.out, result)
-    print(table(result))
+    print(table(json.loads(options.out.read_text())))
 
 
 if __name__ == "__main__":

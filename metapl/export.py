@@ -1,7 +1,9 @@
-"""A trained network for others: weights that need no metapl, and a card that says what they are.
+"""A trained network for others: files that need no metapl, and a card that says what they are.
 
 model.safetensors   the weights under the names that torchvision or timm give them
-MODEL_CARD.md       recipe, data, metrics, versions, and code that loads the weights
+model.pt2           the whole network as a program of torch.export, which needs torch alone
+model.onnx          the same as ONNX, if wanted
+MODEL_CARD.md       recipe, data, metrics, versions, and code that loads each
 """
 
 from __future__ import annotations
@@ -9,11 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 
 from metapl.atomic import replacing
 from metapl.errors import MetaplError
-from metapl.models import Architecture, Normalized
-
-WEIGHTS, CARD = "model.safetensors", "MODEL_CARD.md"
+from metapl.model_card import CARD, WEIGHTS, Contents, render
+from metapl.models import Architecture, Normalized, normalized
+from metapl.programs import ONNX, PROGRAM, programs
 
 _REQUIRED = ("recipe", "data_hash", "metrics")
 _OPTIONAL = ("title", "classes", "notes")
@@ -37,11 +36,14 @@ class Exported:
     Args:
         weights, card: the files.
         sha256: of the file of weights; the card states it too.
+        program, onnx: the network as programs; None where they were not asked for.
     """
 
     weights: Path
     card: Path
     sha256: str
+    program: Path | None = None
+    onnx: Path | None = None
 
 
 def export(
@@ -50,30 +52,41 @@ def export(
     *,
     card: Mapping[str, Any],
     architecture: Architecture | None = None,
+    shape: Sequence[int] | None = None,
+    onnx: bool = False,
 ) -> Exported:
-    """Write a network's weights and their model card into a folder.
+    """Write a network's weights, the network as a program, and their model card into a folder.
 
     The weights go under the network's own names: wrappers by :func:`metapl.models.normalized` and ``torch.compile`` are
     taken off, so ``torchvision.models.…().load_state_dict(…)`` takes the file as it is. Mean and std of a normalized
-    network, the classes and the architecture stand in the file's metadata and on the card, whose code normalises.
+    network, the classes and the architecture stand in the file's metadata and on the card, whose code normalises. The
+    programs normalise themselves. Before anything is written, each is run where metapl cannot be imported, and its
+    outputs are compared with the network's.
 
     Args:
         model: the network, on any device; it is left as it is.
         path: the folder; made if need be. Files of an earlier export in it are replaced, each whole or not at all, the
-            card last; it states the weights' SHA-256.
+            card last; it states the files' SHA-256.
         card: what the card says: ``recipe`` (a mapping), ``data_hash`` (text, or a mapping of texts), ``metrics`` (a
             mapping from name to number); if wanted ``title``, ``classes`` (their names in the order of the outputs)
             and ``notes`` (text in Markdown).
         architecture: what builds the network; checked against the weights. None, for a network of your own: the card's
             code spells out a plain sequence of layers, such as :func:`metapl.models.mlp` makes, and leaves the building
             of any other to you.
+        shape: (C, H, W) of a picture, for ``model.pt2``: any number of pictures of this size to logits, loaded by
+            ``torch.export.load``. None: no program is written.
+        onnx: ``model.onnx`` too, which needs ``pip install 'metapl[onnx]'``.
 
     Returns:
         The files. The same network and card give the same bytes, with the same versions of the packages.
 
+    Cost: with ``shape``, about 10 seconds and a copy of the network; see :func:`metapl.programs.programs`.
+
     Raises:
         MetaplError: a card with a part missing or unknown, weights that are not finite or not of ``architecture``, a
-            number of classes that is not that of the network, a folder that cannot be written.
+            number of classes that is not that of the network, a network that torch.export cannot export or whose
+            program gives something else, a package that is not installed, a folder that cannot be written, or one with
+            a program of an earlier export that this one would not replace.
 
     >>> import tempfile
     >>> from metapl.models import create
@@ -83,22 +96,27 @@ def export(
     >>> written.weights.name, written.card.name
     ('model.safetensors', 'MODEL_CARD.md')
     """
+    folder = Path(path)
     _check_card(card, architecture)
+    _check_folder(folder, shape, onnx)
     module, normalization = _unwrapped(model)
     state = module.state_dict()
     _check_weights(state, architecture)
-    content = _safetensors(state, _metadata(architecture, normalization, card.get("classes")))
-    digest = hashlib.sha256(content).hexdigest()
-    text = _render(card, architecture, normalization, module, digest)
-    folder = Path(path)
+    files = {WEIGHTS: _safetensors(state, _metadata(architecture, normalization, card.get("classes")))}
+    if shape is not None:
+        whole = module if normalization is None else normalized(module, **normalization)
+        files |= programs(whole, shape, onnx)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files[CARD] = render(card, Contents(module, normalization, architecture, digests)).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in ((WEIGHTS, content), (CARD, text.encode())):
+        for name, data in files.items():
             with replacing(folder / name) as file:
                 file.write(data)
     except OSError as error:
         raise MetaplError(f"{folder} could not be written: {error.strerror or error}.") from error
-    return Exported(folder / WEIGHTS, folder / CARD, digest)
+    program, as_onnx = (folder / name if name in files else None for name in (PROGRAM, ONNX))
+    return Exported(folder / WEIGHTS, folder / CARD, digests[WEIGHTS], program, as_onnx)
 
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, dict[str, list[float]] | None]:
@@ -139,6 +157,20 @@ def _check_card(card: Mapping[str, Any], architecture: Architecture | None) -> N
         )
 
 
+def _check_folder(folder: Path, shape: Sequence[int] | None, onnx: bool) -> None:
+    """Refuse what could not be written, and to leave a program beside weights that are not its own."""
+    if folder.exists() and not folder.is_dir():
+        raise MetaplError(f"{folder} could not be written: it is a file; expected a folder.")
+    if onnx and shape is None:
+        raise MetaplError("onnx=True was given without shape; expected the shape of a picture too: shape=(3, 32, 32).")
+    for name, replaced, how in ((PROGRAM, shape is not None, "give shape"), (ONNX, onnx, "export ONNX too (--onnx)")):
+        if not replaced and (folder / name).exists():
+            raise MetaplError(
+                f"{folder / name} is of another export and would stand beside weights that are not its own; {how}, "
+                "remove the file, or take another folder."
+            )
+
+
 def _check_weights(state: Mapping[str, Tensor], architecture: Architecture | None) -> None:
     bad = [name for name, t in state.items() if not t.isfinite().all()]
     if bad:
@@ -177,132 +209,3 @@ def _safetensors(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> by
     # One entry, for safetensors writes several in an order that changes from call to call.
     data: bytes = save(plain, {"metapl": json.dumps(metadata, sort_keys=True)})
     return data
-
-
-# -------------------------------------------------------------------------------------------------------------- card
-
-
-def _render(
-    card: Mapping[str, Any],
-    architecture: Architecture | None,
-    normalization: Mapping[str, list[float]] | None,
-    module: nn.Module,
-    digest: str,
-) -> str:
-    building = _building(module, architecture)
-    name = "A network" if architecture is None else architecture.name
-    sections = [
-        f"# {card.get('title') or name}",
-        _summary(card, architecture, normalization, _counts(module), digest),
-        f"## Loading it\n\n{_how(building)}\n\n```python\n{_loading(building, normalization)}\n```",
-        f"## Metrics\n\n{_table('metric', card['metrics'])}",
-        f"## Data\n\n{_data(card['data_hash'])}",
-        f"## Recipe\n\n```json\n{json.dumps(card['recipe'], indent=2, sort_keys=True, default=str)}\n```",
-        f"## Versions\n\n{_table('package', _versions(architecture))}",
-    ]
-    if card.get("notes"):
-        sections.append(f"## Notes\n\n{card['notes']}")
-    return "\n\n".join(sections) + "\n"
-
-
-def _summary(
-    card: Mapping[str, Any],
-    architecture: Architecture | None,
-    normalization: Mapping[str, list[float]] | None,
-    counts: str,
-    digest: str,
-) -> str:
-    lines = ["A classifier trained with metapl.", ""]
-    if architecture is not None:
-        a = architecture
-        size = "" if a.image_size is None else f" of {a.image_size}x{a.image_size} pixels"
-        lines.append(f"- Network: `{a.name}`, pictures{size} with {a.in_channels} channels, {a.num_classes} classes")
-    lines.append(f"- Weights: {counts}; `{WEIGHTS}`, SHA-256 `{digest}`")
-    if normalization is not None:
-        lines.append(
-            "- Normalisation: (x - mean) / std per channel of pictures in [0, 1], "
-            f"mean {normalization['mean']}, std {normalization['std']}"
-        )
-    else:
-        lines.append("- Normalisation: none; the network takes pictures in the range that it was trained on")
-    if card.get("classes") is not None:
-        lines.append(f"- Classes, in the order of the outputs: {', '.join(map(str, card['classes']))}")
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Building:
-    """The code that builds a network as ``model``, and the package that it needs; None for code that is not known."""
-
-    code: str
-    library: str | None
-
-
-def _building(module: nn.Module, architecture: Architecture | None) -> _Building:
-    if architecture is not None:
-        return _Building(architecture.code(), architecture.library)
-    if type(module) is nn.Sequential and all(type(layer) in _SPELLED for layer in module):
-        layers = "".join(f"    torch.nn.{layer},\n" for layer in module)
-        return _Building(f"model = torch.nn.Sequential(\n{layers})", "torch")
-    return _Building("model = build_network()", None)
-
-
-_SPELLED = (nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout)
-"""Layers whose text is the code that makes them."""
-
-
-def _how(building: _Building) -> str:
-    library = building.library
-    if library is None:
-        return "`build_network()` stands for the code that builds the network."
-    without = "; metapl itself is not needed" * (library != "metapl")
-    return f"This needs {library} and safetensors{without}."
-
-
-def _loading(building: _Building, normalization: Mapping[str, list[float]] | None) -> str:
-    library = building.library
-    imports = {"import torch", "from safetensors.torch import load_file"}
-    imports |= {{"metapl": "import metapl.models"}.get(library, f"import {library}")} if library else set()
-    lines = sorted(imports, key=lambda line: (line.startswith("from"), line))
-    lines += ["", building.code, f'model.load_state_dict(load_file("{WEIGHTS}"))', "model.eval()"]
-    lines += ["", "", "def predict(images):"]
-    if normalization is None:
-        lines += ['    """Class probabilities (B, K) of pictures (B, C, H, W) in the range of the training."""']
-    else:
-        lines += [
-            '    """Class probabilities (B, K) of pictures (B, C, H, W) in [0, 1]."""',
-            f"    mean = torch.tensor({normalization['mean']}).view(-1, 1, 1)",
-            f"    std = torch.tensor({normalization['std']}).view(-1, 1, 1)",
-            "    images = (images - mean) / std",
-        ]
-    lines += ["    with torch.inference_mode():", "        return model(images).softmax(dim=1)"]
-    return "\n".join(lines)
-
-
-def _data(data_hash: Any) -> str:
-    return _table("part", data_hash) if isinstance(data_hash, Mapping) else f"Hash of the data: `{data_hash}`"
-
-
-def _table(head: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items()]
-    return "\n".join([f"| {head} | value |", "|---|---|", *rows])
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _counts(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()):,} parameters"
-
-
-def _versions(architecture: Architecture | None) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    wanted = ["metapl", "torch", "safetensors"]
-    if architecture is not None and architecture.library not in wanted:
-        wanted.append(architecture.library)
-    for package in wanted:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

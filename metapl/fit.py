@@ -61,7 +61,7 @@ class Loop(Stepwise):
             out: a folder for metrics, TensorBoard events and checkpoints.
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
                 phase is refused.
-            progress: draw a progress bar on standard error, where that is a terminal.
+            progress: show on standard error how far it is: a bar on a terminal, else a line for each validation.
             say: where messages go; default: standard error.
             callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded (see
                 ``log_every`` and ``validate_every``): the number of steps done, the numbers of that row, and this

@@ -61,30 +61,60 @@ class UDA:
     r"""Consistency: the strong view should get the weak view's (sharpened, confident) prediction.
 
     .. math:: \frac{\lambda_t}{B}\sum_i \mathbb 1[\max_k p_{ik} > \beta]\;
-              \mathrm{CE}\big(\mathrm{softmax}(\mathrm{sg}\,T(x_i)/\tau),\ T(x_i^{strong})\big), \quad
+              \mathrm{CE}\big(\mathrm{sg}\ p_i^{1/\tau} / \textstyle\sum_k p_{ik}^{1/\tau},\ T(x_i^{strong})\big), \quad
               p = \mathrm{softmax}\,T(x)
 
+    With ``align``, p_ik is first divided by its mean over the batch, to the power of ``align``, and normalised again:
+    the labels of a batch are then spread more evenly over the classes than the network would spread them.
+
     Args:
-        temperature: τ; below 1 sharpens the target.
+        temperature: τ, 0 or more; below 1 sharpens the target, 0 is the most probable class alone.
         threshold: β in [0, 1): examples whose greatest probability (at τ = 1) does not exceed it are left out.
         weight: λ.
         ramp: steps over which λ_t grows linearly from 0 to λ; 0 is from the start.
+        start: steps before that; until then there is no pass, which makes these steps cheap.
+        align: the power, in [0, 1]: 0 leaves p as it is, 1 makes all classes as frequent in the mean over the batch.
 
     Needs: unlabelled batches that are pairs (weak, strong). The weak pass of the signal is used again; where there is
     none, it is made here, without a graph.
-    Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); the other settings as the authors' code has them.
+    Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); the other settings as the authors' code has them. FixMatch is
+    τ = 0 and β = 0.95 (arXiv:2001.07685, eq. 4); the alignment is ReMixMatch's (arXiv:1911.09785, section 3.1) with
+    the batch's own mean and an even prior.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    >>> UDA(align=1.0).target(logits)  # both look like the first class, so neither does
+    tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]])
     """
 
     temperature: float = 1.0
     threshold: float = 0.0
     weight: float = 1.0
     ramp: int = 0
+    align: float = 0.0
+    start: int = 0
 
     name: ClassVar[str] = "uda"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or not 0 <= self.threshold < 1 or self.ramp < 0:
-            raise MetaplError(f"{self}: expected temperature > 0, threshold in [0, 1) and ramp >= 0 steps.")
+        if not self.temperature >= 0 or not 0 <= self.threshold < 1 or not 0 <= self.align <= 1:
+            raise MetaplError(f"{self}: expected temperature >= 0, threshold in [0, 1) and align in [0, 1].")
+        if self.ramp < 0 or self.start < 0:
+            raise MetaplError(f"{self}: expected ramp and start of 0 or more steps.")
+
+    def target(self, logits: Tensor) -> Tensor:
+        """(B, C) class probabilities that the strong view should get, 0 for examples that are left out.
+
+        Args:
+            logits: (B, C), of the weak view.
+        """
+        log_p = F.log_softmax(logits, -1)
+        if self.align:
+            log_p = F.log_softmax(log_p - self.align * log_p.exp().mean(0).log(), -1)
+        p = log_p.exp()
+        confident = p.amax(-1, keepdim=True) > self.threshold
+        sharp = F.softmax(log_p / self.temperature, -1) if self.temperature else F.one_hot(p.argmax(-1), p.shape[-1])
+        return sharp.to(p.dtype) * confident
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         pair = views(unlabeled)
@@ -93,13 +123,13 @@ class UDA:
                 "UDA was given one view of the unlabelled batch; expected unlabeled=(weak, strong), or teacher_losses "
                 "without UDA."
             )
+        if step < self.start:
+            nothing: Tensor = pair[1].new_zeros(())
+            return nothing
         weak = signal.outputs
         if weak is None:
             with torch.no_grad():
                 weak = checks.logits(teacher(pair[0]), "network")
-        weak = wide(weak.detach())
-        target = F.softmax(weak / self.temperature, -1)
-        confident = F.softmax(weak, -1).amax(-1) > self.threshold
-        losses = F.cross_entropy(wide(teacher(pair[1])), target, reduction="none")
-        ramped = self.weight * min(1.0, step / self.ramp) if self.ramp else self.weight
-        return ramped * (losses * confident).mean()
+        losses: Tensor = F.cross_entropy(wide(teacher(pair[1])), self.target(wide(weak.detach())), reduction="none")
+        ramped = self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
+        return ramped * losses.mean()

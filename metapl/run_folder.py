@@ -6,7 +6,7 @@ split.json            which examples are labelled, unlabelled, held out, where t
 metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
 tensorboard/<phase>/  the same for TensorBoard
 checkpoints/<phase>/  whole checkpoints only
-student.safetensors   the best student by validation
+student.safetensors   the student; finetuned_student.safetensors and teacher.safetensors likewise
 pictures.safetensors  the pictures of the report
 report.png            curves, confusion matrix, quality of the pseudo-labels, pictures
 skipped.jsonl         the files that could not be read, where there are any
@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -32,13 +33,26 @@ from torch import Tensor
 
 from metapl.atomic import replacing
 from metapl.checkpoint import CheckpointFolder
+from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
 
-FORMAT = 1
+FORMAT = 2
 """The layout of run folders that this version writes and reads."""
 
 SPEED_ALONE = ("num_workers",)
 """Fields of recipes in which the parts of a run may differ: they change nothing but speed."""
+
+
+WEIGHTS = {
+    "student": "student.safetensors",
+    "finetuned": "finetuned_student.safetensors",
+    "teacher": "teacher.safetensors",
+}
+
+
+def weights_file(network: str) -> str:
+    """The file of a network's weights in a run folder: of the student, the student finetuned or the teacher."""
+    return WEIGHTS[network]
 
 
 class RunFolder:
@@ -74,12 +88,21 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-        """:meth:`start`, and hold the folder against other processes until the block ends or the process dies."""
+        """:meth:`start`, and hold the folder against other processes until the block ends or the process dies.
+
+        A new run that is refused in the block before it has begun to train leaves nothing behind.
+        """
+        beginning = None if self.exists else _Beginning.of(self.path)
         self.start(recipe, resume=resume)
         with (self.path / ".lock").open("w") as lock:
             _close_in_forks(lock)
             _lock(lock, self.path)
-            yield
+            try:
+                yield
+            except MetaplError:
+                if beginning is not None:
+                    beginning.undo()
+                raise
 
     def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
         if not resume:
@@ -90,13 +113,22 @@ class RunFolder:
             what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
             raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
 
+    def threads(self) -> int:
+        """Threads of the linear algebra that the run in the folder was started with; for a new one, the default.
+
+        Whoever goes on with a run, or looks at it again, takes as many: rounding depends on their number.
+        """
+        begun = self.read_json("recipe.json").get("made_with", {}) if self.exists else {}
+        return int(begun.get("threads") or default_threads())
+
     def recipe(self) -> dict[str, Any]:
         """The recipe of the run in the folder."""
         found = self.read_json("recipe.json")
         if found.get("format") != FORMAT:
+            made = found.get("made_with", {}).get("metapl", "?")
             raise MetaplError(
                 f"{self.path} was written in run format {found.get('format')!r}; this metapl {version('metapl')} reads "
-                f"format {FORMAT}. Use the version that wrote it: {found.get('made_with', {}).get('metapl', '?')}."
+                f"format {FORMAT}. Train again, or use the version that wrote it: {made}."
             )
         recipe: dict[str, Any] = found["recipe"]
         return recipe
@@ -141,6 +173,43 @@ class RunFolder:
         except Exception as error:  # safetensors raises its own types, and OSError
             raise MetaplError(f"{file} cannot be read: {error}.") from error
         return weights
+
+
+BEFORE_TRAINING = ("recipe.json", ".lock", "data.json", "split.json", "skipped.jsonl")
+"""What a run writes before its first step."""
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What stood where a run is about to start, so that only what the run made is taken back.
+
+    Args:
+        path: the run's folder.
+        there: names in it; none where there was no folder.
+        made: the folders that have to be made for it, the innermost first.
+    """
+
+    path: Path
+    there: frozenset[str]
+    made: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> _Beginning:
+        there = frozenset(os.listdir(path)) if path.is_dir() else frozenset()
+        return cls(path, there, tuple(one for one in (path, *path.parents) if not one.exists()))
+
+    def undo(self) -> None:
+        """Remove the run's files and folders, unless it has begun to train: then they are worth keeping."""
+        new = set(os.listdir(self.path)) - self.there
+        if not new <= set(BEFORE_TRAINING):
+            return
+        for name in new:
+            (self.path / name).unlink()
+        for folder in self.made:
+            try:
+                folder.rmdir()
+            except OSError:  # another run is in it by now
+                return
 
 
 class Metrics:
@@ -244,7 +313,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": _processor(),
-        "cpus": os.cpu_count(),
+        "cpus": available_cores(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
     }
 

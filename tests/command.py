@@ -76,12 +76,13 @@ print(json.dumps([best.indices.tolist(), best.values.tolist()]))
 """
 
 
-def loaded_elsewhere(exported: Path, images: str) -> list[tuple[int, float]]:
+def loaded_elsewhere(exported: Path, images: str, file: str = "model.pt2") -> list[tuple[int, float]]:
     """What the code of a model card, run in a fresh process without metapl, takes pictures for, and how surely.
 
-    ``images`` is Python for these, (B, C, H, W).
+    ``images`` is Python for these, (B, C, H, W); ``file`` is what the code loads.
     """
-    (code,) = re.findall(r"```python\n(.*?)```", (exported / "MODEL_CARD.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (exported / "MODEL_CARD.md").read_text(), flags=re.DOTALL)
+    (code,) = (block for block in blocks if f'"{file}"' in block)
     command = [sys.executable, "-c", ELSEWHERE.format(code=json.dumps(code), images=images)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(command, cwd=exported, env=environment, capture_output=True, text=True, check=False)

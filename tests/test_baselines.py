@@ -16,7 +16,7 @@ from metapl import UDA, CrossEntropy, MetaplError
 from metapl.baselines import LossTrainer
 from metapl.feedback import Altered, Forward, ReinforcePerExample
 from metapl.fit import Loop
-from metapl.recipes import SGD, Digits, Feedback
+from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, Experiment
 from metapl.run_folder import RunFolder
 
@@ -30,7 +30,7 @@ TINY = Digits(
     log_every=1,
     save_every=3,
     dropout=0.2,
-    student=SGD(lr=0.3, momentum=0.5),
+    student=Optimizer(lr=0.3, momentum=0.5),
 )
 
 

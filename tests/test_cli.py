@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -28,8 +29,10 @@ from sklearn.datasets import load_digits
 from metapl.cli import COMMANDS, main
 from metapl.data.files import csv_rows, gray_image
 from metapl.errors import MetaplError
-from metapl.recipes import Digits
+from metapl.evaluate import interval
+from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
+from metapl.run_folder import weights_file
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
 
@@ -69,6 +72,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         csv.writer(file).writerows([[f"pixel {i}" for i in range(64)], *digits.data[:10].tolist()])
     (folder / "notes.txt").write_text("not to be read")
     return folder
+
+
+def delivered(run: Path) -> Path:
+    """The weights that the commands take."""
+    return run / weights_file(result(run)["delivered"])
 
 
 # ------------------------------------------------------------------------------------------------------------ the help
@@ -111,14 +119,66 @@ def test_evaluate_gives_the_number_on_record_again(trained: Path, capsys: pytest
     found = json.loads(said(capsys, "evaluate", trained, "--json"))
     assert found["accuracy"] == found["recorded_accuracy"] == recorded["test_accuracy"]
     assert {name: found[name] for name in recorded["evaluation"]} == recorded["evaluation"]
-    found = json.loads(said(capsys, "evaluate", trained, "--json", "--finetuned"))
-    assert found["accuracy"] == found["recorded_accuracy"] == recorded["finetuned_test_accuracy"]
+    assert "delivered by validation" in text
+    assert (found["network"], found["measured_on"]) == (recorded["delivered"], "test")
+    for name in ("student", "finetuned", "teacher"):
+        found = json.loads(said(capsys, "evaluate", trained, "--json", "--network", name))
+        assert found["accuracy"] == found["recorded_accuracy"] == recorded[f"{name}_test_accuracy"]
+        assert (found["network"], found["weights"]) == (name, weights_file(name))
 
 
 def test_evaluate_says_so_when_the_number_is_another(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = {name: torch.zeros_like(value) for name, value in load_file(run / "student.safetensors").items()}
-    save_file(weights, run / "student.safetensors")
+    weights = {name: torch.zeros_like(value) for name, value in load_file(delivered(run)).items()}
+    save_file(weights, delivered(run))
     assert f"but {result(run)['test_accuracy']:.2%} in result.json" in said(capsys, "evaluate", run)
+
+
+def test_an_accuracy_stands_beside_what_it_takes_to_judge_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, found = said(capsys, "evaluate", trained), json.loads(said(capsys, "evaluate", trained, "--json"))
+    low, high = interval(round(400 * found["accuracy"]), 400)
+    assert found["interval"] == [low, high]
+    assert f"95 % interval               {low:.2%} to {high:.2%}" in text.splitlines()
+    assert found["chance"] == 0.1
+    frequent = max(map(sum, found["confusion"])) / 400
+    assert found["most_frequent_class"] == frequent
+    line = f"chance level                10.00%; always the most frequent class: {frequent:.2%}"
+    assert line in text.splitlines()
+    assert max(map(len, text.splitlines()[1:])) <= 80  # the first line names the run
+
+
+def test_evaluate_measures_on_another_folder(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    truth = {}
+    for index, digit in enumerate(load_digits().images[:40]):
+        label = int(load_digits().target[index])
+        if label != 7:
+            (other / str(label)).mkdir(parents=True, exist_ok=True)
+            truth[f"{other}/{label}/{index}.png"] = str(label)
+            Image.fromarray((digit * 255 / 16).round().astype("uint8")).save(other / str(label) / f"{index}.png")
+    taken = {row["file"]: row["class"] for row in rows(said(capsys, "predict", trained, other))}
+    right = sum(taken[file] == label for file, label in truth.items())
+    found = json.loads(said(capsys, "evaluate", trained, "--test", other, "--json"))
+    assert (found["n"], found["accuracy"]) == (len(truth), right / len(truth))
+    assert (found["test"], found["missing_classes"], found["per_class"][7]) == (str(other), ["7"], None)
+    assert "recorded_accuracy" not in found
+    (other / "3" / "torn.png").write_bytes(b"")
+    (other / "7").mkdir()
+    (other / "nothing here").mkdir()
+    finished = metapl("evaluate", trained, "--test", other, code=1)
+    assert f"\non {other}\n" in finished.stdout
+    assert f"test accuracy               {right / len(truth):.2%} of {len(truth)}\n" in finished.stdout
+    assert f"metapl: note: {other} has no picture of 7: nothing is measured there.\n" in finished.stderr
+    assert f"{other}/3/torn.png" in finished.stderr
+    assert "metapl: 1 file left out" in finished.stderr
+    (other / "ten").mkdir()
+    shutil.copy(pictures / "more" / "0.png", other / "ten")
+    words = refused(capsys, "evaluate", trained, "--test", other)
+    assert f"{other} has pictures of ten, which the run does not know" in words
+    assert "its classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in words
+    assert "does not exist" in refused(capsys, "evaluate", trained, "--test", tmp_path / "none")
+    assert "expected one folder a class" in refused(capsys, "evaluate", trained, "--test", pictures / "more")
 
 
 def test_evaluate_takes_the_student_that_a_comparison_delivers(
@@ -127,7 +187,7 @@ def test_evaluate_takes_the_student_that_a_comparison_delivers(
     found = json.loads(said(capsys, "evaluate", compared, "--json"))
     delivered = result(compared / found["method"] / f"seed-{found['seed']}")
     assert found["accuracy"] == found["recorded_accuracy"] == delivered["test_accuracy"]
-    assert (found["method"], found["seed"]) == ("mpl", result(compared)["seed"])
+    assert (found["method"], found["seed"]) == (result(compared)["method"], result(compared)["seed"])
 
 
 def test_predict_takes_images_and_tables_for_the_same(trained: Path, pictures: Path) -> None:
@@ -146,7 +206,7 @@ def test_predict_agrees_with_the_network(trained: Path, pictures: Path, capsys: 
     network.load_state_dict(load_file(trained / "finetuned_student.safetensors"))
     images = torch.tensor(load_digits().images[:10], dtype=torch.float32)[:, None] / 16
     probability, index = network(images).softmax(dim=1).max(dim=1)
-    found = rows(said(capsys, "predict", trained, pictures / "a, b.csv", "--finetuned"))
+    found = rows(said(capsys, "predict", trained, pictures / "a, b.csv", "--network", "finetuned"))
     assert [int(row["class"]) for row in found] == index.tolist()
     assert [float(row["probability"]) for row in found] == pytest.approx(probability.tolist(), abs=2e-6)
 
@@ -177,41 +237,116 @@ def test_predict_refuses_what_is_not_there_before_it_writes(
     assert "a name that ends with .png" in refused(capsys, "predict", trained, image, "--grid", tmp_path / "grid.jpg")
 
 
-def test_predict_draws_what_it_saw_and_does_not_read_the_drawing(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_network_that_a_run_does_not_have_is_refused_with_those_it_has(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inputs, drawn = Path(shutil.copytree(pictures, tmp_path / "inputs")), []
+    (run / "teacher.safetensors").unlink()
+    for command, *more in (
+        ("evaluate",),
+        ("predict", pictures / "a, b.csv"),
+        ("export", "--out", tmp_path / "out"),
+    ):
+        line = refused(capsys, command, run, *more, "--network", "teacher")
+        assert f"--network teacher: {run} has no teacher.safetensors" in line
+        assert "expected one of its networks: student, finetuned." in line
+    assert not (tmp_path / "out").exists()
 
-    def draw(path: Path, gallery: Gallery, *, total: int) -> None:
-        drawn.append((gallery, total))
-        draw_grid(path, gallery, total=total)
 
-    monkeypatch.setattr("metapl.cli.predict.draw_grid", draw)
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Gallery]]]:
+    """The notes and groups of the grids that were drawn."""
+    found = []
+
+    def draw(path: Path, title: str, note: str, groups: list[Gallery]) -> None:
+        found.append((note, groups))
+        draw_grid(path, title, note, groups)
+
+    monkeypatch.setattr("metapl.cli.prediction_grid.draw_grid", draw)
+    return found
+
+
+def test_predict_draws_what_it_saw_and_does_not_read_the_drawing(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
+) -> None:
+    inputs = Path(shutil.copytree(pictures, tmp_path / "inputs"))
     found = said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png")
-    (gallery, total), predicted = drawn[0], rows(found)
-    assert total == len(gallery) == len(predicted) == 20
-    for row, caption in zip(predicted, gallery.captions, strict=True):
-        assert caption == f"{row['class']}  {float(row['probability']):.0%}\n{Path(row['file']).name}"
-    torch.testing.assert_close(gallery.pictures[:10, 0], torch.tensor(load_digits().images[:10]).float() / 16)
+    ((note, groups),), predicted = drawn, rows(found)
+    assert "; 20 pictures, " in note
+    captions = {(group.title, caption) for group in groups for caption in group.captions}
+    assert captions == {
+        (row["class"], f"{float(row['probability']):.1%}\n{Path(row['file']).name}") for row in predicted
+    }
+    assert [group.title for group in groups] == sorted({row["class"] for row in predicted})
+    assert f"{len(groups)} of 10 classes predicted" in note
+    seen = {tuple(picture.flatten().tolist()) for group in groups for picture in group.pictures}
+    digits = torch.tensor(load_digits().images[:10]).float() / 16
+    assert {tuple((255 * digit).round().to(torch.uint8).flatten().tolist()) for digit in digits} <= seen
     with Image.open(inputs / "grid.png") as image:
         assert min(image.size) > 300
     assert said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png") == found
 
 
-def test_a_grid_shows_the_first_64_and_says_of_how_many(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_grid_shows_the_extremes_of_every_class(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
 ) -> None:
-    drawn = []
-    monkeypatch.setattr("metapl.cli.predict.draw_grid", lambda *given, **named: drawn.append((*given, named)))
-    numpy.savetxt(tmp_path / "x.csv", load_digits().data[:70], delimiter=",")
+    numpy.savetxt(tmp_path / "x.csv", load_digits().data[:300], delimiter=",")
     grid, out = tmp_path / "grid.png", tmp_path / "out.csv"
     text = said(capsys, "predict", trained, tmp_path / "x.csv", "--grid", grid, "--out", out)
-    assert text == f"70 predictions in {out}\n"
-    ((path, gallery, named),) = drawn
-    assert (path, len(gallery), named) == (grid, 64, {"total": 70})
+    assert text == f"300 predictions in {out}\n"
+    ((note, groups),), predicted = drawn, rows(out.read_text())
+    of = {
+        name: [float(row["probability"]) for row in predicted if row["class"] == name] for name in map(str, range(10))
+    }
+    assert [group.title for group in groups] == [name for name in of if of[name]]
+    assert max(map(len, of.values())) > 8
+    assert "of a class with more than 8: the 4 most and the 4 least probable" in note
+    for group in groups:
+        ranked = sorted(of[group.title], reverse=True)
+        expected = ranked if len(ranked) <= 8 else ranked[:4] + ranked[-4:]
+        assert [caption.partition("%")[0] for caption in group.captions] == [f"{100 * p:.1f}" for p in expected]
+        assert group.note == f"{len(ranked)} picture{'s' if len(ranked) != 1 else ''}"
     (tmp_path / "torn.png").write_bytes(b"")
     said(capsys, "predict", trained, tmp_path / "torn.png", "--grid", grid, code=1)
     assert len(drawn) == 1
+
+
+def test_predict_gives_more_classes_and_all_probabilities(
+    trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pictures / "a, b.csv"
+    plain = rows(said(capsys, "predict", trained, table))
+    found = rows(said(capsys, "predict", trained, table, "--top", "3", "--probabilities"))
+    more = ["class_2", "probability_2", "class_3", "probability_3"]
+    assert list(found[0]) == ["file", "class", "probability", *more, *(f"p({digit})" for digit in range(10))]
+    for row, before in zip(found, plain, strict=True):
+        assert row.items() >= before.items()
+        shares = {str(digit): float(row[f"p({digit})"]) for digit in range(10)}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        ranked = sorted(shares.values(), reverse=True)
+        for which, share in zip(("", "_2", "_3"), ranked, strict=False):
+            assert shares[row[f"class{which}"]] == float(row[f"probability{which}"]) == share
+    for wrong in ("0", "11"):
+        words = refused(capsys, "predict", trained, table, "--top", wrong)
+        assert f"--top {wrong} was given; expected 1 to 10" in words
+
+
+def test_a_diverged_network_names_the_files(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(delivered(run))
+    last = list(weights)[-1]
+    save_file({**weights, last: torch.full_like(weights[last], torch.nan)}, delivered(run))
+    out, shown = tmp_path / "out.csv", [f"{pictures}/more/{index}.png" for index in range(5)]
+    words = refused(capsys, "predict", run, pictures / "more", "--out", out)
+    assert f"outputs are not finite for {', '.join(shown)} and 5 more" in words
+    assert not out.exists()
+    for index in range(2):
+        (tmp_path / "other" / str(index)).mkdir(parents=True)
+        shutil.copy(pictures / "more" / f"{index}.png", tmp_path / "other" / str(index) / "x.png")
+    words = refused(capsys, "evaluate", run, "--test", tmp_path / "other")
+    assert words.endswith("\n")
+    assert "not finite for 0/x.png, 1/x.png; " in words
+    assert "not finite" in refused(capsys, "evaluate", run)  # where they have no names
 
 
 def test_a_reader_that_goes_away_ends_predict_quietly(trained: Path, pictures: Path) -> None:
@@ -243,9 +378,30 @@ def test_finetune_with_options_replaces_the_finetuned_student_alone(
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert changed == {"finetuned_student.safetensors", "metrics.jsonl", "report.png", "result.json"}
     assert result(run)["finetuned_with"] == {"steps": 30, "lr": 0.1}
-    assert result(run)["test_accuracy"] == json.loads(before["result.json"])["test_accuracy"]
-    found = json.loads(said(capsys, "evaluate", run, "--json", "--finetuned"))
-    assert found["accuracy"] == found["recorded_accuracy"]
+    for name in ("student", "teacher"):
+        assert result(run)[f"{name}_test_accuracy"] == json.loads(before["result.json"])[f"{name}_test_accuracy"]
+    for name in ("finetuned", "delivered"):
+        found = json.loads(said(capsys, "evaluate", run, "--json", "--network", name))
+        assert found["accuracy"] == found["recorded_accuracy"]
+    assert {name: found[name] for name in result(run)["evaluation"]} == result(run)["evaluation"]
+
+
+def test_finetuning_can_change_which_network_is_delivered(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By validation, as in training; what is said of the delivered one follows."""
+    # As if nothing but what is finetuned anew were any good, and then as if all else were better.
+    for recorded, expected in ((0.0, "finetuned"), (1.0, "student")):
+        edit(
+            run / "result.json",
+            lambda content, to=recorded: content.update(
+                student_validation_accuracy=to, teacher_validation_accuracy=to / 2
+            ),
+        )
+        text = said(capsys, "finetune", run, "--steps", "5", "--lr", "0.01")
+        found = result(run)
+        assert found["delivered"] == expected
+        assert f"delivered: {expected} (by validation" in text
+        assert found["test_accuracy"] == found["evaluation"]["accuracy"] == found[f"{expected}_test_accuracy"]
+        assert found["validation_accuracy"] == found[f"{expected}_validation_accuracy"]
 
 
 def test_finetune_that_is_stopped_leaves_the_run_as_it_was(run: Path) -> None:
@@ -266,7 +422,7 @@ def test_finetune_that_is_stopped_leaves_the_run_as_it_was(run: Path) -> None:
 def test_finetune_refuses_comparisons_and_senseless_options(
     trained: Path, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert f"metapl finetune {compared}/mpl/seed-" in refused(capsys, "finetune", compared)
+    assert f"metapl finetune {compared}/{result(compared)['method']}/seed-" in refused(capsys, "finetune", compared)
     assert "expected 1 or more" in refused(capsys, "finetune", trained, "--steps", "0")
     assert "expected a number above 0" in refused(capsys, "finetune", trained, "--lr", "-1")
     assert "--lr: expected FLOAT, got 'x'" in refused(capsys, "finetune", trained, "--lr", "x")
@@ -274,18 +430,19 @@ def test_finetune_refuses_comparisons_and_senseless_options(
 
 def test_export_of_digits_is_read_without_metapl(trained: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    text = metapl("export", trained, "--out", out, "--finetuned").stdout
+    text = metapl("export", trained, "--out", out, "--network", "finetuned").stdout
     assert "finetuned_student.safetensors" in text
     assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in text
     card = (out / "MODEL_CARD.md").read_text()
     assert f"| test accuracy | {result(trained)['finetuned_test_accuracy']:.6g} |" in card
     assert f"| validation accuracy | {result(trained)['finetuned_validation_accuracy']:.6g} |" in card
-    assert "top-5" not in card  # which is known of the student before finetuning
+    assert ("top-5" in card) == (result(trained)["delivered"] == "finetuned")  # of which alone it is known
     assert "| SHA-256 of labeled |" in card
-    found = loaded_elsewhere(out, "torch.tensor(load_digits().images[:10]).float()[:, None] / 16")
-    table = rows(metapl("predict", trained, pictures / "a, b.csv", "--finetuned").stdout)
-    assert [index for index, _ in found] == [int(row["class"]) for row in table]
-    assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in table], abs=1e-5)
+    table = rows(metapl("predict", trained, pictures / "a, b.csv", "--network", "finetuned").stdout)
+    for file in ("model.safetensors", "model.pt2"):
+        found = loaded_elsewhere(out, "torch.tensor(load_digits().images[:10]).float()[:, None] / 16", file)
+        assert [index for index, _ in found] == [int(row["class"]) for row in table]
+        assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in table], abs=1e-5)
 
 
 def test_export_takes_the_student_that_a_comparison_delivers(
@@ -293,11 +450,12 @@ def test_export_takes_the_student_that_a_comparison_delivers(
 ) -> None:
     said(capsys, "export", compared, "--out", tmp_path / "all")
     seed = result(compared)["seed"]
-    said(capsys, "export", compared / "mpl" / f"seed-{seed}", "--out", tmp_path / "one")
+    said(capsys, "export", compared / result(compared)["method"] / f"seed-{seed}", "--out", tmp_path / "one")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
     assert weights[0] == weights[1]
     whole, one = (set((tmp_path / name / "MODEL_CARD.md").read_text().splitlines()) for name in ("all", "one"))
-    assert whole - one == {"- Of the students of the seeds 0, 1, this is the best by validation."}
+    compared_with = f"- It was compared: methods mpl, none; seeds 0, 1; {result(compared)['delivery']}."
+    assert whole - one == {compared_with}
     assert one <= whole
     (tmp_path / "file").write_text("")
     assert "could not be written" in refused(capsys, "export", compared, "--out", tmp_path / "file")
@@ -307,8 +465,8 @@ def test_export_of_what_was_finetuned_anew_says_how(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said(capsys, "finetune", run, "--steps", "7", "--lr", "0.5")
-    for flags, expected in (((), False), (("--finetuned",), True)):
-        said(capsys, "export", run, "--out", tmp_path / "out", *flags)
+    for name, expected in (("student", False), ("finetuned", True)):
+        said(capsys, "export", run, "--out", tmp_path / "out", "--network", name)
         card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
         recipe = json.loads(re.findall(r"```json\n(.*?)```", card, flags=re.DOTALL)[0])
         assert recipe.get("finetuned_with") == ({"steps": 7, "lr": 0.5} if expected else None)
@@ -320,7 +478,7 @@ def test_compare_pairs_the_runs_of_a_comparison(compared: Path, capsys: pytest.C
     assert sentence in " ".join(whole.split())
     singles = said(capsys, "compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1)))
     assert sentence in " ".join(singles.split())
-    accuracy = result(compared / "none" / "seed-1")["test_accuracy"]
+    accuracy = result(compared / "none" / "seed-1")["student_test_accuracy"]
     assert f"none    1        {100 * accuracy:.2f}" in singles
 
 
@@ -335,6 +493,28 @@ def test_compare_says_why_it_does_not_pair(
     edit(run / "recipe.json", lambda content: content["recipe"]["fields"].update(labels_per_class=4))
     assert "different numbers of labels (labels_per_class 2, 4)" in said(capsys, "compare", trained, run)
     assert "was given twice" in refused(capsys, "compare", trained, trained)
+
+
+def test_compare_refuses_runs_on_other_data_or_of_other_classes(
+    trained: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoiled = json.loads((run / "result.json").read_text())
+    spoiled["evaluation"]["classes"][3] = "three"
+    (run / "result.json").write_text(json.dumps(spoiled))
+    line = refused(capsys, "compare", trained, run)
+    assert f"{run} and {trained} are of different classes: only one of them has three, 3." in line
+    shutil.copy(trained / "result.json", run)
+    edit(run / "data.json", lambda content: content["hash"].update(test="0", unlabeled="1"))
+    line = refused(capsys, "compare", trained, run)
+    assert f"{run} and {trained} are on different data: unlabeled and test differ by their hashes" in line
+    assert "Train both on the same files" in line
+    # Another seed has another split of the same data.
+    edit(run / "recipe.json", lambda content: content["recipe"]["fields"].update(seed=1))
+    edit(run / "result.json", lambda content: content.update(seed=1))
+    said(capsys, "compare", trained, run)
+
+
+def test_compare_names_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no runs were named" in refused(capsys, "compare")
 
 
@@ -345,7 +525,7 @@ def test_compare_says_why_it_does_not_pair(
     ("arguments", "expected"),
     [
         (["evaluate", "none"], "there is no folder none"),
-        (["evaluate", "none", "--finetunde"], "Unrecognized options: --finetunde. Perhaps you meant: --finetuned."),
+        (["evaluate", "none", "--netwrok"], "there is no --netwrok; did you mean --network?"),
     ],
 )
 def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
@@ -355,10 +535,55 @@ def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
 
 
 def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "there is no command 'trian'; expected one of train, evaluate," in refused(capsys, "trian")
-    assert "there is no recipe 'dgits'; expected one of digits" in refused(capsys, "train", "dgits")
+    line = refused(capsys, "trian")
+    assert "there is no command 'trian'; did you mean train? Expected one of train, evaluate," in line
+    line = refused(capsys, "train", "dgits")
+    assert "there is no recipe 'dgits'; did you mean digits? Expected one of digits" in line
+    assert "there is no recipe 'xyz'. Expected one of digits" in refused(capsys, "train", "xyz")
     assert "no recipe was named" in refused(capsys, "train")
     assert "Digits(steps=0): expected 1 or more" in refused(capsys, "train", "digits", "--steps", "0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--lableed", "a", "--unlabeled", "b"), "there is no --lableed; did you mean --labeled"),
+        (("--lr", "3"), "there is no --lr; did you mean --student.lr or --teacher.lr or --finetune.lr?"),
+        (("--labelled", "a"), "missing: --unlabeled DIR."),
+        (("--unlabelled", "a"), "missing: --labeled DIR."),
+        (("--labelled", "nowhere", "--unlabelled", "b", "--gray", "True"), "nowhere"),
+        (("--xyzzy",), "there is no --xyzzy. See metapl train images --help."),
+    ],
+)
+def test_flags_that_do_not_exist_are_refused_with_what_was_meant(
+    flags: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refused(capsys, "train", "images", *flags)
+
+
+@pytest.mark.parametrize("recipe", ["digits", "images", "torchvision", "cifar10-4k"])
+def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from metapl.cli.help import OTHERS
+
+    with contextlib.suppress(SystemExit):
+        main(["train", recipe, "--help"])
+    text = capsys.readouterr().out
+    blocks = {block.partition(":\n")[0]: block.splitlines()[1:] for block in text.split("\n\n")}
+    # A new flag is put into a group in metapl/cli/help.py.
+    assert "".join(blocks[OTHERS]).split()[:2] == ["-h,", "--help"]
+    assert len(re.findall(r"^  -", "\n".join(blocks[OTHERS]), re.MULTILINE)) == 1
+    flags = re.findall(r"^  --(?:no-)?([\w.-]+)", text, re.MULTILINE)
+    assert len(flags) == len(set(flags))
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(RECIPES[recipe])}
+    hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view", "changes"}
+    hidden |= {"data"} if recipe.startswith("cifar") else set()
+    assert fields - hidden <= set(flags)
+    assert all(len(block) > 0 for block in blocks.values() if block)
+    if recipe == "images":
+        required = [line.split()[0] for line in blocks["required"] if line.startswith("  -")]
+        assert required == ["--labeled", "--unlabeled"]
+        assert text.index("required:") < text.index("data:")
+        assert "resnet18" in " ".join("".join(blocks["network"]).split())
 
 
 def test_a_run_of_another_version_gives_one_line_and_exit_code_2(run: Path) -> None:
@@ -375,7 +600,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no recipe": (lambda run: (run / "recipe.json").unlink(), "there is no recipe.json in it"),
     "no result": (lambda run: (run / "result.json").unlink(), "not finished.*--resume"),
-    "no student": (lambda run: (run / "student.safetensors").unlink(), "student.safetensors is missing.*--resume"),
+    "no weights": (lambda run: delivered(run).unlink(), "safetensors is missing.*--resume"),
     "torn recipe": (lambda run: (run / "recipe.json").write_text("{"), "recipe.json cannot be read"),
     "another thing": (lambda run: (run / "recipe.json").write_text("[]"), "recipe.json is damaged"),
     "no fields": (lambda run: edit(run / "recipe.json", lambda c: c["recipe"].pop("fields")), "recipe.json is damaged"),
@@ -390,9 +615,9 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other network": (
         lambda run: edit(run / "recipe.json", lambda c: c["recipe"]["fields"].update(hidden=[16, 16])),
-        r"student.safetensors does not fit.*\(32,\) in the file and \(16,\) in the network",
+        r"safetensors does not fit.*\(32,\) in the file and \(16,\) in the network",
     ),
-    "torn weights": (lambda run: (run / "student.safetensors").write_bytes(b"torn"), "safetensors cannot be read"),
+    "torn weights": (lambda run: delivered(run).write_bytes(b"torn"), "safetensors cannot be read"),
     "a file": (lambda run: (shutil.rmtree(run), run.write_text("")), "is a file; expected the folder of a run"),
 }
 
@@ -468,12 +693,13 @@ def test_a_table_that_is_not_of_examples_is_refused(content: bytes, expected: st
         csv_rows(tmp_path / "x.csv", 3, highest=16)
 
 
-def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from metapl.cli import train as command
     from metapl.recipes import Digits
 
     seen: list[Any] = []
-    monkeypatch.setattr(command.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(command, "available_cores", lambda: 8)
+    monkeypatch.setattr(command, "default_threads", lambda: 8)
 
     def stop(jobs: Any, workers: int) -> Any:
         seen.append((workers, {job.threads for job in jobs}))
@@ -487,7 +713,7 @@ def test_runs_side_by_side_share_the_cores(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Digits, "place", lambda self: torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
         command.Train(recipe=Digits(), compare=True)._run_jobs(tmp_path, ("mpl", "none"), (0, 1))
-    assert seen == [(6, {1}), (2, {4}), (1, {8})]
+    assert seen == [(6, {1}), (2, {1}), (1, {8})]
 
 
 def test_every_recipe_is_told() -> None:

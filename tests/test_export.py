@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import sys
@@ -17,9 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from metapl import export as export_module
+from metapl import programs as programs_module
 from metapl.errors import MetaplError
 from metapl.export import Exported, export
 from metapl.models import Architecture, create, mlp, normalized, parameter_groups
+from metapl.programs import programs
 
 CARD: dict[str, Any] = {
     "recipe": {"steps": 100, "student": {"lr": 0.1}},
@@ -29,18 +32,27 @@ CARD: dict[str, Any] = {
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def code_of(written: Exported) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", written.card.read_text(), flags=re.DOTALL)
+def code_of(written: Exported, file: str = export_module.WEIGHTS) -> str:
+    """The card's code that loads one of the files."""
+    blocks = re.findall(r"```python\n(.*?)```", written.card.read_text(), flags=re.DOTALL)
+    (code,) = (block for block in blocks if file in block)
     return code
 
 
-def run(written: Exported, monkeypatch: pytest.MonkeyPatch, *, with_metapl: bool = False, **scope: Any) -> Any:
-    """The card's code, run beside the weights; what it defines."""
+def run(
+    written: Exported,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    file: str = export_module.WEIGHTS,
+    with_metapl: bool = False,
+    **scope: Any,
+) -> Any:
+    """The card's code for a file, run beside it; what it defines."""
     monkeypatch.chdir(written.weights.parent)
     if not with_metapl:
         for name in [name for name in sys.modules if name.split(".")[0] == "metapl"]:
             monkeypatch.setitem(sys.modules, name, None)
-    exec(code_of(written), scope)
+    exec(code_of(written, file), scope)
     return scope
 
 
@@ -111,6 +123,122 @@ def test_timm_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(3, 1, 32, 32)
     theirs = run(written, monkeypatch)["predict"](images)
     torch.testing.assert_close(theirs, model.eval()(images).softmax(1).detach())
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+
+def trained_like(architecture: Architecture, size: int) -> nn.Module:
+    """Fresh weights, with the statistics of some pictures and a head that tells them apart."""
+    torch.manual_seed(0)
+    channels = architecture.in_channels
+    model = normalized(architecture.create(), MEAN[:channels], STD[:channels])
+    model(torch.rand(8, channels, size, size))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("head.weight", "fc.weight", "heads.head.weight", "classifier.1.weight")):
+                parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "onnx"),
+    [("small_cnn", 16, 1, True), ("resnet18", 32, 3, False), ("timm:resnet10t", 32, 3, True), ("vit", 8, 3, False)],
+)
+def test_the_cards_code_runs_the_programs(
+    name: str, size: int, channels: int, onnx: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("timm",) * name.startswith("timm:") + ("onnx", "onnxscript", "onnxruntime") * onnx:
+        pytest.importorskip(package)
+    if name == "vit":
+        model: nn.Module = torchvision.models.VisionTransformer(size, 4, 2, 2, 16, 32, num_classes=4)
+        nn.init.normal_(model.heads.head.weight)
+        architecture = None
+    else:
+        architecture = Architecture(name=name, num_classes=4, in_channels=channels, image_size=size)
+        model = trained_like(architecture, size)
+    shape = (channels, size, size)
+    written = export(model, tmp_path / "out", card=CARD, architecture=architecture, shape=shape, onnx=onnx)
+    images = torch.rand(5, *shape)
+    expected = model.eval()(images).softmax(1).detach()
+    assert len(set(expected.argmax(1).tolist())) > 1 or expected.std(0).max() > 1e-3  # the pictures are told apart
+    assert written.program is not None
+    predict = run(written, monkeypatch, file="model.pt2")["predict"]
+    for count in (1, 5):
+        torch.testing.assert_close(predict(images[:count]), expected[:count], rtol=1e-4, atol=1e-5)
+    assert (written.onnx is not None) == onnx
+    if onnx:
+        predict = run(written, monkeypatch, file="model.onnx")["predict"]
+        for count in (1, 5):
+            found = torch.from_numpy(predict(images[:count].numpy()))
+            torch.testing.assert_close(found, expected[:count], rtol=1e-4, atol=1e-5)
+        assert f"| onnx | {pytest.importorskip('onnx').__version__} |" in written.card.read_text()
+    for file in (written.program, written.onnx):
+        if file is not None:
+            content = file.read_bytes()
+            assert f"`{file.name}`: SHA-256 `{hashlib.sha256(content).hexdigest()}`" in written.card.read_text()
+            # Neither places of this machine nor metapl's names stand in it.
+            assert str(Path(export_module.__file__).parents[1]).encode() not in content
+            assert b"site-packages" not in content
+            assert b"metapl" not in content
+
+
+def test_a_program_of_a_network_in_training_is_that_of_its_evaluation(tmp_path: Path) -> None:
+    model = trained_like(Architecture(name="resnet18", num_classes=4), 32)
+    model = model.double().to(memory_format=torch.channels_last).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = programs(model, (3, 32, 32))
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert first == programs(model.eval().float().to(memory_format=torch.contiguous_format), (3, 32, 32))
+
+
+def test_a_program_that_gives_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported, model = programs_module._exported, trained_like(SMALL, 16)
+    monkeypatch.setattr(programs_module, "_exported", lambda network, shape: exported(create("small_cnn", 2), shape))
+    with pytest.raises(MetaplError, match=r"the outputs of model\.pt2 differ from the network's by"):
+        export(model, tmp_path / "out", card=CARD, architecture=SMALL, shape=(3, 16, 16))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(MetaplError, match=r"model\.onnx gives \(1, 3\) where the network gives \(1, 2\)"):
+        programs_module._compare("model.onnx", torch.zeros(1, 3), torch.zeros(1, 2))
+    with pytest.raises(MetaplError, match="by nan"):
+        programs_module._compare("model.onnx", torch.full((1, 2), torch.nan), torch.ones(1, 2))
+
+
+class Undecided(nn.Module):
+    """A network that torch.export cannot follow."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3)) if images.sum() > 0 else images.amax(dim=(2, 3))
+
+
+def test_programs_that_cannot_be_are_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(MetaplError, match=r"torch\.export cannot export the network: \w+: "):
+        export(Undecided(), out, card=CARD, shape=(3, 8, 8))
+    with pytest.raises(MetaplError, match=r"expected \(C, H, W\)"):
+        export(create("small_cnn", 2), out, card=CARD, shape=(3, 8))
+    with pytest.raises(MetaplError, match="without shape"):
+        export(create("small_cnn", 2), out, card=CARD, onnx=True)
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("onnx") else found(name))
+    with pytest.raises(MetaplError, match=r"ONNX needs onnx and onnxscript, which are not .*pip install 'metapl\[onnx"):
+        export(create("small_cnn", 2), out, card=CARD, shape=(3, 8, 8), onnx=True)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
+def test_no_program_stays_beside_weights_of_another_network(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"of another network")
+    with pytest.raises(MetaplError, match=rf"{name} is of another export"):
+        export(create("small_cnn", 2), tmp_path, card=CARD)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+# ----------------------------------------------------------------------------------------------------- weights and card
 
 
 def test_same_network_same_bytes(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_the_average_is_that_of_a_loop_by_hand(decay: float) -> None:
 # ---------------------------------------------------------------------------------------------------------- selection
 
 
-def test_the_earliest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, steps, wanted = single(), 5, iter([0.2, 0.6, 0.4, 0.6, 0.5])
     seen: list[dict[str, Tensor]] = []
 
@@ -164,10 +164,23 @@ def test_the_earliest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("metapl.fitting.selection.evaluate_logits", scripted)
     found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1)
-    assert (found.validation_accuracy, found.step, len(seen)) == (0.6, 2, steps)
-    assert same(found.weights, seen[1])
-    assert same(copied(trainer.student), seen[1])
+    assert (found.validation_accuracy, found.step, len(seen)) == (0.6, 4, steps)
+    assert same(found.weights, seen[3])
+    assert same(copied(trainer.student), seen[3])
     assert not same(seen[1], seen[3])
+
+
+def test_without_selection_the_last_student_is_kept_and_its_accuracy_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, steps, wanted = single(), 3, iter([0.2, 0.6, 0.4])
+
+    def scripted(*_: Any) -> Any:
+        return type("Found", (), {"accuracy": next(wanted)})
+
+    monkeypatch.setattr("metapl.fitting.selection.evaluate_logits", scripted)
+    found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1, select=False)
+    assert (found.validation_accuracy, found.step) == (0.4, steps)
+    twin = single()
+    assert same(found.weights, twin.fit(batches(3)[0], steps=steps).weights)
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
@@ -711,7 +724,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_bar_shows_accuracy_feedback_examples_a_second_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_shows_the_time_left_accuracy_and_examples_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     terminal = Terminal()
@@ -719,12 +732,29 @@ def test_the_bar_shows_accuracy_feedback_examples_a_second_and_the_time_left(mon
     monkeypatch.setattr("metapl.trainer.BilevelTrainer.step", slowly(metapl.BilevelTrainer.step, time.sleep))
     bilevel().fit(*batches(3), steps=6, log_every=1, validation=VALIDATION, validate_every=1)
     last = [line for line in terminal.getvalue().split("\r") if "examples/s" in line][-1]
-    assert re.search(r"\d/6 \[\d\d:\d\d<\d\d:\d\d", last)
-    assert re.search(r"accuracy=0?\.?\d+", last)
-    assert re.search(r"h=-?[\d.]", last)
-    rate = re.search(r"examples/s=(\d+)", last)
-    assert rate is not None
-    assert 20 < int(rate[1]) < 14 / 0.12 + 1  # 6 labelled and 8 unlabelled ones, in more than 0.12 s
+    shown = re.search(r"fit: +\d+%\|(.+)\| \d/6, \d\d:\d\d left, accuracy [\d.]+% of \d+, (\d+) examples/s *$", last)
+    assert shown is not None, last
+    assert len(last) <= 80
+    assert len(shown[1]) >= 10
+    assert 0 < int(shown[2]) < 14 / 0.12 + 1  # 6 labelled and 8 unlabelled ones, in more than 0.12 s
+
+
+def test_what_is_no_terminal_gets_a_line_for_each_validation(capsys: pytest.CaptureFixture[str]) -> None:
+    bilevel().fit(*batches(3), steps=5, log_every=1, validation=VALIDATION, validate_every=2, wait=2)
+    bilevel().fit(*batches(3), steps=2, validate_every=1)
+    bilevel().fit(*batches(3), steps=2, validate_every=1, progress=False)
+    n = len(VALIDATION[1])
+    patterns = (
+        r"fit: step 2 of 5, about \d+ s left",
+        rf"fit: step 4 of 5, validation accuracy [\d.]+% of {n}, about \d+ s left",
+        rf"fit: step 5 of 5, validation accuracy [\d.]+% of {n}, after \d+ s",
+        r"fit: step 1 of 2, about \d+ s left",
+        r"fit: step 2 of 2, after \d+ s",
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(patterns)
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), line
 
 
 def slowly(step: Callable[..., Any], sleep: Callable[[float], None]) -> Callable[..., Any]:

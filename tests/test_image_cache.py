@@ -106,6 +106,40 @@ def test_a_picture_is_decoded_once(
     assert [int(decodings.counts[number]) for number in sound] == [int(before[number]) for number in sound]
 
 
+def test_only_what_is_not_in_memory_is_looked_at_one_by_one(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[int] = []
+    look = FileImages._try
+
+    def watched(self: FileImages, index: int, crops: Any) -> Any:
+        looked_at.append(index)
+        return look(self, index, crops)
+
+    monkeypatch.setattr(FileImages, "_try", watched)
+    plain = FileImages(paths, size=(8, 9), log=tmp_path / "log")
+    images = plain.cached()
+    for indices, first, later in (
+        ([5, 0, 5, 1], [5, 0, 5, 1], []),
+        ([1, 2, 0], [2], []),
+        ([3, 5, 7, 6], [3, 4, 7, 8, 6], [3, 4, 7, 8]),  # 3 and 7 are broken, and replaced by the next
+        ([], [], []),
+    ):
+        chosen = torch.tensor(indices, dtype=torch.int64)
+        for expected in (first, later):
+            looked_at.clear()
+            got, used = images.fetch(chosen)
+            assert looked_at == expected
+        assert got.shape == (len(indices), 3, 8, 9)
+        assert used.tolist() == [{3: 4, 7: 8}.get(index, index) for index in indices]
+        assert all(torch.equal(one, plain.fetch(used[[at]])[0][0]) for at, one in enumerate(got))
+        looked_at.clear()
+        got, used = images.fetch_sound(chosen)
+        assert looked_at == [index for index in indices if index in BROKEN]
+        assert used.tolist() == [index for index in indices if index not in BROKEN]
+        assert all(torch.equal(one, plain.fetch(used[[at]])[0][0]) for at, one in enumerate(got))
+
+
 def test_without_it_every_drawing_decodes(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     decodings = Decodings(monkeypatch, paths)
     images = FileImages(paths, size=(8, 8))

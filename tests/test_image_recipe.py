@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metapl.cli import main
+
 FLAGS = (
-    *("--image-size", "16", "--grey", "--strong.writing", "--pad", "2", "--strong.cutout", "4"),
+    *("--image-size", "16", "--grey", "True", "--network", "small_cnn", "--precision", "float32"),
     *("--labeled-batch", "16", "--unlabeled-batch", "16", "--steps", "8", "--finetune-steps", "4"),
     *("--validate-every", "4", "--log-every", "4", "--save-every", "4"),
 )
@@ -55,8 +57,8 @@ def test_it_trains_and_says_what_it_found_and_left_out(run: tuple[Path, subproce
     result = json.loads((out / "result.json").read_text())
     assert 0 <= result["test_accuracy"] <= 1
     data = json.loads((out / "data.json").read_text())
-    assert not set(data["labeled"]) & set(data["validation"])
-    assert len(data["labeled"]) + len(data["validation"]) == 50
+    assert (len(data["labeled"]), data["validation"]) == (50, [])  # few labels are for training
+    assert "none for validation" in done.stdout
     assert (out / "report.png").stat().st_size > 10_000
 
 
@@ -83,7 +85,24 @@ def test_a_test_picture_among_the_training_ones_is_refused(pictures: Path, tmp_p
     assert done.returncode == 2
     assert leak.name in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run").exists()
+    # In this process: in folders that are to be made, in one that is there, and before any job of a comparison starts.
+    mine = tmp_path / "mine"
+    (mine / "notes").mkdir(parents=True)
+    (mine / "data.json").write_text("mine")
+    for out, more in ((tmp_path / "a" / "b" / "c", ["--compare"]), (mine, [])):
+        assert main(list(map(str, ["train", "images", *folders, "--out", out, *FLAGS, *more]))) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "unlabeled"]
+    assert sorted(path.name for path in mine.iterdir()) == ["data.json", "notes"]
+    assert (mine / "data.json").read_text() == "mine"
+
+
+def test_a_run_that_has_begun_to_train_stays_when_it_fails(pictures: Path, tmp_path: Path) -> None:
+    folders = ["--labeled", pictures / "labeled", "--unlabeled", pictures / "unlabeled", "--test", pictures / "test"]
+    wild = ["--student.lr", "1e30", "--teacher.lr", "1e30"]
+    done = main(list(map(str, ["train", "images", *folders, "--out", tmp_path / "run", *FLAGS, *wild])))
+    assert done == 2
+    assert {"recipe.json", "data.json", "metrics.jsonl"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:

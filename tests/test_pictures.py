@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.report import GRID_SHOWN, PANELS, Gallery, draw_grid, draw_report
+from metapl.report import PANELS, Gallery, draw_grid, draw_report, pictures_a_group
 from metapl.report.canvas import png
 
 RED, LIME, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -58,6 +58,10 @@ def report(path: Path, *galleries: Gallery, panels: int = 4, size: int = 0, name
         summary="Pictures below.",
         galleries=galleries,
     )
+
+
+def grid(path: Path, *groups: Gallery, title: str = "Pictures", note: str = "by class") -> None:
+    draw_grid(path, title, note, groups)
 
 
 def image(path: Path) -> NDArray[Any]:
@@ -122,11 +126,11 @@ def test_the_size_of_the_page(tmp_path: Path, pages: list[Figure]) -> None:
     assert len(after) - len(before) == pytest.approx(150 * (2 * (0.9 + 1.5 + 0.39) - 0.19), abs=1)
     without, with_both = ([page.bbox.y1 - axes.get_window_extent().y1 for axes in page.axes] for page in pages)
     assert with_both == pytest.approx(without)
-    draw_grid(tmp_path / "grid.png", gallery(plain(*[RED] * 10)))
-    # Five columns; title, note, and two rows.
+    grid(tmp_path / "grid.png", gallery(plain(*[RED] * 10)))
+    # Eight columns; title, note, the group's own, and two rows.
     height, width, _ = image(tmp_path / "grid.png").shape
-    assert width == 150 * (0.8 + 4 * 1.62 + 1.4)
-    assert height == pytest.approx(150 * (0.8 + 0.36 + 0.26 + 0.2 + 2 * (1.4 + 0.39) + 0.16), abs=1)
+    assert width == pytest.approx(150 * (0.8 + 7 * 1.62 + 1.4), abs=1)
+    assert height == pytest.approx(150 * (0.8 + 0.36 + 0.26 + 0.1 + 0.9 + 2 * (1.4 + 0.39) + 0.16), abs=1)
 
 
 @pytest.mark.parametrize(("panels", "number", "columns", "shown"), [(1, 12, 3, 6), (4, 8, 8, 8), (4, 12, 6, 12)])
@@ -157,7 +161,7 @@ def test_galleries_without_pictures_are_left_out(tmp_path: Path) -> None:
 
 def test_small_pictures_keep_their_edges(tmp_path: Path, pages: list[Figure]) -> None:
     values = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draw_grid(tmp_path / "grid.png", gallery(values))
+    grid(tmp_path / "grid.png", gallery(values))
     pixels, (box,) = image(tmp_path / "grid.png"), boxes_of_pictures(pages[0])
     shown = pixels[len(pixels) - int(box.y1) : len(pixels) - int(box.y0), int(box.x0) : int(box.x1)]
     side = len(shown) / 8
@@ -170,7 +174,7 @@ def test_small_pictures_keep_their_edges(tmp_path: Path, pages: list[Figure]) ->
 
 def test_large_pictures_are_averaged(tmp_path: Path, pages: list[Figure]) -> None:
     board = (torch.arange(700)[:, None] + torch.arange(700)) % 2 * 255
-    draw_grid(tmp_path / "grid.png", gallery(board.to(torch.uint8)[None, None]))
+    grid(tmp_path / "grid.png", gallery(board.to(torch.uint8)[None, None]))
     pixels, (box,) = image(tmp_path / "grid.png"), boxes_of_pictures(pages[0])
     shown = pixels[len(pixels) - int(box.y1) : len(pixels) - int(box.y0), int(box.x0) : int(box.x1)]
     assert 110 < shown.min() <= shown.max() < 145
@@ -181,14 +185,14 @@ def test_numbers_of_any_kind_show_the_same(tmp_path: Path) -> None:
     drawn = set()
     share = whole / 255
     for pictures in (whole, whole.expand(-1, 3, -1, -1), share, share.half(), share.double().requires_grad_()):
-        draw_grid(tmp_path / "grid.png", gallery(pictures))
+        grid(tmp_path / "grid.png", gallery(pictures))
         drawn.add((tmp_path / "grid.png").read_bytes())
     assert len(drawn) == 1
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 40), (40, 30), (300, 500), (90, 10), (1, 900), (900, 1)])
 def test_pictures_need_not_be_square(tmp_path: Path, height: int, width: int) -> None:
-    draw_grid(tmp_path / "grid.png", gallery(plain(RED, height=height, width=width)))
+    grid(tmp_path / "grid.png", gallery(plain(RED, height=height, width=width)))
     _, _, wide, high = place(image(tmp_path / "grid.png"), RED)
     room = 150 * (1.4 - 2 * 0.8 / 72)
     expected = min(room, 1.4 * room * width / height)
@@ -249,11 +253,14 @@ def test_long_names_run_into_nothing(
     check_texts(pages[0])
 
 
-@pytest.mark.parametrize("number", [1, 5, 70])
-def test_long_names_in_a_grid(tmp_path: Path, pages: list[Figure], number: int) -> None:
+@pytest.mark.parametrize(("groups", "number"), [(1, 1), (2, 70), (5, 3), (7, 1), (101, 2)])
+def test_long_names_in_a_grid(tmp_path: Path, pages: list[Figure], groups: int, number: int) -> None:
     captions = tuple(f"{LONG[index % 6]}\n{LONG[(index + 1) % 6]}" for index in range(number))
-    one = gallery(torch.rand(number, 1, 12, 9), captions=captions, title="runs/" + "a-long-path/" * 12)
-    draw_grid(tmp_path / "grid.png", one)
+    some = [
+        gallery(torch.rand(number, 1, 12, 9), captions=captions, title=LONG[index % 6], note="words " * 50)
+        for index in range(groups)
+    ]
+    grid(tmp_path / "grid.png", *some, title="runs/" + "a-long-path/" * 12, note="words " * 50)
     check_texts(pages[0])
 
 
@@ -262,8 +269,8 @@ def test_a_caption_loses_its_middle_only_where_it_must(tmp_path: Path, pages: li
         "German shorthaired pointer of the north, 98 %\nIMG_2024_05_18_000012.jpeg",
         "cat, 9 %\na\tb\nc\nd\udcff",
     )
-    draw_grid(tmp_path / "grid.png", gallery(plain(RED, LIME), captions=captions))
-    first, second, *rest = written(pages[0])[2:]
+    grid(tmp_path / "grid.png", gallery(plain(RED, LIME), captions=captions))
+    first, second, *rest = written(pages[0])[4:]
     assert first.startswith("German")
     assert first.endswith("98 %")
     assert "…" in first
@@ -281,46 +288,60 @@ def test_names_are_not_read_as_formulas(tmp_path: Path, pages: list[Figure]) -> 
 # Grids
 
 
-def test_a_grid_says_how_many_it_shows(tmp_path: Path, pages: list[Figure]) -> None:
-    many = gallery(torch.zeros(70, 1, 8, 8), note="class and file")
-    draw_grid(tmp_path / "grid.png", many)
-    draw_grid(tmp_path / "grid.png", many, total=5000, columns=4)
-    draw_grid(tmp_path / "grid.png", gallery(torch.zeros(3, 1, 8, 8), note=""), columns=9)
-    assert [written(page)[1] for page in pages] == [
-        "class and file; the first 64 of 70 pictures",
-        "class and file; the first 64 of 5,000 pictures",
-        "3 pictures",
-    ]
-    assert [len(page.images) for page in pages] == [GRID_SHOWN, GRID_SHOWN, 3]
-    assert [len({one.ox for one in page.images}) for page in pages] == [8, 4, 3]
+@pytest.mark.parametrize(
+    ("groups", "number", "beside", "size"), [(2, 8, 1, 1.4), (10, 4, 2, 1.4), (30, 2, 4, 1.4), (200, 2, 6, 0.95)]
+)
+def test_a_grid_has_all_groups_side_by_side_and_below_each_other(
+    tmp_path: Path, pages: list[Figure], groups: int, number: int, beside: int, size: float
+) -> None:
+    short = [gallery(torch.zeros(number, 1, 8, 8), title=f"class {index}") for index in range(groups)]
+    short[1] = gallery(torch.zeros(1, 1, 8, 8), title="class 1")
+    grid(tmp_path / "grid.png", *short)
+    (page,) = pages
+    titles = [text for text in page.texts if text.get_text().startswith("class ")]
+    assert [text.get_text() for text in titles] == [f"class {index}" for index in range(groups)]
+    assert len({round(text.get_position()[0], 6) for text in titles}) == beside
+    assert len({round(text.get_position()[1], 6) for text in titles}) == -(-groups // beside)
+    boxes = boxes_of_pictures(page)
+    assert len(boxes) == groups * number - (number - 1)
+    assert {round(box.width) for box in boxes} == {round(150 * (size - 2 * 0.8 / 72))}
+    assert max(box.x1 for box in boxes) < page.bbox.x1
+    assert not any(Bbox.intersection(one, other) for one, other in itertools.combinations(boxes[:40], 2))
+    assert image(tmp_path / "grid.png").shape[0] < 2**14
+
+
+def test_more_groups_have_fewer_pictures_each() -> None:
+    found = [pictures_a_group(groups) for groups in range(1, 400)]
+    assert found == sorted(found, reverse=True)
+    assert {one % 2 for one in found} == {0}
+    assert min(found) == 2
 
 
 def test_a_grid_leaves_no_other_file_and_no_global_state(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    draw_grid(tmp_path / "grid.png", gallery(plain(RED)))
+    grid(tmp_path / "grid.png", gallery(plain(RED)))
     assert dict(matplotlib.rcParams) == before
     assert [found.name for found in tmp_path.iterdir()] == ["grid.png"]
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("groups", "text"),
     [
-        ({"columns": 0}, "0 columns were asked for; expected 1 to 64"),
-        ({"columns": 65}, "65 columns"),
-        ({"total": 1}, "2 pictures of a total of 1 were given"),
-        ({"gallery": gallery(torch.zeros(0, 1, 8, 8))}, "nothing to draw"),
+        ([], "nothing to draw"),
+        ([gallery(torch.zeros(0, 1, 8, 8))], "nothing to draw"),
+        ([gallery(plain(RED))] * 1001, "1,001 groups of pictures were given; expected 1,000 at most"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused_and_an_earlier_one_stays(
-    tmp_path: Path, options: dict[str, Any], text: str
+    tmp_path: Path, groups: list[Gallery], text: str
 ) -> None:
     path = tmp_path / "grid.png"
     path.write_bytes(b"earlier")
     with pytest.raises(MetaplError, match=text):
-        draw_grid(path, **{"gallery": gallery(plain(RED, LIME)), **options})
+        grid(path, *groups)
     assert path.read_bytes() == b"earlier"
     with pytest.raises(MetaplError, match="could not be written: No such file or directory"):
-        draw_grid(tmp_path / "no" / "grid.png", gallery(plain(RED)))
+        grid(tmp_path / "no" / "grid.png", gallery(plain(RED)))
 
 
 # What a gallery cannot be made of

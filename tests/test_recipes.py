@@ -17,10 +17,11 @@ from metapl import MetaplError
 from metapl.cli import main
 from metapl.evaluate import evaluate_logits
 from metapl.fit import FitResult
-from metapl.recipes import SGD, Digits, Feedback, from_dict
-from metapl.recipes.experiment import METHODS, Experiment
+from metapl.recipes import Digits, Feedback, Optimizer, from_dict
+from metapl.recipes.comparison import TITLES
+from metapl.recipes.experiment import CONTROLS, METHODS, Experiment
 from metapl.recipes.store import describe, stored
-from metapl.run_folder import Metrics, RunFolder
+from metapl.run_folder import FORMAT, WEIGHTS, Metrics, RunFolder
 
 
 def run(folder: Path, method: str = "mpl", recipe: Digits = TINY) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def test_a_run_leaves_behind_what_it_says(tmp_path: Path) -> None:
         "pictures.safetensors",
         "student.safetensors",
         "finetuned_student.safetensors",
+        "teacher.safetensors",
         "report.png",
         "result.json",
     }
@@ -55,12 +57,19 @@ def test_a_run_leaves_behind_what_it_says(tmp_path: Path) -> None:
         "seed",
         "steps",
         "best_step",
+        "validation_size",
+        "delivered",
+        "delivered_by",
         "validation_accuracy",
         "test_accuracy",
-        "finetuned_validation_accuracy",
-        "finetuned_test_accuracy",
         "evaluation",
+        *(f"{name}_{part}_accuracy" for name in WEIGHTS for part in ("validation", "test")),
     }
+    delivered = result["delivered"]
+    assert result["delivered_by"] == "validation"
+    assert result["test_accuracy"] == result[f"{delivered}_test_accuracy"]
+    assert result["validation_accuracy"] == result[f"{delivered}_validation_accuracy"]
+    assert result["validation_accuracy"] == max(result[f"{name}_validation_accuracy"] for name in WEIGHTS)
     assert (result["recipe"], result["method"], result["seed"], result["steps"]) == ("digits", "mpl", 0, 6)
     assert result["evaluation"]["accuracy"] == result["test_accuracy"]
     assert result["evaluation"]["n"] == 400
@@ -70,7 +79,7 @@ def test_a_run_says_with_what_it_was_made(tmp_path: Path) -> None:
     run(tmp_path)
     content = read(tmp_path, "recipe.json")
     made = content["made_with"]
-    assert content["format"] == 1
+    assert content["format"] == FORMAT
     assert (made["metapl"], made["torch"]) == (version("metapl"), torch.__version__)
     assert made.keys() >= {"torchvision", "torchopt", "python", "machine", "processor", "cpus", "gpu"}
     assert made["processor"]
@@ -81,20 +90,22 @@ def test_a_run_says_with_what_it_was_made(tmp_path: Path) -> None:
 def test_the_numbers_are_those_of_the_weights_on_disk(method: str, tmp_path: Path) -> None:
     """Selected on validation data, measured on the test set."""
     result, task = run(tmp_path, method), TINY.task()
-    for name, prefix in (("student", ""), ("finetuned_student", "finetuned_")):
+    names = [name for name, file in WEIGHTS.items() if (tmp_path / file).exists()]
+    assert ("teacher" in names) == (method in ("mpl", "none", *CONTROLS))
+    for name in names:
         network = TINY.network().eval()
-        network.load_state_dict(load_file(tmp_path / f"{name}.safetensors"))
+        network.load_state_dict(load_file(tmp_path / WEIGHTS[name]))
         for split in ("validation", "test"):
             inputs, labels = getattr(task, split)
             with torch.inference_mode():
                 accuracy = evaluate_logits(network(inputs), labels).accuracy
-            assert accuracy == result[f"{prefix}{split}_accuracy"]
+            assert accuracy == result[f"{name}_{split}_accuracy"]
     rows = Metrics(tmp_path / "metrics.jsonl").rows("fit")
     validated = {
         row["step"]: row["student_validation_accuracy"] for row in rows if "student_validation_accuracy" in row
     }
-    assert result["validation_accuracy"] == max(validated.values())
-    assert result["best_step"] == min(step for step, found in validated.items() if found == max(validated.values()))
+    assert result["student_validation_accuracy"] == max(validated.values())
+    assert result["best_step"] == max(step for step, found in validated.items() if found == max(validated.values()))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path: Path) -> None:
@@ -112,17 +123,16 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path: Pat
 def test_finetuning_that_does_not_help_is_not_kept() -> None:
     """The better by validation of what the student was and what it became."""
     for lr, kept in ((1e-9, False), (50.0, True)):
-        recipe = dataclasses.replace(TINY, finetune=SGD(lr=lr))
+        recipe = dataclasses.replace(TINY, finetune=Optimizer(lr=lr))
         task, torch_state = recipe.task(), torch.get_rng_state()
         student = recipe.network()
         before = FitResult(1.0, 3, {name: t.clone() for name, t in student.state_dict().items()})
-        found, after = _finetuned(recipe, task, student, before)
+        found = _finetuned(recipe, task, student, before)
         assert found is before, (lr, kept)
         assert all(torch.equal(t, before.weights[name]) for name, t in student.state_dict().items())
-        assert after.n == 400
         torch.set_rng_state(torch_state)
     before = FitResult(0.0, 3, before.weights)
-    found, _ = _finetuned(TINY, task, student, before)
+    found = _finetuned(TINY, task, student, before)
     assert found is not before
 
 
@@ -140,7 +150,7 @@ def test_finetuning_does_not_depend_on_what_was_drawn_before() -> None:
         torch.manual_seed(5)
         student, task = TINY.network(), TINY.task()
         torch.manual_seed(seed)
-        found, _ = _finetuned(TINY, task, student, FitResult(0.0, 1, student.state_dict()))
+        found = _finetuned(TINY, task, student, FitResult(0.0, 1, student.state_dict()))
         ends.append(found.weights)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
@@ -165,7 +175,7 @@ def test_a_folder_of_another_format_or_recipe_is_refused(tmp_path: Path) -> None
         folder.start(describe(TINY, method="none"), resume=True)
     folder.start(describe(TINY, method="mpl"), resume=True)
     folder.write_json("recipe.json", read(tmp_path, "recipe.json") | {"format": 99})
-    with pytest.raises(MetaplError, match=r"written in run format 99; this metapl .* reads format 1"):
+    with pytest.raises(MetaplError, match=r"written in run format 99; this metapl .* reads format 2"):
         folder.recipe()
     with pytest.raises(MetaplError, match=r"no run folder .* result\.json is missing"):
         folder.read_json("result.json")
@@ -220,9 +230,9 @@ def test_fields_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(MetaplError, match="mode 'unrolled' takes soft"):
         Feedback(mode="unrolled", labels="hard")
     with pytest.raises(MetaplError, match="momentum"):
-        SGD(momentum=1.0)
-    with pytest.raises(MetaplError, match="SGD has no speed"):
-        from_dict(SGD, {"lr": 0.1, "speed": 3})
+        Optimizer(momentum=1.0)
+    with pytest.raises(MetaplError, match="Optimizer has no speed"):
+        from_dict(Optimizer, {"lr": 0.1, "speed": 3})
 
 
 def test_a_comparison_leaves_its_own_files_beside_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,14 +249,19 @@ def test_a_comparison_leaves_its_own_files_beside_its_runs(tmp_path: Path, capsy
     result = read(folder, "result.json")
     assert result["seeds"] == [0, 1]
     for method, found in runs.items():
-        for name in ("test_accuracy", "finetuned_test_accuracy"):
+        for name in ("student_test_accuracy", "finetuned_test_accuracy"):
             assert result["methods"][method][name] == [one[name] for one in found]
-    assert said.rstrip().endswith(result["sentence"])
+    assert result["sentence"] in " ".join(said.split())
+    assert "at least 5 seeds are needed" in result["sentence"]
+    assert (result["test_examples"], 0.1 <= result["chance"] < 0.15) == (400, True)
     assert result["mpl_against_none"]["n"] == 2
-    best = max(runs["mpl"], key=lambda one: one["validation_accuracy"])
-    assert (result["seed"], result["method"], result["test_accuracy"]) == (best["seed"], "mpl", best["test_accuracy"])
-    delivered = folder / "mpl" / f"seed-{best['seed']}"
-    for name in ("student.safetensors", "finetuned_student.safetensors"):
+    method = max(runs, key=lambda name: sum(one["validation_accuracy"] for one in runs[name]))
+    best = max(runs[method], key=lambda one: one["validation_accuracy"])
+    assert (result["seed"], result["method"], result["test_accuracy"]) == (best["seed"], method, best["test_accuracy"])
+    assert f"delivered: {TITLES[method]}, seed {best['seed']};" in " ".join(said.split())
+    delivered = folder / method / f"seed-{best['seed']}"
+    assert {name: result[name] for name in best} == best
+    for name in WEIGHTS.values():
         assert (folder / name).read_bytes() == (delivered / name).read_bytes()
     assert read(folder, "recipe.json")["recipe"]["compare"] == ["mpl", "none"]
     assert (folder / "report.png").stat().st_size > 1000

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
     import digits_tables
 
     yield digits_tables
-    for name in ("digits_tables", "digits_study", "machine"):
+    for name in ("digits_tables", "digits_study", "figures", "machine"):
         sys.modules.pop(name, None)
 
 
@@ -29,23 +31,24 @@ def shown(name: str) -> str:
 def test_readme_shows_the_table_of_the_raw_rows(tables: object) -> None:
     import digits_study
 
-    rows = digits_study.rows()
-    assert shown("digits") == f"{tables.table(rows)}\n\n{tables.note(rows)}"
+    assert shown("digits") == tables.block(digits_study.read())
 
 
 def test_every_method_was_tuned_alike_and_the_test_set_opened_for_final_runs_alone(tables: object) -> None:
     import digits_study
 
-    rows = digits_study.rows()
-    assert all(("test_accuracy" in row) == row["final"] for row in rows)
+    rows = digits_study.read()
+    best = digits_study.chosen(rows)
+    for row in rows:
+        assert ("test_accuracy" in row) == row["final"]
+        assert not row["final"] or row["config"] == best[row["method"]]
     for name, entry in digits_study.ENTRIES.items():
         tuning = [row for row in rows if row["method"] == name and not row["final"]]
         assert len(tuning) == (60 if entry.grid else 0)
-        assert not {row["seed"] for row in tuning} & set(digits_study.SEEDS)
+        assert not {row["seed"] for row in tuning} & set(digits_study.FULL.seeds)
         for labels in (2, 4) if name in digits_study.AT_FOUR else (2,):
             final = [r for r in rows if r["method"] == name and r["final"] and r["labels_per_class"] == labels]
-            assert sorted(row["seed"] for row in final) == list(digits_study.SEEDS)
-            assert len({str(row["config"]) for row in final}) == 1
+            assert sorted(row["seed"] for row in final) == list(digits_study.FULL.seeds)
 
 
 def test_readme_shows_the_table_of_feedback_sizes(tables: object) -> None:
@@ -67,22 +70,34 @@ def test_readme_shows_the_table_of_pictures(tables: object) -> None:
     final = [row for row in rows if row["phase"] == "final"]
     assert len(final) == len(pictures_study.METHODS) * len(pictures_study.SEEDS)
     assert {row["size"] for row in final} == {pictures_study.chosen(rows)}
-    page = (ROOT / "README.md").read_text()
-    said = pictures_study.pairs(rows).splitlines()
-    assert said == [
-        "mpl - none: +2.3 (p = 0.071)",
-        "mpl - uda: -1.3 (p = 0.28)",
-        "mpl - permuted: +1.7 (p = 0.56)",
-        "mpl - class_means: +0.7 (p = 0.17)",
-        "mpl - random_sign: +3.0 (p = 0.067)",
-    ]
-    for words in (
-        "student against student 2.3 (p = 0.071)",
-        "(+0.7, p = 0.17)",
-        "(+1.7, p = 0.56)",
-        "(by 1.3, p = 0.28)",
-    ):
-        assert words in page
+    sys.modules.pop("pictures_study")
+
+
+def prose() -> str:
+    """The README without its line breaks."""
+    return " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_differences_between_pictures_that_the_readme_speaks_of_are_those_of_the_rows(tables: object) -> None:
+    import pictures_study as study
+    from figures import difference
+
+    rows = study.read()
+    students = {method: study.column(rows, method, "test_accuracy") for method in study.METHODS}
+    control = study.column(rows, "none", "finetuned_test_accuracy")
+
+    def of(first: list[float], second: list[float]) -> str:
+        points, p = difference(first, second)
+        return f"{points.lstrip('+-')} points (p = {p})"
+
+    mpl = students["mpl"]
+    assert f"Over the control's better read-out MPL gains {of(mpl, control)}, student against" in prose()
+    assert f"student against student {of(mpl, students['none'])}." in prose()
+    assert f"{of(mpl, students['class_means'])} above its class means" in prose()
+    assert f"{of(mpl, students['permuted'])} above permuted feedback" in prose()
+    assert f"{of(students['uda'], mpl)} ahead of MPL" in prose()
+    assert f"{of(students['uda'], control)} ahead of the loop without feedback" in prose()
+    assert all(line in study.pairs(rows) for line in ("mpl - uda: -", "mpl - none: +"))
     sys.modules.pop("pictures_study")
 
 
@@ -96,15 +111,30 @@ def test_readme_shows_the_table_of_throughput(tables: object) -> None:
         sys.modules.pop(name)
 
 
-def test_the_differences_that_the_readme_speaks_of_are_those_of_the_rows(tables: object) -> None:
+def test_the_differences_on_digits_that_the_readme_speaks_of_are_those_of_the_rows(tables: object) -> None:
     import digits_study
+    from figures import difference
 
-    found = tables.pairs(digits_study.rows())
-    for said in (
-        "2 labels, test_accuracy: mpl - none = +2.6 points, p = 0.0012",
-        "4 labels, test_accuracy: mpl - none = +1.6 points, p = 0.00052",
-        "2 labels, test_accuracy: mpl - random_sign = +3.9 points, p = 1.7e-05",
-        "2 labels, test_accuracy: mpl - difference = -0.7 points",
-        "4 labels, finetuned_test_accuracy: mpl - pseudo_labels = -1.4 points, p = 0.0066",
-    ):
-        assert said in found
+    rows = digits_study.read()
+
+    def of(labels: int, first: str, second: str, read_out: str = STUDENT, other: str | None = None) -> str:
+        """By how much the first is better, in the words of the README."""
+        mine = tables.column(rows, first, labels, read_out)
+        points, p = difference(mine, tables.column(rows, second, labels, other or read_out))
+        assert points.startswith("+")
+        return f"{points[1:]} points (p = {p})"
+
+    assert {tables.better_control(rows, labels)[0] for labels in (2, 4)} == {FINETUNED}
+    control = [of(labels, "mpl", "none", other=FINETUNED) for labels in (2, 4)]
+    assert f"student gains {control[0]} at 2 labels a class and {control[1]} at 4" in prose()
+    students = [of(labels, "mpl", "none") for labels in (2, 4)]
+    assert f"before finetuning, it gains {students[0]} and {students[1]}:" in prose()
+    assert f"{of(2, 'difference', 'mpl')} between `forward` and `difference`" in prose()
+    assert f"with random signs it does {of(2, 'mpl', 'random_sign')} worse" in prose()
+    assert f"{of(4, 'pseudo_labels', 'mpl', FINETUNED)} better at 4" in prose()
+
+
+def test_every_table_that_is_marked_in_the_readme_is_compared_with_its_raw_file() -> None:
+    marked = set(re.findall(r"<!-- (\w+):begin -->", (ROOT / "README.md").read_text()))
+    tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_study.py", "test_cost.py"))
+    assert all(f'shown("{name}")' in tests or f"<!-- {name}:begin -->" in tests for name in marked)

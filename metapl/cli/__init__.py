@@ -14,11 +14,11 @@ ones. A teacher network makes up labels for a student network, and learns from
 how well the student then does on the labelled examples: Meta Pseudo Labels.
 
   metapl train RECIPE           train a student; it goes to a run folder (RUN)
-  metapl evaluate RUN           measure its student on the test set again
+  metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
   metapl finetune RUN           finetune it on the labelled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
-  metapl export RUN --out DIR   write its weights for others, with a model card
+  metapl export RUN --out DIR   write it for others: a program, weights, a card
 
 For example, with the handwritten digits that come with scikit-learn, of which
 two in each class are labelled (a minute on a laptop, no graphics card):
@@ -104,18 +104,25 @@ def _dispatch(given: list[str]) -> int:
         print(f"metapl {__version__}")
         return 0
     if command not in COMMANDS:
-        raise MetaplError(f"there is no command {command!r}; expected one of {', '.join(COMMANDS)}. See metapl --help.")
+        from metapl.cli.suggest import did_you_mean
+
+        meant = did_you_mean(command, COMMANDS) or "."
+        raise MetaplError(
+            f"there is no command {command!r}{meant} Expected one of {', '.join(COMMANDS)}; see metapl --help."
+        )
     return _train(rest) if command == "train" else _after_training(command, rest)
 
 
 def _train(given: list[str]) -> int:
     from metapl.cli.parse import parse
+    from metapl.cli.suggest import did_you_mean
     from metapl.cli.train import COMMANDS as RECIPES
     from metapl.errors import MetaplError
 
     if not given or given[0] not in (*RECIPES, "-h", "--help"):
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
-        raise MetaplError(f"{named}; expected one of {', '.join(RECIPES)}: metapl train digits.")
+        meant = (did_you_mean(given[0], list(RECIPES)) if given else "") or "."
+        raise MetaplError(f"{named}{meant} Expected one of {', '.join(RECIPES)}: metapl train digits.")
     if given[0] not in RECIPES:
         print(RECIPES_HELP, end="")
         return 0

@@ -15,13 +15,18 @@ import tyro
 from metapl.cli.finished import Finished, finished
 from metapl.cli.parse import WIDTH
 from metapl.cli.table import table
+from metapl.data.folder_check import some
 from metapl.errors import MetaplError
-from metapl.evaluate import paired_test
-from metapl.recipes.comparison import Comparison
+from metapl.evaluate import Evaluation, paired_test
+from metapl.recipes import ImageFolders
+from metapl.recipes.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
+from metapl.run_folder import RunFolder
 
-IRRELEVANT = ("seed", "log_every", "save_every", "exact_every", "keep")
-"""Fields in which runs of one method may differ: the seed, and what changes no number."""
-READOUTS = ("test_accuracy", "finetuned_test_accuracy")
+IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
+"""Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""
+
+DRAWN_BY = ("seed", "labels_per_class", "validation", "split")
+"""Fields that decide which examples a recipe draws from its data set."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,20 @@ class Entry:
         seed: its seed.
         fields: those of its recipe that matter; nested ones as ``feedback.mode``.
         accuracies: by read-out.
+        place: its folder.
+        hashes: of its data, by part.
+        drawn_by: runs that agree in it have the same data.
+        evaluation: on the test set, of the network that it delivers.
     """
 
     method: str
     seed: int
     fields: dict[str, Any]
     accuracies: dict[str, float]
+    place: Path
+    hashes: dict[str, str]
+    drawn_by: tuple[Any, ...]
+    evaluation: Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +60,8 @@ class Compare:
 
     Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
     with other options) was run with the same seeds. Otherwise, or with other numbers of labels, the accuracies are
-    listed, and it is said why they are not paired. Runs of different recipes are refused: their test sets differ.
+    listed, and it is said why they are not paired. Runs of different recipes, on different data or of different classes
+    are refused: their test sets differ.
 
     Args:
         runs: run folders, of single runs or of comparisons.
@@ -59,8 +73,10 @@ class Compare:
         runs = [finished(path) for path in self.runs]
         self._check(runs)
         found = [(run, list(_entries(run))) for run in runs]
-        print(f"test accuracy in %\n\n{_table(found)}\n")
-        print(_verdict([entry for _, entries in found for entry in entries]))
+        entries = [entry for _, some in found for entry in some]
+        _refuse_other_data(entries)
+        print(f"{_caption(entries)}\n\n{_table(found)}\n")
+        print(_verdict(entries))
         return 0
 
     def _check(self, runs: list[Finished]) -> None:
@@ -82,12 +98,62 @@ def _entries(run: Finished) -> Iterator[Entry]:
     fields = _flat(dataclasses.asdict(run.recipe))  # type: ignore[call-overload]  # recipes are dataclasses
     fields = {name: value for name, value in fields.items() if name not in IRRELEVANT}
     if not run.is_comparison:
-        accuracies = {readout: run.result[readout] for readout in READOUTS}
-        yield Entry(run.result["method"], run.result["seed"], fields, accuracies)
+        yield _entry(run, run.folder, run.result, fields)
         return
     for method, readouts in run.result["methods"].items():
         for index, seed in enumerate(run.result["seeds"]):
-            yield Entry(method, seed, fields, {readout: readouts[readout][index] for readout in READOUTS})
+            told = {"method": method, "seed": seed, **{readout: readouts[readout][index] for readout in READOUTS}}
+            yield _entry(run, RunFolder(run.folder.path / method / f"seed-{seed}"), told, fields)
+
+
+def _entry(run: Finished, folder: RunFolder, told: dict[str, Any], fields: dict[str, Any]) -> Entry:
+    result = folder.read_json("result.json")
+    if "evaluation" not in result:
+        raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
+    # The data of a folder of pictures are what it holds; other recipes draw theirs from a data set.
+    drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
+    return Entry(
+        told["method"],
+        told["seed"],
+        fields,
+        {readout: told[readout] for readout in READOUTS},
+        folder.path,
+        folder.read_json("data.json")["hash"],
+        tuple(str((fields | {"seed": told["seed"]}).get(name)) for name in drawn_by),
+        Evaluation(**result["evaluation"]),
+    )
+
+
+def _refuse_other_data(entries: Sequence[Entry]) -> None:
+    """Accuracies on other test pictures, or of students of other classes, say nothing of which method is better.
+
+    Raises:
+        MetaplError: two runs are on different data or classes; it names the first such pair.
+    """
+    first: dict[tuple[Any, ...], Entry] = {}
+    for entry in entries:
+        _refuse_other_classes(entries[0], entry)
+        same = first.setdefault(entry.drawn_by, entry)
+        parts = [part for part in {**same.hashes, **entry.hashes} if same.hashes.get(part) != entry.hashes.get(part)]
+        everywhere = "labels"  # of the whole data set, whatever is drawn from it
+        if entries[0].hashes.get(everywhere) != entry.hashes.get(everywhere):
+            same, parts = entries[0], [everywhere]
+        if parts:
+            raise MetaplError(
+                f"{entry.place} and {same.place} are on different data: {' and '.join(parts)} differ by their hashes "
+                "in data.json. Train both on the same files, or compare each with runs on its own data."
+            )
+
+
+def _refuse_other_classes(first: Entry, entry: Entry) -> None:
+    mine, theirs = entry.evaluation.classes or (), first.evaluation.classes or ()
+    if tuple(mine) != tuple(theirs):
+        other = [name for name in (*mine, *theirs) if name not in mine or name not in theirs]
+        what = f"only one of them has {some(other)}" if other else "the order of the classes differs"
+        raise MetaplError(
+            f"{entry.place} and {first.place} are of different classes: {what}. Train both on folders with the same "
+            "classes, or compare each with runs on its own."
+        )
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -98,6 +164,12 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
+
+
+def _caption(entries: Sequence[Entry]) -> str:
+    """What the table shows, with the number of test examples and the chance level."""
+    chance = statistics.fmean(entry.evaluation.chance for entry in entries)
+    return f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * chance:.1f})"
 
 
 def _table(found: Sequence[tuple[Finished, list[Entry]]]) -> str:
@@ -160,6 +232,8 @@ def _verdict(entries: list[Entry]) -> str:
                 name: {readout: [by_seed[seed].accuracies[readout] for seed in seeds] for readout in READOUTS}
                 for name, by_seed in variants.items()
             },
+            entries[0].evaluation.n,
+            statistics.fmean(entry.evaluation.chance for entry in entries),
         )
     )
 
@@ -175,7 +249,8 @@ def _paired(comparison: Comparison) -> str:
     (first, reference), *others = comparison.methods.items()
     lines = [f"The students by seed ({_ranges(comparison.seeds)}), against those of {first}:"]
     for name, readouts in others:
-        test = paired_test(readouts["test_accuracy"], reference["test_accuracy"])
-        p = "too few seeds for a test" if test.p is None else f"paired t-test p = {test.p:.2g}"
+        test = paired_test(readouts[STUDENT], reference[STUDENT])
+        few = test.p is None or test.n < ENOUGH_SEEDS
+        p = f"at least {ENOUGH_SEEDS} seeds are needed for a test" if few else f"paired t-test p = {test.p:.2g}"
         lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")
     return "\n".join(lines)

@@ -1,31 +1,36 @@
-"""``metapl evaluate RUN``"""
+"""``metapl evaluate RUN``, on its own test set or on another folder"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from torch import Tensor
 
-from metapl.cli.finished import Finished, finished, weights_file
+from metapl.cli.finished import Finished, NetworkName, finished
+from metapl.cli.inputs import require_finite
 from metapl.cli.parse import WIDTH, Run, Switch
 from metapl.cli.place import place
 from metapl.cli.table import table
+from metapl.cli.test_folder import TestFolder
 from metapl.errors import MetaplError
 from metapl.evaluate import (
     Evaluation,
     MultiLabelAccuracy,
     evaluate_logits,
+    interval,
     multi_label_accuracy,
     predict_logits,
     read_label_sets,
 )
 from metapl.fit import batches_of
-from metapl.recipes import Task
+from metapl.run_folder import weights_file
 
 HEADINGS = (5, 4, 3)
 """Letters of a class that head a column, as many as there is room for."""
@@ -42,10 +47,17 @@ NAME = 30
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a run's student on its test set again: accuracy, calibration, and which classes it takes for which.
+    """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
-    The accuracy is the one in the run's result.json; where it is not, that is said. Of a comparison, it is the student
-    that the comparison delivers: MPL's best by validation.
+    It is the network that the run delivers, or the one named. The accuracy is the one in the run's result.json; where
+    it is not, that is said. Of a comparison, it is of the run that the comparison delivers: the best by validation of
+    the best method. Beside it stand its 95 % interval, what guessing evenly among the classes gives, and what always
+    naming the most frequent class gives.
+
+    A run without a test set is measured on its validation examples, and the accuracy is called so.
+
+    With --test, it is measured on other pictures: one folder a class, called as the run's classes. A file that cannot
+    be read is left out, with the reason on standard error; the exit code is then 1.
 
     With label sets, several classes of a picture can be right, or none: ReaL accuracy. The file is a JSON list with a
     list of classes for each test picture, such as ReaL's own real.json; or a JSON object of such lists by file name; or
@@ -53,46 +65,107 @@ class Evaluate:
 
     Args:
         run: the run folder.
-        finetuned: the student after finetuning on the labelled data.
+        test: folder with one folder a class, to measure on instead of the run's own test set.
+        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
+            labelled data, or the teacher.
         label_sets: file with all the right labels of each test example.
         json: print JSON.
     """
 
     run: Run
-    finetuned: Switch = False
+    test: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
     label_sets: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     json: Switch = False
 
     def __call__(self) -> int:
         run = finished(self.run)
-        device = place(run.recipe)
-        student, task = run.student(self.finetuned).to(device), run.recipe.task(progress=True)
-        sets = None if self.label_sets is None else read_label_sets(self.label_sets, task.classes, task.test_names)
-        logits, labels = predict_logits(student, batches_of(task.test, device))
-        found = evaluate_logits(logits, labels, task.classes)
-        several = None if sets is None else _against_sets(logits, sets, task)
-        recorded = run.result["finetuned_test_accuracy" if self.finetuned else "test_accuracy"]
+        name, device = run.name(self.network), place(run.recipe)
+        network = run.network(name).to(device)
+        on = _own(run, device) if self.test is None else _other(run, self.test)
+        if self.label_sets is not None and on.part == "validation":
+            raise MetaplError(f"--label-sets are of test pictures, and {_UNTESTED.format(self.run)}")
+        logits, labels = predict_logits(network, on.batches)
+        names = on.names()
+        if names is not None and len(names) == len(logits):
+            require_finite(logits, names)
+        found = evaluate_logits(logits, labels, run.recipe.classes)
+        several = None
+        if self.label_sets is not None:
+            sets = read_label_sets(self.label_sets, run.recipe.classes, names)
+            several = _against_sets(logits, sets, names)
+        recorded = run.result.get(f"{name}_{on.part}_accuracy")
         if self.json:
-            print(json.dumps({**self._about(run), "recorded_accuracy": recorded, **_as_json(found, several)}, indent=2))
-            return 0
-        print(f"{run.title}, {weights_file(self.finetuned)}\n")
-        print(_figures(found, several, _as_recorded(found, recorded) + _selected_on(task)))
-        print(_confusions(found, task.classes))
-        return 0
+            on_record = {"recorded_accuracy": recorded} if self.test is None else on.about
+            about = {**self._about(run, name), "measured_on": on.part}
+            print(json.dumps({**about, **on_record, **_as_json(found, several)}, indent=2))
+        else:
+            where = "" if self.test is None else f"\non {self.test}"
+            compared = _as_recorded(found, recorded) + on.remark if self.test is None else ""
+            print(f"{run.heading(name)}{where}\n")
+            print(_figures(found, several, on.part, compared))
+            print(_confusions(found, run.recipe.classes))
+        if on.skipped():
+            print(f"metapl: {on.skipped()} file{'s' * (on.skipped() != 1)} left out", file=sys.stderr)
+        return 1 if on.skipped() else 0
 
-    def _about(self, run: Finished) -> dict[str, str | int]:
+    def _about(self, run: Finished, name: str) -> dict[str, str | int]:
         return {
             "run": str(self.run),
             "recipe": run.recipe.name,
             "method": run.result["method"],
             "seed": run.recipe.seed,
-            "weights": weights_file(self.finetuned),
+            "network": name,
+            "weights": weights_file(name),
         }
 
 
-def _against_sets(logits: Tensor, sets: Sequence[frozenset[int]], task: Task) -> MultiLabelAccuracy:
+_UNTESTED = "{} has no test set; give --test DIR, a folder of labelled pictures with one folder a class."
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured on.
+
+    Args:
+        batches: pictures and labels.
+        names: of the pictures, once the batches were read; None where they have none.
+        part: what the accuracy is called.
+        remark: what is said of it.
+        skipped: how many files were left out, once the batches were read.
+        about: for JSON.
+    """
+
+    batches: Iterable[tuple[Tensor, Tensor]]
+    names: Callable[[], Sequence[str] | None]
+    part: Literal["test", "validation"] = "test"
+    remark: str = ""
+    skipped: Callable[[], int] = lambda: 0
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _own(run: Finished, device: torch.device) -> _Measured:
+    """The run's own test set; where it has none, what it was validated on."""
+    task = run.recipe.task(progress=True)
+    if task.test is not None:
+        return _Measured(batches_of(task.test, device), lambda: task.test_names)
+    if task.validation is None:
+        raise MetaplError(f"{_UNTESTED.format(run.folder.path)} It has no validation set either.")
+    selected = run.result["delivered_by"] == "validation"
+    remark = "\n  the network was selected on these examples: train was given no --test" * selected
+    return _Measured(batches_of(task.validation, device), lambda: None, "validation", remark)
+
+
+def _other(run: Finished, folder: Path) -> _Measured:
+    """Other pictures of the same classes."""
+    on = TestFolder(run.recipe, folder)
+    about = {"test": str(folder), "missing_classes": list(on.missing)}
+    return _Measured(on.batches(), lambda: on.names, skipped=lambda: on.skipped, about=about)
+
+
+def _against_sets(logits: Tensor, sets: Sequence[frozenset[int]], names: Sequence[str] | None) -> MultiLabelAccuracy:
     """Accuracy against label sets, once it is sure that the two go together."""
-    expected = len(logits) if task.test_names is None else len(task.test_names)
+    expected = len(logits) if names is None else len(names)
     if len(logits) < expected:
         raise MetaplError(
             f"{expected - len(logits):,} of the {expected:,} test files cannot be read and were left out, so it is not "
@@ -102,14 +175,29 @@ def _against_sets(logits: Tensor, sets: Sequence[frozenset[int]], task: Task) ->
 
 
 def _as_json(found: Evaluation, several: MultiLabelAccuracy | None) -> dict[str, Any]:
-    return found.to_json() | ({} if several is None else {"multi_label": several.to_json()})
+    beside = {
+        "interval": list(interval(round(found.accuracy * found.n), found.n)),
+        "chance": 1 / len(found.confusion),
+        "most_frequent_class": _most_frequent(found),
+    }
+    return found.to_json() | beside | ({} if several is None else {"multi_label": several.to_json()})
+
+
+def _most_frequent(found: Evaluation) -> float:
+    """The accuracy of whoever always names the most frequent class."""
+    return max(map(sum, found.confusion)) / found.n
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
 
 
-def _figures(found: Evaluation, several: MultiLabelAccuracy | None, of_accuracy: str) -> str:
-    lines = {"test accuracy": f"{found.accuracy:.2%} of {found.n:,}, {of_accuracy}"}
+def _figures(found: Evaluation, several: MultiLabelAccuracy | None, part: str, of_accuracy: str) -> str:
+    low, high = interval(round(found.accuracy * found.n), found.n)
+    lines = {
+        f"{part} accuracy": f"{found.accuracy:.2%} of {found.n:,}" + (f", {of_accuracy}" if of_accuracy else ""),
+        "95 % interval": f"{low:.2%} to {high:.2%}",
+        "chance level": f"{1 / len(found.confusion):.2%}; always the most frequent class: {_most_frequent(found):.2%}",
+    }
     if found.top5 is not None:
         lines["top-5 accuracy"] = f"{found.top5:.2%}"
     if several is not None:
@@ -121,19 +209,15 @@ def _figures(found: Evaluation, several: MultiLabelAccuracy | None, of_accuracy:
     return "\n".join(f"{name:<28}{value}" for name, value in lines.items())
 
 
-def _as_recorded(found: Evaluation, recorded: float) -> str:
+def _as_recorded(found: Evaluation, recorded: float | None) -> str:
+    if recorded is None:
+        return "not in result.json"
     if found.accuracy == recorded:
         return "as in result.json"
     return (
         f"but {recorded:.2%} in result.json:\n"
         "  the weights or the data have changed since, or this machine rounds otherwise"
     )
-
-
-def _selected_on(task: Task) -> str:
-    if not task.record.get("test_is_validation"):
-        return ""
-    return "\n  these are the pictures that it was selected on: train was given no --test"
 
 
 def _confusions(found: Evaluation, classes: tuple[str, ...]) -> str:

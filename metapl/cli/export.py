@@ -8,11 +8,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.cli.finished import Finished, finished, weights_file
+from metapl.cli.finished import Finished, NetworkName, finished
 from metapl.cli.parse import Run, Switch
+from metapl.evaluate import Evaluation
 from metapl.export import export
+from metapl.programs import ONNX, can_run_onnx, require_onnx
 from metapl.recipes import Digits, PictureRecipe, Recipe
-from metapl.recipes.comparison import TITLES
+from metapl.recipes.comparison import title
+from metapl.recipes.experiment import TITLED
 from metapl.recipes.store import describe
 from metapl.run_folder import RunFolder
 
@@ -25,82 +28,115 @@ PARTS = ("labeled", "unlabeled", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run's student for others: weights that need no metapl, and a card that says what they are.
+    """Write a run's network for others: files that need no metapl, and a card that says what they are.
 
-    model.safetensors holds the weights under the names of torchvision or timm, where the network is theirs.
-    MODEL_CARD.md has the code that loads them, the accuracies, the recipe without the places of your files, hashes of
-    the data, and versions. Files of these names that are there already are replaced.
+    model.pt2 is the whole network, with its normalisation, as a program for torch.export.load: any number of pictures
+    in, logits out. model.safetensors holds the weights under the names of torchvision or timm, where the network is
+    theirs. MODEL_CARD.md has the code that loads each, the accuracies, the recipe without the places of your files,
+    hashes of the data, and versions. Files of these names that are there already are replaced.
+
+    Programs are run without metapl and compared with the network before anything is written.
 
     Args:
-        run: the run folder; of a comparison, the student that it delivers.
+        run: the run folder; of a comparison, the run that it delivers.
         out: the folder to write them to; made if need be.
-        finetuned: the student after finetuning on the labelled data.
+        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
+            labelled data, or the teacher.
+        onnx: model.onnx too; needs pip install 'metapl[onnx]'.
     """
 
     run: Run
     out: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
-    finetuned: Switch = False
+    network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
+    onnx: Switch = False
 
     def __call__(self) -> int:
         run = finished(self.run)
-        trained = _Trained.of(run)
+        if self.onnx:
+            require_onnx()
+        name = run.name(self.network)
         written = export(
-            run.student(self.finetuned),
+            run.network(name),
             self.out,
-            card=trained.card(self.finetuned),
+            card=_Card.of(run, name).content(),
             architecture=run.recipe.architecture(),
+            shape=_shape(run.recipe),
+            onnx=self.onnx,
         )
-        print(f"{run.title}, {weights_file(self.finetuned)}\n")
-        size = written.weights.stat().st_size / 1e6
-        print(f"{written.weights}: {size:.3g} MB\n  SHA-256 {written.sha256}")
+        print(f"{run.heading(name)}\n")
+        print(f"{written.weights}: {_size(written.weights)}\n  SHA-256 {written.sha256}")
+        for file in (written.program, written.onnx):
+            if file is not None:
+                print(f"{file}: {_size(file)}\n  {_checked(file)}")
         print(f"{written.card}: how to load them, and how good they are")
         return 0
 
 
+def _size(file: Path) -> str:
+    return f"{file.stat().st_size / 1e6:.3g} MB"
+
+
+def _checked(file: Path) -> str:
+    if file.name == ONNX and not can_run_onnx():
+        return "not run: onnxruntime is not installed"
+    return "run without metapl: it gives what the network gives"
+
+
+def _shape(recipe: Recipe) -> tuple[int, int, int] | None:
+    """Of the network's input."""
+    if isinstance(recipe, Digits):
+        return 1, 8, 8
+    if isinstance(recipe, PictureRecipe):
+        return 1 if recipe.grey else 3, recipe.image_size, recipe.image_size
+    return None
+
+
 @dataclass(frozen=True)
-class _Trained:
-    """A run, with what the run that trained its student left behind; of a comparison, that is one of its runs.
+class _Card:
+    """What the model card says of one of a run's networks.
 
     Args:
         run: the run, or the comparison.
-        result: the student's own ``result.json``.
-        data: its ``data.json``.
+        name: student, finetuned or teacher.
+        data: the ``data.json`` of the run that trained it.
     """
 
     run: Finished
-    result: dict[str, Any]
+    name: str
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, run: Finished) -> _Trained:
+    def of(cls, run: Finished, name: str) -> _Card:
         folder = run.folder
         if run.is_comparison:
             folder = RunFolder(folder.path / run.result["method"] / f"seed-{run.result['seed']}")
-        return cls(run, folder.read_json("result.json"), folder.read_json("data.json"))
+        return cls(run, name, folder.read_json("data.json"))
 
-    def card(self, finetuned: bool) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """What :func:`metapl.export.export` writes on the card."""
         method = self.run.result["method"]
         return {
-            "title": f"{self.run.recipe.name}: {TITLES.get(method, method)}",
+            "title": f"{self.run.recipe.name}: {title(method)}, {TITLED[self.name]}",
             "classes": self.run.recipe.classes,
-            "metrics": self.metrics(finetuned),
+            "metrics": self.metrics(),
             "data_hash": self.examples(),
-            "recipe": self.recipe(finetuned),
-            "notes": "\n".join(f"- {one}" for one in self.notes(finetuned)),
+            "recipe": self.recipe(),
+            "notes": "\n".join(f"- {one}" for one in self.notes()),
         }
 
-    def metrics(self, finetuned: bool) -> dict[str, Any]:
-        """Figures of the weights that are exported, and of no others."""
-        which, part = "finetuned_" if finetuned else "", "validation" if self.without_test else "test"
-        accuracy = self.run.result[f"{which}test_accuracy"]
-        evaluation = self.result["evaluation"]
-        found = {f"{part} accuracy": accuracy, f"{part} examples": evaluation["n"]}
-        if not finetuned:  # the evaluation is of the student before that
-            found |= {f"{part} {title}": evaluation[name] for name, title in FIGURES.items()}
-        # One of a comparison's runs may have been finetuned anew since.
-        if self.result[f"{which}test_accuracy"] == accuracy:
-            found["validation accuracy"] = self.result[f"{which}validation_accuracy"]
+    def metrics(self) -> dict[str, Any]:
+        """Figures of the network that is exported, and of no others."""
+        result = self.run.result
+        found: dict[str, Any] = {}
+        if "evaluation" in result:
+            told = Evaluation(**result["evaluation"])
+            found |= {"test accuracy": result[f"{self.name}_test_accuracy"], "test examples": told.n}
+            found["test chance level"] = told.chance
+        if "evaluation" in result and self.name == result["delivered"]:  # the evaluation is of that one
+            found |= {f"test {title}": result["evaluation"][name] for name, title in FIGURES.items()}
+        if f"{self.name}_validation_accuracy" in result:
+            found["validation accuracy"] = result[f"{self.name}_validation_accuracy"]
+            found["validation examples"] = result["validation_size"]
         return {name: value for name, value in found.items() if value is not None}
 
     def examples(self) -> dict[str, str]:
@@ -112,11 +148,11 @@ class _Trained:
         name = {"data set": self.data["data"]} if "data" in self.data else {}
         return (
             name
-            | {part: f"{count:,} examples" for part, count in counts.items()}
+            | {part: f"{count:,} examples" if count else "none" for part, count in counts.items()}
             | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in self.data["hash"].items()}
         )
 
-    def recipe(self, finetuned: bool) -> dict[str, Any]:
+    def recipe(self) -> dict[str, Any]:
         """The recipe without the places of files, of which the last names are left."""
         fields: dict[str, Any] = describe(self.run.recipe)["fields"]
         fields = {
@@ -124,35 +160,39 @@ class _Trained:
             for name, value in fields.items()
             if name != "class_names"
         }
-        how = {"name": self.run.recipe.name, "method": self.run.result["method"], "best_step": self.result["best_step"]}
-        again = {"finetuned_with": self.result["finetuned_with"]} if finetuned and self.finetuned_anew else {}
+        result = self.run.result
+        how = {"name": self.run.recipe.name, "method": result["method"], "best_step": result["best_step"]}
+        anew = self.name == "finetuned" and "finetuned_with" in result
+        again = {"finetuned_with": result["finetuned_with"]} if anew else {}
         return how | again | {"fields": fields}
 
-    def notes(self, finetuned: bool) -> list[str]:
+    def notes(self) -> list[str]:
         """Which weights these are, how they were chosen, and what they take."""
-        step, steps = self.result["best_step"], self.run.recipe.steps
-        notes = [f"The weights are those of the best student by validation: step {step:,} of {steps:,}."]
-        if finetuned:
-            notes.append("They were finetuned on the labelled examples, unless that lowered the validation accuracy.")
+        result, notes = self.run.result, [self._which(), self._why()]
         if self.run.is_comparison:
-            seeds = ", ".join(map(str, self.run.result["seeds"]))
-            notes.append(f"Of the students of the seeds {seeds}, this is the best by validation.")
-        if self.without_test:
-            notes.append("There was no test set: the accuracy is on the pictures by which the weights were chosen.")
-        else:
-            notes.append("Nothing was chosen by the test examples.")
+            methods, seeds = (", ".join(map(str, result[name])) for name in ("methods", "seeds"))
+            notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")
+        notes.append("Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.")
         return [*notes, *_takes(self.run.recipe)]
 
-    @property
-    def without_test(self) -> bool:
-        """Whether the accuracy on record is that on validation."""
-        return bool(self.data.get("test_is_validation"))
+    def _which(self) -> str:
+        """Of which step the weights are."""
+        step, steps = self.run.result["best_step"], self.run.recipe.steps
+        if self.name == "teacher":
+            return f"The weights are those of the teacher after the last step, {steps:,}."
+        chosen = self.run.result["delivered_by"] == "validation"
+        kept = "best student by validation" if chosen else "last student"
+        which = f"The weights are those of the {kept}: step {step:,} of {steps:,}."
+        unless = ", unless that lowered the validation accuracy" if chosen else ""
+        return which + f" They were finetuned on the labelled examples{unless}." * (self.name == "finetuned")
 
-    @property
-    def finetuned_anew(self) -> bool:
-        """Whether the finetuned weights are of other options than the recipe's."""
-        key = "finetuned_test_accuracy"
-        return "finetuned_with" in self.result and self.result[key] == self.run.result[key]
+    def _why(self) -> str:
+        """Whether the run delivers this network, and by what."""
+        result = self.run.result
+        why = "as the best by validation" if result["delivered_by"] == "validation" else "by a rule of its method"
+        if self.name == result["delivered"]:
+            return f"Of the networks of the run ({', '.join(self.run.networks)}) it delivers this one, {why}."
+        return f"The run delivers another of its networks, {why}: {TITLED[result['delivered']]}."
 
 
 def _takes(recipe: Recipe) -> list[str]:

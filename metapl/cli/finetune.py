@@ -11,16 +11,22 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import nn
 
 from metapl.cli.finished import Finished, finished
 from metapl.cli.parse import Run
+from metapl.cli.place import place
 from metapl.cli.table import table
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation
 from metapl.fit import FitResult, Interrupted
+from metapl.fitting.selection import weights_of
 from metapl.recipes.base import Recipe
-from metapl.recipes.experiment import Experiment
+from metapl.recipes.experiment import Experiment, Network, delivered
 from metapl.run_folder import Metrics, RunFolder
+
+ORDER = ("student", "teacher", "finetuned")
+"""Of a run's networks: of those that validation finds equal, the first is delivered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +34,9 @@ class Finetune:
     """Finetune a run's student on its labelled data again.
 
     Without options it repeats what train did. The finetuned student and its numbers in result.json are replaced when
-    the new ones are there; the student before finetuning stays as it is. Choose options by the validation accuracy: the
-    test set is to report on. A comparison that the run is part of keeps the numbers that it was made with.
+    the new ones are there; the student before finetuning stays as it is. Which network the run delivers is decided
+    anew. Choose options by the validation accuracy: the test set is to report on. A comparison that the run is part of
+    keeps the networks and numbers that it was made with.
 
     Args:
         run: the run folder.
@@ -55,7 +62,11 @@ class Finetune:
             return 128 + (stopped.signal_number if isinstance(stopped, Interrupted) else 2)
         print(f"{run.title}\n")
         print(_before_and_after(run.result, result, run.recipe))
+        print(f"\n{_measured_on(result)}")
+        by = "by validation" if result["delivered_by"] == "validation" else "by rule"
+        changed = "" if result["delivered"] == run.result["delivered"] else f"; before: {run.result['delivered']}"
         print(f"\nthe finetuned student and its numbers in {self.run} are new")
+        print(f"delivered: {result['delivered']} ({by}{changed})")
         return 0
 
     def _recipe(self, run: Finished) -> Recipe:
@@ -74,27 +85,54 @@ class Finetune:
 
 def _finetuned_anew(run: Finished, recipe: Recipe) -> dict[str, Any]:
     """Finetune by ``recipe`` and replace the files of the run; the new content of ``result.json``."""
-    student, task = run.student(finetuned=False), recipe.task()
-    before = FitResult(run.result.get("validation_accuracy"), run.result.get("best_step", 0), student.state_dict())
+    device = place(recipe)
+    student, task = run.network("student").to(device), recipe.task()
     torch.manual_seed(recipe.seed)
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
-        tuned, after = Experiment(recipe, RunFolder(scratch)).finetune(task, student, before)
+        experiment = Experiment(recipe, RunFolder(scratch))
+        tuned = experiment.finetuned(task, student, _before(run, student))
         rows = Metrics(Path(scratch) / "metrics.jsonl").rows("finetune")
-    result = run.result | {
-        "finetuned_validation_accuracy": tuned.validation_accuracy,
-        "finetuned_test_accuracy": after.accuracy,
-        "finetuned_with": {"steps": recipe.finetune_steps, "lr": recipe.finetune.lr},
-    }
-    # Each file is replaced whole. Should the machine die between two, `metapl evaluate --finetuned` says that the
-    # number on record is not that of the weights, and finetuning again mends it.
-    run.folder.write_weights("finetuned_student.safetensors", tuned.weights)
+        networks = {name: _recorded(run, name) for name in run.networks} | {"finetuned": tuned}
+        networks = {name: networks[name] for name in ORDER if name in networks}
+        name = delivered(run.result["method"], networks, experiment.selects(task))
+        chosen = networks[name]
+        if name not in ("finetuned", run.result["delivered"]):
+            network = run.network(name).to(device)
+            chosen = experiment.measured(name, task, network, chosen.validation_accuracy, {})
+    result = run.result | tuned.accuracies("finetuned_")
+    result["finetuned_with"] = {"steps": recipe.finetune_steps, "lr": recipe.finetune.lr}
+    if name == "finetuned" or name != run.result["delivered"]:
+        result |= chosen.as_delivered()
+    # Each file is replaced whole. Should the machine die between two, `metapl evaluate --network finetuned` says that
+    # the number on record is not that of the weights, and finetuning again mends it.
+    run.folder.write_weights(tuned.file, tuned.weights)
     run.folder.write_json("result.json", result)
     metrics = Metrics(run.folder.path / "metrics.jsonl")
     metrics.cut("finetune", 0)
     for row in rows:
         metrics.add(row)
-    Experiment(recipe, run.folder).report(result, Evaluation(**run.result["evaluation"]), task.classes)
+    evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
+    Experiment(recipe, run.folder).report(result, evaluation, task)
     return result
+
+
+def _before(run: Finished, student: nn.Module) -> FitResult:
+    """What the run's main phase ended with, as far as finetuning asks for it."""
+    return FitResult(run.result.get("student_validation_accuracy"), run.result["best_step"], weights_of(student))
+
+
+def _recorded(run: Finished, name: str) -> Network:
+    """One of the run's networks with the validation accuracy on record, which is what decides on delivery."""
+    return Network(name, {}, run.result.get(f"{name}_validation_accuracy"), None)
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+    """How many examples the accuracies are of."""
+    n, on = result["validation_size"], result.get("evaluation")
+    validation = f"validation: {n:,} examples" if n else "no validation set"
+    if on is None:
+        return f"{validation}; no test set was given"
+    return f"{validation}; test: {on['n']:,} examples, chance {Evaluation(**on).chance:.2%}"
 
 
 def _before_and_after(before: dict[str, Any], after: dict[str, Any], recipe: Recipe) -> str:
@@ -102,7 +140,7 @@ def _before_and_after(before: dict[str, Any], after: dict[str, Any], recipe: Rec
     return table(
         [
             ("", "validation", "test", "steps", "learning rate"),
-            ("student", _share(before, "validation_accuracy"), _share(before, "test_accuracy"), "", ""),
+            ("student", *_accuracies(before, "student"), "", ""),
             ("finetuned, before", *_row(before, tuned_before)),
             ("finetuned, now", *_row(after, after["finetuned_with"])),
         ]
@@ -110,10 +148,14 @@ def _before_and_after(before: dict[str, Any], after: dict[str, Any], recipe: Rec
 
 
 def _row(result: dict[str, Any], how: dict[str, Any]) -> tuple[str, str, str, str]:
-    validation, test = _share(result, "finetuned_validation_accuracy"), _share(result, "finetuned_test_accuracy")
-    return validation, test, str(how["steps"]), f"{how['lr']:g}"
+    return *_accuracies(result, "finetuned"), str(how["steps"]), f"{how['lr']:g}"
 
 
-def _share(result: dict[str, Any], name: str) -> str:
-    value = result.get(name)
+def _accuracies(result: dict[str, Any], network: str) -> tuple[str, str]:
+    """On validation and on test; a dash for what there is not."""
+    validation, test = (result.get(f"{network}_{part}_accuracy") for part in ("validation", "test"))
+    return _share(validation), _share(test)
+
+
+def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,21 +13,24 @@ from torch import nn
 from metapl.errors import MetaplError
 from metapl.recipes import PictureRecipe, Recipe
 from metapl.recipes.base import Role
-from metapl.recipes.experiment import TEACHERS
+from metapl.recipes.experiment import TEACHERS, TITLED
 from metapl.recipes.store import stored
-from metapl.run_folder import RunFolder
+from metapl.run_folder import WEIGHTS, RunFolder, weights_file
 
-NUMBERS = ("test_accuracy", "finetuned_test_accuracy", "seed", "method")
-"""What every ``result.json`` says of the student in its folder."""
+TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method")
+"""What every ``result.json`` says of the networks in its folder."""
+
+NetworkName = Literal["delivered", "student", "finetuned", "teacher"]
+"""One of a run's networks, or the one that it delivers."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run, or a comparison and the student it delivers.
+    """A run, or a comparison and the run whose networks it delivers.
 
     Args:
         folder: its files.
-        recipe: what was run; of a comparison, with the seed of the student it delivers.
+        recipe: what was run; of a comparison, with the seed of the run that it delivers.
         description: what ``recipe.json`` holds.
         result: what ``result.json`` holds.
     """
@@ -47,35 +50,60 @@ class Finished:
         """The run in words."""
         return f"{self.folder.path}: {self.recipe.name}, {self.result['method']}, seed {self.result['seed']}"
 
-    def student(self, finetuned: bool) -> nn.Module:
-        """The network with the weights of the best student by validation, or of that student finetuned.
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of those that it has."""
+        return tuple(name for name in WEIGHTS if (self.folder.path / weights_file(name)).is_file())
+
+    def name(self, asked: NetworkName) -> str:
+        """Which network is meant.
+
+        Raises:
+            MetaplError: the run has no such network.
+        """
+        if asked == "delivered":
+            found: str = self.result["delivered"]
+            return found
+        if asked not in self.networks:
+            raise MetaplError(
+                f"--network {asked}: {self.folder.path} has no {weights_file(asked)}; expected one of its networks: "
+                f"{', '.join(self.networks)}."
+            )
+        return asked
+
+    def network(self, name: str) -> nn.Module:
+        """One of the run's networks, with its weights.
+
+        Args:
+            name: student, finetuned or teacher.
 
         Raises:
             MetaplError: the weights are missing, damaged, or of another network.
         """
-        torch.set_num_threads(getattr(self.recipe, "threads", torch.get_num_threads()))
-        name = weights_file(finetuned)
-        role: Role = "teacher" if self.result["method"] in TEACHERS else "student"
+        torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
+        role: Role = "teacher" if name == "teacher" or self.result["method"] in TEACHERS else "student"
         # What it was started from need not be there any more.
         fresh = self.recipe
         if isinstance(fresh, PictureRecipe):
             fresh = dataclasses.replace(fresh, weights=None)
-        weights, network = self.folder.read_weights(name), fresh.network(role)
+        file = weights_file(name)
+        weights, network = self.folder.read_weights(file), fresh.network(role)
         found = {key: tuple(value.shape) for key, value in weights.items()}
         expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
         for key in sorted(found.keys() | expected.keys()):
             if found.get(key) != expected.get(key):
                 raise MetaplError(
-                    f"{self.folder.path / name} does not fit the network of recipe.json: {key} is "
+                    f"{self.folder.path / file} does not fit the network of recipe.json: {key} is "
                     f"{found.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
                 )
         network.load_state_dict(weights)
         return network
 
-
-def weights_file(finetuned: bool) -> str:
-    """The name of the file of weights."""
-    return "finetuned_student.safetensors" if finetuned else "student.safetensors"
+    def heading(self, name: str) -> str:
+        """The run and one of its networks in words."""
+        by = {"validation": "by validation", "rule": "by rule"}[self.result["delivered_by"]]
+        which = f", delivered {by}" if name == self.result["delivered"] else ""
+        return f"{self.title}, {TITLED[name]} ({weights_file(name)}{which})"
 
 
 def finished(path: Path) -> Finished:
@@ -99,8 +127,8 @@ def finished(path: Path) -> Finished:
             "--resume."
         )
     result = folder.read_json("result.json")
-    if not isinstance(result, dict) or not result.keys() >= set(NUMBERS):
-        raise MetaplError(f"{path / 'result.json'} is damaged: it does not say {', '.join(NUMBERS)}.")
+    if not isinstance(result, dict) or not result.keys() >= set(TOLD):
+        raise MetaplError(f"{path / 'result.json'} is damaged: it does not say {', '.join(TOLD)}.")
     delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])  # type: ignore[type-var]  # recipes are dataclasses
     return Finished(folder, delivered, description, result)
 

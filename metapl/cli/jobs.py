@@ -26,7 +26,8 @@ class Job:
 
     Args:
         recipe, method, folder, resume: as they are run.
-        threads: of the linear algebra, where the recipe does not say; None: as many as PyTorch takes by itself.
+        threads: of the linear algebra, where the recipe does not say; None: as many as the run was started with, or
+            the default of a new one.
     """
 
     recipe: Recipe
@@ -43,12 +44,12 @@ class Job:
         from metapl.recipes.store import describe
         from metapl.run_folder import RunFolder
 
-        torch.set_num_threads(getattr(self.recipe, "threads", self.threads or torch.get_num_threads()))
         folder = RunFolder(self.folder)
+        torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))
         with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
             if (self.folder / "result.json").exists():
                 return folder.read_json("result.json")
-            say = _silent if quiet else _aloud
+            say = _silent if quiet else aloud
             return Experiment(self.recipe, folder, self.resume and folder.exists, progress, say).run(self.method)
 
 
@@ -56,12 +57,12 @@ def _silent(text: str) -> None:
     """Messages of a run beside others are not shown."""
 
 
-def _aloud(text: str) -> None:
+def aloud(text: str) -> None:
     print(text, flush=True)
 
 
-def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:
-    """Run the jobs, ``workers`` at a time, and give each with its result as it ends.
+def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
+    """Run the jobs, ``workers`` at a time, and give each with its result and the seconds it took as it ends.
 
     However this ends, no worker is left: where it is stopped, or a job fails, the others save the step under way and
     go; and a worker whose parent was killed ends itself, so that nobody goes on writing to the folders.
@@ -71,9 +72,10 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
     """
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:
+            since = time.monotonic()
             with _named(job):
                 result = job.run()
-            yield job, result
+            yield job, result, time.monotonic() - since
         return
     waiting = deque(jobs)
     staff = _start(min(workers, len(jobs)))
@@ -84,9 +86,10 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
             job = busy.pop(worker)
             with _named(job):
                 result = worker.result()
+            seconds = time.monotonic() - worker.since
             if waiting:
                 busy[worker] = worker.take(waiting.popleft())
-            yield job, result
+            yield job, result, seconds
     finally:
         for worker in staff:
             worker.stop()
@@ -108,6 +111,7 @@ class _Worker:
 
     def __init__(self) -> None:
         context = get_context("spawn")
+        self.since = time.monotonic()
         self.link, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, os.getpid()))
         self.process.start()
@@ -115,6 +119,7 @@ class _Worker:
 
     def take(self, job: Job) -> Job:
         self.link.send(job)
+        self.since = time.monotonic()
         return job
 
     def result(self) -> dict[str, Any]:

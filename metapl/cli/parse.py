@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
-import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import tyro
 
+from metapl.cli.help import WIDE, WIDTH, found, readable
+from metapl.cli.suggest import did_you_mean, respelled, unknown_flags
 from metapl.errors import MetaplError
 
-T = TypeVar("T")
+__all__ = ["WIDTH", "Run", "Switch", "parse"]
 
-WIDTH = 80
-"""Columns of text."""
+T = TypeVar("T")
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
 """The folder of a run, by its place."""
@@ -32,23 +34,46 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
         MetaplError: a wrong flag or value, in one line.
         SystemExit: 0, after ``--help``.
     """
-    # tyro draws its frames, by which its messages are taken apart below, for a standard output of this encoding alone.
-    said, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    arguments = respelled(arguments)
+    code, value, said, text = _ask_tyro(kind, program, arguments)
+    if value is not None:
+        return value
+    if code == 0:
+        print(readable(text))
+        raise SystemExit(0)
+    flags = [entry.name for entry in found(_ask_tyro(kind, program, ["--help"])[3])]
+    unknown = unknown_flags(arguments, flags)
+    why = _one_line(said) if not unknown else f"there is no {unknown[0]}{did_you_mean(unknown[0], flags) or '.'}"
+    raise MetaplError(f"{why} See {program} --help.")
+
+
+def _ask_tyro(kind: type[T], program: str, arguments: list[str]) -> tuple[int | None, T | None, str, str]:
+    """The exit code it would end with (None: it does not), the instance, and what it says as errors and as help."""
+    # tyro draws its frames, by which its messages are taken apart, for a standard output of this encoding alone.
+    said, text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    code: int | None = None
+    value: T | None = None
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(text), _columns(WIDE):
+        try:
+            value = tyro.cli(kind, prog=program, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    text.seek(0)
+    return code, value, said.getvalue(), text.read()
+
+
+@contextlib.contextmanager
+def _columns(number: int) -> Iterator[None]:
+    """As if the terminal were so wide."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(number)
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(help_text):
-            return tyro.cli(kind, prog=program, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            help_text.seek(0)
-            print(_wrapped(help_text.read()))
-            raise
-        raise MetaplError(f"{_one_line(said.getvalue())} See {program} --help.") from None
-
-
-def _wrapped(text: str) -> str:
-    """Help whose lines a terminal of 80 columns shows whole; those in frames are so already."""
-    lines = text.splitlines()
-    return "\n".join(line if line.startswith(tuple("╭│╰")) else textwrap.fill(line, WIDTH) for line in lines)
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def _one_line(box: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,14 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.atomic import replacing
-from metapl.cli.finished import Finished, finished, weights_file
+from metapl.cli.finished import NetworkName, finished
+from metapl.cli.inputs import Inputs, require_finite
 from metapl.cli.parse import Run, Switch
 from metapl.cli.place import place
+from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
-from metapl.recipes import Recipe
-from metapl.report import GRID_SHOWN, Gallery, draw_grid
+from metapl.recipes.experiment import TITLED
 
-BATCH = 256
 HEADER = ("file", "class", "probability")
 
 
@@ -34,20 +33,26 @@ class Prediction:
 
     Args:
         name: the file, with the line where it holds several.
-        label: the class of the greatest probability.
-        probability: of that.
+        probabilities: of all classes, in their order.
         x: what the network was given.
     """
 
     name: str
-    label: str
-    probability: float
+    probabilities: tuple[float, ...]
     x: Tensor
+
+    def best(self, count: int) -> list[tuple[int, float]]:
+        """The most probable classes, by index, each with its probability; of equals the first."""
+        ranked = sorted(range(len(self.probabilities)), key=lambda index: -self.probabilities[index])
+        return [(index, self.probabilities[index]) for index in ranked[:count]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Say what a run's student takes pictures for: as CSV, with the columns file, class and probability.
+    """Say what a run's network takes pictures for: as CSV, with the columns file, class and probability.
+
+    With --top 3, class_2, probability_2, class_3 and probability_3 follow: the classes that come next. With
+    --probabilities, a column for each class follows, p(cat) say: all of them sum to 1.
 
     A picture is read as those that the run was trained on: it is turned as the camera noted, transparent counts as
     white, and the largest centred square of it is brought to the network's size, in colours or grey. Of runs that were
@@ -61,11 +66,14 @@ class Predict:
     with the reason on standard error; the exit code is then 1.
 
     Args:
-        run: the run folder; of a comparison, the student that it delivers.
+        run: the run folder; of a comparison, the run that it delivers.
         files: pictures, or folders of them.
         out: write here rather than to standard output, and only when all is predicted.
-        grid: draw the first 64 pictures with their classes here, as a PNG file.
-        finetuned: the student after finetuning on the labelled data.
+        top: how many classes to give of each picture, the most probable first.
+        probabilities: give the probability of every class.
+        grid: draw a PNG file with each class that was predicted: how many pictures, the most and the least probable.
+        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
+            labelled data, or the teacher.
     """
 
     run: Run
@@ -73,31 +81,48 @@ class Predict:
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE_OR_FOLDER...", help_behavior_hint="")
     ]
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    top: int = 1
+    probabilities: Switch = False
     grid: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="")] = None
-    finetuned: Switch = False
+    network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
 
     def __call__(self) -> int:
         run = finished(self.run)
-        self._check()
-        student = run.student(self.finetuned).to(place(run.recipe))
+        classes = run.recipe.classes
+        self._check(classes)
+        name = run.name(self.network)
+        network = run.network(name).to(place(run.recipe))
         inputs = Inputs(run.recipe, self.files, leave=[file for file in (self.out, self.grid) if file is not None])
-        count, first = 0, []
+        count, grid = 0, PredictionGrid(classes)
         with _sink(self.out) as sink:
             writer = csv.writer(sink, lineterminator="\n")
-            writer.writerow(HEADER)
-            for count, one in enumerate(predictions(student, inputs, run.recipe.classes), 1):
-                writer.writerow((one.name, one.label, f"{one.probability:.6f}"))
-                if self.grid is not None and count <= GRID_SHOWN:
-                    first.append(one)
+            writer.writerow(self._header(classes))
+            for one in predictions(network, inputs):
+                writer.writerow(self._row(one, classes))
+                count += 1
+                if self.grid is not None:
+                    grid.add(*one.best(1)[0], one.name, one.x)
         if self.out is not None:
-            print(f"{count} prediction{'s' if count != 1 else ''} in {self.out}")
-        if self.grid is not None and first:
-            draw_grid(self.grid, _gallery(run, weights_file(self.finetuned), first), total=count)
+            print(f"{count} prediction{'s' * (count != 1)} in {self.out}")
+        if self.grid is not None:
+            grid.draw(self.grid, f"{run.title}, {TITLED[name]}")
         if inputs.skipped:
             print(f"metapl: {inputs.skipped} of {inputs.seen} files left out", file=sys.stderr)
         return 1 if inputs.skipped else 0
 
-    def _check(self) -> None:
+    def _header(self, classes: Sequence[str]) -> list[str]:
+        more = [f"{name}_{rank}" for rank in range(2, self.top + 1) for name in HEADER[1:]]
+        return [*HEADER, *more, *(f"p({name})" for name in classes if self.probabilities)]
+
+    def _row(self, one: Prediction, classes: Sequence[str]) -> list[str]:
+        best = [cell for index, p in one.best(self.top) for cell in (classes[index], _six(p))]
+        return [one.name, *best, *(_six(p) for p in one.probabilities if self.probabilities)]
+
+    def _check(self, classes: Sequence[str]) -> None:
+        if not 1 <= self.top <= len(classes):
+            raise MetaplError(
+                f"--top {self.top} was given, and the run has {len(classes)} classes; expected 1 to that."
+            )
         if not self.files:
             raise MetaplError(
                 f"no files were named; expected pictures, or folders of them: metapl predict {self.run} x.png"
@@ -118,81 +143,24 @@ def _check_place(flag: str, file: Path | None) -> None:
         raise MetaplError(f"{flag} {file} {why}; expected a file in a folder that exists.")
 
 
-def _gallery(run: Finished, weights: str, shown: Sequence[Prediction]) -> Gallery:
-    """Pictures as the network sees them, each with its class, probability and file."""
-    return Gallery(
-        title=f"What the student takes {'it' if len(shown) == 1 else 'them'} for",
-        note=f"{run.title}, {weights}",
-        pictures=torch.stack([one.x for one in shown]).clamp(0, 1),
-        captions=tuple(f"{one.label}  {one.probability:.0%}\n{Path(one.name).name}" for one in shown),
-    )
+def _six(probability: float) -> str:
+    return f"{probability:.6f}"
 
 
-class Inputs:
-    """The examples in files and folders, as they are asked for.
+def predictions(network: nn.Module, inputs: Inputs) -> Iterator[Prediction]:
+    """What each example is taken for, in order; the network's device does the work.
 
-    Args:
-        recipe: reads the files.
-        paths: files and folders.
-        leave: files that are not read though they lie in one of the folders.
+    Raises:
+        MetaplError: the network gives numbers that are not finite; the files are named.
     """
-
-    def __init__(self, recipe: Recipe, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
-        self.recipe, self.seen, self.skipped = recipe, 0, 0
-        self.leave = {file.resolve() for file in leave}
-        self.files = [file for path in paths for file in (self._within(path) if path.is_dir() else [path])]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for file in self.files:
-            self.seen += 1
-            try:
-                yield from self.recipe.read(file)
-            except MetaplError as error:
-                self._skip(str(error))
-
-    def _within(self, folder: Path) -> list[Path]:
-        """The readable files of a folder and of those in it, sorted."""
-        found = [Path(where) / name for where, _, names in os.walk(folder, onerror=self._unlisted) for name in names]
-        ours = sorted(file for file in found if file.suffix.lower() in self.recipe.reads and not self._is_left(file))
-        if not ours:
-            raise MetaplError(
-                f"there is no file in {folder} that can be read; expected {', '.join(self.recipe.reads)}."
-            )
-        return ours
-
-    def _is_left(self, file: Path) -> bool:
-        return bool(self.leave) and file.resolve() in self.leave
-
-    def _unlisted(self, error: OSError) -> None:
-        self.seen += 1
-        self._skip(f"{error.filename}: {error.strerror}")
-
-    def _skip(self, why: str) -> None:
-        self.skipped += 1
-        print(f"metapl: left out {why}", file=sys.stderr)
-
-
-def predictions(student: nn.Module, inputs: Inputs, classes: tuple[str, ...]) -> Iterator[Prediction]:
-    """What each example is taken for, in order; the network's device does the work."""
-    student.eval()
-    device = next(student.parameters()).device
-    for batch in _batches(inputs):
+    network.eval()
+    device = next(network.parameters()).device
+    for batch in inputs.batches():
         with torch.inference_mode():
-            probability_BC = student(torch.stack([x for _, x in batch]).to(device)).softmax(dim=1)
-        best = probability_BC.max(dim=1)
-        for (name, x), p, index in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            yield Prediction(name, classes[index], p, x)
-
-
-def _batches(inputs: Inputs) -> Iterator[list[tuple[str, Tensor]]]:
-    batch: list[tuple[str, Tensor]] = []
-    for one in inputs:
-        batch.append(one)
-        if len(batch) == BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+            logits_BC = network(torch.stack([x for _, x in batch]).to(device))
+        require_finite(logits_BC, [name for name, _ in batch])
+        for (name, x), p in zip(batch, logits_BC.softmax(dim=1).tolist(), strict=True):
+            yield Prediction(name, tuple(p), x)
 
 
 @contextmanager

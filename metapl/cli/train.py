@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shlex
 import signal
 import sys
+import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
-from metapl.cli.jobs import Job, run_all
-from metapl.cli.parse import Switch
+from metapl.cli.jobs import Job, aloud, run_all
+from metapl.cli.pace import Pace
+from metapl.cli.parse import WIDTH, Switch
+from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
+from metapl.evaluate import Evaluation, with_chance
 from metapl.fit import Interrupted
+from metapl.fitting.progress import duration
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
-from metapl.recipes.comparison import TITLES, Comparison, parse_seeds
-from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS
-from metapl.recipes.store import describe
-from metapl.run_folder import RunFolder
+from metapl.recipes.base import Recipe
+from metapl.recipes.comparison import Comparison, parse_seeds, title
+from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
+from metapl.recipes.store import describe, stored
+from metapl.run_folder import WEIGHTS, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +62,25 @@ class Train:
 
     def __call__(self) -> int:
         self._check()
-        settle = getattr(self.recipe, "settled", None)
-        if settle is not None:
-            return dataclasses.replace(self, recipe=settle())._run()
-        return self._run()
-
-    def _run(self) -> int:
         out = self.out or _default_out(self.recipe.name, self.resume)
         try:
             with _terminable():
-                return self._compare(out) if self.compare else self._train(out)
+                return dataclasses.replace(self, recipe=self._settled(out))._run(out)
         except KeyboardInterrupt as stopped:
             return _say_how_to_go_on(stopped, out)
+
+    def _settled(self, out: Path) -> Any:
+        """The recipe as it can be stored: what is left open is chosen, or is as it was where a run is gone on with."""
+        recipe: Recipe = self.recipe
+        if not isinstance(recipe, ImageFolders):
+            return recipe.settled() if isinstance(recipe, Vision) else recipe
+        torch.set_num_threads(default_threads())
+        folder = RunFolder(out)
+        before = stored(folder)[0] if self.resume and folder.exists else None
+        return recipe.settled(before if isinstance(before, ImageFolders) else None, aloud)
+
+    def _run(self, out: Path) -> int:
+        return self._compare(out) if self.compare else self._train(out)
 
     def _check(self) -> None:
         for name in ("seeds", "methods", "jobs", "controls"):
@@ -84,18 +96,17 @@ class Train:
 
     def _train(self, out: Path) -> int:
         finished = self.resume and (out / "result.json").exists()
+        method = getattr(self.recipe, "method", "mpl")
         if not finished:
-            print(f"{self.recipe.name}, mode {self.recipe.feedback.mode}, seed {self.recipe.seed} -> {out}", flush=True)
-        result = Job(self.recipe, "mpl", out, self.resume).run(progress=True, quiet=False)
+            print(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", flush=True)
+        result = Job(self.recipe, method, out, self.resume).run(progress=True, quiet=False)
         if finished:
             print(f"{out} is finished already.")
-        print(f"validation accuracy {result['validation_accuracy']:.1%} at step {result['best_step']}")
-        print(
-            f"test accuracy {result['test_accuracy']:.1%}, "
-            f"finetuned on the labelled data {result['finetuned_test_accuracy']:.1%}"
-        )
-        print(f"the student, its report and figures are in {out}")
-        print("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-2")
+        for line in summary(result, len(self.recipe.classes)):
+            print(textwrap.fill(line, WIDTH))
+        print(f"the networks, the report and the figures are in {out}")
+        if method == "mpl":
+            print("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
         return 0
 
     # --------------------------------------------------------------------------------------------------- a comparison
@@ -106,62 +117,64 @@ class Train:
         folder = RunFolder(out)
         recipe = describe(self.recipe, compare=list(methods), seeds=list(seeds))
         with folder.claimed(recipe, resume=self.resume):
+            if not (out / "result.json").exists():
+                self.recipe.task(aloud, progress=True)  # before any job starts, and the jobs say nothing
             results = self._run_jobs(out, methods, seeds)
-            comparison = Comparison(
-                seeds,
-                {
-                    method: {
-                        readout: [results[method, seed][readout] for seed in seeds]
-                        for readout in ("test_accuracy", "finetuned_test_accuracy")
-                    }
-                    for method in methods
-                },
-            )
+            comparison = Comparison.of(seeds, methods, results)
             self._leave_behind(folder, comparison, results)
-        print(f"figures, report and the best student are in {out}")
-        print(f"\ntest accuracy in %, mean ± standard deviation over seeds\n\n{comparison.table()}\n")
-        print(comparison.sentence())
+        print(f"figures, report and the delivered networks are in {out}")
+        print(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
+        print(textwrap.fill(comparison.sentence(), WIDTH))
+        print(textwrap.fill(comparison.delivery(), WIDTH))
         return 0
 
     def _run_jobs(
         self, out: Path, methods: tuple[str, ...], seeds: tuple[int, ...]
     ) -> dict[tuple[str, int], dict[str, Any]]:
-        cores = os.cpu_count() or 1
-        together = 1 if self.recipe.place().type == "cuda" else cores
-        workers = min(self.jobs or together, len(methods) * len(seeds))
+        on_gpu = self.recipe.place().type == "cuda"
+        workers = min(self.jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
+        # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn
+        # the weights differ already. So a job has as many threads whatever --jobs is, and when it is resumed.
+        threads = default_threads() if on_gpu else 1
         jobs = []
         for seed in seeds:
-            recipe = dataclasses.replace(self.recipe, seed=seed)
             for method in methods:
+                recipe = self._by(method, seed)
                 place = out / method / f"seed-{seed}"
                 begun = self.resume or (place / "recipe.json").exists()
-                jobs.append(Job(recipe, method, place, begun, threads=max(1, cores // workers)))
+                jobs.append(Job(recipe, method, place, begun, threads=threads))
         print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
-        results, since = {}, time.monotonic()
+        results = {}
+        to_run = [job for job in jobs if not (job.folder / "result.json").exists()]
+        pace = Pace([job.method for job in to_run], workers)
         with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping
-            for number, (job, result) in enumerate(running, 1):
+            for number, (job, result, seconds) in enumerate(running, 1):
                 results[job.method, job.recipe.seed] = result
-                print(
-                    f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {time.monotonic() - since:4.0f} s  "
-                    f"{TITLES.get(job.method, job.method)}, seed {job.recipe.seed}: {result['test_accuracy']:.1%}",
-                    flush=True,
-                )
+                if job in to_run:
+                    pace.done(job.method, seconds)
+                print(f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {_job_line(job, result, pace)}", flush=True)
         return results
+
+    def _by(self, method: str, seed: int) -> Recipe:
+        """The recipe as it is settled, its number of steps included, by one of the methods."""
+        recipe: Recipe = self.recipe
+        changed: dict[str, Any] = {"seed": seed} | ({"method": method} if isinstance(recipe, ImageFolders) else {})
+        settled: Recipe = dataclasses.replace(self.recipe, **changed)
+        return settled
 
     def _leave_behind(
         self, folder: RunFolder, comparison: Comparison, results: dict[tuple[str, int], dict[str, Any]]
     ) -> None:
-        """The comparison's own files: the best MPL student by validation, the averaged report, the result."""
+        """The comparison's own files: the networks of the run that it delivers, the averaged report, the result."""
         from metapl.recipes.reports import draw_comparison
 
-        first = "mpl" if "mpl" in comparison.methods else next(iter(comparison.methods))
-        best = max(comparison.seeds, key=lambda seed: results[first, seed]["validation_accuracy"])
-        source = RunFolder(folder.path / first / f"seed-{best}")
-        for name in ("student.safetensors", "finetuned_student.safetensors"):
-            folder.write_weights(name, source.read_weights(name))
+        method, seed = comparison.delivered()
+        source = RunFolder(folder.path / method / f"seed-{seed}")
+        for name in WEIGHTS.values():
+            if (source.path / name).is_file():
+                folder.write_weights(name, source.read_weights(name))
         draw_comparison(folder.path, comparison, results)
-        delivered = {k: results[first, best][k] for k in ("test_accuracy", "finetuned_test_accuracy", "seed", "method")}
-        folder.write_json("result.json", {**comparison.to_json(), **delivered})
+        folder.write_json("result.json", results[method, seed] | comparison.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +211,13 @@ COMMANDS: dict[str, type[Train]] = {
     **{kind.name: _train_on(kind) for kind in PROTOCOL_RECIPES},
 }
 """The recipes that can be trained, by name."""
+
+
+def _job_line(job: Job, result: dict[str, Any], pace: Pace) -> str:
+    """What came of a job, and how long the others will take."""
+    on = Evaluation(**result["evaluation"])
+    left = f", about {duration(pace.left())} left" if pace.waiting else ""
+    return f"{job.method}, seed {job.recipe.seed}: {with_chance(result['test_accuracy'], on.n, on.chance)}{left}"
 
 
 def _default_out(recipe: str, resume: bool) -> Path:

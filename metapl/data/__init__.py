@@ -1,6 +1,7 @@
 """Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
 
-from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, Chain, RandAugment, ResizedCrop, Weak
+from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
+from metapl.data.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.batches import LabeledBatches, StepBatches, UnlabeledBatches, loader
 from metapl.data.device import to_device
 from metapl.data.digits import DigitsSplit, load_digits_split
@@ -14,19 +15,23 @@ from metapl.data.samplers import StepSampler
 from metapl.data.sound_files import Skipped, Verified, verify_files
 from metapl.data.splits import Split, draw_split, stratified_split
 from metapl.data.unlabeled import WithoutLabels, without_labels
-from metapl.data.views import Identity, ShiftNoiseCutout, View
+from metapl.data.views import Chain, Identity, ShiftNoiseCutout, View
 from metapl.data.vision import PROTOCOLS, Protocol, VisionData, load_vision
 
 __all__ = [
     "CIFAR_OPERATIONS",
     "PROTOCOLS",
     "SVHN_OPERATIONS",
+    "Affine",
     "Chain",
+    "Color",
     "DigitsSplit",
     "Feed",
     "FileImages",
     "Files",
     "Finding",
+    "Flip",
+    "Hole",
     "Identity",
     "ImageEvaluationBatches",
     "ImageLabeledBatches",
@@ -37,6 +42,7 @@ __all__ = [
     "MemoryImages",
     "Protocol",
     "RandAugment",
+    "Recolor",
     "ResizedCrop",
     "ShiftNoiseCutout",
     "Skipped",

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metapl.data import draws, operations
-from metapl.data.views import View
 from metapl.errors import MetaplError
 
 # Streams 0 and 1 are those of ShiftNoiseCutout.
@@ -45,30 +44,6 @@ CIFAR_OPERATIONS = (
 
 SVHN_OPERATIONS = tuple(name for name in CIFAR_OPERATIONS if name not in ("Sample Pairing", "Rotate", "TranslateX"))
 """The paper's twelve operations for SVHN (Table 5): none that moves a digit sideways, turns it or mixes it."""
-
-
-@dataclass(frozen=True)
-class Chain:
-    """One view after another, each with draws of its own.
-
-    x ↦ v_n(… v_1(x)), where v_i draws from fold_in(seed, i).
-
-    Args:
-        views: the views, first to last.
-
-    Call: as :class:`Weak`.
-
-    >>> strong = Chain((Weak(), RandAugment(), Weak()))  # what the authors' code does on CIFAR-10
-    >>> strong(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 32])
-    """
-
-    views: tuple[View, ...]
-
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        for position, view in enumerate(self.views):
-            images = view(images, seed=draws.fold_in(seed, position), step=step, examples=examples)
-        return images
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,23 @@ def normal(
     return (radius * _sine_of_half_pi_times(2.0 * u[:, 1::2] - 1.0)).to(dtype)
 
 
+def cosine_and_sine(half_turns: Tensor) -> tuple[Tensor, Tensor]:
+    """cos πt and sin πt for t in [−1, 1], the same to the last bit on every device and at every place of a tensor.
+
+    Args:
+        half_turns: float64, any shape.
+
+    Returns:
+        Two tensors of that shape, within 2e-15 of the cosine and 2e-8 of the sine; of 0 they are exact.
+
+    >>> cosine_and_sine(torch.tensor([0.0, 0.5], dtype=torch.float64))
+    (tensor([1.0000e+00, 2.2204e-16], dtype=torch.float64), tensor([0., 1.], dtype=torch.float64))
+    """
+    s = _sine_of_half_pi_times(half_turns)
+    # By the half angle, whose cosine is not negative.
+    return 1.0 - 2.0 * s * s, 2.0 * s * (1.0 - s * s).clamp(min=0.0).sqrt()
+
+
 def _log(x: Tensor) -> Tensor:
     """log x for x in (0, 1]: x = m·2^e with m in [√½, √2), and log m = 2 artanh((m − 1) / (m + 1))."""
     mantissa, exponent = torch.frexp(x)

@@ -46,7 +46,8 @@ def check_folders(
     Errors: fewer than two classes; a class without pictures; a class of validation or test that training does not
     know; a picture of test or validation, by its bytes, among the labelled or unlabelled ones (the result would be too
     good), or in two classes. Warnings: a class with one picture; classes whose names differ by case only; pictures
-    beside the class folders; a picture of test in validation; a class that validation or test lacks.
+    beside the class folders; a picture of test in validation; a class that validation or test lacks; all labelled
+    pictures among the unlabelled ones.
 
     Args:
         labeled, unlabeled: the folders trained on.
@@ -62,7 +63,7 @@ def check_folders(
     Raises:
         MetaplError: a file is gone or cannot be read.
     """
-    findings = [*_class_findings(labeled), *_copies(labeled, unlabeled, validation, test, progress)]
+    findings = [*_class_findings(labeled), *find_copies(labeled, unlabeled, validation, test, progress)]
     for name, held_out in (("validation", validation), ("test", test)):
         if held_out is not None:
             findings += _other_classes(labeled, held_out, name)
@@ -129,14 +130,14 @@ class _Copy:
     path: str
 
 
-def _copies(
+def find_copies(
     labeled: LabeledFiles,
     unlabeled: Files | None,
     validation: LabeledFiles | None,
     test: LabeledFiles | None,
     progress: Progress | None,
 ) -> Iterator[Finding]:
-    """The files that stand on several sides, by their bytes."""
+    """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`."""
     sides = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
     files = [
         _Copy(side, found.classes[found.labels[i]] if isinstance(found, LabeledFiles) else None, path)
@@ -147,17 +148,21 @@ def _copies(
     count = Count(progress)
     leaks: defaultdict[tuple[str, str], list[tuple[_Copy, _Copy]]] = defaultdict(list)
     contradictions: list[list[_Copy]] = []
+    used_twice = 0
     for group in _same_bytes(files, count):
         of = {side: [one for one in group if one.side == side] for side in sides}
         for held_out, other in _LEAKS:
             if of[other]:
                 leaks[held_out, other] += ((one, of[other][0]) for one in of[held_out])
+        used_twice += _labeled_twins(group)
         if len({one.label for one in of["labeled"]}) > 1:
             contradictions.append(of["labeled"])
     count.end()
     for (held_out, other), pairs in leaks.items():
         if pairs:
             yield _leak(held_out, other, pairs)
+    if unlabeled is not None and used_twice == len(labeled):
+        yield _used_twice(labeled, unlabeled)
     if contradictions:
         shown = some([" and ".join(one.path for one in group) for group in contradictions])
         yield Finding(
@@ -165,6 +170,15 @@ def _copies(
             f"{len(contradictions)} pictures are in two classes: {shown}; remove them from all classes but one.",
             tuple(Path(one.path) for group in contradictions for one in group),
         )
+
+
+def _used_twice(labeled: LabeledFiles, unlabeled: Files) -> Finding:
+    """All labelled pictures are unlabelled too: usual in the papers, and of no use where there are no others."""
+    if len(unlabeled) > len(labeled):
+        note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
+    else:
+        note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
+    return Finding("warning", f"all labelled pictures are in the unlabelled folder {unlabeled.root} too: {note}")
 
 
 _LEAKS = (
@@ -206,19 +220,30 @@ def _same_bytes(files: Sequence[_Copy], count: Count) -> Iterator[list[_Copy]]:
 
         return ask
 
-    groups = [list(files)]
+    groups, labeled = [list(files)], sum(file.side == "labeled" for file in files)
     for key, counted in ((os.path.getsize, False), (_glimpse, True), (_digest, False)):
-        found = [_mattering(same) for group in groups for same in _grouped(group, asked(key, counted))]
-        groups = [same for same in found if same]
+        found = [same for group in groups for same in _grouped(group, asked(key, counted))]
+        all_twice = sum(_labeled_twins(same) for same in found) == labeled
+        groups = [files for same in found if (files := _mattering(same, all_twice))]
     return iter(groups)
 
 
-def _mattering(files: list[_Copy]) -> list[_Copy]:
-    """Those of files that might be one picture with which something would be wrong then."""
+def _labeled_twins(files: Sequence[_Copy]) -> int:
+    """How many labelled ones stand beside an unlabelled one."""
+    sides = [file.side for file in files]
+    return sides.count("labeled") if "unlabeled" in sides else 0
+
+
+def _mattering(files: list[_Copy], all_twice: bool) -> list[_Copy]:
+    """Those of files that might be one picture with which something would be wrong then.
+
+    That some labelled pictures are unlabelled too is usual; it is said where ``all_twice`` of them might be.
+    """
     sides = {file.side for file in files}
     if any(held_out in sides and other in sides for held_out, other in _LEAKS):
         return files
-    # Labelled ones may be unlabelled too.
+    if all_twice and {"labeled", "unlabeled"} <= sides:
+        return files
     labeled = [file for file in files if file.side == "labeled"]
     return labeled if len({file.label for file in labeled}) > 1 else []
 

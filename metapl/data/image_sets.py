@@ -170,8 +170,13 @@ class FileImages:
         return Path(self._path(int(self._indices[index])))
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        pictures, used = self.fetch_crops(indices, [()] * len(indices))
-        return pictures[0], used
+        if self._cache is None:
+            pictures, used = self.fetch_crops(indices, [()] * len(indices))
+            return pictures[0], used
+        used = indices.clone()
+        for at in self._cache.missing(self._indices[indices]):
+            _, used[at] = self._next_sound(int(indices[at]), ())
+        return self._cache.gather(self._indices[used]), used
 
     def fetch_crops(self, indices: Tensor, crops: Sequence[Sequence[Crop]]) -> tuple[list[Tensor], Tensor]:
         """Several boxes of each picture.
@@ -192,6 +197,12 @@ class FileImages:
 
     def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`fetch`, but a broken file is left out instead of replaced: for measuring."""
+        if self._cache is not None:
+            sound = torch.ones(len(indices), dtype=torch.bool)
+            for at in self._cache.missing(self._indices[indices]):
+                sound[at] = self._try(int(indices[at]), ()) is not None
+            used = indices[sound]
+            return self._cache.gather(self._indices[used]), used
         found = [(index, picture) for index in indices.tolist() if (picture := self._try(index, ())) is not None]
         pictures = [picture[0] for _, picture in found]
         images = torch.stack(pictures) if pictures else torch.empty(0, *self.shape, dtype=torch.uint8)
@@ -308,6 +319,15 @@ class _Cache:
         self._there = memory[:count]
         self._pictures = torch.from_numpy(memory[count:].reshape(count, *shape))
 
+    def missing(self, numbers: Tensor) -> list[int]:
+        """Places in ``numbers`` of pictures that are not there: most in the first epoch, later broken ones."""
+        places: list[int] = np.flatnonzero(self._there[numbers.numpy()] == 0).tolist()
+        return places
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """Pictures that are there, in one copy."""
+        return self._pictures.index_select(0, numbers)
+
     def get(self, number: int) -> Tensor | None:
         return self._pictures[number] if self._there[number] else None
 
@@ -354,6 +374,8 @@ def _recorded(lines: str) -> dict[str, str]:
 
 def pick(values: Tensor, indices: Tensor) -> Tensor:
     """values[indices] on the device of the values, with indices from the CPU and without waiting for the device."""
+    if values.device.type == "cpu":
+        return values.index_select(0, indices)  # ten times as fast as values[indices]
     if values.device.type == "cuda":
         return values[indices.pin_memory().to(values.device, non_blocking=True)]
     return values[indices.to(values.device)]

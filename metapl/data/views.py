@@ -37,6 +37,30 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """One view after another, each with draws of its own.
+
+    x ↦ v_n(… v_1(x)), where v_i draws from fold_in(seed, i).
+
+    Args:
+        views: the views, first to last.
+
+    Call: as each of the views.
+
+    >>> view = Chain((ShiftNoiseCutout(), ShiftNoiseCutout(noise=0)))
+    >>> view(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 32])
+    """
+
+    views: tuple[View, ...]
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        for position, view in enumerate(self.views):
+            images = view(images, seed=draws.fold_in(seed, position), step=step, examples=examples)
+        return images
+
+
+@dataclass(frozen=True)
 class ShiftNoiseCutout:
     """Shift each image, add noise, and set one square to 0.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
+from metapl.evaluate.chance import chance_level
 
 CALIBRATION_BINS = 15
 
@@ -31,6 +32,11 @@ class Evaluation:
     per_class: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     classes: tuple[str, ...] | None = None
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing on these examples; see :func:`metapl.evaluate.chance_level`."""
+        return chance_level([sum(row) for row in self.confusion])
 
     def to_json(self) -> dict[str, Any]:
         """The same figures as dicts, lists and numbers, ready for `json.dumps`."""

@@ -21,7 +21,12 @@ class FitOptions:
             schedule, warm-up included, and its average count from there. 3,000 for CIFAR-10 and 20,000 for ImageNet in
             the code of the method's authors.
         ema_decay: keep a moving average of the student's weights, with decay min(this, (1+t)/(10+t)); it is then what
-            is validated and kept. None: the student itself.
+            is validated and kept. None: the student itself. The teacher, where there is one, is averaged alike: its
+            average is validated and kept, and the teacher itself makes the labels.
+        warm_start: when the student begins, after ``wait`` steps, it takes the teacher's weights (the average's, where
+            there is one). The two need the same architecture.
+        select: keep the best student by validation, the latest of equals; False: keep the last one, whatever
+            validation shows. A few validation examples cannot tell students apart.
         validate_every, log_every, save_every: in steps; the last step counts as a multiple of each.
         exact_every: every so many steps also compute the cosine between the mode's teacher gradient and the exact one;
             None: never. It costs two hypergradients and changes nothing else.
@@ -35,6 +40,8 @@ class FitOptions:
     warmup: int = 0
     wait: int = 0
     ema_decay: float | None = None
+    warm_start: bool = False
+    select: bool = True
     validate_every: int = 100
     log_every: int = 20
     save_every: int = 500
@@ -51,6 +58,10 @@ class FitOptions:
             raise MetaplError(f"schedule={self.schedule!r}: expected 'cosine' or 'constant'.")
         if not 0 <= self.wait < self.steps:
             raise MetaplError(f"wait={self.wait}: expected 0 or more, and fewer than steps={self.steps}.")
+        if self.warm_start and not self.wait:
+            raise MetaplError(
+                "warm_start=True was given with wait=0; expected steps in which the teacher trains alone."
+            )
         if not 0 <= self.warmup <= self.steps - self.wait:
             after = f" - wait={self.wait}" if self.wait else ""
             raise MetaplError(f"warmup={self.warmup}: expected between 0 and steps={self.steps}{after}.")
@@ -61,7 +72,7 @@ class FitOptions:
 
     def decisive(self) -> dict[str, Any]:
         """What a resumed run must have in common with its beginning."""
-        names = ("schedule", "warmup", "wait", "ema_decay")
+        names = ("schedule", "warmup", "wait", "ema_decay", "warm_start", "select")
         decisive = {name: getattr(self, name) for name in names}
         return decisive | ({"steps": self.steps} if self.schedule == "cosine" else {})
 

@@ -1,53 +1,118 @@
-"""The progress bar."""
+"""How far a fit is: a bar on a terminal, a line for each validation elsewhere."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+"""What matters most comes first: what a narrow terminal has no room for is cut off at the end."""
 
-class Bar:
-    """The progress bar with what a user wants to see on it.
+
+class Progress:
+    """How far a fit is; this one shows nothing.
 
     Args:
-        bar: tqdm's; None: nothing is drawn.
+        name: of the phase.
+        start, steps: the step it stands at, of how many.
     """
 
-    def __init__(self, bar: Any | None) -> None:
-        self.bar, self.examples, self.since = bar, 0, time.monotonic()
-        self.shown: dict[str, str] = {}
+    def __init__(self, name: str, start: int, steps: int) -> None:
+        self.name, self.start, self.steps = name, start, steps
+        self.done, self.since = start, time.monotonic()
+        self.accuracy = ""
 
-    def advance(self, batches: Iterable[Any], row: dict[str, float]) -> None:
-        """One step further, on these batches and with these numbers, if it had any."""
-        if self.bar is None:
-            return
+    def advance(
+        self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, examples: int = 0
+    ) -> None:
+        """One step further.
+
+        Args:
+            batches: those of the step.
+            row: what was measured, if this is a step at which something is.
+            due: whether this is a step at which is validated.
+            examples: on how many the accuracy was measured.
+        """
+        self.done += 1
+        found = row.get("student_validation_accuracy")
+        if found is not None:
+            self.accuracy = f"{found:.1%} of {examples:,}"
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return max(time.monotonic() - self.since, 1e-9)
+
+
+class Bar(Progress):
+    """A bar of tqdm's."""
+
+    def __init__(self, bar: Any, name: str, start: int, steps: int) -> None:
+        super().__init__(name, start, steps)
+        self.bar, self.examples = bar, 0
+
+    def advance(
+        self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, examples: int = 0
+    ) -> None:
+        super().advance(batches, row, due=due, examples=examples)
         self.bar.update()
         self.examples += sum(map(examples_in, batches))
-        names = {"student_validation_accuracy": "accuracy", "feedback_mean": "h"}
-        self.shown |= {short: f"{row[name]:.3g}" for name, short in names.items() if name in row}
         if row:
-            seconds = time.monotonic() - self.since
-            self.bar.set_postfix(
-                {**self.shown, "examples/s": f"{self.examples / max(seconds, 1e-9):.0f}"}, refresh=False
+            accuracy = [f"accuracy {self.accuracy}"] if self.accuracy else []
+            self.bar.set_postfix_str(
+                ", ".join([*accuracy, f"{self.examples / self.seconds:.0f} examples/s"]), refresh=False
             )
 
 
+class Lines(Progress):
+    """A line on standard error at each step at which is validated: for pipes, files and notebooks."""
+
+    def advance(
+        self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, examples: int = 0
+    ) -> None:
+        super().advance(batches, row, due=due, examples=examples)
+        if not due:
+            return
+        accuracy = f", validation accuracy {self.accuracy}" if "student_validation_accuracy" in row else ""
+        left = (self.steps - self.done) * self.seconds / (self.done - self.start)
+        when = f"about {duration(left)} left" if self.done < self.steps else f"after {duration(self.seconds)}"
+        print(f"{self.name}: step {self.done:,} of {self.steps:,}{accuracy}, {when}", file=sys.stderr, flush=True)
+
+
 @contextmanager
-def progress_bar(drawn: bool, *, name: str, start: int, steps: int) -> Iterator[Bar]:
-    """A bar on standard error that stands at ``start`` of ``steps``."""
+def progress(shown: bool, *, name: str, start: int, steps: int) -> Iterator[Progress]:
+    """What is told of each step, if ``shown``; where standard error is no terminal, in lines."""
     # Not tqdm's disable=True: it makes locks between processes even so, which a killed worker would leave behind.
-    if not drawn:
-        yield Bar(None)
+    if not shown:
+        yield Progress(name, start, steps)
+        return
+    if not sys.stderr.isatty():
+        yield Lines(name, start, steps)
         return
     from tqdm import tqdm
 
-    with tqdm(total=steps, initial=start, desc=name, unit="step", leave=False) as bar:
-        yield Bar(bar)
+    with tqdm(
+        total=steps, initial=start, desc=name, leave=False, bar_format=BAR, dynamic_ncols=True, file=sys.stderr
+    ) as bar:
+        yield Bar(bar, name, start, steps)
+
+
+def duration(seconds: float) -> str:
+    """A time as one would say it.
+
+    >>> duration(41.7), duration(200), duration(9000)
+    ('42 s', '3 min', '2 h 30 min')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def examples_in(batch: Any) -> int:

@@ -6,7 +6,6 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from metapl.fitting.average import Average
 from metapl.fitting.callbacks import Callback, Callbacks
 from metapl.fitting.contract import Report, Say, Stepwise
 from metapl.fitting.options import FitOptions
-from metapl.fitting.progress import Bar, progress_bar
+from metapl.fitting.progress import Progress, progress
 from metapl.fitting.rates import Rates
 from metapl.fitting.records import Records
 from metapl.fitting.selection import Best, Selection, weights_of
@@ -35,9 +34,11 @@ class FitResult:
     """What a fit ended with.
 
     Args:
-        validation_accuracy: the best one, a fraction; None without validation.
+        validation_accuracy: of the student that is kept, a fraction; None without validation.
         step: the step it was reached at; without validation the last one.
-        weights: those of that step, which are in the student now.
+        weights: of that student; they are in the student now.
+        teacher_weights: of the teacher after the last step, averaged where the student is; they are in the teacher now.
+            None where there is no teacher.
         history: the recorded rows in their order, each with its ``step``; of a fit that was resumed, those of its
             earlier parts too.
     """
@@ -45,6 +46,7 @@ class FitResult:
     validation_accuracy: float | None
     step: int
     weights: dict[str, Tensor] = field(repr=False)
+    teacher_weights: dict[str, Tensor] | None = field(default=None, repr=False)
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
 
 
@@ -58,7 +60,7 @@ class FitRun:
         out: RunFolder | None,
         validation: Any,
         truth: Any,
-        progress: bool,
+        shown: bool,
         say: Say,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -68,16 +70,21 @@ class FitRun:
                 "its student waits; expected wait=0."
             )
         self.trainer, self.how, self.say = trainer, how, say
-        self.progress = progress and sys.stderr.isatty()
+        self.shown = shown
         self.rates = Rates(trainer, how)
-        self.average = None if how.ema_decay is None else Average(trainer.student, how.ema_decay)
+        teacher = trainer.labeller
+        if how.warm_start and teacher is not None:
+            _refuse_other_shapes(trainer.student, teacher)
+        self.average = self._average(trainer.student)
+        self.teacher_average = self._average(teacher)
         self.watch = Watch(trainer)
-        self.selection = Selection(validation, truth, trainer.device)
+        self.selection = Selection(validation, truth, trainer.device, how.select)
         self.records = Records(out, how)
         self.callbacks = Callbacks(callbacks, trainer)
         # The last step, and why it is, once a callback has said so.
         self.ended: tuple[int, str] | None = None
         self.feeds: dict[str, Feed] = {}
+        self.seen: dict[str, float] = {}  # the last accuracies on validation data
 
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
         if not resume:
@@ -105,10 +112,10 @@ class FitRun:
     def _steps(self, start: int) -> None:
         how = self.how
         with stop_requests() as stop:
-            bar = progress_bar(self.progress, name=how.phase, start=start, steps=how.steps)
-            with bar as shown, self.records.opened(start):
+            told = progress(self.shown, name=how.phase, start=start, steps=how.steps)
+            with told as progressing, self.records.opened(start):
                 for t in range(start, how.steps if self.ended is None else start):
-                    row = self._one_step(t, shown)
+                    row = self._one_step(t, progressing)
                     if row:
                         self._record(t + 1, {"step": t + 1, **row})
                     if self.ended or how.due(how.save_every, t):
@@ -120,7 +127,7 @@ class FitRun:
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(how.steps, stop[0], self.records.saved_at)
 
-    def _one_step(self, t: int, bar: Bar) -> dict[str, float]:
+    def _one_step(self, t: int, progressing: Progress) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
         how, batches = self.how, {name: one.next() for name, one in self.feeds.items()}
         labeled, unlabeled = batches["labeled"], batches.get("unlabeled")
@@ -139,8 +146,9 @@ class FitRun:
             self.records.counts(t + 1, report.counts())
         if validated:
             student = None if how.waits(t) else self._candidate()
-            row |= self.selection.look(student, self.trainer.labeller, t + 1)
-        bar.advance(batches.values(), row)
+            self.seen = self.selection.look(student, self._kept_teacher(), self.trainer.labeller, t + 1)
+            row |= self.seen
+        progressing.advance(batches.values(), row, due=validated, examples=self.selection.examples)
         return row
 
     def _record(self, step: int, row: dict[str, float]) -> None:
@@ -151,16 +159,31 @@ class FitRun:
             self.say(f"stopped after step {step} by a callback" + (f": {reason}" if reason else ""))
 
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
+        if self.how.warm_start and t == self.how.wait:
+            self._warm_start()
         try:
-            if self.how.waits(t):
-                return self.trainer.teacher_step(labeled, unlabeled)
-            report = self.trainer.step(labeled, unlabeled)
+            waits = self.how.waits(t)
+            report = self.trainer.teacher_step(labeled, unlabeled) if waits else self.trainer.step(labeled, unlabeled)
         except MetaplError as error:
             self._refuse_bad(t - 1)  # what went wrong before is the reason
             raise MetaplError(f"step {t + 1}: {error} ({self.records.last_good()})") from error
-        if self.average is not None:
+        if self.average is not None and not waits:
             self.average.update(self.trainer.student)
+        if self.teacher_average is not None and self.trainer.labeller is not None:
+            self.teacher_average.update(self.trainer.labeller)
         return report
+
+    def _warm_start(self) -> None:
+        """The student begins as the teacher is."""
+        teacher = self._kept_teacher()
+        if teacher is None:
+            return
+        self.trainer.student.load_state_dict(teacher.state_dict())
+        self.average = self._average(self.trainer.student)
+
+    def _average(self, network: nn.Module | None) -> Average | None:
+        decay = self.how.ema_decay
+        return None if network is None or decay is None else Average(network, decay)
 
     def _refuse_bad(self, t: int) -> None:
         self.watch.refuse(t, self.records.last_good())
@@ -168,6 +191,10 @@ class FitRun:
     def _candidate(self) -> nn.Module:
         """What is validated and kept: the averaged student, or the student."""
         return self.trainer.student if self.average is None else self.average.module
+
+    def _kept_teacher(self) -> nn.Module | None:
+        """What is validated and kept of the teacher: its average, or the teacher."""
+        return self.trainer.labeller if self.teacher_average is None else self.teacher_average.module
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
@@ -184,6 +211,8 @@ class FitRun:
             "options": self.how.decisive(),
             "trainer": self.trainer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "teacher_average": None if self.teacher_average is None else self.teacher_average.state_dict(),
+            "seen": self.seen,
             "best": {"accuracy": best.accuracy, "step": best.step, "weights": best.weights},
             "feeds": {name: one.state() for name, one in self.feeds.items()},
             "rng": checkpoint.rng_state(),
@@ -202,6 +231,9 @@ class FitRun:
         self.trainer.load_state_dict(state["trainer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.teacher_average is not None:
+            self.teacher_average.load_state_dict(state["teacher_average"])
+        self.seen = state["seen"]
         self.selection.best = Best(**state["best"])
         for name, one in self.feeds.items():
             one.restore(state["feeds"][name])
@@ -223,14 +255,28 @@ class FitRun:
             raise MetaplError(f"{file} is of a run on {had} batches, now there are {has} ones; give the same sources.")
 
     def _finish(self) -> FitResult:
-        """Put the best student in place."""
+        """Put the student that is kept in place, and the teacher."""
+        teacher, taught = self.trainer.labeller, None
+        if teacher is not None:
+            taught = weights_of(self._kept_teacher() or teacher)
+            teacher.load_state_dict(taught)
         best = self.selection.best
-        if best.weights:
-            self.trainer.student.load_state_dict(best.weights)
-            return FitResult(best.accuracy, best.step, best.weights, self.records.history)
-        last = weights_of(self._candidate())
-        self.trainer.student.load_state_dict(last)
-        return FitResult(None, self.ended[0] if self.ended else self.how.steps, last, self.records.history)
+        if not best.weights:
+            found = self.seen.get("student_validation_accuracy")
+            step = self.ended[0] if self.ended else self.how.steps
+            best = Best(found, step, weights_of(self._candidate()))
+        self.trainer.student.load_state_dict(best.weights)
+        return FitResult(best.accuracy, best.step, best.weights, taught, self.records.history)
+
+
+def _refuse_other_shapes(student: nn.Module, teacher: nn.Module) -> None:
+    mine, theirs = ({name: t.shape for name, t in one.state_dict().items()} for one in (student, teacher))
+    if mine != theirs:
+        name = next(name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name))
+        raise MetaplError(
+            f"warm_start=True needs a student of the teacher's architecture; {name} is {mine.get(name, 'missing')} in "
+            f"the student and {theirs.get(name, 'missing')} in the teacher."
+        )
 
 
 def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) -> str | None:

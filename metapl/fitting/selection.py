@@ -15,9 +15,9 @@ from metapl.replay import RandomState, replayed
 
 @dataclass
 class Best:
-    """The best student so far, by validation accuracy; the earliest of equals."""
+    """The best student so far, by validation accuracy; the latest of equals."""
 
-    accuracy: float = -1.0
+    accuracy: float | None = None
     step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -29,32 +29,45 @@ class Selection:
         validation: (inputs, labels) or an iterable of such batches; None: nothing is looked at.
         truth: (inputs, labels) of unlabelled examples, for the teacher.
         device: where the networks are.
+        select: whether the best student is remembered.
     """
 
-    def __init__(self, validation: Any, truth: Any, device: torch.device) -> None:
-        self.validation, self.truth, self.device = validation, truth, device
+    def __init__(self, validation: Any, truth: Any, device: torch.device, select: bool = True) -> None:
+        self.validation, self.truth, self.device, self.select = validation, truth, device, select
         self.best = Best()
+        self.examples = 0
+        """On how many the last accuracy was measured."""
 
-    def look(self, student: nn.Module | None, teacher: nn.Module | None, step: int) -> dict[str, float]:
-        """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun."""
+    def look(
+        self, student: nn.Module | None, teacher: nn.Module | None, labeller: nn.Module | None, step: int
+    ) -> dict[str, float]:
+        """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun.
+
+        Args:
+            student, teacher: what is kept of them, such as their averages.
+            labeller: the network that makes the pseudo-labels.
+            step: number of steps done.
+        """
         if self.validation is None:
             return {}
         found = {}
         if student is not None:
-            found["student_validation_accuracy"] = accuracy = self._accuracy(student, self.validation)
-            if accuracy > self.best.accuracy:
+            accuracy, self.examples = self._accuracy(student, self.validation)
+            found["student_validation_accuracy"] = accuracy
+            if self.select and accuracy >= (self.best.accuracy or 0.0):
                 self.best = Best(accuracy, step, weights_of(student))
         if teacher is not None:
-            found["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)
-            if self.truth is not None:
-                found["pseudo_label_accuracy"] = self._accuracy(teacher, self.truth)
+            found["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)[0]
+        if labeller is not None and self.truth is not None:
+            found["pseudo_label_accuracy"] = self._accuracy(labeller, self.truth)[0]
         return found
 
-    def _accuracy(self, model: nn.Module, data: Any) -> float:
+    def _accuracy(self, model: nn.Module, data: Any) -> tuple[float, int]:
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
         with replayed(RandomState.now(self.device)):
             logits, labels = predict_logits(model, batches_of(data, self.device))
-        return evaluate_logits(logits, labels).accuracy
+        found = evaluate_logits(logits, labels)
+        return found.accuracy, found.n
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

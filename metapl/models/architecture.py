@@ -33,7 +33,8 @@ class Architecture:
         dropout: probability in [0, 1); where it acts is the network's own affair, see :func:`create`.
         stochastic_depth: probability in [0, 1) of dropping the last block.
         in_channels: channels of a picture: 3 for colour, 1 for grey.
-        image_size: side of the square pictures in pixels; vision transformers are built for one, the others take any.
+        image_size: side of the square pictures in pixels; vision transformers and pooled_cnn are built for one, the
+            others take any.
 
     Raises:
         MetaplError: an unknown name, a number out of its range, or a field that the network does not have.
@@ -122,6 +123,8 @@ def create(
     ====================  ==================================  =====================  ================
     name                  network                             dropout                stochastic depth
     ====================  ==================================  =====================  ================
+    pooled_cnn            convolutions with batch norm and    before the head        none
+                          pooling, for 16x16 to 96x96
     small_cnn             four convolutions, for 16x16        before the head        none
     wide_resnet28_2/_10   WRN-28-2 and WRN-28-10, for 32x32   inside each block      none
     resnet18 … resnet152  torchvision's                       before the head        none

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from metapl.models.family import Family
+from metapl.models.pooled_cnn import pooled_cnn
 from metapl.models.small_cnn import small_cnn
 from metapl.models.wide_resnet import wide_resnet
 
@@ -17,6 +18,8 @@ _WIDTHS = {"wide_resnet28_2": 2, "wide_resnet28_10": 10}
 
 
 def _build(a: Architecture) -> nn.Module:
+    if a.name == "pooled_cnn":
+        return pooled_cnn(a.num_classes, in_channels=a.in_channels, dropout=a.dropout, image_size=a.image_size)
     if a.name == "small_cnn":
         return small_cnn(a.num_classes, in_channels=a.in_channels, dropout=a.dropout)
     return wide_resnet(28, _WIDTHS[a.name], a.num_classes, dropout=a.dropout, in_channels=a.in_channels)
@@ -24,7 +27,8 @@ def _build(a: Architecture) -> nn.Module:
 
 def _code(a: Architecture) -> list[str]:
     channels = f", in_channels={a.in_channels}" * (a.in_channels != 3)
-    return [f'model = metapl.models.create("{a.name}", num_classes={a.num_classes}{channels})']
+    size = f", image_size={a.image_size}" * (a.name == "pooled_cnn" and a.image_size is not None)
+    return [f'model = metapl.models.create("{a.name}", num_classes={a.num_classes}{channels}{size})']
 
 
 def _heads(_module: nn.Module) -> tuple[str, ...]:
@@ -32,4 +36,4 @@ def _heads(_module: nn.Module) -> tuple[str, ...]:
 
 
 _FAMILY = Family(library="metapl", build=_build, code=_code, heads=_heads, dropout=True)
-FAMILIES = dict.fromkeys(("small_cnn", *_WIDTHS), _FAMILY)
+FAMILIES = dict.fromkeys(("pooled_cnn", "small_cnn", *_WIDTHS), _FAMILY)

@@ -1,6 +1,6 @@
 """Named, frozen configurations, and what runs them."""
 
-from metapl.recipes.base import SGD, Feedback, Recipe, Task, from_dict
+from metapl.recipes.base import Feedback, Optimizer, Recipe, Task, from_dict
 from metapl.recipes.digits import Digits
 from metapl.recipes.images import ImageFolders
 from metapl.recipes.pictures import PictureRecipe, Strong
@@ -24,7 +24,6 @@ RECIPES: dict[str, type] = {
 __all__ = [
     "PROTOCOL_RECIPES",
     "RECIPES",
-    "SGD",
     "Cifar10",
     "Cifar10Paper",
     "Digits",
@@ -32,6 +31,7 @@ __all__ = [
     "ImageFolders",
     "Imagenet10",
     "Imagenet10Paper",
+    "Optimizer",
     "PictureRecipe",
     "Recipe",
     "Strong",

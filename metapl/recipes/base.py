@@ -32,17 +32,19 @@ def require(recipe: object, condition: bool, field: str, expected: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD:
-    """Stochastic gradient descent.
+class Optimizer:
+    """An optimizer of ``torch.optim``.
 
     Args:
+        algorithm: stochastic gradient descent, or AdamW with decay rates 0.9 and 0.999.
         lr: base learning rate; the schedule multiplies it.
-        momentum: heavy-ball or Nesterov momentum.
-        nesterov: the latter.
-        weight_decay: L2.
-        decay_norms: also on normalisation layers and biases.
+        momentum: decay of the moving average of gradients (sgd).
+        nesterov: Nesterov's momentum instead of heavy-ball (sgd).
+        weight_decay: weight of the L2 penalty; decoupled from the gradient with adamw.
+        decay_norms: weight decay on normalisation layers and biases too.
     """
 
+    algorithm: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.0
     nesterov: bool = False
@@ -52,11 +54,16 @@ class SGD:
     def __post_init__(self) -> None:
         require(self, self.lr > 0, "lr", "a number above 0")
         require(self, 0 <= self.momentum < 1, "momentum", "a number in [0, 1)")
+        require(self, self.momentum > 0 or not self.nesterov, "momentum", "a number above 0 beside nesterov")
         require(self, self.weight_decay >= 0, "weight_decay", "a number of 0 or more")
+        adaptive = self.algorithm == "adamw"
+        require(self, not (adaptive and self.momentum), "momentum", "0 with adamw, which has its own")
 
-    def build(self, module: nn.Module) -> torch.optim.SGD:
-        """The optimiser over a module's parameters."""
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer over a module's parameters."""
         groups = parameter_groups(module, self.weight_decay, on_norms=self.decay_norms)
+        if self.algorithm == "adamw":
+            return torch.optim.AdamW(groups, lr=self.lr)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
@@ -110,7 +117,7 @@ class Task:
     Args:
         labeled, unlabeled: sources of batches, for ``fit``.
         finetuning: source of labelled batches for finetuning.
-        validation, test: (inputs, labels), or batches of these.
+        validation, test: (inputs, labels), or batches of these; None where there are none.
         classes: names.
         everything: source of labelled batches of the labelled and the unlabelled examples with their true labels, for
             the headroom; None where these are not known.
@@ -127,16 +134,25 @@ class Task:
     labeled: Any
     unlabeled: Any
     finetuning: Any
-    validation: Any
-    test: Any
     classes: tuple[str, ...]
     record: Mapping[str, Any]
+    validation: Any = None
+    test: Any = None
     everything: Any = None
     truth: Any = None
     sample: Any = None
     test_names: tuple[str, ...] | None = None
     split: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def validation_size(self) -> int:
+        """Number of validation examples."""
+        if self.validation is None:
+            return 0
+        if isinstance(self.validation, tuple):
+            return len(self.validation[1])
+        return len(self.validation.labels)
 
 
 class Recipe(Protocol):
@@ -161,13 +177,13 @@ class Recipe(Protocol):
     @property
     def feedback(self) -> Feedback: ...
     @property
-    def student(self) -> SGD: ...
+    def student(self) -> Optimizer: ...
     @property
-    def teacher(self) -> SGD: ...
+    def teacher(self) -> Optimizer: ...
     @property
     def finetune_steps(self) -> int: ...
     @property
-    def finetune(self) -> SGD: ...
+    def finetune(self) -> Optimizer: ...
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         """The data; ``say`` is told what a user should know of it, and ``progress`` shows what takes long.
@@ -219,7 +235,7 @@ R = TypeVar("R")
 def from_dict(kind: type[R], values: Mapping[str, Any]) -> R:
     """A recipe from the dictionary that :func:`dataclasses.asdict` made of it, by way of JSON.
 
-    >>> from_dict(SGD, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}).momentum
+    >>> from_dict(Optimizer, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}).momentum
     0.9
     """
     hints = _hints(kind)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metapl.errors import MetaplError
-from metapl.evaluate import PairedTest, paired_test
+from metapl.evaluate import Evaluation, PairedTest, paired_test, with_chance
 
 ReadOuts = Mapping[str, Sequence[float]]
 
@@ -21,28 +21,60 @@ TITLES = {
     "pseudo_labels": "pseudo labels of a fixed teacher, soft",
     "pseudo_labels_hard": "pseudo labels of a fixed teacher, hard",
     "uda": "UDA alone",
+    "fixmatch": "FixMatch alone",
     "permuted": "MPL, feedback permuted over the batch",
     "class_means": "MPL, class means of the feedback only",
     "random_sign": "MPL, feedback with random signs",
 }
 
 
+STUDENT, FINETUNED = READOUTS = ("student_test_accuracy", "finetuned_test_accuracy")
+"""What is compared: the student, and the student finetuned."""
+
+HEADROOM = "supervised_everything"
+"""Is told the true labels of all examples: no method for those who do not have them."""
+
+ENOUGH_SEEDS = 5
+"""Of fewer, nothing is said on whether the feedback helped: a t-test over 3 pairs hardly ever finds what is there, and
+what it does find is as often luck."""
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """Test accuracies by method, paired over seeds.
+    """Accuracies by method, paired over seeds.
 
     Args:
         seeds: the seeds, in the order of the lists.
-        methods: name → {"test_accuracy": one per seed, "finetuned_test_accuracy": one per seed}, fractions.
+        methods: name → {"student_test_accuracy": one per seed, "finetuned_test_accuracy": one per seed,
+            "validation_accuracy": one per seed, of the network that it delivers, where validation can tell networks
+            apart}, fractions.
+        examples: in the test set.
+        chance: the accuracy of guessing there; see :func:`metapl.evaluate.chance_level`.
     """
 
     seeds: tuple[int, ...]
     methods: dict[str, dict[str, list[float]]]
+    examples: int
+    chance: float
 
     def __post_init__(self) -> None:
         for name, readouts in self.methods.items():
             if any(len(values) != len(self.seeds) for values in readouts.values()):
                 raise MetaplError(f"method {name} has not one accuracy for each of the {len(self.seeds)} seeds.")
+
+    @classmethod
+    def of(
+        cls, seeds: tuple[int, ...], methods: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]]
+    ) -> Comparison:
+        """The comparison of what the ``result.json`` of each method and seed holds."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for method in methods:
+            mine = [results[method, seed] for seed in seeds]
+            validated = all(one["delivered_by"] == "validation" for one in mine)
+            readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
+            found[method] = {readout: [one[readout] for one in mine] for readout in readouts}
+        evaluations = [Evaluation(**one["evaluation"]) for one in results.values()]
+        return cls(seeds, found, evaluations[0].n, statistics.fmean(one.chance for one in evaluations))
 
     def against_control(self) -> tuple[PairedTest, str] | None:
         """MPL's student against the better read-out of the same loop without feedback, and that read-out's name.
@@ -52,47 +84,100 @@ class Comparison:
         if not {"mpl", "none"} <= self.methods.keys():
             return None
         control = self.methods["none"]
-        better = max(control, key=lambda readout: statistics.fmean(control[readout]))
-        return paired_test(self.methods["mpl"]["test_accuracy"], control[better]), better
+        better = max(READOUTS, key=lambda readout: statistics.fmean(control[readout]))
+        return paired_test(self.methods["mpl"][STUDENT], control[better]), better
+
+    def best(self) -> str:
+        """The method whose students have the highest mean accuracy on the test set; the earlier of equals."""
+        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name][STUDENT]))
+
+    def delivered(self) -> tuple[str, int]:
+        """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
+
+        The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
+        """
+        names = self._methods()
+        if any("validation_accuracy" not in self.methods[name] for name in names):
+            return names[0], self.seeds[0]
+        method = max(names, key=lambda name: statistics.fmean(self.methods[name]["validation_accuracy"]))
+        by_seed = dict(zip(self.seeds, self.methods[method]["validation_accuracy"], strict=True))
+        return method, max(self.seeds, key=by_seed.__getitem__)
+
+    def _methods(self) -> list[str]:
+        """Those that can be used, unless there are no others."""
+        return [name for name in self.methods if name != HEADROOM] or list(self.methods)
 
     def table(self) -> str:
         """The methods with mean ± standard deviation of both read-outs, in %.
 
-        >>> accuracies = {"test_accuracy": [0.8, 0.9], "finetuned_test_accuracy": [0.8, 0.8]}
-        >>> print(Comparison((0, 1), {"mpl": accuracies}).table())
-        method                                  student        finetuned      n
+        >>> accuracies = {"student_test_accuracy": [0.8, 0.9], "finetuned_test_accuracy": [0.8, 0.8]}
+        >>> print(Comparison((0, 1), {"mpl": accuracies}, examples=400, chance=0.1).table())
+        method                                  student        finetuned      seeds
         Meta Pseudo Labels                      85.0 ± 7.1     80.0 ± 0.0     2
+        chance                                  10.0           10.0
         """
-        rows = [("method", "student", "finetuned", "n")]
+        rows = [("method", "student", "finetuned", "seeds")]
         for name, found in self.methods.items():
-            student, finetuned = _spread(found["test_accuracy"]), _spread(found["finetuned_test_accuracy"])
-            rows.append((TITLES.get(name, name), student, finetuned, str(len(self.seeds))))
-        return "\n".join(f"{a:<40}{b:<15}{c:<15}{d}" for a, b, c, d in rows)
+            student, finetuned = _spread(found[STUDENT]), _spread(found[FINETUNED])
+            rows.append((title(name), student, finetuned, str(len(self.seeds))))
+        rows.append(("chance", f"{100 * self.chance:.1f}", f"{100 * self.chance:.1f}", ""))
+        return "\n".join(f"{a:<40}{b:<15}{c:<15}{d}".rstrip() for a, b, c, d in rows)
+
+    def caption(self) -> str:
+        """What the table shows."""
+        over = ", mean ± standard deviation over seeds" if len(self.seeds) > 1 else ""
+        return f"test accuracy in % on {self.examples:,} examples{over}"
 
     def sentence(self) -> str:
-        """Whether the teacher's feedback helped, in one sentence with its statistics."""
+        """Whether the teacher's feedback helped, with its statistics, and which method is the best."""
         found = self.against_control()
         if found is None:
-            return "No comparison of mpl with none was run."
+            return f"No comparison of mpl with none was run; {self._best_of_all()}."
         test, readout = found
-        mine = statistics.fmean(self.methods["mpl"]["test_accuracy"])
+        mine = statistics.fmean(self.methods["mpl"][STUDENT])
         theirs = statistics.fmean(self.methods["none"][readout])
         which = "finetuned student" if readout.startswith("finetuned") else "student"
         start = (
-            f"MPL's student reaches {mine:.1%} on the test set, the same loop without feedback {theirs:.1%} (its "
-            f"{which}, the better of its two read-outs): {100 * test.mean:+.1f} points"
+            f"MPL's student reaches {mine:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), the "
+            f"same loop without feedback {theirs:.1%} (its {which}, the better of its two read-outs): "
+            f"{100 * test.mean:+.1f} points over {_seeds(test.n)}"
         )
-        if test.p is None:
-            return f"{start} on {_seeds(test.n)}, too few to tell whether the teacher's feedback helped."
-        return f"{start} over {_seeds(test.n)}, paired t-test p = {_p(test.p)}: {_verdict(test.mean, test.p)}."
+        best = "" if self.best() == "mpl" else f"; {self._best_of_all()}"
+        return f"{start}{_verdict(test)}{best}."
+
+    def _best_of_all(self) -> str:
+        best = self.best()
+        reached = statistics.fmean(self.methods[best][STUDENT])
+        return f"the best on the test set is {title(best)} with {with_chance(reached, self.examples, self.chance)}"
+
+    def delivery(self) -> str:
+        """Which run the comparison delivers, and why that one."""
+        method, seed = self.delivered()
+        if any("validation_accuracy" not in self.methods[name] for name in self._methods()):
+            why = ", the first one named; there was no validation that could tell them apart"
+        else:
+            why = "; of all methods it has the best mean validation accuracy"
+        return f"delivered: {title(method)}, seed {seed}{why}"
 
     def to_json(self) -> dict[str, Any]:
         """For ``result.json``."""
         found = self.against_control()
-        content: dict[str, Any] = {"seeds": list(self.seeds), "methods": self.methods, "sentence": self.sentence()}
+        content: dict[str, Any] = {
+            "seeds": list(self.seeds),
+            "methods": self.methods,
+            "test_examples": self.examples,
+            "chance": self.chance,
+            "sentence": self.sentence(),
+            "delivery": self.delivery(),
+        }
         if found is not None:
             content["mpl_against_none"] = {"read_out": found[1], **found[0].to_json()}
         return content
+
+
+def title(method: str) -> str:
+    """A method in words."""
+    return TITLES.get(method, method)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -108,10 +193,14 @@ def _p(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
-def _verdict(mean: float, p: float) -> str:
-    if p >= 0.05:
-        return "these seeds do not show whether the teacher's feedback helped"
-    return "the teacher's feedback helped" if mean > 0 else "the teacher's feedback hurt"
+def _verdict(test: PairedTest) -> str:
+    if test.n < ENOUGH_SEEDS:
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell whether the teacher's feedback helped"
+    if test.p is None:  # all differences are the same
+        return ", with every seed the same: too little to tell whether the teacher's feedback helped"
+    helped = "the teacher's feedback helped" if test.mean > 0 else "the teacher's feedback hurt"
+    unknown = "these seeds do not show whether the teacher's feedback helped"
+    return f", paired t-test p = {_p(test.p)}: {helped if test.p < 0.05 else unknown}"
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

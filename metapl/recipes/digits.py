@@ -23,7 +23,7 @@ from metapl.data.fingerprint import hashes
 from metapl.fit import FitOptions
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.models import mlp
-from metapl.recipes.base import SGD, Feedback, Role, Say, Task, require
+from metapl.recipes.base import Feedback, Optimizer, Role, Say, Task, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +79,13 @@ class Digits:
     uda_temperature: float = 1.0
     uda_threshold: float = 0.0
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=lambda: Feedback(feedback_weight=1.0))
-    student: SGD = field(default_factory=lambda: SGD(lr=1.0))
-    teacher: SGD = field(default_factory=lambda: SGD(lr=0.06, momentum=0.9))
+    student: Optimizer = field(default_factory=lambda: Optimizer(lr=1.0))
+    teacher: Optimizer = field(default_factory=lambda: Optimizer(lr=0.06, momentum=0.9))
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: int = 0
     ema_decay: float | None = None
     finetune_steps: int = 200
-    finetune: SGD = field(default_factory=lambda: SGD(lr=0.02))
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=0.02))
     validate_every: int = 100
     log_every: int = 20
     save_every: int = 500

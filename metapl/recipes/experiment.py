@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metapl.baselines import LossTrainer
 from metapl.data.image_sets import record_files, replaced_files
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation
+from metapl.evaluate import Evaluation, spoken
 from metapl.feedback import Altered
 from metapl.fit import FitResult, Loop, Say
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.problems import PseudoLabels
 from metapl.recipes.base import Recipe, Role, Task
+from metapl.recipes.comparison import title
 from metapl.recipes.galleries import draw_galleries, read_galleries, write_galleries
-from metapl.run_folder import Metrics, RunFolder
+from metapl.run_folder import Metrics, RunFolder, weights_file
 from metapl.trainer import BilevelTrainer
 
 
@@ -39,38 +40,73 @@ class Experiment:
     def run(self, method: str) -> dict[str, Any]:
         """Train by ``method``, finetune, evaluate on the test set once, and write the folder's files.
 
-        Returns: what ``result.json`` holds: ``test_accuracy`` of the best student by validation,
-        ``finetuned_test_accuracy``, the validation accuracies of both, and the test set's full evaluation.
+        Returns: what ``result.json`` holds: the accuracies of each network on validation and on the test set, where
+        there is one, as ``student_test_accuracy`` and the like; ``delivered``, the name of the network that is used
+        later, with its own as ``validation_accuracy``, ``test_accuracy`` and ``evaluation``.
         """
         torch.manual_seed(self.recipe.seed)
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.place()
         self.record(task)
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         trained, result = METHODS[method](self, task, teacher, student)
-        evaluation = trained.evaluate(task.test, classes=list(task.classes))
         labeller = trained.student if trained.labeller is None else trained.labeller
         write_galleries(self.folder.path, draw_galleries(task, labeller, trained.student))
-        self.folder.write_weights("student.safetensors", result.weights)
-        finetuned, after = self.finetune(task, trained.student, result)
-        content = {
+        networks = self.networks(method, task, trained, result)
+        name = delivered(method, networks, self.selects(task))
+        for one in networks.values():
+            self.folder.write_weights(one.file, one.weights)
+        chosen = networks[name]
+        content: dict[str, Any] = {
             "recipe": self.recipe.name,
             "method": method,
             "seed": self.recipe.seed,
             "steps": self.recipe.steps,
             "best_step": result.step,
-            "validation_accuracy": result.validation_accuracy,
-            "test_accuracy": evaluation.accuracy,
-            "finetuned_validation_accuracy": finetuned.validation_accuracy,
-            "finetuned_test_accuracy": after.accuracy,
-            "evaluation": evaluation.to_json(),
+            "validation_size": task.validation_size,
+            "delivered_by": "validation" if self.selects(task) else "rule",
+            **{key: value for one in networks.values() for key, value in one.accuracies(f"{one.name}_").items()},
+            **chosen.as_delivered(),
         }
-        self.folder.write_weights("finetuned_student.safetensors", finetuned.weights)
-        self.report(content, evaluation, task.classes)
+        self.report(content, chosen.evaluation, task)
         self.folder.write_json("result.json", content)
         unread = replaced_files(self.skipped)
         if unread:
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
+
+    def networks(self, method: str, task: Task, trained: Loop, result: FitResult) -> dict[str, Network]:
+        """The student, the student finetuned and, where one was trained beside it, the teacher."""
+        found = [self.network("student", task, trained, result.validation_accuracy, result.weights)]
+        if result.teacher_weights is not None and method not in FIXED_TEACHER and trained.labeller is not None:
+            theirs = LossTrainer(trained.labeller, (CrossEntropy(),), optimizer=_unused(trained.labeller))
+            right = None if task.validation is None else theirs.evaluate(task.validation).accuracy
+            found.append(self.network("teacher", task, theirs, right, result.teacher_weights))
+        found.append(self.finetuned(task, trained.student, result))
+        return {one.name: one for one in found}
+
+    def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
+        """:meth:`finetune`, and what the student then reaches."""
+        tuned = self.finetune(task, student, before)
+        return self.measured("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
+
+    def measured(
+        self,
+        name: str,
+        task: Task,
+        network: nn.Module,
+        validation_accuracy: float | None,
+        weights: Mapping[str, Tensor],
+    ) -> Network:
+        """:meth:`network` for a module that has these weights, whatever has trained it."""
+        trainer = LossTrainer(network, (CrossEntropy(),), optimizer=_unused(network))
+        return self.network(name, task, trainer, validation_accuracy, weights)
+
+    def network(
+        self, name: str, task: Task, trainer: Loop, validation_accuracy: float | None, weights: Mapping[str, Tensor]
+    ) -> Network:
+        """A trained network with what it reaches; the trainer's student is that network."""
+        tested = None if task.test is None else trainer.evaluate(task.test, classes=list(task.classes))
+        return Network(name, dict(weights), validation_accuracy, tested)
 
     # ------------------------------------------------------------------------------------------------- the phases
 
@@ -108,56 +144,143 @@ class Experiment:
             resume=self.resume,
             progress=self.progress,
             say=self.say,
-            **self.recipe.fit_options() | over,
+            **self.recipe.fit_options() | {"select": self.selects(task)} | over,
         )
 
-    def finetune(self, task: Task, student: nn.Module, before: FitResult) -> tuple[FitResult, Evaluation]:
-        """The student finetuned on the labelled data, or as it was before where that is better by validation."""
-        torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
-        tuner = LossTrainer(student, (CrossEntropy(),), optimizer=self.recipe.finetune.build(student))
-        result = before
-        if self.recipe.finetune_steps:
-            every = max(1, self.recipe.finetune_steps // 10)
-            options = self.recipe.fit_options() | ALONE | {"ema_decay": None, "warmup": 0, "validate_every": every}
-            result = tuner.fit(
-                task.finetuning,
-                steps=self.recipe.finetune_steps,
-                phase="finetune",
-                validation=task.validation,
-                out=self.folder,
-                resume=self.resume,
-                progress=self.progress,
-                say=self.say,
-                **options | self.recipe.finetune_options(),
-            )
-        if (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
-            student.load_state_dict(before.weights)
-            result = before
-        return result, tuner.evaluate(task.test)
+    def selects(self, task: Task) -> bool:
+        """Whether there are enough validation examples to choose by."""
+        return task.validation is not None and task.validation_size >= SELECTED_ON
 
-    def report(self, content: Mapping[str, Any], evaluation: Evaluation, classes: tuple[str, ...]) -> None:
+    def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
+        """The student finetuned on the labelled data; as it was before where validation can tell that to be better."""
+        torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
+        if not self.recipe.finetune_steps:
+            return before
+        tuner = LossTrainer(student, (CrossEntropy(),), optimizer=self.recipe.finetune.build(student))
+        every = max(1, self.recipe.finetune_steps // 10)
+        options = self.recipe.fit_options() | ALONE | {"ema_decay": None, "warmup": 0, "validate_every": every}
+        result = tuner.fit(
+            task.finetuning,
+            steps=self.recipe.finetune_steps,
+            phase="finetune",
+            validation=task.validation,
+            out=self.folder,
+            resume=self.resume,
+            progress=self.progress,
+            say=self.say,
+            select=self.selects(task),
+            **options | self.recipe.finetune_options(),
+        )
+        if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
+            student.load_state_dict(before.weights)
+            return before
+        return result
+
+    def report(self, content: Mapping[str, Any], evaluation: Evaluation | None, task: Task) -> None:
         """Draw ``report.png`` from the rows on disk and what ``result.json`` holds."""
         from metapl.report import draw_report
 
-        summary = (
-            f"test accuracy of the best student by validation: {content['test_accuracy']:.1%} "
-            f"(finetuned: {content['finetuned_test_accuracy']:.1%}), n = {evaluation.n}"
-        )
         draw_report(
             self.folder.path / "report.png",
-            title=f"{self.recipe.name}: {content['method']}, seed {self.recipe.seed}",
+            title=f"{self.recipe.name}: {title(content['method'])}, seed {self.recipe.seed}",
             curves={content["method"]: Metrics(self.folder.path / "metrics.jsonl").rows("fit")},
-            confusion=evaluation.confusion,
-            classes=list(classes),
-            summary=summary,
+            confusion=None if evaluation is None else evaluation.confusion,
+            classes=list(task.classes),
+            summary=" ".join(summary(content, len(task.classes))),
             galleries=read_galleries(self.folder.path),
         )
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network that a run has trained, and what it reaches.
+
+    Args:
+        name: student, finetuned or teacher.
+        weights: its weights, on the host.
+        validation_accuracy: a fraction; None without validation.
+        evaluation: on the test set; None without one.
+    """
+
+    name: str
+    weights: Mapping[str, Tensor]
+    validation_accuracy: float | None
+    evaluation: Evaluation | None
+
+    @property
+    def file(self) -> str:
+        """Where its weights are in the run folder."""
+        return weights_file(self.name)
+
+    def accuracies(self, prefix: str = "") -> dict[str, float]:
+        """Its accuracies by name, for ``result.json``; nothing that was not measured."""
+        found = {"validation_accuracy": self.validation_accuracy}
+        found["test_accuracy"] = None if self.evaluation is None else self.evaluation.accuracy
+        return {prefix + key: value for key, value in found.items() if value is not None}
+
+    def as_delivered(self) -> dict[str, Any]:
+        """What ``result.json`` says of the network that is delivered."""
+        told = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
+        return {"delivered": self.name, **self.accuracies(), **told}
+
+
+def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:
+    """The name of the network that a run delivers.
+
+    Args:
+        method: of :data:`METHODS`.
+        networks: by name.
+        select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``.
+            Otherwise it is the one that did best on the problems of benchmarks/pictures.
+    """
+    if select:
+        return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
+    return next(name for name in DELIVERED.get(method, ("student",)) if name in networks)
+
+
+def summary(content: Mapping[str, Any], classes: int) -> list[str]:
+    """What a run reached, in sentences: ``result.json`` in words."""
+    name, lines = content["delivered"], []
+    tested, n = content.get("evaluation"), content["validation_size"]
+    why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
+    if tested is not None:
+        lines.append(f"Test accuracy of the {TITLED[name]}: {spoken(tested['accuracy'], tested['n'], classes)}.")
+    if content.get("validation_accuracy") is not None:
+        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, classes)}.")
+    if not lines:
+        lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
+    part = "test" if tested is not None else "validation"
+    others = {one: content.get(f"{one}_{part}_accuracy") for one in TITLED}
+    shown = ", ".join(f"{TITLED[one]} {100 * value:.1f} %" for one, value in others.items() if value is not None)
+    if shown:
+        lines.append(f"On {part}: {shown}; delivered is the {TITLED[name]} ({why}).")
+    return lines
+
+
+def _unused(network: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer for a trainer that only evaluates."""
+    return torch.optim.SGD(network.parameters(), lr=0.0)
+
+
 ROLES: tuple[Role, ...] = ("teacher", "student")
 
-ALONE: dict[str, Any] = {"wait": 0, "exact_every": None}
+SELECTED_ON = 50
+"""Validation examples from which on students are told apart by them: of 50, 7 points are one standard error."""
+
+TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
+"""The networks of a run in words."""
+
+DELIVERED: dict[str, tuple[str, ...]] = {"mpl": ("finetuned",), "none": ("finetuned",)}
+"""By method, the network that is delivered where validation cannot tell; the student of the others."""
+
+FIXED_TEACHER = ("pseudo_labels", "pseudo_labels_hard")
+"""Methods whose teacher is trained before, and is a baseline of its own."""
+
+ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
 """Options of a fit without a teacher that learns."""
+
+FIXMATCH_THRESHOLD = 0.95
+"""As published (arXiv:2001.07685)."""
 
 USUAL_SMOOTHING = 0.1
 """Of the baseline by label smoothing, where the recipe smooths nothing."""
@@ -241,6 +364,17 @@ def _uda(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) ->
     return _alone(run, task, teacher, run.recipe.teacher_losses(uda=True), task.labeled)
 
 
+def _fixmatch(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
+    """UDA with the most probable class as the label of what the network is sure of."""
+    losses = [
+        dataclasses.replace(term, temperature=0.0, threshold=FIXMATCH_THRESHOLD, align=0.0)
+        if isinstance(term, UDA)
+        else term
+        for term in run.recipe.teacher_losses(uda=True)
+    ]
+    return _alone(run, task, teacher, losses, task.labeled)
+
+
 def _fixed_teacher(kind: Literal["soft", "hard"]) -> Method:
     """Plain pseudo labels, eq. (1): a supervised teacher, then a student of it."""
 
@@ -270,13 +404,14 @@ METHODS: dict[str, Method] = {
     "pseudo_labels": _fixed_teacher("soft"),
     "pseudo_labels_hard": _fixed_teacher("hard"),
     "uda": _uda,
+    "fixmatch": _fixmatch,
     "permuted": _altered("permuted"),
     "class_means": _altered("class_means"),
     "random_sign": _altered("random_sign"),
 }
 """The methods by name: Meta Pseudo Labels, the same loop without feedback, the baselines, and altered feedback."""
 
-TEACHERS = ("supervised", "label_smoothing", "supervised_everything", "uda")
+TEACHERS = ("supervised", "label_smoothing", "supervised_everything", "uda", "fixmatch")
 """The methods whose one network is built as the teacher is."""
 
 COMPARED = ("mpl", "none", "supervised", "pseudo_labels", "uda")

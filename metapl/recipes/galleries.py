@@ -37,7 +37,7 @@ def draw_galleries(task: Task, labeller: nn.Module, student: nn.Module) -> list[
     """The most and the least confident pseudo-labels, and the most confident mistakes on validation.
 
     Args:
-        task: ``sample`` and ``validation`` are looked at, as they are, without augmentation.
+        task: ``sample`` and ``validation``, where there are any, are looked at as they are, without augmentation.
         labeller: who makes the pseudo-labels.
         student: who is validated.
 
@@ -53,6 +53,8 @@ def draw_galleries(task: Task, labeller: nn.Module, student: nn.Module) -> list[
         ranked = sorted(seen, key=lambda one: -one.confidence)
         for title, some in (("Most", ranked[:SHOWN]), ("Least", ranked[: -SHOWN - 1 : -1])):
             found.append(_pseudo_labels(f"{title} confident pseudo-labels", looked, some, task.classes, known))
+    if task.validation is None:
+        return [one for one in found if one is not None]
     seen = _look(student, task.validation)
     wrong = sorted((one for one in seen if one.taken_for != one.label), key=lambda one: -one.confidence)
     note = f"of the student on validation: {len(wrong):,} of {len(seen):,} are wrong"

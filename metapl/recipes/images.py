@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, TypeVar
 
+import torch
 import tyro
 
+from metapl.data.augment import ResizedCrop
+from metapl.data.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.fingerprint import hash_files
 from metapl.data.folder_check import check_folders
 from metapl.data.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
-from metapl.data.image_sets import FileImages
+from metapl.data.image_sets import FileImages, Images
 from metapl.data.sound_files import verify_files
 from metapl.data.splits import stratified_split
+from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
-from metapl.recipes.base import Say, Task, require
-from metapl.recipes.pictures import PictureRecipe, Pictures, whole
+from metapl.losses import UDA, TeacherLoss
+from metapl.models.pretrained import fetch_imagenet_weights
+from metapl.recipes.base import Optimizer, Say, Task, require
+from metapl.recipes.looking import Look, look
+from metapl.recipes.pictures import IMAGENET, PictureRecipe, Pictures, Views, whole
 from metapl.recipes.progress import counting
 
 WORDS = {"labeled": "labelled", "unlabeled": "unlabelled", "val": "validation", "test": "test"}
@@ -27,19 +35,147 @@ WORDS = {"labeled": "labelled", "unlabeled": "unlabelled", "val": "validation", 
 IN_MEMORY = 2**30
 """Bytes of decoded pictures that are kept in memory; of larger folders, files are read each time they are drawn."""
 
+SET_ASIDE = 0.2
+"""Part of the labelled pictures that is set aside to select on, where that is enough of them to tell anything."""
+
+SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
+"""Pixels to which pictures are brought: within the first two when a network starts from nothing, on a CPU."""
+
+SELECTED_ON = 50
+"""Validation pictures from which on some are set aside: fewer cannot tell students apart, and train better."""
+
+WAIT, WARMUP, START, RAMP = 0.5, 0.05, 0.4, 0.1
+"""Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
+of its ramp."""
+
+REHEARSED = 1000
+"""Steps of the recipe that is measured: of such a recipe, a few are taken."""
+
+CHOSEN = (
+    "steps",
+    "image_size",
+    "grey",
+    "network_name",
+    "wait",
+    "warmup",
+    "uda_ramp",
+    "uda_start",
+    "validate_every",
+    "val_fraction",
+    "mean",
+    "std",
+    "precision",
+)
+"""Fields that a recipe chooses for itself where they are None."""
+
+T = TypeVar("T")
+OPEN: Any = None
+if TYPE_CHECKING:
+    Open = Annotated[T, "chosen when the recipe is settled"]
+else:
+    Open = Optional
+
+Method = Literal["uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """How pictures are changed before the network learns from them, in whole batches on the device.
+
+    Args:
+        degrees: greatest rotation.
+        translate: greatest move, as a share of the side.
+        zoom: greatest factor by which a picture grows or shrinks.
+        shear: in degrees.
+        brightness, contrast, saturation: greatest change of each, as a share.
+        hue: greatest turn of the colors, as a share of a whole one.
+        hole: greatest side of a square that is covered, as a share of the side.
+        mirror: left to right. Not for letters, digits or anything else that has a right way round.
+        recolor: exchange red, green and blue, and light and dark, so that the network learns shapes and textures. Not
+            for classes that differ by color.
+    """
+
+    degrees: float = 20.0
+    translate: float = 0.125
+    zoom: float = 1.33
+    shear: float = 10.0
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    hole: float = 0.5
+    mirror: bool = False
+    recolor: bool | None = None
+
+    def __post_init__(self) -> None:
+        require(self, self.zoom >= 1, "zoom", "a factor of 1 or more")
+        self.strong()
+
+    def strong(self) -> View:
+        """What is learned from."""
+        flip = (Flip(),) if self.mirror else ()
+        recolor = (Recolor(),) if self.recolor else ()
+        return Chain((*flip, self._moved(1.0), self._color(), Hole((self.hole / 5, self.hole)), *recolor))
+
+    def weak(self) -> View:
+        """What is labelled: a quarter of the movement, and nothing else but mirroring."""
+        flip = (Flip(),) if self.mirror else ()
+        return Chain((*flip, self._moved(0.25)))
+
+    def after_crop(self) -> View:
+        """What is learned from, of a part of a picture."""
+        recolor = (Recolor(),) if self.recolor else ()
+        return Chain((self._color(), Hole((self.hole / 5, self.hole)), *recolor))
+
+    def _moved(self, share: float) -> Affine:
+        zoom = math.exp(share * math.log(self.zoom))
+        return Affine(share * self.degrees, share * self.translate, (1 / zoom, zoom), share * self.shear)
+
+    def _color(self) -> Color:
+        return Color(self.brightness, self.contrast, self.saturation, self.hue)
+
+
+ADAMW = Optimizer(algorithm="adamw", lr=1e-2, weight_decay=0.05, decay_norms=False)
+"""For pooled_cnn; of other networks, the rate is that of their family."""
+
+RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 1e-3, "vit": 3e-4}
+OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
+"""Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
+
+CLIPPED = 1.0
+"""Greatest norm of a gradient in networks that are not metapl's own: without it, some diverge at the start."""
+
+PRETRAINED_NETWORK = "resnet18"
+
+PHOTOGRAPHS = 128
+"""Side in pixels from which on color pictures are taken for photographs."""
+
+IMAGENET_WEIGHTS = "imagenet"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolders(PictureRecipe):
     """One folder a class for labelled pictures, any folder tree for unlabelled ones.
 
-    The defaults are for a few minutes on a laptop's processor. The feedback is the exact gradient with a weight of 1.
+    What is left None is chosen by looking at the pictures, and by how many steps fit into the minutes; a run's
+    recipe.json has what was chosen.
 
     Args:
         labeled: folder with one folder a class.
         unlabeled: folder with pictures, in any tree.
-        val: as labeled, to select on; without it a part of labeled is set aside.
-        test: as labeled, to report on; without it the result is that on validation.
-        val_fraction: part of each class that is set aside where there is no val.
+        val: as labeled, to select on; without it a part of labeled is set aside where there are enough.
+        test: as labeled, to report on.
+        method: uda and fixmatch train one network, on the few labels and on its own labels of what it is sure of; mpl a
+            teacher and a student with feedback; none the same without feedback; supervised on the labels alone;
+            pseudo_labels a student of a teacher that was trained on the labels alone.
+        minutes: how long training may take, from a short measurement on this machine; --steps overrides it.
+        val_fraction: part of each class that is set aside where there is no val; 0 is none.
+        mean, std: what pictures are normalised by, of each channel in [0, 1].
+        uda_align: how much UDA spreads its labels over the classes, 0 to 1: 0.5 is half way from the network's own
+            spread to an even one.
+        uda_start: steps before UDA begins, on the labels alone: they are cheap.
+        changes: how pictures are changed before they are learned from.
+        randaugment: change them by the paper's RandAugment instead, Pillow's operations one by one: slower.
         class_names: found in labeled.
     """
 
@@ -49,22 +185,172 @@ class ImageFolders(PictureRecipe):
     unlabeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     val: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     test: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    val_fraction: float = 0.2
+    method: Method = "uda"
+    minutes: float = 5.0
+    steps: Open[int] = OPEN
+    image_size: Open[int] = OPEN
+    grey: Open[bool] = OPEN
+    network_name: Annotated[Open[str], tyro.conf.arg(name="network")] = OPEN
+    wait: Open[int] = OPEN
+    warmup: Open[int] = OPEN
+    uda_ramp: Open[int] = OPEN
+    uda_start: Open[int] = OPEN
+    validate_every: Open[int] = OPEN
+    precision: Open[Literal["float32", "bfloat16"]] = OPEN
+    val_fraction: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    changes: Changes = field(default_factory=Changes)
+    randaugment: bool = False
+    channels_last: bool = True
+    labeled_batch: int = 32
+    unlabeled_batch: int = 64
+    label_smoothing: float = 0.0
+    uda_temperature: float = 0.5
+    uda_threshold: float = 0.7
+    uda_align: float = 0.5
+    warm_start: bool = True
+    student: Optimizer = field(default_factory=lambda: ADAMW)
+    teacher: Optimizer = field(default_factory=lambda: ADAMW)
+    ema_decay: float | None = 0.99
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, 0 < self.val_fraction < 1, "val_fraction", "a number between 0 and 1")
+        require(self, self.minutes > 0, "minutes", "a number above 0")
+        fraction = self.val_fraction
+        require(self, fraction is None or 0 <= fraction < 1, "val_fraction", "a number in [0, 1)")
+        require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
+
+    def _for_network(self, name: str) -> ImageFolders:
+        """The recipe with the rates at which such a network trains, where others were not asked for."""
+        family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
+        optimizer = dataclasses.replace(ADAMW, lr=PRETRAINED_RATE if self.weights else family)
+        student, teacher = (optimizer if one == ADAMW else one for one in (self.student, self.teacher))
+        clip = CLIPPED if self.clip_norm is None and not name.endswith("_cnn") else self.clip_norm
+        return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
+
+    @property
+    def complete(self) -> bool:
+        return all(getattr(self, name) is not None for name in CHOSEN)
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.class_names or scan_labeled(self.labeled).classes
 
-    def settled(self) -> ImageFolders:
-        """The recipe as it can be stored: whole paths, and the classes that are found."""
-        places = {name: whole(getattr(self, name)) for name in ("labeled", "unlabeled", "val", "test", "weights")}
-        changes: dict[str, Any] = {**places, "class_names": scan_labeled(self.labeled).classes}
-        return dataclasses.replace(self, **changes)
+    def settled(self, before: ImageFolders | None = None, say: Say | None = None) -> ImageFolders:
+        """The recipe as it can be stored: whole paths, the classes that are found, and a value for every field.
+
+        Args:
+            before: the recipe of the run that is resumed: what was chosen then is not chosen anew.
+            say: is told what was chosen, and what may be better.
+        """
+        from metapl.recipes.budget import faster_precision, steps_within
+
+        places: dict[str, Any] = {name: whole(getattr(self, name)) for name in ("labeled", "unlabeled", "val", "test")}
+        places["weights"] = self._weights()
+        recipe = dataclasses.replace(self, **places, class_names=scan_labeled(self.labeled).classes)
+        if before is not None:
+            kept = {name: getattr(before, name) for name in CHOSEN if getattr(self, name) is None}
+            recolor = before.changes.recolor if self.changes.recolor is None else self.changes.recolor
+            recipe = dataclasses.replace(recipe, **kept, changes=dataclasses.replace(self.changes, recolor=recolor))
+            return recipe._for_network(recipe.network_name)
+        seen, tell = recipe._look(), say or (lambda text: None)
+        recipe = recipe.fitted(seen)
+        trial = dataclasses.replace(recipe, steps=REHEARSED).scheduled(REHEARSED)
+        precision = faster_precision(trial) if recipe.precision is OPEN else recipe.precision
+        recipe, trial = (dataclasses.replace(one, precision=precision) for one in (recipe, trial))
+        recipe = recipe.scheduled(steps_within(trial, recipe.minutes) if recipe.steps is OPEN else recipe.steps)
+        tell(recipe.chosen())
+        if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
+            tell("for photographs a network that was trained on photographs is better: --weights imagenet")
+        return recipe
+
+    def _weights(self) -> str | None:
+        """The file of weights."""
+        if self.weights == IMAGENET_WEIGHTS:
+            return str(fetch_imagenet_weights(self.network_name or PRETRAINED_NETWORK))
+        return whole(self.weights)
+
+    def _look(self) -> Look:
+        labeled = scan_labeled(self.labeled)
+        unlabeled = scan_unlabeled(self.unlabeled)
+        return look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
+
+    def fitted(self, seen: Look) -> ImageFolders:
+        """The recipe for such pictures, but for what depends on the number of steps."""
+        grey = seen.grey and self.weights is None if self.grey is None else self.grey
+        side = PRETRAINED_SIDE if self.weights else 4 * round(min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE) / 4)
+        recolor = not seen.colors.tell if self.changes.recolor is None else self.changes.recolor
+        chosen: dict[str, Any] = {
+            "grey": grey,
+            "image_size": side,
+            "network_name": PRETRAINED_NETWORK if self.weights else "pooled_cnn",
+            "val_fraction": 0.0 if self.val or self._aside() < SELECTED_ON else SET_ASIDE,
+        }
+        if grey:
+            chosen |= {"mean": seen.level[:1], "std": seen.level[1:]}
+        elif self.weights is None:
+            chosen |= {
+                "mean": seen.mean * 3 if seen.grey else seen.mean,
+                "std": seen.std * 3 if seen.grey else seen.std,
+            }
+        else:
+            chosen |= dict(zip(("mean", "std"), IMAGENET, strict=True))
+        missing = {name: value for name, value in chosen.items() if getattr(self, name) is None}
+        fitted = dataclasses.replace(self, **missing, changes=dataclasses.replace(self.changes, recolor=recolor))
+        return fitted._for_network(fitted.network_name)
+
+    def _aside(self) -> int:
+        """How many labelled pictures the usual part of them is."""
+        return round(SET_ASIDE * len(scan_labeled(self.labeled)))
+
+    def scheduled(self, steps: int) -> ImageFolders:
+        """The recipe with so many steps, and what is a share of them."""
+        # A method without a student does not wait, whatever stands here: a comparison has one recipe for all methods.
+        wait = min(round(WAIT * steps), steps - 1) if self.wait is None else self.wait
+        shares = {
+            "wait": wait,
+            "warmup": round(WARMUP * (steps - wait if self.method in ("mpl", "none") else steps)),
+            "uda_ramp": round(RAMP * steps),
+            "uda_start": round(START * steps),
+            "validate_every": max(1, round(steps / 20)),
+        }
+        missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, steps=steps, **missing)
+
+    def chosen(self) -> str:
+        """What was chosen, in a line; each has a flag."""
+        size, kind = f"{self.image_size}x{self.image_size}", "grey" if self.grey else "color"
+        colors = "colors exchanged" if self.changes.recolor else "colors kept"
+        mirrored = "mirrored" if self.changes.mirror else "not mirrored"
+        return (
+            f"chosen: {self.network_name} on {size} {kind} pictures, {colors}, {mirrored}; {self.student.algorithm} at "
+            f"{self.student.lr:g}, {self.precision}, {self.steps:,} steps"
+        )
+
+    def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
+        assert self.mean is not None  # settled
+        assert self.std is not None
+        return self.mean, self.std
+
+    def views(self) -> Views:
+        if self.randaugment:
+            return super().views()
+        if self.resized_crop:
+            after = self.changes.after_crop()
+            return Views(Identity(), after, after, ResizedCrop(self.image_size, flip=self.changes.mirror))
+        return Views(self.changes.weak(), self.changes.strong(), self.changes.strong())
+
+    def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
+        aligned = (
+            dataclasses.replace(term, align=self.uda_align, start=self.uda_start) if isinstance(term, UDA) else term
+            for term in super().teacher_losses(uda)
+        )
+        return tuple(aligned)
+
+    def fit_options(self) -> dict[str, Any]:
+        return super().fit_options() | {"warm_start": self.warm_start and self.wait > 0}
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         tell, look = say or (lambda text: None), _Look(say or (lambda text: None), progress)
@@ -77,42 +363,45 @@ class ImageFolders(PictureRecipe):
         look.compare(labeled, unlabeled, held_out)
         sides: dict[str, Files] = {"labeled": labeled, "unlabeled": unlabeled, **held_out}
         hashes = {name: hash_files(files) for name, files in sides.items()}
-        val = held_out.get("val")
-        if val is None:
-            train, aside = stratified_split(labeled.targets(), self.val_fraction, self.seed)
+        val, test, fraction = held_out.get("val"), held_out.get("test"), self.val_fraction
+        if val is None and fraction:
+            train, aside = stratified_split(labeled.targets(), fraction, self.seed)
             labeled, val = labeled.keep(train.tolist()), labeled.keep(aside.tolist())
-        test = held_out.get("test", val)
         tell(
             f"{len(labeled):,} labelled pictures of {len(self.classes)} classes, {len(unlabeled):,} unlabelled, "
-            f"{len(val):,} to select on, {len(test):,} to report on"
-            + ("" if self.test else " (the same: no --test was given)")
+            f"{len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
         )
         return Task(
             **self.batches(self._pictures(labeled, unlabeled, val, test, log)),
             classes=self.classes,
-            test_names=test.names,
+            test_names=test.names if test else None,
             skipped=look.skipped,
             record={
                 "labeled": list(labeled.names),
-                "validation": list(val.names),
-                "test": list(test.names),
+                "validation": list(val.names) if val else [],
+                "test": list(test.names) if test else [],
                 "unlabeled": len(unlabeled),
-                "test_is_validation": self.test is None,
                 "hash": hashes,
             },
         )
 
     def _pictures(
-        self, labeled: LabeledFiles, unlabeled: Files, val: LabeledFiles, test: LabeledFiles, log: Path | None
+        self,
+        labeled: LabeledFiles,
+        unlabeled: Files,
+        val: LabeledFiles | None,
+        test: LabeledFiles | None,
+        log: Path | None,
     ) -> Pictures:
+        def with_labels(files: LabeledFiles | None) -> tuple[Images, torch.Tensor] | None:
+            return None if files is None else (self._images(files, log), files.targets(self.classes))
+
         return Pictures(
             few=self._images(labeled, log),
             labels=labeled.targets(self.classes),
             many=self._images(unlabeled, log),
-            val=self._images(val, log),
-            val_labels=val.targets(self.classes),
-            test=self._images(test, log),
-            test_labels=test.targets(self.classes),
+            val=with_labels(val),
+            test=with_labels(test),
         )
 
     def _images(self, files: Files, log: Path | None) -> FileImages:

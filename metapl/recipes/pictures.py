@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,7 +12,7 @@ import tyro
 from torch import Tensor, nn
 
 from metapl import models
-from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, Chain, RandAugment, ResizedCrop, Weak
+from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.data.image_batches import (
     ImageEvaluationBatches,
     ImageLabeledBatches,
@@ -21,11 +22,11 @@ from metapl.data.image_batches import (
 from metapl.data.image_sets import Images
 from metapl.data.images import SUFFIXES, read_image
 from metapl.data.samplers import StepSampler
-from metapl.data.views import Identity, View
+from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
 from metapl.fit import FitOptions
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.recipes.base import SGD, Feedback, Role, require
+from metapl.recipes.base import Feedback, Optimizer, Role, require
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that pretrained weights expect."""
@@ -33,7 +34,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 EVALUATED_AT_ONCE, SAMPLED = 256, 2048
 """Pictures in a batch of an evaluation; unlabelled pictures that the report looks at."""
 
-NESTEROV = SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
+NESTEROV = Optimizer(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +78,34 @@ class Pictures:
         many: unlabelled pictures.
         hidden: int64, the true labels of these, where they are known: for looking at pseudo-labels only.
         known: labelled and unlabelled pictures together with their true labels, where they are known: for the headroom.
-        val, val_labels: to select on.
-        test, test_labels: to report on.
+        val: pictures to select on, and their labels; None where there are none.
+        test: pictures to report on, and their labels; None where there are none.
     """
 
     few: Images
     labels: Tensor
     many: Images
-    val: Images
-    val_labels: Tensor
-    test: Images
-    test_labels: Tensor
+    val: tuple[Images, Tensor] | None = None
+    test: tuple[Images, Tensor] | None = None
     hidden: Tensor | None = None
     known: tuple[Images, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Views:
+    """What is done to the pictures of a step.
+
+    Args:
+        weak: to unlabelled pictures for whoever labels them.
+        strong: to the same for whoever learns these labels.
+        labeled: to labelled ones.
+        crop: the box that is cut out of a file before any of them.
+    """
+
+    weak: View
+    strong: View
+    labeled: View
+    crop: ResizedCrop | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +119,8 @@ class PictureRecipe:
         seed: of the split, the weights and every draw.
         image_size: side that every picture is brought to, in pixels.
         grey: read pictures without colours.
-        network: small_cnn, wide_resnet28_2, resnet50, efficientnet_b0, vit_b_16, timm:NAME, ...
+        network_name: small_cnn, wide_resnet28_2, resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or
+            timm:NAME; a name that there is not is answered with all that there are.
         weights: file with pretrained weights of it.
         dropout: in the student.
         teacher_dropout: in the teacher; None is as in the student.
@@ -174,8 +191,8 @@ class PictureRecipe:
     uda_ramp: int = 200
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
     feedback_ratio: float | None = None
-    student: SGD = field(default_factory=lambda: NESTEROV)
-    teacher: SGD = field(default_factory=lambda: NESTEROV)
+    student: Optimizer = field(default_factory=lambda: NESTEROV)
+    teacher: Optimizer = field(default_factory=lambda: NESTEROV)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: int = 0
     clip_norm: float | None = None
@@ -184,7 +201,7 @@ class PictureRecipe:
     ema_decay: float | None = 0.995
     finetune_steps: int = 200
     finetune_batch: int | None = None
-    finetune: SGD = field(default_factory=lambda: SGD(lr=1e-3))
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))
     validate_every: int = 100
     log_every: int = 20
     save_every: int = 500
@@ -195,16 +212,23 @@ class PictureRecipe:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "steps", "labeled_batch", "unlabeled_batch", "accumulate"):
-            require(self, getattr(self, name) >= 1, name, "1 or more")
+            value = getattr(self, name)
+            require(self, value is None or value >= 1, name, "1 or more")
         for name in ("finetune_steps", "uda_weight", "num_workers", "pad"):
             require(self, getattr(self, name) >= 0, name, "0 or more")
         require(self, self.finetune_batch is None or self.finetune_batch >= 1, "finetune_batch", "1 or more")
         require(self, 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
         CrossEntropy(self.label_smoothing)
         self.strong.view(Identity())
-        FitOptions(steps=self.steps, **self.fit_options())
-        for role in ("teacher", "student"):
-            self._architecture(role, num_classes=2)
+        if self.complete:
+            FitOptions(steps=self.steps, **self.fit_options())
+            for role in ("teacher", "student"):
+                self._architecture(role, num_classes=2)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every field that decides the training has a value."""
+        return True
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -213,23 +237,23 @@ class PictureRecipe:
 
     # ------------------------------------------------------------------------------------------------------ the data
 
-    def views(self) -> tuple[View, View, ResizedCrop | None]:
-        """The weak and the strong view, and the box that is cut out of a file before either."""
+    def views(self) -> Views:
+        """What is done to the pictures of a step."""
         if self.resized_crop:
             # The crop mirrors too; what is left of the weak view is nothing.
             crop = ResizedCrop(self.image_size, flip=not self.strong.writing)
-            return Identity(), self.strong.view(Identity()), crop
+            return Views(Identity(), self.strong.view(Identity()), Identity(), crop)
         weak = Weak(self.pad, flip=not self.strong.writing)
-        return weak, self.strong.view(weak), None
+        return Views(weak, self.strong.view(weak), weak)
 
     def batches(self, pictures: Pictures) -> dict[str, Any]:
         """The sources of a :class:`~metapl.recipes.Task`."""
-        weak, strong, crop = self.views()
+        views = self.views()
         few, many, labels = pictures.few, pictures.many, pictures.labels
 
         def labeled(images: Images, labels: Tensor, size: int, stream: int, seed: int) -> ImageLabeledBatches:
             sampler = StepSampler(len(images), size, seed=self.seed, stream=stream)
-            return ImageLabeledBatches(images, labels, sampler, weak, seed, crop=crop)
+            return ImageLabeledBatches(images, labels, sampler, views.labeled, seed, crop=views.crop)
 
         def looked_at(images: Images, labels: Tensor) -> ImageEvaluationBatches:
             return ImageEvaluationBatches(images, labels, EVALUATED_AT_ONCE)
@@ -240,10 +264,10 @@ class PictureRecipe:
         sample = looked_at(many.select(some), hidden[some])
         return {
             "labeled": labeled(few, labels, self.labeled_batch, 0, self.seed),
-            "unlabeled": ImageUnlabeledBatches(many, sampler, weak, strong, self.seed, crop=crop),
+            "unlabeled": ImageUnlabeledBatches(many, sampler, views.weak, views.strong, self.seed, crop=views.crop),
             "finetuning": labeled(few, labels, self.finetune_batch or self.labeled_batch, 2, self.seed + 1),
-            "validation": looked_at(pictures.val, pictures.val_labels),
-            "test": looked_at(pictures.test, pictures.test_labels),
+            "validation": pictures.val and looked_at(*pictures.val),
+            "test": pictures.test and looked_at(*pictures.test),
             "sample": sample,
             "truth": None if pictures.hidden is None else sample,
             "everything": pictures.known and labeled(*pictures.known, self.labeled_batch, 0, self.seed),
@@ -276,10 +300,13 @@ class PictureRecipe:
     def network(self, role: Role = "student") -> nn.Module:
         """The teacher or the student with fresh or pretrained weights, normalising pictures in [0, 1]."""
         network = self._architecture(role, len(self.classes)).create(self.weights)
-        channels = 1 if self.grey else 3
-        mean, std = IMAGENET if self.weights and not self.grey else ((0.5,) * channels, (0.25,) * channels)
-        normalized = models.normalized(network, mean, std)
+        normalized = models.normalized(network, *self.normalization())
         return normalized.to(memory_format=torch.channels_last) if self.channels_last else normalized
+
+    def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation that pictures are normalised by, of each channel in [0, 1]."""
+        channels = 1 if self.grey else 3
+        return IMAGENET if self.weights and not self.grey else ((0.5,) * channels, (0.25,) * channels)
 
     # -------------------------------------------------------------------------------------------------- the training
 

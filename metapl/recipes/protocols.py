@@ -19,7 +19,7 @@ import tyro
 from metapl.data.image_sets import FileImages
 from metapl.data.splits import Split
 from metapl.data.vision import Protocol, VisionData, load_vision
-from metapl.recipes.base import SGD, Feedback, Say, Task, require
+from metapl.recipes.base import Feedback, Optimizer, Say, Task, require
 from metapl.recipes.pictures import PictureRecipe, Pictures, Strong, whole
 
 Names = Literal["cifar10", "cifar100", "svhn", "imagenet", "imagefolder"]
@@ -29,8 +29,8 @@ ALGORITHM_1 = Feedback(mode="reinforce", normalization="cosine", baseline=0.99, 
 """As published: sampled labels, the cosine of the two gradients, and a moving average taken off."""
 
 
-def _nesterov(lr: float, weight_decay: float) -> SGD:
-    return SGD(lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, decay_norms=False)
+def _nesterov(lr: float, weight_decay: float) -> Optimizer:
+    return Optimizer(lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, decay_norms=False)
 
 
 @lru_cache(maxsize=1)
@@ -102,10 +102,8 @@ class Vision(PictureRecipe):
             many=train.select(split.unlabeled),
             hidden=data.train_labels[split.unlabeled],
             known=(train.select(together), data.train_labels[together]),
-            val=train.select(split.validation),
-            val_labels=data.train_labels[split.validation],
-            test=test.select(split.test),
-            test_labels=data.test_labels[split.test],
+            val=(train.select(split.validation), data.train_labels[split.validation]),
+            test=(test.select(split.test), data.test_labels[split.test]),
         )
         counts, names = split.counts(), data.test_names
         if say is not None:
@@ -154,12 +152,12 @@ class Cifar10(Vision):
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(
         default_factory=lambda: Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.15)
     )
-    student: SGD = field(default_factory=lambda: _nesterov(0.025, 5e-4))
-    teacher: SGD = field(default_factory=lambda: _nesterov(0.025, 5e-4))
+    student: Optimizer = field(default_factory=lambda: _nesterov(0.025, 5e-4))
+    teacher: Optimizer = field(default_factory=lambda: _nesterov(0.025, 5e-4))
     warmup: int = 5_000
     finetune_steps: int = 1_000
     finetune_batch: int | None = 512
-    finetune: SGD = field(default_factory=lambda: SGD(lr=1e-5))
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-5))
     validate_every: int = 1_000
     log_every: int = 100
     save_every: int = 5_000
@@ -187,8 +185,8 @@ class Cifar10Paper(Cifar10):
     uda_threshold: float = 0.0
     uda_ramp: int = 0
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=lambda: ALGORITHM_1)
-    student: SGD = field(default_factory=lambda: _nesterov(0.3, 5e-4))
-    teacher: SGD = field(default_factory=lambda: _nesterov(0.125, 5e-4))
+    student: Optimizer = field(default_factory=lambda: _nesterov(0.3, 5e-4))
+    teacher: Optimizer = field(default_factory=lambda: _nesterov(0.125, 5e-4))
     warmup: int = 2_000
 
 
@@ -211,8 +209,8 @@ class Svhn(Cifar10Paper):
     strong: Strong = field(default_factory=lambda: Strong(magnitude=16, cutout=16, again=True, writing=True))
     uda_weight: float = 2.5
     uda_temperature: float = 1.25
-    student: SGD = field(default_factory=lambda: _nesterov(0.15, 5e-4))
-    teacher: SGD = field(default_factory=lambda: _nesterov(0.05, 5e-4))
+    student: Optimizer = field(default_factory=lambda: _nesterov(0.15, 5e-4))
+    teacher: Optimizer = field(default_factory=lambda: _nesterov(0.05, 5e-4))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,14 +245,14 @@ class Imagenet10(Vision):
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(
         default_factory=lambda: Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1)
     )
-    student: SGD = field(default_factory=lambda: _nesterov(1.6, 1e-4))
-    teacher: SGD = field(default_factory=lambda: _nesterov(2.4, 1e-4))
+    student: Optimizer = field(default_factory=lambda: _nesterov(1.6, 1e-4))
+    teacher: Optimizer = field(default_factory=lambda: _nesterov(2.4, 1e-4))
     warmup: int = 5_000
     clip_norm: float | None = 5.0
     ema_decay: float | None = 0.999
     finetune_steps: int = 2_000
     finetune_batch: int | None = 512
-    finetune: SGD = field(default_factory=lambda: SGD(lr=1e-5))
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-5))
     validate_every: int = 5_000
     log_every: int = 100
     save_every: int = 5_000
@@ -280,8 +278,8 @@ class Imagenet10Paper(Imagenet10):
     uda_threshold: float = 0.0
     uda_ramp: int = 0
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=lambda: ALGORITHM_1)
-    student: SGD = field(default_factory=lambda: _nesterov(0.8, 2e-4))
-    teacher: SGD = field(default_factory=lambda: _nesterov(0.5, 2e-4))
+    student: Optimizer = field(default_factory=lambda: _nesterov(0.8, 2e-4))
+    teacher: Optimizer = field(default_factory=lambda: _nesterov(0.5, 2e-4))
     warmup: int = 1_000
 
 

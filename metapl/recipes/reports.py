@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metapl.recipes.comparison import Comparison
+from metapl.recipes.comparison import Comparison, title
 from metapl.run_folder import Metrics
 
 SHOWN = 7
@@ -15,7 +15,8 @@ SHOWN = 7
 
 
 def draw_comparison(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
-    """``report.png`` of a comparison: curves averaged over seeds, MPL's confusion matrix summed over them."""
+    """``report.png`` of a comparison: curves averaged over seeds, and the confusion matrix of the method that is
+    delivered, summed over them."""
     from metapl.report import draw_report
 
     curves = {
@@ -24,7 +25,7 @@ def draw_comparison(folder: Path, comparison: Comparison, results: Mapping[tuple
         )
         for method in list(comparison.methods)[:SHOWN]
     }
-    first = "mpl" if "mpl" in comparison.methods else next(iter(comparison.methods))
+    first, _ = comparison.delivered()
     evaluations = [results[first, seed]["evaluation"] for seed in comparison.seeds]
     confusion = [
         [sum(one["confusion"][i][j] for one in evaluations) for j in range(len(row))]
@@ -37,7 +38,7 @@ def draw_comparison(folder: Path, comparison: Comparison, results: Mapping[tuple
         curves=curves,
         confusion=confusion,
         classes=evaluations[0]["classes"],
-        summary=comparison.sentence(),
+        summary=f"{comparison.sentence()} Confusion: {title(first)}, all seeds together.",
     )
 
 

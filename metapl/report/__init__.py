@@ -2,7 +2,7 @@
 
 from metapl.report.curves import PANELS
 from metapl.report.gallery import Gallery
-from metapl.report.grid import GRID_SHOWN, draw_grid
+from metapl.report.grid import MOST_GROUPS, draw_grid, pictures_a_group
 from metapl.report.page import draw_report
 
-__all__ = ["GRID_SHOWN", "PANELS", "Gallery", "draw_grid", "draw_report"]
+__all__ = ["MOST_GROUPS", "PANELS", "Gallery", "draw_grid", "draw_report", "pictures_a_group"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapl.atomic import replacing
 from metapl.errors import MetaplError
+from metapl.report.fonts import any_weight, explained, families
 from metapl.report.style import (
     DOTS_PER_INCH,
     MARGIN,
@@ -37,15 +37,20 @@ Box = tuple[float, float, float, float]  # left, bottom, width, height in inches
 
 
 @contextmanager
-def drawing() -> Iterator[None]:
-    """Everything is measured and drawn within this block; matplotlib's global state is as it was when it ends."""
+def drawing(texts: Iterable[str]) -> Iterator[str]:
+    """Everything is measured and drawn within this block; matplotlib's global state is as it was when it ends.
+
+    Args:
+        texts: what is drawn and may be in any script, such as names of classes.
+
+    Returns: what a reader should know of letters that no font has, or nothing.
+    """
     import matplotlib.style
 
+    texts = list(texts)
     # "default" first, so that a user's own matplotlibrc does not change the picture; both end with the block.
-    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
-        # Names of classes may be in any script; a box for a letter is better than no report.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
+    with matplotlib.style.context(["default", STYLE, {"font.family": families(texts)}]), any_weight():
+        yield explained(texts)
 
 
 def blank_page(width: float, height: float) -> Figure:

@@ -93,6 +93,11 @@ class Gallery:
         """What is said of one of the pictures."""
         return None if self.marks is None else self.marks[index]
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that is written."""
+        return (self.title, self.note, *self.captions)
+
     def lines(self, index: int) -> list[str]:
         """The lines beneath one of the pictures; what would be a fourth one goes on in the third."""
         return [drawable(line) for line in self.captions[index].split("\n", CAPTION_LINES - 1)]

@@ -1,76 +1,105 @@
-"""One picture of many: what a classifier took each of them for."""
+"""One page of many pictures in groups: what a classifier took them for, class by class."""
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from metapl.errors import MetaplError
 from metapl.report.canvas import blank_page, draw_head, drawing, head_height, png, wrap_head, write_whole
 from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
-from metapl.report.style import MARGIN
+from metapl.report.style import MARGIN, NOTE_SIZE, PANEL_TITLE_SIZE
+from metapl.report.text import drawable, fitted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GRID_SHOWN = 64
-"""Pictures that a grid shows at most."""
-
-MOST_COLUMNS = 8
+MOST_GROUPS = 1000
+"""Groups on a page: matplotlib draws at most 65,535 pixels from top to bottom."""
 
 # Inches.
-PICTURE, PITCH = 1.4, 1.62
-BELOW_HEAD = 0.2
+BELOW_HEAD, BETWEEN_GROUPS, BETWEEN_PICTURES = 0.1, 0.3, 0.22
 NARROWEST = 5.0
 
 
-def draw_grid(
-    path: str | os.PathLike[str], gallery: Gallery, *, total: int | None = None, columns: int | None = None
-) -> None:
-    """Draws a grid of pictures with their captions as one PNG file.
+@dataclass(frozen=True)
+class _Size:
+    """How large pictures are, in inches, and how many stand side by side."""
+
+    picture: float
+    across: int
+
+    @property
+    def pitch(self) -> float:
+        return self.picture + BETWEEN_PICTURES
+
+
+LARGE, SMALL = _Size(1.4, 8), _Size(0.95, 12)
+MOST_LARGE = 100
+"""Groups with large pictures."""
+
+
+def pictures_a_group(groups: int) -> int:
+    """How many pictures of each group make a page that can be looked through: an even number.
+
+    >>> [pictures_a_group(groups) for groups in (1, 10, 20, 200)]
+    [8, 8, 4, 2]
+    """
+    return 8 if groups <= 12 else 4 if groups <= 24 else 2
+
+
+def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Sequence[Gallery]) -> None:
+    """Draws groups of pictures, each below its title and its note, as one PNG file.
 
     Args:
         path: the file; its folder exists. It takes this name only when it is whole.
-        gallery: the pictures; the first 64 are drawn.
-        total: how many pictures there were of which these are the first; by default there were no others. The note
-            says how many of them are drawn.
-        columns: pictures side by side; by default up to 8, in rows of about equal length.
+        title: of the page.
+        note: what is shown, in a line or a few.
+        groups: at most 1,000. Those of few pictures stand side by side; those of many take several rows. Of a group's
+            title and note as much is written as there is room for.
 
     No display is needed and matplotlib's global state stays as it was.
 
     Raises:
-        MetaplError: there is no picture, a number does not fit, or the file cannot be written.
+        MetaplError: there is no picture, there are too many groups, or the file cannot be written.
     """
-    shown, total = min(len(gallery), GRID_SHOWN), len(gallery) if total is None else total
-    if not shown:
+    groups = [one for one in groups if len(one)]
+    if not groups:
         raise MetaplError("there is nothing to draw: the grid has no picture")
-    if total < len(gallery):
-        raise MetaplError(
-            f"{len(gallery)} pictures of a total of {total} were given; expected a total as large at least"
-        )
-    if columns is not None and not 1 <= columns <= GRID_SHOWN:
-        raise MetaplError(f"{columns} columns were asked for; expected 1 to {GRID_SHOWN}")
-    with drawing():
-        image = png(_figure(gallery, shown, total, columns))
+    if len(groups) > MOST_GROUPS:
+        raise MetaplError(f"{len(groups):,} groups of pictures were given; expected {MOST_GROUPS:,} at most")
+    with drawing([title, note, *(text for group in groups for text in group.texts)]) as explanation:
+        image = png(_figure(title, f"{note}{explanation and '. '}{explanation}", groups))
     write_whole(path, image)
 
 
-def _figure(gallery: Gallery, shown: int, total: int, columns: int | None) -> Figure:
-    count = min(columns or math.ceil(shown / math.ceil(shown / MOST_COLUMNS)), shown)
-    hanging = Hanging(gallery, Columns(count, PICTURE, PITCH), shown)
-    width = max(2 * MARGIN + PITCH * (count - 1) + PICTURE, NARROWEST)
-    title, summary = wrap_head(gallery.title, _with_counts(gallery.note, shown, total), width)
-    figure = blank_page(width, 2 * MARGIN + head_height(title, summary) + BELOW_HEAD + hanging.height)
-    draw_gallery(figure, hanging, MARGIN, draw_head(figure, title, summary) - BELOW_HEAD)
+def _figure(title: str, note: str, groups: Sequence[Gallery]) -> Figure:
+    size = LARGE if len(groups) <= MOST_LARGE else SMALL
+    count = min(max(map(len, groups)), size.across)
+    columns = Columns(count, size.picture, size.pitch)
+    beside = min(size.across // count, len(groups))
+    group_pitch = count * size.pitch + (BETWEEN_GROUPS if beside > 1 else 0.0)
+    group_width = columns.pitch * (count - 1) + columns.width
+    width = max(2 * MARGIN + group_pitch * (beside - 1) + group_width, NARROWEST)
+    bands = list(_bands([_hung(group, columns, max(group_width, size.pitch)) for group in groups], beside))
+    heights = [max(one.height for one in band) for band in bands]
+    title_lines, note_lines = wrap_head(title, note, width)
+    figure = blank_page(width, 2 * MARGIN + head_height(title_lines, note_lines) + BELOW_HEAD + sum(heights))
+    top = draw_head(figure, title_lines, note_lines) - BELOW_HEAD
+    for band, height in zip(bands, heights, strict=True):
+        for number, hanging in enumerate(band):
+            draw_gallery(figure, hanging, MARGIN + number * group_pitch, top)
+        top -= height
     return figure
 
 
-def _with_counts(note: str, shown: int, total: int) -> str:
-    """
-    >>> _with_counts("class and file", 64, 5000), _with_counts("", 1, 1)
-    ('class and file; the first 64 of 5,000 pictures', '1 picture')
-    """
-    some = f"the first {shown:,} of " if shown < total else ""
-    counts = f"{some}{total:,} picture{'' if total == 1 else 's'}"
-    return f"{note}; {counts}" if note else counts
+def _hung(group: Gallery, columns: Columns, room: float) -> Hanging:
+    """A group with a title and a note of one line each, so that the pictures of a band stand in line."""
+    title = fitted(drawable(group.title), room, PANEL_TITLE_SIZE, "bold")
+    return Hanging(group, columns, len(group), (title,), (fitted(drawable(group.note), room, NOTE_SIZE),))
+
+
+def _bands(hangings: Sequence[Hanging], beside: int) -> Iterator[Sequence[Hanging]]:
+    return (hangings[start : start + beside] for start in range(0, len(hangings), beside))

@@ -24,6 +24,7 @@ from metapl.report.curves import PANELS, Curves, Panel, colour_of, draw_panel, h
 from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
 from metapl.report.matrix import Matrix, checked_counts, draw_matrix
 from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE, SUMMARY_SIZE
+from metapl.report.text import drawable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,9 +79,10 @@ def draw_report(
             "there is nothing to draw: no row has a step and a figure of a known name, no confusion and no picture"
         )
     names = [str(name) for name in (classes if classes is not None else range(len(counts or ())))]
-    with drawing():
+    texts = [title, summary, *curves, *names, *(text for gallery in galleries for text in gallery.texts)]
+    with drawing(texts) as explanation:
         matrix = None if counts is None else Matrix.of(counts, names)
-        image = png(_figure(title, summary, curves, panels, matrix, galleries))
+        image = png(_figure(title, f"{summary} {explanation}", curves, panels, matrix, galleries))
     write_whole(path, image)
 
 
@@ -183,4 +185,4 @@ def _draw_methods(figure: Figure, left: float, y: float, methods: Sequence[str])
     handles = [Line2D([], [], color=colour_of(index), linewidth=4.5) for index in range(len(methods))]
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (left, y), "borderpad": 0, "borderaxespad": 0}
     look: dict[str, Any] = {"fontsize": SUMMARY_SIZE, "handlelength": 1.1, "handletextpad": 0.5, "columnspacing": 1.8}
-    figure.legend(handles, methods, ncols=len(methods), frameon=False, **place, **look)
+    figure.legend(handles, [*map(drawable, methods)], ncols=len(methods), frameon=False, **place, **look)

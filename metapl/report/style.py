@@ -21,7 +21,6 @@ TITLE_LINE, SUMMARY_LINE, PANEL_TITLE_LINE, NOTE_LINE = 0.36, 0.26, 0.24, 0.19
 TITLE_SIZE, SUMMARY_SIZE, PANEL_TITLE_SIZE, NOTE_SIZE, CAPTION_SIZE = 18.0, 11.5, 12.5, 10.0, 9.0
 
 STYLE: dict[str, Any] = {
-    "font.family": ["DejaVu Sans"],
     "font.size": 10,
     "axes.edgecolor": "#9A9A9A",
     "axes.labelcolor": QUIET,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from metapl.report.fonts import spelled
+
 LONGEST_NAME = 18
 
 
 def drawable(text: str) -> str:
-    """A text as one line that can be drawn: a file's name may hold line breaks, or bytes that are no letters.
+    """A text as one line that can be drawn: a name may hold line breaks, bytes that are no letters, or letters that no
+    font has.
 
     >>> drawable("a\\nb \\udcff")
     'a b ?'
     """
     letters = text.encode("utf-8", "replace").decode()
-    return "".join(" " if letter.isspace() else letter for letter in letters)
+    return spelled("".join(" " if letter.isspace() or letter < " " else letter for letter in letters))
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:

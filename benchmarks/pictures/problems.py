@@ -1,0 +1,206 @@
+"""The registry of problems, their pictures as arrays and as folders, and contact sheets to look at.
+
+    python -m benchmarks.pictures.problems                      # a table of the seen half
+    python -m benchmarks.pictures.problems --show sheets        # a contact sheet of each problem of the seen half
+    python -m benchmarks.pictures.problems --write icons data/icons --seed 3
+
+README.md in this folder says what the two halves are for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from benchmarks.pictures import seen, unseen
+from benchmarks.pictures.drawing import Bytes
+from benchmarks.pictures.problem import Problem
+
+PROBLEMS: tuple[Problem, ...] = (*seen.PROBLEMS, *unseen.PROBLEMS)
+FOREIGN = -1  # in place of the label of an unlabeled picture that belongs to no class
+PARTS = ("labeled", "unlabeled", "test")
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A problem's pictures for a seed: uint8 of shape (n, size, size, channels), and labels of shape (n,).
+
+    ``unlabeled_labels`` are known because the pictures are generated; no method may learn from them.
+    """
+
+    labeled: Bytes
+    labeled_labels: Labels
+    unlabeled: Bytes
+    unlabeled_labels: Labels
+    test: Bytes
+    test_labels: Labels
+
+
+def named(name: str) -> Problem:
+    """The problem of a name."""
+    found = [problem for problem in PROBLEMS if problem.name == name]
+    if not found:
+        seen_names = ", ".join(problem.name for problem in seen.PROBLEMS)
+        raise SystemExit(f"there is no problem {name!r}; those of the seen half are {seen_names}")
+    return found[0]
+
+
+def half(name: str) -> tuple[Problem, ...]:
+    """The problems of the "seen" or of the "unseen" half."""
+    return tuple(problem for problem in PROBLEMS if problem.half == name)
+
+
+def smaller(problem: Problem, unlabeled: int, test: int) -> Problem:
+    """The same problem with fewer unlabeled and test pictures."""
+    return dataclasses.replace(problem, unlabeled=unlabeled, test=test)
+
+
+def arrays(problem: Problem, seed: int) -> Pictures:
+    """The pictures of a problem; a pure function of the problem and the seed."""
+    classes, rng = len(problem.classes), _generator(problem, seed, "labels")
+    labeled = _labels(problem, problem.labels_per_class * classes, problem.labels_as_found)
+    foreign = round(problem.foreign * problem.unlabeled)
+    own = _labels(problem, problem.unlabeled - foreign, as_found=True)
+    unlabeled = rng.permutation(np.concatenate([own, np.full(foreign, FOREIGN)]))
+    test = _labels(problem, problem.test, as_found=True)
+    drawn = (
+        _drawn(problem, seed, part, labels) for part, labels in zip(PARTS, (labeled, unlabeled, test), strict=True)
+    )
+    return Pictures(next(drawn), labeled, next(drawn), unlabeled, next(drawn), test)
+
+
+def make(problem: Problem, seed: int, folder: Path) -> None:
+    """Write folder/labeled/CLASS/*.png, folder/unlabeled/*.png and folder/test/CLASS/*.png, as a user has them."""
+    if folder.exists() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} is not empty; name a new folder for the pictures of {problem.name}")
+    pictures = arrays(problem, seed)
+    for part, images, labels in (
+        ("labeled", pictures.labeled, pictures.labeled_labels),
+        ("test", pictures.test, pictures.test_labels),
+    ):
+        for name in problem.classes:
+            (folder / part / name).mkdir(parents=True)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            _image(image).save(folder / part / problem.classes[label] / f"{number:05}.png")
+    (folder / "unlabeled").mkdir()
+    for number, image in enumerate(pictures.unlabeled):
+        _image(image).save(folder / "unlabeled" / f"{number:05}.png")
+
+
+def class_counts(classes: int, total: int, imbalance: float) -> list[int]:
+    """How many of ``total`` pictures each class gets, at least one each; the first is the most frequent.
+
+    >>> class_counts(3, 12, imbalance=1)
+    [4, 4, 4]
+    >>> class_counts(3, 100, imbalance=10)
+    [69, 23, 8]
+    """
+    shares = imbalance ** (-np.arange(classes) / max(classes - 1, 1))
+    ends = np.rint(np.cumsum(shares) / shares.sum() * (total - classes)).astype(int)
+    return [int(count) + 1 for count in np.diff(ends, prepend=0)]
+
+
+def _labels(problem: Problem, total: int, as_found: bool) -> Labels:
+    counts = class_counts(len(problem.classes), total, problem.imbalance if as_found else 1)
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def _generator(problem: Problem, seed: int, part: str, number: int = 0) -> np.random.Generator:
+    """A picture has its own generator, so it does not depend on how many others are drawn."""
+    return np.random.default_rng([seed, zlib.crc32(f"{problem.name} {part}".encode()), number])
+
+
+def _drawn(problem: Problem, seed: int, part: str, labels: Labels) -> Bytes:
+    others = tuple(other for other in half(problem.half) if other.name != problem.name)
+    pictures = []
+    for number, label in enumerate(labels):
+        rng = _generator(problem, seed, part, number)
+        if label == FOREIGN:
+            picture = _foreign(rng, others, problem)
+        else:
+            picture = problem.draw(rng, int(label), problem.size, part == "test")
+        pictures.append(picture.reshape(problem.size, problem.size, problem.channels))
+    return np.stack(pictures)
+
+
+def _foreign(rng: np.random.Generator, others: tuple[Problem, ...], problem: Problem) -> Bytes:
+    """A picture of another problem of the half in this one's size and channels; noise every fifth time."""
+    size, mode = (problem.size, problem.size), "L" if problem.channels == 1 else "RGB"
+    if rng.random() < 0.2:
+        cells = int(rng.integers(2, problem.size + 1))
+        grid = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+        image = Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
+    else:
+        other = others[rng.integers(len(others))]
+        image = Image.fromarray(other.draw(rng, int(rng.integers(len(other.classes))), other.size, False))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(image.convert(mode))
+
+
+def _image(picture: Bytes) -> Image.Image:
+    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+
+
+def contact_sheet(problem: Problem, seed: int = 0, columns: int = 10, side: int = 96) -> Image.Image:
+    """``columns`` pictures of each class, a class a row, and foreign ones in the last row where there are some."""
+    labels = [*range(len(problem.classes)), *([FOREIGN] if problem.foreign else [])]
+    names = [*problem.classes, "foreign"]
+    left = 120
+    sheet = Image.new("RGB", (left + columns * (side + 4), len(labels) * (side + 4)), "white")
+    pen = ImageDraw.Draw(sheet)
+    drawn = _drawn(problem, seed, "unlabeled", np.repeat(labels, columns))
+    for number, picture in enumerate(drawn):
+        row, column = divmod(number, columns)
+        image = _image(picture).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(image, (left + column * (side + 4), row * (side + 4)))
+        if column == 0:
+            pen.text((4, row * (side + 4) + side // 2), names[labels[row]], fill="black")
+    return sheet
+
+
+def table(problems: tuple[Problem, ...]) -> str:
+    """The problems' numbers as a Markdown table."""
+    lines = [
+        "| problem | pixels | classes | labels a class | unlabeled | foreign | test | imbalance |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for p in problems:
+        kind = "grey" if p.channels == 1 else "color"
+        found = " (as found)" if p.labels_as_found else ""
+        lines.append(
+            f"| {p.name} | {p.size} {kind} | {len(p.classes)} | {p.labels_per_class}{found} | {p.unlabeled} | "
+            f"{p.foreign:.0%} | {p.test} | 1:{p.imbalance:g} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--half", choices=("seen", "unseen"), default="seen", help="seen unless said otherwise")
+    parser.add_argument("--show", type=Path, metavar="FOLDER", help="write a contact sheet of each problem of the half")
+    parser.add_argument("--write", nargs=2, metavar=("PROBLEM", "FOLDER"), help="write a problem's pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.write:
+        make(named(args.write[0]), args.seed, Path(args.write[1]))
+    elif args.show:
+        args.show.mkdir(parents=True, exist_ok=True)
+        for problem in half(args.half):
+            path = args.show / f"{problem.name}.png"
+            contact_sheet(problem, args.seed).save(path)
+            print(path)
+    else:
+        print(table(half(args.half)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What a user may have meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+SPELLINGS = {"labelled": "labeled", "normalisation": "normalization", "gray": "grey"}
+"""Other spellings of words in flags, which are taken for ours."""
+
+
+def did_you_mean(given: str, known: Sequence[str]) -> str:
+    """A question to append to a refusal, or nothing where nothing known is like what was given.
+
+    >>> did_you_mean("trian", ["train", "evaluate"]), did_you_mean("xyz", ["train"])
+    ('; did you mean train?', '')
+    >>> did_you_mean("--lr", ["--student.lr", "--teacher.lr", "--seed"])
+    '; did you mean --student.lr or --teacher.lr?'
+    """
+    nested = [name for name in known if name.endswith(f".{given.removeprefix('--')}")]
+    close = nested or difflib.get_close_matches(given, known, n=3, cutoff=0.75)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def respelled(arguments: Sequence[str]) -> list[str]:
+    """Flags in our spelling.
+
+    >>> respelled(["--labelled", "labelled/", "--unlabelled-batch=8"])
+    ['--labeled', 'labelled/', '--unlabeled-batch=8']
+    """
+    words = re.compile("|".join(SPELLINGS))
+    return [
+        words.sub(lambda found: SPELLINGS[found[0]], flag) + equals + value if one.startswith("--") else one
+        for one in arguments
+        for flag, equals, value in [one.partition("=")]
+    ]
+
+
+def unknown_flags(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The flags among arguments that are not known.
+
+    >>> unknown_flags(["--steps=5", "--image_size", "-1", "--stpes"], ["--steps", "--image-size"])
+    ['--stpes']
+    """
+    flags = [one.partition("=")[0] for one in arguments if one.startswith("--") and one != "--"]
+    return [flag for flag in flags if flag.replace("_", "-") not in known]

@@ -1,0 +1,56 @@
+"""How sure an accuracy on n examples is."""
+
+from __future__ import annotations
+
+from metapl.errors import MetaplError
+
+
+def interval(correct: int, n: int) -> tuple[float, float]:
+    """The 95 % confidence interval of an accuracy, by Wilson's score.
+
+        (p̂ + z²/2n ± z √(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n),   p̂ = correct / n,   z = 1.96
+
+    Args:
+        correct: number of examples that are right, from 0 to n.
+        n: number of examples, at least 1; independent draws of what the accuracy is about.
+
+    Returns:
+        both ends as fractions between 0 and 1. It holds for few examples and for accuracies near 0 and 1 too.
+
+    Raises:
+        MetaplError: the numbers are not as above.
+
+    >>> [round(end, 3) for end in interval(131, 150)]
+    [0.811, 0.917]
+
+    Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+    """
+    if n < 1 or not 0 <= correct <= n:
+        raise MetaplError(f"{correct} right of {n} examples were given; expected 0 to n right, of at least one example")
+    import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
+
+    found = scipy.stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def spoken(accuracy: float, n: int, classes: int) -> str:
+    """An accuracy in words, with what it takes to judge it: n, its 95 % interval, and what guessing gives.
+
+    Args:
+        accuracy: a fraction between 0 and 1.
+        n: number of examples, at least 1.
+        classes: number of classes, at least 1; guessing among them evenly is right once in ``classes``.
+
+    Returns:
+        one line of text, in percent.
+
+    Raises:
+        MetaplError: the numbers are not as above.
+
+    >>> spoken(131 / 150, 150, 10)
+    '87.3 % (n = 150, 95 % interval 81.1-91.7, chance 10.0 %)'
+    """
+    if not 0 <= accuracy <= 1 or classes < 1:
+        raise MetaplError(f"accuracy {accuracy} with {classes} classes was given; expected 0 to 1, and a class or more")
+    low, high = (f"{100 * end:.1f}" for end in interval(round(accuracy * n), n))
+    return f"{accuracy * 100:.1f} % (n = {n:,}, 95 % interval {low}-{high}, chance {100 / classes:.1f} %)"

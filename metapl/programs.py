@@ -1,0 +1,189 @@
+"""A network as a file that runs without the code that built it: a program of torch.export, and ONNX."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from metapl.errors import MetaplError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+PROGRAM, ONNX = "model.pt2", "model.onnx"
+INPUT, OUTPUT = "images", "logits"
+"""What the input and the output of an ONNX file are called."""
+
+AGREES_TO = 1e-4
+"""How far a program's outputs may be from the network's, in units of the greatest of these: kernels round otherwise."""
+
+LARGEST_ONNX = 2**31 - 1
+"""Bytes of one ONNX file, which is a protocol buffer."""
+
+_NOTES = ("stack_trace", "nn_module_stack", "torch_fn", "custom")
+"""What torch.export notes of where an operation came from: places of files on this machine, and names of classes."""
+
+
+def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> dict[str, bytes]:
+    """A network as programs, each run where metapl cannot be imported and compared with the network.
+
+    Args:
+        network: from pictures (B, C, H, W) to logits (B, K), with its normalisation; it is left as it is.
+        shape: (C, H, W). The size is fixed; B is any number from 1 up.
+        onnx: ``model.onnx`` too; it is run where onnxruntime is installed.
+
+    Returns:
+        the files' contents by name: ``model.pt2``, for ``torch.export.load``, and ``model.onnx``. float32, in eval
+        mode. The same network gives the same bytes with the same torch.
+
+    Cost: a copy of the network; about 10 seconds and a process that imports torch, ONNX about as much again.
+
+    Raises:
+        MetaplError: the network cannot be exported, a package is not installed, or what a program gives differs from
+            what the network gives.
+    """
+    if len(shape) != 3 or min(shape) < 1:
+        raise MetaplError(f"the shape of a picture is {tuple(shape)}; expected (C, H, W), 1 or more each.")
+    if onnx:
+        require_onnx()
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network = network.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+    program = _exported(network, shape)
+    found = {PROGRAM: _saved(program)}
+    if onnx:
+        found[ONNX] = _as_onnx(program)
+    _check(found, network, shape)
+    return found
+
+
+def require_onnx() -> None:
+    """Refuse to go on without the packages that write ONNX."""
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MetaplError(
+            f"ONNX needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; get it "
+            "by: pip install 'metapl[onnx]'"
+        )
+
+
+def can_run_onnx() -> bool:
+    """Whether onnxruntime is installed."""
+    return importlib.util.find_spec("onnxruntime") is not None
+
+
+# ------------------------------------------------------------------------------------------------------- the two kinds
+
+
+def _exported(network: nn.Module, shape: Sequence[int]) -> ExportedProgram:
+    from torch.export import Dim, export
+
+    # Two, for torch.export takes sizes of 0 and 1 for constants.
+    example = torch.zeros(2, *shape)
+    try:
+        program = export(network, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
+    except Exception as error:  # whatever a network of a user's own does while it is traced
+        raise MetaplError(f"torch.export cannot export the network: {_first_line(error)}") from error
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            for note in _NOTES:
+                node.meta.pop(note, None)
+    return program
+
+
+def _saved(program: ExportedProgram) -> bytes:
+    from torch.export import save
+
+    file = io.BytesIO()
+    save(program, file)
+    return file.getvalue()
+
+
+def _as_onnx(program: ExportedProgram) -> bytes:
+    if sum(t.numel() * t.element_size() for t in program.state_dict.values()) > LARGEST_ONNX:
+        raise MetaplError("an ONNX file holds 2 GB at most, and the network's weights are more; leave ONNX out.")
+    try:
+        made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT])
+        assert made is not None  # as it is when a file is given
+        model = made.model_proto
+    except Exception as error:  # torch lists an operation without a translation in several ways
+        raise MetaplError(f"torch.onnx cannot export the network: {_first_line(error)}") from error
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.dim_param = "batch"  # the only size that is not fixed, called s34 or the like so far
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+# ------------------------------------------------------------------------------------------------------------ the check
+
+_ELSEWHERE = f"""
+import os, sys
+sys.modules["metapl"] = None  # whoever imports it fails
+import torch
+os.chdir(sys.argv[1])
+logits = {{}}
+batches = torch.load("batches.pt")
+if os.path.exists("{PROGRAM}"):
+    run = torch.export.load("{PROGRAM}").module()
+    logits["{PROGRAM}"] = [run(images).detach() for images in batches]
+if os.path.exists("{ONNX}"):
+    import onnxruntime
+    session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvider"])
+    logits["{ONNX}"] = [
+        torch.from_numpy(session.run(["{OUTPUT}"], {{"{INPUT}": images.numpy()}})[0]) for images in batches
+    ]
+torch.save(logits, "logits.pt")
+"""
+
+
+def _check(found: Mapping[str, bytes], network: nn.Module, shape: Sequence[int]) -> None:
+    """Refuse programs whose outputs are not those of the network, for a picture alone and for three at once."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(count, *shape, generator=generator) for count in (1, 3)]
+    with torch.inference_mode():
+        expected = [network(images) for images in batches]
+    runnable = {name: content for name, content in found.items() if name != ONNX or can_run_onnx()}
+    for name, given in _run_elsewhere(runnable, batches).items():
+        for theirs, ours in zip(given, expected, strict=True):
+            _compare(name, theirs, ours)
+
+
+def _run_elsewhere(files: Mapping[str, bytes], batches: list[Tensor]) -> dict[str, list[Tensor]]:
+    """What the programs give, in a process that cannot import metapl."""
+    with tempfile.TemporaryDirectory(prefix="metapl-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        torch.save(batches, Path(folder) / "batches.pt")
+        command = [sys.executable, "-c", _ELSEWHERE, folder]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            why = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
+            raise MetaplError(f"{' and '.join(files)} cannot be run without metapl: {why}")
+        logits: dict[str, list[Tensor]] = torch.load(Path(folder) / "logits.pt")
+        return logits
+
+
+def _compare(name: str, theirs: Tensor, ours: Tensor) -> None:
+    if theirs.shape != ours.shape:
+        raise MetaplError(f"{name} gives {tuple(theirs.shape)} where the network gives {tuple(ours.shape)}.")
+    apart, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
+    if not apart <= AGREES_TO * largest:  # NaN is refused as well
+        raise MetaplError(
+            f"the outputs of {name} differ from the network's by {apart:.2g}, where the greatest is {largest:.2g}; "
+            f"expected {AGREES_TO:g} of it at most, so nothing was written."
+        )

@@ -1,0 +1,123 @@
+"""How many steps fit into a time, found by taking a few."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from metapl.data.feed import feed
+from metapl.data.image_sets import MemoryImages
+from metapl.fit import FitResult, Loop
+from metapl.recipes.base import Task
+from metapl.recipes.experiment import METHODS, ROLES, Experiment
+from metapl.recipes.images import ImageFolders
+from metapl.recipes.pictures import Pictures
+from metapl.run_folder import RunFolder
+
+SHARE = 0.85
+"""Part of the time that steps get; the rest is for reading pictures, validation, finetuning and the report."""
+
+WARM, TIMED, SECONDS = 2, 20, 4.0
+"""Steps that are not counted, and those that are: at most so many, and for so long."""
+
+PICTURES = 128
+"""Pictures of noise that the steps are taken on."""
+
+FASTER = 1.25
+"""How much faster bfloat16 has to be to be taken: it is where the processor has instructions for it."""
+
+
+Clock = Callable[[], float]
+"""Seconds from some moment on."""
+
+
+@dataclass(frozen=True)
+class _Rehearsal(Experiment):
+    """An experiment whose fits are a few steps, timed: ``seconds`` a step, of each fit."""
+
+    seconds: list[float] = field(default_factory=list)
+    clock: Clock = time.monotonic
+
+    def fit(
+        self, trainer: Loop, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+    ) -> FitResult:
+        sources = [labeled] if unlabeled is None else [labeled, unlabeled]
+        feeds = [feed(one, name=str(i), stop=2**31, device=trainer.device) for i, one in enumerate(sources)]
+        batches = iter(lambda: [one.next() for one in feeds], None)
+        waits = 0 if "wait" in over else self.recipe.fit_options().get("wait", 0)
+        begins = min(getattr(self.recipe, "uda_start", 0), self.recipe.steps)
+        # Steps differ before and after UDA begins, and while a student waits: each kind is timed, and counts as often
+        # as it comes.
+        edges = sorted({0, begins, waits, self.recipe.steps})
+        seconds = 0.0
+        for first, last in pairwise(edges):
+            trainer.steps_done = first
+            step = trainer.teacher_step if first < waits else trainer.step
+            seconds += (last - first) / self.recipe.steps * _seconds(step, batches, self.clock)
+        self.seconds.append(seconds)
+        weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
+        return FitResult(None, 0, weights)
+
+
+def _seconds(step: Callable[..., Any], batches: Iterator[Any], clock: Clock) -> float:
+    """The median of a step, the making of its batches included."""
+    times: list[float] = []
+    begun = time.monotonic()
+    while len(times) < WARM + TIMED and (len(times) <= WARM or time.monotonic() - begun < SECONDS):
+        since = clock()
+        report = step(*next(batches))
+        report.as_dict()  # waits for the device
+        times.append(clock() - since)
+    return statistics.median(times[WARM:])
+
+
+def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> float:
+    """What a step of the recipe's method takes on this machine, on pictures of noise.
+
+    Args:
+        recipe: complete, of any number of steps.
+        clock: ``time.process_time`` where other processes share the cores.
+
+    Cost: some seconds; the default generator is put back.
+    """
+    generator = torch.Generator().manual_seed(0)
+    side, channels = recipe.image_size, 1 if recipe.grey else 3
+    noise = torch.randint(0, 256, (PICTURES, channels, side, side), dtype=torch.uint8, generator=generator)
+    images = MemoryImages(noise)
+    labels = torch.arange(PICTURES) % len(recipe.classes)
+    sources = recipe.batches(Pictures(few=images, labels=labels, many=images))
+    task = Task(**sources, classes=recipe.classes, record={})
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        rehearsal = _Rehearsal(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None, clock=clock)
+        networks = [recipe.network(role).to(recipe.place()) for role in ROLES]
+        METHODS[recipe.method](rehearsal, task, *networks)
+    return sum(rehearsal.seconds)
+
+
+def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monotonic) -> int:
+    """The number of steps that fit into a time, rounded to two digits.
+
+    >>> _rounded(4371.8), _rounded(86.2)
+    (4400, 86)
+    """
+    return _rounded(SHARE * 60 * minutes / seconds_per_step(recipe, clock))
+
+
+def faster_precision(recipe: ImageFolders) -> Literal["float32", "bfloat16"]:
+    """bfloat16 where it is faster by enough on this machine, float32 elsewhere."""
+    plain, half = (seconds_per_step(dataclasses.replace(recipe, precision=p)) for p in ("float32", "bfloat16"))
+    return "bfloat16" if plain > FASTER * half else "float32"
+
+
+def _rounded(steps: float) -> int:
+    return max(1, int(float(f"{steps:.2g}")))

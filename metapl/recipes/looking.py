@@ -1,0 +1,154 @@
+"""What a few pictures show of a data set, for a recipe that fits itself to it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metapl.data.images import UnreadableImage, read_image
+from metapl.errors import MetaplError
+
+LOOKED_AT = 256
+"""Pictures that are read, at most, of those with labels and again of those without."""
+
+SIDE = 32
+"""Pixels that a picture is brought to for a look at its colors."""
+
+ALIKE = 8
+"""Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey, as pictures are read without their colors."""
+
+SMALLEST_STD = 0.05
+"""Standard deviation in [0, 1] that blank pictures are given."""
+
+SIGNIFICANT = 2.6
+"""Standard errors above chance from which colors are taken to tell classes apart: one set in two hundred by chance."""
+
+
+@dataclass(frozen=True)
+class Colors:
+    """Whether the mean color, or the mean level of grey, tells the labeled pictures' classes apart.
+
+    Args:
+        right: share of pictures whose class is that of the nearest mean color, each picture left out of the means.
+        chance: the same share expected of guessing evenly among the classes.
+        tell: whether ``right`` is above ``chance`` by more than chance explains.
+    """
+
+    right: float
+    chance: float
+    tell: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """A data set as a few of its pictures show it.
+
+    Args:
+        side: median of the shorter sides, in pixels.
+        grey: none of the pictures has colors.
+        mean, std: of each channel (one where ``grey``), in [0, 1].
+        level: mean and standard deviation of the pictures without their colors.
+        colors: whether color alone tells the classes apart.
+    """
+
+    side: int
+    grey: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    level: tuple[float, float]
+    colors: Colors
+
+
+def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
+    """Look at a data set.
+
+    Args:
+        labeled: files.
+        labels: int64 (len(labeled),), their classes.
+        unlabeled: files.
+
+    Returns: the same for the same files in the same order.
+
+    Cost: decodes at most ``LOOKED_AT`` pictures of each kind, spread evenly over the files.
+
+    Raises:
+        MetaplError: not one of the labeled pictures can be read.
+    """
+    sides, pictures, classes = [], [], []
+    chosen = _spread(len(labeled))
+    found = [(labeled[i], int(labels[i])) for i in chosen] + [(unlabeled[i], -1) for i in _spread(len(unlabeled))]
+    for path, label in found:
+        try:
+            picture = read_image(path)
+        except UnreadableImage:
+            continue  # is listed, with the reason, when the folders are checked
+        sides.append(min(picture.shape[1:]))
+        pictures.append(torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")[0])
+        classes.append(label)
+    if not any(label >= 0 for label in classes):
+        raise MetaplError(f"none of the {len(chosen)} labelled pictures that were looked at can be read.")
+    levels_N3HW = torch.stack(pictures)
+    grey = bool((levels_N3HW.amax(1) - levels_N3HW.amin(1)).max() <= ALIKE)
+    shown = levels_N3HW[:, :1] if grey else levels_N3HW
+    unit = shown / 255
+    level_NHW = (levels_N3HW / 255 * torch.tensor(LUMA)[:, None, None]).sum(1)
+    of_labeled = torch.tensor(classes) >= 0
+    return Look(
+        side=int(statistics.median(sides)),
+        grey=grey,
+        mean=tuple(round(value, 3) for value in unit.mean((0, 2, 3)).tolist()),
+        std=tuple(_spread_of(value) for value in unit.std((0, 2, 3)).tolist()),
+        level=(round(float(level_NHW.mean()), 3), _spread_of(float(level_NHW.std()))),
+        colors=colors_tell(unit[of_labeled].mean((2, 3)), torch.tensor(classes)[of_labeled]),
+    )
+
+
+def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
+    """Whether the nearest class mean, with each example left out of its own, finds the classes.
+
+    Args:
+        colors_NC: (N, C), the mean color of each picture.
+        labels_N: int64 (N,).
+
+    Returns: with ``tell`` False where no class has two examples, since then nothing can be left out.
+
+    >>> reds = torch.tensor([[0.9], [0.8], [0.85], [0.1], [0.2], [0.15]]).repeat(3, 1)
+    >>> colors_tell(reds, torch.tensor([0, 0, 0, 1, 1, 1]).repeat(3)).tell
+    True
+    >>> colors_tell(reds, torch.tensor([0, 1, 0, 1, 0, 1]).repeat(3)).tell
+    False
+    """
+    classes, labels = labels_N.unique(return_inverse=True)
+    counts_K = labels.bincount()
+    judged_N = counts_K[labels] >= 2
+    judged, chance = int(judged_N.sum()), 1 / len(classes)
+    if judged == 0 or len(classes) < 2:
+        return Colors(chance, chance, False)
+    scaled = (colors_NC - colors_NC.mean(0)) / colors_NC.std(0).clamp_min(1e-6)
+    member_NK = torch.nn.functional.one_hot(labels, len(classes)).to(scaled.dtype)
+    sums_KC = member_NK.T @ scaled
+    # Each picture is taken out of the mean of its own class.
+    left_NKC = sums_KC[None] - member_NK[:, :, None] * scaled[:, None]
+    means_NKC = left_NKC / (counts_K[None, :, None] - member_NK[:, :, None]).clamp_min(1)
+    distance_NK = (scaled[:, None] - means_NKC).square().sum(-1)
+    right = float((distance_NK.argmin(1) == labels)[judged_N].float().mean())
+    return Colors(right, chance, right - chance > SIGNIFICANT * (chance * (1 - chance) / judged) ** 0.5)
+
+
+def _spread_of(std: float) -> float:
+    """A standard deviation that can be divided by: that of blank pictures is 0."""
+    return round(max(std, SMALLEST_STD), 3)
+
+
+def _spread(count: int) -> list[int]:
+    """At most ``LOOKED_AT`` of ``count`` positions, evenly."""
+    step = max(1, -(-count // LOOKED_AT))
+    return list(range(0, count, step))

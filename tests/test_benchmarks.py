@@ -1,0 +1,128 @@
+"""Every benchmark's command runs, in miniature, and leaves what its own table and picture are made from."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+STUDIES = {
+    "digits_study": ("--workers", "1"),
+    "feedback_size": ("--workers", "1"),
+    "pictures_study": ("--jobs", "1"),
+}
+MEASUREMENTS = ("augment", "difference_step", "modes", "throughput")
+
+
+def run(name: str, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """A benchmark's command, as a user would type it."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def miniature(name: str, out: Path) -> str:
+    """What the command prints, run in miniature."""
+    return run(name, "--miniature", "--out", out, *STUDIES.get(name, ())).stdout
+
+
+@pytest.fixture
+def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The benchmark itself, for what can be asked of it without another process."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module(request.param)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture(autouse=True)
+def _committed_results_stay() -> Iterator[None]:
+    before = {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir()}
+    yield
+    assert {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir()} == before
+
+
+def test_every_command_is_run_here() -> None:
+    found = {path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
+    assert found == {*STUDIES, *MEASUREMENTS}
+
+
+@pytest.mark.parametrize("module", MEASUREMENTS, indirect=True)
+def test_a_measurement_prints_the_table_of_the_file_that_it_writes(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    printed = miniature(module.__name__, out)
+    table = module.table(json.loads(out.read_text()))
+    assert printed.endswith(f"{table}\n")
+    assert table.count("\n|") > 2
+    if module.__name__ == "modes":
+        assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["feedback_size"], indirect=True)
+def test_feedback_size_runs_every_setting_at_every_size(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    printed = miniature("feedback_size", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert len({(row["setting"], row["kind"], row["size"]) for row in rows}) == len(rows) == 44
+    assert printed == module.table(rows) + "\n"
+
+
+@pytest.mark.parametrize("module", ["digits_study"], indirect=True)
+def test_the_digits_study_goes_on_where_it_was_stopped_and_fills_in_the_readme(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    out, readme = tmp_path / "rows.jsonl", tmp_path / "README.md"
+    miniature("digits_study", out)
+    rows = module.read(out)
+    assert len(rows) == 13 + 2 * 21
+    for row in rows:
+        assert ("test_accuracy" in row) == row["final"] == (row.get("selected") is False)
+        assert ("validation_accuracy" in row) == (not row["final"])
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
+    miniature("digits_study", out)
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    readme.write_text("before\n<!-- digits:begin -->\n<!-- digits:end -->\nafter\n")
+    run("digits_study", "--out", out, "--write-readme", readme)
+    page = readme.read_text()
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter\n")
+    assert page.count("| MPL, forward |") == 2
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["digits_study"], indirect=True)
+def test_a_final_run_of_the_digits_study_is_blind_to_the_validation_images(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = module.Job("mpl", module.ENTRIES["mpl"].grid[0], 0, 2, final=True)
+    size = module.MINIATURE
+    told = module.one_run(job, size)
+    task = module.drawn(0, 2, size)
+    images, labels = task.validation
+    others = module.dataclasses.replace(task, validation=(images.flip(0), labels.roll(1)))
+    monkeypatch.setattr(module, "drawn", lambda *_: others)
+    assert {**module.one_run(job, size), "seconds": 0} == {**told, "seconds": 0}
+
+
+@pytest.mark.parametrize("module", ["pictures_study"], indirect=True)
+def test_the_pictures_study_goes_through_the_command(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    printed = miniature("pictures_study", out)
+    rows = module.read(out)
+    final = [("final", method, seed) for seed in (0, 1) for method in ("mpl", "none")]
+    assert [(row["phase"], row["method"], row["seed"]) for row in rows] == [("tuning", "mpl", 100), *final]
+    assert printed.endswith(f"{module.table(rows)}\n\n{module.pairs(rows)}\n")
+
+
+def test_a_miniature_does_not_take_the_place_of_the_committed_result() -> None:
+    said = run("digits_study", "--miniature", code=2).stderr
+    assert "give it another file by --out FILE" in said

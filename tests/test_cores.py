@@ -1,0 +1,76 @@
+"""How many cores and threads: what the user, the scheduler and the run itself say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import joblib
+import pytest
+import torch
+
+from metapl.cli.jobs import Job
+from metapl.cores import available_cores, default_threads
+from metapl.recipes.store import describe
+from metapl.run_folder import RunFolder
+
+
+def threads(cores: str) -> list[int]:
+    """Cores and threads as a process on these cores alone sees them."""
+    code = (
+        f"import os; os.sched_setaffinity(0, {{{cores}}}); from metapl.cores import *; "
+        "print(available_cores(), default_threads())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_cores_are_those_that_the_process_may_use() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    assert threads(str(allowed[0])) == [1, 1]
+    assert threads(", ".join(map(str, allowed))) == [available_cores()] * 2
+
+
+def test_a_limit_of_the_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joblib.externals.loky.backend.context, "_cpu_count_cgroup", lambda cores: 1)
+    assert available_cores() == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [("3", 3), ("4,2", 4), ("0", 7), ("many", 7), ("", 7)])
+def test_omp_num_threads_is_heeded(given: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metapl.cores.available_cores", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert default_threads() == expected
+
+
+def test_a_run_goes_on_with_as_many_threads_as_it_was_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe: Any = Silent()
+    before = torch.get_num_threads()
+    folder = RunFolder(tmp_path)
+    monkeypatch.setattr("metapl.recipes.experiment.Experiment.run", lambda self, method: torch.get_num_threads())
+    try:
+        torch.set_num_threads(3)
+        folder.start(describe(recipe, method="mpl"), resume=False)
+        assert json.loads((tmp_path / "recipe.json").read_text())["made_with"]["threads"] == 3
+        torch.set_num_threads(1)
+        assert Job(recipe, "mpl", tmp_path, True).run() == 3
+        assert Job(recipe, "mpl", tmp_path, True, threads=2).run() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A recipe that does not say how many threads."""
+
+    name: ClassVar[str] = "silent"
+    seed: int = 0
