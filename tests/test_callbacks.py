@@ -115,6 +115,18 @@ def test_a_fit_that_is_stopped_keeps_the_best_student_by_validation() -> None:
     assert same(*ends)
 
 
+@pytest.mark.parametrize("select", [True, False])
+def test_the_step_at_which_a_fit_is_stopped_is_validated(select: bool, tmp_path: Path) -> None:
+    """Between two validations too: the accuracy is that of the weights that are kept."""
+    trainer = bilevel()
+    how = QUIET | {"validation": VALIDATION, "validate_every": 50, "select": select, "out": tmp_path}
+    found = trainer.fit(*batches(4), steps=60, callbacks=[stop_at(6)], **how)
+    assert (found.step, found.validation_accuracy) == (6, trainer.evaluate(VALIDATION).accuracy)
+    accuracies = [row["student_validation_accuracy"] for row in found.history if "student_validation_accuracy" in row]
+    assert accuracies == [found.validation_accuracy]
+    assert [{"phase": "fit", **row} for row in found.history] == rows(tmp_path)
+
+
 def test_a_stopped_fit_that_is_resumed_is_finished(tmp_path: Path) -> None:
     labeled, _ = batches(4)
     how = {"steps": 20, "out": tmp_path, **QUIET}
