@@ -96,9 +96,7 @@ def are_views(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         labels = second.ndim == 1 and not second.is_floating_point()
         return first.shape == second.shape and first.dtype == second.dtype and not labels
-    ours, structure = pytree.tree_flatten(first)
-    theirs, other = pytree.tree_flatten(second)
-    return structure == other and _holds_tensors(first) and list(map(_kind, ours)) == list(map(_kind, theirs))
+    return _holds_tensors(first) and _of_one_form(first, second)
 
 
 def _from_dict(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -113,5 +111,11 @@ def _holds_tensors(inputs: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
 
 
-def _kind(leaf: Any) -> Any:
-    return (leaf.dtype, leaf.ndim) if isinstance(leaf, Tensor) else type(leaf)
+def _of_one_form(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and first.ndim == second.ndim
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_of_one_form(first[name], second[name]) for name in first)
+    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
+        return len(first) == len(second) and all(map(_of_one_form, first, second))
+    return type(first) is type(second)

@@ -341,13 +341,15 @@ def test_logits_refuses_what_has_none() -> None:
         model(X)
 
 
-# ----------------------------------------------------------------------------------------------------- without labels
-
-
-def test_padded_texts_of_two_lengths_are_two_views() -> None:
+def test_padded_texts_of_two_lengths_with_names_in_any_order_are_two_views() -> None:
     draw, batch = torch.Generator().manual_seed(7), data("dict", views=True)
     batch["unlabeled"] = tuple(KINDS["dict"](joined(8, draw, length)) for length in (4, 6))
+    strong = batch["unlabeled"][1]
+    batch["unlabeled"] = (batch["unlabeled"][0], {name: strong[name] for name in reversed(strong)})
     assert trainer("dict").step(**batch).as_dict().keys() >= {"teacher_uda"}
+
+
+# ----------------------------------------------------------------------------------------------------- without labels
 
 
 @pytest.mark.parametrize("kind", ["loader", "list"])

@@ -32,6 +32,7 @@ from metapl.errors import MetaplError
 from metapl.evaluate import interval
 from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
+from metapl.run_folder import weights_file
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
 
@@ -71,6 +72,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         csv.writer(file).writerows([[f"pixel {i}" for i in range(64)], *digits.data[:10].tolist()])
     (folder / "notes.txt").write_text("not to be read")
     return folder
+
+
+def delivered(run: Path) -> Path:
+    """The weights that the commands take."""
+    return run / weights_file(result(run)["delivered"])
 
 
 # ------------------------------------------------------------------------------------------------------------ the help
@@ -113,13 +119,17 @@ def test_evaluate_gives_the_number_on_record_again(trained: Path, capsys: pytest
     found = json.loads(said(capsys, "evaluate", trained, "--json"))
     assert found["accuracy"] == found["recorded_accuracy"] == recorded["test_accuracy"]
     assert {name: found[name] for name in recorded["evaluation"]} == recorded["evaluation"]
-    found = json.loads(said(capsys, "evaluate", trained, "--json", "--finetuned"))
-    assert found["accuracy"] == found["recorded_accuracy"] == recorded["finetuned_test_accuracy"]
+    assert "delivered by validation" in text
+    assert (found["network"], found["measured_on"]) == (recorded["delivered"], "test")
+    for name in ("student", "finetuned", "teacher"):
+        found = json.loads(said(capsys, "evaluate", trained, "--json", "--network", name))
+        assert found["accuracy"] == found["recorded_accuracy"] == recorded[f"{name}_test_accuracy"]
+        assert (found["network"], found["weights"]) == (name, weights_file(name))
 
 
 def test_evaluate_says_so_when_the_number_is_another(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = {name: torch.zeros_like(value) for name, value in load_file(run / "student.safetensors").items()}
-    save_file(weights, run / "student.safetensors")
+    weights = {name: torch.zeros_like(value) for name, value in load_file(delivered(run)).items()}
+    save_file(weights, delivered(run))
     assert f"but {result(run)['test_accuracy']:.2%} in result.json" in said(capsys, "evaluate", run)
 
 
@@ -196,7 +206,7 @@ def test_predict_agrees_with_the_network(trained: Path, pictures: Path, capsys: 
     network.load_state_dict(load_file(trained / "finetuned_student.safetensors"))
     images = torch.tensor(load_digits().images[:10], dtype=torch.float32)[:, None] / 16
     probability, index = network(images).softmax(dim=1).max(dim=1)
-    found = rows(said(capsys, "predict", trained, pictures / "a, b.csv", "--finetuned"))
+    found = rows(said(capsys, "predict", trained, pictures / "a, b.csv", "--network", "finetuned"))
     assert [int(row["class"]) for row in found] == index.tolist()
     assert [float(row["probability"]) for row in found] == pytest.approx(probability.tolist(), abs=2e-6)
 
@@ -225,6 +235,21 @@ def test_predict_refuses_what_is_not_there_before_it_writes(
     assert "there is no folder" in refused(capsys, "predict", trained, image, "--out", missing / "out.csv")
     assert "--grid" in refused(capsys, "predict", trained, image, "--grid", missing / "grid.png")
     assert "a name that ends with .png" in refused(capsys, "predict", trained, image, "--grid", tmp_path / "grid.jpg")
+
+
+def test_a_network_that_a_run_does_not_have_is_refused_with_those_it_has(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "teacher.safetensors").unlink()
+    for command, *more in (
+        ("evaluate",),
+        ("predict", pictures / "a, b.csv"),
+        ("export", "--out", tmp_path / "out"),
+    ):
+        line = refused(capsys, command, run, *more, "--network", "teacher")
+        assert f"--network teacher: {run} has no teacher.safetensors" in line
+        assert "expected one of its networks: student, finetuned." in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -308,9 +333,9 @@ def test_predict_gives_more_classes_and_all_probabilities(
 def test_a_diverged_network_names_the_files(
     run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = load_file(run / "student.safetensors")
+    weights = load_file(delivered(run))
     last = list(weights)[-1]
-    save_file({**weights, last: torch.full_like(weights[last], torch.nan)}, run / "student.safetensors")
+    save_file({**weights, last: torch.full_like(weights[last], torch.nan)}, delivered(run))
     out, shown = tmp_path / "out.csv", [f"{pictures}/more/{index}.png" for index in range(5)]
     words = refused(capsys, "predict", run, pictures / "more", "--out", out)
     assert f"outputs are not finite for {', '.join(shown)} and 5 more" in words
@@ -353,9 +378,30 @@ def test_finetune_with_options_replaces_the_finetuned_student_alone(
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     assert changed == {"finetuned_student.safetensors", "metrics.jsonl", "report.png", "result.json"}
     assert result(run)["finetuned_with"] == {"steps": 30, "lr": 0.1}
-    assert result(run)["test_accuracy"] == json.loads(before["result.json"])["test_accuracy"]
-    found = json.loads(said(capsys, "evaluate", run, "--json", "--finetuned"))
-    assert found["accuracy"] == found["recorded_accuracy"]
+    for name in ("student", "teacher"):
+        assert result(run)[f"{name}_test_accuracy"] == json.loads(before["result.json"])[f"{name}_test_accuracy"]
+    for name in ("finetuned", "delivered"):
+        found = json.loads(said(capsys, "evaluate", run, "--json", "--network", name))
+        assert found["accuracy"] == found["recorded_accuracy"]
+    assert {name: found[name] for name in result(run)["evaluation"]} == result(run)["evaluation"]
+
+
+def test_finetuning_can_change_which_network_is_delivered(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By validation, as in training; what is said of the delivered one follows."""
+    # As if nothing but what is finetuned anew were any good, and then as if all else were better.
+    for recorded, expected in ((0.0, "finetuned"), (1.0, "student")):
+        edit(
+            run / "result.json",
+            lambda content, to=recorded: content.update(
+                student_validation_accuracy=to, teacher_validation_accuracy=to / 2
+            ),
+        )
+        text = said(capsys, "finetune", run, "--steps", "5", "--lr", "0.01")
+        found = result(run)
+        assert found["delivered"] == expected
+        assert f"delivered: {expected} (by validation" in text
+        assert found["test_accuracy"] == found["evaluation"]["accuracy"] == found[f"{expected}_test_accuracy"]
+        assert found["validation_accuracy"] == found[f"{expected}_validation_accuracy"]
 
 
 def test_finetune_that_is_stopped_leaves_the_run_as_it_was(run: Path) -> None:
@@ -384,15 +430,15 @@ def test_finetune_refuses_comparisons_and_senseless_options(
 
 def test_export_of_digits_is_read_without_metapl(trained: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    text = metapl("export", trained, "--out", out, "--finetuned").stdout
+    text = metapl("export", trained, "--out", out, "--network", "finetuned").stdout
     assert "finetuned_student.safetensors" in text
     assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in text
     card = (out / "MODEL_CARD.md").read_text()
     assert f"| test accuracy | {result(trained)['finetuned_test_accuracy']:.6g} |" in card
     assert f"| validation accuracy | {result(trained)['finetuned_validation_accuracy']:.6g} |" in card
-    assert "top-5" not in card  # which is known of the student before finetuning
+    assert ("top-5" in card) == (result(trained)["delivered"] == "finetuned")  # of which alone it is known
     assert "| SHA-256 of labeled |" in card
-    table = rows(metapl("predict", trained, pictures / "a, b.csv", "--finetuned").stdout)
+    table = rows(metapl("predict", trained, pictures / "a, b.csv", "--network", "finetuned").stdout)
     for file in ("model.safetensors", "model.pt2"):
         found = loaded_elsewhere(out, "torch.tensor(load_digits().images[:10]).float()[:, None] / 16", file)
         assert [index for index, _ in found] == [int(row["class"]) for row in table]
@@ -408,7 +454,8 @@ def test_export_takes_the_student_that_a_comparison_delivers(
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
     assert weights[0] == weights[1]
     whole, one = (set((tmp_path / name / "MODEL_CARD.md").read_text().splitlines()) for name in ("all", "one"))
-    assert whole - one == {"- It was compared: methods mpl, none; seeds 0, 1. This is the best by validation."}
+    compared_with = f"- It was compared: methods mpl, none; seeds 0, 1; {result(compared)['delivery']}."
+    assert whole - one == {compared_with}
     assert one <= whole
     (tmp_path / "file").write_text("")
     assert "could not be written" in refused(capsys, "export", compared, "--out", tmp_path / "file")
@@ -418,8 +465,8 @@ def test_export_of_what_was_finetuned_anew_says_how(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said(capsys, "finetune", run, "--steps", "7", "--lr", "0.5")
-    for flags, expected in (((), False), (("--finetuned",), True)):
-        said(capsys, "export", run, "--out", tmp_path / "out", *flags)
+    for name, expected in (("student", False), ("finetuned", True)):
+        said(capsys, "export", run, "--out", tmp_path / "out", "--network", name)
         card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
         recipe = json.loads(re.findall(r"```json\n(.*?)```", card, flags=re.DOTALL)[0])
         assert recipe.get("finetuned_with") == ({"steps": 7, "lr": 0.5} if expected else None)
@@ -431,7 +478,7 @@ def test_compare_pairs_the_runs_of_a_comparison(compared: Path, capsys: pytest.C
     assert sentence in " ".join(whole.split())
     singles = said(capsys, "compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1)))
     assert sentence in " ".join(singles.split())
-    accuracy = result(compared / "none" / "seed-1")["test_accuracy"]
+    accuracy = result(compared / "none" / "seed-1")["student_test_accuracy"]
     assert f"none    1        {100 * accuracy:.2f}" in singles
 
 
@@ -478,7 +525,7 @@ def test_compare_names_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "expected"),
     [
         (["evaluate", "none"], "there is no folder none"),
-        (["evaluate", "none", "--finetunde"], "there is no --finetunde; did you mean --finetuned?"),
+        (["evaluate", "none", "--netwrok"], "there is no --netwrok; did you mean --network?"),
     ],
 )
 def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
@@ -553,7 +600,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no recipe": (lambda run: (run / "recipe.json").unlink(), "there is no recipe.json in it"),
     "no result": (lambda run: (run / "result.json").unlink(), "not finished.*--resume"),
-    "no student": (lambda run: (run / "student.safetensors").unlink(), "student.safetensors is missing.*--resume"),
+    "no weights": (lambda run: delivered(run).unlink(), "safetensors is missing.*--resume"),
     "torn recipe": (lambda run: (run / "recipe.json").write_text("{"), "recipe.json cannot be read"),
     "another thing": (lambda run: (run / "recipe.json").write_text("[]"), "recipe.json is damaged"),
     "no fields": (lambda run: edit(run / "recipe.json", lambda c: c["recipe"].pop("fields")), "recipe.json is damaged"),
@@ -568,9 +615,9 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other network": (
         lambda run: edit(run / "recipe.json", lambda c: c["recipe"]["fields"].update(hidden=[16, 16])),
-        r"student.safetensors does not fit.*\(32,\) in the file and \(16,\) in the network",
+        r"safetensors does not fit.*\(32,\) in the file and \(16,\) in the network",
     ),
-    "torn weights": (lambda run: (run / "student.safetensors").write_bytes(b"torn"), "safetensors cannot be read"),
+    "torn weights": (lambda run: delivered(run).write_bytes(b"torn"), "safetensors cannot be read"),
     "a file": (lambda run: (shutil.rmtree(run), run.write_text("")), "is a file; expected the folder of a run"),
 }
 

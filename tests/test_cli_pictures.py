@@ -62,7 +62,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A torchvision network on coloured pictures of two classes, without a test set."""
+    """A torchvision network on coloured pictures of two classes, with validation pictures and no test set."""
     root = tmp_path_factory.mktemp("resnet")
     for which, label, picture in digits(32):
         if label < 2:
@@ -70,7 +70,8 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             ImageOps.colorize(picture, "navy", "orange").save(file)
     data = ("--labeled", root / "few", "--unlabeled", root / "many", "--network", "resnet18", "--image-size", "32")
-    train("images", *data, "--dropout", "0.2", "--steps", "4", "--validate-every", "2", "--out", root / "run")
+    how = ("--method", "mpl", "--randaugment", "--precision", "float32", "--val-fraction", "0.4")
+    train("images", *data, *how, "--dropout", "0.2", "--steps", "4", "--validate-every", "2", "--out", root / "run")
     return root
 
 
@@ -179,9 +180,19 @@ def test_label_sets_of_examples_without_names(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_an_accuracy_on_validation_is_called_so(resnet: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, "evaluate", resnet / "run").splitlines()
-    at = next(number for number, line in enumerate(lines) if line.startswith("validation accuracy"))
-    assert lines[at + 1] == "  these are the pictures that it was selected on: train was given no --test"
+    text, recorded = said(capsys, "evaluate", resnet / "run"), result(resnet / "run")
+    assert recorded["delivered_by"] == "rule"  # so few pictures cannot tell
+    assert "delivered by rule" in text
+    n = recorded["validation_size"]
+    assert f"\nvalidation accuracy         {recorded['validation_accuracy']:.2%} of {n}, as in result.json\n" in text
+    assert "test accuracy" not in text
+    for name in ("student", "finetuned", "teacher"):
+        found = json.loads(said(capsys, "evaluate", resnet / "run", "--json", "--network", name))
+        assert found["accuracy"] == found["recorded_accuracy"] == recorded[f"{name}_validation_accuracy"]
+        assert found["measured_on"] == "validation"
+    (resnet / "sets.json").write_text(json.dumps([[0]] * n))
+    line = refused(capsys, "evaluate", resnet / "run", "--label-sets", resnet / "sets.json")
+    assert "has no test set; give --test DIR" in line
 
 
 def test_a_run_of_a_gpu_is_looked_at_without_one(
@@ -267,11 +278,11 @@ def test_the_card_says_what_was_measured_and_no_place_of_a_file(
 ) -> None:
     said(capsys, "export", resnet / "run", "--out", tmp_path / "out")
     card, recorded = (tmp_path / "out" / "MODEL_CARD.md").read_text(), result(resnet / "run")
-    assert f"| validation accuracy | {recorded['test_accuracy']:.6g} |" in card
-    ece = recorded["evaluation"]["expected_calibration_error"]
-    assert f"| validation expected calibration error | {ece:.6g} |" in card
+    assert f"| validation accuracy | {recorded['validation_accuracy']:.6g} |" in card
+    assert f"| validation examples | {recorded['validation_size']} |" in card
     assert "test accuracy" not in card
-    assert "There was no test set" in card
+    assert "- No test set was given." in card
+    assert "it delivers this one, by a rule of its method" in card
     assert "- Classes, in the order of the outputs: is 0, is 1" in card
     hashes = json.loads((resnet / "run" / "data.json").read_text())["hash"]
     assert all(f"| SHA-256 of {part} | `{digest}` |" in card for part, digest in hashes.items())
@@ -287,7 +298,7 @@ def test_the_card_says_what_was_measured_and_no_place_of_a_file(
 def test_the_card_counts_the_examples_of_a_split(
     many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said(capsys, "export", many / "run", "--out", tmp_path, "--finetuned")
+    said(capsys, "export", many / "run", "--out", tmp_path, "--network", "finetuned")
     card, recorded = (tmp_path / "MODEL_CARD.md").read_text(), result(many / "run")
     for line in (
         "| data set | imagefolder |",
@@ -297,7 +308,7 @@ def test_the_card_counts_the_examples_of_a_split(
         f"| validation accuracy | {recorded['finetuned_validation_accuracy']:.6g} |",
     ):
         assert line in card.splitlines()
-    assert "calibration" not in card  # which is known of the student before finetuning
+    assert ("calibration" in card) == (recorded["delivered"] == "finetuned")  # of which alone it is known
     weights = load_file(tmp_path / "model.safetensors")
     for name, value in load_file(many / "run" / "finetuned_student.safetensors").items():
         if name.startswith("module."):

@@ -37,12 +37,13 @@ from test_resume import (
 import metapl.data.image_sets
 from metapl.cli import main
 from metapl.errors import MetaplError
-from metapl.run_folder import RunFolder
+from metapl.run_folder import FORMAT, RunFolder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills and /proc as Linux has them")
 
 FLAGS = (
-    "--image-size 8 --pad 1 --strong.cutout 2 --labeled-batch 8 --unlabeled-batch 8 --mode loss_difference "
+    "--image-size 8 --network small_cnn --precision float32 --randaugment --pad 1 --strong.cutout 2 "
+    "--labeled-batch 8 --unlabeled-batch 8 --method mpl --mode loss_difference "
     "--steps 16 --wait 4 --finetune-steps 6 --log-every 2 --validate-every 4 --save-every 4"
 )
 STEP, WAITING, TUNING = (
@@ -51,7 +52,7 @@ STEP, WAITING, TUNING = (
     ("metapl.baselines:LossTrainer", "step"),
 )
 MOMENTS = [
-    ("metapl.data.folders", "_entries", 8),  # listing
+    ("metapl.data.folders", "_entries", 12),  # listing
     ("metapl.data.sound_files", "read_image", 20),  # looking which files are sound
     ("metapl.recipes.images", "hash_files", 2),
     (*WAITING, 3),
@@ -242,7 +243,7 @@ def test_a_resumed_run_says_which_option_is_another(nurseries: list[Nursery], pi
     assert nursery.run(command(pictures), out, (*WAITING, 2, KILL))[0] == -KILL
     code, words = nursery.run(command(pictures).replace("--pad 1", "--pad 2 --student.lr 0.5") + " --resume", out)
     assert code == 2
-    assert "another recipe (pad was 1, now 2, student.lr was 0.05, now 0.5)" in words
+    assert "another recipe (pad was 1, now 2, student.lr was 0.002, now 0.5)" in words
 
 
 def test_workers_do_not_hold_the_folder(tmp_path: Path) -> None:
@@ -308,7 +309,7 @@ def test_the_command_names_the_picture_that_killed_a_worker(
     assert words.count("\n") == 1
     if more:
         assert re.search(r"the last good checkpoint is .*fit/step-\d+\.ckpt", words)
-    assert json.loads((tmp_path / "run/recipe.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["format"] == FORMAT
 
 
 @LEFT_OPEN

@@ -96,7 +96,7 @@ def test_it_runs_from_end_to_end(
     assert main([*command, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "labelled pictures" in said
-    assert "test accuracy" in said
+    assert "Test accuracy of the" in said
     result = json.loads((out / "result.json").read_text())
     data = json.loads((out / "data.json").read_text())
     assert result["evaluation"]["n"] == data["counts"]["test"]

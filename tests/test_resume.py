@@ -24,6 +24,7 @@ import pytest
 from test_fit import events, rows
 
 from metapl.checkpoint import CheckpointFolder
+from metapl.run_folder import WEIGHTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills, limits and /proc as Linux has them")
 
@@ -106,7 +107,7 @@ POINTS: list[Point] = [
     ("metapl.run_folder:Metrics", "cut", 2, KILL),  # between training and finetuning
     ("metapl.run_folder:RunFolder", "write_weights", 1, KILL),
     ("metapl.baselines:LossTrainer", "step", 23, KILL),  # while finetuning
-    ("metapl.run_folder:RunFolder", "write_weights", 2, KILL),
+    ("metapl.run_folder:RunFolder", "write_weights", 3, KILL),
     ("metapl.report", "draw_report", 1, KILL),
     ("metapl.run_folder:RunFolder", "write_json", 1, KILL),  # before there is a result
 ]
@@ -178,7 +179,7 @@ def said(out: Path) -> str:
 
 def files(out: Path) -> dict[str, bytes]:
     """What two runs must have in common to the byte."""
-    names = ("student.safetensors", "finetuned_student.safetensors", "metrics.jsonl", "result.json")
+    names = (*WEIGHTS.values(), "metrics.jsonl", "result.json")
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.name in names}
 
 

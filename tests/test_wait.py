@@ -291,8 +291,13 @@ HOW: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("options", [{}, {"warm_start": True}, {"warm_start": True, "select": False}], ids=str)
 @pytest.mark.parametrize(("at", "since"), [(2, 0), (5, 4), (7, 6), (8, 6), (9, 8), (13, 12)])
-def test_a_run_that_ends_in_its_wait_or_after_goes_on_bit_for_bit(at: int, since: int, tmp_path: Path) -> None:
+def test_a_run_that_ends_in_its_wait_or_after_goes_on_bit_for_bit(
+    at: int, since: int, options: dict[str, bool], tmp_path: Path
+) -> None:
+    """The averages of student and teacher too."""
+
     def trainer(seed: int) -> metapl.BilevelTrainer:
         return bilevel(Reinforce(baseline=0.9), seed, teacher_losses=LOSSES)
 
@@ -302,17 +307,47 @@ def test_a_run_that_ends_in_its_wait_or_after_goes_on_bit_for_bit(at: int, since
     labeled, unlabeled = sources(6)
     whole = trainer(0)
     torch.manual_seed(7)
-    expected = end_of(whole, whole.fit(labeled, unlabeled, out=tmp_path / "whole", **HOW), tmp_path / "whole")
+    how = HOW | options
+    ended = whole.fit(labeled, unlabeled, out=tmp_path / "whole", **how)
+    expected = end_of(whole, ended, tmp_path / "whole")
 
     folder, said, one = tmp_path / "pieces", list[str](), trainer(0)
     torch.manual_seed(7)
     with pytest.raises(MetaplError, match="lights"):
-        one.fit(Counting(labeled, at, fails), unlabeled, out=folder, **HOW)
+        one.fit(Counting(labeled, at, fails), unlabeled, out=folder, **how)
     other = trainer(1 if since else 0)  # without a checkpoint, it starts anew from the same weights
     torch.manual_seed(8 if since else 7)
-    found = other.fit(labeled, unlabeled, out=folder, resume=True, say=said.append, **HOW)
+    found = other.fit(labeled, unlabeled, out=folder, resume=True, say=said.append, **how)
     assert said == [f"resumed at step {since}" if since else "no checkpoint of phase fit yet: starting anew"]
     assert same(end_of(other, found, folder), expected)
+    assert same(found.teacher_weights, ended.teacher_weights)
+    assert same(copied(other.teacher), ended.teacher_weights)
+
+
+def test_a_student_that_is_warm_started_begins_as_the_averaged_teacher() -> None:
+    trainer, wait, begun = bilevel(teacher_losses=LOSSES), 4, list[dict[str, Tensor]]()
+    average: dict[str, Tensor] = {}
+    step, teacher_step = trainer.step, trainer.teacher_step
+
+    def alone_step(*data: Any) -> Any:
+        report, t = teacher_step(*data), len(begun)
+        d = min(0.9, (1 + trainer.steps_done - 1) / (10 + trainer.steps_done - 1))
+        now = copied(trainer.teacher)
+        assert t == 0
+        for name, p in now.items():
+            average[name] = p if not p.is_floating_point() else d * average.get(name, fresh[name]) + (1 - d) * p
+        return report
+
+    def first_step(*data: Any) -> Any:
+        begun.append(copied(trainer.student))
+        return step(*data)
+
+    fresh = copied(trainer.teacher)
+    trainer.step, trainer.teacher_step = first_step, alone_step  # type: ignore[method-assign]
+    trainer.fit(*sources(6), steps=6, wait=wait, warm_start=True, ema_decay=0.9)
+    for name, _ in trainer.student.named_parameters():
+        torch.testing.assert_close(begun[0][name], average[name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(begun[0][name], fresh[name])
 
 
 def test_a_run_is_resumed_with_the_wait_that_it_began_with(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ ones. A teacher network makes up labels for a student network, and learns from
 how well the student then does on the labelled examples: Meta Pseudo Labels.
 
   metapl train RECIPE           train a student; it goes to a run folder (RUN)
-  metapl evaluate RUN           measure its student on the test set again
+  metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
   metapl finetune RUN           finetune it on the labelled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ

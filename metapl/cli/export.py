@@ -171,7 +171,7 @@ class _Card:
         result, notes = self.run.result, [self._which(), self._why()]
         if self.run.is_comparison:
             methods, seeds = (", ".join(map(str, result[name])) for name in ("methods", "seeds"))
-            notes.append(f"It was compared: methods {methods}; seeds {seeds}. {result['delivery']}.")
+            notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")
         notes.append("Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.")
         return [*notes, *_takes(self.run.recipe)]
 

@@ -44,7 +44,7 @@ SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 SELECTED_ON = 50
 """Validation pictures from which on some are set aside: fewer cannot tell students apart, and train better."""
 
-WAIT, WARMUP, START, RAMP = 0.5, 0.05, 0.2, 0.1
+WAIT, WARMUP, START, RAMP = 0.5, 0.05, 0.4, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
 of its ramp."""
 
@@ -135,10 +135,10 @@ class Changes:
         return Color(self.brightness, self.contrast, self.saturation, self.hue)
 
 
-ADAMW = Optimizer(algorithm="adamw", lr=2e-3, weight_decay=0.05, decay_norms=False)
+ADAMW = Optimizer(algorithm="adamw", lr=8e-3, weight_decay=0.05, decay_norms=False)
 """For pooled_cnn; of other networks, the rate is that of their family."""
 
-RATES = {"pooled_cnn": 2e-3, "small_cnn": 2e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 1e-3, "vit": 3e-4}
+RATES = {"pooled_cnn": 8e-3, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 1e-3, "vit": 3e-4}
 OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
 """Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
 

@@ -1,0 +1,187 @@
+"""What a recipe sees of a folder of pictures, and what it makes of that; and how it measures its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metapl.errors import MetaplError
+from metapl.recipes import ImageFolders, budget, looking
+from metapl.recipes.looking import look
+
+RED, BLUE = (200, 30, 30), (30, 30, 200)
+
+
+def write(folder: Path, *pictures: Image.Image) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number:03}.png" for number in range(len(pictures))]
+    for file, picture in zip(files, pictures, strict=True):
+        picture.save(file)
+    return files
+
+
+def noisy(color: tuple[int, int, int], seed: int, width: int = 12, height: int = 12) -> Image.Image:
+    drawn = np.random.default_rng(seed).integers(-30, 30, (height, width, 3))
+    return Image.fromarray((np.array(color) + drawn).clip(0, 255).astype(np.uint8))
+
+
+def classes(*counts: int) -> torch.Tensor:
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+
+def test_grey_pictures_in_any_mode_are_grey_and_have_one_mean(tmp_path: Path) -> None:
+    levels = [np.full((20, 30), level, np.uint8) for level in (0, 51, 102, 153)]
+    grey = [Image.fromarray(one) for one in levels]
+    files = write(tmp_path, grey[0], grey[1].convert("RGB"), grey[2].convert("RGBA"), grey[3])
+    found = look(files, classes(2, 2), [])
+    assert found.grey
+    assert found.side == 20  # the shorter one
+    assert found.mean == found.level[:1] == (0.3,)
+    assert found.std == found.level[1:] == (pytest.approx(0.224, abs=0.001),)
+
+
+def test_colors_that_differ_by_class_tell_and_others_do_not(tmp_path: Path) -> None:
+    told = [noisy(RED if number < 8 else BLUE, number) for number in range(16)]
+    found = look(write(tmp_path / "told", *told), classes(8, 8), [])
+    assert not found.grey
+    assert found.colors.tell
+    assert (found.colors.right, found.colors.chance) == (1.0, 0.5)
+    mixed = [noisy(RED if number % 2 else BLUE, number) for number in range(16)]
+    found = look(write(tmp_path / "mixed", *mixed), classes(8, 8), [])
+    assert not found.colors.tell
+    assert len(found.mean) == len(found.std) == 3
+    assert found.mean[0] == pytest.approx((200 + 30) / 2 / 255, abs=0.01)
+
+
+def test_one_unlabeled_color_picture_makes_a_folder_a_colored_one(tmp_path: Path) -> None:
+    grey = write(tmp_path / "grey", *[Image.new("L", (8, 8), level) for level in (40, 200)])
+    unlabeled = write(tmp_path / "unlabeled", noisy(RED, 0))
+    assert look(grey, classes(1, 1), []).grey
+    assert not look(grey, classes(1, 1), unlabeled).grey
+
+
+@pytest.mark.parametrize("counts", [(1,), (1, 1), (4,)])
+def test_of_a_tiny_folder_colors_tell_nothing(counts: tuple[int, ...], tmp_path: Path) -> None:
+    pictures = [noisy(RED if number % 2 else BLUE, number) for number in range(sum(counts))]
+    found = look(write(tmp_path, *pictures), classes(*counts), [])
+    assert not found.colors.tell
+    assert found.colors.right == found.colors.chance == 1 / len(counts)
+
+
+def test_blank_pictures_can_be_normalised(tmp_path: Path) -> None:
+    found = look(write(tmp_path, *[Image.new("RGB", (8, 8), RED)] * 2), classes(1, 1), [])
+    assert found.std == (looking.SMALLEST_STD,) * 3
+    assert found.level[1] == looking.SMALLEST_STD
+
+
+def test_what_cannot_be_read_is_passed_over_and_nothing_readable_is_refused(tmp_path: Path) -> None:
+    files = write(tmp_path, noisy(RED, 0), noisy(BLUE, 1), noisy(RED, 2))
+    files[0].write_bytes(b"no picture")
+    assert look(files, classes(1, 1, 1), []).side == 12
+    for file in files:
+        file.write_bytes(b"no picture")
+    with pytest.raises(MetaplError, match="none of the 3 labelled pictures that were looked at can be read"):
+        look(files, classes(1, 1, 1), [])
+
+
+def test_of_a_large_folder_a_few_are_read_from_all_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, seen = looking.read_image, list[str]()
+    monkeypatch.setattr(looking, "LOOKED_AT", 4)
+    monkeypatch.setattr(looking, "read_image", lambda path: seen.append(path.name) or read(path))
+    files = write(tmp_path, *[noisy(RED, number) for number in range(10)])
+    look(files, classes(5, 5), files)
+    assert seen == ["000.png", "003.png", "006.png", "009.png"] * 2
+
+
+# -------------------------------------------------------------------------------------------------- what follows of it
+
+
+@pytest.fixture(scope="module")
+def colored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten red and ten blue pictures, and more without labels."""
+    root = tmp_path_factory.mktemp("colored")
+    for name, color in (("red", RED), ("blue", BLUE)):
+        write(root / "labeled" / name, *[noisy(color, number, 20, 28) for number in range(10)])
+    write(root / "unlabeled", *[noisy(RED, 100 + number, 20, 28) for number in range(6)])
+    return root
+
+
+def recipe(root: Path, **fields: Any) -> ImageFolders:
+    given = {"steps": 100, "precision": "float32"} | fields
+    return ImageFolders(labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), **given)
+
+
+def test_a_recipe_fits_itself_to_its_pictures(colored: Path) -> None:
+    found = recipe(colored).settled()
+    assert (found.image_size, found.grey, found.changes.recolor) == (20, False, False)
+    assert found.val_fraction == 0  # a fifth of 20 pictures tells nothing
+    assert found.classes == ("blue", "red")
+    assert found.complete
+    assert f"{found.image_size}x{found.image_size} color pictures, colors kept, not mirrored" in found.chosen()
+
+
+def test_what_is_given_is_not_chosen(colored: Path) -> None:
+    changes = dataclasses.replace(recipe(colored).changes, recolor=True)
+    given: dict[str, Any] = {"image_size": 9, "grey": True, "network_name": "small_cnn", "val_fraction": 0.5}
+    given |= {"wait": 3, "warmup": 2, "uda_ramp": 1, "validate_every": 7, "mean": (0.1,), "std": (0.2,)}
+    found = recipe(colored, **given, changes=changes).settled()
+    assert {name: getattr(found, name) for name in given} == given
+    assert found.changes.recolor
+
+
+@pytest.mark.parametrize("grey", [None, True, False])
+@pytest.mark.parametrize("kind", ["color", "grey"])
+def test_the_normalization_has_as_many_channels_as_the_pictures(
+    kind: str, grey: bool | None, colored: Path, tmp_path: Path
+) -> None:
+    root = colored
+    if kind == "grey":
+        root = tmp_path
+        for name in ("labeled/a", "labeled/b", "unlabeled"):
+            write(root / name, *[noisy(RED, number).convert("L") for number in range(3)])
+    found = recipe(root, grey=grey, image_size=8).settled()
+    channels = 1 if found.grey else 3
+    assert found.grey == (kind == "grey" if grey is None else grey)
+    assert len(found.normalization()[0]) == len(found.normalization()[1]) == channels
+    pictures = torch.stack([x for file in sorted(root.rglob("*.png")) for _, x in found.read(file)])
+    network = found.network()
+    shown = []
+    network.module.register_forward_pre_hook(lambda module, given: shown.append(given[0]))
+    network.eval()(pictures)
+    assert shown[0].shape == (len(pictures), channels, 8, 8)
+    assert shown[0].mean().abs() < 0.5
+    assert 0.3 < shown[0].std() < 1.6  # smaller pictures have less noise
+
+
+# -------------------------------------------------------------------------------------------------- steps and minutes
+
+
+@pytest.mark.parametrize(("method", "fits"), [("uda", 1), ("mpl", 1), ("pseudo_labels", 2)])
+def test_steps_are_measured_by_the_clock_and_leave_the_generator_alone(
+    method: str, fits: int, colored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock on which each reading is an eighth of a second after the one before."""
+    monkeypatch.setattr(budget, "TIMED", 3)
+    small: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "labeled_batch": 4, "unlabeled_batch": 4}
+    one, before = recipe(colored, method=method, **small).settled(), torch.get_rng_state()
+    ticks: Iterator[float] = (number / 8 for number in count())
+    assert budget.seconds_per_step(one, ticks.__next__) == pytest.approx(fits / 8)
+    # 85 % of a minute at an eighth of a second a step are 408 steps, which are rounded to two digits.
+    assert budget.steps_within(one, 1.0, ticks.__next__) == {1: 410, 2: 200}[fits]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bfloat16_is_taken_where_it_is_faster_by_enough(colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = recipe(colored).settled()
+    for half, expected in ((0.7, "bfloat16"), (0.9, "float32")):
+        took = {"float32": 1.0, "bfloat16": half}
+        monkeypatch.setattr(budget, "seconds_per_step", lambda recipe, took=took: took[recipe.precision])
+        assert budget.faster_precision(one) == expected
