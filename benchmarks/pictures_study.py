@@ -84,7 +84,7 @@ MINIATURE = Plan(
     methods=("mpl", "none"),
     sizes=("weight 1",),
     tuning_seeds=(100,),
-    seeds=(0, 1),
+    seeds=(0,),
     flags=(*FLAGS, "--steps", "2", "--finetune-steps", "2"),
     images=60,
 )
