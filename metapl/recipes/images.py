@@ -91,8 +91,8 @@ class Changes:
         zoom: greatest factor by which a picture grows or shrinks.
         shear: in degrees.
         brightness, contrast, saturation: greatest change of each, as a share.
-        hue: greatest turn of the colors, as a share of a whole one; left open, 0.1 where colors are exchanged and 0 where
-            they are kept.
+        hue: greatest turn of the colors, as a share of a whole one; left open, it is 0.1 where colors are exchanged and
+            0 where they are kept.
         hole: greatest side of a square that is covered, as a share of the side.
         mirror: left to right. Not for letters, digits or anything else that has a right way round.
         recolor: exchange red, green and blue, and light and dark, so that the network learns shapes and textures. Not
