@@ -1,4 +1,4 @@
-"""What is called after each recorded row: what it sees, how it stops a fit, and what stays of it when one is resumed."""
+"""What is called after each recorded row: what it sees, how it stops a fit, and what is left of it on resuming."""
 
 from __future__ import annotations
 
@@ -115,6 +115,18 @@ def test_a_fit_that_is_stopped_keeps_the_best_student_by_validation() -> None:
     assert same(*ends)
 
 
+@pytest.mark.parametrize("select", [True, False])
+def test_the_step_at_which_a_fit_is_stopped_is_validated(select: bool, tmp_path: Path) -> None:
+    """Between two validations too: the accuracy is that of the weights that are kept."""
+    trainer = bilevel()
+    how = QUIET | {"validation": VALIDATION, "validate_every": 50, "select": select, "out": tmp_path}
+    found = trainer.fit(*batches(4), steps=60, callbacks=[stop_at(6)], **how)
+    assert (found.step, found.validation_accuracy) == (6, trainer.evaluate(VALIDATION).accuracy)
+    accuracies = [row["student_validation_accuracy"] for row in found.history if "student_validation_accuracy" in row]
+    assert accuracies == [found.validation_accuracy]
+    assert [{"phase": "fit", **row} for row in found.history] == rows(tmp_path)
+
+
 def test_a_stopped_fit_that_is_resumed_is_finished(tmp_path: Path) -> None:
     labeled, _ = batches(4)
     how = {"steps": 20, "out": tmp_path, **QUIET}
@@ -178,7 +190,7 @@ def test_what_a_callback_raises_comes_out_as_it_is(tmp_path: Path) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("mine")
 
-    with pytest.raises(ZeroDivisionError, match="^mine$"):
+    with pytest.raises(ZeroDivisionError, match=r"^mine$"):
         trainer.fit(batches(4)[0], steps=8, log_every=2, callbacks=[fail], out=tmp_path)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.1
     assert [row["step"] for row in rows(tmp_path)] == [2]

@@ -42,7 +42,7 @@ def test_own_networks_takes_fifteen_lines() -> None:
 
 
 def test_tabular_is_no_worse_than_logistic_regression() -> None:
-    """On the mean of its seeds, less a point; the figures of ten seeds are in the example's own text."""
+    """On the mean of its seeds, less a point; the figures of twelve seeds are in the example's own text."""
     printed = output("tabular.py")
     tables = re.findall(
         r"(?:breast cancer|wine), 5 labels a class, test accuracy in % over 3 seeds\n((?:  .*\n)+)", printed

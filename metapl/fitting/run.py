@@ -145,18 +145,20 @@ class FitRun:
             row |= report.as_dict() | self.rates.now()
             self.records.counts(t + 1, report.counts())
         if validated:
-            student = None if how.waits(t) else self._candidate()
-            self.seen = self.selection.look(student, self._kept_teacher(), self.trainer.labeller, t + 1)
-            row |= self.seen
+            row |= self._look(t)
         progressing.advance(batches.values(), row, due=validated, examples=self.selection.examples)
         return row
 
     def _record(self, step: int, row: dict[str, float]) -> None:
         self.records.row(row)
         reason = self.callbacks.after(step, row)
-        if reason is not None:
-            self.ended = step, reason
-            self.say(f"stopped after step {step} by a callback" + (f": {reason}" if reason else ""))
+        if reason is None:
+            return
+        self.ended = step, reason
+        self.say(f"stopped after step {step} by a callback" + (f": {reason}" if reason else ""))
+        # The last step is validated, as in any fit: what is kept has been looked at.
+        if not self.how.due(self.how.validate_every, step - 1) and (seen := self._look(step - 1)):
+            self.records.row({"step": step, **seen})
 
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
         if self.how.warm_start and t == self.how.wait:
@@ -187,6 +189,12 @@ class FitRun:
 
     def _refuse_bad(self, t: int) -> None:
         self.watch.refuse(t, self.records.last_good())
+
+    def _look(self, t: int) -> dict[str, float]:
+        """The accuracies on validation data after step t."""
+        student = None if self.how.waits(t) else self._candidate()
+        self.seen = self.selection.look(student, self._kept_teacher(), self.trainer.labeller, t + 1)
+        return self.seen
 
     def _candidate(self) -> nn.Module:
         """What is validated and kept: the averaged student, or the student."""
