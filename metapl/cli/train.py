@@ -33,6 +33,11 @@ from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
 from metapl.recipes.store import describe, stored
 from metapl.run_folder import WEIGHTS, RunFolder
 
+METHODS_HELP = (
+    f"with --compare: these methods alone, of {', '.join(METHODS)}; supervised_everything, the headroom, is for "
+    "recipes that know the labels of all examples."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
@@ -45,9 +50,6 @@ class Train:
         compare: run the same loop without feedback and the baselines beside it.
         seeds: with --compare: the seeds, such as 0-9 or 0,3,5; the recipe's own seed by default.
         controls: with --compare: altered feedback too.
-        methods: with --compare: these methods alone, of mpl, none, supervised, label_smoothing, pseudo_labels,
-            pseudo_labels_hard, uda, permuted, class_means, random_sign, and, where the labels of all examples are
-            known, supervised_everything: the headroom.
         jobs: with --compare: runs at a time; by default as many as there are cores, and one on a GPU.
     """
 
@@ -57,7 +59,9 @@ class Train:
     compare: Switch = False
     seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS", help_behavior_hint="")] = None
     controls: Switch = False
-    methods: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD ...", help_behavior_hint="")] = None
+    methods: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD ...", help=METHODS_HELP, help_behavior_hint="")
+    ] = None
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
 
     def __call__(self) -> int:
