@@ -174,7 +174,7 @@ def _caption(entries: Sequence[Entry]) -> str:
 
 def _table(found: Sequence[tuple[Finished, list[Entry]]]) -> str:
     """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
-    rows: list[tuple[str, ...]] = [("run", "method", "seeds", "student", "finetuned")]
+    rows: list[tuple[str, ...]] = [("run", "method", "seeds", "delivered", "student", "finetuned")]
     for run, entries in found:
         for method in dict.fromkeys(entry.method for entry in entries):
             mine = [entry for entry in entries if entry.method == method]
@@ -245,7 +245,7 @@ def _values(entries: list[Entry], field: str) -> list[str]:
 def _paired(comparison: Comparison) -> str:
     """Does the feedback help, where that was run; else each against the first."""
     if comparison.against_control() is not None:
-        return textwrap.fill(comparison.sentence(), WIDTH)
+        return textwrap.fill(comparison.sentence(), WIDTH, break_on_hyphens=False)
     (first, reference), *others = comparison.methods.items()
     lines = [f"The students by seed ({_ranges(comparison.seeds)}), against those of {first}:"]
     for name, readouts in others:

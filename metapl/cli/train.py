@@ -124,7 +124,7 @@ class Train:
             self._leave_behind(folder, comparison, results)
         print(f"figures, report and the delivered networks are in {out}")
         print(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
-        print(textwrap.fill(comparison.sentence(), WIDTH))
+        print(textwrap.fill(comparison.sentence(), WIDTH, break_on_hyphens=False))
         print(textwrap.fill(comparison.delivery(), WIDTH))
         return 0
 
