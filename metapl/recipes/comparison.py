@@ -115,7 +115,7 @@ class Comparison:
         Meta Pseudo Labels  85.0 ± 7.1  85.0 ± 7.1  85.0 ± 7.1
         chance              10.0        10.0        10.0
         """
-        rows = [("method", "delivered", "student", "finetuned")]
+        rows: list[tuple[str, ...]] = [("method", "delivered", "student", "finetuned")]
         rows += [(title(name), *(_spread(found[one]) for one in READOUTS)) for name, found in self.methods.items()]
         rows.append(("chance", *[f"{100 * self.chance:.1f}"] * len(READOUTS)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
