@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -16,7 +17,7 @@ from metapl.cli.help import WIDE, WIDTH, found, readable
 from metapl.cli.suggest import did_you_mean, respelled, unknown_flags
 from metapl.errors import MetaplError
 
-__all__ = ["WIDTH", "Run", "Switch", "parse"]
+__all__ = ["WIDTH", "Run", "Switch", "paragraph", "parse"]
 
 T = TypeVar("T")
 
@@ -25,6 +26,11 @@ Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_be
 
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 """Off unless given."""
+
+
+def paragraph(text: str) -> str:
+    """Text in lines of a terminal's width, broken at spaces alone."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def parse(kind: type[T], program: str, arguments: list[str]) -> T:

@@ -112,6 +112,7 @@ class Changes:
 
     def __post_init__(self) -> None:
         require(self, self.zoom >= 1, "zoom", "a factor of 1 or more")
+        require(self, 0 <= self.hole < math.inf, "hole", "a share of the side, 0 or more")
         self.strong()
 
     def strong(self) -> View:
@@ -152,7 +153,7 @@ OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
 """Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
 
 CLIPPED = 1.0
-"""Greatest norm of a gradient in networks that are not metapl's own: without it, some diverge at the start."""
+"""Greatest norm of a gradient in networks other than pooled_cnn and small_cnn: without it, some diverge at first."""
 
 PRETRAINED_NETWORK = "resnet18"
 
@@ -230,12 +231,17 @@ class ImageFolders(PictureRecipe):
         fraction = self.val_fraction
         require(self, fraction is None or 0 <= fraction < 1, "val_fraction", "a number in [0, 1)")
         require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
+        require(self, 0 <= self.uda_align <= 1, "uda_align", "a number in [0, 1]")
+        require(self, self.uda_start is None or self.uda_start >= 0, "uda_start", "0 or more steps")
 
     def _for_network(self, name: str) -> ImageFolders:
         """The recipe with the rates at which such a network trains, where others were not asked for."""
         family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
-        optimizer = dataclasses.replace(ADAMW, lr=PRETRAINED_RATE if self.weights else family)
-        student, teacher = (optimizer if one == ADAMW else one for one in (self.student, self.teacher))
+        rate = PRETRAINED_RATE if self.weights else family
+        student, teacher = (
+            dataclasses.replace(one, lr=rate) if (one.algorithm, one.lr) == (ADAMW.algorithm, ADAMW.lr) else one
+            for one in (self.student, self.teacher)
+        )
         clip = CLIPPED if self.clip_norm is None and not name.endswith("_cnn") else self.clip_norm
         return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
 
