@@ -173,7 +173,7 @@ def _caption(entries: Sequence[Entry]) -> str:
 
 def _table(found: Sequence[tuple[Finished, list[Entry]]]) -> str:
     """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
-    rows: list[tuple[str, ...]] = [("run", "method", "seeds", "student", "finetuned")]
+    rows: list[tuple[str, ...]] = [("run", "method", "seeds", "delivered", "student", "finetuned")]
     for run, entries in found:
         for method in dict.fromkeys(entry.method for entry in entries):
             mine = [entry for entry in entries if entry.method == method]
