@@ -23,7 +23,19 @@ from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.base import Optimizer, Task
 from metapl.recipes.comparison import title
 from metapl.recipes.experiment import METHODS, ROLES, TEACHERS, Experiment
-from metapl.recipes.images import ADAMW, Changes
+from metapl.recipes.images import (
+    ADAMW,
+    CLIPPED,
+    HUE,
+    OTHER_RATE,
+    PRETRAINED_RATE,
+    RAMP,
+    RATES,
+    START,
+    WAIT,
+    WARMUP,
+    Changes,
+)
 from metapl.recipes.looking import Colors, Look
 from metapl.recipes.pictures import Pictures
 from metapl.run_folder import Metrics, RunFolder
@@ -52,14 +64,14 @@ def recipe(**fields: Any) -> ImageFolders:
 @pytest.mark.parametrize(
     ("network", "rate", "clip"),
     [
-        ("pooled_cnn", 8e-3, None),
-        ("small_cnn", 4e-3, None),
-        ("wide_resnet28_2", 1e-3, 1.0),
-        ("resnet18", 1e-3, 1.0),
-        ("efficientnet_b0_svhn", 1e-3, 1.0),
-        ("vit_b_16", 3e-4, 1.0),
-        ("timm:resnet18", 5e-4, 1.0),
-        ("timm:vit_tiny_patch16_224", 5e-4, 1.0),
+        ("pooled_cnn", RATES["pooled_cnn"], None),
+        ("small_cnn", RATES["small_cnn"], None),
+        ("wide_resnet28_2", RATES["wide_resnet"], CLIPPED),
+        ("resnet18", RATES["resnet"], CLIPPED),
+        ("efficientnet_b0_svhn", RATES["efficientnet"], CLIPPED),
+        ("vit_b_16", RATES["vit"], CLIPPED),
+        ("timm:resnet18", OTHER_RATE, CLIPPED),
+        ("timm:vit_tiny_patch16_224", OTHER_RATE, CLIPPED),
     ],
 )
 def test_the_rates_are_those_of_the_networks_family(network: str, rate: float, clip: float | None) -> None:
@@ -68,15 +80,19 @@ def test_the_rates_are_those_of_the_networks_family(network: str, rate: float, c
         assert one == dataclasses.replace(ADAMW, lr=rate)
     assert found.clip_norm == clip
     pretrained = recipe(weights="file.pt")._for_network(network)
-    assert (pretrained.student.lr, pretrained.teacher.lr) == (2e-4, 2e-4)
+    assert (pretrained.student.lr, pretrained.teacher.lr) == (PRETRAINED_RATE,) * 2
+
+
+def test_the_default_is_the_rate_of_the_default_network() -> None:
+    assert ADAMW.lr == RATES["pooled_cnn"] > max(rate for name, rate in RATES.items() if name != "pooled_cnn")
 
 
 def test_what_was_asked_for_of_an_optimizer_is_kept() -> None:
     own = dataclasses.replace(ADAMW, lr=0.002)
     found = recipe(student=own, clip_norm=3.0)._for_network("resnet18")
-    assert (found.student, found.teacher.lr, found.clip_norm) == (own, 1e-3, 3.0)
+    assert (found.student, found.teacher.lr, found.clip_norm) == (own, RATES["resnet"], 3.0)
     decayed = recipe(student=dataclasses.replace(ADAMW, weight_decay=0.3))._for_network("resnet18").student
-    assert (decayed.weight_decay, decayed.lr) == (0.3, 1e-3), "another decay is not another rate"
+    assert (decayed.weight_decay, decayed.lr) == (0.3, RATES["resnet"]), "another decay is not another rate"
     plain = Optimizer(algorithm="sgd", lr=ADAMW.lr)
     assert recipe(student=plain)._for_network("resnet18").student == plain, "the rates are AdamW's"
 
@@ -103,7 +119,7 @@ def fitted(seen: Look, **fields: Any) -> ImageFolders:
 )
 def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on(side: int, brought_to: int) -> None:
     found = fitted(look(side))
-    assert (found.image_size, found.network_name, found.student.lr) == (brought_to, "pooled_cnn", 8e-3)
+    assert (found.image_size, found.network_name, found.student.lr) == (brought_to, "pooled_cnn", ADAMW.lr)
 
 
 def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
@@ -118,16 +134,19 @@ def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
 
 @pytest.mark.parametrize("tell", [True, False])
 def test_colors_are_exchanged_where_they_tell_nothing(tell: bool) -> None:
-    assert fitted(look(tell=tell)).changes.recolor == (not tell)
+    found = fitted(look(tell=tell)).changes
+    assert (found.recolor, found.hue) == (not tell, 0.0 if tell else HUE)
     for asked in (True, False):
-        assert fitted(look(tell=tell), changes=Changes(recolor=asked)).changes.recolor == asked
+        found = fitted(look(tell=tell), changes=Changes(recolor=asked)).changes
+        assert (found.recolor, found.hue) == (asked, HUE if asked else 0.0)
+        assert fitted(look(tell=tell), changes=Changes(recolor=asked, hue=0.3)).changes.hue == 0.3
 
 
 def test_pretrained_weights_bring_their_own_size_and_normalization() -> None:
     found = fitted(look(grey=True), weights="file.pt")
     assert (found.network_name, found.image_size, found.grey) == ("resnet18", 128, False)
     assert found.mean == (0.485, 0.456, 0.406)
-    assert (found.student.lr, found.clip_norm) == (2e-4, 1.0)
+    assert (found.student.lr, found.clip_norm) == (PRETRAINED_RATE, CLIPPED)
 
 
 # ------------------------------------------------------------------------------------------------------- the schedule
@@ -136,8 +155,10 @@ def test_pretrained_weights_bring_their_own_size_and_normalization() -> None:
 @pytest.mark.parametrize("method", METHODS_OF_IMAGES)
 def test_shares_of_the_steps(method: Any) -> None:
     found = recipe(**SIZED, method=method).scheduled(1000)
-    assert (found.steps, found.wait, found.uda_start, found.uda_ramp, found.validate_every) == (1000, 500, 400, 100, 50)
-    assert found.warmup == (25 if method in ("mpl", "none") else 50)
+    assert (found.steps, found.validate_every) == (1000, 50)
+    assert (found.wait, found.uda_start, found.uda_ramp) == (1000 * WAIT, 1000 * START, 1000 * RAMP)
+    learning = 1000 * (1 - WAIT) if method in ("mpl", "none") else 1000
+    assert found.warmup == round(WARMUP * learning)
     kept = recipe(**SIZED, method=method, wait=7, warmup=0, uda_start=3, uda_ramp=0, validate_every=9).scheduled(1000)
     assert (kept.wait, kept.warmup, kept.uda_start, kept.uda_ramp, kept.validate_every) == (7, 0, 3, 0, 9)
 
@@ -152,24 +173,28 @@ def test_few_steps_are_a_schedule_too(steps: int, method: Any) -> None:
     assert found.uda_start + found.uda_ramp <= steps
     assert found.validate_every >= 1
     (uda,) = (term for term in found.teacher_losses(uda=True) if isinstance(term, UDA))
-    assert (uda.align, uda.start, uda.ramp) == (0.5, found.uda_start, found.uda_ramp)
+    assert (uda.align, uda.start, uda.ramp) == (found.uda_align, found.uda_start, found.uda_ramp)
 
 
 def test_what_was_chosen_is_one_line() -> None:
     plain = recipe(**SIZED, changes=Changes(recolor=False))._for_network("pooled_cnn").scheduled(4400)
     assert plain.chosen() == (
-        "chosen: pooled_cnn on 32x32 color pictures, colors kept, not mirrored; adamw at 0.008, float32, 4,400 steps"
+        f"chosen: pooled_cnn on 32x32 color pictures, colors kept, not mirrored; adamw at {ADAMW.lr:g}, float32, "
+        "4,400 steps"
     )
     other = {**SIZED, "grey": True, "precision": "bfloat16", "image_size": 20, "mean": (0.5,), "std": (0.5,)}
     changed = recipe(**other, changes=Changes(recolor=True, mirror=True))._for_network("resnet18").scheduled(86)
-    assert "on 20x20 grey pictures, colors exchanged, mirrored; adamw at 0.001, bfloat16, 86 steps" in changed.chosen()
+    told = f"on 20x20 grey pictures, colors exchanged, mirrored; adamw at {RATES['resnet']:g}, bfloat16, 86 steps"
+    assert told in changed.chosen()
 
 
 # ---------------------------------------------------------------------------------------------------------- the views
 
-COLOR, HOLE = Color(0.4, 0.4, 0.4, 0.1), Hole((0.1, 0.5))
-STRONG_MOVE = Affine(20.0, 0.125, (1 / 1.33, 1.33), 10.0)
-WEAK_MOVE = Affine(5.0, 0.03125, (1.33**-0.25, 1.33**0.25), 2.5)
+CHANGES: dict[str, Any] = {"degrees": 20, "translate": 0.2, "zoom": 1.5, "shear": 8, "hole": 0.5}
+CHANGES |= {"brightness": 0.1, "contrast": 0.2, "saturation": 0.3, "hue": 0.4}
+COLOR, HOLE = Color(0.1, 0.2, 0.3, 0.4), Hole((0.1, 0.5))
+STRONG_MOVE = Affine(20.0, 0.2, (1 / 1.5, 1.5), 8.0)
+WEAK_MOVE = Affine(5.0, 0.05, (1.5**-0.25, 1.5**0.25), 2.0)
 
 
 def same(found: View, expected: tuple[View, ...]) -> bool:
@@ -188,7 +213,7 @@ def _rounded(view: View) -> Any:
 @pytest.mark.parametrize("recolor", [True, False, None])
 def test_the_weak_view_moves_a_little_and_the_strong_one_changes_everything(recolor: bool | None, mirror: bool) -> None:
     flip, other = (Flip(),) * mirror, (Recolor(),) * bool(recolor)
-    one = recipe(changes=Changes(mirror=mirror, recolor=recolor), image_size=24)
+    one = recipe(changes=Changes(**CHANGES, mirror=mirror, recolor=recolor), image_size=24)
     found = one.views()
     assert same(found.weak, (*flip, WEAK_MOVE))
     assert same(found.strong, (*flip, STRONG_MOVE, COLOR, HOLE, *other))
@@ -279,11 +304,12 @@ def trained(one: ImageFolders, method: str, folder: Path) -> tuple[LossTrainer, 
 
 def test_fixmatch_trains_one_network_on_hard_labels(tmp_path: Path) -> None:
     small = {"image_size": 8, "labeled_batch": 6, "unlabeled_batch": 6, "log_every": 1, "uda_weight": 2.0}
+    small |= {"uda_align": 0.3, "label_smoothing": 0.1}
     one = recipe(**SIZED | small, method="fixmatch", uda_start=2, uda_ramp=2).scheduled(6)
     trainer, rows = trained(one, "fixmatch", tmp_path)
     supervised, uda = trainer.losses
-    assert supervised == CrossEntropy()
-    assert uda == UDA(temperature=0.0, threshold=0.95, weight=2.0, ramp=2, start=2, align=0.5)
+    assert supervised == CrossEntropy(0.1)
+    assert uda == UDA(temperature=0.0, threshold=0.95, weight=2.0, ramp=2, start=2)  # as published: nothing is aligned
     assert not hasattr(trainer, "teacher")
     assert [row["step"] for row in rows] == list(range(6))
     assert all(math.isfinite(row["loss"]) for row in rows)

@@ -71,7 +71,7 @@ def test_what_is_missing_is_what_no_row_has() -> None:
 
 
 def rows() -> list[dict[str, Any]]:
-    """Two seeds of three methods on all problems of the seen half, and one of a fourth on all but one."""
+    """Two seeds of three methods on all problems of the seen half."""
     made = []
     for number, problem in enumerate(half("seen")):
         for seed in (0, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from email.message import Message
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -60,8 +61,10 @@ def test_a_download_that_is_not_what_it_should_be_is_refused(
 class _Answer(io.BytesIO):
     """What a server says."""
 
-    def info(self) -> Any:
-        return {"Content-Length": str(len(self.getvalue()))}
+    def info(self) -> Message:
+        header = Message()
+        header["Content-Length"] = str(len(self.getvalue()))
+        return header
 
 
 def test_a_file_that_is_there_is_taken(checkpoints: Path) -> None:
