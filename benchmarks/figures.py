@@ -22,12 +22,13 @@ def points(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation in %.
+    """Mean ± standard deviation in %; of a single value, the value.
 
     >>> spread([0.8, 0.9])
     '85.0 ± 7.1'
     """
-    return f"{points(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+    mean = f"{points(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[str, str]:

@@ -116,7 +116,8 @@ class LossTrainer(Loop):
                 value = term(self.student, labeled=labeled, unlabeled=unlabeled, signal=nothing, step=self.steps_done)
                 terms[f"loss_{term.name}"] = terms.get(f"loss_{term.name}", 0) + value
         loss = torch.stack(list(terms.values())).sum()
-        (loss / self.accumulate).backward()
+        if loss.requires_grad:  # UDA alone is a plain 0 before its start
+            (loss / self.accumulate).backward()
         return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
 
     def state_dict(self) -> dict[str, Any]:

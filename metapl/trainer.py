@@ -201,7 +201,8 @@ class BilevelTrainer(Loop):
                     step=self.steps_done,
                 )
                 loss = torch.stack(list(own.values())).sum()
-                (loss / self.accumulate).backward()  # lines 6-7
+                if loss.requires_grad:  # UDA alone is a plain 0 before its start
+                    (loss / self.accumulate).backward()  # lines 6-7
                 scalars.append({name: value.detach() for name, value in (*own.items(), ("teacher_loss", loss))})
         with undone_where(fault.flag, self._movable(buffers)):
             self._move_teacher()  # line 8

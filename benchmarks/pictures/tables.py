@@ -77,8 +77,10 @@ def draw(rows: list[Row], name: str, file: Path) -> None:
 def write(text: str, file: Path, name: str) -> None:
     """Put the table between the marks of the page."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, _, rest = file.read_text().partition(begin)
-    _, _, after = rest.partition(end)
+    before, begun, rest = file.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise SystemExit(f"{file} has no place for the table; expected the lines {begin} and {end}.")
     file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 

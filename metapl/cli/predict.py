@@ -120,9 +120,7 @@ class Predict:
 
     def _check(self, classes: Sequence[str]) -> None:
         if not 1 <= self.top <= len(classes):
-            raise MetaplError(
-                f"--top {self.top} was given, and the run has {len(classes)} classes; expected 1 to that."
-            )
+            raise MetaplError(f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes.")
         if not self.files:
             raise MetaplError(
                 f"no files were named; expected pictures, or folders of them: metapl predict {self.run} x.png"

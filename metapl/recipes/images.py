@@ -41,10 +41,13 @@ SET_ASIDE = 0.2
 SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 """Pixels to which pictures are brought: within the first two when a network starts from nothing, on a CPU."""
 
+HUE = 0.1
+"""Share of a turn by which colors are changed that do not tell classes apart."""
+
 SELECTED_ON = 50
 """Validation pictures from which on some are set aside: fewer cannot tell students apart, and train better."""
 
-WAIT, WARMUP, START, RAMP = 0.5, 0.05, 0.4, 0.1
+WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
 of its ramp."""
 
@@ -88,7 +91,7 @@ class Changes:
         zoom: greatest factor by which a picture grows or shrinks.
         shear: in degrees.
         brightness, contrast, saturation: greatest change of each, as a share.
-        hue: greatest turn of the colors, as a share of a whole one.
+        hue: greatest turn of the colors, as a share of a whole one; 0.1 where they are exchanged, else 0.
         hole: greatest side of a square that is covered, as a share of the side.
         mirror: left to right. Not for letters, digits or anything else that has a right way round.
         recolor: exchange red, green and blue, and light and dark, so that the network learns shapes and textures. Not
@@ -102,13 +105,14 @@ class Changes:
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
-    hue: float = 0.1
+    hue: float | None = None
     hole: float = 0.5
     mirror: bool = False
     recolor: bool | None = None
 
     def __post_init__(self) -> None:
         require(self, self.zoom >= 1, "zoom", "a factor of 1 or more")
+        require(self, 0 <= self.hole < math.inf, "hole", "a share of the side, 0 or more")
         self.strong()
 
     def strong(self) -> View:
@@ -132,7 +136,13 @@ class Changes:
         return Affine(share * self.degrees, share * self.translate, (1 / zoom, zoom), share * self.shear)
 
     def _color(self) -> Color:
-        return Color(self.brightness, self.contrast, self.saturation, self.hue)
+        return Color(self.brightness, self.contrast, self.saturation, self.hue or 0.0)
+
+    def settled(self, recolor: bool) -> Changes:
+        """With a value for every field: ``recolor`` where it was left open, and the hue that goes with it."""
+        recolor = recolor if self.recolor is None else self.recolor
+        hue = (HUE if recolor else 0.0) if self.hue is None else self.hue
+        return dataclasses.replace(self, recolor=recolor, hue=hue)
 
 
 ADAMW = Optimizer(algorithm="adamw", lr=1e-2, weight_decay=0.05, decay_norms=False)
@@ -143,7 +153,7 @@ OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
 """Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
 
 CLIPPED = 1.0
-"""Greatest norm of a gradient in networks that are not metapl's own: without it, some diverge at the start."""
+"""Greatest norm of a gradient in networks other than pooled_cnn and small_cnn: without it, some diverge at first."""
 
 PRETRAINED_NETWORK = "resnet18"
 
@@ -221,12 +231,17 @@ class ImageFolders(PictureRecipe):
         fraction = self.val_fraction
         require(self, fraction is None or 0 <= fraction < 1, "val_fraction", "a number in [0, 1)")
         require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
+        require(self, 0 <= self.uda_align <= 1, "uda_align", "a number in [0, 1]")
+        require(self, self.uda_start is None or self.uda_start >= 0, "uda_start", "0 or more steps")
 
     def _for_network(self, name: str) -> ImageFolders:
         """The recipe with the rates at which such a network trains, where others were not asked for."""
         family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
-        optimizer = dataclasses.replace(ADAMW, lr=PRETRAINED_RATE if self.weights else family)
-        student, teacher = (optimizer if one == ADAMW else one for one in (self.student, self.teacher))
+        rate = PRETRAINED_RATE if self.weights else family
+        student, teacher = (
+            dataclasses.replace(one, lr=rate) if (one.algorithm, one.lr) == (ADAMW.algorithm, ADAMW.lr) else one
+            for one in (self.student, self.teacher)
+        )
         clip = CLIPPED if self.clip_norm is None and not name.endswith("_cnn") else self.clip_norm
         return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
 
@@ -252,8 +267,7 @@ class ImageFolders(PictureRecipe):
         recipe = dataclasses.replace(self, **places, class_names=scan_labeled(self.labeled).classes)
         if before is not None:
             kept = {name: getattr(before, name) for name in CHOSEN if getattr(self, name) is None}
-            recolor = before.changes.recolor if self.changes.recolor is None else self.changes.recolor
-            recipe = dataclasses.replace(recipe, **kept, changes=dataclasses.replace(self.changes, recolor=recolor))
+            recipe = dataclasses.replace(recipe, **kept, changes=self.changes.settled(bool(before.changes.recolor)))
             return recipe._for_network(recipe.network_name)
         seen, tell = recipe._look(), say or (lambda text: None)
         recipe = recipe.fitted(seen)
@@ -281,7 +295,6 @@ class ImageFolders(PictureRecipe):
         """The recipe for such pictures, but for what depends on the number of steps."""
         grey = seen.grey and self.weights is None if self.grey is None else self.grey
         side = PRETRAINED_SIDE if self.weights else 4 * round(min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE) / 4)
-        recolor = not seen.colors.tell if self.changes.recolor is None else self.changes.recolor
         chosen: dict[str, Any] = {
             "grey": grey,
             "image_size": side,
@@ -298,7 +311,7 @@ class ImageFolders(PictureRecipe):
         else:
             chosen |= dict(zip(("mean", "std"), IMAGENET, strict=True))
         missing = {name: value for name, value in chosen.items() if getattr(self, name) is None}
-        fitted = dataclasses.replace(self, **missing, changes=dataclasses.replace(self.changes, recolor=recolor))
+        fitted = dataclasses.replace(self, **missing, changes=self.changes.settled(not seen.colors.tell))
         return fitted._for_network(fitted.network_name)
 
     def _aside(self) -> int:
