@@ -116,7 +116,10 @@ class Train:
 
     def _compare(self, out: Path) -> int:
         seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
-        methods = self.methods or COMPARED + (CONTROLS if self.controls else ())
+        # The recipe's own method first: it is delivered where validation cannot tell.
+        own = getattr(self.recipe, "method", COMPARED[0])
+        others = tuple(name for name in COMPARED if name != own) + (CONTROLS if self.controls else ())
+        methods = self.methods or (own, *others)
         folder = RunFolder(out)
         recipe = describe(self.recipe, compare=list(methods), seeds=list(seeds))
         with folder.claimed(recipe, resume=self.resume):
