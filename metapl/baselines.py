@@ -16,7 +16,7 @@ from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, undone_where
 from metapl.errors import MetaplError
 from metapl.fit import Loop
-from metapl.losses import CrossEntropy, TeacherLoss
+from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches
 from metapl.problem import Signal
 from metapl.replay import RandomState, nothing_moved
 
@@ -76,6 +76,7 @@ class LossTrainer(Loop):
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         if accumulate < 1:
             raise MetaplError(f"accumulate={accumulate}: expected 1 or more.")
+        refuse_split_batches(self.losses, accumulate)
         self.device = next(model.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.compiled = CompiledPasses(*([model] if compile else []))

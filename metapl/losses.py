@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -74,7 +75,7 @@ class UDA:
         weight: λ.
         ramp: steps over which λ_t grows linearly from 0 to λ; 0 is from the start.
         start: steps before that; until then there is no pass, which makes these steps cheap.
-        align: the power, in [0, 1]: 0 leaves p as it is, 1 makes all classes as frequent in the mean over the batch.
+        align: the power, in [0, 1]: 0 leaves p as it is, 1 divides by the whole mean.
 
     Needs: unlabelled batches that are pairs (weak, strong). The weak pass of the signal is used again; where there is
     none, it is made here, without a graph.
@@ -139,3 +140,12 @@ class UDA:
         losses = -(target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)).sum(-1)
         ramped = self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
         return ramped * losses.mean()
+
+
+def refuse_split_batches(losses: Sequence[TeacherLoss], accumulate: int) -> None:
+    """Refuse losses that look at a batch as a whole beside micro-batches, which would change them."""
+    if accumulate > 1 and any(isinstance(loss, UDA) and loss.align for loss in losses):
+        raise MetaplError(
+            f"accumulate={accumulate} takes a batch in parts, and UDA(align=...) aligns the labels of a whole one; "
+            "expected align=0 or accumulate=1."
+        )

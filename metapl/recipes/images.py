@@ -51,6 +51,9 @@ WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
 of its ramp."""
 
+AGAIN = 2
+"""How often the number of steps is measured again where parts of it were asked for."""
+
 REHEARSED = 1000
 """Steps of the recipe that is measured: of such a recipe, a few are taken."""
 
@@ -271,10 +274,17 @@ class ImageFolders(PictureRecipe):
             return recipe._for_network(recipe.network_name)
         seen, tell = recipe._look(), say or (lambda text: None)
         recipe = recipe.fitted(seen)
-        trial = dataclasses.replace(recipe, steps=REHEARSED).scheduled(REHEARSED)
+        # What was asked for in steps is no share of them: more are rehearsed, and again with what fits.
+        asked = max(self.wait or 0, self.uda_start or 0)
+        trial = recipe.scheduled(REHEARSED if recipe.steps is OPEN and not asked else recipe.steps or 2 * asked)
         precision = faster_precision(trial) if recipe.precision is OPEN else recipe.precision
         recipe, trial = (dataclasses.replace(one, precision=precision) for one in (recipe, trial))
-        recipe = recipe.scheduled(steps_within(trial, recipe.minutes) if recipe.steps is OPEN else recipe.steps)
+        steps = recipe.steps
+        if steps is OPEN:
+            steps = steps_within(trial, recipe.minutes)
+            for _ in range(AGAIN if asked else 0):
+                steps = steps_within(recipe.scheduled(max(steps, asked + 1)), recipe.minutes)
+        recipe = recipe.scheduled(steps)
         tell(recipe.chosen())
         if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
             tell("for photographs a network that was trained on photographs is better: --weights imagenet")
