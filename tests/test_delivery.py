@@ -145,7 +145,7 @@ def test_few_validation_pictures_are_reported_on_and_choose_nothing(
     assert accuracies(found).keys() == names
     assert found["validation_accuracy"] == found["finetuned_validation_accuracy"]
     assert "the rule where validation cannot tell" in text
-    assert "of 6 " in text
+    assert "% (n = 6, " in text.replace(" %", "%")
     shown = said(capsys, "evaluate", run)
     assert "\nvalidation accuracy " in shown
     assert "as in result.json\n" in shown

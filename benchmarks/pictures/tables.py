@@ -67,7 +67,7 @@ def draw(rows: list[Row], name: str, file: Path) -> None:
     axes.hlines(lines, [min(values) for values in every], [max(values) for values in every], color="0.85", zorder=1)
     for marker, (method, found) in zip("osD^vP", by_method.items(), strict=False):
         axes.scatter([found[p] for p in problems], lines, marker=marker, label=TITLES[method], zorder=2, s=36)
-    axes.set(yticks=lines, yticklabels=problems, xlabel="test accuracy in %", xlim=(0, 100))
+    axes.set(yticks=lines, yticklabels=problems, xlabel="test accuracy in %", xlim=(0, 102))
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file, dpi=120)
