@@ -95,7 +95,7 @@ def pooled_cnn(
     side = 32 if image_size is None else image_size
     if num_classes < 1 or in_channels < 1 or side < 1:
         raise MetaplError(
-            f"pooled_cnn got num_classes {num_classes}, in_channels {in_channels} and image_size {image_size}; "
+            f"pooled_cnn got num_classes {num_classes}, in_channels {in_channels} and image_size {side}; "
             "expected each to be 1 or more: pooled_cnn(num_classes=10, in_channels=1, image_size=32)"
         )
     if not 0.0 <= dropout < 1.0:
