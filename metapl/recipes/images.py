@@ -151,7 +151,7 @@ class Changes:
 ADAMW = Optimizer(algorithm="adamw", lr=1e-2, weight_decay=0.05, decay_norms=False)
 """For pooled_cnn; of other networks, the rate is that of their family."""
 
-RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 1e-3, "vit": 3e-4}
+RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
 OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
 """Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
 
