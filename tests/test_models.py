@@ -263,6 +263,13 @@ def test_stochastic_depth_is_linear_up_to_the_last_block(name: str, blocks: int)
     assert not any(m.p for m in on_meta(name, 10).modules() if isinstance(m, StochasticDepth))
 
 
+@pytest.mark.parametrize("classes", [3, 1000, 4000])
+def test_the_head_of_an_efficientnet_is_small_for_few_classes_too(classes: int) -> None:
+    torch.manual_seed(0)
+    weight = create("efficientnet_b0", classes).get_parameter("classifier.1.weight")
+    assert weight.abs().max().item() == pytest.approx(max(1000, classes) ** -0.5, rel=0.01)
+
+
 def test_dropout_stands_where_it_should() -> None:
     def rates(name: str, dropout: float) -> set[float]:
         return {m.p for m in on_meta(name, 10, dropout=dropout).modules() if isinstance(m, nn.Dropout)}
