@@ -18,8 +18,8 @@ _KEEPING_STAGES = (2, 3)
 """The stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32."""
 
 _IMAGENET_CLASSES = 1000
-"""The head of an EfficientNet is drawn from ±1/sqrt(classes). For three classes that makes logits of ten, which training
-takes long to unlearn; so it is drawn as for these many classes at least."""
+"""The head of an EfficientNet is drawn from ±1/sqrt(classes). For three classes that makes logits of ten, which takes
+long to unlearn; so it is drawn as for these many classes at least."""
 
 
 class _DroppedLinear(nn.Linear):
