@@ -15,6 +15,8 @@ class Pace:
         together: how many run at a time.
 
     >>> pace = Pace(["mpl", "uda", "mpl", "uda"], together=2)
+    >>> pace.left() is None
+    True
     >>> pace.done("mpl", 60.0)
     >>> pace.done("uda", 20.0)
     >>> pace.left()
@@ -30,10 +32,15 @@ class Pace:
         self.waiting.remove(method)
         self.times[method].append(seconds)
 
-    def left(self) -> float:
-        """Seconds until all are done: methods take times of their own, and one that is not known yet takes the mean."""
+    def left(self) -> float | None:
+        """Seconds until all are done: methods take times of their own, and one that is not known yet takes the mean.
+
+        None while no job is done, as where a comparison that is resumed only gives what was done before.
+        """
         if not self.waiting:
             return 0.0
+        if not self.times:
+            return None
         means = {method: statistics.fmean(times) for method, times in self.times.items()}
         usual = statistics.fmean(means.values())
         work = sum(means.get(method, usual) for method in self.waiting)

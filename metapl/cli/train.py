@@ -222,7 +222,8 @@ COMMANDS: dict[str, type[Train]] = {
 def _job_line(job: Job, result: dict[str, Any], pace: Pace) -> str:
     """What came of a job, and how long the others will take."""
     on = Evaluation(**result["evaluation"])
-    left = f", about {duration(pace.left())} left" if pace.waiting else ""
+    seconds = pace.left()
+    left = f", about {duration(seconds)} left" if pace.waiting and seconds is not None else ""
     return f"{job.method}, seed {job.recipe.seed}: {with_chance(result['test_accuracy'], on.n, on.chance)}{left}"
 
 
