@@ -16,7 +16,7 @@ from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, undone_where
 from metapl.errors import MetaplError
 from metapl.fit import Loop
-from metapl.losses import CrossEntropy, TeacherLoss
+from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches
 from metapl.problem import Signal
 from metapl.replay import RandomState, nothing_moved
 
@@ -76,6 +76,7 @@ class LossTrainer(Loop):
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         if accumulate < 1:
             raise MetaplError(f"accumulate={accumulate}: expected 1 or more.")
+        refuse_split_batches(self.losses, accumulate)
         self.device = next(model.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.compiled = CompiledPasses(*([model] if compile else []))
@@ -116,7 +117,8 @@ class LossTrainer(Loop):
                 value = term(self.student, labeled=labeled, unlabeled=unlabeled, signal=nothing, step=self.steps_done)
                 terms[f"loss_{term.name}"] = terms.get(f"loss_{term.name}", 0) + value
         loss = torch.stack(list(terms.values())).sum()
-        (loss / self.accumulate).backward()
+        if loss.requires_grad:  # UDA alone is a plain 0 before its start
+            (loss / self.accumulate).backward()
         return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -73,7 +75,7 @@ class UDA:
         weight: λ.
         ramp: steps over which λ_t grows linearly from 0 to λ; 0 is from the start.
         start: steps before that; until then there is no pass, which makes these steps cheap.
-        align: the power, in [0, 1]: 0 leaves p as it is, 1 makes all classes as frequent in the mean over the batch.
+        align: the power, in [0, 1]: 0 leaves p as it is, 1 divides by the whole mean.
 
     Needs: unlabelled batches that are pairs (weak, strong). The weak pass of the signal is used again; where there is
     none, it is made here, without a graph.
@@ -97,9 +99,9 @@ class UDA:
     name: ClassVar[str] = "uda"
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or not 0 <= self.threshold < 1 or not 0 <= self.align <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 <= self.threshold < 1 or not 0 <= self.align <= 1:
             raise MetaplError(f"{self}: expected temperature >= 0, threshold in [0, 1) and align in [0, 1].")
-        if self.ramp < 0 or self.start < 0:
+        if not self.ramp >= 0 or not self.start >= 0:
             raise MetaplError(f"{self}: expected ramp and start of 0 or more steps.")
 
     def target(self, logits: Tensor) -> Tensor:
@@ -110,7 +112,10 @@ class UDA:
         """
         log_p = F.log_softmax(logits, -1)
         if self.align:
-            log_p = F.log_softmax(log_p - self.align * log_p.exp().mean(0).log(), -1)
+            # In logarithms: the mean of a class that is improbable in the whole batch would be rounded to 0. That of
+            # one that is impossible is 0, and stays out.
+            log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))
+            log_p = F.log_softmax(log_p - self.align * log_mean_C.masked_fill(log_mean_C == -math.inf, 0), -1)
         p = log_p.exp()
         confident = p.amax(-1, keepdim=True) > self.threshold
         sharp = F.softmax(log_p / self.temperature, -1) if self.temperature else F.one_hot(p.argmax(-1), p.shape[-1])
@@ -124,12 +129,23 @@ class UDA:
                 "without UDA."
             )
         if step < self.start:
-            nothing: Tensor = pair[1].new_zeros(())
-            return nothing
+            return torch.zeros((), device=signal.value.device)
         weak = signal.outputs
         if weak is None:
             with torch.no_grad():
                 weak = checks.logits(teacher(pair[0]), "network")
-        losses: Tensor = F.cross_entropy(wide(teacher(pair[1])), self.target(wide(weak.detach())), reduction="none")
+        target = self.target(wide(weak.detach()))
+        log_strong = F.log_softmax(wide(teacher(pair[1])), -1)
+        # A class that target and prediction both leave out has no loss, and 0 log 0 would be NaN.
+        losses = -(target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)).sum(-1)
         ramped = self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
         return ramped * losses.mean()
+
+
+def refuse_split_batches(losses: Sequence[TeacherLoss], accumulate: int) -> None:
+    """Refuse losses that look at a batch as a whole beside micro-batches, which would change them."""
+    if accumulate > 1 and any(isinstance(loss, UDA) and loss.align for loss in losses):
+        raise MetaplError(
+            f"accumulate={accumulate} takes a batch in parts, and UDA(align=...) aligns the labels of a whole one; "
+            "expected align=0 or accumulate=1."
+        )

@@ -21,7 +21,7 @@ from metapl.feedback import Estimator, estimator
 from metapl.fit import FitResult, Loop
 from metapl.hypergradient import check_kind, hypergradient, prepare
 from metapl.inner import InnerStep, trainable
-from metapl.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.losses import UDA, CrossEntropy, TeacherLoss, refuse_split_batches
 from metapl.optimizers import Clipped
 from metapl.optimizers import inner_optimizer as functional
 from metapl.problem import BilevelProblem, Signal
@@ -124,6 +124,7 @@ class BilevelTrainer(Loop):
         self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
         _check_outer(self.outer_optimizer, teacher)
         self.teacher_losses = None if teacher_losses is None else tuple(teacher_losses)
+        refuse_split_batches(self.teacher_losses or (), accumulate)
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         if feedback_ratio is not None:
             self._check_ratio(feedback_ratio)
@@ -201,7 +202,8 @@ class BilevelTrainer(Loop):
                     step=self.steps_done,
                 )
                 loss = torch.stack(list(own.values())).sum()
-                (loss / self.accumulate).backward()  # lines 6-7
+                if loss.requires_grad:  # UDA alone is a plain 0 before its start
+                    (loss / self.accumulate).backward()  # lines 6-7
                 scalars.append({name: value.detach() for name, value in (*own.items(), ("teacher_loss", loss))})
         with undone_where(fault.flag, self._movable(buffers)):
             self._move_teacher()  # line 8

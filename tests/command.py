@@ -26,6 +26,11 @@ def metapl(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> su
     return finished
 
 
+def unprompted(words: str) -> str:
+    """What standard error says beside the progress, which has a line for each validation where there is no terminal."""
+    return "".join(line for line in words.splitlines(keepends=True) if not re.match(r"\w+: step \d", line))
+
+
 def refusal(finished: subprocess.CompletedProcess[str]) -> str:
     """The one line that a refused command says."""
     assert finished.stdout == ""

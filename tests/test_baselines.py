@@ -307,7 +307,14 @@ def test_controls_alter_hard_labels_too(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_method_is_compared_or_a_control_or_asked_for_by_name() -> None:
-    assert set(METHODS) == {*COMPARED, *CONTROLS, "pseudo_labels_hard", "label_smoothing", "supervised_everything"}
+    assert set(METHODS) == {
+        *COMPARED,
+        *CONTROLS,
+        "pseudo_labels_hard",
+        "label_smoothing",
+        "supervised_everything",
+        "fixmatch",
+    }
     assert Altered().base == Forward()
 
 

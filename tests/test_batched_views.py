@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from metapl.data import (
     Hole,
     ImageUnlabeledBatches,
     MemoryImages,
+    Recolor,
     StepSampler,
     View,
     batched,
@@ -45,8 +47,13 @@ VIEWS: dict[str, View] = {
     "grey hole": Hole((0.2, 0.5), fill="grey"),
     "flip": Flip(),
     "flip twice": Flip(vertical=True),
+    "recolor": Recolor(),
+    "order": Recolor(invert=0),
+    "negative": Recolor(permute=False, invert=0.5),
     "strong": STRONG,
 }
+FEW = {"flip": 2, "flip twice": 4, "recolor": 7, "order": 4, "negative": 2}
+"""Of 16 draws, how many are different at least, where there are not as many as pictures."""
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 17, 30), (1, 33, 9), (3, 1, 1)]
 FLOWER = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
 
@@ -227,6 +234,35 @@ def test_half_of_the_pictures_are_mirrored() -> None:
         assert all(abs(count - 4000 / len(wanted)) < 200 for count in counts)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("permute", [True, False])
+@pytest.mark.parametrize("invert", [0.0, 0.3, 1.0])
+def test_channels_change_places_and_light_turns_dark(
+    invert: float, permute: bool, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    """To the last bit, each picture by itself."""
+    images, inverted = pictures(64, *shape).to(dtype), 0
+    found = call(Recolor(permute, invert), images)
+    for image, got, (*places, chance) in zip(images, found, drawn(64, 4, batched._RECOLOR).tolist(), strict=True):
+        order = sorted(range(3), key=places.__getitem__) if permute and len(image) == 3 else range(len(image))
+        expected = torch.stack([image[channel] for channel in order])
+        inverted += chance < invert
+        assert torch.equal(got, 1 - expected if chance < invert else expected)
+    assert inverted == 64 * invert if invert in (0, 1) else 8 < inverted < 32
+
+
+def test_each_order_of_the_channels_is_as_frequent_and_apart_from_the_inversion() -> None:
+    image = torch.tensor([0.1, 0.2, 0.4])
+    found = call(Recolor(invert=0.25), image.view(1, 3, 1, 1).expand(6000, -1, -1, -1)).flatten(1)
+    counts = {}
+    for order in itertools.permutations(range(3)):
+        for share, shown in ((0.75, image[list(order)]), (0.25, 1 - image[list(order)])):
+            counts[order, share] = int((found == shown).all(1).sum())
+    assert sum(counts.values()) == 6000
+    assert all(abs(count - 1000 * share) < 100 for (_, share), count in counts.items())
+
+
 def test_cosine_and_sine_are_torchs() -> None:
     half_turns = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
     cos, sin = draws.cosine_and_sine(half_turns)
@@ -278,21 +314,21 @@ def test_seed_step_and_example_each_change_the_draws(name: str) -> None:
     first = call(view, images)
     assert torch.equal(call(view, images), first)
     assert torch.equal(torch.get_rng_state(), state)
-    few = 2 if name == "flip" else 4 if name == "flip twice" else 14
-    assert len({picture.numpy().tobytes() for picture in first}) >= few
+    assert len({picture.numpy().tobytes() for picture in first}) >= FEW.get(name, 14)
     for other in (
         call(view, images, seed=1),
         call(view, images, step=1),
         call(view, images, examples=torch.arange(16, 32)),
     ):
-        assert sum(torch.equal(a, b) for a, b in zip(first, other, strict=True)) <= (14 if "flip" in name else 2)
+        assert sum(torch.equal(a, b) for a, b in zip(first, other, strict=True)) <= (14 if name in FEW else 2)
 
 
 def test_the_numbers_of_one_picture_are_drawn_apart() -> None:
     """None of the views, and none of the numbers of one, follows from another."""
     streams = [(batched._AFFINE, 5), (batched._COLOR, 4), (batched._HOLE, 4), (batched._FLIP, 2)]
+    streams.append((batched._RECOLOR, 4))
     columns = torch.cat([drawn(20_000, count, stream) for stream, count in streams], dim=1)
-    correlation = torch.corrcoef(columns.T) - torch.eye(15, dtype=torch.float64)
+    correlation = torch.corrcoef(columns.T) - torch.eye(19, dtype=torch.float64)
     assert correlation.abs().max() < 0.04
 
 
@@ -324,7 +360,11 @@ def test_a_resumed_feed_goes_on_with_the_same_batches(workers: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "view", [Affine(), Affine(fill=0.5), Color(), Hole((0, 0)), Hole((0, 0), "grey"), Flip(False, False), Chain(())]
+    "view",
+    [
+        *(Affine(), Affine(fill=0.5), Color(), Hole((0, 0)), Hole((0, 0), "grey"), Flip(False, False)),
+        *(Recolor(permute=False, invert=0), Chain(())),
+    ],
 )
 def test_a_view_that_changes_nothing_gives_the_pictures(view: View, shape: tuple[int, int, int]) -> None:
     images = pictures(16, *shape)
@@ -407,6 +447,9 @@ def test_cuda_gives_the_same_views_without_a_synchronisation(name: str) -> None:
         (lambda: Hole((0.5, 0.2)), r"side \(0\.5, 0\.2\); expected \(smallest, largest\), shares"),
         (lambda: Hole((-0.5, 0.2)), "side"),
         (lambda: Hole(0.5), r"side 0\.5"),
+        (lambda: Recolor(invert=-0.1), r"Recolor got invert -0\.1; expected a probability, 0 to 1"),
+        (lambda: Recolor(invert=1.1), r"invert 1\.1"),
+        (lambda: Recolor(invert=math.nan), "invert nan"),
         (lambda: Hole((0, 1), fill="black"), 'fill \'black\'; expected "mean" or "grey"'),
     ],
 )
@@ -415,7 +458,7 @@ def test_a_field_out_of_range_is_refused(make: Callable[[], View], message: str)
         make()
 
 
-@pytest.mark.parametrize("view", [AFFINE, COLOR, Hole((0.2, 0.5)), Flip()])
+@pytest.mark.parametrize("view", [AFFINE, COLOR, Hole((0.2, 0.5)), Flip(), Recolor()])
 def test_images_of_another_kind_are_refused(view: View) -> None:
     images, name = pictures(4), type(view).__name__
     with pytest.raises(
@@ -430,8 +473,9 @@ def test_images_of_another_kind_are_refused(view: View) -> None:
         call(view, images, examples=torch.arange(3))
 
 
-def test_colors_are_of_pictures_with_one_or_three_channels_in_their_range() -> None:
+@pytest.mark.parametrize("view", [COLOR, Recolor()])
+def test_colors_are_of_pictures_with_one_or_three_channels_in_their_range(view: View) -> None:
     with pytest.raises(MetaplError, match="4 channels; expected 1 \\(grey\\) or 3"):
-        call(COLOR, torch.rand(2, 4, 8, 8))
+        call(view, torch.rand(2, 4, 8, 8))
     with pytest.raises(MetaplError, match="values from -1 to 2; expected 0 to 1: normalise after the views"):
-        call(COLOR, torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1))
+        call(view, torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1))

@@ -11,7 +11,7 @@ from metapl.recipes.comparison import Comparison
 def comparison(test: dict[str, list[float]], validation: dict[str, list[float]] | None = None) -> Comparison:
     """Students with these accuracies, and finetuned ones that are worse."""
     methods = {
-        name: {"student_test_accuracy": ones, "finetuned_test_accuracy": [0.1] * len(ones)}
+        name: {"test_accuracy": ones, "student_test_accuracy": ones, "finetuned_test_accuracy": [0.1] * len(ones)}
         for name, ones in test.items()
     }
     for name, ones in (validation or {}).items():

@@ -145,7 +145,7 @@ def test_few_validation_pictures_are_reported_on_and_choose_nothing(
     assert accuracies(found).keys() == names
     assert found["validation_accuracy"] == found["finetuned_validation_accuracy"]
     assert "the rule where validation cannot tell" in text
-    assert "of 6 " in text
+    assert "% (n = 6, " in text.replace(" %", "%")
     shown = said(capsys, "evaluate", run)
     assert "\nvalidation accuracy " in shown
     assert "as in result.json\n" in shown
@@ -243,7 +243,7 @@ def test_a_comparison_runs_each_method_with_the_same_settled_steps(
     assert [fields["method"] for fields in recipes] == list(methods)
     assert [fields.pop("steps") for fields in recipes] == [8] * len(methods)
     assert all({**fields, "method": ""} == {**recipes[0], "method": ""} for fields in recipes)
-    assert recipes[0]["wait"] == 4  # which those without a student leave out
+    assert recipes[0]["wait"] == 6  # which those without a student leave out
     teachers = [sorted(path.name for path in (out / one / "seed-0").glob("*.safetensors")) for one in methods]
     assert [WEIGHTS["teacher"] in names for names in teachers] == [True, False, False, False]
 

@@ -29,16 +29,14 @@ def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient() -> No
     assert cosines["none"] == [0, 0]
 
 
-def test_own_networks_learns() -> None:
-    found = re.search(r"accuracy on images it never saw: ([\d.]+)", output("own_networks.py"))
+def test_own_networks_learns_with_feedback_and_without() -> None:
+    """One seed says nothing of the difference; the figures of eight are in the example's own text."""
+    found = re.fullmatch(
+        r"seed 3: student's accuracy ([\d.]+) % with feedback, ([\d.]+) % without\n", output("own_networks.py", "3")
+    )
     assert found is not None
-    assert float(found[1]) > 0.7
-
-
-def test_own_networks_takes_fifteen_lines() -> None:
-    text = (ROOT / "examples/own_networks.py").read_text()
-    lines = [line for line in text.splitlines()[1:] if line.strip() and not line.startswith(("import", "from"))]
-    assert len(lines) <= 15
+    assert min(float(found[1]), float(found[2])) > 60
+    assert found[1] != found[2]
 
 
 def test_tabular_is_no_worse_than_logistic_regression() -> None:

@@ -410,7 +410,7 @@ def generator_function() -> Iterator[int]:
         (3, r"labeled is of type int; expected a torch DataLoader, .*: give one of these"),
         (None, "of type NoneType"),
         ("path", "of type str"),
-        ({"x": torch.ones(2)}, "of type dict"),
+        ({"x": torch.ones(2)}, "a dict of"),
         ({1, 2}, "of type set"),
         (torch.ones(2, 3), r"tensor of shape \(2, 3\).*wrap it in a data set"),
         (np.ones(2), r"ndarray.*wrap it in a data set"),

@@ -160,7 +160,7 @@ def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) 
     def scripted(*_: Any) -> Any:
         seen.append(copied(trainer.student))
         accuracy = next(wanted)
-        return type("Found", (), {"accuracy": accuracy})
+        return type("Found", (), {"accuracy": accuracy, "n": len(VALIDATION[1])})
 
     monkeypatch.setattr("metapl.fitting.selection.evaluate_logits", scripted)
     found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1)
@@ -174,7 +174,7 @@ def test_without_selection_the_last_student_is_kept_and_its_accuracy_told(monkey
     trainer, steps, wanted = single(), 3, iter([0.2, 0.6, 0.4])
 
     def scripted(*_: Any) -> Any:
-        return type("Found", (), {"accuracy": next(wanted)})
+        return type("Found", (), {"accuracy": next(wanted), "n": len(VALIDATION[1])})
 
     monkeypatch.setattr("metapl.fitting.selection.evaluate_logits", scripted)
     found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1, select=False)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command import unprompted
 from PIL import Image
 from test_resume import (
     INTERRUPT,
@@ -243,7 +244,7 @@ def test_a_resumed_run_says_which_option_is_another(nurseries: list[Nursery], pi
     assert nursery.run(command(pictures), out, (*WAITING, 2, KILL))[0] == -KILL
     code, words = nursery.run(command(pictures).replace("--pad 1", "--pad 2 --student.lr 0.5") + " --resume", out)
     assert code == 2
-    assert "another recipe (pad was 1, now 2, student.lr was 0.002, now 0.5)" in words
+    assert re.search(r"another recipe \(pad was 1, now 2, student\.lr was 0\.0\d+, now 0\.5\)", words), words
 
 
 def test_workers_do_not_hold_the_folder(tmp_path: Path) -> None:
@@ -306,7 +307,7 @@ def test_the_command_names_the_picture_that_killed_a_worker(
     assert trained(pictures, tmp_path / "run", *more) == 2
     words = capsys.readouterr().err
     assert f"a worker died while reading {deadly}; remove or replace it" in words
-    assert words.count("\n") == 1
+    assert unprompted(words).count("\n") == 1
     if more:
         assert re.search(r"the last good checkpoint is .*fit/step-\d+\.ckpt", words)
     assert json.loads((tmp_path / "run/recipe.json").read_text())["format"] == FORMAT
@@ -332,4 +333,4 @@ def test_a_worker_that_is_killed_while_it_reads_nothing_is_told_of(
     assert trained(pictures, tmp_path / "run") == 2
     words = capsys.readouterr().err
     assert re.search(r"a process that prepares batches died \(.*\): was there too little memory\?", words)
-    assert words.count("\n") == 1
+    assert unprompted(words).count("\n") == 1

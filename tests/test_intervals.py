@@ -27,8 +27,8 @@ def test_all_right_of_few_is_not_certain() -> None:
 
 
 def test_words() -> None:
-    assert spoken(0.25, 12_000, 4) == "25.0 % (n = 12,000, 95 % interval 24.2-25.8, chance 25.0 %)"
-    assert spoken(1.0, 4, 3) == "100.0 % (n = 4, 95 % interval 51.0-100.0, chance 33.3 %)"
+    assert spoken(0.25, 12_000, 1 / 4) == "25.0 % (n = 12,000, 95 % interval 24.2-25.8, chance 25.0 %)"
+    assert spoken(1.0, 4, 1 / 3) == "100.0 % (n = 4, 95 % interval 51.0-100.0, chance 33.3 %)"
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 2)])
@@ -37,7 +37,7 @@ def test_impossible_counts(correct: int, n: int) -> None:
         interval(correct, n)
 
 
-@pytest.mark.parametrize(("accuracy", "n", "classes"), [(1.5, 3, 2), (math.nan, 3, 2), (0.5, 4, 0), (0.5, 0, 2)])
-def test_impossible_accuracies(accuracy: float, n: int, classes: int) -> None:
+@pytest.mark.parametrize(("accuracy", "n", "chance"), [(1.5, 3, 0.5), (math.nan, 3, 0.5), (0.5, 4, 2.0), (0.5, 0, 0.5)])
+def test_impossible_accuracies(accuracy: float, n: int, chance: float) -> None:
     with pytest.raises(MetaplError):
-        spoken(accuracy, n, classes)
+        spoken(accuracy, n, chance)

@@ -32,6 +32,7 @@ from metapl.models import (
     wide_resnet28_10,
 )
 from metapl.models.architecture import FAMILIES
+from metapl.models.pooled_cnn import pooled_cnn
 
 
 def count(model: nn.Module) -> int:
@@ -177,6 +178,7 @@ KNOWN_COUNTS = {
     "wide_resnet28_2": (10, 1_467_610),
     "wide_resnet28_10": (10, 36_479_194),
     "small_cnn": (10, 80_266),
+    "pooled_cnn": (10, 94_762),
     "resnet18": (1000, 11_689_512),
     "resnet34": (1000, 21_797_672),
     "resnet50": (1000, 25_557_032),
@@ -210,7 +212,9 @@ def test_counts_of_the_networks_by_name(name: str) -> None:
     assert count(on_meta(name, classes)) == weights
 
 
-ONE_OF_EACH = ["small_cnn", "wide_resnet28_2", "resnet18", "efficientnet_b1", "efficientnet_b0_svhn", "vit_h_14"]
+ONE_OF_EACH = [
+    *("pooled_cnn", "small_cnn", "wide_resnet28_2", "resnet18", "efficientnet_b1", "efficientnet_b0_svhn", "vit_h_14"),
+]
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -259,6 +263,13 @@ def test_stochastic_depth_is_linear_up_to_the_last_block(name: str, blocks: int)
     assert not any(m.p for m in on_meta(name, 10).modules() if isinstance(m, StochasticDepth))
 
 
+@pytest.mark.parametrize("classes", [3, 1000, 4000])
+def test_the_head_of_an_efficientnet_is_small_for_few_classes_too(classes: int) -> None:
+    torch.manual_seed(0)
+    weight = create("efficientnet_b0", classes).get_parameter("classifier.1.weight")
+    assert weight.abs().max().item() == pytest.approx(max(1000, classes) ** -0.5, rel=0.01)
+
+
 def test_dropout_stands_where_it_should() -> None:
     def rates(name: str, dropout: float) -> set[float]:
         return {m.p for m in on_meta(name, 10, dropout=dropout).modules() if isinstance(m, nn.Dropout)}
@@ -284,7 +295,7 @@ def test_noise_acts_in_training_alone() -> None:
 
 
 def test_grey_pictures() -> None:
-    for name in ("small_cnn", "wide_resnet28_2", "resnet18", "efficientnet_b0_svhn"):
+    for name in ("pooled_cnn", "small_cnn", "wide_resnet28_2", "resnet18", "efficientnet_b0_svhn"):
         model = create(name, 3, in_channels=1).eval()
         assert model(torch.randn(2, 1, 16, 16)).shape == (2, 3), name
     torch.manual_seed(0)
@@ -296,6 +307,58 @@ def test_small_cnn_keeps_the_examples_apart() -> None:
     model = create("small_cnn", 3, in_channels=1)
     images = torch.randn(5, 1, 16, 16)
     torch.testing.assert_close(model(images)[:2], model(images[:2]))
+
+
+STAGES = {
+    **dict.fromkeys((1, 8, 11), (128,)),
+    **dict.fromkeys((12, 16, 20, 23), (64, 128)),
+    **dict.fromkeys((24, 28, 32, 40, 41), (32, 64, 128)),
+    **dict.fromkeys((48, 64, 92), (32, 64, 128, 192)),
+    **dict.fromkeys((96, 128), (32, 64, 128, 192, 192)),
+}
+"""Channels of pooled_cnn by the side of the pictures."""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", STAGES)
+def test_pooled_cnn_fits_itself_to_the_size_of_the_pictures(side: int, channels: int) -> None:
+    model = on_meta("pooled_cnn", 7, in_channels=channels, image_size=side)
+    assert tuple(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)) == STAGES[side]
+    images = torch.empty(2, channels, side, side, device="meta")
+    last = model.get_submodule("features")(images).shape[2:]
+    assert last[0] == last[1] == side if side < 6 else 6 <= last[0] == last[1] <= 11
+    assert model(images).shape == (2, 7)
+    larger, wide = torch.empty(2, channels, 2 * side, 2 * side + 3, device="meta"), (2, 7)
+    assert model(larger).shape == wide
+
+
+def test_pooled_cnn_is_a_chain_of_what_it_says() -> None:
+    torch.manual_seed(0)
+    model, images = pooled_cnn(5, dropout=0.4, image_size=48).eval(), torch.randn(2, 3, 48, 48)
+    weights, x = model.state_dict(), images
+    for number in range(4):
+        x = nn.functional.conv2d(x, weights[f"features.{number}.0.weight"], stride=1 + (number == 0), padding=1)
+        x = (x / (1 + 1e-5) ** 0.5).relu()  # fresh statistics
+        x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5)) if number in (1, 2) else x
+    expected = x.mean((2, 3)) @ weights["head.weight"].T + weights["head.bias"]
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    model.get_submodule("dropout").train()
+    assert not torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_classes": 0}, "num_classes 0, in_channels 3 and image_size 32; expected each to be 1 or more"),
+        ({"in_channels": 0}, "in_channels 0"),
+        ({"image_size": 0}, "image_size 0"),
+        ({"dropout": 1.0}, r"dropout 1\.0; expected a probability in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout -0\.1"),
+    ],
+)
+def test_pooled_cnn_refuses_sizes(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(MetaplError, match=words):
+        pooled_cnn(**fields)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +405,8 @@ def shortened(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("small_cnn", 16), ("resnet50", 32), ("efficientnet_b0_svhn", 16), ("vit_b_16", 32)]
+    ("name", "size"),
+    [("pooled_cnn", 16), ("small_cnn", 16), ("resnet50", 32), ("efficientnet_b0_svhn", 16), ("vit_b_16", 32)],
 )
 def test_feedback_through_a_network_agrees_between_modes(name: str, size: int) -> None:
     torch.manual_seed(0)

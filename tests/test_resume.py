@@ -105,8 +105,8 @@ POINTS: list[Point] = [
     ("metapl.atomic", "_sync_folder", 3, KILL),  # after it has
     ("metapl.checkpoint:CheckpointFolder", "_remove_oldest", 2, KILL),  # before the oldest one goes
     ("metapl.run_folder:Metrics", "cut", 2, KILL),  # between training and finetuning
-    ("metapl.run_folder:RunFolder", "write_weights", 1, KILL),
     ("metapl.baselines:LossTrainer", "step", 23, KILL),  # while finetuning
+    ("metapl.run_folder:RunFolder", "write_weights", 1, KILL),
     ("metapl.run_folder:RunFolder", "write_weights", 3, KILL),
     ("metapl.report", "draw_report", 1, KILL),
     ("metapl.run_folder:RunFolder", "write_json", 1, KILL),  # before there is a result

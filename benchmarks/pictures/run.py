@@ -2,7 +2,7 @@
 
     python -m benchmarks.pictures.run --half seen --methods uda supervised --minutes 1.5
     python -m benchmarks.pictures.run --half unseen --methods ... --minutes 1.5     # once, when all is tuned
-    python -m benchmarks.pictures.run --table --half unseen
+    python -m benchmarks.pictures.tables --half unseen
 
 Each run is ``metapl train images`` with its defaults, or with the settings of ``--set FIELD=VALUE``, on folders that
 the problem wrote: one thread, as many steps as fit into the minutes of processor time by the recipe's own measurement.

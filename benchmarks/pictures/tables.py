@@ -67,7 +67,7 @@ def draw(rows: list[Row], name: str, file: Path) -> None:
     axes.hlines(lines, [min(values) for values in every], [max(values) for values in every], color="0.85", zorder=1)
     for marker, (method, found) in zip("osD^vP", by_method.items(), strict=False):
         axes.scatter([found[p] for p in problems], lines, marker=marker, label=TITLES[method], zorder=2, s=36)
-    axes.set(yticks=lines, yticklabels=problems, xlabel="test accuracy in %", xlim=(0, 100))
+    axes.set(yticks=lines, yticklabels=problems, xlabel="test accuracy in %", xlim=(0, 102))
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(file, dpi=120)
@@ -77,8 +77,10 @@ def draw(rows: list[Row], name: str, file: Path) -> None:
 def write(text: str, file: Path, name: str) -> None:
     """Put the table between the marks of the page."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, _, rest = file.read_text().partition(begin)
-    _, _, after = rest.partition(end)
+    before, begun, rest = file.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise SystemExit(f"{file} has no place for the table; expected the lines {begin} and {end}.")
     file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 

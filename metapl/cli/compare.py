@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.cli.finished import Finished, finished
-from metapl.cli.parse import WIDTH
+from metapl.cli.parse import paragraph
 from metapl.cli.table import table
 from metapl.data.folder_check import some
 from metapl.errors import MetaplError
@@ -174,7 +173,7 @@ def _caption(entries: Sequence[Entry]) -> str:
 
 def _table(found: Sequence[tuple[Finished, list[Entry]]]) -> str:
     """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
-    rows: list[tuple[str, ...]] = [("run", "method", "seeds", "student", "finetuned")]
+    rows: list[tuple[str, ...]] = [("run", "method", "seeds", "delivered", "student", "finetuned")]
     for run, entries in found:
         for method in dict.fromkeys(entry.method for entry in entries):
             mine = [entry for entry in entries if entry.method == method]
@@ -245,7 +244,7 @@ def _values(entries: list[Entry], field: str) -> list[str]:
 def _paired(comparison: Comparison) -> str:
     """Does the feedback help, where that was run; else each against the first."""
     if comparison.against_control() is not None:
-        return textwrap.fill(comparison.sentence(), WIDTH)
+        return paragraph(comparison.sentence())
     (first, reference), *others = comparison.methods.items()
     lines = [f"The students by seed ({_ranges(comparison.seeds)}), against those of {first}:"]
     for name, readouts in others:

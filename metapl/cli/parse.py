@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -16,7 +17,7 @@ from metapl.cli.help import WIDE, WIDTH, found, readable
 from metapl.cli.suggest import did_you_mean, respelled, unknown_flags
 from metapl.errors import MetaplError
 
-__all__ = ["WIDTH", "Run", "Switch", "parse"]
+__all__ = ["WIDTH", "Run", "Switch", "paragraph", "parse"]
 
 T = TypeVar("T")
 
@@ -25,6 +26,11 @@ Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_be
 
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 """Off unless given."""
+
+
+def paragraph(text: str) -> str:
+    """Text in lines of a terminal's width, broken at spaces alone."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def parse(kind: type[T], program: str, arguments: list[str]) -> T:
@@ -41,10 +47,28 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
     if code == 0:
         print(readable(text))
         raise SystemExit(0)
-    flags = [entry.name for entry in found(_ask_tyro(kind, program, ["--help"])[3])]
+    entries = list(found(_ask_tyro(kind, program, ["--help"])[3]))
+    told = _with_true(arguments, [entry.name for entry in entries if entry.value == "{True,False}"])
+    if told != arguments:
+        return parse(kind, program, told)
+    flags = [entry.name for entry in entries]
     unknown = unknown_flags(arguments, flags)
     why = _one_line(said) if not unknown else f"there is no {unknown[0]}{did_you_mean(unknown[0], flags) or '.'}"
     raise MetaplError(f"{why} See {program} --help.")
+
+
+def _with_true(arguments: list[str], switches: list[str]) -> list[str]:
+    """``--grey`` alone is ``--grey True``, of switches that can also be left open.
+
+    >>> _with_true(["--grey", "--pad", "2", "--color", "False"], ["--grey", "--color"])
+    ['--grey', 'True', '--pad', '2', '--color', 'False']
+    """
+    following = [*arguments[1:], ""]
+    return [
+        word
+        for one, after in zip(arguments, following, strict=True)
+        for word in ([one, "True"] if one in switches and after not in ("True", "False") else [one])
+    ]
 
 
 def _ask_tyro(kind: type[T], program: str, arguments: list[str]) -> tuple[int | None, T | None, str, str]:

@@ -7,7 +7,6 @@ import re
 import shlex
 import signal
 import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,7 +19,7 @@ import tyro
 
 from metapl.cli.jobs import Job, aloud, run_all
 from metapl.cli.pace import Pace
-from metapl.cli.parse import WIDTH, Switch
+from metapl.cli.parse import Switch, paragraph
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation, with_chance
@@ -32,6 +31,11 @@ from metapl.recipes.comparison import Comparison, parse_seeds, title
 from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
 from metapl.recipes.store import describe, stored
 from metapl.run_folder import WEIGHTS, RunFolder
+
+METHODS_HELP = (
+    f"with --compare: these methods alone, of {', '.join(METHODS)}; supervised_everything, the headroom, is for "
+    "recipes that know the labels of all examples."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +49,6 @@ class Train:
         compare: run the same loop without feedback and the baselines beside it.
         seeds: with --compare: the seeds, such as 0-9 or 0,3,5; the recipe's own seed by default.
         controls: with --compare: altered feedback too.
-        methods: with --compare: these methods alone, of mpl, none, supervised, label_smoothing, pseudo_labels,
-            pseudo_labels_hard, uda, permuted, class_means, random_sign, and, where the labels of all examples are
-            known, supervised_everything: the headroom.
         jobs: with --compare: runs at a time; by default as many as there are cores, and one on a GPU.
     """
 
@@ -57,7 +58,9 @@ class Train:
     compare: Switch = False
     seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS", help_behavior_hint="")] = None
     controls: Switch = False
-    methods: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD ...", help_behavior_hint="")] = None
+    methods: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD ...", help=METHODS_HELP, help_behavior_hint="")
+    ] = None
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
 
     def __call__(self) -> int:
@@ -103,7 +106,7 @@ class Train:
         if finished:
             print(f"{out} is finished already.")
         for line in summary(result, len(self.recipe.classes)):
-            print(textwrap.fill(line, WIDTH))
+            print(paragraph(line))
         print(f"the networks, the report and the figures are in {out}")
         if method == "mpl":
             print("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
@@ -113,7 +116,10 @@ class Train:
 
     def _compare(self, out: Path) -> int:
         seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
-        methods = self.methods or COMPARED + (CONTROLS if self.controls else ())
+        # The recipe's own method first: it is delivered where validation cannot tell.
+        own = getattr(self.recipe, "method", COMPARED[0])
+        others = tuple(name for name in COMPARED if name != own) + (CONTROLS if self.controls else ())
+        methods = self.methods or (own, *others)
         folder = RunFolder(out)
         recipe = describe(self.recipe, compare=list(methods), seeds=list(seeds))
         with folder.claimed(recipe, resume=self.resume):
@@ -124,8 +130,8 @@ class Train:
             self._leave_behind(folder, comparison, results)
         print(f"figures, report and the delivered networks are in {out}")
         print(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
-        print(textwrap.fill(comparison.sentence(), WIDTH))
-        print(textwrap.fill(comparison.delivery(), WIDTH))
+        print(paragraph(comparison.sentence()))
+        print(paragraph(comparison.delivery()))
         return 0
 
     def _run_jobs(

@@ -112,10 +112,10 @@ class Affine:
 class Color:
     """Change each picture's brightness, contrast, saturation and hue.
 
-    x ↦ s(c(bx) + (1 − c)m) + (1 − s)y, cut to [0, 1], with m the mean luma of bx and y the luma of the picture so far;
-    then the colours are turned about the grey axis by an angle θ. b, c and s are uniform on [max(0, 1 − r), 1 + r] for
-    their r, and θ on ±hue turns. Brightness, contrast and saturation are torchvision's, but that nothing is cut off in
-    between; the hue is linear, as in StyleGAN2-ADA, and not that of HSV.
+    x ↦ s(c(bx) + (1 − c)m) + (1 − s)y, with m the mean luma of bx and y the luma of the picture so far; then the
+    colours are turned about the grey axis by an angle θ, and cut to [0, 1]. b, c and s are uniform on
+    [max(0, 1 − r), 1 + r] for their r, and θ on ±hue turns. Brightness, contrast and saturation are torchvision's, but
+    that nothing is cut off in between; the hue is linear, as in StyleGAN2-ADA, and not that of HSV.
 
     Args:
         brightness, contrast, saturation: r of b, c and s, 0 or more.

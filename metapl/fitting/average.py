@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from metapl.errors import MetaplError
+
 
 class Average:
     r"""A network whose weights follow another's, \theta̅ \leftarrow d_t \theta̅ + (1 - d_t) \theta.
@@ -34,6 +36,11 @@ class Average:
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in network.parameters()):
+            raise MetaplError(
+                "the average of 16-bit weights does not move: its steps are below their resolution; expected "
+                "ema_decay=None, or 32-bit weights with precision='bfloat16'."
+            )
         self.module = copy.deepcopy(network)
         self.decay, self.steps = decay, 0
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 
 WIDTHS = (32, 64, 128, 192)
-"""Channels of four stages. Two stages have 64 and 128; those after the fourth have as many as it."""
+"""Channels of four stages. Two stages have 64 and 128, one has 128; those after the fourth have as many as it."""
 
 LARGE = 40
 """Sides above this many pixels are halved by the first convolution already."""
@@ -76,7 +76,8 @@ def pooled_cnn(
         num_classes: number of outputs, 1 or more.
         in_channels: channels of a picture: 3 for color, 1 for grey.
         dropout: probability in [0, 1) of zeroing a feature before the linear layer.
-        image_size: side of the pictures that it is built for, in pixels, 1 or more; None: 32. It takes others too.
+        image_size: side of the pictures that it is built for, in pixels, 1 or more; None: 32. It takes larger ones too,
+            and smaller ones that do not vanish in the pooling.
 
     Returns:
         A module from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``).
@@ -94,7 +95,7 @@ def pooled_cnn(
     side = 32 if image_size is None else image_size
     if num_classes < 1 or in_channels < 1 or side < 1:
         raise MetaplError(
-            f"pooled_cnn got num_classes {num_classes}, in_channels {in_channels} and image_size {image_size}; "
+            f"pooled_cnn got num_classes {num_classes}, in_channels {in_channels} and image_size {side}; "
             "expected each to be 1 or more: pooled_cnn(num_classes=10, in_channels=1, image_size=32)"
         )
     if not 0.0 <= dropout < 1.0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 _KEEPING_STAGES = (2, 3)
 """The stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32."""
+
+_IMAGENET_CLASSES = 1000
+"""The head of an EfficientNet is drawn from ±1/sqrt(classes). For three classes that makes logits of ten, which takes
+long to unlearn; so it is drawn as for these many classes at least."""
 
 
 class _DroppedLinear(nn.Linear):
@@ -42,6 +47,8 @@ def _build_efficientnet(a: Architecture) -> nn.Module:
             # The first block of a stage: expansion, then the depthwise convolution that strides.
             module.get_submodule(f"features.{stage}.0.block.1.0").stride = (1, 1)  # type: ignore[assignment]  # a Conv2d
     _set_stochastic_depth(module, a.stochastic_depth)
+    with torch.no_grad():
+        module.get_parameter("classifier.1.weight").mul_(min(1.0, a.num_classes / _IMAGENET_CLASSES) ** 0.5)
     return _with_channels(module, "features.0.0", a.in_channels)
 
 

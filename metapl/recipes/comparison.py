@@ -28,8 +28,8 @@ TITLES = {
 }
 
 
-STUDENT, FINETUNED = READOUTS = ("student_test_accuracy", "finetuned_test_accuracy")
-"""What is compared: the student, and the student finetuned."""
+DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
+"""What is compared: the network that a run delivers, the student, and the student finetuned."""
 
 HEADROOM = "supervised_everything"
 """Is told the true labels of all examples: no method for those who do not have them."""
@@ -45,9 +45,8 @@ class Comparison:
 
     Args:
         seeds: the seeds, in the order of the lists.
-        methods: name → {"student_test_accuracy": one per seed, "finetuned_test_accuracy": one per seed,
-            "validation_accuracy": one per seed, of the network that it delivers, where validation can tell networks
-            apart}, fractions.
+        methods: name → accuracies, fractions, one for each seed: of each of :data:`READOUTS`, and as
+            "validation_accuracy" of the delivered network, where validation can tell networks apart.
         examples: in the test set.
         chance: the accuracy of guessing there; see :func:`metapl.evaluate.chance_level`.
     """
@@ -84,12 +83,12 @@ class Comparison:
         if not {"mpl", "none"} <= self.methods.keys():
             return None
         control = self.methods["none"]
-        better = max(READOUTS, key=lambda readout: statistics.fmean(control[readout]))
+        better = max((STUDENT, FINETUNED), key=lambda readout: statistics.fmean(control[readout]))
         return paired_test(self.methods["mpl"][STUDENT], control[better]), better
 
     def best(self) -> str:
-        """The method whose students have the highest mean accuracy on the test set; the earlier of equals."""
-        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name][STUDENT]))
+        """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
+        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name][DELIVERED]))
 
     def delivered(self) -> tuple[str, int]:
         """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
@@ -108,24 +107,24 @@ class Comparison:
         return [name for name in self.methods if name != HEADROOM] or list(self.methods)
 
     def table(self) -> str:
-        """The methods with mean ± standard deviation of both read-outs, in %.
+        """The methods with mean ± standard deviation of all read-outs, in %.
 
-        >>> accuracies = {"student_test_accuracy": [0.8, 0.9], "finetuned_test_accuracy": [0.8, 0.8]}
+        >>> accuracies = dict.fromkeys(READOUTS, [0.8, 0.9])
         >>> print(Comparison((0, 1), {"mpl": accuracies}, examples=400, chance=0.1).table())
-        method                                  student        finetuned      seeds
-        Meta Pseudo Labels                      85.0 ± 7.1     80.0 ± 0.0     2
-        chance                                  10.0           10.0
+        method              delivered   student     finetuned
+        Meta Pseudo Labels  85.0 ± 7.1  85.0 ± 7.1  85.0 ± 7.1
+        chance              10.0        10.0        10.0
         """
-        rows = [("method", "student", "finetuned", "seeds")]
-        for name, found in self.methods.items():
-            student, finetuned = _spread(found[STUDENT]), _spread(found[FINETUNED])
-            rows.append((title(name), student, finetuned, str(len(self.seeds))))
-        rows.append(("chance", f"{100 * self.chance:.1f}", f"{100 * self.chance:.1f}", ""))
-        return "\n".join(f"{a:<40}{b:<15}{c:<15}{d}".rstrip() for a, b, c, d in rows)
+        rows: list[tuple[str, ...]] = [("method", "delivered", "student", "finetuned")]
+        rows += [(title(name), *(_spread(found[one]) for one in READOUTS)) for name, found in self.methods.items()]
+        rows.append(("chance", *[f"{100 * self.chance:.1f}"] * len(READOUTS)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
 
     def caption(self) -> str:
         """What the table shows."""
-        over = ", mean ± standard deviation over seeds" if len(self.seeds) > 1 else ""
+        over = f", mean ± standard deviation over {_seeds(len(self.seeds))}" if len(self.seeds) > 1 else ""
         return f"test accuracy in % on {self.examples:,} examples{over}"
 
     def sentence(self) -> str:
@@ -147,7 +146,7 @@ class Comparison:
 
     def _best_of_all(self) -> str:
         best = self.best()
-        reached = statistics.fmean(self.methods[best][STUDENT])
+        reached = statistics.fmean(self.methods[best][DELIVERED])
         return f"the best on the test set is {title(best)} with {with_chance(reached, self.examples, self.chance)}"
 
     def delivery(self) -> str:

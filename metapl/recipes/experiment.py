@@ -244,9 +244,10 @@ def summary(content: Mapping[str, Any], classes: int) -> list[str]:
     tested, n = content.get("evaluation"), content["validation_size"]
     why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
     if tested is not None:
-        lines.append(f"Test accuracy of the {TITLED[name]}: {spoken(tested['accuracy'], tested['n'], classes)}.")
+        reached = spoken(tested["accuracy"], tested["n"], Evaluation(**tested).chance)
+        lines.append(f"Test accuracy of the {TITLED[name]}: {reached}.")
     if content.get("validation_accuracy") is not None:
-        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, classes)}.")
+        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, 1 / classes)}.")
     if not lines:
         lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
     part = "test" if tested is not None else "validation"

@@ -51,6 +51,9 @@ WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
 of its ramp."""
 
+AGAIN = 2
+"""How often the number of steps is measured again where parts of it were asked for."""
+
 REHEARSED = 1000
 """Steps of the recipe that is measured: of such a recipe, a few are taken."""
 
@@ -112,6 +115,7 @@ class Changes:
 
     def __post_init__(self) -> None:
         require(self, self.zoom >= 1, "zoom", "a factor of 1 or more")
+        require(self, 0 <= self.hole < math.inf, "hole", "a share of the side, 0 or more")
         self.strong()
 
     def strong(self) -> View:
@@ -147,12 +151,12 @@ class Changes:
 ADAMW = Optimizer(algorithm="adamw", lr=1e-2, weight_decay=0.05, decay_norms=False)
 """For pooled_cnn; of other networks, the rate is that of their family."""
 
-RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 1e-3, "vit": 3e-4}
+RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
 OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
 """Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
 
 CLIPPED = 1.0
-"""Greatest norm of a gradient in networks that are not metapl's own: without it, some diverge at the start."""
+"""Greatest norm of a gradient in networks other than pooled_cnn and small_cnn: without it, some diverge at first."""
 
 PRETRAINED_NETWORK = "resnet18"
 
@@ -230,12 +234,17 @@ class ImageFolders(PictureRecipe):
         fraction = self.val_fraction
         require(self, fraction is None or 0 <= fraction < 1, "val_fraction", "a number in [0, 1)")
         require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
+        require(self, 0 <= self.uda_align <= 1, "uda_align", "a number in [0, 1]")
+        require(self, self.uda_start is None or self.uda_start >= 0, "uda_start", "0 or more steps")
 
     def _for_network(self, name: str) -> ImageFolders:
         """The recipe with the rates at which such a network trains, where others were not asked for."""
         family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
-        optimizer = dataclasses.replace(ADAMW, lr=PRETRAINED_RATE if self.weights else family)
-        student, teacher = (optimizer if one == ADAMW else one for one in (self.student, self.teacher))
+        rate = PRETRAINED_RATE if self.weights else family
+        student, teacher = (
+            dataclasses.replace(one, lr=rate) if (one.algorithm, one.lr) == (ADAMW.algorithm, ADAMW.lr) else one
+            for one in (self.student, self.teacher)
+        )
         clip = CLIPPED if self.clip_norm is None and not name.endswith("_cnn") else self.clip_norm
         return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
 
@@ -265,10 +274,17 @@ class ImageFolders(PictureRecipe):
             return recipe._for_network(recipe.network_name)
         seen, tell = recipe._look(), say or (lambda text: None)
         recipe = recipe.fitted(seen)
-        trial = dataclasses.replace(recipe, steps=REHEARSED).scheduled(REHEARSED)
+        # What was asked for in steps is no share of them: more are rehearsed, and again with what fits.
+        asked = max(self.wait or 0, self.uda_start or 0)
+        trial = recipe.scheduled(REHEARSED if recipe.steps is OPEN and not asked else recipe.steps or 2 * asked)
         precision = faster_precision(trial) if recipe.precision is OPEN else recipe.precision
         recipe, trial = (dataclasses.replace(one, precision=precision) for one in (recipe, trial))
-        recipe = recipe.scheduled(steps_within(trial, recipe.minutes) if recipe.steps is OPEN else recipe.steps)
+        steps = recipe.steps
+        if steps is OPEN:
+            steps = steps_within(trial, recipe.minutes)
+            for _ in range(AGAIN if asked else 0):
+                steps = steps_within(recipe.scheduled(max(steps, asked + 1)), recipe.minutes)
+        recipe = recipe.scheduled(steps)
         tell(recipe.chosen())
         if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
             tell("for photographs a network that was trained on photographs is better: --weights imagenet")

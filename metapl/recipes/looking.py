@@ -19,6 +19,9 @@ LOOKED_AT = 256
 SIDE = 32
 """Pixels that a picture is brought to for a look at its colors."""
 
+MIDDLE = slice(SIDE // 4, -(SIDE // 4))
+"""Rows and columns where the object of most pictures is: its colors are compared, and not the background's."""
+
 ALIKE = 8
 """Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey."""
 
@@ -28,18 +31,19 @@ LUMA = (0.299, 0.587, 0.114)
 SMALLEST_STD = 0.05
 """Standard deviation in [0, 1] that blank pictures are given."""
 
-SIGNIFICANT = 2.6
-"""Standard errors above chance from which colors are taken to tell classes apart: one set in two hundred by chance."""
+SHUFFLES = 199
+"""Shuffles of the labels that colors are compared with: they tell classes apart by chance in one set of two hundred."""
 
 
 @dataclass(frozen=True)
 class Colors:
-    """Whether the mean color, or the mean level of grey, tells the labeled pictures' classes apart.
+    """Whether the mean color of the middle, or its mean level of grey, tells the labeled pictures' classes apart.
 
     Args:
-        right: share of pictures whose class is that of the nearest mean color, each picture left out of the means.
+        right: share of pictures whose class is that of the nearest mean color, each picture left out of the means,
+            averaged over classes.
         chance: the same share expected of guessing evenly among the classes.
-        tell: whether ``right`` is above ``chance`` by more than chance explains.
+        tell: whether ``right`` is more than chance explains.
     """
 
     right: float
@@ -107,15 +111,18 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
         mean=tuple(round(value, 3) for value in unit.mean((0, 2, 3)).tolist()),
         std=tuple(_spread_of(value) for value in unit.std((0, 2, 3)).tolist()),
         level=(round(float(level_NHW.mean()), 3), _spread_of(float(level_NHW.std()))),
-        colors=colors_tell(unit[of_labeled].mean((2, 3)), torch.tensor(classes)[of_labeled]),
+        colors=colors_tell(unit[of_labeled][..., MIDDLE, MIDDLE].mean((2, 3)), torch.tensor(classes)[of_labeled]),
     )
 
 
 def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     """Whether the nearest class mean, with each example left out of its own, finds the classes.
 
+    The share found, averaged over classes, is compared with that of ``SHUFFLES`` shuffles of the labels: whatever the
+    sizes of the classes, colors that have nothing to do with them are above all of these once in ``SHUFFLES`` + 1.
+
     Args:
-        colors_NC: (N, C), the mean color of each picture.
+        colors_NC: (N, C), the mean color of each picture's middle.
         labels_N: int64 (N,).
 
     Returns: with ``tell`` False where no class has two examples, since then nothing can be left out.
@@ -127,20 +134,27 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     False
     """
     classes, labels = labels_N.unique(return_inverse=True)
-    counts_K = labels.bincount()
-    judged_N = counts_K[labels] >= 2
-    judged, chance = int(judged_N.sum()), 1 / len(classes)
-    if judged == 0 or len(classes) < 2:
+    chance = 1 / len(classes)
+    if len(classes) < 2 or int(labels.bincount().max()) < 2:
         return Colors(chance, chance, False)
     scaled = (colors_NC - colors_NC.mean(0)) / colors_NC.std(0).clamp_min(1e-6)
-    member_NK = torch.nn.functional.one_hot(labels, len(classes)).to(scaled.dtype)
-    sums_KC = member_NK.T @ scaled
+    generator = torch.Generator().manual_seed(0)
+    shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES))
+    right = _found(scaled, labels)
+    return Colors(right, chance, right > max(_found(scaled, one) for one in shuffled))
+
+
+def _found(colors_NC: Tensor, labels: Tensor) -> float:
+    """The share of each class that is nearest to its own mean, of classes that have two examples, averaged."""
+    counts_K = labels.bincount()
+    member_NK = torch.nn.functional.one_hot(labels, len(counts_K)).to(colors_NC.dtype)
+    sums_KC = member_NK.T @ colors_NC
     # Each picture is taken out of the mean of its own class.
-    left_NKC = sums_KC[None] - member_NK[:, :, None] * scaled[:, None]
+    left_NKC = sums_KC[None] - member_NK[:, :, None] * colors_NC[:, None]
     means_NKC = left_NKC / (counts_K[None, :, None] - member_NK[:, :, None]).clamp_min(1)
-    distance_NK = (scaled[:, None] - means_NKC).square().sum(-1)
-    right = float((distance_NK.argmin(1) == labels)[judged_N].float().mean())
-    return Colors(right, chance, right - chance > SIGNIFICANT * (chance * (1 - chance) / judged) ** 0.5)
+    nearest_N = (colors_NC[:, None] - means_NKC).square().sum(-1).argmin(1)
+    right_K = labels.bincount(weights=(nearest_N == labels).double(), minlength=len(counts_K)) / counts_K
+    return float(right_K[counts_K >= 2].mean())
 
 
 def _spread_of(std: float) -> float:

@@ -219,6 +219,7 @@ class PictureRecipe:
         require(self, self.finetune_batch is None or self.finetune_batch >= 1, "finetune_batch", "1 or more")
         require(self, 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
         CrossEntropy(self.label_smoothing)
+        UDA(self.uda_temperature, self.uda_threshold, ramp=self.uda_ramp or 0)
         self.strong.view(Identity())
         if self.complete:
             FitOptions(steps=self.steps, **self.fit_options())

@@ -1,0 +1,129 @@
+"""The runs on the generated problems, in miniature, and the table and the figure that are made from their rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pictures import run, tables
+from benchmarks.pictures.problems import half
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "pictures.md"
+TINY = ("--problems", "fruits", "--methods", "supervised", "--minutes", "0.1", "--jobs", "1")
+SETTINGS = ("--set", "steps=3", "precision=float32", "finetune_steps=1", "image_size=8", "changes.hole=0.2")
+
+
+def command(module: str, *arguments: str | Path, code: int = 0) -> str:
+    """What ``python -m benchmarks.pictures.MODULE`` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.pictures.{module}", *map(str, arguments)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_a_run_leaves_a_row_and_is_not_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    printed = command("run", *TINY, *SETTINGS, "--out", file)
+    (row,) = run.read(file)
+    assert (row["half"], row["problem"], row["method"], row["seed"]) == ("seen", "fruits", "supervised", 0)
+    assert (row["steps"], row["image_size"], row["minutes"]) == (3, 8, 0.1)
+    settings = {"steps": 3, "precision": "float32", "finetune_steps": 1, "image_size": 8, "changes.hole": 0.2}
+    assert row["settings"] == settings
+    assert row["delivered"] in ("student", "finetuned")
+    assert row["test_accuracy"] == row[f"{row['delivered']}_test_accuracy"]
+    assert 0 <= row["test_accuracy"] <= 1
+    assert printed.startswith("[1/1] fruits supervised 3 steps: ")
+    assert f"student_{100 * row['student_test_accuracy']:.1f}" in printed
+    before = file.read_text()
+    assert command("run", *TINY, *SETTINGS, "--out", file) == ""
+    assert file.read_text() == before
+
+
+def given(**fields: Any) -> Any:
+    import argparse
+
+    plain = {"half": "seen", "problems": [], "methods": ["uda"], "seeds": [0], "minutes": 1.5, "set": []}
+    return argparse.Namespace(**plain | fields)
+
+
+def test_what_is_missing_is_what_no_row_has() -> None:
+    names = [problem.name for problem in half("seen")]
+    assert list(run.missing(given(seeds=[0, 1]), [])) == [(name, "uda", seed) for seed in (0, 1) for name in names]
+    there = [{"problem": names[0], "method": "uda", "seed": 0, "minutes": 1.5, "settings": {"a": 1, "b": (2, 3)}}]
+    there = [json.loads(json.dumps(row)) for row in there]
+    one = given(problems=names[:1], set=[("b", (2, 3)), ("a", 1)])
+    assert list(run.missing(one, there)) == []
+    for other in ({"minutes": 2.0}, {"set": []}, {"seeds": [1]}, {"methods": ["mpl"]}):
+        assert len(list(run.missing(given(**vars(one) | other), there))) == 1
+
+
+# -------------------------------------------------------------------------------------------------- table and figure
+
+
+def rows() -> list[dict[str, Any]]:
+    """Two seeds of three methods on all problems of the seen half."""
+    made = []
+    for number, problem in enumerate(half("seen")):
+        for seed in (0, 1):
+            for method, more in (("supervised", 0.0), ("uda", 0.02 * number), ("fixmatch", 0.04 - 0.01 * number)):
+                accuracy = 0.5 + 0.03 * number + more + 0.01 * seed
+                made.append(
+                    {"problem": problem.name, "method": method, "test_accuracy": accuracy, "seconds": 60 + seed}
+                )
+    return made
+
+
+def test_the_table_is_of_the_means_over_seeds() -> None:
+    lines = tables.table(rows(), "seen").splitlines()
+    names = [problem.name for problem in half("seen")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["method", *names, "mean", "against supervised: mean", "worst", "seconds"]
+    assert len({len(row) for row in cells}) == 1
+    by_title = {row[0]: row[1:] for row in cells[2:]}
+    assert list(by_title) == [tables.TITLES[m] for m in ("uda", "fixmatch", "supervised")] + ["chance"]
+    supervised = [50.5 + 3 * number for number in range(9)]
+    assert by_title["supervised, the same views"] == [*(f"{v:.1f}" for v in supervised), "62.5", "–", "–", "60"]
+    assert by_title["UDA (the default)"][-4:] == ["70.5", "+8.0", "+0.0", "60"]
+    assert by_title["FixMatch-like"][-4:] == ["62.5", "+0.0", "-4.0", "60"]
+    assert by_title["chance"][0] == f"{100 / len(half('seen')[0].classes):.1f}"
+    assert len(set(by_title["chance"][:9])) > 3
+
+
+def test_a_problem_that_one_method_lacks_is_left_out() -> None:
+    missing = half("seen")[2].name
+    few = [row for row in rows() if (row["method"], row["problem"]) != ("uda", missing)]
+    assert missing not in tables.table(few, "seen")
+
+
+def test_the_figure_and_the_page_are_made_from_the_rows(tmp_path: Path) -> None:
+    raw, page, figure = tmp_path / "rows.jsonl", tmp_path / "page.md", tmp_path / "figure.png"
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    page.write_text("before\n<!-- seen:begin -->\nold\n<!-- seen:end -->\nafter\n")
+    for _ in range(2):
+        printed = command("tables", "--rows", raw, "--write", page, "--figure", figure)
+        assert printed.strip() == tables.table(rows(), "seen")
+        text = page.read_text()
+        assert text == f"before\n<!-- seen:begin -->\n{printed}<!-- seen:end -->\nafter\n"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    page.write_text("a page without marks\n")
+    assert "<!-- seen:begin -->" in command("tables", "--rows", raw, "--write", page, code=1)
+    assert page.read_text() == "a page without marks\n"
+
+
+def test_the_page_has_the_tables_of_the_committed_rows() -> None:
+    shown = dict(re.findall(r"<!-- (\w+):begin -->\n(.*?)<!-- \1:end -->", PAGE.read_text(), re.DOTALL))
+    assert "unseen" in shown
+    for name, text in shown.items():
+        raw = run.RESULTS / f"pictures_{name}.jsonl"
+        expected = f"{tables.table(run.read(raw), name)}\n" if raw.exists() else ""
+        assert text == expected, f"python -m benchmarks.pictures.tables --half {name} --write docs/pictures.md"
+    if shown["unseen"]:
+        assert PAGE.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
