@@ -51,8 +51,8 @@ class Prediction:
 class Predict:
     """Say what a run's network takes pictures for: as CSV, with the columns file, class and probability.
 
-    With --top 3, class_2, probability_2, class_3 and probability_3 follow: the classes that come next. With
-    --probabilities, a column for each class follows, p(cat) say: all of them sum to 1.
+    With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come next. A column for
+    each class, called p(cat) say, is added by --probabilities; these sum to 1.
 
     A picture is read as those that the run was trained on: it is turned as the camera noted, transparent counts as
     white, and the largest centred square of it is brought to the network's size, in colours or grey. Of runs that were
