@@ -368,7 +368,7 @@ def _uda(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) ->
 def _fixmatch(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
     """UDA with the most probable class as the label of what the network is sure of."""
     losses = [
-        dataclasses.replace(term, temperature=0.0, threshold=FIXMATCH_THRESHOLD, align=0.0)
+        dataclasses.replace(term, temperature=0.0, threshold=FIXMATCH_THRESHOLD, align=0.0, prior=None)
         if isinstance(term, UDA)
         else term
         for term in run.recipe.teacher_losses(uda=True)
