@@ -64,6 +64,8 @@ def said_of(capsys: pytest.CaptureFixture[str], flags: str) -> str:
         ("--method supervised --uda-weight 2 --uda-start 3", "--uda-weight and --uda-start have no effect with --meth"),
         ("--method pseudo_labels --uda-ramp 2", "--uda-ramp has no effect with --method pseudo_labels"),
         ("--method fixmatch --uda-threshold 0.9", "FixMatch has the values that were published"),
+        ("--method fixmatch --uda-prior 0.5 0.5", "--uda-prior has no effect with --method fixmatch"),
+        ("--uda-align 0 --uda-prior 0.5 0.5", "--uda-prior has no effect with --uda-align 0"),
         ("--uda-weight 0", "--uda-weight has no effect at 0 with --method uda"),
         ("--method mpl --uda-weight 0 --uda-align 1", "--uda-align has no effect with --uda-weight 0"),
         ("--compare --seeds 0-1 --seed 3", "--seed has no effect beside --seeds"),
@@ -126,7 +128,10 @@ def test_every_flag_is_known_to_the_rules_or_to_each_method() -> None:
     flags += [re.sub(r"(^|\.)no-", r"\1", one) for one in flags]
     flags += [re.sub(r"\.(?=decay)", ".no-", one) for one in flags]
     patterns = [*FEEDBACK.split(), *STRONG.split()]
-    for given in (*USED, "--val nowhere --steps 3 --feedback-ratio 1 --finetune-steps 0 --grey --resized-crop"):
+    for given in (
+        *USED,
+        "--val nowhere --steps 3 --feedback-ratio 1 --finetune-steps 0 --grey --resized-crop --uda-align 0",
+    ):
         train = parse(TrainImages, "metapl train images", [*UNREAD[2:], *given.split()])
         assert Path(train.recipe.labeled) == Path("nowhere")
         rules = [*by_choice(train.recipe, seeds=True), *by_method(train.recipe, (train.recipe.method,))]

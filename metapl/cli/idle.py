@@ -92,6 +92,8 @@ def by_choice(recipe: ImageFolders, seeds: bool = False) -> Iterator[Rule]:
         yield Rule("minutes", "beside --steps", "leave out one of them")
     if recipe.feedback_ratio is not None:
         yield Rule("feedback-weight", "beside --feedback-ratio", "leave out one of them")
+    if recipe.uda_align == 0:
+        yield Rule("uda-prior", "with --uda-align 0", "leave it out, or give an --uda-align above 0")
     if recipe.finetune_steps == 0:
         yield Rule("finetune-batch finetune.*", "with --finetune-steps 0", "give 1 or more finetuning steps")
     for name, one in (("student", recipe.student), ("teacher", recipe.teacher), ("finetune", recipe.finetune)):
@@ -134,4 +136,4 @@ def _uda(recipe: ImageFolders, methods: Sequence[str], where: str) -> Iterator[R
         yield Rule("uda-weight", f"at 0 {where}", "give a number above 0, or --method supervised")
     if alone and not of_teacher and "uda" not in methods:
         published = "FixMatch has the values that were published; leave it out, or give --method uda"
-        yield Rule("uda-temperature uda-threshold uda-align", where, published)
+        yield Rule("uda-temperature uda-threshold uda-align uda-prior", where, published)

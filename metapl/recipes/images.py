@@ -73,6 +73,7 @@ CHOSEN = (
     "val_fraction",
     "mean",
     "std",
+    "uda_prior",
     "precision",
 )
 """Fields that a recipe chooses for itself where they are None."""
@@ -242,8 +243,10 @@ class ImageFolders(PictureRecipe):
         std: standard deviation of each channel, likewise.
         clip_norm: greatest norm of either network's gradient; 0 turns clipping off. By default 0 for pooled_cnn and
             small_cnn, and 1 for other networks.
-        uda_align: how evenly UDA spreads its labels over the classes: 0 leaves the network's own spread, 1 makes it
-            even, and 0.5 is half way.
+        uda_align: how far UDA moves the shares of its labels over the classes towards uda_prior: 0 leaves them as the
+            network has them, 1 moves them all the way.
+        uda_prior: share of each class, in the order of the folders; by default the shares in --labeled, with one
+            picture more in each class.
         uda_start: steps on the labelled pictures alone, before UDA begins; these are fast. By default 40 % of all.
         uda_ramp: steps over which the weight of UDA then grows from 0; by default 10 % of all.
         validate_every: steps between validations; by default 5 % of all.
@@ -276,6 +279,7 @@ class ImageFolders(PictureRecipe):
     val_fraction: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    uda_prior: tuple[float, ...] | None = None
     changes: Changes = field(default_factory=Changes)
     randaugment: bool = False
     channels_last: bool = True
@@ -283,7 +287,7 @@ class ImageFolders(PictureRecipe):
     unlabeled_batch: int = 64
     label_smoothing: float = 0.0
     uda_temperature: float = 0.5
-    uda_threshold: float = 0.7
+    uda_threshold: float = 0.85
     uda_align: float = 0.5
     warm_start: bool = True
     clip_norm: Open[float] = OPEN
@@ -377,6 +381,7 @@ class ImageFolders(PictureRecipe):
             "image_size": side,
             "network_name": PRETRAINED_NETWORK if self.weights else "pooled_cnn",
             "val_fraction": 0.0 if self.val or self._aside() < SELECTED_ON else SET_ASIDE,
+            "uda_prior": seen.shares,
         }
         if grey:
             chosen |= {"mean": seen.level[:1], "std": seen.level[1:]}
@@ -448,7 +453,9 @@ class ImageFolders(PictureRecipe):
 
     def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
         aligned = (
-            dataclasses.replace(term, align=self.uda_align, start=self.uda_start) if isinstance(term, UDA) else term
+            dataclasses.replace(term, align=self.uda_align, prior=self.uda_prior, start=self.uda_start)
+            if isinstance(term, UDA)
+            else term
             for term in super().teacher_losses(uda)
         )
         return tuple(aligned)
