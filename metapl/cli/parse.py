@@ -63,7 +63,7 @@ def _with_true(arguments: list[str], switches: list[str]) -> list[str]:
     >>> _with_true(["--grey", "--pad", "2", "--color", "False"], ["--grey", "--color"])
     ['--grey', 'True', '--pad', '2', '--color', 'False']
     """
-    following = [*arguments[1:], ""]
+    following = [*arguments[1:], ""][: len(arguments)]
     return [
         word
         for one, after in zip(arguments, following, strict=True)
