@@ -93,9 +93,7 @@ def test_a_callbacks_own_broken_connection_is_not_a_workers(kind: type[Exception
         ({"out": ""}, r"out='' is no folder"),
     ],
 )
-def test_wrong_options(
-    options: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_options(options: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(MetaplError, match=text):
@@ -189,7 +187,9 @@ class Returns(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda x: x[:, 0], lambda x: x.long(), lambda x: x[:3], lambda x: x[None]], ids=["1-D", "int", "rows", "3-D"]
+    "change",
+    [lambda x: x[:, 0], lambda x: x.long(), lambda x: x[:3], lambda x: x[None]],
+    ids=["1-D", "int", "rows", "3-D"],
 )
 def test_what_is_no_logits(change: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(MetaplError, match=r"expected floating-point logits of shape \(examples, classes\)"):

@@ -15,7 +15,7 @@ import tyro
 from metapl.data.augment import ResizedCrop
 from metapl.data.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.fingerprint import hash_files
-from metapl.data.folder_check import check_folders
+from metapl.data.folder_check import Finding, check_folders
 from metapl.data.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
 from metapl.data.image_sets import FileImages, Images
 from metapl.data.sound_files import verify_files
@@ -56,6 +56,9 @@ AGAIN = 2
 
 REHEARSED = 1000
 """Steps of the recipe that is measured: of such a recipe, a few are taken."""
+
+MOST_MINUTES = 60 * 24 * 366
+"""A year."""
 
 CHOSEN = (
     "steps",
@@ -234,7 +237,7 @@ class ImageFolders(PictureRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, self.minutes > 0, "minutes", "a number above 0")
+        require(self, 0 < self.minutes <= MOST_MINUTES, "minutes", f"a number above 0, {MOST_MINUTES:,} at most")
         fraction = self.val_fraction
         require(self, fraction is None or 0 <= fraction < 1, "val_fraction", "a number in [0, 1)")
         require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
@@ -276,6 +279,9 @@ class ImageFolders(PictureRecipe):
             kept = {name: getattr(before, name) for name in CHOSEN if getattr(self, name) is None}
             recipe = dataclasses.replace(recipe, **kept, changes=self.changes.settled(bool(before.changes.recolor)))
             return recipe._for_network(recipe.network_name)
+        labeled = scan_labeled(self.labeled)
+        if not verify_files(labeled).skipped:  # else it is said first what is left out
+            _refuse_errors(check_folders(labeled))  # before anything is measured
         seen, tell = recipe._look(), say or (lambda text: None)
         recipe = recipe.fitted(seen)
         # What was asked for in steps is no share of them: more are rehearsed, and again with what fits.
@@ -327,6 +333,10 @@ class ImageFolders(PictureRecipe):
             chosen |= dict(zip(("mean", "std"), IMAGENET, strict=True))
         missing = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         fitted = dataclasses.replace(self, **missing, changes=self.changes.settled(not seen.colors.tell))
+        channels = 1 if grey else 3
+        for name in ("mean", "std"):
+            kind = "grey" if grey else "color"
+            require(fitted, len(getattr(fitted, name)) == channels, name, f"{channels} for {kind} pictures")
         return fitted._for_network(fitted.network_name)
 
     def _aside(self) -> int:
@@ -381,6 +391,10 @@ class ImageFolders(PictureRecipe):
 
     def fit_options(self) -> dict[str, Any]:
         return super().fit_options() | {"warm_start": self.warm_start and self.wait > 0}
+
+    def checked_options(self) -> dict[str, Any]:
+        alone = {} if self.method in ("mpl", "none") else {"wait": 0, "warm_start": False}
+        return super().checked_options() | alone
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         tell, look = say or (lambda text: None), _Look(say or (lambda text: None), progress)
@@ -474,8 +488,12 @@ class _Look:
         """Refuse folders that would spoil the training."""
         with counting("comparing files", self.progress) as count:
             findings = check_folders(labeled, unlabeled, held_out.get("val"), held_out.get("test"), count)
-        errors = [one.message for one in findings if one.level == "error"]
-        if errors:
-            raise MetaplError("\n".join(errors))
+        _refuse_errors(findings)
         for one in findings:
             self.tell(f"note: {one.message}")
+
+
+def _refuse_errors(findings: Sequence[Finding]) -> None:
+    errors = [one.message for one in findings if one.level == "error"]
+    if errors:
+        raise MetaplError("\n".join(errors))
