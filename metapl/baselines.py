@@ -81,6 +81,7 @@ class LossTrainer(Loop):
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.compiled = CompiledPasses(*([model] if compile else []))
         self.steps_done = 0
+        self._moves = False  # whether it is known that the optimizer moves the network
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
@@ -89,6 +90,9 @@ class LossTrainer(Loop):
     def step(self, labeled: Any, unlabeled: Any = None) -> LossReport:
         """One step on a labelled batch and, where a loss reads it, an unlabelled one; as in the bilevel trainer."""
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
+        if not self._moves:
+            checks.moves(self.optimizer, self.student)
+            self._moves = True
         fault, random = checks.Fault(), RandomState.now(self.device)
         with checks.deferred_to(fault), nothing_moved(self.student, random=random) as buffers, self.compiled():
             checks.batches(labeled, labeled if unlabeled is None else unlabeled, self.device)
@@ -117,6 +121,7 @@ class LossTrainer(Loop):
                 value = term(self.student, labeled=labeled, unlabeled=unlabeled, signal=nothing, step=self.steps_done)
                 terms[f"loss_{term.name}"] = terms.get(f"loss_{term.name}", 0) + value
         loss = torch.stack(list(terms.values())).sum()
+        checks.learns(loss, "network")
         if loss.requires_grad:  # UDA alone is a plain 0 before its start
             (loss / self.accumulate).backward()
         return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}

@@ -92,6 +92,8 @@ class InnerStep:
                     f"loss per example, ({len(self.outputs)},): leave the mean to metapl."
                 )
             loss = losses.mean()
+        if not loss.requires_grad:
+            raise checks.without_gradient("student")
         grads = torch.autograd.grad(
             loss, list(self.parameters.values()), create_graph=self.keep_graph, allow_unused=True
         )

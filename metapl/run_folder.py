@@ -104,9 +104,13 @@ class RunFolder:
                     beginning.undo()
                 raise
 
-    def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
-        if not resume:
+    def refuse_another_run(self, resume: bool) -> None:
+        """Stop where a run is here and ``resume`` is not asked for."""
+        if self.exists and not resume:
             raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
+
+    def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
+        self.refuse_another_run(resume)
         before, now = _flat(self.recipe()), _flat(json.loads(json.dumps(dict(recipe))))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in SPEED_ALONE)
         if changed:
@@ -161,13 +165,20 @@ class RunFolder:
         with _written(self.path / name) as file:
             file.write(save(plain))
 
+    def _how_to_get(self, name: str) -> str:
+        if not (self.path / "result.json").is_file():
+            return "The run has not got so far: finish it with --resume."
+        left = [network for network, file in WEIGHTS.items() if (self.path / file).is_file()]
+        instead = f" What is left: --network {' or '.join(left)}." if left else ""
+        return f"The run was finished, so --resume does not mend it: train again with another --out.{instead}"
+
     def read_weights(self, name: str) -> dict[str, Tensor]:
         """The weights in a safetensors file of the folder."""
         from safetensors.torch import load_file
 
         file = self.path / name
         if not file.is_file():
-            raise MetaplError(f"{file} is missing: the run has not got so far. Finish it with --resume.")
+            raise MetaplError(f"{file} is missing. {self._how_to_get(name)}")
         try:
             weights: dict[str, Tensor] = load_file(file)
         except Exception as error:  # safetensors raises its own types, and OSError

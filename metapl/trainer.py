@@ -162,6 +162,7 @@ class BilevelTrainer(Loop):
             parts = []
             for teacher, h, (x_l, x_u) in zip(teachers, split(feedback, len(micro)), micro, strict=True):
                 part = teacher.loss(h, self._weight, self._losses_for(x_u), x_l, self.steps_done)
+                checks.learns(part.own, "teacher")
                 loss = part.feedback + part.own / len(micro)
                 if loss.requires_grad:
                     loss.backward()  # lines 5-7
@@ -202,6 +203,7 @@ class BilevelTrainer(Loop):
                     step=self.steps_done,
                 )
                 loss = torch.stack(list(own.values())).sum()
+                checks.learns(loss, "teacher")
                 if loss.requires_grad:  # UDA alone is a plain 0 before its start
                     (loss / self.accumulate).backward()  # lines 6-7
                 scalars.append({name: value.detach() for name, value in (*own.items(), ("teacher_loss", loss))})

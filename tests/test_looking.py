@@ -183,5 +183,22 @@ def test_bfloat16_is_taken_where_it_is_faster_by_enough(colored: Path, monkeypat
     one = recipe(colored).settled()
     for half, expected in ((0.7, "bfloat16"), (0.9, "float32")):
         took = {"float32": 1.0, "bfloat16": half}
+        monkeypatch.setattr(budget, "_cpu_has_bfloat16", lambda: True)
         monkeypatch.setattr(budget, "seconds_per_step", lambda recipe, took=took: took[recipe.precision])
         assert budget.faster_precision(one) == expected
+
+
+def test_bfloat16_is_not_taken_by_a_load_on_the_machine(colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 is the faster one; in one round something else slows it, in another bfloat16."""
+    one = recipe(colored).settled()
+    took = {"float32": iter([3.0, 1.0, 1.1]), "bfloat16": iter([1.2, 4.0, 1.3])}
+    monkeypatch.setattr(budget, "_cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(budget, "seconds_per_step", lambda recipe: next(took[recipe.precision]))
+    assert budget.faster_precision(one) == "float32"
+
+
+def test_a_processor_without_bfloat16_is_not_measured(colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = recipe(colored, device="cpu").settled()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False}, raising=False)
+    monkeypatch.setattr(budget, "seconds_per_step", lambda recipe: pytest.fail("measured"))
+    assert budget.faster_precision(one) == "float32"

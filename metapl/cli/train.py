@@ -67,6 +67,7 @@ class Train:
     def __call__(self) -> int:
         self._check()
         out = self.out or _default_out(self.recipe.name, self.resume)
+        RunFolder(out).refuse_another_run(self.resume)  # before anything is measured
         try:
             with _terminable():
                 return dataclasses.replace(self, recipe=self._settled(out))._run(out)
@@ -102,6 +103,8 @@ class Train:
         unknown = [name for name in self.methods or () if name not in METHODS]
         if unknown:
             raise MetaplError(f"--methods {' '.join(unknown)}: expected some of {', '.join(METHODS)}.")
+        if self.seeds:
+            parse_seeds(self.seeds)
         if self.jobs is not None and self.jobs < 1:
             raise MetaplError(f"--jobs {self.jobs}: expected 1 or more.")
 

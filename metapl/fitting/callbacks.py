@@ -48,6 +48,8 @@ class Callbacks:
                 "row, trainer), such as callbacks=[lambda step, row, trainer: print(step, row)]."
             )
         self.given, self.trainer = tuple(given), trainer
+        self.raised: Exception | None = None
+        """What a callback has raised, which ends the fit."""
 
     def after(self, step: int, row: Mapping[str, float]) -> str | None:
         """Call each; why the fit is to stop, if one of them says so."""
@@ -61,6 +63,9 @@ class Callbacks:
                 one(step, dict(row), self.trainer)
             except StopFit as stop:
                 return str(stop)
+            except Exception as error:
+                self.raised = error
+                raise
         return None
 
     def state(self) -> list[Any]:

@@ -87,15 +87,22 @@ class FitRun:
         self.seen: dict[str, float] = {}  # the last accuracies on validation data
 
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
+        if labeled is None:
+            raise MetaplError(
+                "labeled is None; expected a source of labelled batches (inputs, labels), such as a DataLoader or a list."
+            )
         if not resume:
             self.records.refuse_another_run()
+        self.selection.check(self.trainer.student)
         try:
             for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
                 if source is not None:
                     self.feeds[name] = self._feed(source, name)
             self._steps(self._restore() if resume else 0)
         except Exception as error:
-            death = _worker_death(error, (labeled, unlabeled), self.how.num_workers)
+            # A callback's own broken connection, to a server say, is not that of a worker.
+            workers = 0 if error is self.callbacks.raised else self.how.num_workers
+            death = _worker_death(error, (labeled, unlabeled), workers)
             if death is None:
                 raise
             raise MetaplError(f"{death} ({self.records.last_good()})") from error

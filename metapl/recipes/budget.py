@@ -33,7 +33,10 @@ PICTURES = 128
 """Pictures of noise that the steps are taken on."""
 
 FASTER = 1.25
-"""How much faster bfloat16 has to be to be taken: it is where the processor has instructions for it."""
+"""How much faster bfloat16 has to be to be taken."""
+
+ROUNDS = 3
+"""How often both precisions are timed, by turns: what else the machine does slows some rounds, and the fastest counts."""
 
 
 Clock = Callable[[], float]
@@ -114,9 +117,19 @@ def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monot
 
 
 def faster_precision(recipe: ImageFolders) -> Literal["float32", "bfloat16"]:
-    """bfloat16 where it is faster by enough on this machine, float32 elsewhere."""
-    plain, half = (seconds_per_step(dataclasses.replace(recipe, precision=p)) for p in ("float32", "bfloat16"))
-    return "bfloat16" if plain > FASTER * half else "float32"
+    """bfloat16 where there are instructions for it and it is faster by enough on this machine, float32 elsewhere."""
+    if recipe.place().type == "cpu" and not _cpu_has_bfloat16():
+        return "float32"
+    plain, half = (dataclasses.replace(recipe, precision=one) for one in ("float32", "bfloat16"))
+    times = [(seconds_per_step(plain), seconds_per_step(half)) for _ in range(ROUNDS)]
+    fastest, fastest_half = map(min, zip(*times, strict=True))
+    return "bfloat16" if fastest > FASTER * fastest_half else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether torch finds instructions for bfloat16 in the processor; True where this torch cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    return capabilities is None or any(has for name, has in capabilities().items() if "bf16" in name)
 
 
 def _rounded(steps: float) -> int:

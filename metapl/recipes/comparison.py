@@ -211,9 +211,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not _is_number(first) or (dash and not _is_number(last)):
             raise MetaplError(f"seeds={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
         seeds += range(int(first), int(last or first) + 1)
     if not seeds or len(set(seeds)) < len(seeds):
         raise MetaplError(f"seeds={text!r}: expected at least one seed, and none twice.")
     return tuple(seeds)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()  # of other scripts' digits, and of ², Python's int takes only some

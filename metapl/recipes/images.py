@@ -15,7 +15,7 @@ import tyro
 from metapl.data.augment import ResizedCrop
 from metapl.data.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.fingerprint import hash_files
-from metapl.data.folder_check import check_folders
+from metapl.data.folder_check import Finding, check_folders
 from metapl.data.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
 from metapl.data.image_sets import FileImages, Images
 from metapl.data.sound_files import verify_files
@@ -59,6 +59,9 @@ REHEARSED = 1000
 
 MINUTES = 5.0
 """How long training may take where neither minutes nor steps are given."""
+
+MOST_MINUTES = 60 * 24 * 366
+"""A year."""
 
 CHOSEN = (
     "steps",
@@ -298,7 +301,8 @@ class ImageFolders(PictureRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, self.minutes is None or self.minutes > 0, "minutes", "a number above 0")
+        few = self.minutes is None or 0 < self.minutes <= MOST_MINUTES
+        require(self, few, "minutes", f"a number above 0, {MOST_MINUTES:,} at most")
         clip = self.clip_norm
         require(self, clip is None or 0 <= clip < math.inf, "clip_norm", "a number above 0, or 0 for no clipping")
         fraction = self.val_fraction
@@ -339,6 +343,9 @@ class ImageFolders(PictureRecipe):
             kept = {name: getattr(before, name) for name in (*CHOSEN, "minutes") if getattr(self, name) is None}
             recipe = dataclasses.replace(recipe, **kept, changes=self.changes.settled(bool(before.changes.recolor)))
             return recipe._for_network(recipe.network_name)
+        labeled = scan_labeled(self.labeled)
+        if not verify_files(labeled).skipped:  # else it is said first what is left out
+            _refuse_errors(check_folders(labeled))  # before anything is measured
         seen, tell = recipe._look(), say or (lambda text: None)
         recipe = recipe.fitted(seen)
         if recipe.grey and (self.changes.hue is not None or self.changes.saturation != Changes.saturation):
@@ -394,6 +401,10 @@ class ImageFolders(PictureRecipe):
             chosen |= dict(zip(("mean", "std"), IMAGENET, strict=True))
         missing = {name: value for name, value in chosen.items() if getattr(self, name) is None}
         fitted = dataclasses.replace(self, **missing, changes=self.changes.settled(not seen.colors.tell))
+        channels = 1 if grey else 3
+        for name in ("mean", "std"):
+            kind = "grey" if grey else "color"
+            require(fitted, len(getattr(fitted, name)) == channels, name, f"{channels} for {kind} pictures")
         return fitted._for_network(fitted.network_name)
 
     def _aside(self) -> int:
@@ -465,6 +476,10 @@ class ImageFolders(PictureRecipe):
 
     def trainer_options(self) -> dict[str, Any]:
         return super().trainer_options() | {"clip_norm": self.clip_norm or None}
+
+    def checked_options(self) -> dict[str, Any]:
+        alone = {} if self.method in ("mpl", "none") else {"wait": 0, "warm_start": False}
+        return super().checked_options() | alone
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         tell, look = say or (lambda text: None), _Look(say or (lambda text: None), progress)
@@ -558,8 +573,12 @@ class _Look:
         """Refuse folders that would spoil the training."""
         with counting("comparing files", self.progress) as count:
             findings = check_folders(labeled, unlabeled, held_out.get("val"), held_out.get("test"), count)
-        errors = [one.message for one in findings if one.level == "error"]
-        if errors:
-            raise MetaplError("\n".join(errors))
+        _refuse_errors(findings)
         for one in findings:
             self.tell(f"note: {one.message}")
+
+
+def _refuse_errors(findings: Sequence[Finding]) -> None:
+    errors = [one.message for one in findings if one.level == "error"]
+    if errors:
+        raise MetaplError("\n".join(errors))

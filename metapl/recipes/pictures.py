@@ -224,7 +224,7 @@ class PictureRecipe:
         UDA(self.uda_temperature, self.uda_threshold, ramp=self.uda_ramp or 0)
         self.strong.view(Identity())
         if self.complete:
-            FitOptions(steps=self.steps, **self.fit_options())
+            FitOptions(steps=self.steps, **self.checked_options())
             for role in ("teacher", "student"):
                 self._architecture(role, num_classes=2)
 
@@ -326,6 +326,10 @@ class PictureRecipe:
         every = ("validate_every", "log_every", "save_every", "exact_every")
         names = ("wait", "schedule", "warmup", "ema_decay", *every, "keep", "num_workers")
         return {name: getattr(self, name) for name in names}
+
+    def checked_options(self) -> dict[str, Any]:
+        """Those of :meth:`fit_options` that the method makes use of."""
+        return self.fit_options()
 
     def finetune_options(self) -> dict[str, Any]:
         """For ``fit`` on the labelled data, at a rate that stays: section 2.3 of the paper."""
