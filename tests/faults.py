@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from metapl import optimizers, replay
+from metapl import optimizers
+from metapl.execution import buffers, rng
+from metapl.execution.local import Local
 from metapl.feedback import base, loss_difference, reinforce
 from metapl.inner import InnerStep
 from metapl.problem import Signal
@@ -90,28 +92,28 @@ def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
 
 def statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
     """Feedback passes write to the running statistics."""
-    patch.setattr("metapl.inner.frozen_statistics", lambda module: nullcontext())
-    patch.setattr("metapl.inner.loose_buffers", lambda module: {})
+    patch.setattr(buffers.Slots, "frozen", lambda self: nullcontext())
+    patch.setattr("metapl.execution.local.copies", lambda held: [])
 
 
 def teachers_statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
     """The recomputed pass writes to the teacher's running statistics once more."""
-    patch.setattr("metapl.teacher.frozen_statistics", lambda module: nullcontext())
+    patch.setattr("metapl.teacher.buffers_aside", lambda *given: nullcontext())
 
 
 def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
     """ż is taken with masks of its own."""
-    patch.setattr(InnerStep, "_again", lambda self: nullcontext())
+    patch.setattr(Local, "_same_draws", lambda self: nullcontext())
 
 
 def generator_not_put_back(patch: pytest.MonkeyPatch) -> None:
     """Feedback passes draw from the caller's generator."""
 
-    def replayed(state: replay.RandomState) -> Any:
+    def replayed(state: rng.RandomState) -> Any:
         state.restore()
         return nullcontext()
 
-    patch.setattr("metapl.inner.replayed", replayed)
+    patch.setattr("metapl.execution.local.replayed", replayed)
 
 
 def stale_weights_after_a_difference(patch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metapl.evaluate import evaluate_logits, predict_logits
 from metapl.evaluate.predictions import batches_of
-from metapl.replay import RandomState, replayed
+from metapl.execution.rng import RandomState, replayed
 
 
 @dataclass
