@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metapl.execution.agreement import check_recomputed
 from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
-from metapl.execution.kernels import no_fast_path
+from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Feedback
 from metapl.losses import TeacherLoss
@@ -113,7 +113,7 @@ class TeacherStep:
     def signal(self) -> Signal:
         """Algorithm 1, line 2; with the teacher's graph, unless that is recomputed."""
         if self.recompute:
-            with torch.no_grad(), no_fast_path():
+            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry():
                 self._signal = self._make_signal()
             return self._signal
         with self._recording():

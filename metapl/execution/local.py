@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -88,7 +88,7 @@ class Local:
 
     def loss(self, params: Tree, inputs: Any, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """A loss at other weights, without a graph."""
-        with torch.no_grad(), no_fast_path(), self._beside(params):
+        with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), self._beside(params):
             return loss(self._run(inputs))
 
     def loss_and_gradient(self, params: Tree, inputs: Any, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tree]:
@@ -118,10 +118,14 @@ class Local:
     def tangent(self, w: Tree) -> tuple[Tensor, Tensor]:
         """S(x_u; θ) and its derivative along w by forward-mode AD, without a graph."""
         load_forward_mode()
-        with ExitStack() as stack:
-            for context in (torch.no_grad(), uncompiled(), forward_ad.dual_level(), only_math_attention()):
-                stack.enter_context(context)
-            stack.enter_context(explained("forward"))
+        with (
+            torch.no_grad(),
+            uncompiled(),
+            forward_ad.dual_level(),
+            only_math_attention(),
+            checkpoints_without_reentry(),
+            explained("forward"),
+        ):
             duals = {name: forward_ad.make_dual(p, w[name]) for name, p in self.params.items() if name in w}
             with self._again(self._at(duals)):
                 outputs, tangent = forward_ad.unpack_dual(self._run(self.inputs))
@@ -132,8 +136,14 @@ class Local:
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
         frozen = {id(t): wide(t) for _, _, t in self._slots.parameters if not t.requires_grad}
         held = [*self._at(moved), *stand_ins(self._slots.parameters, frozen)]
-        autocast = torch.autocast(self.device.type, enabled=False)
-        with torch.no_grad(), autocast, full_float32(self.device), no_fast_path(), self._again(held, upcast=True):
+        with (
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+            full_float32(self.device),
+            no_fast_path(),
+            checkpoints_without_reentry(),
+            self._again(held, upcast=True),
+        ):
             return self._run(wide_tree(self.inputs))
 
     @contextmanager
