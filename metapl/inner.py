@@ -18,11 +18,19 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.errors import MetaplError
-from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, Tolerance, check_outputs, check_slopes
+from metapl.execution.agreement import (
+    BY_DIFFERENCE,
+    BY_FORWARD_MODE,
+    Tolerance,
+    check_linear,
+    check_outputs,
+    check_slopes,
+)
 from metapl.execution.local import Local, trainable
 from metapl.numerics import Tree, products, reduced_float32
 from metapl.optimizers import InnerOptimizer
 from metapl.problem import BilevelProblem, Signal, first_input, student_input
+from metapl.problems.pseudo_labels import PseudoLabels
 
 __all__ = ["InnerStep", "trainable"]
 
@@ -170,14 +178,16 @@ class InnerStep:
         ``value`` stands in for the signal's own, e.g. one-hot rows for sampled classes; ``by_difference`` says where ż
         is from.
         """
-        value = (self.signal.value if value is None else value).detach().requires_grad_()
-        losses, at = self._head(Signal(value, self.signal.log_prob, self.signal.probs))
-        terms = _along(losses.mean(), at, self._tangents(z_dot, w))
-        tangent = torch.stack([term.sum() for term in terms]).sum()
+        h, tangent, terms = self._feedback_at(self.signal.value if value is None else value, z_dot, w)
         self._check_slopes(tangent, terms, w, by_difference)
-        if not tangent.requires_grad:
-            return torch.zeros_like(value)
-        return -torch.autograd.grad(tangent, value, materialize_grads=True)[0]
+        return h
+
+    def check_linear(self, z_dot: Tensor, w: Tree, h: Tensor) -> None:
+        """Refuse an inner loss whose feedback ``h`` at the labels drawn is not that at their probabilities."""
+        if type(self.problem).inner_loss is PseudoLabels.inner_loss or self.signal.probs is None:
+            return
+        expected, _, _ = self._feedback_at(self.signal.probs, z_dot, w)
+        check_linear(h, expected)
 
     def example_feedback(self, z_dot: Tensor, w: Tree, *, by_difference: bool = False) -> Tensor:
         """h_i = −(1/B) d/dε ℓ_i(z + εż, signal, θ + εw), (B,); touches the head alone."""
@@ -190,6 +200,16 @@ class InnerStep:
         return -torch.autograd.grad(tangent, u, materialize_grads=True)[0]
 
     # ---------------------------------------------------------------------------------------------------- plumbing
+
+    def _feedback_at(self, value: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """h at a value of the signal, d/dε mean ℓ there, and the terms of that."""
+        value = value.detach().requires_grad_()
+        losses, at = self._head(Signal(value, self.signal.log_prob, self.signal.probs))
+        terms = _along(losses.mean(), at, self._tangents(z_dot, w))
+        tangent = torch.stack([term.sum() for term in terms]).sum()
+        if not tangent.requires_grad:
+            return torch.zeros_like(value), tangent, terms
+        return -torch.autograd.grad(tangent, value, materialize_grads=True)[0], tangent, terms
 
     def _tolerance(self, tolerances: dict[torch.dtype, Tolerance]) -> Tolerance:
         return tolerances[self.execution.rounded_to]
