@@ -142,6 +142,38 @@ def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InnerStep, "outer_gradient", outer_gradient)
 
 
+def masks_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
+    """L(θ′) draws where the teacher draws."""
+    patch.setattr(rng.RandomState, "branch", lambda self: self)
+
+
+def replays_from_moved_buffers(patch: pytest.MonkeyPatch) -> None:
+    """Replays begin with the buffers as they are by then."""
+    patch.setattr("metapl.execution.local.fresh", buffers.copies)
+
+
+def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
+    """The gradient of L(θ′) is taken after θ′ has been put aside, so that checkpoints recompute at θ."""
+
+    def loss_and_gradient(self: Local, params: Any, inputs: Any, loss: Any) -> Any:
+        at = {name: p.detach().requires_grad_() for name, p in params.items()}
+        with torch.enable_grad(), self._beside(at):
+            value = loss(self._run(inputs))
+        return value.detach(), dict(zip(at, torch.autograd.grad(value, list(at.values())), strict=True))
+
+    patch.setattr(Local, "loss_and_gradient", loss_and_gradient)
+
+
+def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """Replays are believed to be the pass that they replay."""
+    patch.setattr("metapl.inner.check_outputs", lambda *given: None)
+
+
+def slopes_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """The forward pass is believed to have the derivative that the backward pass has."""
+    patch.setattr("metapl.inner.check_slopes", lambda *given: None)
+
+
 def smoothed_score(patch: pytest.MonkeyPatch) -> None:
     """Label smoothing in the teacher's score term too."""
     real = PseudoLabels.signal
@@ -188,6 +220,11 @@ FAULTS: dict[str, Plant] = {
         generator_not_put_back,
         stale_weights_after_a_difference,
         gradient_before_the_step,
+        masks_of_the_teacher,
+        replays_from_moved_buffers,
+        backward_at_the_old_weights,
+        outputs_unchecked,
+        slopes_unchecked,
         smoothed_score,
         baseline_with_this_step,
     )
