@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from metapl.errors import MetaplError
 
-
 COUNTS = ("steps", "warmup", "wait", "validate_every", "log_every", "save_every", "exact_every", "keep", "num_workers")
 """Options that count something."""
 
