@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import html
+import logging
 import re
 from typing import Any
 
 from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<(div|span) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>', re.DOTALL)
+SIZED_ANGLE = re.compile(r"\\[Bb]igg?[lr]?\s*(?=\\[lr]angle)")
+
+log = logging.getLogger("mkdocs.hooks.mathml")
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -18,6 +22,9 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def _formula(found: re.Match[str]) -> str:
     latex = html.unescape(found[3]).strip()
-    if found[2] == "(":
-        return str(convert(latex))
-    return f'<div class="formula">{convert(latex, display="block")}</div>'
+    inline = found[2] == "("
+    # latex2mathml does not know \Big before angles, which browsers stretch anyway.
+    mathml = str(convert(SIZED_ANGLE.sub("", latex), display="inline" if inline else "block"))
+    if "\\" in mathml:
+        log.warning("a command of this formula is not known: %s", latex)
+    return mathml if inline else f'<div class="formula">{mathml}</div>'
