@@ -94,7 +94,7 @@ def test_without_validation_and_test_pictures_nothing_says_how_good_it_is(
     assert f"{run} has no test set; give --test DIR" in line
     assert "no validation set either" in line
     told = json.loads(said(capsys, "evaluate", run, "--json", "--test", pictures / "test"))
-    assert (told["network"], told["n"], told["measured_on"]) == ("student", 10, "test")
+    assert (told["network"], told["n"], told["measured_on"]) == ("finetuned", 10, "test")
     assert "expected one of its networks: student, finetuned." in refused(
         capsys, "evaluate", run, "--test", pictures / "test", "--network", "teacher"
     )
