@@ -1,4 +1,4 @@
-"""The README's tables and picture of the digits study, made from its raw rows alone."""
+"""The tables and the picture of the digits study, made from its raw rows alone."""
 
 from __future__ import annotations
 
@@ -114,15 +114,15 @@ def _selection(rows: Rows) -> str:
 
 
 def block(rows: Rows) -> str:
-    """What stands in the README: the tables, and how they came about."""
+    """What stands in the documentation: the tables, and how they came about."""
     return f"{table(rows)}\n\n{pairs(rows)}\n\n{note(rows)}"
 
 
-def write_readme(readme: Path, raw: Path) -> None:
-    """Put table and note between the README's markers, and draw the picture beside the raw file."""
+def write(page: Path, raw: Path) -> None:
+    """Put tables and note between the marks of a page, and draw the picture beside the page."""
     rows = read(raw)
-    machine.write_readme(readme, "digits", block(rows))
-    draw(raw.with_suffix(".png"), rows)
+    machine.write_between_marks(page, "digits", block(rows))
+    draw(page.with_name(f"{raw.stem}.png"), rows)
 
 
 COLOURS = {"the whole gradient": "#0072B2", "altered feedback": "#D55E00", "others": "#555555"}

@@ -2,15 +2,15 @@
 
     python benchmarks/modes.py                                       # about five minutes on two cores
     python benchmarks/modes.py --table benchmarks/results/modes.json
-    python benchmarks/modes.py --write-readme README.md
+    python benchmarks/modes.py --write docs/modes.md
 
 On WRN-28-2: the cost of one ``BilevelTrainer.step`` (equal batches, no losses of the teacher's own) in student forward
 passes, by counting FLOPs; its time, the modes taking turns; and its peak memory beyond weights and optimiser states, by
 the allocator's own account. Then, over draws of the labels at fixed weights, the noise and the bias of the teacher's
 gradient against the exact one (double backward in float64), on a small classifier of digits and on WRN-28-2.
 
-Writes a JSON file and a picture beside it. With a CUDA device the same is measured on it, in float32 (TF32 off) and in
-bf16 autocast, instead of on the CPU.
+Writes a JSON file; ``--write`` puts its table into a page, and its picture beside the page. With a CUDA device the same
+is measured on it, in float32 (TF32 off) and in bf16 autocast, instead of on the CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_json, write_readme
+from machine import arguments, described, parsed, write_between_marks, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -367,7 +367,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The README's table, from the raw file alone."""
+    """The table of the documentation, from the raw file alone."""
     return "\n\n".join(_table_of(run, result["setup"]) for run in result["runs"])
 
 
@@ -516,17 +516,16 @@ def main() -> None:
     parser.add_argument("--draws", type=int, help="draws of labels on the small classifier; default 2000")
     parser.add_argument("--draws-wrn", type=int, help="draws of labels on WRN-28-2; default 24")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the Markdown table of a result and stop")
-    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="put the table of --out there and stop")
-    parser.add_argument("--draw", action="store_true", help="draw the picture of --out, beside it, again and stop")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put table and picture of --out there and stop")
     given = parsed(parser)
     if given.table:
         print(table(json.loads(given.table.read_text())))
-    elif given.write_readme:
-        write_readme(given.write_readme, "modes", table(json.loads(given.out.read_text())))
+    elif given.write:
+        result = json.loads(given.out.read_text())
+        write_between_marks(given.write, "modes", table(result))
+        draw(result, given.write.with_name(f"{given.out.stem}.png"))
     else:
-        if not given.draw:
-            run(given)
-        draw(json.loads(given.out.read_text()), given.out.with_suffix(".png"))
+        run(given)
 
 
 def run(given: argparse.Namespace) -> None:

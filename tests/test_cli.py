@@ -98,13 +98,6 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_importing_the_library_does_not_import_what_only_parts_of_it_need() -> None:
-    heavy = ("matplotlib", "pandas", "scipy", "sklearn", "tensorboard", "torchvision", "tyro")
-    code = f"import sys, metapl; print([name for name in {heavy} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "[]\n"
-
-
 # -------------------------------------------------------------------------------------------------------- the commands
 
 

@@ -39,7 +39,8 @@ With --compare, each recipe trains the same without the teacher's feedback,
 and by other methods, and says whether the feedback helped.
 
 Each command says more with --help: metapl train digits --help.
-metapl --version says which metapl this is.
+metapl --version says which metapl this is; metapl --print-completion SHELL
+completes commands and flags in bash, zsh or fish.
 """
 
 COMMANDS = ("train", "evaluate", "predict", "finetune", "compare", "export")
@@ -103,6 +104,10 @@ def _dispatch(given: list[str]) -> int:
 
         print(f"metapl {__version__}")
         return 0
+    if command == "--print-completion":
+        from metapl.cli.completion import print_completion
+
+        return print_completion(rest)
     if command not in COMMANDS:
         from metapl.cli.suggest import did_you_mean
 
@@ -133,18 +138,7 @@ def _train(given: list[str]) -> int:
 
 
 def _after_training(command: str, given: list[str]) -> int:
-    from metapl.cli.compare import Compare
-    from metapl.cli.evaluate import Evaluate
-    from metapl.cli.export import Export
-    from metapl.cli.finetune import Finetune
+    from metapl.cli.commands import AFTER_TRAINING
     from metapl.cli.parse import parse
-    from metapl.cli.predict import Predict
 
-    kinds: dict[str, type[Evaluate] | type[Predict] | type[Finetune] | type[Compare] | type[Export]] = {
-        "evaluate": Evaluate,
-        "predict": Predict,
-        "finetune": Finetune,
-        "compare": Compare,
-        "export": Export,
-    }
-    return parse(kinds[command], f"metapl {command}", given)()
+    return parse(AFTER_TRAINING[command], f"metapl {command}", given)()

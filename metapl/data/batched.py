@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 from metapl.data import draws
-from metapl.data.device import to_device
+from metapl.device import to_device
 from metapl.errors import MetaplError
 
 # Streams 0 to 5 are those of ShiftNoiseCutout and of augment.py.
@@ -82,7 +83,7 @@ class Affine:
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
         x, y = _centered(width, images), _centered(height, images)[:, None]
         # Not one fused operation, which may round differently at the end of a tensor than in its middle.
-        grid_BHW2 = (along_x * x + (along_y * y + offset)).permute(0, 2, 3, 1)
+        grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
         if isinstance(self.fill, str):
             moved = F.grid_sample(images, grid_BHW2, padding_mode=_PADDING[self.fill], align_corners=False)
         else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from metapl.errors import MetaplError
@@ -147,8 +148,8 @@ def _read(
         )
     with _opened(path, max_pixels) as image:
         pictures = _decoded(image, mode, size, crops, centre)
-        values = [torch.from_numpy(numpy.array(one, dtype=numpy.uint8)) for one in pictures]
-    return [one[None] if mode == "L" else one.permute(2, 0, 1).contiguous() for one in values]
+        values = [torch.from_numpy(numpy.atleast_3d(numpy.array(one, dtype=numpy.uint8))) for one in pictures]
+    return [rearrange(one, "h w c -> c h w").contiguous() for one in values]
 
 
 def image_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

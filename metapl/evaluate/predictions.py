@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
-from metapl.data.device import to_device
+from metapl.device import to_device
 from metapl.errors import MetaplError
 
 ROWS = 1024

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from metapl import checkpoint
-from metapl.data.feed import Feed, feed
 from metapl.errors import MetaplError
 from metapl.fitting.average import Average
 from metapl.fitting.callbacks import Callback, Callbacks
@@ -27,6 +26,9 @@ from metapl.fitting.selection import Best, Selection, weights_of
 from metapl.fitting.stopping import Interrupted, stop_requests
 from metapl.fitting.watch import Watch
 from metapl.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from metapl.data.feed import Feed
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class FitRun:
         return self._finish()
 
     def _feed(self, source: Any, name: str) -> Feed:
+        from metapl.data.feed import feed  # only those who fit need metapl.data
+
         how = self.how
         return feed(source, name=name, stop=how.steps, num_workers=how.num_workers, device=self.trainer.device)
 

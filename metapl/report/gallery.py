@@ -259,6 +259,7 @@ def _resized(picture: Tensor, width: int, height: int) -> Any:
     [[0, 0, 255, 255], [0, 0, 255, 255]]
     """
     import numpy
+    from einops import repeat
     from PIL import Image
 
     picture = picture.detach().cpu()
@@ -266,8 +267,8 @@ def _resized(picture: Tensor, width: int, height: int) -> Any:
         picture = (255 * picture.float()).round().to(torch.uint8)
     down, across = math.ceil(height / picture.shape[1]), math.ceil(width / picture.shape[2])
     # Enlarged by whole numbers and then brought down to size, so that all its pixels come out equally large.
-    large = picture.expand(3, -1, -1).repeat_interleave(down, dim=1).repeat_interleave(across, dim=2)
-    image = Image.fromarray(large.permute(1, 2, 0).contiguous().numpy())
+    large = repeat(picture.expand(3, -1, -1), "c h w -> (h down) (w across) c", down=down, across=across)
+    image = Image.fromarray(large.numpy())
     return numpy.asarray(image.resize((width, height), Image.Resampling.HAMMING))
 
 
