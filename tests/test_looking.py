@@ -197,9 +197,7 @@ def test_steps_and_precision_are_measured_with_crops_of_files_too(
 
     monkeypatch.setattr(FileImages, "fetch_crops", watched)
     small: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "labeled_batch": 4, "unlabeled_batch": 4}
-    found = recipe(
-        colored, steps=None, precision=None, minutes=0.01, resized_crop=True, grey=grey, **small
-    ).settled()
+    found = recipe(colored, steps=None, precision=None, minutes=0.01, resized_crop=True, grey=grey, **small).settled()
     assert found.complete
     assert found.steps >= 1
     assert set(read) == {(1 if grey else 3, 8, 8)}

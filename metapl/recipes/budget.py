@@ -21,8 +21,9 @@ from metapl.data.feed import feed
 from metapl.data.image_sets import FileImages, Images, MemoryImages
 from metapl.fit import FitResult, Loop
 from metapl.recipes.base import Task
-from metapl.recipes.experiment import METHODS, ROLES, Experiment
+from metapl.recipes.experiment import ROLES, Experiment
 from metapl.recipes.images import ImageFolders
+from metapl.recipes.methods import METHODS
 from metapl.recipes.pictures import Pictures
 from metapl.run_folder import RunFolder
 
@@ -116,7 +117,7 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
         task = Task(**sources, classes=recipe.classes, record={})
         rehearsal = _Rehearsal(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None, clock=clock)
         networks = [recipe.network(role).to(recipe.place()) for role in ROLES]
-        METHODS[recipe.method](rehearsal, task, *networks)
+        METHODS[recipe.method].run(rehearsal, task, *networks)
     return sum(rehearsal.seconds)
 
 

@@ -24,8 +24,9 @@ from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
 from metapl.losses import UDA, TeacherLoss
 from metapl.models.pretrained import fetch_imagenet_weights
-from metapl.recipes.base import Optimizer, Say, Task, require
+from metapl.recipes.base import SELECTED_ON, Optimizer, Say, Task, require
 from metapl.recipes.looking import Look, look
+from metapl.recipes.methods import METHODS
 from metapl.recipes.pictures import IMAGENET, PictureRecipe, Pictures, Views, whole
 from metapl.recipes.progress import counting
 
@@ -43,9 +44,6 @@ SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 
 HUE = 0.1
 """Share of a turn by which colors are changed that do not tell classes apart."""
-
-SELECTED_ON = 50
-"""Validation pictures from which on some are set aside: fewer cannot tell students apart, and train better."""
 
 WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
@@ -94,7 +92,9 @@ class Changes:
         translate: greatest move, as a share of the side.
         zoom: greatest factor by which a picture grows or shrinks.
         shear: in degrees.
-        brightness, contrast, saturation: greatest change of each, as a share.
+        brightness: greatest change of it, as a share.
+        contrast: likewise.
+        saturation: likewise.
         hue: greatest turn of the colors, as a share of a whole one; 0.1 where they are exchanged, else 0.
         hole: greatest side of a square that is covered, as a share of the side.
         mirror: left to right. Not for letters, digits or anything else that has a right way round.
@@ -182,9 +182,18 @@ class ImageFolders(PictureRecipe):
         method: uda and fixmatch train one network, on the few labels and on its own labels of what it is sure of; mpl a
             teacher and a student with feedback; none the same without feedback; supervised on the labels alone;
             pseudo_labels a student of a teacher that was trained on the labels alone.
-        minutes: how long training may take, from a short measurement on this machine; --steps overrides it.
+        minutes: how long training may take, from a short measurement on this machine; --steps overrides it. With
+            --compare, every method takes as many steps as the one of --method does in this time.
         val_fraction: part of each class that is set aside where there is no val; 0 is none.
-        mean, std: what pictures are normalised by, of each channel in [0, 1].
+        mean: of each channel in [0, 1], which pictures are normalised by; by default that of the pictures.
+        std: standard deviation of each channel, likewise.
+        network_name: by default pooled_cnn, and resnet18 with pretrained weights; else small_cnn, wide_resnet28_2,
+            resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or timm:NAME; a name that there is not is
+            answered with all that there are.
+        weights: a file with pretrained weights of the network, or imagenet, which torchvision downloads.
+        warmup: steps over which the learning rates grow from 0; where a student waits, these are scaled down to the
+            steps that it has.
+        warm_start: a student that has waited begins with the teacher's weights.
         uda_align: how much UDA spreads its labels over the classes like uda_prior, 0 to 1: 0.5 is half way there from
             the network's own spread.
         uda_prior: share of each class, in the order of the folders; by default the shares in labeled, with one picture
@@ -330,7 +339,7 @@ class ImageFolders(PictureRecipe):
         return fitted._for_network(fitted.network_name)
 
     def _aside(self) -> int:
-        """How many labelled pictures the usual part of them is."""
+        """How many labelled pictures the usual part of them is; too few to select on train better."""
         return round(SET_ASIDE * len(scan_labeled(self.labeled)))
 
     def scheduled(self, steps: int) -> ImageFolders:
@@ -339,7 +348,7 @@ class ImageFolders(PictureRecipe):
         wait = min(round(WAIT * steps), steps - 1) if self.wait is None else self.wait
         shares = {
             "wait": wait,
-            "warmup": round(WARMUP * (steps - wait if self.method in ("mpl", "none") else steps)),
+            "warmup": round(WARMUP * steps),
             "uda_ramp": round(RAMP * steps),
             "uda_start": round(START * steps),
             "validate_every": max(1, round(steps / 20)),
@@ -349,13 +358,20 @@ class ImageFolders(PictureRecipe):
 
     def chosen(self) -> str:
         """What was chosen, in a line; each has a flag."""
+        optimizer = self.teacher if METHODS[self.method].built_as == "teacher" else self.student
         size, kind = f"{self.image_size}x{self.image_size}", "grey" if self.grey else "color"
-        colors = "colors exchanged" if self.changes.recolor else "colors kept"
-        mirrored = "mirrored" if self.changes.mirror else "not mirrored"
         return (
-            f"chosen: {self.network_name} on {size} {kind} pictures, {colors}, {mirrored}; {self.student.algorithm} at "
-            f"{self.student.lr:g}, {self.precision}, {self.steps:,} steps"
+            f"chosen: {self.network_name} on {size} {kind} pictures, {self._changed()}; {optimizer.algorithm} at "
+            f"{optimizer.lr:g}, {self.precision}, {self.steps:,} steps"
         )
+
+    def _changed(self) -> str:
+        """How pictures are changed, in words."""
+        if self.randaugment:
+            mirrored = "not mirrored" if self.strong.writing else "mirrored (not with --strong.writing)"
+            return f"changed by RandAugment, {mirrored}"
+        colors = "colors exchanged" if self.changes.recolor else "colors kept"
+        return f"{colors}, {'mirrored' if self.changes.mirror else 'not mirrored'}"
 
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
         assert self.mean is not None  # settled
@@ -380,7 +396,11 @@ class ImageFolders(PictureRecipe):
         return tuple(aligned)
 
     def fit_options(self) -> dict[str, Any]:
-        return super().fit_options() | {"warm_start": self.warm_start and self.wait > 0}
+        # A student that waits has fewer steps, and warms up over the same share of them. So the recipe of a comparison
+        # is that of each of its methods.
+        share = (self.steps - self.wait) / self.steps if METHODS[self.method].teaches else 1.0
+        own = {"warm_start": self.warm_start and self.wait > 0, "warmup": round(share * self.warmup)}
+        return super().fit_options() | own
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         tell, look = say or (lambda text: None), _Look(say or (lambda text: None), progress)

@@ -118,7 +118,7 @@ class PictureRecipe:
     Args:
         seed: of the split, the weights and every draw.
         image_size: side that every picture is brought to, in pixels.
-        grey: read pictures without colours.
+        grey: read pictures without colors.
         network_name: small_cnn, wide_resnet28_2, resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or
             timm:NAME; a name that there is not is answered with all that there are.
         weights: file with pretrained weights of it.
