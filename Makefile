@@ -21,7 +21,7 @@ help: ## Show this list.
 
 demo: $(STAMP) ## Train on the digits beside the controls, five seeds; results go to runs/demo (more arguments: DEMO_ARGS).
 	rm -rf runs/demo
-	$(BIN)/metapl train digits --compare --seeds 0-4 --out runs/demo $(DEMO_ARGS)
+	$(BIN)/metapl train digits --compare --seeds 0-4 --steps 2000 --out runs/demo $(DEMO_ARGS)
 
 test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments for pytest: TEST_ARGS).
 	$(BIN)/ruff check .
