@@ -83,11 +83,11 @@ def test_without_validation_and_test_pictures_nothing_says_how_good_it_is(
 ) -> None:
     run = tmp_path / "run"
     text = train(capsys, pictures, run, *FIXED, "--method", "uda")
-    assert "The student is delivered; without --test and --val nothing says how good it is." in text
+    assert "The finetuned student is delivered; without --test and --val nothing says how good it is." in text
     found = result(run)
     assert accuracies(found) == {}
     assert "evaluation" not in found
-    assert (found["delivered"], found["delivered_by"], found["validation_size"]) == ("student", "rule", 0)
+    assert (found["delivered"], found["delivered_by"], found["validation_size"]) == ("finetuned", "rule", 0)
     assert found["best_step"] == found["steps"] == 6
     assert (run / "report.png").stat().st_size > 10_000
 

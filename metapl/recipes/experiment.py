@@ -227,7 +227,7 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
         method: of :data:`METHODS`.
         networks: by name.
         select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``.
-            Otherwise it is the one that did best on the problems of benchmarks/pictures.
+            Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
     """
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)

@@ -233,7 +233,7 @@ class ImageFolders(PictureRecipe):
     unlabeled_batch: int = 64
     label_smoothing: float = 0.0
     uda_temperature: float = 0.5
-    uda_threshold: float = 0.7
+    uda_threshold: float = 0.85
     uda_align: float = 0.5
     warm_start: bool = True
     student: Optimizer = field(default_factory=lambda: ADAMW)

@@ -196,8 +196,8 @@ _ALL = (
         place="compared",
     ),
     Method(name="pseudo_labels_hard", title="pseudo labels of a fixed teacher, hard", run=_fixed_teacher("hard")),
-    Method(name="uda", title="UDA alone", run=_uda, built_as="teacher", place="compared"),
-    Method(name="fixmatch", title="FixMatch alone", run=_fixmatch, built_as="teacher"),
+    Method(name="uda", title="UDA alone", run=_uda, built_as="teacher", delivers="finetuned", place="compared"),
+    Method(name="fixmatch", title="FixMatch alone", run=_fixmatch, built_as="teacher", delivers="finetuned"),
     Method(
         name="permuted",
         title="MPL, feedback permuted over the batch",
