@@ -92,9 +92,9 @@ class Changes:
         translate: greatest move, as a share of the side.
         zoom: greatest factor by which a picture grows or shrinks.
         shear: in degrees.
-        brightness: greatest change of it, as a share.
-        contrast: likewise.
-        saturation: likewise.
+        brightness: greatest change of brightness, as a share.
+        contrast: greatest change of contrast, as a share.
+        saturation: greatest change of saturation, as a share.
         hue: greatest turn of the colors, as a share of a whole one; 0.1 where they are exchanged, else 0.
         hole: greatest side of a square that is covered, as a share of the side.
         mirror: left to right. Not for letters, digits or anything else that has a right way round.
@@ -185,8 +185,9 @@ class ImageFolders(PictureRecipe):
         minutes: how long training may take, from a short measurement on this machine; --steps overrides it. With
             --compare, every method takes as many steps as the one of --method does in this time.
         val_fraction: part of each class that is set aside where there is no val; 0 is none.
-        mean: of each channel in [0, 1], which pictures are normalised by; by default that of the pictures.
-        std: standard deviation of each channel, likewise.
+        mean: of each channel, in [0, 1], that is taken off a picture; by default your pictures' own, and ImageNet's with
+            pretrained weights.
+        std: standard deviation of each channel, in [0, 1], that a picture is then divided by; by default as the mean.
         network_name: by default pooled_cnn, and resnet18 with pretrained weights; else small_cnn, wide_resnet28_2,
             resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or timm:NAME; a name that there is not is
             answered with all that there are.
