@@ -185,8 +185,8 @@ class ImageFolders(PictureRecipe):
         minutes: how long training may take, from a short measurement on this machine; --steps overrides it. With
             --compare, every method takes as many steps as the one of --method does in this time.
         val_fraction: part of each class that is set aside where there is no val; 0 is none.
-        mean: of each channel, in [0, 1], that is taken off a picture; by default that of your pictures, and with pretrained
-            weights ImageNet's.
+        mean: of each channel, in [0, 1], that is taken off a picture; by default that of your pictures, and
+            ImageNet's with pretrained weights.
         std: standard deviation of each channel, in [0, 1], that a picture is then divided by; by default as the mean.
         network_name: by default pooled_cnn, and resnet18 with pretrained weights; else small_cnn, wide_resnet28_2,
             resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or timm:NAME; a name that there is not is
