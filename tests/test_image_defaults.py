@@ -14,6 +14,8 @@ from command import refused, result, said
 
 from metapl import UDA, CrossEntropy, LossTrainer
 from metapl.cli import main
+from metapl.cli.parse import parse
+from metapl.cli.train import TrainImages
 from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, View
 from metapl.data.augment import ResizedCrop, Weak
 from metapl.data.image_sets import MemoryImages
@@ -23,17 +25,19 @@ from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.base import Optimizer, Task
 from metapl.recipes.experiment import ROLES, Experiment
 from metapl.recipes.images import (
-    ADAMW,
     CLIPPED,
     HUE,
+    NOT_CLIPPED,
     OTHER_RATE,
     PRETRAINED_RATE,
     RAMP,
     RATES,
+    SGD_RATE,
     START,
     WAIT,
     WARMUP,
     Changes,
+    OpenOptimizer,
 )
 from metapl.recipes.looking import Colors, Look
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
@@ -65,8 +69,8 @@ def recipe(**fields: Any) -> ImageFolders:
 @pytest.mark.parametrize(
     ("network", "rate", "clip"),
     [
-        ("pooled_cnn", RATES["pooled_cnn"], None),
-        ("small_cnn", RATES["small_cnn"], None),
+        ("pooled_cnn", RATES["pooled_cnn"], NOT_CLIPPED),
+        ("small_cnn", RATES["small_cnn"], NOT_CLIPPED),
         ("wide_resnet28_2", RATES["wide_resnet"], CLIPPED),
         ("resnet18", RATES["resnet"], CLIPPED),
         ("efficientnet_b0_svhn", RATES["efficientnet"], CLIPPED),
@@ -75,27 +79,56 @@ def recipe(**fields: Any) -> ImageFolders:
         ("timm:vit_tiny_patch16_224", OTHER_RATE, CLIPPED),
     ],
 )
-def test_the_rates_are_those_of_the_networks_family(network: str, rate: float, clip: float | None) -> None:
+def test_the_rates_are_those_of_the_networks_family(network: str, rate: float, clip: float) -> None:
     found = recipe()._for_network(network)
     for one in (found.student, found.teacher):
-        assert one == dataclasses.replace(ADAMW, lr=rate)
+        assert one == OpenOptimizer(lr=rate)
     assert found.clip_norm == clip
     pretrained = recipe(weights="file.pt")._for_network(network)
     assert (pretrained.student.lr, pretrained.teacher.lr) == (PRETRAINED_RATE,) * 2
 
 
-def test_the_default_is_the_rate_of_the_default_network() -> None:
-    assert ADAMW.lr == RATES["pooled_cnn"] > max(rate for name, rate in RATES.items() if name != "pooled_cnn")
+def test_the_default_network_has_the_greatest_rate() -> None:
+    assert RATES["pooled_cnn"] > max(rate for name, rate in RATES.items() if name != "pooled_cnn")
 
 
 def test_what_was_asked_for_of_an_optimizer_is_kept() -> None:
-    own = dataclasses.replace(ADAMW, lr=0.002)
+    own = OpenOptimizer(lr=0.002)
     found = recipe(student=own, clip_norm=3.0)._for_network("resnet18")
     assert (found.student, found.teacher.lr, found.clip_norm) == (own, RATES["resnet"], 3.0)
-    decayed = recipe(student=dataclasses.replace(ADAMW, weight_decay=0.3))._for_network("resnet18").student
+    decayed = recipe(student=OpenOptimizer(weight_decay=0.3))._for_network("resnet18").student
     assert (decayed.weight_decay, decayed.lr) == (0.3, RATES["resnet"]), "another decay is not another rate"
-    plain = Optimizer(algorithm="sgd", lr=ADAMW.lr)
-    assert recipe(student=plain)._for_network("resnet18").student == plain, "the rates are AdamW's"
+    plain = Optimizer(algorithm="sgd", lr=0.3)
+    assert recipe(student=plain)._for_network("resnet18").student == plain
+    assert recipe(student=OpenOptimizer(algorithm="sgd"))._for_network("resnet18").student.lr == SGD_RATE
+
+
+@pytest.mark.parametrize("rate", sorted({*RATES.values(), OTHER_RATE}))
+def test_a_rate_that_was_given_counts_whatever_it_is(rate: float) -> None:
+    """That of another network's default too, and from the command line."""
+    found = recipe(student=OpenOptimizer(lr=rate), teacher=OpenOptimizer(lr=rate))._for_network("timm:any")
+    assert (found.student.lr, found.teacher.lr) == (rate, rate)
+    folders = ("--labeled", "labeled", "--unlabeled", "unlabeled")
+    given = parse(TrainImages, "metapl train images", [*folders, "--teacher.lr", str(rate)]).recipe
+    settled = given._for_network("vit_b_16")
+    assert (settled.teacher.lr, settled.student.lr) == (rate, RATES["vit"])
+
+
+@pytest.mark.parametrize("field", ["lr", "momentum", "weight_decay"])
+def test_an_optimizer_without_a_rate_is_checked_too(field: str) -> None:
+    with pytest.raises(MetaplError, match=f"{field}=-1"):
+        OpenOptimizer(**{"algorithm": "sgd", field: -1})  # type: ignore[arg-type]  # its values are of several types
+
+
+def test_clipping_can_be_left_out_and_the_settled_recipe_says_so() -> None:
+    found = recipe(**SIZED, clip_norm=0)._for_network("resnet18").scheduled(20)
+    assert (found.clip_norm, found.trainer_options()["clip_norm"]) == (0, None)
+    assert found._for_network("resnet18") == found
+    clipped = recipe(**SIZED)._for_network("resnet18").trainer_options()["clip_norm"]
+    assert (clipped, recipe(**SIZED)._for_network("small_cnn").trainer_options()["clip_norm"]) == (CLIPPED, None)
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(MetaplError, match=r"clip_norm=.*or 0 for no clipping"):
+            recipe(clip_norm=wrong)
 
 
 def test_a_settled_recipe_stays_as_it_is_when_it_is_settled_again() -> None:
@@ -121,7 +154,7 @@ def fitted(seen: Look, **fields: Any) -> ImageFolders:
 )
 def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on(side: int, brought_to: int) -> None:
     found = fitted(look(side))
-    assert (found.image_size, found.network_name, found.student.lr) == (brought_to, "pooled_cnn", ADAMW.lr)
+    assert (found.image_size, found.network_name, found.student.lr) == (brought_to, "pooled_cnn", RATES["pooled_cnn"])
 
 
 def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
@@ -188,8 +221,8 @@ def test_few_steps_are_a_schedule_too(steps: int, method: Any) -> None:
 def test_what_was_chosen_is_one_line() -> None:
     plain = recipe(**SIZED, changes=Changes(recolor=False))._for_network("pooled_cnn").scheduled(4400)
     assert plain.chosen() == (
-        f"chosen: pooled_cnn on 32x32 color pictures, colors kept, not mirrored; adamw at {ADAMW.lr:g}, float32, "
-        "4,400 steps"
+        f"chosen: pooled_cnn on 32x32 color pictures, colors kept, not mirrored; adamw at {RATES['pooled_cnn']:g}, "
+        "float32, 4,400 steps"
     )
     other = {**SIZED, "grey": True, "precision": "bfloat16", "image_size": 20, "mean": (0.5,), "std": (0.5,)}
     changed = recipe(**other, changes=Changes(recolor=True, mirror=True))._for_network("resnet18").scheduled(86)
@@ -208,11 +241,11 @@ def test_the_line_says_what_randaugment_does() -> None:
     assert flips == [True, False]
 
 
-@pytest.mark.parametrize("method", METHODS_OF_IMAGES)
-def test_the_line_names_the_optimizer_of_the_network_that_is_kept(method: Any) -> None:
-    one, two = Optimizer(algorithm="sgd", lr=0.5), Optimizer(algorithm="sgd", lr=0.25)
-    told = recipe(**SIZED, method=method, teacher=one, student=two)._for_network("pooled_cnn").scheduled(10).chosen()
-    assert f"sgd at {0.5 if method in ('uda', 'fixmatch', 'supervised') else 0.25:g}," in told
+@pytest.mark.parametrize(("method", "rate"), [("uda", 0.3), ("supervised", 0.3), ("mpl", 0.2), ("pseudo_labels", 0.2)])
+def test_what_was_chosen_has_the_rate_of_the_optimizer_that_is_used(method: Any, rate: float) -> None:
+    """One network has the teacher's."""
+    optimizers = {"teacher": OpenOptimizer(lr=0.3), "student": OpenOptimizer(lr=0.2)}
+    assert f"adamw at {rate}," in recipe(**SIZED, method=method, **optimizers).scheduled(20).chosen()
 
 
 def test_a_recipe_of_a_comparison_is_that_of_each_of_its_methods() -> None:
@@ -338,7 +371,7 @@ def trained(one: ImageFolders, method: str, folder: Path) -> tuple[LossTrainer, 
 def test_fixmatch_trains_one_network_on_hard_labels(tmp_path: Path) -> None:
     small = {"image_size": 8, "labeled_batch": 6, "unlabeled_batch": 6, "log_every": 1, "uda_weight": 2.0}
     small |= {"uda_align": 0.3, "label_smoothing": 0.1}
-    one = recipe(**SIZED | small, method="fixmatch", uda_start=2, uda_ramp=2).scheduled(6)
+    one = recipe(**SIZED | small, method="fixmatch", uda_start=2, uda_ramp=2)._for_network("pooled_cnn").scheduled(6)
     trainer, rows = trained(one, "fixmatch", tmp_path)
     supervised, uda = trainer.losses
     assert supervised == CrossEntropy(0.1)

@@ -116,8 +116,9 @@ def _dispatch(given: list[str]) -> int:
 
 
 def _train(given: list[str]) -> int:
+    from metapl.cli.idle import given_flags
     from metapl.cli.parse import parse
-    from metapl.cli.suggest import did_you_mean
+    from metapl.cli.suggest import did_you_mean, respelled
     from metapl.cli.train import COMMANDS as RECIPES
     from metapl.errors import MetaplError
 
@@ -128,7 +129,9 @@ def _train(given: list[str]) -> int:
     if given[0] not in RECIPES:
         print(RECIPES_HELP, end="")
         return 0
-    return parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])()
+    command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
+    command.check_flags(given_flags(respelled(given[1:])))
+    return command()
 
 
 def _after_training(command: str, given: list[str]) -> int:

@@ -151,15 +151,22 @@ class FitRun:
         return row
 
     def _record(self, step: int, row: dict[str, float]) -> None:
-        self.records.row(row)
-        reason = self.callbacks.after(step, row)
-        if reason is None:
-            return
+        try:
+            reason = self.callbacks.after(step, row)
+            if reason is not None:
+                row |= self._end(step, reason)
+        finally:  # what a callback raises comes out, and the step was done
+            self.records.row(row)
+
+    def _end(self, step: int, reason: str) -> dict[str, float]:
+        """Make this step the last one; its accuracies on validation data, unless they are in its row already."""
+        how = self.how
         self.ended = step, reason
-        self.say(f"stopped after step {step} by a callback" + (f": {reason}" if reason else ""))
+        why = f": {reason}" if reason else ""
+        began = f"; the student is untrained: it would have begun after step {how.wait}" if how.waits(step - 1) else ""
+        self.say(f"stopped after step {step} by a callback{why}{began}")
         # The last step is validated, as in any fit: what is kept has been looked at.
-        if not self.how.due(self.how.validate_every, step - 1) and (seen := self._look(step - 1)):
-            self.records.row({"step": step, **seen})
+        return {} if how.due(how.validate_every, step - 1) else self._look(step - 1)
 
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
         if self.how.warm_start and t == self.how.wait:

@@ -59,6 +59,7 @@ class Experiment:
             "steps": self.recipe.steps,
             "best_step": result.step,
             "validation_size": task.validation_size,
+            "validation_chance": task.validation_chance,
             "delivered_by": "validation" if self.selects(task) else "rule",
             **{key: value for one in networks.values() for key, value in one.accuracies(f"{one.name}_").items()},
             **chosen.as_delivered(),
@@ -182,7 +183,7 @@ class Experiment:
             curves={content["method"]: Metrics(self.folder.path / "metrics.jsonl").rows("fit")},
             confusion=None if evaluation is None else evaluation.confusion,
             classes=list(task.classes),
-            summary=" ".join(summary(content, len(task.classes))),
+            summary=" ".join(summary(content)),
             galleries=read_galleries(self.folder.path),
         )
 
@@ -234,7 +235,7 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
     return METHODS[method].delivers
 
 
-def summary(content: Mapping[str, Any], classes: int) -> list[str]:
+def summary(content: Mapping[str, Any]) -> list[str]:
     """What a run reached, in sentences: ``result.json`` in words."""
     name, lines = content["delivered"], []
     tested, n = content.get("evaluation"), content["validation_size"]
@@ -243,7 +244,7 @@ def summary(content: Mapping[str, Any], classes: int) -> list[str]:
         reached = spoken(tested["accuracy"], tested["n"], Evaluation(**tested).chance)
         lines.append(f"Test accuracy of the {TITLED[name]}: {reached}.")
     if content.get("validation_accuracy") is not None:
-        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, 1 / classes)}.")
+        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, content['validation_chance'])}.")
     if not lines:
         lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
     part = "test" if tested is not None else "validation"
