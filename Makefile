@@ -19,9 +19,9 @@ BENCH_ARGS ?=
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## Train on the digits beside the controls, three seeds; results go to runs/demo (more arguments: DEMO_ARGS).
+demo: $(STAMP) ## Train on the digits beside the controls, five seeds; results go to runs/demo (more arguments: DEMO_ARGS).
 	rm -rf runs/demo
-	$(BIN)/metapl train digits --compare --seeds 0-2 --out runs/demo $(DEMO_ARGS)
+	$(BIN)/metapl train digits --compare --seeds 0-4 --steps 2000 --out runs/demo $(DEMO_ARGS)
 
 test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments for pytest: TEST_ARGS).
 	$(BIN)/ruff check .

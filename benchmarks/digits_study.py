@@ -33,7 +33,8 @@ from metapl.fit import Loop
 from metapl.losses import CrossEntropy
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
-from metapl.recipes.experiment import METHODS, Experiment
+from metapl.recipes.experiment import Experiment
+from metapl.recipes.methods import METHODS
 from metapl.run_folder import environment
 
 HERE = Path(__file__).parent
@@ -167,7 +168,7 @@ def one_run(job: Job, size: Size) -> dict[str, Any]:
     task = drawn(job.seed, job.labels_per_class, size)
     task = dataclasses.replace(task, **{"validation" if job.final else "test": None})
     run = Experiment(recipe, None, progress=False)  # type: ignore[arg-type]  # no folder is written to
-    trained, result = METHODS[ENTRIES[job.method].method](run, task, recipe.network(), recipe.network())
+    trained, result = METHODS[ENTRIES[job.method].method].run(run, task, recipe.network(), recipe.network())
     found = _tested(trained, task, recipe) if job.final else {"validation_accuracy": result.validation_accuracy}
     return dataclasses.asdict(job) | found | {"seconds": round(time.perf_counter() - since, 2)}
 

@@ -17,7 +17,7 @@ that what else the machine does hits all of them:
 - step: ``BilevelTrainer.step`` on the same batches.
 - fed: the same step on batches that are drawn, augmented and moved anew each time, by a feed with and without worker
   processes. The large networks are fed by the paper's views (crop, mirror, RandAugment), the small one by views that
-  change whole batches (mirror, affine, colour, hole).
+  change whole batches (mirror, affine, color, hole).
 
 Figures are medians over rounds of the ratios within a round. Peak memory is what a step holds beyond what was held
 before it. With a CUDA device the same is measured on it in float32 (TF32 off) and bf16, compiled and not.

@@ -16,7 +16,8 @@ from PIL import Image
 from metapl.cli import main
 from metapl.cli.compare import MEASURED, _fields
 from metapl.recipes import ImageFolders, budget
-from metapl.recipes.experiment import SELECTED_ON, Network, delivered
+from metapl.recipes.base import SELECTED_ON
+from metapl.recipes.experiment import Network, delivered
 from metapl.run_folder import WEIGHTS
 
 SMALL = (

@@ -17,14 +17,13 @@ from metapl.cli import main
 from metapl.cli.parse import parse
 from metapl.cli.train import TrainImages
 from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, View
-from metapl.data.augment import ResizedCrop
+from metapl.data.augment import ResizedCrop, Weak
 from metapl.data.image_sets import MemoryImages
 from metapl.data.views import Identity
 from metapl.errors import MetaplError
 from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.base import Optimizer, Task
-from metapl.recipes.comparison import title
-from metapl.recipes.experiment import METHODS, ROLES, TEACHERS, Experiment
+from metapl.recipes.experiment import ROLES, Experiment
 from metapl.recipes.images import (
     CLIPPED,
     HUE,
@@ -41,7 +40,8 @@ from metapl.recipes.images import (
     OpenOptimizer,
 )
 from metapl.recipes.looking import Colors, Look
-from metapl.recipes.pictures import Pictures
+from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
+from metapl.recipes.pictures import Pictures, Strong
 from metapl.run_folder import Metrics, RunFolder
 
 METHODS_OF_IMAGES = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels")
@@ -197,8 +197,9 @@ def test_shares_of_the_steps(method: Any) -> None:
     found = recipe(**SIZED, method=method).scheduled(1000)
     assert (found.steps, found.validate_every) == (1000, 50)
     assert (found.wait, found.uda_start, found.uda_ramp) == (1000 * WAIT, 1000 * START, 1000 * RAMP)
-    learning = 1000 * (1 - WAIT) if method in ("mpl", "none") else 1000
-    assert found.warmup == round(WARMUP * learning)
+    assert found.warmup == 1000 * WARMUP
+    own = 1000 * (1 - WAIT) if method in ("mpl", "none") else 1000
+    assert found.fit_options()["warmup"] == round(WARMUP * own), "a student that waits has fewer steps"
     kept = recipe(**SIZED, method=method, wait=7, warmup=0, uda_start=3, uda_ramp=0, validate_every=9).scheduled(1000)
     assert (kept.wait, kept.warmup, kept.uda_start, kept.uda_ramp, kept.validate_every) == (7, 0, 3, 0, 9)
 
@@ -229,11 +230,28 @@ def test_what_was_chosen_is_one_line() -> None:
     assert told in changed.chosen()
 
 
+def test_the_line_says_what_randaugment_does() -> None:
+    changes = Changes(recolor=True, mirror=False)
+    pillow = recipe(**SIZED, randaugment=True, changes=changes)._for_network("pooled_cnn").scheduled(10)
+    assert "color pictures, changed by RandAugment, mirrored (not with --strong.writing); adamw" in pillow.chosen()
+    assert "exchanged" not in pillow.chosen(), "RandAugment comes instead of --changes"
+    writing = dataclasses.replace(pillow, strong=Strong(writing=True))
+    assert "color pictures, changed by RandAugment, not mirrored; adamw" in writing.chosen()
+    flips = [isinstance(one.views().weak, Weak) and one.views().weak.flip for one in (pillow, writing)]
+    assert flips == [True, False]
+
+
 @pytest.mark.parametrize(("method", "rate"), [("uda", 0.3), ("supervised", 0.3), ("mpl", 0.2), ("pseudo_labels", 0.2)])
 def test_what_was_chosen_has_the_rate_of_the_optimizer_that_is_used(method: Any, rate: float) -> None:
     """One network has the teacher's."""
     optimizers = {"teacher": OpenOptimizer(lr=0.3), "student": OpenOptimizer(lr=0.2)}
     assert f"adamw at {rate}," in recipe(**SIZED, method=method, **optimizers).scheduled(20).chosen()
+
+
+def test_a_recipe_of_a_comparison_is_that_of_each_of_its_methods() -> None:
+    alone = recipe(**SIZED, method="mpl")._for_network("pooled_cnn").scheduled(1000)
+    compared = recipe(**SIZED, method="uda")._for_network("pooled_cnn").scheduled(1000)
+    assert dataclasses.replace(compared, method="mpl") == alone
 
 
 # ---------------------------------------------------------------------------------------------------------- the views
@@ -345,7 +363,7 @@ def trained(one: ImageFolders, method: str, folder: Path) -> tuple[LossTrainer, 
     """The trainer afterwards, and the rows of its metrics."""
     torch.manual_seed(0)
     run = Experiment(one, RunFolder(folder), progress=False, say=lambda text: None)
-    trainer, _ = METHODS[method](run, noise_task(one), *(one.network(role) for role in ROLES))
+    trainer, _ = METHODS[method].run(run, noise_task(one), *(one.network(role) for role in ROLES))
     assert isinstance(trainer, LossTrainer)
     return trainer, Metrics(folder / "metrics.jsonl").rows("fit")
 
@@ -365,9 +383,18 @@ def test_fixmatch_trains_one_network_on_hard_labels(tmp_path: Path) -> None:
 
 
 def test_fixmatch_is_a_method_like_the_others() -> None:
-    assert "fixmatch" in TEACHERS
+    assert METHODS["fixmatch"].built_as == "teacher"
     assert title("fixmatch") == "FixMatch alone"
-    assert {title(method) for method in METHODS} & set(METHODS) == set(), "each has a title"
+    assert len({method.title for method in METHODS.values()}) == len(METHODS)
+
+
+def test_the_methods_of_a_comparison() -> None:
+    assert COMPARED == ("mpl", "none", "supervised", "pseudo_labels", "uda")
+    assert CONTROLS == ("permuted", "class_means", "random_sign")
+    assert [name for name, method in METHODS.items() if method.name != name] == []
+    assert [name for name, method in METHODS.items() if method.teaches] == ["mpl", "none", *CONTROLS]
+    finetuned = {name for name, method in METHODS.items() if method.delivers == "finetuned"}
+    assert finetuned == {"mpl", "none", "uda", "fixmatch"}
 
 
 @pytest.mark.parametrize("name", [Digits.name, ImageFolders.name])

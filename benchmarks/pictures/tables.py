@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from benchmarks.pictures.problems import half
+from benchmarks.machine import write_readme
+from benchmarks.pictures.problem import Problem
+from benchmarks.pictures.problems import class_counts, half
 from benchmarks.pictures.run import RESULTS, Row, read
+from metapl.evaluate import chance_level
 
 TITLES = {
     "uda": "UDA (the default)",
@@ -130,9 +133,14 @@ def table(rows: list[Row], name: str) -> str:
         seeds = f"{fewest}" if fewest == most else f"{fewest}-{most}"
         cells += [mean, *differences, f"{found.seconds:.0f}", seeds]
         lines.append(f"| {called[group]} | " + " | ".join(cells) + " |")
-    chance = [f"{100 / len(problem.classes):.1f}" for problem in half(name) if problem.name in problems]
-    mean = f"{statistics.fmean(map(float, chance)):.1f}"
-    return "\n".join([*lines, "| chance | " + " | ".join([*chance, mean, "", "", "", ""]) + " |"])
+    chance = [100 * chance_of(problem) for problem in half(name) if problem.name in problems]
+    cells = [f"{value:.1f}" for value in (*chance, statistics.fmean(chance))]
+    return "\n".join([*lines, "| chance | " + " | ".join([*cells, "", "", "", ""]) + " |"])
+
+
+def chance_of(problem: Problem) -> float:
+    """The accuracy of guessing on a problem's test set; see :func:`metapl.evaluate.chance_level`."""
+    return chance_level(class_counts(len(problem.classes), problem.test, problem.imbalance))
 
 
 def draw(rows: list[Row], name: str, file: Path) -> None:
@@ -158,16 +166,6 @@ def draw(rows: list[Row], name: str, file: Path) -> None:
     plt.close(figure)
 
 
-def write(text: str, file: Path, name: str) -> None:
-    """Put the table between the marks of the page."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, begun, rest = file.read_text().partition(begin)
-    _, ended, after = rest.partition(end)
-    if not begun or not ended:
-        raise SystemExit(f"{file} has no place for the table; expected the lines {begin} and {end}.")
-    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--half", choices=("seen", "unseen"), default="seen")
@@ -179,7 +177,7 @@ def main() -> None:
     text = table(rows, given.half)
     print(text)
     if given.write is not None:
-        write(text, given.write, given.half)
+        write_readme(given.write, given.half, text)
     if given.figure is not None:
         draw(rows, given.half, given.figure)
 

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 HELP = """\
 metapl trains a classifier from a few labelled examples and many unlabelled
-ones. A teacher network makes up labels for a student network, and learns from
-how well the student then does on the labelled examples: Meta Pseudo Labels.
+ones. With Meta Pseudo Labels, a teacher network makes up labels for a student
+network, and learns from how well the student then does on the labelled
+examples. On your own pictures the default is UDA: one network that learns its
+own labels of pictures that it is sure of.
 
-  metapl train RECIPE           train a student; it goes to a run folder (RUN)
+  metapl train RECIPE           train a classifier; it goes to a folder (RUN)
   metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
   metapl finetune RUN           finetune it on the labelled examples again
@@ -25,7 +27,7 @@ two in each class are labelled (a minute on a laptop, no graphics card):
 
   metapl train digits --out runs/first
   metapl predict runs/first my_digit.png another.png
-  metapl train digits --compare --seeds 0-2 --out runs/compared
+  metapl train digits --compare --seeds 0-4 --out runs/compared
 
 With pictures of your own, a few of them in one folder a class:
 

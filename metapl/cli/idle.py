@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from metapl.recipes.experiment import CONTROLS
 from metapl.recipes.images import ImageFolders
+from metapl.recipes.methods import CONTROLS, METHODS
 
-WITH_STUDENT = ("mpl", "none", *CONTROLS)
+WITH_STUDENT = tuple(name for name, method in METHODS.items() if method.teaches)
 """Methods that train a teacher and a student at the same time."""
 
-ANY_STUDENT = (*WITH_STUDENT, "pseudo_labels", "pseudo_labels_hard")
+ANY_STUDENT = tuple(name for name, method in METHODS.items() if method.built_as == "student")
 """Methods that train a student, at the same time or afterwards."""
 
 LABELS_ALONE = ("supervised", "label_smoothing", "supervised_everything")

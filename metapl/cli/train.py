@@ -28,8 +28,9 @@ from metapl.fit import Interrupted
 from metapl.fitting.progress import duration
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
-from metapl.recipes.comparison import Comparison, parse_seeds, title
-from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
+from metapl.recipes.comparison import Comparison, parse_seeds
+from metapl.recipes.experiment import summary
+from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
 from metapl.recipes.store import describe, stored
 from metapl.run_folder import WEIGHTS, RunFolder
 
@@ -41,7 +42,7 @@ METHODS_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a student with Meta Pseudo Labels, and say whether the teacher's feedback helped.
+    """Train a student with Meta Pseudo Labels; with --compare, say whether the teacher's feedback helped.
 
     Args:
         recipe: what is trained, and how.

@@ -41,6 +41,9 @@ SUFFIXES = (
 MAX_PIXELS = 89_478_485
 """Pixels above which a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too."""
 
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in brightness: ITU-R BT.601, as in Pillow."""
+
 # Pillow tries no others. Some of its readers start programs: EPS runs Ghostscript, whatever the file's name ends with.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
@@ -78,7 +81,7 @@ def read_image(
     """Read a picture as bytes.
 
     Whatever the file holds comes out the same way: turned as the camera noted (EXIF), palettes looked up, transparent
-    parts on white, 16 bits scaled (not clipped) to 8, CMYK and others converted as Pillow does, without colour
+    parts on white, 16 bits scaled (not clipped) to 8, CMYK and others converted as Pillow does, without color
     profiles; of several frames the first.
 
     Args:

@@ -37,7 +37,8 @@ class FitResult:
 
     Args:
         validation_accuracy: of the student that is kept, a fraction; None without validation.
-        step: the step it was reached at; without validation the last one.
+        step: the number of steps after which it was as it is kept: the best by validation, or the last where validation
+            does not select.
         weights: of that student; they are in the student now.
         teacher_weights: of the teacher after the last step, averaged where the student is; they are in the teacher now.
             None where there is no teacher.

@@ -19,6 +19,9 @@ from metapl.losses import TeacherLoss
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
 
+SELECTED_ON = 50
+"""Validation examples from which on students are told apart by them: of 50, 7 points are one standard error."""
+
 Say = Callable[[str], None]
 
 Role = Literal["teacher", "student"]

@@ -24,8 +24,9 @@ from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
 from metapl.losses import UDA, TeacherLoss
 from metapl.models.pretrained import fetch_imagenet_weights
-from metapl.recipes.base import Optimizer, Say, Task, require
+from metapl.recipes.base import SELECTED_ON, Optimizer, Say, Task, require
 from metapl.recipes.looking import Look, look
+from metapl.recipes.methods import METHODS
 from metapl.recipes.pictures import IMAGENET, PictureRecipe, Pictures, Views, whole
 from metapl.recipes.progress import counting
 
@@ -43,9 +44,6 @@ SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 
 HUE = 0.1
 """Share of a turn by which colors are changed that do not tell classes apart."""
-
-SELECTED_ON = 50
-"""Validation pictures from which on some are set aside: fewer cannot tell students apart, and train better."""
 
 WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
@@ -80,9 +78,6 @@ CHOSEN = (
     "precision",
 )
 """Fields that a recipe chooses for itself where they are None."""
-
-ONE_NETWORK = ("uda", "fixmatch", "supervised")
-"""Methods that train one network; it is built and trained as the teacher of the others is."""
 
 T = TypeVar("T")
 OPEN: Any = None
@@ -235,11 +230,12 @@ class ImageFolders(PictureRecipe):
             the labelled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
             labelled pictures alone.
         minutes: how long training may take: as many steps are taken as fit by a short measurement on this machine. By
-            default 5; --steps replaces it.
+            default 5; --steps replaces it. With --compare, every method takes the steps of --method.
         steps: number of training steps; by default as many as fit into --minutes.
         wait: steps in which only the teacher trains, before the student starts (mpl and none); by default 75 % of all.
         warm_start: let the student start from the teacher's weights (mpl and none).
-        warmup: steps over which the learning rates grow from 0; by default 5 %.
+        warmup: steps over which the learning rates grow from 0; by default 5 %. With mpl and none, both networks take
+            the same share of the student's steps, which are those after --wait.
         val_fraction: share of each class that is set aside for validation if --val is not given; 0 sets none aside.
         mean: mean of each channel, from 0 to 1, by which pictures are normalized; by default that of the
             pictures, or ImageNet's with --weights.
@@ -408,7 +404,7 @@ class ImageFolders(PictureRecipe):
         return fitted._for_network(fitted.network_name)
 
     def _aside(self) -> int:
-        """How many labelled pictures the usual part of them is."""
+        """How many labelled pictures the usual part of them is; too few to select on train better."""
         return round(SET_ASIDE * len(scan_labeled(self.labeled)))
 
     def scheduled(self, steps: int) -> ImageFolders:
@@ -420,11 +416,9 @@ class ImageFolders(PictureRecipe):
     def _shares(self, steps: int) -> dict[str, int]:
         """What is a share of the steps."""
         # A method without a student does not wait, whatever stands here: a comparison has one recipe for all methods.
-        usual = min(round(WAIT * steps), steps - 1)
-        wait = usual if self.wait is None else self.wait
         return {
-            "wait": usual,
-            "warmup": round(WARMUP * (steps - wait if self.method in ("mpl", "none") else steps)),
+            "wait": min(round(WAIT * steps), steps - 1),
+            "warmup": round(WARMUP * steps),
             "uda_ramp": round(RAMP * steps),
             "uda_start": round(START * steps),
             "validate_every": max(1, round(steps / 20)),
@@ -434,20 +428,25 @@ class ImageFolders(PictureRecipe):
         """Fields of a settled recipe that follow from its minutes, by way of the steps; none if steps were given."""
         if self.minutes is OPEN:
             return ()
-        # A run of a comparison has the shares of the comparison's own method.
-        found = [dataclasses.replace(self, method=method)._shares(self.steps).items() for method in ("uda", "mpl")]
-        return "steps", *dict.fromkeys(n for shares in found for n, value in shares if getattr(self, n) == value)
+        shares = self._shares(self.steps).items()
+        return "steps", *(name for name, value in shares if getattr(self, name) == value)
 
     def chosen(self) -> str:
         """What was chosen, in a line; each has a flag."""
-        optimizer = self.teacher if self.method in ONE_NETWORK else self.student
+        optimizer = self.teacher if METHODS[self.method].built_as == "teacher" else self.student
         size, kind = f"{self.image_size}x{self.image_size}", "grey" if self.grey else "color"
-        colors = "colors exchanged" if self.changes.recolor else "colors kept"
-        mirrored = "mirrored" if self.changes.mirror else "not mirrored"
         return (
-            f"chosen: {self.network_name} on {size} {kind} pictures, {colors}, {mirrored}; {optimizer.algorithm} at "
+            f"chosen: {self.network_name} on {size} {kind} pictures, {self._changed()}; {optimizer.algorithm} at "
             f"{optimizer.lr:g}, {self.precision}, {self.steps:,} steps"
         )
+
+    def _changed(self) -> str:
+        """How pictures are changed, in words."""
+        if self.randaugment:
+            mirrored = "not mirrored" if self.strong.writing else "mirrored (not with --strong.writing)"
+            return f"changed by RandAugment, {mirrored}"
+        colors = "colors exchanged" if self.changes.recolor else "colors kept"
+        return f"{colors}, {'mirrored' if self.changes.mirror else 'not mirrored'}"
 
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
         assert self.mean is not None  # settled
@@ -472,7 +471,11 @@ class ImageFolders(PictureRecipe):
         return tuple(aligned)
 
     def fit_options(self) -> dict[str, Any]:
-        return super().fit_options() | {"warm_start": self.warm_start and self.wait > 0}
+        # A student that waits has fewer steps, and warms up over the same share of them. So the recipe of a comparison
+        # is that of each of its methods.
+        share = (self.steps - self.wait) / self.steps if METHODS[self.method].teaches else 1.0
+        own = {"warm_start": self.warm_start and self.wait > 0, "warmup": round(share * self.warmup)}
+        return super().fit_options() | own
 
     def trainer_options(self) -> dict[str, Any]:
         return super().trainer_options() | {"clip_norm": self.clip_norm or None}

@@ -47,7 +47,7 @@ CAPTION_BEYOND = 0.25  # how far a caption may go on to the right of its picture
 TALLEST = 1.4
 """Height of a picture in units of the width that it has at most; a higher one is drawn narrower."""
 
-# (colour and dashes of the frame, its points, the sign before the caption), so that no mark is told by colour alone.
+# (color and dashes of the frame, its points, the sign before the caption), so that no mark is told by color alone.
 MARKS: dict[bool | None, tuple[str, Any, float, str]] = {
     True: (RIGHT, "-", 2.2, "✓"),
     False: (WRONG, (0, (3.2, 1.6)), 2.2, "✗"),
@@ -104,7 +104,7 @@ class Gallery:
 
 
 def _check_pictures(title: str, pictures: Any) -> None:
-    expected = "expected (n, C, H, W) with C = 1 (grey) or 3 (colours), uint8 or floating point in [0, 1]"
+    expected = "expected (n, C, H, W) with C = 1 (grey) or 3 (colors), uint8 or floating point in [0, 1]"
     if not isinstance(pictures, Tensor):
         raise MetaplError(f"the pictures of {title!r} are {described(pictures)}; {expected}")
     shape_fits = pictures.ndim == 4 and pictures.shape[1] in (1, 3) and min(pictures.shape[2:]) > 0
@@ -236,7 +236,7 @@ def _draw_picture(figure: Figure, picture: Tensor, box: Box, mark: bool | None) 
     width, height = (max(1, round(DOTS_PER_INCH * length)) for length in box[2:])
     # Set down pixel by pixel: axes would resample it once more.
     figure.figimage(_resized(picture, width, height), left, bottom)
-    colour, dashes, points, _ = MARKS[mark]
+    color, dashes, points, _ = MARKS[mark]
     outside = points / 72 * DOTS_PER_INCH / 2
     frame = Rectangle(
         (left - outside, bottom - outside),
@@ -244,7 +244,7 @@ def _draw_picture(figure: Figure, picture: Tensor, box: Box, mark: bool | None) 
         height + 2 * outside,
         transform=IdentityTransform(),
         fill=False,
-        edgecolor=colour,
+        edgecolor=color,
         linewidth=points,
         linestyle=dashes,
     )
@@ -276,11 +276,11 @@ def _write_caption(
     figure: Figure, lines: Sequence[str], corner: tuple[float, float], room: float, mark: bool | None
 ) -> None:
     left, bottom = corner
-    colour, _, _, sign = MARKS[mark]
+    color, _, _, sign = MARKS[mark]
     for number, line in enumerate(lines):
         x, y = left, bottom - CAPTION_ABOVE - CAPTION_LINE * (number + 1) + 0.04
         if sign and number == 0:
-            write_at(figure, x, y, sign, fontsize=CAPTION_SIZE, fontweight="bold", color=colour)
+            write_at(figure, x, y, sign, fontsize=CAPTION_SIZE, fontweight="bold", color=color)
             x += SIGN_WIDTH
         text = fitted(line, left + room - x, CAPTION_SIZE)
         write_at(figure, x, y, text, fontsize=CAPTION_SIZE, color=QUIET if number else INK)
