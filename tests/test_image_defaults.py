@@ -139,10 +139,12 @@ def test_a_settled_recipe_stays_as_it_is_when_it_is_settled_again() -> None:
 # ------------------------------------------------------------------------------------------------- a look at pictures
 
 
-def look(side: int = 28, grey: bool = False, tell: bool = False) -> Look:
+def look(side: int = 28, grey: bool = False, tell: bool = False, light: float = 0.5) -> Look:
     mean, std = ((0.3,), (0.2,)) if grey else ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     colors = Colors(0.5, 0.5, tell)
-    return Look(side=side, grey=grey, mean=mean, std=std, level=(0.35, 0.15), colors=colors, shares=(0.25, 0.75))
+    return Look(
+        side=side, grey=grey, mean=mean, std=std, level=(0.35, 0.15), colors=colors, light=light, shares=(0.25, 0.75)
+    )
 
 
 def fitted(seen: Look, **fields: Any) -> ImageFolders:
@@ -170,6 +172,13 @@ def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
 def test_the_labels_are_spread_like_those_that_were_given() -> None:
     assert fitted(look()).uda_prior == (0.25, 0.75)
     assert fitted(look(), uda_prior=(0.5, 0.5)).uda_prior == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(("light", "exchanged"), [(0.0, False), (0.1, False), (0.3, True), (0.8, True), (1.0, False)])
+def test_light_and_dark_are_exchanged_where_both_are_usual(light: float, exchanged: bool) -> None:
+    assert fitted(look(grey=True, light=light)).changes.recolor == exchanged
+    assert fitted(look(light=light)).changes.recolor, "colors are another question"
+    assert not fitted(look(grey=True, light=light, tell=True)).changes.recolor
 
 
 @pytest.mark.parametrize("tell", [True, False])
@@ -226,7 +235,9 @@ def test_what_was_chosen_is_one_line() -> None:
     )
     other = {**SIZED, "grey": True, "precision": "bfloat16", "image_size": 20, "mean": (0.5,), "std": (0.5,)}
     changed = recipe(**other, changes=Changes(recolor=True, mirror=True))._for_network("resnet18").scheduled(86)
-    told = f"on 20x20 grey pictures, colors exchanged, mirrored; adamw at {RATES['resnet']:g}, bfloat16, 86 steps"
+    told = (
+        f"on 20x20 grey pictures, light and dark exchanged, mirrored; adamw at {RATES['resnet']:g}, bfloat16, 86 steps"
+    )
     assert told in changed.chosen()
 
 

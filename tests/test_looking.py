@@ -148,8 +148,8 @@ def test_the_normalization_has_as_many_channels_as_the_pictures(
     root = colored
     if kind == "grey":
         root = tmp_path
-        for name in ("labeled/a", "labeled/b", "unlabeled"):
-            write(root / name, *[noisy(RED, number).convert("L") for number in range(3)])
+        for place, name in enumerate(("labeled/a", "labeled/b", "unlabeled")):
+            write(root / name, *[noisy(RED, 3 * place + number).convert("L") for number in range(3)])
     found = recipe(root, grey=grey, image_size=8).settled()
     channels = 1 if found.grey else 3
     assert found.grey == (kind == "grey" if grey is None else grey)
@@ -244,3 +244,19 @@ def test_a_processor_without_bfloat16_is_not_measured(colored: Path, monkeypatch
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False}, raising=False)
     monkeypatch.setattr(budget, "seconds_per_step", lambda recipe: pytest.fail("measured"))
     assert budget.faster_precision(one) == "float32"
+
+
+def test_light_and_dark_marks_are_told_apart(tmp_path: Path) -> None:
+    def marked(level: int, mark: int, number: int) -> Image.Image:
+        pixels = np.full((40, 40), level, np.uint8)
+        pixels[5 + number : 11 + number, 20:26] = mark
+        return Image.fromarray(pixels)
+
+    light = [marked(60, 200, number) for number in range(6)]
+    dark = [marked(200, 60, number) for number in range(6)]
+    for pictures, expected in ((light, 1.0), (dark, 0.0), (light[:3] + dark[:1], 0.75)):
+        files = write(tmp_path / str(expected), *pictures)
+        found = look(files, torch.zeros(len(files), dtype=torch.int64), [])
+        assert found.grey
+        assert found.light == expected
+        assert found.exchangeable == (expected == 0.75)

@@ -396,7 +396,7 @@ class ImageFolders(PictureRecipe):
         else:
             chosen |= dict(zip(("mean", "std"), IMAGENET, strict=True))
         missing = {name: value for name, value in chosen.items() if getattr(self, name) is None}
-        fitted = dataclasses.replace(self, **missing, changes=self.changes.settled(not seen.colors.tell))
+        fitted = dataclasses.replace(self, **missing, changes=self.changes.settled(seen.exchangeable))
         channels = 1 if grey else 3
         for name in ("mean", "std"):
             kind = "grey" if grey else "color"
@@ -445,7 +445,8 @@ class ImageFolders(PictureRecipe):
         if self.randaugment:
             mirrored = "not mirrored" if self.strong.writing else "mirrored (not with --strong.writing)"
             return f"changed by RandAugment, {mirrored}"
-        colors = "colors exchanged" if self.changes.recolor else "colors kept"
+        what = "light and dark" if self.grey else "colors"
+        colors = f"{what} {'exchanged' if self.changes.recolor else 'kept'}"
         return f"{colors}, {'mirrored' if self.changes.mirror else 'not mirrored'}"
 
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:

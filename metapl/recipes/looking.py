@@ -32,6 +32,13 @@ SHUFFLES = 199
 """Shuffles of the labels that colors are compared with: they tell classes apart by chance in one set of two hundred."""
 
 
+AROUND = 9
+"""Pixels, of ``SIDE``, of the square that a pixel is compared with."""
+
+BOTH = 0.2
+"""Share of pictures, at least, with marks of the rarer kind where both light and dark marks are usual."""
+
+
 @dataclass(frozen=True)
 class Colors:
     """Whether the mean color of the middle, or its mean level of grey, tells the labeled pictures' classes apart.
@@ -58,6 +65,7 @@ class Look:
         mean, std: of each channel (one where ``grey``), in [0, 1].
         level: mean and standard deviation of the pictures without their colors.
         colors: whether color alone tells the classes apart.
+        light: share of the pictures whose marks are lighter than what is around them, not darker.
         shares: of the classes among all labeled pictures, as if each had one more: no share is 0.
     """
 
@@ -67,7 +75,16 @@ class Look:
     std: tuple[float, ...]
     level: tuple[float, float]
     colors: Colors
+    light: float
     shares: tuple[float, ...]
+
+    @property
+    def exchangeable(self) -> bool:
+        """Whether colors, or light and dark in grey pictures, may be exchanged without changing what is shown.
+
+        Where all marks of grey pictures are light, as in an X-ray, a dark one may mean something else.
+        """
+        return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
 
 
 def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
@@ -111,8 +128,17 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
         std=tuple(_spread_of(value) for value in unit.std((0, 2, 3)).tolist()),
         level=(round(float(level_NHW.mean()), 3), _spread_of(float(level_NHW.std()))),
         colors=colors_tell(unit[of_labeled][..., MIDDLE, MIDDLE].mean((2, 3)), torch.tensor(classes)[of_labeled]),
+        light=float(_lighter(level_NHW).double().mean()),
         shares=_shares(labels),
     )
+
+
+def _lighter(level_NHW: Tensor) -> Tensor:
+    """Whether the marks of each picture are lighter than what is around them: the sign of the skewness, bool (N,)."""
+    margin = AROUND // 2
+    padded = torch.nn.functional.pad(level_NHW[:, None], (margin,) * 4, mode="reflect")
+    marks_NHW = level_NHW - torch.nn.functional.avg_pool2d(padded, AROUND, stride=1)[:, 0]
+    return marks_NHW.pow(3).mean((1, 2)) > 0
 
 
 def _shares(labels: Tensor) -> tuple[float, ...]:
