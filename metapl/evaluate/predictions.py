@@ -106,8 +106,9 @@ def _pieces(batch: Any, size: int | None) -> Iterator[Any]:
         yield rows(batch, start, start + size)
 
 
-def _iterated(data: Any, what: str) -> Iterable[Any]:
-    if not isinstance(data, Iterable):
+def _iterated(data: Any, what: str) -> Any:
+    # What has items by position is iterated over too, as sequences were before there was __iter__.
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
         raise MetaplError(f"{what}: {checks.described(data)}; expected inputs, or an iterable of batches.")
     return data
 
