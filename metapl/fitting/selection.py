@@ -51,7 +51,8 @@ class Selection:
         if data is None or isinstance(data, Iterator):
             return
         with replayed(RandomState.now(self.device)):
-            first = data if is_whole(data) or not isinstance(data, Iterable) else next(iter(data), None)
+            batches = isinstance(data, Iterable) or hasattr(data, "__getitem__")
+            first = next(iter(data), None) if batches and not is_whole(data) else data
             if first is None:
                 raise MetaplError("validation has no batches; expected at least one example, or None.")
             inputs, labels = labeled_pair(first)[:2]
