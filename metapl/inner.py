@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -195,7 +196,7 @@ class InnerStep:
         ``value`` stands in for the signal's own, e.g. one-hot rows for sampled classes.
         """
         value = (self.signal.value if value is None else value).detach().requires_grad_()
-        losses, at = self._head(Signal(value, self.signal.log_prob, self.signal.probs))
+        losses, at = self._head(replace(self.signal, value=value))
         tangent = _along(losses.mean(), at, self._tangents(z_dot, w))
         if not tangent.requires_grad:
             return torch.zeros_like(value)
@@ -232,7 +233,9 @@ class InnerStep:
         """L at other weights, on draws of its own that leave the generators where they were."""
         with replayed(self.random_after), torch.enable_grad():
             outputs = wide(self._call(params, first_input(self.labeled)))
-            return self.problem.outer_loss(outputs, self.labeled)
+            loss = self.problem.outer_loss(outputs, self.labeled)
+            checks.scalar_loss(loss, "the problem's outer_loss")
+            return loss
 
     def _outer_loss(self, when: str, params: Tree) -> Tensor:
         if when not in self._outer_losses:
