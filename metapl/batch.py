@@ -103,6 +103,7 @@ def are_views(first: Any, second: Any) -> bool:
 def views(unlabeled: Any) -> tuple[Any, ...]:
     """(x,) or (weak, strong); inputs with their labels beside them are no two views.
 
+    >>> import torch
     >>> views((torch.zeros(2, 3), torch.ones(2, 3)))[1].shape
     torch.Size([2, 3])
     """
