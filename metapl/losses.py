@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -66,8 +67,9 @@ class UDA:
               \mathrm{CE}\big(\mathrm{sg}\ p_i^{1/\tau} / \textstyle\sum_k p_{ik}^{1/\tau},\ T(x_i^{strong})\big), \quad
               p = \mathrm{softmax}\,T(x)
 
-    With ``align``, p_ik is first divided by its mean over the batch, to the power of ``align``, and normalised again:
-    the labels of a batch are then spread more evenly over the classes than the network would spread them.
+    With ``align``, p_ik is first multiplied by (``prior``_k / its mean over the batch) to the power of ``align``, and
+    normalised again: the labels of a batch are then spread over the classes more like the prior than the network would
+    spread them.
 
     Args:
         temperature: τ, 0 or more; below 1 sharpens the target, 0 is the most probable class alone.
@@ -76,12 +78,13 @@ class UDA:
         ramp: steps over which λ_t grows linearly from 0 to λ; 0 is from the start.
         start: steps before that; until then there is no pass, which makes these steps cheap.
         align: the power, in [0, 1]: 0 leaves p as it is, 1 divides by the whole mean.
+        prior: shares of the C classes, each above 0, that ``align`` aims at; None: even ones.
 
     Needs: unlabelled batches that are pairs (weak, strong). The weak pass of the signal is used again; where there is
     none, it is made here, without a graph.
     Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); the other settings as the authors' code has them. FixMatch is
     τ = 0 and β = 0.95 (arXiv:2001.07685, eq. 4); the alignment is ReMixMatch's (arXiv:1911.09785, section 3.1) with
-    the batch's own mean and an even prior.
+    the batch's own mean.
 
     >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
     >>> UDA(align=1.0).target(logits)  # both look like the first class, so neither does
@@ -95,6 +98,7 @@ class UDA:
     ramp: int = 0
     align: float = 0.0
     start: int = 0
+    prior: tuple[float, ...] | None = None
 
     name: ClassVar[str] = "uda"
 
@@ -103,6 +107,8 @@ class UDA:
             raise MetaplError(f"{self}: expected temperature >= 0, threshold in [0, 1) and align in [0, 1].")
         if not self.ramp >= 0 or not self.start >= 0:
             raise MetaplError(f"{self}: expected ramp and start of 0 or more steps.")
+        if self.prior is not None and not (all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)):
+            raise MetaplError(f"{self}: expected a prior of shares above 0 that sum to 1.")
 
     def target(self, logits: Tensor) -> Tensor:
         """(B, C) class probabilities that the strong view should get, 0 for examples that are left out.
@@ -115,11 +121,22 @@ class UDA:
             # In logarithms: the mean of a class that is improbable in the whole batch would be rounded to 0. That of
             # one that is impossible is 0, and stays out.
             log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))
-            log_p = F.log_softmax(log_p - self.align * log_mean_C.masked_fill(log_mean_C == -math.inf, 0), -1)
+            log_ratio_C = self._log_prior(log_p) - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
+            log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)
         p = log_p.exp()
         confident = p.amax(-1, keepdim=True) > self.threshold
         sharp = F.softmax(log_p / self.temperature, -1) if self.temperature else F.one_hot(p.argmax(-1), p.shape[-1])
         return sharp.to(p.dtype) * confident
+
+    def _log_prior(self, log_p: Tensor) -> Tensor:
+        classes = log_p.shape[-1]
+        if self.prior is None:
+            return log_p.new_zeros(classes)
+        if len(self.prior) != classes:
+            raise MetaplError(
+                f"UDA has a prior of {len(self.prior)} shares and the network {classes} classes; expected as many."
+            )
+        return _log(self.prior, log_p.dtype, log_p.device)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         pair = views(unlabeled)
@@ -162,6 +179,12 @@ def teacher_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLos
                 "(metapl.losses.TeacherLoss)."
             )
     return tuple(given)
+
+
+@lru_cache(maxsize=16)
+def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, because a copy to a device makes the host wait.
+    return torch.tensor(shares, dtype=dtype, device=device).log()
 
 
 def refuse_split_batches(losses: Sequence[TeacherLoss], accumulate: int) -> None:

@@ -82,11 +82,11 @@ def test_without_validation_and_test_pictures_nothing_says_how_good_it_is(
 ) -> None:
     run = tmp_path / "run"
     text = train(capsys, pictures, run, *FIXED, "--method", "uda")
-    assert "The student is delivered; without --test and --val nothing says how good it is." in text
+    assert "The finetuned student is delivered; without --test and --val nothing says how good it is." in text
     found = result(run)
     assert accuracies(found) == {}
     assert "evaluation" not in found
-    assert (found["delivered"], found["delivered_by"], found["validation_size"]) == ("student", "rule", 0)
+    assert (found["delivered"], found["delivered_by"], found["validation_size"]) == ("finetuned", "rule", 0)
     assert found["best_step"] == found["steps"] == 6
     assert (run / "report.png").stat().st_size > 10_000
 
@@ -94,7 +94,7 @@ def test_without_validation_and_test_pictures_nothing_says_how_good_it_is(
     assert f"{run} has no test set; give --test DIR" in line
     assert "no validation set either" in line
     told = json.loads(said(capsys, "evaluate", run, "--json", "--test", pictures / "test"))
-    assert (told["network"], told["n"], told["measured_on"]) == ("student", 10, "test")
+    assert (told["network"], told["n"], told["measured_on"]) == ("finetuned", 10, "test")
     assert "expected one of its networks: student, finetuned." in refused(
         capsys, "evaluate", run, "--test", pictures / "test", "--network", "teacher"
     )

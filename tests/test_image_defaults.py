@@ -48,6 +48,7 @@ SIZED: dict[str, Any] = {
     "precision": "float32",
     "val_fraction": 0.0,
     "mean": (0.5,) * 3,
+    "uda_prior": (0.25, 0.25, 0.5),
     "std": (0.25,) * 3,
     "class_names": ("a", "b", "c"),
 }
@@ -107,7 +108,8 @@ def test_a_settled_recipe_stays_as_it_is_when_it_is_settled_again() -> None:
 
 def look(side: int = 28, grey: bool = False, tell: bool = False) -> Look:
     mean, std = ((0.3,), (0.2,)) if grey else ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    return Look(side=side, grey=grey, mean=mean, std=std, level=(0.35, 0.15), colors=Colors(0.5, 0.5, tell))
+    colors = Colors(0.5, 0.5, tell)
+    return Look(side=side, grey=grey, mean=mean, std=std, level=(0.35, 0.15), colors=colors, shares=(0.25, 0.75))
 
 
 def fitted(seen: Look, **fields: Any) -> ImageFolders:
@@ -130,6 +132,11 @@ def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
     assert (forced.grey, forced.mean, forced.std) == (False, (0.3,) * 3, (0.2,) * 3)
     without = fitted(look(), grey=True)
     assert (without.grey, without.mean, without.std) == (True, (0.35,), (0.15,))
+
+
+def test_the_labels_are_spread_like_those_that_were_given() -> None:
+    assert fitted(look()).uda_prior == (0.25, 0.75)
+    assert fitted(look(), uda_prior=(0.5, 0.5)).uda_prior == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("tell", [True, False])
@@ -174,6 +181,7 @@ def test_few_steps_are_a_schedule_too(steps: int, method: Any) -> None:
     assert found.validate_every >= 1
     (uda,) = (term for term in found.teacher_losses(uda=True) if isinstance(term, UDA))
     assert (uda.align, uda.start, uda.ramp) == (found.uda_align, found.uda_start, found.uda_ramp)
+    assert uda.prior == found.uda_prior
 
 
 def test_what_was_chosen_is_one_line() -> None:

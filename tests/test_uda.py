@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer
+from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError
 from metapl.problem import Signal
 
 NOTHING = Signal(torch.empty(0))
 
 
-def label(logits: list[list[float]], temperature: float, threshold: float, align: float) -> list[list[float]]:
+def label(
+    logits: list[list[float]], temperature: float, threshold: float, align: float, prior: Sequence[float] = ()
+) -> list[list[float]]:
     """Class probabilities by the definition, one number after another."""
     rows = []
     for row in logits:
@@ -26,7 +29,8 @@ def label(logits: list[list[float]], temperature: float, threshold: float, align
     means = [math.fsum(row[k] for row in rows) / len(rows) for k in classes]
     found = []
     for row in rows:
-        aligned = [row[k] / means[k] ** align if row[k] else 0.0 for k in classes]
+        aims = prior or [1.0] * len(means)
+        aligned = [row[k] * (aims[k] / means[k]) ** align if row[k] else 0.0 for k in classes]
         p = [value / math.fsum(aligned) for value in aligned]
         if temperature == 0:
             sharp = [float(k == p.index(max(p))) for k in classes]
@@ -77,6 +81,33 @@ def test_the_labels_are_those_of_the_definition(temperature: float, threshold: f
     assert torch.equal(uda.target(given[torch.arange(11, -1, -1)]).flip(0), found) or align
     # A shift of all logits of an example changes nothing.
     torch.testing.assert_close(uda.target(given + torch.arange(12)[:, None]), expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("align", [0.0, 0.5, 1.0])
+def test_the_labels_are_spread_like_the_prior(align: float) -> None:
+    prior = (0.4, 0.3, 0.15, 0.1, 0.05)
+    uda, given = UDA(0.5, 0.4, align=align, prior=prior), logits()
+    expected = torch.tensor(label(given.tolist(), 0.5, 0.4, align, prior), dtype=torch.float64)
+    torch.testing.assert_close(uda.target(given), expected, rtol=1e-12, atol=1e-14)
+    even = UDA(0.5, 0.4, align=align).target(given)
+    assert torch.equal(uda.target(given), even) == (align == 0)
+    torch.testing.assert_close(UDA(0.5, 0.4, align=align, prior=(0.2,) * 5).target(given), even)
+
+
+def test_of_equal_logits_full_alignment_leaves_the_prior() -> None:
+    found = UDA(align=1.0, prior=(0.7, 0.2, 0.1)).target(torch.zeros(4, 3))
+    torch.testing.assert_close(found, torch.tensor([0.7, 0.2, 0.1]).expand(4, 3))
+
+
+@pytest.mark.parametrize("prior", [(0.5, 0.4), (1.0, 0.0), (1.5, -0.5), ()])
+def test_a_prior_that_is_none_is_refused(prior: tuple[float, ...]) -> None:
+    with pytest.raises(MetaplError, match="expected a prior of shares above 0 that sum to 1"):
+        UDA(align=0.5, prior=prior)
+
+
+def test_a_prior_of_other_classes_is_refused() -> None:
+    with pytest.raises(MetaplError, match="2 shares and the network 5 classes; expected as many"):
+        UDA(align=0.5, prior=(0.5, 0.5)).target(logits())
 
 
 @pytest.mark.parametrize("align", [0.0, 0.5])

@@ -231,7 +231,7 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
         method: of :data:`METHODS`.
         networks: by name.
         select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``.
-            Otherwise it is the one that did best on the problems of benchmarks/pictures.
+            Otherwise it is that of :data:`DELIVERED`, which did better on the seen half of benchmarks/pictures.
     """
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
@@ -271,7 +271,7 @@ SELECTED_ON = 50
 TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
 """The networks of a run in words."""
 
-DELIVERED: dict[str, tuple[str, ...]] = {"mpl": ("finetuned",), "none": ("finetuned",)}
+DELIVERED = {method: ("finetuned",) for method in ("uda", "fixmatch", "mpl", "none")}
 """By method, the network that is delivered where validation cannot tell; the student of the others."""
 
 FIXED_TEACHER = ("pseudo_labels", "pseudo_labels_hard")
@@ -368,7 +368,7 @@ def _uda(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) ->
 def _fixmatch(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
     """UDA with the most probable class as the label of what the network is sure of."""
     losses = [
-        dataclasses.replace(term, temperature=0.0, threshold=FIXMATCH_THRESHOLD, align=0.0)
+        dataclasses.replace(term, temperature=0.0, threshold=FIXMATCH_THRESHOLD, align=0.0, prior=None)
         if isinstance(term, UDA)
         else term
         for term in run.recipe.teacher_losses(uda=True)

@@ -70,6 +70,7 @@ CHOSEN = (
     "val_fraction",
     "mean",
     "std",
+    "uda_prior",
     "precision",
 )
 """Fields that a recipe chooses for itself where they are None."""
@@ -184,8 +185,10 @@ class ImageFolders(PictureRecipe):
         minutes: how long training may take, from a short measurement on this machine; --steps overrides it.
         val_fraction: part of each class that is set aside where there is no val; 0 is none.
         mean, std: what pictures are normalised by, of each channel in [0, 1].
-        uda_align: how much UDA spreads its labels over the classes, 0 to 1: 0.5 is half way from the network's own
-            spread to an even one.
+        uda_align: how much UDA spreads its labels over the classes like uda_prior, 0 to 1: 0.5 is half way there from
+            the network's own spread.
+        uda_prior: share of each class, in the order of the folders; by default the shares in labeled, with one picture
+            more in each class.
         uda_start: steps before UDA begins, on the labels alone: they are cheap.
         changes: how pictures are changed before they are learned from.
         randaugment: change them by the paper's RandAugment instead, Pillow's operations one by one: slower.
@@ -213,6 +216,7 @@ class ImageFolders(PictureRecipe):
     val_fraction: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    uda_prior: tuple[float, ...] | None = None
     changes: Changes = field(default_factory=Changes)
     randaugment: bool = False
     channels_last: bool = True
@@ -220,7 +224,7 @@ class ImageFolders(PictureRecipe):
     unlabeled_batch: int = 64
     label_smoothing: float = 0.0
     uda_temperature: float = 0.5
-    uda_threshold: float = 0.7
+    uda_threshold: float = 0.85
     uda_align: float = 0.5
     warm_start: bool = True
     student: Optimizer = field(default_factory=lambda: ADAMW)
@@ -310,6 +314,7 @@ class ImageFolders(PictureRecipe):
             "image_size": side,
             "network_name": PRETRAINED_NETWORK if self.weights else "pooled_cnn",
             "val_fraction": 0.0 if self.val or self._aside() < SELECTED_ON else SET_ASIDE,
+            "uda_prior": seen.shares,
         }
         if grey:
             chosen |= {"mean": seen.level[:1], "std": seen.level[1:]}
@@ -367,7 +372,9 @@ class ImageFolders(PictureRecipe):
 
     def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
         aligned = (
-            dataclasses.replace(term, align=self.uda_align, start=self.uda_start) if isinstance(term, UDA) else term
+            dataclasses.replace(term, align=self.uda_align, prior=self.uda_prior, start=self.uda_start)
+            if isinstance(term, UDA)
+            else term
             for term in super().teacher_losses(uda)
         )
         return tuple(aligned)

@@ -61,6 +61,7 @@ class Look:
         mean, std: of each channel (one where ``grey``), in [0, 1].
         level: mean and standard deviation of the pictures without their colors.
         colors: whether color alone tells the classes apart.
+        shares: of the classes among all labeled pictures, as if each had one more: no share is 0.
     """
 
     side: int
@@ -69,6 +70,7 @@ class Look:
     std: tuple[float, ...]
     level: tuple[float, float]
     colors: Colors
+    shares: tuple[float, ...]
 
 
 def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
@@ -112,7 +114,13 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
         std=tuple(_spread_of(value) for value in unit.std((0, 2, 3)).tolist()),
         level=(round(float(level_NHW.mean()), 3), _spread_of(float(level_NHW.std()))),
         colors=colors_tell(unit[of_labeled][..., MIDDLE, MIDDLE].mean((2, 3)), torch.tensor(classes)[of_labeled]),
+        shares=_shares(labels),
     )
+
+
+def _shares(labels: Tensor) -> tuple[float, ...]:
+    counts = (torch.bincount(labels) + 1).tolist()
+    return tuple(count / sum(counts) for count in counts)
 
 
 def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
