@@ -16,11 +16,12 @@ from metapl.batch import labeled_pair, plain
 from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, undone_where
 from metapl.errors import MetaplError
+from metapl.execution.buffers import nothing_moved
+from metapl.execution.rng import RandomState
 from metapl.fit import Loop
 from metapl.guards import one_at_a_time
 from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches, teacher_losses
 from metapl.problem import Signal
-from metapl.replay import RandomState, nothing_moved
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class LossTrainer(Loop):
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.compiled = CompiledPasses(*([model] if compile else []))
         self.steps_done = 0
+        self._moves = False  # whether it is known that the optimizer moves the network
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
@@ -93,6 +95,9 @@ class LossTrainer(Loop):
         """One step on a labelled batch and, where a loss reads it, an unlabelled one; as in the bilevel trainer."""
         checks.no_inference_mode()
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
+        if not self._moves:
+            checks.moves(self.optimizer, self.student)
+            self._moves = True
         fault = checks.Fault()
         with (
             one_at_a_time,
@@ -127,6 +132,7 @@ class LossTrainer(Loop):
                 checks.scalar_loss(value, f"the loss {term.name!r}")
                 terms[f"loss_{term.name}"] = terms.get(f"loss_{term.name}", 0) + value
         loss = torch.stack(list(terms.values())).sum()
+        checks.learns(loss, "network")
         if loss.requires_grad:  # UDA alone is a plain 0 before its start
             (loss / self.accumulate).backward()
         return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}

@@ -136,6 +136,16 @@ def class_outputs(outputs: Tensor, who: str) -> None:
         )
 
 
+def finite(logits_NC: Tensor) -> None:
+    """Refuse logits of a network that has diverged."""
+    bad_N = ~logits_NC.isfinite().all(dim=1)
+    if bad_N.any():
+        raise MetaplError(
+            f"the logits of {int(bad_N.sum())} of {len(bad_N)} examples are not finite (first: example "
+            f"{int(bad_N.nonzero()[0])}); the model diverged: go back to an earlier checkpoint or take smaller steps"
+        )
+
+
 def class_labels(labels: Any, classes: int) -> None:
     """Refuse labels that are not integers of [0, classes)."""
     if (
@@ -297,6 +307,37 @@ def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
         where = "; ".join(f"{name} on {', '.join(sorted(map(str, found)))}" for name, found in devices.items())
         raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
     return owned["student"][0].device
+
+
+def learns(loss: Tensor, who: str) -> None:
+    """Refuse a loss that no gradient comes from; a plain 0, such as UDA's before its start, is none to learn from."""
+    if not loss.requires_grad and bool(loss != 0):
+        raise without_gradient(who)
+
+
+def without_gradient(who: str) -> MetaplError:
+    """The error of a network that cannot learn from its loss."""
+    return MetaplError(
+        f"the {who}'s loss has no gradient, so nothing would be learned. Likely causes: its outputs are detached "
+        "(.detach(), .data, numpy), the parameters that they depend on have requires_grad=False, or this runs under "
+        "torch.no_grad() or torch.inference_mode()."
+    )
+
+
+def moves(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that would move none of a network's parameters."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    if not any(id(p) in held for p in learned):
+        why = (
+            "the optimizer holds none of the network's parameters that have requires_grad=True"
+            if learned
+            else "all parameters of the network have requires_grad=False"
+        )
+        raise MetaplError(
+            f"{why}, so nothing would be learned; expected an optimizer over model.parameters(), some of them with "
+            "requires_grad=True."
+        )
 
 
 def fits(problem: Any, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:

@@ -87,6 +87,8 @@ class Loop(Stepwise):
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
         """
         how = FitOptions(steps=steps, **options)
+        if out == "":
+            raise MetaplError("out='' is no folder; expected its path, or None to keep nothing.")
         folder = RunFolder(out) if isinstance(out, str | Path) else out
         run = FitRun(self, how, folder, validation, truth, progress, say or _to_stderr, callbacks)
         return run.run(labeled, unlabeled, resume)
@@ -121,6 +123,7 @@ class Loop(Stepwise):
         dtype = next(p.dtype for p in self.student.parameters() if p.is_floating_point())
         logits = logits_of(self.student, input_batches(data, dtype))
         checks.class_outputs(logits, "student")
+        checks.finite(logits)
         return wide(logits).softmax(-1)
 
     def save(self, path: str | Path) -> None:

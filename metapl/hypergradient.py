@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import labeled_pair, plain
 from metapl.errors import MetaplError
+from metapl.execution.buffers import inputs_unchanged, nothing_moved
+from metapl.execution.kernels import checkpoints_without_reentry
+from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator
 from metapl.guards import casts_explained, one_at_a_time, restored_on_failure
 from metapl.inner import InnerStep, trainable
 from metapl.optimizers import inner_optimizer as functional
 from metapl.problem import BilevelProblem, Signal
 from metapl.problems import PseudoLabels
-from metapl.replay import RandomState, nothing_moved, replayed
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,12 @@ def hypergradient(
         restored_on_failure(generator),
         nothing_moved(teacher, student, random=RandomState.now(device), on_success=True),
         torch.enable_grad(),
+        checkpoints_without_reentry(),
     ):
         inner = InnerStep(student, optimizer, problem, labeled=labeled, unlabeled=unlabeled, keep_graph=how.keep_graph)
         checks.finite_student(inner.outputs)
-        signal = problem.signal(teacher, unlabeled, inner.outputs, generator=generator)
+        with inputs_unchanged(unlabeled, "teacher"):
+            signal = problem.signal(teacher, unlabeled, inner.outputs, generator=generator)
         check_kind(signal.sampled, how)
         if how.name != "none":
             refuse_other_fields(problem, inner, signal)

@@ -135,7 +135,6 @@ _ELSEWHERE = f"""
 import os, sys
 sys.modules["metapl"] = None  # whoever imports it fails
 import torch
-os.chdir(sys.argv[1])
 logits = {{}}
 batches = torch.load("batches.pt")
 if os.path.exists("{PROGRAM}"):
@@ -169,8 +168,9 @@ def _run_elsewhere(files: Mapping[str, bytes], batches: list[Tensor]) -> dict[st
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         torch.save(batches, Path(folder) / "batches.pt")
-        command = [sys.executable, "-c", _ELSEWHERE, folder]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        # -c alone would import what the current folder has under the names of Python's own modules.
+        command = [sys.executable, "-P", "-c", _ELSEWHERE]
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if finished.returncode:
             why = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
             raise MetaplError(f"{' and '.join(files)} cannot be run without metapl: {why}")

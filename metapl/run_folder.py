@@ -15,7 +15,6 @@ result.json           the end: accuracies
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -35,6 +34,7 @@ from metapl.atomic import replacing
 from metapl.checkpoint import CheckpointFolder
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
+from metapl.locks import lock
 
 FORMAT = 2
 """The layout of run folders that this version writes and reads."""
@@ -94,9 +94,9 @@ class RunFolder:
         """
         beginning = None if self.exists else _Beginning.of(self.path)
         self.start(recipe, resume=resume)
-        with (self.path / ".lock").open("w") as lock:
-            _close_in_forks(lock)
-            _lock(lock, self.path)
+        with (self.path / ".lock").open("w") as file:
+            _close_in_forks(file)
+            _lock(file, self.path)
             try:
                 yield
             except MetaplError:
@@ -104,9 +104,13 @@ class RunFolder:
                     beginning.undo()
                 raise
 
-    def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
-        if not resume:
+    def refuse_another_run(self, resume: bool) -> None:
+        """Stop where a run is here and ``resume`` is not asked for."""
+        if self.exists and not resume:
             raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
+
+    def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
+        self.refuse_another_run(resume)
         before, now = _flat(self.recipe()), _flat(json.loads(json.dumps(dict(recipe))))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in SPEED_ALONE)
         if changed:
@@ -161,13 +165,20 @@ class RunFolder:
         with _written(self.path / name) as file:
             file.write(save(plain))
 
+    def _how_to_get(self, name: str) -> str:
+        if not (self.path / "result.json").is_file():
+            return "The run has not got so far: finish it with --resume."
+        left = [network for network, file in WEIGHTS.items() if (self.path / file).is_file()]
+        instead = f" What is left: --network {' or '.join(left)}." if left else ""
+        return f"The run was finished, so --resume does not mend it: train again with another --out.{instead}"
+
     def read_weights(self, name: str) -> dict[str, Tensor]:
         """The weights in a safetensors file of the folder."""
         from safetensors.torch import load_file
 
         file = self.path / name
         if not file.is_file():
-            raise MetaplError(f"{file} is missing: the run has not got so far. Finish it with --resume.")
+            raise MetaplError(f"{file} is missing. {self._how_to_get(name)}")
         try:
             weights: dict[str, Tensor] = load_file(file)
         except Exception as error:  # safetensors raises its own types, and OSError
@@ -286,7 +297,8 @@ def _close_in_forks(file: IO[str]) -> None:
         if found is not None:
             found.close()
 
-    os.register_at_fork(after_in_child=close)
+    if hasattr(os, "register_at_fork"):  # Windows has no forks
+        os.register_at_fork(after_in_child=close)
 
 
 def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:
@@ -294,7 +306,7 @@ def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:
     give_up = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False)
             return
         except OSError:
             if time.monotonic() > give_up:

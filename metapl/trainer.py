@@ -18,6 +18,8 @@ from metapl.batch import labeled_pair, plain
 from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, kept_where, undone_where
 from metapl.errors import MetaplError
+from metapl.execution.buffers import Buffers, nothing_moved
+from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator
 from metapl.fit import FitResult, Loop
 from metapl.guards import casts_explained, one_at_a_time, restored_on_failure
@@ -29,7 +31,6 @@ from metapl.optimizers import Clipped, held, refuse_not_held
 from metapl.optimizers import inner_optimizer as functional
 from metapl.problem import BilevelProblem, Signal
 from metapl.problems import PseudoLabels
-from metapl.replay import Buffers, RandomState, nothing_moved, replayed
 from metapl.step_report import StepReport, TeacherReport
 from metapl.teacher import TeacherStep, Weight, means, own_losses, teacher_scalars
 
@@ -171,6 +172,7 @@ class BilevelTrainer(Loop):
                 parts = []
                 for teacher, h, (x_l, x_u) in zip(teachers, split(feedback, len(micro)), micro, strict=True):
                     part = teacher.loss(h, self._weight, self._losses_for(x_u), x_l, self.steps_done)
+                    checks.learns(part.own, "teacher")
                     loss = part.feedback + part.own / len(micro)
                     if loss.requires_grad:
                         loss.backward()  # lines 5-7
@@ -237,6 +239,7 @@ class BilevelTrainer(Loop):
             step=self.steps_done,
         )
         loss = torch.stack(list(own.values())).sum()
+        checks.learns(loss, "teacher")
         if loss.requires_grad:  # UDA alone is a plain 0 before its start
             (loss / self.accumulate).backward()  # lines 6-7
         return {name: value.detach() for name, value in (*own.items(), ("teacher_loss", loss))}

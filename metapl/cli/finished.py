@@ -13,12 +13,10 @@ from torch import nn
 from metapl.errors import MetaplError
 from metapl.recipes import PictureRecipe, Recipe
 from metapl.recipes.base import Role
-from metapl.recipes.experiment import TEACHERS, TITLED
-from metapl.recipes.store import stored
+from metapl.recipes.experiment import TITLED
+from metapl.recipes.methods import METHODS
+from metapl.recipes.store import stored, stored_result
 from metapl.run_folder import WEIGHTS, RunFolder, weights_file
-
-TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method")
-"""What every ``result.json`` says of the networks in its folder."""
 
 NetworkName = Literal["delivered", "student", "finetuned", "teacher"]
 """One of a run's networks, or the one that it delivers."""
@@ -81,7 +79,7 @@ class Finished:
             MetaplError: the weights are missing, damaged, or of another network.
         """
         torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
-        role: Role = "teacher" if name == "teacher" or self.result["method"] in TEACHERS else "student"
+        role: Role = "teacher" if name == "teacher" else METHODS[self.result["method"]].built_as
         # What it was started from need not be there any more.
         fresh = self.recipe
         if isinstance(fresh, PictureRecipe):
@@ -117,18 +115,13 @@ def finished(path: Path) -> Finished:
     folder = RunFolder(path)
     if not folder.exists:
         raise MetaplError(f"{path} is no run folder: there is no recipe.json in it.")
-    try:
-        recipe, description = stored(folder)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise MetaplError(f"{path / 'recipe.json'} is damaged: {type(error).__name__}, {error}.") from error
+    recipe, description = stored(folder)
     if not (path / "result.json").is_file():
         raise MetaplError(
             f"the run in {path} is not finished; go on with it by the command that started it, with --out {path} "
             "--resume."
         )
-    result = folder.read_json("result.json")
-    if not isinstance(result, dict) or not result.keys() >= set(TOLD):
-        raise MetaplError(f"{path / 'result.json'} is damaged: it does not say {', '.join(TOLD)}.")
+    result = stored_result(folder)
     delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])  # type: ignore[type-var]  # recipes are dataclasses
     return Finished(folder, delivered, description, result)
 

@@ -41,14 +41,14 @@ class Job:
         import torch
 
         from metapl.recipes.experiment import Experiment
-        from metapl.recipes.store import describe
+        from metapl.recipes.store import describe, stored_result
         from metapl.run_folder import RunFolder
 
         folder = RunFolder(self.folder)
         torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))
         with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
             if (self.folder / "result.json").exists():
-                return folder.read_json("result.json")
+                return stored_result(folder)
             say = _silent if quiet else aloud
             return Experiment(self.recipe, folder, self.resume and folder.exists, progress, say).run(self.method)
 

@@ -41,6 +41,11 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
         SystemExit: 0, after ``--help``.
     """
     arguments = respelled(arguments)
+    for before, word in zip([program, *arguments], arguments, strict=False):
+        if word == "" or (word.startswith("--") and word.endswith("=")):
+            raise MetaplError(
+                f"nothing was given after {word.rstrip('=') or before}; expected a value. See {program} --help."
+            )
     code, value, said, text = _ask_tyro(kind, program, arguments)
     if value is not None:
         return value
@@ -63,7 +68,7 @@ def _with_true(arguments: list[str], switches: list[str]) -> list[str]:
     >>> _with_true(["--grey", "--pad", "2", "--color", "False"], ["--grey", "--color"])
     ['--grey', 'True', '--pad', '2', '--color', 'False']
     """
-    following = [*arguments[1:], ""]
+    following = [*arguments[1:], ""][: len(arguments)]
     return [
         word
         for one, after in zip(arguments, following, strict=True)

@@ -16,8 +16,9 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.atomic import replacing
-from metapl.cli.finished import NetworkName, finished
+from metapl.cli.finished import Finished, NetworkName, finished
 from metapl.cli.inputs import Inputs, require_finite
+from metapl.cli.outputs import check_outputs
 from metapl.cli.parse import Run, Switch
 from metapl.cli.place import place
 from metapl.cli.prediction_grid import PredictionGrid
@@ -55,7 +56,7 @@ class Predict:
     each class, called p(cat) say, is added by --probabilities; these sum to 1.
 
     A picture is read as those that the run was trained on: it is turned as the camera noted, transparent counts as
-    white, and the largest centred square of it is brought to the network's size, in colours or grey. Of runs that were
+    white, and the largest centred square of it is brought to the network's size, in colors or grey. Of runs that were
     trained on crops, it is the middle of that square.
 
     digits: the digit is to fill the picture, which is averaged over an 8x8 grid, and inverted where it is more bright
@@ -89,7 +90,7 @@ class Predict:
     def __call__(self) -> int:
         run = finished(self.run)
         classes = run.recipe.classes
-        self._check(classes)
+        self._check(run)
         name = run.name(self.network)
         network = run.network(name).to(place(run.recipe))
         inputs = Inputs(run.recipe, self.files, leave=[file for file in (self.out, self.grid) if file is not None])
@@ -118,7 +119,8 @@ class Predict:
         best = [cell for index, p in one.best(self.top) for cell in (classes[index], _six(p))]
         return [one.name, *best, *(_six(p) for p in one.probabilities if self.probabilities)]
 
-    def _check(self, classes: Sequence[str]) -> None:
+    def _check(self, run: Finished) -> None:
+        classes = run.recipe.classes
         if not 1 <= self.top <= len(classes):
             raise MetaplError(f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes.")
         if not self.files:
@@ -128,17 +130,15 @@ class Predict:
         for path in self.files:
             if not path.exists():
                 raise MetaplError(f"there is no file or folder {path}.")
-        _check_place("--out", self.out)
-        _check_place("--grid", self.grid)
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise MetaplError(f"--grid {self.grid} is to be a PNG file; expected a name that ends with .png.")
-
-
-def _check_place(flag: str, file: Path | None) -> None:
-    """Refuse a file that cannot be written before anything is predicted."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        why = "is a folder" if file.is_dir() else f"cannot be written: there is no folder {file.parent}"
-        raise MetaplError(f"{flag} {file} {why}; expected a file in a folder that exists.")
+        check_outputs(
+            {"--out": self.out, "--grid": self.grid},
+            run=self.run,
+            read=self.files,
+            suffixes=run.recipe.reads,
+            header=",".join(HEADER),
+        )
 
 
 def _six(probability: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metapl.checks import finite
 from metapl.errors import MetaplError
 from metapl.evaluate.chance import chance_level
 
@@ -120,9 +121,4 @@ def _check(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] | None) -
         raise MetaplError(f"the labels run from {low} to {high}; {width} logits allow 0 to {width - 1}")
     if classes is not None and len(classes) != width:
         raise MetaplError(f"{len(classes)} names of classes were given for {width} logits")
-    bad_N = ~logits_NC.isfinite().all(dim=1)
-    if bad_N.any():
-        raise MetaplError(
-            f"the logits of {int(bad_N.sum())} of {len(bad_N)} examples are not finite (first: example "
-            f"{int(bad_N.nonzero()[0])}); the model diverged: go back to an earlier checkpoint or take smaller steps"
-        )
+    finite(logits_NC)

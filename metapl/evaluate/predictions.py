@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
-from metapl.data.device import to_device
+from metapl.device import to_device
 from metapl.errors import MetaplError
 
 ROWS = 1024
 """Examples in a pass, where data comes as a whole."""
+
+OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
+"""What torch says where inputs are of another type than weights."""
 
 
 def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -57,7 +62,13 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     found = []
     with _eval_mode(model), torch.inference_mode():
         for x in inputs:
-            outputs = checks.logits(model(x if first is None else to_device(x, first.device)), "network")
+            given = x if first is None else to_device(x, first.device)
+            try:
+                outputs = checks.logits(model(given), "network")
+            except RuntimeError as error:
+                if OTHER_TYPE.search(str(error)):
+                    _explain_type(given, first)
+                raise
             found.append(outputs.cpu())
     if not found:
         raise MetaplError("there are no batches to predict; give at least one, and a fresh iterator for each call")
@@ -68,7 +79,7 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
 def batches_of(data: Any, device: torch.device, size: int = ROWS) -> Iterator[tuple[Any, Tensor]]:
     """(inputs, labels) in batches on the device, from one labelled batch or an iterable of such."""
     whole = is_whole(data)
-    for batch in [data] if whole else data:
+    for batch in [data] if whole else _iterated(data, "the labelled data"):
         inputs, labels = labeled_pair(batch)[:2]
         yield from _pieces((to_device(inputs, device), to_device(labels, device)), size if whole else None)
 
@@ -82,7 +93,7 @@ def input_batches(data: Any, dtype: torch.dtype, size: int = ROWS) -> Iterator[A
         size: the most examples in a batch of what comes as a whole.
     """
     whole = _is_array(data) or isinstance(plain(data), dict | tuple)
-    for batch in [data] if whole else data:
+    for batch in [data] if whole else _iterated(data, "the data to predict"):
         yield from _pieces(_tensors(inputs_of(batch), dtype), size if whole else None)
 
 
@@ -95,6 +106,24 @@ def _pieces(batch: Any, size: int | None) -> Iterator[Any]:
         yield rows(batch, start, start + size)
 
 
+def _iterated(data: Any, what: str) -> Iterable[Any]:
+    if not isinstance(data, Iterable):
+        raise MetaplError(f"{what}: {checks.described(data)}; expected inputs, or an iterable of batches.")
+    return data
+
+
+def _explain_type(inputs: Any, weight: Tensor | None) -> None:
+    """Say so where a network may have failed because its inputs are of another type than its weights."""
+    types = {t.dtype for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)}
+    if weight is not None and types and weight.dtype not in types:
+        of = " and ".join(sorted(str(one).removeprefix("torch.") for one in types))
+        own = str(weight.dtype).removeprefix("torch.")
+        raise MetaplError(
+            f"the network cannot take inputs of {of}: its weights are {own}; expected inputs as it was trained on, "
+            f"such as x.to(torch.{own})."
+        )
+
+
 def _is_array(data: Any) -> bool:
     return isinstance(data, Tensor) or hasattr(data, "__array__")
 
@@ -103,9 +132,9 @@ def _tensors(inputs: Any, dtype: torch.dtype) -> Any:
     """Inputs whose arrays are tensors."""
     if isinstance(inputs, Tensor):
         return inputs
-    if isinstance(inputs, dict):
+    if isinstance(inputs, dict) and inputs:
         return {name: _tensors(value, dtype) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
+    if isinstance(inputs, tuple | list) and inputs:
         return tuple(_tensors(value, dtype) for value in inputs)
     if not _is_array(inputs):
         raise MetaplError(
@@ -116,7 +145,7 @@ def _tensors(inputs: Any, dtype: torch.dtype) -> Any:
     if array.dtype.kind not in "biuf":
         raise MetaplError(f"the inputs to predict are an array of {array.dtype}; expected numbers.")
     # A copy: torch can neither share what is read-only nor what runs backwards.
-    tensor = torch.tensor(np.ascontiguousarray(array))
+    tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 

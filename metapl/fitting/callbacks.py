@@ -7,8 +7,8 @@ from typing import Any
 
 from metapl.checks import described
 from metapl.errors import MetaplError
+from metapl.execution.rng import RandomState, replayed
 from metapl.fitting.contract import Stepwise
-from metapl.replay import RandomState, replayed
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
 """Called with the number of steps done, the row recorded after them and the trainer; what it returns is not read.
@@ -22,7 +22,8 @@ class StopFit(Exception):
     """Raised by a callback to end the fit after the step at hand, as if it had been the last one.
 
     The student is then chosen as at the end of any fit, a checkpoint is written, the text is told, and a resumed fit
-    is a finished one.
+    is a finished one. During ``wait`` the student has not begun: the fit then returns it untrained, beside the teacher
+    that was trained, and says so.
 
     >>> import torch, metapl
     >>> def stop_at_small_loss(step, row, trainer):
@@ -47,6 +48,8 @@ class Callbacks:
                 "row, trainer), such as callbacks=[lambda step, row, trainer: print(step, row)]."
             )
         self.given, self.trainer = tuple(given), trainer
+        self.raised: Exception | None = None
+        """What a callback has raised, which ends the fit."""
 
     def after(self, step: int, row: Mapping[str, float]) -> str | None:
         """Call each; why the fit is to stop, if one of them says so."""
@@ -60,6 +63,9 @@ class Callbacks:
                 one(step, dict(row), self.trainer)
             except StopFit as stop:
                 return str(stop)
+            except Exception as error:
+                self.raised = error
+                raise
         return None
 
     def state(self) -> list[Any]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from metapl.errors import MetaplError
+
+COUNTS = ("steps", "warmup", "wait", "validate_every", "log_every", "save_every", "exact_every", "keep", "num_workers")
+"""Options that count something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,13 @@ class FitOptions:
     phase: str = "fit"
 
     def __post_init__(self) -> None:
+        for name in COUNTS:
+            value: Any = getattr(self, name)
+            left_out = name == "exact_every" and value is None
+            if not left_out and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise MetaplError(f"{name}={value!r}: expected a whole number.")
+        if not is_file_name(self.phase):
+            raise MetaplError(f"phase={self.phase!r}: expected a plain name, for it names a folder: 'fit'.")
         for name in ("steps", "validate_every", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise MetaplError(f"{name}={getattr(self, name)}: expected 1 or more.")
@@ -111,3 +123,13 @@ class FitOptions:
         [1, 3, 4]
         """
         return every is not None and ((step + 1) % every == 0 or step + 1 == self.steps)
+
+
+def is_file_name(name: Any) -> bool:
+    r"""Whether a name is that of a file or folder, and no path.
+
+    >>> [is_file_name(name) for name in ("fit", "../fit", "..", "", "a\0b")]
+    [True, False, False, False, False]
+    """
+    separators = {os.sep, os.altsep, "\0"}
+    return isinstance(name, str) and name not in ("", ".", "..") and not separators & set(name)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metapl.batch import is_whole, labeled_pair, length, rows
+from metapl.checks import described
+from metapl.errors import MetaplError
 from metapl.evaluate import evaluate_logits, predict_logits
-from metapl.evaluate.predictions import batches_of
-from metapl.replay import RandomState, replayed
+from metapl.evaluate.predictions import batches_of, logits_of
+from metapl.execution.rng import RandomState, replayed
 
 
 @dataclass
@@ -37,6 +41,34 @@ class Selection:
         self.best = Best()
         self.examples = 0
         """On how many the last accuracy was measured."""
+
+    def check(self, student: nn.Module) -> None:
+        """Refuse validation data that could not be used later; it costs the student's pass on two examples.
+
+        Of data in batches the first batch is looked at, and nothing of what can be read only once.
+        """
+        data = self.validation
+        if data is None or isinstance(data, Iterator):
+            return
+        with replayed(RandomState.now(self.device)):
+            first = data if is_whole(data) or not isinstance(data, Iterable) else next(iter(data), None)
+            if first is None:
+                raise MetaplError("validation has no batches; expected at least one example, or None.")
+            inputs, labels = labeled_pair(first)[:2]
+            count = length(inputs)
+            if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) != count or count == 0:
+                raise MetaplError(
+                    f"validation has the labels {described(labels)} for {count:,} examples; expected one class index "
+                    "for each, and at least one example."
+                )
+            logits = logits_of(student, [rows(inputs, 0, 2)])
+        classes = logits.shape[-1]
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise MetaplError(
+                f"the labels of validation run from {low} to {high}; the network has {classes} classes: expected "
+                f"0..{classes - 1}."
+            )
 
     def look(
         self, student: nn.Module | None, teacher: nn.Module | None, labeller: nn.Module | None, step: int

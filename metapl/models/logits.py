@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metapl.batch import length
 from metapl.checks import described
 from metapl.errors import MetaplError
 
@@ -21,7 +22,8 @@ class Logits(nn.Module):
     Args:
         network: is held, not copied: what is trained are its own weights.
 
-    Raises: :class:`metapl.MetaplError` on a call, where the network returns neither.
+    Raises: :class:`metapl.MetaplError` for what is no module, and on a call, where the network returns neither, or no
+    logits (B, C).
 
     >>> import torch
     >>> from types import SimpleNamespace
@@ -39,6 +41,8 @@ class Logits(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise MetaplError(f"metapl.models.Logits was given {described(network)}; expected a torch.nn.Module.")
         self.network = network
 
     def forward(self, inputs: Any) -> Tensor:
@@ -49,11 +53,20 @@ class Logits(nn.Module):
         else:
             outputs = self.network(inputs)
         if isinstance(outputs, Tensor):
-            return outputs
+            return self._checked(outputs, inputs)
         found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
         if not isinstance(found, Tensor):
             raise MetaplError(
                 f"the {type(self.network).__name__} in metapl.models.Logits returned {described(outputs)} without a "
                 "tensor of logits; expected a tensor, an object with .logits or a dict with 'logits'."
             )
-        return found
+        return self._checked(found, inputs)
+
+    def _checked(self, logits: Tensor, inputs: Any) -> Tensor:
+        rows = length(inputs)
+        if logits.ndim != 2 or not logits.is_floating_point() or (rows and logits.shape[0] != rows):
+            raise MetaplError(
+                f"the {type(self.network).__name__} in metapl.models.Logits returned {described(logits)} for "
+                f"{rows} examples; expected floating-point logits of shape (examples, classes)."
+            )
+        return logits

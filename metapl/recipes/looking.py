@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metapl.data.images import UnreadableImage, read_image
+from metapl.data.images import LUMA, UnreadableImage, read_image
 from metapl.errors import MetaplError
 
 LOOKED_AT = 256
@@ -24,9 +24,6 @@ MIDDLE = slice(SIDE // 4, -(SIDE // 4))
 
 ALIKE = 8
 """Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in grey, as pictures are read without their colors."""
 
 SMALLEST_STD = 0.05
 """Standard deviation in [0, 1] that blank pictures are given."""

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
+SOFTWARE = "metapl"
+"""What a page says of who drew it."""
+
 Box = tuple[float, float, float, float]  # left, bottom, width, height in inches, from the lower left of the page
 
 
@@ -115,7 +118,7 @@ def png(figure: Figure) -> bytes:
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a name such as "$5" is no formula
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
     return file.getvalue()
 
 

@@ -1,0 +1,202 @@
+"""What ``fit``, ``predict``, ``evaluate`` and ``Logits`` refuse, with what to give instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metapl
+from metapl import MetaplError
+from metapl.models import Logits
+
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(8) % 3
+
+
+class Detached(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+def trainer(model: nn.Module, over: nn.Module | None = None) -> metapl.LossTrainer:
+    return metapl.LossTrainer(model, optimizer=torch.optim.SGD((over or model).parameters(), lr=0.1))
+
+
+def fit(one: Any, **options: Any) -> Any:
+    return one.fit([(X, Y)], **{"steps": 2, "progress": False, **options})
+
+
+# ------------------------------------------------------------------------------------------- nothing would be learned
+
+
+def test_a_fit_that_would_train_nothing_is_refused_at_its_first_step() -> None:
+    with pytest.raises(MetaplError, match=r"step 1: the network's loss has no gradient.*outputs are detached"):
+        fit(trainer(Detached(4, 3)))
+    with torch.no_grad(), pytest.raises(MetaplError, match=r"no gradient.*torch\.no_grad\(\)"):
+        fit(trainer(nn.Linear(4, 3)))
+    with pytest.raises(MetaplError, match=r"optimizer holds none of the network's parameters"):
+        fit(trainer(nn.Linear(4, 3), over=nn.Linear(4, 3)))
+    with pytest.raises(MetaplError, match=r"all parameters of the network have requires_grad=False"):
+        fit(trainer(nn.Linear(4, 3).requires_grad_(False)))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_neither_teacher_nor_student_is_trained_on_a_detached_loss(role: str) -> None:
+    networks = {"teacher": nn.Linear(4, 3), "student": nn.Linear(4, 3), role: Detached(4, 3)}
+    one = metapl.BilevelTrainer(**networks, mode="none")
+    with pytest.raises(MetaplError, match=f"the {role}'s loss has no gradient"):
+        one.fit([(X, Y)], [X], steps=2, progress=False)
+    if role == "teacher":
+        with pytest.raises(MetaplError, match="the teacher's loss has no gradient"):
+            one.fit([(X, Y)], [X], steps=2, wait=1, progress=False)
+
+
+def test_part_of_a_network_may_be_trained() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    before = model[0].weight.clone()
+    fit(trainer(model, over=model[1]))
+    assert torch.equal(model[0].weight, before)
+
+
+# -------------------------------------------------------------------------------------------------------- callbacks
+
+
+@pytest.mark.parametrize("kind", [ConnectionRefusedError, EOFError])
+def test_a_callbacks_own_broken_connection_is_not_a_workers(kind: type[Exception]) -> None:
+    def send(step: int, row: Any, of: Any) -> None:
+        raise kind("the tracking server is away")
+
+    with pytest.raises(kind, match="the tracking server is away"):
+        fit(trainer(nn.Linear(4, 3)), num_workers=2, log_every=1, callbacks=[send])
+
+
+# ---------------------------------------------------------------------------------------------------- wrong options
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"steps": 2.5}, r"steps=2\.5: expected a whole number"),
+        ({"steps": "6"}, r"steps='6': expected a whole number"),
+        ({"steps": True}, r"steps=True: expected a whole number"),
+        ({"log_every": 1.5}, r"log_every=1\.5: expected a whole number"),
+        ({"exact_every": 1.5}, r"exact_every=1\.5: expected a whole number"),
+        ({"phase": "a\0b"}, r"phase='a\\x00b': expected a plain name"),
+        ({"phase": "../../esc"}, r"expected a plain name"),
+        ({"phase": ".."}, r"expected a plain name"),
+        ({"out": ""}, r"out='' is no folder"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(MetaplError, match=text):
+        fit(trainer(nn.Linear(4, 3)), **{"out": "run", **options})
+    assert [*tmp_path.rglob("*")] == [tmp_path / "here"]
+
+
+def test_a_fit_without_labelled_data() -> None:
+    with pytest.raises(MetaplError, match="labeled is None; expected a source"):
+        trainer(nn.Linear(4, 3)).fit(None, steps=2)
+
+
+# ----------------------------------------------------------------------------------------------------- wrong data
+
+
+@pytest.mark.parametrize(
+    ("validation", "text"),
+    [
+        ((X[:0], Y[:0]), "at least one example"),
+        ((X, Y[:3]), r"a tensor of shape \(3,\).* for 8 examples"),
+        ((X, Y + 1), r"run from 1 to 3; the network has 3 classes: expected 0\.\.2"),
+        ((X, Y - 1), r"run from -1 to 1"),
+        ([(X, Y + 1)], r"run from 1 to 3"),
+        ([], "validation has no batches"),
+        (5, "labeled is of type int"),
+    ],
+)
+def test_validation_that_cannot_be_used_is_refused_before_the_first_step(validation: Any, text: str) -> None:
+    one = trainer(nn.Linear(4, 3))
+    with pytest.raises(MetaplError, match=text):
+        fit(one, validation=validation)
+    assert one.steps_done == 0
+
+
+def test_the_look_at_validation_changes_nothing() -> None:
+    def weights(validation: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
+        fit(trainer(model), validation=validation, validate_every=2)
+        return model[0].weight.detach()
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4, shuffle=True)
+    assert torch.equal(weights(None), weights(loader))
+    assert torch.equal(weights(None), weights(iter([(X, Y)])))  # which can be read once
+
+
+@pytest.mark.parametrize("data", [None, 5, {}, (), []], ids=repr)
+@pytest.mark.parametrize("call", ["predict", "evaluate"])
+def test_what_is_no_data(call: str, data: Any) -> None:
+    with pytest.raises(MetaplError):
+        getattr(trainer(nn.Linear(4, 3)), call)(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [X.int(), X > 0, X.double(), X.int().numpy(), (X > 0).numpy(), X.numpy().astype(np.uint16)],
+    ids=["int", "bool", "double", "int array", "bool array", "uint16 array"],
+)
+def test_inputs_of_another_type_than_the_weights(data: Any) -> None:
+    one = trainer(nn.Linear(4, 3))
+    with pytest.raises(MetaplError, match=r"cannot take inputs of \w+: its weights are float32.*x\.to\(torch\.float32"):
+        one.predict(data)
+    if isinstance(data, Tensor):
+        with pytest.raises(MetaplError, match="cannot take inputs of"):
+            one.evaluate((data, Y))
+
+
+def test_arrays_of_any_byte_order_and_width_are_predicted() -> None:
+    one = trainer(nn.Linear(4, 3))
+    for kind in (">f4", ">f8", "<f8"):
+        assert torch.equal(one.predict(X.numpy().astype(kind)), one.predict(X))
+
+
+def test_a_model_that_has_diverged_predicts_nothing() -> None:
+    model = nn.Linear(4, 3)
+    nn.init.constant_(model.bias, float("nan"))
+    with pytest.raises(MetaplError, match=r"logits of 8 of 8 examples are not finite.*diverged"):
+        trainer(model).predict(X)
+
+
+# ----------------------------------------------------------------------------------------------------------- Logits
+
+
+class Returns(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": self.change(x)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[:, 0], lambda x: x.long(), lambda x: x[:3], lambda x: x[None]],
+    ids=["1-D", "int", "rows", "3-D"],
+)
+def test_what_is_no_logits(change: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(MetaplError, match=r"expected floating-point logits of shape \(examples, classes\)"):
+        Logits(Returns(change))(X)
+    assert Logits(Returns(lambda x: x))(X).shape == X.shape
+
+
+def test_logits_of_nothing() -> None:
+    with pytest.raises(MetaplError, match=r"Logits was given of type NoneType; expected a torch\.nn\.Module"):
+        Logits(None)  # type: ignore[arg-type]  # what is refused
