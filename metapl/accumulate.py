@@ -94,6 +94,11 @@ class AccumulatedStep(InnerStep):
         pieces = zip(self.parts, tangents, values, strict=True)
         return torch.cat([part.signal_feedback(z, w, one, rounding=rounding) / n for part, z, one in pieces])
 
+    def check_linear(self, z_dot: Tensor, w: Tree, h: Tensor) -> None:
+        n = len(self.parts)
+        for part, z, one in zip(self.parts, z_dot.chunk(n), h.chunk(n), strict=True):
+            part.check_linear(z, w, n * one)  # h is of the mean over the parts
+
     def example_feedback(self, z_dot: Tensor, w: Tree, *, rounding: Tensor | None = None) -> Tensor:
         n = len(self.parts)
         pieces = zip(self.parts, z_dot.chunk(n), strict=True)

@@ -10,6 +10,7 @@ estimate is under way it stays at θ.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -206,7 +207,7 @@ class InnerStep:
     def _feedback_at(self, value: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor, list[Tensor]]:
         """h at a value of the signal, d/dε mean ℓ there, and the terms of that."""
         value = value.detach().requires_grad_()
-        losses, at = self._head(Signal(value, self.signal.log_prob, self.signal.probs))
+        losses, at = self._head(replace(self.signal, value=value))
         terms = _along(losses.mean(), at, self._tangents(z_dot, w))
         tangent = torch.stack([term.sum() for term in terms]).sum()
         if not tangent.requires_grad:
@@ -227,7 +228,9 @@ class InnerStep:
         check_slopes(tangent.detach(), by_gradient.sum(), spread, tolerance)
 
     def _outer_loss_of(self, outputs: Tensor) -> Tensor:
-        return self.problem.outer_loss(outputs, self.labeled)
+        loss = self.problem.outer_loss(outputs, self.labeled)
+        checks.scalar_loss(loss, "the problem's outer_loss")
+        return loss
 
     def _outer_loss(self, when: str, params: Tree) -> Tensor:
         if when not in self._outer_losses:
