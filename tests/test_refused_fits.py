@@ -32,7 +32,7 @@ def fit(one: Any, **options: Any) -> Any:
     return one.fit([(X, Y)], **{"steps": 2, "progress": False, **options})
 
 
-# ---------------------------------------------------------------------------------------------- nothing would be learned
+# --------------------------------------------------------------------------------------------- nothing would be learned
 
 
 def test_a_fit_that_would_train_nothing_is_refused_at_its_first_step() -> None:
@@ -64,7 +64,7 @@ def test_part_of_a_network_may_be_trained() -> None:
     assert torch.equal(model[0].weight, before)
 
 
-# ----------------------------------------------------------------------------------------------------------- callbacks
+# ------------------------------------------------------------------------------------------------------------ callbacks
 
 
 @pytest.mark.parametrize("kind", [ConnectionRefusedError, EOFError])
@@ -76,7 +76,7 @@ def test_a_callbacks_own_broken_connection_is_not_a_workers(kind: type[Exception
         fit(trainer(nn.Linear(4, 3)), num_workers=2, log_every=1, callbacks=[send])
 
 
-# ------------------------------------------------------------------------------------------------------- wrong options
+# -------------------------------------------------------------------------------------------------------- wrong options
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_fit_without_labelled_data() -> None:
         trainer(nn.Linear(4, 3)).fit(None, steps=2)
 
 
-# -------------------------------------------------------------------------------------------------------- wrong data
+# ----------------------------------------------------------------------------------------------------------- wrong data
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_model_that_has_diverged_predicts_nothing() -> None:
         trainer(model).predict(X)
 
 
-# -------------------------------------------------------------------------------------------------------------- Logits
+# --------------------------------------------------------------------------------------------------------------- Logits
 
 
 class Returns(nn.Module):

@@ -119,8 +119,8 @@ def _explain_type(inputs: Any, weight: Tensor | None) -> None:
         of = " and ".join(sorted(str(one).removeprefix("torch.") for one in types))
         own = str(weight.dtype).removeprefix("torch.")
         raise MetaplError(
-            f"the network cannot take inputs of {of}: its weights are {own}; expected inputs as it was trained on, such "
-            f"as x.to(torch.{own})."
+            f"the network cannot take inputs of {of}: its weights are {own}; expected inputs as it was trained on, "
+            f"such as x.to(torch.{own})."
         )
 
 

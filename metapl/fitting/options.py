@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from metapl.errors import MetaplError
 
-
 COUNTS = ("steps", "warmup", "wait", "validate_every", "log_every", "save_every", "exact_every", "keep", "num_workers")
 """Options that count something."""
 
@@ -60,7 +59,7 @@ class FitOptions:
         for name in COUNTS:
             value = getattr(self, name)
             left_out = name == "exact_every" and value is None
-            if not left_out and (not isinstance(value, Integral) or isinstance(value, bool)):
+            if not left_out and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise MetaplError(f"{name}={value!r}: expected a whole number.")
         if not is_file_name(self.phase):
             raise MetaplError(f"phase={self.phase!r}: expected a plain name, for it names a folder: 'fit'.")

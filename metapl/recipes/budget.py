@@ -36,7 +36,7 @@ FASTER = 1.25
 """How much faster bfloat16 has to be to be taken."""
 
 ROUNDS = 3
-"""How often both precisions are timed, by turns: what else the machine does slows some rounds, and the fastest counts."""
+"""How often both precisions are timed, by turns; the fastest counts, for what else the machine does slows some."""
 
 
 Clock = Callable[[], float]

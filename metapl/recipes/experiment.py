@@ -271,7 +271,7 @@ SELECTED_ON = 50
 TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
 """The networks of a run in words."""
 
-DELIVERED = {method: ("finetuned",) for method in ("uda", "fixmatch", "mpl", "none")}
+DELIVERED = dict.fromkeys(("uda", "fixmatch", "mpl", "none"), ("finetuned",))
 """By method, the network that is delivered where validation cannot tell; the student of the others."""
 
 FIXED_TEACHER = ("pseudo_labels", "pseudo_labels_hard")
