@@ -118,7 +118,7 @@ def test_a_fit_without_labelled_data() -> None:
         ((X, Y - 1), r"run from -1 to 1"),
         ([(X, Y + 1)], r"run from 1 to 3"),
         ([], "validation has no batches"),
-        (5, "labeled is of type int"),
+        (5, "validation is of type int; expected tensors, or an iterable of batches"),
     ],
 )
 def test_validation_that_cannot_be_used_is_refused_before_the_first_step(validation: Any, text: str) -> None:
