@@ -14,14 +14,14 @@ BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench clean
+.PHONY: help demo test docs bench clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## Train on the digits beside the controls, three seeds; results go to runs/demo (more arguments: DEMO_ARGS).
+demo: $(STAMP) ## Train on the digits beside the controls, five seeds; results go to runs/demo (more arguments: DEMO_ARGS).
 	rm -rf runs/demo
-	$(BIN)/metapl train digits --compare --seeds 0-2 --out runs/demo $(DEMO_ARGS)
+	$(BIN)/metapl train digits --compare --seeds 0-4 --steps 2000 --out runs/demo $(DEMO_ARGS)
 
 test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments for pytest: TEST_ARGS).
 	$(BIN)/ruff check .
@@ -29,11 +29,14 @@ test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments 
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
+docs: $(STAMP) ## Build the documentation into site/, with warnings as errors.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(STAMP) ## Measure what each mode costs (more arguments: BENCH_ARGS).
 	$(BIN)/python benchmarks/modes.py $(BENCH_ARGS)
 
-clean: ## Remove the environment, caches and runs/demo; other runs stay.
-	rm -rf $(VENV) runs/demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: ## Remove the environment, caches, site/ and runs/demo; other runs stay.
+	rm -rf $(VENV) runs/demo build site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch and torchvision are resolved together, so that pip picks builds that match.

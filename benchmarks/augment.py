@@ -4,7 +4,7 @@
     python benchmarks/augment.py --table benchmarks/results/augment.json
 
 torchvision draws one operation for all that it is given, so that only image by image does the same work; once for the
-batch shows what one call costs. The views that change whole batches stand beside torchvision's affine map, colours and
+batch shows what one call costs. The views that change whole batches stand beside torchvision's affine map, colors and
 erasing with the same settings. All get uint8 pictures on the device; with a CUDA device it is measured there as well.
 Where other programs run beside it, the processor's time is the one to compare.
 """
@@ -92,7 +92,7 @@ def whole_batches() -> dict[str, Callable[[Tensor, int], Tensor]]:
         return lambda images, step: change(in_unit_range(images), step)
 
     return {name: in_range(view) for name, view in views.items()} | {
-        "torchvision's flip, affine, colours, erasing, image by image": lambda images, step: torch.stack(
+        "torchvision's flip, affine, colors, erasing, image by image": lambda images, step: torch.stack(
             [strong(image) for image in in_unit_range(images)]
         )
     }

@@ -1,7 +1,7 @@
 """Does the teacher's feedback help on the digits? Every mode, baseline and control, tuned alike, over 20 seeds.
 
     python benchmarks/digits_study.py                        # tune, then run; goes on where it was stopped
-    python benchmarks/digits_study.py --write-readme README.md
+    python benchmarks/digits_study.py --write docs/results.md
     python benchmarks/digits_study.py --miniature --out FILE # all of it in seconds, to see that it runs
 
 Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by validation (197
@@ -33,7 +33,8 @@ from metapl.fit import Loop
 from metapl.losses import CrossEntropy
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
-from metapl.recipes.experiment import METHODS, Experiment
+from metapl.recipes.experiment import Experiment
+from metapl.recipes.methods import METHODS
 from metapl.run_folder import environment
 
 HERE = Path(__file__).parent
@@ -167,7 +168,7 @@ def one_run(job: Job, size: Size) -> dict[str, Any]:
     task = drawn(job.seed, job.labels_per_class, size)
     task = dataclasses.replace(task, **{"validation" if job.final else "test": None})
     run = Experiment(recipe, None, progress=False)  # type: ignore[arg-type]  # no folder is written to
-    trained, result = METHODS[ENTRIES[job.method].method](run, task, recipe.network(), recipe.network())
+    trained, result = METHODS[ENTRIES[job.method].method].run(run, task, recipe.network(), recipe.network())
     found = _tested(trained, task, recipe) if job.final else {"validation_accuracy": result.validation_accuracy}
     return dataclasses.asdict(job) | found | {"seconds": round(time.perf_counter() - since, 2)}
 
@@ -248,12 +249,12 @@ def study(size: Size, raw: Path, workers: int) -> None:
 def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the tables there; draw the picture")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables there; draw the picture")
     given = parsed(parser)
-    if given.write_readme is not None:
-        from digits_tables import write_readme
+    if given.write is not None:
+        from digits_tables import write
 
-        write_readme(given.write_readme, given.out)
+        write(given.write, given.out)
     else:
         study(MINIATURE if given.miniature else FULL, given.out, given.workers)
 

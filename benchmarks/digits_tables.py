@@ -1,4 +1,4 @@
-"""The README's tables and picture of the digits study, made from its raw rows alone."""
+"""The tables and the picture of the digits study, made from its raw rows alone."""
 
 from __future__ import annotations
 
@@ -114,23 +114,23 @@ def _selection(rows: Rows) -> str:
 
 
 def block(rows: Rows) -> str:
-    """What stands in the README: the tables, and how they came about."""
+    """What stands in the documentation: the tables, and how they came about."""
     return f"{table(rows)}\n\n{pairs(rows)}\n\n{note(rows)}"
 
 
-def write_readme(readme: Path, raw: Path) -> None:
-    """Put table and note between the README's markers, and draw the picture beside the raw file."""
+def write(page: Path, raw: Path) -> None:
+    """Put tables and note between the marks of a page, and draw the picture beside the page."""
     rows = read(raw)
-    machine.write_readme(readme, "digits", block(rows))
-    draw(raw.with_suffix(".png"), rows)
+    machine.write_between_marks(page, "digits", block(rows))
+    draw(page.with_name(f"{raw.stem}.png"), rows)
 
 
-COLOURS = {"the whole gradient": "#0072B2", "altered feedback": "#D55E00", "others": "#555555"}
-"""Of Okabe and Ito's colours, which the colour-blind can tell apart."""
+COLORS = {"the whole gradient": "#0072B2", "altered feedback": "#D55E00", "others": "#555555"}
+"""Of Okabe and Ito's colors, which the color-blind can tell apart."""
 
 
 def _kind(method: str) -> str:
-    """Which of :data:`COLOURS` a method has."""
+    """Which of :data:`COLORS` a method has."""
     if method in ("mpl", "unrolled", "difference", "forward_hard"):
         return "the whole gradient"
     return "altered feedback" if ENTRIES[method].title.startswith("control") else "others"
@@ -152,12 +152,12 @@ def draw(path: Path, rows: Rows) -> None:
     axes.axvline(0, color="0.6", linewidth=1)
     for y, method in enumerate(methods):
         test = tests[method]
-        colour = COLOURS[_kind(method)]
+        color = COLORS[_kind(method)]
         if test.interval is not None:
-            axes.plot([100 * x for x in test.interval], [y, y], color=colour, linewidth=2, solid_capstyle="round")
-        axes.plot(100 * test.mean, y, "o", color=colour, markersize=7)
-    for kind, colour in COLOURS.items():
-        axes.plot([], [], "o-", color=colour, linewidth=2, markersize=7, label=kind)
+            axes.plot([100 * x for x in test.interval], [y, y], color=color, linewidth=2, solid_capstyle="round")
+        axes.plot(100 * test.mean, y, "o", color=color, markersize=7)
+    for kind, color in COLORS.items():
+        axes.plot([], [], "o-", color=color, linewidth=2, markersize=7, label=kind)
     axes.legend(loc="lower right", frameon=False)
     axes.set_yticks(range(len(methods)), [ENTRIES[m].title for m in methods])
     axes.set_xlabel("points of test accuracy above the same loop without feedback (its better read-out)")

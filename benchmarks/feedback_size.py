@@ -2,6 +2,7 @@
 
     python benchmarks/feedback_size.py                # runs, and writes results/feedback_size.json
     python benchmarks/feedback_size.py --table
+    python benchmarks/feedback_size.py --write docs/results.md
 
 The best validation accuracy of the student, mode ``forward``, on the digits: at 2 and 8 labels a class, batches of 64
 and 16, and networks of two sizes, for weights and ratios over decades. Seeds are the study's tuning seeds; the test set
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, parsed, results
+from machine import arguments, parsed, results, write_between_marks
 
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.run_folder import environment
@@ -92,7 +93,11 @@ def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="print the table of the file's rows and stop")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table there and stop")
     given = parsed(parser)
+    if given.write:
+        write_between_marks(given.write, "size", table(json.loads(given.out.read_text())["rows"]))
+        return
     if not given.table:
         steps, seeds = (MINIATURE_STEPS, MINIATURE_SEEDS) if given.miniature else (STEPS, SEEDS)
         run(given.out, steps, seeds, given.workers)

@@ -1,4 +1,4 @@
-"""Accuracies of several seeds as the README shows them, so that its figures agree with each other.
+"""Accuracies of several seeds as the documentation shows them, so that its figures agree with each other.
 
 A difference is that of the two means as they are shown, to a tenth of a point: who subtracts two cells of a table gets
 the third. p is that of the pairs as they are.

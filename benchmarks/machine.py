@@ -81,11 +81,11 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def write_readme(readme: Path, name: str, text: str) -> None:
-    """Put a text between the marks of a name: <!-- name:begin --> and <!-- name:end -->."""
+def write_between_marks(file: Path, name: str, text: str) -> None:
+    """Put a text between the marks of a name in a page: <!-- name:begin --> and <!-- name:end -->."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    page = readme.read_text()
+    page = file.read_text()
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise SystemExit(f"{readme} must contain {begin} and {end} once each, in this order")
+        raise SystemExit(f"{file} must contain {begin} and {end} once each, in this order")
     before, rest = page.split(begin)
-    readme.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+    file.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")

@@ -2,15 +2,15 @@
 
     python benchmarks/modes.py                                       # about five minutes on two cores
     python benchmarks/modes.py --table benchmarks/results/modes.json
-    python benchmarks/modes.py --write-readme README.md
+    python benchmarks/modes.py --write docs/modes.md
 
 On WRN-28-2: the cost of one ``BilevelTrainer.step`` (equal batches, no losses of the teacher's own) in student forward
 passes, by counting FLOPs; its time, the modes taking turns; and its peak memory beyond weights and optimiser states, by
 the allocator's own account. Then, over draws of the labels at fixed weights, the noise and the bias of the teacher's
 gradient against the exact one (double backward in float64), on a small classifier of digits and on WRN-28-2.
 
-Writes a JSON file and a picture beside it. With a CUDA device the same is measured on it, in float32 (TF32 off) and in
-bf16 autocast, instead of on the CPU.
+Writes a JSON file; ``--write`` puts its table into a page, and its picture beside the page. With a CUDA device the same
+is measured on it, in float32 (TF32 off) and in bf16 autocast, instead of on the CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_json, write_readme
+from machine import arguments, described, parsed, write_between_marks, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -367,7 +367,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The README's table, from the raw file alone."""
+    """The table of the documentation, from the raw file alone."""
     return "\n\n".join(_table_of(run, result["setup"]) for run in result["runs"])
 
 
@@ -436,12 +436,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     title = "What the teacher's gradient costs and how noisy it is, mode by mode, on WRN-28-2"
     figure.text(0.012, 1 - 0.3 / height, title, fontsize=14, fontweight="bold", va="center")
     left = 0.012
-    for words, colour in (
+    for words, color in (
         ("soft labels: the exact gradient or an approximation of it without noise", SOFT),
         ("sampled labels", SAMPLED),
         ("control", CONTROL),
     ):
-        written = figure.text(left, 1 - 0.62 / height, f"■ {words}", fontsize=10.5, color=colour, va="center")
+        written = figure.text(left, 1 - 0.62 / height, f"■ {words}", fontsize=10.5, color=color, va="center")
         left = written.get_window_extent().x1 / figure.bbox.width + 0.015
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.75 / height), w_pad=2.5)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -449,21 +449,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-# Of Okabe and Ito's colours, which the colour-blind can tell apart.
+# Of Okabe and Ito's colors, which the color-blind can tell apart.
 SOFT, SAMPLED, CONTROL = "#0072B2", "#C14F00", "#6B6B6B"
 
 
 def _draw_run(run: dict[str, Any], panels: Any) -> None:
     rows = run["modes"]
     lines = range(len(rows))
-    colours = [CONTROL if r["mode"] == "none" else SAMPLED if _is_noisy(r) else SOFT for r in rows]
+    colors = [CONTROL if r["mode"] == "none" else SAMPLED if _is_noisy(r) else SOFT for r in rows]
     columns = [
         ("cost in student passes (FLOPs)", [r["passes"] for r in rows], "{:.1f}"),
         ("time, forward = 1", [r["time_over_forward"]["median"] for r in rows], "{:.2f}"),
         ("peak memory, forward = 1", [r["memory_over_forward"] for r in rows], "{:.2f}"),
     ]
     for axes, (title, values, form) in zip(panels, columns, strict=False):
-        axes.barh(lines, values, color=colours, height=0.62)
+        axes.barh(lines, values, color=colors, height=0.62)
         for y, value in zip(lines, values, strict=True):
             axes.annotate(form.format(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
         axes.set_xlim(0, 1.22 * max(values))
@@ -473,7 +473,7 @@ def _draw_run(run: dict[str, Any], panels: Any) -> None:
         between = [spread["lower_quartile"], spread["upper_quartile"]]
         panels[1].plot(between, [y + 0.2, y + 0.2], color="black", linewidth=1.5, solid_capstyle="butt")
     panels[1].set_xlabel("line: quartiles over the rounds", fontsize=9)
-    _draw_noise(panels[3], rows, colours)
+    _draw_noise(panels[3], rows, colors)
     panels[0].set_yticks(lines, [r["mode"] for r in rows], fontsize=10)
     panels[0].invert_yaxis()
     for axes in panels:
@@ -486,21 +486,21 @@ def _is_noisy(row: dict[str, Any]) -> bool:
     return row["gradient_small"] is not None and row["gradient_small"]["noise"] > 0
 
 
-def _draw_noise(axes: Any, rows: list[dict[str, Any]], colours: list[str]) -> None:
+def _draw_noise(axes: Any, rows: list[dict[str, Any]], colors: list[str]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(1e-2, 1e2)
     axes.minorticks_off()
     axes.set_title("noise / signal of the gradient", fontsize=10.5, loc="left")
     axes.axvline(1, color="#C0C0C0", linewidth=0.9, zorder=0)
-    for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+    for y, (row, color) in enumerate(zip(rows, colors, strict=True)):
         small, large = row["gradient_small"], row["gradient_wrn"]
         if small is None or small["noise"] == 0:
-            axes.text(1.1e-2, y, "0" if small else "no gradient", va="center", fontsize=9, color=colour)
+            axes.text(1.1e-2, y, "0" if small else "no gradient", va="center", fontsize=9, color=color)
             continue
         low, high = sorted((small["noise"], large["noise"]))
-        axes.plot([low, high], [y, y], color=colour, linewidth=1, zorder=1)
-        axes.scatter([small["noise"]], [y], s=42, color=colour, zorder=2)
-        axes.scatter([large["noise"]], [y], s=42, facecolor="white", edgecolor=colour, linewidth=1.4, zorder=2)
+        axes.plot([low, high], [y, y], color=color, linewidth=1, zorder=1)
+        axes.scatter([small["noise"]], [y], s=42, color=color, zorder=2)
+        axes.scatter([large["noise"]], [y], s=42, facecolor="white", edgecolor=color, linewidth=1.4, zorder=2)
         for value, side, shift in ((low, "right", -7), (high, "left", 7)):
             axes.annotate(
                 f"{value:.2g}", (value, y), (shift, 0), textcoords="offset points", ha=side, va="center", fontsize=9
@@ -516,17 +516,16 @@ def main() -> None:
     parser.add_argument("--draws", type=int, help="draws of labels on the small classifier; default 2000")
     parser.add_argument("--draws-wrn", type=int, help="draws of labels on WRN-28-2; default 24")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the Markdown table of a result and stop")
-    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="put the table of --out there and stop")
-    parser.add_argument("--draw", action="store_true", help="draw the picture of --out, beside it, again and stop")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put table and picture of --out there and stop")
     given = parsed(parser)
     if given.table:
         print(table(json.loads(given.table.read_text())))
-    elif given.write_readme:
-        write_readme(given.write_readme, "modes", table(json.loads(given.out.read_text())))
+    elif given.write:
+        result = json.loads(given.out.read_text())
+        write_between_marks(given.write, "modes", table(result))
+        draw(result, given.write.with_name(f"{given.out.stem}.png"))
     else:
-        if not given.draw:
-            run(given)
-        draw(json.loads(given.out.read_text()), given.out.with_suffix(".png"))
+        run(given)
 
 
 def run(given: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Does the teacher's feedback help on pictures in folders? `metapl train images` on digits, MPL and its controls.
 
     python benchmarks/pictures_study.py                        # goes on where it was stopped; an hour on two cores
-    python benchmarks/pictures_study.py --write-readme README.md
+    python benchmarks/pictures_study.py --write docs/results.md
 
 scikit-learn's digits are written out as grey PNG files of 16x16 pixels, two labelled ones a class, anew for each seed,
 and go through the command as a user would run it, with its small convolutional network and the settings below for all
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from figures import difference, spread
-from machine import arguments, parsed, write_readme
+from machine import arguments, parsed, write_between_marks
 from PIL import Image
 from torch import Tensor
 
@@ -189,7 +189,7 @@ def column(rows: Sequence[Row], method: str, read_out: str) -> list[float]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The README's table."""
+    """The table of the documentation."""
     controls = {name: column(rows, "none", name) for name in READ_OUTS}
     better = max(READ_OUTS, key=lambda name: statistics.fmean(controls[name]))
     which = "finetuned student" if better.startswith("finetuned") else "student"
@@ -232,10 +232,10 @@ def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="print table and pairs from the file's rows and stop")
-    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there and stop")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table there and stop")
     options = parsed(parser)
-    if options.write_readme:
-        write_readme(options.write_readme, "pictures", table(read(options.out)))
+    if options.write:
+        write_between_marks(options.write, "pictures", table(read(options.out)))
         return
     if not options.table:
         study(MINIATURE if options.miniature else FULL, options.out, options.jobs)

@@ -3,7 +3,7 @@
     python benchmarks/throughput.py                                      # about ten minutes on two cores
     python benchmarks/throughput.py --small small_cnn                    # its rows alone, into the same result
     python benchmarks/throughput.py --table benchmarks/results/throughput.json
-    python benchmarks/throughput.py --write-readme README.md
+    python benchmarks/throughput.py --write docs/results.md
 
 The step is Algorithm 1 with a teacher that learns from labels and by UDA, at the ratio of unlabelled to labelled
 pictures of the recipes: 7 for WRN-28-2 on 32x32 pictures, 15 for ResNet-50. Four things take turns in one process, so
@@ -17,7 +17,7 @@ that what else the machine does hits all of them:
 - step: ``BilevelTrainer.step`` on the same batches.
 - fed: the same step on batches that are drawn, augmented and moved anew each time, by a feed with and without worker
   processes. The large networks are fed by the paper's views (crop, mirror, RandAugment), the small one by views that
-  change whole batches (mirror, affine, colour, hole).
+  change whole batches (mirror, affine, color, hole).
 
 Figures are medians over rounds of the ratios within a round. Peak memory is what a step holds beyond what was held
 before it. With a CUDA device the same is measured on it in float32 (TF32 off) and bf16, compiled and not.
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_json, write_readme
+from machine import arguments, described, parsed, write_between_marks, write_json
 from modes import Place, held_at_most, places
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -281,13 +281,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="in which the four take turns; default 15")
     parser.add_argument("--small", metavar="NETWORK", help="measure this small network alone, and add it to the result")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
-    parser.add_argument("--write-readme", type=Path, metavar="FILE", help="replace the table there and stop")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table there and stop")
     options = parsed(parser)
     if options.table:
         print(table(json.loads(options.table.read_text())))
         return
-    if options.write_readme:
-        write_readme(options.write_readme, "throughput", table(json.loads(options.out.read_text())))
+    if options.write:
+        write_between_marks(options.write, "throughput", table(json.loads(options.out.read_text())))
         return
     made_with, kept = described(places()[0].device), []
     rounds = options.rounds or (1 if options.miniature else 15)

@@ -1,5 +1,8 @@
 """Meta Pseudo Labels and other bilevel label methods, with gradients that are checked."""
 
+from importlib import import_module
+from typing import Any
+
 from metapl import feedback, models, problems
 from metapl.baselines import LossTrainer
 from metapl.errors import MetaplError
@@ -32,3 +35,13 @@ __all__ = [
     "models",
     "problems",
 ]
+
+
+_ON_FIRST_USE = ("data", "evaluate", "export", "recipes")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a subpackage when it is first used, so that ``import metapl`` loads little beside torch."""
+    if name in _ON_FIRST_USE:
+        return import_module(f"metapl.{name}")
+    raise AttributeError(f"module 'metapl' has no attribute {name!r}")

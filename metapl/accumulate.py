@@ -81,17 +81,23 @@ class AccumulatedStep(InnerStep):
     def outputs_at(self, step: Tensor, direction: Tree) -> Tensor:
         return torch.cat([part.outputs_at(step, direction) for part in self.parts])
 
-    def signal_feedback(self, z_dot: Tensor, w: Tree, value: Tensor | None = None) -> Tensor:
+    def check_replay(self, outputs: Tensor) -> None:
+        for part, one in zip(self.parts, outputs.chunk(len(self.parts)), strict=True):
+            part.check_replay(one)
+
+    def signal_feedback(
+        self, z_dot: Tensor, w: Tree, value: Tensor | None = None, *, by_difference: bool = False
+    ) -> Tensor:
         n = len(self.parts)
         tangents = z_dot.chunk(n)
         values: Sequence[Tensor | None] = [None] * n if value is None else value.chunk(n)
         pieces = zip(self.parts, tangents, values, strict=True)
-        return torch.cat([part.signal_feedback(z, w, one) / n for part, z, one in pieces])
+        return torch.cat([part.signal_feedback(z, w, one, by_difference=by_difference) / n for part, z, one in pieces])
 
-    def example_feedback(self, z_dot: Tensor, w: Tree) -> Tensor:
+    def example_feedback(self, z_dot: Tensor, w: Tree, *, by_difference: bool = False) -> Tensor:
         n = len(self.parts)
         pieces = zip(self.parts, z_dot.chunk(n), strict=True)
-        return torch.cat([part.example_feedback(z, w) / n for part, z in pieces])
+        return torch.cat([part.example_feedback(z, w, by_difference=by_difference) / n for part, z in pieces])
 
 
 def union(steps: Sequence[InnerStep]) -> InnerStep:

@@ -15,10 +15,11 @@ from metapl.batch import labeled_pair, plain
 from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, undone_where
 from metapl.errors import MetaplError
+from metapl.execution.buffers import nothing_moved
+from metapl.execution.rng import RandomState
 from metapl.fit import Loop
 from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches
 from metapl.problem import Signal
-from metapl.replay import RandomState, nothing_moved
 
 
 @dataclass(frozen=True)

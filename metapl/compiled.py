@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.replay import RandomState, nothing_moved
+from metapl.execution.buffers import nothing_moved
+from metapl.execution.rng import RandomState
 
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
 """Inductor's, for every pass."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.execution.buffers import Buffers
 from metapl.optimizers import InnerOptimizer
-from metapl.replay import Buffers
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A trained network for others: files that need no metapl, and a card that says what they are.
+"""A trained network for others: a program that needs torch alone, its weights, and a card that says what they are.
 
 model.safetensors   the weights under the names that torchvision or timm give them
 model.pt2           the whole network as a program of torch.export, which needs torch alone

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import labeled_pair, plain
 from metapl.errors import MetaplError
+from metapl.execution.buffers import inputs_unchanged, nothing_moved
+from metapl.execution.kernels import checkpoints_without_reentry
+from metapl.execution.rng import RandomState
 from metapl.feedback import Estimator, estimator
 from metapl.inner import InnerStep, trainable
 from metapl.optimizers import inner_optimizer as functional
 from metapl.problem import BilevelProblem
 from metapl.problems import PseudoLabels
-from metapl.replay import RandomState, nothing_moved
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,11 @@ def hypergradient(
     optimizer = functional(inner_optimizer, trainable(student), inner_state)
     labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
     checks.batches(labeled, unlabeled, device)
-    with nothing_moved(teacher, student, random=RandomState.now(device), on_success=True), torch.enable_grad():
+    unmoved = nothing_moved(teacher, student, random=RandomState.now(device), on_success=True)
+    with unmoved, torch.enable_grad(), checkpoints_without_reentry():
         inner = InnerStep(student, optimizer, problem, labeled=labeled, unlabeled=unlabeled, keep_graph=how.keep_graph)
-        signal = problem.signal(teacher, unlabeled, inner.outputs, generator=generator)
+        with inputs_unchanged(unlabeled, "teacher"):
+            signal = problem.signal(teacher, unlabeled, inner.outputs, generator=generator)
         check_kind(signal.sampled, how)
         inner.learn(signal)
         (feedback,), _ = how.feedback([inner], how.init())

@@ -4,36 +4,35 @@ r"""The inner step: the student moves θ → θ′ = U(θ, g) on the signal, and
           v = \nabla L(\theta'), \quad w = (\partial U/\partial g)^\top v, \quad
           \dot z = \tfrac{d}{d\varepsilon} S(x_u;\theta + \varepsilon w)
 
-Estimators use this facade and nothing else, so where the student runs is this file's affair alone. While an estimate is
-under way the student stays at θ: θ′, θ + εw and dual numbers go in through ``functional_call``.
+Estimators use this facade and nothing else. Where the student runs is the matter of :mod:`metapl.execution`; while an
+estimate is under way it stays at θ.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl import checks
-from metapl.compiled import uncompiled
 from metapl.errors import MetaplError
-from metapl.numerics import Tree, full_float32, reduced_float32, wide, wide_tree
+from metapl.execution.agreement import (
+    BY_DIFFERENCE,
+    BY_FORWARD_MODE,
+    Tolerance,
+    check_linear,
+    check_outputs,
+    check_slopes,
+)
+from metapl.execution.local import Local, trainable
+from metapl.numerics import Tree, products, reduced_float32
 from metapl.optimizers import InnerOptimizer
 from metapl.problem import BilevelProblem, Signal, first_input, student_input
-from metapl.replay import RandomState, call_at, frozen_statistics, loose_buffers, replayed
+from metapl.problems.pseudo_labels import PseudoLabels
 
-
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module learns, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+__all__ = ["InnerStep", "trainable"]
 
 
 class InnerStep:
@@ -47,7 +46,7 @@ class InnerStep:
         optimizer: the functional view of its optimiser.
         problem: the losses.
         labeled, unlabeled: the batches of the outer and of the inner loss.
-        keep_graph: keep g differentiable in the signal, for :meth:`outer_loss_of_signal`.
+        keep_graph: keep g differentiable in the signal, for :meth:`outer_gradient_of_signal`.
     """
 
     def __init__(
@@ -62,16 +61,10 @@ class InnerStep:
     ) -> None:
         self.student, self.optimizer, self.problem = student, optimizer, problem
         self.labeled, self.unlabeled = labeled, unlabeled
-        self.input = student_input(problem, unlabeled)
-        self.parameters = trainable(student)
-        self.device = next(iter(self.parameters.values())).device
-        self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
-        self.random_before = RandomState.now(self.device)
         self.keep_graph = keep_graph
-        with torch.enable_grad(), only_math_attention() if keep_graph else nullcontext():
-            self._graph: Tensor | None = wide(checks.logits(student(self.input), "student"))
-        self.random_after = RandomState.now(self.device)
-        self.outputs = self._graph.detach()
+        self.execution = Local(student, student_input(problem, unlabeled), double_backward=keep_graph)
+        self.parameters, self.params = self.execution.parameters, self.execution.params
+        self.device, self.outputs = self.execution.device, self.execution.outputs
         checks.fits(problem, self.outputs, labeled, unlabeled)
         self._outer_losses: dict[str, Tensor] = {}
 
@@ -82,10 +75,10 @@ class InnerStep:
         self.signal = signal.detached()
         if self.keep_graph:
             self.signal.value.requires_grad_()
-        if self._graph is None:
+        if self.execution.graph is None:
             raise RuntimeError("an inner step learns once")
         with torch.enable_grad():
-            losses = self.problem.inner_loss(self._graph, self.signal, self.unlabeled, self.parameters)
+            losses = self.problem.inner_loss(self.execution.graph, self.signal, self.unlabeled, self.parameters)
             if losses.shape != self.outputs.shape[:1]:
                 raise MetaplError(
                     f"inner_loss returned shape {tuple(losses.shape)} for a batch of {len(self.outputs)}; expected one "
@@ -94,12 +87,8 @@ class InnerStep:
             loss = losses.mean()
         if not loss.requires_grad:
             raise checks.without_gradient("student")
-        grads = torch.autograd.grad(
-            loss, list(self.parameters.values()), create_graph=self.keep_graph, allow_unused=True
-        )
+        self._grads = self.execution.gradient(loss)
         self.inner_loss = loss.detach()
-        self._graph = None
-        self._grads = {n: g for n, g in zip(self.parameters, grads, strict=True) if g is not None}
         self.gradient: Tree = {name: g.detach() for name, g in self._grads.items()}
         self.state = self.optimizer.read_state()
 
@@ -144,11 +133,10 @@ class InnerStep:
 
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labelled batch (with its own batch statistics)."""
-        at = {name: p.detach().requires_grad_() for name, p in self.new_params.items()}
-        loss = self._loss_at(at)
-        self._outer_losses["after"] = loss.detach()
-        v = torch.autograd.grad(loss, list(at.values()), materialize_grads=True)
-        return dict(zip(at, v, strict=True))
+        self._outer_losses["after"], v = self.execution.loss_and_gradient(
+            self.new_params, first_input(self.labeled), self._outer_loss_of
+        )
+        return v
 
     def pullback(self, v: Tree) -> Tree:
         """w = (∂U/∂g)ᵀ v through the optimiser's update at its state before the step."""
@@ -156,26 +144,17 @@ class InnerStep:
 
     def directional_derivative(self, w: Tree) -> Tensor:
         """ż = d/dε S(x_u; θ + εw) by forward-mode AD, (B, C): exact, one pass of about three plain ones, no graph."""
-        _load_forward_mode()
-        with (
-            self._again(),
-            torch.no_grad(),
-            uncompiled(),
-            forward_ad.dual_level(),
-            only_math_attention(),
-            explained("forward"),
-        ):
-            duals = {name: forward_ad.make_dual(p, w[name]) for name, p in self.params.items() if name in w}
-            outputs = wide(self._call({**self.params, **duals}, self.input))
-            tangent = forward_ad.unpack_dual(outputs).tangent
-            return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
+        outputs, z_dot = self.execution.tangent(w)
+        check_outputs(outputs, self.outputs, self._tolerance(BY_FORWARD_MODE).outputs)
+        return z_dot
 
     def outputs_at(self, step: Tensor, direction: Tree) -> Tensor:
         """S(x_u; θ + step·direction), (B, C), in float32 or wider, without autocast and TF32; the weights stay at θ."""
-        moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        autocast = torch.autocast(self.device.type, enabled=False)
-        with self._again(), torch.no_grad(), autocast, full_float32(self.device):
-            return self._call(moved, wide_tree(self.input), upcast=True)
+        return self.execution.shifted(step, direction)
+
+    def check_replay(self, outputs: Tensor) -> None:
+        """Refuse ``outputs`` of a replay, S(x_u; θ) to O(ε²), that are not the inner pass's."""
+        check_outputs(outputs, self.outputs, self._tolerance(BY_DIFFERENCE).outputs)
 
     def ran_in_full_precision(self) -> bool:
         """Whether the inner pass computed in float32 or wider throughout, as far as weights and settings tell."""
@@ -183,63 +162,73 @@ class InnerStep:
         rounded = any(p.dtype == torch.float32 for p in self.params.values()) and reduced_float32(self.device)
         return not (half or rounded or torch.is_autocast_enabled(self.device.type))
 
-    def outer_loss_of_signal(self) -> Tensor:
-        """L(θ′) with its graph through g back to the signal: what double backward differentiates."""
-        with torch.enable_grad(), only_math_attention():
+    def outer_gradient_of_signal(self) -> Tensor:
+        """dL(θ′)/dsignal by double backward: v through the update and through g, with the graph of the inner pass."""
+        v = self.outer_gradient()
+        with torch.enable_grad():
             new_params, _ = self.optimizer.update(self.params, self._grads, self.state)
-            loss = self._loss_at(new_params)
-        self._outer_losses["after"] = loss.detach()
-        return loss
+        moved = {name: p for name, p in new_params.items() if p.requires_grad}
+        if not moved:
+            return torch.zeros_like(self.signal.value)
+        return self.execution.gradient_through(list(moved.values()), [v[name] for name in moved], self.signal.value)
 
-    def signal_feedback(self, z_dot: Tensor, w: Tree, value: Tensor | None = None) -> Tensor:
+    def signal_feedback(
+        self, z_dot: Tensor, w: Tree, value: Tensor | None = None, *, by_difference: bool = False
+    ) -> Tensor:
         """h = −∂/∂signal d/dε mean ℓ(z + εż, signal, θ + εw), of the shape of the signal; touches the head alone.
 
-        ``value`` stands in for the signal's own, e.g. one-hot rows for sampled classes.
+        ``value`` stands in for the signal's own, e.g. one-hot rows for sampled classes; ``by_difference`` says where ż
+        is from.
         """
-        value = (self.signal.value if value is None else value).detach().requires_grad_()
-        losses, at = self._head(Signal(value, self.signal.log_prob, self.signal.probs))
-        tangent = _along(losses.mean(), at, self._tangents(z_dot, w))
-        if not tangent.requires_grad:
-            return torch.zeros_like(value)
-        return -torch.autograd.grad(tangent, value, materialize_grads=True)[0]
+        h, tangent, terms = self._feedback_at(self.signal.value if value is None else value, z_dot, w)
+        self._check_slopes(tangent, terms, w, by_difference)
+        return h
 
-    def example_feedback(self, z_dot: Tensor, w: Tree) -> Tensor:
+    def check_linear(self, z_dot: Tensor, w: Tree, h: Tensor) -> None:
+        """Refuse an inner loss whose feedback ``h`` at the labels drawn is not that at their probabilities."""
+        if type(self.problem).inner_loss is PseudoLabels.inner_loss or self.signal.probs is None:
+            return
+        expected, _, _ = self._feedback_at(self.signal.probs, z_dot, w)
+        check_linear(h, expected)
+
+    def example_feedback(self, z_dot: Tensor, w: Tree, *, by_difference: bool = False) -> Tensor:
         """h_i = −(1/B) d/dε ℓ_i(z + εż, signal, θ + εw), (B,); touches the head alone."""
         losses, at = self._head(self.signal)
         # ⟨u, d/dε ℓ⟩ is linear in u, so its gradient is d/dε ℓ itself: forward mode by two reverse passes.
         u = torch.ones_like(losses, requires_grad=True)
-        tangent = _along((u * losses).sum(), at, self._tangents(z_dot, w))
-        return -torch.autograd.grad(tangent, u, materialize_grads=True)[0] / len(losses)
+        terms = _along((u * losses).mean(), at, self._tangents(z_dot, w))
+        tangent = torch.stack([term.sum() for term in terms]).sum()
+        self._check_slopes(tangent, terms, w, by_difference)
+        return -torch.autograd.grad(tangent, u, materialize_grads=True)[0]
 
     # ---------------------------------------------------------------------------------------------------- plumbing
 
-    def _call(self, params: Tree, inputs: Any, *, upcast: bool = False) -> Tensor:
-        """The student at other weights; running statistics are left alone."""
-        tensors = {**params, **loose_buffers(self.student)}
-        if upcast:
-            frozen = {n: p.detach() for n, p in self.student.named_parameters() if n not in params}
-            guarded = {n: b for n, b in self.student.named_buffers() if n not in tensors}
-            tensors = {n: wide_tree(t) for n, t in {**frozen, **guarded, **tensors}.items()}
-        with frozen_statistics(self.student):
-            outputs: Tensor = call_at(self.student, tensors, inputs)
-        return outputs
+    def _feedback_at(self, value: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """h at a value of the signal, d/dε mean ℓ there, and the terms of that."""
+        value = value.detach().requires_grad_()
+        losses, at = self._head(Signal(value, self.signal.log_prob, self.signal.probs))
+        terms = _along(losses.mean(), at, self._tangents(z_dot, w))
+        tangent = torch.stack([term.sum() for term in terms]).sum()
+        if not tangent.requires_grad:
+            return torch.zeros_like(value), tangent, terms
+        return -torch.autograd.grad(tangent, value, materialize_grads=True)[0], tangent, terms
 
-    @contextmanager
-    def _again(self) -> Iterator[None]:
-        """The inner pass once more: the same dropout masks."""
-        with replayed(self.random_before):
-            yield
+    def _tolerance(self, tolerances: dict[torch.dtype, Tolerance]) -> Tolerance:
+        return tolerances[self.execution.rounded_to]
 
-    def _loss_at(self, params: Tree) -> Tensor:
-        """L at other weights, on draws of its own that leave the generators where they were."""
-        with replayed(self.random_after), torch.enable_grad():
-            outputs = wide(self._call(params, first_input(self.labeled)))
-            return self.problem.outer_loss(outputs, self.labeled)
+    def _check_slopes(self, tangent: Tensor, terms: list[Tensor], w: Tree, by_difference: bool) -> None:
+        """Refuse ż where the inner loss has another derivative along w by its outputs than by its gradient."""
+        by_gradient = products(self.gradient, w)
+        spread = torch.stack([torch.linalg.vector_norm(t.detach()) for t in [*terms, by_gradient]]).sum()
+        tolerance = self._tolerance(BY_DIFFERENCE if by_difference else BY_FORWARD_MODE)
+        check_slopes(tangent.detach(), by_gradient.sum(), spread, tolerance.slope)
+
+    def _outer_loss_of(self, outputs: Tensor) -> Tensor:
+        return self.problem.outer_loss(outputs, self.labeled)
 
     def _outer_loss(self, when: str, params: Tree) -> Tensor:
         if when not in self._outer_losses:
-            with torch.no_grad():
-                self._outer_losses[when] = self._loss_at({n: p.detach() for n, p in params.items()}).detach()
+            self._outer_losses[when] = self.execution.loss(params, first_input(self.labeled), self._outer_loss_of)
         return self._outer_losses[when]
 
     def _head(self, signal: Signal) -> tuple[Tensor, list[Tensor]]:
@@ -253,54 +242,7 @@ class InnerStep:
         return [z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in self.params.items())]
 
 
-def _along(scalar: Tensor, at: list[Tensor], tangents: list[Tensor]) -> Tensor:
-    """⟨∂scalar/∂at, tangents⟩, differentiable."""
+def _along(scalar: Tensor, at: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+    """The terms of ⟨∂scalar/∂at, tangents⟩, differentiable."""
     grads = torch.autograd.grad(scalar, at, create_graph=True, allow_unused=True)
-    terms = [(g * t).sum() for g, t in zip(grads, tangents, strict=True) if g is not None]
-    return torch.stack(terms).sum()
-
-
-@cache
-def _load_forward_mode() -> None:
-    """Make the first dual number here, where PyTorch's own deprecation warning on loading its rules is silenced."""
-    with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning):  # the second from older releases
-            warnings.simplefilter("ignore", category)
-        with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-@contextmanager
-def only_math_attention() -> Iterator[None]:
-    """Attention by plain products: the fused kernels know neither forward mode nor a second derivative."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-_NO_DERIVATIVE = re.compile(
-    r"forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for",
-    re.IGNORECASE,
-)
-_OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
-
-
-@contextmanager
-def explained(mode: str) -> Iterator[None]:
-    """Turn autograd's refusal of an operation into an error that names it and the mode that can."""
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        if not _NO_DERIVATIVE.search(str(error)):
-            raise
-        found = _OPERATION.search(str(error))
-        operation = found.group(1) if found else "one of its operations"
-        raise MetaplError(
-            f"mode '{mode}' cannot run on this student: {operation} has no derivative of the kind it needs "
-            f'({str(error).splitlines()[0]}). Use mode="difference" or one of the sampled modes "reinforce" and '
-            '"loss_difference", which need plain passes only.'
-        ) from error
+    return [g * t for g, t in zip(grads, tangents, strict=True) if g is not None]

@@ -23,11 +23,16 @@ def wide_tree(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, wide, tree)
 
 
+def products(a: Tree, b: Tree) -> Tensor:
+    """The terms of ⟨a, b⟩, entry by entry in one dimension, over the parameters that both have."""
+    names = [name for name in a if name in b]
+    terms = torch._foreach_mul([wide(a[name]) for name in names], [wide(b[name]) for name in names])
+    return torch.cat([t.flatten() for t in terms])
+
+
 def dot(a: Tree, b: Tree) -> Tensor:
     """⟨a, b⟩ over the parameters that both have, a scalar."""
-    names = [name for name in a if name in b]
-    products = torch._foreach_mul([wide(a[name]) for name in names], [wide(b[name]) for name in names])
-    return torch.cat([t.flatten() for t in products]).sum()
+    return products(a, b).sum()
 
 
 def norm(a: Tree) -> Tensor:

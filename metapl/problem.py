@@ -23,7 +23,8 @@ class Signal:
             corrected labels (B, C), ...
         log_prob: (B,), log p_i(value_i), where ``value`` was sampled; ``None`` where ``value`` is differentiable.
         probs: (B, C), the law that ``value`` was sampled from, where a mode may take the expectation over it; the inner
-            loss must then accept a ``value`` of this shape as well.
+            loss must then accept a ``value`` of this shape as well, and be linear in it: the expected loss is the loss
+            of the expected label (cross-entropy is; modes that rely on it check it).
         outputs: (B, C), the teacher's outputs that the signal rests on, where teacher losses may use them again.
     """
 

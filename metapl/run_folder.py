@@ -15,7 +15,6 @@ result.json           the end: accuracies
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -35,6 +34,7 @@ from metapl.atomic import replacing
 from metapl.checkpoint import CheckpointFolder
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
+from metapl.locks import lock
 
 FORMAT = 2
 """The layout of run folders that this version writes and reads."""
@@ -94,9 +94,9 @@ class RunFolder:
         """
         beginning = None if self.exists else _Beginning.of(self.path)
         self.start(recipe, resume=resume)
-        with (self.path / ".lock").open("w") as lock:
-            _close_in_forks(lock)
-            _lock(lock, self.path)
+        with (self.path / ".lock").open("w") as file:
+            _close_in_forks(file)
+            _lock(file, self.path)
             try:
                 yield
             except MetaplError:
@@ -297,7 +297,8 @@ def _close_in_forks(file: IO[str]) -> None:
         if found is not None:
             found.close()
 
-    os.register_at_fork(after_in_child=close)
+    if hasattr(os, "register_at_fork"):  # Windows has no forks
+        os.register_at_fork(after_in_child=close)
 
 
 def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:
@@ -305,7 +306,7 @@ def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:
     give_up = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False)
             return
         except OSError:
             if time.monotonic() > give_up:

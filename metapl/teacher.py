@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.execution.agreement import check_recomputed
+from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
+from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
+from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Feedback
 from metapl.losses import TeacherLoss
 from metapl.problem import BilevelProblem, Signal
-from metapl.replay import RandomState, frozen_statistics, replayed
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,16 @@ class TeacherStep:
         self.teacher, self.problem, self.unlabeled = teacher, problem, unlabeled
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
         self._random = RandomState.now(student_outputs.device)
+        self._buffers = copies(Slots(teacher).all_buffers) if recompute else []
         self._drawn_from = None if generator is None else generator.get_state()
         self._outputs: list[Tensor] = []
 
     def signal(self) -> Signal:
         """Algorithm 1, line 2; with the teacher's graph, unless that is recomputed."""
         if self.recompute:
-            with torch.no_grad():
-                return self._make_signal()
+            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry():
+                self._signal = self._make_signal()
+            return self._signal
         with self._recording():
             self._signal = self._make_signal()
         return self._signal
@@ -135,13 +140,17 @@ class TeacherStep:
         return TeacherLosses(factor * from_feedback, from_own, scalars, sizes)
 
     def _make_signal(self) -> Signal:
-        return self.problem.signal(self.teacher, self.unlabeled, self.student_outputs, generator=self.generator)
+        with inputs_unchanged(self.unlabeled, "teacher"):
+            return self.problem.signal(self.teacher, self.unlabeled, self.student_outputs, generator=self.generator)
 
     def _signal_again(self) -> Signal:
-        """The same signal with a graph: same masks, same draws; statistics and generators have moved on already."""
+        """The same signal with a graph: same masks, same draws, same buffers; all of these have moved on already."""
         own_draws = _replayed_generator(self.generator, self._drawn_from)
-        with replayed(self._random), own_draws, frozen_statistics(self.teacher):
-            return self._make_signal()
+        with replayed(self._random), own_draws, buffers_aside(self.teacher, self._buffers):
+            again = self._make_signal()
+        part = "value" if again.outputs is None else "outputs"
+        check_recomputed(getattr(again, part).detach(), getattr(self._signal, part))
+        return again
 
     @contextmanager
     def _recording(self) -> Iterator[None]:

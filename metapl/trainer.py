@@ -17,6 +17,8 @@ from metapl.batch import labeled_pair, plain
 from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, kept_where, undone_where
 from metapl.errors import MetaplError
+from metapl.execution.buffers import Buffers, nothing_moved
+from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator
 from metapl.fit import FitResult, Loop
 from metapl.hypergradient import check_kind, hypergradient, prepare
@@ -26,7 +28,6 @@ from metapl.optimizers import Clipped
 from metapl.optimizers import inner_optimizer as functional
 from metapl.problem import BilevelProblem, Signal
 from metapl.problems.pseudo_labels import PseudoLabels, views
-from metapl.replay import Buffers, RandomState, nothing_moved, replayed
 from metapl.step_report import StepReport, TeacherReport
 from metapl.teacher import TeacherStep, Weight, means, own_losses, teacher_scalars
 

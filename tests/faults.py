@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from metapl import optimizers, replay
+from metapl import optimizers
+from metapl.execution import buffers, rng
+from metapl.execution.local import Local
 from metapl.feedback import base, loss_difference, reinforce
 from metapl.inner import InnerStep
 from metapl.problem import Signal
@@ -90,28 +92,28 @@ def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
 
 def statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
     """Feedback passes write to the running statistics."""
-    patch.setattr("metapl.inner.frozen_statistics", lambda module: nullcontext())
-    patch.setattr("metapl.inner.loose_buffers", lambda module: {})
+    patch.setattr(buffers.Slots, "frozen", lambda self: nullcontext())
+    patch.setattr("metapl.execution.local.copies", lambda held: [])
 
 
 def teachers_statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
     """The recomputed pass writes to the teacher's running statistics once more."""
-    patch.setattr("metapl.teacher.frozen_statistics", lambda module: nullcontext())
+    patch.setattr("metapl.teacher.buffers_aside", lambda *given: nullcontext())
 
 
 def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
     """ż is taken with masks of its own."""
-    patch.setattr(InnerStep, "_again", lambda self: nullcontext())
+    patch.setattr(Local, "_same_draws", lambda self: nullcontext())
 
 
 def generator_not_put_back(patch: pytest.MonkeyPatch) -> None:
     """Feedback passes draw from the caller's generator."""
 
-    def replayed(state: replay.RandomState) -> Any:
+    def replayed(state: rng.RandomState) -> Any:
         state.restore()
         return nullcontext()
 
-    patch.setattr("metapl.inner.replayed", replayed)
+    patch.setattr("metapl.execution.local.replayed", replayed)
 
 
 def stale_weights_after_a_difference(patch: pytest.MonkeyPatch) -> None:
@@ -138,6 +140,38 @@ def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:
             return real(self)
 
     patch.setattr(InnerStep, "outer_gradient", outer_gradient)
+
+
+def masks_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
+    """L(θ′) draws where the teacher draws."""
+    patch.setattr(rng.RandomState, "branch", lambda self: self)
+
+
+def replays_from_moved_buffers(patch: pytest.MonkeyPatch) -> None:
+    """Replays begin with the buffers as they are by then."""
+    patch.setattr("metapl.execution.local.fresh", buffers.copies)
+
+
+def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
+    """The gradient of L(θ′) is taken after θ′ has been put aside, so that checkpoints recompute at θ."""
+
+    def loss_and_gradient(self: Local, params: Any, inputs: Any, loss: Any) -> Any:
+        at = {name: p.detach().requires_grad_() for name, p in params.items()}
+        with torch.enable_grad(), self._beside(at):
+            value = loss(self._run(inputs))
+        return value.detach(), dict(zip(at, torch.autograd.grad(value, list(at.values())), strict=True))
+
+    patch.setattr(Local, "loss_and_gradient", loss_and_gradient)
+
+
+def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """Replays are believed to be the pass that they replay."""
+    patch.setattr("metapl.inner.check_outputs", lambda *given: None)
+
+
+def slopes_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """The forward pass is believed to have the derivative that the backward pass has."""
+    patch.setattr("metapl.inner.check_slopes", lambda *given: None)
 
 
 def smoothed_score(patch: pytest.MonkeyPatch) -> None:
@@ -186,6 +220,11 @@ FAULTS: dict[str, Plant] = {
         generator_not_put_back,
         stale_weights_after_a_difference,
         gradient_before_the_step,
+        masks_of_the_teacher,
+        replays_from_moved_buffers,
+        backward_at_the_old_weights,
+        outputs_unchecked,
+        slopes_unchecked,
         smoothed_score,
         baseline_with_this_step,
     )

@@ -7,6 +7,7 @@ derivatives or score functions.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,12 @@ def at(module: nn.Module, params: Tree, x: Tensor) -> Tensor:
         return functional_call(copy.deepcopy(module), params, (x,))
 
 
+def own_stream(state: Tensor) -> Tensor:
+    """Where L(θ′) draws from: a stream seeded by a hash of the generator's state after the inner pass."""
+    digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1).get_state()
+
+
 def weights(module: nn.Module) -> Tree:
     return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
 
@@ -166,7 +173,7 @@ def pseudo_labels(
     names = list(theta)
     g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
     moved, new_state = rule(theta, dict(zip(names, g, strict=True)), state)
-    torch.set_rng_state(after_inner)  # L(θ′) draws right after the inner pass
+    torch.set_rng_state(own_stream(after_inner))
     outer = F.cross_entropy(at(student, moved, labeled[0]), labeled[1])
     torch.set_rng_state(end)
     if kind in ("soft", "expected"):
@@ -197,7 +204,7 @@ def soft_end_to_end(
     q = torch.softmax(at(teacher, phi, unlabeled), -1)
     g = torch.autograd.grad(cross_entropy(q, z).mean(), list(theta.values()), create_graph=True)
     moved, _ = rule(theta, dict(zip(theta, g, strict=True)), state)
-    torch.set_rng_state(after_inner)
+    torch.set_rng_state(own_stream(after_inner))
     outer = F.cross_entropy(at(student, moved, labeled[0]), labeled[1])
     return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
 

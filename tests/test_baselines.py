@@ -17,7 +17,8 @@ from metapl.baselines import LossTrainer
 from metapl.feedback import Altered, Forward, ReinforcePerExample
 from metapl.fit import Loop
 from metapl.recipes import Digits, Feedback, Optimizer
-from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, Experiment
+from metapl.recipes.experiment import Experiment
+from metapl.recipes.methods import COMPARED, CONTROLS, METHODS
 from metapl.run_folder import RunFolder
 
 TINY = Digits(
@@ -335,4 +336,4 @@ def test_headroom_needs_the_labels_of_all(tmp_path: Path) -> None:
     run = Experiment(TINY, RunFolder(tmp_path))
     task = dataclasses.replace(TINY.task(), everything=None)
     with pytest.raises(MetaplError, match="true labels of all examples"):
-        METHODS["supervised_everything"](run, task, TINY.network(), TINY.network())
+        METHODS["supervised_everything"].run(run, task, TINY.network(), TINY.network())

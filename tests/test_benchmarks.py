@@ -64,7 +64,8 @@ def test_a_measurement_prints_the_table_of_the_file_that_it_writes(module: Modul
     assert printed.endswith(f"{table}\n")
     assert table.count("\n|") > 2
     if module.__name__ == "modes":
-        assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        module.draw(json.loads(out.read_text()), tmp_path / "modes.png")
+        assert (tmp_path / "modes.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("module", ["feedback_size"], indirect=True)
@@ -77,10 +78,10 @@ def test_feedback_size_runs_every_setting_at_every_size(module: ModuleType, tmp_
 
 
 @pytest.mark.parametrize("module", ["digits_study"], indirect=True)
-def test_the_digits_study_goes_on_where_it_was_stopped_and_fills_in_the_readme(
+def test_the_digits_study_goes_on_where_it_was_stopped_and_fills_in_the_page(
     module: ModuleType, tmp_path: Path
 ) -> None:
-    out, readme = tmp_path / "rows.jsonl", tmp_path / "README.md"
+    out, page = tmp_path / "rows.jsonl", tmp_path / "results.md"
     miniature("digits_study", out)
     rows = module.read(out)
     assert len(rows) == 13 + 2 * 21
@@ -90,13 +91,13 @@ def test_the_digits_study_goes_on_where_it_was_stopped_and_fills_in_the_readme(
     out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
     miniature("digits_study", out)
     assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
-    readme.write_text("before\n<!-- digits:begin -->\n<!-- digits:end -->\nafter\n")
-    run("digits_study", "--out", out, "--write-readme", readme)
-    page = readme.read_text()
-    assert page.startswith("before\n")
-    assert page.endswith("\nafter\n")
-    assert page.count("| MPL, forward |") == 2
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    page.write_text("before\n<!-- digits:begin -->\n<!-- digits:end -->\nafter\n")
+    run("digits_study", "--out", out, "--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("| MPL, forward |") == 2
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("module", ["digits_study"], indirect=True)

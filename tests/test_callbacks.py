@@ -125,6 +125,23 @@ def test_the_step_at_which_a_fit_is_stopped_is_validated(select: bool, tmp_path:
     accuracies = [row["student_validation_accuracy"] for row in found.history if "student_validation_accuracy" in row]
     assert accuracies == [found.validation_accuracy]
     assert [{"phase": "fit", **row} for row in found.history] == rows(tmp_path)
+    assert [row["step"] for row in found.history] == [2, 4, 6], "each step once"
+    assert found.history[-1].keys() > found.history[0].keys()
+
+
+def test_a_fit_that_is_stopped_while_the_student_waits_says_that_it_is_untrained() -> None:
+    """The teacher that was trained is returned beside it."""
+    trainer, said = bilevel(), []
+    before = copied(trainer.student)
+    how = QUIET | {"say": said.append, "wait": 8, "validation": VALIDATION, "validate_every": 50}
+    found = trainer.fit(*batches(4), steps=20, callbacks=[stop_at(6)], **how)
+    student = "the student is untrained: it would have begun after step 8"
+    assert said == [f"stopped after step 6 by a callback: enough; {student}"]
+    assert same(found.weights, before)
+    assert found.teacher_weights is not None
+    assert not same(found.teacher_weights, copied(bilevel().labeller))
+    assert (found.step, found.validation_accuracy) == (6, None)
+    assert "teacher_validation_accuracy" in found.history[-1]
 
 
 def test_a_stopped_fit_that_is_resumed_is_finished(tmp_path: Path) -> None:

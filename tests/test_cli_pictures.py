@@ -62,7 +62,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A torchvision network on coloured pictures of two classes, with validation pictures and no test set."""
+    """A torchvision network on colored pictures of two classes, with validation pictures and no test set."""
     root = tmp_path_factory.mktemp("resnet")
     for which, label, picture in digits(32):
         if label < 2:
@@ -210,12 +210,12 @@ def test_a_run_of_a_gpu_is_looked_at_without_one(
 # ------------------------------------------------------------------------------------------------- predict and export
 
 
-def test_predict_draws_pictures_in_colour(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_draws_pictures_in_color(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "predict", resnet / "run", resnet / "many", "--grid", tmp_path / "grid.png")
     assert len(rows(text)) == len(list((resnet / "many").iterdir()))
     with Image.open(tmp_path / "grid.png") as image:
-        colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
-    assert (0, 0, 128) in colours  # navy, the ground of the pictures
+        colors = {color for _, color in image.convert("RGB").getcolors(2**24)}
+    assert (0, 0, 128) in colors  # navy, the ground of the pictures
 
 
 def test_torchvision_alone_predicts_the_same(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a step of each mode costs in student forward passes, and the README's account of it."""
+"""What a step of each mode costs in student forward passes, and the documentation's account of it."""
 
 import subprocess
 import sys
@@ -87,9 +87,9 @@ def test_convolutions_on_cuda_may_be_rounded_unless_told_otherwise() -> None:
     assert reduced_float32(torch.device("cuda"))
 
 
-def test_readme_shows_the_table_of_the_committed_result() -> None:
+def test_the_page_shows_the_table_of_the_committed_result() -> None:
     command = [sys.executable, "benchmarks/modes.py", "--table", "benchmarks/results/modes.json"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
-    readme = (ROOT / "README.md").read_text()
-    assert readme.count(BEGIN) == readme.count(END) == 1
-    assert readme.split(BEGIN)[1].split(END)[0].strip() == table.strip()
+    page = (ROOT / "docs" / "modes.md").read_text()
+    assert page.count(BEGIN) == page.count(END) == 1
+    assert page.split(BEGIN)[1].split(END)[0].strip() == table.strip()

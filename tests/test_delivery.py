@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from command import refused, result, rows, said
 from PIL import Image
 
 from metapl.cli import main
-from metapl.recipes import budget
-from metapl.recipes.experiment import SELECTED_ON, Network, delivered
+from metapl.cli.compare import MEASURED, _fields
+from metapl.recipes import ImageFolders, budget
+from metapl.recipes.base import SELECTED_ON
+from metapl.recipes.experiment import Network, delivered
 from metapl.run_folder import WEIGHTS
 
 SMALL = (
-    *("--image-size", "8", "--network", "small_cnn", "--labeled-batch", "4", "--unlabeled-batch", "4"),
+    *("--image-size", "8", "--network", "small_cnn", "--labeled-batch", "4"),
     *("--finetune-steps", "2", "--log-every", "2", "--validate-every", "2", "--save-every", "2"),
 )
 FIXED = (*SMALL, "--steps", "6", "--precision", "float32")
@@ -142,6 +146,7 @@ def test_few_validation_pictures_are_reported_on_and_choose_nothing(
     assert (found["delivered"], found["delivered_by"], found["validation_size"]) == ("finetuned", "rule", 6)
     assert found["best_step"] == 6
     names = {f"{prefix}validation_accuracy" for prefix in ("", "student_", "finetuned_", "teacher_")}
+    assert found["validation_chance"] == 0.5
     assert accuracies(found).keys() == names
     assert found["validation_accuracy"] == found["finetuned_validation_accuracy"]
     assert "the rule where validation cannot tell" in text
@@ -150,6 +155,22 @@ def test_few_validation_pictures_are_reported_on_and_choose_nothing(
     assert "\nvalidation accuracy " in shown
     assert "as in result.json\n" in shown
     assert "was selected on" not in shown
+
+
+def test_chance_on_validation_pictures_is_the_share_of_their_largest_class(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of classes that are uneven among them alone; when the run is finetuned again too."""
+    run, uneven = tmp_path / "run", tmp_path / "uneven"
+    shutil.copytree(pictures / "few", uneven)
+    for name in ("0.png", "1.png"):
+        (uneven / "b" / name).unlink()
+    text = train(capsys, pictures, run, *FIXED, "--val", str(uneven))
+    assert "(n = 4, " in text
+    assert "chance 75.0 %)" in text
+    assert result(run)["validation_chance"] == 0.75
+    said(capsys, "finetune", run)
+    assert result(run)["validation_chance"] == 0.75
 
 
 def test_enough_validation_pictures_choose_the_step_and_the_network(
@@ -256,3 +277,43 @@ def test_a_comparison_runs_each_method_with_the_same_settled_steps(
         assert told["accuracy"] == told["recorded_accuracy"] == found[f"{name}_test_accuracy"]
     singles = said(capsys, "compare", *(out / one / "seed-0" for one in methods))
     assert "against those of mpl" in singles or "MPL's student" in singles
+
+
+def test_runs_with_the_same_minutes_are_paired_whatever_the_steps_they_had(
+    pictures: Path, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    runs = []
+    for seed, method, steps in ((0, "uda", 8), (1, "uda", 20), (0, "mpl", 9), (1, "mpl", 8)):
+        monkeypatch.setattr(budget, "steps_within", lambda recipe, minutes, steps=steps: steps)
+        runs.append(tmp_path / f"{method}-{seed}")
+        flags = ("--seed", str(seed), "--method", method, "--minutes", "0.5")
+        train(capsys, pictures, runs[-1], *SMALL, *flags, test="test")
+    told = said(capsys, "compare", *runs)
+    table, paired = told.split("\n\n")[1], told.split("\n\n")[-1]
+    assert [line.split()[1:4] for line in table.splitlines()] == [
+        ["method", "seeds", "steps"], ["uda", "0", "8"], ["uda", "1", "20"], ["mpl", "0", "9"], ["mpl", "1", "8"]
+    ]  # fmt: skip
+    assert "The numbers of steps differ: each run took as many as fitted into its minutes." in " ".join(told.split())
+    assert "The students by seed (0-1), against those of uda:" in paired
+    assert re.search(r"points  mpl \(", paired)
+    assert "steps" not in said(capsys, "compare", runs[0], runs[3])  # both took 8
+
+
+def test_what_follows_from_the_minutes_does_not_tell_runs_apart() -> None:
+    """The shares of the steps neither, but for those that were given; steps that were given stay as they are."""
+    fitted = {"network_name": "small_cnn", "image_size": 8, "grey": False, "precision": "float32", "val_fraction": 0.0}
+    fitted |= {"mean": (0.5,) * 3, "std": (0.25,) * 3, "class_names": ("a", "b")}
+
+    def fields(steps: int, minutes: float | None, **given: Any) -> dict[str, Any]:
+        recipe = ImageFolders(labeled="a", unlabeled="b", minutes=minutes, **fitted, **given)
+        return _fields(recipe.scheduled(steps))
+
+    shares = ("steps", "wait", "warmup", "uda_ramp", "uda_start", "validate_every")
+    few, many = fields(80, 0.5), fields(200, 0.5)
+    assert few == many
+    assert [few[name] for name in shares] == [MEASURED] * len(shares)
+    assert fields(80, 0.5) == {**fields(80, 0.7), "minutes": 0.5}
+    assert fields(80, 0.5, warmup=7) == {**few, "warmup": 7}
+    assert fields(80, 0.5, method="mpl") == few, "the method is looked at apart"
+    asked = fields(80, None)
+    assert [asked[name] for name in shares] == [80, 60, 4, 8, 32, 4]

@@ -337,7 +337,7 @@ SMALL = Architecture(name="small_cnn", num_classes=2)
     ("changes", "words"),
     [
         ({"card": {"recipe": {}}}, r"lacks \['data_hash', 'metrics'\]"),
-        ({"card": {**CARD, "colour": 1}}, r"unknown \['colour'\].*notes"),
+        ({"card": {**CARD, "color": 1}}, r"unknown \['color'\].*notes"),
         ({"card": {**CARD, "classes": ["a", "b", "c"]}}, "names 3 classes, and the network has 2 outputs"),
         ({"architecture": Architecture(name="small_cnn", num_classes=3)}, r"not what .*head.bias, head.weight \(2 in"),
         ({"architecture": Architecture(name="resnet18", num_classes=2)}, "not what .*resnet18.*in all"),

@@ -171,6 +171,8 @@ def test_held_out_pictures_in_training(tmp_path: Path) -> None:
     for words in (("1 test", "unlabeled"), ("1 validation", "among the labeled"), ("1 validation", "unlabeled")):
         found(findings, *words)
     assert found(findings, "1 test pictures are among the validation").level == "warning"
+    assert [one.kind for one in findings if "test pictures" in one.message] == ["test copies"] * 3
+    assert {one.kind for one in findings if "validation pictures" in one.message} == {"validation copies"}
 
 
 def test_the_same_folder_twice(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_labelled_pictures_that_are_all_unlabelled_too_are_noted(tmp_path: Path)
     root = pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4])
     labeled = scan_labeled(root)
     same = found(check_folders(labeled, scan_unlabeled(root)), "all labelled pictures", "no others", "more pictures")
-    assert same.level == "warning"
+    assert (same.level, same.kind) == ("warning", "labeled copies")
     copies = scan_unlabeled(pictures(tmp_path / "u", any=[4, 3, 2, 1, 5, 6]))
     found(check_folders(labeled, copies), "all labelled pictures", "4 of its 6", "no harm")
     test = scan_labeled(pictures(tmp_path / "t", cat=[11], dog=[12]))
@@ -196,7 +198,7 @@ def test_labelled_pictures_that_are_all_unlabelled_too_are_noted(tmp_path: Path)
 def test_a_picture_in_two_classes(tmp_path: Path) -> None:
     labeled = scan_labeled(pictures(tmp_path, cat=[1, 2], dog=[2, 3]))
     finding = found(check_folders(labeled), "1 pictures are in two classes")
-    assert finding.level == "error"
+    assert (finding.level, finding.kind) == ("error", "contradiction")
     assert set(finding.files) == {tmp_path / "cat" / "1.bmp", tmp_path / "dog" / "0.bmp"}
     # Twice in one class is twice the weight, and no harm.
     assert check_folders(scan_labeled(pictures(tmp_path / "same", cat=[1, 1], dog=[2, 3]))) == []
@@ -208,6 +210,7 @@ def test_classes_of_held_out_folders(tmp_path: Path) -> None:
     (tmp_path / "t" / "empty").mkdir()
     findings = check_folders(labeled, test=scan_labeled(tmp_path / "t"))
     assert found(findings, "test folder", "fish").level == "error"
+    assert {one.kind for one in findings} == {"classes"}
     assert "empty" not in found(findings, "fish").message.replace(str(tmp_path), "")
     assert found(findings, "no picture of dog").level == "warning"
     assert len(check_folders(labeled, validation=test)) == 2

@@ -14,30 +14,34 @@ from command import refused, result, said
 
 from metapl import UDA, CrossEntropy, LossTrainer
 from metapl.cli import main
+from metapl.cli.parse import parse
+from metapl.cli.train import TrainImages
 from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, View
-from metapl.data.augment import ResizedCrop
+from metapl.data.augment import ResizedCrop, Weak
 from metapl.data.image_sets import MemoryImages
 from metapl.data.views import Identity
 from metapl.errors import MetaplError
 from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.base import Optimizer, Task
-from metapl.recipes.comparison import title
-from metapl.recipes.experiment import METHODS, ROLES, TEACHERS, Experiment
+from metapl.recipes.experiment import ROLES, Experiment
 from metapl.recipes.images import (
-    ADAMW,
     CLIPPED,
     HUE,
+    NOT_CLIPPED,
     OTHER_RATE,
     PRETRAINED_RATE,
     RAMP,
     RATES,
+    SGD_RATE,
     START,
     WAIT,
     WARMUP,
     Changes,
+    OpenOptimizer,
 )
 from metapl.recipes.looking import Colors, Look
-from metapl.recipes.pictures import Pictures
+from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
+from metapl.recipes.pictures import Pictures, Strong
 from metapl.run_folder import Metrics, RunFolder
 
 METHODS_OF_IMAGES = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels")
@@ -65,8 +69,8 @@ def recipe(**fields: Any) -> ImageFolders:
 @pytest.mark.parametrize(
     ("network", "rate", "clip"),
     [
-        ("pooled_cnn", RATES["pooled_cnn"], None),
-        ("small_cnn", RATES["small_cnn"], None),
+        ("pooled_cnn", RATES["pooled_cnn"], NOT_CLIPPED),
+        ("small_cnn", RATES["small_cnn"], NOT_CLIPPED),
         ("wide_resnet28_2", RATES["wide_resnet"], CLIPPED),
         ("resnet18", RATES["resnet"], CLIPPED),
         ("efficientnet_b0_svhn", RATES["efficientnet"], CLIPPED),
@@ -75,27 +79,56 @@ def recipe(**fields: Any) -> ImageFolders:
         ("timm:vit_tiny_patch16_224", OTHER_RATE, CLIPPED),
     ],
 )
-def test_the_rates_are_those_of_the_networks_family(network: str, rate: float, clip: float | None) -> None:
+def test_the_rates_are_those_of_the_networks_family(network: str, rate: float, clip: float) -> None:
     found = recipe()._for_network(network)
     for one in (found.student, found.teacher):
-        assert one == dataclasses.replace(ADAMW, lr=rate)
+        assert one == OpenOptimizer(lr=rate)
     assert found.clip_norm == clip
     pretrained = recipe(weights="file.pt")._for_network(network)
     assert (pretrained.student.lr, pretrained.teacher.lr) == (PRETRAINED_RATE,) * 2
 
 
-def test_the_default_is_the_rate_of_the_default_network() -> None:
-    assert ADAMW.lr == RATES["pooled_cnn"] > max(rate for name, rate in RATES.items() if name != "pooled_cnn")
+def test_the_default_network_has_the_greatest_rate() -> None:
+    assert RATES["pooled_cnn"] > max(rate for name, rate in RATES.items() if name != "pooled_cnn")
 
 
 def test_what_was_asked_for_of_an_optimizer_is_kept() -> None:
-    own = dataclasses.replace(ADAMW, lr=0.002)
+    own = OpenOptimizer(lr=0.002)
     found = recipe(student=own, clip_norm=3.0)._for_network("resnet18")
     assert (found.student, found.teacher.lr, found.clip_norm) == (own, RATES["resnet"], 3.0)
-    decayed = recipe(student=dataclasses.replace(ADAMW, weight_decay=0.3))._for_network("resnet18").student
+    decayed = recipe(student=OpenOptimizer(weight_decay=0.3))._for_network("resnet18").student
     assert (decayed.weight_decay, decayed.lr) == (0.3, RATES["resnet"]), "another decay is not another rate"
-    plain = Optimizer(algorithm="sgd", lr=ADAMW.lr)
-    assert recipe(student=plain)._for_network("resnet18").student == plain, "the rates are AdamW's"
+    plain = Optimizer(algorithm="sgd", lr=0.3)
+    assert recipe(student=plain)._for_network("resnet18").student == plain
+    assert recipe(student=OpenOptimizer(algorithm="sgd"))._for_network("resnet18").student.lr == SGD_RATE
+
+
+@pytest.mark.parametrize("rate", sorted({*RATES.values(), OTHER_RATE}))
+def test_a_rate_that_was_given_counts_whatever_it_is(rate: float) -> None:
+    """That of another network's default too, and from the command line."""
+    found = recipe(student=OpenOptimizer(lr=rate), teacher=OpenOptimizer(lr=rate))._for_network("timm:any")
+    assert (found.student.lr, found.teacher.lr) == (rate, rate)
+    folders = ("--labeled", "labeled", "--unlabeled", "unlabeled")
+    given = parse(TrainImages, "metapl train images", [*folders, "--teacher.lr", str(rate)]).recipe
+    settled = given._for_network("vit_b_16")
+    assert (settled.teacher.lr, settled.student.lr) == (rate, RATES["vit"])
+
+
+@pytest.mark.parametrize("field", ["lr", "momentum", "weight_decay"])
+def test_an_optimizer_without_a_rate_is_checked_too(field: str) -> None:
+    with pytest.raises(MetaplError, match=f"{field}=-1"):
+        OpenOptimizer(**{"algorithm": "sgd", field: -1})  # type: ignore[arg-type]  # its values are of several types
+
+
+def test_clipping_can_be_left_out_and_the_settled_recipe_says_so() -> None:
+    found = recipe(**SIZED, clip_norm=0)._for_network("resnet18").scheduled(20)
+    assert (found.clip_norm, found.trainer_options()["clip_norm"]) == (0, None)
+    assert found._for_network("resnet18") == found
+    clipped = recipe(**SIZED)._for_network("resnet18").trainer_options()["clip_norm"]
+    assert (clipped, recipe(**SIZED)._for_network("small_cnn").trainer_options()["clip_norm"]) == (CLIPPED, None)
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(MetaplError, match=r"clip_norm=.*or 0 for no clipping"):
+            recipe(clip_norm=wrong)
 
 
 def test_a_settled_recipe_stays_as_it_is_when_it_is_settled_again() -> None:
@@ -106,10 +139,12 @@ def test_a_settled_recipe_stays_as_it_is_when_it_is_settled_again() -> None:
 # ------------------------------------------------------------------------------------------------- a look at pictures
 
 
-def look(side: int = 28, grey: bool = False, tell: bool = False) -> Look:
+def look(side: int = 28, grey: bool = False, tell: bool = False, light: float = 0.5) -> Look:
     mean, std = ((0.3,), (0.2,)) if grey else ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     colors = Colors(0.5, 0.5, tell)
-    return Look(side=side, grey=grey, mean=mean, std=std, level=(0.35, 0.15), colors=colors, shares=(0.25, 0.75))
+    return Look(
+        side=side, grey=grey, mean=mean, std=std, level=(0.35, 0.15), colors=colors, light=light, shares=(0.25, 0.75)
+    )
 
 
 def fitted(seen: Look, **fields: Any) -> ImageFolders:
@@ -121,7 +156,7 @@ def fitted(seen: Look, **fields: Any) -> ImageFolders:
 )
 def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on(side: int, brought_to: int) -> None:
     found = fitted(look(side))
-    assert (found.image_size, found.network_name, found.student.lr) == (brought_to, "pooled_cnn", ADAMW.lr)
+    assert (found.image_size, found.network_name, found.student.lr) == (brought_to, "pooled_cnn", RATES["pooled_cnn"])
 
 
 def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
@@ -137,6 +172,13 @@ def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
 def test_the_labels_are_spread_like_those_that_were_given() -> None:
     assert fitted(look()).uda_prior == (0.25, 0.75)
     assert fitted(look(), uda_prior=(0.5, 0.5)).uda_prior == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(("light", "exchanged"), [(0.0, False), (0.1, False), (0.3, True), (0.8, True), (1.0, False)])
+def test_light_and_dark_are_exchanged_where_both_are_usual(light: float, exchanged: bool) -> None:
+    assert fitted(look(grey=True, light=light)).changes.recolor == exchanged
+    assert fitted(look(light=light)).changes.recolor, "colors are another question"
+    assert not fitted(look(grey=True, light=light, tell=True)).changes.recolor
 
 
 @pytest.mark.parametrize("tell", [True, False])
@@ -164,8 +206,9 @@ def test_shares_of_the_steps(method: Any) -> None:
     found = recipe(**SIZED, method=method).scheduled(1000)
     assert (found.steps, found.validate_every) == (1000, 50)
     assert (found.wait, found.uda_start, found.uda_ramp) == (1000 * WAIT, 1000 * START, 1000 * RAMP)
-    learning = 1000 * (1 - WAIT) if method in ("mpl", "none") else 1000
-    assert found.warmup == round(WARMUP * learning)
+    assert found.warmup == 1000 * WARMUP
+    own = 1000 * (1 - WAIT) if method in ("mpl", "none") else 1000
+    assert found.fit_options()["warmup"] == round(WARMUP * own), "a student that waits has fewer steps"
     kept = recipe(**SIZED, method=method, wait=7, warmup=0, uda_start=3, uda_ramp=0, validate_every=9).scheduled(1000)
     assert (kept.wait, kept.warmup, kept.uda_start, kept.uda_ramp, kept.validate_every) == (7, 0, 3, 0, 9)
 
@@ -187,13 +230,39 @@ def test_few_steps_are_a_schedule_too(steps: int, method: Any) -> None:
 def test_what_was_chosen_is_one_line() -> None:
     plain = recipe(**SIZED, changes=Changes(recolor=False))._for_network("pooled_cnn").scheduled(4400)
     assert plain.chosen() == (
-        f"chosen: pooled_cnn on 32x32 color pictures, colors kept, not mirrored; adamw at {ADAMW.lr:g}, float32, "
-        "4,400 steps"
+        f"chosen: pooled_cnn on 32x32 color pictures, colors kept, not mirrored; adamw at {RATES['pooled_cnn']:g}, "
+        "float32, 4,400 steps"
     )
     other = {**SIZED, "grey": True, "precision": "bfloat16", "image_size": 20, "mean": (0.5,), "std": (0.5,)}
     changed = recipe(**other, changes=Changes(recolor=True, mirror=True))._for_network("resnet18").scheduled(86)
-    told = f"on 20x20 grey pictures, colors exchanged, mirrored; adamw at {RATES['resnet']:g}, bfloat16, 86 steps"
+    told = (
+        f"on 20x20 grey pictures, light and dark exchanged, mirrored; adamw at {RATES['resnet']:g}, bfloat16, 86 steps"
+    )
     assert told in changed.chosen()
+
+
+def test_the_line_says_what_randaugment_does() -> None:
+    changes = Changes(recolor=True, mirror=False)
+    pillow = recipe(**SIZED, randaugment=True, changes=changes)._for_network("pooled_cnn").scheduled(10)
+    assert "color pictures, changed by RandAugment, mirrored (not with --strong.writing); adamw" in pillow.chosen()
+    assert "exchanged" not in pillow.chosen(), "RandAugment comes instead of --changes"
+    writing = dataclasses.replace(pillow, strong=Strong(writing=True))
+    assert "color pictures, changed by RandAugment, not mirrored; adamw" in writing.chosen()
+    flips = [isinstance(one.views().weak, Weak) and one.views().weak.flip for one in (pillow, writing)]
+    assert flips == [True, False]
+
+
+@pytest.mark.parametrize(("method", "rate"), [("uda", 0.3), ("supervised", 0.3), ("mpl", 0.2), ("pseudo_labels", 0.2)])
+def test_what_was_chosen_has_the_rate_of_the_optimizer_that_is_used(method: Any, rate: float) -> None:
+    """One network has the teacher's."""
+    optimizers = {"teacher": OpenOptimizer(lr=0.3), "student": OpenOptimizer(lr=0.2)}
+    assert f"adamw at {rate}," in recipe(**SIZED, method=method, **optimizers).scheduled(20).chosen()
+
+
+def test_a_recipe_of_a_comparison_is_that_of_each_of_its_methods() -> None:
+    alone = recipe(**SIZED, method="mpl")._for_network("pooled_cnn").scheduled(1000)
+    compared = recipe(**SIZED, method="uda")._for_network("pooled_cnn").scheduled(1000)
+    assert dataclasses.replace(compared, method="mpl") == alone
 
 
 # ---------------------------------------------------------------------------------------------------------- the views
@@ -305,7 +374,7 @@ def trained(one: ImageFolders, method: str, folder: Path) -> tuple[LossTrainer, 
     """The trainer afterwards, and the rows of its metrics."""
     torch.manual_seed(0)
     run = Experiment(one, RunFolder(folder), progress=False, say=lambda text: None)
-    trainer, _ = METHODS[method](run, noise_task(one), *(one.network(role) for role in ROLES))
+    trainer, _ = METHODS[method].run(run, noise_task(one), *(one.network(role) for role in ROLES))
     assert isinstance(trainer, LossTrainer)
     return trainer, Metrics(folder / "metrics.jsonl").rows("fit")
 
@@ -313,7 +382,7 @@ def trained(one: ImageFolders, method: str, folder: Path) -> tuple[LossTrainer, 
 def test_fixmatch_trains_one_network_on_hard_labels(tmp_path: Path) -> None:
     small = {"image_size": 8, "labeled_batch": 6, "unlabeled_batch": 6, "log_every": 1, "uda_weight": 2.0}
     small |= {"uda_align": 0.3, "label_smoothing": 0.1}
-    one = recipe(**SIZED | small, method="fixmatch", uda_start=2, uda_ramp=2).scheduled(6)
+    one = recipe(**SIZED | small, method="fixmatch", uda_start=2, uda_ramp=2)._for_network("pooled_cnn").scheduled(6)
     trainer, rows = trained(one, "fixmatch", tmp_path)
     supervised, uda = trainer.losses
     assert supervised == CrossEntropy(0.1)
@@ -325,9 +394,18 @@ def test_fixmatch_trains_one_network_on_hard_labels(tmp_path: Path) -> None:
 
 
 def test_fixmatch_is_a_method_like_the_others() -> None:
-    assert "fixmatch" in TEACHERS
+    assert METHODS["fixmatch"].built_as == "teacher"
     assert title("fixmatch") == "FixMatch alone"
-    assert {title(method) for method in METHODS} & set(METHODS) == set(), "each has a title"
+    assert len({method.title for method in METHODS.values()}) == len(METHODS)
+
+
+def test_the_methods_of_a_comparison() -> None:
+    assert COMPARED == ("mpl", "none", "supervised", "pseudo_labels", "uda")
+    assert CONTROLS == ("permuted", "class_means", "random_sign")
+    assert [name for name, method in METHODS.items() if method.name != name] == []
+    assert [name for name, method in METHODS.items() if method.teaches] == ["mpl", "none", *CONTROLS]
+    finetuned = {name for name, method in METHODS.items() if method.delivers == "finetuned"}
+    assert finetuned == {"mpl", "none", "uda", "fixmatch"}
 
 
 @pytest.mark.parametrize("name", [Digits.name, ImageFolders.name])

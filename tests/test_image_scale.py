@@ -371,15 +371,15 @@ def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
 def odd_files() -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Files that can be used, and files that cannot."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    colours = Image.fromarray(noise)
+    colors = Image.fromarray(noise)
     turned = Image.Exif()
     turned[0x0112] = 6
-    palette = colours.quantize(16)
+    palette = colors.quantize(16)
     sound = {
         "sixteen_bits.png": encoded(Image.fromarray(noise[..., 0].astype(np.uint16) * 257), "PNG"),
-        "cmyk.jpg": encoded(colours.convert("CMYK"), "JPEG"),
+        "cmyk.jpg": encoded(colors.convert("CMYK"), "JPEG"),
         "palette.png": encoded(palette, "PNG", transparency=bytes(range(0, 160, 10))),
-        "turned.jpg": encoded(colours, "JPEG", exif=turned),
+        "turned.jpg": encoded(colors, "JPEG", exif=turned),
         # A hundred megabytes of zeros where a few would do, and a large picture in a small file.
         "more_zeros.png": png(100, 100, bytes(10**8)),
         "zeros.png": png(4000, 4000, bytes(4001 * 4000)),
@@ -389,7 +389,7 @@ def odd_files() -> tuple[dict[str, bytes], dict[str, bytes]]:
         "comment.png": png(4, 4, bytes(20), chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(10**8)))),
         "words.png": b"these are words",
         "empty.jpg": b"",
-        "cut.jpg": encoded(colours, "JPEG")[:-700],
+        "cut.jpg": encoded(colors, "JPEG")[:-700],
     }
     return sound, broken
 

@@ -42,7 +42,7 @@ from metapl.errors import MetaplError
 
 
 def ramp(height: int = 20, width: int = 30) -> np.ndarray[Any, Any]:
-    """Smooth colours, so that lossy formats stay close."""
+    """Smooth colors, so that lossy formats stay close."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([255 * y / (height - 1), 255 * x / (width - 1), 0 * x + 90], axis=2).round().astype(np.uint8)
 
@@ -113,7 +113,7 @@ def test_palette(tmp_path: Path) -> None:
     image.putdata([0, 1])
     image.save(path)
     assert read_image(path)[:, 0].T.tolist() == [[255, 0, 0], [0, 0, 255]]
-    # One of its colours may be transparent, wholly or in part.
+    # One of its colors may be transparent, wholly or in part.
     image.save(path, transparency=bytes([255, 102]))
     assert read_image(path)[:, 0].T.tolist() == [[255, 0, 0], [153, 153, 255]]
 
@@ -138,7 +138,7 @@ def test_transparent_parts_are_white(tmp_path: Path, mode: str, pixel: Any, expe
     assert read_image(path, size=(2, 2))[:, 0, 0].tolist() == expected
 
 
-def test_a_transparent_colour_of_rgb(tmp_path: Path) -> None:
+def test_a_transparent_color_of_rgb(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (2, 2), (10, 20, 30)).save(path, transparency=(10, 20, 30))
     assert read_image(path)[:, 0, 0].tolist() == [255, 255, 255]
@@ -154,7 +154,7 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, suffix: str) -> None:
     assert read_image(path, mode="L")[0, 0].tolist() == expected
 
 
-def test_sixteen_bits_of_colour(tmp_path: Path) -> None:
+def test_sixteen_bits_of_color(tmp_path: Path) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -405,7 +405,7 @@ def test_warnings_of_readers_are_not_passed_on(tmp_path: Path) -> None:
 
 
 def grey_files(folder: Path, count: int, broken: tuple[int, ...] = (), suffix: str = ".png") -> list[Path]:
-    """Picture i is of level 10 i, in the colours (10 i, 10 i, 255 − 10 i)."""
+    """Picture i is of level 10 i, in the colors (10 i, 10 i, 255 − 10 i)."""
     paths = [folder / f"{i:03}{suffix}" for i in range(count)]
     for i, path in enumerate(paths):
         Image.new("RGB", (6, 6), (10 * i, 10 * i, 255 - 10 * i)).save(path)

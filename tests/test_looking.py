@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import result, said
 from PIL import Image
+from torchvision.models import resnet18
 
+from metapl.data.image_sets import FileImages
 from metapl.errors import MetaplError
 from metapl.recipes import ImageFolders, budget, looking
 from metapl.recipes.looking import look
@@ -145,8 +148,8 @@ def test_the_normalization_has_as_many_channels_as_the_pictures(
     root = colored
     if kind == "grey":
         root = tmp_path
-        for name in ("labeled/a", "labeled/b", "unlabeled"):
-            write(root / name, *[noisy(RED, number).convert("L") for number in range(3)])
+        for place, name in enumerate(("labeled/a", "labeled/b", "unlabeled")):
+            write(root / name, *[noisy(RED, 3 * place + number).convert("L") for number in range(3)])
     found = recipe(root, grey=grey, image_size=8).settled()
     channels = 1 if found.grey else 3
     assert found.grey == (kind == "grey" if grey is None else grey)
@@ -179,6 +182,45 @@ def test_steps_are_measured_by_the_clock_and_leave_the_generator_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("grey", [False, True])
+def test_steps_and_precision_are_measured_with_crops_of_files_too(
+    grey: bool, colored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crops are cut out of files, so reading these belongs to the step."""
+    monkeypatch.setattr(budget, "TIMED", 2)
+    read: list[tuple[int, int, int]] = []
+    fetch = FileImages.fetch_crops
+
+    def watched(self: FileImages, *given: Any) -> Any:
+        read.append(self.shape)
+        return fetch(self, *given)
+
+    monkeypatch.setattr(FileImages, "fetch_crops", watched)
+    small: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "labeled_batch": 4, "unlabeled_batch": 4}
+    found = recipe(colored, steps=None, precision=None, minutes=0.01, resized_crop=True, grey=grey, **small).settled()
+    assert found.complete
+    assert found.steps >= 1
+    assert set(read) == {(1 if grey else 3, 8, 8)}
+
+
+def test_the_photograph_command_of_the_readme(
+    colored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing but the sizes is smaller; the steps and the precision are measured."""
+    monkeypatch.setattr(budget, "TIMED", 2)
+    weights = tmp_path / "resnet18.pth"
+    torch.save(resnet18().state_dict(), weights)
+    pictures = ("--labeled", colored / "labeled", "--unlabeled", colored / "unlabeled")
+    photographs = ("--network", "resnet18", "--weights", weights, "--image-size", "32", "--resized-crop")
+    small = ("--minutes", "0.005", "--labeled-batch", "2", "--unlabeled-batch", "2", "--finetune-steps", "1")
+    out = tmp_path / "run"
+    told = said(capsys, "train", "images", *pictures, *photographs, "--num-workers", "1", *small, "--out", out)
+    assert "chosen: resnet18 on 32x32 color pictures" in told
+    assert result(out)["steps"] >= 1
+    guess = said(capsys, "predict", out, colored / "labeled" / "red" / "000.png")
+    assert "red" in guess or "blue" in guess
+
+
 def test_bfloat16_is_taken_where_it_is_faster_by_enough(colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = recipe(colored).settled()
     for half, expected in ((0.7, "bfloat16"), (0.9, "float32")):
@@ -202,3 +244,19 @@ def test_a_processor_without_bfloat16_is_not_measured(colored: Path, monkeypatch
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False}, raising=False)
     monkeypatch.setattr(budget, "seconds_per_step", lambda recipe: pytest.fail("measured"))
     assert budget.faster_precision(one) == "float32"
+
+
+def test_light_and_dark_marks_are_told_apart(tmp_path: Path) -> None:
+    def marked(level: int, mark: int, number: int) -> Image.Image:
+        pixels = np.full((40, 40), level, np.uint8)
+        pixels[5 + number : 11 + number, 20:26] = mark
+        return Image.fromarray(pixels)
+
+    light = [marked(60, 200, number) for number in range(6)]
+    dark = [marked(200, 60, number) for number in range(6)]
+    for pictures, expected in ((light, 1.0), (dark, 0.0), (light[:3] + dark[:1], 0.75)):
+        files = write(tmp_path / str(expected), *pictures)
+        found = look(files, torch.zeros(len(files), dtype=torch.int64), [])
+        assert found.grey
+        assert found.light == expected
+        assert found.exchangeable == (expected == 0.75)

@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.pictures import run, tables
-from benchmarks.pictures.problems import half
+from benchmarks.pictures.problems import class_counts, half
+from metapl.evaluate import chance_level
+from metapl.run_folder import environment
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "pictures.md"
@@ -40,6 +44,7 @@ def test_a_run_leaves_a_row_and_is_not_repeated(tmp_path: Path) -> None:
     assert row["delivered"] in ("student", "finetuned")
     assert row["test_accuracy"] == row[f"{row['delivered']}_test_accuracy"]
     assert 0 <= row["test_accuracy"] <= 1
+    assert row["made_with"] == {**environment(), "threads": row["made_with"]["threads"]}
     assert printed.startswith("[1/1] fruits supervised 3 steps: ")
     assert f"student_{100 * row['student_test_accuracy']:.1f}" in printed
     before = file.read_text()
@@ -75,32 +80,63 @@ def rows() -> list[dict[str, Any]]:
         for seed in (0, 1):
             for method, more in (("supervised", 0.0), ("uda", 0.02 * number), ("fixmatch", 0.04 - 0.01 * number)):
                 accuracy = 0.5 + 0.03 * number + more + 0.01 * seed
-                made.append(
-                    {"problem": problem.name, "method": method, "test_accuracy": accuracy, "seconds": 60 + seed}
-                )
+                row = {"problem": problem.name, "method": method, "test_accuracy": accuracy, "seconds": 60 + seed}
+                made.append(row | {"minutes": 1.5, "settings": {}})
     return made
 
 
+def in_cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
 def test_the_table_is_of_the_means_over_seeds() -> None:
-    lines = tables.table(rows(), "seen").splitlines()
     names = [problem.name for problem in half("seen")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["method", *names, "mean", "against supervised: mean", "worst", "seconds"]
+    cells = in_cells(tables.table(rows(), "seen"))
+    assert cells[0] == ["method", *names, "mean", "against supervised: mean", "worst", "seconds", "seeds"]
     assert len({len(row) for row in cells}) == 1
     by_title = {row[0]: row[1:] for row in cells[2:]}
     assert list(by_title) == [tables.TITLES[m] for m in ("uda", "fixmatch", "supervised")] + ["chance"]
     supervised = [50.5 + 3 * number for number in range(9)]
-    assert by_title["supervised, the same views"] == [*(f"{v:.1f}" for v in supervised), "62.5", "–", "–", "60"]
-    assert by_title["UDA (the default)"][-4:] == ["70.5", "+8.0", "+0.0", "60"]
-    assert by_title["FixMatch-like"][-4:] == ["62.5", "+0.0", "-4.0", "60"]
-    assert by_title["chance"][0] == f"{100 / len(half('seen')[0].classes):.1f}"
-    assert len(set(by_title["chance"][:9])) > 3
+    assert by_title["supervised, the same views"] == [*(f"{v:.1f}" for v in supervised), "62.5", "–", "–", "60", "2"]
+    assert by_title["UDA (the default)"][-5:] == ["70.5", "+8.0", "+0.0", "60", "2"]
+    assert by_title["FixMatch-like"][-5:] == ["62.5", "+0.0", "-4.0", "60", "2"]
+    chance = dict(zip(names, by_title["chance"], strict=False))
+    for problem in half("seen"):
+        counts = class_counts(len(problem.classes), problem.test, problem.imbalance)
+        assert chance[problem.name] == f"{100 * chance_level(counts):.1f}"
+    # Where the test set is imbalanced, naming its largest class is a better guess than any.
+    uneven = [one for one in half("seen") if one.imbalance > 1]
+    assert all(float(chance[one.name]) > 150 / len(one.classes) for one in uneven)
+    assert len(uneven) > 0
 
 
 def test_a_problem_that_one_method_lacks_is_left_out() -> None:
     missing = half("seen")[2].name
     few = [row for row in rows() if (row["method"], row["problem"]) != ("uda", missing)]
     assert missing not in tables.table(few, "seen")
+
+
+def test_rows_of_other_settings_or_minutes_are_not_averaged() -> None:
+    """Each has a line of its own, against supervised in the same minutes, and says how many seeds it has."""
+    plain, better = rows(), [row for row in rows() if row["method"] == "uda"]
+    for row in better:
+        row["test_accuracy"] += 0.1
+    settings = {"uda_threshold": 0.9, "changes.hole": 0}
+    longer = [row | {"minutes": 5.0} for row in better if row["seconds"] == 60]  # one seed, but for one problem
+    together = [*plain, *(row | {"settings": settings} for row in better), *longer, longer[0]]
+    cells = {row[0]: row[1:] for row in in_cells(tables.table(together, "seen"))[2:]}
+    alone = {row[0]: row[1:] for row in in_cells(tables.table(plain, "seen"))[2:]}
+    for name, row in alone.items():
+        assert cells.get(f"{name}, 1.5 min", cells.get(name)) == row
+    changed = cells["UDA (the default), 1.5 min, changes.hole 0, uda_threshold 0.9"]
+    assert changed[-5:] == ["80.5", "+18.0", "+10.0", "60", "2"]
+    assert cells["UDA (the default), 5 min"][-4:] == ["–", "–", "60", "1-2"]
+    assert len(cells) == len(alone) + 2
+
+
+def test_a_table_of_no_problem_says_what_to_run() -> None:
+    with pytest.raises(SystemExit, match=r"seen half was run with every one of: UDA \(the default\); FixMatch"):
+        tables.table([row for row in rows() if (row["problem"] == "letters") == (row["method"] == "uda")], "seen")
 
 
 def test_the_figure_and_the_page_are_made_from_the_rows(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ LONG = (
 )
 
 
-def plain(*colours: tuple[int, int, int], height: int = 16, width: int = 16) -> Tensor:
-    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, height, width)
+def plain(*colors: tuple[int, int, int], height: int = 16, width: int = 16) -> Tensor:
+    return torch.tensor(colors, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, height, width)
 
 
 def gallery(pictures: Tensor, **changes: Any) -> Gallery:
@@ -69,9 +69,9 @@ def image(path: Path) -> NDArray[Any]:
         return numpy.asarray(file.convert("RGB")).astype(int)
 
 
-def place(pixels: NDArray[Any], colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the rectangle that has the colour; nothing else has it."""
-    found = (pixels == colour).all(axis=2)
+def place(pixels: NDArray[Any], color: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the rectangle that has the color; nothing else has it."""
+    found = (pixels == color).all(axis=2)
     ys, xs = (numpy.flatnonzero(found.any(axis=axis)) for axis in (1, 0))
     assert found[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1].all()
     assert found.sum() == len(ys) * len(xs)
@@ -104,7 +104,7 @@ def test_pictures_stand_in_a_row_below_the_panels_and_in_line_with_them(tmp_path
     path = tmp_path / "report.png"
     report(path, gallery(plain(RED, LIME, BLUE)))
     pixels = image(path)
-    red, lime, blue = (place(pixels, colour) for colour in (RED, LIME, BLUE))
+    red, lime, blue = (place(pixels, color) for color in (RED, LIME, BLUE))
     # 1.5 inches with the frame of 0.8 points around them, 0.6 between.
     assert red[2:] == lime[2:] == blue[2:]
     assert red[2] == red[3] == pytest.approx(150 * (1.5 - 2 * 0.8 / 72), abs=1)
@@ -205,7 +205,7 @@ def frame_above(pixels: NDArray[Any], box: Bbox) -> NDArray[Any]:
     return pixels[len(pixels) - int(box.y1) - 3, int(box.x0) : int(box.x1)]
 
 
-def test_marks_differ_and_not_by_colour_alone(tmp_path: Path, pages: list[Figure]) -> None:
+def test_marks_differ_and_not_by_color_alone(tmp_path: Path, pages: list[Figure]) -> None:
     marked = gallery(plain(BLUE, BLUE, BLUE), marks=(True, False, None))
     report(tmp_path / "report.png", marked, panels=1)
     pixels = image(tmp_path / "report.png")

@@ -1,4 +1,4 @@
-"""The README's first example runs as it stands there."""
+"""The README's code runs as it stands there, and its figures are those of the documentation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,59 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pages
+
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
-def test_the_first_example_runs_and_learns() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+def test_the_examples_run_and_print_what_stands_beside_them(tmp_path: Path) -> None:
+    code = pages.code(ROOT / "README.md")
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 0.7
+    pages.check_printed(code, done.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_example_is_short() -> None:
+    first, *_ = pages.FENCED.findall(README)
+    assert len([line for line in first.splitlines() if line.strip()]) <= 15
+
+
+def rows(text: str) -> dict[str, dict[str, str]]:
+    """The rows of the first table of a text, by their first cell, each with its cells by their columns."""
+    lines = re.search(r"(^\|.*\n)+", text, re.MULTILINE)
+    assert lines is not None
+    head, _, *body = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in lines[0].splitlines())
+    return {cells[0]: dict(zip(head, cells, strict=True)) for cells in body}
+
+
+def test_the_rows_of_the_modes_are_those_of_the_whole_table() -> None:
+    whole = rows((ROOT / "docs" / "modes.md").read_text())
+    few = rows(README[README.index("## Four of the seven modes") :])
+    assert len(few) == 4
+    for name, cells in few.items():
+        assert cells == {column: whole[name][column] for column in cells}
+
+
+def test_the_accuracies_on_pictures_are_those_of_the_table() -> None:
+    whole = rows((ROOT / "docs" / "pictures.md").read_text())
+    titles = {
+        "UDA (the default)": "UDA (the default)",
+        "FixMatch-like": "FixMatch-like",
+        "supervised": "supervised, the same views",
+        "Meta Pseudo Labels": "Meta Pseudo Labels",
+    }
+    told = dict(re.findall(rf"({'|'.join(map(re.escape, titles))}) ([\d.]+) %", " ".join(README.split())))
+    assert told == {name: whole[title]["mean"] for name, title in titles.items()}
+
+
+def test_the_badges_say_what_the_project_says() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    (version,) = re.findall(r'requires-python = ">=([\d.]+)"', project)
+    (license_,) = re.findall(r'^license = "(.+)"', project, re.MULTILINE)
+    assert f": {version}+<" in (ROOT / "docs" / "badges" / "python.svg").read_text()
+    assert f": {license_}<" in (ROOT / "docs" / "badges" / "license.svg").read_text()
+    assert "[tool.mypy]" in project
+    assert "strict = true" in project

@@ -18,8 +18,8 @@ from metapl.cli import main
 from metapl.evaluate import evaluate_logits
 from metapl.fit import FitResult
 from metapl.recipes import Digits, Feedback, Optimizer, from_dict
-from metapl.recipes.comparison import TITLES
-from metapl.recipes.experiment import CONTROLS, METHODS, Experiment
+from metapl.recipes.experiment import Experiment
+from metapl.recipes.methods import CONTROLS, METHODS
 from metapl.recipes.store import describe, stored
 from metapl.run_folder import FORMAT, WEIGHTS, Metrics, RunFolder
 
@@ -258,7 +258,7 @@ def test_a_comparison_leaves_its_own_files_beside_its_runs(tmp_path: Path, capsy
     method = max(runs, key=lambda name: sum(one["validation_accuracy"] for one in runs[name]))
     best = max(runs[method], key=lambda one: one["validation_accuracy"])
     assert (result["seed"], result["method"], result["test_accuracy"]) == (best["seed"], method, best["test_accuracy"])
-    assert f"delivered: {TITLES[method]}, seed {best['seed']};" in " ".join(said.split())
+    assert f"delivered: {METHODS[method].title}, seed {best['seed']};" in " ".join(said.split())
     delivered = folder / method / f"seed-{best['seed']}"
     assert {name: result[name] for name in best} == best
     for name in WEIGHTS.values():
@@ -279,5 +279,5 @@ def test_every_method_trains_under_the_same_clip_and_precision(method: str, tmp_
 
     recipe = Clipped(steps=2, hidden=(8,), validate_every=1, finetune_steps=0)
     run = Experiment(recipe, RunFolder(tmp_path), progress=False, say=lambda text: None)
-    trained, _ = METHODS[method](run, recipe.task(), recipe.network(), recipe.network())
+    trained, _ = METHODS[method].run(run, recipe.task(), recipe.network(), recipe.network())
     assert (trained.clip_norm, trained.precision) == (0.25, "bfloat16")

@@ -93,7 +93,7 @@ def test_predict_replaces_what_it_wrote_before(run: Path, pictures: Path, capsys
     assert said(capsys, "predict", run, pictures, "--grid", grid, "--out", table) == first
 
 
-# ------------------------------------------------------------------------------------------------ runs that are damaged
+# ---------------------------------------------------------------------------------------------- runs that are damaged
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_recipe_without_a_network(damaged: Path, pictures: Path, capsys: pytes
         assert "recipe.json is damaged: it has no value for" in refused(capsys, *command)
 
 
-# --------------------------------------------------------------------------------------------------------- wrong values
+# -------------------------------------------------------------------------------------------------------- wrong values
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def one_of(recipe: ImageFolders) -> dict[str, Any]:
     return {name: getattr(recipe, name) for name in names}
 
 
-# --------------------------------------------------------------------------------------------------------------- export
+# -------------------------------------------------------------------------------------------------------------- export
 
 
 def test_an_export_runs_nothing_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def fit(one: Any, **options: Any) -> Any:
     return one.fit([(X, Y)], **{"steps": 2, "progress": False, **options})
 
 
-# --------------------------------------------------------------------------------------------- nothing would be learned
+# ------------------------------------------------------------------------------------------- nothing would be learned
 
 
 def test_a_fit_that_would_train_nothing_is_refused_at_its_first_step() -> None:
@@ -64,7 +64,7 @@ def test_part_of_a_network_may_be_trained() -> None:
     assert torch.equal(model[0].weight, before)
 
 
-# ------------------------------------------------------------------------------------------------------------ callbacks
+# -------------------------------------------------------------------------------------------------------- callbacks
 
 
 @pytest.mark.parametrize("kind", [ConnectionRefusedError, EOFError])
@@ -76,7 +76,7 @@ def test_a_callbacks_own_broken_connection_is_not_a_workers(kind: type[Exception
         fit(trainer(nn.Linear(4, 3)), num_workers=2, log_every=1, callbacks=[send])
 
 
-# -------------------------------------------------------------------------------------------------------- wrong options
+# ---------------------------------------------------------------------------------------------------- wrong options
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_fit_without_labelled_data() -> None:
         trainer(nn.Linear(4, 3)).fit(None, steps=2)
 
 
-# ----------------------------------------------------------------------------------------------------------- wrong data
+# ----------------------------------------------------------------------------------------------------- wrong data
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,24 @@ def test_the_look_at_validation_changes_nothing() -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4, shuffle=True)
     assert torch.equal(weights(None), weights(loader))
     assert torch.equal(weights(None), weights(iter([(X, Y)])))  # which can be read once
+
+
+class ByPosition:
+    """Batches without ``__iter__``, as metapl's own are."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index >= 2:
+            raise IndexError
+        return X[4 * index :][:4], Y[4 * index :][:4]
+
+
+def test_batches_by_position_are_data() -> None:
+    one = trainer(nn.Linear(4, 3))
+    assert fit(one, validation=ByPosition()).validation_accuracy == one.evaluate((X, Y)).accuracy
+    assert one.evaluate(ByPosition()).n == 8
 
 
 @pytest.mark.parametrize("data", [None, 5, {}, (), []], ids=repr)
@@ -174,7 +192,7 @@ def test_a_model_that_has_diverged_predicts_nothing() -> None:
         trainer(model).predict(X)
 
 
-# --------------------------------------------------------------------------------------------------------------- Logits
+# ----------------------------------------------------------------------------------------------------------- Logits
 
 
 class Returns(nn.Module):

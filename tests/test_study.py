@@ -1,4 +1,4 @@
-"""The README's tables are those that the raw files give."""
+"""The tables of the documentation are those that the raw files give."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "results.md"
 STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"
 
 
@@ -23,12 +24,12 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def shown(name: str) -> str:
-    """What stands between the README's marks of a name."""
-    page = (ROOT / "README.md").read_text()
+    """What stands between the marks of a name."""
+    page = PAGE.read_text()
     return page.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
 
 
-def test_readme_shows_the_table_of_the_raw_rows(tables: object) -> None:
+def test_the_page_shows_the_table_of_the_raw_rows(tables: object) -> None:
     import digits_study
 
     assert shown("digits") == tables.block(digits_study.read())
@@ -51,7 +52,7 @@ def test_every_method_was_tuned_alike_and_the_test_set_opened_for_final_runs_alo
             assert sorted(row["seed"] for row in final) == list(digits_study.FULL.seeds)
 
 
-def test_readme_shows_the_table_of_feedback_sizes(tables: object) -> None:
+def test_the_page_shows_the_table_of_feedback_sizes(tables: object) -> None:
     import json
 
     import feedback_size
@@ -60,7 +61,7 @@ def test_readme_shows_the_table_of_feedback_sizes(tables: object) -> None:
     sys.modules.pop("feedback_size")
 
 
-def test_readme_shows_the_table_of_pictures(tables: object) -> None:
+def test_the_page_shows_the_table_of_pictures(tables: object) -> None:
     import pictures_study
 
     rows = pictures_study.read()
@@ -74,11 +75,11 @@ def test_readme_shows_the_table_of_pictures(tables: object) -> None:
 
 
 def prose() -> str:
-    """The README without its line breaks."""
-    return " ".join((ROOT / "README.md").read_text().split())
+    """The page without its line breaks."""
+    return " ".join(PAGE.read_text().split())
 
 
-def test_the_differences_between_pictures_that_the_readme_speaks_of_are_those_of_the_rows(tables: object) -> None:
+def test_the_differences_between_pictures_that_the_page_speaks_of_are_those_of_the_rows(tables: object) -> None:
     import pictures_study as study
     from figures import difference
 
@@ -101,7 +102,7 @@ def test_the_differences_between_pictures_that_the_readme_speaks_of_are_those_of
     sys.modules.pop("pictures_study")
 
 
-def test_readme_shows_the_table_of_throughput(tables: object) -> None:
+def test_the_page_shows_the_table_of_throughput(tables: object) -> None:
     import json
 
     import throughput
@@ -111,14 +112,14 @@ def test_readme_shows_the_table_of_throughput(tables: object) -> None:
         sys.modules.pop(name)
 
 
-def test_the_differences_on_digits_that_the_readme_speaks_of_are_those_of_the_rows(tables: object) -> None:
+def test_the_differences_on_digits_that_the_page_speaks_of_are_those_of_the_rows(tables: object) -> None:
     import digits_study
     from figures import difference
 
     rows = digits_study.read()
 
     def of(labels: int, first: str, second: str, read_out: str = STUDENT, other: str | None = None) -> str:
-        """By how much the first is better, in the words of the README."""
+        """By how much the first is better, in the words of the page."""
         mine = tables.column(rows, first, labels, read_out)
         points, p = difference(mine, tables.column(rows, second, labels, other or read_out))
         assert points.startswith("+")
@@ -134,7 +135,11 @@ def test_the_differences_on_digits_that_the_readme_speaks_of_are_those_of_the_ro
     assert f"{of(4, 'pseudo_labels', 'mpl', FINETUNED)} better at 4" in prose()
 
 
-def test_every_table_that_is_marked_in_the_readme_is_compared_with_its_raw_file() -> None:
-    marked = set(re.findall(r"<!-- (\w+):begin -->", (ROOT / "README.md").read_text()))
+def test_every_table_that_is_marked_is_compared_with_its_raw_file() -> None:
+    others = [
+        page for page in (ROOT / "docs").rglob("*.md") if page.name != "pictures.md"
+    ]  # tests/test_picture_runs.py
+    pages = "".join(page.read_text() for page in others)
+    marked = set(re.findall(r"<!-- (\w+):begin -->", pages))
     tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_study.py", "test_cost.py"))
     assert all(f'shown("{name}")' in tests or f"<!-- {name}:begin -->" in tests for name in marked)

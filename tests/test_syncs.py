@@ -26,12 +26,13 @@ from metapl.losses import UDA, CrossEntropy
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal", "unique_dim")
 PACKAGE = Path(metapl.__file__).parent
 IN_A_STEP = (
-    *("trainer", "teacher", "inner", "accumulate", "deferred", "losses", "numerics", "replay", "problem"),
+    *("trainer", "teacher", "inner", "accumulate", "deferred", "losses", "numerics", "problem"),
+    *("execution/local", "execution/buffers", "execution/kernels", "execution/agreement", "execution/rng"),
     *("problems/pseudo_labels", "feedback/base", "feedback/unrolled", "feedback/forward", "feedback/difference"),
     *("feedback/reinforce", "feedback/reinforce_per_example", "feedback/loss_difference", "feedback/none"),
 )
-ALLOWED = {("trainer", "exact_cosine")}
-"""Functions that a step does not call."""
+ALLOWED = {("trainer", "exact_cosine"), ("execution/rng", "branch")}
+"""A function that a step does not call, and one that reads a state which lies on the host."""
 
 
 class Waits(TorchDispatchMode):

@@ -6,7 +6,8 @@
 
 Each run is ``metapl train images`` with its defaults, or with the settings of ``--set FIELD=VALUE``, on folders that
 the problem wrote: one thread, as many steps as fit into the minutes of processor time by the recipe's own measurement.
-A row of the raw file is one run; runs that are there already are not repeated.
+One default is replaced: the precision is bfloat16 unless it is set, whatever is faster on the machine. A row of the raw
+file is one run, with the machine and the versions it was made with; runs that are there already are not repeated.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
     from metapl.recipes import ImageFolders
     from metapl.recipes.budget import steps_within
     from metapl.recipes.images import REHEARSED
+    from metapl.run_folder import environment
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,6 +68,7 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
         "delivered": result["delivered"],
         "seconds": round(time.process_time() - since, 1),
         **accuracies,
+        "made_with": environment(),
     }
 
 

@@ -1,5 +1,7 @@
 """The table and the figure of the runs on the generated problems.
 
+Runs of the same method, minutes and settings are a row of the table, averaged over their seeds.
+
 python -m benchmarks.pictures.tables --half unseen                      # print the table
 python -m benchmarks.pictures.tables --half unseen --write docs/pictures.md --figure docs/pictures.png
 """
@@ -8,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
-from benchmarks.pictures.problems import half
+from benchmarks.machine import write_readme
+from benchmarks.pictures.problem import Problem
+from benchmarks.pictures.problems import class_counts, half
 from benchmarks.pictures.run import RESULTS, Row, read
+from metapl.evaluate import chance_level
 
 TITLES = {
     "uda": "UDA (the default)",
@@ -24,64 +31,139 @@ TITLES = {
 BASELINE = "supervised"
 
 
-def accuracies(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """Test accuracy in % of what was delivered, by method and problem, averaged over seeds."""
-    found: dict[str, dict[str, list[float]]] = {}
+@dataclass(frozen=True)
+class Group:
+    """What the runs of a row of the table have in common.
+
+    Args:
+        method: its name.
+        minutes: of each run.
+        settings: names and values that differ from the defaults, in the order of the names.
+    """
+
+    method: str
+    minutes: float
+    settings: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, row: Row) -> Group:
+        settings = {name: str(value) for name, value in row["settings"].items()}
+        return cls(row["method"], row["minutes"], tuple(sorted(settings.items())))
+
+    def label(self, minutes: bool) -> str:
+        """The method in words, with its settings and, if wanted, its minutes."""
+        told = [f"{name} {value}" for name, value in self.settings]
+        return ", ".join([TITLES[self.method], *([f"{self.minutes:g} min"] if minutes else []), *told])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The runs of a group.
+
+    Args:
+        accuracies: test accuracy in % of what was delivered, by problem, averaged over seeds.
+        seeds: how many seeds a problem has: the fewest and the most.
+        seconds: a run, on average.
+    """
+
+    accuracies: dict[str, float]
+    seeds: tuple[int, int]
+    seconds: float
+
+    @classmethod
+    def of(cls, rows: list[Row]) -> Summary:
+        found: dict[str, list[float]] = {}
+        for row in rows:
+            found.setdefault(row["problem"], []).append(100 * row["test_accuracy"])
+        counts = [len(values) for values in found.values()]
+        means = {problem: statistics.fmean(values) for problem, values in found.items()}
+        return cls(means, (min(counts), max(counts)), statistics.fmean(row["seconds"] for row in rows))
+
+
+def summaries(rows: list[Row]) -> dict[Group, Summary]:
+    """The groups in the order of :data:`TITLES`, then by minutes, the defaults first."""
+    found: dict[Group, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["method"], {}).setdefault(row["problem"], []).append(100 * row["test_accuracy"])
-    return {method: {p: statistics.fmean(v) for p, v in found[method].items()} for method in TITLES if method in found}
+        found.setdefault(Group.of(row), []).append(row)
+    order = list(TITLES)
+    groups = sorted(found, key=lambda one: (order.index(one.method), one.minutes, len(one.settings), one.settings))
+    return {group: Summary.of(found[group]) for group in groups}
+
+
+def labels(groups: dict[Group, Summary]) -> dict[Group, str]:
+    """What each is called; with the minutes where these differ."""
+    differ = len({group.minutes for group in groups}) > 1
+    return {group: group.label(differ) for group in groups}
+
+
+def baseline(group: Group, groups: dict[Group, Summary]) -> Summary | None:
+    """Supervised training in the same minutes: with the same settings if that was run, else with the defaults."""
+    wanted = (Group(BASELINE, group.minutes, settings) for settings in (group.settings, ()))
+    return next((groups[one] for one in wanted if one in groups), None)
+
+
+def shared(groups: dict[Group, Summary], name: str) -> list[str]:
+    """The problems of a half that every group has."""
+    problems = [p.name for p in half(name) if all(p.name in one.accuracies for one in groups.values())]
+    if not problems:
+        raise SystemExit(
+            f"no problem of the {name} half was run with every one of: {'; '.join(labels(groups).values())}. Run what "
+            "is missing, or take other rows out of the raw file."
+        )
+    return problems
 
 
 def table(rows: list[Row], name: str) -> str:
-    """A row a method: each problem, the mean, the smallest difference to supervised, and seconds a run."""
-    by_method = accuracies(rows)
-    problems = [problem.name for problem in half(name) if all(problem.name in one for one in by_method.values())]
+    """A line a group: each problem, the mean, the smallest difference to supervised, seconds a run, and seeds."""
+    groups = summaries(rows)
+    problems, called = shared(groups, name), labels(groups)
     lines = [
-        "| method | " + " | ".join(problems) + " | mean | against supervised: mean | worst | seconds |",
-        "|---|" + "---:|" * (len(problems) + 4),
+        "| method | " + " | ".join(problems) + " | mean | against supervised: mean | worst | seconds | seeds |",
+        "|---|" + "---:|" * (len(problems) + 5),
     ]
-    for method, found in by_method.items():
-        against = [found[p] - by_method[BASELINE][p] for p in problems]
-        seconds = statistics.fmean(row["seconds"] for row in rows if row["method"] == method)
-        differences = (
-            ("–", "–") if method == BASELINE else (f"{statistics.fmean(against):+.1f}", f"{min(against):+.1f}")
-        )
-        cells = [f"{found[p]:.1f}" for p in problems]
-        mean = f"{statistics.fmean(found[p] for p in problems):.1f}"
-        lines.append(f"| {TITLES[method]} | " + " | ".join([*cells, mean, *differences, f"{seconds:.0f}"]) + " |")
-    chance = [f"{100 / len(problem.classes):.1f}" for problem in half(name) if problem.name in problems]
-    mean = statistics.fmean(map(float, chance))
-    return "\n".join([*lines, "| chance | " + " | ".join([*chance, f"{mean:.1f}", "", "", ""]) + " |"])
+    for group, found in groups.items():
+        against = baseline(group, groups)
+        differences = ("–", "–")
+        if against is not None and group.method != BASELINE:
+            points = [found.accuracies[p] - against.accuracies[p] for p in problems]
+            differences = (f"{statistics.fmean(points):+.1f}", f"{min(points):+.1f}")
+        cells = [f"{found.accuracies[p]:.1f}" for p in problems]
+        mean = f"{statistics.fmean(found.accuracies[p] for p in problems):.1f}"
+        fewest, most = found.seeds
+        seeds = f"{fewest}" if fewest == most else f"{fewest}-{most}"
+        cells += [mean, *differences, f"{found.seconds:.0f}", seeds]
+        lines.append(f"| {called[group]} | " + " | ".join(cells) + " |")
+    chance = [100 * chance_of(problem) for problem in half(name) if problem.name in problems]
+    cells = [f"{value:.1f}" for value in (*chance, statistics.fmean(chance))]
+    return "\n".join([*lines, "| chance | " + " | ".join([*cells, "", "", "", ""]) + " |"])
+
+
+def chance_of(problem: Problem) -> float:
+    """The accuracy of guessing on a problem's test set; see :func:`metapl.evaluate.chance_level`."""
+    return chance_level(class_counts(len(problem.classes), problem.test, problem.imbalance))
 
 
 def draw(rows: list[Row], name: str, file: Path) -> None:
-    """Each problem's accuracies on a line, a mark a method."""
+    """Each problem's accuracies on a line, a mark a group."""
     import matplotlib.pyplot as plt
 
-    by_method = accuracies(rows)
-    problems = [problem.name for problem in half(name) if all(problem.name in one for one in by_method.values())]
-    problems.sort(key=lambda problem: by_method[BASELINE][problem])
+    groups = summaries(rows)
+    problems, called = shared(groups, name), labels(groups)
+    by_label = {called[group]: found.accuracies for group, found in groups.items()}
+    by_supervised = next((one.accuracies for group, one in groups.items() if group.method == BASELINE), None)
+    if by_supervised is not None:
+        problems.sort(key=lambda problem: by_supervised[problem])
     figure, axes = plt.subplots(figsize=(7, 0.45 * len(problems) + 1.4), layout="constrained")
     lines = range(len(problems))
-    every = [[found[p] for found in by_method.values()] for p in problems]
+    every = [[found[p] for found in by_label.values()] for p in problems]
     axes.hlines(lines, [min(values) for values in every], [max(values) for values in every], color="0.85", zorder=1)
-    for marker, (method, found) in zip("osD^vP", by_method.items(), strict=False):
-        axes.scatter([found[p] for p in problems], lines, marker=marker, label=TITLES[method], zorder=2, s=36)
+    for marker, (label, found) in zip(cycle("osD^vP"), by_label.items(), strict=False):
+        axes.scatter([found[p] for p in problems], lines, marker=marker, label=label, zorder=2, s=36)
     axes.set(yticks=lines, yticklabels=problems, xlabel="test accuracy in %", xlim=(0, 102))
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3 if max(map(len, by_label)) < 40 else 1, frameon=False)
     figure.savefig(file, dpi=120)
     plt.close(figure)
-
-
-def write(text: str, file: Path, name: str) -> None:
-    """Put the table between the marks of the page."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, begun, rest = file.read_text().partition(begin)
-    _, ended, after = rest.partition(end)
-    if not begun or not ended:
-        raise SystemExit(f"{file} has no place for the table; expected the lines {begin} and {end}.")
-    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main() -> None:
@@ -95,7 +177,7 @@ def main() -> None:
     text = table(rows, given.half)
     print(text)
     if given.write is not None:
-        write(text, given.write, given.half)
+        write_readme(given.write, given.half, text)
     if given.figure is not None:
         draw(rows, given.half, given.figure)
 

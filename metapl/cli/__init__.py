@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 HELP = """\
 metapl trains a classifier from a few labelled examples and many unlabelled
-ones. A teacher network makes up labels for a student network, and learns from
-how well the student then does on the labelled examples: Meta Pseudo Labels.
+ones. With Meta Pseudo Labels, a teacher network makes up labels for a student
+network, and learns from how well the student then does on the labelled
+examples. On your own pictures the default is UDA: one network that learns its
+own labels of pictures that it is sure of.
 
-  metapl train RECIPE           train a student; it goes to a run folder (RUN)
+  metapl train RECIPE           train a classifier; it goes to a folder (RUN)
   metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
   metapl finetune RUN           finetune it on the labelled examples again
@@ -25,7 +27,7 @@ two in each class are labelled (a minute on a laptop, no graphics card):
 
   metapl train digits --out runs/first
   metapl predict runs/first my_digit.png another.png
-  metapl train digits --compare --seeds 0-2 --out runs/compared
+  metapl train digits --compare --seeds 0-4 --out runs/compared
 
 With pictures of your own, a few of them in one folder a class:
 
@@ -39,7 +41,8 @@ With --compare, each recipe trains the same without the teacher's feedback,
 and by other methods, and says whether the feedback helped.
 
 Each command says more with --help: metapl train digits --help.
-metapl --version says which metapl this is.
+metapl --version says which metapl this is; metapl --print-completion SHELL
+completes commands and flags in bash, zsh or fish.
 """
 
 COMMANDS = ("train", "evaluate", "predict", "finetune", "compare", "export")
@@ -103,6 +106,10 @@ def _dispatch(given: list[str]) -> int:
 
         print(f"metapl {__version__}")
         return 0
+    if command == "--print-completion":
+        from metapl.cli.completion import print_completion
+
+        return print_completion(rest)
     if command not in COMMANDS:
         from metapl.cli.suggest import did_you_mean
 
@@ -114,8 +121,9 @@ def _dispatch(given: list[str]) -> int:
 
 
 def _train(given: list[str]) -> int:
+    from metapl.cli.idle import given_flags
     from metapl.cli.parse import parse
-    from metapl.cli.suggest import did_you_mean
+    from metapl.cli.suggest import did_you_mean, respelled
     from metapl.cli.train import COMMANDS as RECIPES
     from metapl.errors import MetaplError
 
@@ -126,22 +134,13 @@ def _train(given: list[str]) -> int:
     if given[0] not in RECIPES:
         print(RECIPES_HELP, end="")
         return 0
-    return parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])()
+    command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
+    command.check_flags(given_flags(respelled(given[1:])))
+    return command()
 
 
 def _after_training(command: str, given: list[str]) -> int:
-    from metapl.cli.compare import Compare
-    from metapl.cli.evaluate import Evaluate
-    from metapl.cli.export import Export
-    from metapl.cli.finetune import Finetune
+    from metapl.cli.commands import AFTER_TRAINING
     from metapl.cli.parse import parse
-    from metapl.cli.predict import Predict
 
-    kinds: dict[str, type[Evaluate] | type[Predict] | type[Finetune] | type[Compare] | type[Export]] = {
-        "evaluate": Evaluate,
-        "predict": Predict,
-        "finetune": Finetune,
-        "compare": Compare,
-        "export": Export,
-    }
-    return parse(kinds[command], f"metapl {command}", given)()
+    return parse(AFTER_TRAINING[command], f"metapl {command}", given)()

@@ -17,12 +17,15 @@ from metapl.cli.table import table
 from metapl.data.folder_check import some
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation, paired_test
-from metapl.recipes import ImageFolders
+from metapl.recipes import ImageFolders, Recipe
 from metapl.recipes.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
 from metapl.run_folder import RunFolder
 
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
 """Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""
+
+MEASURED = "by the minutes"
+"""Stands for a field that follows from how many steps fitted into a run's minutes."""
 
 DRAWN_BY = ("seed", "labels_per_class", "validation", "split")
 """Fields that decide which examples a recipe draws from its data set."""
@@ -35,6 +38,7 @@ class Entry:
     Args:
         method: its name.
         seed: its seed.
+        steps: how many it trained for.
         fields: those of its recipe that matter; nested ones as ``feedback.mode``.
         accuracies: by read-out.
         place: its folder.
@@ -45,6 +49,7 @@ class Entry:
 
     method: str
     seed: int
+    steps: int
     fields: dict[str, Any]
     accuracies: dict[str, float]
     place: Path
@@ -59,8 +64,9 @@ class Compare:
 
     Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
     with other options) was run with the same seeds. Otherwise, or with other numbers of labels, the accuracies are
-    listed, and it is said why they are not paired. Runs of different recipes, on different data or of different classes
-    are refused: their test sets differ.
+    listed, and it is said why they are not paired. Runs whose steps were measured to fit into the same minutes are
+    paired even if the numbers of steps differ; the table then has them. Runs of different recipes, on different data or
+    of different classes are refused: their test sets differ.
 
     Args:
         runs: run folders, of single runs or of comparisons.
@@ -75,6 +81,8 @@ class Compare:
         entries = [entry for _, some in found for entry in some]
         _refuse_other_data(entries)
         print(f"{_caption(entries)}\n\n{_table(found)}\n")
+        if _steps_differ(entries):
+            print(paragraph("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
         print(_verdict(entries))
         return 0
 
@@ -94,8 +102,7 @@ class Compare:
 
 def _entries(run: Finished) -> Iterator[Entry]:
     """The runs in a folder: one, or all of a comparison."""
-    fields = _flat(dataclasses.asdict(run.recipe))  # type: ignore[call-overload]  # recipes are dataclasses
-    fields = {name: value for name, value in fields.items() if name not in IRRELEVANT}
+    fields = _fields(run.recipe)
     if not run.is_comparison:
         yield _entry(run, run.folder, run.result, fields)
         return
@@ -103,6 +110,14 @@ def _entries(run: Finished) -> Iterator[Entry]:
         for index, seed in enumerate(run.result["seeds"]):
             told = {"method": method, "seed": seed, **{readout: readouts[readout][index] for readout in READOUTS}}
             yield _entry(run, RunFolder(run.folder.path / method / f"seed-{seed}"), told, fields)
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    """What runs that are paired have in common."""
+    fields = _flat(dataclasses.asdict(recipe))  # type: ignore[call-overload]  # recipes are dataclasses
+    if isinstance(recipe, ImageFolders):
+        fields |= dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
+    return {name: value for name, value in fields.items() if name not in IRRELEVANT}
 
 
 def _entry(run: Finished, folder: RunFolder, told: dict[str, Any], fields: dict[str, Any]) -> Entry:
@@ -114,6 +129,7 @@ def _entry(run: Finished, folder: RunFolder, told: dict[str, Any], fields: dict[
     return Entry(
         told["method"],
         told["seed"],
+        result["steps"],
         fields,
         {readout: told[readout] for readout in READOUTS},
         folder.path,
@@ -173,13 +189,20 @@ def _caption(entries: Sequence[Entry]) -> str:
 
 def _table(found: Sequence[tuple[Finished, list[Entry]]]) -> str:
     """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
-    rows: list[tuple[str, ...]] = [("run", "method", "seeds", "delivered", "student", "finetuned")]
+    differ = _steps_differ([entry for _, entries in found for entry in entries])
+    rows: list[tuple[str, ...]] = [("run", "method", "seeds", *["steps"] * differ, "delivered", "student", "finetuned")]
     for run, entries in found:
         for method in dict.fromkeys(entry.method for entry in entries):
             mine = [entry for entry in entries if entry.method == method]
             accuracies = [_spread([entry.accuracies[readout] for entry in mine]) for readout in READOUTS]
-            rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in mine]), *accuracies))
+            steps = [f"{mine[0].steps:,}"] * differ  # those of a comparison are all the same
+            rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in mine]), *steps, *accuracies))
     return table(rows, left=3)
+
+
+def _steps_differ(entries: Sequence[Entry]) -> bool:
+    """Whether runs trained for other numbers of steps because these were measured."""
+    return len({entry.steps for entry in entries if entry.fields["steps"] == MEASURED}) > 1
 
 
 def _spread(values: list[float]) -> str:

@@ -50,9 +50,9 @@ class Evaluate:
     """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
     It is the network that the run delivers, or the one named. The accuracy is the one in the run's result.json; where
-    it is not, that is said. Of a comparison, it is of the run that the comparison delivers: the best by validation of
-    the best method. Beside it stand its 95 % interval, what guessing evenly among the classes gives, and what always
-    naming the most frequent class gives.
+    it is not, that is said. Of a comparison, it is of the run that the comparison delivers: the best method's best seed
+    by validation, and the first method's first seed where validation cannot tell. Beside it stand its 95 % interval,
+    the chance level, which is what always naming the largest class gives, and what guessing evenly among them gives.
 
     A run without a test set is measured on its validation examples, and the accuracy is called so.
 
@@ -177,15 +177,10 @@ def _against_sets(logits: Tensor, sets: Sequence[frozenset[int]], names: Sequenc
 def _as_json(found: Evaluation, several: MultiLabelAccuracy | None) -> dict[str, Any]:
     beside = {
         "interval": list(interval(round(found.accuracy * found.n), found.n)),
-        "chance": 1 / len(found.confusion),
-        "most_frequent_class": _most_frequent(found),
+        "chance": found.chance,
+        "even_guess": 1 / len(found.confusion),
     }
     return found.to_json() | beside | ({} if several is None else {"multi_label": several.to_json()})
-
-
-def _most_frequent(found: Evaluation) -> float:
-    """The accuracy of whoever always names the most frequent class."""
-    return max(map(sum, found.confusion)) / found.n
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
@@ -196,7 +191,7 @@ def _figures(found: Evaluation, several: MultiLabelAccuracy | None, part: str, o
     lines = {
         f"{part} accuracy": f"{found.accuracy:.2%} of {found.n:,}" + (f", {of_accuracy}" if of_accuracy else ""),
         "95 % interval": f"{low:.2%} to {high:.2%}",
-        "chance level": f"{1 / len(found.confusion):.2%}; always the most frequent class: {_most_frequent(found):.2%}",
+        "chance level": f"{found.chance:.2%}, always the largest class; even guesses: {1 / len(found.confusion):.2%}",
     }
     if found.top5 is not None:
         lines["top-5 accuracy"] = f"{found.top5:.2%}"

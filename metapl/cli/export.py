@@ -14,8 +14,8 @@ from metapl.evaluate import Evaluation
 from metapl.export import export
 from metapl.programs import ONNX, can_run_onnx, require_onnx
 from metapl.recipes import Digits, PictureRecipe, Recipe
-from metapl.recipes.comparison import title
 from metapl.recipes.experiment import TITLED
+from metapl.recipes.methods import title
 from metapl.recipes.store import describe
 from metapl.run_folder import RunFolder
 
@@ -28,7 +28,7 @@ PARTS = ("labeled", "unlabeled", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run's network for others: files that need no metapl, and a card that says what they are.
+    """Write a run's network for others: a program that needs torch alone, its weights, and a card for both.
 
     model.pt2 is the whole network, with its normalisation, as a program for torch.export.load: any number of pictures
     in, logits out. model.safetensors holds the weights under the names of torchvision or timm, where the network is
@@ -201,10 +201,10 @@ def _takes(recipe: Recipe) -> list[str]:
         return ["Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."]
     if not isinstance(recipe, PictureRecipe):
         return []
-    colours = "grey (0.299 R + 0.587 G + 0.114 B)" if recipe.grey else "in colours"
+    colors = "grey (0.299 R + 0.587 G + 0.114 B)" if recipe.grey else "in colors"
     middle = "" if recipe.centre == 1 else f"the middle {recipe.centre:.1%} of "
     size = f"{recipe.image_size}x{recipe.image_size}"
     return [
-        f"Pictures were {colours}, from 0 to 1: {middle}the largest centred square of each, brought to {size} by "
+        f"Pictures were {colors}, from 0 to 1: {middle}the largest centred square of each, brought to {size} by "
         "antialiased bilinear resampling."
     ]

@@ -100,6 +100,7 @@ def _finetuned_anew(run: Finished, recipe: Recipe) -> dict[str, Any]:
             network = run.network(name).to(device)
             chosen = experiment.measured(name, task, network, chosen.validation_accuracy, {})
     result = run.result | tuned.accuracies("finetuned_")
+    result["validation_chance"] = task.validation_chance
     result["finetuned_with"] = {"steps": recipe.finetune_steps, "lr": recipe.finetune.lr}
     if name == "finetuned" or name != run.result["delivered"]:
         result |= chosen.as_delivered()

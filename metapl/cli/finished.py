@@ -13,7 +13,8 @@ from torch import nn
 from metapl.errors import MetaplError
 from metapl.recipes import PictureRecipe, Recipe
 from metapl.recipes.base import Role
-from metapl.recipes.experiment import TEACHERS, TITLED
+from metapl.recipes.experiment import TITLED
+from metapl.recipes.methods import METHODS
 from metapl.recipes.store import stored, stored_result
 from metapl.run_folder import WEIGHTS, RunFolder, weights_file
 
@@ -78,7 +79,7 @@ class Finished:
             MetaplError: the weights are missing, damaged, or of another network.
         """
         torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
-        role: Role = "teacher" if name == "teacher" or self.result["method"] in TEACHERS else "student"
+        role: Role = "teacher" if name == "teacher" else METHODS[self.result["method"]].built_as
         # What it was started from need not be there any more.
         fresh = self.recipe
         if isinstance(fresh, PictureRecipe):

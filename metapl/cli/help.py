@@ -26,7 +26,8 @@ GROUPS: dict[str, str] = {
     "views": "view.* changes.* pad resized-crop randaugment strong.*",
     "training": "method minutes steps wait warm-start labeled-batch unlabeled-batch schedule warmup clip-norm "
     "ema-decay validate-every",
-    "losses of the teacher": "label-smoothing uda-weight uda-temperature uda-threshold uda-align uda-start uda-ramp",
+    "losses of the teacher": "label-smoothing uda-weight uda-temperature uda-threshold uda-align uda-prior uda-start "
+    "uda-ramp",
     "feedback": "mode labels feedback-weight feedback-ratio normalization baseline temperature pseudo-label-smoothing "
     "exact-every",
     "optimisers": "student.* teacher.*",

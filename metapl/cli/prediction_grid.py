@@ -32,7 +32,8 @@ class PredictionGrid:
     Args:
         classes: names, in the order of the network's outputs.
 
-    At any time the pictures are kept that would be drawn, two or more of each class seen so far, and no others.
+    Of each class seen so far, as many pictures are kept as a page has room for, eight at most and fewer the more
+    classes there are: those of the greatest and of the least probability.
     """
 
     def __init__(self, classes: Sequence[str]) -> None:

@@ -6,7 +6,15 @@ import difflib
 import re
 from collections.abc import Sequence
 
-SPELLINGS = {"labelled": "labeled", "normalisation": "normalization", "gray": "grey"}
+SPELLINGS = {
+    "labelled": "labeled",
+    "unlabelled": "unlabeled",
+    "normalisation": "normalization",
+    "optimiser": "optimizer",
+    "gray": "grey",
+    "colour": "color",
+    "recolour": "recolor",
+}
 """Other spellings of words in flags, which are taken for ours."""
 
 
@@ -26,15 +34,19 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
 def respelled(arguments: Sequence[str]) -> list[str]:
     """Flags in our spelling.
 
-    >>> respelled(["--labelled", "labelled/", "--unlabelled-batch=8"])
-    ['--labeled', 'labelled/', '--unlabeled-batch=8']
+    >>> respelled(["--labelled", "labelled/", "--unlabelled-batch=8", "--changes.no-recolour", "--grayscale"])
+    ['--labeled', 'labelled/', '--unlabeled-batch=8', '--changes.no-recolor', '--grayscale']
     """
-    words = re.compile("|".join(SPELLINGS))
     return [
-        words.sub(lambda found: SPELLINGS[found[0]], flag) + equals + value if one.startswith("--") else one
+        _respelled(flag) + equals + value if one.startswith("--") else one
         for one in arguments
         for flag, equals, value in [one.partition("=")]
     ]
+
+
+def _respelled(flag: str) -> str:
+    """Whole words alone, between dashes, dots and underscores."""
+    return "".join(SPELLINGS.get(word, word) for word in re.split(r"([-._])", flag))
 
 
 def unknown_flags(arguments: Sequence[str], known: Sequence[str]) -> list[str]:

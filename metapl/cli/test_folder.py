@@ -82,5 +82,5 @@ class TestFolder:
             yield f"it is not known which of these pictures were trained on: {error}"
             return
         for finding in find_copies(labeled, unlabeled, None, self.files, None):
-            if " test pictures are among " in finding.message:
+            if finding.kind == "test copies":
                 yield finding.message

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from metapl.cli.idle import by_choice, by_method, explained
 from metapl.cli.jobs import Job, aloud, run_all
 from metapl.cli.pace import Pace
 from metapl.cli.parse import Switch, paragraph
@@ -27,29 +28,30 @@ from metapl.fit import Interrupted
 from metapl.fitting.progress import duration
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
-from metapl.recipes.comparison import Comparison, parse_seeds, title
-from metapl.recipes.experiment import COMPARED, CONTROLS, METHODS, summary
+from metapl.recipes.comparison import Comparison, parse_seeds
+from metapl.recipes.experiment import summary
+from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
 from metapl.recipes.store import describe, stored
 from metapl.run_folder import WEIGHTS, RunFolder
 
 METHODS_HELP = (
-    f"with --compare: these methods alone, of {', '.join(METHODS)}; supervised_everything, the headroom, is for "
-    "recipes that know the labels of all examples."
+    f"with --compare: these methods alone, of {', '.join(METHODS)}; supervised_everything is for recipes "
+    "that know the labels of all examples."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a student with Meta Pseudo Labels, and say whether the teacher's feedback helped.
+    """Train a student with Meta Pseudo Labels; with --compare, say whether the teacher's feedback helped.
 
     Args:
         recipe: what is trained, and how.
-        out: the run folder; by default the next free one in runs/.
-        resume: go on with the run in the folder, bit for bit where it was stopped.
-        compare: run the same loop without feedback and the baselines beside it.
-        seeds: with --compare: the seeds, such as 0-9 or 0,3,5; the recipe's own seed by default.
-        controls: with --compare: altered feedback too.
-        jobs: with --compare: runs at a time; by default as many as there are cores, and one on a GPU.
+        out: run folder; by default the next free one in runs/.
+        resume: continue the run in the folder; it ends bit for bit as without the interruption.
+        compare: train by the other methods too, one of them the same loop without feedback, and compare them.
+        seeds: with --compare: seeds, such as 0-9 or 0,3,5; by default the recipe's own.
+        controls: with --compare: train with altered feedback too.
+        jobs: with --compare: number of runs at a time; by default one for each core, and one on a GPU.
     """
 
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
@@ -73,6 +75,13 @@ class Train:
         except KeyboardInterrupt as stopped:
             return _say_how_to_go_on(stopped, out)
 
+    def check_flags(self, given: Sequence[str]) -> None:
+        """Refuse flags that are given and change nothing.
+
+        Args:
+            given: their names; see :func:`metapl.cli.idle.given_flags`.
+        """
+
     def _settled(self, out: Path) -> Any:
         """The recipe as it can be stored: what is left open is chosen, or is as it was where a run is gone on with."""
         recipe: Recipe = self.recipe
@@ -90,6 +99,8 @@ class Train:
         for name in ("seeds", "methods", "jobs", "controls"):
             if getattr(self, name) and not self.compare:
                 raise MetaplError(f"--{name} goes with --compare.")
+        if self.controls and self.methods:
+            raise MetaplError(f"--controls has no effect beside --methods: add {' '.join(CONTROLS)} to the methods.")
         unknown = [name for name in self.methods or () if name not in METHODS]
         if unknown:
             raise MetaplError(f"--methods {' '.join(unknown)}: expected some of {', '.join(METHODS)}.")
@@ -108,7 +119,7 @@ class Train:
         result = Job(self.recipe, method, out, self.resume).run(progress=True, quiet=False)
         if finished:
             print(f"{out} is finished already.")
-        for line in summary(result, len(self.recipe.classes)):
+        for line in summary(result):
             print(paragraph(line))
         print(f"the networks, the report and the figures are in {out}")
         if method == "mpl":
@@ -119,10 +130,7 @@ class Train:
 
     def _compare(self, out: Path) -> int:
         seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
-        # The recipe's own method first: it is delivered where validation cannot tell.
-        own = getattr(self.recipe, "method", COMPARED[0])
-        others = tuple(name for name in COMPARED if name != own) + (CONTROLS if self.controls else ())
-        methods = self.methods or (own, *others)
+        methods = self._methods()
         folder = RunFolder(out)
         recipe = describe(self.recipe, compare=list(methods), seeds=list(seeds))
         with folder.claimed(recipe, resume=self.resume):
@@ -136,6 +144,13 @@ class Train:
         print(paragraph(comparison.sentence()))
         print(paragraph(comparison.delivery()))
         return 0
+
+    def _methods(self) -> tuple[str, ...]:
+        """Those that are compared."""
+        # The recipe's own method first: it is delivered where validation cannot tell.
+        own = getattr(self.recipe, "method", COMPARED[0])
+        others = tuple(name for name in COMPARED if name != own) + (CONTROLS if self.controls else ())
+        return self.methods or (own, *others)
 
     def _run_jobs(
         self, out: Path, methods: tuple[str, ...], seeds: tuple[int, ...]
@@ -188,7 +203,9 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainImages(Train):
-    """Train a student on your own pictures: a few in one folder a class, many in a folder without labels.
+    """Train a classifier on your own pictures: a few with labels, in one folder for each class, and many without.
+
+    The teacher's flags are also those of the one network that the methods uda, fixmatch and supervised train.
 
     Args:
         recipe: what is trained, and how.
@@ -203,6 +220,15 @@ class TrainImages(Train):
                 "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
                 "labelled pictures for it."
             )
+
+    def check_flags(self, given: Sequence[str]) -> None:
+        refused = explained(given, by_choice(self.recipe, seeds=bool(self.seeds)))
+        methods = self._methods() if self.compare else (self.recipe.method,)
+        unused = explained(given, by_method(self.recipe, methods))
+        if refused or (unused and not self.compare):
+            raise MetaplError(" ".join(filter(None, (refused, unused))))
+        if unused:  # comparisons of other methods are run with the same flags
+            print(f"note: {unused}", flush=True)
 
 
 def _train_on(kind: type[Vision]) -> type[Train]:

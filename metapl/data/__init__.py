@@ -3,7 +3,6 @@
 from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.data.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.batches import LabeledBatches, StepBatches, UnlabeledBatches, loader
-from metapl.data.device import to_device
 from metapl.data.digits import DigitsSplit, load_digits_split
 from metapl.data.feed import Feed, feed
 from metapl.data.folder_check import Finding, check_folders
@@ -17,6 +16,7 @@ from metapl.data.splits import Split, draw_split, stratified_split
 from metapl.data.unlabeled import WithoutLabels, without_labels
 from metapl.data.views import Chain, Identity, ShiftNoiseCutout, View
 from metapl.data.vision import PROTOCOLS, Protocol, VisionData, load_vision
+from metapl.device import to_device
 
 __all__ = [
     "CIFAR_OPERATIONS",

@@ -324,12 +324,12 @@ class RandAugment:
             return operations.affine(images, rows[2:].T)
         if group == _PAIRED:
             return operations.blend(images, originals[rows[1]], min(0.4 * self.level, 0.4))
-        return _RECOLOURS[group](images, self.level)
+        return _RECOLORS[group](images, self.level)
 
 
 _AS_IT_IS, _MOVED, _PAIRED = "as it is", "moved", "Sample Pairing"
 
-_RECOLOURS: dict[str, Callable[[Tensor, float], Tensor]] = {
+_RECOLORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "AutoContrast": lambda levels, level: operations.autocontrast(levels),
     "Brightness": lambda levels, level: operations.brightness(levels, 0.1 + 1.8 * level),
     "Color": lambda levels, level: operations.color(levels, 0.1 + 1.8 * level),

@@ -1,4 +1,4 @@
-"""Views that change a whole batch by a few tensor operations: affine maps, colours, holes and mirroring.
+"""Views that change a whole batch by a few tensor operations: affine maps, colors, holes and mirroring.
 
 A chain of them costs less than the passes of a small network on the same pictures. Each takes float pictures in [0, 1]
 and keeps them there. What a picture becomes depends on (seed, step, example) alone, to the last bit on one device:
@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 from metapl.data import draws
-from metapl.data.device import to_device
+from metapl.data.images import LUMA
+from metapl.device import to_device
 from metapl.errors import MetaplError
 
 # Streams 0 to 5 are those of ShiftNoiseCutout and of augment.py.
 _AFFINE, _COLOR, _HOLE, _FLIP, _RECOLOR = range(6, 11)
-
-# ITU-R BT.601, as in Pillow.
-_LUMA = (0.299, 0.587, 0.114)
 
 _PADDING = {"border": "border", "reflect": "reflection"}
 
@@ -48,7 +47,7 @@ class Affine:
     ``examples`` (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order
     matters.
 
-    Cost: half a millisecond for 64 pictures of 3x32x32 on a CPU core, most of it ``grid_sample``.
+    Cost: one call of ``grid_sample`` for the batch.
 
     Raises:
         MetaplError: a field outside its range; on the call, images of another kind or a number of examples other than
@@ -82,7 +81,7 @@ class Affine:
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
         x, y = _centered(width, images), _centered(height, images)[:, None]
         # Not one fused operation, which may round differently at the end of a tensor than in its middle.
-        grid_BHW2 = (along_x * x + (along_y * y + offset)).permute(0, 2, 3, 1)
+        grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
         if isinstance(self.fill, str):
             moved = F.grid_sample(images, grid_BHW2, padding_mode=_PADDING[self.fill], align_corners=False)
         else:
@@ -113,7 +112,7 @@ class Color:
     """Change each picture's brightness, contrast, saturation and hue.
 
     x ↦ s(c(bx) + (1 − c)m) + (1 − s)y, with m the mean luma of bx and y the luma of the picture so far; then the
-    colours are turned about the grey axis by an angle θ, and cut to [0, 1]. b, c and s are uniform on
+    colors are turned about the grey axis by an angle θ, and cut to [0, 1]. b, c and s are uniform on
     [max(0, 1 − r), 1 + r] for their r, and θ on ±hue turns. Brightness, contrast and saturation are torchvision's, but
     that nothing is cut off in between; the hue is linear, as in StyleGAN2-ADA, and not that of HSV.
 
@@ -181,13 +180,13 @@ class Color:
 
 @dataclass(frozen=True)
 class Hole:
-    """Cover a square of each picture by one colour.
+    """Cover a square of each picture by one color.
 
     The centre is uniform on the picture, so that a part of the square may lie outside.
 
     Args:
         side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤ smallest ≤ largest.
-        fill: ``"mean"``, the mean colour of the picture, or ``"grey"``, a grey that is uniform on [0, 1].
+        fill: ``"mean"``, the mean color of the picture, or ``"grey"``, a grey that is uniform on [0, 1].
 
     Call: as :class:`Affine`.
 
@@ -221,7 +220,6 @@ class Hole:
         y, x = _centered(height, images)[:, None], _centered(width, images)
         hole = ((y >= top) & (y < bottom) & (x >= left) & (x < right)).to(images.dtype)
         fill = _mean(images).to(images.dtype) if self.fill == "mean" else level
-        # With products instead of torch.where, which takes three times as long.
         covered: Tensor = images * (1.0 - hole)
         return covered.add_(hole * fill)
 
@@ -309,9 +307,9 @@ def _luma(images: Tensor) -> Tensor:
     """(B, 1, H, W)."""
     if images.shape[1] == 1:
         return images
-    luma: Tensor = images[:, :1] * _LUMA[0]
-    luma += images[:, 1:2] * _LUMA[1]
-    luma += images[:, 2:] * _LUMA[2]
+    luma: Tensor = images[:, :1] * LUMA[0]
+    luma += images[:, 1:2] * LUMA[1]
+    luma += images[:, 2:] * LUMA[2]
     return luma
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from metapl.data import draws
-from metapl.data.device import to_device
 from metapl.data.samplers import StepSampler
 from metapl.data.views import View
+from metapl.device import to_device
 from metapl.errors import MetaplError
 
 BatchT = TypeVar("BatchT")

@@ -26,8 +26,8 @@ from metapl.batch import inputs_of
 from metapl.checks import described
 from metapl.data import draws
 from metapl.data.batches import StepBatches, loader
-from metapl.data.device import to_device
 from metapl.data.unlabeled import WithoutLabels
+from metapl.device import to_device
 from metapl.errors import MetaplError
 
 _END: Any = object()

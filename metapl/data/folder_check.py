@@ -15,6 +15,8 @@ from metapl.errors import MetaplError
 
 T = TypeVar("T")
 
+Kind = Literal["classes", "test copies", "validation copies", "labeled copies", "contradiction"]
+
 _SHOWN = 5
 _GLIMPSE = 4096
 
@@ -27,11 +29,14 @@ class Finding:
         level: an "error" makes results wrong or training impossible; a "warning" may be meant so.
         message: what was found, with the first few files, and how to mend it.
         files: all the files that it is about.
+        kind: of the classes' folders ("classes"); of pictures that stand in two folders ("test copies", "validation
+            copies", "labeled copies") or in two classes ("contradiction").
     """
 
     level: Literal["error", "warning"]
     message: str
     files: tuple[Path, ...] = ()
+    kind: Kind = "classes"
 
 
 def check_folders(
@@ -169,6 +174,7 @@ def find_copies(
             "error",
             f"{len(contradictions)} pictures are in two classes: {shown}; remove them from all classes but one.",
             tuple(Path(one.path) for group in contradictions for one in group),
+            kind="contradiction",
         )
 
 
@@ -178,8 +184,11 @@ def _used_twice(labeled: LabeledFiles, unlabeled: Files) -> Finding:
         note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
     else:
         note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
-    return Finding("warning", f"all labelled pictures are in the unlabelled folder {unlabeled.root} too: {note}")
+    told = f"all labelled pictures are in the unlabelled folder {unlabeled.root} too: {note}"
+    return Finding("warning", told, kind="labeled copies")
 
+
+_COPIES: dict[str, Kind] = {"test": "test copies", "validation": "validation copies"}
 
 _LEAKS = (
     ("test", "labeled"),
@@ -199,6 +208,7 @@ def _leak(held_out: str, other: str, pairs: Sequence[tuple[_Copy, _Copy]]) -> Fi
         + ("what is selected on them looks better than it is: " if harmless else "the result would be too good: ")
         + f"remove them from the {other} folder.",
         tuple(Path(one.path) for pair in pairs for one in pair),
+        kind=_COPIES[held_out],
     )
 
 

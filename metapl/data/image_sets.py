@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import mmap
@@ -23,6 +22,7 @@ from torch.utils.data import get_worker_info
 from metapl.data.folders import Count, Progress
 from metapl.data.images import MAX_PIXELS, Crop, UnreadableImage, read_crops, read_image
 from metapl.errors import MetaplError
+from metapl.locks import lock
 
 _IN_A_ROW = 32
 _WORKERS = 256
@@ -347,7 +347,7 @@ def record_files(log: Path, reasons: Mapping[str, str]) -> None:
     if not reasons:
         return
     with log.open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # workers add to it too
+        lock(file, wait=True)  # workers add to it too
         file.seek(0)
         before = file.read()
         known = _recorded(before)

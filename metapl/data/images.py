@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from metapl.errors import MetaplError
@@ -39,6 +40,9 @@ SUFFIXES = (
 
 MAX_PIXELS = 89_478_485
 """Pixels above which a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in brightness: ITU-R BT.601, as in Pillow."""
 
 # Pillow tries no others. Some of its readers start programs: EPS runs Ghostscript, whatever the file's name ends with.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
@@ -77,7 +81,7 @@ def read_image(
     """Read a picture as bytes.
 
     Whatever the file holds comes out the same way: turned as the camera noted (EXIF), palettes looked up, transparent
-    parts on white, 16 bits scaled (not clipped) to 8, CMYK and others converted as Pillow does, without colour
+    parts on white, 16 bits scaled (not clipped) to 8, CMYK and others converted as Pillow does, without color
     profiles; of several frames the first.
 
     Args:
@@ -147,8 +151,8 @@ def _read(
         )
     with _opened(path, max_pixels) as image:
         pictures = _decoded(image, mode, size, crops, centre)
-        values = [torch.from_numpy(numpy.array(one, dtype=numpy.uint8)) for one in pictures]
-    return [one[None] if mode == "L" else one.permute(2, 0, 1).contiguous() for one in values]
+        values = [torch.from_numpy(numpy.atleast_3d(numpy.array(one, dtype=numpy.uint8))) for one in pictures]
+    return [rearrange(one, "h w c -> c h w").contiguous() for one in values]
 
 
 def image_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

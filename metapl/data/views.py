@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from metapl.data import draws
-from metapl.data.device import to_device
+from metapl.device import to_device
 from metapl.errors import MetaplError
 
 _GEOMETRY, _NOISE = range(2)
@@ -141,7 +142,7 @@ def _shift(images_BCHW: Tensor, offsets_B2: Tensor) -> Tensor:
         rows_BH.clamp(0, height - 1)[:, :, None],
         cols_BW.clamp(0, width - 1)[:, None, :],
     ]
-    return moved_BHWC.permute(0, 3, 1, 2).masked_fill(~inside_BHW[:, None], 0.0)
+    return rearrange(moved_BHWC, "b h w c -> b c h w").masked_fill(~inside_BHW[:, None], 0.0)
 
 
 def _cut_out(images_BCHW: Tensor, corners_B2: Tensor, side: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from metapl.data.image_sets import FileImages, Images, MemoryImages
@@ -265,7 +266,7 @@ def _distinct(names: Iterable[tuple[str, ...]], keys: Iterable[str]) -> tuple[st
 
 
 def _channels_first(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return rearrange(torch.from_numpy(images), "n h w c -> n c h w").contiguous()
 
 
 def _python(code: str) -> str:

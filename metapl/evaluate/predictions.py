@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
-from metapl.data.device import to_device
+from metapl.device import to_device
 from metapl.errors import MetaplError
 
 ROWS = 1024
@@ -107,7 +107,7 @@ def _pieces(batch: Any, size: int | None) -> Iterator[Any]:
 
 
 def iterated(data: Any, what: str) -> Iterator[Any]:
-    """The batches of an iterable; other data are refused."""
+    """The batches of an iterable, or of what has them by position; other data are refused."""
     try:
         batches: Iterator[Any] = iter(data)
     except TypeError as error:

@@ -14,7 +14,7 @@ from metapl.errors import MetaplError
 from metapl.feedback.base import Feedback, Kind, Normalization, State, check_choice, divisor, only
 from metapl.feedback.forward import from_tangent
 from metapl.inner import InnerStep
-from metapl.numerics import Tree, norm
+from metapl.numerics import Tree, norm, wide
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Difference:
         v = step.outer_gradient()
         w = step.pullback(v)
         z_dot = self.directional_derivative(step, w)
-        return [from_tangent(step, z_dot, w, divisor(self.normalization, step, w))], state
+        return [from_tangent(step, z_dot, w, divisor(self.normalization, step, w), by_difference=True)], state
 
     def directional_derivative(self, step: InnerStep, w: Tree) -> Tensor:
         """ż along w, (B, C); exactly zero where w is."""
@@ -74,14 +74,19 @@ class Difference:
         delta = self.step_size(step)
         ahead = step.outputs_at(delta, unit)
         if not self.one_sided:
-            return length * (ahead - step.outputs_at(-delta, unit)) / (2 * delta)
+            behind = step.outputs_at(-delta, unit)
+            step.check_replay((ahead + behind) / 2)
+            return length * (ahead - behind) / (2 * delta)
         here = step.outputs if step.ran_in_full_precision() else step.outputs_at(0 * delta, unit)
+        step.check_replay(here)
         return length * (ahead - here) / delta
 
     def step_size(self, step: InnerStep) -> Tensor:
         """δ, a scalar on the student's device."""
         size = norm(step.params)
-        r = self.relative_step or RELATIVE_STEP[size.dtype]
+        # Rounding is that of the narrowest format on the way, say of a float32 body under a float64 head.
+        formats = {wide(t).dtype for t in (*step.params.values(), step.outputs)}
+        r = self.relative_step or RELATIVE_STEP[torch.float32 if torch.float32 in formats else torch.float64]
         typical = size / math.sqrt(sum(t.numel() for t in step.params.values()))
         return r * typical.clamp_min(1e-3)  # the bound is for weights that are all zero
 

@@ -73,15 +73,19 @@ class Forward:
         return [from_tangent(step, z_dot, w, divisor(self.normalization, step, w))], state
 
 
-def from_tangent(step: InnerStep, z_dot: Tensor, w: Tree, scale: Tensor | float) -> Feedback:
+def from_tangent(
+    step: InnerStep, z_dot: Tensor, w: Tree, scale: Tensor | float, *, by_difference: bool = False
+) -> Feedback:
     """h from ż: the derivative in the signal itself, or in the law of sampled labels."""
     if not step.signal.sampled:
-        return Feedback(step.signal_feedback(z_dot, w) / scale, "value")
+        return Feedback(step.signal_feedback(z_dot, w, by_difference=by_difference) / scale, "value")
     if step.signal.probs is None:
         raise MetaplError(
             "the problem's signal is sampled and carries no probs, over which this mode would take the expectation; "
             'give Signal(value, log_prob, probs=...) or use mode="reinforce_per_example".'
         )
-    # ℓ is linear in its target, so h_ik = −d/dε ℓ(z_i, class k)/B is the derivative at the one-hot rows drawn.
+    # ℓ is linear in its target (checked below), so h_ik = −d/dε ℓ(z_i, class k)/B is the derivative at the rows drawn.
     one_hot = torch.nn.functional.one_hot(step.signal.value, step.signal.probs.shape[-1]).to(step.signal.probs.dtype)
-    return Feedback(step.signal_feedback(z_dot, w, one_hot) / scale, "probs")
+    h = step.signal_feedback(z_dot, w, one_hot, by_difference=by_difference)
+    step.check_linear(z_dot, w, h)
+    return Feedback(h / scale, "probs")

@@ -53,5 +53,5 @@ class ReinforcePerExample:
         w = step.pullback(v)
         exact = self.tangent == "forward"
         z_dot = step.directional_derivative(w) if exact else Difference().directional_derivative(step, w)
-        h = step.example_feedback(z_dot, w) / divisor(self.normalization, step, w)
+        h = step.example_feedback(z_dot, w, by_difference=not exact) / divisor(self.normalization, step, w)
         return [Feedback(h, "log_prob")], state

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
+from metapl.execution.kernels import explained
 from metapl.feedback.base import Feedback, Kind, State, only
-from metapl.inner import InnerStep, explained
+from metapl.inner import InnerStep
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,5 @@ class Unrolled:
     def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
         step = only(steps, self.name)
         with explained(self.name):
-            # By autograd.grad on the signal alone: a plain backward would also form gradients of θ, two passes more.
-            (gradient,) = torch.autograd.grad(step.outer_loss_of_signal(), step.signal.value, materialize_grads=True)
+            gradient = step.outer_gradient_of_signal()
         return [Feedback(-gradient, "value")], state

@@ -7,8 +7,8 @@ from typing import Any
 
 from metapl.checks import described
 from metapl.errors import MetaplError
+from metapl.execution.rng import RandomState, replayed
 from metapl.fitting.contract import Stepwise
-from metapl.replay import RandomState, replayed
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
 """Called with the number of steps done, the row recorded after them and the trainer; what it returns is not read.
@@ -22,7 +22,8 @@ class StopFit(Exception):
     """Raised by a callback to end the fit after the step at hand, as if it had been the last one.
 
     The student is then chosen as at the end of any fit, a checkpoint is written, the text is told, and a resumed fit
-    is a finished one.
+    is a finished one. During ``wait`` the student has not begun: the fit then returns it untrained, beside the teacher
+    that was trained, and says so.
 
     >>> import torch, metapl
     >>> def stop_at_small_loss(step, row, trainer):

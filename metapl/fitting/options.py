@@ -57,7 +57,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         for name in COUNTS:
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             left_out = name == "exact_every" and value is None
             if not left_out and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise MetaplError(f"{name}={value!r}: expected a whole number.")

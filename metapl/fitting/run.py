@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from metapl import checkpoint
-from metapl.data.feed import Feed, feed
 from metapl.errors import MetaplError
 from metapl.fitting.average import Average
 from metapl.fitting.callbacks import Callback, Callbacks
@@ -28,6 +27,9 @@ from metapl.fitting.stopping import Interrupted, stop_requests
 from metapl.fitting.watch import Watch
 from metapl.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from metapl.data.feed import Feed
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -35,7 +37,8 @@ class FitResult:
 
     Args:
         validation_accuracy: of the student that is kept, a fraction; None without validation.
-        step: the step it was reached at; without validation the last one.
+        step: the number of steps after which it was as it is kept: the best by validation, or the last where validation
+            does not select.
         weights: of that student; they are in the student now.
         teacher_weights: of the teacher after the last step, averaged where the student is; they are in the teacher now.
             None where there is no teacher.
@@ -89,7 +92,7 @@ class FitRun:
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
         if labeled is None:
             raise MetaplError(
-                "labeled is None; expected a source of batches (inputs, labels), such as a DataLoader or a list."
+                "labeled is None; expected a source of labelled batches (inputs, labels): a DataLoader, or a list."
             )
         if not resume:
             self.records.refuse_another_run()
@@ -113,6 +116,8 @@ class FitRun:
         return self._finish()
 
     def _feed(self, source: Any, name: str) -> Feed:
+        from metapl.data.feed import feed  # only those who fit need metapl.data
+
         how = self.how
         return feed(source, name=name, stop=how.steps, num_workers=how.num_workers, device=self.trainer.device)
 
@@ -157,15 +162,22 @@ class FitRun:
         return row
 
     def _record(self, step: int, row: dict[str, float]) -> None:
-        self.records.row(row)
-        reason = self.callbacks.after(step, row)
-        if reason is None:
-            return
+        try:
+            reason = self.callbacks.after(step, row)
+            if reason is not None:
+                row |= self._end(step, reason)
+        finally:  # what a callback raises comes out, and the step was done
+            self.records.row(row)
+
+    def _end(self, step: int, reason: str) -> dict[str, float]:
+        """Make this step the last one; its accuracies on validation data, unless they are in its row already."""
+        how = self.how
         self.ended = step, reason
-        self.say(f"stopped after step {step} by a callback" + (f": {reason}" if reason else ""))
+        why = f": {reason}" if reason else ""
+        began = f"; the student is untrained: it would have begun after step {how.wait}" if how.waits(step - 1) else ""
+        self.say(f"stopped after step {step} by a callback{why}{began}")
         # The last step is validated, as in any fit: what is kept has been looked at.
-        if not self.how.due(self.how.validate_every, step - 1) and (seen := self._look(step - 1)):
-            self.records.row({"step": step, **seen})
+        return {} if how.due(how.validate_every, step - 1) else self._look(step - 1)
 
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
         if self.how.warm_start and t == self.how.wait:

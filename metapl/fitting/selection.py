@@ -14,7 +14,7 @@ from metapl.checks import described
 from metapl.errors import MetaplError
 from metapl.evaluate import evaluate_logits, predict_logits
 from metapl.evaluate.predictions import batches_of, iterated, logits_of
-from metapl.replay import RandomState, replayed
+from metapl.execution.rng import RandomState, replayed
 
 
 @dataclass

@@ -32,7 +32,7 @@ class Architecture:
         num_classes: number of outputs, 1 or more.
         dropout: probability in [0, 1); where it acts is the network's own affair, see :func:`create`.
         stochastic_depth: probability in [0, 1) of dropping the last block.
-        in_channels: channels of a picture: 3 for colour, 1 for grey.
+        in_channels: channels of a picture: 3 for color, 1 for grey.
         image_size: side of the square pictures in pixels; vision transformers and pooled_cnn are built for one, the
             others take any.
 
@@ -141,7 +141,7 @@ def create(
         num_classes: number of outputs, 1 or more.
         dropout: probability in [0, 1) of zeroing a value; 0 whatever the library's own default is.
         stochastic_depth: probability in [0, 1) of dropping the last block (one minus its survival probability).
-        in_channels: channels of a picture: 3 for colour, 1 for grey.
+        in_channels: channels of a picture: 3 for color, 1 for grey.
         weights: a local file of a state dict to start from, ``.safetensors`` or what ``torch.save`` wrote; a head for
             another number of classes is left out, see :func:`metapl.models.load_weights`. None: fresh weights from the
             default generator.

@@ -46,7 +46,7 @@ def small_cnn(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0)
 
     Args:
         num_classes: number of outputs, 1 or more.
-        in_channels: channels of a picture: 3 for colour, 1 for grey.
+        in_channels: channels of a picture: 3 for color, 1 for grey.
         dropout: probability in [0, 1) of zeroing one of the 64 features before the linear layer.
 
     Returns:

@@ -73,7 +73,7 @@ def wide_resnet(depth: int, widen: int, num_classes: int = 10, dropout: float = 
         widen: width factor, 1 or more.
         num_classes: number of outputs, 1 or more.
         dropout: probability in [0, 1) of zeroing a value between the two convolutions of a block.
-        in_channels: channels of a picture: 3 for colour, 1 for grey.
+        in_channels: channels of a picture: 3 for color, 1 for grey.
 
     Returns:
         A module from images (B, ``in_channels``, H, W), meant for 32x32, to logits (B, ``num_classes``).

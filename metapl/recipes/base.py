@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from metapl import feedback
 from metapl.data.splits import Split
 from metapl.errors import MetaplError
+from metapl.evaluate import chance_level
 from metapl.losses import TeacherLoss
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
+
+SELECTED_ON = 50
+"""Validation examples from which on students are told apart by them: of 50, 7 points are one standard error."""
 
 Say = Callable[[str], None]
 
@@ -36,12 +40,12 @@ class Optimizer:
     """An optimizer of ``torch.optim``.
 
     Args:
-        algorithm: stochastic gradient descent, or AdamW with decay rates 0.9 and 0.999.
-        lr: base learning rate; the schedule multiplies it.
-        momentum: decay of the moving average of gradients (sgd).
-        nesterov: Nesterov's momentum instead of heavy-ball (sgd).
-        weight_decay: weight of the L2 penalty; decoupled from the gradient with adamw.
-        decay_norms: weight decay on normalisation layers and biases too.
+        algorithm: sgd is stochastic gradient descent; adamw is AdamW with decay rates 0.9 and 0.999.
+        lr: base learning rate, which the schedule multiplies.
+        momentum: momentum of sgd; 0 is none.
+        nesterov: Nesterov's momentum instead of the usual one (sgd).
+        weight_decay: weight of the L2 penalty; adamw shrinks the weights by it directly.
+        decay_norms: apply weight decay to normalization layers and biases too.
     """
 
     algorithm: Literal["sgd", "adamw"] = "sgd"
@@ -72,14 +76,14 @@ class Feedback:
     """How the teacher is told.
 
     Args:
-        mode: how its gradient is found; see ``metapl.MODES``.
-        labels: soft or hard pseudo-labels; None: what the mode needs.
-        feedback_weight: factor of the feedback beside the teacher's own losses.
-        normalization: what h is divided by: nothing (gradient), the learning rate, or ‖w‖‖g‖ (cosine); None: the
-            mode's own.
-        baseline: decay of the moving average subtracted from h (reinforce, loss_difference); None: no baseline.
-        temperature: of the pseudo-labels' softmax.
-        pseudo_label_smoothing: of the pseudo-labels, in the loss of the student.
+        mode: how the gradient of the feedback is computed; see ``metapl.MODES``.
+        labels: soft or hard pseudo-labels, if not what the mode needs.
+        feedback_weight: weight of the feedback beside the teacher's own losses.
+        normalization: what the feedback h is divided by, if not as in the mode: nothing (gradient), the learning rate,
+            or ‖w‖‖g‖ (cosine).
+        baseline: decay of a moving average to subtract from h (reinforce, loss_difference).
+        temperature: temperature of the softmax that makes the pseudo-labels.
+        pseudo_label_smoothing: label smoothing of the pseudo-labels in the student's loss.
     """
 
     mode: Mode = "forward"
@@ -148,11 +152,18 @@ class Task:
     @property
     def validation_size(self) -> int:
         """Number of validation examples."""
-        if self.validation is None:
-            return 0
-        if isinstance(self.validation, tuple):
-            return len(self.validation[1])
-        return len(self.validation.labels)
+        return 0 if self.validation is None else len(self._validation_labels())
+
+    @property
+    def validation_chance(self) -> float | None:
+        """What guessing reaches on the validation examples, see :func:`metapl.evaluate.chance_level`; None without."""
+        if not self.validation_size:
+            return None
+        return chance_level(torch.bincount(self._validation_labels(), minlength=len(self.classes)).tolist())
+
+    def _validation_labels(self) -> Tensor:
+        labels: Tensor = self.validation[1] if isinstance(self.validation, tuple) else self.validation.labels
+        return labels
 
 
 class Recipe(Protocol):

@@ -7,19 +7,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from metapl.data.feed import feed
-from metapl.data.image_sets import MemoryImages
+from metapl.data.image_sets import FileImages, Images, MemoryImages
 from metapl.fit import FitResult, Loop
 from metapl.recipes.base import Task
-from metapl.recipes.experiment import METHODS, ROLES, Experiment
+from metapl.recipes.experiment import ROLES, Experiment
 from metapl.recipes.images import ImageFolders
+from metapl.recipes.methods import METHODS
 from metapl.recipes.pictures import Pictures
 from metapl.run_folder import RunFolder
 
@@ -32,11 +36,14 @@ WARM, TIMED, SECONDS = 2, 20, 4.0
 PICTURES = 128
 """Pictures of noise that the steps are taken on."""
 
+LARGER = 1.25
+"""Side of those in files, in units of that of the pictures that the network sees."""
+
 FASTER = 1.25
 """How much faster bfloat16 has to be to be taken."""
 
 ROUNDS = 3
-"""How often both precisions are timed, by turns; the fastest counts, for what else the machine does slows some."""
+"""How often both precisions are timed, by turns: the machine's other work slows some rounds, and the fastest counts."""
 
 
 Clock = Callable[[], float]
@@ -54,9 +61,22 @@ class _Rehearsal(Experiment):
         self, trainer: Loop, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
     ) -> FitResult:
         sources = [labeled] if unlabeled is None else [labeled, unlabeled]
-        feeds = [feed(one, name=str(i), stop=2**31, device=trainer.device) for i, one in enumerate(sources)]
-        batches = iter(lambda: [one.next() for one in feeds], None)
-        waits = 0 if "wait" in over else self.recipe.fit_options().get("wait", 0)
+        workers = self.recipe.fit_options().get("num_workers", 0)
+        with ExitStack() as opened:
+            feeds = [
+                feed(one, name=str(i), stop=2**31, num_workers=workers, device=trainer.device)
+                for i, one in enumerate(sources)
+            ]
+            for one in feeds:
+                opened.callback(one.close)
+            batches = iter(lambda: [one.next() for one in feeds], None)
+            self.seconds.append(self._mean(trainer, batches, waits=0 if "wait" in over else None))
+        weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
+        return FitResult(None, 0, weights)
+
+    def _mean(self, trainer: Loop, batches: Iterator[Any], waits: int | None) -> float:
+        """Seconds of a step, averaged over the run; ``waits``: steps before the student begins, None: the recipe's."""
+        waits = self.recipe.fit_options().get("wait", 0) if waits is None else waits
         begins = min(getattr(self.recipe, "uda_start", 0), self.recipe.steps)
         # Steps differ before and after UDA begins, and while a student waits: each kind is timed, and counts as often
         # as it comes.
@@ -66,9 +86,7 @@ class _Rehearsal(Experiment):
             trainer.steps_done = first
             step = trainer.teacher_step if first < waits else trainer.step
             seconds += (last - first) / self.recipe.steps * _seconds(step, batches, self.clock)
-        self.seconds.append(seconds)
-        weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
-        return FitResult(None, 0, weights)
+        return seconds
 
 
 def _seconds(step: Callable[..., Any], batches: Iterator[Any], clock: Clock) -> float:
@@ -86,25 +104,40 @@ def _seconds(step: Callable[..., Any], batches: Iterator[Any], clock: Clock) -> 
 def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> float:
     """What a step of the recipe's method takes on this machine, on pictures of noise.
 
+    Where views are cut out of the files themselves, these are files too, and reading them is a part of the step.
+
     Args:
         recipe: complete, of any number of steps.
         clock: ``time.process_time`` where other processes share the cores.
 
     Cost: some seconds; the default generator is put back.
     """
-    generator = torch.Generator().manual_seed(0)
-    side, channels = recipe.image_size, 1 if recipe.grey else 3
-    noise = torch.randint(0, 256, (PICTURES, channels, side, side), dtype=torch.uint8, generator=generator)
-    images = MemoryImages(noise)
-    labels = torch.arange(PICTURES) % len(recipe.classes)
-    sources = recipe.batches(Pictures(few=images, labels=labels, many=images))
-    task = Task(**sources, classes=recipe.classes, record={})
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
+        images = _noise(recipe, Path(folder))
+        labels = torch.arange(PICTURES) % len(recipe.classes)
+        sources = recipe.batches(Pictures(few=images, labels=labels, many=images))
+        task = Task(**sources, classes=recipe.classes, record={})
         rehearsal = _Rehearsal(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None, clock=clock)
         networks = [recipe.network(role).to(recipe.place()) for role in ROLES]
-        METHODS[recipe.method](rehearsal, task, *networks)
+        METHODS[recipe.method].run(rehearsal, task, *networks)
     return sum(rehearsal.seconds)
+
+
+def _noise(recipe: ImageFolders, folder: Path) -> Images:
+    """Pictures as the recipe's own are kept: in memory, or in files of ``folder`` where views are cut out of these."""
+    generator = torch.Generator().manual_seed(0)
+    channels = 1 if recipe.grey else 3
+
+    def levels(side: int) -> Tensor:
+        return torch.randint(0, 256, (PICTURES, channels, side, side), dtype=torch.uint8, generator=generator)
+
+    if not recipe.resized_crop:
+        return MemoryImages(levels(recipe.image_size))
+    paths = [folder / f"{number}.png" for number in range(PICTURES)]
+    for path, picture in zip(paths, levels(round(LARGER * recipe.image_size)), strict=True):
+        Image.fromarray(picture.squeeze(0).numpy() if recipe.grey else picture.permute(1, 2, 0).numpy()).save(path)
+    return FileImages(paths, size=(recipe.image_size,) * 2, mode="L" if recipe.grey else "RGB")
 
 
 def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monotonic) -> int:

@@ -9,30 +9,12 @@ from typing import Any
 
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation, PairedTest, paired_test, with_chance
+from metapl.recipes.methods import METHODS, title
 
 ReadOuts = Mapping[str, Sequence[float]]
 
-TITLES = {
-    "mpl": "Meta Pseudo Labels",
-    "none": "same loop, no feedback",
-    "supervised": "supervised, labelled data only",
-    "label_smoothing": "supervised with label smoothing",
-    "supervised_everything": "supervised with all true labels (headroom)",
-    "pseudo_labels": "pseudo labels of a fixed teacher, soft",
-    "pseudo_labels_hard": "pseudo labels of a fixed teacher, hard",
-    "uda": "UDA alone",
-    "fixmatch": "FixMatch alone",
-    "permuted": "MPL, feedback permuted over the batch",
-    "class_means": "MPL, class means of the feedback only",
-    "random_sign": "MPL, feedback with random signs",
-}
-
-
 DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
 """What is compared: the network that a run delivers, the student, and the student finetuned."""
-
-HEADROOM = "supervised_everything"
-"""Is told the true labels of all examples: no method for those who do not have them."""
 
 ENOUGH_SEEDS = 5
 """Of fewer, nothing is said on whether the feedback helped: a t-test over 3 pairs hardly ever finds what is there, and
@@ -104,7 +86,8 @@ class Comparison:
 
     def _methods(self) -> list[str]:
         """Those that can be used, unless there are no others."""
-        return [name for name in self.methods if name != HEADROOM] or list(self.methods)
+        headroom = [name for name, method in METHODS.items() if method.place == "headroom"]
+        return [name for name in self.methods if name not in headroom] or list(self.methods)
 
     def table(self) -> str:
         """The methods with mean ± standard deviation of all read-outs, in %.
@@ -172,11 +155,6 @@ class Comparison:
         if found is not None:
             content["mpl_against_none"] = {"read_out": found[1], **found[0].to_json()}
         return content
-
-
-def title(method: str) -> str:
-    """A method in words."""
-    return TITLES.get(method, method)
 
 
 def _spread(values: Sequence[float]) -> str:

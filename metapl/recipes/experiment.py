@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,12 @@ from metapl.baselines import LossTrainer
 from metapl.data.image_sets import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation, spoken
-from metapl.feedback import Altered
 from metapl.fit import FitResult, Loop, Say
-from metapl.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.problems import PseudoLabels
-from metapl.recipes.base import Recipe, Role, Task
-from metapl.recipes.comparison import title
+from metapl.losses import CrossEntropy
+from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
 from metapl.recipes.galleries import draw_galleries, read_galleries, write_galleries
+from metapl.recipes.methods import ALONE, METHODS, title
 from metapl.run_folder import Metrics, RunFolder, weights_file
-from metapl.trainer import BilevelTrainer
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Experiment:
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.place()
         self.record(task)
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
-        trained, result = METHODS[method](self, task, teacher, student)
+        trained, result = METHODS[method].run(self, task, teacher, student)
         labeller = trained.student if trained.labeller is None else trained.labeller
         write_galleries(self.folder.path, draw_galleries(task, labeller, trained.student))
         networks = self.networks(method, task, trained, result)
@@ -63,6 +59,7 @@ class Experiment:
             "steps": self.recipe.steps,
             "best_step": result.step,
             "validation_size": task.validation_size,
+            "validation_chance": task.validation_chance,
             "delivered_by": "validation" if self.selects(task) else "rule",
             **{key: value for one in networks.values() for key, value in one.accuracies(f"{one.name}_").items()},
             **chosen.as_delivered(),
@@ -77,7 +74,7 @@ class Experiment:
     def networks(self, method: str, task: Task, trained: Loop, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher."""
         found = [self.network("student", task, trained, result.validation_accuracy, result.weights)]
-        if result.teacher_weights is not None and method not in FIXED_TEACHER and trained.labeller is not None:
+        if result.teacher_weights is not None and METHODS[method].teaches and trained.labeller is not None:
             theirs = LossTrainer(trained.labeller, (CrossEntropy(),), optimizer=_unused(trained.labeller))
             right = None if task.validation is None else theirs.evaluate(task.validation).accuracy
             found.append(self.network("teacher", task, theirs, right, result.teacher_weights))
@@ -186,7 +183,7 @@ class Experiment:
             curves={content["method"]: Metrics(self.folder.path / "metrics.jsonl").rows("fit")},
             confusion=None if evaluation is None else evaluation.confusion,
             classes=list(task.classes),
-            summary=" ".join(summary(content, len(task.classes))),
+            summary=" ".join(summary(content)),
             galleries=read_galleries(self.folder.path),
         )
 
@@ -231,14 +228,14 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
         method: of :data:`METHODS`.
         networks: by name.
         select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``.
-            Otherwise it is that of :data:`DELIVERED`, which did better on the seen half of benchmarks/pictures.
+            Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
     """
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
-    return next(name for name in DELIVERED.get(method, ("student",)) if name in networks)
+    return METHODS[method].delivers
 
 
-def summary(content: Mapping[str, Any], classes: int) -> list[str]:
+def summary(content: Mapping[str, Any]) -> list[str]:
     """What a run reached, in sentences: ``result.json`` in words."""
     name, lines = content["delivered"], []
     tested, n = content.get("evaluation"), content["validation_size"]
@@ -247,7 +244,7 @@ def summary(content: Mapping[str, Any], classes: int) -> list[str]:
         reached = spoken(tested["accuracy"], tested["n"], Evaluation(**tested).chance)
         lines.append(f"Test accuracy of the {TITLED[name]}: {reached}.")
     if content.get("validation_accuracy") is not None:
-        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, 1 / classes)}.")
+        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, content['validation_chance'])}.")
     if not lines:
         lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
     part = "test" if tested is not None else "validation"
@@ -265,155 +262,5 @@ def _unused(network: nn.Module) -> torch.optim.Optimizer:
 
 ROLES: tuple[Role, ...] = ("teacher", "student")
 
-SELECTED_ON = 50
-"""Validation examples from which on students are told apart by them: of 50, 7 points are one standard error."""
-
 TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
 """The networks of a run in words."""
-
-DELIVERED = dict.fromkeys(("uda", "fixmatch", "mpl", "none"), ("finetuned",))
-"""By method, the network that is delivered where validation cannot tell; the student of the others."""
-
-FIXED_TEACHER = ("pseudo_labels", "pseudo_labels_hard")
-"""Methods whose teacher is trained before, and is a baseline of its own."""
-
-ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
-"""Options of a fit without a teacher that learns."""
-
-FIXMATCH_THRESHOLD = 0.95
-"""As published (arXiv:2001.07685)."""
-
-USUAL_SMOOTHING = 0.1
-"""Of the baseline by label smoothing, where the recipe smooths nothing."""
-
-Fitted = tuple[Loop, FitResult]
-Method = Callable[[Experiment, Task, nn.Module, nn.Module], Fitted]
-
-
-def _bilevel(
-    run: Experiment, task: Task, teacher: nn.Module, student: nn.Module, *, mode: Any, problem: PseudoLabels
-) -> Fitted:
-    recipe = run.recipe
-    trainer = BilevelTrainer(
-        teacher,
-        student,
-        mode,
-        problem=problem,
-        inner_optimizer=recipe.student.build(student),
-        outer_optimizer=recipe.teacher.build(teacher),
-        teacher_losses=recipe.teacher_losses(),
-        **recipe.trainer_options(),
-    )
-    return trainer, run.fit(trainer, task.labeled, task.unlabeled, task)
-
-
-def _mpl(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
-    told = run.recipe.feedback
-    return _bilevel(run, task, teacher, student, mode=told.estimator(), problem=told.problem())
-
-
-def _none(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
-    told = run.recipe.feedback
-    kind = told.problem().for_modes(told.estimator().labels, told.mode).kind
-    return _bilevel(run, task, teacher, student, mode="none", problem=dataclasses.replace(told.problem(), kind=kind))
-
-
-def _altered(how: Literal["permuted", "class_means", "random_sign"]) -> Method:
-    def method(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
-        told = run.recipe.feedback
-        mode = Altered(told.estimator(), how, seed=run.recipe.seed)
-        return _bilevel(run, task, teacher, student, mode=mode, problem=told.problem())
-
-    return method
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """The options that have nothing to do with feedback, so that a baseline trains as MPL does."""
-    names = ("clip_norm", "precision", "accumulate", "compile")
-    return {name: value for name, value in recipe.trainer_options().items() if name in names}
-
-
-def _alone(
-    run: Experiment, task: Task, network: nn.Module, losses: Sequence[TeacherLoss], labeled: Any, **over: Any
-) -> Fitted:
-    """One network, with the teacher's optimiser."""
-    trainer = LossTrainer(network, losses, optimizer=run.recipe.teacher.build(network), **_plain(run.recipe))
-    unlabeled = task.unlabeled if any(isinstance(term, UDA) for term in losses) else None
-    return trainer, run.fit(trainer, labeled, unlabeled, task, **ALONE | over)
-
-
-def _supervised(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
-    return _alone(run, task, teacher, (CrossEntropy(),), task.labeled)
-
-
-def _label_smoothing(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
-    own = next(term for term in run.recipe.teacher_losses(uda=False) if isinstance(term, CrossEntropy))
-    smoothed = dataclasses.replace(own, label_smoothing=own.label_smoothing or USUAL_SMOOTHING)
-    return _alone(run, task, teacher, (smoothed,), task.labeled)
-
-
-def _supervised_everything(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
-    if task.everything is None:
-        raise MetaplError(
-            f"supervised_everything trains on the true labels of all examples, and the recipe {run.recipe.name} does "
-            "not know those of the unlabelled ones; leave it out of --methods."
-        )
-    return _alone(run, task, teacher, run.recipe.teacher_losses(uda=False), task.everything)
-
-
-def _uda(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
-    return _alone(run, task, teacher, run.recipe.teacher_losses(uda=True), task.labeled)
-
-
-def _fixmatch(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
-    """UDA with the most probable class as the label of what the network is sure of."""
-    losses = [
-        dataclasses.replace(term, temperature=0.0, threshold=FIXMATCH_THRESHOLD, align=0.0, prior=None)
-        if isinstance(term, UDA)
-        else term
-        for term in run.recipe.teacher_losses(uda=True)
-    ]
-    return _alone(run, task, teacher, losses, task.labeled)
-
-
-def _fixed_teacher(kind: Literal["soft", "hard"]) -> Method:
-    """Plain pseudo labels, eq. (1): a supervised teacher, then a student of it."""
-
-    def method(run: Experiment, task: Task, teacher: nn.Module, student: nn.Module) -> Fitted:
-        _alone(run, task, teacher, run.recipe.teacher_losses(uda=False), task.labeled, phase="teacher")
-        trainer = BilevelTrainer(
-            teacher,
-            student,
-            "none",
-            problem=dataclasses.replace(run.recipe.feedback.problem(), kind=kind),
-            inner_optimizer=run.recipe.student.build(student),
-            outer_optimizer=run.recipe.teacher.build(teacher),
-            **_plain(run.recipe),
-            teacher_losses=(),  # without a loss and without feedback the teacher stays as it is
-        )
-        return trainer, run.fit(trainer, task.labeled, task.unlabeled, task, **ALONE)
-
-    return method
-
-
-METHODS: dict[str, Method] = {
-    "mpl": _mpl,
-    "none": _none,
-    "supervised": _supervised,
-    "label_smoothing": _label_smoothing,
-    "supervised_everything": _supervised_everything,
-    "pseudo_labels": _fixed_teacher("soft"),
-    "pseudo_labels_hard": _fixed_teacher("hard"),
-    "uda": _uda,
-    "fixmatch": _fixmatch,
-    "permuted": _altered("permuted"),
-    "class_means": _altered("class_means"),
-    "random_sign": _altered("random_sign"),
-}
-"""The methods by name: Meta Pseudo Labels, the same loop without feedback, the baselines, and altered feedback."""
-
-TEACHERS = ("supervised", "label_smoothing", "supervised_everything", "uda", "fixmatch")
-"""The methods whose one network is built as the teacher is."""
-
-COMPARED = ("mpl", "none", "supervised", "pseudo_labels", "uda")
-CONTROLS = ("permuted", "class_means", "random_sign")

@@ -24,8 +24,9 @@ from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
 from metapl.losses import UDA, TeacherLoss
 from metapl.models.pretrained import fetch_imagenet_weights
-from metapl.recipes.base import Optimizer, Say, Task, require
+from metapl.recipes.base import SELECTED_ON, Optimizer, Say, Task, require
 from metapl.recipes.looking import Look, look
+from metapl.recipes.methods import METHODS
 from metapl.recipes.pictures import IMAGENET, PictureRecipe, Pictures, Views, whole
 from metapl.recipes.progress import counting
 
@@ -44,9 +45,6 @@ SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 HUE = 0.1
 """Share of a turn by which colors are changed that do not tell classes apart."""
 
-SELECTED_ON = 50
-"""Validation pictures from which on some are set aside: fewer cannot tell students apart, and train better."""
-
 WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
 of its ramp."""
@@ -56,6 +54,9 @@ AGAIN = 2
 
 REHEARSED = 1000
 """Steps of the recipe that is measured: of such a recipe, a few are taken."""
+
+MINUTES = 5.0
+"""How long training may take where neither minutes nor steps are given."""
 
 MOST_MINUTES = 60 * 24 * 366
 """A year."""
@@ -93,16 +94,19 @@ class Changes:
     """How pictures are changed before the network learns from them, in whole batches on the device.
 
     Args:
-        degrees: greatest rotation.
-        translate: greatest move, as a share of the side.
-        zoom: greatest factor by which a picture grows or shrinks.
-        shear: in degrees.
-        brightness, contrast, saturation: greatest change of each, as a share.
-        hue: greatest turn of the colors, as a share of a whole one; 0.1 where they are exchanged, else 0.
-        hole: greatest side of a square that is covered, as a share of the side.
-        mirror: left to right. Not for letters, digits or anything else that has a right way round.
+        degrees: greatest rotation, in degrees.
+        translate: greatest shift, as a share of the side.
+        zoom: greatest factor by which a picture is enlarged or shrunk.
+        shear: greatest shear, in degrees.
+        brightness: greatest change of brightness, as a share.
+        contrast: greatest change of contrast, as a share.
+        saturation: greatest change of saturation, as a share.
+        hue: greatest change of hue, as a share of a full turn; by default 0.1 with recolor, and 0 without.
+        hole: greatest side of the square that is covered, as a share of the picture's side.
+        mirror: mirror half of the pictures left to right. Not for letters, digits or anything else that has a right way
+            round.
         recolor: exchange red, green and blue, and light and dark, so that the network learns shapes and textures. Not
-            for classes that differ by color.
+            for classes that differ by color; by default it is off if color tells the classes apart.
     """
 
     degrees: float = 20.0
@@ -152,15 +156,47 @@ class Changes:
         return dataclasses.replace(self, recolor=recolor, hue=hue)
 
 
-ADAMW = Optimizer(algorithm="adamw", lr=1e-2, weight_decay=0.05, decay_norms=False)
-"""For pooled_cnn; of other networks, the rate is that of their family."""
+@dataclass(frozen=True, kw_only=True)
+class OpenOptimizer(Optimizer):
+    """An optimizer whose learning rate is chosen for the network if it is not given.
+
+    Args:
+        lr: base learning rate, which the schedule multiplies. The default of adamw depends on the network, such as 0.01
+            for pooled_cnn and 0.001 for resnet18; that of sgd is 0.01.
+    """
+
+    algorithm: Literal["sgd", "adamw"] = "adamw"
+    lr: Open[float] = OPEN
+    weight_decay: float = 0.05
+    decay_norms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr is OPEN:
+            _with_rate(self, OTHER_RATE)  # every other field is checked
+        else:
+            super().__post_init__()
+
+
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+
+
+def _with_rate(optimizer: OptimizerT, rate: float) -> OptimizerT:
+    """The optimizer with this learning rate for adamw, if none was given."""
+    if optimizer.lr is not OPEN:
+        return optimizer
+    return dataclasses.replace(optimizer, lr=rate if optimizer.algorithm == "adamw" else SGD_RATE)
+
 
 RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
 OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
 """Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
 
-CLIPPED = 1.0
-"""Greatest norm of a gradient in networks other than pooled_cnn and small_cnn: without it, some diverge at first."""
+SGD_RATE = 1e-2
+"""Learning rate of SGD, whatever the network."""
+
+CLIPPED, NOT_CLIPPED = 1.0, 0.0
+"""Greatest norm of a gradient in networks other than pooled_cnn and small_cnn, some of which diverge at first without
+it; and in these two."""
 
 PRETRAINED_NETWORK = "resnet18"
 
@@ -178,23 +214,46 @@ class ImageFolders(PictureRecipe):
     recipe.json has what was chosen.
 
     Args:
-        labeled: folder with one folder a class.
-        unlabeled: folder with pictures, in any tree.
-        val: as labeled, to select on; without it a part of labeled is set aside where there are enough.
-        test: as labeled, to report on.
-        method: uda and fixmatch train one network, on the few labels and on its own labels of what it is sure of; mpl a
-            teacher and a student with feedback; none the same without feedback; supervised on the labels alone;
-            pseudo_labels a student of a teacher that was trained on the labels alone.
-        minutes: how long training may take, from a short measurement on this machine; --steps overrides it.
-        val_fraction: part of each class that is set aside where there is no val; 0 is none.
-        mean, std: what pictures are normalised by, of each channel in [0, 1].
-        uda_align: how much UDA spreads its labels over the classes like uda_prior, 0 to 1: 0.5 is half way there from
-            the network's own spread.
-        uda_prior: share of each class, in the order of the folders; by default the shares in labeled, with one picture
-            more in each class.
-        uda_start: steps before UDA begins, on the labels alone: they are cheap.
+        labeled: labelled pictures: a folder with one subfolder for each class.
+        unlabeled: unlabelled pictures: a folder, with or without subfolders.
+        val: validation pictures, in a folder like --labeled. By default a fifth of the labelled pictures is set aside
+            if that makes 50 or more, and otherwise none.
+        test: test pictures, in a folder like --labeled; the accuracy on them is reported.
+        grey: read pictures without colors; by default if they have none.
+        image_size: side in pixels that every picture is resized to; by default close to their own, from 16 to 48, or
+            128 with --weights.
+        network_name: pooled_cnn (the default), small_cnn, wide_resnet28_2, resnet18 (the default with --weights), 34,
+            50, ..., efficientnet_b0 to b7, vit_b_16, ..., or timm:NAME. After an unknown name, the error lists all.
+        weights: file with pretrained weights of the network; imagenet downloads those of torchvision.
+        method: uda and fixmatch train one network, on the labelled pictures and on its own labels of pictures that it
+            is sure of. mpl trains a teacher and a student with feedback; none does so without feedback. supervised uses
+            the labelled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
+            labelled pictures alone.
+        minutes: how long training may take: as many steps are taken as fit by a short measurement on this machine. By
+            default 5; --steps replaces it. With --compare, every method takes the steps of --method.
+        steps: number of training steps; by default as many as fit into --minutes.
+        wait: steps in which only the teacher trains, before the student starts (mpl and none); by default 75 % of all.
+        warm_start: let the student start from the teacher's weights (mpl and none).
+        warmup: steps over which the learning rates grow from 0; by default 5 %. With mpl and none, both networks take
+            the same share of the student's steps, which are those after --wait.
+        val_fraction: share of each class that is set aside for validation if --val is not given; 0 sets none aside.
+        mean: mean of each channel, from 0 to 1, by which pictures are normalized; by default that of the
+            pictures, or ImageNet's with --weights.
+        std: standard deviation of each channel, likewise.
+        clip_norm: greatest norm of either network's gradient; 0 turns clipping off. By default 0 for pooled_cnn and
+            small_cnn, and 1 for other networks.
+        uda_align: how far UDA moves the shares of its labels over the classes towards uda_prior: 0 leaves them as the
+            network has them, 1 moves them all the way.
+        uda_prior: share of each class, in the order of the folders; by default the shares in --labeled, with one
+            picture more in each class.
+        uda_start: steps on the labelled pictures alone, before UDA begins; these are fast. By default 40 % of all.
+        uda_ramp: steps over which the weight of UDA then grows from 0; by default 10 % of all.
+        validate_every: steps between validations; by default 5 % of all.
         changes: how pictures are changed before they are learned from.
-        randaugment: change them by the paper's RandAugment instead, Pillow's operations one by one: slower.
+        pad: with --randaugment: greatest shift of the weak view, in pixels.
+        randaugment: use the paper's RandAugment, with --pad and --strong.*, instead of --changes.*. It takes Pillow's
+            operations one by one, which is slower.
+        precision: bfloat16 runs the networks under autocast; by default where it is faster on this machine.
         class_names: found in labeled.
     """
 
@@ -205,7 +264,7 @@ class ImageFolders(PictureRecipe):
     val: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     test: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     method: Method = "uda"
-    minutes: float = 5.0
+    minutes: Open[float] = OPEN
     steps: Open[int] = OPEN
     image_size: Open[int] = OPEN
     grey: Open[bool] = OPEN
@@ -230,14 +289,18 @@ class ImageFolders(PictureRecipe):
     uda_threshold: float = 0.85
     uda_align: float = 0.5
     warm_start: bool = True
-    student: Optimizer = field(default_factory=lambda: ADAMW)
-    teacher: Optimizer = field(default_factory=lambda: ADAMW)
+    clip_norm: Open[float] = OPEN
+    student: OpenOptimizer = field(default_factory=OpenOptimizer)
+    teacher: OpenOptimizer = field(default_factory=OpenOptimizer)
     ema_decay: float | None = 0.99
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, 0 < self.minutes <= MOST_MINUTES, "minutes", f"a number above 0, {MOST_MINUTES:,} at most")
+        few = self.minutes is None or 0 < self.minutes <= MOST_MINUTES
+        require(self, few, "minutes", f"a number above 0, {MOST_MINUTES:,} at most")
+        clip = self.clip_norm
+        require(self, clip is None or 0 <= clip < math.inf, "clip_norm", "a number above 0, or 0 for no clipping")
         fraction = self.val_fraction
         require(self, fraction is None or 0 <= fraction < 1, "val_fraction", "a number in [0, 1)")
         require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
@@ -245,14 +308,11 @@ class ImageFolders(PictureRecipe):
         require(self, self.uda_start is None or self.uda_start >= 0, "uda_start", "0 or more steps")
 
     def _for_network(self, name: str) -> ImageFolders:
-        """The recipe with the rates at which such a network trains, where others were not asked for."""
+        """The recipe with the rates and the clipping with which such a network trains, where none were given."""
         family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
         rate = PRETRAINED_RATE if self.weights else family
-        student, teacher = (
-            dataclasses.replace(one, lr=rate) if (one.algorithm, one.lr) == (ADAMW.algorithm, ADAMW.lr) else one
-            for one in (self.student, self.teacher)
-        )
-        clip = CLIPPED if self.clip_norm is None and not name.endswith("_cnn") else self.clip_norm
+        clip = (NOT_CLIPPED if name.endswith("_cnn") else CLIPPED) if self.clip_norm is OPEN else self.clip_norm
+        student, teacher = (_with_rate(one, rate) for one in (self.student, self.teacher))
         return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
 
     @property
@@ -276,7 +336,7 @@ class ImageFolders(PictureRecipe):
         places["weights"] = self._weights()
         recipe = dataclasses.replace(self, **places, class_names=scan_labeled(self.labeled).classes)
         if before is not None:
-            kept = {name: getattr(before, name) for name in CHOSEN if getattr(self, name) is None}
+            kept = {name: getattr(before, name) for name in (*CHOSEN, "minutes") if getattr(self, name) is None}
             recipe = dataclasses.replace(recipe, **kept, changes=self.changes.settled(bool(before.changes.recolor)))
             return recipe._for_network(recipe.network_name)
         labeled = scan_labeled(self.labeled)
@@ -284,17 +344,21 @@ class ImageFolders(PictureRecipe):
             _refuse_errors(check_folders(labeled))  # before anything is measured
         seen, tell = recipe._look(), say or (lambda text: None)
         recipe = recipe.fitted(seen)
+        if recipe.grey and (self.changes.hue is not None or self.changes.saturation != Changes.saturation):
+            tell("note: the pictures are grey, and changes of hue and saturation have no effect")
         # What was asked for in steps is no share of them: more are rehearsed, and again with what fits.
         asked = max(self.wait or 0, self.uda_start or 0)
         trial = recipe.scheduled(REHEARSED if recipe.steps is OPEN and not asked else recipe.steps or 2 * asked)
         precision = faster_precision(trial) if recipe.precision is OPEN else recipe.precision
         recipe, trial = (dataclasses.replace(one, precision=precision) for one in (recipe, trial))
         steps = recipe.steps
+        # The minutes of a recipe whose steps were given decide nothing: they stay open.
+        minutes = (self.minutes or MINUTES) if steps is OPEN else OPEN
         if steps is OPEN:
-            steps = steps_within(trial, recipe.minutes)
+            steps = steps_within(trial, minutes)
             for _ in range(AGAIN if asked else 0):
-                steps = steps_within(recipe.scheduled(max(steps, asked + 1)), recipe.minutes)
-        recipe = recipe.scheduled(steps)
+                steps = steps_within(recipe.scheduled(max(steps, asked + 1)), minutes)
+        recipe = dataclasses.replace(recipe.scheduled(steps), minutes=minutes)
         tell(recipe.chosen())
         if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
             tell("for photographs a network that was trained on photographs is better: --weights imagenet")
@@ -332,7 +396,7 @@ class ImageFolders(PictureRecipe):
         else:
             chosen |= dict(zip(("mean", "std"), IMAGENET, strict=True))
         missing = {name: value for name, value in chosen.items() if getattr(self, name) is None}
-        fitted = dataclasses.replace(self, **missing, changes=self.changes.settled(not seen.colors.tell))
+        fitted = dataclasses.replace(self, **missing, changes=self.changes.settled(seen.exchangeable))
         channels = 1 if grey else 3
         for name in ("mean", "std"):
             kind = "grey" if grey else "color"
@@ -340,32 +404,50 @@ class ImageFolders(PictureRecipe):
         return fitted._for_network(fitted.network_name)
 
     def _aside(self) -> int:
-        """How many labelled pictures the usual part of them is."""
+        """How many labelled pictures the usual part of them is; too few to select on train better."""
         return round(SET_ASIDE * len(scan_labeled(self.labeled)))
 
     def scheduled(self, steps: int) -> ImageFolders:
         """The recipe with so many steps, and what is a share of them."""
+        shares = self._shares(steps)
+        missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, steps=steps, **missing)
+
+    def _shares(self, steps: int) -> dict[str, int]:
+        """What is a share of the steps."""
         # A method without a student does not wait, whatever stands here: a comparison has one recipe for all methods.
-        wait = min(round(WAIT * steps), steps - 1) if self.wait is None else self.wait
-        shares = {
-            "wait": wait,
-            "warmup": round(WARMUP * (steps - wait if self.method in ("mpl", "none") else steps)),
+        return {
+            "wait": min(round(WAIT * steps), steps - 1),
+            "warmup": round(WARMUP * steps),
             "uda_ramp": round(RAMP * steps),
             "uda_start": round(START * steps),
             "validate_every": max(1, round(steps / 20)),
         }
-        missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, steps=steps, **missing)
+
+    def decided_by_minutes(self) -> tuple[str, ...]:
+        """Fields of a settled recipe that follow from its minutes, by way of the steps; none if steps were given."""
+        if self.minutes is OPEN:
+            return ()
+        shares = self._shares(self.steps).items()
+        return "steps", *(name for name, value in shares if getattr(self, name) == value)
 
     def chosen(self) -> str:
         """What was chosen, in a line; each has a flag."""
+        optimizer = self.teacher if METHODS[self.method].built_as == "teacher" else self.student
         size, kind = f"{self.image_size}x{self.image_size}", "grey" if self.grey else "color"
-        colors = "colors exchanged" if self.changes.recolor else "colors kept"
-        mirrored = "mirrored" if self.changes.mirror else "not mirrored"
         return (
-            f"chosen: {self.network_name} on {size} {kind} pictures, {colors}, {mirrored}; {self.student.algorithm} at "
-            f"{self.student.lr:g}, {self.precision}, {self.steps:,} steps"
+            f"chosen: {self.network_name} on {size} {kind} pictures, {self._changed()}; {optimizer.algorithm} at "
+            f"{optimizer.lr:g}, {self.precision}, {self.steps:,} steps"
         )
+
+    def _changed(self) -> str:
+        """How pictures are changed, in words."""
+        if self.randaugment:
+            mirrored = "not mirrored" if self.strong.writing else "mirrored (not with --strong.writing)"
+            return f"changed by RandAugment, {mirrored}"
+        what = "light and dark" if self.grey else "colors"
+        colors = f"{what} {'exchanged' if self.changes.recolor else 'kept'}"
+        return f"{colors}, {'mirrored' if self.changes.mirror else 'not mirrored'}"
 
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
         assert self.mean is not None  # settled
@@ -390,7 +472,14 @@ class ImageFolders(PictureRecipe):
         return tuple(aligned)
 
     def fit_options(self) -> dict[str, Any]:
-        return super().fit_options() | {"warm_start": self.warm_start and self.wait > 0}
+        # A student that waits has fewer steps, and warms up over the same share of them. So the recipe of a comparison
+        # is that of each of its methods.
+        share = (self.steps - self.wait) / self.steps if METHODS[self.method].teaches else 1.0
+        own = {"warm_start": self.warm_start and self.wait > 0, "warmup": round(share * self.warmup)}
+        return super().fit_options() | own
+
+    def trainer_options(self) -> dict[str, Any]:
+        return super().trainer_options() | {"clip_norm": self.clip_norm or None}
 
     def checked_options(self) -> dict[str, Any]:
         alone = {} if self.method in ("mpl", "none") else {"wait": 0, "warm_start": False}

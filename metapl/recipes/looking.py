@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metapl.data.images import UnreadableImage, read_image
+from metapl.data.images import LUMA, UnreadableImage, read_image
 from metapl.errors import MetaplError
 
 LOOKED_AT = 256
@@ -25,14 +25,18 @@ MIDDLE = slice(SIDE // 4, -(SIDE // 4))
 ALIKE = 8
 """Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey."""
 
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in grey, as pictures are read without their colors."""
-
 SMALLEST_STD = 0.05
 """Standard deviation in [0, 1] that blank pictures are given."""
 
 SHUFFLES = 199
 """Shuffles of the labels that colors are compared with: they tell classes apart by chance in one set of two hundred."""
+
+
+AROUND = 9
+"""Pixels, of ``SIDE``, of the square that a pixel is compared with."""
+
+BOTH = 0.2
+"""Share of pictures, at least, with marks of the rarer kind where both light and dark marks are usual."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Look:
         mean, std: of each channel (one where ``grey``), in [0, 1].
         level: mean and standard deviation of the pictures without their colors.
         colors: whether color alone tells the classes apart.
+        light: share of the pictures whose marks are lighter than what is around them, not darker.
         shares: of the classes among all labeled pictures, as if each had one more: no share is 0.
     """
 
@@ -70,7 +75,16 @@ class Look:
     std: tuple[float, ...]
     level: tuple[float, float]
     colors: Colors
+    light: float
     shares: tuple[float, ...]
+
+    @property
+    def exchangeable(self) -> bool:
+        """Whether colors, or light and dark in grey pictures, may be exchanged without changing what is shown.
+
+        Where all marks of grey pictures are light, as in an X-ray, a dark one may mean something else.
+        """
+        return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
 
 
 def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
@@ -114,8 +128,17 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
         std=tuple(_spread_of(value) for value in unit.std((0, 2, 3)).tolist()),
         level=(round(float(level_NHW.mean()), 3), _spread_of(float(level_NHW.std()))),
         colors=colors_tell(unit[of_labeled][..., MIDDLE, MIDDLE].mean((2, 3)), torch.tensor(classes)[of_labeled]),
+        light=float(_lighter(level_NHW).double().mean()),
         shares=_shares(labels),
     )
+
+
+def _lighter(level_NHW: Tensor) -> Tensor:
+    """Whether the marks of each picture are lighter than what is around them: the sign of the skewness, bool (N,)."""
+    margin = AROUND // 2
+    padded = torch.nn.functional.pad(level_NHW[:, None], (margin,) * 4, mode="reflect")
+    marks_NHW = level_NHW - torch.nn.functional.avg_pool2d(padded, AROUND, stride=1)[:, 0]
+    return marks_NHW.pow(3).mean((1, 2)) > 0
 
 
 def _shares(labels: Tensor) -> tuple[float, ...]:

@@ -42,12 +42,12 @@ class Strong:
     """The student's view: the weak one, then RandAugment, then a square cut out.
 
     Args:
-        operations: drawn per picture.
-        magnitude: of each, on a scale of 10; 0 to 17 or so.
-        cutout: side of the square in pixels.
-        writing: the pictures are digits or letters: nothing is mirrored, turned or moved sideways.
-        again: mirror and move once more after that, as the authors' code does on CIFAR-10.
-        translate: share of the side by which a picture is moved at a magnitude of 10.
+        operations: number of operations that are drawn for each picture.
+        magnitude: strength of each operation; 10 is usual, and 17 about the most.
+        cutout: side in pixels of the square that is cut out.
+        writing: for digits and letters: do not mirror, rotate or shift pictures sideways.
+        again: mirror and shift once more afterwards, as the authors' code does on CIFAR-10.
+        translate: greatest shift at magnitude 10, as a share of the side.
     """
 
     operations: int = 2
@@ -116,51 +116,53 @@ class PictureRecipe:
     student's feedback; the student learns its labels on strongly augmented pictures.
 
     Args:
-        seed: of the split, the weights and every draw.
-        image_size: side that every picture is brought to, in pixels.
-        grey: read pictures without colours.
+        seed: random seed of the data split, the initial weights and everything that is drawn.
+        image_size: side in pixels that every picture is resized to.
+        grey: read pictures without colors.
         network_name: small_cnn, wide_resnet28_2, resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or
-            timm:NAME; a name that there is not is answered with all that there are.
-        weights: file with pretrained weights of it.
-        dropout: in the student.
-        teacher_dropout: in the teacher; None is as in the student.
-        stochastic_depth: probability with which the last block is dropped, in networks that have it.
-        channels_last: keep the networks' weights in the order that tensor cores like.
-        compile: the networks' passes by torch.compile.
-        steps: training steps.
-        wait: of these, steps before the student starts, in which the teacher learns alone.
-        labeled_batch: labelled pictures a step.
-        unlabeled_batch: unlabelled pictures a step.
-        pad: by how many pixels the weak view moves a picture at most.
-        resized_crop: the views cut out a random part of a picture, as for photos, instead of moving it by pad; pictures
-            are then read anew each time.
+            timm:NAME. After an unknown name, the error lists all names.
+        weights: file with pretrained weights of the network.
+        dropout: dropout rate of the networks.
+        teacher_dropout: dropout rate of the teacher, if not the same.
+        stochastic_depth: probability of dropping the last block, for networks that support it.
+        channels_last: store the networks in the channels-last format, which is faster on tensor cores.
+        compile: compile the networks with torch.compile.
+        steps: number of training steps.
+        wait: steps in which only the teacher trains, before the student starts.
+        labeled_batch: labelled pictures in a batch.
+        unlabeled_batch: unlabelled pictures in a batch.
+        pad: greatest shift of the weak view, in pixels.
+        resized_crop: cut a random part out of each picture, as is usual for photographs, instead of shifting it. Every
+            step then reads its pictures from their files.
         strong: the student's view.
-        label_smoothing: of the teacher's supervised loss.
-        uda_weight: weight of UDA among the teacher's losses; 0 leaves it out.
-        uda_temperature: of UDA's target; below 1 sharpens it.
-        uda_threshold: UDA leaves out pictures whose greatest probability does not exceed it.
-        uda_ramp: steps over which its weight grows from 0.
-        feedback: how the teacher is told.
-        feedback_ratio: instead of feedback_weight: the size of the feedback's gradient in units of that of the
-            teacher's own losses, at every step.
-        student: its optimiser.
-        teacher: its optimiser.
-        schedule: of both learning rates.
+        label_smoothing: label smoothing of the teacher's supervised loss.
+        uda_weight: weight of the UDA loss; 0 leaves it out.
+        uda_temperature: temperature of UDA's targets; a value below 1 sharpens them.
+        uda_threshold: UDA leaves out pictures whose greatest probability is not above this.
+        uda_ramp: steps over which the weight of UDA grows from 0.
+        feedback: how the teacher learns from the student.
+        feedback_ratio: norm of the feedback's gradient relative to that of the teacher's own losses, at every step. It
+            replaces --feedback-weight.
+        student: its optimizer.
+        teacher: its optimizer.
+        schedule: how both learning rates change over the steps.
         warmup: steps over which both learning rates grow from 0.
-        clip_norm: greatest norm of either network's gradient.
-        accumulate: micro-batches a batch is taken in, to save memory.
-        precision: bfloat16 runs the networks' passes under autocast.
-        ema_decay: of an average of the student that is then what is kept.
-        finetune_steps: on the labelled data, after the rest.
-        finetune_batch: labelled pictures a step of it; None is as many as before.
-        finetune: its optimiser.
+        clip_norm: greatest norm of either network's gradient; None turns clipping off.
+        accumulate: number of parts that a batch is split into, to save memory.
+        precision: bfloat16 runs the networks under autocast.
+        ema_decay: decay of the moving average of the weights. The average is what is kept; with None, the weights
+            themselves are.
+        finetune_steps: steps of finetuning on the labelled pictures, after training.
+        finetune_batch: labelled pictures in a batch of finetuning, if not as in training.
+        finetune: its optimizer.
         validate_every: steps between validations.
-        log_every: steps between rows of metrics.
+        log_every: steps between rows in metrics.jsonl.
         save_every: steps between checkpoints.
-        exact_every: steps between looks at the cosine of the mode's gradient with the exact one; None is never.
-        keep: checkpoints kept.
-        num_workers: processes that read pictures; changes nothing but speed.
-        device: auto takes a GPU where there is one.
+        exact_every: steps between measurements of the cosine between the mode's gradient and the exact one; by default
+            it is not measured.
+        keep: number of checkpoints to keep.
+        num_workers: number of processes that read pictures; it changes the speed alone.
+        device: auto takes a GPU if there is one.
     """
 
     reads: ClassVar[tuple[str, ...]] = SUFFIXES

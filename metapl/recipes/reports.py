@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metapl.recipes.comparison import Comparison, title
+from metapl.recipes.comparison import Comparison
+from metapl.recipes.methods import title
 from metapl.run_folder import Metrics
 
 SHOWN = 7

@@ -75,27 +75,27 @@ def draw_panel(axes: Axes, panel: Panel, curves: Curves) -> None:
             points = [(step, value) for step, value in _points(rows, key) if value > 0 or not panel.log]
             if not points:
                 continue
-            colour = colour_of(index if len(curves) > 1 else rank)
-            _draw_curve(axes, points, colour, rank, panel.noisy, pale=len(curves) * len(panel.series) <= 4)
+            color = color_of(index if len(curves) > 1 else rank)
+            _draw_curve(axes, points, color, rank, panel.noisy, pale=len(curves) * len(panel.series) <= 4)
             last_step = max(last_step, points[-1][0])
             if panel.last_values and (rank == 0 or len(curves) == 1):
-                ends.append((points[-1][1], colour))
+                ends.append((points[-1][1], color))
     _dress(axes, panel, last_step)
     _draw_note(axes, panel, curves)
     _label_ends(axes, ends)
 
 
 def _draw_curve(
-    axes: Axes, points: Sequence[tuple[float, float]], colour: str, rank: int, noisy: bool, pale: bool
+    axes: Axes, points: Sequence[tuple[float, float]], color: str, rank: int, noisy: bool, pale: bool
 ) -> None:
     steps, values = [step for step, _ in points], [value for _, value in points]
     marker = "o" if len(points) == 1 else None
     window = len(points) // 40 if noisy else 0
     if window > 1:
         if pale:
-            axes.plot(steps, values, color=colour, alpha=0.16, linewidth=0.8, zorder=1)
+            axes.plot(steps, values, color=color, alpha=0.16, linewidth=0.8, zorder=1)
         values = _running_mean(values, window)
-    axes.plot(steps, values, color=colour, linewidth=1.9, linestyle=DASHES[rank], marker=marker, markersize=5, zorder=3)
+    axes.plot(steps, values, color=color, linewidth=1.9, linestyle=DASHES[rank], marker=marker, markersize=5, zorder=3)
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -171,7 +171,7 @@ def _draw_note(axes: Axes, panel: Panel, curves: Curves) -> None:
         if any(_points(rows, key) for rows in curves.values())
     ]
     handles = [
-        Line2D([], [], color=colour_of(rank) if len(curves) == 1 else QUIET, linestyle=DASHES[rank], linewidth=1.9)
+        Line2D([], [], color=color_of(rank) if len(curves) == 1 else QUIET, linestyle=DASHES[rank], linewidth=1.9)
         for rank, _ in present
     ]
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.008, 1.015), "borderpad": 0.2}
@@ -197,13 +197,13 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str]]) -> None:
     ordered = sorted(ends)
     places = _apart([(value - low) / (high - low) * height for value, _ in ordered], 0.2)
     above = max(0.0, places[-1] - height)
-    for y, (value, colour) in zip(places, ordered, strict=True):
+    for y, (value, color) in zip(places, ordered, strict=True):
         axes.text(
             1.015,
             (y - above) / height,
             f"{100 * value:.1f} %",
             transform=axes.transAxes,
-            color=colour,
+            color=color,
             fontsize=NOTE_SIZE,
             fontweight="bold",
             va="center",
@@ -225,6 +225,6 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     return [centre + gap * (index - (count - 1) / 2) for centre, count in groups for index in range(count)]
 
 
-def colour_of(index: int) -> str:
-    """The colour of a method, or of a series where there is one method."""
+def color_of(index: int) -> str:
+    """The color of a method, or of a series where there is one method."""
     return PALETTE[index]

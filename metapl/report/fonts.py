@@ -78,7 +78,7 @@ def letters_of(family: str) -> frozenset[str]:
             font = get_font(file)
         except (OSError, RuntimeError, ValueError):  # gone, of an unknown kind, or not there
             return frozenset()
-        if not font.scalable:  # pictures of fixed sizes, such as coloured emoji
+        if not font.scalable:  # pictures of fixed sizes, such as colored emoji
             return frozenset()
         both.append(frozenset(map(chr, font.get_charmap())))
     return both[0] & both[1]

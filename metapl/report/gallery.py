@@ -47,7 +47,7 @@ CAPTION_BEYOND = 0.25  # how far a caption may go on to the right of its picture
 TALLEST = 1.4
 """Height of a picture in units of the width that it has at most; a higher one is drawn narrower."""
 
-# (colour and dashes of the frame, its points, the sign before the caption), so that no mark is told by colour alone.
+# (color and dashes of the frame, its points, the sign before the caption), so that no mark is told by color alone.
 MARKS: dict[bool | None, tuple[str, Any, float, str]] = {
     True: (RIGHT, "-", 2.2, "✓"),
     False: (WRONG, (0, (3.2, 1.6)), 2.2, "✗"),
@@ -104,7 +104,7 @@ class Gallery:
 
 
 def _check_pictures(title: str, pictures: Any) -> None:
-    expected = "expected (n, C, H, W) with C = 1 (grey) or 3 (colours), uint8 or floating point in [0, 1]"
+    expected = "expected (n, C, H, W) with C = 1 (grey) or 3 (colors), uint8 or floating point in [0, 1]"
     if not isinstance(pictures, Tensor):
         raise MetaplError(f"the pictures of {title!r} are {described(pictures)}; {expected}")
     shape_fits = pictures.ndim == 4 and pictures.shape[1] in (1, 3) and min(pictures.shape[2:]) > 0
@@ -236,7 +236,7 @@ def _draw_picture(figure: Figure, picture: Tensor, box: Box, mark: bool | None) 
     width, height = (max(1, round(DOTS_PER_INCH * length)) for length in box[2:])
     # Set down pixel by pixel: axes would resample it once more.
     figure.figimage(_resized(picture, width, height), left, bottom)
-    colour, dashes, points, _ = MARKS[mark]
+    color, dashes, points, _ = MARKS[mark]
     outside = points / 72 * DOTS_PER_INCH / 2
     frame = Rectangle(
         (left - outside, bottom - outside),
@@ -244,7 +244,7 @@ def _draw_picture(figure: Figure, picture: Tensor, box: Box, mark: bool | None) 
         height + 2 * outside,
         transform=IdentityTransform(),
         fill=False,
-        edgecolor=colour,
+        edgecolor=color,
         linewidth=points,
         linestyle=dashes,
     )
@@ -259,6 +259,7 @@ def _resized(picture: Tensor, width: int, height: int) -> Any:
     [[0, 0, 255, 255], [0, 0, 255, 255]]
     """
     import numpy
+    from einops import repeat
     from PIL import Image
 
     picture = picture.detach().cpu()
@@ -266,8 +267,8 @@ def _resized(picture: Tensor, width: int, height: int) -> Any:
         picture = (255 * picture.float()).round().to(torch.uint8)
     down, across = math.ceil(height / picture.shape[1]), math.ceil(width / picture.shape[2])
     # Enlarged by whole numbers and then brought down to size, so that all its pixels come out equally large.
-    large = picture.expand(3, -1, -1).repeat_interleave(down, dim=1).repeat_interleave(across, dim=2)
-    image = Image.fromarray(large.permute(1, 2, 0).contiguous().numpy())
+    large = repeat(picture.expand(3, -1, -1), "c h w -> (h down) (w across) c", down=down, across=across)
+    image = Image.fromarray(large.numpy())
     return numpy.asarray(image.resize((width, height), Image.Resampling.HAMMING))
 
 
@@ -275,11 +276,11 @@ def _write_caption(
     figure: Figure, lines: Sequence[str], corner: tuple[float, float], room: float, mark: bool | None
 ) -> None:
     left, bottom = corner
-    colour, _, _, sign = MARKS[mark]
+    color, _, _, sign = MARKS[mark]
     for number, line in enumerate(lines):
         x, y = left, bottom - CAPTION_ABOVE - CAPTION_LINE * (number + 1) + 0.04
         if sign and number == 0:
-            write_at(figure, x, y, sign, fontsize=CAPTION_SIZE, fontweight="bold", color=colour)
+            write_at(figure, x, y, sign, fontsize=CAPTION_SIZE, fontweight="bold", color=color)
             x += SIGN_WIDTH
         text = fitted(line, left + room - x, CAPTION_SIZE)
         write_at(figure, x, y, text, fontsize=CAPTION_SIZE, color=QUIET if number else INK)

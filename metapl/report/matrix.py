@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Inches.
-SMALLEST_MATRIX, LARGEST_MATRIX, MATRIX_CELL, COLOUR_BAR = 5.2, 10.5, 0.26, 0.75
+SMALLEST_MATRIX, LARGEST_MATRIX, MATRIX_CELL, COLOR_BAR = 5.2, 10.5, 0.26, 0.75
 SMALLEST_LINED_CELL = 0.04  # lines between smaller ones would hide them
 
 
@@ -45,7 +45,7 @@ class Matrix:
     right: float
     turned: bool  # the names below stand upright
     name_points: float
-    count_points: float | None  # None: too small to be read, so a colour bar stands for the counts
+    count_points: float | None  # None: too small to be read, so a color bar stands for the counts
 
     @classmethod
     def of(cls, counts: list[list[int]], names: Sequence[str]) -> Matrix:
@@ -66,7 +66,7 @@ class Matrix:
             side=side,
             left=widest + 0.5,
             below=(widest if turned else 0.2) + 0.4,
-            right=0.1 if count_points >= 5 else COLOUR_BAR,
+            right=0.1 if count_points >= 5 else COLOR_BAR,
             turned=turned,
             name_points=name_points,
             count_points=count_points if count_points >= 5 else None,
@@ -74,15 +74,15 @@ class Matrix:
 
 
 def draw_matrix(figure: Figure, box: Box, matrix: Matrix) -> None:
-    """Draws it with its cells in the box; names, title and colour bar stand around it."""
+    """Draws it with its cells in the box; names, title and color bar stand around it."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     axes = figure.add_axes(fractions(figure, box))
     totals = [max(sum(row), 1) for row in matrix.counts]
     shares = [[count / total for count in row] for row, total in zip(matrix.counts, totals, strict=True)]
-    colours = LinearSegmentedColormap.from_list("share", ["#FFFFFF", "#CFE3F1", "#6BAED6", "#0072B2", "#003B5C"])
+    colors = LinearSegmentedColormap.from_list("share", ["#FFFFFF", "#CFE3F1", "#6BAED6", "#0072B2", "#003B5C"])
     # The square root lets a mistake in a hundred be seen beside a diagonal that is nearly all of its row.
-    image = axes.imshow(shares, cmap=colours, norm=PowerNorm(0.5, 0.0, 1.0), aspect="auto", interpolation="nearest")
+    image = axes.imshow(shares, cmap=colors, norm=PowerNorm(0.5, 0.0, 1.0), aspect="auto", interpolation="nearest")
     _dress_matrix(axes, matrix)
     if matrix.count_points is not None:
         _write_counts(axes, matrix, shares)
@@ -99,7 +99,7 @@ def _dress_matrix(axes: Axes, matrix: Matrix) -> None:
     correct = sum(matrix.counts[index][index] for index in range(size))
     write_heading(axes, "Confusion on the test set")
     share = f"{100 * correct / total:.1f} % of {total:,} correct; " if total else ""
-    write_note(axes, f"{share}colour: share of the true class")
+    write_note(axes, f"{share}color: share of the true class")
     ticks = range(0, size, math.ceil(1.1 * matrix.name_points / (72 * matrix.side / size)))
     labels = [matrix.names[index] for index in ticks]
     axes.set_xticks(ticks, labels, fontsize=matrix.name_points, rotation=90 if matrix.turned else 0)
@@ -119,6 +119,6 @@ def _write_counts(axes: Axes, matrix: Matrix, shares: Sequence[Sequence[float]])
     for row, counts in enumerate(matrix.counts):
         for column, count in enumerate(counts):
             if count:
-                colour = "white" if shares[row][column] > 0.3 else INK
+                color = "white" if shares[row][column] > 0.3 else INK
                 look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": matrix.count_points}
-                axes.text(column, row, str(count), color=colour, **look)
+                axes.text(column, row, str(count), color=color, **look)

@@ -20,7 +20,7 @@ from metapl.report.canvas import (
     wrap_head,
     write_whole,
 )
-from metapl.report.curves import PANELS, Curves, Panel, colour_of, draw_panel, has_figures
+from metapl.report.curves import PANELS, Curves, Panel, color_of, draw_panel, has_figures
 from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
 from metapl.report.matrix import Matrix, checked_counts, draw_matrix
 from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE, SUMMARY_SIZE
@@ -67,9 +67,7 @@ def draw_report(
             the file cannot be written.
     """
     if len(curves) > len(PALETTE):
-        raise MetaplError(
-            f"{len(curves)} methods were given; at most {len(PALETTE)} can be told apart by their colours"
-        )
+        raise MetaplError(f"{len(curves)} methods were given; at most {len(PALETTE)} can be told apart by their colors")
     counts = None if confusion is None else checked_counts(confusion, classes)
     choices = (panel if has_figures(panel, curves) else panel.otherwise for panel in PANELS)
     panels = [panel for panel in choices if panel and has_figures(panel, curves)]
@@ -179,10 +177,10 @@ def _stacked(hangings: Sequence[Hanging], left: float, top: float) -> tuple[tupl
 
 
 def _draw_methods(figure: Figure, left: float, y: float, methods: Sequence[str]) -> None:
-    """The legend of colours, once for all panels."""
+    """The legend of colors, once for all panels."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colour_of(index), linewidth=4.5) for index in range(len(methods))]
+    handles = [Line2D([], [], color=color_of(index), linewidth=4.5) for index in range(len(methods))]
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (left, y), "borderpad": 0, "borderaxespad": 0}
     look: dict[str, Any] = {"fontsize": SUMMARY_SIZE, "handlelength": 1.1, "handletextpad": 0.5, "columnspacing": 1.8}
     figure.legend(handles, [*map(drawable, methods)], ncols=len(methods), frameon=False, **place, **look)

@@ -1,0 +1,149 @@
+"""What a module holds, other tensors in its place, and its buffers put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.execution.rng import RandomState
+
+Held = tuple[dict[str, Any], str, Tensor]
+"""A slot of a module, by its dictionary and name, and a tensor for it."""
+
+
+class Slots:
+    """Every place where a module holds a parameter or a buffer; a tensor may be held in several.
+
+    Batch norms that normalise by the batch's own statistics are told apart: :meth:`frozen` keeps them from writing, so
+    their buffers need no copies.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parts = list(module.modules())
+        self.norms = [part for part in parts if isinstance(part, _BatchNorm) and _by_batch_statistics(part)]
+        kept = {id(norm) for norm in self.norms}
+        self.parameters = [held for part in parts for held in _held(part._parameters)]
+        self.all_buffers = [held for part in parts for held in _held(part._buffers)]
+        self.loose_buffers = [held for part in parts if id(part) not in kept for held in _held(part._buffers)]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Normalise by batch statistics as before, but do not update the running ones (nor count the batch)."""
+        for norm in self.norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in self.norms:
+                norm.track_running_stats = True
+
+
+def _held(tensors: dict[str, Any]) -> list[Held]:
+    return [(tensors, name, t) for name, t in tensors.items() if t is not None]
+
+
+def _by_batch_statistics(norm: _BatchNorm) -> bool:
+    # PyTorch's own forward alone is known to leave the buffers alone when track_running_stats is False.
+    own_forward = getattr(norm.forward, "__func__", None) is _BatchNorm.forward
+    return own_forward and norm.training and norm.track_running_stats
+
+
+def copies(held: Sequence[Held]) -> list[Held]:
+    """Copies of what the slots hold now; a tensor in several slots has one copy."""
+    memo: dict[int, Tensor] = {}
+    now = [(tensors, name, tensors[name]) for tensors, name, _ in held if tensors.get(name) is not None]
+    for _, _, t in now:
+        if id(t) not in memo:
+            memo[id(t)] = t.detach().clone()
+    return [(tensors, name, memo[id(t)]) for tensors, name, t in now]
+
+
+def stand_ins(held: Sequence[Held], instead: Mapping[int, Tensor]) -> list[Held]:
+    """The slots whose tensor has another in ``instead``, by identity, with that other."""
+    return [(tensors, name, instead[id(t)]) for tensors, name, t in held if id(t) in instead]
+
+
+@contextmanager
+def swapped(held: Sequence[Held]) -> Iterator[None]:
+    """Hold these tensors for as long as the block runs; afterwards the slots hold what they held before.
+
+    ``torch.func.functional_call`` does so for a forward pass alone; a checkpoint runs the module in the backward pass
+    as well. (It also restores a submodule that is registered twice wrongly, pytorch/pytorch#164759.)
+    """
+    before = [(tensors, name, tensors[name]) for tensors, name, _ in held]
+    for tensors, name, t in held:
+        tensors[name] = t
+    try:
+        yield
+    finally:
+        for tensors, name, t in before:
+            tensors[name] = t
+
+
+@contextmanager
+def buffers_aside(module: nn.Module, start: Sequence[Held] | None = None) -> Iterator[None]:
+    """Run the module on copies of its buffers (by default as they are now), so that its own stay as they are."""
+    with swapped(copies(Slots(module).all_buffers) if start is None else fresh(start)):
+        yield
+
+
+def fresh(held: Sequence[Held]) -> list[Held]:
+    """Copies of saved tensors, for a pass that may write to them."""
+    memo: dict[int, Tensor] = {}
+    return [(tensors, name, memo.setdefault(id(t), t.clone())) for tensors, name, t in held]
+
+
+@contextmanager
+def inputs_unchanged(inputs: Any, who: str) -> Iterator[None]:
+    """Refuse a network that writes to its inputs in this block, as far as PyTorch counts writes."""
+    leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
+    before = [t._version for t in leaves]
+    yield
+    if [t._version for t in leaves] != before:
+        raise MetaplError(
+            f"the {who} changed its input in place (an operation such as x.mul_() or ReLU(inplace=True) on the input "
+            "itself), so that later passes would read another batch; expected the input to stay as it is: begin its "
+            "forward with x = x.clone(). The batch that was given holds the changed values."
+        )
+
+
+class Buffers:
+    """A module's buffers as they were at one moment, to be put back in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.saved = {name: (b, b.clone()) for name, b in module.named_buffers()}
+
+    def restore(self) -> None:
+        """Put the buffers back, values and objects alike (a module may have assigned new ones)."""
+        with torch.no_grad():
+            for name, (buffer, value) in self.saved.items():
+                buffer.copy_(value)
+                owner, _, leaf = name.rpartition(".")
+                self.module.get_submodule(owner)._buffers[leaf] = buffer
+
+
+@contextmanager
+def nothing_moved(
+    *modules: nn.Module, random: RandomState | None = None, on_success: bool = False
+) -> Iterator[list[Buffers]]:
+    """Put buffers back if the block fails (and, with ``on_success``, also if it does not); on failure the random
+    number generators too. The block is given the buffers as they were before it."""
+    saved = [Buffers(module) for module in modules]
+    failed = True
+    try:
+        yield saved
+        failed = False
+    finally:
+        if failed or on_success:
+            for buffers in saved:
+                buffers.restore()
+        if failed and random is not None:
+            random.restore()

@@ -1,0 +1,116 @@
+"""Which kernels a pass runs: the same function in all passes, with the derivatives that a pass needs."""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
+
+from metapl.errors import MetaplError
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Attention layers as they run with a graph.
+
+    Without one, and in eval mode, PyTorch takes a fused path that treats padded rows otherwise.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def only_math_attention() -> Iterator[None]:
+    """Attention by plain products: the fused kernels have neither forward mode nor a second derivative."""
+    with no_fast_path(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+# ------------------------------------------------------------------------------------------- activation checkpoints
+
+
+class _WithoutReentry:
+    """Stands in for the function behind ``checkpoint(..., use_reentrant=True)``, with the same gradients."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        with torch.no_grad():  # such a checkpoint has no gradient, for its weights either
+            return function(*args)
+
+
+_reentrant: Any = checkpoint.CheckpointFunction
+_lock = threading.Lock()
+_users = 0
+
+
+@contextmanager
+def checkpoints_without_reentry() -> Iterator[None]:
+    """Run checkpoints with ``use_reentrant=True`` as those without, in forward and backward passes of this block.
+
+    The reentrant kind has no forward mode, no second derivative, and refuses ``torch.autograd.grad``; gradients and
+    memory are the same. Where it would cut the gradient (no input requires one), so does its stand-in.
+    """
+    global _users
+    with _lock:
+        _users += 1
+        checkpoint.CheckpointFunction = _WithoutReentry  # type: ignore[assignment,misc]  # a stand-in with its apply
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                checkpoint.CheckpointFunction = _reentrant  # type: ignore[misc]  # put back
+
+
+# --------------------------------------------------------------------------------------------- missing derivatives
+
+
+@cache
+def load_forward_mode() -> None:
+    """Make the first dual number here, where PyTorch's own deprecation warning on loading its rules is silenced."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):  # the second from older releases
+            warnings.simplefilter("ignore", category)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+_NO_DERIVATIVE = re.compile(
+    r"forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for",
+    re.IGNORECASE,
+)
+_OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
+
+
+@contextmanager
+def explained(mode: str) -> Iterator[None]:
+    """Turn autograd's refusal of an operation into an error that names it and the mode that can."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not _NO_DERIVATIVE.search(str(error)):
+            raise
+        found = _OPERATION.search(str(error))
+        operation = found.group(1) if found else "one of its operations"
+        raise MetaplError(
+            f"mode '{mode}' cannot run on this student: {operation} has no derivative of the kind it needs "
+            f'({str(error).splitlines()[0]}). Use mode="difference" or one of the sampled modes "reinforce" and '
+            '"loss_difference", which need plain passes only.'
+        ) from error

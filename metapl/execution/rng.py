@@ -1,0 +1,60 @@
+"""The default random number generators: their state at one moment, replays from it, and streams of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The default generators that a forward pass on ``device`` may draw from, as they were at one moment."""
+
+    device: torch.device
+    cpu: Tensor
+    accelerator: Tensor | None
+
+    @staticmethod
+    def now(device: torch.device) -> RandomState:
+        """Read the generators; on CUDA this asks the host for seed and offset and does not wait for the device."""
+        accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        return RandomState(device, torch.get_rng_state(), accelerator)
+
+    def restore(self) -> None:
+        """Set the generators back to this moment."""
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+    def same(self, other: RandomState) -> bool:
+        """Whether the generators were at the same point."""
+        pairs = ((self.cpu, other.cpu), (self.accelerator, other.accelerator))
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+    def branch(self) -> RandomState:
+        """The start of another stream, independent of the one that goes on from here; always the same one.
+
+        A pass beside the caller's own sequence of draws must not draw from that sequence: whatever draws next would
+        draw the same numbers. So the branch is seeded by a hash of the state.
+        """
+        states = [state.numpy().tobytes() for state in (self.cpu, self.accelerator) if state is not None]
+        digest = hashlib.blake2b(b"".join(states), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little") >> 1  # 63 bits: every generator takes them
+        start = [torch.Generator(kind).manual_seed(seed).get_state() for kind in ("cpu", self.device)]
+        return RandomState(self.device, start[0], None if self.accelerator is None else start[1])
+
+
+@contextmanager
+def replayed(state: RandomState) -> Iterator[None]:
+    """Draw again from ``state`` on; afterwards the generators are as they were before."""
+    before = RandomState.now(state.device)
+    state.restore()
+    try:
+        yield
+    finally:
+        before.restore()

@@ -1,0 +1,35 @@
+"""The Python code of Markdown pages, and what the pages say that it prints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PRINTED = re.compile(r"^ *print\(.*?\)(?:  # (.*))?$", re.MULTILINE)
+NUMBER = re.compile(r"-?\d+\.\d+")
+
+TOLERANCE = 0.05
+"""Of figures that depend on how a machine rounds."""
+
+
+def code(page: Path) -> str:
+    """All blocks of a page, each in the lines where it stands there, so that a traceback points into the page."""
+    text = page.read_text()
+    lines = [""] * text.count("\n")
+    for block in FENCED.finditer(text):
+        start = text.count("\n", 0, block.start(1))
+        body = block[1].splitlines()
+        lines[start : start + len(body)] = body
+    return "\n".join(lines) + "\n"
+
+
+def check_printed(source: str, printed: str) -> None:
+    """Assert that each ``print`` says beside it what it prints; decimal numbers may differ a little."""
+    expected = PRINTED.findall(source)
+    assert expected
+    assert all(expected), "a print without a comment of what it prints"
+    assert [NUMBER.sub("#", line) for line in printed.splitlines()] == [NUMBER.sub("#", line) for line in expected]
+    for line, promise in zip(printed.splitlines(), expected, strict=True):
+        for found, told in zip(NUMBER.findall(line), NUMBER.findall(promise), strict=True):
+            assert abs(float(found) - float(told)) <= TOLERANCE, f"{line!r} was printed, the page says {promise!r}"
