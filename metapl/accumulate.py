@@ -86,18 +86,23 @@ class AccumulatedStep(InnerStep):
             part.check_replay(one)
 
     def signal_feedback(
-        self, z_dot: Tensor, w: Tree, value: Tensor | None = None, *, by_difference: bool = False
+        self, z_dot: Tensor, w: Tree, value: Tensor | None = None, *, rounding: Tensor | None = None
     ) -> Tensor:
         n = len(self.parts)
         tangents = z_dot.chunk(n)
         values: Sequence[Tensor | None] = [None] * n if value is None else value.chunk(n)
         pieces = zip(self.parts, tangents, values, strict=True)
-        return torch.cat([part.signal_feedback(z, w, one, by_difference=by_difference) / n for part, z, one in pieces])
+        return torch.cat([part.signal_feedback(z, w, one, rounding=rounding) / n for part, z, one in pieces])
 
-    def example_feedback(self, z_dot: Tensor, w: Tree, *, by_difference: bool = False) -> Tensor:
+    def check_linear(self, z_dot: Tensor, w: Tree, h: Tensor) -> None:
+        n = len(self.parts)
+        for part, z, one in zip(self.parts, z_dot.chunk(n), h.chunk(n), strict=True):
+            part.check_linear(z, w, n * one)  # h is of the mean over the parts
+
+    def example_feedback(self, z_dot: Tensor, w: Tree, *, rounding: Tensor | None = None) -> Tensor:
         n = len(self.parts)
         pieces = zip(self.parts, z_dot.chunk(n), strict=True)
-        return torch.cat([part.example_feedback(z, w, by_difference=by_difference) / n for part, z in pieces])
+        return torch.cat([part.example_feedback(z, w, rounding=rounding) / n for part, z in pieces])
 
 
 def union(steps: Sequence[InnerStep]) -> InnerStep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,8 @@ from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
 from metapl.execution.rng import RandomState
 from metapl.fit import Loop
-from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches
+from metapl.guards import one_at_a_time
+from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches, teacher_losses
 from metapl.problem import Signal
 
 
@@ -32,6 +34,7 @@ class LossReport:
 
     def as_dict(self) -> dict[str, float]:
         """Every scalar, by one transfer: ``loss`` and a ``loss_<name>`` per term."""
+        self.fault.raise_if_found()
         values = torch.stack([t.detach().double() for t in self.scalars.values()]).tolist()
         return dict(zip(self.scalars, values, strict=True))
 
@@ -72,7 +75,7 @@ class LossTrainer(Loop):
     ) -> None:
         refuse_compiled(model=model)
         self.student = model
-        self.losses, self.optimizer = tuple(losses), optimizer
+        self.losses, self.optimizer = teacher_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         if accumulate < 1:
@@ -90,12 +93,17 @@ class LossTrainer(Loop):
 
     def step(self, labeled: Any, unlabeled: Any = None) -> LossReport:
         """One step on a labelled batch and, where a loss reads it, an unlabelled one; as in the bilevel trainer."""
+        checks.no_inference_mode()
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
         if not self._moves:
             checks.moves(self.optimizer, self.student)
             self._moves = True
-        fault, random = checks.Fault(), RandomState.now(self.device)
-        with checks.deferred_to(fault), nothing_moved(self.student, random=random) as buffers, self.compiled():
+        fault = checks.Fault()
+        with (
+            one_at_a_time,
+            checks.deferred_to(fault),
+            nothing_moved(self.student, random=RandomState.now(self.device)) as buffers,
+        ):
             checks.batches(labeled, labeled if unlabeled is None else unlabeled, self.device)
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
@@ -103,14 +111,15 @@ class LossTrainer(Loop):
                 strict=True,
             )
             self.optimizer.zero_grad(set_to_none=True)
-            parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
-        with undone_where(fault.flag, Movable((self.student,), buffers, [self.optimizer])):
-            if self.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
-            self.optimizer.step()
-        self.steps_done += 1
-        means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-        return LossReport(self.steps_done - 1, means, fault)
+            with self.compiled():
+                parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
+            with undone_where(fault.flag, Movable((self.student,), buffers, [self.optimizer])):
+                if self.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
+                self.optimizer.step()
+            self.steps_done += 1
+            means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+            return LossReport(self.steps_done - 1, means, fault)
 
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
         """The terms on a micro-batch, whose share of the gradient is added to what is there."""
@@ -120,6 +129,7 @@ class LossTrainer(Loop):
         with self._autocast():
             for term in self.losses:
                 value = term(self.student, labeled=labeled, unlabeled=unlabeled, signal=nothing, step=self.steps_done)
+                checks.scalar_loss(value, f"the loss {term.name!r}")
                 terms[f"loss_{term.name}"] = terms.get(f"loss_{term.name}", 0) + value
         loss = torch.stack(list(terms.values())).sum()
         checks.learns(loss, "network")
@@ -127,8 +137,8 @@ class LossTrainer(Loop):
             (loss / self.accumulate).backward()
         return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step, but the data."""
+    def live_state(self) -> dict[str, Any]:
+        """:meth:`state_dict` without the copies."""
         return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -138,5 +148,5 @@ class LossTrainer(Loop):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.steps_done = state["steps_done"]

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.checks import described
 from metapl.errors import MetaplError
+from metapl.problem import first_input
 
 LABEL_KEYS = ("labels", "label")
 """The names that a label may have in a batch that is a dict."""
@@ -97,6 +98,40 @@ def are_views(first: Any, second: Any) -> bool:
         labels = second.ndim == 1 and not second.is_floating_point()
         return first.shape == second.shape and first.dtype == second.dtype and not labels
     return _holds_tensors(first) and _of_one_form(first, second)
+
+
+def views(unlabeled: Any) -> tuple[Any, ...]:
+    """(x,) or (weak, strong); inputs with their labels beside them are no two views.
+
+    >>> import torch
+    >>> views((torch.zeros(2, 3), torch.ones(2, 3)))[1].shape
+    torch.Size([2, 3])
+    """
+    if isinstance(unlabeled, Tensor):
+        return (unlabeled,)
+    if isinstance(unlabeled, Mapping):
+        named = [name for name in LABEL_KEYS if name in unlabeled]
+        if named:
+            raise MetaplError(f"unlabeled is {described(unlabeled)}, with labels under {named[0]!r}; {_MEND}.")
+        return (unlabeled,)
+    if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
+        return (first_input(unlabeled),)
+    if not isinstance(unlabeled, tuple | list) or len(unlabeled) != 2:
+        raise MetaplError(
+            f"unlabeled is {described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak "
+            "view, strong view)."
+        )
+    if not are_views(*unlabeled):
+        first, second = map(described, unlabeled)
+        raise MetaplError(
+            f"unlabeled is a pair of {first} and {second}; two views of the same examples have the same shape and "
+            f"type, and inputs with their labels are no two views: {_MEND}. Inputs that are a tuple of tensors are "
+            "written (inputs,)."
+        )
+    return tuple(unlabeled)
+
+
+_MEND = "leave the labels out, by metapl.data.without_labels(loader) or a data set of the inputs alone"
 
 
 def _from_dict(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:

@@ -7,7 +7,7 @@ is raised when the next report is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -91,12 +91,26 @@ def batches(labeled: Any, unlabeled: Any, device: torch.device) -> None:
             )
 
 
+def no_inference_mode() -> None:
+    """Refuse to learn where PyTorch records nothing that could be learned from."""
+    if torch.is_inference_mode_enabled():
+        raise MetaplError(
+            "a step was asked for inside torch.inference_mode(), where no gradient can be taken; leave that block "
+            "first (torch.no_grad() does no harm)."
+        )
+
+
 def _tensor(name: str, t: Tensor, device: torch.device) -> None:
     if t.ndim == 0 or len(t) == 0:
         raise MetaplError(f"the {name} batch is empty: {described(t)}; expected at least one example.")
     if t.device != device:
         raise MetaplError(
             f"the {name} batch is on {t.device}, the networks are on {device}; move it there with .to({str(device)!r})."
+        )
+    if t.is_inference():
+        raise MetaplError(
+            f"the {name} batch was made inside torch.inference_mode(), and no gradient can be taken through such a "
+            "tensor; make it under torch.no_grad(), or copy it outside of that block: x.clone()."
         )
     if t.is_floating_point():
         refuse(~torch.isfinite(t).all(), f"the {name} batch holds NaN or infinite values; clean the inputs first.")
@@ -108,7 +122,8 @@ def logits(outputs: Any, who: str) -> Tensor:
         return outputs
     raise MetaplError(
         f"the {who} returned {described(outputs)}; expected a tensor of logits. For a network that returns an object "
-        f"with .logits, give metapl.models.Logits({who})."
+        f"or a dict with logits, give metapl.models.Logits({who}); for another one, such as a tuple, a module whose "
+        "forward returns the logits alone."
     )
 
 
@@ -179,12 +194,107 @@ def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
     )
 
 
+def sparse_gradients(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse sparse gradients where the optimizer would fail on them, with half of the step taken."""
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SparseAdam) or (
+            isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad) and not group["weight_decay"]
+        ):
+            continue
+        of_group = {id(p) for p in group["params"]}
+        sparse = [n for n, p in parameters.items() if id(p) in of_group and p.grad is not None and p.grad.is_sparse]
+        if sparse:
+            raise MetaplError(
+                f"the gradient of {sparse[0]} is sparse, which {type(optimizer).__name__} with these options cannot "
+                "use; build the embedding with sparse=False, or take torch.optim.SparseAdam, or SGD without weight "
+                "decay."
+            )
+
+
+def dense_gradients(grads: Mapping[str, Tensor | None]) -> None:
+    """Refuse a student with sparse gradients."""
+    sparse = [name for name, g in grads.items() if g is not None and g.layout != torch.strided]
+    if sparse:
+        raise MetaplError(
+            f"the gradient of the student's {sparse[0]} is sparse, and the student's update is differentiated with "
+            "dense ones; build the embedding with sparse=False."
+        )
+
+
+def scalar_loss(loss: Any, name: str) -> None:
+    """Refuse a loss that is not one number."""
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise MetaplError(f"{name} is {described(loss)}; expected a tensor without dimensions: take the mean.")
+
+
+def finite_student(outputs: Tensor) -> None:
+    """Refuse a student whose outputs would make the feedback, and so the teacher, NaN."""
+    refuse(
+        ~torch.isfinite(outputs.detach()).all(),
+        "the student's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
+    )
+
+
+def finite_feedback(h: Tensor) -> None:
+    """Refuse feedback that would make the teacher NaN."""
+    refuse(
+        ~torch.isfinite(h).all(),
+        "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no "
+        "finite derivative; lower the student's learning rate, or look for examples with extreme values.",
+    )
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "averages gradients over processes, and metapl does not yet average those that the "
+    "feedback is made of",
+    "FullyShardedDataParallel": "shards the weights, which metapl does not support yet",
+    "FSDPModule": "shards the weights, which metapl does not support yet",
+    "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
+    "ScriptModule": "holds weights that cannot be replaced for a pass",
+}
+"""Classes of torch around or inside a network, and why the feedback cannot be had through them."""
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    names = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")]
+    return next((name for name in _WRAPPERS if name in names), None)
+
+
+def plain(name: str, network: nn.Module) -> None:
+    """Refuse a network that cannot be run again at other weights, by the name of what is in the way."""
+    for path, part in network.named_modules():
+        wrapper = _wrapper(part)
+        if wrapper is not None:
+            where = f"has a {wrapper} at {path!r}" if path else f"is a {wrapper}"
+            raise MetaplError(
+                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, in one process."
+            )
+    for path, t in [*network.named_parameters(), *network.named_buffers()]:
+        if nn.parameter.is_lazy(t):
+            raise MetaplError(
+                f"the {name}'s {path} has no shape yet (a lazy module, such as LazyLinear); run the {name} on one "
+                "batch before the trainer is built."
+            )
+        if t.is_inference():
+            raise MetaplError(
+                f"the {name}'s {path} was made inside torch.inference_mode(), and cannot be trained; build the {name} "
+                "outside of that block."
+            )
+        if type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor":
+            raise MetaplError(
+                f"the {name}'s {path} is a DTensor, spread over several devices, which metapl does not support yet; "
+                "expected the plain module, in one process."
+            )
+
+
 def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
-    """Refuse networks that have nothing to learn, share weights or live on several devices; return the device."""
+    """Refuse networks that cannot be run, have nothing to learn, share weights or live on several devices; return the
+    device."""
     owned = {}
     for name, module in (("teacher", teacher), ("student", student)):
         if not isinstance(module, nn.Module):
             raise MetaplError(f"{name} is {described(module)}; expected a torch.nn.Module.")
+        plain(name, module)
         owned[name] = [p for p in module.parameters() if p.requires_grad]
         if not owned[name]:
             raise MetaplError(f"the {name} has no parameter with requires_grad=True; it could not learn.")

@@ -128,7 +128,7 @@ class Loop(Stepwise):
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all."""
-        checkpoint.save(path, {"trainer": self.state_dict(), "rng": checkpoint.rng_state()})
+        checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
 
     def load(self, path: str | Path) -> None:
         """Go on from :meth:`save`."""

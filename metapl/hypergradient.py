@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from metapl.batch import labeled_pair, plain
 from metapl.errors import MetaplError
 from metapl.execution.buffers import inputs_unchanged, nothing_moved
 from metapl.execution.kernels import checkpoints_without_reentry
-from metapl.execution.rng import RandomState
+from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator
+from metapl.guards import casts_explained, one_at_a_time, restored_on_failure
 from metapl.inner import InnerStep, trainable
 from metapl.optimizers import inner_optimizer as functional
-from metapl.problem import BilevelProblem
+from metapl.problem import BilevelProblem, Signal
 from metapl.problems import PseudoLabels
 
 
@@ -45,6 +46,10 @@ class Hypergradient:
 def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
     """The problem (default: pseudo-labels) with the kind of labels that the mode needs."""
     problem = PseudoLabels() if problem is None else problem
+    if isinstance(problem, type):
+        raise MetaplError(
+            f"problem is the class {problem.__name__}; expected one of its objects: problem={problem.__name__}()."
+        )
     if not isinstance(problem, BilevelProblem):
         raise MetaplError(
             f"problem is {checks.described(problem)}; expected an object with signal, inner_loss and outer_loss "
@@ -65,6 +70,28 @@ def check_kind(sampled: bool, mode: Estimator) -> None:
             + " Take a mode for it: sampled: reinforce, reinforce_per_example, loss_difference; differentiable: "
             "forward, difference, unrolled."
         )
+
+
+def refuse_other_fields(problem: BilevelProblem, inner: InnerStep, signal: Signal) -> None:
+    """Refuse an inner loss that has a derivative in a field of the signal beside ``value``: the feedback has not."""
+    if type(problem) is PseudoLabels:
+        return
+    fields = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
+    leaves = {n: t.detach().requires_grad_() for n, t in fields.items() if t is not None and t.is_floating_point()}
+    params = {name: p.detach() for name, p in inner.parameters.items()}
+    with replayed(RandomState.now(inner.device)), torch.enable_grad():
+        losses = problem.inner_loss(inner.outputs, replace(signal.detached(), **leaves), inner.unlabeled, params)
+    if not leaves or not losses.requires_grad:
+        return
+    grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    for name, g in zip(leaves, grads, strict=True):
+        if g is not None:
+            raise MetaplError(
+                f"inner_loss has a derivative in signal.{name}, and the feedback is of signal.value"
+                + (" by its log-probability" if signal.sampled else "")
+                + f" alone, so the teacher's gradient would be wrong. Where signal.{name} is a constant, say "
+                f"signal.{name}.detach(); else make it part of signal.value."
+            )
 
 
 def hypergradient(
@@ -114,18 +141,30 @@ def hypergradient(
     """
     how = estimator(mode)
     problem = prepare(problem, how)
+    checks.no_inference_mode()
     device = checks.networks(teacher, student)
     optimizer = functional(inner_optimizer, trainable(student), inner_state)
     labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
     checks.batches(labeled, unlabeled, device)
-    unmoved = nothing_moved(teacher, student, random=RandomState.now(device), on_success=True)
-    with unmoved, torch.enable_grad(), checkpoints_without_reentry():
+    with (
+        one_at_a_time,
+        restored_on_failure(generator),
+        nothing_moved(teacher, student, random=RandomState.now(device), on_success=True),
+        torch.enable_grad(),
+        checkpoints_without_reentry(),
+    ):
         inner = InnerStep(student, optimizer, problem, labeled=labeled, unlabeled=unlabeled, keep_graph=how.keep_graph)
+        checks.finite_student(inner.outputs)
         with inputs_unchanged(unlabeled, "teacher"):
             signal = problem.signal(teacher, unlabeled, inner.outputs, generator=generator)
         check_kind(signal.sampled, how)
+        if how.name != "none":
+            refuse_other_fields(problem, inner, signal)
         inner.learn(signal)
-        (feedback,), _ = how.feedback([inner], how.init())
+        checks.dense_gradients(inner.gradient)
+        with casts_explained(how.name):
+            (feedback,), _ = how.feedback([inner], how.init())
+        checks.finite_feedback(feedback.h)
         parameters = trainable(teacher)
         loss = feedback.teacher_loss(signal)
         grads = [torch.zeros_like(p) for p in parameters.values()]

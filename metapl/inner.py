@@ -10,6 +10,7 @@ estimate is under way it stays at θ.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -173,15 +174,15 @@ class InnerStep:
         return self.execution.gradient_through(list(moved.values()), [v[name] for name in moved], self.signal.value)
 
     def signal_feedback(
-        self, z_dot: Tensor, w: Tree, value: Tensor | None = None, *, by_difference: bool = False
+        self, z_dot: Tensor, w: Tree, value: Tensor | None = None, *, rounding: Tensor | None = None
     ) -> Tensor:
         """h = −∂/∂signal d/dε mean ℓ(z + εż, signal, θ + εw), of the shape of the signal; touches the head alone.
 
-        ``value`` stands in for the signal's own, e.g. one-hot rows for sampled classes; ``by_difference`` says where ż
-        is from.
+        ``value`` stands in for the signal's own, e.g. one-hot rows for sampled classes; ``rounding`` is the
+        relative error of a ż that is a difference of outputs, and None of an exact one.
         """
         h, tangent, terms = self._feedback_at(self.signal.value if value is None else value, z_dot, w)
-        self._check_slopes(tangent, terms, w, by_difference)
+        self._check_slopes(tangent, terms, w, rounding)
         return h
 
     def check_linear(self, z_dot: Tensor, w: Tree, h: Tensor) -> None:
@@ -191,14 +192,14 @@ class InnerStep:
         expected, _, _ = self._feedback_at(self.signal.probs, z_dot, w)
         check_linear(h, expected)
 
-    def example_feedback(self, z_dot: Tensor, w: Tree, *, by_difference: bool = False) -> Tensor:
+    def example_feedback(self, z_dot: Tensor, w: Tree, *, rounding: Tensor | None = None) -> Tensor:
         """h_i = −(1/B) d/dε ℓ_i(z + εż, signal, θ + εw), (B,); touches the head alone."""
         losses, at = self._head(self.signal)
         # ⟨u, d/dε ℓ⟩ is linear in u, so its gradient is d/dε ℓ itself: forward mode by two reverse passes.
         u = torch.ones_like(losses, requires_grad=True)
         terms = _along((u * losses).mean(), at, self._tangents(z_dot, w))
         tangent = torch.stack([term.sum() for term in terms]).sum()
-        self._check_slopes(tangent, terms, w, by_difference)
+        self._check_slopes(tangent, terms, w, rounding)
         return -torch.autograd.grad(tangent, u, materialize_grads=True)[0]
 
     # ---------------------------------------------------------------------------------------------------- plumbing
@@ -206,7 +207,7 @@ class InnerStep:
     def _feedback_at(self, value: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor, list[Tensor]]:
         """h at a value of the signal, d/dε mean ℓ there, and the terms of that."""
         value = value.detach().requires_grad_()
-        losses, at = self._head(Signal(value, self.signal.log_prob, self.signal.probs))
+        losses, at = self._head(replace(self.signal, value=value))
         terms = _along(losses.mean(), at, self._tangents(z_dot, w))
         tangent = torch.stack([term.sum() for term in terms]).sum()
         if not tangent.requires_grad:
@@ -216,15 +217,20 @@ class InnerStep:
     def _tolerance(self, tolerances: dict[torch.dtype, Tolerance]) -> Tolerance:
         return tolerances[self.execution.rounded_to]
 
-    def _check_slopes(self, tangent: Tensor, terms: list[Tensor], w: Tree, by_difference: bool) -> None:
+    def _check_slopes(self, tangent: Tensor, terms: list[Tensor], w: Tree, rounding: Tensor | None) -> None:
         """Refuse ż where the inner loss has another derivative along w by its outputs than by its gradient."""
         by_gradient = products(self.gradient, w)
         spread = torch.stack([torch.linalg.vector_norm(t.detach()) for t in [*terms, by_gradient]]).sum()
-        tolerance = self._tolerance(BY_DIFFERENCE if by_difference else BY_FORWARD_MODE)
-        check_slopes(tangent.detach(), by_gradient.sum(), spread, tolerance.slope)
+        if rounding is None:
+            tolerance: Tensor | float = self._tolerance(BY_FORWARD_MODE).slope
+        else:
+            tolerance = self._tolerance(BY_DIFFERENCE).slope + rounding
+        check_slopes(tangent.detach(), by_gradient.sum(), spread, tolerance)
 
     def _outer_loss_of(self, outputs: Tensor) -> Tensor:
-        return self.problem.outer_loss(outputs, self.labeled)
+        loss = self.problem.outer_loss(outputs, self.labeled)
+        checks.scalar_loss(loss, "the problem's outer_loss")
+        return loss
 
     def _outer_loss(self, when: str, params: Tree) -> Tensor:
         if when not in self._outer_losses:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import checks
+from metapl.batch import views
 from metapl.errors import MetaplError
 from metapl.numerics import wide
 from metapl.problem import Signal
-from metapl.problems.pseudo_labels import views
 
 
 @runtime_checkable
@@ -157,6 +157,28 @@ class UDA:
         losses = -(target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)).sum(-1)
         ramped = self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
         return ramped * losses.mean()
+
+
+def teacher_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
+    """The losses of a sequence of them; anything else is refused.
+
+    Args:
+        given: what the user gave.
+        name: of the argument that it came in.
+    """
+    expected = "expected a tuple of losses, such as (metapl.CrossEntropy(), metapl.UDA())"
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        kind = checks.described(given) if not isinstance(given, TeacherLoss) else f"{given!r} alone"
+        raise MetaplError(f"{name} is {kind}; {expected}; with one loss, ({type(given).__name__}(),).")
+    for one in given:
+        if isinstance(one, type):
+            raise MetaplError(f"{name} holds the class {one.__name__}; {expected}: write {one.__name__}().")
+        if not isinstance(one, TeacherLoss):
+            raise MetaplError(
+                f"{name} holds something {checks.described(one)}; {expected}, or callables with a name "
+                "(metapl.losses.TeacherLoss)."
+            )
+    return tuple(given)
 
 
 @lru_cache(maxsize=16)

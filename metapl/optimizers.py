@@ -8,8 +8,11 @@ already.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CellType, FunctionType
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.numerics import Tree, dot, norm
+
+Parameters = Mapping[str, nn.Parameter]
 
 
 class InnerOptimizer(Protocol):
@@ -28,6 +33,10 @@ class InnerOptimizer(Protocol):
     @property
     def learning_rate(self) -> float | None:
         """η where it is known (the first group's), for feedback that is measured in units of it."""
+        ...
+
+    def follow(self, parameters: Parameters) -> None:
+        """Go on with the student's trainable parameters as they are now; refuse those that it would not move."""
         ...
 
     def read_state(self) -> Any:
@@ -42,7 +51,7 @@ class InnerOptimizer(Protocol):
         """w = (∂U/∂g)ᵀ v at (θ, g, state)."""
         ...
 
-    def commit(self, parameters: Mapping[str, nn.Parameter], grads: Tree, new_params: Tree, new_state: Any) -> None:
+    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
         """Move the real parameters."""
         ...
 
@@ -63,7 +72,7 @@ def _is_transform(optimizer: Any) -> bool:
     )
 
 
-def inner_optimizer(optimizer: Any, parameters: Mapping[str, nn.Parameter], state: Any = None) -> InnerOptimizer:
+def inner_optimizer(optimizer: Any, parameters: Parameters, state: Any = None) -> InnerOptimizer:
     """The functional view of a ``torch.optim`` optimiser or a TorchOpt transform.
 
     Args:
@@ -98,25 +107,58 @@ def _describe(optimizer: Any) -> str:
     return f"{'the class ' if isinstance(optimizer, type) else ''}{kind.__module__}.{kind.__qualname__}"
 
 
+def held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that an optimizer moves."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def refuse_not_held(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
+    """Refuse an optimizer that would leave some of a network's trainable parameters where they are.
+
+    Args:
+        name: of the argument that the optimizer came in.
+        parameters: the network's trainable parameters, by name.
+        network: ``"teacher"`` or ``"student"``.
+    """
+    known = {id(p) for p in held(optimizer)}
+    missing = [path for path, p in parameters.items() if id(p) not in known]
+    if missing:
+        raise MetaplError(
+            f"{name} holds {len(known)} tensors, the {network} has {len(parameters)} trainable parameters, of which "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} are not held, so they would not be "
+            f"trained; build it as torch.optim.SGD({network}.parameters(), ...) from the {network} that is trained. "
+            f"Parameters that are new, such as a head put in later, are added by {name}.add_param_group."
+        )
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor) and group["lr"].ndim:
+            raise MetaplError(
+                f"{name} has lr={group['lr']}, a tensor of shape {tuple(group['lr'].shape)}; expected a number, or a "
+                "tensor without dimensions, such as torch.tensor(0.1)."
+            )
+
+
 class TorchUpdate:
     """The update of a ``torch.optim`` optimiser, from its current state and param groups."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], rule: _Rule) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters, rule: _Rule) -> None:
         self.optimizer, self.rule = optimizer, rule
-        group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        missing = [name for name, p in parameters.items() if id(p) not in group_of]
-        if missing or len(group_of) != len(parameters):
-            raise MetaplError(
-                f"inner_optimizer holds {len(group_of)} tensors, the student has {len(parameters)} trainable parameters"
-                + (
-                    f", of which {', '.join(missing[:3])} {'...' if len(missing) > 3 else ''} are not held"
-                    * bool(missing)
-                )
-                + "; build it as torch.optim.SGD(student.parameters(), ...) from the student that is trained."
-            )
         for option in ("differentiable", "capturable"):
             if any(group.get(option) for group in optimizer.param_groups):
                 raise MetaplError(f"inner_optimizer has {option}=True, which metapl does not support; leave it out.")
+        self.follow(parameters)
+        own = {id(p) for p in parameters.values()}
+        foreign = [p for p in held(optimizer) if p.requires_grad and id(p) not in own]
+        if foreign:
+            raise MetaplError(
+                f"inner_optimizer holds {len(held(optimizer))} tensors, the student has {len(parameters)} trainable "
+                f"parameters; {len(foreign)} of the tensors are not the student's. Build it as "
+                "torch.optim.SGD(student.parameters(), ...) from the student that is trained."
+            )
+
+    def follow(self, parameters: Parameters) -> None:
+        refuse_not_held("inner_optimizer", self.optimizer, parameters, "student")
+        groups = enumerate(self.optimizer.param_groups)
+        group_of = {id(p): number for number, group in groups for p in group["params"]}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
         self.parameters = dict(parameters)
 
@@ -142,12 +184,15 @@ class TorchUpdate:
             w.update(zip(names, torch._foreach_mul([v[name] for name in names], slopes), strict=True))
         return {name: w[name] for name in grads}
 
-    def commit(self, parameters: Mapping[str, nn.Parameter], grads: Tree, new_params: Tree, new_state: Any) -> None:
-        for name, p in parameters.items():
-            p.grad = grads.get(name)
-        self.optimizer.step()
-        for p in parameters.values():
-            p.grad = None
+    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
+        # A frozen parameter that the optimizer holds must not be moved by a gradient left over from earlier.
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            for name, p in parameters.items():
+                p.grad = grads.get(name)
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -303,18 +348,33 @@ class TransformUpdate:
     (a hidden first-call flag): the flag is spent on a dummy call, so with ``dampening`` the first step is damped like
     every other, which TorchOpt's own is not. The VJP of ``adam`` is NaN where a gradient entry is
     exactly zero: it is taken at an entry too small to matter instead. ``clip_grad_norm`` hides its norm from autograd:
-    its exact derivative is put in its place.
+    its exact derivative is put in its place, in chains and masks too. What else has a wrong VJP, such as
+    ``adam(use_accelerated_op=True)``, is found by a central difference on small tensors, once, and refused.
     """
 
     learning_rate: float | None = None
 
-    def __init__(self, transform: Any, parameters: Mapping[str, nn.Parameter], state: Any) -> None:
+    def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
         self.transform = _with_differentiable_clip(transform)
+        self.parameters = dict(parameters)
         theta = {name: p.detach() for name, p in parameters.items()}
         zeros = {name: torch.zeros_like(t) for name, t in theta.items()}
         fresh = self.transform.init(theta)
         self.transform.update(zeros, fresh, params=theta, inplace=False)
         self.state = fresh if state is None else state
+        if transform.update not in _checked:
+            _refuse_wrong_vjp(self.transform, theta)
+            _checked.add(transform.update)
+
+    def follow(self, parameters: Parameters) -> None:
+        known = self.parameters
+        changed = [name for name in {**known, **parameters} if known.get(name) is not parameters.get(name)]
+        if changed:
+            raise MetaplError(
+                f"the student's trainable parameters are not those that the state of the TorchOpt transform was made "
+                f"for: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} came, went or were replaced. "
+                "Build a new BilevelTrainer, or use a torch.optim inner optimizer and its add_param_group."
+            )
 
     def read_state(self) -> Any:
         return self.state
@@ -327,16 +387,9 @@ class TransformUpdate:
         return {name: p + updates[name] for name, p in params.items()}, _detached(state)
 
     def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
-        grads = self._filled(params, grads)
-        at = {name: _off_zero(g).requires_grad_() for name, g in grads.items()}
-        with torch.enable_grad():
-            moved, _ = self.transform.update(at, state, params=params, inplace=False)
-        pulled = torch.autograd.grad(
-            [moved[name] for name in v], list(at.values()), [v[name] for name in v], materialize_grads=True
-        )
-        return dict(zip(at, pulled, strict=True))
+        return _vjp(self.transform, params, self._filled(params, grads), state, v)
 
-    def commit(self, parameters: Mapping[str, nn.Parameter], grads: Tree, new_params: Tree, new_state: Any) -> None:
+    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(new_params[name])
@@ -376,29 +429,112 @@ def _detached(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, tree)
 
 
-def _with_differentiable_clip(transform: Any) -> Any:
-    """The transform with TorchOpt's ``clip_grad_norm``, alone or in a chain, replaced by one that autograd sees."""
+def _vjp(transform: Any, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
+    """(∂U/∂g)ᵀ v by autograd through the transform's ``update``."""
+    at = {name: _off_zero(g).requires_grad_() for name, g in grads.items()}
+    with torch.enable_grad():
+        moved, _ = transform.update(at, state, params=params, inplace=False)
+    pulled = torch.autograd.grad(
+        [moved[name] for name in v], list(at.values()), [v[name] for name in v], materialize_grads=True
+    )
+    return dict(zip(at, pulled, strict=True))
+
+
+_checked: WeakSet[Any] = WeakSet()
+"""The ``update`` functions of transforms whose VJP was found right."""
+
+
+def _refuse_wrong_vjp(transform: Any, like: Tree) -> None:
+    """Compare ⟨(∂U/∂g)ᵀv, d⟩ with a central difference of ⟨v, U⟩, on small float64 tensors of the names in ``like``.
+
+    At the first step with small gradients, where Adam's ε counts, and at the third with large ones, where a clip works.
+    """
+    draw = torch.Generator().manual_seed(0)
+    shapes = {name: [min(n, 2) for n in t.shape] for name, t in like.items()}
+
+    def tree(scale: float) -> Tree:
+        """Entries of random sign, none of them near 0."""
+        drawn = {name: torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
+        return {name: scale * (t / 2 + t.sign() / 2) for name, t in drawn.items()}
+
+    for steps, scale in ((0, 1e-2), (2, 1e2)):
+        params, g, d, v = tree(1.0), tree(scale), tree(scale), tree(1.0)
+        state = transform.init(params)
+        for _ in range(steps):
+            _, state = transform.update(tree(scale), state, params=params, inplace=False)
+        by_autograd = sum(float((t * d[name]).sum()) for name, t in _vjp(transform, params, g, state, v).items())
+        ahead, behind = (
+            transform.update({n: t + eps * d[n] for n, t in g.items()}, state, params=params, inplace=False)[0]
+            for eps in (1e-6, -1e-6)
+        )
+        terms = torch.cat([(v[n] * (ahead[n] - behind[n]) / 2e-6).flatten() for n in v])
+        by_difference = float(terms.sum())
+        bound = 1e-3 * (abs(by_autograd) + abs(by_difference) + float(terms.norm())) + 1e-9
+        if not abs(by_autograd - by_difference) <= bound:
+            raise MetaplError(
+                f"inner_optimizer is a transform whose derivative in the gradient is wrong: along one direction it is "
+                f"{by_autograd:.4g} by autograd and {by_difference:.4g} by a difference of updates, so the feedback "
+                "would be wrong. Of TorchOpt's own, adam and adamw with use_accelerated_op=True are such: leave that "
+                "out, or use torch.optim SGD, Adam or AdamW."
+            )
+
+
+def _with_differentiable_clip(transform: Any, within: tuple[Any, ...] = ()) -> Any:
+    """The transform with TorchOpt's ``clip_grad_norm`` replaced by one that autograd sees, wherever it stands: alone,
+    in a chain, or inside a transform that wraps others, such as ``masked``."""
+    update = _seen_by_autograd(transform.update, within)
+    if update is transform.update:
+        return transform
     import torchopt
 
-    parts = getattr(transform, "transformations", None)
-    if parts:
-        replaced = [_with_differentiable_clip(part) for part in parts]
-        changed = any(new is not old for new, old in zip(replaced, parts, strict=True))
-        return torchopt.chain(*replaced) if changed else transform
-    update = transform.update
-    if getattr(update, "__module__", "") != "torchopt.clip":
-        return transform
-    cells = dict(zip(update.__code__.co_freevars, (c.cell_contents for c in update.__closure__), strict=True))
-    return type(transform)(transform.init, _clip_update(float(cells["max_norm"]), cells["norm_type"]))
+    return torchopt.base.GradientTransformation(transform.init, update)
 
 
-def _clip_update(max_norm: float, norm_type: float) -> Callable[..., tuple[Tree, Any]]:
+def _seen_by_autograd(thing: Any, within: tuple[Any, ...]) -> Any:
+    """A function, transform or tuple of these, with the clips that its functions close over replaced.
+
+    Args:
+        thing: what is looked into; anything else is returned as it is.
+        within: the functions around it, which it may close over again.
+    """
+    if _is_transform(thing):
+        return _with_differentiable_clip(thing, within)
+    if type(thing) is tuple:
+        parts = tuple(_seen_by_autograd(part, within) for part in thing)
+        return parts if any(new is not old for new, old in zip(parts, thing, strict=True)) else thing
+    if not isinstance(thing, FunctionType) or not thing.__closure__ or thing in within:
+        return thing
+    if thing.__module__ == "torchopt.clip":
+        closed = inspect.getclosurevars(thing).nonlocals
+        return _clip_update(float(closed["max_norm"]), closed["norm_type"])
+    cells = tuple(_cell_seen_by_autograd(cell, (*within, thing)) for cell in thing.__closure__)
+    if all(new is old for new, old in zip(cells, thing.__closure__, strict=True)):
+        return thing
+    copy = FunctionType(thing.__code__, thing.__globals__, thing.__name__, thing.__defaults__, cells)
+    copy.__kwdefaults__ = thing.__kwdefaults__
+    return copy
+
+
+def _cell_seen_by_autograd(cell: CellType, within: tuple[Any, ...]) -> CellType:
+    try:
+        old = cell.cell_contents
+    except ValueError:  # not assigned yet
+        return cell
+    new = _seen_by_autograd(old, within)
+    return cell if new is old else CellType(new)
+
+
+def _clip_update(max_norm: float, norm_type: float) -> Callable[..., tuple[Any, Any]]:
     """g · min(1, max_norm / (‖g‖ + 1e-6)), ‖·‖ over all parameters: TorchOpt's rule, with its derivative."""
 
-    def update(updates: Tree, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Tree, Any]:
-        flat = torch.cat([g.flatten() for g in updates.values()])
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        # What a mask leaves out is an empty node, without a tensor.
+        present = [g for g in pytree.tree_leaves(updates) if isinstance(g, Tensor)]
+        if not present:
+            return updates, state
+        flat = torch.cat([g.flatten() for g in present])
         scale = (max_norm / (torch.linalg.vector_norm(flat, norm_type) + 1e-6)).clamp(max=1.0)
-        return {name: g * scale for name, g in updates.items()}, state
+        return pytree.tree_map_only(Tensor, lambda g: g * scale, updates), state
 
     return update
 
@@ -421,6 +557,9 @@ class Clipped:
     def learning_rate(self) -> float | None:
         return self.inner.learning_rate
 
+    def follow(self, parameters: Parameters) -> None:
+        self.inner.follow(parameters)
+
     def read_state(self) -> Any:
         return self.inner.read_state()
 
@@ -442,7 +581,7 @@ class Clipped:
         clipped = {name: scale.to(t.dtype) * t for name, t in w.items()}
         return {n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()}
 
-    def commit(self, parameters: Mapping[str, nn.Parameter], grads: Tree, new_params: Tree, new_state: Any) -> None:
+    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
         self.inner.commit(parameters, self._clip(grads), new_params, new_state)
 
     def state_dict(self) -> dict[str, Any]:

@@ -58,6 +58,10 @@ class BilevelProblem(Protocol):
     - ``for_modes(labels)``: the problem with the kind of labels that a mode needs (see :class:`metapl.PseudoLabels`).
     - ``check(outputs, labeled, unlabeled)``: refuses, with a :class:`metapl.MetaplError`, a batch that does not fit the
       student's outputs; called before anything moves.
+    - ``default_teacher_losses(batch)``: the teacher's own losses on an inner batch, where the trainer was given none.
+      Without it: none.
+    - ``teacher_classifies``: True where the teacher maps the student's inputs to class logits, so that its accuracy can
+      be measured on validation data.
     """
 
     def signal(

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils import _pytree as pytree
 
+from metapl import checks
+from metapl.errors import MetaplError
 from metapl.execution.agreement import check_recomputed
 from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
@@ -65,6 +69,7 @@ def own_losses(
     own: dict[str, Tensor] = {}
     for term in losses:
         value = term(teacher, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
+        checks.scalar_loss(value, f"the teacher loss {term.name!r}")
         own[f"teacher_{term.name}"] = own.get(f"teacher_{term.name}", 0) + value
     return own
 
@@ -135,6 +140,9 @@ class TeacherStep:
         scalars = {name: value.detach() for name, value in own.items()}
         scalars["teacher_loss"] = from_own.detach()
         sizes = {"feedback": self._size(from_feedback), "own": self._size(from_own)}
+        if weight.relative:
+            self._refuse_bypass(from_feedback, "the signal")
+            self._refuse_bypass(from_own, "a teacher loss")
         factor = weight.factor(sizes["feedback"], sizes["own"])
         sizes["feedback"] = factor * sizes["feedback"]
         return TeacherLosses(factor * from_feedback, from_own, scalars, sizes)
@@ -157,8 +165,8 @@ class TeacherStep:
         """Note every output of the teacher, where the parts of its objective can be weighed against each other."""
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.requires_grad:
-                self._outputs.append(output)
+            tensors = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
+            self._outputs.extend(t for t in tensors if t.requires_grad)
 
         handle = self.teacher.register_forward_hook(note)
         try:
@@ -167,12 +175,42 @@ class TeacherStep:
             handle.remove()
 
     def _size(self, loss: Tensor) -> Tensor:
-        """‖∂loss/∂(all outputs of the teacher)‖: a look at the head alone, the networks' graphs stay."""
-        if not loss.requires_grad or not self._outputs:
+        """‖∂loss/∂(all outputs of the teacher)‖: a look at the head alone, the networks' graphs stay.
+
+        NaN where the loss reaches the teacher's weights past these outputs too, so that they do not tell its size.
+        """
+        if not loss.requires_grad:
+            return loss.new_zeros(())
+        if self._bypasses(loss):
+            return loss.new_full((), torch.nan)
+        if not self._outputs:
             return loss.new_zeros(())
         grads = torch.autograd.grad(loss, self._outputs, retain_graph=True, allow_unused=True)
         norms = [g.float().norm() for g in grads if g is not None]
         return torch.stack(norms).norm() if norms else loss.new_zeros(())
+
+    def _refuse_bypass(self, loss: Tensor, what: str) -> None:
+        if loss.requires_grad and self._bypasses(loss):
+            raise MetaplError(
+                f"feedback_ratio is measured at what the teacher's forward returns, and {what} reaches the teacher's "
+                "weights by another way, such as a method of its own or an output that is no tensor, tuple or dict; "
+                "let forward return it, or use feedback_weight."
+            )
+
+    def _bypasses(self, loss: Tensor) -> bool:
+        """Whether a path of the graph leads from the loss to a weight of the teacher past the outputs noted."""
+        weights = {id(p) for p in self.teacher.parameters()}
+        seen: set[tuple[Node | None, int]] = {(t.grad_fn, t.output_nr) for t in self._outputs}
+        edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
+        while edges:
+            edge = edges.pop()
+            if edge in seen or edge[0] is None:
+                continue
+            seen.add(edge)
+            if id(getattr(edge[0], "variable", None)) in weights:
+                return True
+            edges.extend(edge[0].next_functions)
+        return False
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,13 +22,15 @@ from metapl.execution.buffers import Buffers, nothing_moved
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator
 from metapl.fit import FitResult, Loop
-from metapl.hypergradient import check_kind, hypergradient, prepare
+from metapl.guards import casts_explained, one_at_a_time, restored_on_failure
+from metapl.hypergradient import check_kind, hypergradient, prepare, refuse_other_fields
 from metapl.inner import InnerStep, trainable
-from metapl.losses import UDA, CrossEntropy, TeacherLoss, refuse_split_batches
-from metapl.optimizers import Clipped
+from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches
+from metapl.losses import teacher_losses as checked_losses
+from metapl.optimizers import Clipped, held, refuse_not_held
 from metapl.optimizers import inner_optimizer as functional
 from metapl.problem import BilevelProblem, Signal
-from metapl.problems.pseudo_labels import PseudoLabels, views
+from metapl.problems import PseudoLabels
 from metapl.step_report import StepReport, TeacherReport
 from metapl.teacher import TeacherStep, Weight, means, own_losses, teacher_scalars
 
@@ -46,8 +49,9 @@ class BilevelTrainer(Loop):
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
         outer_optimizer: the teacher's: any ``torch.optim`` optimiser over the teacher's parameters. Both default to
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``.
-        teacher_losses: the teacher's own losses; ``None`` is ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` where
-            the unlabelled batch has two views; ``()`` is none.
+        teacher_losses: the teacher's own losses; ``None`` is the problem's choice: for pseudo-labels
+            ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` where the unlabelled batch has two views; for a problem
+            that makes no choice, none. ``()`` is none.
         feedback_weight: λ. At 1 the teacher descends the true gradient of the labelled loss after one student step,
             whose size goes with the student's learning rate. Much more than that is dangerous: teacher and student
             then chase each other's class frequencies and may collapse onto one class (on the digits 10 hurts and 50
@@ -102,6 +106,7 @@ class BilevelTrainer(Loop):
         accumulate: int = 1,
         compile: bool = False,
     ) -> None:
+        checks.no_inference_mode()
         self.mode = estimator(mode)
         self.problem = prepare(problem, self.mode)
         self.device = checks.networks(teacher, student)
@@ -124,7 +129,7 @@ class BilevelTrainer(Loop):
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
         _check_outer(self.outer_optimizer, teacher)
-        self.teacher_losses = None if teacher_losses is None else tuple(teacher_losses)
+        self.teacher_losses = None if teacher_losses is None else checked_losses(teacher_losses)
         refuse_split_batches(self.teacher_losses or (), accumulate)
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         if feedback_ratio is not None:
@@ -133,6 +138,7 @@ class BilevelTrainer(Loop):
         self.generator = generator
         self.mode_state = self.mode.init()
         self.steps_done = 0
+        self._first_signal = True
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong).
@@ -143,38 +149,60 @@ class BilevelTrainer(Loop):
         """
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
         fault = checks.Fault()
-        with self._nothing_moves(fault, labeled, unlabeled) as buffers, self._autocast(), self.compiled():
-            students, teachers = [], []
-            micro = list(self._micro_batches(labeled, unlabeled))
-            for x_l, x_u in micro:
-                student = InnerStep(
-                    self.student, self.inner, self.problem, labeled=x_l, unlabeled=x_u, keep_graph=self.mode.keep_graph
-                )
-                teacher = TeacherStep(
-                    self.teacher, self.problem, x_u, student.outputs, self.generator, self._recomputes
-                )
-                signal = teacher.signal()  # line 2: ŷ_u ~ P(·|x_u; θ_T), or the soft label
-                check_kind(signal.sampled, self.mode)
-                student.learn(signal)  # line 3: g_u
-                students.append(student)
-                teachers.append(teacher)
-            whole = union(students)  # line 3: θ_S′ = U(θ_S, g_u)
-            (feedback,), mode_state = self.mode.feedback([whole], self.mode_state)  # line 4: h
-            parts = []
-            for teacher, h, (x_l, x_u) in zip(teachers, split(feedback, len(micro)), micro, strict=True):
-                part = teacher.loss(h, self._weight, self._losses_for(x_u), x_l, self.steps_done)
-                checks.learns(part.own, "teacher")
-                loss = part.feedback + part.own / len(micro)
-                if loss.requires_grad:
-                    loss.backward()  # lines 5-7
-                parts.append(part.without_graph())
-        with undone_where(fault.flag, self._movable(buffers)):
-            self._move_teacher()  # line 8
-            whole.commit()  # line 3
-        self.mode_state = kept_where(fault.flag, self.mode_state, mode_state)
-        self._end_step()
-        scalars = {"inner_loss": whole.inner_loss, **whole.known_outer_loss(), **teacher_scalars(parts)}
-        return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, whole.signal, whole.outputs, fault)
+        with self._nothing_moves(fault, labeled, unlabeled) as buffers:
+            with self._autocast(), self.compiled():
+                self.inner.follow(trainable(self.student))
+                students, teachers = [], []
+                micro = list(self._micro_batches(labeled, unlabeled))
+                for x_l, x_u in micro:
+                    student = self._inner_step(x_l, x_u)
+                    teacher = TeacherStep(
+                        self.teacher, self.problem, x_u, student.outputs, self.generator, self._recomputes
+                    )
+                    signal = teacher.signal()  # line 2: ŷ_u ~ P(·|x_u; θ_T), or the soft label
+                    self._check_signal(signal, student)
+                    student.learn(signal)  # line 3: g_u
+                    checks.dense_gradients(student.gradient)
+                    students.append(student)
+                    teachers.append(teacher)
+                whole = union(students)  # line 3: θ_S′ = U(θ_S, g_u)
+                with casts_explained(self.mode.name):
+                    (feedback,), mode_state = self.mode.feedback([whole], self.mode_state)  # line 4: h
+                checks.finite_feedback(feedback.h)
+                parts = []
+                for teacher, h, (x_l, x_u) in zip(teachers, split(feedback, len(micro)), micro, strict=True):
+                    part = teacher.loss(h, self._weight, self._losses_for(x_u), x_l, self.steps_done)
+                    checks.learns(part.own, "teacher")
+                    loss = part.feedback + part.own / len(micro)
+                    if loss.requires_grad:
+                        loss.backward()  # lines 5-7
+                    parts.append(part.without_graph())
+            self._clip_teacher()
+            with undone_where(fault.flag, self._movable(buffers)):
+                whole.commit()  # line 3; where the student's optimizer fails, the teacher has not moved
+                self.outer_optimizer.step()  # line 8
+            self.mode_state = kept_where(fault.flag, self.mode_state, mode_state)
+            self._end_step()
+            scalars = {"inner_loss": whole.inner_loss, **whole.known_outer_loss(), **teacher_scalars(parts)}
+            return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, whole.signal, whole.outputs, fault)
+
+    def _inner_step(self, labeled: Any, unlabeled: Any) -> InnerStep:
+        step = InnerStep(
+            self.student,
+            self.inner,
+            self.problem,
+            labeled=labeled,
+            unlabeled=unlabeled,
+            keep_graph=self.mode.keep_graph,
+        )
+        checks.finite_student(step.outputs)
+        return step
+
+    def _check_signal(self, signal: Signal, step: InnerStep) -> None:
+        check_kind(signal.sampled, self.mode)
+        if self._first_signal and self.mode.name != "none":
+            refuse_other_fields(self.problem, step, signal)
+        self._first_signal = False
 
     def teacher_step(self, labeled: Any, unlabeled: Any = None) -> TeacherReport:
         """One step of the teacher alone, while the student waits: lines 6-8 of Algorithm 1, on the batches of a step.
@@ -187,39 +215,41 @@ class BilevelTrainer(Loop):
 
         Raises: :class:`metapl.MetaplError` before anything moves: the batches are wrong, or there are no losses.
         """
-        if self.teacher_losses == ():
+        if self._has_no_losses:
             raise MetaplError("teacher_losses=() leaves the teacher nothing to learn from alone; expected wait=0.")
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
         fault = checks.Fault()
-        nothing = Signal(torch.empty(0, device=self.device))
-        with self._nothing_moves(fault, labeled, unlabeled) as buffers, self._autocast(), self.compiled():
-            scalars = []
-            for x_l, x_u in self._micro_batches(labeled, unlabeled):
-                own = own_losses(
-                    self.teacher,
-                    self._losses_for(x_u),
-                    labeled=x_l,
-                    unlabeled=x_u,
-                    signal=nothing,
-                    step=self.steps_done,
-                )
-                loss = torch.stack(list(own.values())).sum()
-                checks.learns(loss, "teacher")
-                if loss.requires_grad:  # UDA alone is a plain 0 before its start
-                    (loss / self.accumulate).backward()  # lines 6-7
-                scalars.append({name: value.detach() for name, value in (*own.items(), ("teacher_loss", loss))})
-        with undone_where(fault.flag, self._movable(buffers)):
-            self._move_teacher()  # line 8
-        self._end_step()
-        return TeacherReport(self.steps_done - 1, means(scalars), fault)
+        with self._nothing_moves(fault, labeled, unlabeled) as buffers:
+            with self._autocast(), self.compiled():
+                scalars = [self._own_backward(x_l, x_u) for x_l, x_u in self._micro_batches(labeled, unlabeled)]
+            self._clip_teacher()
+            with undone_where(fault.flag, self._movable(buffers)):
+                self.outer_optimizer.step()  # line 8
+            self._end_step()
+            return TeacherReport(self.steps_done - 1, means(scalars), fault)
 
-    def _move_teacher(self) -> None:
+    def _own_backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
+        """The teacher's own losses on a micro-batch, whose share of the gradient is added to what is there."""
+        own = own_losses(
+            self.teacher,
+            self._losses_for(unlabeled),
+            labeled=labeled,
+            unlabeled=unlabeled,
+            signal=Signal(torch.empty(0, device=self.device)),
+            step=self.steps_done,
+        )
+        loss = torch.stack(list(own.values())).sum()
+        checks.learns(loss, "teacher")
+        if loss.requires_grad:  # UDA alone is a plain 0 before its start
+            (loss / self.accumulate).backward()  # lines 6-7
+        return {name: value.detach() for name, value in (*own.items(), ("teacher_loss", loss))}
+
+    def _clip_teacher(self) -> None:
+        checks.sparse_gradients(self.outer_optimizer, trainable(self.teacher))
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.teacher.parameters(), self.clip_norm)
-        self.outer_optimizer.step()
 
     def _end_step(self) -> None:
-        self.outer_optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
         self.steps_done += 1
 
@@ -241,13 +271,22 @@ class BilevelTrainer(Loop):
             raise MetaplError(f"feedback_ratio={ratio}: expected a number of 0 or more, or None.")
         if self.feedback_weight != 1.0:
             raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
-        if self.teacher_losses == ():
-            raise MetaplError("feedback_ratio needs teacher losses to measure by, and teacher_losses=() has none.")
+        if self._has_no_losses:
+            raise MetaplError(
+                "feedback_ratio needs teacher losses to measure by, and there are none: teacher_losses=(), or the "
+                "default of a problem that has no default_teacher_losses."
+            )
         if self.accumulate > 1:
             raise MetaplError(
                 f"feedback_ratio is measured on a whole batch and does not go with accumulate={self.accumulate}; "
                 "use feedback_weight."
             )
+
+    @property
+    def _has_no_losses(self) -> bool:
+        return self.teacher_losses == () or (
+            self.teacher_losses is None and not hasattr(self.problem, "default_teacher_losses")
+        )
 
     @property
     def _recomputes(self) -> bool:
@@ -260,12 +299,17 @@ class BilevelTrainer(Loop):
         return self.teacher
 
     @property
+    def labeller_classifies(self) -> bool:
+        """As the problem says."""
+        return bool(getattr(self.problem, "teacher_classifies", False))
+
+    @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
         """The student's and the teacher's optimiser; a TorchOpt transform brings its own schedule."""
         return [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step, but the data and the default generators."""
+    def live_state(self) -> dict[str, Any]:
+        """:meth:`state_dict` without the copies."""
         return {
             "teacher": self.teacher.state_dict(),
             "student": self.student.state_dict(),
@@ -286,8 +330,9 @@ class BilevelTrainer(Loop):
             )
         self.teacher.load_state_dict(state["teacher"])
         self.student.load_state_dict(state["student"])
-        self.inner.load_state_dict(state["inner"])
-        self.outer_optimizer.load_state_dict(state["outer"])
+        # An optimizer goes on in the tensors that it is given, and these are the caller's.
+        self.inner.load_state_dict(copy.deepcopy(state["inner"]))
+        self.outer_optimizer.load_state_dict(copy.deepcopy(state["outer"]))
         self.mode_state = dict(state["mode_state"])
         self.steps_done = state["steps_done"]
         if self.generator is not None and state["generator"] is not None:
@@ -341,12 +386,21 @@ class BilevelTrainer(Loop):
     @contextmanager
     def _nothing_moves(self, fault: checks.Fault, labeled: Any, unlabeled: Any) -> Iterator[list[Buffers]]:
         """Check the batches; whatever is refused or fails, everything is left as it was."""
-        random = RandomState.now(self.device)
-        with checks.deferred_to(fault), nothing_moved(self.teacher, self.student, random=random) as buffers:
+        checks.no_inference_mode()
+        with (
+            one_at_a_time,
+            checks.deferred_to(fault),
+            restored_on_failure(self.generator),
+            nothing_moved(self.teacher, self.student, random=RandomState.now(self.device)) as buffers,
+        ):
             checks.batches(labeled, unlabeled, self.device)
-            with torch.enable_grad():
+            refuse_not_held("outer_optimizer", self.outer_optimizer, trainable(self.teacher), "teacher")
+            self.outer_optimizer.zero_grad(set_to_none=True)
+            try:
+                with torch.enable_grad():
+                    yield buffers
+            finally:
                 self.outer_optimizer.zero_grad(set_to_none=True)
-                yield buffers
 
     def _movable(self, buffers: list[Buffers]) -> Movable:
         return Movable((self.teacher, self.student), buffers, self.schedulable, self.inner)
@@ -354,9 +408,8 @@ class BilevelTrainer(Loop):
     def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         if self.teacher_losses is not None:
             return self.teacher_losses
-        supervised = CrossEntropy(label_smoothing=0.1)
-        two_views = isinstance(self.problem, PseudoLabels) and len(views(unlabeled)) == 2
-        return (supervised, UDA()) if two_views else (supervised,)
+        default = getattr(self.problem, "default_teacher_losses", None)
+        return () if default is None else default(unlabeled)
 
 
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:
@@ -370,11 +423,9 @@ def _check_outer(optimizer: Any, teacher: nn.Module) -> None:
             f"outer_optimizer is {checks.described(optimizer)}; expected a torch.optim optimiser over "
             "teacher.parameters()."
         )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in trainable(teacher).items() if id(p) not in held]
-    if missing or not held <= {id(p) for p in teacher.parameters()}:
+    refuse_not_held("outer_optimizer", optimizer, trainable(teacher), "teacher")
+    own = {id(p) for p in teacher.parameters()}
+    if any(id(p) not in own for p in held(optimizer)):
         raise MetaplError(
-            "outer_optimizer does not hold exactly the teacher's parameters"
-            + (f" ({', '.join(missing[:3])} missing)" if missing else " (it holds others)")
-            + "; build it from teacher.parameters()."
+            "outer_optimizer holds tensors that are not the teacher's; build it from teacher.parameters()."
         )

@@ -68,6 +68,21 @@ def test_micro_batches_change_nothing_but_memory(mode: object, accumulate: int) 
         assert same[name] == pytest.approx(value, rel=1e-5, abs=1e-9, nan_ok=True), name
 
 
+class Halved(metapl.PseudoLabels):
+    """An inner loss of the problem's own, linear in its target."""
+
+    def inner_loss(self, outputs: torch.Tensor, signal: metapl.Signal, batch: object, params: object = None):
+        return super().inner_loss(outputs, signal, batch) / 2
+
+
+def test_sampled_labels_and_an_inner_loss_of_the_problem_itself() -> None:
+    """Whether the loss is linear in its target is checked on each micro-batch."""
+    whole, _ = _after("forward", 1, problem=Halved(kind="hard"))
+    parts, _ = _after("forward", 2, problem=Halved(kind="hard"))
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
 def test_a_batch_that_cannot_be_split_evenly_is_refused() -> None:
     teacher, student = _networks()
     trainer = metapl.BilevelTrainer(teacher, student, "forward", accumulate=3)

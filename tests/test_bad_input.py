@@ -107,7 +107,9 @@ def test_a_wrong_batch_is_refused_and_nothing_moves(kind: str, mode: str) -> Non
     )
     trainer.step(**case.data())
     wrong = change(case)
-    trainer.teacher = wrong.teacher
+    if wrong.teacher is not case.teacher:  # a trainer refuses networks that its optimizers do not hold
+        outer = torch.optim.Adam(wrong.teacher.parameters())
+        trainer.teacher, trainer.outer_optimizer = wrong.teacher, outer
     with_gradients(case)
     with unmoved(wrong, inner, outer), pytest.raises(MetaplError, match=text):
         metapl.hypergradient(**wrong.networks(), **wrong.data(), mode=mode, inner_optimizer=inner)
@@ -210,7 +212,7 @@ def test_inner_state_beside_a_torch_optimiser_is_refused() -> None:
 
 def test_an_outer_optimiser_must_hold_the_teacher() -> None:
     case = toy("mlp")
-    with pytest.raises(MetaplError, match=r"does not hold exactly the teacher's parameters.*1\.weight"):
+    with pytest.raises(MetaplError, match=r"outer_optimizer holds 4 tensors.*1\.weight.*are not held"):
         metapl.BilevelTrainer(**case.networks(), outer_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.1))
     with pytest.raises(MetaplError, match=r"outer_optimizer is a .*expected a torch\.optim optimiser"):
         metapl.BilevelTrainer(**case.networks(), outer_optimizer=torchopt.sgd(0.1))

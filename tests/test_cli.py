@@ -134,7 +134,7 @@ def test_an_accuracy_stands_beside_what_it_takes_to_judge_it(trained: Path, caps
     frequent = max(map(sum, found["confusion"])) / 400
     assert (found["chance"], found["even_guess"]) == (frequent, 0.1)
     assert found["chance"] == Evaluation(**result(trained)["evaluation"]).chance, "as where the run was made"
-    line = f"chance level                {frequent:.2%}, always the largest class; even guesses: 10.00%"
+    line = f"chance level                {frequent:.2%}, the largest class; even guesses: 10.00%"
     assert line in text.splitlines()
     assert max(map(len, text.splitlines()[1:])) <= 80  # the first line names the run
 

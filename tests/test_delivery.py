@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command import refused, result, rows, said
 from PIL import Image
 
 from metapl.cli import main
 from metapl.cli.compare import MEASURED, _fields
+from metapl.evaluate import evaluate_logits
 from metapl.recipes import ImageFolders, budget
 from metapl.recipes.base import SELECTED_ON
-from metapl.recipes.experiment import Network, delivered
+from metapl.recipes.experiment import Network, delivered, summary
 from metapl.run_folder import WEIGHTS
 
 SMALL = (
@@ -79,6 +81,16 @@ def test_where_validation_cannot_tell_a_rule_of_the_method_does() -> None:
 
 
 # --------------------------------------------------------------------------------------------- with and without folders
+
+
+@pytest.mark.parametrize(("right", "guessing"), [(62, True), (110, True), (130, False), (300, False)])
+def test_an_accuracy_that_guessing_may_reach_is_called_so(right: int, guessing: bool) -> None:
+    examples = torch.arange(1000)
+    labels = examples % 10
+    taken = torch.where(examples < right, labels, (labels + 1) % 10)
+    evaluation = evaluate_logits(torch.eye(10)[taken], labels).to_json()
+    content = {"delivered": "student", "evaluation": evaluation, "validation_size": 0, "delivered_by": "rule"}
+    assert any("not shown to be better than guessing" in line for line in summary(content)) == guessing
 
 
 def test_without_validation_and_test_pictures_nothing_says_how_good_it_is(

@@ -260,3 +260,11 @@ def test_light_and_dark_marks_are_told_apart(tmp_path: Path) -> None:
         assert found.grey
         assert found.light == expected
         assert found.exchangeable == (expected == 0.75)
+
+
+@pytest.mark.parametrize(("steps", "few"), [(31, True), (300, False)])
+def test_too_few_steps_are_said(steps: int, few: bool, colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "steps_within", lambda *given: steps)
+    told: list[str] = []
+    assert recipe(colored, steps=None).settled(say=told.append).steps == steps
+    assert any(f"{steps} steps are few" in line for line in told) == few

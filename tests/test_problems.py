@@ -100,7 +100,7 @@ def double_backward(name: str, case: Toy, rule: reference.Rule, state: Any) -> d
         losses = ce + 0.3 * pull * torch.stack([(p**2).sum() for p in theta.values()]).sum()
     g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
     moved, _ = rule(theta, dict(zip(theta, g, strict=True)), state)
-    torch.set_rng_state(after_inner)
+    torch.set_rng_state(reference.own_stream(after_inner))
     outer = F.cross_entropy(reference.at(case.student, moved, case.labeled[0]), case.labeled[1])
     return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from benchmarks.machine import write_readme
+from benchmarks.machine import write_between_marks
 from benchmarks.pictures.problem import Problem
 from benchmarks.pictures.problems import class_counts, half
 from benchmarks.pictures.run import RESULTS, Row, read
@@ -177,7 +177,7 @@ def main() -> None:
     text = table(rows, given.half)
     print(text)
     if given.write is not None:
-        write_readme(given.write, given.half, text)
+        write_between_marks(given.write, given.half, text)
     if given.figure is not None:
         draw(rows, given.half, given.figure)
 

@@ -191,7 +191,7 @@ def _figures(found: Evaluation, several: MultiLabelAccuracy | None, part: str, o
     lines = {
         f"{part} accuracy": f"{found.accuracy:.2%} of {found.n:,}" + (f", {of_accuracy}" if of_accuracy else ""),
         "95 % interval": f"{low:.2%} to {high:.2%}",
-        "chance level": f"{found.chance:.2%}, always the largest class; even guesses: {1 / len(found.confusion):.2%}",
+        "chance level": f"{found.chance:.2%}, the largest class; even guesses: {1 / len(found.confusion):.2%}",
     }
     if found.top5 is not None:
         lines["top-5 accuracy"] = f"{found.top5:.2%}"

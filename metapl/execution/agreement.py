@@ -118,7 +118,7 @@ def check_linear(drawn: Tensor, expected: Tensor) -> None:
     )
 
 
-def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float) -> None:
+def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: Tensor | float) -> None:
     """Refuse a derivative along w that is not the one that the gradient has.
 
     Args:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
@@ -43,6 +44,12 @@ class Feedback:
         if self.about is None:
             return self.h.new_zeros(())
         part: Tensor = getattr(signal, self.about)
+        if torch.is_grad_enabled() and not part.requires_grad:
+            raise MetaplError(
+                f"the teacher's signal ({self.about}) carries no gradient to the teacher's weights, so the feedback "
+                "would be lost: it was detached, or made under torch.no_grad(). Leave its graph in place, or take "
+                'mode="none", which gives no feedback.'
+            )
         return -(self.h * part).sum()
 
 

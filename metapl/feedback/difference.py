@@ -64,11 +64,11 @@ class Difference:
         step = only(steps, self.name)
         v = step.outer_gradient()
         w = step.pullback(v)
-        z_dot = self.directional_derivative(step, w)
-        return [from_tangent(step, z_dot, w, divisor(self.normalization, step, w), by_difference=True)], state
+        z_dot, rounding = self.directional_derivative(step, w)
+        return [from_tangent(step, z_dot, w, divisor(self.normalization, step, w), rounding=rounding)], state
 
-    def directional_derivative(self, step: InnerStep, w: Tree) -> Tensor:
-        """ż along w, (B, C); exactly zero where w is."""
+    def directional_derivative(self, step: InnerStep, w: Tree) -> tuple[Tensor, Tensor]:
+        """ż along w, (B, C), exactly zero where w is; and how large its rounding may be, relative to it, a scalar."""
         length = norm(w)
         unit = {name: t / length.clamp_min(torch.finfo(length.dtype).tiny) for name, t in w.items()}
         delta = self.step_size(step)
@@ -76,20 +76,34 @@ class Difference:
         if not self.one_sided:
             behind = step.outputs_at(-delta, unit)
             step.check_replay((ahead + behind) / 2)
-            return length * (ahead - behind) / (2 * delta)
+            return length * (ahead - behind) / (2 * delta), self._rounding(step, ahead, ahead - behind)
         here = step.outputs if step.ran_in_full_precision() else step.outputs_at(0 * delta, unit)
         step.check_replay(here)
-        return length * (ahead - here) / delta
+        return length * (ahead - here) / delta, self._rounding(step, ahead, ahead - here)
+
+    def _rounding(self, step: InnerStep, outputs: Tensor, difference: Tensor) -> Tensor:
+        """Of a small difference of large outputs, little is left: Adam's first w is across the gradient, for one."""
+        epsilon = torch.finfo(self._format(step)).eps
+        norms = (torch.linalg.vector_norm(t) for t in (outputs, difference))
+        size, moved = (norm.detach() for norm in norms)
+        share: Tensor = ROUNDINGS * epsilon * size / moved
+        return share
 
     def step_size(self, step: InnerStep) -> Tensor:
         """δ, a scalar on the student's device."""
         size = norm(step.params)
-        # Rounding is that of the narrowest format on the way, say of a float32 body under a float64 head.
-        formats = {wide(t).dtype for t in (*step.params.values(), step.outputs)}
-        r = self.relative_step or RELATIVE_STEP[torch.float32 if torch.float32 in formats else torch.float64]
+        r = self.relative_step or RELATIVE_STEP[self._format(step)]
         typical = size / math.sqrt(sum(t.numel() for t in step.params.values()))
         return r * typical.clamp_min(1e-3)  # the bound is for weights that are all zero
 
+    def _format(self, step: InnerStep) -> torch.dtype:
+        """The narrowest on the way, which rounds: say of a float32 body under a float64 head."""
+        formats = {wide(t).dtype for t in (*step.params.values(), step.outputs)}
+        return torch.float32 if torch.float32 in formats else torch.float64
+
+
+ROUNDINGS = 30.0
+"""Rounding errors of outputs, and of the sum over them, in units of the machine epsilon."""
 
 RELATIVE_STEP = {torch.float32: 2e-3, torch.float64: 1e-6}
 """r by dtype. A unit move along the gradient changes the outputs in inverse proportion to a typical weight, however

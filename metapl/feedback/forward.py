@@ -74,11 +74,11 @@ class Forward:
 
 
 def from_tangent(
-    step: InnerStep, z_dot: Tensor, w: Tree, scale: Tensor | float, *, by_difference: bool = False
+    step: InnerStep, z_dot: Tensor, w: Tree, scale: Tensor | float, *, rounding: Tensor | None = None
 ) -> Feedback:
     """h from ż: the derivative in the signal itself, or in the law of sampled labels."""
     if not step.signal.sampled:
-        return Feedback(step.signal_feedback(z_dot, w, by_difference=by_difference) / scale, "value")
+        return Feedback(step.signal_feedback(z_dot, w, rounding=rounding) / scale, "value")
     if step.signal.probs is None:
         raise MetaplError(
             "the problem's signal is sampled and carries no probs, over which this mode would take the expectation; "
@@ -86,6 +86,6 @@ def from_tangent(
         )
     # ℓ is linear in its target (checked below), so h_ik = −d/dε ℓ(z_i, class k)/B is the derivative at the rows drawn.
     one_hot = torch.nn.functional.one_hot(step.signal.value, step.signal.probs.shape[-1]).to(step.signal.probs.dtype)
-    h = step.signal_feedback(z_dot, w, one_hot, by_difference=by_difference)
+    h = step.signal_feedback(z_dot, w, one_hot, rounding=rounding)
     step.check_linear(z_dot, w, h)
     return Feedback(h / scale, "probs")

@@ -51,7 +51,10 @@ class ReinforcePerExample:
         step = only(steps, self.name)
         v = step.outer_gradient()
         w = step.pullback(v)
-        exact = self.tangent == "forward"
-        z_dot = step.directional_derivative(w) if exact else Difference().directional_derivative(step, w)
-        h = step.example_feedback(z_dot, w, by_difference=not exact) / divisor(self.normalization, step, w)
+        if self.tangent == "forward":
+            h = step.example_feedback(step.directional_derivative(w), w)
+        else:
+            z_dot, rounding = Difference().directional_derivative(step, w)
+            h = step.example_feedback(z_dot, w, rounding=rounding)
+        h = h / divisor(self.normalization, step, w)
         return [Feedback(h, "log_prob")], state

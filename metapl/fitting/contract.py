@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -40,6 +41,11 @@ class Stepwise(ABC):
         return None
 
     @property
+    def labeller_classifies(self) -> bool:
+        """Whether the labeller maps a student's inputs to class logits, so that its accuracy can be measured."""
+        return self.labeller is not None
+
+    @property
     @abstractmethod
     def schedulable(self) -> list[torch.optim.Optimizer]:
         """The optimisers whose learning rates the schedule moves: the student's, then the teacher's."""
@@ -53,8 +59,17 @@ class Stepwise(ABC):
         raise NotImplementedError
 
     @abstractmethod
+    def live_state(self) -> dict[str, Any]:
+        """Everything that decides the next step, but the data and the default generators; the tensors are those that
+        the next step moves."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step, but the data and the default generators."""
+        """Everything that decides the next step, but the data and the default generators.
+
+        A snapshot: later steps leave it as it is, where the ``state_dict`` of a module or an optimizer of PyTorch goes
+        along with them. Cost: a copy of the weights and of the optimizers' states, where they are.
+        """
+        return copy.deepcopy(self.live_state())
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -36,5 +36,7 @@ class Rates:
         return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
 
     def _scale(self, name: str, factor: float) -> None:
-        for group, rate in zip(self.optimizers[name].param_groups, self.base[name], strict=True):
+        groups, base = self.optimizers[name].param_groups, self.base[name]
+        base.extend(group["lr"] for group in groups[len(base) :])  # added since, such as layers that were unfrozen
+        for group, rate in zip(groups, base, strict=True):
             group["lr"] = rate * factor

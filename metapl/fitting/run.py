@@ -72,6 +72,11 @@ class FitRun:
                 f"wait={how.wait} was asked for, and a {type(trainer).__name__} has no teacher that could train while "
                 "its student waits; expected wait=0."
             )
+        if truth is not None and trainer.labeller is not None and not trainer.labeller_classifies:
+            raise MetaplError(
+                "truth was given, to measure how many of the teacher's labels are right, and the problem's teacher "
+                "gives no class logits; leave truth out, or set teacher_classifies = True on the problem."
+            )
         self.trainer, self.how, self.say = trainer, how, say
         self.shown = shown
         self.rates = Rates(trainer, how)
@@ -212,7 +217,10 @@ class FitRun:
     def _look(self, t: int) -> dict[str, float]:
         """The accuracies on validation data after step t."""
         student = None if self.how.waits(t) else self._candidate()
-        self.seen = self.selection.look(student, self._kept_teacher(), self.trainer.labeller, t + 1)
+        # A teacher that weighs examples, say, has no accuracy.
+        kept, labeller = self._kept_teacher(), self.trainer.labeller
+        teachers = (kept, labeller) if self.trainer.labeller_classifies else (None, None)
+        self.seen = self.selection.look(student, *teachers, t + 1)
         return self.seen
 
     def _candidate(self) -> nn.Module:
@@ -236,7 +244,7 @@ class FitRun:
         return {
             "step": step,
             "options": self.how.decisive(),
-            "trainer": self.trainer.state_dict(),
+            "trainer": self.trainer.live_state(),
             "average": None if self.average is None else self.average.state_dict(),
             "teacher_average": None if self.teacher_average is None else self.teacher_average.state_dict(),
             "seen": self.seen,

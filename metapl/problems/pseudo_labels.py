@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import checks
-from metapl.batch import LABEL_KEYS, are_views
+from metapl.batch import views
 from metapl.errors import MetaplError
+from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.numerics import wide
-from metapl.problem import Params, Signal, first_input
+from metapl.problem import Params, Signal
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class PseudoLabels:
     temperature: float = 1.0
     label_smoothing: float = 0.0
 
+    teacher_classifies: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.kind not in (None, "soft", "hard"):
             raise MetaplError(f"PseudoLabels(kind={self.kind!r}): expected 'soft', 'hard' or None.")
@@ -70,6 +73,11 @@ class PseudoLabels:
     def student_input(self, batch: Any) -> Any:
         """The strong view, or the only one."""
         return views(batch)[-1]
+
+    def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
+        """Cross-entropy, and UDA where the inner batch has two views: Algorithm 1, lines 6-7."""
+        supervised = CrossEntropy(label_smoothing=0.1)
+        return (supervised, UDA()) if len(views(batch)) == 2 else (supervised,)
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels that are no classes of the student's outputs."""
@@ -96,36 +104,3 @@ class PseudoLabels:
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean CE on the labelled batch."""
         return F.cross_entropy(outputs, checks.within(batch[1], outputs.shape[1]))
-
-
-def views(unlabeled: Any) -> tuple[Any, ...]:
-    """(x,) or (weak, strong); inputs with their labels beside them are no two views.
-
-    >>> views((torch.zeros(2, 3), torch.ones(2, 3)))[1].shape
-    torch.Size([2, 3])
-    """
-    if isinstance(unlabeled, Tensor):
-        return (unlabeled,)
-    if isinstance(unlabeled, Mapping):
-        named = [name for name in LABEL_KEYS if name in unlabeled]
-        if named:
-            raise MetaplError(f"unlabeled is {checks.described(unlabeled)}, with labels under {named[0]!r}; {_MEND}.")
-        return (unlabeled,)
-    if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
-        return (first_input(unlabeled),)
-    if not isinstance(unlabeled, tuple | list) or len(unlabeled) != 2:
-        raise MetaplError(
-            f"unlabeled is {checks.described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak "
-            "view, strong view)."
-        )
-    if not are_views(*unlabeled):
-        first, second = map(checks.described, unlabeled)
-        raise MetaplError(
-            f"unlabeled is a pair of {first} and {second}; two views of the same examples have the same shape and "
-            f"type, and inputs with their labels are no two views: {_MEND}. Inputs that are a tuple of tensors are "
-            "written (inputs,)."
-        )
-    return tuple(unlabeled)
-
-
-_MEND = "leave the labels out, by metapl.data.without_labels(loader) or a data set of the inputs alone"

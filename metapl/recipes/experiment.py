@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metapl.baselines import LossTrainer
 from metapl.data.image_sets import record_files, replaced_files
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, spoken
+from metapl.evaluate import Evaluation, interval, spoken
 from metapl.fit import FitResult, Loop, Say
 from metapl.losses import CrossEntropy
 from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
@@ -241,8 +241,10 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     tested, n = content.get("evaluation"), content["validation_size"]
     why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
     if tested is not None:
-        reached = spoken(tested["accuracy"], tested["n"], Evaluation(**tested).chance)
-        lines.append(f"Test accuracy of the {TITLED[name]}: {reached}.")
+        chance = Evaluation(**tested).chance
+        lines.append(f"Test accuracy of the {TITLED[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
+        if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
+            lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
     if content.get("validation_accuracy") is not None:
         lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, content['validation_chance'])}.")
     if not lines:

@@ -58,6 +58,9 @@ REHEARSED = 1000
 MINUTES = 5.0
 """How long training may take where neither minutes nor steps are given."""
 
+FEW_STEPS = 300
+"""Steps below which a network that starts from nothing has hardly learned."""
+
 MOST_MINUTES = 60 * 24 * 366
 """A year."""
 
@@ -360,6 +363,8 @@ class ImageFolders(PictureRecipe):
                 steps = steps_within(recipe.scheduled(max(steps, asked + 1)), minutes)
         recipe = dataclasses.replace(recipe.scheduled(steps), minutes=minutes)
         tell(recipe.chosen())
+        if self.steps is OPEN and steps < FEW_STEPS:
+            tell(f"note: {steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps")
         if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
             tell("for photographs a network that was trained on photographs is better: --weights imagenet")
         return recipe

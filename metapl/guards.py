@@ -1,0 +1,49 @@
+"""What surrounds a step, so that one that fails or meets another leaves things as they were."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+
+import torch
+
+from metapl.errors import MetaplError
+
+one_at_a_time = RLock()
+"""Held while a step runs: PyTorch's default generators and switches, which passes are replayed by, belong to the whole
+process, so a step in another thread waits."""
+
+
+@contextmanager
+def restored_on_failure(generator: torch.Generator | None) -> Iterator[None]:
+    """Put a generator of the user's own back if the block fails."""
+    before = None if generator is None else generator.get_state()
+    try:
+        yield
+    except BaseException:
+        if generator is not None and before is not None:
+            generator.set_state(before)
+        raise
+
+
+_DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (?:bias|weight) type", re.IGNORECASE)
+
+
+@contextmanager
+def casts_explained(mode: str) -> Iterator[None]:
+    """Turn PyTorch's refusal to mix number formats in a feedback pass, where the inner pass met none, into an error
+    that names the cause."""
+    try:
+        yield
+    except MetaplError:
+        raise
+    except RuntimeError as error:
+        if not _DTYPES.search(str(error)):
+            raise
+        raise MetaplError(
+            f"mode '{mode}' runs the student in float32, and a cast inside the student does not go along "
+            f'({str(error).splitlines()[0]}). Use mode="forward", or weights of one type and precision="bfloat16" '
+            "instead of casts."
+        ) from error
