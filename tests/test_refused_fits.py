@@ -118,7 +118,7 @@ def test_a_fit_without_labelled_data() -> None:
         ((X, Y - 1), r"run from -1 to 1"),
         ([(X, Y + 1)], r"run from 1 to 3"),
         ([], "validation has no batches"),
-        (5, "labeled is of type int"),
+        (5, "validation is of type int; expected tensors, or an iterable of batches"),
     ],
 )
 def test_validation_that_cannot_be_used_is_refused_before_the_first_step(validation: Any, text: str) -> None:
@@ -138,6 +138,24 @@ def test_the_look_at_validation_changes_nothing() -> None:
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4, shuffle=True)
     assert torch.equal(weights(None), weights(loader))
     assert torch.equal(weights(None), weights(iter([(X, Y)])))  # which can be read once
+
+
+class ByPosition:
+    """Batches without ``__iter__``, as metapl's own are."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index >= 2:
+            raise IndexError
+        return X[4 * index :][:4], Y[4 * index :][:4]
+
+
+def test_batches_by_position_are_data() -> None:
+    one = trainer(nn.Linear(4, 3))
+    assert fit(one, validation=ByPosition()).validation_accuracy == one.evaluate((X, Y)).accuracy
+    assert one.evaluate(ByPosition()).n == 8
 
 
 @pytest.mark.parametrize("data", [None, 5, {}, (), []], ids=repr)

@@ -79,7 +79,7 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
 def batches_of(data: Any, device: torch.device, size: int = ROWS) -> Iterator[tuple[Any, Tensor]]:
     """(inputs, labels) in batches on the device, from one labelled batch or an iterable of such."""
     whole = is_whole(data)
-    for batch in [data] if whole else _iterated(data, "the labelled data"):
+    for batch in [data] if whole else iterated(data, "the labelled data"):
         inputs, labels = labeled_pair(batch)[:2]
         yield from _pieces((to_device(inputs, device), to_device(labels, device)), size if whole else None)
 
@@ -93,7 +93,7 @@ def input_batches(data: Any, dtype: torch.dtype, size: int = ROWS) -> Iterator[A
         size: the most examples in a batch of what comes as a whole.
     """
     whole = _is_array(data) or isinstance(plain(data), dict | tuple)
-    for batch in [data] if whole else _iterated(data, "the data to predict"):
+    for batch in [data] if whole else iterated(data, "the data to predict"):
         yield from _pieces(_tensors(inputs_of(batch), dtype), size if whole else None)
 
 
@@ -106,11 +106,15 @@ def _pieces(batch: Any, size: int | None) -> Iterator[Any]:
         yield rows(batch, start, start + size)
 
 
-def _iterated(data: Any, what: str) -> Any:
-    # What has items by position is iterated over too, as sequences were before there was __iter__.
-    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
-        raise MetaplError(f"{what}: {checks.described(data)}; expected inputs, or an iterable of batches.")
-    return data
+def iterated(data: Any, what: str) -> Iterator[Any]:
+    """The batches of an iterable, or of what has them by position; other data are refused."""
+    try:
+        batches: Iterator[Any] = iter(data)
+    except TypeError as error:
+        raise MetaplError(
+            f"{what} is {checks.described(data)}; expected tensors, or an iterable of batches of them."
+        ) from error
+    return batches
 
 
 def _explain_type(inputs: Any, weight: Tensor | None) -> None:

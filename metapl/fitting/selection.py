@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from metapl.batch import is_whole, labeled_pair, length, rows
 from metapl.checks import described
 from metapl.errors import MetaplError
 from metapl.evaluate import evaluate_logits, predict_logits
-from metapl.evaluate.predictions import batches_of, logits_of
+from metapl.evaluate.predictions import batches_of, iterated, logits_of
 from metapl.execution.rng import RandomState, replayed
 
 
@@ -51,8 +51,7 @@ class Selection:
         if data is None or isinstance(data, Iterator):
             return
         with replayed(RandomState.now(self.device)):
-            batches = isinstance(data, Iterable) or hasattr(data, "__getitem__")
-            first = next(iter(data), None) if batches and not is_whole(data) else data
+            first = data if is_whole(data) else next(iterated(data, "validation"), None)
             if first is None:
                 raise MetaplError("validation has no batches; expected at least one example, or None.")
             inputs, labels = labeled_pair(first)[:2]
