@@ -51,10 +51,10 @@ NURSERY = """
 import json, os, pkgutil, signal, sys
 import matplotlib.figure, metapl.report, metapl.recipes.experiment, sklearn.datasets, tensorboard, torch._dynamo
 import torch.utils.tensorboard.summary
-from metapl import inner
+from metapl.execution import kernels
 from metapl.cli import main
 
-inner._load_forward_mode()
+kernels.load_forward_mode()
 
 def send(signum):
     if signum > 0:
