@@ -161,8 +161,8 @@ def measure(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Ten
             "one_sided": one_sided,
             "chosen": {
                 "delta": float(Difference().step_size(step)),
-                "central": error(Difference().directional_derivative(step, direction)),
-                "one_sided": error(Difference(one_sided=True).directional_derivative(step, direction)),
+                "central": error(Difference().directional_derivative(step, direction)[0]),
+                "one_sided": error(Difference(one_sided=True).directional_derivative(step, direction)[0]),
             },
         }
     return row

@@ -281,7 +281,10 @@ def killed() -> None:
 
 
 def trained(pictures: Path, out: Path, *more: str) -> int:
-    return main([*command(pictures).split(), "--out", str(out), *more])
+    given = command(pictures)
+    if "--resized-crop" in more:  # beside which a margin is refused
+        given = given.replace("--pad 1 ", "")
+    return main([*given.split(), "--out", str(out), *more])
 
 
 @LEFT_OPEN

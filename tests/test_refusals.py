@@ -207,10 +207,10 @@ def test_a_method_without_a_student_may_warm_up_for_longer_than_a_student_would_
     assert (one.warmup, one.steps) == (3, 8)
     chosen = {"image_size": 8, "grey": True, "network_name": "small_cnn", "val_fraction": 0.0, "precision": "float32"}
     shares = {"mean": (0.5,), "std": (0.2,), "uda_prior": (0.5, 0.5)}
-    for method in ("uda", "supervised"):
+    for method in ("uda", "supervised", "mpl"):  # a student that waits warms up over its share of these steps
         ImageFolders(**one_of(one), **chosen, **shares, method=method)
-    with pytest.raises(MetaplError, match="warmup=3"):
-        ImageFolders(**one_of(one), **chosen, **shares, method="mpl")
+    with pytest.raises(MetaplError, match="warmup=9"):
+        ImageFolders(**one_of(one) | {"warmup": 9}, **chosen, **shares, method="uda")
 
 
 def one_of(recipe: ImageFolders) -> dict[str, Any]:
