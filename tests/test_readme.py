@@ -10,7 +10,6 @@ from statistics import fmean
 
 import pages
 
-from benchmarks.pictures import tables
 from benchmarks.pictures.run import RESULTS, read
 
 ROOT = Path(__file__).parent.parent
@@ -50,14 +49,15 @@ def test_the_rows_of_the_modes_are_those_of_the_whole_table() -> None:
 def test_the_accuracies_on_pictures_are_those_of_the_committed_rows() -> None:
     now = rows((ROOT / "docs" / "pictures.md").read_text())
     uda, supervised = now["UDA (the default)"], now["supervised, the same views"]
-    first = {
-        method: f"{fmean(found.values()):.1f}"
-        for method, found in tables.accuracies(read(RESULTS / "pictures_unseen_first.jsonl")).items()
-    }
+    rows_then = read(RESULTS / "pictures_unseen_first.jsonl")  # one seed a problem
+    uda_then, mpl_then = (
+        f"{100 * fmean(row['test_accuracy'] for row in rows_then if row['method'] == method):.1f}"
+        for method in ("uda", "mpl")
+    )
     prose = " ".join(README.split())
     assert f"UDA {uda['mean']} %, supervised training with the same views {supervised['mean']} %" in prose
     assert f"nowhere more than {uda['worst'].removeprefix('-')} points worse" in prose
-    assert f"Meta Pseudo Labels ({first['mpl']} % against {first['uda']} % at half of the time)" in prose
+    assert f"Meta Pseudo Labels ({mpl_then} % against {uda_then} % at half of the time)" in prose
 
 
 def test_the_badges_say_what_the_project_says() -> None:
