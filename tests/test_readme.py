@@ -45,14 +45,13 @@ def test_the_rows_of_the_modes_are_those_of_the_whole_table() -> None:
 
 def test_the_accuracies_on_pictures_are_those_of_the_table() -> None:
     whole = rows((ROOT / "docs" / "pictures.md").read_text())
-    titles = {
-        "UDA (the default)": "UDA (the default)",
-        "FixMatch-like": "FixMatch-like",
-        "supervised": "supervised, the same views",
-        "Meta Pseudo Labels": "Meta Pseudo Labels",
-    }
-    told = dict(re.findall(rf"({'|'.join(map(re.escape, titles))}) ([\d.]+) %", " ".join(README.split())))
-    assert told == {name: whole[title]["mean"] for name, title in titles.items()}
+    text = " ".join(README.split())
+    found = re.search(
+        r"UDA ([\d.]+) %, supervised training with the same views ([\d.]+) %; nowhere more than ([\d.]+)", text
+    )
+    assert found is not None
+    uda, supervised = whole["UDA (the default)"], whole["supervised, the same views"]
+    assert found.groups() == (uda["mean"], supervised["mean"], uda["worst"].removeprefix("-"))
 
 
 def test_the_badges_say_what_the_project_says() -> None:
