@@ -13,13 +13,13 @@ from torch import Tensor
 
 from metapl import checkpoint, checks
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, evaluate_logits, predict_logits
-from metapl.evaluate.predictions import batches_of, input_batches, logits_of
 from metapl.fitting.callbacks import Callback, StopFit
 from metapl.fitting.contract import Report, Say, Stepwise
 from metapl.fitting.options import FitOptions
 from metapl.fitting.run import FitResult, FitRun
 from metapl.fitting.stopping import Interrupted
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of, input_batches, logits_of
 from metapl.numerics import wide
 from metapl.run_folder import RunFolder
 

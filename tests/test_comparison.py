@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metapl.evaluate import chance_level
+from metapl.metrics import chance_level
 from metapl.recipes.comparison import Comparison
 
 

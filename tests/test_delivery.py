@@ -16,7 +16,7 @@ from PIL import Image
 
 from metapl.cli import main
 from metapl.cli.compare import MEASURED, _fields
-from metapl.evaluate import evaluate_logits
+from metapl.metrics import evaluate_logits
 from metapl.recipes import ImageFolders, budget
 from metapl.recipes.base import SELECTED_ON
 from metapl.recipes.experiment import Network, delivered, summary

@@ -25,11 +25,11 @@ from metapl import CrossEntropy, MetaplError
 from metapl.baselines import LossTrainer
 from metapl.checkpoint import CheckpointFolder
 from metapl.data import ImageLabeledBatches, MemoryImages, StepSampler, Weak, feed
-from metapl.evaluate import evaluate_logits
 from metapl.events import Events
 from metapl.feedback import Altered, LossDifference, Reinforce
 from metapl.fit import FitOptions, FitResult, Interrupted, Loop
 from metapl.fitting.progress import examples_in
+from metapl.metrics import evaluate_logits
 
 Inner = Callable[[nn.Module], Any]
 

@@ -15,8 +15,8 @@ from test_baselines import TINY
 
 from metapl import MetaplError
 from metapl.cli import main
-from metapl.evaluate import evaluate_logits
 from metapl.fit import FitResult
+from metapl.metrics import evaluate_logits
 from metapl.recipes import Digits, Feedback, Optimizer, from_dict
 from metapl.recipes.experiment import Experiment
 from metapl.recipes.methods import CONTROLS, METHODS

@@ -14,9 +14,9 @@ import tyro
 from metapl.cli.finished import Finished, finished
 from metapl.cli.parse import paragraph
 from metapl.cli.table import table
-from metapl.data.folder_check import some
+from metapl.data.images.check import some
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, paired_test
+from metapl.metrics import Evaluation, paired_test
 from metapl.recipes import ImageFolders, Recipe
 from metapl.recipes.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
 from metapl.run_folder import RunFolder

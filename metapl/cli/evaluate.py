@@ -20,7 +20,8 @@ from metapl.cli.place import place
 from metapl.cli.table import table
 from metapl.cli.test_folder import TestFolder
 from metapl.errors import MetaplError
-from metapl.evaluate import (
+from metapl.fit import batches_of
+from metapl.metrics import (
     Evaluation,
     MultiLabelAccuracy,
     evaluate_logits,
@@ -29,7 +30,6 @@ from metapl.evaluate import (
     predict_logits,
     read_label_sets,
 )
-from metapl.fit import batches_of
 from metapl.run_folder import weights_file
 
 HEADINGS = (5, 4, 3)

@@ -18,9 +18,9 @@ from metapl.cli.parse import Run
 from metapl.cli.place import place
 from metapl.cli.table import table
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation
 from metapl.fit import FitResult, Interrupted
 from metapl.fitting.selection import weights_of
+from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
 from metapl.recipes.experiment import Experiment, Network, delivered
 from metapl.run_folder import Metrics, RunFolder

@@ -23,9 +23,9 @@ from metapl.cli.pace import Pace
 from metapl.cli.parse import Switch, paragraph
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, with_chance
 from metapl.fit import Interrupted
 from metapl.fitting.progress import duration
+from metapl.metrics import Evaluation, with_chance
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
 from metapl.recipes.comparison import Comparison, parse_seeds

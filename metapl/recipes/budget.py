@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from metapl.data.feed import feed
-from metapl.data.image_sets import FileImages, Images, MemoryImages
+from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.fit import FitResult, Loop
 from metapl.recipes.base import Task
 from metapl.recipes.experiment import ROLES, Experiment

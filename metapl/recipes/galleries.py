@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from metapl.atomic import replacing
-from metapl.evaluate import predict_logits
 from metapl.fit import batches_of
+from metapl.metrics import predict_logits
 from metapl.recipes.base import Task
 from metapl.report import Gallery
 
