@@ -20,10 +20,10 @@ from metapl.data import (
 )
 from metapl.data.files import IMAGES, csv_rows, gray_image
 from metapl.data.fingerprint import hashes
-from metapl.fit import FitOptions
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.models import mlp
 from metapl.recipes.base import Feedback, Optimizer, Role, Say, Task, require
+from metapl.training import FitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
