@@ -7,13 +7,13 @@ from metapl import feedback, models, problems
 from metapl.baselines import LossTrainer
 from metapl.errors import MetaplError
 from metapl.feedback import MODES
-from metapl.fit import StopFit
 from metapl.hypergradient import Hypergradient, hypergradient
 from metapl.losses import UDA, CrossEntropy
 from metapl.problem import BilevelProblem, Signal
 from metapl.problems import PseudoLabels
-from metapl.step_report import StepReport
 from metapl.trainer import BilevelTrainer
+from metapl.training import StopFit
+from metapl.training.report import StepReport
 
 __version__ = "0.1.0"
 

@@ -18,10 +18,10 @@ from metapl.deferred import Movable, undone_where
 from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
 from metapl.execution.rng import RandomState
-from metapl.fit import Loop
 from metapl.guards import one_at_a_time
 from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches, teacher_losses
 from metapl.problem import Signal
+from metapl.training import Trainer
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LossReport:
         return {}
 
 
-class LossTrainer(Loop):
+class LossTrainer(Trainer):
     """Train one network on a sum of losses, with the same loop, checkpoints and selection as the bilevel trainer.
 
     The same loss values serve as in the teacher's objective: ``(CrossEntropy(),)`` is supervised learning and, at a

@@ -21,7 +21,6 @@ from metapl.errors import MetaplError
 from metapl.execution.buffers import Buffers, nothing_moved
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator
-from metapl.fit import FitResult, Loop
 from metapl.guards import casts_explained, one_at_a_time, restored_on_failure
 from metapl.hypergradient import check_kind, hypergradient, prepare, refuse_other_fields
 from metapl.inner import InnerStep, trainable
@@ -31,11 +30,12 @@ from metapl.optimizers import Clipped, held, refuse_not_held
 from metapl.optimizers import inner_optimizer as functional
 from metapl.problem import BilevelProblem, Signal
 from metapl.problems import PseudoLabels
-from metapl.step_report import StepReport, TeacherReport
 from metapl.teacher import TeacherStep, Weight, means, own_losses, teacher_scalars
+from metapl.training import FitResult, Trainer
+from metapl.training.report import StepReport, TeacherReport
 
 
-class BilevelTrainer(Loop):
+class BilevelTrainer(Trainer):
     r"""Meta Pseudo Labels, or any other bilevel label problem: Algorithm 1 with a choice of gradient.
 
     .. math:: \theta_S' = U(\theta_S, \nabla_{\theta_S} \ell(S(x_u), \mathrm{signal})), \qquad

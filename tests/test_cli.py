@@ -33,7 +33,7 @@ from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, interval
 from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
-from metapl.run_folder import weights_file
+from metapl.runs.folder import weights_file
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
 

@@ -38,7 +38,7 @@ from test_resume import (
 import metapl.data.images.store
 from metapl.cli import main
 from metapl.errors import MetaplError
-from metapl.run_folder import FORMAT, RunFolder
+from metapl.runs.folder import FORMAT, RunFolder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills and /proc as Linux has them")
 
@@ -58,11 +58,11 @@ MOMENTS = [
     ("metapl.recipes.images", "hash_files", 2),
     (*WAITING, 3),
     ("os", "replace", 2),  # a checkpoint is written and has no name yet
-    ("metapl.atomic", "_sync_folder", 2),  # it has
+    ("metapl.runs.atomic", "_sync_folder", 2),  # it has
     (*STEP, 7),
-    ("metapl.fitting.selection", "predict_logits", 1),
+    ("metapl.training.selection", "predict_logits", 1),
     (*TUNING, 3),
-    ("metapl.run_folder:RunFolder", "write_weights", 1),
+    ("metapl.runs.folder:RunFolder", "write_weights", 1),
 ]
 
 
@@ -153,7 +153,10 @@ def test_killed_and_resumed(nurseries: list[Nursery], pictures: Path, whole: Pat
         (MOMENTS[0], "stopped; go on"),
         ((*WAITING, 2), "stopped after step 2; saved to .*fit/step-00000002.ckpt"),
         ((*STEP, 5), "stopped after step 9; saved to .*fit/step-00000009.ckpt"),
-        (("metapl.checkpoint:CheckpointFolder", "write", 2), "stopped after step 8; saved to .*step-00000008.ckpt"),
+        (
+            ("metapl.runs.checkpoint:CheckpointFolder", "write", 2),
+            "stopped after step 8; saved to .*step-00000008.ckpt",
+        ),
         ((*TUNING, 3), "stopped after step 3; saved to .*finetune/step-00000003.ckpt"),
     ],
     ids=["listing", "waiting", "training", "writing", "finetuning"],

@@ -8,16 +8,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.cli.finished import Finished, NetworkName, finished
 from metapl.cli.parse import Run, Switch
+from metapl.experiments.experiment import TITLED
+from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.experiments.store import describe
 from metapl.export import export
+from metapl.export.programs import ONNX, can_run_onnx, require_onnx
 from metapl.metrics import Evaluation
-from metapl.programs import ONNX, can_run_onnx, require_onnx
 from metapl.recipes import Digits, PictureRecipe, Recipe
-from metapl.recipes.experiment import TITLED
 from metapl.recipes.methods import title
-from metapl.recipes.store import describe
-from metapl.run_folder import RunFolder
+from metapl.runs.folder import RunFolder
 
 FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected calibration error"}
 """What stands on the card of a student's evaluation, beside its accuracy."""

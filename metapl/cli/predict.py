@@ -15,15 +15,15 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from metapl.atomic import replacing
-from metapl.cli.finished import Finished, NetworkName, finished
 from metapl.cli.inputs import Inputs, require_finite
 from metapl.cli.outputs import check_outputs
 from metapl.cli.parse import Run, Switch
 from metapl.cli.place import place
 from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
-from metapl.recipes.experiment import TITLED
+from metapl.experiments.experiment import TITLED
+from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.runs.atomic import replacing
 
 HEADER = ("file", "class", "probability")
 

@@ -224,11 +224,11 @@ class Recipe(Protocol):
         ...
 
     def fit_options(self) -> dict[str, Any]:
-        """Fields of :class:`metapl.fit.FitOptions` but ``steps`` and ``phase``."""
+        """Fields of :class:`metapl.training.FitOptions` but ``steps`` and ``phase``."""
         ...
 
     def finetune_options(self) -> dict[str, Any]:
-        """Fields of :class:`metapl.fit.FitOptions` in which finetuning differs from the rest."""
+        """Fields of :class:`metapl.training.FitOptions` in which finetuning differs from the rest."""
         ...
 
     def trainer_options(self) -> dict[str, Any]:

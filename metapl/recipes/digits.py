@@ -21,10 +21,10 @@ from metapl.data import (
 from metapl.data.fingerprint import hashes
 from metapl.data.images.reader import SUFFIXES, gray_image
 from metapl.data.tables import csv_rows
-from metapl.fit import FitOptions
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.models import mlp
 from metapl.recipes.base import Feedback, Optimizer, Role, Say, Task, require
+from metapl.training import FitOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -333,7 +333,7 @@ class ImageFolders(PictureRecipe):
             before: the recipe of the run that is resumed: what was chosen then is not chosen anew.
             say: is told what was chosen, and what may be better.
         """
-        from metapl.recipes.budget import faster_precision, steps_within
+        from metapl.experiments.budget import faster_precision, steps_within
 
         places: dict[str, Any] = {name: whole(getattr(self, name)) for name in ("labeled", "unlabeled", "val", "test")}
         places["weights"] = self._weights()

@@ -24,9 +24,9 @@ from metapl.data.sampler import StepSampler
 from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.errors import MetaplError
-from metapl.fit import FitOptions
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Feedback, Optimizer, Role, require
+from metapl.training import FitOptions
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that pretrained weights expect."""

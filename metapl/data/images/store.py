@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 from metapl.data.images.folders import Count, Progress
 from metapl.data.images.reader import MAX_PIXELS, Crop, UnreadableImage, read_crops, read_image
 from metapl.errors import MetaplError
-from metapl.locks import lock
+from metapl.runs.locks import lock
 
 _IN_A_ROW = 32
 _WORKERS = 256

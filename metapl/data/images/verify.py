@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from metapl.atomic import replacing
 from metapl.data.images.check import some
 from metapl.data.images.folders import Count, Files, Progress
 from metapl.data.images.reader import MAX_PIXELS, UnreadableImage, image_size, read_image
 from metapl.errors import MetaplError
+from metapl.runs.atomic import replacing
 
 Depth = Literal["decode", "header", "size"]
 

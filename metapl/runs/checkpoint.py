@@ -28,8 +28,8 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from metapl.atomic import replacing
 from metapl.errors import MetaplError
+from metapl.runs.atomic import replacing
 
 FORMAT = 1
 MAGIC = b"metapl-checkpoint"
@@ -103,7 +103,7 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} holds objects other than tensors and plain values, and metapl runs no code from a file; "
-                f"write it with metapl.checkpoint.save. torch says: {_first_line(error)}"
+                f"write it with metapl.runs.checkpoint.save. torch says: {_first_line(error)}"
             ) from error
         except (RuntimeError, ValueError, EOFError, KeyError) as error:
             raise CheckpointError(
@@ -289,7 +289,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         _set_rng_state(before)
         raise CheckpointError(
             f"this is not a state of the random number generators ({type(error).__name__}: {_first_line(error)}); "
-            "give what metapl.checkpoint.rng_state() returned"
+            "give what metapl.runs.checkpoint.rng_state() returned"
         ) from error
     saved, present = len(state["cuda"]), len(before["cuda"])
     if saved != present:
@@ -490,7 +490,7 @@ def _open(path: Path) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise CheckpointError(f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()")
         if not stat.S_ISREG(mode):
-            raise CheckpointError(f"{path} is no regular file; give one that metapl.checkpoint.save wrote")
+            raise CheckpointError(f"{path} is no regular file; give one that metapl.runs.checkpoint.save wrote")
         return open(path, "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path} does not exist; give the path that the checkpoint was written to") from error
@@ -542,14 +542,14 @@ def _looks_like(line: bytes) -> str:
     if line.startswith(b"PK\x03\x04"):
         return (
             "a zip file, perhaps one of torch.save; read such a file with torch.load(path, weights_only=True) "
-            "and write it anew with metapl.checkpoint.save"
+            "and write it anew with metapl.runs.checkpoint.save"
         )
     if re.match(rb"\x80[\x02-\x05]", line):
-        return "a pickle, which may hold code, so it is not opened; give a file that metapl.checkpoint.save wrote"
+        return "a pickle, which may hold code, so it is not opened; give a file that metapl.runs.checkpoint.save wrote"
     if any(byte < 32 and byte not in b"\t\n\r" for byte in line):
-        return f"another file, beginning with {line[:8]!r}; give one that metapl.checkpoint.save wrote"
+        return f"another file, beginning with {line[:8]!r}; give one that metapl.runs.checkpoint.save wrote"
     text = line.decode(errors="replace")
-    return f"text, beginning with {text[:24]!r}; give a file that metapl.checkpoint.save wrote"
+    return f"text, beginning with {text[:24]!r}; give a file that metapl.runs.checkpoint.save wrote"
 
 
 def _first_line(error: BaseException) -> str:

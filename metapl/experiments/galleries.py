@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.atomic import replacing
-from metapl.fit import batches_of
 from metapl.metrics import predict_logits
+from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import Task
 from metapl.report import Gallery
+from metapl.runs.atomic import replacing
 
 SHOWN = 12
 """Pictures in a gallery."""

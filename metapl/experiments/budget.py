@@ -19,13 +19,13 @@ from torch import Tensor
 
 from metapl.data.feed import feed
 from metapl.data.images.store import FileImages, Images, MemoryImages
-from metapl.fit import FitResult, Loop
+from metapl.experiments.experiment import ROLES, Experiment
 from metapl.recipes.base import Task
-from metapl.recipes.experiment import ROLES, Experiment
 from metapl.recipes.images import ImageFolders
 from metapl.recipes.methods import METHODS
 from metapl.recipes.pictures import Pictures
-from metapl.run_folder import RunFolder
+from metapl.runs.folder import RunFolder
+from metapl.training import FitResult, Trainer
 
 SHARE = 0.85
 """Part of the time that steps get; the rest is for reading pictures, validation, finetuning and the report."""
@@ -58,7 +58,7 @@ class _Rehearsal(Experiment):
     clock: Clock = time.monotonic
 
     def fit(
-        self, trainer: Loop, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+        self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
     ) -> FitResult:
         sources = [labeled] if unlabeled is None else [labeled, unlabeled]
         workers = self.recipe.fit_options().get("num_workers", 0)
@@ -74,7 +74,7 @@ class _Rehearsal(Experiment):
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 
-    def _mean(self, trainer: Loop, batches: Iterator[Any], waits: int | None) -> float:
+    def _mean(self, trainer: Trainer, batches: Iterator[Any], waits: int | None) -> float:
         """Seconds of a step, averaged over the run; ``waits``: steps before the student begins, None: the recipe's."""
         waits = self.recipe.fit_options().get("wait", 0) if waits is None else waits
         begins = min(getattr(self.recipe, "uda_start", 0), self.recipe.steps)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from metapl.export.programs import INPUT, ONNX, OUTPUT, PROGRAM
 from metapl.models import Architecture
-from metapl.programs import INPUT, ONNX, OUTPUT, PROGRAM
 
 WEIGHTS, CARD = "model.safetensors", "MODEL_CARD.md"
 

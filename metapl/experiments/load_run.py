@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
+from metapl.experiments.experiment import TITLED
+from metapl.experiments.store import stored, stored_result
 from metapl.recipes import PictureRecipe, Recipe
 from metapl.recipes.base import Role
-from metapl.recipes.experiment import TITLED
 from metapl.recipes.methods import METHODS
-from metapl.recipes.store import stored, stored_result
-from metapl.run_folder import WEIGHTS, RunFolder, weights_file
+from metapl.runs.folder import WEIGHTS, RunFolder, weights_file
 
 NetworkName = Literal["delivered", "student", "finetuned", "teacher"]
 """One of a run's networks, or the one that it delivers."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from metapl.checks import Fault
 from metapl.errors import MetaplError
-from metapl.fitting.contract import Report, Stepwise
+from metapl.training.contract import Report, Stepwise
 
 
 class Watch:

@@ -1,4 +1,4 @@
-"""What a trainer needs to be fitted: the loop around its steps, evaluation, saving and loading."""
+"""The base of all trainers: fitting, evaluation, prediction, saving and loading."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl import checkpoint, checks
+from metapl import checks
 from metapl.errors import MetaplError
-from metapl.fitting.callbacks import Callback, StopFit
-from metapl.fitting.contract import Report, Say, Stepwise
-from metapl.fitting.options import FitOptions
-from metapl.fitting.run import FitResult, FitRun
-from metapl.fitting.stopping import Interrupted
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of, input_batches, logits_of
 from metapl.numerics import wide
-from metapl.run_folder import RunFolder
+from metapl.runs import checkpoint
+from metapl.runs.folder import RunFolder
+from metapl.training.callbacks import Callback
+from metapl.training.contract import Say, Stepwise
+from metapl.training.loop import FitResult, FitRun
+from metapl.training.options import FitOptions
 
-__all__ = ["Callback", "FitOptions", "FitResult", "Interrupted", "Loop", "Report", "Say", "StopFit", "batches_of"]
 
-
-class Loop(Stepwise):
-    """A trainer that can be fitted."""
+class Trainer(Stepwise):
+    """A trainer that can be fitted, evaluated, saved and loaded."""
 
     precision: str = "float32"
     steps_done: int = 0

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.atomic import replacing
 from metapl.errors import MetaplError
-from metapl.model_card import CARD, WEIGHTS, Contents, render
+from metapl.export.card import CARD, WEIGHTS, Contents, render
+from metapl.export.programs import ONNX, PROGRAM, programs
 from metapl.models import Architecture, Normalized, normalized
-from metapl.programs import ONNX, PROGRAM, programs
+from metapl.runs.atomic import replacing
 
 _REQUIRED = ("recipe", "data_hash", "metrics")
 _OPTIONAL = ("title", "classes", "notes")
@@ -80,7 +80,7 @@ def export(
     Returns:
         The files. The same network and card give the same bytes, with the same versions of the packages.
 
-    Cost: with ``shape``, about 10 seconds and a copy of the network; see :func:`metapl.programs.programs`.
+    Cost: with ``shape``, about 10 seconds and a copy of the network; see :func:`metapl.export.programs.programs`.
 
     Raises:
         MetaplError: a card with a part missing or unknown, weights that are not finite or not of ``architecture``, a

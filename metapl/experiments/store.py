@@ -10,7 +10,7 @@ from metapl.metrics import Evaluation
 from metapl.recipes import RECIPES, ImageFolders, from_dict
 from metapl.recipes.base import Recipe
 from metapl.recipes.images import CHOSEN
-from metapl.run_folder import RunFolder
+from metapl.runs.folder import RunFolder
 
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method")
 """What every ``result.json`` says of the networks in its folder."""

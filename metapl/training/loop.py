@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from metapl import checkpoint
 from metapl.errors import MetaplError
-from metapl.fitting.average import Average
-from metapl.fitting.callbacks import Callback, Callbacks
-from metapl.fitting.contract import Report, Say, Stepwise
-from metapl.fitting.options import FitOptions
-from metapl.fitting.progress import Progress, progress
-from metapl.fitting.rates import Rates
-from metapl.fitting.records import Records
-from metapl.fitting.selection import Best, Selection, weights_of
-from metapl.fitting.stopping import Interrupted, stop_requests
-from metapl.fitting.watch import Watch
-from metapl.run_folder import RunFolder
+from metapl.runs import checkpoint
+from metapl.runs.folder import RunFolder
+from metapl.training.average import Average
+from metapl.training.callbacks import Callback, Callbacks
+from metapl.training.contract import Report, Say, Stepwise
+from metapl.training.options import FitOptions
+from metapl.training.progress import Progress, progress
+from metapl.training.rates import Rates
+from metapl.training.records import Records
+from metapl.training.selection import Best, Selection, weights_of
+from metapl.training.stopping import Interrupted, stop_requests
+from metapl.training.watch import Watch
 
 if TYPE_CHECKING:
     from metapl.data.feed import Feed
@@ -54,7 +54,7 @@ class FitResult:
 
 
 class FitRun:
-    """One run of the loop; the arguments are those of :meth:`metapl.fit.Loop.fit`."""
+    """One run of the loop; the arguments are those of :meth:`metapl.training.Trainer.fit`."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 from metapl.checks import described
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, replayed
-from metapl.fitting.contract import Stepwise
+from metapl.training.contract import Stepwise
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
 """Called with the number of steps done, the row recorded after them and the trainer; what it returns is not read.

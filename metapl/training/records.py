@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from metapl import checkpoint
 from metapl.errors import MetaplError
-from metapl.events import Events
-from metapl.fitting.contract import Say
-from metapl.fitting.options import FitOptions
-from metapl.run_folder import Metrics, RunFolder
+from metapl.runs import checkpoint
+from metapl.runs.folder import Metrics, RunFolder
+from metapl.runs.tensorboard import Events
+from metapl.training.contract import Say
+from metapl.training.options import FitOptions
 
 
 class Records:

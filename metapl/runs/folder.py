@@ -30,11 +30,11 @@ from typing import IO, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from metapl.atomic import replacing
-from metapl.checkpoint import CheckpointFolder
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
-from metapl.locks import lock
+from metapl.runs.atomic import replacing
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.locks import lock
 
 FORMAT = 2
 """The layout of run folders that this version writes and reads."""

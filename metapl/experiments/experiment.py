@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from metapl.baselines import LossTrainer
 from metapl.data.images.store import record_files, replaced_files
 from metapl.errors import MetaplError
-from metapl.fit import FitResult, Loop, Say
+from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.losses import CrossEntropy
 from metapl.metrics import Evaluation, interval, spoken
 from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
-from metapl.recipes.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.recipes.methods import ALONE, METHODS, title
-from metapl.run_folder import Metrics, RunFolder, weights_file
+from metapl.runs.folder import Metrics, RunFolder, weights_file
+from metapl.training import FitResult, Say, Trainer
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Experiment:
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
 
-    def networks(self, method: str, task: Task, trained: Loop, result: FitResult) -> dict[str, Network]:
+    def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher."""
         found = [self.network("student", task, trained, result.validation_accuracy, result.weights)]
         if result.teacher_weights is not None and METHODS[method].teaches and trained.labeller is not None:
@@ -99,7 +99,7 @@ class Experiment:
         return self.network(name, task, trainer, validation_accuracy, weights)
 
     def network(
-        self, name: str, task: Task, trainer: Loop, validation_accuracy: float | None, weights: Mapping[str, Tensor]
+        self, name: str, task: Task, trainer: Trainer, validation_accuracy: float | None, weights: Mapping[str, Tensor]
     ) -> Network:
         """A trained network with what it reaches; the trainer's student is that network."""
         tested = None if task.test is None else trainer.evaluate(task.test, classes=list(task.classes))
@@ -127,7 +127,7 @@ class Experiment:
         return self.folder.path / "skipped.jsonl"
 
     def fit(
-        self, trainer: Loop, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+        self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
     ) -> FitResult:
         """The main phase, or one before it; ``over`` replaces options of the recipe."""
         return trainer.fit(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from metapl.fitting.contract import Stepwise
-from metapl.fitting.options import FitOptions
+from metapl.training.contract import Stepwise
+from metapl.training.options import FitOptions
 
 
 class Rates:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metapl.recipes.comparison import Comparison
+from metapl.experiments.comparison import Comparison
 from metapl.recipes.methods import title
-from metapl.run_folder import Metrics
+from metapl.runs.folder import Metrics
 
 SHOWN = 7
 """Methods that one picture can tell apart."""
