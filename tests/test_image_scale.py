@@ -79,7 +79,7 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.data import FileImages, ImageEvaluationBatches, ImageLabeledBatches, ImageUnlabeledBatches
+from metapl.data import FileImages, EvaluationBatches, LabeledBatches, UnlabeledBatches
 from metapl.data import StepSampler, Weak
 
 held = []
@@ -111,10 +111,10 @@ for number, line in enumerate(sys.stdin):
     images = FileImages(paths, size=(8, 8)).cached()
     sampler, view = StepSampler(len(paths), 4, seed=0), Leaking(1)
     Watched(network(), network(), "loss_difference").fit(
-        ImageLabeledBatches(images, labels, sampler, view, 0),
-        ImageUnlabeledBatches(images, sampler, Weak(1), view, 0),
+        LabeledBatches(images, labels, sampler, view, 0),
+        UnlabeledBatches(images, sampler, Weak(1), view, 0),
         steps=last + 1,
-        validation=ImageEvaluationBatches(images, labels, 8),
+        validation=EvaluationBatches(images, labels, 8),
         out=f"{sys.argv[1]}/run{number}",
         num_workers=workers,
         progress=False,

@@ -1,8 +1,7 @@
 """Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
 
-from metapl.data.batches import LabeledBatches, StepBatches, UnlabeledBatches, loader
+from metapl.data.batches import EvaluationBatches, LabeledBatches, StepBatches, UnlabeledBatches, loader
 from metapl.data.feed import Feed, feed
-from metapl.data.image_batches import ImageEvaluationBatches, ImageLabeledBatches, ImageUnlabeledBatches
 from metapl.data.images.check import Finding, check_folders
 from metapl.data.images.folders import Files, LabeledFiles, scan_labeled, scan_unlabeled
 from metapl.data.images.reader import UnreadableImage, read_image
@@ -26,6 +25,7 @@ __all__ = [
     "Chain",
     "Color",
     "DigitsSplit",
+    "EvaluationBatches",
     "Feed",
     "FileImages",
     "Files",
@@ -34,9 +34,6 @@ __all__ = [
     "Hole",
     "Identity",
     "ImageData",
-    "ImageEvaluationBatches",
-    "ImageLabeledBatches",
-    "ImageUnlabeledBatches",
     "Images",
     "LabeledBatches",
     "LabeledFiles",

@@ -12,10 +12,10 @@ import tyro
 from torch import Tensor, nn
 
 from metapl import models
-from metapl.data.image_batches import (
-    ImageEvaluationBatches,
-    ImageLabeledBatches,
-    ImageUnlabeledBatches,
+from metapl.data.batches import (
+    EvaluationBatches,
+    LabeledBatches,
+    UnlabeledBatches,
     in_unit_range,
 )
 from metapl.data.images.reader import SUFFIXES, read_image
@@ -254,12 +254,12 @@ class PictureRecipe:
         views = self.views()
         few, many, labels = pictures.few, pictures.many, pictures.labels
 
-        def labeled(images: Images, labels: Tensor, size: int, stream: int, seed: int) -> ImageLabeledBatches:
+        def labeled(images: Images, labels: Tensor, size: int, stream: int, seed: int) -> LabeledBatches:
             sampler = StepSampler(len(images), size, seed=self.seed, stream=stream)
-            return ImageLabeledBatches(images, labels, sampler, views.labeled, seed, crop=views.crop)
+            return LabeledBatches(images, labels, sampler, views.labeled, seed, crop=views.crop)
 
-        def looked_at(images: Images, labels: Tensor) -> ImageEvaluationBatches:
-            return ImageEvaluationBatches(images, labels, EVALUATED_AT_ONCE)
+        def looked_at(images: Images, labels: Tensor) -> EvaluationBatches:
+            return EvaluationBatches(images, labels, EVALUATED_AT_ONCE)
 
         sampler = StepSampler(len(many), self.unlabeled_batch, seed=self.seed, stream=1)
         some = torch.arange(min(len(many), SAMPLED))
@@ -267,7 +267,7 @@ class PictureRecipe:
         sample = looked_at(many.select(some), hidden[some])
         return {
             "labeled": labeled(few, labels, self.labeled_batch, 0, self.seed),
-            "unlabeled": ImageUnlabeledBatches(many, sampler, views.weak, views.strong, self.seed, crop=views.crop),
+            "unlabeled": UnlabeledBatches(many, sampler, views.weak, views.strong, self.seed, crop=views.crop),
             "finetuning": labeled(few, labels, self.finetune_batch or self.labeled_batch, 2, self.seed + 1),
             "validation": pictures.val and looked_at(*pictures.val),
             "test": pictures.test and looked_at(*pictures.test),
