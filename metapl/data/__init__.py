@@ -12,9 +12,12 @@ from metapl.data.sets.digits import DigitsSplit, load_digits_split
 from metapl.data.sets.torchvision_sets import PROTOCOLS, ImageData, SplitProtocol, load_image_data
 from metapl.data.splits import Split, draw_split, stratified_split
 from metapl.data.unlabeled import WithoutLabels, without_labels
-from metapl.data.views.base import Chain, Identity, ShiftNoiseCutout, View
+from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor
-from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
+from metapl.data.views.crops import ResizedCrop, Weak
+from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
+from metapl.data.views.seeded import Seeded
+from metapl.data.views.shift_noise_cutout import ShiftNoiseCutout
 from metapl.device import to_device
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "RandAugment",
     "Recolor",
     "ResizedCrop",
+    "Seeded",
     "ShiftNoiseCutout",
     "Skipped",
     "Split",

@@ -22,7 +22,8 @@ from metapl.data.images.reader import SUFFIXES, read_image
 from metapl.data.images.store import Images
 from metapl.data.sampler import StepSampler
 from metapl.data.views.base import Chain, Identity, View
-from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
+from metapl.data.views.crops import ResizedCrop, Weak
+from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
 from metapl.errors import MetaplError
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Feedback, Optimizer, Role, require
