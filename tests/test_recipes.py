@@ -323,5 +323,5 @@ def test_finetuning_runs_as_the_trainer_does(finetuned_with: list[dict[str, Any]
 
 
 def test_finetuning_in_parts_that_are_not_equal_is_refused_before_training() -> None:
-    with pytest.raises(MetaplError, match="finetune_batch=6.*multiple of accumulate=4"):
+    with pytest.raises(MetaplError, match=r"finetune_batch=6.*multiple of accumulate=4"):
         ImageFolders(labeled="few", unlabeled="many", accumulate=4, finetune_batch=6)
