@@ -15,9 +15,9 @@ from test_baselines import TINY
 
 from metapl import MetaplError
 from metapl.cli import main
-from metapl.evaluate import evaluate_logits
 from metapl.experiments.experiment import Experiment
 from metapl.experiments.store import describe, stored
+from metapl.metrics import evaluate_logits
 from metapl.recipes import Digits, Feedback, Optimizer, from_dict
 from metapl.recipes.methods import CONTROLS, METHODS
 from metapl.runs.folder import FORMAT, WEIGHTS, Metrics, RunFolder
