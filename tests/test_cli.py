@@ -27,9 +27,10 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from metapl.cli import COMMANDS, main
-from metapl.data.files import csv_rows, gray_image
+from metapl.data.images.reader import gray_image
+from metapl.data.tables import csv_rows
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, interval
+from metapl.metrics import Evaluation, interval
 from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
 from metapl.runs.folder import weights_file

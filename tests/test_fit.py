@@ -24,8 +24,8 @@ import metapl
 from metapl import CrossEntropy, MetaplError
 from metapl.baselines import LossTrainer
 from metapl.data import ImageLabeledBatches, MemoryImages, StepSampler, Weak, feed
-from metapl.evaluate import evaluate_logits
 from metapl.feedback import Altered, LossDifference, Reinforce
+from metapl.metrics import evaluate_logits
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.tensorboard import Events
 from metapl.training import FitOptions, FitResult, Interrupted, Trainer

@@ -17,9 +17,9 @@ from metapl.cli import main
 from metapl.cli.parse import parse
 from metapl.cli.train import TrainImages
 from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, View
-from metapl.data.augment import ResizedCrop, Weak
-from metapl.data.image_sets import MemoryImages
-from metapl.data.views import Identity
+from metapl.data.images.store import MemoryImages
+from metapl.data.views.base import Identity
+from metapl.data.views.randaugment import ResizedCrop, Weak
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import ROLES, Experiment
 from metapl.experiments.looking import Colors, Look

@@ -35,7 +35,7 @@ from test_resume import (
     said,
 )
 
-import metapl.data.image_sets
+import metapl.data.images.store
 from metapl.cli import main
 from metapl.errors import MetaplError
 from metapl.runs.folder import FORMAT, RunFolder
@@ -53,8 +53,8 @@ STEP, WAITING, TUNING = (
     ("metapl.baselines:LossTrainer", "step"),
 )
 MOMENTS = [
-    ("metapl.data.folders", "_entries", 12),  # listing
-    ("metapl.data.sound_files", "read_image", 20),  # looking which files are sound
+    ("metapl.data.images.folders", "_entries", 12),  # listing
+    ("metapl.data.images.verify", "read_image", 20),  # looking which files are sound
     ("metapl.recipes.images", "hash_files", 2),
     (*WAITING, 3),
     ("os", "replace", 2),  # a checkpoint is written and has no name yet
@@ -299,7 +299,7 @@ def test_the_command_names_the_picture_that_killed_a_worker(
     """As a decoder with a bug does: at the first reading, or later, which hits the parent in the midst of a step."""
     name = "read_image" if how == "kept in memory" else "read_crops"
     deadly, times = pictures / "unlabeled/any/5.png", []
-    read = getattr(metapl.data.image_sets, name)
+    read = getattr(metapl.data.images.store, name)
 
     def die(path: str, *given: Any, **named: Any) -> Any:
         if path == str(deadly):
@@ -308,7 +308,7 @@ def test_the_command_names_the_picture_that_killed_a_worker(
                 killed()
         return read(path, *given, **named)
 
-    monkeypatch.setattr(metapl.data.image_sets, name, die)  # forked workers have it too
+    monkeypatch.setattr(metapl.data.images.store, name, die)  # forked workers have it too
     more = [] if name == "read_image" else ["--resized-crop", "--steps", "60"]
     assert trained(pictures, tmp_path / "run", *more) == 2
     words = capsys.readouterr().err
@@ -325,7 +325,7 @@ def test_a_worker_that_is_killed_while_it_reads_nothing_is_told_of(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the system does that has no memory left."""
-    from metapl.data.augment import RandAugment
+    from metapl.data.views.randaugment import RandAugment
 
     see, calls = RandAugment.__call__, []
 

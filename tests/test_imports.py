@@ -17,7 +17,7 @@ LEVELS = (
     ("errors", "cores"),
     ("runs",),
     ("core",),
-    ("data", "evaluate", "metrics", "report", "export"),
+    ("data", "metrics", "report", "export"),
     ("training", "trainer", "baselines", "loss_trainer"),
     ("recipes",),
     ("experiments",),

@@ -15,7 +15,7 @@ from command import result, said
 from PIL import Image
 from torchvision.models import resnet18
 
-from metapl.data.image_sets import FileImages
+from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError
 from metapl.experiments import budget, looking
 from metapl.experiments.looking import look

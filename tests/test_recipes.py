@@ -16,9 +16,9 @@ from test_baselines import TINY
 import metapl
 from metapl import LossTrainer, MetaplError
 from metapl.cli import main
-from metapl.evaluate import evaluate_logits
 from metapl.experiments.experiment import Experiment
 from metapl.experiments.store import describe, stored
+from metapl.metrics import evaluate_logits
 from metapl.recipes import Digits, Feedback, ImageFolders, Optimizer, from_dict
 from metapl.recipes.methods import CONTROLS, METHODS
 from metapl.runs.folder import FORMAT, WEIGHTS, Metrics, RunFolder

@@ -13,11 +13,11 @@ import tyro
 
 from metapl.cli.parse import paragraph
 from metapl.cli.table import table
-from metapl.data.folder_check import some
+from metapl.data.images.check import some
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, paired_test
 from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
 from metapl.experiments.load_run import Finished, finished
+from metapl.metrics import Evaluation, paired_test
 from metapl.recipes import ImageFolders, Recipe
 from metapl.runs.folder import RunFolder
 

@@ -19,7 +19,8 @@ from metapl.cli.place import place
 from metapl.cli.table import table
 from metapl.cli.test_folder import TestFolder
 from metapl.errors import MetaplError
-from metapl.evaluate import (
+from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.metrics import (
     Evaluation,
     MultiLabelAccuracy,
     evaluate_logits,
@@ -28,8 +29,7 @@ from metapl.evaluate import (
     predict_logits,
     read_label_sets,
 )
-from metapl.evaluate.predictions import batches_of
-from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.metrics.predictions import batches_of
 from metapl.runs.folder import weights_file
 
 HEADINGS = (5, 4, 3)

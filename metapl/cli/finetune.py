@@ -17,9 +17,9 @@ from metapl.cli.parse import Run
 from metapl.cli.place import place
 from metapl.cli.table import table
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation
 from metapl.experiments.experiment import Experiment, Network, delivered
 from metapl.experiments.load_run import Finished, finished
+from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
 from metapl.runs.folder import Metrics, RunFolder
 from metapl.training import FitResult, Interrupted

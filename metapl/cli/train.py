@@ -23,11 +23,11 @@ from metapl.cli.pace import Pace
 from metapl.cli.parse import Switch, paragraph
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, with_chance
 from metapl.experiments.comparison import Comparison, parse_seeds
 from metapl.experiments.experiment import summary
 from metapl.experiments.settle import settled
 from metapl.experiments.store import describe, stored
+from metapl.metrics import Evaluation, with_chance
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from metapl.data.feed import feed
-from metapl.data.image_sets import FileImages, Images, MemoryImages
+from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.experiments.experiment import ROLES, Experiment
 from metapl.recipes.base import Task
 from metapl.recipes.images import ImageFolders

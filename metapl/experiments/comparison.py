@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, PairedTest, paired_test, with_chance
+from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
 from metapl.recipes.methods import METHODS, title
 
 ReadOuts = Mapping[str, Sequence[float]]
@@ -30,7 +30,7 @@ class Comparison:
         methods: name → accuracies, fractions, one for each seed: of each of :data:`READOUTS`, and as
             "validation_accuracy" of the delivered network, where validation can tell networks apart.
         examples: in the test set.
-        chance: the accuracy of guessing there; see :func:`metapl.evaluate.chance_level`.
+        chance: the accuracy of guessing there; see :func:`metapl.metrics.chance_level`.
     """
 
     seeds: tuple[int, ...]

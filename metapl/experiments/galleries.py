@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.evaluate import predict_logits
-from metapl.evaluate.predictions import batches_of
+from metapl.metrics import predict_logits
+from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import Task
 from metapl.report import Gallery
 from metapl.runs.atomic import replacing

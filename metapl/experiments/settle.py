@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from metapl.data.folder_check import check_folders
-from metapl.data.folders import scan_labeled, scan_unlabeled
-from metapl.data.sound_files import verify_files
+from metapl.data.images.check import check_folders
+from metapl.data.images.folders import scan_labeled, scan_unlabeled
+from metapl.data.images.verify import verify_files
 from metapl.experiments import budget
 from metapl.experiments.looking import Look, look
 from metapl.models.pretrained import fetch_imagenet_weights

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation
+from metapl.metrics import Evaluation
 from metapl.recipes import RECIPES, ImageFolders, from_dict
 from metapl.recipes.base import Recipe
 from metapl.recipes.images import CHOSEN

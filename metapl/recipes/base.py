@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from metapl import feedback
 from metapl.data.splits import Split
 from metapl.errors import MetaplError
-from metapl.evaluate import chance_level
 from metapl.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.metrics import chance_level
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
 from metapl.training import FitOptions
@@ -162,7 +162,7 @@ class Task:
 
     @property
     def validation_chance(self) -> float | None:
-        """What guessing reaches on the validation examples, see :func:`metapl.evaluate.chance_level`; None without."""
+        """What guessing reaches on the validation examples, see :func:`metapl.metrics.chance_level`; None without."""
         if not self.validation_size:
             return None
         return chance_level(torch.bincount(self._validation_labels(), minlength=len(self.classes)).tolist())

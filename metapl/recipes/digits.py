@@ -17,8 +17,9 @@ from metapl.data import (
     UnlabeledBatches,
     load_digits_split,
 )
-from metapl.data.files import IMAGES, csv_rows, gray_image
 from metapl.data.fingerprint import hashes
+from metapl.data.images.reader import SUFFIXES, gray_image
+from metapl.data.tables import csv_rows
 from metapl.models import mlp
 from metapl.recipes.base import Optimizer, Recipe, Role, Say, Task, require
 
@@ -39,7 +40,7 @@ class Digits(Recipe):
 
     name: ClassVar[str] = "digits"
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
-    reads: ClassVar[tuple[str, ...]] = (*IMAGES, ".csv")
+    reads: ClassVar[tuple[str, ...]] = (*SUFFIXES, ".csv")
 
     labels_per_class: int = 2
     steps: int = 3000

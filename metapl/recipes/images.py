@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, T
 import torch
 import tyro
 
-from metapl.data.augment import ResizedCrop
-from metapl.data.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.fingerprint import hash_files
-from metapl.data.folder_check import Finding, check_folders
-from metapl.data.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
-from metapl.data.image_sets import FileImages, Images
-from metapl.data.sound_files import verify_files
+from metapl.data.images.check import Finding, check_folders
+from metapl.data.images.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
+from metapl.data.images.store import FileImages, Images
+from metapl.data.images.verify import verify_files
 from metapl.data.splits import stratified_split
-from metapl.data.views import Chain, Identity, View
+from metapl.data.views.base import Chain, Identity, View
+from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor
+from metapl.data.views.randaugment import ResizedCrop
 from metapl.errors import MetaplError
 from metapl.losses import UDA
 from metapl.recipes.base import Optimizer, Say, Task, require

@@ -13,17 +13,17 @@ import tyro
 from torch import Tensor, nn
 
 from metapl import models
-from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.data.image_batches import (
     ImageEvaluationBatches,
     ImageLabeledBatches,
     ImageUnlabeledBatches,
     in_unit_range,
 )
-from metapl.data.image_sets import Images
-from metapl.data.images import SUFFIXES, read_image
-from metapl.data.samplers import StepSampler
-from metapl.data.views import Chain, Identity, View
+from metapl.data.images.reader import SUFFIXES, read_image
+from metapl.data.images.store import Images
+from metapl.data.sampler import StepSampler
+from metapl.data.views.base import Chain, Identity, View
+from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.errors import MetaplError
 from metapl.losses import UDA
 from metapl.recipes.base import Optimizer, Recipe, Role, require
@@ -142,7 +142,7 @@ class PictureRecipe(Recipe):
     """
 
     reads: ClassVar[tuple[str, ...]] = SUFFIXES
-    centre: ClassVar[float] = 1.0
+    center: ClassVar[float] = 1.0
     """Share of a picture's sides that is looked at when it is evaluated."""
 
     image_size: int = 32
@@ -224,7 +224,7 @@ class PictureRecipe(Recipe):
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
         """The network's input for a file."""
         size = (self.image_size, self.image_size)
-        image = read_image(path, mode="L" if self.grey else "RGB", size=size, centre=self.centre)
+        image = read_image(path, mode="L" if self.grey else "RGB", size=size, center=self.center)
         return [(str(path), in_unit_range(image))]
 
     # -------------------------------------------------------------------------------------------------- the networks

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from metapl import checks
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, evaluate_logits, predict_logits
-from metapl.evaluate.predictions import batches_of, input_batches, logits_of
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of, input_batches, logits_of
 from metapl.numerics import wide
 from metapl.runs import checkpoint
 from metapl.runs.folder import RunFolder

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from metapl.batch import is_whole, labeled_pair, length, rows
 from metapl.checks import described
 from metapl.errors import MetaplError
-from metapl.evaluate import evaluate_logits, predict_logits
-from metapl.evaluate.predictions import batches_of, iterated, logits_of
 from metapl.execution.rng import RandomState, replayed
+from metapl.metrics import evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of, iterated, logits_of
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from metapl.data.image_sets import FileImages, Images, MemoryImages
+from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.data.splits import Split, draw_split
 from metapl.errors import MetaplError
 
@@ -25,7 +25,7 @@ IMAGENET_SIZE = (256, 256)
 
 
 @dataclass(frozen=True, eq=False)
-class VisionData:
+class ImageData:
     """A data set with labels: what is trained on, and what is tested on.
 
     Args:
@@ -49,12 +49,12 @@ class VisionData:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class SplitProtocol:
     """A way to split a data set: how many keep their labels, and how many are held out.
 
     Args:
         name: of the protocol.
-        data: name of the data set, as :func:`load_vision` takes it.
+        data: name of the data set, as :func:`load_image_data` takes it.
         labels_per_class: labelled training pictures of each class.
         validation: training pictures that are not trained on.
 
@@ -66,7 +66,7 @@ class Protocol:
     labels_per_class: int
     validation: int
 
-    def draw(self, data: VisionData, seed: int) -> Split:
+    def draw(self, data: ImageData, seed: int) -> Split:
         """The split of a data set for a seed; see :func:`metapl.data.draw_split`.
 
         Raises:
@@ -88,23 +88,23 @@ class Protocol:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("cifar10-4k", "cifar10", labels_per_class=400, validation=5_000),
-        Protocol("svhn-1k", "svhn", labels_per_class=100, validation=5_000),
-        Protocol("imagenet-10pct", "imagenet", labels_per_class=128, validation=25_000),
+        SplitProtocol("cifar10-4k", "cifar10", labels_per_class=400, validation=5_000),
+        SplitProtocol("svhn-1k", "svhn", labels_per_class=100, validation=5_000),
+        SplitProtocol("imagenet-10pct", "imagenet", labels_per_class=128, validation=25_000),
     )
 }
 """CIFAR-10-4K (4,000 labelled, 41,000 not, 5,000 held out), SVHN-1K (1,000, the rest, 5,000) and ImageNet-10% (128,000,
 the rest, 25,000). ``dataclasses.replace`` makes smaller ones."""
 
 
-def load_vision(
+def load_image_data(
     name: str,
     root: str | Path,
     size: tuple[int, int] = IMAGENET_SIZE,
     log: Path | None = None,
-    centre: float = 1.0,
+    center: float = 1.0,
     mode: Literal["RGB", "L"] = "RGB",
-) -> VisionData:
+) -> ImageData:
     """Load a data set that lies on disk as torchvision keeps it.
 
     Args:
@@ -112,7 +112,7 @@ def load_vision(
             ``train``, and ``test`` or ``val``, each with one folder a class) stay in files.
         root: the folder that torchvision calls so.
         size: (height, width) that pictures in files are brought to.
-        log, centre, mode: of pictures in files, see :class:`metapl.data.FileImages`.
+        log, center, mode: of pictures in files, see :class:`metapl.data.FileImages`.
 
     Returns:
         The data set. Nothing is downloaded; ImageNet's archives are unpacked where that was not done yet.
@@ -128,7 +128,7 @@ def load_vision(
     folder = Path(root).expanduser()
     if name in ("imagenet", "imagefolder"):
         classes, train, test = _imagenet(folder) if name == "imagenet" else _image_folder(folder)
-        read = partial(FileImages, size=size, log=log, centre=centre, mode=mode)
+        read = partial(FileImages, size=size, log=log, center=center, mode=mode)
         return _of_folders(name, classes, train, test, read)
     return _svhn(folder) if name == "svhn" else _cifar(name, folder)
 
@@ -136,7 +136,7 @@ def load_vision(
 _LOADERS = ("cifar10", "cifar100", "svhn", "imagenet", "imagefolder")
 
 
-def _cifar(name: str, root: Path) -> VisionData:
+def _cifar(name: str, root: Path) -> ImageData:
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
@@ -146,7 +146,7 @@ def _cifar(name: str, root: Path) -> VisionData:
         f"from torchvision.datasets import {kind.__name__} as D; D({json.dumps(str(root))}, download=True)"
     )
     train, test = (_loaded(name, partial(kind, root, train=t), files, command) for t in (True, False))
-    return VisionData(
+    return ImageData(
         name=name,
         classes=tuple(train.classes),
         train=MemoryImages(_channels_first(train.data)),
@@ -157,7 +157,7 @@ def _cifar(name: str, root: Path) -> VisionData:
     )
 
 
-def _svhn(root: Path) -> VisionData:
+def _svhn(root: Path) -> ImageData:
     from torchvision.datasets import SVHN
 
     command = _python(
@@ -173,7 +173,7 @@ def _svhn(root: Path) -> VisionData:
     pool = torch.empty(len(core) + len(extra), 3, 32, 32, dtype=torch.uint8)
     pool[: len(core)] = torch.from_numpy(core.data)
     pool[len(core) :] = torch.from_numpy(extra.data)
-    return VisionData(
+    return ImageData(
         name="svhn",
         classes=tuple("0123456789"),
         train=MemoryImages(pool),
@@ -219,8 +219,8 @@ def _image_folder(root: Path) -> tuple[tuple[str, ...], Any, Any]:
 
 def _of_folders(
     name: str, classes: tuple[str, ...], train: Any, test: Any, read: Callable[[Iterable[str]], FileImages]
-) -> VisionData:
-    return VisionData(
+) -> ImageData:
+    return ImageData(
         name=name,
         classes=classes,
         train=read(path for path, _ in train.samples),

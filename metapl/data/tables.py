@@ -1,65 +1,14 @@
-"""Images and tables of numbers that a user brings, as tensors."""
+"""Tables of numbers that a user brings, as tensors."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy
 import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Suffixes by which images are found in a folder."""
-
-
-def gray_image(path: Path, size: int) -> Tensor:
-    """An image as brightness, averaged over the areas of a ``size`` x ``size`` grid.
-
-    Args:
-        path: a file in any format that Pillow opens; of several frames the first counts. The camera's note which side
-            is up is followed, and what is transparent counts as white.
-        size: of both sides of the grid; an image that is not square is stretched.
-
-    Returns:
-        float32 (size, size) in [0, 1].
-
-    Raises:
-        MetaplError: the file is no image that can be read.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as opened:
-            bright = _brightness(ImageOps.exif_transpose(opened))
-        small = bright.resize((size, size), Image.Resampling.BOX)
-    except MetaplError:
-        raise
-    except UnidentifiedImageError:
-        raise MetaplError(f"{path}: this is no image of a known format.") from None
-    except Exception as error:  # every format of Pillow's raises its own types
-        raise MetaplError(f"{path}: the image cannot be read: {_reason(error)}.") from error
-    return torch.from_numpy(numpy.array(small, dtype=numpy.float32)).clamp(0, 1)
-
-
-def _brightness(image: Image) -> Image:
-    """The image as floats in [0, 1]; Pillow's own conversion clips images of 16 bits."""
-    from PIL import Image
-
-    if image.mode == "F":
-        raise MetaplError(f"{image.format} image of floats, whose range is unknown; save it with 8 or 16 bits.")
-    if image.mode.startswith("I"):
-        values = numpy.asarray(image).astype(numpy.float32) / 65535
-    else:
-        white = Image.new("RGBA", image.size, "white")
-        values = numpy.asarray(Image.alpha_composite(white, image.convert("RGBA")).convert("L"), numpy.float32) / 255
-    return Image.fromarray(values)
 
 
 def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor]]:

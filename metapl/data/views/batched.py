@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metapl.data import draws
-from metapl.data.images import LUMA
+from metapl.data.images.reader import LUMA
 from metapl.device import to_device
 from metapl.errors import MetaplError
 
@@ -30,9 +30,9 @@ _PADDING = {"border": "border", "reflect": "reflection"}
 
 @dataclass(frozen=True)
 class Affine:
-    """Turn, scale, shear and move each picture about its centre, in one bilinear sampling.
+    """Turn, scale, shear and move each picture about its center, in one bilinear sampling.
 
-    The pixel at p, from the centre, is taken from M⁻¹(p − t), with M = s · R(θ) · [[1, −tan φ], [0, 1]]: torchvision's
+    The pixel at p, from the center, is taken from M⁻¹(p − t), with M = s · R(θ) · [[1, −tan φ], [0, 1]]: torchvision's
     ``affine``. Each number is uniform on its range.
 
     Args:
@@ -90,7 +90,7 @@ class Affine:
         return moved.clamp_(0, 1)
 
     def _maps(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> Tensor:
-        """(B, 2, 3) float64: from pixels about the centre to where they come from, in units of half the sides."""
+        """(B, 2, 3) float64: from pixels about the center to where they come from, in units of half the sides."""
         u_B5 = draws.uniform(seed, step, examples, 5, stream=_AFFINE, dtype=torch.float64)
         v_B5 = 2.0 * u_B5 - 1.0
         half_turns = torch.tensor([self.degrees / 180, self.shear / 180], dtype=torch.float64, device=u_B5.device)
@@ -182,7 +182,7 @@ class Color:
 class Hole:
     """Cover a square of each picture by one color.
 
-    The centre is uniform on the picture, so that a part of the square may lie outside.
+    The center is uniform on the picture, so that a part of the square may lie outside.
 
     Args:
         side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤ smallest ≤ largest.

@@ -109,9 +109,9 @@ Affine = tuple[float, float, float, float, float, float]
 
 
 def rotation(degrees: float, height: int, width: int) -> Affine:
-    """Counterclockwise about the centre."""
+    """Counterclockwise about the center."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    # The centre comes from itself.
+    # The center comes from itself.
     return cos, -sin, (width - cos * width + sin * height) / 2, sin, cos, (height - sin * width - cos * height) / 2
 
 
@@ -131,7 +131,7 @@ def translation(right: float, down: float) -> Affine:
 
 
 def fixed_point(matrix: Affine) -> list[int]:
-    """An affine map of pixel indices in units of 2⁻¹⁶ pixels, for :func:`affine`. Pixels are taken at their centres."""
+    """An affine map of pixel indices in units of 2⁻¹⁶ pixels, for :func:`affine`. Pixels are taken at their centers."""
     a, b, c, d, e, f = matrix
     return [math.floor(v * 65536 + 0.5) for v in (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2)]
 
@@ -178,10 +178,10 @@ def _gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
     return images.flatten(2).gather(2, flat).view_as(images).masked_fill(~inside[:, None], fill)
 
 
-def cutout(levels: Tensor, centres_B2: Tensor, side: int) -> Tensor:
-    """Grey out a square around each centre (row, column); what lies outside the picture is lost."""
+def cutout(levels: Tensor, centers_B2: Tensor, side: int) -> Tensor:
+    """Grey out a square around each center (row, column); what lies outside the picture is lost."""
     height, width = levels.shape[2:]
-    corners_B2 = centres_B2 - side // 2
+    corners_B2 = centers_B2 - side // 2
     rows_BH = torch.arange(height, device=levels.device) - corners_B2[:, :1]
     cols_BW = torch.arange(width, device=levels.device) - corners_B2[:, 1:]
     square_BHW = ((rows_BH >= 0) & (rows_BH < side))[:, :, None] & ((cols_BW >= 0) & (cols_BW < side))[:, None, :]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from metapl.data.folder_check import some
-from metapl.data.folders import Count, Files, Progress
-from metapl.data.images import MAX_PIXELS, UnreadableImage, image_size, read_image
+from metapl.data.images.check import some
+from metapl.data.images.folders import Count, Files, Progress
+from metapl.data.images.reader import MAX_PIXELS, UnreadableImage, image_size, read_image
 from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing
 
@@ -76,7 +76,7 @@ def verify_files(
             picture, or too large; "size" finds empty files. None: by what takes seconds, decode up to 5,000 files and
             half a gigabyte, header up to 50,000 files, and size beyond. What is found later, while training, is
             replaced there (see :class:`metapl.data.FileImages`).
-        max_pixels: as :func:`metapl.data.images.read_image`.
+        max_pixels: as :func:`metapl.data.images.reader.read_image`.
         cache: file to keep the result in. It is used again as long as the names, sizes and times of change of all
             files, and what is asked, are the same.
         progress: called with the number of files looked at.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metapl.data import draws, operations
+from metapl.data import draws
+from metapl.data.views import operations
 from metapl.errors import MetaplError
 
 # Streams 0 and 1 are those of ShiftNoiseCutout.
@@ -181,7 +182,7 @@ class RandAugment:
     Posterize                                       ⌊4ℓ⌋ bits are kept, 1 to 8: the smaller, the stronger
     Solarize                                        values from (⌊256ℓ⌋ mod 256) / 255 upwards are inverted
     Sample Pairing                                  0.4ℓ, at most 0.4, of another image of the batch is mixed in
-    Rotate                                          ±30ℓ degrees about the centre
+    Rotate                                          ±30ℓ degrees about the center
     ShearX, ShearY                                  ±0.3ℓ pixels per pixel, about the upper left corner
     TranslateX, TranslateY                          ±translate · ℓ of the width or height
     ==============================================  ==================================================================
@@ -198,7 +199,7 @@ class RandAugment:
         operations: names from ``CIFAR_OPERATIONS``.
         probability: smallest and largest p; (1, 1) has every drawn operation take place, as RandAugment's paper does.
         translate: share of the side that ℓ = 1 moves by: an eighth for CIFAR-10, 100/224 for ImageNet.
-        cutout: side of the square in pixels, 0 for none; its centre is uniform on the image, and what lies outside the
+        cutout: side of the square in pixels, 0 for none; its center is uniform on the image, and what lies outside the
             image is lost.
 
     Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W), C = 1 or 3, floating point in [0, 1] or
@@ -275,7 +276,7 @@ class RandAugment:
             counts: per drawn operation, the number of images in each of ``_groups``.
             rows: (8n + 3, B). Per drawn operation, with the images in the order of their groups: where each stands in
             the order before, the image to pair it with, and six numbers of an affine map. Then, in the order of the
-            batch: where each stands in the last order, and row and column of the centre of its square.
+            batch: where each stands in the last order, and row and column of the center of its square.
         """
         u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=_OPERATIONS, dtype=torch.float64)
         low, high = self.probability

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from metapl.data.folders import Count, Files, LabeledFiles, Progress
+from metapl.data.images.folders import Count, Files, LabeledFiles, Progress
 from metapl.errors import MetaplError
 
 T = TypeVar("T")

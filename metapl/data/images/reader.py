@@ -76,7 +76,7 @@ def read_image(
     mode: Literal["RGB", "L"] = "RGB",
     size: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
-    centre: float = 1.0,
+    center: float = 1.0,
 ) -> Tensor:
     """Read a picture as bytes.
 
@@ -87,11 +87,11 @@ def read_image(
     Args:
         path: a BMP, GIF, JPEG, PNG, PNM, TIFF or WebP file, whatever its suffix.
         mode: "RGB", or "L" for brightness (0.299 R + 0.587 G + 0.114 B).
-        size: (height, width) of the result; None: as the file has it. It is filled by the largest centred box of its
+        size: (height, width) of the result; None: as the file has it. It is filled by the largest centered box of its
             shape that the picture has, by antialiased bilinear resampling: nothing is distorted, and the side that is
             too long loses both ends.
         max_pixels: a file whose header claims more is refused before anything is decoded; at most ``MAX_PIXELS``.
-        centre: share of the sides of that box that is used, about its centre: 224/256 for ImageNet; needs a size.
+        center: share of the sides of that box that is used, about its center: 224/256 for ImageNet; needs a size.
 
     Returns:
         uint8 (3, H, W) or (1, H, W) on the CPU.
@@ -111,9 +111,9 @@ def read_image(
     >>> read_image(path).shape, read_image(path, size=(8, 8))[:, 0, 0]
     (torch.Size([3, 30, 40]), tensor([255,   0,   0], dtype=torch.uint8))
     """
-    if not 0 < centre <= 1:
-        raise MetaplError(f"read_image got centre {centre}; expected a share of the sides, above 0 and at most 1.")
-    return _read(path, mode, size, max_pixels, (None,), centre)[0]
+    if not 0 < center <= 1:
+        raise MetaplError(f"read_image got center {center}; expected a share of the sides, above 0 and at most 1.")
+    return _read(path, mode, size, max_pixels, (None,), center)[0]
 
 
 def read_crops(
@@ -143,16 +143,38 @@ def _read(
     size: tuple[int, int] | None,
     max_pixels: int,
     crops: Sequence[Crop | None],
-    centre: float = 1.0,
+    center: float = 1.0,
 ) -> list[Tensor]:
     if not 1 <= max_pixels <= MAX_PIXELS or (size is not None and min(size) < 1):
         raise MetaplError(
             f"read_image got size {size} and max_pixels {max_pixels}; expected sides of 1 or more and 1 to {MAX_PIXELS}"
         )
     with _opened(path, max_pixels) as image:
-        pictures = _decoded(image, mode, size, crops, centre)
+        pictures = _decoded(image, mode, size, crops, center)
         values = [torch.from_numpy(numpy.atleast_3d(numpy.array(one, dtype=numpy.uint8))) for one in pictures]
     return [rearrange(one, "h w c -> c h w").contiguous() for one in values]
+
+
+def gray_image(path: str | Path, size: int) -> Tensor:
+    """Read an image as brightness, averaged over the areas of a ``size`` x ``size`` grid.
+
+    Args:
+        path: as in :func:`read_image`, and so is what becomes of colors, transparency and turned cameras.
+        size: of both sides of the grid; an image that is not square is stretched.
+
+    Returns:
+        float32 (size, size) in [0, 1].
+
+    Raises:
+        UnreadableImage: as :func:`read_image`.
+    """
+    from PIL import Image
+
+    with _opened(path, MAX_PIXELS) as image:
+        # Floats, so that the averages are not rounded to 8 bits.
+        levels = Image.fromarray(numpy.asarray(_plain(_turned(image), "L"), dtype=numpy.float32))
+        grid = numpy.array(levels.resize((size, size), Image.Resampling.BOX))
+    return torch.from_numpy(grid / 255).clamp(0, 1)
 
 
 def image_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -202,13 +224,13 @@ def _decoded(
     mode: Literal["RGB", "L"],
     size: tuple[int, int] | None,
     crops: Sequence[Crop | None],
-    centre: float,
+    center: float,
 ) -> list[Image]:
     if size is None:
         return [_plain(_turned(image), mode)]
     if image.format in ("JPEG", "MPO"):
         full = _upright_size(image)
-        parts = [_part(full, size, crop, centre) for crop in crops]
+        parts = [_part(full, size, crop, center) for crop in crops]
         # Twice the resolution of the result, so that the resampling has something to average over.
         shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
         shrink = max(1.0, min(shrinks))
@@ -217,7 +239,7 @@ def _decoded(
     else:
         upright = _plain(_turned(image), mode)
         full = upright.size
-        parts = [_part(full, size, crop, centre) for crop in crops]
+        parts = [_part(full, size, crop, center) for crop in crops]
     return [_resized(upright, size, part, full) for part in parts]
 
 
@@ -230,12 +252,12 @@ def _upright_size(image: Image) -> tuple[int, int]:
     return (image.height, image.width) if turned else image.size
 
 
-def _part(full: tuple[int, int], size: tuple[int, int], crop: Crop | None, centre: float) -> Box:
+def _part(full: tuple[int, int], size: tuple[int, int], crop: Crop | None, center: float) -> Box:
     """The box of an upright picture of the given (width, height) that is used."""
     width, height = full
     if crop is not None:
         return crop(height, width)
-    scale = centre * min(height / size[0], width / size[1])
+    scale = center * min(height / size[0], width / size[1])
     left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
     return left, top, width - left, height - top
 

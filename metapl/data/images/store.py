@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from metapl.data.folders import Count, Progress
-from metapl.data.images import MAX_PIXELS, Crop, UnreadableImage, read_crops, read_image
+from metapl.data.images.folders import Count, Progress
+from metapl.data.images.reader import MAX_PIXELS, Crop, UnreadableImage, read_crops, read_image
 from metapl.errors import MetaplError
 from metapl.runs.locks import lock
 
@@ -99,10 +99,10 @@ class FileImages:
 
     Args:
         paths: of the files.
-        size: (height, width) of every picture, see :func:`metapl.data.images.read_image`.
+        size: (height, width) of every picture, see :func:`metapl.data.images.reader.read_image`.
         mode: "RGB" or "L".
         max_pixels: larger pictures count as unreadable.
-        centre: share of the centred box that is used where no other box is asked for, see ``read_image``.
+        center: share of the centered box that is used where no other box is asked for, see ``read_image``.
         log: file that gets a line of JSON, ``{"file": …, "reason": …}``, for each replaced file; see
             :func:`replaced_files`.
 
@@ -119,7 +119,7 @@ class FileImages:
         size: tuple[int, int],
         mode: Literal["RGB", "L"] = "RGB",
         max_pixels: int = MAX_PIXELS,
-        centre: float = 1.0,
+        center: float = 1.0,
         log: Path | None = None,
     ) -> None:
         # Lists of Python's own objects are copied bit by bit in forked workers, as their counts of references change.
@@ -129,7 +129,7 @@ class FileImages:
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._ends = np.cumsum([len(path) for path in encoded])
         self._indices = torch.arange(len(encoded))
-        self.size, self.mode, self.max_pixels, self.centre, self.log = size, mode, max_pixels, centre, log
+        self.size, self.mode, self.max_pixels, self.center, self.log = size, mode, max_pixels, center, log
         self._cache: _Cache | None = None
         self._told = _shared(len(encoded))
         # What each worker is reading: its process and the file, 0 for none. Whoever waits for it can look.
@@ -183,7 +183,7 @@ class FileImages:
 
         Args:
             indices: (B,) int64.
-            crops: for each picture the same number V of boxes; none for the centre alone.
+            crops: for each picture the same number V of boxes; none for the center alone.
 
         Returns:
             V tensors, uint8 (B, C, H, W), and which pictures they are, (B,) int64.
@@ -283,7 +283,7 @@ class FileImages:
         try:
             if crops:
                 return read_crops(path, crops, size=self.size, mode=self.mode, max_pixels=self.max_pixels)
-            picture = read_image(path, size=self.size, mode=self.mode, max_pixels=self.max_pixels, centre=self.centre)
+            picture = read_image(path, size=self.size, mode=self.mode, max_pixels=self.max_pixels, center=self.center)
             if self._cache is not None:
                 self._cache.put(number, picture)
             return [picture]

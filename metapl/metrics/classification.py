@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metapl.checks import finite
 from metapl.errors import MetaplError
-from metapl.evaluate.chance import chance_level
+from metapl.metrics.chance import chance_level
 
 CALIBRATION_BINS = 15
 
@@ -36,7 +36,7 @@ class Evaluation:
 
     @property
     def chance(self) -> float:
-        """The accuracy of guessing on these examples; see :func:`metapl.evaluate.chance_level`."""
+        """The accuracy of guessing on these examples; see :func:`metapl.metrics.chance_level`."""
         return chance_level([sum(row) for row in self.confusion])
 
     def to_json(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from metapl.data.images import SUFFIXES
+from metapl.data.images.reader import SUFFIXES
 from metapl.errors import MetaplError
 
 Progress = Callable[[int], None]
