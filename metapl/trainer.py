@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.accumulate import micro_batches, split, union
-from metapl.baselines import LossTrainer
 from metapl.batch import labeled_pair, plain
 from metapl.compiled import CompiledPasses, refuse_compiled
 from metapl.deferred import Movable, kept_where, undone_where
@@ -24,7 +23,7 @@ from metapl.feedback import Estimator, estimator
 from metapl.guards import casts_explained, one_at_a_time, restored_on_failure
 from metapl.hypergradient import check_kind, hypergradient, prepare, refuse_other_fields
 from metapl.inner import InnerStep, trainable
-from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches
+from metapl.losses import TeacherLoss, refuse_split_batches
 from metapl.losses import teacher_losses as checked_losses
 from metapl.optimizers import Clipped, held, refuse_not_held
 from metapl.optimizers import inner_optimizer as functional
@@ -32,6 +31,7 @@ from metapl.problem import BilevelProblem, Signal
 from metapl.problems import PseudoLabels
 from metapl.teacher import TeacherStep, Weight, means, own_losses, teacher_scalars
 from metapl.training import FitResult, Trainer
+from metapl.training.finetuning import finetune
 from metapl.training.report import StepReport, TeacherReport
 
 
@@ -351,11 +351,8 @@ class BilevelTrainer(Trainer):
 
         Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
         """
-        chosen = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
-        tuner = LossTrainer(
-            self.student, (CrossEntropy(),), optimizer=chosen, precision=self.precision, compile=self.compile
-        )
-        return tuner.fit(labeled, steps=steps, **{"phase": "finetune", **options})
+        own = {name: getattr(self, name) for name in ("precision", "accumulate", "compile", "clip_norm")}
+        return finetune(self.student, labeled, steps=steps, optimizer=optimizer, **own, **options)
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
