@@ -234,8 +234,8 @@ def test_bytes_are_read_only_where_they_can_matter(tmp_path: Path, monkeypatch: 
     read: list[str] = []
     from metapl.data.images import check
 
-    whole = check._digest
-    monkeypatch.setattr(check, "_digest", lambda path: read.append(Path(path).parent.name) or whole(path))
+    whole = check.digest
+    monkeypatch.setattr(check, "digest", lambda path: read.append(Path(path).parent.name) or whole(path))
     told: list[int] = []
     labeled, test = scan_labeled(tmp_path / "l"), scan_labeled(tmp_path / "t")
     assert check_folders(labeled, scan_unlabeled(tmp_path / "u"), None, test, told.append) == []

@@ -13,8 +13,7 @@ import tyro
 
 from metapl.cli.parse import paragraph
 from metapl.cli.table import table
-from metapl.data.images.check import some
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
 from metapl.experiments.load_run import Finished, finished
 from metapl.metrics import Evaluation, paired_test
@@ -164,7 +163,7 @@ def _refuse_other_classes(first: Entry, entry: Entry) -> None:
     mine, theirs = entry.evaluation.classes or (), first.evaluation.classes or ()
     if tuple(mine) != tuple(theirs):
         other = [name for name in (*mine, *theirs) if name not in mine or name not in theirs]
-        what = f"only one of them has {some(other)}" if other else "the order of the classes differs"
+        what = f"only one of them has {few(other)}" if other else "the order of the classes differs"
         raise MetaplError(
             f"{entry.place} and {first.place} are of different classes: {what}. Train both on folders with the same "
             "classes, or compare each with runs on its own."

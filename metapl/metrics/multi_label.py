@@ -9,12 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 
 Label = int | str
 LabelSets = tuple[frozenset[int], ...]
@@ -24,8 +25,7 @@ COLUMNS = ("file", "labels")
 
 BETWEEN_LABELS = ";"
 
-SHOWN = 3
-"""Names in an error."""
+_few = partial(few, most=3, longest=60)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _from_json(path: Path, text: str) -> list[list[Label]] | dict[str, list[Labe
     for where, labels in found.items() if isinstance(found, dict) else enumerate(found):
         if not isinstance(labels, list) or any(type(label) not in (int, str) for label in labels):
             raise MetaplError(
-                f"{path}: the entry of {where} is {_short(json.dumps(labels))}; expected a list of classes, such as "
+                f"{path}: the entry of {where} is {_few([json.dumps(labels)])}; expected a list of classes, such as "
                 "[3, 7], and [] for none."
             )
     return found  # type: ignore[no-any-return]  # just checked
@@ -140,7 +140,7 @@ def _from_csv(path: Path, text: str) -> dict[str, list[Label]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if not set(COLUMNS) <= set(reader.fieldnames or ()):
         raise MetaplError(
-            f"{path} begins with {_short(text.partition(chr(10))[0])!r}; expected CSV with the columns "
+            f"{path} begins with {_few([text.partition(chr(10))[0]])!r}; expected CSV with the columns "
             f"{' and '.join(COLUMNS)}, or JSON."
         )
     pairs = []
@@ -159,7 +159,7 @@ def _once_each(path: Path, pairs: Sequence[tuple[str, list[Label]]]) -> dict[str
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise MetaplError(f"{path} has more than one entry of {_some(twice)}; expected one, with all the labels.")
+        raise MetaplError(f"{path} has more than one entry of {_few(twice)}; expected one, with all the labels.")
     return found
 
 
@@ -173,14 +173,14 @@ def _indices(path: Path, labels: Set[Label], classes: Sequence[str]) -> dict[Lab
         return {label: by_name[label] for label in labels}
     numbers = {label: int(label) for label in labels if isinstance(label, int) or re.fullmatch("[0-9]+", label)}
     if len(numbers) < len(labels):
-        unknown, expected = labels - by_name.keys(), f"their names, such as {_some(classes)}"
+        unknown, expected = labels - by_name.keys(), f"their names, such as {_few(classes)}"
     else:
         unknown = {label for label, number in numbers.items() if not 0 <= number < len(classes)}
         expected = f"their names, or 0 to {len(classes) - 1}"
     if unknown:
         raise MetaplError(
             f"{path}: {len(unknown):,} of the {len(labels):,} classes in it are not among the run's: "
-            f"{_some(sorted(unknown, key=str))}; expected {expected}."
+            f"{_few(sorted(unknown, key=str))}; expected {expected}."
         )
     _check_one_meaning(path, numbers, classes)
     return numbers
@@ -213,7 +213,7 @@ def _by_place(path: Path, found: list[list[Label]], names: Sequence[str] | None)
     if beyond:
         raise MetaplError(
             f"{path} is a list of {len(found):,} entries, and the numbers of {len(beyond):,} test files are greater: "
-            f"{_some(beyond)}; expected ReaL's own list of 50,000, or an object by file name."
+            f"{_few(beyond)}; expected ReaL's own list of 50,000, or an object by file name."
         )
     return [found[number - 1] for number in numbers]
 
@@ -239,7 +239,7 @@ def _by_name(path: Path, found: dict[str, list[Label]], names: Sequence[str] | N
     at = {name: whole.get(name) or last.get(name, []) for name in found}
     shared = [name for name, places in at.items() if len(places) > 1]
     if shared:
-        ours = _some(names[place] for place in at[shared[0]])
+        ours = _few(names[place] for place in at[shared[0]])
         raise MetaplError(
             f"{path}: {len(shared):,} of its {len(found):,} names are those of several test files: {shared[0]} of "
             f"{ours}; write them with their folder."
@@ -269,21 +269,6 @@ def _check_entries(path: Path, found: Iterable[str], names: Sequence[str], entri
     missing = [name for name, one in zip(names, entries, strict=True) if not one]
     if missing:
         raise MetaplError(
-            f"{path} has no entry for {len(missing):,} of the {len(names):,} test files: {_some(missing)}; expected "
-            f"these names, with an empty list of labels where none is right. The names in it: {_some(list(found))}."
+            f"{path} has no entry for {len(missing):,} of the {len(names):,} test files: {_few(missing)}; expected "
+            f"these names, with an empty list of labels where none is right. The names in it: {_few(list(found))}."
         )
-
-
-def _some(what: Iterable[Label]) -> str:
-    """The first few.
-
-    >>> _some(["a", "b", "c", "d", "e"]), _some([7])
-    ('a, b, c and 2 more', '7')
-    """
-    listed = [_short(str(one)) for one in what]
-    more = len(listed) - SHOWN
-    return ", ".join(listed[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _short(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.models.family import unchanged
 
 
@@ -99,7 +99,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     while isinstance(found, Mapping) and (inner := _wrapped(found)):
         found = inner
     if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        kind = f"a {type(found).__name__}" if not isinstance(found, Mapping) else f"the entries {_few(found)}"
+        kind = f"a {type(found).__name__}" if not isinstance(found, Mapping) else f"the entries {few(found)}"
         raise MetaplError(f"{path} holds {kind}; expected tensors by name, as model.state_dict() gives them.")
     return {str(name): t for name, t in found.items()}
 
@@ -128,7 +128,7 @@ def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[st
 def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
     bad = [name for name, t in state.items() if not t.isfinite().all()]
     if bad:
-        raise MetaplError(f"{path} holds values that are not finite, in {_few(bad)}; expected finite weights.")
+        raise MetaplError(f"{path} holds values that are not finite, in {few(bad)}; expected finite weights.")
 
 
 def _fresh(own: Mapping[str, Tensor], found: Mapping[str, Tensor], heads: Iterable[str]) -> tuple[str, ...]:
@@ -146,23 +146,17 @@ def _fresh(own: Mapping[str, Tensor], found: Mapping[str, Tensor], heads: Iterab
 def _check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     faults = []
     if missing := [name for name in expected if name not in found]:
-        faults.append(f"it lacks {_few(missing)}")
+        faults.append(f"it lacks {few(missing)}")
     if foreign := [name for name in found if name not in expected]:
-        faults.append(f"the network has no {_few(foreign)}")
+        faults.append(f"the network has no {few(foreign)}")
     both = [name for name in expected if name in found]
     if other := [name for name in both if found[name].shape != expected[name].shape]:
         shapes = [f"{n} {tuple(found[n].shape)} instead of {tuple(expected[n].shape)}" for n in other]
-        faults.append(f"other shapes: {_few(shapes)}")
+        faults.append(f"other shapes: {few(shapes)}")
     if kinds := [n for n in both if found[n].is_floating_point() != expected[n].is_floating_point()]:
-        faults.append(f"whole numbers for real ones or the reverse: {_few(kinds)}")
+        faults.append(f"whole numbers for real ones or the reverse: {few(kinds)}")
     if faults:
         raise MetaplError(
             f"the weights in {path} are not of this network: {'; '.join(faults)}. Only the head may differ, by its "
             "number of classes; create the network that the weights are of."
         )
-
-
-def _few(names: Iterable[str], most: int = 4) -> str:
-    listed = [str(name) for name in names]
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

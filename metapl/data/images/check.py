@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from metapl.data.images.folders import Count, Files, LabeledFiles, Progress
-from metapl.errors import MetaplError
+from metapl.data.images.folders import Count, Files, LabeledFiles, Progress, digest, unreadable
+from metapl.errors import few
 
 T = TypeVar("T")
 
 Kind = Literal["classes", "test copies", "validation copies", "labeled copies", "contradiction"]
 
-_SHOWN = 5
 _GLIMPSE = 4096
 
 
@@ -116,7 +115,7 @@ def _other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> 
     if unknown:
         yield Finding(
             "error",
-            f"the {name} folder {held_out.root} has classes that {labeled.root} does not: {some(unknown)}; expected "
+            f"the {name} folder {held_out.root} has classes that {labeled.root} does not: {few(unknown)}; expected "
             "folders of the same names.",
             tuple(held_out.root / one for one in unknown),
         )
@@ -124,7 +123,7 @@ def _other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> 
     if missing:
         yield Finding(
             "warning",
-            f"the {name} folder {held_out.root} has no picture of {some(missing)}: nothing is measured there.",
+            f"the {name} folder {held_out.root} has no picture of {few(missing)}: nothing is measured there.",
         )
 
 
@@ -169,7 +168,7 @@ def find_copies(
     if unlabeled is not None and used_twice == len(labeled):
         yield _used_twice(labeled, unlabeled)
     if contradictions:
-        shown = some([" and ".join(one.path for one in group) for group in contradictions])
+        shown = few([" and ".join(one.path for one in group) for group in contradictions])
         yield Finding(
             "error",
             f"{len(contradictions)} pictures are in two classes: {shown}; remove them from all classes but one.",
@@ -201,7 +200,7 @@ _LEAKS = (
 
 def _leak(held_out: str, other: str, pairs: Sequence[tuple[_Copy, _Copy]]) -> Finding:
     harmless = (held_out, other) == ("test", "validation")
-    shown = some([f"{a.path} is {b.path}" for a, b in pairs])
+    shown = few([f"{a.path} is {b.path}" for a, b in pairs])
     return Finding(
         "warning" if harmless else "error",
         f"{len(pairs)} {held_out} pictures are among the {other} ones too: {shown}; "
@@ -224,14 +223,14 @@ def _same_bytes(files: Sequence[_Copy], count: Count) -> Iterator[list[_Copy]]:
             try:
                 found = key(file.path)
             except OSError as error:
-                raise MetaplError(f"{file.path} cannot be read: {error.strerror}; was it removed just now?") from error
+                raise unreadable(file.path, error) from error
             count.add(counted)
             return found
 
         return ask
 
     groups, labeled = [list(files)], sum(file.side == "labeled" for file in files)
-    for key, counted in ((os.path.getsize, False), (_glimpse, True), (_digest, False)):
+    for key, counted in ((os.path.getsize, False), (_glimpse, True), (digest, False)):
         found = [same for group in groups for same in _grouped(group, asked(key, counted))]
         all_twice = sum(_labeled_twins(same) for same in found) == labeled
         groups = [files for same in found if (files := _mattering(same, all_twice))]
@@ -266,19 +265,9 @@ def _glimpse(path: str) -> bytes:
         return hashlib.sha256(file.read(_GLIMPSE)).digest()
 
 
-def _digest(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
 def _grouped(values: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     """The values that share their key with another."""
     groups: defaultdict[Hashable, list[T]] = defaultdict(list)
     for value in values:
         groups[key(value)].append(value)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

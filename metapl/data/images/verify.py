@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from metapl.data.images.check import some
 from metapl.data.images.folders import Count, Files, Progress
 from metapl.data.images.reader import MAX_PIXELS, UnreadableImage, image_size, read_image
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.runs.atomic import replacing
 
 Depth = Literal["decode", "header", "size"]
@@ -57,7 +56,7 @@ class Verified:
         for one in self.skipped:
             reasons[one.reason.split(" (")[0]].append(one.name)  # without what is the file's own
         ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
-        return "\n".join(f"{len(names)} skipped: {reason} ({some(names)})" for reason, names in ranked)
+        return "\n".join(f"{len(names)} skipped: {reason} ({few(names)})" for reason, names in ranked)
 
 
 def verify_files(
