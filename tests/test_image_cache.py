@@ -28,7 +28,7 @@ from metapl.data import (
     read_image,
     replaced_files,
 )
-from metapl.data.images.store import record_files
+from metapl.data.images.record import record_files
 from metapl.errors import MetaplError
 
 COUNT, BROKEN = 12, (3, 7)

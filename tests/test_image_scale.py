@@ -33,7 +33,7 @@ from metapl.data.fingerprint import hash_files
 from metapl.data.images import verify
 from metapl.data.images.check import check_folders
 from metapl.data.images.folders import scan_labeled, scan_unlabeled
-from metapl.data.images.store import replaced_files
+from metapl.data.images.record import replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.settle import settled
 from metapl.recipes import ImageFolders

@@ -421,8 +421,9 @@ def levels(images: Tensor) -> list[int]:
 
 def test_sets_agree(tmp_path: Path) -> None:
     files = FileImages(grey_files(tmp_path, 5), size=(6, 6))
-    memory, kept = files.load()
-    assert kept.tolist() == [0, 1, 2, 3, 4]
+    data, used = files.fetch(torch.arange(5))
+    assert used.tolist() == [0, 1, 2, 3, 4]
+    memory = MemoryImages(data)
     assert files.shape == memory.shape == (3, 6, 6)
     for one in (files, memory):
         part = one.select(torch.tensor([4, 2, 0]))
@@ -479,8 +480,13 @@ def test_when_nothing_can_be_read(tmp_path: Path) -> None:
     files = FileImages(grey_files(tmp_path, 3, broken=(0, 1, 2)), size=(6, 6), log=log)
     with pytest.raises(MetaplError, match=r"3 pictures in a row cannot be read, the first being .*001\.png"):
         files.fetch(torch.tensor([1]))
-    with pytest.raises(MetaplError, match="none of 3"):
-        files.load()
+    with pytest.raises(MetaplError, match="3 pictures in a row cannot be read"):
+        files.cached().fetch(torch.tensor([1]))
+    assert (
+        files.fetch_sound(torch.arange(3))[0].shape
+        == files.cached().fetch_sound(torch.arange(3))[0].shape
+        == (0, 3, 6, 6)
+    )
     gone = FileImages([tmp_path / f"gone{i}.png" for i in range(100)], size=(6, 6), log=log)
     with pytest.raises(MetaplError, match=r"32 pictures in a row cannot be read, the first being .*gone90\.png"):
         gone.fetch(torch.tensor([90]))
@@ -488,9 +494,9 @@ def test_when_nothing_can_be_read(tmp_path: Path) -> None:
 
 def test_broken_files_are_left_out_when_measuring(tmp_path: Path) -> None:
     files = FileImages(grey_files(tmp_path, 5, broken=(1, 3)), size=(6, 6), log=tmp_path / "log")
-    memory, kept = files.load()
-    assert kept.tolist() == [0, 2, 4]
-    assert levels(memory.fetch(torch.arange(3))[0]) == [0, 2, 4]
+    for source in (files, files.cached()):
+        images, used = source.fetch_sound(torch.arange(5))
+        assert used.tolist() == levels(images) == [0, 2, 4]
     batches = EvaluationBatches(files, torch.arange(5), batch_size=2)
     assert len(batches) == 3
     assert [(levels(x), y.tolist()) for x, y in batches] == [([0], [0]), ([2], [2]), ([4], [4])]

@@ -5,7 +5,8 @@ from metapl.data.feed import Feed, feed
 from metapl.data.images.check import Finding, check_folders
 from metapl.data.images.folders import Files, LabeledFiles, scan_labeled, scan_unlabeled
 from metapl.data.images.reader import UnreadableImage, read_image
-from metapl.data.images.store import FileImages, Images, MemoryImages, replaced_files
+from metapl.data.images.record import replaced_files
+from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.data.images.verify import Skipped, Verified, verify_files
 from metapl.data.sampler import StepSampler
 from metapl.data.sets.digits import DigitsSplit, load_digits_split
