@@ -142,12 +142,12 @@ def draw_split(
     order = _shuffled(len(train_labels), seed, _LABELED)
     able = order[free[order] & (order < (len(train_labels) if labeled_from is None else labeled_from))]
     classes, inverse, _ = _classes(train_labels)
-    found = inverse[able].bincount(minlength=len(classes))
-    if int(found.min()) < labels_per_class:
-        fewest = int(found.argmin())
+    counts = inverse[able].bincount(minlength=len(classes))
+    if int(counts.min()) < labels_per_class:
+        fewest = int(counts.argmin())
         raise MetaplError(
             f"split {name!r} needs {labels_per_class} labels of class {int(classes[fewest])}, which has "
-            f"{int(found[fewest])} examples outside validation; ask for fewer labels or a smaller validation part"
+            f"{int(counts[fewest])} examples outside validation; ask for fewer labels or a smaller validation part"
         )
     labeled = _first_of_each(able, inverse, torch.full_like(classes, labels_per_class))
     free[labeled] = False
@@ -232,13 +232,13 @@ def _hash(fields: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MetaplError(f"{path} cannot be read as a split ({error}); expected the file that was written.") from error
-    version = found.pop("version", None) if isinstance(found, dict) else None
+    version = fields.pop("version", None) if isinstance(fields, dict) else None
     if version != _VERSION:
-        raise MetaplError(f"{path} is no split of version {_VERSION}; expected what Split.save wrote.")
-    told = found.pop("hash", None)
-    if told != _hash(found):
+        raise MetaplError(f"{path} is not a split of version {_VERSION}; expected what Split.save wrote.")
+    stored = fields.pop("hash", None)
+    if stored != _hash(fields):
         raise MetaplError(f"{path} was changed after it was written: its hash does not match; draw the split anew.")
-    return dict(found)
+    return dict(fields)

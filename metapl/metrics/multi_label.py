@@ -73,7 +73,7 @@ def multi_label_accuracy(predicted_N: Tensor, label_sets: Sequence[Set[int]]) ->
             f"there are label sets for {len(label_sets):,} examples, and predictions of shape "
             f"{tuple(predicted_N.shape)}; expected as many of one as of the other, in the same order."
         )
-    hits = [one in labels for one, labels in zip(predicted_N.tolist(), label_sets, strict=True) if labels]
+    hits = [label in labels for label, labels in zip(predicted_N.tolist(), label_sets, strict=True) if labels]
     if not hits:
         raise MetaplError(f"none of the {len(label_sets):,} examples has a label; expected one at least.")
     return MultiLabelAccuracy(sum(hits) / len(hits), len(hits), len(label_sets) - len(hits))
@@ -103,10 +103,10 @@ def read_label_sets(path: Path, classes: Sequence[str], names: Sequence[str] | N
         MetaplError: a file in no such form, test examples without an entry or with two, a name that several have, or
             classes that are unknown or can be read in two ways.
     """
-    found = _parsed(path)
-    entries = found.values() if isinstance(found, dict) else found
-    index = _indices(path, {label for labels in entries for label in labels}, classes)
-    in_order = _by_name(path, found, names) if isinstance(found, dict) else _by_place(path, found, names)
+    entries = _parsed(path)
+    lists = entries.values() if isinstance(entries, dict) else entries
+    index = _indices(path, {label for labels in lists for label in labels}, classes)
+    in_order = _by_name(path, entries, names) if isinstance(entries, dict) else _by_position(path, entries, names)
     return tuple(frozenset(index[label] for label in labels) for labels in in_order)
 
 
@@ -117,23 +117,23 @@ def _parsed(path: Path) -> list[list[Label]] | dict[str, list[Label]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise MetaplError(f"{path} cannot be read: {said}.") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise MetaplError(f"{path} cannot be read: {reason}.") from error
     return _from_json(path, text) if text.lstrip()[:1] in ("[", "{") else _from_csv(path, text)
 
 
 def _from_json(path: Path, text: str) -> list[list[Label]] | dict[str, list[Label]]:
     try:
-        found = json.loads(text, object_pairs_hook=lambda pairs: _once_each(path, pairs))
+        entries = json.loads(text, object_pairs_hook=lambda pairs: _once_each(path, pairs))
     except json.JSONDecodeError as error:
         raise MetaplError(f"{path} cannot be read as JSON: {error}.") from error
-    for where, labels in found.items() if isinstance(found, dict) else enumerate(found):
+    for where, labels in entries.items() if isinstance(entries, dict) else enumerate(entries):
         if not isinstance(labels, list) or any(type(label) not in (int, str) for label in labels):
             raise MetaplError(
                 f"{path}: the entry of {where} is {_few([json.dumps(labels)])}; expected a list of classes, such as "
                 "[3, 7], and [] for none."
             )
-    return found  # type: ignore[no-any-return]  # just checked
+    return entries  # type: ignore[no-any-return]  # just checked
 
 
 def _from_csv(path: Path, text: str) -> dict[str, list[Label]]:
@@ -156,11 +156,11 @@ def _from_csv(path: Path, text: str) -> dict[str, list[Label]]:
 
 
 def _once_each(path: Path, pairs: Sequence[tuple[str, list[Label]]]) -> dict[str, list[Label]]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise MetaplError(f"{path} has more than one entry of {_few(twice)}; expected one, with all the labels.")
-    return found
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise MetaplError(f"{path} has more than one entry of {_few(repeated)}; expected one, with all the labels.")
+    return entries
 
 
 # ---------------------------------------------------------------------------------------------------- which class it is
@@ -190,32 +190,32 @@ def _check_one_meaning(path: Path, numbers: Mapping[Label, int], classes: Sequen
     by_name = {name: index for index, name in enumerate(classes)}
     two = sorted((x for x, number in numbers.items() if by_name.get(str(x), number) != number), key=str)
     if two:
-        one, index = two[0], numbers[two[0]]
+        label, index = two[0], numbers[two[0]]
         raise MetaplError(
-            f"{path}: {len(two):,} of the {len(numbers):,} classes can be read in two ways: {one} is the index of "
-            f'{classes[index]!r} and the name of another class; expected names alone, in JSON in quotes: "{one}".'
+            f"{path}: {len(two):,} of the {len(numbers):,} classes can be read in two ways: {label} is the index of "
+            f'{classes[index]!r} and the name of another class; expected names alone, in JSON in quotes: "{label}".'
         )
 
 
 # ------------------------------------------------------------------------------------------------ whose labels they are
 
 
-def _by_place(path: Path, found: list[list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
+def _by_position(path: Path, labels: list[list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
     numbers = _ilsvrc_numbers(names or ())
     if numbers is None:
-        if names is not None and len(names) != len(found):
+        if names is not None and len(names) != len(labels):
             raise MetaplError(
-                f"{path} is a list of {len(found):,} entries, and there are {len(names):,} test examples; expected one "
+                f"{path} is a list of {len(labels):,} entries, and there are {len(names):,} test examples; expected one "
                 "entry for each, in their order, or an object by file name."
             )
-        return found
-    beyond = [name for name, number in zip(names or (), numbers, strict=True) if number > len(found)]
+        return labels
+    beyond = [name for name, number in zip(names or (), numbers, strict=True) if number > len(labels)]
     if beyond:
         raise MetaplError(
-            f"{path} is a list of {len(found):,} entries, and the numbers of {len(beyond):,} test files are greater: "
+            f"{path} is a list of {len(labels):,} entries, and the numbers of {len(beyond):,} test files are greater: "
             f"{_few(beyond)}; expected ReaL's own list of 50,000, or an object by file name."
         )
-    return [found[number - 1] for number in numbers]
+    return [labels[number - 1] for number in numbers]
 
 
 def _ilsvrc_numbers(names: Sequence[str]) -> list[int] | None:
@@ -224,32 +224,32 @@ def _ilsvrc_numbers(names: Sequence[str]) -> list[int] | None:
     >>> _ilsvrc_numbers(["n01440764/ILSVRC2012_val_00000293.JPEG"]), _ilsvrc_numbers(["cat/1.png"])
     ([293], None)
     """
-    found = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", PurePosixPath(name).stem) for name in names]
-    numbers = [int(match[1]) for match in found if match]
+    matches = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", PurePosixPath(name).stem) for name in names]
+    numbers = [int(match[1]) for match in matches if match]
     return numbers if names and len(numbers) == len(names) and min(numbers) > 0 else None
 
 
-def _by_name(path: Path, found: dict[str, list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
+def _by_name(path: Path, labels: dict[str, list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
     if names is None:
         raise MetaplError(
             f"{path} has labels by file name, and the test examples of this run have no names; expected a JSON list "
             "of lists, in the order of the test set."
         )
     whole, last = _places(names), _places(PurePosixPath(name).name for name in names)
-    at = {name: whole.get(name) or last.get(name, []) for name in found}
+    at = {name: whole.get(name) or last.get(name, []) for name in labels}
     shared = [name for name, places in at.items() if len(places) > 1]
     if shared:
         ours = _few(names[place] for place in at[shared[0]])
         raise MetaplError(
-            f"{path}: {len(shared):,} of its {len(found):,} names are those of several test files: {shared[0]} of "
+            f"{path}: {len(shared):,} of its {len(labels):,} names are those of several test files: {shared[0]} of "
             f"{ours}; write them with their folder."
         )
     entries: list[list[str]] = [[] for _ in names]
     for name, places in at.items():
         for place in places:
             entries[place].append(name)
-    _check_entries(path, found, names, entries)
-    return [found[one] for (one,) in entries]
+    _check_entries(path, labels, names, entries)
+    return [labels[name] for (name,) in entries]
 
 
 def _places(names: Iterable[str]) -> dict[str, list[int]]:
@@ -259,16 +259,18 @@ def _places(names: Iterable[str]) -> dict[str, list[int]]:
     return places
 
 
-def _check_entries(path: Path, found: Iterable[str], names: Sequence[str], entries: Sequence[Sequence[str]]) -> None:
-    twice = [both for both in entries if len(both) > 1]
-    if twice:
+def _check_entries(
+    path: Path, given_names: Iterable[str], names: Sequence[str], entries: Sequence[Sequence[str]]
+) -> None:
+    repeated = [given for given in entries if len(given) > 1]
+    if repeated:
         raise MetaplError(
-            f"{path}: {len(twice):,} of the {len(names):,} test files have two entries: {' and '.join(twice[0])} are "
+            f"{path}: {len(repeated):,} of the {len(names):,} test files have two entries: {' and '.join(repeated[0])} are "
             "one; expected one, with all the labels."
         )
-    missing = [name for name, one in zip(names, entries, strict=True) if not one]
+    missing = [name for name, given in zip(names, entries, strict=True) if not given]
     if missing:
         raise MetaplError(
             f"{path} has no entry for {len(missing):,} of the {len(names):,} test files: {_few(missing)}; expected "
-            f"these names, with an empty list of labels where none is right. The names in it: {_few(list(found))}."
+            f"these names, with an empty list of labels where none is right. The names in it: {_few(list(given_names))}."
         )

@@ -65,7 +65,7 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     n, mean = len(differences), math.fsum(differences) / len(differences)
     if n == 1:
         return PairedTest(mean, None, 1, None, None, None)
-    std = math.sqrt(math.fsum((one - mean) ** 2 for one in differences) / (n - 1))
+    std = math.sqrt(math.fsum((difference - mean) ** 2 for difference in differences) / (n - 1))
     # 0.3 − 0.2 and 0.2 − 0.1 differ by rounding alone; a spread of that size is none.
     interval, p = None, None
     if std > 4e-16 * max(abs(float(score)) for score in (*a, *b)):

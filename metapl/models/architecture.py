@@ -58,7 +58,7 @@ class Architecture:
         for field, has in (("dropout", family.dropout), ("stochastic_depth", family.stochastic_depth)):
             self._require(0.0 <= getattr(self, field) < 1.0, field, "a probability in [0, 1)")
             if getattr(self, field) > 0.0 and not has:
-                having = ", ".join(n for n, other in FAMILIES.items() if getattr(other, field))
+                having = ", ".join(name for name, known in FAMILIES.items() if getattr(known, field))
                 raise MetaplError(
                     f"{self.name} has no {field}, and {field}={getattr(self, field)} was given; leave it out, or take "
                     f"a network that has it: {having}."

@@ -74,8 +74,8 @@ def _code(a: Architecture) -> list[str]:
 
 def _heads(module: nn.Module) -> tuple[str, ...]:
     """The classifier, or the several of a distilled network."""
-    found = module.get_classifier()  # type: ignore[operator]  # every network of timm has it
-    wanted = {id(m) for m in (found if isinstance(found, tuple) else (found,))}
+    classifier = module.get_classifier()  # type: ignore[operator]  # every network of timm has it
+    wanted = {id(m) for m in (classifier if isinstance(classifier, tuple) else (classifier,))}
     return tuple(name for name, part in module.named_modules() if id(part) in wanted)
 
 

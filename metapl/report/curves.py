@@ -183,7 +183,7 @@ def _draw_note(axes: Axes, panel: Panel, curves: Curves) -> None:
 def _never_positive(panel: Panel, key: str, curves: Curves) -> str:
     """A logarithmic scale has no zero, so the methods whose values are all zero are named instead."""
     values = {method: [value for _, value in _points(rows, key)] for method, rows in curves.items()}
-    zero = [method for method, ones in values.items() if ones and max(ones) <= 0]
+    zero = [method for method, figures in values.items() if figures and max(figures) <= 0]
     named = ", ".join(zero) if len(zero) < 3 else f"{len(zero)} methods"
     return f"; {named}: 0" if panel.log and zero else ""
 
@@ -217,8 +217,8 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     [0.0, 0.75, 1.25]
     """
     groups: list[tuple[float, int]] = []  # (center, members)
-    for one in wanted:
-        groups.append((one, 1))
+    for position in wanted:
+        groups.append((position, 1))
         while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
             (center, count), (last, last_count) = groups[-2:]
             groups[-2:] = [((center * count + last * last_count) / (count + last_count), count + last_count)]

@@ -18,7 +18,7 @@ from metapl.data.images.reader import SUFFIXES
 from metapl.errors import MetaplError
 
 Progress = Callable[[int], None]
-"""Told now and then how many files are done."""
+"""Called now and then with the number of files done."""
 
 FilesT = TypeVar("FilesT", bound="Files")
 
@@ -87,8 +87,8 @@ class LabeledFiles(Files):
 
     def counts(self) -> dict[str, int]:
         """Number of pictures of each class."""
-        found = Counter(self.labels)
-        return {name: found[label] for label, name in enumerate(self.classes)}
+        counts = Counter(self.labels)
+        return {name: counts[label] for label, name in enumerate(self.classes)}
 
 
 def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> Files:
@@ -167,8 +167,8 @@ def scan_labeled(folder: str | Path, progress: Progress | None = None) -> Labele
 def _folder(folder: str | Path) -> Path:
     root = Path(folder).expanduser()
     if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
-        raise MetaplError(f"{root} {what}; expected a folder with pictures.")
+        state = "is a file" if root.exists() else "does not exist"
+        raise MetaplError(f"{root} {state}; expected a folder with pictures.")
     return root
 
 

@@ -150,9 +150,9 @@ def _read(
             f"read_image got size {size} and max_pixels {max_pixels}; expected sides of 1 or more and 1 to {MAX_PIXELS}"
         )
     with _opened(path, max_pixels) as image:
-        pictures = _decoded(image, mode, size, crops, center)
-        values = [torch.from_numpy(numpy.atleast_3d(numpy.array(one, dtype=numpy.uint8))) for one in pictures]
-    return [rearrange(one, "h w c -> c h w").contiguous() for one in values]
+        images = _decoded(image, mode, size, crops, center)
+        values = [torch.from_numpy(numpy.atleast_3d(numpy.array(x, dtype=numpy.uint8))) for x in images]
+    return [rearrange(x, "h w c -> c h w").contiguous() for x in values]
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
@@ -214,9 +214,9 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(path, _too_large(max_pixels, str(error))) from error
     except Exception as error:  # each of Pillow's readers has exceptions of its own
-        said = _words(error)
-        what = "is truncated" if "truncated" in said.lower() else "cannot be decoded"
-        raise UnreadableImage(path, f"the picture {what} ({said})") from error
+        reason = reason_of(error)
+        fault = "is truncated" if "truncated" in reason.lower() else "cannot be decoded"
+        raise UnreadableImage(path, f"the picture {fault} ({reason})") from error
 
 
 def _decoded(
@@ -307,10 +307,11 @@ def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, in
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box)
 
 
-def _too_large(max_pixels: int, found: str) -> str:
-    return f"the picture has more than the {max_pixels:,} pixels that are allowed ({found})"
+def _too_large(max_pixels: int, size: str) -> str:
+    return f"the picture has more than the {max_pixels:,} pixels that are allowed ({size})"
 
 
-def _words(error: Exception) -> str:
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return " ".join(said.split()).rstrip(".")
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, in one line."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return " ".join(reason.split()).rstrip(".")

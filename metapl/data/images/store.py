@@ -200,9 +200,9 @@ class FileImages:
                 is_sound[row] = self._try(int(indices[row]), ()) is not None
             used = indices[is_sound]
             return self._cache.gather(self._indices[used]), used
-        sound = {index: images[0] for index in indices.tolist() if (images := self._try(index, ())) is not None}
-        empty = torch.empty(0, *self.shape, dtype=torch.uint8)
-        return torch.stack(list(sound.values())) if sound else empty, torch.tensor(list(sound), dtype=torch.int64)
+        sound = [(index, views[0]) for index in indices.tolist() if (views := self._try(index, ())) is not None]
+        images = torch.stack([image for _, image in sound]) if sound else torch.empty(0, *self.shape).byte()
+        return images, torch.tensor([index for index, _ in sound], dtype=torch.int64)
 
     def dead_readers(self) -> list[Path]:
         """The files that worker processes were reading when they died, each told once.
