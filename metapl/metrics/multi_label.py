@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -205,8 +205,8 @@ def _by_position(path: Path, labels: list[list[Label]], names: Sequence[str] | N
     if numbers is None:
         if names is not None and len(names) != len(labels):
             raise MetaplError(
-                f"{path} is a list of {len(labels):,} entries, and there are {len(names):,} test examples; expected one "
-                "entry for each, in their order, or an object by file name."
+                f"{path} is a list of {len(labels):,} entries, and there are {len(names):,} test examples; expected "
+                "one entry for each, in their order, or an object by file name."
             )
         return labels
     beyond = [name for name, number in zip(names or (), numbers, strict=True) if number > len(labels)]
@@ -235,42 +235,33 @@ def _by_name(path: Path, labels: dict[str, list[Label]], names: Sequence[str] | 
             f"{path} has labels by file name, and the test examples of this run have no names; expected a JSON list "
             "of lists, in the order of the test set."
         )
-    whole, last = _places(names), _places(PurePosixPath(name).name for name in names)
-    at = {name: whole.get(name) or last.get(name, []) for name in labels}
-    shared = [name for name, places in at.items() if len(places) > 1]
+    positions: defaultdict[str, list[int]] = defaultdict(list)
+    by_last_part: defaultdict[str, list[int]] = defaultdict(list)
+    for position, name in enumerate(names):
+        positions[name].append(position)
+        by_last_part[PurePosixPath(name).name].append(position)
+    at = {name: positions.get(name) or by_last_part.get(name, []) for name in labels}
+    shared = [name for name, several in at.items() if len(several) > 1]
     if shared:
-        ours = _few(names[place] for place in at[shared[0]])
+        ours = _few(names[position] for position in at[shared[0]])
         raise MetaplError(
             f"{path}: {len(shared):,} of its {len(labels):,} names are those of several test files: {shared[0]} of "
             f"{ours}; write them with their folder."
         )
     entries: list[list[str]] = [[] for _ in names]
-    for name, places in at.items():
-        for place in places:
-            entries[place].append(name)
-    _check_entries(path, labels, names, entries)
-    return [labels[name] for (name,) in entries]
-
-
-def _places(names: Iterable[str]) -> dict[str, list[int]]:
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        places.setdefault(name, []).append(place)
-    return places
-
-
-def _check_entries(
-    path: Path, given_names: Iterable[str], names: Sequence[str], entries: Sequence[Sequence[str]]
-) -> None:
-    repeated = [given for given in entries if len(given) > 1]
+    for name, single in at.items():
+        for position in single:
+            entries[position].append(name)
+    repeated = [entry for entry in entries if len(entry) > 1]
     if repeated:
         raise MetaplError(
-            f"{path}: {len(repeated):,} of the {len(names):,} test files have two entries: {' and '.join(repeated[0])} are "
-            "one; expected one, with all the labels."
+            f"{path}: {len(repeated):,} of the {len(names):,} test files have two entries: "
+            f"{' and '.join(repeated[0])} are one; expected one, with all the labels."
         )
-    missing = [name for name, given in zip(names, entries, strict=True) if not given]
+    missing = [name for name, entry in zip(names, entries, strict=True) if not entry]
     if missing:
         raise MetaplError(
             f"{path} has no entry for {len(missing):,} of the {len(names):,} test files: {_few(missing)}; expected "
-            f"these names, with an empty list of labels where none is right. The names in it: {_few(list(given_names))}."
+            f"these names, with an empty list of labels where none is right. The names in it: {_few(labels)}."
         )
+    return [labels[name] for (name,) in entries]
