@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from machine import arguments, described, parsed, write_json
+from metapl.inner import InnerStep, trainable
+from metapl.optimizers import inner_optimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,9 +30,7 @@ import metapl
 from metapl.data import load_digits_split
 from metapl.feedback import Difference
 from metapl.feedback.difference import RELATIVE_STEP
-from metapl.inner import InnerStep, trainable
 from metapl.numerics import norm
-from metapl.optimizers import inner_optimizer
 
 RESULT = Path(__file__).parent / "results" / "difference_step.json"
 HALF_DECADES = [10 ** (k / 2) for k in range(-18, 1)]

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results
 
-from metapl.baselines import LossTrainer
 from metapl.fit import Loop
-from metapl.losses import CrossEntropy
+from metapl.loss_trainer import LossTrainer
+from metapl.problems.losses import CrossEntropy
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
 from metapl.recipes.experiment import Experiment

@@ -7,7 +7,7 @@ is raised when the next report is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -75,9 +75,15 @@ def described(thing: Any) -> str:
     return f"of type {type(thing).__name__}"
 
 
-def batches(labeled: Any, unlabeled: Any, device: torch.device) -> None:
-    """Refuse batches that are empty, of uneven length, elsewhere, or not finite."""
-    for name, batch in (("labeled", labeled), ("unlabeled", unlabeled)):
+def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> None:
+    """Refuse batches that are empty, of uneven length, elsewhere, or not finite.
+
+    Args:
+        labeled: the outer batch.
+        unlabeled: the inner ones.
+        device: of the networks.
+    """
+    for name, batch in (("labeled", labeled), *(("unlabeled", one) for one in unlabeled)):
         tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
         if not tensors:
             raise MetaplError(f"{name} is {described(batch)}; expected tensors.")
@@ -338,10 +344,3 @@ def moves(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             f"{why}, so nothing would be learned; expected an optimizer over model.parameters(), some of them with "
             "requires_grad=True."
         )
-
-
-def fits(problem: Any, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-    """Ask the problem, where it can tell, whether the batches fit the student's outputs."""
-    check = getattr(problem, "check", None)
-    if check is not None:
-        check(outputs, labeled, unlabeled)

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from metapl.inner import InnerStep
 from torch import Tensor
 
 from metapl import optimizers
 from metapl.execution import buffers, rng
 from metapl.execution.local import Local
 from metapl.feedback import base, loss_difference, reinforce
-from metapl.inner import InnerStep
-from metapl.problem import Signal
 from metapl.problems import PseudoLabels
 from metapl.problems import pseudo_labels as module
+from metapl.problems.base import Signal
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

@@ -43,7 +43,7 @@ def sgd(
             if momentum:
                 step = d + momentum * velocity[name] if nesterov else velocity[name]
             new[name] = p - lr * step
-        return new, _constant(velocity)
+        return new, velocity
 
     return rule
 
@@ -74,7 +74,7 @@ def adam(
             kept = p * (1 - lr * weight_decay) if decoupled else p
             root = n_hat.clamp_min(1e-300).sqrt()  # keeps the derivative at 0 finite, and right
             new[name] = kept - lr * m_hat / (root + eps)
-        return new, {"t": t, "m": _constant(m), "n": _constant(n), "top": _constant(top)}
+        return new, {"t": t, "m": m, "n": n, "top": top}
 
     return rule
 
@@ -90,10 +90,6 @@ def clipped(max_norm: float, then: Rule) -> Rule:
         return then(params, {name: factor * g for name, g in grads.items()}, state)
 
     return rule
-
-
-def _constant(tree: Tree) -> Tree:
-    return {name: t.detach() for name, t in tree.items()}
 
 
 # --------------------------------------------------------------------------------------------------- one step

@@ -10,9 +10,9 @@ from torch import nn
 
 import metapl
 from metapl import UDA, CrossEntropy, baselines
-from metapl.baselines import LossTrainer
 from metapl.feedback import Difference, Reinforce
-from metapl.losses import TeacherLoss
+from metapl.loss_trainer import LossTrainer
+from metapl.problems.losses import TeacherLoss
 
 
 def _networks() -> tuple[nn.Module, nn.Module]:

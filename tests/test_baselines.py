@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
-from metapl.baselines import LossTrainer
 from metapl.feedback import Altered, Forward, ReinforcePerExample
 from metapl.fit import Loop
+from metapl.loss_trainer import LossTrainer
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.experiment import Experiment
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS
@@ -132,7 +132,7 @@ class Steps:
 def altered(h: Tensor, how: Any, seed: int = 0, labels: Tensor | None = None) -> list[Tensor]:
     """h as it is altered in four steps."""
     value = torch.zeros(len(h)) if labels is None else labels
-    step = type("Step", (), {"signal": metapl.problem.Signal(value)})
+    step = type("Step", (), {"signal": metapl.problems.base.Signal(value)})
     estimator = Altered(Steps(h), how, seed)  # type: ignore[arg-type]
     state, found = estimator.init(), []
     for _ in range(4):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from metapl.inner import InnerStep
+from metapl.optimizers import inner_optimizer
 from problems_zoo import CLASSES, Toy, everything, noisy_teacher, same, toy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -18,11 +20,9 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import CrossEntropy, MetaplError, compiled
-from metapl.baselines import LossTrainer
-from metapl.compiled import CompiledPasses
-from metapl.inner import InnerStep
-from metapl.optimizers import inner_optimizer
-from metapl.problem import Signal
+from metapl.execution.compiled import CompiledPasses
+from metapl.loss_trainer import LossTrainer
+from metapl.problems.base import Signal
 
 pytestmark = [
     pytest.mark.skipif(

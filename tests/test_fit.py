@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
 from metapl import CrossEntropy, MetaplError
-from metapl.baselines import LossTrainer
 from metapl.checkpoint import CheckpointFolder
 from metapl.data import ImageLabeledBatches, MemoryImages, StepSampler, Weak, feed
 from metapl.evaluate import evaluate_logits
@@ -30,6 +29,7 @@ from metapl.events import Events
 from metapl.feedback import Altered, LossDifference, Reinforce
 from metapl.fit import FitOptions, FitResult, Interrupted, Loop
 from metapl.fitting.progress import examples_in
+from metapl.loss_trainer import LossTrainer
 
 Inner = Callable[[nn.Module], Any]
 

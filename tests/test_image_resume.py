@@ -50,7 +50,7 @@ FLAGS = (
 STEP, WAITING, TUNING = (
     ("metapl.trainer:BilevelTrainer", "step"),
     ("metapl.trainer:BilevelTrainer", "teacher_step"),
-    ("metapl.baselines:LossTrainer", "step"),
+    ("metapl.loss_trainer:LossTrainer", "step"),
 )
 MOMENTS = [
     ("metapl.data.folders", "_entries", 12),  # listing

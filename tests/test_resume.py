@@ -105,7 +105,7 @@ POINTS: list[Point] = [
     ("metapl.atomic", "_sync_folder", 3, KILL),  # after it has
     ("metapl.checkpoint:CheckpointFolder", "_remove_oldest", 2, KILL),  # before the oldest one goes
     ("metapl.run_folder:Metrics", "cut", 2, KILL),  # between training and finetuning
-    ("metapl.baselines:LossTrainer", "step", 23, KILL),  # while finetuning
+    ("metapl.loss_trainer:LossTrainer", "step", 23, KILL),  # while finetuning
     ("metapl.run_folder:RunFolder", "write_weights", 1, KILL),
     ("metapl.run_folder:RunFolder", "write_weights", 3, KILL),
     ("metapl.report", "draw_report", 1, KILL),
@@ -284,7 +284,7 @@ def pasted(words: str) -> str:
         ("metapl.trainer:BilevelTrainer", "step", 37, "stopped after step 37; saved to .*fit/step-00000037.ckpt"),
         ("metapl.trainer:BilevelTrainer", "step", 120, "stopped after step 120; saved to .*fit/step-00000120.ckpt"),
         ("metapl.checkpoint:CheckpointFolder", "write", 4, "stopped after step 40; saved to .*step-00000040.ckpt"),
-        ("metapl.baselines:LossTrainer", "step", 7, "stopped after step 7; saved to .*finetune/step-00000007.ckpt"),
+        ("metapl.loss_trainer:LossTrainer", "step", 7, "stopped after step 7; saved to .*finetune/step-00000007.ckpt"),
         ("metapl.report", "draw_report", 1, "stopped"),
     ],
 )
@@ -316,7 +316,7 @@ def test_a_damaged_newest_checkpoint_costs_a_few_steps(
 
     def one(nursery: Nursery, name: str) -> None:
         reference, out = whole[name][0], whole[name][0].with_name(f"damaged-{name}")
-        assert nursery.run(RECIPES[name], out, ("metapl.baselines:LossTrainer", "step", 33, KILL))[0] == -KILL
+        assert nursery.run(RECIPES[name], out, ("metapl.loss_trainer:LossTrainer", "step", 33, KILL))[0] == -KILL
         damaged = ("fit", "finetune") if name == "soft" else ("fit",)
         for phase in damaged:
             path = CheckpointFolder(out / "checkpoints" / phase).paths()[0]

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import metapl
 from metapl import checks
-from metapl.baselines import LossTrainer
-from metapl.losses import UDA, CrossEntropy
+from metapl.loss_trainer import LossTrainer
+from metapl.problems.losses import UDA, CrossEntropy
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal", "unique_dim")
 PACKAGE = Path(metapl.__file__).parent

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError, checks
-from metapl.baselines import LossTrainer
 from metapl.checkpoint import CheckpointFolder
 from metapl.feedback import LossDifference, Reinforce
 from metapl.fit import FitOptions
+from metapl.loss_trainer import LossTrainer
 
 LOSSES = (CrossEntropy(label_smoothing=0.1), UDA(temperature=0.7, threshold=0.3, weight=2.0, ramp=5))
 

@@ -79,6 +79,25 @@ def checkpoints_without_reentry() -> Iterator[None]:
                 checkpoint.CheckpointFunction = _reentrant  # type: ignore[misc]  # put back
 
 
+@contextmanager
+def refuse_checkpoints() -> Iterator[None]:
+    """Refuse activation checkpoints in this block, for passes whose weights are put away before they are run again."""
+    real = checkpoint._checkpoint_without_reentrant_generator
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise MetaplError(
+            "the student has activation checkpoints (torch.utils.checkpoint), and mode 'unrolled' would run them again "
+            'at other weights than those of their step; use mode="forward", which takes several student steps in the '
+            "memory of one, or look one step ahead."
+        )
+
+    checkpoint._checkpoint_without_reentrant_generator = refused
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_without_reentrant_generator = real
+
+
 # --------------------------------------------------------------------------------------------- missing derivatives
 
 

@@ -15,9 +15,9 @@ from metapl import feedback
 from metapl.data.splits import Split
 from metapl.errors import MetaplError
 from metapl.evaluate import chance_level
-from metapl.losses import TeacherLoss
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
+from metapl.problems.losses import TeacherLoss
 
 SELECTED_ON = 50
 """Validation examples from which on students are told apart by them: of 50, 7 points are one standard error."""

@@ -21,8 +21,8 @@ from metapl.data import (
 from metapl.data.files import IMAGES, csv_rows, gray_image
 from metapl.data.fingerprint import hashes
 from metapl.fit import FitOptions
-from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.models import mlp
+from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Feedback, Optimizer, Role, Say, Task, require
 
 

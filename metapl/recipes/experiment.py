@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.baselines import LossTrainer
 from metapl.data.image_sets import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.evaluate import Evaluation, interval, spoken
 from metapl.fit import FitResult, Loop, Say
-from metapl.losses import CrossEntropy
+from metapl.loss_trainer import LossTrainer
+from metapl.problems.losses import CrossEntropy
 from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
 from metapl.recipes.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.recipes.methods import ALONE, METHODS, title

@@ -22,8 +22,8 @@ from metapl.data.sound_files import verify_files
 from metapl.data.splits import stratified_split
 from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
-from metapl.losses import UDA, TeacherLoss
 from metapl.models.pretrained import fetch_imagenet_weights
+from metapl.problems.losses import UDA, TeacherLoss
 from metapl.recipes.base import SELECTED_ON, Optimizer, Say, Task, require
 from metapl.recipes.looking import Look, look
 from metapl.recipes.methods import METHODS

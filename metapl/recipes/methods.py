@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from metapl.baselines import LossTrainer
 from metapl.errors import MetaplError
 from metapl.feedback import Altered
 from metapl.fit import FitResult, Loop
-from metapl.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.loss_trainer import LossTrainer
 from metapl.problems import PseudoLabels
+from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Recipe, Role, Task
 from metapl.trainer import BilevelTrainer
 

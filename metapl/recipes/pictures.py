@@ -25,7 +25,7 @@ from metapl.data.samplers import StepSampler
 from metapl.data.views import Chain, Identity, View
 from metapl.errors import MetaplError
 from metapl.fit import FitOptions
-from metapl.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Feedback, Optimizer, Role, require
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
