@@ -217,3 +217,7 @@ def error(found: Tree | Tensor, expected: Tree | Tensor) -> float:
     a, b = flat(found), flat(expected)
     assert b.norm() > 0, "an expected value of zero proves nothing here"
     return float((a - b).norm() / b.norm())
+
+
+def _constant(tree: Tree) -> Tree:
+    return {name: t.detach() for name, t in tree.items()}
