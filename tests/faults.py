@@ -158,6 +158,27 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Local, "loss_and_gradient", loss_and_gradient)
 
 
+def state_cotangent_dropped(patch: pytest.MonkeyPatch) -> None:
+    """Over several steps, what the momentum carries on is forgotten."""
+    real = SGD.vjp
+    patch.setattr(
+        SGD, "vjp", lambda self, params, grads, state, v, state_cotangent=None: real(self, params, grads, state, v)
+    )
+
+
+def hessian_dropped(patch: pytest.MonkeyPatch) -> None:
+    """Over several steps, the gradient is taken not to depend on the weights."""
+    patch.setattr(
+        Pass, "hessian_product", lambda self, w, loss: {n: torch.zeros_like(p) for n, p in self.params.items()}
+    )
+
+
+def first_step_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """The last of the steps alone is differentiated."""
+    real = Path.pullbacks
+    patch.setattr(Path, "pullbacks", lambda self, truncate=None: real(self, 1))
+
+
 def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Replays are believed to be the pass that they replay."""
     patch.setattr("metapl.execution.local.check_outputs", lambda *given: None)
@@ -223,3 +244,8 @@ FAULTS: dict[str, Plant] = {
         baseline_with_this_step,
     )
 }
+
+FAULTS_AHEAD: dict[str, Plant] = {
+    plant.__name__: plant for plant in (state_cotangent_dropped, hessian_dropped, first_step_forgotten)
+}
+"""Those that show over several student steps."""
