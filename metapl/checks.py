@@ -1,8 +1,8 @@
 """Wrong batches and networks, refused before anything moves.
 
 On the CPU a look at the values costs nothing and errors are raised on the spot. On an accelerator it would make the
-host wait, so there the finding stays on the device: a :class:`Fault` collects it, the update is masked by it, and it
-is raised when the next report is read.
+host wait, so there the finding stays on the device: a :class:`Fault` collects it, and it is raised when the report is
+read. By then the step has been taken, so batches are best looked at while they are on the host, as ``fit`` does.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ class Fault:
     def __init__(self) -> None:
         self.found: list[tuple[Tensor, str]] = []
 
-    @property
-    def flag(self) -> Tensor | None:
-        """Whether anything is wrong, as a boolean scalar on the device; None where all was checked on the spot."""
-        return torch.stack([bad for bad, _ in self.found]).any() if self.found else None
-
     def raise_if_found(self, where: str = "") -> None:
         """Wait for the device and raise the first finding, with ``where`` before its text."""
         for bad, text in self.found:
             if bool(bad):
-                raise MetaplError(f"{where}{text} (found on the device; the step that saw it changed nothing)")
+                raise MetaplError(
+                    f"{where}{text} (found on the device, when the step had been taken: the weights may be spoiled, so go "
+                    "on from the last good checkpoint; a batch on the host is looked at before)"
+                )
 
 
 _fault: ContextVar[Fault | None] = ContextVar("fault", default=None)

@@ -93,7 +93,8 @@ class LossTrainer(Loop):
             )
             with self._autocast(), self.compiled():
                 parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
-            self._move()
+            self.clip()
+            self.optimizer.step()
             self.steps_done += 1
             return Report(self.steps_done - 1, means(parts), fault)
 
@@ -108,6 +109,7 @@ class LossTrainer(Loop):
             unlabeled=unlabeled,
             signal=nothing,
             step=self.steps_done,
+            kind="teacher loss" if self.role == "teacher" else "loss",
         )
         loss = torch.stack(list(terms.values())).sum()
         checks.learns(loss, self.role)
@@ -116,12 +118,11 @@ class LossTrainer(Loop):
         named = {f"{self.prefix}_{name}": term.detach() for name, term in terms.items()}
         return {self.total: loss.detach(), **named}
 
-    def _move(self) -> None:
-        """Clip the gradient that is there and take the optimizer's step."""
+    def clip(self) -> None:
+        """Clip the gradient that is there, and refuse one that the optimizer cannot use."""
         checks.sparse_gradients(self.optimizer, trainable(self.student))
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
-        self.optimizer.step()
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         """The losses on an unlabelled batch."""

@@ -43,7 +43,8 @@ class Report:
     def __getattr__(self, name: str) -> float:
         values = self.as_dict() if "scalars" in self.__dict__ and not name.startswith("_") else {}
         if name not in values:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {', '.join(values)}")
+            fields = "feedback and " if "feedback" in self.__dict__ else ""
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {fields}{', '.join(values)}")
         return values[name]
 
 

@@ -122,7 +122,13 @@ class TeacherStep:
             if self.recompute:
                 self._signal = self._signal_again()
             terms = sum_of_terms(
-                self.teacher, losses, labeled=labeled, unlabeled=self.unlabeled, signal=self._signal, step=step
+                self.teacher,
+                losses,
+                labeled=labeled,
+                unlabeled=self.unlabeled,
+                signal=self._signal,
+                step=step,
+                kind="teacher loss",
             )
         own = {f"teacher_{name}": term for name, term in terms.items()}
         from_feedback = feedback.teacher_loss(self._signal)

@@ -22,7 +22,7 @@ from metapl.fit import FitResult, Loop
 from metapl.guards import casts_explained, step_guard
 from metapl.hypergradient import hypergradient, look_ahead, prepare
 from metapl.loss_trainer import LossTrainer
-from metapl.problems.base import BilevelProblem, Completed, Problem, Signal
+from metapl.problems.base import BilevelProblem, Problem, Signal, has_default_losses
 from metapl.problems.losses import CrossEntropy, TeacherLoss, refuse_split_batches
 from metapl.problems.losses import teacher_losses as checked_losses
 from metapl.step_report import Report, StepReport
@@ -151,8 +151,9 @@ class BilevelTrainer(Loop):
                 with casts_explained(self.mode.name):
                     feedback, mode_state = self.mode.feedback(path, self.mode_state)  # line 4: h
                 objectives = self._teacher_backward(lessons, feedback, labeled)  # lines 5-7: −Σ h·signal, own losses
+            self._alone.clip()
             path.commit()  # line 3; where the student's optimizer fails, the teacher has not moved
-            self._alone._move()  # line 8
+            self.outer_optimizer.step()  # line 8
             self.mode_state = mode_state
             self.steps_done += 1
             h = tuple(one.h.detach() for one in feedback)
@@ -225,8 +226,8 @@ class BilevelTrainer(Loop):
 
         Raises: :class:`metapl.MetaplError` before anything moves: the batches are wrong, or there are no losses.
         """
-        if not self._alone.losses_for(unlabeled):
-            raise MetaplError("the teacher has no losses of its own to learn from alone; expected wait=0.")
+        if not self._has_losses:
+            raise MetaplError("teacher_losses=() leaves the teacher nothing to learn from alone; expected wait=0.")
         self._alone.steps_done = self.steps_done
         report = self._alone.step(labeled, unlabeled)
         self.steps_done += 1
@@ -243,7 +244,7 @@ class BilevelTrainer(Loop):
             raise MetaplError(f"feedback_ratio={ratio}: expected a number of 0 or more, or None.")
         if self.feedback_weight != 1.0:
             raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
-        if not (self.teacher_losses or (self.teacher_losses is None and _has_default_losses(self.problem))):
+        if not self._has_losses:
             raise MetaplError(
                 "feedback_ratio needs teacher losses to measure by, and there are none: teacher_losses=(), or the "
                 "default of a problem that has no default_teacher_losses."
@@ -253,6 +254,11 @@ class BilevelTrainer(Loop):
                 f"feedback_ratio is measured on a whole batch and does not go with accumulate={self.accumulate}; "
                 "use feedback_weight."
             )
+
+    @property
+    def _has_losses(self) -> bool:
+        given = self.teacher_losses
+        return has_default_losses(self.problem) if given is None else bool(given)
 
     @property
     def labeller(self) -> nn.Module:
@@ -381,13 +387,6 @@ class _TeacherAlone(LossTrainer):
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         return self.problem.default_teacher_losses(unlabeled) if self.given is None else self.given
-
-
-def _has_default_losses(problem: Problem) -> bool:
-    own = problem.given if isinstance(problem, Completed) else problem
-    return getattr(type(own), "default_teacher_losses", Problem.default_teacher_losses) is not (
-        Problem.default_teacher_losses
-    )
 
 
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:

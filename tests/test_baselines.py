@@ -125,7 +125,7 @@ class Steps:
     def init(self) -> dict[str, Tensor]:
         return {}
 
-    def feedback(self, steps: Any, state: Any) -> Any:
+    def feedback(self, path: Any, state: Any) -> Any:
         return [metapl.feedback.base.Feedback(self.h, self.about)], state
 
 
@@ -136,7 +136,7 @@ def altered(h: Tensor, how: Any, seed: int = 0, labels: Tensor | None = None) ->
     estimator = Altered(Steps(h), how, seed)  # type: ignore[arg-type]
     state, found = estimator.init(), []
     for _ in range(4):
-        (feedback,), state = estimator.feedback([step], state)  # type: ignore[list-item]
+        (feedback,), state = estimator.feedback(type("Path", (), {"steps": [step]}), state)  # type: ignore[arg-type]
         found.append(feedback.h)
     return found
 

@@ -158,10 +158,10 @@ class Problem(ABC):
 
 def as_problem(problem: BilevelProblem) -> Problem:
     """The problem with all that :class:`Problem` has."""
-    return problem if isinstance(problem, Problem) else Completed(problem)
+    return problem if isinstance(problem, Problem) else _Completed(problem)
 
 
-class Completed(Problem):
+class _Completed(Problem):
     """An object with the three methods of a problem; what else it has of :class:`Problem` stands in for the default."""
 
     def __init__(self, given: BilevelProblem) -> None:
@@ -185,3 +185,9 @@ class Completed(Problem):
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
         choose = getattr(self.given, "for_modes", None)
         return self if choose is None else as_problem(choose(labels, mode))
+
+
+def has_default_losses(problem: Problem) -> bool:
+    """Whether a problem makes a choice of the teacher's own losses."""
+    own = problem.given if isinstance(problem, _Completed) else problem
+    return getattr(type(own), "default_teacher_losses", None) not in (None, Problem.default_teacher_losses)

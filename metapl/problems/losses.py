@@ -160,13 +160,26 @@ class UDA:
 
 
 def sum_of_terms(
-    network: nn.Module, losses: Sequence[TeacherLoss], *, labeled: Any, unlabeled: Any, signal: Signal, step: int
+    network: nn.Module,
+    losses: Sequence[TeacherLoss],
+    *,
+    labeled: Any,
+    unlabeled: Any,
+    signal: Signal,
+    step: int,
+    kind: str = "loss",
 ) -> dict[str, Tensor]:
-    """The losses by name, each a scalar with the network's graph; those of one name are added."""
+    """The losses by name, each a scalar with the network's graph; those of one name are added.
+
+    Args:
+        network, losses: what is called.
+        labeled, unlabeled, signal, step: see :class:`TeacherLoss`.
+        kind: what a loss is called in errors.
+    """
     terms: dict[str, Tensor] = {}
     for loss in losses:
         value = loss(network, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
-        checks.scalar_loss(value, f"the loss {loss.name!r}")
+        checks.scalar_loss(value, f"the {kind} {loss.name!r}")
         terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
     return terms
 
