@@ -28,14 +28,14 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results
 
-from metapl.fit import Loop
+from metapl.experiments.experiment import Experiment
 from metapl.loss_trainer import LossTrainer
 from metapl.problems.losses import CrossEntropy
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
-from metapl.recipes.experiment import Experiment
 from metapl.recipes.methods import METHODS
-from metapl.run_folder import environment
+from metapl.runs.folder import environment
+from metapl.training import Trainer
 
 HERE = Path(__file__).parent
 RAW = HERE / "results" / "digits_study.jsonl"
@@ -173,7 +173,7 @@ def one_run(job: Job, size: Size) -> dict[str, Any]:
     return dataclasses.asdict(job) | found | {"seconds": round(time.perf_counter() - since, 2)}
 
 
-def _tested(trained: Loop, task: Task, recipe: Digits) -> dict[str, Any]:
+def _tested(trained: Trainer, task: Task, recipe: Digits) -> dict[str, Any]:
     """The test accuracy of the student, and of the same student after finetuning to the last step."""
     tested = {"selected": False, "test_accuracy": trained.evaluate(task.test).accuracy}
     tuner = LossTrainer(trained.student, (CrossEntropy(),), optimizer=recipe.finetune.build(trained.student))

@@ -11,7 +11,7 @@ import machine
 from digits_study import AT_FOUR, EMA_DECAY, ENTRIES, read
 from figures import difference, spread
 
-from metapl.evaluate import paired_test
+from metapl.metrics import paired_test
 
 Rows = Sequence[dict[str, Any]]
 READ_OUTS = ("test_accuracy", "finetuned_test_accuracy")

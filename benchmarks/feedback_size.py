@@ -20,7 +20,7 @@ import torch
 from machine import arguments, parsed, results, write_between_marks
 
 from metapl.recipes import Digits, Feedback, Optimizer
-from metapl.run_folder import environment
+from metapl.runs.folder import environment
 from metapl.trainer import BilevelTrainer
 
 RAW = Path(__file__).parent / "results" / "feedback_size.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from metapl.evaluate import paired_test
+from metapl.metrics import paired_test
 
 
 def points(values: Sequence[float]) -> float:

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import metapl
-from metapl.evaluate import paired_test
+from metapl.metrics import paired_test
 
 NOISE = 0.5  # of the strong view, in standard deviations of each measurement
 METHODS = ("logistic regression", "MPL", "MPL's teacher", "no feedback")

@@ -7,13 +7,13 @@ from metapl import feedback, models, problems
 from metapl.errors import MetaplError
 from metapl.feedback import MODES
 from metapl.feedback.lookahead import Lookahead
-from metapl.fit import StopFit
 from metapl.hypergradient import Hypergradient, hypergradient
 from metapl.loss_trainer import LossTrainer
 from metapl.problems import BilevelProblem, PseudoLabels, Signal
 from metapl.problems.losses import UDA, CrossEntropy
-from metapl.step_report import StepReport
 from metapl.trainer import BilevelTrainer
+from metapl.training import StopFit
+from metapl.training.report import StepReport
 
 __version__ = "0.1.0"
 

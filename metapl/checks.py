@@ -30,8 +30,8 @@ class Fault:
         for bad, text in self.found:
             if bool(bad):
                 raise MetaplError(
-                    f"{where}{text} (found on the device, when the step had been taken: the weights may be spoiled, so go "
-                    "on from the last good checkpoint; a batch on the host is looked at before)"
+                    f"{where}{text} (found on the device, when the step had been taken: the weights may be spoiled, so "
+                    "go on from the last good checkpoint)"
                 )
 
 

@@ -14,14 +14,14 @@ from metapl.batch import labeled_pair, micro_batches, plain
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.local import trainable
-from metapl.fit import Loop
 from metapl.guards import step_guard
 from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, refuse_split_batches, sum_of_terms, teacher_losses
-from metapl.step_report import Report, means
+from metapl.training import Trainer
+from metapl.training.report import Report, means
 
 
-class LossTrainer(Loop):
+class LossTrainer(Trainer):
     """Train one network on a sum of losses, with the same loop, checkpoints and selection as the bilevel trainer.
 
     The same loss values serve as in the teacher's objective: ``(CrossEntropy(),)`` is supervised learning and, at a

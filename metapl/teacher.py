@@ -20,7 +20,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Feedback
 from metapl.problems.base import Problem, Signal
 from metapl.problems.losses import TeacherLoss, sum_of_terms
-from metapl.step_report import means
+from metapl.training.report import means
 
 
 @dataclass(frozen=True)

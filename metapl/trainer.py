@@ -18,19 +18,19 @@ from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, Path, inner_batches, plain_inner
-from metapl.fit import FitResult, Loop
 from metapl.guards import casts_explained, step_guard
 from metapl.hypergradient import hypergradient, look_ahead, prepare
 from metapl.loss_trainer import LossTrainer
 from metapl.problems.base import BilevelProblem, Problem, Signal, has_default_losses
 from metapl.problems.losses import CrossEntropy, TeacherLoss, refuse_split_batches
 from metapl.problems.losses import teacher_losses as checked_losses
-from metapl.step_report import Report, StepReport
 from metapl.teacher import TeacherLosses, TeacherStep, Weight, teacher_scalars
+from metapl.training import FitResult, Trainer
+from metapl.training.report import Report, StepReport
 from metapl.updates import Clipped, held, refuse_not_held, update_of
 
 
-class BilevelTrainer(Loop):
+class BilevelTrainer(Trainer):
     r"""Meta Pseudo Labels, or any other bilevel label problem: Algorithm 1 with a choice of gradient.
 
     .. math:: \theta_S' = U(\theta_S, \nabla_{\theta_S} \ell(S(x_u), \mathrm{signal})), \qquad

@@ -23,11 +23,10 @@ from metapl.data import (
     UnlabeledBatches,
     View,
     Weak,
-    augment,
     draws,
-    operations,
 )
-from metapl.data.samplers import StepSampler
+from metapl.data.sampler import StepSampler
+from metapl.data.views import operations, randaugment
 from metapl.errors import MetaplError
 
 GREY = (128, 128, 128)
@@ -170,7 +169,7 @@ def test_sample_pairing_draws_every_other_image_alike_and_never_itself() -> None
     counts = torch.zeros(5, 5)
     for step in range(1000):
         u = draws.uniform(0, step, examples, 1, dtype=torch.float64)[:, 0]
-        counts[torch.arange(5), augment._others(examples, u)] += 1
+        counts[torch.arange(5), randaugment._others(examples, u)] += 1
     assert (counts.diagonal() == 0).all()
     assert (counts[~torch.eye(5, dtype=torch.bool)] - 250).abs().max() < 5 * math.sqrt(1000 * 3 / 16)
 
@@ -181,8 +180,8 @@ def test_sample_pairing_of_a_lone_image_and_of_the_second_operation() -> None:
     # The partner comes from the batch as it was given, not as the first operation left it.
     twice = RandAugment(2, 10, operations=("Sample Pairing",), probability=(1, 1), cutout=0)
     got = call(twice, images).int()
-    rows = draws.uniform(0, 0, torch.arange(8), 9, stream=augment._OPERATIONS, dtype=torch.float64)
-    other = [augment._others(torch.arange(8), rows[:, column]) for column in (4, 8)]
+    rows = draws.uniform(0, 0, torch.arange(8), 9, stream=randaugment._OPERATIONS, dtype=torch.float64)
+    other = [randaugment._others(torch.arange(8), rows[:, column]) for column in (4, 8)]
     expected = 0.36 * images + 0.24 * images[other[0]] + 0.4 * images[other[1]]
     assert (got - expected).abs().max() <= 2
 
@@ -514,7 +513,7 @@ FAULTS: dict[str, tuple[Fault, Callable[[], None]]] = {
     "axes_swapped": (_wrapped("translation", lambda real, x, y: real(y, x)), _by_name("TranslateX")),
     "sign_never_drawn": (
         lambda patch: patch.setattr(
-            augment, "_MOVES", {"ShearY": lambda level, *_: operations.shear_y(0.3 * abs(level))}
+            randaugment, "_MOVES", {"ShearY": lambda level, *_: operations.shear_y(0.3 * abs(level))}
         ),
         _by_name("ShearY"),
     ),
@@ -527,11 +526,11 @@ FAULTS: dict[str, tuple[Fault, Callable[[], None]]] = {
         test_cutout_is_a_grey_square_lost_outside_the_image,
     ),
     "paired_with_itself": (
-        lambda patch: patch.setattr(augment, "_others", lambda examples, u: torch.arange(len(examples))),
+        lambda patch: patch.setattr(randaugment, "_others", lambda examples, u: torch.arange(len(examples))),
         lambda: test_sample_pairing_blends_with_another_image_of_the_batch(10, 0.4),
     ),
     "paired_by_place": (
-        lambda patch: patch.setattr(augment, "_others", lambda examples, u: torch.arange(len(examples)).roll(1)),
+        lambda patch: patch.setattr(randaugment, "_others", lambda examples, u: torch.arange(len(examples)).roll(1)),
         test_with_sample_pairing_the_order_does_not_matter,
     ),
     "draws_by_place": (

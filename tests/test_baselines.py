@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
+from metapl.experiments.experiment import Experiment
 from metapl.feedback import Altered, Forward, ReinforcePerExample
-from metapl.fit import Loop
 from metapl.loss_trainer import LossTrainer
 from metapl.recipes import Digits, Feedback, Optimizer
-from metapl.recipes.experiment import Experiment
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS
-from metapl.run_folder import RunFolder
+from metapl.runs.folder import RunFolder
+from metapl.training import Trainer
 
 TINY = Digits(
     steps=6,
@@ -201,7 +201,7 @@ def watched(method: str, folder: Path, patch: pytest.MonkeyPatch, recipe: Digits
     for kind in (metapl.BilevelTrainer, LossTrainer):
         real = kind.step
 
-        def step(self: Loop, labeled: Any, unlabeled: Any = None, real: Any = real) -> Any:
+        def step(self: Trainer, labeled: Any, unlabeled: Any = None, real: Any = real) -> Any:
             if self not in seen.trainers:
                 seen.trainers.append(self)
             number = seen.trainers.index(self)

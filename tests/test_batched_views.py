@@ -28,10 +28,10 @@ from metapl.data import (
     Recolor,
     StepSampler,
     View,
-    batched,
     draws,
     feed,
 )
+from metapl.data.views import batched
 from metapl.errors import MetaplError
 
 AFFINE = Affine(degrees=25, translate=0.2, scale=(0.7, 1.4), shear=15)

@@ -13,7 +13,7 @@ from test_fit import VALIDATION, Counting, batches, bilevel, copied, rows, same,
 
 import metapl
 from metapl import MetaplError, StopFit
-from metapl.checkpoint import CheckpointFolder
+from metapl.runs.checkpoint import CheckpointFolder
 
 QUIET: dict[str, Any] = {"say": lambda _: None, "schedule": "constant", "log_every": 2}
 

@@ -17,9 +17,9 @@ import numpy
 import pytest
 import torch
 
-from metapl import checkpoint
-from metapl.checkpoint import CheckpointError, CheckpointFolder, load, save
 from metapl.errors import MetaplError
+from metapl.runs import checkpoint
+from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, load, save
 
 HEADER = checkpoint._HEADER_BYTES
 
@@ -384,7 +384,7 @@ def test_ctrl_c_within_the_writer_stays_ctrl_c(tmp_path: Path, monkeypatch: pyte
 
 FULL_DISK = """
 import resource, sys, torch
-from metapl.checkpoint import CheckpointFolder, CheckpointError
+from metapl.runs.checkpoint import CheckpointFolder, CheckpointError
 folder = CheckpointFolder(sys.argv[1])
 folder.write(1, {"step": 1})
 for limit in (10, 117, 118, 2000, 100_000, 8_000_100):
@@ -414,7 +414,7 @@ def test_a_full_disk_leaves_the_old_one_whole_and_says_so(tmp_path: Path) -> Non
 
 WRITER = """
 import itertools, os, random, signal, sys, time, torch
-from metapl.checkpoint import CheckpointFolder
+from metapl.runs.checkpoint import CheckpointFolder
 torch.set_num_threads(1)  # a pool of threads does not outlive a fork
 folder = CheckpointFolder(sys.argv[1], keep=2)
 folder.write(1, {"step": 1, "weights": torch.full((2_000_000,), 1.0)})

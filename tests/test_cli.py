@@ -27,12 +27,13 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from metapl.cli import COMMANDS, main
-from metapl.data.files import csv_rows, gray_image
+from metapl.data.images.reader import gray_image
+from metapl.data.tables import csv_rows
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, interval
+from metapl.metrics import Evaluation, interval
 from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
-from metapl.run_folder import weights_file
+from metapl.runs.folder import weights_file
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
 

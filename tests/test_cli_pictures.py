@@ -105,7 +105,7 @@ def test_many_classes_are_summed_up(many: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_matrix_that_is_wider_than_a_terminal_has_shorter_heads() -> None:
     from metapl.cli.evaluate import _confusions
-    from metapl.evaluate import evaluate_logits
+    from metapl.metrics import evaluate_logits
 
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     labels = torch.arange(10).repeat(1000)

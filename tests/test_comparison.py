@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from metapl.evaluate import chance_level
-from metapl.recipes.comparison import Comparison
+from metapl.experiments.comparison import Comparison
+from metapl.metrics import chance_level
 
 
 def comparison(test: dict[str, list[float]], validation: dict[str, list[float]] | None = None) -> Comparison:

@@ -16,8 +16,8 @@ import torch
 
 from metapl.cli.jobs import Job
 from metapl.cores import available_cores, default_threads
-from metapl.recipes.store import describe
-from metapl.run_folder import RunFolder
+from metapl.experiments.store import describe
+from metapl.runs.folder import RunFolder
 
 
 def threads(cores: str) -> list[int]:
@@ -56,7 +56,7 @@ def test_a_run_goes_on_with_as_many_threads_as_it_was_started_with(
     recipe: Any = Silent()
     before = torch.get_num_threads()
     folder = RunFolder(tmp_path)
-    monkeypatch.setattr("metapl.recipes.experiment.Experiment.run", lambda self, method: torch.get_num_threads())
+    monkeypatch.setattr("metapl.experiments.experiment.Experiment.run", lambda self, method: torch.get_num_threads())
     try:
         torch.set_num_threads(3)
         folder.start(describe(recipe, method="mpl"), resume=False)

@@ -16,11 +16,12 @@ from PIL import Image
 
 from metapl.cli import main
 from metapl.cli.compare import MEASURED, _fields
-from metapl.evaluate import evaluate_logits
-from metapl.recipes import ImageFolders, budget
+from metapl.experiments import budget
+from metapl.experiments.experiment import Network, delivered, summary
+from metapl.metrics import evaluate_logits
+from metapl.recipes import ImageFolders
 from metapl.recipes.base import SELECTED_ON
-from metapl.recipes.experiment import Network, delivered, summary
-from metapl.run_folder import WEIGHTS
+from metapl.runs.folder import WEIGHTS
 
 SMALL = (
     *("--image-size", "8", "--network", "small_cnn", "--labeled-batch", "4"),

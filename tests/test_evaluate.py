@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, evaluate_logits, paired_test, predict_logits
+from metapl.metrics import Evaluation, evaluate_logits, paired_test, predict_logits
 
 
 def test_by_hand() -> None:

@@ -21,8 +21,8 @@ from metapl import export as export_module
 from metapl import programs as programs_module
 from metapl.errors import MetaplError
 from metapl.export import Exported, export
+from metapl.export.programs import programs
 from metapl.models import Architecture, create, mlp, normalized, parameter_groups
-from metapl.programs import programs
 
 CARD: dict[str, Any] = {
     "recipe": {"steps": 100, "student": {"lr": 0.1}},
@@ -365,7 +365,7 @@ def test_an_earlier_export_survives_a_failing_disk(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("metapl.atomic.os.replace", refuse)
+        patch.setattr("metapl.runs.atomic.os.replace", refuse)
         with pytest.raises(MetaplError, match="No space left"):
             export(create("small_cnn", 2), tmp_path, card=CARD)
     assert earlier.weights.read_bytes() == content

@@ -28,7 +28,6 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from metapl import checkpoint
 from metapl.data import (
     Chain,
     Feed,
@@ -48,6 +47,7 @@ from metapl.data import (
     to_device,
 )
 from metapl.errors import MetaplError
+from metapl.runs import checkpoint
 
 MODULE = sys.modules[feed.__module__]  # metapl.data.feed is the function
 

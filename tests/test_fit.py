@@ -22,14 +22,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
 from metapl import CrossEntropy, MetaplError
-from metapl.checkpoint import CheckpointFolder
 from metapl.data import ImageLabeledBatches, MemoryImages, StepSampler, Weak, feed
-from metapl.evaluate import evaluate_logits
-from metapl.events import Events
 from metapl.feedback import Altered, LossDifference, Reinforce
-from metapl.fit import FitOptions, FitResult, Interrupted, Loop
-from metapl.fitting.progress import examples_in
 from metapl.loss_trainer import LossTrainer
+from metapl.metrics import evaluate_logits
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.tensorboard import Events
+from metapl.training import FitOptions, FitResult, Interrupted, Trainer
+from metapl.training.progress import examples_in
 
 Inner = Callable[[nn.Module], Any]
 
@@ -162,7 +162,7 @@ def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) 
         accuracy = next(wanted)
         return type("Found", (), {"accuracy": accuracy, "n": len(VALIDATION[1])})
 
-    monkeypatch.setattr("metapl.fitting.selection.evaluate_logits", scripted)
+    monkeypatch.setattr("metapl.training.selection.evaluate_logits", scripted)
     found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1)
     assert (found.validation_accuracy, found.step, len(seen)) == (0.6, 4, steps)
     assert same(found.weights, seen[3])
@@ -176,7 +176,7 @@ def test_without_selection_the_last_student_is_kept_and_its_accuracy_told(monkey
     def scripted(*_: Any) -> Any:
         return type("Found", (), {"accuracy": next(wanted), "n": len(VALIDATION[1])})
 
-    monkeypatch.setattr("metapl.fitting.selection.evaluate_logits", scripted)
+    monkeypatch.setattr("metapl.training.selection.evaluate_logits", scripted)
     found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1, select=False)
     assert (found.validation_accuracy, found.step) == (0.4, steps)
     twin = single()
@@ -236,7 +236,7 @@ def trapped(trainer: Any) -> Any:
 
 @pytest.mark.parametrize("trainer", [single, bilevel])
 @pytest.mark.parametrize("bad", [1, 8, 10, 12, 20])
-def test_a_nan_stops_the_run_at_its_step(trainer: Callable[[], Loop], bad: int, tmp_path: Path) -> None:
+def test_a_nan_stops_the_run_at_its_step(trainer: Callable[[], Trainer], bad: int, tmp_path: Path) -> None:
     """Between the steps that are logged, validated or saved as well as on them."""
     labeled, unlabeled = poisoned(20, bad), batches(20)[1]
     saved = 4 * ((bad - 1) // 4)
@@ -378,7 +378,7 @@ def test_a_trainer_refuses_the_state_of_another_mode_and_of_no_trainer(tmp_path:
     bilevel("forward").save(tmp_path / "a.ckpt")
     with pytest.raises(MetaplError, match="mode 'forward', this one has 'reinforce'"):
         bilevel("reinforce").load(tmp_path / "a.ckpt")
-    metapl.checkpoint.save(tmp_path / "b.ckpt", {"weights": torch.ones(1)})
+    metapl.runs.checkpoint.save(tmp_path / "b.ckpt", {"weights": torch.ones(1)})
     with pytest.raises(MetaplError, match=r"b\.ckpt is not a trainer's file"):
         bilevel("forward").load(tmp_path / "b.ckpt")
 
@@ -393,7 +393,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def end_of(trainer: Loop, found: FitResult, folder: Path) -> Any:
+def end_of(trainer: Trainer, found: FitResult, folder: Path) -> Any:
     newest = CheckpointFolder(folder / "checkpoints/fit").newest()
     assert newest is not None
     return found.weights, found.step, found.validation_accuracy, newest.state, (folder / "metrics.jsonl").read_bytes()

@@ -232,10 +232,10 @@ def test_bytes_are_read_only_where_they_can_matter(tmp_path: Path, monkeypatch: 
     write("t/a/1.bmp", large[:-1] + b"x")  # differs at the end
     write("t/b/2.bmp", b"1243")
     read: list[str] = []
-    from metapl.data import folder_check
+    from metapl.data.images import check
 
-    whole = folder_check._digest
-    monkeypatch.setattr(folder_check, "_digest", lambda path: read.append(Path(path).parent.name) or whole(path))
+    whole = check._digest
+    monkeypatch.setattr(check, "_digest", lambda path: read.append(Path(path).parent.name) or whole(path))
     told: list[int] = []
     labeled, test = scan_labeled(tmp_path / "l"), scan_labeled(tmp_path / "t")
     assert check_folders(labeled, scan_unlabeled(tmp_path / "u"), None, test, told.append) == []
@@ -297,22 +297,22 @@ def test_summary(mixed: Files) -> None:
 
 
 def test_depth_by_number(mixed: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.data import sound_files
+    from metapl.data.images import verify
 
     assert verify_files(mixed).depth == "decode"
-    monkeypatch.setattr(sound_files, "DECODE_UP_TO", 6)
+    monkeypatch.setattr(verify, "DECODE_UP_TO", 6)
     assert verify_files(mixed).depth == "header"
-    monkeypatch.setattr(sound_files, "HEADER_UP_TO", 6)
+    monkeypatch.setattr(verify, "HEADER_UP_TO", 6)
     assert verify_files(mixed).depth == "size"
 
 
 def test_cache(mixed: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.data import sound_files
+    from metapl.data.images import verify
 
     cache = tmp_path / "verified.json"
     looked: list[str] = []
-    fault = sound_files._fault
-    monkeypatch.setattr(sound_files, "_fault", lambda path, *rest: looked.append(path) or fault(path, *rest))
+    fault = verify._fault
+    monkeypatch.setattr(verify, "_fault", lambda path, *rest: looked.append(path) or fault(path, *rest))
 
     def looks(files: Files = mixed, **how: Any) -> int:
         looked.clear()

@@ -28,7 +28,7 @@ from metapl.data import (
     read_image,
     replaced_files,
 )
-from metapl.data.image_sets import record_files
+from metapl.data.images.store import record_files
 from metapl.errors import MetaplError
 
 COUNT, BROKEN = 12, (3, 7)
@@ -58,7 +58,7 @@ class Decodings:
             shared[names.index(path)] += 1
             return read_image(path, **how)
 
-        patch.setattr("metapl.data.image_sets.read_image", counted)
+        patch.setattr("metapl.data.images.store.read_image", counted)
         self.counts = shared
 
 
@@ -251,38 +251,38 @@ def test_recorded_files(tmp_path: Path) -> None:
     assert replaced_files(log) == {**found, "d.png": "cut"}
 
 
-# ----------------------------------------------------------------------------------------------------------- the centre
+# ----------------------------------------------------------------------------------------------------------- the center
 
 
-@pytest.mark.parametrize("centre", [1.0, 0.875, 0.5])
+@pytest.mark.parametrize("center", [1.0, 0.875, 0.5])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 96), (90, 60)])
 @pytest.mark.parametrize("size", [(32, 32), (16, 24)])
-def test_the_centre_is_what_pillow_cuts_out(
-    tmp_path: Path, shape: tuple[int, int], size: tuple[int, int], centre: float
+def test_the_center_is_what_pillow_cuts_out(
+    tmp_path: Path, shape: tuple[int, int], size: tuple[int, int], center: float
 ) -> None:
     path = tmp_path / "a.png"
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8))
     picture.save(path)
     height, width = shape
-    scale = centre * min(height / size[0], width / size[1])
+    scale = center * min(height / size[0], width / size[1])
     tall, wide = size[0] * scale, size[1] * scale
     box = ((width - wide) / 2, (height - tall) / 2, (width + wide) / 2, (height + tall) / 2)
     expected = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR, box)
-    found = read_image(path, size=size, centre=centre)
+    found = read_image(path, size=size, center=center)
     assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
-    assert torch.equal(FileImages([path], size=size, centre=centre).fetch(torch.tensor([0]))[0][0], found)
-    assert torch.equal(FileImages([path], size=size, centre=centre).cached().fetch(torch.tensor([0]))[0][0], found)
+    assert torch.equal(FileImages([path], size=size, center=center).fetch(torch.tensor([0]))[0][0], found)
+    assert torch.equal(FileImages([path], size=size, center=center).cached().fetch(torch.tensor([0]))[0][0], found)
 
 
 def test_whole_pixels_are_cut_out_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     values = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
     Image.fromarray(values).save(path)
-    found = read_image(path, size=(224, 224), centre=224 / 256)
+    found = read_image(path, size=(224, 224), center=224 / 256)
     assert torch.equal(found, torch.from_numpy(values[16:240, 16:240]).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, 1.1, float("nan")])
-def test_a_centre_is_a_share(tmp_path: Path, wrong: float) -> None:
-    with pytest.raises(MetaplError, match="centre"):
-        read_image(tmp_path / "a.png", size=(8, 8), centre=wrong)
+def test_a_center_is_a_share(tmp_path: Path, wrong: float) -> None:
+    with pytest.raises(MetaplError, match="center"):
+        read_image(tmp_path / "a.png", size=(8, 8), center=wrong)

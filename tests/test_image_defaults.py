@@ -17,13 +17,13 @@ from metapl.cli import main
 from metapl.cli.parse import parse
 from metapl.cli.train import TrainImages
 from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, View
-from metapl.data.augment import ResizedCrop, Weak
-from metapl.data.image_sets import MemoryImages
-from metapl.data.views import Identity
+from metapl.data.images.store import MemoryImages
+from metapl.data.views.base import Identity
+from metapl.data.views.randaugment import ResizedCrop, Weak
 from metapl.errors import MetaplError
+from metapl.experiments.experiment import ROLES, Experiment
 from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.base import Optimizer, Task
-from metapl.recipes.experiment import ROLES, Experiment
 from metapl.recipes.images import (
     CLIPPED,
     HUE,
@@ -42,7 +42,7 @@ from metapl.recipes.images import (
 from metapl.recipes.looking import Colors, Look
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
 from metapl.recipes.pictures import Pictures, Strong
-from metapl.run_folder import Metrics, RunFolder
+from metapl.runs.folder import Metrics, RunFolder
 
 METHODS_OF_IMAGES = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels")
 SIZED: dict[str, Any] = {

@@ -117,10 +117,10 @@ def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_worker_that_dies_is_reported_with_its_file(pictures: Path) -> None:
     """A picture on which decoding kills the process, as a bug in a decoder would."""
     code = f"""
-import os, metapl.data.image_sets as sets
+import os, metapl.data.images.store as sets
 from metapl.data import Identity, StepSampler
 from metapl.data.feed import feed
-from metapl.data.folders import scan_unlabeled
+from metapl.data.images.folders import scan_unlabeled
 from metapl.data.image_batches import ImageUnlabeledBatches
 from metapl.errors import MetaplError
 

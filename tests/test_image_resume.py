@@ -35,10 +35,10 @@ from test_resume import (
     said,
 )
 
-import metapl.data.image_sets
+import metapl.data.images.store
 from metapl.cli import main
 from metapl.errors import MetaplError
-from metapl.run_folder import FORMAT, RunFolder
+from metapl.runs.folder import FORMAT, RunFolder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills and /proc as Linux has them")
 
@@ -53,16 +53,16 @@ STEP, WAITING, TUNING = (
     ("metapl.loss_trainer:LossTrainer", "step"),
 )
 MOMENTS = [
-    ("metapl.data.folders", "_entries", 12),  # listing
-    ("metapl.data.sound_files", "read_image", 20),  # looking which files are sound
+    ("metapl.data.images.folders", "_entries", 12),  # listing
+    ("metapl.data.images.verify", "read_image", 20),  # looking which files are sound
     ("metapl.recipes.images", "hash_files", 2),
     (*WAITING, 3),
     ("os", "replace", 2),  # a checkpoint is written and has no name yet
-    ("metapl.atomic", "_sync_folder", 2),  # it has
+    ("metapl.runs.atomic", "_sync_folder", 2),  # it has
     (*STEP, 7),
-    ("metapl.fitting.selection", "predict_logits", 1),
+    ("metapl.training.selection", "predict_logits", 1),
     (*TUNING, 3),
-    ("metapl.run_folder:RunFolder", "write_weights", 1),
+    ("metapl.runs.folder:RunFolder", "write_weights", 1),
 ]
 
 
@@ -153,7 +153,10 @@ def test_killed_and_resumed(nurseries: list[Nursery], pictures: Path, whole: Pat
         (MOMENTS[0], "stopped; go on"),
         ((*WAITING, 2), "stopped after step 2; saved to .*fit/step-00000002.ckpt"),
         ((*STEP, 5), "stopped after step 9; saved to .*fit/step-00000009.ckpt"),
-        (("metapl.checkpoint:CheckpointFolder", "write", 2), "stopped after step 8; saved to .*step-00000008.ckpt"),
+        (
+            ("metapl.runs.checkpoint:CheckpointFolder", "write", 2),
+            "stopped after step 8; saved to .*step-00000008.ckpt",
+        ),
         ((*TUNING, 3), "stopped after step 3; saved to .*finetune/step-00000003.ckpt"),
     ],
     ids=["listing", "waiting", "training", "writing", "finetuning"],
@@ -296,7 +299,7 @@ def test_the_command_names_the_picture_that_killed_a_worker(
     """As a decoder with a bug does: at the first reading, or later, which hits the parent in the midst of a step."""
     name = "read_image" if how == "kept in memory" else "read_crops"
     deadly, times = pictures / "unlabeled/any/5.png", []
-    read = getattr(metapl.data.image_sets, name)
+    read = getattr(metapl.data.images.store, name)
 
     def die(path: str, *given: Any, **named: Any) -> Any:
         if path == str(deadly):
@@ -305,7 +308,7 @@ def test_the_command_names_the_picture_that_killed_a_worker(
                 killed()
         return read(path, *given, **named)
 
-    monkeypatch.setattr(metapl.data.image_sets, name, die)  # forked workers have it too
+    monkeypatch.setattr(metapl.data.images.store, name, die)  # forked workers have it too
     more = [] if name == "read_image" else ["--resized-crop", "--steps", "60"]
     assert trained(pictures, tmp_path / "run", *more) == 2
     words = capsys.readouterr().err
@@ -322,7 +325,7 @@ def test_a_worker_that_is_killed_while_it_reads_nothing_is_told_of(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the system does that has no memory left."""
-    from metapl.data.augment import RandAugment
+    from metapl.data.views.randaugment import RandAugment
 
     see, calls = RandAugment.__call__, []
 

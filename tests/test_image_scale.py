@@ -28,11 +28,12 @@ from command import metapl, unprompted
 from PIL import Image
 
 from metapl.cli import main
-from metapl.data import fingerprint, sound_files
+from metapl.data import fingerprint
 from metapl.data.fingerprint import hash_files
-from metapl.data.folder_check import check_folders
-from metapl.data.folders import scan_labeled, scan_unlabeled
-from metapl.data.image_sets import replaced_files
+from metapl.data.images import verify
+from metapl.data.images.check import check_folders
+from metapl.data.images.folders import scan_labeled, scan_unlabeled
+from metapl.data.images.store import replaced_files
 from metapl.errors import MetaplError
 from metapl.recipes import ImageFolders
 
@@ -253,9 +254,9 @@ def test_how_far_files_are_looked_into_depends_on_their_sizes_too(
 ) -> None:
     picture(tmp_path / "1.png", 1)
     files = scan_unlabeled(tmp_path)
-    assert sound_files.verify_files(files).depth == "decode"
-    monkeypatch.setattr(sound_files, "DECODE_BYTES", 10)
-    assert sound_files.verify_files(files).depth == "header"
+    assert verify.verify_files(files).depth == "decode"
+    monkeypatch.setattr(verify, "DECODE_BYTES", 10)
+    assert verify.verify_files(files).depth == "header"
 
 
 # ------------------------------------------------------------------------------------------------------- the terminal
@@ -440,7 +441,7 @@ def test_files_that_break_while_it_trains(
     cut = [tmp_path / name for name in ("labeled/a/2.png", "val/b/1.png", "unlabeled/3.png", "unlabeled/4.png")]
     for path in cut:
         path.write_bytes(path.read_bytes()[:-60])
-    monkeypatch.setattr(sound_files, "DECODE_UP_TO", 1)
+    monkeypatch.setattr(verify, "DECODE_UP_TO", 1)
     results = []
     for workers in ("0", "2"):
         run = tmp_path / f"run{workers}"

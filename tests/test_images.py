@@ -37,7 +37,7 @@ from metapl.data import (
     read_image,
     replaced_files,
 )
-from metapl.data.images import MAX_PIXELS, image_size, read_crops
+from metapl.data.images.reader import MAX_PIXELS, image_size, read_crops
 from metapl.errors import MetaplError
 
 
@@ -649,7 +649,7 @@ def test_a_worker_that_dies_names_its_file(tmp_path: Path, monkeypatch: pytest.M
             os.kill(os.getpid(), signal.SIGKILL)
         return original(path, **how)
 
-    monkeypatch.setattr("metapl.data.image_sets.read_image", deadly)  # forked workers have it too
+    monkeypatch.setattr("metapl.data.images.store.read_image", deadly)  # forked workers have it too
     served = iter(loader(batches.raw(), 0, 8, num_workers=2))
     # What the loader fails of depends on the moment: a signal, a lost connection, or a worker missed.
     with pytest.raises((RuntimeError, OSError, EOFError)):

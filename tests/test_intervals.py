@@ -7,7 +7,7 @@ import math
 import pytest
 
 from metapl.errors import MetaplError
-from metapl.evaluate import interval, spoken
+from metapl.metrics import interval, spoken
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 20), (20, 20), (7, 20), (870, 1000)])

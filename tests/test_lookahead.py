@@ -196,7 +196,7 @@ def test_modes_of_one_step_refuse_more_and_nothing_moves(mode: str) -> None:
 
 @pytest.mark.parametrize("given", [torch.zeros(3, 4), [], "ab", None])
 def test_a_lookahead_of_anything_but_a_list_of_batches_is_refused(given: Any) -> None:
-    with pytest.raises(MetaplError, match="Lookahead was given .*expected a list of batches"):
+    with pytest.raises(MetaplError, match=r"Lookahead was given .*expected a list of batches"):
         Lookahead(given)
 
 

@@ -15,9 +15,10 @@ from command import result, said
 from PIL import Image
 from torchvision.models import resnet18
 
-from metapl.data.image_sets import FileImages
+from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError
-from metapl.recipes import ImageFolders, budget, looking
+from metapl.experiments import budget
+from metapl.recipes import ImageFolders, looking
 from metapl.recipes.looking import look
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)

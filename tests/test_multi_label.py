@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metapl.errors import MetaplError
-from metapl.evaluate import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
+from metapl.metrics import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
 
 CLASSES = ("cat", "dog", "great owl")
 NAMES = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/deep/3.png")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-import metapl.locks
-from metapl.locks import BEHIND_CONTENT, lock
+import metapl.runs.locks
+from metapl.runs.locks import BEHIND_CONTENT, lock
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -60,7 +60,7 @@ import json, sys
 sys.modules["fcntl"] = None  # as on Windows
 import metapl
 core = sorted(sys.modules)
-metapl.data.load_digits_split, metapl.recipes.Digits, metapl.evaluate.paired_test, metapl.export.export
+metapl.data.load_digits_split, metapl.recipes.Digits, metapl.metrics.paired_test, metapl.export.export
 import metapl.cli.train, metapl.cli.commands
 print(json.dumps({"core": core, "all": sorted(sys.modules)}))
 """
@@ -78,7 +78,7 @@ def test_importing_the_library_loads_what_the_core_needs(loaded: dict[str, list[
 
 
 def test_it_can_be_imported_where_there_is_no_fcntl(loaded: dict[str, list[str]]) -> None:
-    assert {"metapl.run_folder", "metapl.data.image_sets", "metapl.cli.train"} <= set(loaded["all"])
+    assert {"metapl.runs.folder", "metapl.data.images.store", "metapl.cli.train"} <= set(loaded["all"])
 
 
 def test_a_name_that_is_not_there_is_refused_as_usual() -> None:
@@ -98,7 +98,7 @@ with open(sys.argv[2], "a+") as file:
 
 def test_a_lock_holds_against_other_processes_until_theirs_ends(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    command = [sys.executable, "-c", HOLD, metapl.locks.__file__, file]
+    command = [sys.executable, "-c", HOLD, metapl.runs.locks.__file__, file]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with holder, file.open("a+") as mine:
         assert holder.stdout is not None

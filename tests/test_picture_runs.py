@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.pictures import run, tables
 from benchmarks.pictures.problems import class_counts, half
-from metapl.evaluate import chance_level
-from metapl.run_folder import environment
+from metapl.metrics import chance_level
+from metapl.runs.folder import environment
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "pictures.md"

@@ -15,13 +15,13 @@ from test_baselines import TINY
 
 from metapl import MetaplError
 from metapl.cli import main
-from metapl.evaluate import evaluate_logits
-from metapl.fit import FitResult
+from metapl.experiments.experiment import Experiment
+from metapl.experiments.store import describe, stored
+from metapl.metrics import evaluate_logits
 from metapl.recipes import Digits, Feedback, Optimizer, from_dict
-from metapl.recipes.experiment import Experiment
 from metapl.recipes.methods import CONTROLS, METHODS
-from metapl.recipes.store import describe, stored
-from metapl.run_folder import FORMAT, WEIGHTS, Metrics, RunFolder
+from metapl.runs.folder import FORMAT, WEIGHTS, Metrics, RunFolder
+from metapl.training import FitResult
 
 
 def run(folder: Path, method: str = "mpl", recipe: Digits = TINY) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from sklearn.datasets import load_digits
 
 from metapl.cli import main
 from metapl.errors import MetaplError
-from metapl.programs import programs
-from metapl.recipes import ImageFolders, budget
-from metapl.recipes.comparison import parse_seeds
+from metapl.experiments import budget
+from metapl.experiments.comparison import parse_seeds
+from metapl.export.programs import programs
+from metapl.recipes import ImageFolders
 
 
 @pytest.fixture(scope="module")

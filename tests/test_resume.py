@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 from test_fit import events, rows
 
-from metapl.checkpoint import CheckpointFolder
-from metapl.run_folder import WEIGHTS
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.folder import WEIGHTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills, limits and /proc as Linux has them")
 
@@ -49,7 +49,7 @@ COMPARISON = f"train digits {TINY} --steps 60 --compare --seeds 0-1 --jobs 2 --m
 # A command can be told to send itself a signal at the n-th call of a function of the library or of the system.
 NURSERY = """
 import json, os, pkgutil, signal, sys
-import matplotlib.figure, metapl.report, metapl.recipes.experiment, sklearn.datasets, tensorboard, torch._dynamo
+import matplotlib.figure, metapl.report, metapl.experiments.experiment, sklearn.datasets, tensorboard, torch._dynamo
 import torch.utils.tensorboard.summary
 from metapl.execution import kernels
 from metapl.cli import main
@@ -96,20 +96,20 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 POINTS: list[Point] = [
-    ("metapl.run_folder:RunFolder", "write_json", 1, KILL),  # before there is a recipe
-    ("metapl.run_folder:Metrics", "add", 5, KILL),
-    ("metapl.fitting.selection", "predict_logits", 4, KILL),  # while validating
+    ("metapl.runs.folder:RunFolder", "write_json", 1, KILL),  # before there is a recipe
+    ("metapl.runs.folder:Metrics", "add", 5, KILL),
+    ("metapl.training.selection", "predict_logits", 4, KILL),  # while validating
     ("os", "fsync", 6, KILL),  # before the rows or a checkpoint are on the disk
     ("os", "fsync", 7, KILL),
     ("os", "replace", 3, KILL),  # before a checkpoint has its name
-    ("metapl.atomic", "_sync_folder", 3, KILL),  # after it has
-    ("metapl.checkpoint:CheckpointFolder", "_remove_oldest", 2, KILL),  # before the oldest one goes
-    ("metapl.run_folder:Metrics", "cut", 2, KILL),  # between training and finetuning
+    ("metapl.runs.atomic", "_sync_folder", 3, KILL),  # after it has
+    ("metapl.runs.checkpoint:CheckpointFolder", "_remove_oldest", 2, KILL),  # before the oldest one goes
+    ("metapl.runs.folder:Metrics", "cut", 2, KILL),  # between training and finetuning
     ("metapl.loss_trainer:LossTrainer", "step", 23, KILL),  # while finetuning
-    ("metapl.run_folder:RunFolder", "write_weights", 1, KILL),
-    ("metapl.run_folder:RunFolder", "write_weights", 3, KILL),
+    ("metapl.runs.folder:RunFolder", "write_weights", 1, KILL),
+    ("metapl.runs.folder:RunFolder", "write_weights", 3, KILL),
     ("metapl.report", "draw_report", 1, KILL),
-    ("metapl.run_folder:RunFolder", "write_json", 1, KILL),  # before there is a result
+    ("metapl.runs.folder:RunFolder", "write_json", 1, KILL),  # before there is a result
 ]
 
 
@@ -283,7 +283,7 @@ def pasted(words: str) -> str:
     [
         ("metapl.trainer:BilevelTrainer", "step", 37, "stopped after step 37; saved to .*fit/step-00000037.ckpt"),
         ("metapl.trainer:BilevelTrainer", "step", 120, "stopped after step 120; saved to .*fit/step-00000120.ckpt"),
-        ("metapl.checkpoint:CheckpointFolder", "write", 4, "stopped after step 40; saved to .*step-00000040.ckpt"),
+        ("metapl.runs.checkpoint:CheckpointFolder", "write", 4, "stopped after step 40; saved to .*step-00000040.ckpt"),
         ("metapl.loss_trainer:LossTrainer", "step", 7, "stopped after step 7; saved to .*finetune/step-00000007.ckpt"),
         ("metapl.report", "draw_report", 1, "stopped"),
     ],

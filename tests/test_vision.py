@@ -16,14 +16,14 @@ from metapl.data import (
     PROTOCOLS,
     FileImages,
     Identity,
+    ImageData,
     ImageEvaluationBatches,
     ImageLabeledBatches,
     ImageUnlabeledBatches,
     MemoryImages,
     Split,
     StepSampler,
-    VisionData,
-    load_vision,
+    load_image_data,
 )
 from metapl.errors import MetaplError
 
@@ -34,7 +34,7 @@ from metapl.errors import MetaplError
 def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     write_cifar(tmp_path, monkeypatch, kind, each=30, test=20)
-    data = load_vision(name, tmp_path)
+    data = load_image_data(name, tmp_path)
     count = 30 * len(kind.train_list)
     classes = 10 if name == "cifar10" else 100
     assert data.classes == tuple(f"class{i}" for i in range(classes))
@@ -52,7 +52,7 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> No
 def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "svhn"
     write_svhn(root, monkeypatch, train=30, extra=50, test=20)
-    data = load_vision("svhn", root)
+    data = load_image_data("svhn", root)
     assert data.classes == tuple("0123456789")
     assert (len(data.train), len(data.test), data.core) == (80, 20, 30)
     assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
@@ -67,7 +67,7 @@ def test_svhn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "imagenet"
     write_imagenet(root, monkeypatch, each=4, val=6)
-    data = load_vision("imagenet", root, size=(8, 8))
+    data = load_image_data("imagenet", root, size=(8, 8))
     assert data.classes == ("tench", "crane (n02012849)", "crane (n03126707)")
     assert data.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -80,7 +80,7 @@ def test_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Unpacked once, it loads without its archives.
     for archive in root.glob("*.tar*"):
         archive.unlink()
-    assert torch.equal(load_vision("imagenet", root).train_labels, data.train_labels)
+    assert torch.equal(load_image_data("imagenet", root).train_labels, data.train_labels)
 
 
 @pytest.mark.parametrize("held_out", ["test", "val"])
@@ -90,14 +90,14 @@ def test_image_folder(tmp_path: Path, held_out: str) -> None:
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (9, 7), (100 * c, 0, 0)).save(tmp_path / part / name / f"{i}.png")
-    data = load_vision("imagefolder", tmp_path, size=(4, 4))
+    data = load_image_data("imagefolder", tmp_path, size=(4, 4))
     assert data.classes == ("cat", "dog")
     assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert data.train.fetch(torch.tensor([3]))[0][0, 0].unique().tolist() == [100]
     assert len(data.test) == 4
     (tmp_path / held_out / "dog").rename(tmp_path / held_out / "wolf")
     with pytest.raises(MetaplError, match="differ by dog, wolf"):
-        load_vision("imagefolder", tmp_path)
+        load_image_data("imagefolder", tmp_path)
 
 
 # --- what is missing --------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_image_folder(tmp_path: Path, held_out: str) -> None:
 def test_a_missing_data_set_says_how_to_get_it(tmp_path: Path, name: str, words: list[str]) -> None:
     root = tmp_path / "it's $HOME"
     with pytest.raises(MetaplError, match="does not exist") as caught:
-        load_vision(name, root)
+        load_image_data(name, root)
     for word in (*words, "it's" if name in ("imagenet", "imagefolder") else "it"):
         assert word in str(caught.value)
 
@@ -128,7 +128,7 @@ def test_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     asked = []
     for name in ("CIFAR10", "SVHN"):
         with pytest.raises(MetaplError) as caught:
-            load_vision(name.lower(), tmp_path / "it's $HOME")
+            load_image_data(name.lower(), tmp_path / "it's $HOME")
         program, flag, code = shlex.split(str(caught.value).split("To get it: ")[1])
         assert (program, flag) == ("python", "-c")
         with monkeypatch.context() as patch:
@@ -143,37 +143,37 @@ def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = tmp_path / "cifar" / "cifar-10-batches-py" / "data_batch_3"
     batch.write_bytes(batch.read_bytes()[:-1])
     with pytest.raises(MetaplError, match=r"corrupted.*remove what is there, then python -c"):
-        load_vision("cifar10", tmp_path / "cifar")
+        load_image_data("cifar10", tmp_path / "cifar")
     batch.unlink()
     with pytest.raises(MetaplError, match="data_batch_3 does not exist"):
-        load_vision("cifar10", tmp_path / "cifar")
+        load_image_data("cifar10", tmp_path / "cifar")
     write_svhn(tmp_path / "svhn", monkeypatch, train=10, extra=10, test=10)
     (tmp_path / "svhn" / "extra_32x32.mat").write_bytes(b"not it")
     with pytest.raises(MetaplError, match="corrupted"):
-        load_vision("svhn", tmp_path / "svhn")
+        load_image_data("svhn", tmp_path / "svhn")
     write_imagenet(tmp_path / "imagenet", monkeypatch, each=2, val=3)
     (tmp_path / "imagenet" / "ILSVRC2012_img_val.tar").write_bytes(b"not it")
     with pytest.raises(MetaplError, match=r"img_val\.tar is not present .* or is corrupted"):
-        load_vision("imagenet", tmp_path / "imagenet")
+        load_image_data("imagenet", tmp_path / "imagenet")
     with pytest.raises(MetaplError, match="expected one of cifar10"):
-        load_vision("mnist", tmp_path)
+        load_image_data("mnist", tmp_path)
 
 
 def test_an_untouched_loader_refuses_small_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         write_cifar(tmp_path, patch, datasets.CIFAR10, each=10, test=10)
     with pytest.raises(MetaplError, match="corrupted"):
-        load_vision("cifar10", tmp_path)
+        load_image_data("cifar10", tmp_path)
 
 
 # --- the paper's splits -----------------------------------------------------------------------------------------------
 
 
-def of_sizes(name: str, train: torch.Tensor, test: int, core: int | None = None) -> VisionData:
+def of_sizes(name: str, train: torch.Tensor, test: int, core: int | None = None) -> ImageData:
     """A data set of the real number of pictures, of one pixel each, all the same one."""
     pixel = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
     classes = int(train.max()) + 1
-    return VisionData(
+    return ImageData(
         name=name,
         classes=tuple(map(str, range(classes))),
         train=MemoryImages(pixel.expand(len(train), 3, 1, 1)),
@@ -229,7 +229,7 @@ def test_imagenet_10_percent() -> None:
 def test_protocols_scale_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the files of a miniature to batches, with the split stored between."""
     write_cifar(tmp_path / "data", monkeypatch, datasets.CIFAR10, each=40, test=30)
-    data = load_vision("cifar10", tmp_path / "data")
+    data = load_image_data("cifar10", tmp_path / "data")
     protocol = dataclasses.replace(PROTOCOLS["cifar10-4k"], labels_per_class=2, validation=20)
     protocol.draw(data, seed=3).save(tmp_path / "split.json")
     split = Split.load(tmp_path / "split.json", data.train_labels, data.test_labels)

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError, checks
-from metapl.checkpoint import CheckpointFolder
 from metapl.feedback import LossDifference, Reinforce
-from metapl.fit import FitOptions
 from metapl.loss_trainer import LossTrainer
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.training import FitOptions
 
 LOSSES = (CrossEntropy(label_smoothing=0.1), UDA(temperature=0.7, threshold=0.3, weight=2.0, ramp=5))
 
@@ -245,7 +245,7 @@ def test_while_it_waits_the_student_is_neither_validated_nor_kept_nor_averaged(t
     _, begun, untouched = CheckpointFolder(tmp_path / "checkpoints/fit").paths()  # after steps 11, 8 and 4
     fresh = copied(bilevel().student)
     for path, moved in ((untouched, False), (begun, True)):
-        state = metapl.checkpoint.load(path)
+        state = metapl.runs.checkpoint.load(path)
         assert state["average"]["steps"] == (3 if moved else 0)
         assert same(state["trainer"]["student"], fresh) != moved
         assert bool(state["best"]["weights"]) == moved

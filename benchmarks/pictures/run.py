@@ -37,10 +37,10 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
     import torch
 
     from metapl.cli.jobs import Job
+    from metapl.experiments.budget import steps_within
     from metapl.recipes import ImageFolders
-    from metapl.recipes.budget import steps_within
     from metapl.recipes.images import REHEARSED
-    from metapl.run_folder import environment
+    from metapl.runs.folder import environment
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

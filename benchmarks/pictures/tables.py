@@ -18,7 +18,7 @@ from benchmarks.machine import write_between_marks
 from benchmarks.pictures.problem import Problem
 from benchmarks.pictures.problems import class_counts, half
 from benchmarks.pictures.run import RESULTS, Row, read
-from metapl.evaluate import chance_level
+from metapl.metrics import chance_level
 
 TITLES = {
     "uda": "UDA (the default)",
@@ -139,7 +139,7 @@ def table(rows: list[Row], name: str) -> str:
 
 
 def chance_of(problem: Problem) -> float:
-    """The accuracy of guessing on a problem's test set; see :func:`metapl.evaluate.chance_level`."""
+    """The accuracy of guessing on a problem's test set; see :func:`metapl.metrics.chance_level`."""
     return chance_level(class_counts(len(problem.classes), problem.test, problem.imbalance))
 
 

@@ -11,15 +11,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.cli.finished import Finished, finished
 from metapl.cli.parse import paragraph
 from metapl.cli.table import table
-from metapl.data.folder_check import some
+from metapl.data.images.check import some
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, paired_test
+from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
+from metapl.experiments.load_run import Finished, finished
+from metapl.metrics import Evaluation, paired_test
 from metapl.recipes import ImageFolders, Recipe
-from metapl.recipes.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
-from metapl.run_folder import RunFolder
+from metapl.runs.folder import RunFolder
 
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
 """Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""

@@ -13,14 +13,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from metapl.cli.finished import Finished, NetworkName, finished
 from metapl.cli.inputs import require_finite
 from metapl.cli.parse import WIDTH, Run, Switch
 from metapl.cli.place import place
 from metapl.cli.table import table
 from metapl.cli.test_folder import TestFolder
 from metapl.errors import MetaplError
-from metapl.evaluate import (
+from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.metrics import (
     Evaluation,
     MultiLabelAccuracy,
     evaluate_logits,
@@ -29,8 +29,8 @@ from metapl.evaluate import (
     predict_logits,
     read_label_sets,
 )
-from metapl.fit import batches_of
-from metapl.run_folder import weights_file
+from metapl.metrics.predictions import batches_of
+from metapl.runs.folder import weights_file
 
 HEADINGS = (5, 4, 3)
 """Letters of a class that head a column, as many as there is room for."""

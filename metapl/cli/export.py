@@ -8,16 +8,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.cli.finished import Finished, NetworkName, finished
 from metapl.cli.parse import Run, Switch
-from metapl.evaluate import Evaluation
+from metapl.experiments.experiment import TITLED
+from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.experiments.store import describe
 from metapl.export import export
-from metapl.programs import ONNX, can_run_onnx, require_onnx
+from metapl.export.programs import ONNX, can_run_onnx, require_onnx
+from metapl.metrics import Evaluation
 from metapl.recipes import Digits, PictureRecipe, Recipe
-from metapl.recipes.experiment import TITLED
 from metapl.recipes.methods import title
-from metapl.recipes.store import describe
-from metapl.run_folder import RunFolder
+from metapl.runs.folder import RunFolder
 
 FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected calibration error"}
 """What stands on the card of a student's evaluation, beside its accuracy."""
@@ -202,9 +202,9 @@ def _takes(recipe: Recipe) -> list[str]:
     if not isinstance(recipe, PictureRecipe):
         return []
     colors = "grey (0.299 R + 0.587 G + 0.114 B)" if recipe.grey else "in colors"
-    middle = "" if recipe.centre == 1 else f"the middle {recipe.centre:.1%} of "
+    middle = "" if recipe.center == 1 else f"the middle {recipe.center:.1%} of "
     size = f"{recipe.image_size}x{recipe.image_size}"
     return [
-        f"Pictures were {colors}, from 0 to 1: {middle}the largest centred square of each, brought to {size} by "
+        f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, brought to {size} by "
         "antialiased bilinear resampling."
     ]

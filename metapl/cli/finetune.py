@@ -13,17 +13,17 @@ import torch
 import tyro
 from torch import nn
 
-from metapl.cli.finished import Finished, finished
 from metapl.cli.parse import Run
 from metapl.cli.place import place
 from metapl.cli.table import table
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation
-from metapl.fit import FitResult, Interrupted
-from metapl.fitting.selection import weights_of
+from metapl.experiments.experiment import Experiment, Network, delivered
+from metapl.experiments.load_run import Finished, finished
+from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
-from metapl.recipes.experiment import Experiment, Network, delivered
-from metapl.run_folder import Metrics, RunFolder
+from metapl.runs.folder import Metrics, RunFolder
+from metapl.training import FitResult, Interrupted
+from metapl.training.selection import weights_of
 
 ORDER = ("student", "teacher", "finetuned")
 """Of a run's networks: of those that validation finds equal, the first is delivered."""

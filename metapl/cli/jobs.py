@@ -40,9 +40,9 @@ class Job:
         """Run it here; a run that is finished already only gives its result."""
         import torch
 
-        from metapl.recipes.experiment import Experiment
-        from metapl.recipes.store import describe, stored_result
-        from metapl.run_folder import RunFolder
+        from metapl.experiments.experiment import Experiment
+        from metapl.experiments.store import describe, stored_result
+        from metapl.runs.folder import RunFolder
 
         folder = RunFolder(self.folder)
         torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))

@@ -15,15 +15,15 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from metapl.atomic import replacing
-from metapl.cli.finished import Finished, NetworkName, finished
 from metapl.cli.inputs import Inputs, require_finite
 from metapl.cli.outputs import check_outputs
 from metapl.cli.parse import Run, Switch
 from metapl.cli.place import place
 from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
-from metapl.recipes.experiment import TITLED
+from metapl.experiments.experiment import TITLED
+from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.runs.atomic import replacing
 
 HEADER = ("file", "class", "probability")
 
@@ -56,7 +56,7 @@ class Predict:
     each class, called p(cat) say, is added by --probabilities; these sum to 1.
 
     A picture is read as those that the run was trained on: it is turned as the camera noted, transparent counts as
-    white, and the largest centred square of it is brought to the network's size, in colors or grey. Of runs that were
+    white, and the largest centered square of it is brought to the network's size, in colors or grey. Of runs that were
     trained on crops, it is the middle of that square.
 
     digits: the digit is to fill the picture, which is averaged over an 8x8 grid, and inverted where it is more bright

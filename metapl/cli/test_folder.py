@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metapl.cli.inputs import Inputs
-from metapl.data.folder_check import find_copies, some
-from metapl.data.folders import scan_labeled, scan_unlabeled
+from metapl.data.images.check import find_copies, some
+from metapl.data.images.folders import scan_labeled, scan_unlabeled
 from metapl.errors import MetaplError
 from metapl.recipes import ImageFolders, Recipe
 

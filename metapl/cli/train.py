@@ -23,16 +23,16 @@ from metapl.cli.pace import Pace
 from metapl.cli.parse import Switch, paragraph
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
-from metapl.evaluate import Evaluation, with_chance
-from metapl.fit import Interrupted
-from metapl.fitting.progress import duration
+from metapl.experiments.comparison import Comparison, parse_seeds
+from metapl.experiments.experiment import summary
+from metapl.experiments.store import describe, stored
+from metapl.metrics import Evaluation, with_chance
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
-from metapl.recipes.comparison import Comparison, parse_seeds
-from metapl.recipes.experiment import summary
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
-from metapl.recipes.store import describe, stored
-from metapl.run_folder import WEIGHTS, RunFolder
+from metapl.runs.folder import WEIGHTS, RunFolder
+from metapl.training import Interrupted
+from metapl.training.progress import duration
 
 METHODS_HELP = (
     f"with --compare: these methods alone, of {', '.join(METHODS)}; supervised_everything is for recipes "
@@ -190,7 +190,7 @@ class Train:
         self, folder: RunFolder, comparison: Comparison, results: dict[tuple[str, int], dict[str, Any]]
     ) -> None:
         """The comparison's own files: the networks of the run that it delivers, the averaged report, the result."""
-        from metapl.recipes.reports import draw_comparison
+        from metapl.experiments.reports import draw_comparison
 
         method, seed = comparison.delivered()
         source = RunFolder(folder.path / method / f"seed-{seed}")

@@ -1,21 +1,21 @@
 """Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
 
-from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
-from metapl.data.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.batches import LabeledBatches, StepBatches, UnlabeledBatches, loader
-from metapl.data.digits import DigitsSplit, load_digits_split
 from metapl.data.feed import Feed, feed
-from metapl.data.folder_check import Finding, check_folders
-from metapl.data.folders import Files, LabeledFiles, scan_labeled, scan_unlabeled
 from metapl.data.image_batches import ImageEvaluationBatches, ImageLabeledBatches, ImageUnlabeledBatches
-from metapl.data.image_sets import FileImages, Images, MemoryImages, replaced_files
-from metapl.data.images import UnreadableImage, read_image
-from metapl.data.samplers import StepSampler
-from metapl.data.sound_files import Skipped, Verified, verify_files
+from metapl.data.images.check import Finding, check_folders
+from metapl.data.images.folders import Files, LabeledFiles, scan_labeled, scan_unlabeled
+from metapl.data.images.reader import UnreadableImage, read_image
+from metapl.data.images.store import FileImages, Images, MemoryImages, replaced_files
+from metapl.data.images.verify import Skipped, Verified, verify_files
+from metapl.data.sampler import StepSampler
+from metapl.data.sets.digits import DigitsSplit, load_digits_split
+from metapl.data.sets.torchvision_sets import PROTOCOLS, ImageData, SplitProtocol, load_image_data
 from metapl.data.splits import Split, draw_split, stratified_split
 from metapl.data.unlabeled import WithoutLabels, without_labels
-from metapl.data.views import Chain, Identity, ShiftNoiseCutout, View
-from metapl.data.vision import PROTOCOLS, Protocol, VisionData, load_vision
+from metapl.data.views.base import Chain, Identity, ShiftNoiseCutout, View
+from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor
+from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.device import to_device
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Flip",
     "Hole",
     "Identity",
+    "ImageData",
     "ImageEvaluationBatches",
     "ImageLabeledBatches",
     "ImageUnlabeledBatches",
@@ -40,27 +41,26 @@ __all__ = [
     "LabeledBatches",
     "LabeledFiles",
     "MemoryImages",
-    "Protocol",
     "RandAugment",
     "Recolor",
     "ResizedCrop",
     "ShiftNoiseCutout",
     "Skipped",
     "Split",
+    "SplitProtocol",
     "StepBatches",
     "StepSampler",
     "UnlabeledBatches",
     "UnreadableImage",
     "Verified",
     "View",
-    "VisionData",
     "Weak",
     "WithoutLabels",
     "check_folders",
     "draw_split",
     "feed",
     "load_digits_split",
-    "load_vision",
+    "load_image_data",
     "loader",
     "read_image",
     "replaced_files",

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from metapl.data import draws
-from metapl.data.samplers import StepSampler
-from metapl.data.views import View
+from metapl.data.sampler import StepSampler
+from metapl.data.views.base import View
 from metapl.device import to_device
 from metapl.errors import MetaplError
 

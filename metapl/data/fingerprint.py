@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.data.folders import Files, LabeledFiles
+from metapl.data.images.folders import Files, LabeledFiles
 from metapl.errors import MetaplError
 
 T = TypeVar("T")

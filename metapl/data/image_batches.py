@@ -17,10 +17,10 @@ from torch import Tensor
 
 from metapl.data import draws
 from metapl.data.batches import StepBatches
-from metapl.data.image_sets import FileImages, Images, pick
-from metapl.data.images import Box
-from metapl.data.samplers import StepSampler
-from metapl.data.views import View
+from metapl.data.images.reader import Box
+from metapl.data.images.store import FileImages, Images, pick
+from metapl.data.sampler import StepSampler
+from metapl.data.views.base import View
 from metapl.errors import MetaplError
 
 BatchT = TypeVar("BatchT")
@@ -109,7 +109,7 @@ class ImageLabeledBatches(ImageBatches[tuple[Tensor, Tensor]]):
             access, a negative step, or pictures that cannot be read.
 
     >>> from metapl.data import Identity, StepSampler
-    >>> from metapl.data.image_sets import MemoryImages
+    >>> from metapl.data.images.store import MemoryImages
     >>> images = MemoryImages(torch.full((20, 3, 8, 8), 255, dtype=torch.uint8))
     >>> x, y = ImageLabeledBatches(images, torch.arange(20) % 10, StepSampler(20, 32, seed=0), Identity(), seed=0)[1000]
     >>> x.shape, x.max(), y.shape
@@ -207,7 +207,7 @@ class ImageEvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
     Raises:
         MetaplError: images and labels disagree on n, or a batch size below 1.
 
-    >>> from metapl.data.image_sets import MemoryImages
+    >>> from metapl.data.images.store import MemoryImages
     >>> images = MemoryImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
     >>> [len(y) for _, y in ImageEvaluationBatches(images, torch.arange(5), batch_size=2)]
     [2, 2, 1]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl.atomic import replacing
 from metapl.data import draws
 from metapl.errors import MetaplError
+from metapl.runs.atomic import replacing
 
 _VERSION = 1
 _PARTS = ("labeled", "unlabeled", "validation", "test")

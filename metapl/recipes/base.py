@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metapl import feedback
 from metapl.data.splits import Split
 from metapl.errors import MetaplError
-from metapl.evaluate import chance_level
+from metapl.metrics import chance_level
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
 from metapl.problems.losses import TeacherLoss
@@ -156,7 +156,7 @@ class Task:
 
     @property
     def validation_chance(self) -> float | None:
-        """What guessing reaches on the validation examples, see :func:`metapl.evaluate.chance_level`; None without."""
+        """What guessing reaches on the validation examples, see :func:`metapl.metrics.chance_level`; None without."""
         if not self.validation_size:
             return None
         return chance_level(torch.bincount(self._validation_labels(), minlength=len(self.classes)).tolist())
@@ -224,11 +224,11 @@ class Recipe(Protocol):
         ...
 
     def fit_options(self) -> dict[str, Any]:
-        """Fields of :class:`metapl.fit.FitOptions` but ``steps`` and ``phase``."""
+        """Fields of :class:`metapl.training.FitOptions` but ``steps`` and ``phase``."""
         ...
 
     def finetune_options(self) -> dict[str, Any]:
-        """Fields of :class:`metapl.fit.FitOptions` in which finetuning differs from the rest."""
+        """Fields of :class:`metapl.training.FitOptions` in which finetuning differs from the rest."""
         ...
 
     def trainer_options(self) -> dict[str, Any]:

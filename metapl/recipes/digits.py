@@ -18,12 +18,13 @@ from metapl.data import (
     UnlabeledBatches,
     load_digits_split,
 )
-from metapl.data.files import IMAGES, csv_rows, gray_image
 from metapl.data.fingerprint import hashes
-from metapl.fit import FitOptions
+from metapl.data.images.reader import SUFFIXES, gray_image
+from metapl.data.tables import csv_rows
 from metapl.models import mlp
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Feedback, Optimizer, Role, Say, Task, require
+from metapl.training import FitOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Digits:
 
     name: ClassVar[str] = "digits"
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
-    reads: ClassVar[tuple[str, ...]] = (*IMAGES, ".csv")
+    reads: ClassVar[tuple[str, ...]] = (*SUFFIXES, ".csv")
 
     seed: int = 0
     labels_per_class: int = 2

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, T
 import torch
 import tyro
 
-from metapl.data.augment import ResizedCrop
-from metapl.data.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.fingerprint import hash_files
-from metapl.data.folder_check import Finding, check_folders
-from metapl.data.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
-from metapl.data.image_sets import FileImages, Images
-from metapl.data.sound_files import verify_files
+from metapl.data.images.check import Finding, check_folders
+from metapl.data.images.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
+from metapl.data.images.store import FileImages, Images
+from metapl.data.images.verify import verify_files
 from metapl.data.splits import stratified_split
-from metapl.data.views import Chain, Identity, View
+from metapl.data.views.base import Chain, Identity, View
+from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor
+from metapl.data.views.randaugment import ResizedCrop
 from metapl.errors import MetaplError
 from metapl.models.pretrained import fetch_imagenet_weights
 from metapl.problems.losses import UDA, TeacherLoss
@@ -333,7 +333,7 @@ class ImageFolders(PictureRecipe):
             before: the recipe of the run that is resumed: what was chosen then is not chosen anew.
             say: is told what was chosen, and what may be better.
         """
-        from metapl.recipes.budget import faster_precision, steps_within
+        from metapl.experiments.budget import faster_precision, steps_within
 
         places: dict[str, Any] = {name: whole(getattr(self, name)) for name in ("labeled", "unlabeled", "val", "test")}
         places["weights"] = self._weights()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metapl.data.images import LUMA, UnreadableImage, read_image
+from metapl.data.images.reader import LUMA, UnreadableImage, read_image
 from metapl.errors import MetaplError
 
 LOOKED_AT = 256

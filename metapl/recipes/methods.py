@@ -14,17 +14,17 @@ from torch import nn
 
 from metapl.errors import MetaplError
 from metapl.feedback import Altered
-from metapl.fit import FitResult, Loop
 from metapl.loss_trainer import LossTrainer
 from metapl.problems import PseudoLabels
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Recipe, Role, Task
 from metapl.trainer import BilevelTrainer
+from metapl.training import FitResult, Trainer
 
 if TYPE_CHECKING:
-    from metapl.recipes.experiment import Experiment
+    from metapl.experiments.experiment import Experiment
 
-Fitted = tuple[Loop, FitResult]
+Fitted = tuple[Trainer, FitResult]
 Run = Callable[["Experiment", Task, nn.Module, nn.Module], Fitted]
 """Trains the teacher and the student, or one of them."""
 

@@ -12,21 +12,21 @@ import tyro
 from torch import Tensor, nn
 
 from metapl import models
-from metapl.data.augment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.data.image_batches import (
     ImageEvaluationBatches,
     ImageLabeledBatches,
     ImageUnlabeledBatches,
     in_unit_range,
 )
-from metapl.data.image_sets import Images
-from metapl.data.images import SUFFIXES, read_image
-from metapl.data.samplers import StepSampler
-from metapl.data.views import Chain, Identity, View
+from metapl.data.images.reader import SUFFIXES, read_image
+from metapl.data.images.store import Images
+from metapl.data.sampler import StepSampler
+from metapl.data.views.base import Chain, Identity, View
+from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.errors import MetaplError
-from metapl.fit import FitOptions
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Feedback, Optimizer, Role, require
+from metapl.training import FitOptions
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that pretrained weights expect."""
@@ -166,7 +166,7 @@ class PictureRecipe:
     """
 
     reads: ClassVar[tuple[str, ...]] = SUFFIXES
-    centre: ClassVar[float] = 1.0
+    center: ClassVar[float] = 1.0
     """Share of a picture's sides that is looked at when it is evaluated."""
 
     seed: int = 0
@@ -279,7 +279,7 @@ class PictureRecipe:
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
         """The network's input for a file."""
         size = (self.image_size, self.image_size)
-        image = read_image(path, mode="L" if self.grey else "RGB", size=size, centre=self.centre)
+        image = read_image(path, mode="L" if self.grey else "RGB", size=size, center=self.center)
         return [(str(path), in_unit_range(image))]
 
     # -------------------------------------------------------------------------------------------------- the networks

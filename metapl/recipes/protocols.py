@@ -16,9 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import tyro
 
-from metapl.data.image_sets import FileImages
+from metapl.data.images.store import FileImages
+from metapl.data.sets.torchvision_sets import ImageData, SplitProtocol, load_image_data
 from metapl.data.splits import Split
-from metapl.data.vision import Protocol, VisionData, load_vision
 from metapl.recipes.base import Feedback, Optimizer, Say, Task, require
 from metapl.recipes.pictures import PictureRecipe, Pictures, Strong, whole
 
@@ -34,8 +34,8 @@ def _nesterov(lr: float, weight_decay: float) -> Optimizer:
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str, root: str, side: int, centre: float, mode: Literal["RGB", "L"]) -> VisionData:
-    return load_vision(name, root, (side, side), centre=centre, mode=mode)
+def _loaded(name: str, root: str, side: int, center: float, mode: Literal["RGB", "L"]) -> ImageData:
+    return load_image_data(name, root, (side, side), center=center, mode=mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +74,16 @@ class Vision(PictureRecipe):
             require(self, self.image_size == 32, "image_size", f"32, the size of {self.data}")
 
     @property
-    def centre(self) -> float:  # type: ignore[override]  # follows from the rest
-        """What crops are trained on is evaluated on a centre of 224/256, as usual for ImageNet."""
+    def center(self) -> float:  # type: ignore[override]  # follows from the rest
+        """What crops are trained on is evaluated on a center of 224/256, as usual for ImageNet."""
         return 224 / 256 if self.resized_crop else 1.0
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.class_names or self._data().classes
 
-    def _data(self) -> VisionData:
-        return _loaded(self.data, self.data_root, self.image_size, self.centre, "L" if self.grey else "RGB")
+    def _data(self) -> ImageData:
+        return _loaded(self.data, self.data_root, self.image_size, self.center, "L" if self.grey else "RGB")
 
     def settled(self) -> Vision:
         """The recipe as it can be stored: whole paths, and the classes that are found."""
@@ -120,10 +120,10 @@ class Vision(PictureRecipe):
             record={"data": self.data, "counts": counts, "hash": {"labels": split.labels_hash, "split": split.hash}},
         )
 
-    def _split(self, data: VisionData) -> Split:
+    def _split(self, data: ImageData) -> Split:
         if self.split is not None:
             return Split.load(self.split, data.train_labels, data.test_labels)
-        drawn = Protocol(self.protocol, self.data, self.labels_per_class, self.validation)
+        drawn = SplitProtocol(self.protocol, self.data, self.labels_per_class, self.validation)
         return drawn.draw(data, self.seed)
 
 
@@ -218,7 +218,7 @@ class Imagenet10(Vision):
     """ImageNet-10% with the settings of the authors' code: ResNet-50 at 224 pixels, 700,000 steps.
 
     Of each class 128 pictures keep their labels, and 25,000 are selected on; reported on are the 50,000 validation
-    pictures of ILSVRC 2012, at a centre crop of 224 of 256. The learning rates are the authors' 0.4 and 0.6 for 256
+    pictures of ILSVRC 2012, at a center crop of 224 of 256. The learning rates are the authors' 0.4 and 0.6 for 256
     labelled pictures, for 1,024. The feedback is the exact gradient with a weight of 1. Batches of 1,024 and 15,360
     are for many machines: on one GPU, accumulate them or take smaller ones and lower learning rates.
     """

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.atomic import replacing
 from metapl.errors import MetaplError
 from metapl.report.fonts import any_weight, explained, families
 from metapl.report.style import (
@@ -27,6 +26,7 @@ from metapl.report.style import (
     TITLE_SIZE,
 )
 from metapl.report.text import wrap
+from metapl.runs.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -216,13 +216,13 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     >>> _apart([0.0, 1.0, 1.0], 0.5)
     [0.0, 0.75, 1.25]
     """
-    groups: list[tuple[float, int]] = []  # (centre, members)
+    groups: list[tuple[float, int]] = []  # (center, members)
     for one in wanted:
         groups.append((one, 1))
         while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
-            (centre, count), (last, last_count) = groups[-2:]
-            groups[-2:] = [((centre * count + last * last_count) / (count + last_count), count + last_count)]
-    return [centre + gap * (index - (count - 1) / 2) for centre, count in groups for index in range(count)]
+            (center, count), (last, last_count) = groups[-2:]
+            groups[-2:] = [((center * count + last * last_count) / (count + last_count), count + last_count)]
+    return [center + gap * (index - (count - 1) / 2) for center, count in groups for index in range(count)]
 
 
 def color_of(index: int) -> str:

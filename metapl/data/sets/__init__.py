@@ -1,0 +1,1 @@
+"""Known data sets: scikit-learn's digits, and those that torchvision reads."""

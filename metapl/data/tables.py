@@ -1,0 +1,69 @@
+"""Tables of numbers that a user brings, as tensors."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from metapl.errors import MetaplError
+
+
+def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor]]:
+    """The examples in a CSV file, one a row, with the lines they stand on.
+
+    A first row without any number is a header, and so is 0, 1, …, ``columns`` − 1, the names that a table without names
+    is often saved with. Empty lines are passed over.
+
+    Args:
+        path: a file in UTF-8, with commas.
+        columns: numbers in a row.
+        highest: each number is between 0 and this.
+
+    Returns:
+        pairs of the line, the first being 1, and the numbers, float32 (columns,).
+
+    Raises:
+        MetaplError: the file cannot be read, or a row is not as above; nothing of such a file is used.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except (OSError, ValueError, csv.Error) as error:
+        raise MetaplError(f"{path}: the file cannot be read: {_reason(error)}.") from error
+    if rows and _is_header(rows[0][1], columns):
+        del rows[0]
+    if not rows:
+        raise MetaplError(f"{path}: there is no row of numbers in it.")
+    return [(line, _numbers(f"{path}:{line}", row, columns, highest)) for line, row in rows]
+
+
+def _is_header(row: list[str], columns: int) -> bool:
+    return all(_number(cell) is None for cell in row) or [c.strip() for c in row] == [str(i) for i in range(columns)]
+
+
+def _numbers(where: str, row: list[str], columns: int, highest: float) -> Tensor:
+    if len(row) != columns:
+        raise MetaplError(f"{where}: the row has {len(row)} cells; expected {columns} numbers and nothing else.")
+    values = []
+    for index, cell in enumerate(row, 1):
+        value = _number(cell)
+        if value is None or not 0 <= value <= highest:
+            raise MetaplError(f"{where}: cell {index} is {cell!r}; expected a number from 0 to {highest:g}.")
+        values.append(value)
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _number(cell: str) -> float | None:
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _reason(error: Exception) -> str:
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return " ".join(said.split()).rstrip(".")

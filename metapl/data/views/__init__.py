@@ -1,0 +1,1 @@
+"""Views of images whose every draw is a function of (seed, step, example)."""

@@ -1,0 +1,188 @@
+"""The picture operations of RandAugment, on batches of 8-bit levels and bit for bit Pillow's.
+
+Every operation takes ``levels`` (B, C, H, W) uint8 with C = 1 or 3 and returns the same. All arithmetic is on integers
+or is single float operations that IEEE 754 rounds in one way only, so that a picture's result is the same on every
+device and in every batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# What fills the places that no pixel comes from: the middle level, as in the authors' code.
+GREY = 128
+
+
+def autocontrast(levels: Tensor) -> Tensor:
+    """Stretch each channel of each picture to 0 … 255; a channel of one level stays. ``ImageOps.autocontrast``."""
+    low = levels.amin((2, 3), keepdim=True).double()
+    high = levels.amax((2, 3), keepdim=True).double()
+    flat = high <= low
+    # A number over a tensor would be the number times a rounded reciprocal.
+    scale = torch.full_like(low, 255.0) / torch.where(flat, 1.0, high - low)
+    stretched = levels.double().mul_(scale).add_(-low * scale).clamp_(0, 255).to(torch.uint8)
+    return torch.where(flat, levels, stretched)
+
+
+def equalize(levels: Tensor) -> Tensor:
+    """Flatten the histogram of each channel of each picture. ``ImageOps.equalize``."""
+    # Two seconds of import that nothing else here needs.
+    from torchvision.transforms.v2 import functional
+
+    equalized: Tensor = functional.equalize_image(levels)
+    return equalized
+
+
+def invert(levels: Tensor) -> Tensor:
+    """255 − x. ``ImageOps.invert``."""
+    return 255 - levels
+
+
+def posterize(levels: Tensor, bits: int) -> Tensor:
+    """Keep the upper ``bits`` (1 … 8) bits of each value. ``ImageOps.posterize``."""
+    return levels & (256 - (1 << (8 - bits)))
+
+
+def solarize(levels: Tensor, threshold: int) -> Tensor:
+    """Invert the values from ``threshold`` (0 … 255) upwards. ``ImageOps.solarize``."""
+    return torch.where(levels < threshold, levels, 255 - levels)
+
+
+def brightness(levels: Tensor, factor: float) -> Tensor:
+    """Away from black by ``factor``: 0 is black, 1 the picture. ``ImageEnhance.Brightness``."""
+    return blend(torch.zeros_like(levels), levels, factor)
+
+
+def color(levels: Tensor, factor: float) -> Tensor:
+    """Away from the grey picture by ``factor``; a picture of one channel stays. ``ImageEnhance.Color``."""
+    return levels if levels.shape[1] == 1 else blend(_luma(levels).expand_as(levels), levels, factor)
+
+
+def contrast(levels: Tensor, factor: float) -> Tensor:
+    """Away from the mean grey by ``factor``. ``ImageEnhance.Contrast``.
+
+    The authors' code takes its pixel count / 256 for the mean: a slip, which is not followed.
+    """
+    luma = _luma(levels)
+    pixels = luma[0].numel()
+    mean = (2 * luma.sum((1, 2, 3), keepdim=True, dtype=torch.int64) + pixels) // (2 * pixels)
+    return blend(mean.to(torch.uint8).expand_as(levels), levels, factor)
+
+
+def sharpness(levels: Tensor, factor: float) -> Tensor:
+    """Away from the smoothed picture by ``factor``; the outermost pixels stay. ``ImageEnhance.Sharpness``."""
+    if min(levels.shape[2:]) < 3:
+        return levels
+    x = levels.short()
+    rows = (x[:, :, :-2] + x[:, :, 1:-1]).add_(x[:, :, 2:])
+    # The kernel is 1 everywhere and 5 in the middle.
+    total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(x[:, :, 1:-1, 1:-1], alpha=4)
+    smooth = levels.clone()
+    # 13 is odd, so that no value is so close to halfway between two levels that a rounding could decide.
+    smooth[:, :, 1:-1, 1:-1] = total.float().mul_(1 / 13).add_(0.5).to(torch.uint8)
+    return blend(smooth, levels, factor)
+
+
+def blend(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """start + weight · (end − start), cut to 0 … 255 and truncated; weight > 1 goes beyond ``end``. ``Image.blend``."""
+    # In place and step by step, each rounded as Pillow does it.
+    return end.float().sub_(start).mul_(weight).add_(start).clamp_(0, 255).to(torch.uint8)
+
+
+def _luma(levels: Tensor) -> Tensor:
+    """(B, 1, H, W): 0.299 R + 0.587 G + 0.114 B to 16 bits after the point, rounded. ``Image.convert("L")``."""
+    if levels.shape[1] == 1:
+        return levels
+    red, green, blue = levels.int().split(1, dim=1)
+    total = red.mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(1 << 15)
+    luma: Tensor = total.bitwise_right_shift_(16).to(torch.uint8)
+    return luma
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+# (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f), in pixels from the upper left corner.
+Affine = tuple[float, float, float, float, float, float]
+
+
+def rotation(degrees: float, height: int, width: int) -> Affine:
+    """Counterclockwise about the center."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # The center comes from itself.
+    return cos, -sin, (width - cos * width + sin * height) / 2, sin, cos, (height - sin * width - cos * height) / 2
+
+
+def shear_x(slope: float) -> Affine:
+    """Rows move left by ``slope`` pixels per pixel of height."""
+    return 1, slope, 0, 0, 1, 0
+
+
+def shear_y(slope: float) -> Affine:
+    """Columns move up by ``slope`` pixels per pixel of width."""
+    return 1, 0, 0, slope, 1, 0
+
+
+def translation(right: float, down: float) -> Affine:
+    """Move by so many pixels."""
+    return 1, 0, -right, 0, 1, -down
+
+
+def fixed_point(matrix: Affine) -> list[int]:
+    """An affine map of pixel indices in units of 2⁻¹⁶ pixels, for :func:`affine`. Pixels are taken at their centers."""
+    a, b, c, d, e, f = matrix
+    return [math.floor(v * 65536 + 0.5) for v in (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2)]
+
+
+def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
+    """Move each picture by its own map, to the nearest pixel, with grey where none is.
+
+    ``Image.transform(AFFINE, NEAREST)``.
+
+    Args:
+        levels: (B, C, H, W).
+        matrices_B6: int64, rows from :func:`fixed_point`.
+    """
+    height, width = levels.shape[2:]
+    a, b, c, d, e, f = matrices_B6[:, :, None, None].unbind(1)
+    y = torch.arange(height, device=levels.device)[:, None]
+    x = torch.arange(width, device=levels.device)
+    return _gather(levels, (d * x + (e * y + f)) >> 16, (a * x + (b * y + c)) >> 16, GREY)
+
+
+def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor, fill: float) -> Tensor:
+    """Mirror the images of ``flip_B``, then cut each at its own offset (down, right), with ``fill`` outside it.
+
+    Args:
+        images: (B, C, H, W), any dtype.
+        offsets_B2: integers, of either sign.
+        flip_B: bool.
+        fill: what stands around the images.
+    """
+    height, width = images.shape[2:]
+    rows_BH = torch.arange(height, device=images.device) + offsets_B2[:, :1]
+    cols_BW = torch.arange(width, device=images.device) + offsets_B2[:, 1:]
+    cols_BW = torch.where(flip_B[:, None], width - 1 - cols_BW, cols_BW)
+    return _gather(images, rows_BH[:, :, None], cols_BW[:, None, :], fill)
+
+
+def _gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
+    """The pixels at ``rows`` and ``cols``, which broadcast to (B, H, W), and ``fill`` where there are none."""
+    _, channels, height, width = images.shape
+    nearest_rows, nearest_cols = rows.clamp(0, height - 1), cols.clamp(0, width - 1)
+    inside = (nearest_rows == rows) & (nearest_cols == cols)
+    places = nearest_rows * width + nearest_cols
+    flat = places.flatten(1)[:, None].expand(-1, channels, -1)
+    return images.flatten(2).gather(2, flat).view_as(images).masked_fill(~inside[:, None], fill)
+
+
+def cutout(levels: Tensor, centers_B2: Tensor, side: int) -> Tensor:
+    """Grey out a square around each center (row, column); what lies outside the picture is lost."""
+    height, width = levels.shape[2:]
+    corners_B2 = centers_B2 - side // 2
+    rows_BH = torch.arange(height, device=levels.device) - corners_B2[:, :1]
+    cols_BW = torch.arange(width, device=levels.device) - corners_B2[:, 1:]
+    square_BHW = ((rows_BH >= 0) & (rows_BH < side))[:, :, None] & ((cols_BW >= 0) & (cols_BW < side))[:, None, :]
+    return levels.masked_fill(square_BHW[:, None], GREY)

@@ -1,0 +1,169 @@
+"""How many steps fit into a time, found by taking a few."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metapl.data.feed import feed
+from metapl.data.images.store import FileImages, Images, MemoryImages
+from metapl.experiments.experiment import ROLES, Experiment
+from metapl.recipes.base import Task
+from metapl.recipes.images import ImageFolders
+from metapl.recipes.methods import METHODS
+from metapl.recipes.pictures import Pictures
+from metapl.runs.folder import RunFolder
+from metapl.training import FitResult, Trainer
+
+SHARE = 0.85
+"""Part of the time that steps get; the rest is for reading pictures, validation, finetuning and the report."""
+
+WARM, TIMED, SECONDS = 2, 20, 4.0
+"""Steps that are not counted, and those that are: at most so many, and for so long."""
+
+PICTURES = 128
+"""Pictures of noise that the steps are taken on."""
+
+LARGER = 1.25
+"""Side of those in files, in units of that of the pictures that the network sees."""
+
+FASTER = 1.25
+"""How much faster bfloat16 has to be to be taken."""
+
+ROUNDS = 3
+"""How often both precisions are timed, by turns: the machine's other work slows some rounds, and the fastest counts."""
+
+
+Clock = Callable[[], float]
+"""Seconds from some moment on."""
+
+
+@dataclass(frozen=True)
+class _Rehearsal(Experiment):
+    """An experiment whose fits are a few steps, timed: ``seconds`` a step, of each fit."""
+
+    seconds: list[float] = field(default_factory=list)
+    clock: Clock = time.monotonic
+
+    def fit(
+        self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+    ) -> FitResult:
+        sources = [labeled] if unlabeled is None else [labeled, unlabeled]
+        workers = self.recipe.fit_options().get("num_workers", 0)
+        with ExitStack() as opened:
+            feeds = [
+                feed(one, name=str(i), stop=2**31, num_workers=workers, device=trainer.device)
+                for i, one in enumerate(sources)
+            ]
+            for one in feeds:
+                opened.callback(one.close)
+            batches = iter(lambda: [one.next() for one in feeds], None)
+            self.seconds.append(self._mean(trainer, batches, waits=0 if "wait" in over else None))
+        weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
+        return FitResult(None, 0, weights)
+
+    def _mean(self, trainer: Trainer, batches: Iterator[Any], waits: int | None) -> float:
+        """Seconds of a step, averaged over the run; ``waits``: steps before the student begins, None: the recipe's."""
+        waits = self.recipe.fit_options().get("wait", 0) if waits is None else waits
+        begins = min(getattr(self.recipe, "uda_start", 0), self.recipe.steps)
+        # Steps differ before and after UDA begins, and while a student waits: each kind is timed, and counts as often
+        # as it comes.
+        edges = sorted({0, begins, waits, self.recipe.steps})
+        seconds = 0.0
+        for first, last in pairwise(edges):
+            trainer.steps_done = first
+            step = trainer.teacher_step if first < waits else trainer.step
+            seconds += (last - first) / self.recipe.steps * _seconds(step, batches, self.clock)
+        return seconds
+
+
+def _seconds(step: Callable[..., Any], batches: Iterator[Any], clock: Clock) -> float:
+    """The median of a step, the making of its batches included."""
+    times: list[float] = []
+    begun = time.monotonic()
+    while len(times) < WARM + TIMED and (len(times) <= WARM or time.monotonic() - begun < SECONDS):
+        since = clock()
+        report = step(*next(batches))
+        report.as_dict()  # waits for the device
+        times.append(clock() - since)
+    return statistics.median(times[WARM:])
+
+
+def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> float:
+    """What a step of the recipe's method takes on this machine, on pictures of noise.
+
+    Where views are cut out of the files themselves, these are files too, and reading them is a part of the step.
+
+    Args:
+        recipe: complete, of any number of steps.
+        clock: ``time.process_time`` where other processes share the cores.
+
+    Cost: some seconds; the default generator is put back.
+    """
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        images = _noise(recipe, Path(folder))
+        labels = torch.arange(PICTURES) % len(recipe.classes)
+        sources = recipe.batches(Pictures(few=images, labels=labels, many=images))
+        task = Task(**sources, classes=recipe.classes, record={})
+        rehearsal = _Rehearsal(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None, clock=clock)
+        networks = [recipe.network(role).to(recipe.place()) for role in ROLES]
+        METHODS[recipe.method].run(rehearsal, task, *networks)
+    return sum(rehearsal.seconds)
+
+
+def _noise(recipe: ImageFolders, folder: Path) -> Images:
+    """Pictures as the recipe's own are kept: in memory, or in files of ``folder`` where views are cut out of these."""
+    generator = torch.Generator().manual_seed(0)
+    channels = 1 if recipe.grey else 3
+
+    def levels(side: int) -> Tensor:
+        return torch.randint(0, 256, (PICTURES, channels, side, side), dtype=torch.uint8, generator=generator)
+
+    if not recipe.resized_crop:
+        return MemoryImages(levels(recipe.image_size))
+    paths = [folder / f"{number}.png" for number in range(PICTURES)]
+    for path, picture in zip(paths, levels(round(LARGER * recipe.image_size)), strict=True):
+        Image.fromarray(picture.squeeze(0).numpy() if recipe.grey else picture.permute(1, 2, 0).numpy()).save(path)
+    return FileImages(paths, size=(recipe.image_size,) * 2, mode="L" if recipe.grey else "RGB")
+
+
+def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monotonic) -> int:
+    """The number of steps that fit into a time, rounded to two digits.
+
+    >>> _rounded(4371.8), _rounded(86.2)
+    (4400, 86)
+    """
+    return _rounded(SHARE * 60 * minutes / seconds_per_step(recipe, clock))
+
+
+def faster_precision(recipe: ImageFolders) -> Literal["float32", "bfloat16"]:
+    """bfloat16 where there are instructions for it and it is faster by enough on this machine, float32 elsewhere."""
+    if recipe.place().type == "cpu" and not _cpu_has_bfloat16():
+        return "float32"
+    plain, half = (dataclasses.replace(recipe, precision=one) for one in ("float32", "bfloat16"))
+    times = [(seconds_per_step(plain), seconds_per_step(half)) for _ in range(ROUNDS)]
+    fastest, fastest_half = map(min, zip(*times, strict=True))
+    return "bfloat16" if fastest > FASTER * fastest_half else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether torch finds instructions for bfloat16 in the processor; True where this torch cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    return capabilities is None or any(has for name, has in capabilities().items() if "bf16" in name)
+
+
+def _rounded(steps: float) -> int:
+    return max(1, int(float(f"{steps:.2g}")))

@@ -1,0 +1,201 @@
+"""Methods side by side over the same seeds, and what can be said of the difference."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from metapl.errors import MetaplError
+from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
+from metapl.recipes.methods import METHODS, title
+
+ReadOuts = Mapping[str, Sequence[float]]
+
+DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
+"""What is compared: the network that a run delivers, the student, and the student finetuned."""
+
+ENOUGH_SEEDS = 5
+"""Of fewer, nothing is said on whether the feedback helped: a t-test over 3 pairs hardly ever finds what is there, and
+what it does find is as often luck."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracies by method, paired over seeds.
+
+    Args:
+        seeds: the seeds, in the order of the lists.
+        methods: name → accuracies, fractions, one for each seed: of each of :data:`READOUTS`, and as
+            "validation_accuracy" of the delivered network, where validation can tell networks apart.
+        examples: in the test set.
+        chance: the accuracy of guessing there; see :func:`metapl.metrics.chance_level`.
+    """
+
+    seeds: tuple[int, ...]
+    methods: dict[str, dict[str, list[float]]]
+    examples: int
+    chance: float
+
+    def __post_init__(self) -> None:
+        for name, readouts in self.methods.items():
+            if any(len(values) != len(self.seeds) for values in readouts.values()):
+                raise MetaplError(f"method {name} has not one accuracy for each of the {len(self.seeds)} seeds.")
+
+    @classmethod
+    def of(
+        cls, seeds: tuple[int, ...], methods: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]]
+    ) -> Comparison:
+        """The comparison of what the ``result.json`` of each method and seed holds."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for method in methods:
+            mine = [results[method, seed] for seed in seeds]
+            validated = all(one["delivered_by"] == "validation" for one in mine)
+            readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
+            found[method] = {readout: [one[readout] for one in mine] for readout in readouts}
+        evaluations = [Evaluation(**one["evaluation"]) for one in results.values()]
+        return cls(seeds, found, evaluations[0].n, statistics.fmean(one.chance for one in evaluations))
+
+    def against_control(self) -> tuple[PairedTest, str] | None:
+        """MPL's student against the better read-out of the same loop without feedback, and that read-out's name.
+
+        The better one is the one with the higher mean on the test set, which favours the control.
+        """
+        if not {"mpl", "none"} <= self.methods.keys():
+            return None
+        control = self.methods["none"]
+        better = max((STUDENT, FINETUNED), key=lambda readout: statistics.fmean(control[readout]))
+        return paired_test(self.methods["mpl"][STUDENT], control[better]), better
+
+    def best(self) -> str:
+        """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
+        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name][DELIVERED]))
+
+    def delivered(self) -> tuple[str, int]:
+        """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
+
+        The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
+        """
+        names = self._methods()
+        if any("validation_accuracy" not in self.methods[name] for name in names):
+            return names[0], self.seeds[0]
+        method = max(names, key=lambda name: statistics.fmean(self.methods[name]["validation_accuracy"]))
+        by_seed = dict(zip(self.seeds, self.methods[method]["validation_accuracy"], strict=True))
+        return method, max(self.seeds, key=by_seed.__getitem__)
+
+    def _methods(self) -> list[str]:
+        """Those that can be used, unless there are no others."""
+        headroom = [name for name, method in METHODS.items() if method.place == "headroom"]
+        return [name for name in self.methods if name not in headroom] or list(self.methods)
+
+    def table(self) -> str:
+        """The methods with mean ± standard deviation of all read-outs, in %.
+
+        >>> accuracies = dict.fromkeys(READOUTS, [0.8, 0.9])
+        >>> print(Comparison((0, 1), {"mpl": accuracies}, examples=400, chance=0.1).table())
+        method              delivered   student     finetuned
+        Meta Pseudo Labels  85.0 ± 7.1  85.0 ± 7.1  85.0 ± 7.1
+        chance              10.0        10.0        10.0
+        """
+        rows: list[tuple[str, ...]] = [("method", "delivered", "student", "finetuned")]
+        rows += [(title(name), *(_spread(found[one]) for one in READOUTS)) for name, found in self.methods.items()]
+        rows.append(("chance", *[f"{100 * self.chance:.1f}"] * len(READOUTS)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def caption(self) -> str:
+        """What the table shows."""
+        over = f", mean ± standard deviation over {_seeds(len(self.seeds))}" if len(self.seeds) > 1 else ""
+        return f"test accuracy in % on {self.examples:,} examples{over}"
+
+    def sentence(self) -> str:
+        """Whether the teacher's feedback helped, with its statistics, and which method is the best."""
+        found = self.against_control()
+        if found is None:
+            return f"No comparison of mpl with none was run; {self._best_of_all()}."
+        test, readout = found
+        mine = statistics.fmean(self.methods["mpl"][STUDENT])
+        theirs = statistics.fmean(self.methods["none"][readout])
+        which = "finetuned student" if readout.startswith("finetuned") else "student"
+        start = (
+            f"MPL's student reaches {mine:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), the "
+            f"same loop without feedback {theirs:.1%} (its {which}, the better of its two read-outs): "
+            f"{100 * test.mean:+.1f} points over {_seeds(test.n)}"
+        )
+        best = "" if self.best() == "mpl" else f"; {self._best_of_all()}"
+        return f"{start}{_verdict(test)}{best}."
+
+    def _best_of_all(self) -> str:
+        best = self.best()
+        reached = statistics.fmean(self.methods[best][DELIVERED])
+        return f"the best on the test set is {title(best)} with {with_chance(reached, self.examples, self.chance)}"
+
+    def delivery(self) -> str:
+        """Which run the comparison delivers, and why that one."""
+        method, seed = self.delivered()
+        if any("validation_accuracy" not in self.methods[name] for name in self._methods()):
+            why = ", the first one named; there was no validation that could tell them apart"
+        else:
+            why = "; of all methods it has the best mean validation accuracy"
+        return f"delivered: {title(method)}, seed {seed}{why}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``result.json``."""
+        found = self.against_control()
+        content: dict[str, Any] = {
+            "seeds": list(self.seeds),
+            "methods": self.methods,
+            "test_examples": self.examples,
+            "chance": self.chance,
+            "sentence": self.sentence(),
+            "delivery": self.delivery(),
+        }
+        if found is not None:
+            content["mpl_against_none"] = {"read_out": found[1], **found[0].to_json()}
+        return content
+
+
+def _spread(values: Sequence[float]) -> str:
+    std = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * std:.1f}" if len(values) > 1 else f"{100 * values[0]:.1f}"
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' if n != 1 else ''}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+
+
+def _verdict(test: PairedTest) -> str:
+    if test.n < ENOUGH_SEEDS:
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell whether the teacher's feedback helped"
+    if test.p is None:  # all differences are the same
+        return ", with every seed the same: too little to tell whether the teacher's feedback helped"
+    helped = "the teacher's feedback helped" if test.mean > 0 else "the teacher's feedback hurt"
+    unknown = "these seeds do not show whether the teacher's feedback helped"
+    return f", paired t-test p = {_p(test.p)}: {helped if test.p < 0.05 else unknown}"
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds from ``"0-9"``, ``"0,3,5"`` or a mixture.
+
+    >>> parse_seeds("0-2,7")
+    (0, 1, 2, 7)
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not _is_number(first) or (dash and not _is_number(last)):
+            raise MetaplError(f"seeds={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
+        seeds += range(int(first), int(last or first) + 1)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise MetaplError(f"seeds={text!r}: expected at least one seed, and none twice.")
+    return tuple(seeds)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()  # of other scripts' digits, and of ², Python's int takes only some

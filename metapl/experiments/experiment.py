@@ -1,0 +1,268 @@
+"""One recipe by one method, end to end: train, finetune, evaluate, and leave a run folder behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.data.images.store import record_files, replaced_files
+from metapl.errors import MetaplError
+from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
+from metapl.loss_trainer import LossTrainer
+from metapl.metrics import Evaluation, interval, spoken
+from metapl.problems.losses import CrossEntropy
+from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
+from metapl.recipes.methods import ALONE, METHODS, title
+from metapl.runs.folder import Metrics, RunFolder, weights_file
+from metapl.training import FitResult, Say, Trainer
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe, its data and where its run lives; every method trains on the same data from the same weights."""
+
+    recipe: Recipe
+    folder: RunFolder
+    resume: bool = False
+    progress: bool = True
+    say: Say = print
+
+    def run(self, method: str) -> dict[str, Any]:
+        """Train by ``method``, finetune, evaluate on the test set once, and write the folder's files.
+
+        Returns: what ``result.json`` holds: the accuracies of each network on validation and on the test set, where
+        there is one, as ``student_test_accuracy`` and the like; ``delivered``, the name of the network that is used
+        later, with its own as ``validation_accuracy``, ``test_accuracy`` and ``evaluation``.
+        """
+        torch.manual_seed(self.recipe.seed)
+        task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.place()
+        self.record(task)
+        teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
+        trained, result = METHODS[method].run(self, task, teacher, student)
+        labeller = trained.student if trained.labeller is None else trained.labeller
+        write_galleries(self.folder.path, draw_galleries(task, labeller, trained.student))
+        networks = self.networks(method, task, trained, result)
+        name = delivered(method, networks, self.selects(task))
+        for one in networks.values():
+            self.folder.write_weights(one.file, one.weights)
+        chosen = networks[name]
+        content: dict[str, Any] = {
+            "recipe": self.recipe.name,
+            "method": method,
+            "seed": self.recipe.seed,
+            "steps": self.recipe.steps,
+            "best_step": result.step,
+            "validation_size": task.validation_size,
+            "validation_chance": task.validation_chance,
+            "delivered_by": "validation" if self.selects(task) else "rule",
+            **{key: value for one in networks.values() for key, value in one.accuracies(f"{one.name}_").items()},
+            **chosen.as_delivered(),
+        }
+        self.report(content, chosen.evaluation, task)
+        self.folder.write_json("result.json", content)
+        unread = replaced_files(self.skipped)
+        if unread:
+            self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
+        return content
+
+    def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
+        """The student, the student finetuned and, where one was trained beside it, the teacher."""
+        found = [self.network("student", task, trained, result.validation_accuracy, result.weights)]
+        if result.teacher_weights is not None and METHODS[method].teaches and trained.labeller is not None:
+            theirs = LossTrainer(trained.labeller, (CrossEntropy(),), optimizer=_unused(trained.labeller))
+            right = None if task.validation is None else theirs.evaluate(task.validation).accuracy
+            found.append(self.network("teacher", task, theirs, right, result.teacher_weights))
+        found.append(self.finetuned(task, trained.student, result))
+        return {one.name: one for one in found}
+
+    def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
+        """:meth:`finetune`, and what the student then reaches."""
+        tuned = self.finetune(task, student, before)
+        return self.measured("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
+
+    def measured(
+        self,
+        name: str,
+        task: Task,
+        network: nn.Module,
+        validation_accuracy: float | None,
+        weights: Mapping[str, Tensor],
+    ) -> Network:
+        """:meth:`network` for a module that has these weights, whatever has trained it."""
+        trainer = LossTrainer(network, (CrossEntropy(),), optimizer=_unused(network))
+        return self.network(name, task, trainer, validation_accuracy, weights)
+
+    def network(
+        self, name: str, task: Task, trainer: Trainer, validation_accuracy: float | None, weights: Mapping[str, Tensor]
+    ) -> Network:
+        """A trained network with what it reaches; the trainer's student is that network."""
+        tested = None if task.test is None else trainer.evaluate(task.test, classes=list(task.classes))
+        return Network(name, dict(weights), validation_accuracy, tested)
+
+    # ------------------------------------------------------------------------------------------------- the phases
+
+    def record(self, task: Task) -> None:
+        """Leave behind on which data this runs; refuse to go on with a run on other data."""
+        path, found = self.folder.path / "data.json", json.loads(json.dumps(task.record))
+        if path.exists() and self.folder.read_json("data.json") != found:
+            raise MetaplError(
+                f"the data have changed since the run in {self.folder.path} was started (see its data.json); put them "
+                "back as they were, or start another run with another --out."
+            )
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if task.split is not None:
+            task.split.save(self.folder.path / "split.json")
+        self.folder.write_json("data.json", task.record)
+        record_files(self.skipped, task.skipped)
+
+    @property
+    def skipped(self) -> Path:
+        """Where the files are listed that cannot be read."""
+        return self.folder.path / "skipped.jsonl"
+
+    def fit(
+        self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+    ) -> FitResult:
+        """The main phase, or one before it; ``over`` replaces options of the recipe."""
+        return trainer.fit(
+            labeled,
+            unlabeled,
+            steps=self.recipe.steps,
+            phase=phase,
+            validation=task.validation,
+            truth=task.truth,
+            out=self.folder,
+            resume=self.resume,
+            progress=self.progress,
+            say=self.say,
+            **self.recipe.fit_options() | {"select": self.selects(task)} | over,
+        )
+
+    def selects(self, task: Task) -> bool:
+        """Whether there are enough validation examples to choose by."""
+        return task.validation is not None and task.validation_size >= SELECTED_ON
+
+    def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
+        """The student finetuned on the labelled data; as it was before where validation can tell that to be better."""
+        torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
+        if not self.recipe.finetune_steps:
+            return before
+        tuner = LossTrainer(student, (CrossEntropy(),), optimizer=self.recipe.finetune.build(student))
+        every = max(1, self.recipe.finetune_steps // 10)
+        options = self.recipe.fit_options() | ALONE | {"ema_decay": None, "warmup": 0, "validate_every": every}
+        result = tuner.fit(
+            task.finetuning,
+            steps=self.recipe.finetune_steps,
+            phase="finetune",
+            validation=task.validation,
+            out=self.folder,
+            resume=self.resume,
+            progress=self.progress,
+            say=self.say,
+            select=self.selects(task),
+            **options | self.recipe.finetune_options(),
+        )
+        if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
+            student.load_state_dict(before.weights)
+            return before
+        return result
+
+    def report(self, content: Mapping[str, Any], evaluation: Evaluation | None, task: Task) -> None:
+        """Draw ``report.png`` from the rows on disk and what ``result.json`` holds."""
+        from metapl.report import draw_report
+
+        draw_report(
+            self.folder.path / "report.png",
+            title=f"{self.recipe.name}: {title(content['method'])}, seed {self.recipe.seed}",
+            curves={content["method"]: Metrics(self.folder.path / "metrics.jsonl").rows("fit")},
+            confusion=None if evaluation is None else evaluation.confusion,
+            classes=list(task.classes),
+            summary=" ".join(summary(content)),
+            galleries=read_galleries(self.folder.path),
+        )
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that a run has trained, and what it reaches.
+
+    Args:
+        name: student, finetuned or teacher.
+        weights: its weights, on the host.
+        validation_accuracy: a fraction; None without validation.
+        evaluation: on the test set; None without one.
+    """
+
+    name: str
+    weights: Mapping[str, Tensor]
+    validation_accuracy: float | None
+    evaluation: Evaluation | None
+
+    @property
+    def file(self) -> str:
+        """Where its weights are in the run folder."""
+        return weights_file(self.name)
+
+    def accuracies(self, prefix: str = "") -> dict[str, float]:
+        """Its accuracies by name, for ``result.json``; nothing that was not measured."""
+        found = {"validation_accuracy": self.validation_accuracy}
+        found["test_accuracy"] = None if self.evaluation is None else self.evaluation.accuracy
+        return {prefix + key: value for key, value in found.items() if value is not None}
+
+    def as_delivered(self) -> dict[str, Any]:
+        """What ``result.json`` says of the network that is delivered."""
+        told = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
+        return {"delivered": self.name, **self.accuracies(), **told}
+
+
+def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:
+    """The name of the network that a run delivers.
+
+    Args:
+        method: of :data:`METHODS`.
+        networks: by name.
+        select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``.
+            Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
+    """
+    if select:
+        return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
+    return METHODS[method].delivers
+
+
+def summary(content: Mapping[str, Any]) -> list[str]:
+    """What a run reached, in sentences: ``result.json`` in words."""
+    name, lines = content["delivered"], []
+    tested, n = content.get("evaluation"), content["validation_size"]
+    why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
+    if tested is not None:
+        chance = Evaluation(**tested).chance
+        lines.append(f"Test accuracy of the {TITLED[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
+        if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
+            lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
+    if content.get("validation_accuracy") is not None:
+        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, content['validation_chance'])}.")
+    if not lines:
+        lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
+    part = "test" if tested is not None else "validation"
+    others = {one: content.get(f"{one}_{part}_accuracy") for one in TITLED}
+    shown = ", ".join(f"{TITLED[one]} {100 * value:.1f} %" for one, value in others.items() if value is not None)
+    if shown:
+        lines.append(f"On {part}: {shown}; delivered is the {TITLED[name]} ({why}).")
+    return lines
+
+
+def _unused(network: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer for a trainer that only evaluates."""
+    return torch.optim.SGD(network.parameters(), lr=0.0)
+
+
+ROLES: tuple[Role, ...] = ("teacher", "student")
+
+TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
+"""The networks of a run in words."""

@@ -1,0 +1,130 @@
+"""Runs that have ended, as the commands after ``train`` find them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from metapl.errors import MetaplError
+from metapl.experiments.experiment import TITLED
+from metapl.experiments.store import stored, stored_result
+from metapl.recipes import PictureRecipe, Recipe
+from metapl.recipes.base import Role
+from metapl.recipes.methods import METHODS
+from metapl.runs.folder import WEIGHTS, RunFolder, weights_file
+
+NetworkName = Literal["delivered", "student", "finetuned", "teacher"]
+"""One of a run's networks, or the one that it delivers."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run, or a comparison and the run whose networks it delivers.
+
+    Args:
+        folder: its files.
+        recipe: what was run; of a comparison, with the seed of the run that it delivers.
+        description: what ``recipe.json`` holds.
+        result: what ``result.json`` holds.
+    """
+
+    folder: RunFolder
+    recipe: Recipe
+    description: dict[str, Any]
+    result: dict[str, Any]
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether several methods were run here."""
+        return "compare" in self.description
+
+    @property
+    def title(self) -> str:
+        """The run in words."""
+        return f"{self.folder.path}: {self.recipe.name}, {self.result['method']}, seed {self.result['seed']}"
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of those that it has."""
+        return tuple(name for name in WEIGHTS if (self.folder.path / weights_file(name)).is_file())
+
+    def name(self, asked: NetworkName) -> str:
+        """Which network is meant.
+
+        Raises:
+            MetaplError: the run has no such network.
+        """
+        if asked == "delivered":
+            found: str = self.result["delivered"]
+            return found
+        if asked not in self.networks:
+            raise MetaplError(
+                f"--network {asked}: {self.folder.path} has no {weights_file(asked)}; expected one of its networks: "
+                f"{', '.join(self.networks)}."
+            )
+        return asked
+
+    def network(self, name: str) -> nn.Module:
+        """One of the run's networks, with its weights.
+
+        Args:
+            name: student, finetuned or teacher.
+
+        Raises:
+            MetaplError: the weights are missing, damaged, or of another network.
+        """
+        torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
+        role: Role = "teacher" if name == "teacher" else METHODS[self.result["method"]].built_as
+        # What it was started from need not be there any more.
+        fresh = self.recipe
+        if isinstance(fresh, PictureRecipe):
+            fresh = dataclasses.replace(fresh, weights=None)
+        file = weights_file(name)
+        weights, network = self.folder.read_weights(file), fresh.network(role)
+        found = {key: tuple(value.shape) for key, value in weights.items()}
+        expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        for key in sorted(found.keys() | expected.keys()):
+            if found.get(key) != expected.get(key):
+                raise MetaplError(
+                    f"{self.folder.path / file} does not fit the network of recipe.json: {key} is "
+                    f"{found.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
+                )
+        network.load_state_dict(weights)
+        return network
+
+    def heading(self, name: str) -> str:
+        """The run and one of its networks in words."""
+        by = {"validation": "by validation", "rule": "by rule"}[self.result["delivered_by"]]
+        which = f", delivered {by}" if name == self.result["delivered"] else ""
+        return f"{self.title}, {TITLED[name]} ({weights_file(name)}{which})"
+
+
+def finished(path: Path) -> Finished:
+    """The run in a folder.
+
+    Raises:
+        MetaplError: there is no run, or it is not finished, of another version, or damaged.
+    """
+    if not path.is_dir():
+        raise MetaplError(f"{path} is a file; expected the folder of a run." if path.exists() else _missing(path))
+    folder = RunFolder(path)
+    if not folder.exists:
+        raise MetaplError(f"{path} is no run folder: there is no recipe.json in it.")
+    recipe, description = stored(folder)
+    if not (path / "result.json").is_file():
+        raise MetaplError(
+            f"the run in {path} is not finished; go on with it by the command that started it, with --out {path} "
+            "--resume."
+        )
+    result = stored_result(folder)
+    delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])  # type: ignore[type-var]  # recipes are dataclasses
+    return Finished(folder, delivered, description, result)
+
+
+def _missing(path: Path) -> str:
+    return f"there is no folder {path}; expected one that metapl train wrote, such as runs/digits-001."

@@ -1,0 +1,124 @@
+"""What a classifier's logits say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metapl.checks import finite
+from metapl.errors import MetaplError
+from metapl.metrics.chance import chance_level
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of one classifier on one labelled set of n examples.
+
+    Accuracies are fractions between 0 and 1. `top5` is None for 5 classes or fewer, a class without examples has None
+    in `per_class`, `confusion[t][p]` counts the examples of class t that were taken for class p, and `classes` are the
+    names given, in the order of the logits.
+    """
+
+    n: int
+    accuracy: float
+    top5: float | None
+    negative_log_likelihood: float
+    expected_calibration_error: float
+    per_class: tuple[float | None, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing on these examples; see :func:`metapl.metrics.chance_level`."""
+        return chance_level([sum(row) for row in self.confusion])
+
+    def to_json(self) -> dict[str, Any]:
+        """The same figures as dicts, lists and numbers, ready for `json.dumps`."""
+        plain = asdict(self)
+        plain["per_class"] = list(self.per_class)
+        plain["confusion"] = [list(row) for row in self.confusion]
+        plain["classes"] = None if self.classes is None else list(self.classes)
+        return plain
+
+
+def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] | None = None) -> Evaluation:
+    """Measures accuracy, calibration and likelihood of logits against the true labels.
+
+        p = softmax(logits),   ŷ_i = argmax_k p_ik,   accuracy = (1/N) Σ_i [ŷ_i = y_i],   NLL = −(1/N) Σ_i log p_i,y_i
+        ECE = Σ_b (n_b / N) |acc_b − conf_b|
+
+    over 15 bins of equal width, the b-th with (b−1)/15 < max_k p_ik ≤ b/15, where n_b counts its examples, acc_b is
+    their accuracy and conf_b their mean max_k p_ik.
+
+    Args:
+        logits_NC: (N, C), any floating dtype, finite; what follows is computed in float64.
+        labels_N: (N,) integers from 0 to C−1.
+        classes: C names.
+
+    Returns:
+        the figures. Between equal logits, the first class wins.
+
+    Raises:
+        MetaplError: shapes, dtypes or values are not as above; a model that has diverged gives logits that are not
+            finite, and no accuracy of it means anything.
+
+    >>> evaluation = evaluate_logits(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1, 1]))
+    >>> round(evaluation.accuracy, 4), evaluation.per_class, evaluation.confusion
+    (0.6667, (1.0, 0.5), ((1, 0), (1, 1)))
+
+    Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
+    """
+    _check(logits_NC, labels_N, classes)
+    count, width = logits_NC.shape
+    labels_N = labels_N.to("cpu", torch.int64)
+    log_p_NC = torch.log_softmax(logits_NC.detach().to("cpu", torch.float64), dim=1)
+    # From the logits, for softmax can make a tie of two logits; `max` takes the first of equals on the CPU.
+    predicted_N = logits_NC.detach().cpu().max(dim=1).indices
+    confusion_CC = torch.bincount(labels_N * width + predicted_N, minlength=width * width).reshape(width, width)
+    correct_N = predicted_N == labels_N
+    return Evaluation(
+        n=count,
+        accuracy=_share(correct_N),
+        top5=_share((log_p_NC.topk(5, dim=1).indices == labels_N[:, None]).any(dim=1)) if width > 5 else None,
+        negative_log_likelihood=float(-log_p_NC.gather(1, labels_N[:, None]).mean()),
+        expected_calibration_error=_calibration_error(log_p_NC.amax(dim=1).exp(), correct_N),
+        per_class=tuple(row[index] / sum(row) if sum(row) else None for index, row in enumerate(confusion_CC.tolist())),
+        confusion=tuple(tuple(row) for row in confusion_CC.tolist()),
+        classes=None if classes is None else tuple(classes),
+    )
+
+
+def _calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:
+    bin_N = (confidence_N * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    gap_N = correct_N.to(torch.float64) - confidence_N
+    # n_b / N · |acc_b − conf_b| = |Σ of the gaps in bin b| / N, so no bin is divided by its count.
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, bin_N, gap_N)
+    return float(gaps.abs().sum() / len(gap_N))
+
+
+def _share(hit_N: Tensor) -> float:
+    return int(hit_N.sum()) / len(hit_N)
+
+
+def _check(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] | None) -> None:
+    shapes = f"logits {tuple(logits_NC.shape)} and labels {tuple(labels_N.shape)}"
+    if logits_NC.ndim != 2 or labels_N.ndim != 1 or len(logits_NC) != len(labels_N) or logits_NC.numel() == 0:
+        raise MetaplError(f"{shapes} were given; expected (N, C) and (N,) with N and C at least 1")
+    if not logits_NC.is_floating_point():
+        raise MetaplError(f"the logits are {logits_NC.dtype}; expected floating-point numbers")
+    if labels_N.is_floating_point() or labels_N.is_complex() or labels_N.dtype == torch.bool:
+        raise MetaplError(f"the labels are {labels_N.dtype}; expected integers, the index of each class")
+    width = logits_NC.shape[1]
+    low, high = int(labels_N.min()), int(labels_N.max())
+    if low < 0 or high >= width:
+        raise MetaplError(f"the labels run from {low} to {high}; {width} logits allow 0 to {width - 1}")
+    if classes is not None and len(classes) != width:
+        raise MetaplError(f"{len(classes)} names of classes were given for {width} logits")
+    finite(logits_NC)

@@ -1,0 +1,556 @@
+"""Checkpoints that survive full disks, kills and flipped bits, or say plainly that they did not.
+
+A file is one line of ASCII, then the payload, which is what `torch.save` writes:
+
+    metapl-checkpoint <format> <bytes in the payload> <sha256 of the payload> <crc32 of the line up to here>
+
+Later formats keep the line's first two words, so that an older metapl can name what it cannot read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import pickle
+import random
+import re
+import shutil
+import stat
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import torch
+
+from metapl.errors import MetaplError
+from metapl.runs.atomic import replacing
+
+FORMAT = 1
+MAGIC = b"metapl-checkpoint"
+
+_HEADER = re.compile(rb"(.{17}) (\d{4}) (\d{20}) ([0-9a-f]{64}) ([0-9a-f]{8})\n", re.DOTALL)
+_HEADER_BYTES = 17 + 1 + 4 + 1 + 20 + 1 + 64 + 1 + 8 + 1
+_LATER_HEADER = re.compile(re.escape(MAGIC) + rb" (\d+)\s")
+_CHUNK = 1 << 20
+
+_USE_AN_OLDER_ONE = "go back to an older checkpoint; CheckpointFolder(folder).newest() finds the newest whole one"
+_HOW_TO_MEND = {
+    errno.ENOSPC: "Free some room or choose a folder on another disk",
+    errno.EDQUOT: "Your quota is used up: free some room or choose a folder on another disk",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: "Give yourself the right to write in that folder, or choose another",
+    errno.EPERM: "Give yourself the right to write in that folder, or choose another",
+    errno.EROFS: "The file system is read-only: choose another folder",
+    errno.ENOENT: "Create the folder first",
+    errno.ENOTDIR: "Create the folder first",
+    errno.EISDIR: "A folder has that name: choose another",
+}
+
+
+class CheckpointError(MetaplError):
+    """A checkpoint could not be written or read; the text names the file, what is wrong and how to mend it."""
+
+
+def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Writes `state` to `path` so that the file is whole, or is as it was before.
+
+    Args:
+        path: the file to write; its folder exists. A checkpoint of that name is replaced when the new one is on disk.
+        state: a tree of dicts, lists and tuples whose leaves are tensors, numbers, strings, bytes and None.
+
+    Cost: no copy of the state in memory; for a moment room on disk for the old file and the new one.
+
+    Raises:
+        CheckpointError: the state holds something that `load` could not bring back, or the disk refused. Then nothing
+            is left behind, and the text says how much room was needed and whether the earlier file is whole.
+
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "first.ckpt"
+    >>> save(path, {"step": 3, "weights": torch.ones(2)})
+    >>> load(path)
+    {'step': 3, 'weights': tensor([1., 1.])}
+    """
+    path = Path(path)
+    _save(path, state, last_whole=lambda: path if _is_whole(path) else None)
+
+
+def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Reads what `save` wrote, after checking that every byte is as it was written.
+
+    Args:
+        path: the file that `save` wrote.
+        map_location: the device for the tensors, as in `torch.load`.
+
+    Returns:
+        the state. No code from the file is ever run (`torch.load(weights_only=True)`).
+
+    Cost: the file is read twice, once for its checksum.
+
+    Raises:
+        CheckpointError: the file is missing, empty, truncated, damaged, not a checkpoint of metapl, of a later format
+            or unreadable; the text says which, and how to mend it.
+    """
+    path = Path(path)
+    with _open_whole(path) as file:
+        try:
+            state = torch.load(file, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} holds objects other than tensors and plain values, and metapl runs no code from a file; "
+                f"write it with metapl.runs.checkpoint.save. torch says: {_first_line(error)}"
+            ) from error
+        except (RuntimeError, ValueError, EOFError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} is whole, but torch {torch.__version__} could not rebuild it on {map_location}: "
+                f"{_first_line(error)}; try map_location='cpu'"
+            ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__} instead of a dict; {_USE_AN_OLDER_ONE}")
+    return state
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that was passed over, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest whole checkpoint; `skipped` names the newer ones that were not, newest first."""
+
+    path: Path
+    state: dict[str, Any]
+    skipped: tuple[Skipped, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A folder that keeps the last few checkpoints, `step-00001234.ckpt` and so on; one process writes to it.
+
+    Args:
+        folder: made at the first write.
+        keep: how many checkpoints stay, at least 1. The disk needs room for one more.
+
+    >>> import tempfile
+    >>> checkpoints = CheckpointFolder(tempfile.mkdtemp(), keep=2)
+    >>> for step in (10, 20, 30):
+    ...     _ = checkpoints.write(step, {"step": step})
+    >>> [path.name for path in checkpoints.paths()]
+    ['step-00000030.ckpt', 'step-00000020.ckpt']
+    >>> checkpoints.newest().state
+    {'step': 30}
+    """
+
+    folder: Path
+    keep: int
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
+        if keep < 1:
+            raise MetaplError(f"keep={keep} would keep no checkpoint; give 1 or more")
+        object.__setattr__(self, "folder", Path(folder))
+        object.__setattr__(self, "keep", keep)
+
+    def write(self, step: int, state: dict[str, Any]) -> Path:
+        """Writes a checkpoint, then deletes the oldest earlier ones beyond `keep`.
+
+        Args:
+            step: 0 or more, the number in the name.
+            state: as in `save`.
+
+        Returns:
+            the new file. Checkpoints of later steps, left from before a restart, stay until `step` passes them.
+
+        Raises:
+            CheckpointError: as `save`; the text names the last whole checkpoint of the folder.
+        """
+        if step < 0:
+            raise MetaplError(f"step={step} is negative; a checkpoint is named by the number of steps done")
+        path = self.folder / f"step-{step:08d}.ckpt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_strays()
+        except OSError as error:
+            raise CheckpointError(_could_not_write(path, error, None, self._last_whole())) from error
+        _save(path, state, last_whole=self._last_whole)
+        self._remove_oldest(step)
+        return path
+
+    def newest(self, map_location: str | torch.device = "cpu") -> Found | None:
+        """Loads the checkpoint of the latest step that is whole.
+
+        Args:
+            map_location: as in `load`.
+
+        Returns:
+            it, with what was passed over; None where the folder holds no checkpoint at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be used. To return None would start training anew
+                and in time replace them.
+        """
+        skipped: list[Skipped] = []
+        for path in self.paths():
+            try:
+                return Found(path, load(path, map_location), tuple(skipped))
+            except CheckpointError as error:
+                skipped.append(Skipped(path, str(error)))
+        if not skipped:
+            return None
+        reasons = "\n".join(f"  {one.reason}" for one in skipped)
+        raise CheckpointError(
+            f"{self.folder} holds {len(skipped)} checkpoint(s) and none can be used; to start anew, move them away:\n"
+            + reasons
+        )
+
+    def paths(self) -> list[Path]:
+        """The checkpoints by name, newest first, whole or not."""
+        return [path for _, path in self._numbered()]
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        try:
+            names = sorted(self.folder.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be listed: {error.strerror}; give a folder that you may read"
+            ) from error
+        matches = ((re.fullmatch(r"step-(\d{8,})\.ckpt", path.name), path) for path in names)
+        return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+    def _last_whole(self) -> Path | None:
+        try:
+            return next((path for path in self.paths() if _is_whole(path)), None)
+        except CheckpointError:  # the folder cannot be listed; what failed before this is the better message
+            return None
+
+    def _remove_strays(self) -> None:
+        """Removes what killed processes left; only names that `replacing` makes, the folder may hold a user's files."""
+        for path in self.folder.iterdir():
+            if re.fullmatch(r"step-\d{8,}\.ckpt\.[0-9a-f]{8}\.tmp", path.name):
+                path.unlink(missing_ok=True)
+
+    def _remove_oldest(self, step: int) -> None:
+        earlier = [path for number, path in self._numbered() if number < step]
+        for path in earlier[self.keep - 1 :]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
+                warnings.warn(f"the old checkpoint {path} could not be deleted: {error.strerror}", stacklevel=3)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every default random number generator: Python's, numpy's, torch's on the CPU and on CUDA.
+
+    Returns:
+        a tree that `save` takes and `set_rng_state` restores.
+
+    >>> before = rng_state()
+    >>> first = random.random(), torch.rand(2)
+    >>> set_rng_state(before)
+    >>> second = random.random(), torch.rand(2)
+    >>> first[0] == second[0] and torch.equal(first[1], second[1])
+    True
+    """
+    import numpy
+
+    version, words, next_gauss = random.getstate()
+    return {
+        "python": {"version": version, "words": list(words), "next_gauss": next_gauss},
+        "numpy": _plain(numpy.random.get_state(legacy=False)),  # noqa: NPY002 - the global one is meant
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restores what `rng_state` returned; warns where the number of CUDA devices has changed.
+
+    Args:
+        state: from `rng_state`, perhaps through a checkpoint, its tensors on any device.
+
+    Raises:
+        CheckpointError: it is not such a state; then all generators are as they were.
+    """
+    before = rng_state()
+    try:
+        _set_rng_state(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        _set_rng_state(before)
+        raise CheckpointError(
+            f"this is not a state of the random number generators ({type(error).__name__}: {_first_line(error)}); "
+            "give what metapl.runs.checkpoint.rng_state() returned"
+        ) from error
+    saved, present = len(state["cuda"]), len(before["cuda"])
+    if saved != present:
+        warnings.warn(
+            f"the random number generators of {saved} CUDA device(s) were saved and {present} are present; "
+            "what runs on CUDA will draw other numbers than before",
+            stacklevel=2,
+        )
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    import numpy
+
+    python, saved_cuda = state["python"], state["cuda"]
+    random.setstate((python["version"], tuple(python["words"]), python["next_gauss"]))
+    numpy.random.set_state(state["numpy"])  # noqa: NPY002 - the global one is meant
+    # A checkpoint loaded with map_location="cuda" has moved these too, and the setters take CPU tensors only.
+    torch.set_rng_state(state["torch"].cpu())
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, one in enumerate(saved_cuda[:present]):
+        torch.cuda.set_rng_state(one.cpu(), device)
+
+
+def _plain(value: Any) -> Any:
+    """numpy's arrays and numbers as lists and numbers, which `torch.load(weights_only=True)` brings back."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _save(path: Path, state: dict[str, Any], last_whole: Callable[[], Path | None]) -> None:
+    if type(state) not in (dict, OrderedDict):
+        raise CheckpointError(f"a checkpoint is a dict, and a {type(state).__name__} was given")
+    _check_tree(state, "state", ())
+    sealed: _Sealed | None = None
+    try:
+        with replacing(path) as file:
+            sealed = _Sealed(file)
+            _torch_save(state, sealed)
+            sealed.finish()
+    except OSError as error:
+        size = sealed.size + _HEADER_BYTES if sealed else None
+        raise CheckpointError(_could_not_write(path, error, size, last_whole())) from error
+
+
+def _torch_save(state: dict[str, Any], sealed: _Sealed) -> None:
+    try:
+        # torch calls write and flush alone of all that a file can do.
+        torch.save(state, cast(IO[bytes], sealed))
+    except RuntimeError as error:
+        # A Ctrl-C that falls into torch's C++ writer comes out as an error about the archive.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
+
+
+class _Sealed:
+    """The file that `torch.save` writes to: it counts and hashes the payload, and holds back the disk's errors.
+
+    An OSError inside torch's C++ writer would come out as a RuntimeError about a zip archive. Held back, it comes out
+    as itself; and as the rest is still counted, the message can say how much room is needed.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.size = 0
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self._failure: OSError | None = None
+        self._try_to_write(b"\0" * _HEADER_BYTES)
+
+    def write(self, data: bytes | memoryview) -> int:
+        written = memoryview(data).nbytes
+        self.size += written
+        if self._failure is None:
+            self._sha256.update(data)
+            self._try_to_write(data)
+        return written
+
+    def flush(self) -> None:
+        """torch calls it; `replacing` flushes for good."""
+
+    def finish(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._file.seek(0)
+        self._file.write(_header(self.size, self._sha256.hexdigest()))
+
+    def _try_to_write(self, data: bytes | memoryview) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._failure = error
+
+
+def _header(size: int, sha256: str, version: int = FORMAT) -> bytes:
+    line = b"%s %04d %020d %s " % (MAGIC, version, size, sha256.encode())
+    return line + b"%08x\n" % zlib.crc32(line)
+
+
+def _check_tree(value: Any, where: str, above: tuple[int, ...]) -> None:
+    """Refuses what `load` could not bring back, before anything is written."""
+    # Exact types throughout: numpy.float64 is a float too, and a named tuple a tuple.
+    if id(value) in above:
+        raise CheckpointError(f"{where} contains itself; a checkpoint is a tree")
+    if type(value) in (dict, OrderedDict):
+        for key, inner in value.items():
+            _check_key(key, where)
+            _check_tree(inner, f"{where}[{key!r}]", (*above, id(value)))
+    elif type(value) in (list, tuple, torch.Size):
+        for index, inner in enumerate(value):
+            _check_tree(inner, f"{where}[{index}]", (*above, id(value)))
+    elif type(value) in (torch.Tensor, torch.nn.Parameter):
+        if value.is_meta:
+            raise CheckpointError(f"{where} is a tensor on the meta device, which has no values to save")
+    elif type(value) not in (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device):
+        raise CheckpointError(_not_plain(value, where))
+
+
+def _check_key(key: Any, where: str) -> None:
+    inner = key if type(key) is tuple else (key,)
+    if any(type(one) not in (str, int, float, bool, bytes, type(None)) for one in inner):
+        raise CheckpointError(f"{where} has the key {key!r}, a {_type_name(key)}; give strings or numbers as keys")
+
+
+def _not_plain(value: Any, where: str) -> str:
+    if isinstance(value, torch.Tensor):
+        mend = "turn it into a plain tensor first (full_tensor() of a DTensor)"
+    elif isinstance(value, tuple):
+        mend = "give tuple(...) or _asdict() of a named tuple"
+    elif type(value).__module__ == "numpy":
+        mend = "give torch.as_tensor(...) of an array, .item() of a number"
+    else:
+        mend = "give its values"
+    return f"{where} is a {_type_name(value)}; a checkpoint holds trees of tensors and plain Python values: {mend}"
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _could_not_write(path: Path, error: OSError, size: int | None, last_whole: Path | None) -> str:
+    facts = [] if size is None else [f"it needs {_bytes(size)}"]
+    with contextlib.suppress(OSError):  # the folder is missing or closed to us, which the error itself says
+        facts.append(f"{_bytes(shutil.disk_usage(path.parent).free)} are free on that disk")
+    room = f" ({', '.join(facts)})" if facts else ""
+    kept = f"the last checkpoint, {last_whole}, is whole" if last_whole else "no earlier checkpoint was found"
+    mend = _HOW_TO_MEND.get(error.errno or 0, "See to the disk, then write again")
+    return f"{path} could not be written: {error.strerror or error}{room}. Nothing was left behind and {kept}. {mend}"
+
+
+def _bytes(number: int) -> str:
+    """
+    >>> _bytes(999), _bytes(1_234_567)
+    ('999 bytes', '1.2 MB')
+    """
+    if number < 1000:
+        return f"{number} bytes"
+    power = min((len(str(number)) - 1) // 3, 4)
+    return f"{number / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _open_whole(path).close()
+    except CheckpointError:
+        return False
+    return True
+
+
+def _open_whole(path: Path) -> BinaryIO:
+    """Opens a checkpoint at its payload, or says why it is none."""
+    file = _open(path)
+    try:
+        size, sha256 = _read_header(path, file)
+        digest = hashlib.sha256()
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+        if digest.hexdigest() != sha256:
+            raise CheckpointError(
+                f"{path} is damaged: its {size} bytes have another checksum than when they were written; "
+                + _USE_AN_OLDER_ONE
+            )
+        file.seek(_HEADER_BYTES)
+    except OSError as error:
+        file.close()
+        raise CheckpointError(f"{path} could not be read: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        # Before opening: to open a named pipe would wait for ever.
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise CheckpointError(f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()")
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path} is no regular file; give one that metapl.runs.checkpoint.save wrote")
+        return open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path} does not exist; give the path that the checkpoint was written to") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read by this user; change its permissions (chmod u+r)") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be opened: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[int, str]:
+    """Returns the payload's size and checksum; raises where line and length do not belong to a whole checkpoint."""
+    total = os.fstat(file.fileno()).st_size
+    line = file.read(_HEADER_BYTES)
+    if not line:
+        raise CheckpointError(f"{path} is empty; {_USE_AN_OLDER_ONE}")
+    match = _HEADER.fullmatch(line)
+    if match is None or match[1] != MAGIC or int(match[5], 16) != zlib.crc32(line[: match.start(5)]):
+        raise CheckpointError(_wrong_header(path, line, shaped=match is not None))
+    version, size, sha256 = int(match[2]), int(match[3]), match[4].decode()
+    if version > FORMAT:
+        raise CheckpointError(_later_format(path, version))
+    payload = total - _HEADER_BYTES
+    if payload < size:
+        raise CheckpointError(f"{path} is truncated: {payload} of {size} bytes are there; {_USE_AN_OLDER_ONE}")
+    if payload > size:
+        raise CheckpointError(f"{path} is damaged: {payload - size} bytes follow its end; {_USE_AN_OLDER_ONE}")
+    return size, sha256
+
+
+def _wrong_header(path: Path, line: bytes, shaped: bool) -> str:
+    later = _LATER_HEADER.match(line)
+    # A line of this format's shape with a wrong checksum was this format: a flipped bit can look like a later number.
+    if not shaped and later and int(later[1]) > FORMAT:
+        return _later_format(path, int(later[1]))
+    if len(line) < _HEADER_BYTES and (line.startswith(MAGIC) or MAGIC.startswith(line)):
+        return f"{path} is truncated: it ends within its first line; {_USE_AN_OLDER_ONE}"
+    if shaped or line.startswith(MAGIC):
+        return f"{path} is damaged in its first line; {_USE_AN_OLDER_ONE}"
+    if not line.strip(b"\0"):
+        return f"{path} is damaged: it begins with zeros, as after a power cut; {_USE_AN_OLDER_ONE}"
+    return f"{path} is not a checkpoint of metapl but {_looks_like(line)}"
+
+
+def _later_format(path: Path, version: int) -> str:
+    return f"{path} was written by format {version}, this metapl reads up to {FORMAT}; upgrade metapl"
+
+
+def _looks_like(line: bytes) -> str:
+    if line.startswith(b"PK\x03\x04"):
+        return (
+            "a zip file, perhaps one of torch.save; read such a file with torch.load(path, weights_only=True) "
+            "and write it anew with metapl.runs.checkpoint.save"
+        )
+    if re.match(rb"\x80[\x02-\x05]", line):
+        return "a pickle, which may hold code, so it is not opened; give a file that metapl.runs.checkpoint.save wrote"
+    if any(byte < 32 and byte not in b"\t\n\r" for byte in line):
+        return f"another file, beginning with {line[:8]!r}; give one that metapl.runs.checkpoint.save wrote"
+    text = line.decode(errors="replace")
+    return f"text, beginning with {text[:24]!r}; give a file that metapl.runs.checkpoint.save wrote"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:300]

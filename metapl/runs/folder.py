@@ -1,0 +1,340 @@
+"""A run on disk: what was run, what it measured, and what it ended with.
+
+recipe.json           the recipe as it ran, with versions and hardware
+data.json             on which data, by their hashes
+split.json            which examples are labelled, unlabelled, held out, where the recipe draws that from a data set
+metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
+tensorboard/<phase>/  the same for TensorBoard
+checkpoints/<phase>/  whole checkpoints only
+student.safetensors   the student; finetuned_student.safetensors and teacher.safetensors likewise
+pictures.safetensors  the pictures of the report
+report.png            curves, confusion matrix, quality of the pseudo-labels, pictures
+skipped.jsonl         the files that could not be read, where there are any
+result.json           the end: accuracies
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from metapl.cores import available_cores, default_threads
+from metapl.errors import MetaplError
+from metapl.runs.atomic import replacing
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.locks import lock
+
+FORMAT = 2
+"""The layout of run folders that this version writes and reads."""
+
+SPEED_ALONE = ("num_workers",)
+"""Fields of recipes in which the parts of a run may differ: they change nothing but speed."""
+
+
+WEIGHTS = {
+    "student": "student.safetensors",
+    "finetuned": "finetuned_student.safetensors",
+    "teacher": "teacher.safetensors",
+}
+
+
+def weights_file(network: str) -> str:
+    """The file of a network's weights in a run folder: of the student, the student finetuned or the teacher."""
+    return WEIGHTS[network]
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has been started here."""
+        return (self.path / "recipe.json").is_file()
+
+    def start(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
+        """Claim the folder for a recipe, or go on with the run in it.
+
+        Raises:
+            MetaplError: a run is here and ``resume`` is not asked for; or it is of another recipe or format; or the
+                folder cannot be made.
+        """
+        if self.exists:
+            self._check_same(recipe, resume)
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MetaplError(f"the run folder {self.path} cannot be made: {error.strerror}.") from error
+        self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
+
+    @contextmanager
+    def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
+        """:meth:`start`, and hold the folder against other processes until the block ends or the process dies.
+
+        A new run that is refused in the block before it has begun to train leaves nothing behind.
+        """
+        beginning = None if self.exists else _Beginning.of(self.path)
+        self.start(recipe, resume=resume)
+        with (self.path / ".lock").open("w") as file:
+            _close_in_forks(file)
+            _lock(file, self.path)
+            try:
+                yield
+            except MetaplError:
+                if beginning is not None:
+                    beginning.undo()
+                raise
+
+    def refuse_another_run(self, resume: bool) -> None:
+        """Stop where a run is here and ``resume`` is not asked for."""
+        if self.exists and not resume:
+            raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
+
+    def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
+        self.refuse_another_run(resume)
+        before, now = _flat(self.recipe()), _flat(json.loads(json.dumps(dict(recipe))))
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in SPEED_ALONE)
+        if changed:
+            what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
+            raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
+
+    def threads(self) -> int:
+        """Threads of the linear algebra that the run in the folder was started with; for a new one, the default.
+
+        Whoever goes on with a run, or looks at it again, takes as many: rounding depends on their number.
+        """
+        begun = self.read_json("recipe.json").get("made_with", {}) if self.exists else {}
+        return int(begun.get("threads") or default_threads())
+
+    def recipe(self) -> dict[str, Any]:
+        """The recipe of the run in the folder."""
+        found = self.read_json("recipe.json")
+        if found.get("format") != FORMAT:
+            made = found.get("made_with", {}).get("metapl", "?")
+            raise MetaplError(
+                f"{self.path} was written in run format {found.get('format')!r}; this metapl {version('metapl')} reads "
+                f"format {FORMAT}. Train again, or use the version that wrote it: {made}."
+            )
+        recipe: dict[str, Any] = found["recipe"]
+        return recipe
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of the folder's JSON files."""
+        file = self.path / name
+        if not file.is_file():
+            raise MetaplError(f"{self.path} is no run folder that has got so far: {name} is missing in it.")
+        try:
+            content: dict[str, Any] = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise MetaplError(f"{file} cannot be read: {error}.") from error
+        return content
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file whole or not at all."""
+        with _written(self.path / name) as file:
+            file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def checkpoints(self, phase: str, keep: int = 2) -> CheckpointFolder:
+        """The checkpoints of a phase, of which the last ``keep`` stay."""
+        return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
+
+    def write_weights(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Weights as safetensors: the file depends on them alone."""
+        from safetensors.torch import save
+
+        plain = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}
+        with _written(self.path / name) as file:
+            file.write(save(plain))
+
+    def _how_to_get(self, name: str) -> str:
+        if not (self.path / "result.json").is_file():
+            return "The run has not got so far: finish it with --resume."
+        left = [network for network, file in WEIGHTS.items() if (self.path / file).is_file()]
+        instead = f" What is left: --network {' or '.join(left)}." if left else ""
+        return f"The run was finished, so --resume does not mend it: train again with another --out.{instead}"
+
+    def read_weights(self, name: str) -> dict[str, Tensor]:
+        """The weights in a safetensors file of the folder."""
+        from safetensors.torch import load_file
+
+        file = self.path / name
+        if not file.is_file():
+            raise MetaplError(f"{file} is missing. {self._how_to_get(name)}")
+        try:
+            weights: dict[str, Tensor] = load_file(file)
+        except Exception as error:  # safetensors raises its own types, and OSError
+            raise MetaplError(f"{file} cannot be read: {error}.") from error
+        return weights
+
+
+BEFORE_TRAINING = ("recipe.json", ".lock", "data.json", "split.json", "skipped.jsonl")
+"""What a run writes before its first step."""
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What stood where a run is about to start, so that only what the run made is taken back.
+
+    Args:
+        path: the run's folder.
+        there: names in it; none where there was no folder.
+        made: the folders that have to be made for it, the innermost first.
+    """
+
+    path: Path
+    there: frozenset[str]
+    made: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> _Beginning:
+        there = frozenset(os.listdir(path)) if path.is_dir() else frozenset()
+        return cls(path, there, tuple(one for one in (path, *path.parents) if not one.exists()))
+
+    def undo(self) -> None:
+        """Remove the run's files and folders, unless it has begun to train: then they are worth keeping."""
+        new = set(os.listdir(self.path)) - self.there
+        if not new <= set(BEFORE_TRAINING):
+            return
+        for name in new:
+            (self.path / name).unlink()
+        for folder in self.made:
+            try:
+                folder.rmdir()
+            except OSError:  # another run is in it by now
+                return
+
+
+class Metrics:
+    """``metrics.jsonl``, one row per logged step of a phase.
+
+    Rows after the step that is resumed from belong to work that was lost: they are cut off before going on, so the file
+    of a resumed run equals that of an uninterrupted one.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def rows(self, phase: str | None = None) -> list[dict[str, Any]]:
+        """The rows written so far, a torn last line left out."""
+        if not self.file.exists():
+            return []
+        lines = self.file.read_text().split("\n")[:-1]
+        rows = [json.loads(line) for line in lines if line]
+        return [row for row in rows if phase is None or row["phase"] == phase]
+
+    def cut(self, phase: str, step: int) -> None:
+        """Forget rows of ``phase`` after ``step``, and go on behind the other phases' rows."""
+        rows = self.rows()
+        others = [row for row in rows if row["phase"] != phase]
+        kept = [row for row in rows if row["phase"] == phase and row["step"] <= step]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.file) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in others + kept).encode())
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        with self.file.open("a") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+
+    def sync(self) -> None:
+        """Put the rows on disk."""
+        if self.file.exists():
+            with self.file.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def _written(file: Path) -> Iterator[BinaryIO]:
+    """:func:`replacing`, with the disk's refusal in words."""
+    try:
+        with replacing(file) as new:
+            yield new
+    except OSError as error:
+        raise MetaplError(
+            f"{file} could not be written: {error.strerror or error}; what was there before is whole. Mend that (is "
+            "the disk full?), then go on with --resume."
+        ) from error
+
+
+def _flat(recipe: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Every field by the name that it has on the command line.
+
+    >>> _flat({"name": "digits", "fields": {"seed": 3, "student": {"lr": 0.1}}})
+    {'name': 'digits', 'seed': 3, 'student.lr': 0.1}
+    """
+    found: dict[str, Any] = {}
+    for name, value in recipe.items():
+        whole = f"{above}.{name}".removeprefix("fields.").removeprefix(".")
+        found |= _flat(value, whole) if isinstance(value, dict) else {whole: value}
+    return found
+
+
+def _close_in_forks(file: IO[str]) -> None:
+    """A forked process shares the lock: workers that outlive a parent that was killed would hold it."""
+    held = weakref.ref(file)
+
+    def close() -> None:
+        found = held()
+        if found is not None:
+            found.close()
+
+    if hasattr(os, "register_at_fork"):  # Windows has no forks
+        os.register_at_fork(after_in_child=close)
+
+
+def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:
+    """Take the lock, waiting a little for a process that is just going."""
+    give_up = time.monotonic() + patience
+    while True:
+        try:
+            lock(file, wait=False)
+            return
+        except OSError:
+            if time.monotonic() > give_up:
+                raise MetaplError(f"another process is running in {folder}; wait for it, or stop it.") from None
+            time.sleep(0.1)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record of a run."""
+    cuda = torch.cuda.is_available()
+    return {
+        "metapl": version("metapl"),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "torchopt": version("torchopt"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpus": available_cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

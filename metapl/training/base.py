@@ -1,0 +1,146 @@
+"""The base of all trainers: fitting, evaluation, prediction, saving and loading."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metapl import checks
+from metapl.errors import MetaplError
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of, input_batches, logits_of
+from metapl.numerics import wide
+from metapl.runs import checkpoint
+from metapl.runs.folder import RunFolder
+from metapl.training.callbacks import Callback
+from metapl.training.contract import Say, Stepwise
+from metapl.training.loop import FitResult, FitRun
+from metapl.training.options import FitOptions
+
+
+class Trainer(Stepwise):
+    """A trainer that can be fitted, evaluated, saved and loaded."""
+
+    precision: str = "float32"
+    steps_done: int = 0
+
+    def fit(
+        self,
+        labeled: Any,
+        unlabeled: Any = None,
+        *,
+        steps: int,
+        validation: Any = None,
+        truth: Any = None,
+        out: str | RunFolder | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        say: Say | None = None,
+        callbacks: Sequence[Callback] = (),
+        **options: Any,
+    ) -> FitResult:
+        """Train for ``steps`` steps, and leave the best student by validation in place.
+
+        Args:
+            labeled, unlabeled: endless or re-iterable sources of batches: a DataLoader, a list of batches, metapl's
+                own step batches, anything :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where nothing reads
+                it. The batches are as :meth:`step` takes them; of a loader that gives labels too,
+                :func:`metapl.data.without_labels` leaves them out.
+            steps: in all, those of an earlier part of the run included.
+            validation: (inputs, labels) or an iterable of such batches; without it the last student is kept.
+            truth: (inputs, labels) of unlabelled examples whose labels happen to be known, for recording how many of
+                the teacher's labels are right; nothing is trained or selected on it.
+            out: a folder for metrics, TensorBoard events and checkpoints.
+            resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
+                phase is refused.
+            progress: show on standard error how far it is: a bar on a terminal, else a line for each validation.
+            say: where messages go; default: standard error.
+            callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded (see
+                ``log_every`` and ``validate_every``): the number of steps done, the numbers of that row, and this
+                trainer, whose student is the one in training. It may raise :class:`metapl.StopFit`, which ends the fit
+                and keeps what was done; what it draws from the default generators of torch is undone. Saved and
+                restored with the run are those with ``state_dict`` and ``load_state_dict``.
+            options: the other fields of :class:`FitOptions`.
+
+        Returns: a :class:`FitResult`.
+
+        Raises:
+            MetaplError: wrong options or sources, a loss that is not finite (with its step and the last good
+                checkpoint), a disk that is full.
+            Interrupted: after Ctrl-C or SIGTERM, when the step under way is finished and saved.
+
+        >>> import metapl
+        >>> x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+        >>> trainer = metapl.LossTrainer(model := torch.nn.Linear(4, 2), optimizer=torch.optim.SGD(model.parameters()))
+        >>> steps = []
+        >>> found = trainer.fit([(x, (x[:, 0] > 0).long())], steps=6, log_every=2,
+        ...                     callbacks=[lambda step, row, trainer: steps.append(step)])
+        >>> steps, sorted(found.history[-1])
+        ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
+        """
+        how = FitOptions(steps=steps, **options)
+        if out == "":
+            raise MetaplError("out='' is no folder; expected its path, or None to keep nothing.")
+        folder = RunFolder(out) if isinstance(out, str | Path) else out
+        run = FitRun(self, how, folder, validation, truth, progress, say or _to_stderr, callbacks)
+        return run.run(labeled, unlabeled, resume)
+
+    def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
+        """Accuracy, per class, confusion matrix and calibration of the student on (inputs, labels) or batches."""
+        logits, labels = predict_logits(self.student, batches_of(data, self.device))
+        return evaluate_logits(logits, labels, classes)
+
+    def predict(self, data: Any) -> Tensor:
+        """The student's class probabilities, softmax(S(x)), in eval mode and without gradients.
+
+        Args:
+            data: inputs, a tensor or a numpy array (B, ...) or a dict of these, or an iterable of batches of them, such
+                as a DataLoader. Where a tuple is given or served, its first element is the inputs, so labels beside
+                them are left out. Floating-point arrays of numpy are cast to the type of the student's weights.
+
+        Returns: probabilities (N, C), float32 or wider, on the CPU, in the order of the examples. Every module is in
+        the mode (train or eval) that it had.
+
+        Cost: one forward pass per example, on at most 1,024 at a time where the inputs come as a whole.
+
+        Raises: :class:`metapl.MetaplError` for data of another kind, and for outputs that are no logits (B, C).
+
+        >>> import metapl
+        >>> student = torch.nn.Linear(4, 3)
+        >>> trainer = metapl.LossTrainer(student, optimizer=torch.optim.SGD(student.parameters()))
+        >>> import numpy as np
+        >>> trainer.predict(np.ones((5, 4))).shape
+        torch.Size([5, 3])
+        """
+        dtype = next(p.dtype for p in self.student.parameters() if p.is_floating_point())
+        logits = logits_of(self.student, input_batches(data, dtype))
+        checks.class_outputs(logits, "student")
+        checks.finite(logits)
+        return wide(logits).softmax(-1)
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`state_dict` and the default generators to a file, whole or not at all."""
+        checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
+
+    def load(self, path: str | Path) -> None:
+        """Go on from :meth:`save`."""
+        state = checkpoint.load(path)
+        if "trainer" not in state:
+            raise MetaplError(f"{path} is not a trainer's file; expected one written by save().")
+        self.load_state_dict(state["trainer"])
+        checkpoint.set_rng_state(state["rng"])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,345 @@
+"""The loop: batches in, steps taken, what they showed recorded, checkpoints out.
+
+It knows nothing of what a step does. It is resumed by position: what is drawn, scheduled and measured is a function of
+the step's number and of what a checkpoint holds, so a run that was killed ends bit for bit as one that was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from metapl.errors import MetaplError
+from metapl.runs import checkpoint
+from metapl.runs.folder import RunFolder
+from metapl.training.average import Average
+from metapl.training.callbacks import Callback, Callbacks
+from metapl.training.contract import Report, Say, Stepwise
+from metapl.training.options import FitOptions
+from metapl.training.progress import Progress, progress
+from metapl.training.rates import Rates
+from metapl.training.records import Records
+from metapl.training.selection import Best, Selection, weights_of
+from metapl.training.stopping import Interrupted, stop_requests
+from metapl.training.watch import Watch
+
+if TYPE_CHECKING:
+    from metapl.data.feed import Feed
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit ended with.
+
+    Args:
+        validation_accuracy: of the student that is kept, a fraction; None without validation.
+        step: the number of steps after which it was as it is kept: the best by validation, or the last where validation
+            does not select.
+        weights: of that student; they are in the student now.
+        teacher_weights: of the teacher after the last step, averaged where the student is; they are in the teacher now.
+            None where there is no teacher.
+        history: the recorded rows in their order, each with its ``step``; of a fit that was resumed, those of its
+            earlier parts too.
+    """
+
+    validation_accuracy: float | None
+    step: int
+    weights: dict[str, Tensor] = field(repr=False)
+    teacher_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
+
+
+class FitRun:
+    """One run of the loop; the arguments are those of :meth:`metapl.training.Trainer.fit`."""
+
+    def __init__(
+        self,
+        trainer: Stepwise,
+        how: FitOptions,
+        out: RunFolder | None,
+        validation: Any,
+        truth: Any,
+        shown: bool,
+        say: Say,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        if how.wait and trainer.labeller is None:
+            raise MetaplError(
+                f"wait={how.wait} was asked for, and a {type(trainer).__name__} has no teacher that could train while "
+                "its student waits; expected wait=0."
+            )
+        if truth is not None and trainer.labeller is not None and not trainer.labeller_classifies:
+            raise MetaplError(
+                "truth was given, to measure how many of the teacher's labels are right, and the problem's teacher "
+                "gives no class logits; leave truth out, or set teacher_classifies = True on the problem."
+            )
+        self.trainer, self.how, self.say = trainer, how, say
+        self.shown = shown
+        self.rates = Rates(trainer, how)
+        teacher = trainer.labeller
+        if how.warm_start and teacher is not None:
+            _refuse_other_shapes(trainer.student, teacher)
+        self.average = self._average(trainer.student)
+        self.teacher_average = self._average(teacher)
+        self.watch = Watch(trainer)
+        self.selection = Selection(validation, truth, trainer.device, how.select)
+        self.records = Records(out, how)
+        self.callbacks = Callbacks(callbacks, trainer)
+        # The last step, and why it is, once a callback has said so.
+        self.ended: tuple[int, str] | None = None
+        self.feeds: dict[str, Feed] = {}
+        self.seen: dict[str, float] = {}  # the last accuracies on validation data
+
+    def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
+        if labeled is None:
+            raise MetaplError(
+                "labeled is None; expected a source of labelled batches (inputs, labels): a DataLoader, or a list."
+            )
+        if not resume:
+            self.records.refuse_another_run()
+        self.selection.check(self.trainer.student)
+        try:
+            for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
+                if source is not None:
+                    self.feeds[name] = self._feed(source, name)
+            self._steps(self._restore() if resume else 0)
+        except Exception as error:
+            # A callback's own broken connection, to a server say, is not that of a worker.
+            workers = 0 if error is self.callbacks.raised else self.how.num_workers
+            death = _worker_death(error, (labeled, unlabeled), workers)
+            if death is None:
+                raise
+            raise MetaplError(f"{death} ({self.records.last_good()})") from error
+        finally:
+            self.rates.put_back()
+            for one in self.feeds.values():
+                one.close()
+        return self._finish()
+
+    def _feed(self, source: Any, name: str) -> Feed:
+        from metapl.data.feed import feed  # only those who fit need metapl.data
+
+        how = self.how
+        return feed(source, name=name, stop=how.steps, num_workers=how.num_workers, device=self.trainer.device)
+
+    def _steps(self, start: int) -> None:
+        how = self.how
+        with stop_requests() as stop:
+            told = progress(self.shown, name=how.phase, start=start, steps=how.steps)
+            with told as progressing, self.records.opened(start):
+                for t in range(start, how.steps if self.ended is None else start):
+                    row = self._one_step(t, progressing)
+                    if row:
+                        self._record(t + 1, {"step": t + 1, **row})
+                    if self.ended or how.due(how.save_every, t):
+                        self._save(t + 1)
+                    if stop:
+                        raise Interrupted(t + 1, stop[0], self._save(t + 1))
+                    if self.ended:
+                        break
+            if stop:  # after the last step, while the records were closed
+                raise Interrupted(how.steps, stop[0], self.records.saved_at)
+
+    def _one_step(self, t: int, progressing: Progress) -> dict[str, float]:
+        """Step t; the numbers to record, if this step is one that is recorded."""
+        how, batches = self.how, {name: one.next() for name, one in self.feeds.items()}
+        labeled, unlabeled = batches["labeled"], batches.get("unlabeled")
+        self.rates.move(t)
+        row: dict[str, float] = {}
+        if how.due(how.exact_every, t) and not how.waits(t):
+            cosine = self.trainer.exact_cosine(labeled, unlabeled)
+            row |= {} if cosine is None else {"exact_cosine": cosine}
+        report = self._step(t, labeled, unlabeled)
+        self.watch.note(report, t)
+        logged, validated = how.due(how.log_every, t), how.due(how.validate_every, t)
+        if logged or validated:
+            self._refuse_bad(t)
+        if logged:
+            row |= report.as_dict() | self.rates.now()
+            self.records.counts(t + 1, report.counts())
+        if validated:
+            row |= self._look(t)
+        progressing.advance(batches.values(), row, due=validated, examples=self.selection.examples)
+        return row
+
+    def _record(self, step: int, row: dict[str, float]) -> None:
+        try:
+            reason = self.callbacks.after(step, row)
+            if reason is not None:
+                row |= self._end(step, reason)
+        finally:  # what a callback raises comes out, and the step was done
+            self.records.row(row)
+
+    def _end(self, step: int, reason: str) -> dict[str, float]:
+        """Make this step the last one; its accuracies on validation data, unless they are in its row already."""
+        how = self.how
+        self.ended = step, reason
+        why = f": {reason}" if reason else ""
+        began = f"; the student is untrained: it would have begun after step {how.wait}" if how.waits(step - 1) else ""
+        self.say(f"stopped after step {step} by a callback{why}{began}")
+        # The last step is validated, as in any fit: what is kept has been looked at.
+        return {} if how.due(how.validate_every, step - 1) else self._look(step - 1)
+
+    def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
+        if self.how.warm_start and t == self.how.wait:
+            self._warm_start()
+        try:
+            waits = self.how.waits(t)
+            report = self.trainer.teacher_step(labeled, unlabeled) if waits else self.trainer.step(labeled, unlabeled)
+        except MetaplError as error:
+            self._refuse_bad(t - 1)  # what went wrong before is the reason
+            raise MetaplError(f"step {t + 1}: {error} ({self.records.last_good()})") from error
+        if self.average is not None and not waits:
+            self.average.update(self.trainer.student)
+        if self.teacher_average is not None and self.trainer.labeller is not None:
+            self.teacher_average.update(self.trainer.labeller)
+        return report
+
+    def _warm_start(self) -> None:
+        """The student begins as the teacher is."""
+        teacher = self._kept_teacher()
+        if teacher is None:
+            return
+        self.trainer.student.load_state_dict(teacher.state_dict())
+        self.average = self._average(self.trainer.student)
+
+    def _average(self, network: nn.Module | None) -> Average | None:
+        decay = self.how.ema_decay
+        return None if network is None or decay is None else Average(network, decay)
+
+    def _refuse_bad(self, t: int) -> None:
+        self.watch.refuse(t, self.records.last_good())
+
+    def _look(self, t: int) -> dict[str, float]:
+        """The accuracies on validation data after step t."""
+        student = None if self.how.waits(t) else self._candidate()
+        # A teacher that weighs examples, say, has no accuracy.
+        kept, labeller = self._kept_teacher(), self.trainer.labeller
+        teachers = (kept, labeller) if self.trainer.labeller_classifies else (None, None)
+        self.seen = self.selection.look(student, *teachers, t + 1)
+        return self.seen
+
+    def _candidate(self) -> nn.Module:
+        """What is validated and kept: the averaged student, or the student."""
+        return self.trainer.student if self.average is None else self.average.module
+
+    def _kept_teacher(self) -> nn.Module | None:
+        """What is validated and kept of the teacher: its average, or the teacher."""
+        return self.trainer.labeller if self.teacher_average is None else self.teacher_average.module
+
+    # ------------------------------------------------------------------------------------------- saving and resuming
+
+    def _save(self, step: int) -> Path | None:
+        if not self.records.kept:
+            return None
+        self._refuse_bad(step - 1)
+        return self.records.save(step, self._state(step))
+
+    def _state(self, step: int) -> dict[str, Any]:
+        best = self.selection.best
+        return {
+            "step": step,
+            "options": self.how.decisive(),
+            "trainer": self.trainer.live_state(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "teacher_average": None if self.teacher_average is None else self.teacher_average.state_dict(),
+            "seen": self.seen,
+            "best": {"accuracy": best.accuracy, "step": best.step, "weights": best.weights},
+            "feeds": {name: one.state() for name, one in self.feeds.items()},
+            "rng": checkpoint.rng_state(),
+            "callbacks": self.callbacks.state(),
+            "ended": self.ended,
+        }
+
+    def _restore(self) -> int:
+        """Go on from the newest whole checkpoint; the step to go on with."""
+        found = self.records.newest(self.say)
+        if found is None:
+            return 0
+        state = found.state
+        self._refuse_other_options(found.path, state)
+        self.callbacks.restore(state.get("callbacks", []))
+        self.trainer.load_state_dict(state["trainer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.teacher_average is not None:
+            self.teacher_average.load_state_dict(state["teacher_average"])
+        self.seen = state["seen"]
+        self.selection.best = Best(**state["best"])
+        for name, one in self.feeds.items():
+            one.restore(state["feeds"][name])
+        checkpoint.set_rng_state(state["rng"])
+        self.ended = state.get("ended")
+        self.records.saved_at = found.path
+        step: int = state["step"]
+        self.say(f"resumed at step {step}" + ("" if self.how.phase == "fit" else f" of phase {self.how.phase}"))
+        return step
+
+    def _refuse_other_options(self, file: Path, state: dict[str, Any]) -> None:
+        before, now = state["options"], self.how.decisive()
+        changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+        if changed:
+            what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+            raise MetaplError(f"{file} is of a run with other options ({what}); resume it as it was started.")
+        if state["feeds"].keys() != self.feeds.keys():
+            had, has = (" and ".join(kinds) for kinds in (state["feeds"], self.feeds))
+            raise MetaplError(f"{file} is of a run on {had} batches, now there are {has} ones; give the same sources.")
+
+    def _finish(self) -> FitResult:
+        """Put the student that is kept in place, and the teacher."""
+        teacher, taught = self.trainer.labeller, None
+        if teacher is not None:
+            taught = weights_of(self._kept_teacher() or teacher)
+            teacher.load_state_dict(taught)
+        best = self.selection.best
+        if not best.weights:
+            found = self.seen.get("student_validation_accuracy")
+            step = self.ended[0] if self.ended else self.how.steps
+            best = Best(found, step, weights_of(self._candidate()))
+        self.trainer.student.load_state_dict(best.weights)
+        return FitResult(best.accuracy, best.step, best.weights, taught, self.records.history)
+
+
+def _refuse_other_shapes(student: nn.Module, teacher: nn.Module) -> None:
+    mine, theirs = ({name: t.shape for name, t in one.state_dict().items()} for one in (student, teacher))
+    if mine != theirs:
+        name = next(name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name))
+        raise MetaplError(
+            f"warm_start=True needs a student of the teacher's architecture; {name} is {mine.get(name, 'missing')} in "
+            f"the student and {theirs.get(name, 'missing')} in the teacher."
+        )
+
+
+def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) -> str | None:
+    """What became of a worker, if that is the error: torch raises it wherever the loop is at.
+
+    To be asked before the workers are stopped.
+    """
+    for source in sources:
+        known: str | None = getattr(source, "explain", lambda: None)()
+        if known is not None:
+            return known
+    told = next((one for one in _and_causes(error) if _is_of_a_lost_worker(one, num_workers)), None)
+    if told is None:
+        return None
+    if isinstance(error, MetaplError) and type(told).__name__ not in str(error):
+        return str(error)  # the feed knew more than the error, or it would quote it
+    said = str(told).split(". ")[0].strip(" .") or type(told).__name__
+    return f"a process that prepares batches died ({said}): was there too little memory?"
+
+
+def _and_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of: out of torch's C++, such as the writer of checkpoints, come errors of its own."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_of_a_lost_worker(error: BaseException, num_workers: int) -> bool:
+    if isinstance(error, ConnectionError | EOFError) and num_workers:
+        return not str(error).startswith("Caught ")  # what a worker raised
+    return str(error).startswith("DataLoader worker")

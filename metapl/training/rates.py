@@ -1,0 +1,42 @@
+"""The learning rates of a trainer, moved by the schedule."""
+
+from __future__ import annotations
+
+from metapl.training.contract import Stepwise
+from metapl.training.options import FitOptions
+
+
+class Rates:
+    """The base rates as the optimisers came with them, and what the schedule makes of them.
+
+    Args:
+        trainer: whose rates; of a TorchOpt transform, which brings its own schedule, none is known.
+        how: the schedule.
+    """
+
+    def __init__(self, trainer: Stepwise, how: FitOptions) -> None:
+        found = trainer.schedulable
+        names = ("student_lr",) if trainer.labeller is None else ("student_lr", "teacher_lr")[-len(found) :]
+        self.how = how
+        self.optimizers = dict(zip(names, found, strict=True))
+        self.base = {name: [group["lr"] for group in o.param_groups] for name, o in self.optimizers.items()}
+
+    def move(self, step: int) -> None:
+        """To where the schedule has them at ``step``."""
+        for name in self.optimizers:
+            self._scale(name, self.how.student_rate(step) if name == "student_lr" else self.how.rate(step))
+
+    def put_back(self) -> None:
+        """To the base rates."""
+        for name in self.optimizers:
+            self._scale(name, 1.0)
+
+    def now(self) -> dict[str, float]:
+        """``student_lr`` and ``teacher_lr``, where they are known; of several groups, the first one's."""
+        return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+
+    def _scale(self, name: str, factor: float) -> None:
+        groups, base = self.optimizers[name].param_groups, self.base[name]
+        base.extend(group["lr"] for group in groups[len(base) :])  # added since, such as layers that were unfrozen
+        for group, rate in zip(groups, base, strict=True):
+            group["lr"] = rate * factor

@@ -1,0 +1,128 @@
+"""What a fit leaves in its folder: rows, TensorBoard events and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from metapl.errors import MetaplError
+from metapl.runs import checkpoint
+from metapl.runs.folder import Metrics, RunFolder
+from metapl.runs.tensorboard import Events
+from metapl.training.contract import Say
+from metapl.training.options import FitOptions
+
+
+class Records:
+    """The records of one phase.
+
+    Args:
+        out: the run's folder; None: nothing is kept.
+        how: the phase, and how many checkpoints stay.
+    """
+
+    def __init__(self, out: RunFolder | None, how: FitOptions) -> None:
+        self.out, self.phase = out, how.phase
+        self.checkpoints = None if out is None else out.checkpoints(how.phase, how.keep)
+        self.metrics = None if out is None else Metrics(out.path / "metrics.jsonl")
+        self.events: Events | None = None
+        self.history: list[dict[str, float]] = []
+        self.saved_at: Path | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a folder."""
+        return self.out is not None
+
+    @contextmanager
+    def opened(self, start: int) -> Iterator[None]:
+        """Take rows and events from step ``start`` on; those after it, of work that was lost, are void."""
+        if self.out is None or self.metrics is None:
+            yield
+            return
+        with self._writing():
+            self.metrics.cut(self.phase, start)
+            self.history = [_numbers(row) for row in self.metrics.rows(self.phase)]
+            # A folder per phase: what is void after resuming is void for every curve in the folder.
+            events = Events(self.out.path / "tensorboard" / self.phase, start)
+        with events as self.events:
+            yield
+
+    def row(self, row: dict[str, float]) -> None:
+        """Keep the numbers of a step."""
+        self.history.append(row)
+        if self.metrics is None or self.events is None:
+            return
+        with self._writing():
+            self.metrics.add({"phase": self.phase, **{name: _plain(value) for name, value in row.items()}})
+            self.events.scalars(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
+
+    def counts(self, step: int, counts: dict[str, list[int]]) -> None:
+        """Keep the histograms of a step."""
+        if self.events is not None:
+            with self._writing():
+                self.events.counts(step, counts)
+
+    def save(self, step: int, state: dict[str, Any]) -> Path | None:
+        """Write a checkpoint, and what is older than it; where to, if there is where."""
+        if self.checkpoints is None or self.metrics is None or self.events is None:
+            return None
+        with self._writing():
+            # What is older than the checkpoint is not written again, so it must be on the disk first.
+            self.events.flush()
+            self.metrics.sync()
+        self.saved_at = self.checkpoints.write(step, state)
+        return self.saved_at
+
+    def newest(self, say: Say) -> checkpoint.Found | None:
+        """The newest whole checkpoint; None, with a word on it, where there is none."""
+        if self.checkpoints is None:
+            raise MetaplError("resume=True was given without out; expected the folder of the run to go on with.")
+        try:
+            found = self.checkpoints.newest()
+        except checkpoint.CheckpointError as error:
+            say(f"{error}\nno whole checkpoint: starting anew")
+            return None
+        if found is None:
+            say(f"no checkpoint of phase {self.phase} yet: starting anew")
+            return None
+        for skipped in found.skipped:
+            say(f"passed over {skipped.path.name}: {skipped.reason}")
+        return found
+
+    def refuse_another_run(self) -> None:
+        """Stop where checkpoints of this phase are in the folder already."""
+        if self.out is not None and self.checkpoints is not None and self.checkpoints.paths():
+            raise MetaplError(
+                f"{self.out.path} holds checkpoints of a phase {self.phase!r} already; go on with it by resume=True, "
+                "or give another out or phase."
+            )
+
+    def last_good(self) -> str:
+        """What to go back to, in words."""
+        return f"the last good checkpoint is {self.saved_at}" if self.saved_at else "no checkpoint was written before"
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say which checkpoint is left when the records cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            where = self.out.path if self.out is not None else None
+            raise MetaplError(
+                f"the records in {where} could not be written: {error.strerror or error}; {self.last_good()}. Mend "
+                "that (is the disk full?), then resume the run."
+            ) from error
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """A row as it was before it was written."""
+    return {name: math.nan if value is None else value for name, value in row.items() if name != "phase"}
+
+
+def _plain(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,107 @@
+"""Validation, and which student is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.batch import is_whole, labeled_pair, length, rows
+from metapl.checks import described
+from metapl.errors import MetaplError
+from metapl.execution.rng import RandomState, replayed
+from metapl.metrics import evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of, iterated, logits_of
+
+
+@dataclass
+class Best:
+    """The best student so far, by validation accuracy; the latest of equals."""
+
+    accuracy: float | None = None
+    step: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Selection:
+    """Looks at the networks on validation data, and remembers the best student.
+
+    Args:
+        validation: (inputs, labels) or an iterable of such batches; None: nothing is looked at.
+        truth: (inputs, labels) of unlabelled examples, for the teacher.
+        device: where the networks are.
+        select: whether the best student is remembered.
+    """
+
+    def __init__(self, validation: Any, truth: Any, device: torch.device, select: bool = True) -> None:
+        self.validation, self.truth, self.device, self.select = validation, truth, device, select
+        self.best = Best()
+        self.examples = 0
+        """On how many the last accuracy was measured."""
+
+    def check(self, student: nn.Module) -> None:
+        """Refuse validation data that could not be used later; it costs the student's pass on two examples.
+
+        Of data in batches the first batch is looked at, and nothing of what can be read only once.
+        """
+        data = self.validation
+        if data is None or isinstance(data, Iterator):
+            return
+        with replayed(RandomState.now(self.device)):
+            first = data if is_whole(data) else next(iterated(data, "validation"), None)
+            if first is None:
+                raise MetaplError("validation has no batches; expected at least one example, or None.")
+            inputs, labels = labeled_pair(first)[:2]
+            count = length(inputs)
+            if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) != count or count == 0:
+                raise MetaplError(
+                    f"validation has the labels {described(labels)} for {count:,} examples; expected one class index "
+                    "for each, and at least one example."
+                )
+            logits = logits_of(student, [rows(inputs, 0, 2)])
+        classes = logits.shape[-1]
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise MetaplError(
+                f"the labels of validation run from {low} to {high}; the network has {classes} classes: expected "
+                f"0..{classes - 1}."
+            )
+
+    def look(
+        self, student: nn.Module | None, teacher: nn.Module | None, labeller: nn.Module | None, step: int
+    ) -> dict[str, float]:
+        """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun.
+
+        Args:
+            student, teacher: what is kept of them, such as their averages.
+            labeller: the network that makes the pseudo-labels.
+            step: number of steps done.
+        """
+        if self.validation is None:
+            return {}
+        found = {}
+        if student is not None:
+            accuracy, self.examples = self._accuracy(student, self.validation)
+            found["student_validation_accuracy"] = accuracy
+            if self.select and accuracy >= (self.best.accuracy or 0.0):
+                self.best = Best(accuracy, step, weights_of(student))
+        if teacher is not None:
+            found["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)[0]
+        if labeller is not None and self.truth is not None:
+            found["pseudo_label_accuracy"] = self._accuracy(labeller, self.truth)[0]
+        return found
+
+    def _accuracy(self, model: nn.Module, data: Any) -> tuple[float, int]:
+        # A DataLoader draws from the default generator; looking at the validation data must not change the training.
+        with replayed(RandomState.now(self.device)):
+            logits, labels = predict_logits(model, batches_of(data, self.device))
+        found = evaluate_logits(logits, labels)
+        return found.accuracy, found.n
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's weights and buffers on the host."""
+    return {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
