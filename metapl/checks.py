@@ -95,6 +95,13 @@ def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> Non
             )
 
 
+def finite_on_host(batch: Any) -> None:
+    """Refuse a batch on the host with NaN or infinite values; what lies on a device already is not looked at."""
+    for t in pytree.tree_leaves(batch):
+        if isinstance(t, Tensor) and t.is_floating_point() and not waits(t) and not bool(torch.isfinite(t).all()):
+            raise MetaplError("a batch holds NaN or infinite values; clean the inputs first.")
+
+
 def no_inference_mode() -> None:
     """Refuse to learn where PyTorch records nothing that could be learned from."""
     if torch.is_inference_mode_enabled():

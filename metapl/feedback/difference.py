@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
+from metapl.execution.agreement import SlopesDisagree
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
 from metapl.feedback.credit import Tangent, signal_feedback
 from metapl.feedback.lookahead import InnerStep, Path
@@ -57,11 +60,22 @@ class Difference(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         ((step, w),) = path.pullbacks()
-        return [signal_feedback(step, w, self.tangent(step, w)).over(divisor(self.normalization, step, w))], state
+        return [self.credited(signal_feedback, step, w).over(divisor(self.normalization, step, w))], state
 
-    def tangent(self, step: InnerStep, w: Tree) -> Tangent:
-        """ż along w, exactly zero where w is."""
-        delta = self.step_size(step)
+    def credited(self, credit: Credit, step: InnerStep, w: Tree) -> Feedback:
+        """The feedback by ż at δ; at a smaller one where units that switch on or off within δ spoil the first.
+
+        Such units are what a smaller δ has fewer of. A student whose passes are not of one function is refused at the
+        last δ, as it would be at the first.
+        """
+        for shorter in SHORTER[:-1]:
+            with suppress(SlopesDisagree):
+                return credit(step, w, self.tangent(step, w, shorter))
+        return credit(step, w, self.tangent(step, w, SHORTER[-1]))
+
+    def tangent(self, step: InnerStep, w: Tree, shorter: float = 1.0) -> Tangent:
+        """ż along w, exactly zero where w is, by moves of δ/``shorter``."""
+        delta = self.step_size(step) / shorter
         ahead = step.shifted(delta, w)
         if self.one_sided:
             here = step.outputs if step.in_full_precision else step.shifted(0 * delta, w)
@@ -81,6 +95,11 @@ class Difference(Estimator):
         r = self.relative_step or RELATIVE_STEP[step.shifted_dtype]
         return r * step.typical_weight().clamp_min(1e-3)  # the bound is for weights that are all zero
 
+
+Credit = Callable[[InnerStep, Tree, Tangent], Feedback]
+
+SHORTER = (1.0, 8.0, 64.0)
+"""What δ is divided by in turn, where the derivatives along w disagree and the host may look at them."""
 
 ROUNDINGS = 30.0
 """Rounding errors of outputs, and of the sum over them, in units of the machine epsilon."""

@@ -46,5 +46,8 @@ class ReinforcePerExample(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         ((step, w),) = path.pullbacks()
-        tangent = Tangent(step.tangent(w)) if self.tangent == "forward" else Difference().tangent(step, w)
-        return [example_feedback(step, w, tangent).over(divisor(self.normalization, step, w))], state
+        if self.tangent == "forward":
+            found = example_feedback(step, w, Tangent(step.tangent(w)))
+        else:
+            found = Difference().credited(example_feedback, step, w)
+        return [found.over(divisor(self.normalization, step, w))], state
