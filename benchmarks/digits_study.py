@@ -33,7 +33,6 @@ from metapl.loss_trainer import LossTrainer
 from metapl.problems.losses import CrossEntropy
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
-from metapl.recipes.methods import METHODS
 from metapl.runs.folder import environment
 from metapl.training import Trainer
 
@@ -168,7 +167,7 @@ def one_run(job: Job, size: Size) -> dict[str, Any]:
     task = drawn(job.seed, job.labels_per_class, size)
     task = dataclasses.replace(task, **{"validation" if job.final else "test": None})
     run = Experiment(recipe, None, progress=False)  # type: ignore[arg-type]  # no folder is written to
-    trained, result = METHODS[ENTRIES[job.method].method].run(run, task, recipe.network(), recipe.network())
+    trained, result = run.train(ENTRIES[job.method].method, task, recipe.network(), recipe.network())
     found = _tested(trained, task, recipe) if job.final else {"validation_accuracy": result.validation_accuracy}
     return dataclasses.asdict(job) | found | {"seconds": round(time.perf_counter() - since, 2)}
 

@@ -22,10 +22,11 @@ from metapl.guards import casts_explained, step_guard
 from metapl.hypergradient import hypergradient, look_ahead, prepare
 from metapl.loss_trainer import LossTrainer
 from metapl.problems.base import BilevelProblem, Problem, Signal, has_default_losses
-from metapl.problems.losses import CrossEntropy, TeacherLoss, refuse_split_batches
+from metapl.problems.losses import TeacherLoss, refuse_split_batches
 from metapl.problems.losses import teacher_losses as checked_losses
 from metapl.teacher import TeacherLosses, TeacherStep, Weight, teacher_scalars
 from metapl.training import FitResult, Trainer
+from metapl.training.finetuning import finetune
 from metapl.training.report import Report, StepReport
 from metapl.updates import Clipped, held, refuse_not_held, update_of
 
@@ -318,11 +319,8 @@ class BilevelTrainer(Trainer):
 
         Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
         """
-        chosen = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
-        tuner = LossTrainer(
-            self.student, (CrossEntropy(),), optimizer=chosen, precision=self.precision, compile=self.compile
-        )
-        return tuner.fit(labeled, steps=steps, **{"phase": "finetune", **options})
+        own = {name: getattr(self, name) for name in ("precision", "accumulate", "compile", "clip_norm")}
+        return finetune(self.student, labeled, steps=steps, optimizer=optimizer, **own, **options)
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing

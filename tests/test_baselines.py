@@ -336,4 +336,4 @@ def test_headroom_needs_the_labels_of_all(tmp_path: Path) -> None:
     run = Experiment(TINY, RunFolder(tmp_path))
     task = dataclasses.replace(TINY.task(), everything=None)
     with pytest.raises(MetaplError, match="true labels of all examples"):
-        METHODS["supervised_everything"].run(run, task, TINY.network(), TINY.network())
+        run.train("supervised_everything", task, TINY.network(), TINY.network())
