@@ -8,12 +8,12 @@ from metapl.errors import MetaplError
 from metapl.feedback import MODES
 from metapl.feedback.lookahead import Lookahead
 from metapl.hypergradient import Hypergradient, hypergradient
-from metapl.loss_trainer import LossTrainer
 from metapl.problems import BilevelProblem, PseudoLabels, Signal
 from metapl.problems.losses import UDA, CrossEntropy
-from metapl.trainer import BilevelTrainer
 from metapl.training import StopFit
+from metapl.training.loss_trainer import LossTrainer
 from metapl.training.report import StepReport
+from metapl.training.trainer import BilevelTrainer
 
 __version__ = "0.1.0"
 

@@ -12,12 +12,12 @@ from metapl import checks
 from metapl.batch import labeled_pair
 from metapl.errors import MetaplError
 from metapl.execution.buffers import inputs_unchanged, nothing_moved
+from metapl.execution.guards import casts_explained, one_at_a_time, restored_on_failure
 from metapl.execution.kernels import checkpoints_without_reentry
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator, modes_for
 from metapl.feedback.lookahead import InnerStep, Lookahead, Path, Teach, inner_batches, plain_inner, walk
-from metapl.guards import casts_explained, one_at_a_time, restored_on_failure
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem
 from metapl.updates import Update, update_of

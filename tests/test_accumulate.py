@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import metapl
-from metapl import UDA, CrossEntropy, loss_trainer
+from metapl import UDA, CrossEntropy
 from metapl.feedback import Difference, Reinforce
-from metapl.loss_trainer import LossTrainer
 from metapl.problems.losses import TeacherLoss
+from metapl.training import loss_trainer
+from metapl.training.loss_trainer import LossTrainer
 
 
 def _networks() -> tuple[nn.Module, nn.Module]:

@@ -15,11 +15,11 @@ import metapl
 from metapl import UDA, CrossEntropy, MetaplError
 from metapl.experiments.experiment import Experiment
 from metapl.feedback import Altered, Forward, ReinforcePerExample
-from metapl.loss_trainer import LossTrainer
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS
 from metapl.runs.folder import RunFolder
 from metapl.training import Trainer
+from metapl.training.loss_trainer import LossTrainer
 
 TINY = Digits(
     steps=6,

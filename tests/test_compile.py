@@ -21,7 +21,7 @@ from metapl import CrossEntropy, MetaplError
 from metapl.execution import compiled
 from metapl.execution.compiled import CompiledPasses
 from metapl.execution.local import Local
-from metapl.loss_trainer import LossTrainer
+from metapl.training.loss_trainer import LossTrainer
 
 pytestmark = [
     pytest.mark.skipif(

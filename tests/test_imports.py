@@ -19,9 +19,9 @@ LEVELS = (
     ("batch", "checks", "device", "numerics", "models"),
     ("execution", "problems", "updates"),
     ("feedback",),
-    ("guards", "hypergradient"),
+    ("hypergradient",),
     ("data", "metrics", "report", "export"),
-    ("training", "teacher", "trainer", "loss_trainer"),
+    ("training",),
     ("recipes",),
     ("experiments",),
     ("cli", "__main__"),
@@ -70,7 +70,7 @@ def graph() -> dict[str, set[str]]:
 
 def level(module: str) -> int:
     _, _, inside = module.partition(".")
-    return LEVEL.get(inside.partition(".")[0], LEVEL["core"])
+    return LEVEL[inside.partition(".")[0]]
 
 
 def upward(found: dict[str, set[str]]) -> list[str]:
@@ -97,4 +97,4 @@ def test_an_import_inside_a_function_is_seen_and_one_for_a_type_checker_is_not()
     found = imports(source, {*modules()})
     assert found == {"metapl.cli"}
     assert upward({"metapl.feedback.base": found}) == ["metapl.feedback.base -> metapl.cli"]
-    assert upward({"metapl.trainer": {"metapl.data.feed"}}) == []
+    assert upward({"metapl.training.trainer": {"metapl.data.feed"}}) == []

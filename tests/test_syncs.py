@@ -20,20 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import metapl
 from metapl import checks
-from metapl.loss_trainer import LossTrainer
 from metapl.problems.losses import UDA, CrossEntropy
+from metapl.training.loss_trainer import LossTrainer
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal", "unique_dim")
 PACKAGE = Path(metapl.__file__).parent
 IN_A_STEP = (
-    *("trainer", "teacher", "loss_trainer", "numerics", "hypergradient", "guards"),
+    *("training/trainer", "training/teacher", "training/loss_trainer", "numerics", "hypergradient"),
     *("execution/local", "execution/buffers", "execution/kernels", "execution/agreement", "execution/rng"),
+    "execution/guards",
     *("problems/base", "problems/pseudo_labels", "problems/losses", "feedback/base", "feedback/lookahead"),
     *("feedback/credit", "feedback/unrolled", "feedback/forward", "feedback/difference", "feedback/reinforce"),
     *("feedback/reinforce_per_example", "feedback/loss_difference", "feedback/none"),
     *("updates/base", "updates/torch_optim", "updates/sgd", "updates/adam", "updates/clip"),
 )
-ALLOWED = {("trainer", "exact_cosine"), ("execution/rng", "branch"), ("problems/base", "counts")}
+ALLOWED = {("training/trainer", "exact_cosine"), ("execution/rng", "branch"), ("problems/base", "counts")}
 """Functions that a step does not call, and one that reads a state which lies on the host."""
 
 

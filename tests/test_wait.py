@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError, checks
 from metapl.feedback import LossDifference, Reinforce
-from metapl.loss_trainer import LossTrainer
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training import FitOptions
+from metapl.training.loss_trainer import LossTrainer
 
 LOSSES = (CrossEntropy(label_smoothing=0.1), UDA(temperature=0.7, threshold=0.3, weight=2.0, ramp=5))
 

@@ -15,7 +15,6 @@ from metapl.data.images.store import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.methods import ALONE, train
-from metapl.loss_trainer import LossTrainer
 from metapl.metrics import Evaluation, interval, spoken
 from metapl.problems.losses import CrossEntropy
 from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
@@ -23,6 +22,7 @@ from metapl.recipes.methods import METHODS, title
 from metapl.runs.folder import Metrics, RunFolder, weights_file
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.finetuning import finetune
+from metapl.training.loss_trainer import LossTrainer
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from metapl import checks
 from metapl.batch import labeled_pair, micro_batches, plain
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
+from metapl.execution.guards import step_guard
 from metapl.execution.local import trainable
-from metapl.guards import step_guard
 from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, refuse_split_batches, sum_of_terms, teacher_losses
 from metapl.training import Trainer

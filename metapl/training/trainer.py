@@ -14,20 +14,20 @@ from metapl import checks
 from metapl.batch import labeled_pair, micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
+from metapl.execution.guards import casts_explained, step_guard
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, Path, inner_batches, plain_inner
-from metapl.guards import casts_explained, step_guard
 from metapl.hypergradient import hypergradient, look_ahead, prepare
-from metapl.loss_trainer import LossTrainer
 from metapl.problems.base import BilevelProblem, Problem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, refuse_split_batches
 from metapl.problems.losses import teacher_losses as checked_losses
-from metapl.teacher import TeacherLosses, TeacherStep, Weight, teacher_scalars
 from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
+from metapl.training.loss_trainer import LossTrainer
 from metapl.training.report import Report, StepReport
+from metapl.training.teacher import TeacherLosses, TeacherStep, Weight, teacher_scalars
 from metapl.updates import Clipped, held, refuse_not_held, update_of
 
 
