@@ -18,8 +18,8 @@ records     rows, TensorBoard events and checkpoints
 stopping    Ctrl-C and SIGTERM, heard between steps
 progress    the bar
 
-Imports go down: trainer → loss_trainer, finetuning → base → loop → rates, watch, selection, callbacks, records → options,
-contract.
+Imports go down: trainer → loss_trainer, finetuning → base → loop → rates, watch, selection, callbacks, records →
+options, contract.
 """
 
 from metapl.training.base import Trainer
