@@ -39,12 +39,19 @@ class Local:
 
     Args:
         student: in the mode (train or eval) that its owner left it in.
+        parameters: those that it learns, where they are known.
         double_backward: keep the gradients of its passes of record differentiable.
     """
 
-    def __init__(self, student: nn.Module, *, double_backward: bool = False) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        parameters: dict[str, nn.Parameter] | None = None,
+        *,
+        double_backward: bool = False,
+    ) -> None:
         self.student, self.double_backward = student, double_backward
-        self.parameters = trainable(student)
+        self.parameters = trainable(student) if parameters is None else parameters
         _refuse_late_hooks(self.parameters)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.device = next(iter(self.params.values())).device

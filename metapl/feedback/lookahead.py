@@ -147,10 +147,9 @@ class InnerStep:
         """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
         return joined([one.tangent(w) for one in self.passes])
 
-    def shifted(self, distance: Tensor, w: Tree) -> Tensor:
-        """S(x; θ + distance·w/‖w‖), (B, ...), in float32 or wider; the weights stay at θ."""
-        step = distance / (length := norm(w)).clamp_min(torch.finfo(length.dtype).tiny)
-        return joined([one.shifted(step, w) for one in self.passes])
+    def shifted(self, factor: Tensor, w: Tree) -> Tensor:
+        """S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
+        return joined([one.shifted(factor, w) for one in self.passes])
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, to the second order of the shift, that are not those at θ."""
@@ -308,7 +307,7 @@ def walk(
         parts: micro-batches that each batch is taken in.
         keep_graph: keep the path differentiable in the signals, for :meth:`Path.gradient_in_signals`.
     """
-    local = Local(student, double_backward=keep_graph)
+    local = Local(student, update.parameters, double_backward=keep_graph)
     path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"))
     params, state = local.params, update.read_state()
     with refuse_checkpoints() if keep_graph and len(batches) > 1 else nullcontext():
