@@ -235,15 +235,16 @@ class Pass:
         return replayed(self._before)
 
 
-def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The derivative of weights that were made from differentiable gradients, in leaves of the inner losses."""
+def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The derivative of weights that were made from differentiable gradients, in leaves of the inner losses; None of a
+    leaf that they do not depend on."""
     moved = {name: p for name, p in params.items() if p.requires_grad}
     if not moved:
-        return [torch.zeros_like(leaf) for leaf in leaves]
+        return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
     with local.as_trained(), buffers_aside(local.student):
         found = torch.autograd.grad(
-            list(moved.values()), leaves, [cotangents[name] for name in moved], materialize_grads=True
+            list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )
     return list(found)
 
