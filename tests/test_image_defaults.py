@@ -16,7 +16,7 @@ from metapl import UDA, CrossEntropy, LossTrainer
 from metapl.cli import main
 from metapl.cli.parse import parse
 from metapl.cli.train import TrainImages
-from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, View
+from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, Sometimes, View
 from metapl.data.images.store import MemoryImages
 from metapl.data.views.base import Identity
 from metapl.data.views.randaugment import ResizedCrop, Weak
@@ -26,6 +26,7 @@ from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.base import Optimizer, Task
 from metapl.recipes.images import (
     CLIPPED,
+    FINETUNED_ON_CHANGED,
     HUE,
     NOT_CLIPPED,
     OTHER_RATE,
@@ -295,12 +296,29 @@ def test_the_weak_view_moves_a_little_and_the_strong_one_changes_everything(reco
     assert same(found.weak, (*flip, WEAK_MOVE))
     assert same(found.strong, (*flip, STRONG_MOVE, COLOR, HOLE, *other))
     assert found.labeled == found.strong
+    assert found.finetuned == Sometimes(found.strong, FINETUNED_ON_CHANGED)
     assert found.crop is None
     cropped = dataclasses.replace(one, resized_crop=True).views()
     assert cropped.weak == Identity()
     assert cropped.crop == ResizedCrop(24, flip=mirror)
     assert same(cropped.strong, (COLOR, HOLE, *other))
     assert cropped.labeled == cropped.strong
+    assert cropped.finetuned is None
+
+
+def test_finetuning_sees_a_half_of_the_labelled_pictures_as_they_are() -> None:
+    images = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8)
+    few = MemoryImages(images)
+    made = recipe(image_size=24, labeled_batch=40)._for_network("pooled_cnn").scheduled(10)
+    sources = made.batches(Pictures(few=few, labels=torch.arange(40) % 2, many=few))
+    as_they_are = {picture.numpy().tobytes() for picture in images.float() / 255}
+
+    def unchanged(source: str) -> float:
+        pictures = torch.cat([sources[source][step][0] for step in range(10)])
+        return sum(picture.numpy().tobytes() in as_they_are for picture in pictures) / len(pictures)
+
+    assert unchanged("labeled") == 0.0
+    assert 0.4 < unchanged("finetuning") < 0.6
 
 
 def test_the_views_leave_pictures_in_their_range_and_only_mirroring_mirrors() -> None:

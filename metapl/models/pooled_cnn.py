@@ -71,9 +71,9 @@ def pooled_cnn(
     """Build a network of 3x3 convolutions with pooling and batch norm, for pictures of 16 to 96 pixels.
 
     Stages of 32, 64, 128, 192, 192, ... channels (64 and 128, where there are two), each a convolution, pooling, batch
-    norm and ReLU, pool by the greatest of 2x2 values until the side is 6 to 11 pixels; one more stage does not pool. Above 40
-    pixels, the first convolution has a stride of 2 and no pooling. Then the mean over positions, dropout and a linear
-    layer.
+    norm and ReLU, pool by the greatest of 2x2 values until the side is 6 to 11 pixels; one more stage does not pool.
+    Above 40 pixels, the first convolution has a stride of 2 and no pooling. Then the mean over positions, dropout and a
+    linear layer.
 
     Args:
         num_classes: number of outputs, 1 or more.

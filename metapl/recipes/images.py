@@ -19,7 +19,7 @@ from metapl.data.images.store import FileImages, Images
 from metapl.data.images.verify import verify_files
 from metapl.data.splits import stratified_split
 from metapl.data.views.base import Chain, Identity, View
-from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor
+from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.data.views.randaugment import ResizedCrop
 from metapl.errors import MetaplError
 from metapl.losses import UDA, TeacherLoss
@@ -48,6 +48,10 @@ HUE = 0.1
 WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
 of its ramp."""
+
+FINETUNED_ON_CHANGED = 0.5
+"""Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
+may take away what a class is told by: a hole covers one of the things to be counted."""
 
 AGAIN = 2
 """How often the number of steps is measured again where parts of it were asked for."""
@@ -296,6 +300,7 @@ class ImageFolders(PictureRecipe):
     student: OpenOptimizer = field(default_factory=OpenOptimizer)
     teacher: OpenOptimizer = field(default_factory=OpenOptimizer)
     ema_decay: float | None = 0.99
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-2))
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -465,7 +470,8 @@ class ImageFolders(PictureRecipe):
         if self.resized_crop:
             after = self.changes.after_crop()
             return Views(Identity(), after, after, ResizedCrop(self.image_size, flip=self.changes.mirror))
-        return Views(self.changes.weak(), self.changes.strong(), self.changes.strong())
+        strong = self.changes.strong()
+        return Views(self.changes.weak(), strong, strong, finetuned=Sometimes(strong, FINETUNED_ON_CHANGED))
 
     def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
         aligned = (
