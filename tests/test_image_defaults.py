@@ -242,6 +242,21 @@ def test_what_was_chosen_is_one_line() -> None:
     assert told in changed.chosen()
 
 
+@pytest.mark.parametrize(
+    ("side", "square", "lost"),
+    [
+        (32, True, "pictures, colors"),
+        (24, True, "pictures, colors"),
+        (640, True, "pictures (shrunk from about 640), colors"),
+        (32, False, "pictures (cut to squares), colors"),
+        (640, False, "pictures (cut to squares, shrunk from about 640), colors"),
+    ],
+)
+def test_the_line_says_what_pictures_lose(side: int, square: bool, lost: str) -> None:
+    one = recipe(**SIZED, changes=Changes(recolor=False))._for_network("pooled_cnn").scheduled(4400)
+    assert f"on 32x32 color {lost} kept" in one.chosen(dataclasses.replace(look(side), square=square))
+
+
 def test_the_line_says_what_randaugment_does() -> None:
     changes = Changes(recolor=True, mirror=False)
     pillow = recipe(**SIZED, randaugment=True, changes=changes)._for_network("pooled_cnn").scheduled(10)

@@ -367,7 +367,7 @@ class ImageFolders(PictureRecipe):
             for _ in range(AGAIN if asked else 0):
                 steps = steps_within(recipe.scheduled(max(steps, asked + 1)), minutes)
         recipe = dataclasses.replace(recipe.scheduled(steps), minutes=minutes)
-        tell(recipe.chosen())
+        tell(recipe.chosen(seen))
         if self.steps is OPEN and steps < FEW_STEPS:
             tell(f"note: {steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps")
         if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
@@ -441,14 +441,24 @@ class ImageFolders(PictureRecipe):
         shares = self._shares(self.steps).items()
         return "steps", *(name for name, value in shares if getattr(self, name) == value)
 
-    def chosen(self) -> str:
-        """What was chosen, in a line; each has a flag."""
+    def chosen(self, seen: Look | None = None) -> str:
+        """What was chosen, in a line; each has a flag.
+
+        Args:
+            seen: what the pictures are like; what is lost of them is then said too.
+        """
         optimizer = self.teacher if METHODS[self.method].built_as == "teacher" else self.student
         size, kind = f"{self.image_size}x{self.image_size}", "grey" if self.grey else "color"
         return (
-            f"chosen: {self.network_name} on {size} {kind} pictures, {self._changed()}; {optimizer.algorithm} at "
-            f"{optimizer.lr:g}, {self.precision}, {self.steps:,} steps"
+            f"chosen: {self.network_name} on {size} {kind} pictures{self._lost(seen)}, {self._changed()}; "
+            f"{optimizer.algorithm} at {optimizer.lr:g}, {self.precision}, {self.steps:,} steps"
         )
+
+    def _lost(self, seen: Look | None) -> str:
+        """What pictures lose when they are brought to their size, in parentheses."""
+        cut = ["cut to squares"] if seen is not None and not seen.square else []
+        shrunk = [f"shrunk from about {seen.side}"] if seen is not None and seen.side > self.image_size else []
+        return f" ({', '.join(cut + shrunk)})" if cut or shrunk else ""
 
     def _changed(self) -> str:
         """How pictures are changed, in words."""
