@@ -28,14 +28,13 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results
 
-from metapl.baselines import LossTrainer
 from metapl.experiments.experiment import Experiment
-from metapl.losses import CrossEntropy
+from metapl.problems.losses import CrossEntropy
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
-from metapl.recipes.methods import METHODS
 from metapl.runs.folder import environment
 from metapl.training import Trainer
+from metapl.training.loss_trainer import LossTrainer
 
 HERE = Path(__file__).parent
 RAW = HERE / "results" / "digits_study.jsonl"
@@ -168,7 +167,7 @@ def one_run(job: Job, size: Size) -> dict[str, Any]:
     task = drawn(job.seed, job.labels_per_class, size)
     task = dataclasses.replace(task, **{"validation" if job.final else "test": None})
     run = Experiment(recipe, None, progress=False)  # type: ignore[arg-type]  # no folder is written to
-    trained, result = METHODS[ENTRIES[job.method].method].run(run, task, recipe.network(), recipe.network())
+    trained, result = run.train(ENTRIES[job.method].method, task, recipe.network(), recipe.network())
     found = _tested(trained, task, recipe) if job.final else {"validation_accuracy": result.validation_accuracy}
     return dataclasses.asdict(job) | found | {"seconds": round(time.perf_counter() - since, 2)}
 

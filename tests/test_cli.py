@@ -719,7 +719,7 @@ def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monk
         train = command.Train(recipe=Digits(), compare=True, methods=("mpl", "none", "uda"), jobs=given)
         with pytest.raises(KeyboardInterrupt):
             train._run_jobs(tmp_path, train.methods or (), (0, 1))
-    monkeypatch.setattr(Digits, "place", lambda self: torch.device("cuda"))
+    monkeypatch.setattr(Digits, "torch_device", lambda self: torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
         command.Train(recipe=Digits(), compare=True)._run_jobs(tmp_path, ("mpl", "none"), (0, 1))
     assert seen == [(6, {1}), (2, {1}), (1, {8})]

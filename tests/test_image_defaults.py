@@ -22,6 +22,8 @@ from metapl.data.views.base import Identity
 from metapl.data.views.randaugment import ResizedCrop, Weak
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import ROLES, Experiment
+from metapl.experiments.looking import Colors, Look
+from metapl.experiments.settle import chosen, fitted
 from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.base import Optimizer, Task
 from metapl.recipes.images import (
@@ -40,7 +42,6 @@ from metapl.recipes.images import (
     Changes,
     OpenOptimizer,
 )
-from metapl.recipes.looking import Colors, Look
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
 from metapl.recipes.pictures import Pictures, Strong
 from metapl.runs.folder import Metrics, RunFolder
@@ -81,11 +82,11 @@ def recipe(**fields: Any) -> ImageFolders:
     ],
 )
 def test_the_rates_are_those_of_the_networks_family(network: str, rate: float, clip: float) -> None:
-    found = recipe()._for_network(network)
+    found = recipe().for_network(network)
     for one in (found.student, found.teacher):
         assert one == OpenOptimizer(lr=rate)
     assert found.clip_norm == clip
-    pretrained = recipe(weights="file.pt")._for_network(network)
+    pretrained = recipe(weights="file.pt").for_network(network)
     assert (pretrained.student.lr, pretrained.teacher.lr) == (PRETRAINED_RATE,) * 2
 
 
@@ -95,23 +96,23 @@ def test_the_default_network_has_the_greatest_rate() -> None:
 
 def test_what_was_asked_for_of_an_optimizer_is_kept() -> None:
     own = OpenOptimizer(lr=0.002)
-    found = recipe(student=own, clip_norm=3.0)._for_network("resnet18")
+    found = recipe(student=own, clip_norm=3.0).for_network("resnet18")
     assert (found.student, found.teacher.lr, found.clip_norm) == (own, RATES["resnet"], 3.0)
-    decayed = recipe(student=OpenOptimizer(weight_decay=0.3))._for_network("resnet18").student
+    decayed = recipe(student=OpenOptimizer(weight_decay=0.3)).for_network("resnet18").student
     assert (decayed.weight_decay, decayed.lr) == (0.3, RATES["resnet"]), "another decay is not another rate"
     plain = Optimizer(algorithm="sgd", lr=0.3)
-    assert recipe(student=plain)._for_network("resnet18").student == plain
-    assert recipe(student=OpenOptimizer(algorithm="sgd"))._for_network("resnet18").student.lr == SGD_RATE
+    assert recipe(student=plain).for_network("resnet18").student == plain
+    assert recipe(student=OpenOptimizer(algorithm="sgd")).for_network("resnet18").student.lr == SGD_RATE
 
 
 @pytest.mark.parametrize("rate", sorted({*RATES.values(), OTHER_RATE}))
 def test_a_rate_that_was_given_counts_whatever_it_is(rate: float) -> None:
     """That of another network's default too, and from the command line."""
-    found = recipe(student=OpenOptimizer(lr=rate), teacher=OpenOptimizer(lr=rate))._for_network("timm:any")
+    found = recipe(student=OpenOptimizer(lr=rate), teacher=OpenOptimizer(lr=rate)).for_network("timm:any")
     assert (found.student.lr, found.teacher.lr) == (rate, rate)
     folders = ("--labeled", "labeled", "--unlabeled", "unlabeled")
     given = parse(TrainImages, "metapl train images", [*folders, "--teacher.lr", str(rate)]).recipe
-    settled = given._for_network("vit_b_16")
+    settled = given.for_network("vit_b_16")
     assert (settled.teacher.lr, settled.student.lr) == (rate, RATES["vit"])
 
 
@@ -122,19 +123,19 @@ def test_an_optimizer_without_a_rate_is_checked_too(field: str) -> None:
 
 
 def test_clipping_can_be_left_out_and_the_settled_recipe_says_so() -> None:
-    found = recipe(**SIZED, clip_norm=0)._for_network("resnet18").scheduled(20)
+    found = recipe(**SIZED, clip_norm=0).for_network("resnet18").scheduled(20)
     assert (found.clip_norm, found.trainer_options()["clip_norm"]) == (0, None)
-    assert found._for_network("resnet18") == found
-    clipped = recipe(**SIZED)._for_network("resnet18").trainer_options()["clip_norm"]
-    assert (clipped, recipe(**SIZED)._for_network("small_cnn").trainer_options()["clip_norm"]) == (CLIPPED, None)
+    assert found.for_network("resnet18") == found
+    clipped = recipe(**SIZED).for_network("resnet18").trainer_options()["clip_norm"]
+    assert (clipped, recipe(**SIZED).for_network("small_cnn").trainer_options()["clip_norm"]) == (CLIPPED, None)
     for wrong in (-1.0, math.inf, math.nan):
         with pytest.raises(MetaplError, match=r"clip_norm=.*or 0 for no clipping"):
             recipe(clip_norm=wrong)
 
 
 def test_a_settled_recipe_stays_as_it_is_when_it_is_settled_again() -> None:
-    once = recipe(**SIZED)._for_network("vit_b_16")
-    assert once._for_network("vit_b_16") == once
+    once = recipe(**SIZED).for_network("vit_b_16")
+    assert once.for_network("vit_b_16") == once
 
 
 # ------------------------------------------------------------------------------------------------- a look at pictures
@@ -148,52 +149,52 @@ def look(side: int = 28, grey: bool = False, tell: bool = False, light: float = 
     )
 
 
-def fitted(seen: Look, **fields: Any) -> ImageFolders:
-    return recipe(val="val", **fields).fitted(seen)
+def fitted_to(seen: Look, **fields: Any) -> ImageFolders:
+    return fitted(recipe(val="val", **fields), seen)
 
 
 @pytest.mark.parametrize(
     ("side", "brought_to"), [(8, 16), (16, 16), (20, 20), (25, 24), (27, 28), (32, 32), (48, 48), (96, 48), (4000, 48)]
 )
 def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on(side: int, brought_to: int) -> None:
-    found = fitted(look(side))
+    found = fitted_to(look(side))
     assert (found.image_size, found.network_name, found.student.lr) == (brought_to, "pooled_cnn", RATES["pooled_cnn"])
 
 
 def test_grey_pictures_are_read_as_such_and_colors_where_they_are() -> None:
-    grey, color = fitted(look(grey=True)), fitted(look())
+    grey, color = fitted_to(look(grey=True)), fitted_to(look())
     assert (grey.grey, grey.mean, grey.std) == (True, (0.35,), (0.15,))
     assert (color.grey, color.mean, color.std) == (False, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    forced = fitted(look(grey=True), grey=False)
+    forced = fitted_to(look(grey=True), grey=False)
     assert (forced.grey, forced.mean, forced.std) == (False, (0.3,) * 3, (0.2,) * 3)
-    without = fitted(look(), grey=True)
+    without = fitted_to(look(), grey=True)
     assert (without.grey, without.mean, without.std) == (True, (0.35,), (0.15,))
 
 
 def test_the_labels_are_spread_like_those_that_were_given() -> None:
-    assert fitted(look()).uda_prior == (0.25, 0.75)
-    assert fitted(look(), uda_prior=(0.5, 0.5)).uda_prior == (0.5, 0.5)
+    assert fitted_to(look()).uda_prior == (0.25, 0.75)
+    assert fitted_to(look(), uda_prior=(0.5, 0.5)).uda_prior == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(("light", "exchanged"), [(0.0, False), (0.1, False), (0.3, True), (0.8, True), (1.0, False)])
 def test_light_and_dark_are_exchanged_where_both_are_usual(light: float, exchanged: bool) -> None:
-    assert fitted(look(grey=True, light=light)).changes.recolor == exchanged
-    assert fitted(look(light=light)).changes.recolor, "colors are another question"
-    assert not fitted(look(grey=True, light=light, tell=True)).changes.recolor
+    assert fitted_to(look(grey=True, light=light)).changes.recolor == exchanged
+    assert fitted_to(look(light=light)).changes.recolor, "colors are another question"
+    assert not fitted_to(look(grey=True, light=light, tell=True)).changes.recolor
 
 
 @pytest.mark.parametrize("tell", [True, False])
 def test_colors_are_exchanged_where_they_tell_nothing(tell: bool) -> None:
-    found = fitted(look(tell=tell)).changes
+    found = fitted_to(look(tell=tell)).changes
     assert (found.recolor, found.hue) == (not tell, 0.0 if tell else HUE)
     for asked in (True, False):
-        found = fitted(look(tell=tell), changes=Changes(recolor=asked)).changes
+        found = fitted_to(look(tell=tell), changes=Changes(recolor=asked)).changes
         assert (found.recolor, found.hue) == (asked, HUE if asked else 0.0)
-        assert fitted(look(tell=tell), changes=Changes(recolor=asked, hue=0.3)).changes.hue == 0.3
+        assert fitted_to(look(tell=tell), changes=Changes(recolor=asked, hue=0.3)).changes.hue == 0.3
 
 
 def test_pretrained_weights_bring_their_own_size_and_normalization() -> None:
-    found = fitted(look(grey=True), weights="file.pt")
+    found = fitted_to(look(grey=True), weights="file.pt")
     assert (found.network_name, found.image_size, found.grey) == ("resnet18", 128, False)
     assert found.mean == (0.485, 0.456, 0.406)
     assert (found.student.lr, found.clip_norm) == (PRETRAINED_RATE, CLIPPED)
@@ -229,17 +230,17 @@ def test_few_steps_are_a_schedule_too(steps: int, method: Any) -> None:
 
 
 def test_what_was_chosen_is_one_line() -> None:
-    plain = recipe(**SIZED, changes=Changes(recolor=False))._for_network("pooled_cnn").scheduled(4400)
-    assert plain.chosen() == (
+    plain = recipe(**SIZED, changes=Changes(recolor=False)).for_network("pooled_cnn").scheduled(4400)
+    assert chosen(plain) == (
         f"chosen: pooled_cnn on 32x32 color pictures, colors kept, not mirrored; adamw at {RATES['pooled_cnn']:g}, "
         "float32, 4,400 steps"
     )
     other = {**SIZED, "grey": True, "precision": "bfloat16", "image_size": 20, "mean": (0.5,), "std": (0.5,)}
-    changed = recipe(**other, changes=Changes(recolor=True, mirror=True))._for_network("resnet18").scheduled(86)
+    changed = recipe(**other, changes=Changes(recolor=True, mirror=True)).for_network("resnet18").scheduled(86)
     told = (
         f"on 20x20 grey pictures, light and dark exchanged, mirrored; adamw at {RATES['resnet']:g}, bfloat16, 86 steps"
     )
-    assert told in changed.chosen()
+    assert told in chosen(changed)
 
 
 @pytest.mark.parametrize(
@@ -253,17 +254,17 @@ def test_what_was_chosen_is_one_line() -> None:
     ],
 )
 def test_the_line_says_what_pictures_lose(side: int, square: bool, lost: str) -> None:
-    one = recipe(**SIZED, changes=Changes(recolor=False))._for_network("pooled_cnn").scheduled(4400)
-    assert f"on 32x32 color {lost} kept" in one.chosen(dataclasses.replace(look(side), square=square))
+    one = recipe(**SIZED, changes=Changes(recolor=False)).for_network("pooled_cnn").scheduled(4400)
+    assert f"on 32x32 color {lost} kept" in chosen(one, dataclasses.replace(look(side), square=square))
 
 
 def test_the_line_says_what_randaugment_does() -> None:
     changes = Changes(recolor=True, mirror=False)
-    pillow = recipe(**SIZED, randaugment=True, changes=changes)._for_network("pooled_cnn").scheduled(10)
-    assert "color pictures, changed by RandAugment, mirrored (not with --strong.writing); adamw" in pillow.chosen()
-    assert "exchanged" not in pillow.chosen(), "RandAugment comes instead of --changes"
+    pillow = recipe(**SIZED, randaugment=True, changes=changes).for_network("pooled_cnn").scheduled(10)
+    assert "color pictures, changed by RandAugment, mirrored (not with --strong.writing); adamw" in chosen(pillow)
+    assert "exchanged" not in chosen(pillow), "RandAugment comes instead of --changes"
     writing = dataclasses.replace(pillow, strong=Strong(writing=True))
-    assert "color pictures, changed by RandAugment, not mirrored; adamw" in writing.chosen()
+    assert "color pictures, changed by RandAugment, not mirrored; adamw" in chosen(writing)
     flips = [isinstance(one.views().weak, Weak) and one.views().weak.flip for one in (pillow, writing)]
     assert flips == [True, False]
 
@@ -272,12 +273,12 @@ def test_the_line_says_what_randaugment_does() -> None:
 def test_what_was_chosen_has_the_rate_of_the_optimizer_that_is_used(method: Any, rate: float) -> None:
     """One network has the teacher's."""
     optimizers = {"teacher": OpenOptimizer(lr=0.3), "student": OpenOptimizer(lr=0.2)}
-    assert f"adamw at {rate}," in recipe(**SIZED, method=method, **optimizers).scheduled(20).chosen()
+    assert f"adamw at {rate}," in chosen(recipe(**SIZED, method=method, **optimizers).scheduled(20))
 
 
 def test_a_recipe_of_a_comparison_is_that_of_each_of_its_methods() -> None:
-    alone = recipe(**SIZED, method="mpl")._for_network("pooled_cnn").scheduled(1000)
-    compared = recipe(**SIZED, method="uda")._for_network("pooled_cnn").scheduled(1000)
+    alone = recipe(**SIZED, method="mpl").for_network("pooled_cnn").scheduled(1000)
+    compared = recipe(**SIZED, method="uda").for_network("pooled_cnn").scheduled(1000)
     assert dataclasses.replace(compared, method="mpl") == alone
 
 
@@ -324,7 +325,7 @@ def test_the_weak_view_moves_a_little_and_the_strong_one_changes_everything(reco
 def test_finetuning_sees_a_half_of_the_labelled_pictures_as_they_are() -> None:
     images = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8)
     few = MemoryImages(images)
-    made = recipe(image_size=24, labeled_batch=40)._for_network("pooled_cnn").scheduled(10)
+    made = recipe(image_size=24, labeled_batch=40).for_network("pooled_cnn").scheduled(10)
     sources = made.batches(Pictures(few=few, labels=torch.arange(40) % 2, many=few))
     as_they_are = {picture.numpy().tobytes() for picture in images.float() / 255}
 
@@ -407,7 +408,7 @@ def trained(one: ImageFolders, method: str, folder: Path) -> tuple[LossTrainer, 
     """The trainer afterwards, and the rows of its metrics."""
     torch.manual_seed(0)
     run = Experiment(one, RunFolder(folder), progress=False, say=lambda text: None)
-    trainer, _ = METHODS[method].run(run, noise_task(one), *(one.network(role) for role in ROLES))
+    trainer, _ = run.train(method, noise_task(one), *(one.network(role) for role in ROLES))
     assert isinstance(trainer, LossTrainer)
     return trainer, Metrics(folder / "metrics.jsonl").rows("fit")
 
@@ -415,7 +416,7 @@ def trained(one: ImageFolders, method: str, folder: Path) -> tuple[LossTrainer, 
 def test_fixmatch_trains_one_network_on_hard_labels(tmp_path: Path) -> None:
     small = {"image_size": 8, "labeled_batch": 6, "unlabeled_batch": 6, "log_every": 1, "uda_weight": 2.0}
     small |= {"uda_align": 0.3, "label_smoothing": 0.1}
-    one = recipe(**SIZED | small, method="fixmatch", uda_start=2, uda_ramp=2)._for_network("pooled_cnn").scheduled(6)
+    one = recipe(**SIZED | small, method="fixmatch", uda_start=2, uda_ramp=2).for_network("pooled_cnn").scheduled(6)
     trainer, rows = trained(one, "fixmatch", tmp_path)
     supervised, uda = trainer.losses
     assert supervised == CrossEntropy(0.1)
@@ -468,7 +469,7 @@ def test_fixmatch_is_compared_by_name(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("network", ["resnet18", "efficientnet_b0"])
 def test_other_networks_do_not_diverge_at_the_start(network: str, tmp_path: Path) -> None:
     small = {"network_name": network, "labeled_batch": 4, "unlabeled_batch": 4, "log_every": 1}
-    one = recipe(**SIZED | small)._for_network(network).scheduled(20)
+    one = recipe(**SIZED | small).for_network(network).scheduled(20)
     _, rows = trained(one, "uda", tmp_path)
     losses = [row["loss"] for row in rows]
     assert len(losses) == 20

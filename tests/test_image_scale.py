@@ -35,6 +35,7 @@ from metapl.data.images.check import check_folders
 from metapl.data.images.folders import scan_labeled, scan_unlabeled
 from metapl.data.images.store import replaced_files
 from metapl.errors import MetaplError
+from metapl.experiments.settle import settled
 from metapl.recipes import ImageFolders
 
 TINY = (
@@ -193,12 +194,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 def test_training_on_many_files_starts_at_once(many: Path) -> None:
     """No file is opened that no batch needs, but the few that are looked at as a whole."""
-    recipe = ImageFolders(
-        labeled=str(many / "labeled"),
-        unlabeled=str(many / "unlabeled"),
-        test=str(many / "test"),
-        **SMALL,
-    ).settled()
+    folders = {name: str(many / name) for name in ("labeled", "unlabeled", "test")}
+    recipe = settled(ImageFolders(**folders, **SMALL))
     said: list[str] = []
     with opened(many) as before:
         task = recipe.task(said.append)
@@ -262,7 +259,7 @@ def test_how_far_files_are_looked_into_depends_on_their_sizes_too(
 # ------------------------------------------------------------------------------------------------------- the terminal
 
 # Every look is shown, however fast the machine is.
-SHOWING_ALL = "import sys, metapl.recipes.progress as p; p.EVERY = 0; from metapl.cli import main; sys.exit(main())"
+SHOWING_ALL = "import sys, metapl.training.progress as p; p.EVERY = 0; from metapl.cli import main; sys.exit(main())"
 
 
 class Terminal:
@@ -342,7 +339,7 @@ def test_control_c_while_it_lists(many: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_terminal_is_shown_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    from metapl.recipes.progress import counting
+    from metapl.training.progress import counting
 
     with counting("listing", shown=True) as count:
         time.sleep(0.2)
@@ -474,7 +471,7 @@ def test_labels_go_by_the_names_of_the_classes(tmp_path: Path) -> None:
     pictures(tmp_path, labeled__a=2, labeled__b=2, labeled__c=2, val__b=2, val__c=2, test__c=2, unlabeled=1)
     recipe = ImageFolders(**{name: str(tmp_path / name) for name in ("labeled", "unlabeled", "val", "test")}, **SMALL)
     said: list[str] = []
-    task = recipe.settled().task(said.append)
+    task = settled(recipe).task(said.append)
     assert task.classes == ("a", "b", "c")
     assert torch.cat([y for _, y in task.validation]).tolist() == [1, 1, 2, 2]
     assert torch.cat([y for _, y in task.test]).tolist() == [2, 2]

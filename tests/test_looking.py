@@ -17,9 +17,10 @@ from torchvision.models import resnet18
 
 from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError
-from metapl.experiments import budget
-from metapl.recipes import ImageFolders, looking
-from metapl.recipes.looking import look
+from metapl.experiments import budget, looking
+from metapl.experiments.looking import look
+from metapl.experiments.settle import chosen, settled
+from metapl.recipes import ImageFolders
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)
 
@@ -126,19 +127,19 @@ def recipe(root: Path, **fields: Any) -> ImageFolders:
 
 
 def test_a_recipe_fits_itself_to_its_pictures(colored: Path) -> None:
-    found = recipe(colored).settled()
+    found = settled(recipe(colored))
     assert (found.image_size, found.grey, found.changes.recolor) == (20, False, False)
     assert found.val_fraction == 0  # a fifth of 20 pictures tells nothing
     assert found.classes == ("blue", "red")
     assert found.complete
-    assert f"{found.image_size}x{found.image_size} color pictures, colors kept, not mirrored" in found.chosen()
+    assert f"{found.image_size}x{found.image_size} color pictures, colors kept, not mirrored" in chosen(found)
 
 
 def test_what_is_given_is_not_chosen(colored: Path) -> None:
     changes = dataclasses.replace(recipe(colored).changes, recolor=True)
     given: dict[str, Any] = {"image_size": 9, "grey": True, "network_name": "small_cnn", "val_fraction": 0.5}
     given |= {"wait": 3, "warmup": 2, "uda_ramp": 1, "validate_every": 7, "mean": (0.1,), "std": (0.2,)}
-    found = recipe(colored, **given, changes=changes).settled()
+    found = settled(recipe(colored, **given, changes=changes))
     assert {name: getattr(found, name) for name in given} == given
     assert found.changes.recolor
 
@@ -153,7 +154,7 @@ def test_the_normalization_has_as_many_channels_as_the_pictures(
         root = tmp_path
         for place, name in enumerate(("labeled/a", "labeled/b", "unlabeled")):
             write(root / name, *[noisy(RED, 3 * place + number).convert("L") for number in range(3)])
-    found = recipe(root, grey=grey, image_size=8).settled()
+    found = settled(recipe(root, grey=grey, image_size=8))
     channels = 1 if found.grey else 3
     assert found.grey == (kind == "grey" if grey is None else grey)
     assert len(found.normalization()[0]) == len(found.normalization()[1]) == channels
@@ -177,7 +178,7 @@ def test_steps_are_measured_by_the_clock_and_leave_the_generator_alone(
     """A clock on which each reading is an eighth of a second after the one before."""
     monkeypatch.setattr(budget, "TIMED", 3)
     small: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "labeled_batch": 4, "unlabeled_batch": 4}
-    one, before = recipe(colored, method=method, **small).settled(), torch.get_rng_state()
+    one, before = settled(recipe(colored, method=method, **small)), torch.get_rng_state()
     ticks: Iterator[float] = (number / 8 for number in count())
     assert budget.seconds_per_step(one, ticks.__next__) == pytest.approx(fits / 8)
     # 85 % of a minute at an eighth of a second a step are 408 steps, which are rounded to two digits.
@@ -200,7 +201,7 @@ def test_steps_and_precision_are_measured_with_crops_of_files_too(
 
     monkeypatch.setattr(FileImages, "fetch_crops", watched)
     small: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "labeled_batch": 4, "unlabeled_batch": 4}
-    found = recipe(colored, steps=None, precision=None, minutes=0.01, resized_crop=True, grey=grey, **small).settled()
+    found = settled(recipe(colored, steps=None, precision=None, minutes=0.01, resized_crop=True, grey=grey, **small))
     assert found.complete
     assert found.steps >= 1
     assert set(read) == {(1 if grey else 3, 8, 8)}
@@ -225,7 +226,7 @@ def test_the_photograph_command_of_the_readme(
 
 
 def test_bfloat16_is_taken_where_it_is_faster_by_enough(colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = recipe(colored).settled()
+    one = settled(recipe(colored))
     for half, expected in ((0.7, "bfloat16"), (0.9, "float32")):
         took = {"float32": 1.0, "bfloat16": half}
         monkeypatch.setattr(budget, "_cpu_has_bfloat16", lambda: True)
@@ -235,7 +236,7 @@ def test_bfloat16_is_taken_where_it_is_faster_by_enough(colored: Path, monkeypat
 
 def test_bfloat16_is_not_taken_by_a_load_on_the_machine(colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 is the faster one; in one round something else slows it, in another bfloat16."""
-    one = recipe(colored).settled()
+    one = settled(recipe(colored))
     took = {"float32": iter([3.0, 1.0, 1.1]), "bfloat16": iter([1.2, 4.0, 1.3])}
     monkeypatch.setattr(budget, "_cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(budget, "seconds_per_step", lambda recipe: next(took[recipe.precision]))
@@ -243,7 +244,7 @@ def test_bfloat16_is_not_taken_by_a_load_on_the_machine(colored: Path, monkeypat
 
 
 def test_a_processor_without_bfloat16_is_not_measured(colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = recipe(colored, device="cpu").settled()
+    one = settled(recipe(colored, device="cpu"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False}, raising=False)
     monkeypatch.setattr(budget, "seconds_per_step", lambda recipe: pytest.fail("measured"))
     assert budget.faster_precision(one) == "float32"
@@ -269,5 +270,5 @@ def test_light_and_dark_marks_are_told_apart(tmp_path: Path) -> None:
 def test_too_few_steps_are_said(steps: int, few: bool, colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "steps_within", lambda *given: steps)
     told: list[str] = []
-    assert recipe(colored, steps=None).settled(say=told.append).steps == steps
+    assert settled(recipe(colored, steps=None), say=told.append).steps == steps
     assert any(f"{steps} steps are few" in line for line in told) == few

@@ -13,6 +13,7 @@ import torch
 from torchvision.models import ResNet18_Weights
 
 from metapl.errors import MetaplError
+from metapl.experiments import settle
 from metapl.models.pretrained import fetch_imagenet_weights
 from metapl.recipes import ImageFolders
 
@@ -100,6 +101,6 @@ def test_the_recipe_asks_for_those_of_its_network(
     network: str | None, stem: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("metapl.recipes.images.fetch_imagenet_weights", lambda name: asked.append(name) or "file")
+    monkeypatch.setattr("metapl.experiments.settle.fetch_imagenet_weights", lambda name: asked.append(name) or "file")
     recipe = ImageFolders(labeled="a", unlabeled="b", weights="imagenet", network_name=network)
-    assert (recipe._weights(), asked) == ("file", [stem])
+    assert (settle._weights(recipe), asked) == ("file", [stem])

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 from test_baselines import TINY
 
-from metapl import MetaplError
+import metapl
+from metapl import LossTrainer, MetaplError
 from metapl.cli import main
 from metapl.experiments.experiment import Experiment
 from metapl.experiments.store import describe, stored
 from metapl.metrics import evaluate_logits
-from metapl.recipes import Digits, Feedback, Optimizer, from_dict
+from metapl.recipes import Digits, Feedback, ImageFolders, Optimizer, from_dict
 from metapl.recipes.methods import CONTROLS, METHODS
 from metapl.runs.folder import FORMAT, WEIGHTS, Metrics, RunFolder
 from metapl.training import FitResult
@@ -279,5 +280,48 @@ def test_every_method_trains_under_the_same_clip_and_precision(method: str, tmp_
 
     recipe = Clipped(steps=2, hidden=(8,), validate_every=1, finetune_steps=0)
     run = Experiment(recipe, RunFolder(tmp_path), progress=False, say=lambda text: None)
-    trained, _ = METHODS[method].run(run, recipe.task(), recipe.network(), recipe.network())
+    trained, _ = run.train(method, recipe.task(), recipe.network(), recipe.network())
     assert (trained.clip_norm, trained.precision) == (0.25, "bfloat16")
+
+
+EXECUTION = {"precision": "bfloat16", "accumulate": 2, "compile": True, "clip_norm": 0.25}
+
+
+@pytest.fixture
+def finetuned_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each finetuning was run with."""
+    seen: list[dict[str, Any]] = []
+
+    class Watched(LossTrainer):
+        def __init__(self, model: Any, losses: Any, **options: Any) -> None:
+            seen.append({name: options[name] for name in EXECUTION})
+            super().__init__(model, losses, **options | {"compile": False})  # compiling takes long
+
+    monkeypatch.setattr("metapl.training.finetuning.LossTrainer", Watched)
+    return seen
+
+
+def test_finetuning_runs_as_the_recipe_does(
+    finetuned_with: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a recipe and from the command: in its precision, in as many parts, compiled and clipped."""
+    monkeypatch.setattr(Digits, "trainer_options", lambda self: {**EXECUTION, "compile": False})
+    command = f"train digits --steps 2 --hidden 8 --validate-every 2 --finetune-steps 2 --out {tmp_path / 'run'}"
+    assert main(command.split()) == 0
+    assert finetuned_with == [{**EXECUTION, "compile": False}]
+    monkeypatch.setattr(Digits, "trainer_options", lambda self: EXECUTION)
+    assert main(["finetune", str(tmp_path / "run")]) == 0
+    assert finetuned_with[1:] == [EXECUTION]
+
+
+def test_finetuning_runs_as_the_trainer_does(finetuned_with: list[dict[str, Any]]) -> None:
+    given = {**EXECUTION, "compile": False}
+    trainer = metapl.BilevelTrainer(TINY.network(), TINY.network(), **given)
+    images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    trainer.finetune([(images, labels)], steps=1, progress=False)
+    assert finetuned_with == [given]
+
+
+def test_finetuning_in_parts_that_are_not_equal_is_refused_before_training() -> None:
+    with pytest.raises(MetaplError, match=r"finetune_batch=6.*multiple of accumulate=4"):
+        ImageFolders(labeled="few", unlabeled="many", accumulate=4, finetune_batch=6)

@@ -38,8 +38,8 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
 
     from metapl.cli.jobs import Job
     from metapl.experiments.budget import steps_within
+    from metapl.experiments.settle import REHEARSED, settled
     from metapl.recipes import ImageFolders
-    from metapl.recipes.images import REHEARSED
     from metapl.runs.folder import environment
 
     torch.set_num_threads(1)
@@ -50,10 +50,10 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
         since = time.process_time()
         recipe = ImageFolders(**parts, seed=seed, method=method, minutes=minutes)  # type: ignore[arg-type]
         recipe = _with(recipe, settings | {"steps": REHEARSED, "precision": settings.get("precision", "bfloat16")})
-        settled = recipe.settled()
-        steps = settings.get("steps") or steps_within(settled, minutes, time.process_time)
-        settled = _with(recipe, {"steps": steps}).settled()
-        result = Job(settled, method, place / "run", resume=False, threads=1).run()
+        complete = settled(recipe)
+        steps = settings.get("steps") or steps_within(complete, minutes, time.process_time)
+        complete = settled(_with(recipe, {"steps": steps}))
+        result = Job(complete, method, place / "run", resume=False, threads=1).run()
     accuracies = {name: value for name, value in result.items() if name.endswith("test_accuracy")}
     return {
         "half": named(problem).half,
@@ -62,9 +62,9 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
         "seed": seed,
         "minutes": minutes,
         "settings": settings,
-        "steps": settled.steps,
-        "recolor": settled.changes.recolor,
-        "image_size": settled.image_size,
+        "steps": complete.steps,
+        "recolor": complete.changes.recolor,
+        "image_size": complete.image_size,
         "delivered": result["delivered"],
         "seconds": round(time.process_time() - since, 1),
         **accuracies,

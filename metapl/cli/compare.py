@@ -114,7 +114,7 @@ def _entries(run: Finished) -> Iterator[Entry]:
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
     """What runs that are paired have in common."""
-    fields = _flat(dataclasses.asdict(recipe))  # type: ignore[call-overload]  # recipes are dataclasses
+    fields = _flat(dataclasses.asdict(recipe))
     if isinstance(recipe, ImageFolders):
         fields |= dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
     return {name: value for name, value in fields.items() if name not in IRRELEVANT}

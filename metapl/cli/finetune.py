@@ -78,9 +78,7 @@ class Finetune:
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise MetaplError(f"--lr {self.lr}: expected a number above 0.")
         optimizer = run.recipe.finetune if self.lr is None else dataclasses.replace(run.recipe.finetune, lr=self.lr)
-        changed = {"finetune_steps": steps, "finetune": optimizer}
-        recipe: Recipe = dataclasses.replace(run.recipe, **changed)  # type: ignore[type-var]  # recipes are dataclasses
-        return recipe
+        return dataclasses.replace(run.recipe, finetune_steps=steps, finetune=optimizer)
 
 
 def _finetuned_anew(run: Finished, recipe: Recipe) -> dict[str, Any]:

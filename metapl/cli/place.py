@@ -11,6 +11,6 @@ from metapl.recipes import Recipe
 def place(recipe: Recipe) -> torch.device:
     """Where the run was trained; the CPU, which every machine has, where that is not to be had here."""
     try:
-        return recipe.place()
+        return recipe.torch_device()
     except MetaplError:
         return torch.device("cpu")

@@ -25,6 +25,7 @@ from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
 from metapl.experiments.comparison import Comparison, parse_seeds
 from metapl.experiments.experiment import summary
+from metapl.experiments.settle import settled
 from metapl.experiments.store import describe, stored
 from metapl.metrics import Evaluation, with_chance
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
@@ -90,7 +91,7 @@ class Train:
         torch.set_num_threads(default_threads())
         folder = RunFolder(out)
         before = stored(folder)[0] if self.resume and folder.exists else None
-        return recipe.settled(before if isinstance(before, ImageFolders) else None, aloud)
+        return settled(recipe, before if isinstance(before, ImageFolders) else None, aloud)
 
     def _run(self, out: Path) -> int:
         return self._compare(out) if self.compare else self._train(out)
@@ -155,7 +156,7 @@ class Train:
     def _run_jobs(
         self, out: Path, methods: tuple[str, ...], seeds: tuple[int, ...]
     ) -> dict[tuple[str, int], dict[str, Any]]:
-        on_gpu = self.recipe.place().type == "cuda"
+        on_gpu = self.recipe.torch_device().type == "cuda"
         workers = min(self.jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
         # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn
         # the weights differ already. So a job has as many threads whatever --jobs is, and when it is resumed.

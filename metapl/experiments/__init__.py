@@ -1,8 +1,11 @@
 """What runs recipes.
 
 experiment   one recipe by one method, from data to report
-comparison   several methods and seeds, and whether they differ
+methods      training by each method
+settle       values for all that a recipe for own pictures leaves open
+looking      what a few pictures show of a data set
 budget       how many steps fit into a time
+comparison   several methods and seeds, and whether they differ
 galleries    the pictures of a report
 reports      the reports of comparisons
 store        recipes and results on disk

@@ -22,7 +22,6 @@ from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.experiments.experiment import ROLES, Experiment
 from metapl.recipes.base import Task
 from metapl.recipes.images import ImageFolders
-from metapl.recipes.methods import METHODS
 from metapl.recipes.pictures import Pictures
 from metapl.runs.folder import RunFolder
 from metapl.training import FitResult, Trainer
@@ -119,8 +118,8 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
         sources = recipe.batches(Pictures(few=images, labels=labels, many=images))
         task = Task(**sources, classes=recipe.classes, record={})
         rehearsal = _Rehearsal(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None, clock=clock)
-        networks = [recipe.network(role).to(recipe.place()) for role in ROLES]
-        METHODS[recipe.method].run(rehearsal, task, *networks)
+        networks = [recipe.network(role).to(recipe.torch_device()) for role in ROLES]
+        rehearsal.train(recipe.method, task, *networks)
     return sum(rehearsal.seconds)
 
 
@@ -151,7 +150,7 @@ def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monot
 
 def faster_precision(recipe: ImageFolders) -> Literal["float32", "bfloat16"]:
     """bfloat16 where there are instructions for it and it is faster by enough on this machine, float32 elsewhere."""
-    if recipe.place().type == "cpu" and not _cpu_has_bfloat16():
+    if recipe.torch_device().type == "cpu" and not _cpu_has_bfloat16():
         return "float32"
     plain, half = (dataclasses.replace(recipe, precision=one) for one in ("float32", "bfloat16"))
     times = [(seconds_per_step(plain), seconds_per_step(half)) for _ in range(ROUNDS)]

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.baselines import LossTrainer
 from metapl.data.images.store import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
-from metapl.losses import CrossEntropy
+from metapl.experiments.methods import ALONE, train
 from metapl.metrics import Evaluation, interval, spoken
+from metapl.problems.losses import CrossEntropy
 from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
-from metapl.recipes.methods import ALONE, METHODS, title
+from metapl.recipes.methods import METHODS, title
 from metapl.runs.folder import Metrics, RunFolder, weights_file
 from metapl.training import FitResult, Say, Trainer
+from metapl.training.finetuning import finetune
+from metapl.training.loss_trainer import LossTrainer
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Experiment:
         later, with its own as ``validation_accuracy``, ``test_accuracy`` and ``evaluation``.
         """
         torch.manual_seed(self.recipe.seed)
-        task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.place()
+        task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
         self.record(task)
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
-        trained, result = METHODS[method].run(self, task, teacher, student)
+        trained, result = self.train(method, task, teacher, student)
         labeller = trained.student if trained.labeller is None else trained.labeller
         write_galleries(self.folder.path, draw_galleries(task, labeller, trained.student))
         networks = self.networks(method, task, trained, result)
@@ -70,6 +72,10 @@ class Experiment:
         if unread:
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
+
+    def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
+        """Train by ``method``; the returned trainer's student is the network that is kept."""
+        return train(METHODS[method], self.recipe, task, teacher, student, self.fit)
 
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher."""
@@ -130,19 +136,20 @@ class Experiment:
         self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
     ) -> FitResult:
         """The main phase, or one before it; ``over`` replaces options of the recipe."""
-        return trainer.fit(
-            labeled,
-            unlabeled,
-            steps=self.recipe.steps,
-            phase=phase,
-            validation=task.validation,
-            truth=task.truth,
-            out=self.folder,
-            resume=self.resume,
-            progress=self.progress,
-            say=self.say,
-            **self.recipe.fit_options() | {"select": self.selects(task)} | over,
-        )
+        return trainer.fit(labeled, unlabeled, steps=self.recipe.steps, phase=phase, **self.options(task) | over)
+
+    def options(self, task: Task) -> dict[str, Any]:
+        """What every fit of the run has in common."""
+        return {
+            "validation": task.validation,
+            "truth": task.truth,
+            "out": self.folder,
+            "resume": self.resume,
+            "progress": self.progress,
+            "say": self.say,
+            **self.recipe.fit_options(),
+            "select": self.selects(task),
+        }
 
     def selects(self, task: Task) -> bool:
         """Whether there are enough validation examples to choose by."""
@@ -153,20 +160,15 @@ class Experiment:
         torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
         if not self.recipe.finetune_steps:
             return before
-        tuner = LossTrainer(student, (CrossEntropy(),), optimizer=self.recipe.finetune.build(student))
         every = max(1, self.recipe.finetune_steps // 10)
-        options = self.recipe.fit_options() | ALONE | {"ema_decay": None, "warmup": 0, "validate_every": every}
-        result = tuner.fit(
+        alone = ALONE | {"ema_decay": None, "warmup": 0, "validate_every": every} | self.recipe.finetune_options()
+        result = finetune(
+            student,
             task.finetuning,
             steps=self.recipe.finetune_steps,
-            phase="finetune",
-            validation=task.validation,
-            out=self.folder,
-            resume=self.resume,
-            progress=self.progress,
-            say=self.say,
-            select=self.selects(task),
-            **options | self.recipe.finetune_options(),
+            optimizer=self.recipe.finetune.build(student),
+            **self.recipe.trainer_options(),
+            **self.options(task) | {"truth": None} | alone,
         )
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
             student.load_state_dict(before.weights)

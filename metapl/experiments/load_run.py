@@ -122,7 +122,7 @@ def finished(path: Path) -> Finished:
             "--resume."
         )
     result = stored_result(folder)
-    delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])  # type: ignore[type-var]  # recipes are dataclasses
+    delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])
     return Finished(folder, delivered, description, result)
 
 

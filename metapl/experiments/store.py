@@ -18,7 +18,7 @@ TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method")
 
 def describe(recipe: Recipe, **how: Any) -> dict[str, Any]:
     """A recipe as plain values, with its name and how it is run."""
-    return {"name": recipe.name, **how, "fields": dataclasses.asdict(recipe)}  # type: ignore[call-overload]
+    return {"name": recipe.name, **how, "fields": dataclasses.asdict(recipe)}
 
 
 def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:

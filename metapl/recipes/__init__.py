@@ -1,4 +1,4 @@
-"""Named, frozen configurations, and what runs them."""
+"""Named, frozen configurations; :mod:`metapl.experiments` runs them."""
 
 from metapl.recipes.base import Feedback, Optimizer, Recipe, Task, from_dict
 from metapl.recipes.digits import Digits

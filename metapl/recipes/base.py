@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 from metapl import feedback
 from metapl.data.splits import Split
 from metapl.errors import MetaplError
-from metapl.losses import TeacherLoss
 from metapl.metrics import chance_level
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
+from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.training import FitOptions
 
 SELECTED_ON = 50
 """Validation examples from which on students are told apart by them: of 50, 7 points are one standard error."""
@@ -26,7 +29,13 @@ Say = Callable[[str], None]
 
 Role = Literal["teacher", "student"]
 
-Mode = Literal["unrolled", "forward", "difference", "reinforce", "reinforce_per_example", "loss_difference", "none"]
+if TYPE_CHECKING:
+    Mode = str
+else:
+    Mode = Literal[feedback.MODES]  # what the command line offers
+
+
+FIT_OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions) if field.name not in ("steps", "phase"))
 
 
 def require(recipe: object, condition: bool, field: str, expected: str) -> None:
@@ -166,78 +175,145 @@ class Task:
         return labels
 
 
-class Recipe(Protocol):
-    """A frozen configuration that can be run: data, networks, optimisers, how long."""
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """A frozen configuration that can be run: data, networks, losses, optimizers, how long.
+
+    Args:
+        seed: random seed of the data split, the initial weights and everything that is drawn.
+        steps: number of training steps.
+        labeled_batch: labelled examples in a batch.
+        unlabeled_batch: unlabelled examples in a batch.
+        dropout: dropout rate of the networks.
+        label_smoothing: label smoothing of the teacher's supervised loss.
+        uda_weight: weight of the UDA loss; 0 leaves it out.
+        uda_temperature: temperature of UDA's targets; a value below 1 sharpens them.
+        uda_threshold: UDA leaves out examples whose greatest probability is not above this.
+        feedback: how the teacher learns from the student.
+        student: its optimizer.
+        teacher: its optimizer.
+        schedule: how both learning rates change over the steps.
+        warmup: steps over which both learning rates grow from 0.
+        ema_decay: decay of the moving average of the weights. The average is what is kept; with None, the weights
+            themselves are.
+        finetune_steps: steps of finetuning on the labelled examples, after training.
+        finetune: its optimizer.
+        validate_every: steps between validations.
+        log_every: steps between rows in metrics.jsonl.
+        save_every: steps between checkpoints.
+        exact_every: steps between measurements of the cosine between the mode's gradient and the exact one; by default
+            it is not measured.
+        keep: number of checkpoints to keep.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    """Suffixes of the files that :meth:`read` finds in a folder."""
+
+    seed: int = 0
+    steps: int = 600
+    labeled_batch: int = 32
+    unlabeled_batch: int = 64
+    dropout: float = 0.0
+    label_smoothing: float = 0.1
+    uda_weight: float = 1.0
+    uda_temperature: float = 0.7
+    uda_threshold: float = 0.6
+    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
+    student: Optimizer = field(default_factory=Optimizer)
+    teacher: Optimizer = field(default_factory=Optimizer)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 0
+    ema_decay: float | None = None
+    finetune_steps: int = 200
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))
+    validate_every: int = 100
+    log_every: int = 20
+    save_every: int = 500
+    exact_every: int | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "labeled_batch", "unlabeled_batch"):
+            value = getattr(self, name)
+            require(self, value is None or value >= 1, name, "1 or more")
+        require(self, 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
+        require(self, 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
+        for name in ("finetune_steps", "uda_weight"):
+            require(self, getattr(self, name) >= 0, name, "0 or more")
+        self.teacher_losses(uda=True)
+        if self.complete:
+            FitOptions(steps=self.steps, **self.checked_options())
 
     @property
-    def name(self) -> str: ...
+    def complete(self) -> bool:
+        """Whether every field that decides the training has a value."""
+        return True
+
     @property
+    @abstractmethod
     def classes(self) -> tuple[str, ...]:
         """Their names, in the order of the network's outputs."""
-        ...
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Suffixes of the files that :meth:`read` finds in a folder."""
-        ...
-
-    @property
-    def seed(self) -> int: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def feedback(self) -> Feedback: ...
-    @property
-    def student(self) -> Optimizer: ...
-    @property
-    def teacher(self) -> Optimizer: ...
-    @property
-    def finetune_steps(self) -> int: ...
-    @property
-    def finetune(self) -> Optimizer: ...
-
+    @abstractmethod
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
-        """The data; ``say`` is told what a user should know of it, and ``progress`` shows what takes long.
+        """The data.
 
-        Files that turn out to be unreadable later are recorded in ``log``; see :class:`metapl.data.FileImages`.
+        Args:
+            say: takes what a user should know of them.
+            progress: show how far it is, where it takes long.
+            log: where files are recorded that turn out to be unreadable later; see :class:`metapl.data.FileImages`.
         """
-        ...
 
+    @abstractmethod
     def network(self, role: Role = "student") -> nn.Module:
         """The teacher or the student with fresh weights, from the default generator."""
-        ...
 
     def architecture(self) -> Architecture | None:
         """What builds the student without metapl's wrappers; None for a network that has no name."""
-        ...
+        return None
 
+    @abstractmethod
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
         """The examples in a user's file: where each stands, and the network's input for it.
 
         Raises:
             MetaplError: the file cannot be read; the message begins with its path.
         """
-        ...
+
+    def uda(self) -> UDA:
+        """The consistency loss, whether or not the teacher has it; its weight is then 1."""
+        return UDA(self.uda_temperature, self.uda_threshold, self.uda_weight or 1.0)
 
     def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
         """The teacher's own losses; ``uda`` overrides whether UDA is among them."""
-        ...
+        supervised = CrossEntropy(self.label_smoothing)
+        wanted = self.uda_weight > 0 if uda is None else uda
+        return (supervised, self.uda()) if wanted else (supervised,)
 
     def fit_options(self) -> dict[str, Any]:
         """Fields of :class:`metapl.training.FitOptions` but ``steps`` and ``phase``."""
-        ...
+        return {name: getattr(self, name) for name in FIT_OPTIONS if hasattr(self, name)}
+
+    def checked_options(self) -> dict[str, Any]:
+        """The :meth:`fit_options` that the recipe's method makes use of."""
+        return self.fit_options()
 
     def finetune_options(self) -> dict[str, Any]:
         """Fields of :class:`metapl.training.FitOptions` in which finetuning differs from the rest."""
-        ...
+        return {}
 
     def trainer_options(self) -> dict[str, Any]:
-        """Options of :class:`metapl.BilevelTrainer`: the feedback's size, clipping, precision."""
-        ...
+        """Options of every trainer, finetuning included: clipping, micro-batches, precision, compilation."""
+        return {}
 
-    def place(self) -> torch.device:
+    def feedback_options(self) -> dict[str, float]:
+        """The option of :class:`metapl.BilevelTrainer` that sets the size of the feedback."""
+        return {"feedback_weight": self.feedback.feedback_weight}
+
+    def torch_device(self) -> torch.device:
         """Where it runs."""
-        ...
+        return torch.device("cpu")
 
 
 R = TypeVar("R")

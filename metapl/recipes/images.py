@@ -22,25 +22,17 @@ from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.data.views.randaugment import ResizedCrop
 from metapl.errors import MetaplError
-from metapl.losses import UDA, TeacherLoss
-from metapl.models.pretrained import fetch_imagenet_weights
-from metapl.recipes.base import SELECTED_ON, Optimizer, Say, Task, require
-from metapl.recipes.looking import Look, look
+from metapl.problems.losses import UDA
+from metapl.recipes.base import Optimizer, Say, Task, require
 from metapl.recipes.methods import METHODS
-from metapl.recipes.pictures import IMAGENET, PictureRecipe, Pictures, Views, whole
-from metapl.recipes.progress import counting
+from metapl.recipes.pictures import PictureRecipe, Pictures, Views
+from metapl.training.progress import counting
 
 WORDS = {"labeled": "labelled", "unlabeled": "unlabelled", "val": "validation", "test": "test"}
 """The folders as they are called on the terminal."""
 
 IN_MEMORY = 2**30
 """Bytes of decoded pictures that are kept in memory; of larger folders, files are read each time they are drawn."""
-
-SET_ASIDE = 0.2
-"""Part of the labelled pictures that is set aside to select on, where that is enough of them to tell anything."""
-
-SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
-"""Pixels to which pictures are brought: within the first two when a network starts from nothing, on a CPU."""
 
 HUE = 0.1
 """Share of a turn by which colors are changed that do not tell classes apart."""
@@ -52,18 +44,6 @@ of its ramp."""
 FINETUNED_ON_CHANGED = 0.5
 """Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
 may take away what a class is told by: a hole covers one of the things to be counted."""
-
-AGAIN = 2
-"""How often the number of steps is measured again where parts of it were asked for."""
-
-REHEARSED = 1000
-"""Steps of the recipe that is measured: of such a recipe, a few are taken."""
-
-MINUTES = 5.0
-"""How long training may take where neither minutes nor steps are given."""
-
-FEW_STEPS = 300
-"""Steps below which a network that starts from nothing has hardly learned."""
 
 MOST_MINUTES = 60 * 24 * 366
 """A year."""
@@ -205,13 +185,6 @@ CLIPPED, NOT_CLIPPED = 1.0, 0.0
 """Greatest norm of a gradient in networks other than pooled_cnn and small_cnn, some of which diverge at first without
 it; and in these two."""
 
-PRETRAINED_NETWORK = "resnet18"
-
-PHOTOGRAPHS = 128
-"""Side in pixels from which on color pictures are taken for photographs."""
-
-IMAGENET_WEIGHTS = "imagenet"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolders(PictureRecipe):
@@ -290,7 +263,7 @@ class ImageFolders(PictureRecipe):
     randaugment: bool = False
     channels_last: bool = True
     labeled_batch: int = 32
-    unlabeled_batch: int = 64
+    unlabeled_batch: int = 32
     label_smoothing: float = 0.0
     uda_temperature: float = 0.5
     uda_threshold: float = 0.85
@@ -304,7 +277,6 @@ class ImageFolders(PictureRecipe):
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         few = self.minutes is None or 0 < self.minutes <= MOST_MINUTES
         require(self, few, "minutes", f"a number above 0, {MOST_MINUTES:,} at most")
         clip = self.clip_norm
@@ -314,8 +286,9 @@ class ImageFolders(PictureRecipe):
         require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
         require(self, 0 <= self.uda_align <= 1, "uda_align", "a number in [0, 1]")
         require(self, self.uda_start is None or self.uda_start >= 0, "uda_start", "0 or more steps")
+        super().__post_init__()
 
-    def _for_network(self, name: str) -> ImageFolders:
+    def for_network(self, name: str) -> ImageFolders:
         """The recipe with the rates and the clipping with which such a network trains, where none were given."""
         family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
         rate = PRETRAINED_RATE if self.weights else family
@@ -330,92 +303,6 @@ class ImageFolders(PictureRecipe):
     @property
     def classes(self) -> tuple[str, ...]:
         return self.class_names or scan_labeled(self.labeled).classes
-
-    def settled(self, before: ImageFolders | None = None, say: Say | None = None) -> ImageFolders:
-        """The recipe as it can be stored: whole paths, the classes that are found, and a value for every field.
-
-        Args:
-            before: the recipe of the run that is resumed: what was chosen then is not chosen anew.
-            say: is told what was chosen, and what may be better.
-        """
-        from metapl.experiments.budget import faster_precision, steps_within
-
-        places: dict[str, Any] = {name: whole(getattr(self, name)) for name in ("labeled", "unlabeled", "val", "test")}
-        places["weights"] = self._weights()
-        recipe = dataclasses.replace(self, **places, class_names=scan_labeled(self.labeled).classes)
-        if before is not None:
-            kept = {name: getattr(before, name) for name in (*CHOSEN, "minutes") if getattr(self, name) is None}
-            recipe = dataclasses.replace(recipe, **kept, changes=self.changes.settled(bool(before.changes.recolor)))
-            return recipe._for_network(recipe.network_name)
-        labeled = scan_labeled(self.labeled)
-        if not verify_files(labeled).skipped:  # else it is said first what is left out
-            _refuse_errors(check_folders(labeled))  # before anything is measured
-        seen, tell = recipe._look(), say or (lambda text: None)
-        recipe = recipe.fitted(seen)
-        if recipe.grey and (self.changes.hue is not None or self.changes.saturation != Changes.saturation):
-            tell("note: the pictures are grey, and changes of hue and saturation have no effect")
-        # What was asked for in steps is no share of them: more are rehearsed, and again with what fits.
-        asked = max(self.wait or 0, self.uda_start or 0)
-        trial = recipe.scheduled(REHEARSED if recipe.steps is OPEN and not asked else recipe.steps or 2 * asked)
-        precision = faster_precision(trial) if recipe.precision is OPEN else recipe.precision
-        recipe, trial = (dataclasses.replace(one, precision=precision) for one in (recipe, trial))
-        steps = recipe.steps
-        # The minutes of a recipe whose steps were given decide nothing: they stay open.
-        minutes = (self.minutes or MINUTES) if steps is OPEN else OPEN
-        if steps is OPEN:
-            steps = steps_within(trial, minutes)
-            for _ in range(AGAIN if asked else 0):
-                steps = steps_within(recipe.scheduled(max(steps, asked + 1)), minutes)
-        recipe = dataclasses.replace(recipe.scheduled(steps), minutes=minutes)
-        tell(recipe.chosen(seen))
-        if self.steps is OPEN and steps < FEW_STEPS:
-            tell(f"note: {steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps")
-        if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
-            tell("for photographs a network that was trained on photographs is better: --weights imagenet")
-        return recipe
-
-    def _weights(self) -> str | None:
-        """The file of weights."""
-        if self.weights == IMAGENET_WEIGHTS:
-            return str(fetch_imagenet_weights(self.network_name or PRETRAINED_NETWORK))
-        return whole(self.weights)
-
-    def _look(self) -> Look:
-        labeled = scan_labeled(self.labeled)
-        unlabeled = scan_unlabeled(self.unlabeled)
-        return look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
-
-    def fitted(self, seen: Look) -> ImageFolders:
-        """The recipe for such pictures, but for what depends on the number of steps."""
-        grey = seen.grey and self.weights is None if self.grey is None else self.grey
-        side = PRETRAINED_SIDE if self.weights else 4 * round(min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE) / 4)
-        chosen: dict[str, Any] = {
-            "grey": grey,
-            "image_size": side,
-            "network_name": PRETRAINED_NETWORK if self.weights else "pooled_cnn",
-            "val_fraction": 0.0 if self.val or self._aside() < SELECTED_ON else SET_ASIDE,
-            "uda_prior": seen.shares,
-        }
-        if grey:
-            chosen |= {"mean": seen.level[:1], "std": seen.level[1:]}
-        elif self.weights is None:
-            chosen |= {
-                "mean": seen.mean * 3 if seen.grey else seen.mean,
-                "std": seen.std * 3 if seen.grey else seen.std,
-            }
-        else:
-            chosen |= dict(zip(("mean", "std"), IMAGENET, strict=True))
-        missing = {name: value for name, value in chosen.items() if getattr(self, name) is None}
-        fitted = dataclasses.replace(self, **missing, changes=self.changes.settled(seen.exchangeable))
-        channels = 1 if grey else 3
-        for name in ("mean", "std"):
-            kind = "grey" if grey else "color"
-            require(fitted, len(getattr(fitted, name)) == channels, name, f"{channels} for {kind} pictures")
-        return fitted._for_network(fitted.network_name)
-
-    def _aside(self) -> int:
-        """How many labelled pictures the usual part of them is; too few to select on train better."""
-        return round(SET_ASIDE * len(scan_labeled(self.labeled)))
 
     def scheduled(self, steps: int) -> ImageFolders:
         """The recipe with so many steps, and what is a share of them."""
@@ -441,34 +328,6 @@ class ImageFolders(PictureRecipe):
         shares = self._shares(self.steps).items()
         return "steps", *(name for name, value in shares if getattr(self, name) == value)
 
-    def chosen(self, seen: Look | None = None) -> str:
-        """What was chosen, in a line; each has a flag.
-
-        Args:
-            seen: what the pictures are like; what is lost of them is then said too.
-        """
-        optimizer = self.teacher if METHODS[self.method].built_as == "teacher" else self.student
-        size, kind = f"{self.image_size}x{self.image_size}", "grey" if self.grey else "color"
-        return (
-            f"chosen: {self.network_name} on {size} {kind} pictures{self._lost(seen)}, {self._changed()}; "
-            f"{optimizer.algorithm} at {optimizer.lr:g}, {self.precision}, {self.steps:,} steps"
-        )
-
-    def _lost(self, seen: Look | None) -> str:
-        """What pictures lose when they are brought to their size, in parentheses."""
-        cut = ["cut to squares"] if seen is not None and not seen.square else []
-        shrunk = [f"shrunk from about {seen.side}"] if seen is not None and seen.side > self.image_size else []
-        return f" ({', '.join(cut + shrunk)})" if cut or shrunk else ""
-
-    def _changed(self) -> str:
-        """How pictures are changed, in words."""
-        if self.randaugment:
-            mirrored = "not mirrored" if self.strong.writing else "mirrored (not with --strong.writing)"
-            return f"changed by RandAugment, {mirrored}"
-        what = "light and dark" if self.grey else "colors"
-        colors = f"{what} {'exchanged' if self.changes.recolor else 'kept'}"
-        return f"{colors}, {'mirrored' if self.changes.mirror else 'not mirrored'}"
-
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
         assert self.mean is not None  # settled
         assert self.std is not None
@@ -483,14 +342,8 @@ class ImageFolders(PictureRecipe):
         strong = self.changes.strong()
         return Views(self.changes.weak(), strong, strong, finetuned=Sometimes(strong, FINETUNED_ON_CHANGED))
 
-    def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
-        aligned = (
-            dataclasses.replace(term, align=self.uda_align, prior=self.uda_prior, start=self.uda_start)
-            if isinstance(term, UDA)
-            else term
-            for term in super().teacher_losses(uda)
-        )
-        return tuple(aligned)
+    def uda(self) -> UDA:
+        return dataclasses.replace(super().uda(), align=self.uda_align, prior=self.uda_prior, start=self.uda_start or 0)
 
     def fit_options(self) -> dict[str, Any]:
         # A student that waits has fewer steps, and warms up over the same share of them. So the recipe of a comparison
@@ -598,12 +451,13 @@ class _Look:
         """Refuse folders that would spoil the training."""
         with counting("comparing files", self.progress) as count:
             findings = check_folders(labeled, unlabeled, held_out.get("val"), held_out.get("test"), count)
-        _refuse_errors(findings)
+        refuse_errors(findings)
         for one in findings:
             self.tell(f"note: {one.message}")
 
 
-def _refuse_errors(findings: Sequence[Finding]) -> None:
+def refuse_errors(findings: Sequence[Finding]) -> None:
+    """Stop where the folders would spoil the training."""
     errors = [one.message for one in findings if one.level == "error"]
     if errors:
         raise MetaplError("\n".join(errors))

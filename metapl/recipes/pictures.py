@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,8 @@ from metapl.data.sampler import StepSampler
 from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.errors import MetaplError
-from metapl.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.recipes.base import Feedback, Optimizer, Role, require
-from metapl.training import FitOptions
+from metapl.problems.losses import UDA
+from metapl.recipes.base import Optimizer, Recipe, Role, require
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that pretrained weights expect."""
@@ -111,58 +111,34 @@ class Views:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureRecipe:
+class PictureRecipe(Recipe):
     """How a classifier of pictures is trained.
 
     The teacher labels weakly augmented pictures and learns from labelled ones, from consistency (UDA) and from the
     student's feedback; the student learns its labels on strongly augmented pictures.
 
     Args:
-        seed: random seed of the data split, the initial weights and everything that is drawn.
         image_size: side in pixels that every picture is resized to.
         grey: read pictures without colors.
         network_name: small_cnn, wide_resnet28_2, resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or
             timm:NAME. After an unknown name, the error lists all names.
         weights: file with pretrained weights of the network.
-        dropout: dropout rate of the networks.
         teacher_dropout: dropout rate of the teacher, if not the same.
         stochastic_depth: probability of dropping the last block, for networks that support it.
         channels_last: store the networks in the channels-last format, which is faster on tensor cores.
         compile: compile the networks with torch.compile.
-        steps: number of training steps.
         wait: steps in which only the teacher trains, before the student starts.
-        labeled_batch: labelled pictures in a batch.
-        unlabeled_batch: unlabelled pictures in a batch.
         pad: greatest shift of the weak view, in pixels.
         resized_crop: cut a random part out of each picture, as is usual for photographs, instead of shifting it. Every
             step then reads its pictures from their files.
         strong: the student's view.
-        label_smoothing: label smoothing of the teacher's supervised loss.
-        uda_weight: weight of the UDA loss; 0 leaves it out.
-        uda_temperature: temperature of UDA's targets; a value below 1 sharpens them.
-        uda_threshold: UDA leaves out pictures whose greatest probability is not above this.
         uda_ramp: steps over which the weight of UDA grows from 0.
-        feedback: how the teacher learns from the student.
         feedback_ratio: norm of the feedback's gradient relative to that of the teacher's own losses, at every step. It
             replaces --feedback-weight.
-        student: its optimizer.
-        teacher: its optimizer.
-        schedule: how both learning rates change over the steps.
-        warmup: steps over which both learning rates grow from 0.
         clip_norm: greatest norm of either network's gradient; None turns clipping off.
         accumulate: number of parts that a batch is split into, to save memory.
         precision: bfloat16 runs the networks under autocast.
-        ema_decay: decay of the moving average of the weights. The average is what is kept; with None, the weights
-            themselves are.
-        finetune_steps: steps of finetuning on the labelled pictures, after training.
         finetune_batch: labelled pictures in a batch of finetuning, if not as in training.
-        finetune: its optimizer.
-        validate_every: steps between validations.
-        log_every: steps between rows in metrics.jsonl.
-        save_every: steps between checkpoints.
-        exact_every: steps between measurements of the cosine between the mode's gradient and the exact one; by default
-            it is not measured.
-        keep: number of checkpoints to keep.
         num_workers: number of processes that read pictures; it changes the speed alone.
         device: auto takes a GPU if there is one.
     """
@@ -171,74 +147,43 @@ class PictureRecipe:
     center: ClassVar[float] = 1.0
     """Share of a picture's sides that is looked at when it is evaluated."""
 
-    seed: int = 0
     image_size: int = 32
     grey: bool = False
     network_name: Annotated[str, tyro.conf.arg(name="network")] = "small_cnn"
     weights: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    dropout: float = 0.0
     teacher_dropout: float | None = None
     stochastic_depth: float = 0.0
     channels_last: bool = False
     compile: bool = False
-    steps: int = 600
     wait: int = 0
-    labeled_batch: int = 32
-    unlabeled_batch: int = 64
     pad: int = 4
     resized_crop: bool = False
     strong: Strong = field(default_factory=Strong)
-    label_smoothing: float = 0.1
-    uda_weight: float = 1.0
-    uda_temperature: float = 0.7
-    uda_threshold: float = 0.6
     uda_ramp: int = 200
-    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
     feedback_ratio: float | None = None
     student: Optimizer = field(default_factory=lambda: NESTEROV)
     teacher: Optimizer = field(default_factory=lambda: NESTEROV)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: int = 0
     clip_norm: float | None = None
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: float | None = 0.995
-    finetune_steps: int = 200
     finetune_batch: int | None = None
-    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))
-    validate_every: int = 100
-    log_every: int = 20
-    save_every: int = 500
-    exact_every: int | None = None
-    keep: int = 2
     num_workers: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "steps", "labeled_batch", "unlabeled_batch", "accumulate"):
+        super().__post_init__()
+        for name in ("image_size", "accumulate", "finetune_batch"):
             value = getattr(self, name)
             require(self, value is None or value >= 1, name, "1 or more")
-        for name in ("finetune_steps", "uda_weight", "num_workers", "pad"):
+        for name in ("num_workers", "pad"):
             require(self, getattr(self, name) >= 0, name, "0 or more")
-        require(self, self.finetune_batch is None or self.finetune_batch >= 1, "finetune_batch", "1 or more")
-        require(self, 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
-        CrossEntropy(self.label_smoothing)
-        UDA(self.uda_temperature, self.uda_threshold, ramp=self.uda_ramp or 0)
+        whole = self.finetune_batch is None or self.finetune_batch % self.accumulate == 0
+        require(self, whole, "finetune_batch", f"a multiple of accumulate={self.accumulate}")
         self.strong.view(Identity())
         if self.complete:
-            FitOptions(steps=self.steps, **self.checked_options())
             for role in ("teacher", "student"):
                 self._architecture(role, num_classes=2)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every field that decides the training has a value."""
-        return True
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Their names, in the order of the network's outputs."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------ the data
 
@@ -324,35 +269,20 @@ class PictureRecipe:
 
     # -------------------------------------------------------------------------------------------------- the training
 
-    def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
-        """Supervised cross-entropy, and UDA if wanted."""
-        supervised = CrossEntropy(self.label_smoothing)
-        weight = self.uda_weight if self.uda_weight > 0 else 1.0
-        wanted = self.uda_weight > 0 if uda is None else uda
-        consistency = UDA(self.uda_temperature, self.uda_threshold, weight, self.uda_ramp)
-        return (supervised, consistency) if wanted else (supervised,)
-
-    def fit_options(self) -> dict[str, Any]:
-        """For ``fit``."""
-        every = ("validate_every", "log_every", "save_every", "exact_every")
-        names = ("wait", "schedule", "warmup", "ema_decay", *every, "keep", "num_workers")
-        return {name: getattr(self, name) for name in names}
-
-    def checked_options(self) -> dict[str, Any]:
-        """Those of :meth:`fit_options` that the method makes use of."""
-        return self.fit_options()
+    def uda(self) -> UDA:
+        return dataclasses.replace(super().uda(), ramp=self.uda_ramp or 0)
 
     def finetune_options(self) -> dict[str, Any]:
-        """For ``fit`` on the labelled data, at a rate that stays: section 2.3 of the paper."""
+        """A rate that stays: section 2.3 of the paper."""
         return {"schedule": "constant"}
 
     def trainer_options(self) -> dict[str, Any]:
-        """For :class:`metapl.BilevelTrainer`."""
-        options = {name: getattr(self, name) for name in ("clip_norm", "accumulate", "precision", "compile")}
-        weight = {"feedback_weight": self.feedback.feedback_weight}
-        return options | (weight if self.feedback_ratio is None else {"feedback_ratio": self.feedback_ratio})
+        return {name: getattr(self, name) for name in ("clip_norm", "accumulate", "precision", "compile")}
 
-    def place(self) -> torch.device:
+    def feedback_options(self) -> dict[str, float]:
+        return super().feedback_options() if self.feedback_ratio is None else {"feedback_ratio": self.feedback_ratio}
+
+    def torch_device(self) -> torch.device:
         """A GPU where there is one, if wanted."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise MetaplError("device=cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")

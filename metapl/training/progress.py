@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 """What matters most comes first: what a narrow terminal has no room for is cut off at the end."""
+
+EVERY = 0.1
+"""Seconds between two updates of a count."""
 
 
 class Progress:
@@ -119,3 +122,27 @@ def examples_in(batch: Any) -> int:
     """How many examples a batch holds: the rows of its first tensor that has any."""
     leaves = pytree.tree_leaves(batch)
     return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
+
+
+@contextmanager
+def counting(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts.
+
+    Nothing is shown where ``shown`` is False or standard error is not a terminal.
+    """
+    shown = shown and sys.stderr.isatty()
+    last, width = time.monotonic(), 0
+
+    def update(done: int) -> None:
+        nonlocal last, width
+        if not shown or time.monotonic() - last < EVERY:
+            return
+        text = f"{what}: {done:,}" + ("" if total is None else f" of {total:,}")
+        print(f"\r{text:<{width}}", end="", file=sys.stderr, flush=True)
+        last, width = time.monotonic(), max(width, len(text))
+
+    try:
+        yield update
+    finally:
+        if width:
+            print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,88 @@
+"""Training by a method of :data:`metapl.recipes.methods.METHODS`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from metapl.errors import MetaplError
+from metapl.feedback import Altered
+from metapl.problems.losses import UDA, TeacherLoss
+from metapl.recipes.base import Recipe, Task
+from metapl.recipes.methods import Method
+from metapl.training import FitResult, Trainer
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.trainer import BilevelTrainer
+
+Fit = Callable[..., FitResult]
+"""Fits a trainer to sources of labeled and unlabeled batches, as :meth:`metapl.experiments.experiment.Experiment.fit`
+does."""
+
+ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
+"""Options of a fit without a teacher that learns."""
+
+
+def train(
+    method: Method, recipe: Recipe, task: Task, teacher: nn.Module, student: nn.Module, fit: Fit
+) -> tuple[Trainer, FitResult]:
+    """Train the two networks, or one of them.
+
+    Returns: the trainer whose student is the network that is kept, and what its fit ended with.
+    """
+    if method.losses is not None:
+        labeled = task.everything if method.everything else task.labeled
+        if labeled is None:
+            raise MetaplError(
+                f"{method.name} trains on the true labels of all examples, and the recipe {recipe.name} does not know "
+                "those of the unlabelled ones; leave it out of --methods."
+            )
+        return _alone(recipe, task, teacher, method.losses(recipe), labeled, fit)
+    if method.fixed_labels is not None:  # plain pseudo labels, eq. (1): a supervised teacher, then a student of it
+        _alone(recipe, task, teacher, recipe.teacher_losses(uda=False), task.labeled, fit, phase="teacher")
+        # Without a loss and without feedback the teacher stays as it is.
+        changed = {"mode": "none", "kind": method.fixed_labels, "teacher_losses": (), **recipe.trainer_options()}
+        trainer = _bilevel(recipe, teacher, student, **changed)
+        return trainer, fit(trainer, task.labeled, task.unlabeled, task, **ALONE)
+    estimator: Any = recipe.feedback.estimator()
+    kind = recipe.feedback.labels
+    if method.feedback == "none":  # the labels that the recipe's own mode takes
+        kind = recipe.feedback.problem().for_modes(estimator.labels, recipe.feedback.mode).kind
+        estimator = "none"
+    elif method.feedback is not None and method.feedback != "recipe":
+        estimator = Altered(estimator, method.feedback, seed=recipe.seed)
+    options = {"teacher_losses": recipe.teacher_losses(), **recipe.trainer_options(), **recipe.feedback_options()}
+    trainer = _bilevel(recipe, teacher, student, mode=estimator, kind=kind, **options)
+    return trainer, fit(trainer, task.labeled, task.unlabeled, task)
+
+
+def _bilevel(
+    recipe: Recipe, teacher: nn.Module, student: nn.Module, *, mode: Any, kind: Any, **options: Any
+) -> BilevelTrainer:
+    return BilevelTrainer(
+        teacher,
+        student,
+        mode,
+        problem=dataclasses.replace(recipe.feedback.problem(), kind=kind),
+        inner_optimizer=recipe.student.build(student),
+        outer_optimizer=recipe.teacher.build(teacher),
+        **options,
+    )
+
+
+def _alone(
+    recipe: Recipe,
+    task: Task,
+    network: nn.Module,
+    losses: tuple[TeacherLoss, ...],
+    labeled: Any,
+    fit: Fit,
+    **options: Any,
+) -> tuple[Trainer, FitResult]:
+    """One network, with the teacher's optimizer."""
+    optimizer = recipe.teacher.build(network)
+    trainer = LossTrainer(network, losses, optimizer=optimizer, **recipe.trainer_options())
+    unlabeled = task.unlabeled if any(isinstance(term, UDA) for term in losses) else None
+    return trainer, fit(trainer, labeled, unlabeled, task, **ALONE | options)
