@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.baselines import LossTrainer
 from metapl.data.images.record import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.methods import ALONE, train
-from metapl.losses import CrossEntropy
 from metapl.metrics import Evaluation, interval, spoken
+from metapl.problems.losses import CrossEntropy
 from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
 from metapl.recipes.methods import METHODS, title
 from metapl.runs.folder import Metrics, RunFolder, weights_file
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.finetuning import finetune
+from metapl.training.loss_trainer import LossTrainer
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
             lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
     if content.get("validation_accuracy") is not None:
-        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, content['validation_chance'])}.")
+        guessed = content.get("validation_chance")  # older runs did not store it
+        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, guessed)}.")
     if not lines:
         lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
     part = "test" if tested is not None else "validation"

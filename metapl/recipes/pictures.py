@@ -26,7 +26,7 @@ from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.crops import ResizedCrop, Weak
 from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
 from metapl.errors import MetaplError
-from metapl.losses import UDA
+from metapl.problems.losses import UDA
 from metapl.recipes.base import Optimizer, Recipe, Role, require
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -101,12 +101,14 @@ class Views:
         strong: to the same for whoever learns these labels.
         labeled: to labelled ones.
         crop: the box that is cut out of a file before any of them.
+        finetuned: to labelled ones in finetuning; None: as in training.
     """
 
     weak: View
     strong: View
     labeled: View
     crop: ResizedCrop | None = None
+    finetuned: View | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +202,11 @@ class PictureRecipe(Recipe):
         views = self.views()
         few, many, labels = pictures.few, pictures.many, pictures.labels
 
-        def labeled(images: Images, labels: Tensor, size: int, stream: int, seed: int) -> LabeledBatches:
+        def labeled(
+            images: Images, labels: Tensor, size: int, stream: int, seed: int, view: View = views.labeled
+        ) -> LabeledBatches:
             sampler = StepSampler(len(images), size, seed=self.seed, stream=stream)
-            return LabeledBatches(images, labels, sampler, views.labeled, seed, crop=views.crop)
+            return LabeledBatches(images, labels, sampler, view, seed, crop=views.crop)
 
         def looked_at(images: Images, labels: Tensor) -> EvaluationBatches:
             return EvaluationBatches(images, labels, EVALUATED_AT_ONCE)
@@ -214,7 +218,14 @@ class PictureRecipe(Recipe):
         return {
             "labeled": labeled(few, labels, self.labeled_batch, 0, self.seed),
             "unlabeled": UnlabeledBatches(many, sampler, views.weak, views.strong, self.seed, crop=views.crop),
-            "finetuning": labeled(few, labels, self.finetune_batch or self.labeled_batch, 2, self.seed + 1),
+            "finetuning": labeled(
+                few,
+                labels,
+                self.finetune_batch or self.labeled_batch,
+                2,
+                self.seed + 1,
+                views.finetuned or views.labeled,
+            ),
             "validation": pictures.val and looked_at(*pictures.val),
             "test": pictures.test and looked_at(*pictures.test),
             "sample": sample,

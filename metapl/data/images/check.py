@@ -144,8 +144,14 @@ def find_copies(
     validation: LabeledFiles | None,
     test: LabeledFiles | None,
     progress: Progress | None,
+    *,
+    trained: bool = False,
 ) -> Iterator[Finding]:
-    """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`."""
+    """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`.
+
+    Args:
+        trained: the labeled and unlabeled pictures were already trained on, so that the others are to be mended.
+    """
     sides = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
     files = [
         _File(side, folder.classes[folder.labels[i]] if isinstance(folder, LabeledFiles) else None, path)
@@ -165,7 +171,7 @@ def find_copies(
             if file.side == held_out
         ]
         if pairs:
-            yield _leak(held_out, other, pairs)
+            yield _leak(held_out, other, pairs, mended=held_out if trained else other)
     if unlabeled is not None and sum(map(_labeled_copies, groups)) == len(labeled):
         yield _used_twice(labeled, unlabeled)
     contradictions = [files for group in groups if _contradict(files := [f for f in group if f.side == "labeled"])]
@@ -200,14 +206,14 @@ _LEAKS = (
 )
 
 
-def _leak(held_out: str, other: str, pairs: Sequence[tuple[_File, _File]]) -> Finding:
+def _leak(held_out: str, other: str, pairs: Sequence[tuple[_File, _File]], mended: str) -> Finding:
     harmless = (held_out, other) == ("test", "validation")
     shown = few([f"{file.path} is {copy.path}" for file, copy in pairs])
     return Finding(
         "warning" if harmless else "error",
         f"{len(pairs)} {held_out} pictures are among the {other} ones too: {shown}; "
         + ("what is selected on them looks better than it is: " if harmless else "the result would be too good: ")
-        + f"remove them from the {other} folder.",
+        + f"remove them from the {mended} folder.",
         tuple(Path(file.path) for pair in pairs for file in pair),
         kind=_COPIES[held_out],
     )

@@ -16,7 +16,7 @@ from metapl.data import draws
 from metapl.data.views.base import FLOATING_OR_BYTES, check_images
 from metapl.errors import MetaplError
 
-_SEEDED = 11  # streams 0 to 10 are those of the other views
+_SEEDED = 12  # streams 0 to 11 are those of the other views
 
 
 @dataclass(frozen=True)
