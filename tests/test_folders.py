@@ -288,7 +288,7 @@ def test_depths(mixed: Files, depth: Any, expected: set[str]) -> None:
 
 def test_summary(mixed: Files) -> None:
     lines = verify_files(mixed, max_pixels=1000).summary().splitlines()
-    assert lines[0] == "2 skipped: this is no picture of a known format (words too.jpg, words.jpg)"
+    assert lines[0] == "2 skipped: not a picture of a known format (words too.jpg, words.jpg)"
     assert set(lines[1:]) == {
         "1 skipped: the file is empty (empty.png)",
         "1 skipped: the picture has more than the 1,000 pixels that are allowed (large.png)",

@@ -412,7 +412,7 @@ def test_every_kind_of_file_through_the_command(tmp_path: Path) -> None:
     for reason in (
         "2 skipped: the picture has more than the 89,478,485 pixels that are allowed (a/bomb.png, b/bomb.png)",
         "1 skipped: the file is empty (deep/empty.jpg)",
-        "1 skipped: this is no picture of a known format (deep/words.png)",
+        "1 skipped: not a picture of a known format (deep/words.png)",
         "1 skipped: the picture is truncated (deep/cut.jpg)",
         "1 skipped: the picture cannot be decoded (deep/comment.png)",
     ):

@@ -5,7 +5,7 @@ object with ``__getitem__(step)`` serves it, and :func:`loader` serves the same 
 
 A batch is made in two halves. What is fetched (bytes of images, where there are files or images in memory) can come
 from worker processes; the views can be applied on the device, so that a quarter of the bytes crosses to it.
-Normalization is no view: it belongs to the network, which sees the same numbers whatever the data came from.
+Normalization is not a view: it belongs to the network, which sees the same numbers whatever the data came from.
 """
 
 from __future__ import annotations

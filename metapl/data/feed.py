@@ -89,9 +89,9 @@ def feed(
     Swapping generators takes about 0.2 ms per batch on one CPU core, most of it numpy's; ``StepBatches`` and lists do
     without. Copies to CUDA are queued and not waited for, see :func:`~metapl.data.to_device`.
 
-    Exactness: what is drawn on the CPU while a batch is made comes from generators of (seed, name), and from those that
-    the loader, its samplers, its data set or their transforms hold as attributes; see "Loaders that can be resumed" in
-    docs/runs.md for what is not seen.
+    Exactness: what is drawn on the CPU while a batch is made comes from generators seeded by (seed, name), and from
+    generators that the loader, its samplers, its data set or their transforms hold as attributes; see "Loaders that can
+    be resumed" in docs/runs.md for the exceptions.
 
     Raises:
         MetaplError: the source is none of these or has no batch; a ``StepBatches`` has fewer than ``stop``. Later, from
@@ -291,7 +291,7 @@ class _IteratorFeed:
     def restore(self, state: dict[str, Any]) -> None:
         raise MetaplError(
             f"{self._name} is an iterator ({described(self._source)}), which cannot be resumed by position: it can be "
-            f"gone through once, and where it stands cannot be told; expected {_RESUMABLE}"
+            f"iterated once, and has no position that could be read; expected {_RESUMABLE}"
         )
 
     def close(self) -> None:
@@ -449,8 +449,8 @@ def _fits(value: Any, kind: type) -> bool:
 
 
 @contextmanager
-def _blamed(what: str, source: Any) -> Iterator[None]:
-    """Say which source failed where; errors that say so themselves, and Ctrl-C, pass."""
+def _blamed(failure: str, source: Any) -> Iterator[None]:
+    """Name the source that failed and the batch; errors that do so themselves, and Ctrl-C, pass."""
     try:
         yield
     except MetaplError as error:
@@ -458,9 +458,10 @@ def _blamed(what: str, source: Any) -> Iterator[None]:
     except Exception as error:
         known = source.explain() if isinstance(source, StepBatches) else None
         if known is not None:
-            raise MetaplError(f"{what}: {known}") from error
+            raise MetaplError(f"{failure}: {known}") from error
         raise MetaplError(
-            f"{what} ({described(source)}): {_words(error)}; the error that caused this one says where to mend the data"
+            f"{failure} ({described(source)}): {_words(error)}; the error that caused this one says where to mend the "
+            "data"
         ) from error
 
 

@@ -14,7 +14,7 @@ import torch
 from metapl.data import draws
 from metapl.errors import MetaplError
 
-# Where a source keeps the parts that may hold generators of their own or be told the epoch.
+# Attributes of a source with parts that may hold generators or have ``set_epoch``.
 _PARTS = ("loader", "batch_sampler", "sampler", "dataset", "datasets", "transform", "transforms")
 
 _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)

@@ -174,7 +174,7 @@ def _in_proportion(labels: Tensor, count: int, seed: int) -> Tensor:
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Set a part of each class aside for validation.
 
-    Of n examples of a class, round(fraction · n) are set aside, but one at least and n − 1 at most; a class with one
+    Of n examples of a class, round(fraction · n) are set aside, but at least 1 and at most n − 1; a class with one
     example is trained on.
 
     Args:

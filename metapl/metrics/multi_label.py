@@ -75,7 +75,7 @@ def multi_label_accuracy(predicted_N: Tensor, label_sets: Sequence[Set[int]]) ->
         )
     hits = [label in labels for label, labels in zip(predicted_N.tolist(), label_sets, strict=True) if labels]
     if not hits:
-        raise MetaplError(f"none of the {len(label_sets):,} examples has a label; expected one at least.")
+        raise MetaplError(f"none of the {len(label_sets):,} examples has a label; expected at least one.")
     return MultiLabelAccuracy(sum(hits) / len(hits), len(hits), len(label_sets) - len(hits))
 
 

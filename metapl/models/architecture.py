@@ -30,7 +30,7 @@ class Architecture:
     Args:
         name: one of :data:`NAMES`, or ``timm:NAME``.
         num_classes: number of outputs, 1 or more.
-        dropout: probability in [0, 1); where it acts is the network's own affair, see :func:`create`.
+        dropout: probability in [0, 1); where it acts depends on the network, see :func:`create`.
         stochastic_depth: probability in [0, 1) of dropping the last block.
         in_channels: channels of a picture: 3 for color, 1 for grey.
         image_size: side of the square pictures in pixels; vision transformers and pooled_cnn are built for one, the

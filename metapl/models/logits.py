@@ -22,8 +22,8 @@ class Logits(nn.Module):
     Args:
         network: is held, not copied: what is trained are its own weights.
 
-    Raises: :class:`metapl.MetaplError` for what is no module, and on a call, where the network returns neither, or no
-    logits (B, C).
+    Raises:
+        MetaplError: the network is not a module; on a call, the network returns neither, or not logits (B, C).
 
     >>> import torch
     >>> from types import SimpleNamespace

@@ -55,7 +55,7 @@ def _made(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _fields(a: Architecture) -> dict[str, Any]:
-    """What timm is told: only what differs from its defaults, for not every network takes every argument."""
+    """The arguments for timm: only what differs from its defaults, for not every network takes every argument."""
     fields: dict[str, Any] = {"num_classes": a.num_classes}
     fields |= {"in_chans": a.in_channels} if a.in_channels != 3 else {}
     fields |= {"drop_rate": a.dropout} if a.dropout > 0 else {}

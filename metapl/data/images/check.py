@@ -1,4 +1,4 @@
-"""What would spoil a training with a set of folders, found before it begins."""
+"""Problems with the folders of a training, found before it begins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PIECE = 4096
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about the folders that a user should know before training.
+    """A problem with the folders that a user should know about before training.
 
     Args:
         level: an "error" makes results wrong or training impossible; a "warning" may be meant so.
@@ -54,7 +54,7 @@ def check_folders(
     Args:
         labeled, unlabeled: the folders trained on.
         validation, test: the folders that are not.
-        progress: called with the number of files whose bytes were looked at.
+        progress: called with the number of files whose bytes were compared.
 
     Returns:
         errors first; empty where all is well.
@@ -250,7 +250,7 @@ def _labeled_copies(files: Sequence[_File]) -> int:
 
 
 def _that_matter(files: list[_File], all_copied: bool) -> list[_File]:
-    """Of files that might be one picture, those that would then be a finding."""
+    """The files that would be a finding if all of them were the same picture."""
     sides = {file.side for file in files}
     if any(sides.issuperset(leak) for leak in _LEAKS) or (all_copied and sides >= {"labeled", "unlabeled"}):
         return files

@@ -1,4 +1,4 @@
-"""Folders of pictures: which files are in them, and of which class."""
+"""Folders of images: the files in them, and their classes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Files:
     Args:
         root: the folder.
         names: of the files, relative to it, with slashes, in the order of their characters.
-        passed_over: number of files, by suffix, whose name is no picture's.
+        passed_over: number of other files, by suffix.
     """
 
     root: Path

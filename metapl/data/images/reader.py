@@ -1,4 +1,4 @@
-"""Pictures from files: whatever a folder holds becomes a tensor of one kind, or is refused with the reason."""
+"""Reading of image files: every format becomes the same kind of tensor, or is refused with the reason."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Crop = Callable[[int, int], Box]
 
 
 class UnreadableImage(MetaplError):
-    """A file that is no picture, or none that can be used: ``path`` names it and ``reason`` says why.
+    """A file that is not a usable picture: ``path`` names it and ``reason`` says why.
 
     What only one file has, such as its number of pixels, stands in brackets at the end of the reason.
     """
@@ -181,7 +181,7 @@ def image_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     """(height, width) of a picture as its header has them, before any turning; nothing is decoded.
 
     Raises:
-        UnreadableImage: as :func:`read_image`, as far as the header tells.
+        UnreadableImage: as :func:`read_image`, for what the header shows.
     """
     with _opened(path, max_pixels) as image:
         return image.height, image.width
@@ -210,7 +210,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
         ) from error
     except UnidentifiedImageError:
         empty = os.path.getsize(path) == 0
-        raise UnreadableImage(path, "the file is empty" if empty else "this is no picture of a known format") from None
+        raise UnreadableImage(path, "the file is empty" if empty else "not a picture of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(path, _too_large(max_pixels, str(error))) from error
     except Exception as error:  # each of Pillow's readers has exceptions of its own
@@ -268,7 +268,7 @@ def _turned(image: Image) -> Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken note of which side is up is no reason to lose the picture
+    except Exception:  # a broken EXIF orientation should not lose the picture
         return image
 
 

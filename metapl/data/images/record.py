@@ -10,7 +10,7 @@ from metapl.runs.locks import lock
 
 
 def record_files(log: Path, reasons: Mapping[str, str]) -> None:
-    """Add files that cannot be read to a record, each with the reason; those that are in it stay once."""
+    """Add files that cannot be read to a record, each with the reason; a file is recorded once."""
     if not reasons:
         return
     with log.open("a+", encoding="utf-8") as file:

@@ -205,9 +205,9 @@ class FileImages:
         return images, torch.tensor([index for index, _ in sound], dtype=torch.int64)
 
     def dead_readers(self) -> list[Path]:
-        """The files that worker processes were reading when they died, each told once.
+        """The files that worker processes were reading when they died, each reported once.
 
-        To be asked after a loader failed and before its workers are stopped.
+        To be called after a loader failed and before its workers are stopped.
         """
         slots = self._reading.numpy()
         reading = {int(pid): worker for worker, (pid, number) in enumerate(slots) if number > 0}

@@ -231,7 +231,7 @@ class Flip:
 
     Args:
         horizontal: left to right; not for digits and other writing.
-        vertical: top to bottom, drawn apart from that.
+        vertical: top to bottom, drawn independently.
 
     Call: as :class:`Affine`.
 
@@ -262,8 +262,8 @@ class Recolor:
     """Exchange the colors of each picture: its channels in another order, and light for dark.
 
     x_c ↦ x_π(c), then 1 − x with probability ``invert``; π is one of the six orders of red, green and blue, all alike.
-    A network that is to give such pictures one label learns to look at shapes: not for classes that are told apart by
-    color or brightness.
+    A network that learns the same label for such pictures learns shapes: not for classes that differ in color or
+    brightness.
 
     Args:
         permute: draw π; pictures of one channel have no order.

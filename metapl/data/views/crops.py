@@ -38,7 +38,7 @@ class Weak:
     (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order matters.
 
     Raises:
-        MetaplError: a negative pad; on the call, images of another kind or a number of examples other than B.
+        MetaplError: a negative pad; on the call, images of another kind, or not one example index per image.
 
     >>> Weak()(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
     torch.Size([2, 3, 32, 32])
