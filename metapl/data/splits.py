@@ -215,10 +215,22 @@ def _classes(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _first_of_each(order: Tensor, classes: Tensor, counts: Tensor) -> Tensor:
     """The first ``counts[c]`` examples of each class c in an order of examples, sorted by their number."""
-    by_class = order[classes[order].argsort(stable=True)]
-    sizes = classes[order].bincount(minlength=len(counts))
-    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[classes[by_class]]
-    return by_class[rank < counts[classes[by_class]]].sort().values
+    in_order = classes[order]
+    return order[rank_in_class(in_order) < counts[in_order]].sort().values
+
+
+def rank_in_class(classes: Tensor) -> Tensor:
+    """For each entry of (n,) int64, how many entries before it are equal to it.
+
+    >>> rank_in_class(torch.tensor([3, 0, 3, 3, 0]))
+    tensor([0, 0, 1, 2, 1])
+    """
+    by_class = classes.argsort(stable=True)
+    counts = classes.bincount()
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty_like(classes)
+    rank[by_class] = torch.arange(len(classes)) - starts[classes[by_class]]
+    return rank
 
 
 def _shuffled(size: int, seed: int, stream: int) -> Tensor:
