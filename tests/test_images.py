@@ -332,11 +332,11 @@ def broken_files() -> list[Broken]:
     return [
         *cut,
         Broken("empty.png", b"", "empty"),
-        Broken("words.jpg", b"these are words", "no picture"),
-        Broken("page.jpg", b"<!DOCTYPE html><html></html>", "no picture"),
+        Broken("words.jpg", b"these are words", "not a picture"),
+        Broken("page.jpg", b"<!DOCTYPE html><html></html>", "not a picture"),
         Broken("start.jpg", encoded("JPEG")[:20], ""),
-        Broken("program.jpg", eps, "no picture"),
-        Broken("zeros.png", bytes(5000), "no picture"),
+        Broken("program.jpg", eps, "not a picture"),
+        Broken("zeros.png", bytes(5000), "not a picture"),
         Broken("crc.png", encoded("PNG")[:60] + b"\0\0\0\0\0\0" + encoded("PNG")[66:], ""),
     ]
 
