@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from metapl import export as export_module
-from metapl import programs as programs_module
 from metapl.errors import MetaplError
 from metapl.export import Exported, export
+from metapl.export import programs as programs_module
 from metapl.export.programs import programs
 from metapl.models import Architecture, create, mlp, normalized, parameter_groups
 
