@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from metapl.updates import update_of
 from problems_zoo import Toy, everything, mlp, same, toy, unmoved
 from reference import clipped, error, sgd, weights
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torchopt.transform import masked
 import metapl
 from metapl import MetaplError, Signal
 from metapl.execution.local import trainable
+from metapl.updates import update_of
 
 SOFT, SAMPLED = ("unrolled", "forward", "difference"), ("reinforce", "reinforce_per_example", "loss_difference")
 
