@@ -82,7 +82,7 @@ class Local:
         self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState
     ) -> tuple[Tensor, Tree]:
         """The mean of losses and its gradient, as :meth:`loss`."""
-        at = _leaves(params)
+        at = as_leaves(params)
         math = only_math_attention() if self.double_backward else nullcontext()
         values: list[Tensor] = []
         gradients: list[Tree] = []
@@ -153,7 +153,7 @@ class Pass:
             self._held: list[Any] = []
         else:
             _refuse_hooks(local.parameters)
-            self._at = _with_gradient(params) if local.double_backward else _leaves(params)
+            self._at = params if local.double_backward else as_leaves(params)
             self._held = local.held_at(self._at)
         with torch.enable_grad(), local.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
             outputs = checks.logits(local.student(inputs), "student")
@@ -221,7 +221,7 @@ class Pass:
         By double backward: a forward pass, a backward pass with a graph, and one through both. None of a leaf that the
         loss does not read.
         """
-        at = _leaves(self.params)
+        at = as_leaves(self.params)
         names = [name for name in at if name in w]
         with (
             torch.enable_grad(),
@@ -278,12 +278,8 @@ def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Seque
     return list(found)
 
 
-def _with_gradient(params: Tree) -> Tree:
-    """The same tensors; leaves in the place of those that no step has moved."""
-    return {name: p if p.requires_grad else p.detach().requires_grad_() for name, p in params.items()}
-
-
-def _leaves(params: Tree) -> Tree:
+def as_leaves(params: Tree) -> Tree:
+    """The same weights, as tensors that a graph begins at."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 

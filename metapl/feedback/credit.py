@@ -116,7 +116,7 @@ def _head(step: InnerStep, signal: Signal) -> tuple[Tensor, list[Tensor]]:
     z = step.outputs.clone().requires_grad_()
     theta = {name: p.detach().requires_grad_() for name, p in step.params.items()}
     with torch.enable_grad():
-        return step.problem.inner_loss(z, signal, step.batch, theta), [z, *theta.values()]
+        return step.inner_losses(z, signal, theta), [z, *theta.values()]
 
 
 def _directions(step: InnerStep, w: Tree, tangent: Tangent) -> list[Tensor]:
