@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,9 +67,9 @@ class Ablation:
         rows = {n: {"reason": m} if isinstance(m, str) else asdict(m) for n, m in self.modes.items()}
         return {"modes": rows, "recommendation": self.recommendation, "points": list(self.points)}
 
-    def save(self, path: str | Path) -> None:
-        """Write :meth:`as_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+    def to_json(self) -> str:
+        """:meth:`as_dict` as text; what is not a finite number is null."""
+        return json.dumps(_finite(self.as_dict()), indent=1, ensure_ascii=False) + "\n"
 
     def table(self) -> str:
         """The figures in lines of a terminal."""
@@ -77,7 +77,8 @@ class Ablation:
         lines = [f"{'mode':<{width}}  cosine  rel. error  noise/signal  passes  seconds  peak MB"]
         for name, mode in self.modes.items():
             if isinstance(mode, str):
-                lines.append(f"{name:<{width}}  cannot run here: {mode}")
+                reason = re.split(r"[,;:(]", mode, maxsplit=1)[0]
+                lines.append(f"{name:<{width}}  cannot run here: {reason}")
                 continue
             lines.append(
                 f"{name:<{width}}  {mode.cosine:6.3f}  {mode.relative_error:10.2g}  {mode.noise_to_signal:12.2g}  "
@@ -166,13 +167,19 @@ def recommendation(modes: dict[str, ModeCost | str]) -> str:
     exact = {name: mode for name, mode in ran.items() if distance(mode) <= EXACT}
     if exact:
         name, mode = min(exact.items(), key=lambda item: (item[1].passes, item[1].peak_bytes))
-        why = f"its gradient is within {distance(mode):.1g} of the exact one, relative to its length, and free of noise"
+        near = distance(mode)
+        why = (
+            "its gradient is the exact one to rounding"
+            if near < 1e-5
+            else f"its gradient is within {near:.1g} of the exact one"
+        )
+        why += " and has no noise"
         others = [other for other in exact if other != name]
         beside = f", the cheapest of those ({', '.join([name, *others])})" if others else ""
     else:
         name, mode = min(ran.items(), key=lambda item: distance(item[1]))
         why = (
-            f"no mode that is exact can run here, and of the others its gradient is the nearest to the exact one in one "
+            "no mode that is exact can run here, and of the others its gradient is the nearest to the exact one in one "
             f"draw (relative error {mode.relative_error:.2g}, noise {mode.noise_to_signal:.2g} of the signal)"
         )
         beside = ""
@@ -204,7 +211,8 @@ def _exact(trainer: BilevelTrainer, labeled: Any, unlabeled: Any) -> Gradient:
             return _gradient(trainer, "forward", labeled, unlabeled)
         except MetaplError as forward:
             raise MetaplError(
-                f"there is no exact gradient to compare with: by double backward, {unrolled}; by forward mode, {forward}"
+                f"there is no exact gradient to compare with: by double backward, {unrolled}; by forward mode, "
+                f"{forward}"
             ) from forward
 
 
@@ -261,7 +269,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 def _mean(errors: Sequence[tuple[float, float, float]], passes: float, seconds: float, peak: int) -> ModeCost:
     cosines, relative, noise = zip(*errors, strict=True)
     squares = [math.sqrt(sum(value**2 for value in values) / len(values)) for values in (relative, noise)]
-    return ModeCost(sum(cosines) / len(cosines), *squares, passes, seconds, peak)
+    return ModeCost(sum(cosines) / len(cosines), squares[0], squares[1], passes, seconds, peak)
 
 
 def _batches(trainer: BilevelTrainer, labeled: Any, unlabeled: Any, steps: int) -> Iterator[tuple[Any, Any]]:
@@ -285,6 +293,12 @@ def _batches(trainer: BilevelTrainer, labeled: Any, unlabeled: Any, steps: int) 
 
 def _is_batch(unlabeled: Any) -> bool:
     return isinstance(unlabeled, Tensor | dict | tuple)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
