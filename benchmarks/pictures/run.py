@@ -36,8 +36,8 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
     """One training; its accuracies on the test set."""
     import torch
 
-    from metapl.cli.jobs import Job
     from metapl.experiments.budget import steps_within
+    from metapl.experiments.jobs import Job
     from metapl.experiments.settle import REHEARSED, settled
     from metapl.recipes import ImageFolders
     from metapl.runs.folder import environment

@@ -18,13 +18,12 @@ import torch
 import tyro
 
 from metapl.cli.idle import by_choice, by_method, explained
-from metapl.cli.jobs import Job, aloud, run_all
-from metapl.cli.pace import Pace
 from metapl.cli.parse import Switch, paragraph
 from metapl.cores import available_cores, default_threads
 from metapl.errors import MetaplError
 from metapl.experiments.comparison import Comparison, parse_seeds
 from metapl.experiments.experiment import summary
+from metapl.experiments.jobs import Job, Pace, aloud, run_all
 from metapl.experiments.settle import settled
 from metapl.experiments.store import describe, stored
 from metapl.metrics import Evaluation, with_chance
