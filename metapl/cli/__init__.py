@@ -6,7 +6,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 HELP = """\
 metapl trains a classifier from a few labelled examples and many unlabelled
@@ -140,7 +141,12 @@ def _train(given: list[str]) -> int:
 
 
 def _after_training(command: str, given: list[str]) -> int:
-    from metapl.cli.commands import AFTER_TRAINING
     from metapl.cli.parse import parse
 
-    return parse(AFTER_TRAINING[command], f"metapl {command}", given)()
+    return parse(after_training(command), f"metapl {command}", given)()
+
+
+def after_training(command: str) -> type[Callable[[], int]]:
+    """The class of a command, which is imported when it is asked for: ``Evaluate`` of ``metapl.cli.evaluate``."""
+    kind: type[Callable[[], int]] = getattr(import_module(f"metapl.cli.{command}"), command.capitalize())
+    return kind

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.cli.parse import paragraph
-from metapl.cli.table import table
 from metapl.data.images.check import some
 from metapl.errors import MetaplError
-from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
-from metapl.experiments.load_run import Finished, finished
+from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread
+from metapl.experiments.load_run import LoadedRun, load_run
+from metapl.experiments.table import table
 from metapl.metrics import Evaluation, paired_test
 from metapl.recipes import ImageFolders, Recipe
-from metapl.runs.folder import RunFolder
+from metapl.runs.folder import RunFolder, flat
 
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
 """Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""
@@ -75,7 +75,7 @@ class Compare:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
 
     def __call__(self) -> int:
-        runs = [finished(path) for path in self.runs]
+        runs = [load_run(path) for path in self.runs]
         self._check(runs)
         found = [(run, list(_entries(run))) for run in runs]
         entries = [entry for _, some in found for entry in some]
@@ -86,7 +86,7 @@ class Compare:
         print(_verdict(entries))
         return 0
 
-    def _check(self, runs: list[Finished]) -> None:
+    def _check(self, runs: list[LoadedRun]) -> None:
         if not runs:
             raise MetaplError(
                 "no runs were named; expected run folders: metapl compare runs/digits-001 runs/digits-002"
@@ -100,7 +100,7 @@ class Compare:
             raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
 
 
-def _entries(run: Finished) -> Iterator[Entry]:
+def _entries(run: LoadedRun) -> Iterator[Entry]:
     """The runs in a folder: one, or all of a comparison."""
     fields = _fields(run.recipe)
     if not run.is_comparison:
@@ -114,13 +114,13 @@ def _entries(run: Finished) -> Iterator[Entry]:
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
     """What runs that are paired have in common."""
-    fields = _flat(dataclasses.asdict(recipe))
+    fields = flat(dataclasses.asdict(recipe))
     if isinstance(recipe, ImageFolders):
         fields |= dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
     return {name: value for name, value in fields.items() if name not in IRRELEVANT}
 
 
-def _entry(run: Finished, folder: RunFolder, told: dict[str, Any], fields: dict[str, Any]) -> Entry:
+def _entry(run: LoadedRun, folder: RunFolder, told: dict[str, Any], fields: dict[str, Any]) -> Entry:
     result = folder.read_json("result.json")
     if "evaluation" not in result:
         raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
@@ -171,13 +171,6 @@ def _refuse_other_classes(first: Entry, entry: Entry) -> None:
         )
 
 
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 # ------------------------------------------------------------------------------------------------------- what is shown
 
 
@@ -187,14 +180,14 @@ def _caption(entries: Sequence[Entry]) -> str:
     return f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * chance:.1f})"
 
 
-def _table(found: Sequence[tuple[Finished, list[Entry]]]) -> str:
+def _table(found: Sequence[tuple[LoadedRun, list[Entry]]]) -> str:
     """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
     differ = _steps_differ([entry for _, entries in found for entry in entries])
     rows: list[tuple[str, ...]] = [("run", "method", "seeds", *["steps"] * differ, "delivered", "student", "finetuned")]
     for run, entries in found:
         for method in dict.fromkeys(entry.method for entry in entries):
             mine = [entry for entry in entries if entry.method == method]
-            accuracies = [_spread([entry.accuracies[readout] for entry in mine]) for readout in READOUTS]
+            accuracies = [spread([entry.accuracies[readout] for entry in mine], digits=2) for readout in READOUTS]
             steps = [f"{mine[0].steps:,}"] * differ  # those of a comparison are all the same
             rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in mine]), *steps, *accuracies))
     return table(rows, left=3)
@@ -203,11 +196,6 @@ def _table(found: Sequence[tuple[Finished, list[Entry]]]) -> str:
 def _steps_differ(entries: Sequence[Entry]) -> bool:
     """Whether runs trained for other numbers of steps because these were measured."""
     return len({entry.steps for entry in entries if entry.fields["steps"] == MEASURED}) > 1
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
 
 
 def _ranges(seeds: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from metapl.cli.commands import AFTER_TRAINING
+from metapl.cli import COMMANDS, after_training
 from metapl.cli.train import COMMANDS as RECIPES
 from metapl.errors import MetaplError
 
@@ -25,7 +25,7 @@ def print_completion(given: Sequence[str]) -> int:
     def train(recipe: Annotated[_one_of(RECIPES), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Train a student; it goes to a run folder."""
 
-    commands = {"train": train, **AFTER_TRAINING}
+    commands = {name: train if name == "train" else after_training(name) for name in COMMANDS}
     try:
         tyro.cli(
             _one_of(commands),

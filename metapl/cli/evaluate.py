@@ -15,11 +15,10 @@ from torch import Tensor
 
 from metapl.cli.inputs import require_finite
 from metapl.cli.parse import WIDTH, Run, Switch
-from metapl.cli.place import place
-from metapl.cli.table import table
 from metapl.cli.test_folder import TestFolder
 from metapl.errors import MetaplError
-from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
+from metapl.experiments.table import table
 from metapl.metrics import (
     Evaluation,
     MultiLabelAccuracy,
@@ -79,8 +78,8 @@ class Evaluate:
     json: Switch = False
 
     def __call__(self) -> int:
-        run = finished(self.run)
-        name, device = run.name(self.network), place(run.recipe)
+        run = load_run(self.run)
+        name, device = run.name(self.network), run.device
         network = run.network(name).to(device)
         on = _own(run, device) if self.test is None else _other(run, self.test)
         if self.label_sets is not None and on.part == "validation":
@@ -109,7 +108,7 @@ class Evaluate:
             print(f"metapl: {on.skipped()} file{'s' * (on.skipped() != 1)} left out", file=sys.stderr)
         return 1 if on.skipped() else 0
 
-    def _about(self, run: Finished, name: str) -> dict[str, str | int]:
+    def _about(self, run: LoadedRun, name: str) -> dict[str, str | int]:
         return {
             "run": str(self.run),
             "recipe": run.recipe.name,
@@ -144,7 +143,7 @@ class _Measured:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _own(run: Finished, device: torch.device) -> _Measured:
+def _own(run: LoadedRun, device: torch.device) -> _Measured:
     """The run's own test set; where it has none, what it was validated on."""
     task = run.recipe.task(progress=True)
     if task.test is not None:
@@ -156,7 +155,7 @@ def _own(run: Finished, device: torch.device) -> _Measured:
     return _Measured(batches_of(task.validation, device), lambda: None, "validation", remark)
 
 
-def _other(run: Finished, folder: Path) -> _Measured:
+def _other(run: LoadedRun, folder: Path) -> _Measured:
     """Other pictures of the same classes."""
     on = TestFolder(run.recipe, folder)
     about = {"test": str(folder), "missing_classes": list(on.missing)}

@@ -10,7 +10,7 @@ import tyro
 
 from metapl.cli.parse import Run, Switch
 from metapl.experiments.experiment import TITLED
-from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
 from metapl.experiments.store import describe
 from metapl.export import export
 from metapl.export.programs import ONNX, can_run_onnx, require_onnx
@@ -51,7 +51,7 @@ class Export:
     onnx: Switch = False
 
     def __call__(self) -> int:
-        run = finished(self.run)
+        run = load_run(self.run)
         if self.onnx:
             require_onnx()
         name = run.name(self.network)
@@ -101,12 +101,12 @@ class _Card:
         data: the ``data.json`` of the run that trained it.
     """
 
-    run: Finished
+    run: LoadedRun
     name: str
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, run: Finished, name: str) -> _Card:
+    def of(cls, run: LoadedRun, name: str) -> _Card:
         folder = run.folder
         if run.is_comparison:
             folder = RunFolder(folder.path / run.result["method"] / f"seed-{run.result['seed']}")

@@ -14,11 +14,10 @@ import tyro
 from torch import nn
 
 from metapl.cli.parse import Run
-from metapl.cli.place import place
-from metapl.cli.table import table
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import Experiment, Network, delivered
-from metapl.experiments.load_run import Finished, finished
+from metapl.experiments.load_run import LoadedRun, load_run
+from metapl.experiments.table import table
 from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
 from metapl.runs.folder import Metrics, RunFolder
@@ -49,7 +48,7 @@ class Finetune:
     lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
 
     def __call__(self) -> int:
-        run = finished(self.run)
+        run = load_run(self.run)
         if run.is_comparison:
             one = self.run / run.result["method"] / f"seed-{run.result['seed']}"
             raise MetaplError(f"{self.run} is a comparison; finetune one of its runs: metapl finetune {one}")
@@ -69,7 +68,7 @@ class Finetune:
         print(f"delivered: {result['delivered']} ({by}{changed})")
         return 0
 
-    def _recipe(self, run: Finished) -> Recipe:
+    def _recipe(self, run: LoadedRun) -> Recipe:
         """The run's recipe, with the options given."""
         steps = run.recipe.finetune_steps if self.steps is None else self.steps
         if steps < 1:
@@ -81,9 +80,9 @@ class Finetune:
         return dataclasses.replace(run.recipe, finetune_steps=steps, finetune=optimizer)
 
 
-def _finetuned_anew(run: Finished, recipe: Recipe) -> dict[str, Any]:
+def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     """Finetune by ``recipe`` and replace the files of the run; the new content of ``result.json``."""
-    device = place(recipe)
+    device = run.device
     student, task = run.network("student").to(device), recipe.task()
     torch.manual_seed(recipe.seed)
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
@@ -115,12 +114,12 @@ def _finetuned_anew(run: Finished, recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def _before(run: Finished, student: nn.Module) -> FitResult:
+def _before(run: LoadedRun, student: nn.Module) -> FitResult:
     """What the run's main phase ended with, as far as finetuning asks for it."""
     return FitResult(run.result.get("student_validation_accuracy"), run.result["best_step"], weights_of(student))
 
 
-def _recorded(run: Finished, name: str) -> Network:
+def _recorded(run: LoadedRun, name: str) -> Network:
     """One of the run's networks with the validation accuracy on record, which is what decides on delivery."""
     return Network(name, {}, run.result.get(f"{name}_validation_accuracy"), None)
 

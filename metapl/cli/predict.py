@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from metapl.cli.inputs import Inputs, require_finite
 from metapl.cli.outputs import check_outputs
 from metapl.cli.parse import Run, Switch
-from metapl.cli.place import place
 from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import TITLED
-from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
 from metapl.runs.atomic import replacing
 
 HEADER = ("file", "class", "probability")
@@ -88,11 +87,11 @@ class Predict:
     network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
 
     def __call__(self) -> int:
-        run = finished(self.run)
+        run = load_run(self.run)
         classes = run.recipe.classes
         self._check(run)
         name = run.name(self.network)
-        network = run.network(name).to(place(run.recipe))
+        network = run.network(name).to(run.device)
         inputs = Inputs(run.recipe, self.files, leave=[file for file in (self.out, self.grid) if file is not None])
         count, grid = 0, PredictionGrid(classes)
         with _sink(self.out) as sink:
@@ -119,7 +118,7 @@ class Predict:
         best = [cell for index, p in one.best(self.top) for cell in (classes[index], _six(p))]
         return [one.name, *best, *(_six(p) for p in one.probabilities if self.probabilities)]
 
-    def _check(self, run: Finished) -> None:
+    def _check(self, run: LoadedRun) -> None:
         classes = run.recipe.classes
         if not 1 <= self.top <= len(classes):
             raise MetaplError(f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes.")

@@ -63,12 +63,12 @@ class _Rehearsal(Experiment):
         workers = self.recipe.fit_options().get("num_workers", 0)
         with ExitStack() as opened:
             feeds = [
-                feed(one, name=str(i), stop=2**31, num_workers=workers, device=trainer.device)
-                for i, one in enumerate(sources)
+                feed(source, name=str(i), stop=2**31, num_workers=workers, device=trainer.device)
+                for i, source in enumerate(sources)
             ]
-            for one in feeds:
-                opened.callback(one.close)
-            batches = iter(lambda: [one.next() for one in feeds], None)
+            for source in feeds:
+                opened.callback(source.close)
+            batches = iter(lambda: [source.next() for source in feeds], None)
             self.seconds.append(self._mean(trainer, batches, waits=0 if "wait" in over else None))
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
@@ -152,7 +152,7 @@ def faster_precision(recipe: ImageFolders) -> Literal["float32", "bfloat16"]:
     """bfloat16 where there are instructions for it and it is faster by enough on this machine, float32 elsewhere."""
     if recipe.torch_device().type == "cpu" and not _cpu_has_bfloat16():
         return "float32"
-    plain, half = (dataclasses.replace(recipe, precision=one) for one in ("float32", "bfloat16"))
+    plain, half = (dataclasses.replace(recipe, precision=precision) for precision in ("float32", "bfloat16"))
     times = [(seconds_per_step(plain), seconds_per_step(half)) for _ in range(ROUNDS)]
     fastest, fastest_half = map(min, zip(*times, strict=True))
     return "bfloat16" if fastest > FASTER * fastest_half else "float32"

@@ -51,8 +51,8 @@ class Experiment:
         write_galleries(self.folder.path, draw_galleries(task, labeller, trained.student))
         networks = self.networks(method, task, trained, result)
         name = delivered(method, networks, self.selects(task))
-        for one in networks.values():
-            self.folder.write_weights(one.file, one.weights)
+        for network in networks.values():
+            self.folder.write_weights(network.file, network.weights)
         chosen = networks[name]
         content: dict[str, Any] = {
             "recipe": self.recipe.name,
@@ -63,7 +63,11 @@ class Experiment:
             "validation_size": task.validation_size,
             "validation_chance": task.validation_chance,
             "delivered_by": "validation" if self.selects(task) else "rule",
-            **{key: value for one in networks.values() for key, value in one.accuracies(f"{one.name}_").items()},
+            **{
+                key: value
+                for network in networks.values()
+                for key, value in network.accuracies(f"{network.name}_").items()
+            },
             **chosen.as_delivered(),
         }
         self.report(content, chosen.evaluation, task)
@@ -79,13 +83,13 @@ class Experiment:
 
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher."""
-        found = [self.network("student", task, trained, result.validation_accuracy, result.weights)]
+        networks = [self.network("student", task, trained, result.validation_accuracy, result.weights)]
         if result.teacher_weights is not None and METHODS[method].teaches and trained.labeller is not None:
-            theirs = LossTrainer(trained.labeller, (CrossEntropy(),), optimizer=_unused(trained.labeller))
-            right = None if task.validation is None else theirs.evaluate(task.validation).accuracy
-            found.append(self.network("teacher", task, theirs, right, result.teacher_weights))
-        found.append(self.finetuned(task, trained.student, result))
-        return {one.name: one for one in found}
+            trainer = LossTrainer(trained.labeller, (CrossEntropy(),), optimizer=_unused(trained.labeller))
+            accuracy = None if task.validation is None else trainer.evaluate(task.validation).accuracy
+            networks.append(self.network("teacher", task, trainer, accuracy, result.teacher_weights))
+        networks.append(self.finetuned(task, trained.student, result))
+        return {network.name: network for network in networks}
 
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
         """:meth:`finetune`, and what the student then reaches."""
@@ -115,8 +119,8 @@ class Experiment:
 
     def record(self, task: Task) -> None:
         """Leave behind on which data this runs; refuse to go on with a run on other data."""
-        path, found = self.folder.path / "data.json", json.loads(json.dumps(task.record))
-        if path.exists() and self.folder.read_json("data.json") != found:
+        path, record = self.folder.path / "data.json", json.loads(json.dumps(task.record))
+        if path.exists() and self.folder.read_json("data.json") != record:
             raise MetaplError(
                 f"the data have changed since the run in {self.folder.path} was started (see its data.json); put them "
                 "back as they were, or start another run with another --out."
@@ -213,14 +217,14 @@ class Network:
 
     def accuracies(self, prefix: str = "") -> dict[str, float]:
         """Its accuracies by name, for ``result.json``; nothing that was not measured."""
-        found = {"validation_accuracy": self.validation_accuracy}
-        found["test_accuracy"] = None if self.evaluation is None else self.evaluation.accuracy
-        return {prefix + key: value for key, value in found.items() if value is not None}
+        accuracies = {"validation_accuracy": self.validation_accuracy}
+        accuracies["test_accuracy"] = None if self.evaluation is None else self.evaluation.accuracy
+        return {prefix + key: value for key, value in accuracies.items() if value is not None}
 
     def as_delivered(self) -> dict[str, Any]:
         """What ``result.json`` says of the network that is delivered."""
-        told = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
-        return {"delivered": self.name, **self.accuracies(), **told}
+        evaluation = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
+        return {"delivered": self.name, **self.accuracies(), **evaluation}
 
 
 def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:
@@ -252,8 +256,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if not lines:
         lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
     part = "test" if tested is not None else "validation"
-    others = {one: content.get(f"{one}_{part}_accuracy") for one in TITLED}
-    shown = ", ".join(f"{TITLED[one]} {100 * value:.1f} %" for one, value in others.items() if value is not None)
+    others = {name: content.get(f"{name}_{part}_accuracy") for name in TITLED}
+    shown = ", ".join(f"{TITLED[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {TITLED[name]} ({why}).")
     return lines

@@ -109,8 +109,9 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
             f"the process of one of these runs was killed ({names}): was there too little memory? Go on with --resume."
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        _stop([child for child in multiprocessing.active_children() if child not in others])
+        if running:
+            _stop([child for child in multiprocessing.active_children() if child not in others])
+        pool.shutdown()
 
 
 def _run(job: Job) -> dict[str, Any]:

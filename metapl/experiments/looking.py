@@ -104,8 +104,8 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
     """
     sides, pictures, classes = [], [], []
     chosen = _spread(len(labeled))
-    found = [(labeled[i], int(labels[i])) for i in chosen] + [(unlabeled[i], -1) for i in _spread(len(unlabeled))]
-    for path, label in found:
+    examples = [(labeled[i], int(labels[i])) for i in chosen] + [(unlabeled[i], -1) for i in _spread(len(unlabeled))]
+    for path, label in examples:
         try:
             picture = read_image(path)
         except UnreadableImage:
@@ -172,7 +172,7 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     generator = torch.Generator().manual_seed(0)
     shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES))
     right = _found(scaled, labels)
-    return Colors(right, chance, right > max(_found(scaled, one) for one in shuffled))
+    return Colors(right, chance, right > max(_found(scaled, order) for order in shuffled))
 
 
 def _found(colors_NC: Tensor, labels: Tensor) -> float:

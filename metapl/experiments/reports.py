@@ -29,7 +29,7 @@ def draw_comparison(folder: Path, comparison: Comparison, results: Mapping[tuple
     first, _ = comparison.delivered()
     evaluations = [results[first, seed]["evaluation"] for seed in comparison.seeds]
     confusion = [
-        [sum(one["confusion"][i][j] for one in evaluations) for j in range(len(row))]
+        [sum(evaluation["confusion"][i][j] for evaluation in evaluations) for j in range(len(row))]
         for i, row in enumerate(evaluations[0]["confusion"])
     ]
     draw_report(

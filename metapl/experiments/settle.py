@@ -87,7 +87,7 @@ def _with_steps(recipe: ImageFolders) -> ImageFolders:
     asked = max(recipe.wait or 0, recipe.uda_start or 0)
     trial = recipe.scheduled(REHEARSED if recipe.steps is OPEN and not asked else recipe.steps or 2 * asked)
     precision = budget.faster_precision(trial) if recipe.precision is OPEN else recipe.precision
-    recipe, trial = (dataclasses.replace(one, precision=precision) for one in (recipe, trial))
+    recipe, trial = (dataclasses.replace(changed, precision=precision) for changed in (recipe, trial))
     if recipe.steps is not OPEN:
         # The minutes of a recipe whose steps were given decide nothing: they stay open.
         return dataclasses.replace(recipe.scheduled(recipe.steps), minutes=OPEN)

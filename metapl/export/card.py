@@ -185,7 +185,7 @@ def _counts(module: nn.Module) -> str:
 
 
 def _versions(contents: Contents) -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     wanted = ["metapl", "torch", "safetensors"]
     if contents.architecture is not None and contents.architecture.library not in wanted:
         wanted.append(contents.architecture.library)
@@ -193,5 +193,5 @@ def _versions(contents: Contents) -> dict[str, str]:
         wanted += ["onnx", "onnxscript"]
     for package in wanted:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions

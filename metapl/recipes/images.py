@@ -288,7 +288,7 @@ class ImageFolders(PictureRecipe):
         family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
         rate = PRETRAINED_RATE if self.weights else family
         clip = (NOT_CLIPPED if name.endswith("_cnn") else CLIPPED) if self.clip_norm is OPEN else self.clip_norm
-        student, teacher = (_with_rate(one, rate) for one in (self.student, self.teacher))
+        student, teacher = (_with_rate(optimizer, rate) for optimizer in (self.student, self.teacher))
         return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
 
     @property
@@ -433,25 +433,25 @@ class _Look:
     def sound(self, files: FilesT, name: str) -> FilesT:
         """Those that can be read."""
         with counting(f"looking at {WORDS[name]} files", self.progress, len(files)) as count:
-            found = verify_files(files, progress=count)
-        if found.skipped:
-            self.tell(f"{name}: {len(found.skipped):,} of {len(files):,} files are left out\n{found.summary()}")
-        if not found.sound:
+            verified = verify_files(files, progress=count)
+        if verified.skipped:
+            self.tell(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
+        if not verified.sound:
             raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
-        self.skipped.update({str(files.root / one.name): one.reason for one in found.skipped})
-        return files.keep(found.sound) if found.skipped else files
+        self.skipped.update({str(files.root / file.name): file.reason for file in verified.skipped})
+        return files.keep(verified.sound) if verified.skipped else files
 
     def compare(self, labeled: LabeledFiles, unlabeled: Files, held_out: Mapping[str, LabeledFiles]) -> None:
         """Refuse folders that would spoil the training."""
         with counting("comparing files", self.progress) as count:
             findings = check_folders(labeled, unlabeled, held_out.get("val"), held_out.get("test"), count)
         refuse_errors(findings)
-        for one in findings:
-            self.tell(f"note: {one.message}")
+        for finding in findings:
+            self.tell(f"note: {finding.message}")
 
 
 def refuse_errors(findings: Sequence[Finding]) -> None:
     """Stop where the folders would spoil the training."""
-    errors = [one.message for one in findings if one.level == "error"]
+    errors = [finding.message for finding in findings if finding.level == "error"]
     if errors:
         raise MetaplError("\n".join(errors))

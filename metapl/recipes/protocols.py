@@ -94,7 +94,9 @@ class Vision(PictureRecipe):
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         data = self._data()
         split = self._split(data)
-        train, test = (one.logged(log) if isinstance(one, FileImages) else one for one in (data.train, data.test))
+        train, test = (
+            images.logged(log) if isinstance(images, FileImages) else images for images in (data.train, data.test)
+        )
         together = torch.cat([split.labeled, split.unlabeled])
         pictures = Pictures(
             few=train.select(split.labeled),

@@ -111,7 +111,7 @@ class RunFolder:
 
     def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
         self.refuse_another_run(resume)
-        before, now = _flat(self.recipe()), _flat(json.loads(json.dumps(dict(recipe))))
+        before, now = (_by_flag(content) for content in (self.recipe(), json.loads(json.dumps(dict(recipe)))))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in SPEED_ALONE)
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
@@ -127,14 +127,14 @@ class RunFolder:
 
     def recipe(self) -> dict[str, Any]:
         """The recipe of the run in the folder."""
-        found = self.read_json("recipe.json")
-        if found.get("format") != FORMAT:
-            made = found.get("made_with", {}).get("metapl", "?")
+        content = self.read_json("recipe.json")
+        if content.get("format") != FORMAT:
+            made = content.get("made_with", {}).get("metapl", "?")
             raise MetaplError(
-                f"{self.path} was written in run format {found.get('format')!r}; this metapl {version('metapl')} reads "
-                f"format {FORMAT}. Train again, or use the version that wrote it: {made}."
+                f"{self.path} was written in run format {content.get('format')!r}; this metapl {version('metapl')} "
+                f"reads format {FORMAT}. Train again, or use the version that wrote it: {made}."
             )
-        recipe: dict[str, Any] = found["recipe"]
+        recipe: dict[str, Any] = content["recipe"]
         return recipe
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class _Beginning:
     @classmethod
     def of(cls, path: Path) -> _Beginning:
         there = frozenset(os.listdir(path)) if path.is_dir() else frozenset()
-        return cls(path, there, tuple(one for one in (path, *path.parents) if not one.exists()))
+        return cls(path, there, tuple(folder for folder in (path, *path.parents) if not folder.exists()))
 
     def undo(self) -> None:
         """Remove the run's files and folders, unless it has begun to train: then they are worth keeping."""
@@ -275,17 +275,22 @@ def _written(file: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _flat(recipe: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Every field by the name that it has on the command line.
+def _by_flag(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What is run and how, with every field by the name that it has on the command line."""
+    return {name.removeprefix("fields."): value for name, value in flat(recipe).items()}
 
-    >>> _flat({"name": "digits", "fields": {"seed": 3, "student": {"lr": 0.1}}})
-    {'name': 'digits', 'seed': 3, 'student.lr': 0.1}
+
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested values by their whole names, as on the command line.
+
+    >>> flat({"seed": 3, "student": {"lr": 0.1}})
+    {'seed': 3, 'student.lr': 0.1}
     """
-    found: dict[str, Any] = {}
-    for name, value in recipe.items():
-        whole = f"{above}.{name}".removeprefix("fields.").removeprefix(".")
-        found |= _flat(value, whole) if isinstance(value, dict) else {whole: value}
-    return found
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        whole = f"{above}{name}"
+        fields |= flat(value, f"{whole}.") if isinstance(value, Mapping) else {whole: value}
+    return fields
 
 
 def _close_in_forks(file: IO[str]) -> None:
@@ -293,9 +298,9 @@ def _close_in_forks(file: IO[str]) -> None:
     held = weakref.ref(file)
 
     def close() -> None:
-        found = held()
-        if found is not None:
-            found.close()
+        open_file = held()
+        if open_file is not None:
+            open_file.close()
 
     if hasattr(os, "register_at_fork"):  # Windows has no forks
         os.register_at_fork(after_in_child=close)

@@ -49,8 +49,8 @@ class Average:
         """Follow the network by one step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1 - decay)
-        for mine, theirs in zip(self.module.buffers(), network.buffers(), strict=True):
-            mine.copy_(theirs)
+        for averaged, current in zip(self.module.buffers(), network.buffers(), strict=True):
+            averaged.copy_(current)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from metapl.metrics.predictions import batches_of, input_batches, logits_of
 from metapl.numerics import wide
 from metapl.runs import checkpoint
 from metapl.runs.folder import RunFolder
+from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.callbacks import Callback
 from metapl.training.contract import Say, Stepwise
 from metapl.training.loop import FitResult, FitRun
@@ -84,11 +85,11 @@ class Trainer(Stepwise):
         >>> steps, sorted(found.history[-1])
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
         """
-        how = FitOptions(steps=steps, **options)
+        fit_options = FitOptions(steps=steps, **options)
         if out == "":
             raise MetaplError("out='' is no folder; expected its path, or None to keep nothing.")
         folder = RunFolder(out) if isinstance(out, str | Path) else out
-        run = FitRun(self, how, folder, validation, truth, progress, say or _to_stderr, callbacks)
+        run = FitRun(self, fit_options, folder, validation, truth, progress, say or _to_stderr, callbacks)
         return run.run(labeled, unlabeled, resume)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
@@ -126,7 +127,7 @@ class Trainer(Stepwise):
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all."""
-        checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
+        checkpoint.save(path, {"trainer": self.live_state(), "rng": rng_state()})
 
     def load(self, path: str | Path) -> None:
         """Go on from :meth:`save`."""
@@ -134,7 +135,7 @@ class Trainer(Stepwise):
         if "trainer" not in state:
             raise MetaplError(f"{path} is not a trainer's file; expected one written by save().")
         self.load_state_dict(state["trainer"])
-        checkpoint.set_rng_state(state["rng"])
+        set_rng_state(state["rng"])
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

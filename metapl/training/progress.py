@@ -43,9 +43,9 @@ class Progress:
             examples: on how many the accuracy was measured.
         """
         self.done += 1
-        found = row.get("student_validation_accuracy")
-        if found is not None:
-            self.accuracy = f"{found:.1%} of {examples:,}"
+        accuracy = row.get("student_validation_accuracy")
+        if accuracy is not None:
+            self.accuracy = f"{accuracy:.1%} of {examples:,}"
 
     @property
     def seconds(self) -> float:

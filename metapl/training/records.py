@@ -21,12 +21,12 @@ class Records:
 
     Args:
         out: the run's folder; None: nothing is kept.
-        how: the phase, and how many checkpoints stay.
+        options: the phase, and how many checkpoints stay.
     """
 
-    def __init__(self, out: RunFolder | None, how: FitOptions) -> None:
-        self.out, self.phase = out, how.phase
-        self.checkpoints = None if out is None else out.checkpoints(how.phase, how.keep)
+    def __init__(self, out: RunFolder | None, options: FitOptions) -> None:
+        self.out, self.phase = out, options.phase
+        self.checkpoints = None if out is None else out.checkpoints(options.phase, options.keep)
         self.metrics = None if out is None else Metrics(out.path / "metrics.jsonl")
         self.events: Events | None = None
         self.history: list[dict[str, float]] = []
@@ -82,16 +82,16 @@ class Records:
         if self.checkpoints is None:
             raise MetaplError("resume=True was given without out; expected the folder of the run to go on with.")
         try:
-            found = self.checkpoints.newest()
+            newest = self.checkpoints.newest()
         except checkpoint.CheckpointError as error:
             say(f"{error}\nno whole checkpoint: starting anew")
             return None
-        if found is None:
+        if newest is None:
             say(f"no checkpoint of phase {self.phase} yet: starting anew")
             return None
-        for skipped in found.skipped:
+        for skipped in newest.skipped:
             say(f"passed over {skipped.path.name}: {skipped.reason}")
-        return found
+        return newest
 
     def refuse_another_run(self) -> None:
         """Stop where checkpoints of this phase are in the folder already."""

@@ -82,24 +82,24 @@ class Selection:
         """
         if self.validation is None:
             return {}
-        found = {}
+        accuracies = {}
         if student is not None:
             accuracy, self.examples = self._accuracy(student, self.validation)
-            found["student_validation_accuracy"] = accuracy
+            accuracies["student_validation_accuracy"] = accuracy
             if self.select and accuracy >= (self.best.accuracy or 0.0):
                 self.best = Best(accuracy, step, weights_of(student))
         if teacher is not None:
-            found["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)[0]
+            accuracies["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)[0]
         if labeller is not None and self.truth is not None:
-            found["pseudo_label_accuracy"] = self._accuracy(labeller, self.truth)[0]
-        return found
+            accuracies["pseudo_label_accuracy"] = self._accuracy(labeller, self.truth)[0]
+        return accuracies
 
     def _accuracy(self, model: nn.Module, data: Any) -> tuple[float, int]:
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
         with replayed(RandomState.now(self.device)):
             logits, labels = predict_logits(model, batches_of(data, self.device))
-        found = evaluate_logits(logits, labels)
-        return found.accuracy, found.n
+        evaluation = evaluate_logits(logits, labels)
+        return evaluation.accuracy, evaluation.n
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
