@@ -583,13 +583,13 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("command", [*(f"train {name}" for name in RECIPES), *(c for c in COMMANDS if c != "train")])
 def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from metapl.cli import parse
-    from metapl.cli.help import found
+    from metapl.cli.help import entries_in
 
     told: list[str] = []
     monkeypatch.setattr(parse, "readable", lambda text: told.append(text) or "")
     with contextlib.suppress(SystemExit):
         main([*command.split(), "--help"])
-    entries = list(found("".join(told)))
+    entries = list(entries_in("".join(told)))
     assert entries
     silent = re.compile(r"\((default: .*|on by default.*)\)|\(required\)")
     assert [entry.name for entry in entries if not silent.sub("", entry.help).strip()] == []

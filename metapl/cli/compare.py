@@ -77,10 +77,10 @@ class Compare:
     def __call__(self) -> int:
         runs = [load_run(path) for path in self.runs]
         self._check(runs)
-        found = [(run, list(_entries(run))) for run in runs]
-        entries = [entry for _, some in found for entry in some]
+        by_run = [(run, list(_entries(run))) for run in runs]
+        entries = [entry for _, members in by_run for entry in members]
         _refuse_other_data(entries)
-        print(f"{_caption(entries)}\n\n{_table(found)}\n")
+        print(f"{_caption(entries)}\n\n{_table(by_run)}\n")
         if _steps_differ(entries):
             print(paragraph("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
         print(_verdict(entries))
@@ -108,8 +108,8 @@ def _entries(run: LoadedRun) -> Iterator[Entry]:
         return
     for method, readouts in run.result["methods"].items():
         for index, seed in enumerate(run.result["seeds"]):
-            told = {"method": method, "seed": seed, **{readout: readouts[readout][index] for readout in READOUTS}}
-            yield _entry(run, RunFolder(run.folder.path / method / f"seed-{seed}"), told, fields)
+            numbers = {"method": method, "seed": seed, **{readout: readouts[readout][index] for readout in READOUTS}}
+            yield _entry(run, RunFolder(run.folder.path / method / f"seed-{seed}"), numbers, fields)
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
@@ -120,21 +120,21 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in IRRELEVANT}
 
 
-def _entry(run: LoadedRun, folder: RunFolder, told: dict[str, Any], fields: dict[str, Any]) -> Entry:
+def _entry(run: LoadedRun, folder: RunFolder, numbers: dict[str, Any], fields: dict[str, Any]) -> Entry:
     result = folder.read_json("result.json")
     if "evaluation" not in result:
         raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
     # The data of a folder of pictures are what it holds; other recipes draw theirs from a data set.
     drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
     return Entry(
-        told["method"],
-        told["seed"],
+        numbers["method"],
+        numbers["seed"],
         result["steps"],
         fields,
-        {readout: told[readout] for readout in READOUTS},
+        {readout: numbers[readout] for readout in READOUTS},
         folder.path,
         folder.read_json("data.json")["hash"],
-        tuple(str((fields | {"seed": told["seed"]}).get(name)) for name in drawn_by),
+        tuple(str((fields | {"seed": numbers["seed"]}).get(name)) for name in drawn_by),
         Evaluation(**result["evaluation"]),
     )
 
@@ -161,10 +161,10 @@ def _refuse_other_data(entries: Sequence[Entry]) -> None:
 
 
 def _refuse_other_classes(first: Entry, entry: Entry) -> None:
-    mine, theirs = entry.evaluation.classes or (), first.evaluation.classes or ()
-    if tuple(mine) != tuple(theirs):
-        other = [name for name in (*mine, *theirs) if name not in mine or name not in theirs]
-        what = f"only one of them has {some(other)}" if other else "the order of the classes differs"
+    names, others = entry.evaluation.classes or (), first.evaluation.classes or ()
+    if tuple(names) != tuple(others):
+        differing = [name for name in (*names, *others) if name not in names or name not in others]
+        what = f"only one of them has {some(differing)}" if differing else "the order of the classes differs"
         raise MetaplError(
             f"{entry.place} and {first.place} are of different classes: {what}. Train both on folders with the same "
             "classes, or compare each with runs on its own."
@@ -180,16 +180,16 @@ def _caption(entries: Sequence[Entry]) -> str:
     return f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * chance:.1f})"
 
 
-def _table(found: Sequence[tuple[LoadedRun, list[Entry]]]) -> str:
+def _table(by_run: Sequence[tuple[LoadedRun, list[Entry]]]) -> str:
     """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
-    differ = _steps_differ([entry for _, entries in found for entry in entries])
+    differ = _steps_differ([entry for _, entries in by_run for entry in entries])
     rows: list[tuple[str, ...]] = [("run", "method", "seeds", *["steps"] * differ, "delivered", "student", "finetuned")]
-    for run, entries in found:
+    for run, entries in by_run:
         for method in dict.fromkeys(entry.method for entry in entries):
-            mine = [entry for entry in entries if entry.method == method]
-            accuracies = [spread([entry.accuracies[readout] for entry in mine], digits=2) for readout in READOUTS]
-            steps = [f"{mine[0].steps:,}"] * differ  # those of a comparison are all the same
-            rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in mine]), *steps, *accuracies))
+            by_seed = [entry for entry in entries if entry.method == method]
+            accuracies = [spread([entry.accuracies[readout] for entry in by_seed], digits=2) for readout in READOUTS]
+            steps = [f"{by_seed[0].steps:,}"] * differ  # those of a comparison are all the same
+            rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in by_seed]), *steps, *accuracies))
     return table(rows, left=3)
 
 

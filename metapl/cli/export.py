@@ -121,29 +121,31 @@ class _Card:
             "metrics": self.metrics(),
             "data_hash": self.examples(),
             "recipe": self.recipe(),
-            "notes": "\n".join(f"- {one}" for one in self.notes()),
+            "notes": "\n".join(f"- {note}" for note in self.notes()),
         }
 
     def metrics(self) -> dict[str, Any]:
         """Figures of the network that is exported, and of no others."""
         result = self.run.result
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if "evaluation" in result:
-            told = Evaluation(**result["evaluation"])
-            found |= {"test accuracy": result[f"{self.name}_test_accuracy"], "test examples": told.n}
-            found["test chance level"] = told.chance
+            evaluation = Evaluation(**result["evaluation"])
+            figures |= {"test accuracy": result[f"{self.name}_test_accuracy"], "test examples": evaluation.n}
+            figures["test chance level"] = evaluation.chance
         if "evaluation" in result and self.name == result["delivered"]:  # the evaluation is of that one
-            found |= {f"test {title}": result["evaluation"][name] for name, title in FIGURES.items()}
+            figures |= {f"test {title}": result["evaluation"][name] for name, title in FIGURES.items()}
         if f"{self.name}_validation_accuracy" in result:
-            found["validation accuracy"] = result[f"{self.name}_validation_accuracy"]
-            found["validation examples"] = result["validation_size"]
-        return {name: value for name, value in found.items() if value is not None}
+            figures["validation accuracy"] = result[f"{self.name}_validation_accuracy"]
+            figures["validation examples"] = result["validation_size"]
+        return {name: value for name, value in figures.items() if value is not None}
 
     def examples(self) -> dict[str, str]:
         """On which data: how many examples, and their hashes."""
-        told = self.data | self.data.get("counts", {})
+        record = self.data | self.data.get("counts", {})
         counts = {
-            part: len(told[part]) if isinstance(told[part], list) else told[part] for part in PARTS if part in told
+            part: len(record[part]) if isinstance(record[part], list) else record[part]
+            for part in PARTS
+            if part in record
         }
         name = {"data set": self.data["data"]} if "data" in self.data else {}
         return (
@@ -161,10 +163,10 @@ class _Card:
             if name != "class_names"
         }
         result = self.run.result
-        how = {"name": self.run.recipe.name, "method": result["method"], "best_step": result["best_step"]}
+        run_by = {"name": self.run.recipe.name, "method": result["method"], "best_step": result["best_step"]}
         anew = self.name == "finetuned" and "finetuned_with" in result
         again = {"finetuned_with": result["finetuned_with"]} if anew else {}
-        return how | again | {"fields": fields}
+        return run_by | again | {"fields": fields}
 
     def notes(self) -> list[str]:
         """Which weights these are, how they were chosen, and what they take."""

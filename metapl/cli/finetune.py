@@ -50,8 +50,8 @@ class Finetune:
     def __call__(self) -> int:
         run = load_run(self.run)
         if run.is_comparison:
-            one = self.run / run.result["method"] / f"seed-{run.result['seed']}"
-            raise MetaplError(f"{self.run} is a comparison; finetune one of its runs: metapl finetune {one}")
+            run_folder = self.run / run.result["method"] / f"seed-{run.result['seed']}"
+            raise MetaplError(f"{self.run} is a comparison; finetune one of its runs: metapl finetune {run_folder}")
         recipe = self._recipe(run)
         try:
             with run.folder.claimed(run.description, resume=True):
@@ -145,8 +145,8 @@ def _before_and_after(before: dict[str, Any], after: dict[str, Any], recipe: Rec
     )
 
 
-def _row(result: dict[str, Any], how: dict[str, Any]) -> tuple[str, str, str, str]:
-    return *_accuracies(result, "finetuned"), str(how["steps"]), f"{how['lr']:g}"
+def _row(result: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str, str, str]:
+    return *_accuracies(result, "finetuned"), str(settings["steps"]), f"{settings['lr']:g}"
 
 
 def _accuracies(result: dict[str, Any], network: str) -> tuple[str, str]:

@@ -49,13 +49,15 @@ class Inputs:
 
     def _within(self, folder: Path) -> list[Path]:
         """The readable files of a folder and of those in it, sorted."""
-        found = [Path(where) / name for where, _, names in os.walk(folder, onerror=self._unlisted) for name in names]
-        ours = sorted(file for file in found if file.suffix.lower() in self.recipe.reads and not self._is_left(file))
-        if not ours:
+        files = [Path(where) / name for where, _, names in os.walk(folder, onerror=self._unlisted) for name in names]
+        readable = sorted(
+            file for file in files if file.suffix.lower() in self.recipe.reads and not self._is_left(file)
+        )
+        if not readable:
             raise MetaplError(
                 f"there is no file in {folder} that can be read; expected {', '.join(self.recipe.reads)}."
             )
-        return ours
+        return readable
 
     def _is_left(self, file: Path) -> bool:
         return bool(self.leave) and file.resolve() in self.leave

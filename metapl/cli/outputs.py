@@ -31,10 +31,10 @@ def check_outputs(
         where = file.resolve()
         if where.is_relative_to(run.resolve()):
             raise MetaplError(f"{flag} {file} lies in the run folder {run}; expected a file elsewhere.")
-        for one in read:
-            found = one.resolve()
-            within = where.is_relative_to(found) and where.suffix.lower() in suffixes and where.is_file()
-            if where == found or (one.is_dir() and within and not _is_ours(where, header)):
+        for path in read:
+            source = path.resolve()
+            within = where.is_relative_to(source) and where.suffix.lower() in suffixes and where.is_file()
+            if where == source or (path.is_dir() and within and not _is_ours(where, header)):
                 raise MetaplError(
                     f"{flag} {file} is one of the files to be read, and would be lost; expected another file."
                 )

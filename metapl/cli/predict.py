@@ -97,11 +97,11 @@ class Predict:
         with _sink(self.out) as sink:
             writer = csv.writer(sink, lineterminator="\n")
             writer.writerow(self._header(classes))
-            for one in predictions(network, inputs):
-                writer.writerow(self._row(one, classes))
+            for prediction in predictions(network, inputs):
+                writer.writerow(self._row(prediction, classes))
                 count += 1
                 if self.grid is not None:
-                    grid.add(*one.best(1)[0], one.name, one.x)
+                    grid.add(*prediction.best(1)[0], prediction.name, prediction.x)
         if self.out is not None:
             print(f"{count} prediction{'s' * (count != 1)} in {self.out}")
         if self.grid is not None:
@@ -114,9 +114,9 @@ class Predict:
         more = [f"{name}_{rank}" for rank in range(2, self.top + 1) for name in HEADER[1:]]
         return [*HEADER, *more, *(f"p({name})" for name in classes if self.probabilities)]
 
-    def _row(self, one: Prediction, classes: Sequence[str]) -> list[str]:
-        best = [cell for index, p in one.best(self.top) for cell in (classes[index], _six(p))]
-        return [one.name, *best, *(_six(p) for p in one.probabilities if self.probabilities)]
+    def _row(self, prediction: Prediction, classes: Sequence[str]) -> list[str]:
+        best = [cell for index, p in prediction.best(self.top) for cell in (classes[index], _six(p))]
+        return [prediction.name, *best, *(_six(p) for p in prediction.probabilities if self.probabilities)]
 
     def _check(self, run: LoadedRun) -> None:
         classes = run.recipe.classes

@@ -45,13 +45,13 @@ class PredictionGrid:
         """An example ``x`` (C, H, W), in [0, 1], that was taken for class ``index``."""
         picture = (x.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
         kept = self._seen.setdefault(index, [])
-        bisect.insort(kept, _Seen(probability, name, picture), key=lambda one: -one.probability)
+        bisect.insort(kept, _Seen(probability, name, picture), key=lambda seen: -seen.probability)
         self.counts[index] += 1
         # More classes leave less room for each. What stands in the middle now stays there, whatever comes.
-        for some in self._seen.values() if len(kept) == 1 else [kept]:
+        for group in self._seen.values() if len(kept) == 1 else [kept]:
             most = pictures_a_group(len(self._seen))
-            while len(some) > most:
-                del some[most // 2]
+            while len(group) > most:
+                del group[most // 2]
 
     def draw(self, path: Path, source: str) -> None:
         """One PNG file with a group for each class; nothing where nothing was added. ``source`` names the network."""
@@ -72,8 +72,8 @@ class PredictionGrid:
         if drawn < predicted:
             parts.append(f"shown: the {drawn:,} with the most pictures")
         if max(self.counts.values()) > each:
-            some = f"{each // 2} " if each > 2 else ""
-            parts.append(f"of a class with more than {each}: the {some}most and the {some}least probable")
+            half = f"{each // 2} " if each > 2 else ""
+            parts.append(f"of a class with more than {each}: the {half}most and the {half}least probable")
         absent = [name for index, name in enumerate(self.classes) if index not in self.counts]
         if absent:
             more = f" and {len(absent) - NAMED:,} more" if len(absent) > NAMED else ""
@@ -85,6 +85,6 @@ class PredictionGrid:
         return Gallery(
             title=self.classes[index],
             note=f"{count:,} picture{'s' * (count != 1)}",
-            pictures=torch.stack([one.picture for one in seen]),
-            captions=tuple(f"{one.probability:.1%}\n{Path(one.name).name}" for one in seen),
+            pictures=torch.stack([example.picture for example in seen]),
+            captions=tuple(f"{example.probability:.1%}\n{Path(example.name).name}" for example in seen),
         )

@@ -38,9 +38,9 @@ def respelled(arguments: Sequence[str]) -> list[str]:
     ['--labeled', 'labelled/', '--unlabeled-batch=8', '--changes.no-recolor', '--grayscale']
     """
     return [
-        _respelled(flag) + equals + value if one.startswith("--") else one
-        for one in arguments
-        for flag, equals, value in [one.partition("=")]
+        _respelled(flag) + equals + value if word.startswith("--") else word
+        for word in arguments
+        for flag, equals, value in [word.partition("=")]
     ]
 
 
@@ -55,5 +55,5 @@ def unknown_flags(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
     >>> unknown_flags(["--steps=5", "--image_size", "-1", "--stpes"], ["--steps", "--image-size"])
     ['--stpes']
     """
-    flags = [one.partition("=")[0] for one in arguments if one.startswith("--") and one != "--"]
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--") and word != "--"]
     return [flag for flag in flags if flag.replace("_", "-") not in known]

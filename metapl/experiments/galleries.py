@@ -101,6 +101,7 @@ def write_galleries(folder: Path, galleries: Sequence[Gallery]) -> None:
 
 def read_galleries(folder: Path) -> list[Gallery]:
     """What :func:`write_galleries` kept; nothing where there is no such file."""
+    from safetensors import safe_open
 
     if not (folder / FILE).exists():
         return []
