@@ -187,11 +187,11 @@ def _as_json(evaluation: Evaluation, label_sets: MultiLabelAccuracy | None) -> d
 
 def _figures(evaluation: Evaluation, label_sets: MultiLabelAccuracy | None, part: str, of_accuracy: str) -> str:
     low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
+    even = 1 / len(evaluation.confusion)
     lines = {
-        f"{part} accuracy": f"{evaluation.accuracy:.2%} of {evaluation.n:,}"
-        + (f", {of_accuracy}" if of_accuracy else ""),
+        f"{part} accuracy": f"{evaluation.accuracy:.2%} of {evaluation.n:,}" + f", {of_accuracy}" * bool(of_accuracy),
         "95 % interval": f"{low:.2%} to {high:.2%}",
-        "chance level": f"{evaluation.chance:.2%}, the largest class; even guesses: {1 / len(evaluation.confusion):.2%}",
+        "chance level": f"{evaluation.chance:.2%}, the largest class; even guesses: {even:.2%}",
     }
     if evaluation.top5 is not None:
         lines["top-5 accuracy"] = f"{evaluation.top5:.2%}"
@@ -237,9 +237,8 @@ def _matrix(evaluation: Evaluation, classes: tuple[str, ...], letters: int) -> s
 
 def _most(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     """The pairs of classes that are confused most often."""
-    pairs = [
-        (n, true, p) for true, row in enumerate(evaluation.confusion) for p, n in enumerate(row) if n and p != true
-    ]
+    cells = [(n, true, p) for true, row in enumerate(evaluation.confusion) for p, n in enumerate(row)]
+    pairs = [cell for cell in cells if cell[0] and cell[1] != cell[2]]
     rows = [("class", "taken for", "times", "of")]
     for n, true, taken in sorted(pairs, key=lambda pair: -pair[0])[:LISTED]:
         rows.append((_short(classes[true]), _short(classes[taken]), f"{n:,}", f"{sum(evaluation.confusion[true]):,}"))
