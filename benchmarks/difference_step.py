@@ -26,11 +26,11 @@ from torch.nn import functional as F
 
 import metapl
 from metapl.data import load_digits_split
-from metapl.feedback import Difference
+from metapl.execution.local import trainable
+from metapl.feedback import Difference, lookahead
 from metapl.feedback.difference import RELATIVE_STEP
-from metapl.inner import InnerStep, trainable
 from metapl.numerics import norm
-from metapl.optimizers import inner_optimizer
+from metapl.updates import update_of
 
 RESULT = Path(__file__).parent / "results" / "difference_step.json"
 HALF_DECADES = [10 ** (k / 2) for k in range(-18, 1)]
@@ -113,27 +113,28 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, batch: int, steps:
         optimizer.step()
 
 
-def inner_step(
-    teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Tensor, dtype: torch.dtype
-) -> InnerStep:
-    """A step on soft labels, on copies of the networks in ``dtype``."""
+def look(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Tensor, dtype: torch.dtype) -> lookahead.Path:
+    """A step on soft labels, by copies of the networks in ``dtype``."""
     teacher, student = (copy.deepcopy(network).to(dtype) for network in (teacher, student))
-    optimizer = inner_optimizer(torch.optim.SGD(student.parameters(), lr=0.05), trainable(student))
     problem = metapl.PseudoLabels("soft")
-    step = InnerStep(
-        student, optimizer, problem, labeled=(labeled[0].to(dtype), labeled[1]), unlabeled=unlabeled.to(dtype)
+    return lookahead.walk(
+        student,
+        update_of(torch.optim.SGD(student.parameters(), lr=0.05), trainable(student)),
+        problem,
+        labeled=(labeled[0].to(dtype), labeled[1]),
+        batches=[unlabeled.to(dtype)],
+        teach=lambda batch, outputs: problem.signal(teacher, batch, outputs, generator=None),
     )
-    step.learn(problem.signal(teacher, unlabeled.to(dtype), step.outputs, generator=None))
-    return step
 
 
 def measure(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Tensor) -> dict[str, Any]:
     """Relative errors of ż along one w, and of the teacher's gradient by the whole way through."""
-    steps = {name: inner_step(teacher, student, labeled, unlabeled, dtype) for name, dtype in DTYPES.items()}
-    v = steps["float32"].outer_gradient()
+    paths = {name: look(teacher, student, labeled, unlabeled, dtype) for name, dtype in DTYPES.items()}
+    steps = {name: path.steps[0] for name, path in paths.items()}
+    v = paths["float32"].outer_gradient()
     w = steps["float32"].pullback(v)
     wide = {name: t.double() for name, t in w.items()}
-    exact = steps["float64"].directional_derivative(wide)
+    exact = steps["float64"].tangent(wide)
 
     def error(z_dot: Tensor) -> float:
         return float((z_dot.double() - exact).norm() / exact.norm())
@@ -142,18 +143,17 @@ def measure(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Ten
         "weights": sum(p.numel() for p in student.parameters()),
         "norm_of_weights": float(norm(steps["float32"].params)),
         "norm_of_v": float(norm(v)),
-        "forward_float32": error(steps["float32"].directional_derivative(w)),
+        "forward_float32": error(steps["float32"].tangent(w)),
         "gradient": gradient_errors(teacher, student, labeled, unlabeled),
         "z_dot": {},
     }
     for name, step in steps.items():
         direction = {k: t.to(DTYPES[name]) for k, t in wide.items()}
         length = norm(direction)
-        unit = {k: t / length for k, t in direction.items()}
         central, one_sided = [], []
         for delta in HALF_DECADES:
             move = torch.tensor(delta, dtype=DTYPES[name])
-            ahead, behind = step.outputs_at(move, unit), step.outputs_at(-move, unit)
+            ahead, behind = step.shifted(move, direction), step.shifted(-move, direction)
             central.append(error(length * (ahead - behind) / (2 * move)))
             one_sided.append(error(length * (ahead - step.outputs) / move))
         row["z_dot"][name] = {
@@ -161,8 +161,8 @@ def measure(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Ten
             "one_sided": one_sided,
             "chosen": {
                 "delta": float(Difference().step_size(step)),
-                "central": error(Difference().directional_derivative(step, direction)[0]),
-                "one_sided": error(Difference(one_sided=True).directional_derivative(step, direction)[0]),
+                "central": error(Difference().tangent(step, direction).z_dot),
+                "one_sided": error(Difference(one_sided=True).tangent(step, direction).z_dot),
             },
         }
     return row

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results
 
-from metapl.baselines import LossTrainer
 from metapl.experiments.experiment import Experiment
-from metapl.losses import CrossEntropy
+from metapl.problems.losses import CrossEntropy
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
 from metapl.runs.folder import environment
 from metapl.training import Trainer
+from metapl.training.loss_trainer import LossTrainer
 
 HERE = Path(__file__).parent
 RAW = HERE / "results" / "digits_study.jsonl"

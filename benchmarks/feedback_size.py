@@ -21,7 +21,7 @@ from machine import arguments, parsed, results, write_between_marks
 
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.runs.folder import environment
-from metapl.trainer import BilevelTrainer
+from metapl.training.trainer import BilevelTrainer
 
 RAW = Path(__file__).parent / "results" / "feedback_size.json"
 STEPS, SEEDS = 1000, (100, 101, 102)

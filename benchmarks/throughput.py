@@ -57,7 +57,7 @@ from metapl.data import (
     Weak,
     feed,
 )
-from metapl.losses import UDA, CrossEntropy
+from metapl.problems.losses import UDA, CrossEntropy
 
 RESULT = Path(__file__).parent / "results" / "throughput.json"
 MODES = ("reinforce", "forward")

@@ -4,16 +4,16 @@ from importlib import import_module
 from typing import Any
 
 from metapl import feedback, models, problems
-from metapl.baselines import LossTrainer
 from metapl.errors import MetaplError
 from metapl.feedback import MODES
+from metapl.feedback.lookahead import Lookahead
 from metapl.hypergradient import Hypergradient, hypergradient
-from metapl.losses import UDA, CrossEntropy
-from metapl.problem import BilevelProblem, Signal
-from metapl.problems import PseudoLabels
-from metapl.trainer import BilevelTrainer
+from metapl.problems import BilevelProblem, PseudoLabels, Signal
+from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training import StopFit
+from metapl.training.loss_trainer import LossTrainer
 from metapl.training.report import StepReport
+from metapl.training.trainer import BilevelTrainer
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "BilevelTrainer",
     "CrossEntropy",
     "Hypergradient",
+    "Lookahead",
     "LossTrainer",
     "MetaplError",
     "PseudoLabels",

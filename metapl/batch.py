@@ -6,15 +6,15 @@ The inputs of a network are a tensor, or a dict or tuple of tensors; a network i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.checks import described
 from metapl.errors import MetaplError
-from metapl.problem import first_input
 
 LABEL_KEYS = ("labels", "label")
 """The names that a label may have in a batch that is a dict."""
@@ -57,6 +57,23 @@ def labeled_pair(batch: Any) -> Any:
     return batch
 
 
+def first_input(batch: Any) -> Any:
+    """What a network reads of a batch that is a tensor or a dict, or a tuple whose first element is the input.
+
+    >>> import torch
+    >>> first_input((torch.ones(2), "labels"))
+    tensor([1., 1.])
+    """
+    if isinstance(batch, Tensor | Mapping):
+        return batch
+    if isinstance(batch, tuple | list) and batch:
+        return batch[0]
+    raise MetaplError(
+        f"a batch of type {type(batch).__name__} was given; a tensor, a dict or a tuple (input, ...) was expected. "
+        "Give the problem a method student_input(batch) that says what the student reads."
+    )
+
+
 def inputs_of(batch: Any) -> Any:
     """The inputs of a batch that may have labels: what a network reads.
 
@@ -86,6 +103,33 @@ def rows(batch: Any, start: int, stop: int) -> Any:
 def length(batch: Any) -> int:
     """How many examples a batch holds: the rows of its longest tensor."""
     return max((len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), default=0)
+
+
+def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
+    """A batch (any pytree of tensors with a row per example) in ``parts`` of equal size.
+
+    Every mean over the batch is then a mean of the micro-batches' means. Batch statistics and dropout masks are those
+    of the micro-batches.
+
+    >>> import torch
+    >>> [x.tolist() for x in micro_batches(torch.arange(4), 2, "labeled")]
+    [[0, 1], [2, 3]]
+    """
+    if parts == 1:
+        return [batch]
+    leaves, structure = pytree.tree_flatten(batch)
+    lengths = {len(t) for t in leaves if isinstance(t, Tensor)}
+    if any(n % parts for n in lengths):
+        raise MetaplError(
+            f"accumulate={parts} was asked for, and the {name} batch has {max(lengths)} examples; expected a multiple."
+        )
+    pieces = [t.chunk(parts) if isinstance(t, Tensor) else [t] * parts for t in leaves]
+    return [pytree.tree_unflatten(list(piece), structure) for piece in zip(*pieces, strict=True)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of micro-batches, one after another; of a single one itself."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def are_views(first: Any, second: Any) -> bool:

@@ -1,13 +1,13 @@
 """Wrong batches and networks, refused before anything moves.
 
 On the CPU a look at the values costs nothing and errors are raised on the spot. On an accelerator it would make the
-host wait, so there the finding stays on the device: a :class:`Fault` collects it, the update is masked by it, and it
-is raised when the next report is read.
+host wait, so there the finding stays on the device: a :class:`Fault` collects it, and it is raised when the report is
+read. By then the step has been taken, so batches are best looked at while they are on the host, as ``fit`` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -25,16 +25,14 @@ class Fault:
     def __init__(self) -> None:
         self.found: list[tuple[Tensor, str]] = []
 
-    @property
-    def flag(self) -> Tensor | None:
-        """Whether anything is wrong, as a boolean scalar on the device; None where all was checked on the spot."""
-        return torch.stack([bad for bad, _ in self.found]).any() if self.found else None
-
     def raise_if_found(self, where: str = "") -> None:
         """Wait for the device and raise the first finding, with ``where`` before its text."""
         for bad, text in self.found:
             if bool(bad):
-                raise MetaplError(f"{where}{text} (found on the device; the step that saw it changed nothing)")
+                raise MetaplError(
+                    f"{where}{text} (found on the device, when the step had been taken: the weights may be spoiled, so "
+                    "go on from the last good checkpoint)"
+                )
 
 
 _fault: ContextVar[Fault | None] = ContextVar("fault", default=None)
@@ -75,9 +73,15 @@ def described(thing: Any) -> str:
     return f"of type {type(thing).__name__}"
 
 
-def batches(labeled: Any, unlabeled: Any, device: torch.device) -> None:
-    """Refuse batches that are empty, of uneven length, elsewhere, or not finite."""
-    for name, batch in (("labeled", labeled), ("unlabeled", unlabeled)):
+def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> None:
+    """Refuse batches that are empty, of uneven length, elsewhere, or not finite.
+
+    Args:
+        labeled: the outer batch.
+        unlabeled: the inner ones.
+        device: of the networks.
+    """
+    for name, batch in (("labeled", labeled), *(("unlabeled", one) for one in unlabeled)):
         tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
         if not tensors:
             raise MetaplError(f"{name} is {described(batch)}; expected tensors.")
@@ -89,6 +93,13 @@ def batches(labeled: Any, unlabeled: Any, device: torch.device) -> None:
                 f"the tensors of the {name} batch have lengths {', '.join(str(len(t)) for t in tensors)}; "
                 "expected one row per example in each."
             )
+
+
+def finite_on_host(batch: Any) -> None:
+    """Refuse a batch on the host with NaN or infinite values; what lies on a device already is not looked at."""
+    for t in pytree.tree_leaves(batch):
+        if isinstance(t, Tensor) and t.is_floating_point() and not waits(t) and not bool(torch.isfinite(t).all()):
+            raise MetaplError("a batch holds NaN or infinite values; clean the inputs first.")
 
 
 def no_inference_mode() -> None:
@@ -338,10 +349,3 @@ def moves(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             f"{why}, so nothing would be learned; expected an optimizer over model.parameters(), some of them with "
             "requires_grad=True."
         )
-
-
-def fits(problem: Any, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-    """Ask the problem, where it can tell, whether the batches fit the student's outputs."""
-    check = getattr(problem, "check", None)
-    if check is not None:
-        check(outputs, labeled, unlabeled)

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from metapl import checks
-from metapl.batch import labeled_pair, plain
+from metapl.batch import labeled_pair
 from metapl.errors import MetaplError
 from metapl.execution.buffers import inputs_unchanged, nothing_moved
+from metapl.execution.guards import casts_explained, one_at_a_time, restored_on_failure
 from metapl.execution.kernels import checkpoints_without_reentry
+from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback import Estimator, estimator
-from metapl.guards import casts_explained, one_at_a_time, restored_on_failure
-from metapl.inner import InnerStep, trainable
-from metapl.optimizers import inner_optimizer as functional
-from metapl.problem import BilevelProblem, Signal
+from metapl.feedback import Estimator, estimator, modes_for
+from metapl.feedback.lookahead import InnerStep, Lookahead, Path, Teach, inner_batches, plain_inner, walk
 from metapl.problems import PseudoLabels
+from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem
+from metapl.updates import Update, update_of
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,22 @@ class Hypergradient:
 
     Args:
         grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter.
-        feedback: h, minus the gradient of the labelled loss in the signal.
+        feedback: h, minus the gradient of the labelled loss in the signal; of a :class:`metapl.Lookahead` a tuple of K.
         inner_loss: the student's mean loss on the signal at θ, a scalar.
         outer_loss: L(θ′), a scalar.
-        student_params: θ′ by parameter name.
+        student_params: θ′ by parameter name, after the last step.
         inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimiser.
     """
 
     grads: dict[str, Tensor]
-    feedback: Tensor
+    feedback: Tensor | tuple[Tensor, ...]
     inner_loss: Tensor
     outer_loss: Tensor
     student_params: dict[str, Tensor]
     inner_state: Any
 
 
-def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
+def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
     """The problem (default: pseudo-labels) with the kind of labels that the mode needs."""
     problem = PseudoLabels() if problem is None else problem
     if isinstance(problem, type):
@@ -55,33 +56,75 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
             f"problem is {checks.described(problem)}; expected an object with signal, inner_loss and outer_loss "
             "(metapl.BilevelProblem)."
         )
-    choose = getattr(problem, "for_modes", None)
-    chosen: BilevelProblem = problem if choose is None else choose(mode.labels, mode.name)
-    return chosen
+    return as_problem(problem).for_modes(mode.labels, mode.name)
+
+
+def look_ahead(
+    student: nn.Module,
+    update: Update,
+    problem: Problem,
+    mode: Estimator,
+    *,
+    labeled: Any,
+    unlabeled: Any,
+    teach: Teach,
+    parts: int = 1,
+    thorough: bool = True,
+) -> Path:
+    """The student's steps on the teacher's signals, refused where the mode cannot find the feedback on them.
+
+    Args:
+        thorough: look also for fields of the signal that the inner loss has a derivative in and the feedback has not.
+    """
+    batches = inner_batches(unlabeled)
+    if len(batches) > 1 and not mode.looks_ahead:
+        raise MetaplError(
+            f"mode '{mode.name}' looks one student step ahead, and {len(batches)} batches were given; give one, or use "
+            f"a mode that takes several: {', '.join(modes_for(looks_ahead=True))}."
+        )
+
+    def checked(batch: Any, outputs: Tensor) -> Signal:
+        signal = teach(batch, outputs)
+        check_kind(signal.sampled, mode)
+        return signal
+
+    path = walk(
+        student,
+        update,
+        problem,
+        labeled=labeled,
+        batches=batches,
+        teach=checked,
+        parts=parts,
+        keep_graph=mode.keep_graph,
+    )
+    if thorough and mode.name != "none":
+        refuse_other_fields(path.steps[0])
+    return path
 
 
 def check_kind(sampled: bool, mode: Estimator) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate."""
-    kind = "hard" if sampled else "soft"
-    if kind not in mode.labels:
+    if ("hard" if sampled else "soft") not in mode.labels:
         raise MetaplError(
             f"mode '{mode.name}' takes {' or '.join(mode.labels)} signals, and the problem's signal is "
             + ("sampled (it carries log_prob)." if sampled else "differentiable (it carries no log_prob).")
-            + " Take a mode for it: sampled: reinforce, reinforce_per_example, loss_difference; differentiable: "
-            "forward, difference, unrolled."
+            + f" Take a mode for it: sampled: {', '.join(modes_for('hard'))}; differentiable: "
+            f"{', '.join(modes_for('soft'))}."
         )
 
 
-def refuse_other_fields(problem: BilevelProblem, inner: InnerStep, signal: Signal) -> None:
+def refuse_other_fields(step: InnerStep) -> None:
     """Refuse an inner loss that has a derivative in a field of the signal beside ``value``: the feedback has not."""
-    if type(problem) is PseudoLabels:
-        return
+    signal = step.signal
     fields = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
     leaves = {n: t.detach().requires_grad_() for n, t in fields.items() if t is not None and t.is_floating_point()}
-    params = {name: p.detach() for name, p in inner.parameters.items()}
-    with replayed(RandomState.now(inner.device)), torch.enable_grad():
-        losses = problem.inner_loss(inner.outputs, replace(signal.detached(), **leaves), inner.unlabeled, params)
-    if not leaves or not losses.requires_grad:
+    if not leaves:
+        return
+    params = {name: p.detach() for name, p in step.params.items()}
+    with replayed(RandomState.now(step.outputs.device)), torch.enable_grad():
+        losses = step.problem.inner_loss(step.outputs, replace(signal.detached(), **leaves), step.batch, params)
+    if not losses.requires_grad:
         return
     grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
     for name, g in zip(leaves, grads, strict=True):
@@ -115,7 +158,8 @@ def hypergradient(
         teacher, student: modules on one device; they run in the mode (train or eval) that they are in.
         labeled: (x_l, y_l) of the outer loss, B_l rows; x_l a tensor, or a dict or tuple of tensors. A dict that also
             holds the labels, under ``labels``, is such a pair.
-        unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads.
+        unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
+            :class:`metapl.Lookahead` of K such batches, for K student steps.
         mode: one of :data:`metapl.MODES`, or an estimator value.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
         inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam or AdamW over the student's parameters
@@ -139,13 +183,20 @@ def hypergradient(
 
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
-    how = estimator(mode)
-    problem = prepare(problem, how)
+    estimate = estimator(mode)
+    problem = prepare(problem, estimate)
     checks.no_inference_mode()
     device = checks.networks(teacher, student)
-    optimizer = functional(inner_optimizer, trainable(student), inner_state)
-    labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
-    checks.batches(labeled, unlabeled, device)
+    update = update_of(inner_optimizer, trainable(student), inner_state)
+    labeled, unlabeled = labeled_pair(labeled), plain_inner(unlabeled)
+    checks.batches(labeled, inner_batches(unlabeled), device)
+    signals: list[Signal] = []
+
+    def teach(batch: Any, outputs: Tensor) -> Signal:
+        with inputs_unchanged(batch, "teacher"):
+            signals.append(problem.signal(teacher, batch, outputs, generator=generator))
+        return signals[-1]
+
     with (
         one_at_a_time,
         restored_on_failure(generator),
@@ -153,28 +204,23 @@ def hypergradient(
         torch.enable_grad(),
         checkpoints_without_reentry(),
     ):
-        inner = InnerStep(student, optimizer, problem, labeled=labeled, unlabeled=unlabeled, keep_graph=how.keep_graph)
-        checks.finite_student(inner.outputs)
-        with inputs_unchanged(unlabeled, "teacher"):
-            signal = problem.signal(teacher, unlabeled, inner.outputs, generator=generator)
-        check_kind(signal.sampled, how)
-        if how.name != "none":
-            refuse_other_fields(problem, inner, signal)
-        inner.learn(signal)
-        checks.dense_gradients(inner.gradient)
-        with casts_explained(how.name):
-            (feedback,), _ = how.feedback([inner], how.init())
-        checks.finite_feedback(feedback.h)
+        path = look_ahead(student, update, problem, estimate, labeled=labeled, unlabeled=unlabeled, teach=teach)
+        with casts_explained(estimate.name):
+            feedback, _ = estimate.feedback(path, estimate.init())
+        for found in feedback:
+            checks.finite_feedback(found.h)
         parameters = trainable(teacher)
-        loss = feedback.teacher_loss(signal)
+        losses = [found.teacher_loss(signal) for found, signal in zip(feedback, signals, strict=True)]
+        loss = torch.stack(losses).sum()
         grads = [torch.zeros_like(p) for p in parameters.values()]
         if loss.requires_grad:
             grads = list(torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True))
+        h = tuple(found.h.detach() for found in feedback)
         return Hypergradient(
             grads=dict(zip(parameters, grads, strict=True)),
-            feedback=feedback.h.detach(),
-            inner_loss=inner.inner_loss,
-            outer_loss=inner.outer_loss,
-            student_params=inner.new_params,
-            inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else inner.new_state,
+            feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+            inner_loss=path.inner_loss,
+            outer_loss=path.outer_loss,
+            student_params=path.params,
+            inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
         )

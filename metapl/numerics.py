@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -40,6 +40,14 @@ def norm(a: Tree) -> Tensor:
     norms: list[Tensor] = list(torch._foreach_norm([wide(t) for t in a.values()]))
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
+
+
+def mean_tree(trees: Sequence[Tree]) -> Tree:
+    """The mean of trees, in which a parameter that is missing counts as zero."""
+    if len(trees) == 1:
+        return trees[0]
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    return {name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) / len(trees) for name in names}
 
 
 def reduced_float32(device: torch.device) -> bool:

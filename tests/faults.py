@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from metapl import optimizers
 from metapl.execution import buffers, rng
-from metapl.execution.local import Local
+from metapl.execution.local import Local, Pass
 from metapl.feedback import base, loss_difference, reinforce
-from metapl.inner import InnerStep
-from metapl.problem import Signal
+from metapl.feedback.lookahead import Path
 from metapl.problems import PseudoLabels
 from metapl.problems import pseudo_labels as module
+from metapl.problems.base import Signal
+from metapl.updates import torchopt as transforms
+from metapl.updates.sgd import SGD
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -31,9 +32,9 @@ def flipped_sign(patch: pytest.MonkeyPatch) -> None:
 
 def new_minus_old(patch: pytest.MonkeyPatch) -> None:
     """The loss difference the wrong way round, as public implementations have it."""
-    before, after = InnerStep.outer_loss_before, InnerStep.outer_loss
-    patch.setattr(InnerStep, "outer_loss_before", after)
-    patch.setattr(InnerStep, "outer_loss", before)
+    before, after = Path.outer_loss_before.func, Path.outer_loss.func
+    patch.setattr(Path, "outer_loss_before", property(after))
+    patch.setattr(Path, "outer_loss", property(before))
 
 
 def mean_for_sum(patch: pytest.MonkeyPatch) -> None:
@@ -62,33 +63,31 @@ def teacher_labels_strong(patch: pytest.MonkeyPatch) -> None:
 
 
 def momentum_ignored(patch: pytest.MonkeyPatch) -> None:
-    """The pullback takes the step for −ηg whatever the optimiser."""
-    patch.setattr(optimizers._SGD, "slopes", staticmethod(lambda p, g, states, group: -group["lr"]))
+    """The pullback takes the step for −ηg whatever the optimizer."""
+    patch.setattr(SGD, "pullback", lambda self, params, grads, state, v: {n: -self.learning_rate * v[n] for n in grads})
 
 
 def velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """θ′ of the estimate starts from no velocity, the real optimiser from its own."""
-    real = optimizers._SGD.update
-    patch.setattr(
-        optimizers._SGD, "update", staticmethod(lambda p, g, states, group: real(p, g, [{} for _ in p], group))
-    )
+    """θ′ of the estimate starts from no velocity, the real optimizer from its own."""
+    real = SGD.rule
+    patch.setattr(SGD, "rule", staticmethod(lambda p, g, states, group: real(p, g, [{} for _ in p], group)))
 
 
 def transforms_velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A TorchOpt transform built anew takes its first call for the first step."""
 
     def init(self: Any, transform: Any, parameters: Any, state: Any) -> None:
-        self.transform = optimizers._with_differentiable_clip(transform)
+        self.transform = transforms._with_differentiable_clip(transform)
         fresh = self.transform.init({name: p.detach() for name, p in parameters.items()})
         self.state = fresh if state is None else state
 
-    patch.setattr(optimizers.TransformUpdate, "__init__", init)
+    patch.setattr(transforms.TransformUpdate, "__init__", init)
 
 
 def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
     """TorchOpt's own clip, whose norm autograd does not see; the check of every transform would see it first."""
-    patch.setattr(optimizers, "_refuse_wrong_vjp", lambda transform, like: None)
-    patch.setattr(optimizers, "_with_differentiable_clip", lambda transform: transform)
+    patch.setattr(transforms, "_refuse_wrong_vjp", lambda transform, like: None)
+    patch.setattr(transforms, "_with_differentiable_clip", lambda transform: transform)
 
 
 def statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
@@ -99,12 +98,12 @@ def statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
 
 def teachers_statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
     """The recomputed pass writes to the teacher's running statistics once more."""
-    patch.setattr("metapl.teacher.buffers_aside", lambda *given: nullcontext())
+    patch.setattr("metapl.training.teacher.buffers_aside", lambda *given: nullcontext())
 
 
 def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
     """ż is taken with masks of its own."""
-    patch.setattr(Local, "_same_draws", lambda self: nullcontext())
+    patch.setattr(Pass, "_same_draws", lambda self: nullcontext())
 
 
 def generator_not_put_back(patch: pytest.MonkeyPatch) -> None:
@@ -119,28 +118,22 @@ def generator_not_put_back(patch: pytest.MonkeyPatch) -> None:
 
 def stale_weights_after_a_difference(patch: pytest.MonkeyPatch) -> None:
     """The weights stay where the difference moved them."""
-    real = InnerStep.outputs_at
+    real = Pass.shifted
 
-    def outputs_at(self: InnerStep, step: Tensor, direction: Any) -> Tensor:
+    def shifted(self: Pass, step: Tensor, direction: Any) -> Tensor:
         outputs = real(self, step, direction)
         with torch.no_grad():
             for name, d in direction.items():
-                self.parameters[name].add_(step * d * (step < 0))  # the second of the two passes
+                self.local.parameters[name].add_(step * d * (step < 0))  # the second of the two passes
         return outputs
 
-    patch.setattr(InnerStep, "outputs_at", outputs_at)
+    patch.setattr(Pass, "shifted", shifted)
 
 
 def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:
     """v = ∇L(θ) instead of ∇L(θ′)."""
-    real = InnerStep.outer_gradient
-
-    def outer_gradient(self: InnerStep) -> Any:
-        with pytest.MonkeyPatch.context() as inside:
-            inside.setattr(InnerStep, "new_params", property(lambda step: step.params))
-            return real(self)
-
-    patch.setattr(InnerStep, "outer_gradient", outer_gradient)
+    real = Local.loss_and_gradient
+    patch.setattr(Local, "loss_and_gradient", lambda self, params, *rest: real(self, self.params, *rest))
 
 
 def masks_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
@@ -156,23 +149,44 @@ def replays_from_moved_buffers(patch: pytest.MonkeyPatch) -> None:
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
     """The gradient of L(θ′) is taken after θ′ has been put aside, so that checkpoints recompute at θ."""
 
-    def loss_and_gradient(self: Local, params: Any, inputs: Any, loss: Any) -> Any:
+    def loss_and_gradient(self: Local, params: Any, batches: Any, losses: Any, start: Any) -> Any:
         at = {name: p.detach().requires_grad_() for name, p in params.items()}
-        with torch.enable_grad(), self._beside(at):
-            value = loss(self._run(inputs))
+        with torch.enable_grad(), self._beside(at, start):
+            value = losses[0](self.forward(batches[0]), at)
         return value.detach(), dict(zip(at, torch.autograd.grad(value, list(at.values())), strict=True))
 
     patch.setattr(Local, "loss_and_gradient", loss_and_gradient)
 
 
+def state_cotangent_dropped(patch: pytest.MonkeyPatch) -> None:
+    """Over several steps, what the momentum carries on is forgotten."""
+    real = SGD.vjp
+    patch.setattr(
+        SGD, "vjp", lambda self, params, grads, state, v, state_cotangent=None: real(self, params, grads, state, v)
+    )
+
+
+def hessian_dropped(patch: pytest.MonkeyPatch) -> None:
+    """Over several steps, the gradient is taken not to depend on the weights."""
+    patch.setattr(
+        Pass, "hessian_product", lambda self, w, loss: {n: torch.zeros_like(p) for n, p in self.params.items()}
+    )
+
+
+def first_step_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """The last of the steps alone is differentiated."""
+    real = Path.pullbacks
+    patch.setattr(Path, "pullbacks", lambda self, truncate=None: real(self, 1))
+
+
 def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Replays are believed to be the pass that they replay."""
-    patch.setattr("metapl.inner.check_outputs", lambda *given: None)
+    patch.setattr("metapl.execution.local.check_outputs", lambda *given: None)
 
 
 def slopes_unchecked(patch: pytest.MonkeyPatch) -> None:
     """The forward pass is believed to have the derivative that the backward pass has."""
-    patch.setattr("metapl.inner.check_slopes", lambda *given: None)
+    patch.setattr("metapl.feedback.credit.check_slopes", lambda *given: None)
 
 
 def smoothed_score(patch: pytest.MonkeyPatch) -> None:
@@ -230,3 +244,8 @@ FAULTS: dict[str, Plant] = {
         baseline_with_this_step,
     )
 }
+
+FAULTS_AHEAD: dict[str, Plant] = {
+    plant.__name__: plant for plant in (state_cotangent_dropped, hessian_dropped, first_step_forgotten)
+}
+"""Those that show over several student steps."""

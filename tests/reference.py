@@ -43,7 +43,7 @@ def sgd(
             if momentum:
                 step = d + momentum * velocity[name] if nesterov else velocity[name]
             new[name] = p - lr * step
-        return new, _constant(velocity)
+        return new, velocity
 
     return rule
 
@@ -74,7 +74,7 @@ def adam(
             kept = p * (1 - lr * weight_decay) if decoupled else p
             root = n_hat.clamp_min(1e-300).sqrt()  # keeps the derivative at 0 finite, and right
             new[name] = kept - lr * m_hat / (root + eps)
-        return new, {"t": t, "m": _constant(m), "n": _constant(n), "top": _constant(top)}
+        return new, {"t": t, "m": m, "n": n, "top": top}
 
     return rule
 
@@ -90,10 +90,6 @@ def clipped(max_norm: float, then: Rule) -> Rule:
         return then(params, {name: factor * g for name, g in grads.items()}, state)
 
     return rule
-
-
-def _constant(tree: Tree) -> Tree:
-    return {name: t.detach() for name, t in tree.items()}
 
 
 # --------------------------------------------------------------------------------------------------- one step
@@ -194,6 +190,55 @@ def pseudo_labels(
     )
 
 
+@dataclass(frozen=True)
+class FoundAhead:
+    """As :class:`Found`, over several student steps."""
+
+    grads: Tree
+    signal_grads: list[Tensor]
+    student_params: Tree
+    outer_loss: Tensor
+
+
+def several_steps(
+    teacher: nn.Module,
+    student: nn.Module,
+    labeled: tuple[Tensor, Tensor],
+    batches: list[Any],
+    rule: Rule,
+    state: Any = None,
+    *,
+    kind: str = "soft",
+    penalty: float = 0.0,
+) -> FoundAhead:
+    """Student steps on the batches one after another, all in one graph; ``kind`` is ``"soft"`` or ``"expected"``.
+
+    Args:
+        penalty: of the squared weights, added to every example's inner loss.
+    """
+    theta, phi = weights(student), weights(teacher)
+    leaves, told = [], []
+    for x in batches:
+        weak, strong = x if isinstance(x, tuple) else (x, x)
+        z = at(student, theta, strong)
+        after_inner = torch.get_rng_state()
+        q = torch.softmax(at(teacher, phi, weak), -1)
+        hard = None if kind == "soft" else F.one_hot(torch.multinomial(q.detach(), 1)[:, 0], q.shape[-1]).to(q)
+        leaves.append((q if hard is None else hard).detach().requires_grad_())
+        told.append(q)
+        inner = cross_entropy(leaves[-1], z).mean() + penalty * sum(p.square().sum() for p in theta.values())
+        g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+        theta, state = rule(theta, dict(zip(theta, g, strict=True)), state)
+    end = torch.get_rng_state()
+    torch.set_rng_state(own_stream(after_inner))
+    outer = F.cross_entropy(at(student, theta, labeled[0]), labeled[1])
+    torch.set_rng_state(end)
+    signal_grads = torch.autograd.grad(outer, leaves)
+    total = sum((g * q).sum() for g, q in zip(signal_grads, told, strict=True))
+    grads = torch.autograd.grad(total, list(phi.values()))
+    return FoundAhead(dict(zip(phi, grads, strict=True)), list(signal_grads), _constant(theta), outer.detach())
+
+
 def soft_end_to_end(
     teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tensor], unlabeled: Tensor, rule: Rule, state: Any
 ) -> Tree:
@@ -221,3 +266,7 @@ def error(found: Tree | Tensor, expected: Tree | Tensor) -> float:
     a, b = flat(found), flat(expected)
     assert b.norm() > 0, "an expected value of zero proves nothing here"
     return float((a - b).norm() / b.norm())
+
+
+def _constant(tree: Tree) -> Tree:
+    return {name: t.detach() for name, t in tree.items()}

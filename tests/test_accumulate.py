@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import metapl
-from metapl import UDA, CrossEntropy, baselines
-from metapl.baselines import LossTrainer
+from metapl import UDA, CrossEntropy
 from metapl.feedback import Difference, Reinforce
-from metapl.losses import TeacherLoss
+from metapl.problems.losses import TeacherLoss
+from metapl.training import loss_trainer
+from metapl.training.loss_trainer import LossTrainer
 
 
 def _networks() -> tuple[nn.Module, nn.Module]:
@@ -135,8 +136,8 @@ def test_micro_batches_change_no_number_of_a_loss_trainer(accumulate: int, losse
 def test_a_micro_batch_taken_twice_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted fault, so that the test above can fail."""
     whole, _ = _alone(1, (CrossEntropy(),))
-    real = baselines.micro_batches
-    monkeypatch.setattr(baselines, "micro_batches", lambda batch, parts, name: real(batch, parts, name)[:1] * parts)
+    real = loss_trainer.micro_batches
+    monkeypatch.setattr(loss_trainer, "micro_batches", lambda batch, parts, name: real(batch, parts, name)[:1] * parts)
     wrong, _ = _alone(2, (CrossEntropy(),))
     assert not torch.allclose(whole[0].weight, wrong[0].weight, rtol=1e-3)
 

@@ -278,39 +278,20 @@ def momentum_trainer(case: Toy, mode: Any, inner: str) -> metapl.BilevelTrainer:
 BAD_VALUES = ["label_too_large", "label_negative", "labelled_nan", "unlabelled_nan"]
 
 
-@pytest.mark.parametrize("when", ["first", "later"])
 @pytest.mark.parametrize("mode", [Reinforce(baseline=0.9), "forward", "loss_difference", "unrolled"])
 @pytest.mark.parametrize("inner", ["sgd", "adam", "torchopt"])
 @pytest.mark.parametrize("kind", BAD_VALUES)
-def test_on_a_device_a_bad_batch_changes_nothing_and_is_told_on_reading(
-    kind: str, inner: str, mode: Any, when: str, monkeypatch: pytest.MonkeyPatch
+def test_on_a_device_a_bad_batch_is_told_on_reading(
+    kind: str, inner: str, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run goes on as one that never saw the batch, bit for bit; of Adam's state the step count alone moves on,
-    which the host keeps."""
+    """Nothing waits for the device before the step is taken, so that the weights may be spoiled by then."""
     monkeypatch.setattr(checks, "waits", lambda t: True)
-    runs = []
-    for with_bad in (True, False):
-        case = toy("batch_norm")
-        trainer = momentum_trainer(case, mode, inner)
-        steps = 0 if when == "first" else 2
-        for step in range(steps):
-            torch.manual_seed(step)
-            trainer.step(**case.data()).as_dict()
-        if with_bad:
-            states = [o for o in (trainer.inner_optimizer, trainer.outer_optimizer) if not isinstance(o, tuple)]
-            before = everything(case, generator=False)
-            held = everything(case, *states, generator=False, counts=False)
-            report = trainer.step(**BATCHES[kind][0](case).data())
-            assert same(before, everything(case, generator=False))
-            if when == "later":
-                assert same(held, everything(case, *states, generator=False, counts=False))
-            with pytest.raises(MetaplError, match="the step that saw it changed nothing"):
-                report.as_dict()
-        for step in range(10, 13):
-            torch.manual_seed(step)
-            last = trainer.step(**case.data())
-        runs.append([*everything(case), last.feedback])
-    assert inner == "adam" or same(*runs)
+    case = toy("batch_norm")
+    trainer = momentum_trainer(case, mode, inner)
+    trainer.step(**case.data()).as_dict()
+    report = trainer.step(**BATCHES[kind][0](case).data())
+    with pytest.raises(MetaplError, match="found on the device, when the step had been taken"):
+        report.as_dict()
 
 
 def test_on_a_device_a_good_step_is_the_same_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

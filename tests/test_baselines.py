@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
-from metapl.baselines import LossTrainer
 from metapl.experiments.experiment import Experiment
 from metapl.feedback import Altered, Forward, ReinforcePerExample
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS
 from metapl.runs.folder import RunFolder
 from metapl.training import Trainer
+from metapl.training.loss_trainer import LossTrainer
 
 TINY = Digits(
     steps=6,
@@ -125,18 +125,18 @@ class Steps:
     def init(self) -> dict[str, Tensor]:
         return {}
 
-    def feedback(self, steps: Any, state: Any) -> Any:
+    def feedback(self, path: Any, state: Any) -> Any:
         return [metapl.feedback.base.Feedback(self.h, self.about)], state
 
 
 def altered(h: Tensor, how: Any, seed: int = 0, labels: Tensor | None = None) -> list[Tensor]:
     """h as it is altered in four steps."""
     value = torch.zeros(len(h)) if labels is None else labels
-    step = type("Step", (), {"signal": metapl.problem.Signal(value)})
+    step = type("Step", (), {"signal": metapl.problems.base.Signal(value)})
     estimator = Altered(Steps(h), how, seed)  # type: ignore[arg-type]
     state, found = estimator.init(), []
     for _ in range(4):
-        (feedback,), state = estimator.feedback([step], state)  # type: ignore[list-item]
+        (feedback,), state = estimator.feedback(type("Path", (), {"steps": [step]}), state)  # type: ignore[arg-type]
         found.append(feedback.h)
     return found
 

@@ -17,12 +17,11 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import metapl
-from metapl import CrossEntropy, MetaplError, compiled
-from metapl.baselines import LossTrainer
-from metapl.compiled import CompiledPasses
-from metapl.inner import InnerStep
-from metapl.optimizers import inner_optimizer
-from metapl.problem import Signal
+from metapl import CrossEntropy, MetaplError
+from metapl.execution import compiled
+from metapl.execution.compiled import CompiledPasses
+from metapl.execution.local import Local
+from metapl.training.loss_trainer import LossTrainer
 
 pytestmark = [
     pytest.mark.skipif(
@@ -114,34 +113,22 @@ class Masks(nn.Module):
         return F.dropout(x, 0.5) @ self.weight
 
 
-class _Squares:
-    """A problem for any outputs."""
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
-        return Signal(student_outputs)
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return (outputs - signal.value).square().sum(-1)
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return outputs.square().mean()
-
-
 @pytest.mark.parametrize("fallback", [True, False])
 def test_every_pass_of_a_step_sees_the_masks_of_the_inner_pass(fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And with Inductor's own draws, the planted fault, a plain pass beside compiled ones does not."""
     monkeypatch.setattr(compiled, "OPTIONS", {"fallback_random": fallback})
     monkeypatch.setattr(compiled._CompiledForward, "_compared", lambda self, passes, *args: passes(*args))
     student, ones = Masks(), torch.ones(6, 40, dtype=torch.float64)
-    optimizer = inner_optimizer(torch.optim.SGD(student.parameters(), lr=0.1), dict(student.named_parameters()))
+    monkeypatch.setattr("metapl.execution.local.check_outputs", lambda *given: None)
     torch.manual_seed(0)
     plain = student(ones)
     torch.manual_seed(0)
     with CompiledPasses(student)():
-        step = InnerStep(student, optimizer, _Squares(), labeled=(ones, ones), unlabeled=ones)
+        local = Local(student)
+        step = local.run(local.params, ones)
         along = {"weight": student.weight.detach()}
-        _, z_dot = step.execution.tangent(along)
-        moved = step.outputs_at(torch.tensor(1.0, dtype=torch.float64), along)
+        z_dot = step.tangent(along)
+        moved = step.shifted(torch.tensor(1.0, dtype=torch.float64), along)
     assert set(step.outputs.unique().tolist()) == {0, 2}
     assert torch.equal(step.outputs, plain) == fallback
     assert torch.equal(step.outputs, z_dot) == fallback  # a plain pass

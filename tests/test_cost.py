@@ -9,8 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
+from metapl.execution.local import trainable
 from metapl.feedback import Difference, Estimator
+from metapl.feedback.lookahead import walk
 from metapl.numerics import full_float32, reduced_float32
+from metapl.updates import update_of
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- modes:begin -->", "<!-- modes:end -->"
@@ -51,12 +54,12 @@ def test_every_mode_has_a_bound() -> None:
 def test_the_move_on_wide_resnet_is_about_1e_4_in_norm() -> None:
     torch.manual_seed(0)
     student = metapl.models.wide_resnet28_2(num_classes=10)
-    weights = {name: p.detach() for name, p in student.named_parameters()}
-
-    class Step:
-        params, outputs = weights, torch.zeros(1)
-
-    assert 0.5e-4 < float(Difference().step_size(Step())) < 2e-4  # type: ignore[arg-type]
+    update = update_of(torch.optim.SGD(student.parameters(), lr=0.1), trainable(student))
+    x, y = torch.randn(2, 3, 16, 16), torch.arange(2)
+    problem = metapl.PseudoLabels(kind="soft")
+    signal = metapl.Signal(torch.full((2, 10), 0.1))
+    path = walk(student, update, problem, labeled=(x, y), batches=[x], teach=lambda batch, outputs: signal)
+    assert 0.5e-4 < float(Difference().step_size(path.steps[0])) < 2e-4
 
 
 def _settings() -> list[object]:

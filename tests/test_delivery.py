@@ -238,7 +238,7 @@ def test_a_resumed_run_takes_the_steps_that_were_measured_when_it_began(
     pictures: Path, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, and nothing is measured again."""
-    from metapl.baselines import LossTrainer
+    from metapl.training.loss_trainer import LossTrainer
 
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     flags = (*SMALL, "--method", "uda", "--minutes", "0.5")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import test_exact
-import test_optimizers
 import test_relations
 import test_replays
 import test_sampled
 import test_step
+import test_updates
 from faults import FAULTS
 
 from metapl import MetaplError
@@ -78,7 +78,7 @@ CAUGHT: dict[str, dict[str, Check]] = {
         "forward_is_exact_with_nesterov": exact("forward", optimiser="torch_sgd_nesterov"),
         "reinforce_is_exact_with_nesterov": warmed("reinforce", "torch_sgd_nesterov"),
         "difference_is_exact_with_dampening": warmed("difference", "torch_sgd_dampening"),
-        "the_pullback_is_the_vjp": lambda patch: test_optimizers.test_the_pullback_is_the_updates_vjp(
+        "the_pullback_is_the_vjp": lambda patch: test_updates.test_the_pullback_is_the_updates_vjp(
             "torch_sgd_nesterov", 3
         ),
     },
@@ -86,20 +86,20 @@ CAUGHT: dict[str, dict[str, Check]] = {
         "forward_is_exact_when_warmed": warmed("forward", "torch_sgd_momentum"),
         "unrolled_is_exact_when_warmed": warmed("unrolled", "torch_sgd_momentum"),
         "the_update_is_the_optimisers_step": lambda patch: (
-            test_optimizers.test_the_functional_update_is_the_optimisers_own_step("torch_sgd_momentum", 3)
+            test_updates.test_the_functional_update_is_the_optimisers_own_step("torch_sgd_momentum", 3)
         ),
     },
     "transforms_velocity_forgotten": {
         "three_chained_steps": chained("forward", "torchopt_sgd_nesterov"),
         "a_fresh_transform_goes_on": lambda patch: (
-            test_optimizers.test_a_fresh_transform_with_a_saved_state_goes_on_like_the_old_one("torchopt_sgd_nesterov")
+            test_updates.test_a_fresh_transform_with_a_saved_state_goes_on_like_the_old_one("torchopt_sgd_nesterov")
         ),
     },
     "clip_without_derivative": {
         "forward_is_exact": exact("forward", optimiser="torchopt_clip"),
         "unrolled_is_exact": exact("unrolled", optimiser="torchopt_clip"),
         "central_difference_of_the_real_update": lambda patch: (
-            test_optimizers.test_the_pullback_agrees_with_central_differences_of_the_real_update("torchopt_clip", 0)
+            test_updates.test_the_pullback_agrees_with_central_differences_of_the_real_update("torchopt_clip", 0)
         ),
     },
     "statistics_updated_twice": {

@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
 from metapl import CrossEntropy, MetaplError
-from metapl.baselines import LossTrainer
 from metapl.data import ImageLabeledBatches, MemoryImages, StepSampler, Weak, feed
 from metapl.feedback import Altered, LossDifference, Reinforce
 from metapl.metrics import evaluate_logits
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.tensorboard import Events
 from metapl.training import FitOptions, FitResult, Interrupted, Trainer
+from metapl.training.loss_trainer import LossTrainer
 from metapl.training.progress import examples_in
 
 Inner = Callable[[nn.Module], Any]
@@ -731,7 +731,7 @@ def test_the_bar_shows_the_time_left_accuracy_and_examples_a_second(monkeypatch:
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr("metapl.trainer.BilevelTrainer.step", slowly(metapl.BilevelTrainer.step, time.sleep))
+    monkeypatch.setattr("metapl.training.trainer.BilevelTrainer.step", slowly(metapl.BilevelTrainer.step, time.sleep))
     bilevel().fit(*batches(3), steps=6, log_every=1, validation=VALIDATION, validate_every=1)
     last = [line for line in terminal.getvalue().split("\r") if "examples/s" in line][-1]
     shown = re.search(r"fit: +\d+%\|(.+)\| \d/6, \d\d:\d\d left, accuracy [\d.]+% of \d+, (\d+) examples/s *$", last)

@@ -48,9 +48,9 @@ FLAGS = (
     "--steps 16 --wait 4 --finetune-steps 6 --log-every 2 --validate-every 4 --save-every 4"
 )
 STEP, WAITING, TUNING = (
-    ("metapl.trainer:BilevelTrainer", "step"),
-    ("metapl.trainer:BilevelTrainer", "teacher_step"),
-    ("metapl.baselines:LossTrainer", "step"),
+    ("metapl.training.trainer:BilevelTrainer", "step"),
+    ("metapl.training.trainer:BilevelTrainer", "teacher_step"),
+    ("metapl.training.loss_trainer:LossTrainer", "step"),
 )
 MOMENTS = [
     ("metapl.data.images.folders", "_entries", 12),  # listing

@@ -664,3 +664,24 @@ def test_hard_labels_and_an_inner_loss_that_is_not_linear_in_its_target(mode: st
     soft = metapl.hypergradient(**given, problem=Generalised(kind="soft"))
     exact = metapl.hypergradient(**{**given, "mode": "unrolled"}, problem=Generalised(kind="soft"))
     assert error(soft.grads, exact.grads) < TOLERANCE[mode]
+
+
+@pytest.mark.parametrize("mode", [Difference(), Difference(one_sided=True)], ids=["central", "one_sided"])
+def test_units_that_switch_on_the_way_are_no_reason_to_refuse(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network of ReLUs in training meets moves that switch many of its units; a smaller move tells."""
+    tried: list[float] = []
+    real = Difference.tangent
+
+    def noted(self: Difference, step: Any, w: Any, shorter: float = 1.0) -> Any:
+        tried.append(shorter)
+        return real(self, step, w, shorter)
+
+    monkeypatch.setattr(Difference, "tangent", noted)
+    torch.manual_seed(1)
+    networks = [nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)) for _ in range(2)]
+    trainer = metapl.BilevelTrainer(*networks, mode)
+    labeled, unlabeled = (torch.randn(32, 16), torch.randint(0, 4, (32,))), torch.randn(32, 16)
+    for _ in range(300):
+        trainer.step(labeled, unlabeled)
+    assert 8.0 in tried, "no first try failed: this shows nothing"
+    assert tried.count(1.0) == 300

@@ -105,7 +105,7 @@ POINTS: list[Point] = [
     ("metapl.runs.atomic", "_sync_folder", 3, KILL),  # after it has
     ("metapl.runs.checkpoint:CheckpointFolder", "_remove_oldest", 2, KILL),  # before the oldest one goes
     ("metapl.runs.folder:Metrics", "cut", 2, KILL),  # between training and finetuning
-    ("metapl.baselines:LossTrainer", "step", 23, KILL),  # while finetuning
+    ("metapl.training.loss_trainer:LossTrainer", "step", 23, KILL),  # while finetuning
     ("metapl.runs.folder:RunFolder", "write_weights", 1, KILL),
     ("metapl.runs.folder:RunFolder", "write_weights", 3, KILL),
     ("metapl.report", "draw_report", 1, KILL),
@@ -281,10 +281,25 @@ def pasted(words: str) -> str:
 @pytest.mark.parametrize(
     ("owner", "name", "number", "step"),
     [
-        ("metapl.trainer:BilevelTrainer", "step", 37, "stopped after step 37; saved to .*fit/step-00000037.ckpt"),
-        ("metapl.trainer:BilevelTrainer", "step", 120, "stopped after step 120; saved to .*fit/step-00000120.ckpt"),
+        (
+            "metapl.training.trainer:BilevelTrainer",
+            "step",
+            37,
+            "stopped after step 37; saved to .*fit/step-00000037.ckpt",
+        ),
+        (
+            "metapl.training.trainer:BilevelTrainer",
+            "step",
+            120,
+            "stopped after step 120; saved to .*fit/step-00000120.ckpt",
+        ),
         ("metapl.runs.checkpoint:CheckpointFolder", "write", 4, "stopped after step 40; saved to .*step-00000040.ckpt"),
-        ("metapl.baselines:LossTrainer", "step", 7, "stopped after step 7; saved to .*finetune/step-00000007.ckpt"),
+        (
+            "metapl.training.loss_trainer:LossTrainer",
+            "step",
+            7,
+            "stopped after step 7; saved to .*finetune/step-00000007.ckpt",
+        ),
         ("metapl.report", "draw_report", 1, "stopped"),
     ],
 )
@@ -316,7 +331,9 @@ def test_a_damaged_newest_checkpoint_costs_a_few_steps(
 
     def one(nursery: Nursery, name: str) -> None:
         reference, out = whole[name][0], whole[name][0].with_name(f"damaged-{name}")
-        assert nursery.run(RECIPES[name], out, ("metapl.baselines:LossTrainer", "step", 33, KILL))[0] == -KILL
+        assert (
+            nursery.run(RECIPES[name], out, ("metapl.training.loss_trainer:LossTrainer", "step", 33, KILL))[0] == -KILL
+        )
         damaged = ("fit", "finetune") if name == "soft" else ("fit",)
         for phase in damaged:
             path = CheckpointFolder(out / "checkpoints" / phase).paths()[0]
@@ -340,7 +357,7 @@ def test_without_a_whole_checkpoint_it_starts_anew_and_a_finished_run_is_left_al
 ) -> None:
     reference, nursery, recipe = whole["soft"][0], nurseries[0], RECIPES["soft"]
     out = reference.with_name("anew")
-    assert nursery.run(recipe, out, ("metapl.trainer:BilevelTrainer", "step", 33, KILL))[0] == -KILL
+    assert nursery.run(recipe, out, ("metapl.training.trainer:BilevelTrainer", "step", 33, KILL))[0] == -KILL
     for path in (out / "checkpoints/fit").iterdir():
         path.write_bytes(b"not a checkpoint at all")
     code, words = nursery.run(recipe, out)

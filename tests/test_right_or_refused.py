@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
+from metapl.optimizers import inner_optimizer
 from problems_zoo import Toy, everything, mlp, same, toy, unmoved
 from reference import clipped, error, sgd, weights
 from torch import Tensor, nn
@@ -21,8 +22,7 @@ from torchopt.transform import masked
 
 import metapl
 from metapl import MetaplError, Signal
-from metapl.inner import trainable
-from metapl.optimizers import inner_optimizer
+from metapl.execution.local import trainable
 
 SOFT, SAMPLED = ("unrolled", "forward", "difference"), ("reinforce", "reinforce_per_example", "loss_difference")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError
-from metapl.problem import Signal
+from metapl.problems.base import Signal
 
 NOTHING = Signal(torch.empty(0))
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from test_fit import VALIDATION, Counting, batches, bilevel, copied, end_of, leaves, network, rows, same, single
+from test_fit import VALIDATION, Counting, batches, bilevel, copied, end_of, network, rows, same, single
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError, checks
-from metapl.baselines import LossTrainer
 from metapl.feedback import LossDifference, Reinforce
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training import FitOptions
+from metapl.training.loss_trainer import LossTrainer
 
 LOSSES = (CrossEntropy(label_smoothing=0.1), UDA(temperature=0.7, threshold=0.3, weight=2.0, ramp=5))
 
@@ -153,22 +153,12 @@ def test_a_wrong_batch_is_refused_and_nothing_moves(kind: str) -> None:
     assert same(everything(trainer), before)
 
 
-@pytest.mark.parametrize("when", ["first", "later"])
 @pytest.mark.parametrize("kind", ["label too large", "negative label", "nan"])
-def test_on_a_device_a_wrong_batch_changes_nothing_and_is_told_on_reading(
-    kind: str, when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_device_a_wrong_batch_is_told_on_reading(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "waits", lambda t: True)
     trainer = bilevel(teacher_losses=LOSSES)
-    if when == "later":
-        trainer.teacher_step(*pairs(1)[0])
-    weights = copied(trainer.teacher), copied(trainer.student)
-    momentum = [t.clone() for t in leaves(trainer.outer_optimizer.state_dict()["state"]) if isinstance(t, Tensor)]
     report = trainer.teacher_step(*WRONG[kind][0]())
-    assert same((copied(trainer.teacher), copied(trainer.student)), weights)
-    moved = [t for t in leaves(trainer.outer_optimizer.state_dict()["state"]) if isinstance(t, Tensor)]
-    assert same(moved, momentum) if momentum else not any(t.any() for t in moved)
-    with pytest.raises(MetaplError, match="the step that saw it changed nothing"):
+    with pytest.raises(MetaplError, match="found on the device, when the step had been taken"):
         report.as_dict()
 
 
@@ -363,7 +353,7 @@ def test_a_batch_gone_wrong_in_the_wait_is_told_with_its_step(monkeypatch: pytes
     with pytest.raises(MetaplError, match="step 3: the labels"):
         bilevel(teacher_losses=LOSSES).fit(labeled, unlabeled, steps=6, wait=5)
     monkeypatch.setattr(checks, "waits", lambda t: True)
-    with pytest.raises(MetaplError, match=r"step 3: the labels .*changed nothing"):
+    with pytest.raises(MetaplError, match=r"step 3: the labels .*when the step had been taken"):
         bilevel(teacher_losses=LOSSES).fit(labeled, unlabeled, steps=6, wait=5, log_every=5)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_convert
 
+from metapl import checks
 from metapl.batch import inputs_of
 from metapl.checks import described
 from metapl.data import draws
@@ -389,7 +390,7 @@ class _PlacedFeed:
         self._feed, self._device = feed, device
 
     def next(self) -> Any:
-        return to_device(self._feed.next(), self._device)
+        return _placed(self._feed.next(), self._device)
 
     def state(self) -> dict[str, Any]:
         return self._feed.state()
@@ -448,7 +449,7 @@ class _StepFeed:
         return iter(loader(source, self._position, self._stop, self._num_workers, pin_memory=pinned))
 
     def _finished(self, item: Any) -> Any:
-        batch = item if self._device is None else to_device(item, self._device)
+        batch = item if self._device is None else _placed(item, self._device)
         # As loaders do, which turn tuples into lists.
         return default_convert(self._source.augment(self._position, batch)) if self._finished_there else batch
 
@@ -463,6 +464,13 @@ class _StepFeed:
     def close(self) -> None:
         _stop_workers(self._iterator)
         self._iterator = None
+
+
+def _placed(batch: Any, device: torch.device) -> Any:
+    """The batch on the device; values that are wrong are refused while they are on the host, where a look is free."""
+    if device.type != "cpu":  # there the step itself looks
+        checks.finite_on_host(batch)
+    return to_device(batch, device)
 
 
 def _finishes_batches(device: torch.device) -> bool:

@@ -25,6 +25,11 @@ from metapl import checks
 from metapl.errors import MetaplError
 from metapl.numerics import reduced_float32
 
+
+class SlopesDisagree(MetaplError):
+    """The derivative along w is not the one that the gradient has."""
+
+
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -136,18 +141,19 @@ def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: T
         "straight-through rounding), an autograd.Function with a backward of its own, a hook that changes gradients, "
         'numbers too small for half precision. Use mode="unrolled", which differentiates the backward pass as it is, '
         'or "reinforce".',
+        kind=SlopesDisagree,
         forward=forward,
         backward=backward,
     )
 
 
-def _refuse(gap: Tensor, limit: Tensor, text: str, **figures: Tensor) -> None:
+def _refuse(gap: Tensor, limit: Tensor, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Tensor) -> None:
     """Raise ``text``, with figures where the host may look at them, where the gap exceeds the limit (not for NaN)."""
     bad = gap > limit
     if checks.waits(bad):
         checks.refuse(bad, text.format(gap=_Unread(), **dict.fromkeys(figures, _Unread())))
     elif bad:
-        raise MetaplError(text.format(gap=float(gap), **{name: float(t) for name, t in figures.items()}))
+        raise kind(text.format(gap=float(gap), **{name: float(t) for name, t in figures.items()}))
 
 
 class _Unread:

@@ -131,15 +131,13 @@ class Buffers:
 
 
 @contextmanager
-def nothing_moved(
-    *modules: nn.Module, random: RandomState | None = None, on_success: bool = False
-) -> Iterator[list[Buffers]]:
+def nothing_moved(*modules: nn.Module, random: RandomState | None = None, on_success: bool = False) -> Iterator[None]:
     """Put buffers back if the block fails (and, with ``on_success``, also if it does not); on failure the random
-    number generators too. The block is given the buffers as they were before it."""
+    number generators too."""
     saved = [Buffers(module) for module in modules]
     failed = True
     try:
-        yield saved
+        yield
         failed = False
     finally:
         if failed or on_success:

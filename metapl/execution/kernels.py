@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
@@ -77,6 +78,27 @@ def checkpoints_without_reentry() -> Iterator[None]:
             _users -= 1
             if not _users:
                 checkpoint.CheckpointFunction = _reentrant  # type: ignore[misc]  # put back
+
+
+@contextmanager
+def refuse_checkpoints() -> Iterator[None]:
+    """Refuse activation checkpoints in this block, for passes whose weights are put away before they are run again."""
+    real = saved_tensors_hooks.__enter__
+
+    def entered(hooks: saved_tensors_hooks) -> Any:
+        if isinstance(hooks, save_on_cpu):
+            return real(hooks)
+        raise MetaplError(
+            "the student has activation checkpoints (torch.utils.checkpoint) or other hooks on saved tensors, and mode "
+            "'unrolled' would run them at other weights than those of their step; use mode=\"forward\", which takes "
+            "several student steps in the memory of one, or look one step ahead."
+        )
+
+    saved_tensors_hooks.__enter__ = entered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        saved_tensors_hooks.__enter__ = real  # type: ignore[method-assign]
 
 
 # --------------------------------------------------------------------------------------------- missing derivatives

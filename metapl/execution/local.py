@@ -1,10 +1,9 @@
-"""A student on one device: the inner pass, and the passes at other weights that leave nothing behind."""
+"""A network on one device: passes of record, passes at other weights that leave nothing behind, and replays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from metapl import checks
-from metapl.compiled import uncompiled
 from metapl.errors import MetaplError
-from metapl.execution.agreement import coarsest
+from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_outputs, coarsest
 from metapl.execution.buffers import Slots, buffers_aside, copies, fresh, inputs_unchanged, stand_ins, swapped
+from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import (
     checkpoints_without_reentry,
     explained,
@@ -24,7 +23,10 @@ from metapl.execution.kernels import (
     only_math_attention,
 )
 from metapl.execution.rng import RandomState, replayed
-from metapl.numerics import Tree, full_float32, wide, wide_tree
+from metapl.numerics import Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
+
+Loss = Callable[[Tensor, Tree], Tensor]
+"""A scalar of outputs and of the weights that they were computed at."""
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -33,90 +35,122 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Local:
-    """Building it runs S(x_u; θ), the pass of record: it moves buffers and generators as training does.
-
-    All other passes run with other weights swapped in, and leave weights, buffers and generators as they are: those of
-    the inner batch on the draws and from the buffers of the inner pass, the outer one from the buffers that the inner
-    pass left and on draws of its own.
+    """A student on one device.
 
     Args:
         student: in the mode (train or eval) that its owner left it in.
-        inputs: what the student reads of the inner batch.
-        double_backward: keep g differentiable.
+        double_backward: keep the gradients of its passes of record differentiable.
     """
 
-    def __init__(self, student: nn.Module, inputs: Any, *, double_backward: bool) -> None:
-        self.student, self.inputs, self.double_backward = student, inputs, double_backward
+    def __init__(self, student: nn.Module, *, double_backward: bool = False) -> None:
+        self.student, self.double_backward = student, double_backward
         self.parameters = trainable(student)
         _refuse_late_hooks(self.parameters)
-        self.device = next(iter(self.parameters.values())).device
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
-        self._slots = Slots(student)
-        self._random_before = RandomState.now(self.device)
-        self._buffers_before = copies(self._slots.loose_buffers)
-        with torch.enable_grad(), self._as_trained(), inputs_unchanged(inputs, "student"):
-            outputs = checks.logits(student(inputs), "student")
-        self._random_after = RandomState.now(self.device)
-        self.rounded_to = coarsest([outputs.dtype, *(p.dtype for p in self.params.values())], self.device)
-        self.graph: Tensor | None = wide(outputs)
-        self.outputs = self.graph.detach()
+        self.device = next(iter(self.params.values())).device
+        self.slots = Slots(student)
 
-    # ------------------------------------------------------------------------------------------- the inner pass
+    def run(self, params: Tree, inputs: Any) -> Pass:
+        """S(x; θ) as a pass of record: it moves buffers and generators as training does.
 
-    def gradient(self, loss: Tensor) -> Tree:
-        """∇_θ of a loss of the inner pass, of the parameters that it reaches; the graph is gone afterwards."""
-        with self._as_trained():
-            grads = torch.autograd.grad(
-                loss, list(self.parameters.values()), create_graph=self.double_backward, allow_unused=True
-            )
-        self.graph = None
-        return {name: g for name, g in zip(self.parameters, grads, strict=True) if g is not None}
+        At the student's own weights (``params is self.params``) the module itself runs; others are swapped in.
+        """
+        return Pass(self, params, inputs)
 
-    def gradient_through(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], leaf: Tensor) -> Tensor:
-        """The derivative of what was made of :meth:`gradient`, in a leaf of the inner loss: double backward."""
-        # A checkpoint of the inner pass runs again here, at θ.
-        with self._as_trained(), buffers_aside(self.student):
-            (found,) = torch.autograd.grad(outputs, leaf, cotangents, materialize_grads=True)
-        return found
+    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState) -> Tensor:
+        """The mean of losses on batches at ``params``, without a graph.
+
+        It begins with the buffers as they are now, and draws from ``start`` on; both stay as they are.
+        """
+        with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), self._beside(params, start):
+            values = [loss(self.forward(x), params) for x, loss in zip(batches, losses, strict=True)]
+        return _mean(values)
+
+    def loss_and_gradient(
+        self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState
+    ) -> tuple[Tensor, Tree]:
+        """The mean of losses and its gradient, as :meth:`loss`."""
+        at = _leaves(params)
+        math = only_math_attention() if self.double_backward else nullcontext()
+        values: list[Tensor] = []
+        gradients: list[Tree] = []
+        # The backward pass belongs into the block: checkpoints run the student again in it.
+        with torch.enable_grad(), checkpoints_without_reentry(), math, self._beside(at, start):
+            for x, loss in zip(batches, losses, strict=True):
+                value = loss(self.forward(x), at)
+                v = torch.autograd.grad(value, list(at.values()), materialize_grads=True)
+                gradients.append(dict(zip(at, v, strict=True)))
+                values.append(value.detach())
+        return _mean(values), mean_tree(gradients)
+
+    def forward(self, inputs: Any) -> Tensor:
+        """The outputs as the student is now, in float32 or wider."""
+        with inputs_unchanged(inputs, "student"):
+            return wide(checks.logits(self.student(inputs), "student"))
+
+    def held_at(self, params: Tree) -> list[Any]:
+        """The student's slots with these weights in them."""
+        return stand_ins(self.slots.parameters, {id(self.parameters[name]): p for name, p in params.items()})
 
     @contextmanager
-    def _as_trained(self) -> Iterator[None]:
+    def as_trained(self) -> Iterator[None]:
+        """What a pass of record and its backward pass run under."""
         with checkpoints_without_reentry(), only_math_attention() if self.double_backward else nullcontext():
             yield
 
-    # ------------------------------------------------------------------------------------------- the outer pass
-
-    def loss(self, params: Tree, inputs: Any, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """A loss at other weights, without a graph."""
-        with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), self._beside(params):
-            return loss(self._run(inputs))
-
-    def loss_and_gradient(self, params: Tree, inputs: Any, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tree]:
-        """A loss and its gradient at other weights."""
-        at = {name: p.detach().requires_grad_() for name, p in params.items()}
-        math = only_math_attention() if self.double_backward else nullcontext()
-        # The backward pass belongs into the block: checkpoints run the student again in it.
-        with torch.enable_grad(), checkpoints_without_reentry(), math, self._beside(at):
-            value = loss(self._run(inputs))
-            v = torch.autograd.grad(value, list(at.values()), materialize_grads=True)
-        return value.detach(), dict(zip(at, v, strict=True))
-
     @contextmanager
-    def _beside(self, params: Tree) -> Iterator[None]:
-        """Other weights, copies of the buffers that the inner pass left, and a stream of draws beside the caller's."""
-        buffers = copies(self._slots.loose_buffers)
-        with replayed(self._random_outer), self._slots.frozen(), swapped([*self._at(params), *buffers]):
+    def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
+        """Other weights, copies of the buffers, and a stream of draws beside the caller's."""
+        buffers = copies(self.slots.loose_buffers)
+        with replayed(start), self.slots.frozen(), swapped([*self.held_at(params), *buffers]):
             yield
 
-    @cached_property
-    def _random_outer(self) -> RandomState:
-        # Whatever runs after the inner pass (the teacher, the next step) draws from its end on.
-        return self._random_after.branch()
 
-    # ----------------------------------------------------------------------------------------------- the replays
+class Pass:
+    """One pass of record, and its replays: on its draws, and from copies of the buffers that it began with.
 
-    def tangent(self, w: Tree) -> tuple[Tensor, Tensor]:
-        """S(x_u; θ) and its derivative along w by forward-mode AD, without a graph."""
+    Attributes:
+        outputs: z = S(x; θ), (B, ...), float32 or wider, without a graph.
+        graph: the same with its graph, until :meth:`gradient` has used it.
+        after: the generators at its end.
+    """
+
+    def __init__(self, local: Local, params: Tree, inputs: Any) -> None:
+        self.local, self.params, self.inputs = local, params, inputs
+        self._before = RandomState.now(local.device)
+        self._buffers_before = copies(local.slots.loose_buffers)
+        if params is local.params:
+            self._at: Tree = dict(local.parameters)
+            self._held: list[Any] = []
+        else:
+            _refuse_hooks(local.parameters)
+            self._at = params if local.double_backward else _leaves(params)
+            self._held = local.held_at(self._at)
+        with torch.enable_grad(), local.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
+            outputs = checks.logits(local.student(inputs), "student")
+        self.after = RandomState.now(local.device)
+        self.rounded_to = coarsest([outputs.dtype, *(p.dtype for p in params.values())], local.device)
+        self.graph: Tensor | None = wide(outputs)
+        self.outputs = self.graph.detach()
+
+    def gradient(self, loss: Loss) -> tuple[Tensor, Tree]:
+        """A loss of this pass and its gradient, of the weights that it reaches; the graph is gone afterwards."""
+        if self.graph is None:
+            raise RuntimeError("a pass learns once")
+        with torch.enable_grad():
+            value = loss(self.graph, self._at)
+        if not value.requires_grad:
+            raise checks.without_gradient("student")
+        keep = self.local.double_backward
+        with self.local.as_trained(), swapped(self._held):
+            grads = torch.autograd.grad(value, list(self._at.values()), create_graph=keep, allow_unused=True)
+        self.graph = None
+        if not keep:
+            self._at, self._held = {}, []
+        return value.detach(), {name: g for name, g in zip(self.params, grads, strict=True) if g is not None}
+
+    def tangent(self, w: Tree) -> Tensor:
+        """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
         load_forward_mode()
         with (
             torch.no_grad(),
@@ -127,46 +161,92 @@ class Local:
             explained("forward"),
         ):
             duals = {name: forward_ad.make_dual(p, w[name]) for name, p in self.params.items() if name in w}
-            with self._again(self._at(duals)):
-                outputs, tangent = forward_ad.unpack_dual(self._run(self.inputs))
-            return outputs.clone(), torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
+            with self._again(self.local.held_at(duals)):
+                outputs, tangent = forward_ad.unpack_dual(self.local.forward(self.inputs))
+            check_outputs(outputs, self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
-        """S(x_u; θ + step·direction) in float32 or wider, without autocast and TF32."""
+        """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
+        local = self.local
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        frozen = {id(t): wide(t) for _, _, t in self._slots.parameters if not t.requires_grad}
-        held = [*self._at(moved), *stand_ins(self._slots.parameters, frozen)]
+        frozen = {id(t): wide(t) for _, _, t in local.slots.parameters if not t.requires_grad}
+        held = [*local.held_at(moved), *stand_ins(local.slots.parameters, frozen)]
         with (
             torch.no_grad(),
-            torch.autocast(self.device.type, enabled=False),
-            full_float32(self.device),
+            torch.autocast(local.device.type, enabled=False),
+            full_float32(local.device),
             no_fast_path(),
             checkpoints_without_reentry(),
             self._again(held, upcast=True),
         ):
-            return self._run(wide_tree(self.inputs))
+            return local.forward(wide_tree(self.inputs))
+
+    def check_shifted(self, outputs: Tensor) -> None:
+        """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
+        check_outputs(outputs, self.outputs, BY_DIFFERENCE[self.rounded_to].outputs)
+
+    def hessian_product(self, w: Tree, loss: Loss) -> Tree:
+        """(∂²ℓ/∂θ²) w by double backward: a forward pass, a backward pass with a graph, and one through both."""
+        at = _leaves(self.params)
+        names = [name for name in at if name in w]
+        with (
+            torch.enable_grad(),
+            uncompiled(),
+            only_math_attention(),
+            checkpoints_without_reentry(),
+            explained("forward"),
+            self._again(self.local.held_at(at)),
+        ):
+            outputs = self.local.forward(self.inputs)
+            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            value, reached_by = loss(outputs, at), [at[name] for name in names]
+            g = torch.autograd.grad(value, reached_by, create_graph=True, materialize_grads=True)
+            reached = [(t, w[name]) for t, name in zip(g, names, strict=True) if t.requires_grad]
+            if not reached:
+                return {name: torch.zeros_like(p) for name, p in at.items()}
+            tensors, directions = zip(*reached, strict=True)
+            product = torch.autograd.grad(tensors, list(at.values()), directions, materialize_grads=True)
+        return dict(zip(at, product, strict=True))
+
+    def ran_in_full_precision(self) -> bool:
+        """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.params.values())
+        rounded = any(p.dtype == torch.float32 for p in self.params.values()) and reduced_float32(self.local.device)
+        return not (half or rounded or torch.is_autocast_enabled(self.local.device.type))
 
     @contextmanager
     def _again(self, held: Sequence[Any], *, upcast: bool = False) -> Iterator[None]:
-        """The draws of the inner pass, and copies of the buffers that it began with."""
+        """These tensors held, on the draws of this pass, with copies of the buffers that it began with."""
         buffers = fresh(self._buffers_before)
         if upcast:
             buffers = [(tensors, name, wide(t)) for tensors, name, t in buffers]
-        with self._same_draws(), self._slots.frozen(), swapped([*held, *buffers]):
+        with self._same_draws(), self.local.slots.frozen(), swapped([*held, *buffers]):
             yield
 
     def _same_draws(self) -> Any:
-        return replayed(self._random_before)
+        return replayed(self._before)
 
-    # -------------------------------------------------------------------------------------------------- plumbing
 
-    def _at(self, params: Tree) -> list[Any]:
-        return stand_ins(self._slots.parameters, {id(self.parameters[name]): p for name, p in params.items()})
+def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The derivative of weights that were made from differentiable gradients, in leaves of the inner losses."""
+    moved = {name: p for name, p in params.items() if p.requires_grad}
+    if not moved:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    # A checkpoint of an inner pass runs again here, at θ.
+    with local.as_trained(), buffers_aside(local.student):
+        found = torch.autograd.grad(
+            list(moved.values()), leaves, [cotangents[name] for name in moved], materialize_grads=True
+        )
+    return list(found)
 
-    def _run(self, inputs: Any) -> Tensor:
-        with inputs_unchanged(inputs, "student"):
-            outputs: Tensor = wide(self.student(inputs))
-        return outputs
+
+def _leaves(params: Tree) -> Tree:
+    return {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean(0)
 
 
 def _refuse_late_hooks(parameters: dict[str, nn.Parameter]) -> None:
@@ -177,4 +257,14 @@ def _refuse_late_hooks(parameters: dict[str, nn.Parameter]) -> None:
             f"the student's parameter {hooked[0]} has a hook of register_post_accumulate_grad_hook, which would never "
             "be called: metapl takes the student's gradient without filling .grad. Remove the hook, or use "
             "register_hook, which is called with the gradient."
+        )
+
+
+def _refuse_hooks(parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse hooks of parameters where other tensors stand in for these."""
+    hooked = [name for name, p in parameters.items() if p._backward_hooks]
+    if hooked:
+        raise MetaplError(
+            f"the student's parameter {hooked[0]} has a hook of register_hook, which is not called from the second "
+            "student step on, where other tensors stand in for the parameters; remove the hook, or look one step ahead."
         )

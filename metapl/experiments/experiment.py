@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.baselines import LossTrainer
 from metapl.data.images.store import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.methods import ALONE, train
-from metapl.losses import CrossEntropy
 from metapl.metrics import Evaluation, interval, spoken
+from metapl.problems.losses import CrossEntropy
 from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
 from metapl.recipes.methods import METHODS, title
 from metapl.runs.folder import Metrics, RunFolder, weights_file
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.finetuning import finetune
+from metapl.training.loss_trainer import LossTrainer
 
 
 @dataclass(frozen=True)

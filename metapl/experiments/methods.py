@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from metapl.baselines import LossTrainer
 from metapl.errors import MetaplError
 from metapl.feedback import Altered
-from metapl.losses import UDA, TeacherLoss
+from metapl.problems.losses import UDA, TeacherLoss
 from metapl.recipes.base import Recipe, Task
 from metapl.recipes.methods import Method
-from metapl.trainer import BilevelTrainer
 from metapl.training import FitResult, Trainer
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.trainer import BilevelTrainer
 
 Fit = Callable[..., FitResult]
 """Fits a trainer to sources of labeled and unlabeled batches, as :meth:`metapl.experiments.experiment.Experiment.fit`

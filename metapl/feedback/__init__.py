@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from metapl.errors import MetaplError
 from metapl.feedback.altered import Altered
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import Forward
+from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.loss_difference import LossDifference
 from metapl.feedback.none import NoFeedback
 from metapl.feedback.reinforce import Reinforce
 from metapl.feedback.reinforce_per_example import ReinforcePerExample
 from metapl.feedback.unrolled import Unrolled
+from metapl.problems.base import Kind
 
 __all__ = [
     "MODES",
@@ -20,21 +24,40 @@ __all__ = [
     "Estimator",
     "Feedback",
     "Forward",
+    "Lookahead",
     "LossDifference",
     "NoFeedback",
     "Reinforce",
     "ReinforcePerExample",
     "Unrolled",
     "estimator",
+    "modes_for",
 ]
 
-_REGISTRY: dict[str, type[Estimator]] = {
-    kind.name: kind
-    for kind in (Unrolled, Forward, Difference, Reinforce, ReinforcePerExample, LossDifference, NoFeedback)
+_REGISTRY: dict[str, Callable[[], Estimator]] = {
+    "unrolled": Unrolled,
+    "forward": Forward,
+    "difference": Difference,
+    "reinforce": Reinforce,
+    "reinforce_per_example": ReinforcePerExample,
+    "loss_difference": LossDifference,
+    "none": NoFeedback,
 }
+"""The modes, with their defaults; a new one is a file of its own and a line here."""
 
 MODES: tuple[str, ...] = tuple(_REGISTRY)
 """The names of the modes."""
+
+
+def modes_for(kind: Kind | None = None, *, looks_ahead: bool = False) -> tuple[str, ...]:
+    """The names of the modes that take a kind of signal, or that take more than one student step.
+
+    >>> modes_for(looks_ahead=True)
+    ('unrolled', 'forward', 'none')
+    """
+    every = [estimate() for estimate in _REGISTRY.values()]
+    fitting = [e for e in every if (kind is None or kind in e.labels) and (e.looks_ahead or not looks_ahead)]
+    return tuple(e.name for e in fitting)
 
 
 def estimator(mode: str | Estimator) -> Estimator:

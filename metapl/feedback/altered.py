@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,13 +9,14 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Estimator, Feedback, Kind, State, check_choice
+from metapl.feedback.base import Estimator, Feedback, State, check_choice
 from metapl.feedback.forward import Forward
-from metapl.inner import InnerStep
+from metapl.feedback.lookahead import InnerStep, Path
+from metapl.problems.base import Kind
 
 
 @dataclass(frozen=True)
-class Altered:
+class Altered(Estimator):
     r"""Another estimator's feedback, altered within the batch.
 
     Args:
@@ -56,13 +56,17 @@ class Altered:
     def keep_graph(self) -> bool:
         return self.base.keep_graph
 
+    @property
+    def looks_ahead(self) -> bool:
+        return self.base.looks_ahead
+
     def init(self) -> State:
         return {**self.base.init(), "altered": torch.zeros((), dtype=torch.int64)}
 
-    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
+    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         count = int(state["altered"])
-        found, next_state = self.base.feedback(steps, {k: v for k, v in state.items() if k != "altered"})
-        altered = [replace(one, h=self._alter(one.h, step, count)) for one, step in zip(found, steps, strict=True)]
+        found, next_state = self.base.feedback(path, {k: v for k, v in state.items() if k != "altered"})
+        altered = [replace(f, h=self._alter(f.h, step, count)) for f, step in zip(found, path.steps, strict=True)]
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 
     def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:

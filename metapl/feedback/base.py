@@ -1,24 +1,28 @@
 r"""What every estimator of the teacher's gradient has in common.
 
 **Sign, everywhere:** the feedback is :math:`h = -\,dL(\theta')/d\,\mathrm{signal}`; positive means "say this more".
+
+An estimator puts three choices together: where w comes from (:meth:`Path.pullbacks`), where ż comes from
+(:meth:`InnerStep.tangent` or a difference of outputs), and what is credited with it (:mod:`metapl.feedback.credit`).
+It touches no parameter.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.inner import InnerStep
-from metapl.numerics import Tree, dot, norm
-from metapl.problem import Signal
+from metapl.feedback.lookahead import InnerStep, Path
+from metapl.numerics import Tree
+from metapl.problems.base import Kind, Signal
 
 State = dict[str, Tensor]
-Kind = Literal["soft", "hard"]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 
 
@@ -29,7 +33,7 @@ class Feedback:
     Args:
         h: the feedback, without a graph: of the shape of that part, or a scalar for the whole batch.
         about: ``"value"`` for a differentiable signal; ``"log_prob"`` for sampled labels, by their score;
-            ``"probs"`` for sampled labels whose expectation is taken.
+            ``"probs"`` for sampled labels whose expectation is taken; None: no feedback.
     """
 
     h: Tensor
@@ -52,40 +56,47 @@ class Feedback:
             )
         return -(self.h * part).sum()
 
+    def over(self, divisor: Tensor | float) -> Feedback:
+        """h divided by a positive number."""
+        return Feedback(self.h / divisor, self.about)
 
-@runtime_checkable
-class Estimator(Protocol):
+    def chunks(self, parts: int) -> list[Feedback]:
+        """The feedback on each of so many micro-batches."""
+        if self.h.ndim == 0 or parts == 1:
+            return [self] * parts
+        return [Feedback(h, self.about) for h in self.h.chunk(parts)]
+
+
+class Estimator(ABC):
     """How the feedback is found: a frozen value; what changes from step to step goes in and comes out as state."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """The mode's name."""
-        ...
 
     @property
+    @abstractmethod
     def labels(self) -> tuple[Kind, ...]:
         """The kinds of signal it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled); its own choice first."""
-        ...
 
     @property
     def keep_graph(self) -> bool:
         """Whether the inner gradient must stay differentiable in the signal."""
-        ...
+        return False
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it takes more than one student step."""
+        return False
 
     def init(self) -> State:
         """The state before the first step."""
-        ...
+        return {}
 
-    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
-        """One :class:`Feedback` per inner step, and the next state."""
-        ...
-
-
-def only(steps: Sequence[InnerStep], name: str) -> InnerStep:
-    """The one step that a mode of one lookahead step works on."""
-    if len(steps) != 1:
-        raise MetaplError(f"mode '{name}' looks one student step ahead; {len(steps)} were given. Give one batch.")
-    return steps[0]
+    @abstractmethod
+    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+        """One :class:`Feedback` per step of the path, and the next state."""
 
 
 def check_choice(estimator: object, field: str, allowed: Sequence[str]) -> None:
@@ -96,7 +107,24 @@ def check_choice(estimator: object, field: str, allowed: Sequence[str]) -> None:
         raise MetaplError(f"{type(estimator).__name__}({field}={given!r}): expected one of {names}.")
 
 
-def divisor(how: str, step: InnerStep, w: Tree | None = None) -> Tensor | float:
+def check_truncate(estimator: object) -> None:
+    """Refuse a number of steps below 1."""
+    given = getattr(estimator, "truncate", None)
+    if given is not None and (not isinstance(given, int) or given < 1):
+        raise MetaplError(
+            f"{type(estimator).__name__}(truncate={given!r}): expected the number of last steps that are "
+            "differentiated, 1 or more, or None for all."
+        )
+
+
+def padded(found: Sequence[Feedback], path: Path) -> list[Feedback]:
+    """Feedback on the last steps of a path, with none on the steps before them."""
+    skipped = path.steps[: len(path.steps) - len(found)]
+    about = found[0].about
+    return [Feedback(torch.zeros_like(getattr(step.signal, about or "value")), about) for step in skipped] + list(found)
+
+
+def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tensor | float:
     """What h is divided by.
 
     ``"gradient"``: 1, the true gradient, whose size goes with η and so dies with its schedule. ``"learning_rate"``: η,
@@ -104,22 +132,16 @@ def divisor(how: str, step: InnerStep, w: Tree | None = None) -> Tensor | float:
     sampled labels) is the cosine between the student's step and the labelled gradient, in [−1, 1] whatever the scale
     of either; the teacher's gradient then keeps its direction within a step but not its size between steps.
     """
-    if how == "gradient":
+    if normalization == "gradient":
         return 1.0
-    if how == "learning_rate":
+    if normalization == "learning_rate":
         eta = step.learning_rate
         if eta is None:
             raise MetaplError(
                 'normalization="learning_rate" was asked for, but a TorchOpt transform does not tell its learning '
-                'rate; use a torch.optim inner optimiser, or normalization="gradient".'
+                'rate; use a torch.optim inner optimizer, or normalization="gradient".'
             )
         return eta if eta > 0 else 1.0
     if w is None:
-        raise MetaplError(f"normalization={how!r} needs a direction, which this mode has not.")
-    size = norm(w) * norm(step.gradient)
-    return size.clamp_min(1e-30)
-
-
-def scalar_product(step: InnerStep, w: Tree) -> Tensor:
-    """Algorithm 1's scalar, −⟨w, g⟩."""
-    return -dot(w, step.gradient)
+        raise MetaplError(f"normalization={normalization!r} needs a direction, which this mode has not.")
+    return step.size(w).clamp_min(1e-30)

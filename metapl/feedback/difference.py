@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Feedback, Kind, Normalization, State, check_choice, divisor, only
-from metapl.feedback.forward import from_tangent
-from metapl.inner import InnerStep
-from metapl.numerics import Tree, norm, wide
+from metapl.execution.agreement import SlopesDisagree
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
+from metapl.feedback.credit import Tangent, signal_feedback
+from metapl.feedback.lookahead import InnerStep, Path
+from metapl.numerics import Tree
+from metapl.problems.base import Kind
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Estimator):
     r"""As ``forward``, with the outputs' derivative along w taken as a difference of forward passes.
 
     .. math:: \dot z \approx \frac{\|w\|}{2\delta}
@@ -48,7 +50,6 @@ class Difference:
 
     name: ClassVar[str] = "difference"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
-    keep_graph: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
@@ -57,50 +58,48 @@ class Difference:
                 f"Difference(relative_step={self.relative_step}): expected a number between 0 and 1, or None."
             )
 
-    def init(self) -> State:
-        return {}
+    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+        ((step, w),) = path.pullbacks()
+        return [self.credited(signal_feedback, step, w).over(divisor(self.normalization, step, w))], state
 
-    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
-        step = only(steps, self.name)
-        v = step.outer_gradient()
-        w = step.pullback(v)
-        z_dot, rounding = self.directional_derivative(step, w)
-        return [from_tangent(step, z_dot, w, divisor(self.normalization, step, w), rounding=rounding)], state
+    def credited(self, credit: Credit, step: InnerStep, w: Tree) -> Feedback:
+        """The feedback by ż at δ; at a smaller one where units that switch on or off within δ spoil the first.
 
-    def directional_derivative(self, step: InnerStep, w: Tree) -> tuple[Tensor, Tensor]:
-        """ż along w, (B, C), exactly zero where w is; and how large its rounding may be, relative to it, a scalar."""
-        length = norm(w)
-        unit = {name: t / length.clamp_min(torch.finfo(length.dtype).tiny) for name, t in w.items()}
-        delta = self.step_size(step)
-        ahead = step.outputs_at(delta, unit)
-        if not self.one_sided:
-            behind = step.outputs_at(-delta, unit)
-            step.check_replay((ahead + behind) / 2)
-            return length * (ahead - behind) / (2 * delta), self._rounding(step, ahead, ahead - behind)
-        here = step.outputs if step.ran_in_full_precision() else step.outputs_at(0 * delta, unit)
-        step.check_replay(here)
-        return length * (ahead - here) / delta, self._rounding(step, ahead, ahead - here)
+        Such units are what a smaller δ has fewer of. A student whose passes are not of one function is refused at the
+        last δ, as it would be at the first.
+        """
+        for shorter in SHORTER[:-1]:
+            with suppress(SlopesDisagree):
+                return credit(step, w, self.tangent(step, w, shorter))
+        return credit(step, w, self.tangent(step, w, SHORTER[-1]))
 
-    def _rounding(self, step: InnerStep, outputs: Tensor, difference: Tensor) -> Tensor:
-        """Of a small difference of large outputs, little is left: Adam's first w is across the gradient, for one."""
-        epsilon = torch.finfo(self._format(step)).eps
-        norms = (torch.linalg.vector_norm(t) for t in (outputs, difference))
-        size, moved = (norm.detach() for norm in norms)
-        share: Tensor = ROUNDINGS * epsilon * size / moved
-        return share
+    def tangent(self, step: InnerStep, w: Tree, shorter: float = 1.0) -> Tangent:
+        """ż along w, exactly zero where w is, by moves of δ/``shorter``."""
+        delta = self.step_size(step) / shorter
+        ahead = step.shifted(delta, w)
+        if self.one_sided:
+            here = step.outputs if step.in_full_precision else step.shifted(0 * delta, w)
+            step.check_shifted(here)
+            moved, distance = ahead - here, delta
+        else:
+            behind = step.shifted(-delta, w)
+            step.check_shifted((ahead + behind) / 2)
+            moved, distance = ahead - behind, 2 * delta
+        # Of a small difference of large outputs little is left: Adam's first w is across the gradient, for one.
+        share = torch.linalg.vector_norm(ahead) / torch.linalg.vector_norm(moved)
+        rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * share
+        return Tangent(step.length(w) * moved / distance, rounding)
 
     def step_size(self, step: InnerStep) -> Tensor:
         """δ, a scalar on the student's device."""
-        size = norm(step.params)
-        r = self.relative_step or RELATIVE_STEP[self._format(step)]
-        typical = size / math.sqrt(sum(t.numel() for t in step.params.values()))
-        return r * typical.clamp_min(1e-3)  # the bound is for weights that are all zero
+        r = self.relative_step or RELATIVE_STEP[step.shifted_dtype]
+        return r * step.typical_weight().clamp_min(1e-3)  # the bound is for weights that are all zero
 
-    def _format(self, step: InnerStep) -> torch.dtype:
-        """The narrowest on the way, which rounds: say of a float32 body under a float64 head."""
-        formats = {wide(t).dtype for t in (*step.params.values(), step.outputs)}
-        return torch.float32 if torch.float32 in formats else torch.float64
 
+Credit = Callable[[InnerStep, Tree, Tangent], Feedback]
+
+SHORTER = (1.0, 8.0, 64.0)
+"""What δ is divided by in turn, where the derivatives along w disagree and the host may look at them."""
 
 ROUNDINGS = 30.0
 """Rounding errors of outputs, and of the sum over them, in units of the machine epsilon."""

@@ -14,21 +14,27 @@ in the head, where the signal enters: no second derivative of the network is eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from metapl.errors import MetaplError
-from metapl.feedback.base import Feedback, Kind, Normalization, State, check_choice, divisor, only
-from metapl.inner import InnerStep
+from metapl.feedback.base import (
+    Estimator,
+    Feedback,
+    Normalization,
+    State,
+    check_choice,
+    check_truncate,
+    divisor,
+    padded,
+)
+from metapl.feedback.credit import Tangent, signal_feedback
+from metapl.feedback.lookahead import InnerStep, Path
 from metapl.numerics import Tree
+from metapl.problems.base import Kind
 
 
 @dataclass(frozen=True)
-class Forward:
+class Forward(Estimator):
     r"""The whole gradient, exactly, at about the price of Algorithm 1's scalar.
 
     .. math:: h = -\frac{\partial}{\partial\,\mathrm{signal}}
@@ -42,6 +48,7 @@ class Forward:
     Args:
         normalization: ``"gradient"`` (default: the true gradient, of the order of η), ``"learning_rate"`` (divided by
             η), ``"cosine"`` (divided by ‖w‖‖g‖); see :func:`metapl.feedback.base.divisor`.
+        truncate: of K student steps looked ahead, differentiate the last so many alone; None: all.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step.
@@ -54,38 +61,19 @@ class Forward:
     """
 
     normalization: Normalization = "gradient"
+    truncate: int | None = None
 
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
-    keep_graph: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
+        check_truncate(self)
 
-    def init(self) -> State:
-        return {}
+    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+        found = [self._credit(step, w) for step, w in path.pullbacks(self.truncate)]
+        return padded(found[::-1], path), state
 
-    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
-        step = only(steps, self.name)
-        v = step.outer_gradient()
-        w = step.pullback(v)
-        z_dot = step.directional_derivative(w)
-        return [from_tangent(step, z_dot, w, divisor(self.normalization, step, w))], state
-
-
-def from_tangent(
-    step: InnerStep, z_dot: Tensor, w: Tree, scale: Tensor | float, *, rounding: Tensor | None = None
-) -> Feedback:
-    """h from ż: the derivative in the signal itself, or in the law of sampled labels."""
-    if not step.signal.sampled:
-        return Feedback(step.signal_feedback(z_dot, w, rounding=rounding) / scale, "value")
-    if step.signal.probs is None:
-        raise MetaplError(
-            "the problem's signal is sampled and carries no probs, over which this mode would take the expectation; "
-            'give Signal(value, log_prob, probs=...) or use mode="reinforce_per_example".'
-        )
-    # ℓ is linear in its target (checked below), so h_ik = −d/dε ℓ(z_i, class k)/B is the derivative at the rows drawn.
-    one_hot = torch.nn.functional.one_hot(step.signal.value, step.signal.probs.shape[-1]).to(step.signal.probs.dtype)
-    h = step.signal_feedback(z_dot, w, one_hot, rounding=rounding)
-    step.check_linear(z_dot, w, h)
-    return Feedback(h / scale, "probs")
+    def _credit(self, step: InnerStep, w: Tree) -> Feedback:
+        return signal_feedback(step, w, Tangent(step.tangent(w))).over(divisor(self.normalization, step, w))

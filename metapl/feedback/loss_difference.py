@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Feedback, Kind, State, check_choice, divisor, only
+from metapl.feedback.base import Estimator, Feedback, State, check_choice, divisor
+from metapl.feedback.lookahead import Path
 from metapl.feedback.reinforce import check_baseline, init_baseline, subtract_baseline
-from metapl.inner import InnerStep
+from metapl.problems.base import Kind
 
 
 @dataclass(frozen=True)
-class LossDifference:
+class LossDifference(Estimator):
     r"""Old loss minus new, on the same labelled batch.
 
     .. math:: h = L(\theta) - L(\theta'), \qquad \text{teacher: } h \sum_i \mathrm{CE}(\hat y_i, T(x_i))
@@ -33,7 +33,6 @@ class LossDifference:
 
     name: ClassVar[str] = "loss_difference"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
-    keep_graph: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice(self, "normalization", ("gradient", "learning_rate"))
@@ -42,8 +41,7 @@ class LossDifference:
     def init(self) -> State:
         return init_baseline(self.baseline)
 
-    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
-        step = only(steps, self.name)
-        h = (step.outer_loss_before - step.outer_loss) / divisor(self.normalization, step)
+    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+        h = (path.outer_loss_before - path.outer_loss) / divisor(self.normalization, path.steps[0])
         h, state = subtract_baseline(h, self.baseline, state)
         return [Feedback(h, "log_prob")], state

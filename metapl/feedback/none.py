@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.feedback.base import Feedback, Kind, State, only
-from metapl.inner import InnerStep
+from metapl.feedback.base import Estimator, Feedback, State
+from metapl.feedback.lookahead import Path
+from metapl.problems.base import Kind
 
 
 @dataclass(frozen=True)
-class NoFeedback:
+class NoFeedback(Estimator):
     """h = 0: the teacher learns from its own losses alone, and with none of these it stays as it is.
 
     Takes: soft and hard labels.
@@ -20,10 +20,7 @@ class NoFeedback:
 
     name: ClassVar[str] = "none"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
-    keep_graph: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = True
 
-    def init(self) -> State:
-        return {}
-
-    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
-        return [Feedback(only(steps, self.name).inner_loss.new_zeros(()), None)], state
+    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+        return [Feedback(step.inner_loss.new_zeros(()), None) for step in path.steps], state

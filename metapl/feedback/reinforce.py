@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,12 +9,14 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Feedback, Kind, State, check_choice, divisor, only, scalar_product
-from metapl.inner import InnerStep
+from metapl.feedback.base import Estimator, Feedback, State, check_choice, divisor
+from metapl.feedback.credit import batch_feedback
+from metapl.feedback.lookahead import Path
+from metapl.problems.base import Kind
 
 
 @dataclass(frozen=True)
-class Reinforce:
+class Reinforce(Estimator):
     r"""Did the step on the sampled labels go where the labelled gradient points?
 
     .. math:: h = -\langle w, g \rangle \quad (= \eta \langle \nabla L(\theta'), g \rangle \text{ for plain SGD}),
@@ -44,7 +45,6 @@ class Reinforce:
 
     name: ClassVar[str] = "reinforce"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
-    keep_graph: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice(self, "similarity", ("dot", "cosine"))
@@ -56,15 +56,16 @@ class Reinforce:
                 "learning rate; leave normalization out."
             )
 
+    @property
+    def _normalization(self) -> str:
+        return "cosine" if self.similarity == "cosine" else self.normalization
+
     def init(self) -> State:
         return init_baseline(self.baseline)
 
-    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
-        step = only(steps, self.name)
-        v = step.outer_gradient()
-        w = step.pullback(v)
-        how = "cosine" if self.similarity == "cosine" else self.normalization
-        h = scalar_product(step, w) / divisor(how, step, w)
+    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+        ((step, w),) = path.pullbacks()
+        h = batch_feedback(step, w) / divisor(self._normalization, step, w)
         h, state = subtract_baseline(h, self.baseline, state)
         return [Feedback(h, "log_prob")], state
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Feedback, Kind, Normalization, State, check_choice, divisor, only
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
+from metapl.feedback.credit import Tangent, example_feedback
 from metapl.feedback.difference import Difference
-from metapl.inner import InnerStep
+from metapl.feedback.lookahead import Path
+from metapl.problems.base import Kind
 
 
 @dataclass(frozen=True)
-class ReinforcePerExample:
+class ReinforcePerExample(Estimator):
     r"""One number per label: what this label's part of the step did to the labelled loss.
 
     .. math:: h_i = -\Big\langle \frac{\partial \ell}{\partial z_i}(z_i, \hat y_i),\ \dot z_i \Big\rangle, \qquad
@@ -38,23 +39,15 @@ class ReinforcePerExample:
 
     name: ClassVar[str] = "reinforce_per_example"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
-    keep_graph: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_choice(self, "tangent", ("forward", "difference"))
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
 
-    def init(self) -> State:
-        return {}
-
-    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
-        step = only(steps, self.name)
-        v = step.outer_gradient()
-        w = step.pullback(v)
+    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+        ((step, w),) = path.pullbacks()
         if self.tangent == "forward":
-            h = step.example_feedback(step.directional_derivative(w), w)
+            found = example_feedback(step, w, Tangent(step.tangent(w)))
         else:
-            z_dot, rounding = Difference().directional_derivative(step, w)
-            h = step.example_feedback(z_dot, w, rounding=rounding)
-        h = h / divisor(self.normalization, step, w)
-        return [Feedback(h, "log_prob")], state
+            found = Difference().credited(example_feedback, step, w)
+        return [found.over(divisor(self.normalization, step, w))], state

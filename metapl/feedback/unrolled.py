@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from metapl.execution.kernels import explained
-from metapl.feedback.base import Feedback, Kind, State, only
-from metapl.inner import InnerStep
+from metapl.feedback.base import Estimator, Feedback, State, check_truncate, padded
+from metapl.feedback.lookahead import Path
+from metapl.problems.base import Kind
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Estimator):
     r"""Differentiate the labelled loss through the student's step, and the step through its gradient.
 
     .. math:: h = -\frac{d}{d\,\mathrm{signal}} L\big(U(\theta, g(\mathrm{signal}))\big)
 
+    Args:
+        truncate: of K student steps looked ahead, differentiate the last so many alone; None: all.
+
     Takes: soft (differentiable) signals, also ones that enter the student's input or the inner loss anywhere else.
     Cost: 13 student passes a step with the teacher's 3; the inner graph and its derivative stay in memory (about twice
     the peak of ``forward``, benchmarks/modes.py).
-    Bias: none; the one mode that does not use the pullback written in :mod:`metapl.optimizers`.
+    Bias: none; the one mode that does not use the adjoints of :mod:`metapl.updates`.
     Raises: :class:`metapl.MetaplError` for operations without a second derivative, by name.
     Source: Meta Pseudo Labels, eq. (3); DARTS and MAML's one-step gradient.
     """
 
+    truncate: int | None = None
+
     name: ClassVar[str] = "unrolled"
     labels: ClassVar[tuple[Kind, ...]] = ("soft",)
     keep_graph: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
 
-    def init(self) -> State:
-        return {}
+    def __post_init__(self) -> None:
+        check_truncate(self)
 
-    def feedback(self, steps: Sequence[InnerStep], state: State) -> tuple[list[Feedback], State]:
-        step = only(steps, self.name)
+    def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         with explained(self.name):
-            gradient = step.outer_gradient_of_signal()
-        return [Feedback(-gradient, "value")], state
+            gradients = path.gradient_in_signals(self.truncate)
+        return padded([Feedback(-gradient, "value") for gradient in gradients], path), state

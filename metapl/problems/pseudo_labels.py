@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from metapl import checks
 from metapl.batch import views
 from metapl.errors import MetaplError
-from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.numerics import wide
-from metapl.problem import Params, Signal
+from metapl.problems.base import Kind, Params, Problem, Signal
+from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 
 
 @dataclass(frozen=True)
-class PseudoLabels:
+class PseudoLabels(Problem):
     r"""The teacher labels the unlabelled batch; the student learns the labels and is judged on the labelled batch.
 
     .. math:: q = \mathrm{softmax}(T(x_u)/\tau), \quad
@@ -58,17 +58,20 @@ class PseudoLabels:
         if not 0 <= self.label_smoothing < 1:
             raise MetaplError(f"PseudoLabels(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
 
-    def for_modes(self, labels: Sequence[Literal["soft", "hard"]], mode: str = "") -> PseudoLabels:
+    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> PseudoLabels:
         """The problem with a kind of labels that a mode takes, its first choice where ``kind`` is None."""
         if self.kind is None:
             return replace(self, kind=labels[0])
         if self.kind not in labels:
             raise MetaplError(
                 f"mode '{mode}' takes {' or '.join(labels)} labels and PseudoLabels(kind={self.kind!r}) was given; "
-                "leave kind=None, or take a mode for this kind (hard: the sampled modes; soft: unrolled, forward, "
-                "difference)."
+                f"leave kind=None, or take a mode that takes {self.kind} ones (metapl.feedback.modes_for)."
             )
         return self
+
+    def exact(self) -> PseudoLabels:
+        """With soft labels."""
+        return replace(self, kind="soft")
 
     def student_input(self, batch: Any) -> Any:
         """The strong view, or the only one."""

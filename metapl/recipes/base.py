@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 import tyro
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from metapl import feedback
 from metapl.data.splits import Split
 from metapl.errors import MetaplError
-from metapl.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.metrics import chance_level
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
+from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.training import FitOptions
 
 SELECTED_ON = 50
@@ -29,7 +29,10 @@ Say = Callable[[str], None]
 
 Role = Literal["teacher", "student"]
 
-Mode = Literal["unrolled", "forward", "difference", "reinforce", "reinforce_per_example", "loss_difference", "none"]
+if TYPE_CHECKING:
+    Mode = str
+else:
+    Mode = Literal[feedback.MODES]  # what the command line offers
 
 
 FIT_OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions) if field.name not in ("steps", "phase"))

@@ -22,7 +22,7 @@ from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor
 from metapl.data.views.randaugment import ResizedCrop
 from metapl.errors import MetaplError
-from metapl.losses import UDA
+from metapl.problems.losses import UDA
 from metapl.recipes.base import Optimizer, Say, Task, require
 from metapl.recipes.methods import METHODS
 from metapl.recipes.pictures import PictureRecipe, Pictures, Views

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from metapl.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Recipe, Role
 
 Losses = tuple[TeacherLoss, ...]

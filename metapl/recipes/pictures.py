@@ -25,7 +25,7 @@ from metapl.data.sampler import StepSampler
 from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.errors import MetaplError
-from metapl.losses import UDA
+from metapl.problems.losses import UDA
 from metapl.recipes.base import Optimizer, Recipe, Role, require
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from metapl.baselines import LossTrainer
-from metapl.losses import CrossEntropy
+from metapl.problems.losses import CrossEntropy
 from metapl.training.loop import FitResult
+from metapl.training.loss_trainer import LossTrainer
 
 
 def finetune(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
-from metapl import checks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import check_recomputed
 from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Feedback
-from metapl.losses import TeacherLoss
-from metapl.problem import BilevelProblem, Signal
+from metapl.problems.base import Problem, Signal
+from metapl.problems.losses import TeacherLoss, sum_of_terms
+from metapl.training.report import means
 
 
 @dataclass(frozen=True)
@@ -62,30 +62,19 @@ class TeacherLosses:
         return replace(self, feedback=self.feedback.detach(), own=self.own.detach())
 
 
-def own_losses(
-    teacher: nn.Module, losses: Sequence[TeacherLoss], *, labeled: Any, unlabeled: Any, signal: Signal, step: int
-) -> dict[str, Tensor]:
-    """The teacher's own losses, a ``teacher_<name>`` each, with its graph; those of one name are added."""
-    own: dict[str, Tensor] = {}
-    for term in losses:
-        value = term(teacher, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
-        checks.scalar_loss(value, f"the teacher loss {term.name!r}")
-        own[f"teacher_{term.name}"] = own.get(f"teacher_{term.name}", 0) + value
-    return own
+def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int) -> dict[str, Tensor]:
+    """The scalars of a step from those of its micro-batches, and ``feedback_ratio``, NaN without own losses.
 
-
-def means(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The scalars of a step from those of its micro-batches."""
-    return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}
-
-
-def teacher_scalars(parts: Sequence[TeacherLosses]) -> dict[str, Tensor]:
-    """The scalars of a step from those of its micro-batches, and ``feedback_ratio``, NaN without own losses."""
-    feedback, own = (torch.stack([part.sizes[name] for part in parts]).norm() for name in ("feedback", "own"))
-    # The own losses are means over micro-batches, the feedback is a sum over them.
-    own = own / len(parts)
+    Args:
+        objectives: of all inner batches; the last ``parts`` of them hold the own losses, means over micro-batches,
+            where the feedback is a sum.
+        parts: micro-batches a batch.
+    """
+    last = objectives[-parts:]
+    feedback = torch.stack([one.sizes["feedback"] for one in objectives]).norm()
+    own = torch.stack([one.sizes["own"] for one in last]).norm() / parts
     ratio = torch.where(own > 0, feedback / own, torch.nan)
-    return {**means([part.scalars for part in parts]), "feedback_ratio": ratio}
+    return {**means([one.scalars for one in last]), "feedback_ratio": ratio}
 
 
 class TeacherStep:
@@ -102,7 +91,7 @@ class TeacherStep:
     def __init__(
         self,
         teacher: nn.Module,
-        problem: BilevelProblem,
+        problem: Problem,
         unlabeled: Any,
         student_outputs: Tensor,
         generator: torch.Generator | None,
@@ -132,9 +121,16 @@ class TeacherStep:
         with self._recording():
             if self.recompute:
                 self._signal = self._signal_again()
-            own = own_losses(
-                self.teacher, losses, labeled=labeled, unlabeled=self.unlabeled, signal=self._signal, step=step
+            terms = sum_of_terms(
+                self.teacher,
+                losses,
+                labeled=labeled,
+                unlabeled=self.unlabeled,
+                signal=self._signal,
+                step=step,
+                kind="teacher loss",
             )
+        own = {f"teacher_{name}": term for name, term in terms.items()}
         from_feedback = feedback.teacher_loss(self._signal)
         from_own = torch.stack(list(own.values())).sum() if own else torch.zeros_like(from_feedback)
         scalars = {name: value.detach() for name, value in own.items()}

@@ -8,8 +8,12 @@ from contextlib import contextmanager
 from threading import RLock
 
 import torch
+from torch import nn
 
+from metapl import checks
 from metapl.errors import MetaplError
+from metapl.execution.buffers import nothing_moved
+from metapl.execution.rng import RandomState
 
 one_at_a_time = RLock()
 """Held while a step runs: PyTorch's default generators and switches, which passes are replayed by, belong to the whole
@@ -26,6 +30,40 @@ def restored_on_failure(generator: torch.Generator | None) -> Iterator[None]:
         if generator is not None and before is not None:
             generator.set_state(before)
         raise
+
+
+@contextmanager
+def step_guard(
+    *networks: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> Iterator[checks.Fault]:
+    """Surround a step: where the block fails, buffers, gradients and generators are as they were before it.
+
+    Args:
+        networks: whose buffers the step moves.
+        optimizer: its gradients are cleared before and after.
+        device: of the networks.
+        generator: one of the user's own that the step draws from.
+
+    Yields: what is found wrong with values on the device, for the step's report.
+    """
+    checks.no_inference_mode()
+    fault = checks.Fault()
+    with (
+        one_at_a_time,
+        checks.deferred_to(fault),
+        restored_on_failure(generator),
+        nothing_moved(*networks, random=RandomState.now(device)),
+        torch.enable_grad(),
+    ):
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            yield fault
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+            torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
 
 
 _DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (?:bias|weight) type", re.IGNORECASE)

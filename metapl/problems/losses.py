@@ -16,7 +16,7 @@ from metapl import checks
 from metapl.batch import views
 from metapl.errors import MetaplError
 from metapl.numerics import wide
-from metapl.problem import Signal
+from metapl.problems.base import Signal
 
 
 @runtime_checkable
@@ -159,6 +159,31 @@ class UDA:
         return ramped * losses.mean()
 
 
+def sum_of_terms(
+    network: nn.Module,
+    losses: Sequence[TeacherLoss],
+    *,
+    labeled: Any,
+    unlabeled: Any,
+    signal: Signal,
+    step: int,
+    kind: str = "loss",
+) -> dict[str, Tensor]:
+    """The losses by name, each a scalar with the network's graph; those of one name are added.
+
+    Args:
+        network, losses: what is called.
+        labeled, unlabeled, signal, step: see :class:`TeacherLoss`.
+        kind: what a loss is called in errors.
+    """
+    terms: dict[str, Tensor] = {}
+    for loss in losses:
+        value = loss(network, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
+        checks.scalar_loss(value, f"the {kind} {loss.name!r}")
+        terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
+    return terms
+
+
 def teacher_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
     """The losses of a sequence of them; anything else is refused.
 
@@ -176,7 +201,7 @@ def teacher_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLos
         if not isinstance(one, TeacherLoss):
             raise MetaplError(
                 f"{name} holds something {checks.described(one)}; {expected}, or callables with a name "
-                "(metapl.losses.TeacherLoss)."
+                "(metapl.problems.losses.TeacherLoss)."
             )
     return tuple(given)
 

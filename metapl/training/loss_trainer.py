@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from metapl import checks
-from metapl.accumulate import micro_batches
-from metapl.batch import labeled_pair, plain
-from metapl.compiled import CompiledPasses, refuse_compiled
-from metapl.deferred import Movable, undone_where
+from metapl.batch import labeled_pair, micro_batches, plain
 from metapl.errors import MetaplError
-from metapl.execution.buffers import nothing_moved
-from metapl.execution.rng import RandomState
-from metapl.guards import one_at_a_time
-from metapl.losses import CrossEntropy, TeacherLoss, refuse_split_batches, teacher_losses
-from metapl.problem import Signal
+from metapl.execution.compiled import CompiledPasses, refuse_compiled
+from metapl.execution.guards import step_guard
+from metapl.execution.local import trainable
+from metapl.problems.base import Signal
+from metapl.problems.losses import CrossEntropy, TeacherLoss, refuse_split_batches, sum_of_terms, teacher_losses
 from metapl.training import Trainer
-
-
-@dataclass(frozen=True)
-class LossReport:
-    """What one step of :class:`LossTrainer` saw; numbers stay on the device until they are read."""
-
-    step: int
-    scalars: dict[str, Tensor]
-    fault: checks.Fault = field(default_factory=checks.Fault, repr=False)
-
-    def as_dict(self) -> dict[str, float]:
-        """Every scalar, by one transfer: ``loss`` and a ``loss_<name>`` per term."""
-        self.fault.raise_if_found()
-        values = torch.stack([t.detach().double() for t in self.scalars.values()]).tolist()
-        return dict(zip(self.scalars, values, strict=True))
-
-    def counts(self) -> dict[str, list[int]]:
-        """Nothing is counted."""
-        return {}
+from metapl.training.report import Report, means
 
 
 class LossTrainer(Trainer):
@@ -61,6 +39,12 @@ class LossTrainer(Trainer):
 
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
+
+    role: ClassVar[str] = "network"
+    """What the network is called in errors."""
+    total: ClassVar[str] = "loss"
+    prefix: ClassVar[str] = "loss"
+    """What the sum of the losses, and each of them, is called in reports."""
 
     def __init__(
         self,
@@ -91,51 +75,58 @@ class LossTrainer(Trainer):
     def schedulable(self) -> list[torch.optim.Optimizer]:
         return [self.optimizer]
 
-    def step(self, labeled: Any, unlabeled: Any = None) -> LossReport:
-        """One step on a labelled batch and, where a loss reads it, an unlabelled one; as in the bilevel trainer."""
-        checks.no_inference_mode()
+    def step(self, labeled: Any, unlabeled: Any = None) -> Report:
+        """One step on a labelled batch and, where a loss reads it, an unlabelled one; as in the bilevel trainer.
+
+        Returns: a report with ``loss`` and a ``loss_<name>`` per term.
+        """
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
         if not self._moves:
             checks.moves(self.optimizer, self.student)
             self._moves = True
-        fault = checks.Fault()
-        with (
-            one_at_a_time,
-            checks.deferred_to(fault),
-            nothing_moved(self.student, random=RandomState.now(self.device)) as buffers,
-        ):
-            checks.batches(labeled, labeled if unlabeled is None else unlabeled, self.device)
+        with step_guard(self.student, optimizer=self.optimizer, device=self.device) as fault:
+            checks.batches(labeled, () if unlabeled is None else (unlabeled,), self.device)
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),
                 strict=True,
             )
-            self.optimizer.zero_grad(set_to_none=True)
-            with self.compiled():
+            with self._autocast(), self.compiled():
                 parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
-            with undone_where(fault.flag, Movable((self.student,), buffers, [self.optimizer])):
-                if self.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
-                self.optimizer.step()
+            self.clip()
+            self.optimizer.step()
             self.steps_done += 1
-            means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-            return LossReport(self.steps_done - 1, means, fault)
+            return Report(self.steps_done - 1, means(parts), fault)
 
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
-        """The terms on a micro-batch, whose share of the gradient is added to what is there."""
+        """The losses on a micro-batch, whose share of the gradient is added to what is there."""
         # No signal was made: a loss that wants the weak view's outputs makes them.
         nothing = Signal(torch.empty(0, device=self.device))
-        terms: dict[str, Tensor] = {}
-        with self._autocast():
-            for term in self.losses:
-                value = term(self.student, labeled=labeled, unlabeled=unlabeled, signal=nothing, step=self.steps_done)
-                checks.scalar_loss(value, f"the loss {term.name!r}")
-                terms[f"loss_{term.name}"] = terms.get(f"loss_{term.name}", 0) + value
+        terms = sum_of_terms(
+            self.student,
+            self.losses_for(unlabeled),
+            labeled=labeled,
+            unlabeled=unlabeled,
+            signal=nothing,
+            step=self.steps_done,
+            kind="teacher loss" if self.role == "teacher" else "loss",
+        )
         loss = torch.stack(list(terms.values())).sum()
-        checks.learns(loss, "network")
+        checks.learns(loss, self.role)
         if loss.requires_grad:  # UDA alone is a plain 0 before its start
             (loss / self.accumulate).backward()
-        return {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+        named = {f"{self.prefix}_{name}": term.detach() for name, term in terms.items()}
+        return {self.total: loss.detach(), **named}
+
+    def clip(self) -> None:
+        """Clip the gradient that is there, and refuse one that the optimizer cannot use."""
+        checks.sparse_gradients(self.optimizer, trainable(self.student))
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
+
+    def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
+        """The losses on an unlabelled batch."""
+        return self.losses
 
     def live_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the copies."""

@@ -5,34 +5,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metapl import checks
-from metapl.accumulate import micro_batches, split, union
-from metapl.batch import labeled_pair, plain
-from metapl.compiled import CompiledPasses, refuse_compiled
-from metapl.deferred import Movable, kept_where, undone_where
+from metapl.batch import labeled_pair, micro_batches
 from metapl.errors import MetaplError
-from metapl.execution.buffers import Buffers, nothing_moved
+from metapl.execution.compiled import CompiledPasses, refuse_compiled
+from metapl.execution.guards import casts_explained, step_guard
+from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback import Estimator, estimator
-from metapl.guards import casts_explained, one_at_a_time, restored_on_failure
-from metapl.hypergradient import check_kind, hypergradient, prepare, refuse_other_fields
-from metapl.inner import InnerStep, trainable
-from metapl.losses import TeacherLoss, refuse_split_batches
-from metapl.losses import teacher_losses as checked_losses
-from metapl.optimizers import Clipped, held, refuse_not_held
-from metapl.optimizers import inner_optimizer as functional
-from metapl.problem import BilevelProblem, Signal
-from metapl.problems import PseudoLabels
-from metapl.teacher import TeacherStep, Weight, means, own_losses, teacher_scalars
+from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback.lookahead import Lookahead, Path, inner_batches, plain_inner
+from metapl.hypergradient import hypergradient, look_ahead, prepare
+from metapl.problems.base import BilevelProblem, Problem, Signal, has_default_losses
+from metapl.problems.losses import TeacherLoss, refuse_split_batches
+from metapl.problems.losses import teacher_losses as checked_losses
 from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
-from metapl.training.report import StepReport, TeacherReport
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.report import Report, StepReport
+from metapl.training.teacher import TeacherLosses, TeacherStep, Weight, teacher_scalars
+from metapl.updates import Clipped, held, refuse_not_held, update_of
 
 
 class BilevelTrainer(Trainer):
@@ -116,7 +112,7 @@ class BilevelTrainer(Trainer):
         compiled = () if not compile else (teacher,) if self.mode.keep_graph else (teacher, student)
         self.compile, self.compiled = compile, CompiledPasses(*compiled)
         self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
-        self.inner = functional(self.inner_optimizer, trainable(student))
+        self.inner = update_of(self.inner_optimizer, trainable(student))
         if clip_norm is not None:
             self.inner = Clipped(self.inner, clip_norm)
         if precision not in ("float32", "bfloat16"):
@@ -131,6 +127,7 @@ class BilevelTrainer(Trainer):
         _check_outer(self.outer_optimizer, teacher)
         self.teacher_losses = None if teacher_losses is None else checked_losses(teacher_losses)
         refuse_split_batches(self.teacher_losses or (), accumulate)
+        self._alone = _TeacherAlone(self)
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         if feedback_ratio is not None:
             self._check_ratio(feedback_ratio)
@@ -138,127 +135,104 @@ class BilevelTrainer(Trainer):
         self.generator = generator
         self.mode_state = self.mode.init()
         self.steps_done = 0
-        self._first_signal = True
+        self._seen_a_signal = False
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong).
 
         In the place of a tensor of inputs may be a dict or a tuple of tensors; a dict that also holds the labels, under
         ``labels``, is a labelled batch. The networks get it as one argument; see :class:`metapl.models.Logits` for
-        those that take several.
+        those that take several. A :class:`metapl.Lookahead` of K unlabelled batches lets the student take K steps, and
+        the teacher one on the feedback about all of them; its own losses read the last.
         """
-        labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
-        fault = checks.Fault()
-        with self._nothing_moves(fault, labeled, unlabeled) as buffers:
+        labeled, unlabeled = labeled_pair(labeled), plain_inner(unlabeled)
+        with self._guard(labeled, unlabeled) as fault:
             with self._autocast(), self.compiled():
-                self.inner.follow(trainable(self.student))
-                students, teachers = [], []
-                micro = list(self._micro_batches(labeled, unlabeled))
-                for x_l, x_u in micro:
-                    student = self._inner_step(x_l, x_u)
-                    teacher = TeacherStep(
-                        self.teacher, self.problem, x_u, student.outputs, self.generator, self._recomputes
-                    )
-                    signal = teacher.signal()  # line 2: ŷ_u ~ P(·|x_u; θ_T), or the soft label
-                    self._check_signal(signal, student)
-                    student.learn(signal)  # line 3: g_u
-                    checks.dense_gradients(student.gradient)
-                    students.append(student)
-                    teachers.append(teacher)
-                whole = union(students)  # line 3: θ_S′ = U(θ_S, g_u)
+                path, lessons = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g_u)
                 with casts_explained(self.mode.name):
-                    (feedback,), mode_state = self.mode.feedback([whole], self.mode_state)  # line 4: h
-                checks.finite_feedback(feedback.h)
-                parts = []
-                for teacher, h, (x_l, x_u) in zip(teachers, split(feedback, len(micro)), micro, strict=True):
-                    part = teacher.loss(h, self._weight, self._losses_for(x_u), x_l, self.steps_done)
-                    checks.learns(part.own, "teacher")
-                    loss = part.feedback + part.own / len(micro)
-                    if loss.requires_grad:
-                        loss.backward()  # lines 5-7
-                    parts.append(part.without_graph())
-            self._clip_teacher()
-            with undone_where(fault.flag, self._movable(buffers)):
-                whole.commit()  # line 3; where the student's optimizer fails, the teacher has not moved
-                self.outer_optimizer.step()  # line 8
-            self.mode_state = kept_where(fault.flag, self.mode_state, mode_state)
-            self._end_step()
-            scalars = {"inner_loss": whole.inner_loss, **whole.known_outer_loss(), **teacher_scalars(parts)}
-            return StepReport(self.steps_done - 1, feedback.h.detach(), scalars, whole.signal, whole.outputs, fault)
+                    feedback, mode_state = self.mode.feedback(path, self.mode_state)  # line 4: h
+                objectives = self._teacher_backward(lessons, feedback, labeled)  # lines 5-7: −Σ h·signal, own losses
+            self._alone.clip()
+            path.commit()  # line 3; where the student's optimizer fails, the teacher has not moved
+            self.outer_optimizer.step()  # line 8
+            self.mode_state = mode_state
+            self.steps_done += 1
+            h = tuple(one.h.detach() for one in feedback)
+            scalars = {"inner_loss": path.inner_loss, **path.known_outer_loss()}
+            return StepReport(
+                self.steps_done - 1,
+                scalars | teacher_scalars(objectives, self.accumulate),
+                fault,
+                feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+                signal=path.steps[-1].signal,
+                student_outputs=path.steps[-1].outputs,
+                problem=self.problem,
+            )
 
-    def _inner_step(self, labeled: Any, unlabeled: Any) -> InnerStep:
-        step = InnerStep(
+    def _look_ahead(self, labeled: Any, unlabeled: Any) -> tuple[Path, list[TeacherStep]]:
+        """The student's steps, and the teacher's passes that they learned from, one a micro-batch."""
+        lessons: list[TeacherStep] = []
+
+        def teach(batch: Any, outputs: Tensor) -> Signal:
+            recomputes = self.recompute_teacher or self.accumulate > 1  # all graphs together are what does not fit
+            lessons.append(TeacherStep(self.teacher, self.problem, batch, outputs, self.generator, recomputes))
+            return lessons[-1].signal()
+
+        self.inner.follow(trainable(self.student))
+        path = look_ahead(
             self.student,
             self.inner,
             self.problem,
+            self.mode,
             labeled=labeled,
             unlabeled=unlabeled,
-            keep_graph=self.mode.keep_graph,
+            teach=teach,
+            parts=self.accumulate,
+            thorough=not self._seen_a_signal,
         )
-        checks.finite_student(step.outputs)
-        return step
+        self._seen_a_signal = True
+        return path, lessons
 
-    def _check_signal(self, signal: Signal, step: InnerStep) -> None:
-        check_kind(signal.sampled, self.mode)
-        if self._first_signal and self.mode.name != "none":
-            refuse_other_fields(self.problem, step, signal)
-        self._first_signal = False
+    def _teacher_backward(
+        self, lessons: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
+    ) -> list[TeacherLosses]:
+        """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
+        parts = self.accumulate
+        for found in feedback:
+            checks.finite_feedback(found.h)
+        pieces = [piece for found in feedback for piece in found.chunks(parts)]
+        labels = micro_batches(labeled, parts, "labeled")
+        objectives = []
+        for i, (lesson, h) in enumerate(zip(lessons, pieces, strict=True)):
+            last = i >= len(lessons) - parts
+            losses = self._alone.losses_for(lesson.unlabeled) if last else ()
+            objective = lesson.loss(h, self._weight, losses, labels[i % parts], self.steps_done)
+            checks.learns(objective.own, "teacher")
+            loss = objective.feedback + objective.own / parts
+            if loss.requires_grad:
+                loss.backward()
+            objectives.append(objective.without_graph())
+        return objectives
 
-    def teacher_step(self, labeled: Any, unlabeled: Any = None) -> TeacherReport:
+    def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
         """One step of the teacher alone, while the student waits: lines 6-8 of Algorithm 1, on the batches of a step.
 
         Its losses are given no signal: those that want the outputs on the weak view make them, as :class:`metapl.UDA`
         does. ``steps_done`` counts on.
 
-        Cost: no pass of the student, whose weights, statistics and optimiser stay as they are. The default generators
+        Cost: no pass of the student, whose weights, statistics and optimizer stay as they are. The default generators
         advance by the teacher's dropout masks alone, ``generator`` not at all.
+
+        Returns: a report with ``teacher_loss`` and a ``teacher_<name>`` per term.
 
         Raises: :class:`metapl.MetaplError` before anything moves: the batches are wrong, or there are no losses.
         """
-        if self._has_no_losses:
+        if not self._has_losses:
             raise MetaplError("teacher_losses=() leaves the teacher nothing to learn from alone; expected wait=0.")
-        labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
-        fault = checks.Fault()
-        with self._nothing_moves(fault, labeled, unlabeled) as buffers:
-            with self._autocast(), self.compiled():
-                scalars = [self._own_backward(x_l, x_u) for x_l, x_u in self._micro_batches(labeled, unlabeled)]
-            self._clip_teacher()
-            with undone_where(fault.flag, self._movable(buffers)):
-                self.outer_optimizer.step()  # line 8
-            self._end_step()
-            return TeacherReport(self.steps_done - 1, means(scalars), fault)
-
-    def _own_backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
-        """The teacher's own losses on a micro-batch, whose share of the gradient is added to what is there."""
-        own = own_losses(
-            self.teacher,
-            self._losses_for(unlabeled),
-            labeled=labeled,
-            unlabeled=unlabeled,
-            signal=Signal(torch.empty(0, device=self.device)),
-            step=self.steps_done,
-        )
-        loss = torch.stack(list(own.values())).sum()
-        checks.learns(loss, "teacher")
-        if loss.requires_grad:  # UDA alone is a plain 0 before its start
-            (loss / self.accumulate).backward()  # lines 6-7
-        return {name: value.detach() for name, value in (*own.items(), ("teacher_loss", loss))}
-
-    def _clip_teacher(self) -> None:
-        checks.sparse_gradients(self.outer_optimizer, trainable(self.teacher))
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.teacher.parameters(), self.clip_norm)
-
-    def _end_step(self) -> None:
-        torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
+        self._alone.steps_done = self.steps_done
+        report = self._alone.step(labeled, unlabeled)
         self.steps_done += 1
-
-    def _micro_batches(self, labeled: Any, unlabeled: Any) -> Iterator[tuple[Any, Any]]:
-        return zip(
-            micro_batches(labeled, self.accumulate, "labeled"),
-            micro_batches(unlabeled, self.accumulate, "unlabeled"),
-            strict=True,
-        )
+        return report
 
     @property
     def _weight(self) -> Weight:
@@ -271,7 +245,7 @@ class BilevelTrainer(Trainer):
             raise MetaplError(f"feedback_ratio={ratio}: expected a number of 0 or more, or None.")
         if self.feedback_weight != 1.0:
             raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
-        if self._has_no_losses:
+        if not self._has_losses:
             raise MetaplError(
                 "feedback_ratio needs teacher losses to measure by, and there are none: teacher_losses=(), or the "
                 "default of a problem that has no default_teacher_losses."
@@ -283,15 +257,9 @@ class BilevelTrainer(Trainer):
             )
 
     @property
-    def _has_no_losses(self) -> bool:
-        return self.teacher_losses == () or (
-            self.teacher_losses is None and not hasattr(self.problem, "default_teacher_losses")
-        )
-
-    @property
-    def _recomputes(self) -> bool:
-        # The graphs of all micro-batches together are what does not fit.
-        return self.recompute_teacher or self.accumulate > 1
+    def _has_losses(self) -> bool:
+        given = self.teacher_losses
+        return has_default_losses(self.problem) if given is None else bool(given)
 
     @property
     def labeller(self) -> nn.Module:
@@ -301,7 +269,7 @@ class BilevelTrainer(Trainer):
     @property
     def labeller_classifies(self) -> bool:
         """As the problem says."""
-        return bool(getattr(self.problem, "teacher_classifies", False))
+        return self.problem.teacher_classifies
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
@@ -357,12 +325,13 @@ class BilevelTrainer(Trainer):
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
         moves, generators included; ``clip_norm`` and the baseline so far are left out of both. None where there is no
-        feedback, or the problem's signal is not pseudo-labels."""
-        if self.mode.name == "none" or not isinstance(self.problem, PseudoLabels):
+        feedback, or the problem has no exact form."""
+        exact_problem = self.problem.exact()
+        if self.mode.name == "none" or exact_problem is None:
             return None
         state = self.inner.read_state() if isinstance(self.inner_optimizer, tuple) else None
 
-        def gradient(mode: str | Estimator, problem: BilevelProblem) -> Tensor:
+        def gradient(mode: str | Estimator, problem: Problem) -> Tensor:
             with replayed(RandomState.now(self.device)), self._autocast():
                 found = hypergradient(
                     self.teacher,
@@ -377,36 +346,45 @@ class BilevelTrainer(Trainer):
             return torch.cat([g.flatten().double() for g in found.grads.values()])
 
         own = gradient(self.mode, self.problem)
-        exact = gradient("forward", replace(self.problem, kind="soft"))
+        exact = gradient("forward", exact_problem)
         return float(torch.nn.functional.cosine_similarity(own, exact, dim=0))
 
     @contextmanager
-    def _nothing_moves(self, fault: checks.Fault, labeled: Any, unlabeled: Any) -> Iterator[list[Buffers]]:
-        """Check the batches; whatever is refused or fails, everything is left as it was."""
-        checks.no_inference_mode()
-        with (
-            one_at_a_time,
-            checks.deferred_to(fault),
-            restored_on_failure(self.generator),
-            nothing_moved(self.teacher, self.student, random=RandomState.now(self.device)) as buffers,
-        ):
-            checks.batches(labeled, unlabeled, self.device)
+    def _guard(self, labeled: Any, unlabeled: Any) -> Iterator[checks.Fault]:
+        """Check the batches; where the step is refused or fails, everything is left as it was."""
+        networks = self.teacher, self.student
+        with step_guard(
+            *networks, optimizer=self.outer_optimizer, device=self.device, generator=self.generator
+        ) as fault:
+            checks.batches(labeled, inner_batches(unlabeled), self.device)
             refuse_not_held("outer_optimizer", self.outer_optimizer, trainable(self.teacher), "teacher")
-            self.outer_optimizer.zero_grad(set_to_none=True)
-            try:
-                with torch.enable_grad():
-                    yield buffers
-            finally:
-                self.outer_optimizer.zero_grad(set_to_none=True)
+            if self.feedback_ratio is not None and len(inner_batches(unlabeled)) > 1:
+                raise MetaplError(
+                    "feedback_ratio is measured on one inner batch, and a Lookahead of "
+                    f"{len(inner_batches(unlabeled))} was given; use feedback_weight."
+                )
+            yield fault
 
-    def _movable(self, buffers: list[Buffers]) -> Movable:
-        return Movable((self.teacher, self.student), buffers, self.schedulable, self.inner)
 
-    def _losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
-        if self.teacher_losses is not None:
-            return self.teacher_losses
-        default = getattr(self.problem, "default_teacher_losses", None)
-        return () if default is None else default(unlabeled)
+class _TeacherAlone(LossTrainer):
+    """The teacher on its own losses, which may be the problem's choice for a batch."""
+
+    role = "teacher"
+    total = "teacher_loss"
+    prefix = "teacher"
+
+    def __init__(self, trainer: BilevelTrainer) -> None:
+        super().__init__(
+            trainer.teacher,
+            optimizer=trainer.outer_optimizer,
+            clip_norm=trainer.clip_norm,
+            precision=trainer.precision,
+            accumulate=trainer.accumulate,
+        )
+        self.given, self.problem, self.compiled = trainer.teacher_losses, trainer.problem, trainer.compiled
+
+    def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
+        return self.problem.default_teacher_losses(unlabeled) if self.given is None else self.given
 
 
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:

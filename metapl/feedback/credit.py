@@ -1,0 +1,120 @@
+r"""What a direction w credits: the value of the signal, its distribution, each example, or the batch as a whole.
+
+All of it is found in the head alone, from z = S(x; θ) and ż = d/dε S(x; θ + εw); the network is not run. In general,
+where the inner loss reads the weights too,
+
+.. math:: h = -\frac{\partial}{\partial\,\mathrm{signal}} \frac{d}{d\varepsilon}
+              \ell(z + \varepsilon\dot z, \mathrm{signal}, \theta + \varepsilon w)
+
+Every function compares d/dε ℓ with ⟨w, g⟩, which is the same number by the chain rule, and refuses a student for which
+it is not: its forward and backward passes are not of one function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metapl import checks
+from metapl.errors import MetaplError
+from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_linear, check_slopes
+from metapl.feedback.base import Feedback
+from metapl.feedback.lookahead import InnerStep
+from metapl.numerics import Tree, products
+from metapl.problems.base import Signal
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """ż, (B, ...), and where it is a difference of outputs the relative error by their rounding, a scalar."""
+
+    z_dot: Tensor
+    rounding: Tensor | None = None
+
+
+def signal_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
+    """h of the signal itself where it is differentiable, else of the distribution that labels were drawn from.
+
+    For sampled labels ℓ is linear in its target (checked), so h_ik = −(1/B) d/dε ℓ(z_i, class k) is the derivative at
+    the one-hot rows drawn.
+    """
+    signal = step.signal
+    if not signal.sampled:
+        h, slope, terms = _derivative(step, signal.value, w, tangent)
+        _check_slopes(step, slope, terms, w, tangent)
+        return Feedback(h, "value")
+    if signal.probs is None:
+        raise MetaplError(
+            "the problem's signal is sampled and carries no probs, over which this mode would take the expectation; "
+            'give Signal(value, log_prob, probs=...) or use mode="reinforce_per_example".'
+        )
+    drawn = F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)
+    h, slope, terms = _derivative(step, drawn, w, tangent)
+    _check_slopes(step, slope, terms, w, tangent)
+    check_linear(h, _derivative(step, signal.probs, w, tangent)[0])
+    return Feedback(h, "probs")
+
+
+def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
+    """h_i = −(1/B) d/dε ℓ_i(z + εż, signal, θ + εw), (B,), for the score of each sampled label."""
+    losses, at = _head(step, step.signal)
+    # ⟨u, d/dε ℓ⟩ is linear in u, so its gradient is d/dε ℓ itself: forward mode by two reverse passes.
+    u = torch.ones_like(losses, requires_grad=True)
+    terms = _along((u * losses).mean(), at, _directions(step, w, tangent))
+    slope = _total(terms)
+    _check_slopes(step, slope, terms, w, tangent)
+    return Feedback(-torch.autograd.grad(slope, u, materialize_grads=True)[0], "log_prob")
+
+
+def batch_feedback(step: InnerStep, w: Tree) -> Tensor:
+    """Algorithm 1's scalar, −⟨w, g⟩, for the score of all sampled labels alike."""
+    return -step.along_gradient(w)
+
+
+def _derivative(step: InnerStep, value: Tensor, w: Tree, tangent: Tangent) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """h at a value of the signal, d/dε mean ℓ there, and the terms of that."""
+    value = value.detach().requires_grad_()
+    losses, at = _head(step, replace(step.signal, value=value))
+    terms = _along(losses.mean(), at, _directions(step, w, tangent))
+    slope = _total(terms)
+    if not slope.requires_grad:
+        return torch.zeros_like(value), slope, terms
+    return -torch.autograd.grad(slope, value, materialize_grads=True)[0], slope, terms
+
+
+def _head(step: InnerStep, signal: Signal) -> tuple[Tensor, list[Tensor]]:
+    """ℓ (B,) as a function of z and θ, both leaves."""
+    z = step.outputs.clone().requires_grad_()
+    theta = {name: p.detach().requires_grad_() for name, p in step.params.items()}
+    with torch.enable_grad():
+        return step.problem.inner_loss(z, signal, step.batch, theta), [z, *theta.values()]
+
+
+def _directions(step: InnerStep, w: Tree, tangent: Tangent) -> list[Tensor]:
+    return [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in step.params.items())]
+
+
+def _along(scalar: Tensor, at: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+    """The terms of ⟨∂scalar/∂at, directions⟩, differentiable."""
+    grads = torch.autograd.grad(scalar, at, create_graph=True, allow_unused=True)
+    return [g * t for g, t in zip(grads, directions, strict=True) if g is not None]
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    return torch.stack([term.sum() for term in terms]).sum()
+
+
+def _check_slopes(step: InnerStep, slope: Tensor, terms: list[Tensor], w: Tree, tangent: Tangent) -> None:
+    """Refuse ż where the inner loss has another derivative along w by its outputs than by its gradient."""
+    by_gradient = products(step.gradient, w)
+    spread = torch.stack([torch.linalg.vector_norm(t.detach()) for t in [*terms, by_gradient]]).sum()
+    if tangent.rounding is None:
+        tolerance: Tensor | float = BY_FORWARD_MODE[step.rounded_to].slope
+    elif checks.waits(slope):  # no second try at a smaller step: units that switch may spoil a difference by all of it
+        tolerance = 1.0 + tangent.rounding
+    else:
+        tolerance = BY_DIFFERENCE[step.rounded_to].slope + tangent.rounding
+    check_slopes(slope.detach(), by_gradient.sum(), spread, tolerance)

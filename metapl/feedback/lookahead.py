@@ -1,0 +1,373 @@
+r"""The student's steps that are looked ahead, and their adjoint.
+
+From θ_1, its weights now, the student takes K steps, each on a batch x_k of its own and the teacher's signal about it:
+
+.. math:: g_k = \nabla_\theta \tfrac1B \sum_i \ell_i(S(x_k; \theta_k), \mathrm{signal}_k), \quad
+          (\theta_{k+1}, s_{k+1}) = U(\theta_k, g_k, s_k)
+
+and is then judged by L(θ_{K+1}). The adjoint runs backwards, from v = ∇L and no cotangent of the state:
+
+.. math:: (w_k, \bar\theta_k, \bar s_k) = \Big(\frac{\partial U}{\partial (g, \theta, s)}\Big)^{\!\top}
+          (\lambda_{k+1}, \bar s_{k+1}), \qquad
+          \lambda_k = \bar\theta_k + \frac{\partial^2 \ell_k}{\partial\theta^2} w_k
+
+w_k is all that the feedback on signal_k needs (see :mod:`metapl.feedback.forward`). With K = 1 it is
+w = (∂U/∂g)ᵀ v, and no Hessian is formed.
+
+A signal may read the student's outputs at θ_k; it reads them as constants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl import checks
+from metapl.batch import first_input, joined, micro_batches, plain
+from metapl.errors import MetaplError
+from metapl.execution.kernels import refuse_checkpoints
+from metapl.execution.local import Local, Loss, Pass, gradient_through
+from metapl.execution.rng import RandomState
+from metapl.numerics import Tree, dot, mean_tree, norm, wide
+from metapl.problems.base import Problem, Signal, joined_signals
+from metapl.updates import Update
+
+Teach = Callable[[Any, Tensor], Signal]
+"""What the teacher says about a batch, given the student's outputs on it."""
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """K inner batches, one for each student step that is looked ahead; it stands where ``unlabeled`` does.
+
+    Args:
+        batches: each as ``unlabeled`` alone would be.
+
+    >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))
+    2
+    """
+
+    batches: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        given = self.batches
+        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+            raise MetaplError(
+                f"Lookahead was given {checks.described(given)}; expected a list of batches, one for each student "
+                "step, such as metapl.Lookahead([u1, u2])."
+            )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def inner_batches(unlabeled: Any) -> Sequence[Any]:
+    """The batches of a lookahead; any other batch is the one of a lookahead of one step."""
+    return unlabeled.batches if isinstance(unlabeled, Lookahead) else (unlabeled,)
+
+
+def plain_inner(unlabeled: Any) -> Any:
+    """An inner batch, or a lookahead of them, whose dict-like parts are dicts."""
+    return Lookahead([plain(u) for u in unlabeled.batches]) if isinstance(unlabeled, Lookahead) else plain(unlabeled)
+
+
+@dataclass(frozen=True)
+class InnerStep:
+    """One step of the student that was taken: what an estimator may ask about it.
+
+    Args:
+        problem, update: the losses, and U.
+        passes: S(x; θ) on each micro-batch; one where the batch is whole.
+        batch: x, or (weak, strong), ...
+        signal: what the teacher said, without its graph.
+        inner_loss: the mean of ℓ_i, a scalar.
+        grads: g, with a graph where the path keeps it.
+        state: of the optimizer before the step.
+    """
+
+    problem: Problem
+    update: Update
+    passes: Sequence[Pass]
+    batch: Any
+    signal: Signal
+    inner_loss: Tensor
+    grads: Tree
+    state: Any
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """z = S(x; θ), (B, ...), without a graph."""
+        return joined([one.outputs for one in self.passes])
+
+    @cached_property
+    def gradient(self) -> Tree:
+        """g, without a graph."""
+        return {name: g.detach() for name, g in self.grads.items()}
+
+    @property
+    def params(self) -> Tree:
+        """θ."""
+        return self.passes[0].params
+
+    @cached_property
+    def moved(self) -> tuple[Tree, Any]:
+        """θ′ and s′; with a graph where the path keeps it."""
+        return self.update.update(self.params, self.grads, self.state)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """η, where the optimizer tells it."""
+        return self.update.learning_rate
+
+    def along_gradient(self, w: Tree) -> Tensor:
+        """⟨w, g⟩, a scalar."""
+        return dot(w, self.gradient)
+
+    def length(self, w: Tree) -> Tensor:
+        """‖w‖, a scalar."""
+        return norm(w)
+
+    def size(self, w: Tree) -> Tensor:
+        """‖w‖·‖g‖, a scalar."""
+        return norm(w) * norm(self.gradient)
+
+    def typical_weight(self) -> Tensor:
+        """‖θ‖/√n, the root mean square of the n weights, a scalar."""
+        return norm(self.params) / math.sqrt(sum(t.numel() for t in self.params.values()))
+
+    def tangent(self, w: Tree) -> Tensor:
+        """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
+        return joined([one.tangent(w) for one in self.passes])
+
+    def shifted(self, distance: Tensor, w: Tree) -> Tensor:
+        """S(x; θ + distance·w/‖w‖), (B, ...), in float32 or wider; the weights stay at θ."""
+        step = distance / (length := norm(w)).clamp_min(torch.finfo(length.dtype).tiny)
+        return joined([one.shifted(step, w) for one in self.passes])
+
+    def check_shifted(self, outputs: Tensor) -> None:
+        """Refuse outputs of shifted passes, to the second order of the shift, that are not those at θ."""
+        for one, part in zip(self.passes, outputs.chunk(len(self.passes)), strict=True):
+            one.check_shifted(part)
+
+    @property
+    def rounded_to(self) -> torch.dtype:
+        """The coarsest number format of the pass: a key of the tolerances in :mod:`metapl.execution.agreement`."""
+        return self.passes[0].rounded_to
+
+    @property
+    def shifted_dtype(self) -> torch.dtype:
+        """The narrowest format on the way of a shifted pass, say of a float32 body under a float64 head."""
+        formats = {wide(t).dtype for t in (*self.params.values(), self.outputs)}
+        return torch.float32 if torch.float32 in formats else torch.float64
+
+    @property
+    def in_full_precision(self) -> bool:
+        """Whether the pass computed in float32 or wider throughout, as far as weights and settings tell."""
+        return all(one.ran_in_full_precision() for one in self.passes)
+
+    def pullback(self, v: Tree) -> Tree:
+        """w = (∂U/∂g)ᵀ v."""
+        return self.update.pullback(self.params, self.gradient, self.state, v)
+
+    def adjoint(self, v: Tree, state_cotangent: Any) -> tuple[Tree, Tree, Any]:
+        """w, and the cotangents of θ (the Hessian's part included) and of the state before the step."""
+        bar = self.update.vjp(self.params, self.gradient, self.state, v, state_cotangent)
+        products = [
+            one.hessian_product(bar.gradient, _inner_loss(self.problem, signal, batch))
+            for one, signal, batch in zip(self.passes, self._signals, self._batches, strict=True)
+        ]
+        curved = mean_tree(products)
+        return bar.gradient, {name: t + curved[name] for name, t in bar.params.items()}, bar.state
+
+    @property
+    def _batches(self) -> list[Any]:
+        return micro_batches(self.batch, len(self.passes), "unlabeled")
+
+    @property
+    def _signals(self) -> list[Signal]:
+        return self.signal.chunks(len(self.passes))
+
+
+@dataclass
+class Path:
+    """The steps from θ to where the student is judged; nothing moves before :meth:`commit`.
+
+    Args:
+        problem, local, update: the losses, where the student runs, and U.
+        labeled: the outer batch, in micro-batches.
+        steps: at least one.
+    """
+
+    problem: Problem
+    local: Local
+    update: Update
+    labeled: Sequence[Any]
+    steps: list[InnerStep] = field(default_factory=list)
+
+    @property
+    def params(self) -> Tree:
+        """θ′ after the last step, without a graph."""
+        return {name: p.detach() for name, p in self.steps[-1].moved[0].items()}
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's state after the last step."""
+        return self.steps[-1].moved[1]
+
+    @property
+    def inner_loss(self) -> Tensor:
+        """The inner losses' mean over the steps, a scalar."""
+        return torch.stack([step.inner_loss for step in self.steps]).mean()
+
+    @cached_property
+    def outer_loss(self) -> Tensor:
+        """L(θ′), without a graph; one forward pass on the labelled batch, unless its gradient was taken."""
+        return self._outer[0] if "_outer" in self.__dict__ else self._judged(self.params)
+
+    @cached_property
+    def outer_loss_before(self) -> Tensor:
+        """L(θ), with the dropout masks of L(θ′); one forward pass."""
+        return self._judged(self.local.params)
+
+    def known_outer_loss(self) -> dict[str, Tensor]:
+        """``{"outer_loss": L(θ′)}`` where an estimator has computed it, else nothing."""
+        known = "_outer" in self.__dict__ or "outer_loss" in self.__dict__
+        return {"outer_loss": self.outer_loss} if known else {}
+
+    def outer_gradient(self) -> Tree:
+        """v = ∇L(θ′), one forward and backward pass on the labelled batch (with its own batch statistics)."""
+        return self._outer[1]
+
+    def pullbacks(self, truncate: int | None = None) -> Iterator[tuple[InnerStep, Tree]]:
+        """The steps with their w, from the last one back; ``truncate``: only so many."""
+        v, state_cotangent = self.outer_gradient(), None
+        counted = self.steps if truncate is None else self.steps[-truncate:]
+        for step in reversed(counted[1:]):
+            w, v, state_cotangent = step.adjoint(v, state_cotangent)
+            yield step, w
+        first = counted[0]
+        w = (
+            first.pullback(v)
+            if state_cotangent is None
+            else first.update.vjp(first.params, first.gradient, first.state, v, state_cotangent).gradient
+        )
+        yield first, w
+
+    def gradient_in_signals(self, truncate: int | None = None) -> list[Tensor]:
+        """dL(θ′)/dsignal of the last steps (None: all), by double backward through the path."""
+        values = [step.signal.value for step in self.steps[-(truncate or 0) :]]
+        return gradient_through(self.local, self.steps[-1].moved[0], self.outer_gradient(), values)
+
+    def commit(self) -> None:
+        """Move the student to θ′, by the real optimizer."""
+        for step in self.steps:
+            new_params, new_state = pytree.tree_map_only(Tensor, Tensor.detach, step.moved)
+            self.update.commit(self.local.parameters, step.gradient, new_params, new_state)
+
+    @cached_property
+    def _outer(self) -> tuple[Tensor, Tree]:
+        return self.local.loss_and_gradient(self.params, *self._outer_pass())
+
+    def _judged(self, params: Tree) -> Tensor:
+        return self.local.loss(params, *self._outer_pass())
+
+    def _outer_pass(self) -> tuple[list[Any], list[Loss], RandomState]:
+        """What is read, the loss of that, and the start of a stream of draws beside the caller's: whatever runs after
+        the inner pass (the teacher, the next step) draws from that pass's end on."""
+        start = self.steps[-1].passes[-1].after.branch()
+        return [first_input(part) for part in self.labeled], [_outer_loss(self.problem, p) for p in self.labeled], start
+
+
+def walk(
+    student: nn.Module,
+    update: Update,
+    problem: Problem,
+    *,
+    labeled: Any,
+    batches: Sequence[Any],
+    teach: Teach,
+    parts: int = 1,
+    keep_graph: bool = False,
+) -> Path:
+    """Let the student take a step on each inner batch: Algorithm 1, lines 2 and 3. Nothing moves but buffers and
+    generators, as in training.
+
+    Args:
+        student, update, problem: the network, U and the losses.
+        labeled: the outer batch.
+        batches: the inner ones.
+        teach: called once a micro-batch, after the student's pass on it.
+        parts: micro-batches that each batch is taken in.
+        keep_graph: keep the path differentiable in the signals, for :meth:`Path.gradient_in_signals`.
+    """
+    local = Local(student, double_backward=keep_graph)
+    path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"))
+    params, state = local.params, update.read_state()
+    with refuse_checkpoints() if keep_graph and len(batches) > 1 else nullcontext():
+        for batch in batches:
+            if path.steps:
+                params, state = path.steps[-1].moved
+            path.steps.append(_step(path, batch, params, state, teach))
+    return path
+
+
+def _step(path: Path, batch: Any, params: Tree, state: Any, teach: Teach) -> InnerStep:
+    passes: list[Pass] = []
+    signals: list[Signal] = []
+    losses: list[Tensor] = []
+    grads: list[Tree] = []
+    for x, labeled in zip(micro_batches(batch, len(path.labeled), "unlabeled"), path.labeled, strict=True):
+        student = path.local.run(params, path.problem.student_input(x))
+        path.problem.check(student.outputs, labeled, x)
+        checks.finite_student(student.outputs)
+        signal = teach(x, student.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
+        if path.local.double_backward:
+            signal.value.requires_grad_()
+        loss, gradient = student.gradient(_inner_loss(path.problem, signal, x))  # line 3: g
+        checks.dense_gradients(gradient)
+        passes.append(student)
+        signals.append(signal)
+        losses.append(loss)
+        grads.append(gradient)
+    return InnerStep(
+        path.problem,
+        path.update,
+        passes,
+        batch,
+        joined_signals(signals),
+        torch.stack(losses).mean(),
+        mean_tree(grads),
+        state,
+    )
+
+
+def _inner_loss(problem: Problem, signal: Signal, batch: Any) -> Loss:
+    """The mean of ℓ_i as a function of outputs and weights."""
+
+    def loss(outputs: Tensor, params: Tree) -> Tensor:
+        losses = problem.inner_loss(outputs, signal, batch, params)
+        if losses.shape != outputs.shape[:1]:
+            raise MetaplError(
+                f"inner_loss returned shape {tuple(losses.shape)} for a batch of {len(outputs)}; expected one "
+                f"loss per example, ({len(outputs)},): leave the mean to metapl."
+            )
+        return losses.mean()
+
+    return loss
+
+
+def _outer_loss(problem: Problem, batch: Any) -> Loss:
+    def loss(outputs: Tensor, params: Tree) -> Tensor:
+        value = problem.outer_loss(outputs, batch)
+        checks.scalar_loss(value, "the problem's outer_loss")
+        return value
+
+    return loss

@@ -1,0 +1,193 @@
+"""The bilevel problem: two pure losses and what the teacher says about a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from metapl.batch import first_input, joined
+from metapl.numerics import wide
+
+Params = Mapping[str, Tensor]
+Kind = Literal["soft", "hard"]
+"""Of a signal: differentiable, or sampled."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What the teacher says about the inner batch; the tensors carry the teacher's graph.
+
+    Args:
+        value: what the inner loss reads: class probabilities q (B, C), sampled classes (B,), weights of examples (B,),
+            corrected labels (B, C), ...
+        log_prob: (B,), log p_i(value_i), where ``value`` was sampled; ``None`` where ``value`` is differentiable.
+        probs: (B, C), the distribution that ``value`` was sampled from, where a mode may take the expectation over it;
+            the inner loss must then accept a ``value`` of this shape as well, and be linear in it: the expected loss is
+            the loss of the expected label (cross-entropy is; modes that rely on it check it).
+        outputs: (B, C), the teacher's outputs that the signal rests on, where teacher losses may use them again.
+    """
+
+    value: Tensor
+    log_prob: Tensor | None = None
+    probs: Tensor | None = None
+    outputs: Tensor | None = None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether ``value`` was drawn, so that only its log-probability can be differentiated."""
+        return self.log_prob is not None
+
+    def chunks(self, parts: int) -> list[Signal]:
+        """The signal about each of so many micro-batches."""
+        if parts == 1:
+            return [self]
+        columns = {name: t.chunk(parts) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return [Signal(**{name: pieces[i] for name, pieces in columns.items()}) for i in range(parts)]
+
+    def detached(self) -> Signal:
+        """The same signal without the teacher's graph: what the student and the estimators see."""
+        fields = {name: t.detach() for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **fields)
+
+
+def joined_signals(signals: Sequence[Signal]) -> Signal:
+    """The signal about the union of micro-batches."""
+    columns = {name: [getattr(one, name) for one in signals] for name in vars(signals[0])}
+    return Signal(**{name: joined(parts) for name, parts in columns.items() if parts[0] is not None})
+
+
+@runtime_checkable
+class BilevelProblem(Protocol):
+    r"""Teach a student with a signal, and judge the signal by the student's loss afterwards.
+
+    .. math:: \min_{\theta_T} L(\theta'), \quad
+              \theta' = U(\theta, \nabla_\theta \tfrac1B \sum_i \ell_i(S(x_u; \theta), \mathrm{signal}(\theta_T)))
+
+    Any object with these three methods is a problem; :class:`metapl.problems.Problem` has defaults for what else a
+    problem may say of itself.
+    """
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
+    ) -> Signal:
+        """What the teacher says about ``batch``; ``student_outputs`` (B, ...) carry no graph."""
+        ...
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """ℓ_i, shape (B,): the mean over the batch is taken in one place, by the inner step."""
+        ...
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """L, a scalar, of the student's outputs on the labelled ``batch``."""
+        ...
+
+
+class Problem(ABC):
+    """A :class:`BilevelProblem` with defaults for what else a problem may say of itself."""
+
+    teacher_classifies: ClassVar[bool] = False
+    """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
+
+    @abstractmethod
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
+    ) -> Signal:
+        """As in :class:`BilevelProblem`."""
+
+    @abstractmethod
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """As in :class:`BilevelProblem`."""
+
+    @abstractmethod
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """As in :class:`BilevelProblem`."""
+
+    def student_input(self, batch: Any) -> Any:
+        """What the student reads of an inner batch: a tensor or a dict itself, the first element of a tuple."""
+        return first_input(batch)
+
+    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
+        """The problem with the kind of signal that a mode takes; ``labels`` are its kinds, its own choice first."""
+        return self
+
+    def exact(self) -> Problem | None:
+        """The problem with a differentiable signal in the place of a sampled one, whose exact gradient other modes are
+        compared with; None: there is no such comparison."""
+        return None
+
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:  # noqa: B027  # a default, not a duty
+        """Refuse, with a :class:`metapl.MetaplError`, batches that do not fit the student's outputs on the inner one;
+        called before anything moves."""
+
+    def default_teacher_losses(self, batch: Any) -> tuple[Any, ...]:
+        """The teacher's own losses on an inner batch, where the trainer was given none."""
+        return ()
+
+    def columns(self, signal: Signal, outputs: Tensor) -> dict[str, Tensor]:
+        """Scalars for the report of a step, from the signal and the student's outputs (B, ...).
+
+        Where the teacher's outputs are class logits of the student's shape: ``pseudo_label_confidence``,
+        ``pseudo_label_entropy`` (nats) and ``agreement`` (of the student's first class with the teacher's).
+        """
+        logits = signal.outputs
+        if logits is None or logits.shape != outputs.shape:
+            return {}
+        q = signal.probs if signal.sampled else signal.value
+        q = wide(logits).softmax(-1) if q is None else q
+        agree = logits.argmax(-1) == outputs.argmax(-1)
+        return {
+            "pseudo_label_confidence": q.amax(-1).mean(),
+            "pseudo_label_entropy": torch.special.entr(q).sum(-1).mean(),
+            "agreement": agree.double().mean(),
+        }
+
+    def counts(self, signal: Signal, outputs: Tensor) -> dict[str, list[int]]:
+        """Whole numbers for the report of a step; for class labels ``pseudo_label_classes``: how many of the batch the
+        teacher gave each class, drawn or most probable."""
+        logits = signal.outputs
+        if logits is None or logits.shape != outputs.shape:
+            return {}
+        chosen = signal.value if signal.sampled else logits.argmax(-1)
+        return {"pseudo_label_classes": torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).tolist()}
+
+
+def as_problem(problem: BilevelProblem) -> Problem:
+    """The problem with all that :class:`Problem` has."""
+    return problem if isinstance(problem, Problem) else _Completed(problem)
+
+
+class _Completed(Problem):
+    """An object with the three methods of a problem; what else it has of :class:`Problem` stands in for the default."""
+
+    def __init__(self, given: BilevelProblem) -> None:
+        self.given = given
+        names = ("student_input", "check", "default_teacher_losses", "teacher_classifies", "exact", "columns", "counts")
+        for name in names:
+            if hasattr(given, name):
+                setattr(self, name, getattr(given, name))
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
+    ) -> Signal:
+        return self.given.signal(teacher, batch, student_outputs, generator=generator)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        return self.given.inner_loss(outputs, signal, batch, params)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self.given.outer_loss(outputs, batch)
+
+    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
+        choose = getattr(self.given, "for_modes", None)
+        return self if choose is None else as_problem(choose(labels, mode))
+
+
+def has_default_losses(problem: Problem) -> bool:
+    """Whether a problem makes a choice of the teacher's own losses."""
+    own = problem.given if isinstance(problem, _Completed) else problem
+    return getattr(type(own), "default_teacher_losses", None) not in (None, Problem.default_teacher_losses)

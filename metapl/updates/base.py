@@ -1,0 +1,131 @@
+r"""The student's update θ′ = U(θ, g, s) as a pure function of weights, gradient and optimizer state.
+
+Estimators need two things of an update that optimizers do not offer: to be differentiated through, and to be left
+undone. The adjoint of one step takes the cotangents of θ′ and s′ to those of g, θ and s:
+
+.. math:: (w, \bar\theta, \bar s) = \Big(\frac{\partial (U, s')}{\partial (g, \theta, s)}\Big)^{\!\top}
+          (\bar\theta', \bar s')
+
+With one step looked ahead, w = (∂U/∂g)ᵀ v at v = ∇L(θ′) is all that is needed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl.numerics import Tree
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """What :meth:`Update.vjp` returns.
+
+    Args:
+        gradient: w, by parameter name, of the parameters that have a gradient.
+        params: of θ.
+        state: of s, in a form of the update's own, to be handed to the ``vjp`` of the step before; None is zero.
+    """
+
+    gradient: Tree
+    params: Tree
+    state: Any
+
+
+class Update(ABC):
+    """The update of one optimizer; trees are dictionaries by parameter name.
+
+    ``grads`` may lack parameters that the inner loss does not reach: these do not move.
+    """
+
+    @property
+    def learning_rate(self) -> float | None:
+        """η where it is known (the first group's), for feedback that is measured in units of it."""
+        return None
+
+    @abstractmethod
+    def follow(self, parameters: Parameters) -> None:
+        """Go on with the student's trainable parameters as they are now; refuse those that it would not move."""
+
+    @abstractmethod
+    def read_state(self) -> Any:
+        """The current state, to be handed to :meth:`update`; reading it changes nothing."""
+
+    @abstractmethod
+    def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        """θ′ and s′, differentiable in all three arguments."""
+
+    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
+        """w = (∂U/∂g)ᵀ v alone; cost: the update and its backward pass, a few operations an entry."""
+        return self._vjp(params, grads, state, v, None, only_gradient=True).gradient
+
+    def vjp(self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None) -> Cotangents:
+        """The adjoint of the whole step: cotangents of g, θ and s from those of θ′ and s′ (None: zero)."""
+        return self._vjp(params, grads, state, v, state_cotangent, only_gradient=False)
+
+    @abstractmethod
+    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
+        """Move the real parameters by one step."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, as plain values and tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+
+    def _vjp(
+        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any, *, only_gradient: bool
+    ) -> Cotangents:
+        """By autograd through :meth:`update`; the cotangent of a state is a list, an entry per leaf."""
+        at_grads = _leaves(grads)
+        leaves, structure = pytree.tree_flatten(state)
+        if only_gradient:
+            at_params, at_leaves = params, leaves
+        else:
+            at_params = _leaves(params)
+            at_leaves = [t.detach().requires_grad_() if _is_continuous(t) else t for t in leaves]
+        with torch.enable_grad():
+            moved, new_state = self.update(at_params, at_grads, pytree.tree_unflatten(at_leaves, structure))
+        outputs, cotangents = [moved[name] for name in v], list(v.values())
+        if state_cotangent is not None:
+            pairs = zip(pytree.tree_leaves(new_state), state_cotangent, strict=True)
+            kept = [(t, bar) for t, bar in pairs if bar is not None and isinstance(t, Tensor) and t.requires_grad]
+            outputs, cotangents = outputs + [t for t, _ in kept], cotangents + [bar for _, bar in kept]
+        reached = [(t, bar) for t, bar in zip(outputs, cotangents, strict=True) if t.requires_grad]
+        inputs = list(at_grads.values())
+        if not only_gradient:
+            inputs += [*at_params.values(), *(t for t in at_leaves if _is_continuous(t))]
+        found = iter(
+            torch.autograd.grad([t for t, _ in reached], inputs, [bar for _, bar in reached], materialize_grads=True)
+            if reached
+            else [torch.zeros_like(t) for t in inputs]
+        )
+        gradient = {name: next(found) for name in at_grads}
+        if only_gradient:
+            return Cotangents(gradient, {}, None)
+        of_params = {name: next(found) for name in at_params}
+        return Cotangents(gradient, of_params, [next(found) if _is_continuous(t) else None for t in leaves])
+
+
+def _leaves(tree: Tree) -> Tree:
+    return {name: t.detach().requires_grad_() for name, t in tree.items()}
+
+
+def _is_continuous(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def described(optimizer: Any) -> str:
+    """An optimizer in words, by its class."""
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    return f"{'the class ' if isinstance(optimizer, type) else ''}{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,127 @@
+"""Updates of ``torch.optim`` optimizers: their rules as functions, their state as the optimizer holds it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metapl.errors import MetaplError
+from metapl.numerics import Tree
+from metapl.updates.base import Parameters, Update
+
+State = dict[str, Any]
+"""The state of one parameter, as in ``torch.optim.Optimizer.state``."""
+States = dict[str, State]
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that an optimizer moves."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def refuse_not_held(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
+    """Refuse an optimizer that would leave some of a network's trainable parameters where they are.
+
+    Args:
+        name: of the argument that the optimizer came in.
+        optimizer: the optimizer.
+        parameters: the network's trainable parameters, by name.
+        network: ``"teacher"`` or ``"student"``.
+    """
+    known = {id(p) for p in held(optimizer)}
+    missing = [path for path, p in parameters.items() if id(p) not in known]
+    if missing:
+        raise MetaplError(
+            f"{name} holds {len(known)} tensors, the {network} has {len(parameters)} trainable parameters, of which "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} are not held, so they would not be "
+            f"trained; build it as torch.optim.SGD({network}.parameters(), ...) from the {network} that is trained. "
+            f"Parameters that are new, such as a head put in later, are added by {name}.add_param_group."
+        )
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor) and group["lr"].ndim:
+            raise MetaplError(
+                f"{name} has lr={group['lr']}, a tensor of shape {tuple(group['lr'].shape)}; expected a number, or a "
+                "tensor without dimensions, such as torch.tensor(0.1)."
+            )
+
+
+class TorchUpdate(Update):
+    """The update of a ``torch.optim`` optimizer, from its current state and param groups.
+
+    A subclass gives the rule of one param group. Lists go through PyTorch's fused operations on lists: a few kernels
+    for all parameters, where their number would keep a GPU waiting for the host.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
+        self.optimizer = optimizer
+        for option in ("differentiable", "capturable"):
+            if any(group.get(option) for group in optimizer.param_groups):
+                raise MetaplError(f"inner_optimizer has {option}=True, which metapl does not support; leave it out.")
+        self.follow(parameters)
+        own = {id(p) for p in parameters.values()}
+        foreign = [p for p in held(optimizer) if p.requires_grad and id(p) not in own]
+        if foreign:
+            raise MetaplError(
+                f"inner_optimizer holds {len(held(optimizer))} tensors, the student has {len(parameters)} trainable "
+                f"parameters; {len(foreign)} of the tensors are not the student's. Build it as "
+                "torch.optim.SGD(student.parameters(), ...) from the student that is trained."
+            )
+
+    @staticmethod
+    @abstractmethod
+    def rule(
+        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: dict[str, Any]
+    ) -> tuple[Tensors, list[State]]:
+        """θ′ and s′ of the parameters of one group, differentiable in θ, g and s."""
+
+    def follow(self, parameters: Parameters) -> None:
+        refuse_not_held("inner_optimizer", self.optimizer, parameters, "student")
+        groups = enumerate(self.optimizer.param_groups)
+        group_of = {id(p): number for number, group in groups for p in group["params"]}
+        self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
+        self.parameters = dict(parameters)
+
+    @property
+    def learning_rate(self) -> float | None:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def read_state(self) -> States:
+        return {name: dict(self.optimizer.state.get(p, {})) for name, p in self.parameters.items()}
+
+    def update(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
+        new_params, new_state = dict(params), dict(state)
+        for group, names in self.groups(grads):
+            moved, states = self.rule(
+                [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names], group
+            )
+            new_params.update(zip(names, moved, strict=True))
+            new_state.update(zip(names, states, strict=True))
+        return new_params, new_state
+
+    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
+        # A frozen parameter that the optimizer holds must not be moved by a gradient left over from earlier.
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            for name, p in parameters.items():
+                p.grad = grads.get(name)
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+    def groups(self, grads: Tree) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """The param groups, each with the names of its parameters that have a gradient."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            names = [name for name in grads if self.group_of[name] == number]
+            if names:
+                yield group, names

@@ -1,0 +1,221 @@
+"""TorchOpt transforms, whose updates are functions already, with their traps closed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import CellType, FunctionType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.numerics import Tree
+from metapl.updates.base import Cotangents, Parameters, Update
+
+
+def is_transform(optimizer: Any) -> bool:
+    """Whether something is a TorchOpt transform: a named pair of ``init`` and ``update``."""
+    return (
+        isinstance(optimizer, tuple)
+        and callable(getattr(optimizer, "init", None))
+        and callable(getattr(optimizer, "update", None))
+    )
+
+
+class TransformUpdate(Update):
+    """The update of a TorchOpt transform: its state goes in and comes out, its pullback is the VJP of ``update``.
+
+    Three of TorchOpt's traps are closed here. ``trace`` forgets the momentum of a state handed to a fresh transform
+    (a hidden first-call flag): the flag is spent on a dummy call, so with ``dampening`` the first step is damped like
+    every other, which TorchOpt's own is not. The VJP of ``adam`` is NaN where a gradient entry is
+    exactly zero: it is taken at an entry too small to matter instead. ``clip_grad_norm`` hides its norm from autograd:
+    its exact derivative is put in its place, in chains and masks too. What else has a wrong VJP, such as
+    ``adam(use_accelerated_op=True)``, is found by a central difference on small tensors, once, and refused.
+    """
+
+    def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
+        self.transform = _with_differentiable_clip(transform)
+        self.parameters = dict(parameters)
+        theta = {name: p.detach() for name, p in parameters.items()}
+        zeros = {name: torch.zeros_like(t) for name, t in theta.items()}
+        fresh = self.transform.init(theta)
+        self.transform.update(zeros, fresh, params=theta, inplace=False)
+        self.state = fresh if state is None else state
+        if transform.update not in _checked:
+            _refuse_wrong_vjp(self.transform, theta)
+            _checked.add(transform.update)
+
+    def follow(self, parameters: Parameters) -> None:
+        known = self.parameters
+        changed = [name for name in {**known, **parameters} if known.get(name) is not parameters.get(name)]
+        if changed:
+            raise MetaplError(
+                f"the student's trainable parameters are not those that the state of the TorchOpt transform was made "
+                f"for: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} came, went or were replaced. "
+                "Build a new BilevelTrainer, or use a torch.optim inner optimizer and its add_param_group."
+            )
+
+    def read_state(self) -> Any:
+        return self.state
+
+    def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        grads = self._filled(params, grads)
+        if any(g.requires_grad for g in grads.values()):
+            grads = {name: _off_zero(g) for name, g in grads.items()}
+        updates, state = self.transform.update(grads, state, params=params, inplace=False)
+        return {name: p + updates[name] for name, p in params.items()}, state
+
+    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(new_params[name])
+        self.state = new_state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"leaves": pytree.tree_leaves(self.state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # The structure is the transform's own: only its leaves are stored, so that no code is read from a file.
+        leaves, structure = pytree.tree_flatten(self.state)
+        if len(leaves) != len(state["leaves"]):
+            raise MetaplError(
+                f"the stored state has {len(state['leaves'])} entries, this transform's has {len(leaves)}; build the "
+                "transform as it was built before."
+            )
+        placed = [
+            new.to(old.device) if isinstance(old, Tensor) else new
+            for old, new in zip(leaves, state["leaves"], strict=True)
+        ]
+        self.state = pytree.tree_unflatten(placed, structure)
+
+    def _vjp(
+        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any, *, only_gradient: bool
+    ) -> Cotangents:
+        filled = self._filled(params, grads)
+        return super()._vjp(params, filled, state, v, state_cotangent, only_gradient=only_gradient)
+
+    @staticmethod
+    def _filled(params: Tree, grads: Tree) -> Tree:
+        return {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
+
+
+def _off_zero(g: Tensor) -> Tensor:
+    """g with exact zeros moved to a number too small to matter: sqrt(g²) has no derivative at 0 for autograd.
+
+    For an update that is smooth at 0, such as Adam's with its ε, the derivative differs by O(1e-15/ε).
+    """
+    return torch.where(g == 0, g + (1e-60 if g.dtype == torch.float64 else 1e-15), g)
+
+
+def _vjp(transform: Any, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
+    """(∂U/∂g)ᵀ v by autograd through the transform's ``update``."""
+    at = {name: _off_zero(g).requires_grad_() for name, g in grads.items()}
+    with torch.enable_grad():
+        moved, _ = transform.update(at, state, params=params, inplace=False)
+    pulled = torch.autograd.grad(
+        [moved[name] for name in v], list(at.values()), [v[name] for name in v], materialize_grads=True
+    )
+    return dict(zip(at, pulled, strict=True))
+
+
+_checked: WeakSet[Any] = WeakSet()
+"""The ``update`` functions of transforms whose VJP was found right."""
+
+
+def _refuse_wrong_vjp(transform: Any, like: Tree) -> None:
+    """Compare ⟨(∂U/∂g)ᵀv, d⟩ with a central difference of ⟨v, U⟩, on small float64 tensors of the names in ``like``.
+
+    At the first step with small gradients, where Adam's ε counts, and at the third with large ones, where a clip works.
+    """
+    draw = torch.Generator().manual_seed(0)
+    shapes = {name: [min(n, 2) for n in t.shape] for name, t in like.items()}
+
+    def tree(scale: float) -> Tree:
+        """Entries of random sign, none of them near 0."""
+        drawn = {name: torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
+        return {name: scale * (t / 2 + t.sign() / 2) for name, t in drawn.items()}
+
+    for steps, scale in ((0, 1e-2), (2, 1e2)):
+        params, g, d, v = tree(1.0), tree(scale), tree(scale), tree(1.0)
+        state = transform.init(params)
+        for _ in range(steps):
+            _, state = transform.update(tree(scale), state, params=params, inplace=False)
+        by_autograd = sum(float((t * d[name]).sum()) for name, t in _vjp(transform, params, g, state, v).items())
+        ahead, behind = (
+            transform.update({n: t + eps * d[n] for n, t in g.items()}, state, params=params, inplace=False)[0]
+            for eps in (1e-6, -1e-6)
+        )
+        terms = torch.cat([(v[n] * (ahead[n] - behind[n]) / 2e-6).flatten() for n in v])
+        by_difference = float(terms.sum())
+        bound = 1e-3 * (abs(by_autograd) + abs(by_difference) + float(terms.norm())) + 1e-9
+        if not abs(by_autograd - by_difference) <= bound:
+            raise MetaplError(
+                f"inner_optimizer is a transform whose derivative in the gradient is wrong: along one direction it is "
+                f"{by_autograd:.4g} by autograd and {by_difference:.4g} by a difference of updates, so the feedback "
+                "would be wrong. Of TorchOpt's own, adam and adamw with use_accelerated_op=True are such: leave that "
+                "out, or use torch.optim SGD, Adam or AdamW."
+            )
+
+
+def _with_differentiable_clip(transform: Any, within: tuple[Any, ...] = ()) -> Any:
+    """The transform with TorchOpt's ``clip_grad_norm`` replaced by one that autograd sees, wherever it stands: alone,
+    in a chain, or inside a transform that wraps others, such as ``masked``."""
+    update = _seen_by_autograd(transform.update, within)
+    if update is transform.update:
+        return transform
+    import torchopt
+
+    return torchopt.base.GradientTransformation(transform.init, update)
+
+
+def _seen_by_autograd(thing: Any, within: tuple[Any, ...]) -> Any:
+    """A function, transform or tuple of these, with the clips that its functions close over replaced.
+
+    Args:
+        thing: what is looked into; anything else is returned as it is.
+        within: the functions around it, which it may close over again.
+    """
+    if is_transform(thing):
+        return _with_differentiable_clip(thing, within)
+    if type(thing) is tuple:
+        parts = tuple(_seen_by_autograd(part, within) for part in thing)
+        return parts if any(new is not old for new, old in zip(parts, thing, strict=True)) else thing
+    if not isinstance(thing, FunctionType) or not thing.__closure__ or thing in within:
+        return thing
+    if thing.__module__ == "torchopt.clip":
+        closed = inspect.getclosurevars(thing).nonlocals
+        return _clip_update(float(closed["max_norm"]), closed["norm_type"])
+    cells = tuple(_cell_seen_by_autograd(cell, (*within, thing)) for cell in thing.__closure__)
+    if all(new is old for new, old in zip(cells, thing.__closure__, strict=True)):
+        return thing
+    copy = FunctionType(thing.__code__, thing.__globals__, thing.__name__, thing.__defaults__, cells)
+    copy.__kwdefaults__ = thing.__kwdefaults__
+    return copy
+
+
+def _cell_seen_by_autograd(cell: CellType, within: tuple[Any, ...]) -> CellType:
+    try:
+        old = cell.cell_contents
+    except ValueError:  # not assigned yet
+        return cell
+    new = _seen_by_autograd(old, within)
+    return cell if new is old else CellType(new)
+
+
+def _clip_update(max_norm: float, norm_type: float) -> Callable[..., tuple[Any, Any]]:
+    """g · min(1, max_norm / (‖g‖ + 1e-6)), ‖·‖ over all parameters: TorchOpt's rule, with its derivative."""
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
+        # What a mask leaves out is an empty node, without a tensor.
+        present = [g for g in pytree.tree_leaves(updates) if isinstance(g, Tensor)]
+        if not present:
+            return updates, state
+        flat = torch.cat([g.flatten() for g in present])
+        scale = (max_norm / (torch.linalg.vector_norm(flat, norm_type) + 1e-6)).clamp(max=1.0)
+        return pytree.tree_map_only(Tensor, lambda g: g * scale, updates), state
+
+    return update

@@ -1,0 +1,275 @@
+"""Several student steps looked ahead, against plain double backward through all of them, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from faults import FAULTS_AHEAD
+from problems_zoo import CLASSES, OPTIMISERS, STUDENTS, Toy, everything, mlp, same, toy, unmoved, warm
+from reference import error
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import metapl
+from metapl import Lookahead, MetaplError
+from metapl.feedback import Forward, Unrolled
+
+ESTIMATORS: dict[str, tuple[str, str, str]] = {
+    # mode, kind of labels, what the reference differentiates
+    "unrolled": ("unrolled", "soft", "soft"),
+    "forward": ("forward", "soft", "soft"),
+    "forward_hard": ("forward", "hard", "expected"),
+}
+UPDATES = ["torch_sgd_nesterov", "torch_sgd_dampening", "torch_adam_amsgrad", "torch_adamw", "torchopt_clip_momentum"]
+
+
+def batches(steps: int, problem: Toy, views: bool = False) -> list[Any]:
+    draw, like = torch.Generator().manual_seed(3), problem.labeled[0]
+    one = lambda: torch.randn(4, *like.shape[1:], generator=draw, dtype=like.dtype)  # noqa: E731
+    return [(one(), one()) if views else one() for _ in range(steps)]
+
+
+def check(
+    estimator: str, problem: Toy, optimiser: str, ahead: list[Any], warmed: int = 2, tolerance: float = 1e-8
+) -> metapl.Hypergradient:
+    mode, kind, told = ESTIMATORS[estimator]
+    rule = OPTIMISERS[optimiser]
+    inner, inner_state, rule_state = warm(problem, rule, warmed)
+    problem.draw_from_start()
+    data = {"labeled": problem.labeled, "batches": ahead}
+    expected = reference.several_steps(**problem.networks(), **data, rule=rule.rule, state=rule_state, kind=told)
+    drawn_to = torch.get_rng_state()
+    problem.draw_from_start()
+    with unmoved(problem, *([inner] if rule.torch_class else []), generator=False):
+        found = metapl.hypergradient(
+            **problem.networks(),
+            labeled=problem.labeled,
+            unlabeled=Lookahead(ahead),
+            mode=mode,
+            problem=metapl.PseudoLabels(kind=kind),
+            inner_optimizer=inner,
+            inner_state=inner_state,
+        )
+    tolerance = max(tolerance, rule.tolerance)
+    assert isinstance(found.feedback, tuple)
+    for h, g in zip(found.feedback, expected.signal_grads, strict=True):
+        assert error(h, -g) < tolerance
+    assert error(found.grads, expected.grads) < tolerance
+    assert error(found.student_params, expected.student_params) < tolerance
+    assert error(found.outer_loss, expected.outer_loss) < tolerance
+    assert torch.equal(torch.get_rng_state(), drawn_to)
+    return found
+
+
+@pytest.mark.parametrize("optimiser", UPDATES)
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_feedback_on_every_step_is_exact(estimator: str, steps: int, student: str, optimiser: str) -> None:
+    problem = toy(student)
+    check(estimator, problem, optimiser, batches(steps, problem))
+
+
+@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam"])
+@pytest.mark.parametrize("student", ["batch_norm", "dropout"])
+@pytest.mark.parametrize("estimator", ["forward", "unrolled"])
+def test_twenty_steps(estimator: str, student: str, optimiser: str) -> None:
+    problem = toy(student)
+    check(estimator, problem, optimiser, batches(20, problem))
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_every_update_from_its_first_step_on(optimiser: str) -> None:
+    problem = toy("mlp")
+    check("forward", problem, optimiser, batches(3, problem), warmed=0)
+
+
+def test_two_views() -> None:
+    problem = toy("group_norm")
+    check("forward", problem, "torch_sgd_nesterov", batches(3, problem, views=True))
+
+
+class Penalized(metapl.PseudoLabels):
+    """An inner loss that reads the weights."""
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch) + 0.05 * sum(p.square().sum() for p in params.values())
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_an_inner_loss_that_reads_the_weights(mode: str) -> None:
+    problem, rule = toy("mlp"), OPTIMISERS["torch_sgd_nesterov"]
+    ahead = batches(3, problem)
+    expected = reference.several_steps(
+        **problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule.rule, penalty=0.05
+    )
+    found = metapl.hypergradient(
+        **problem.networks(),
+        labeled=problem.labeled,
+        unlabeled=Lookahead(ahead),
+        mode=mode,
+        problem=Penalized(),
+        inner_optimizer=rule.build(problem.student),
+    )
+    assert error(found.grads, expected.grads) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [Forward, Unrolled])
+def test_truncation_differentiates_the_last_steps_alone(kind: Any) -> None:
+    problem = toy("mlp")
+    ahead = batches(4, problem)
+    inner = OPTIMISERS["torch_adamw"].build(problem.student)
+    data = {"labeled": problem.labeled, "unlabeled": Lookahead(ahead), "inner_optimizer": inner}
+    whole = metapl.hypergradient(**problem.networks(), **data, mode=kind())
+    cut = metapl.hypergradient(**problem.networks(), **data, mode=kind(truncate=2))
+    assert all(not h.any() for h in cut.feedback[:2])
+    for h, expected in zip(cut.feedback[2:], whole.feedback[2:], strict=True):
+        assert error(h, expected) < 1e-12
+    far = metapl.hypergradient(**problem.networks(), **data, mode=kind(truncate=9))
+    assert error(far.grads, whole.grads) < 1e-12
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(MetaplError, match="truncate"):
+            kind(truncate=wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------- the trainer
+
+
+@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "none"])
+def test_the_student_takes_all_the_steps_and_the_teacher_one(mode: str, optimiser: str) -> None:
+    problem = toy("batch_norm")
+    ahead, rule = batches(3, problem), OPTIMISERS[optimiser]
+    outer = torch.optim.SGD(problem.teacher.parameters(), lr=0.5)
+    before = {n: p.detach().clone() for n, p in problem.teacher.named_parameters()}
+    expected = reference.several_steps(**problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule.rule)
+    trainer = metapl.BilevelTrainer(
+        **problem.networks(),
+        mode=mode,
+        inner_optimizer=rule.build(problem.student),
+        outer_optimizer=outer,
+        teacher_losses=(),
+    )
+    report = trainer.step(problem.labeled, Lookahead(ahead))
+    assert error(dict(problem.student.named_parameters()), expected.student_params) < 1e-9
+    assert int(problem.student[1].num_batches_tracked) == 3, "running statistics move once a student step"
+    moved = {n: (before[n] - p.detach()) / 0.5 for n, p in problem.teacher.named_parameters()}
+    if mode == "none":
+        assert not any(t.any() for t in moved.values())
+    else:
+        assert error(moved, expected.grads) < 1e-9
+    assert isinstance(report.feedback, tuple)
+    assert len(report.feedback) == 3
+    assert report.as_dict()["inner_loss"] > 0
+    again = trainer.step(problem.labeled, Lookahead(ahead))
+    assert again.step == 1
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"recompute_teacher": True}, {"clip_norm": 0.3}], ids=str)
+def test_options_go_with_several_steps(options: dict[str, Any]) -> None:
+    """Micro-batches and recomputation change nothing; a clip is part of the update."""
+    found = []
+    for given in ({"clip_norm": options["clip_norm"], "accumulate": 2} if "clip_norm" in options else {}, options):
+        base = toy("group_norm", teacher=mlp)
+        problem = Toy(base.teacher, base.student, (base.labeled[0][:4], base.labeled[1][:4]), None, 0)
+        trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", **given)
+        for _ in range(2):
+            trainer.step(problem.labeled, Lookahead(batches(3, problem)))
+        found.append([p.detach() for net in problem.networks().values() for p in net.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", [m for m in metapl.MODES if m not in ("unrolled", "forward", "none")])
+def test_modes_of_one_step_refuse_more_and_nothing_moves(mode: str) -> None:
+    problem = toy("batch_norm")
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode)
+    before = everything(problem)
+    with pytest.raises(MetaplError, match=rf"mode .{mode}. looks one student step ahead, and 2 batches .*forward"):
+        trainer.step(problem.labeled, Lookahead(batches(2, problem)))
+    assert same(before, everything(problem))
+    trainer.step(problem.labeled, Lookahead(batches(1, problem)))
+
+
+@pytest.mark.parametrize("given", [torch.zeros(3, 4), [], "ab", None])
+def test_a_lookahead_of_anything_but_a_list_of_batches_is_refused(given: Any) -> None:
+    with pytest.raises(MetaplError, match=r"Lookahead was given .*expected a list of batches"):
+        Lookahead(given)
+
+
+def test_a_ratio_is_refused() -> None:
+    problem = toy("mlp")
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", feedback_ratio=0.1)
+    with pytest.raises(MetaplError, match="feedback_ratio is measured on one inner batch"):
+        trainer.step(problem.labeled, Lookahead(batches(2, problem)))
+
+
+# ----------------------------------------------------------------------------------------------- students of many kinds
+
+
+class Checkpointed(nn.Module):
+    """``kind``: how the body is checkpointed, None: it is not."""
+
+    def __init__(self, kind: str | None) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh()), nn.Linear(6, CLASSES)
+        self.first, self.kind = nn.Linear(4, 4), kind
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.head(
+            self.body(x) if self.kind is None else checkpoint(self.body, x, use_reentrant=self.kind == "reentrant")
+        )
+
+
+def with_checkpoints(kind: str | None) -> Toy:
+    base = toy("mlp")
+    return Toy(base.teacher, Checkpointed(kind), base.labeled, None, 0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "reentrant"])
+def test_activation_checkpoints_are_run_again_at_their_own_weights(kind: str) -> None:
+    problem = with_checkpoints(None)
+    plain = check("forward", problem, "torch_sgd_nesterov", batches(3, problem), warmed=0)
+    again = metapl.hypergradient(
+        **(problem := with_checkpoints(kind)).networks(),
+        labeled=problem.labeled,
+        unlabeled=Lookahead(batches(3, problem)),
+        inner_optimizer=OPTIMISERS["torch_sgd_nesterov"].build(problem.student),
+    )
+    assert error(again.grads, plain.grads) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["plain", "reentrant"])
+def test_unrolled_refuses_checkpoints_over_several_steps(kind: str) -> None:
+    problem = with_checkpoints(kind)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="unrolled")
+    before = everything(problem)
+    with pytest.raises(MetaplError, match=r"activation checkpoints .*mode=\"forward\""):
+        trainer.step(problem.labeled, Lookahead(batches(2, problem)))
+    assert same(before, everything(problem))
+
+
+def test_hooks_of_parameters_are_refused_from_the_second_step_on() -> None:
+    problem = toy("mlp")
+    next(problem.student.parameters()).register_hook(lambda g: 2 * g)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
+    with pytest.raises(MetaplError, match="has a hook of register_hook"):
+        trainer.step(problem.labeled, Lookahead(batches(2, problem)))
+
+
+# ------------------------------------------------------------------------------------------------------- planted faults
+
+
+@pytest.mark.parametrize("fault", FAULTS_AHEAD)
+def test_planted_faults_are_seen(fault: str) -> None:
+    problem = toy("mlp")
+    with pytest.MonkeyPatch.context() as patch:
+        FAULTS_AHEAD[fault](patch)
+        with pytest.raises(AssertionError):
+            check("forward", problem, "torch_sgd_nesterov", batches(3, problem))
