@@ -21,11 +21,11 @@ from metapl.data.images.store import MemoryImages
 from metapl.data.views.base import Identity
 from metapl.data.views.randaugment import ResizedCrop, Weak
 from metapl.errors import MetaplError
-from metapl.experiments.experiment import ROLES, Experiment
+from metapl.experiments.experiment import Experiment
 from metapl.experiments.looking import Colors, Look
 from metapl.experiments.settle import chosen, fitted
 from metapl.recipes import Digits, ImageFolders
-from metapl.recipes.base import Optimizer, Task
+from metapl.recipes.base import ROLES, Optimizer, Task
 from metapl.recipes.images import (
     CLIPPED,
     HUE,

@@ -6,8 +6,9 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
+
+from metapl.cli.commands import COMMANDS, after_training
 
 HELP = """\
 metapl trains a classifier from a few labelled examples and many unlabelled
@@ -45,9 +46,6 @@ Each command says more with --help: metapl train digits --help.
 metapl --version says which metapl this is; metapl --print-completion SHELL
 completes commands and flags in bash, zsh or fish.
 """
-
-COMMANDS = ("train", "evaluate", "predict", "finetune", "compare", "export")
-
 
 RECIPES_HELP = """\
 metapl train RECIPE, with RECIPE one of:
@@ -144,9 +142,3 @@ def _after_training(command: str, given: list[str]) -> int:
     from metapl.cli.parse import parse
 
     return parse(after_training(command), f"metapl {command}", given)()
-
-
-def after_training(command: str) -> type[Callable[[], int]]:
-    """The class of a command, which is imported when it is asked for: ``Evaluate`` of ``metapl.cli.evaluate``."""
-    kind: type[Callable[[], int]] = getattr(import_module(f"metapl.cli.{command}"), command.capitalize())
-    return kind

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from metapl.cli import COMMANDS, after_training
+from metapl.cli.commands import COMMANDS, after_training
 from metapl.cli.train import COMMANDS as RECIPES
 from metapl.errors import MetaplError
 

@@ -6,9 +6,8 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from metapl.data.feed import feed
 from metapl.data.images.store import FileImages, Images, MemoryImages
-from metapl.experiments.experiment import ROLES, Experiment
-from metapl.recipes.base import Task
+from metapl.experiments.methods import train
+from metapl.recipes.base import ROLES, Task
 from metapl.recipes.images import ImageFolders
+from metapl.recipes.methods import METHODS
 from metapl.recipes.pictures import Pictures
-from metapl.runs.folder import RunFolder
 from metapl.training import FitResult, Trainer
 
 SHARE = 0.85
@@ -49,45 +48,6 @@ Clock = Callable[[], float]
 """Seconds from some moment on."""
 
 
-@dataclass(frozen=True)
-class _Rehearsal(Experiment):
-    """An experiment whose fits are a few steps, timed: ``seconds`` a step, of each fit."""
-
-    seconds: list[float] = field(default_factory=list)
-    clock: Clock = time.monotonic
-
-    def fit(
-        self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
-    ) -> FitResult:
-        sources = [labeled] if unlabeled is None else [labeled, unlabeled]
-        workers = self.recipe.fit_options().get("num_workers", 0)
-        with ExitStack() as opened:
-            feeds = [
-                feed(source, name=str(i), stop=2**31, num_workers=workers, device=trainer.device)
-                for i, source in enumerate(sources)
-            ]
-            for source in feeds:
-                opened.callback(source.close)
-            batches = iter(lambda: [source.next() for source in feeds], None)
-            self.seconds.append(self._mean(trainer, batches, waits=0 if "wait" in over else None))
-        weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
-        return FitResult(None, 0, weights)
-
-    def _mean(self, trainer: Trainer, batches: Iterator[Any], waits: int | None) -> float:
-        """Seconds of a step, averaged over the run; ``waits``: steps before the student begins, None: the recipe's."""
-        waits = self.recipe.fit_options().get("wait", 0) if waits is None else waits
-        begins = min(getattr(self.recipe, "uda_start", 0), self.recipe.steps)
-        # Steps differ before and after UDA begins, and while a student waits: each kind is timed, and counts as often
-        # as it comes.
-        edges = sorted({0, begins, waits, self.recipe.steps})
-        seconds = 0.0
-        for first, last in pairwise(edges):
-            trainer.steps_done = first
-            step = trainer.teacher_step if first < waits else trainer.step
-            seconds += (last - first) / self.recipe.steps * _seconds(step, batches, self.clock)
-        return seconds
-
-
 def _seconds(step: Callable[..., Any], batches: Iterator[Any], clock: Clock) -> float:
     """The median of a step, the making of its batches included."""
     times: list[float] = []
@@ -98,6 +58,27 @@ def _seconds(step: Callable[..., Any], batches: Iterator[Any], clock: Clock) -> 
         report.as_dict()  # waits for the device
         times.append(clock() - since)
     return statistics.median(times[WARM:])
+
+
+def _seconds_of_a_step(
+    recipe: ImageFolders, trainer: Trainer, sources: Sequence[Any], waits: int, clock: Clock
+) -> float:
+    """Averaged over the run: steps differ before and after UDA begins, and while a student waits. Each kind is timed,
+    and counts as often as it comes."""
+    begins = min(recipe.uda_start, recipe.steps)
+    seconds = 0.0
+    with ExitStack() as opened:
+        feeds = []
+        for number, source in enumerate(sources):
+            batches = feed(source, name=str(number), stop=2**31, num_workers=recipe.num_workers, device=trainer.device)
+            opened.callback(batches.close)
+            feeds.append(batches)
+        steps = iter(lambda: [batches.next() for batches in feeds], None)
+        for first, last in pairwise(sorted({0, begins, waits, recipe.steps})):
+            trainer.steps_done = first
+            step = trainer.teacher_step if first < waits else trainer.step
+            seconds += (last - first) / recipe.steps * _seconds(step, steps, clock)
+    return seconds
 
 
 def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> float:
@@ -111,16 +92,25 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
 
     Cost: some seconds; the default generator is put back.
     """
+    seconds = []
+
+    def rehearse(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
+        """A fit of a few steps, which are timed."""
+        sources = [labeled] if unlabeled is None else [labeled, unlabeled]
+        waits = options.get("wait", recipe.wait)
+        seconds.append(_seconds_of_a_step(recipe, trainer, sources, waits, clock))
+        return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
+
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         images = _noise(recipe, Path(folder))
         labels = torch.arange(PICTURES) % len(recipe.classes)
-        sources = recipe.batches(Pictures(few=images, labels=labels, many=images))
-        task = Task(**sources, classes=recipe.classes, record={})
-        rehearsal = _Rehearsal(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None, clock=clock)
-        networks = [recipe.network(role).to(recipe.torch_device()) for role in ROLES]
-        rehearsal.train(recipe.method, task, *networks)
-    return sum(rehearsal.seconds)
+        task = Task(
+            **recipe.batches(Pictures(few=images, labels=labels, many=images)), classes=recipe.classes, record={}
+        )
+        teacher, student = (recipe.network(role).to(recipe.torch_device()) for role in ROLES)
+        train(METHODS[recipe.method], recipe, task, teacher, student, rehearse)
+    return sum(seconds)
 
 
 def _noise(recipe: ImageFolders, folder: Path) -> Images:

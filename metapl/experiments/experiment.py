@@ -17,7 +17,7 @@ from metapl.experiments.galleries import draw_galleries, read_galleries, write_g
 from metapl.experiments.methods import ALONE, train
 from metapl.metrics import Evaluation, interval, spoken
 from metapl.problems.losses import CrossEntropy
-from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
+from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.recipes.methods import METHODS, title
 from metapl.runs.folder import Metrics, RunFolder, weights_file
 from metapl.training import FitResult, Say, Trainer
@@ -267,8 +267,6 @@ def _unused(network: nn.Module) -> torch.optim.Optimizer:
     """An optimizer for a trainer that only evaluates."""
     return torch.optim.SGD(network.parameters(), lr=0.0)
 
-
-ROLES: tuple[Role, ...] = ("teacher", "student")
 
 TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
 """The networks of a run in words."""

@@ -29,6 +29,8 @@ Say = Callable[[str], None]
 
 Role = Literal["teacher", "student"]
 
+ROLES: tuple[Role, ...] = ("teacher", "student")
+
 if TYPE_CHECKING:
     Mode = str
 else:

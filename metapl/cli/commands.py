@@ -1,0 +1,14 @@
+"""The commands by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+COMMANDS = ("train", "evaluate", "predict", "finetune", "compare", "export")
+
+
+def after_training(command: str) -> type[Callable[[], int]]:
+    """The class of a command that works on a finished run; it is imported when it is asked for."""
+    kind: type[Callable[[], int]] = getattr(import_module(f"metapl.cli.{command}"), command.capitalize())
+    return kind
