@@ -43,7 +43,8 @@ from metapl.recipes.images import (
 )
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
 from metapl.recipes.pictures import Pictures, Strong
-from metapl.runs.folder import Metrics, RunFolder
+from metapl.runs.folder import RunFolder
+from metapl.runs.metrics import Metrics
 
 METHODS_OF_IMAGES = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels")
 SIZED: dict[str, Any] = {

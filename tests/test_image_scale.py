@@ -408,7 +408,7 @@ def test_every_kind_of_file_through_the_command(tmp_path: Path) -> None:
     assert unprompted(done.stderr) == ""
     assert "labeled: 10 of 24 files are left out" in done.stdout
     assert "unlabeled: 5 of 15 files are left out" in done.stdout
-    assert "unlabeled: files that are no pictures by their names are passed over: 1 with .txt" in done.stdout
+    assert "unlabeled: files without the name of a picture are passed over: 1 with .txt" in done.stdout
     for reason in (
         "2 skipped: the picture has more than the 89,478,485 pixels that are allowed (a/bomb.png, b/bomb.png)",
         "1 skipped: the file is empty (deep/empty.jpg)",

@@ -21,7 +21,8 @@ from metapl.experiments.store import describe, stored
 from metapl.metrics import evaluate_logits
 from metapl.recipes import Digits, Feedback, ImageFolders, Optimizer, from_dict
 from metapl.recipes.methods import CONTROLS, METHODS
-from metapl.runs.folder import FORMAT, WEIGHTS, Metrics, RunFolder
+from metapl.runs.folder import FORMAT, WEIGHTS, RunFolder
+from metapl.runs.metrics import Metrics
 from metapl.training import FitResult
 
 
@@ -178,7 +179,7 @@ def test_a_folder_of_another_format_or_recipe_is_refused(tmp_path: Path) -> None
     folder.write_json("recipe.json", read(tmp_path, "recipe.json") | {"format": 99})
     with pytest.raises(MetaplError, match=r"written in run format 99; this metapl .* reads format 2"):
         folder.recipe()
-    with pytest.raises(MetaplError, match=r"no run folder .* result\.json is missing"):
+    with pytest.raises(MetaplError, match=r"result\.json is missing in .*not a run folder"):
         folder.read_json("result.json")
     with pytest.raises(MetaplError, match=r"student\.safetensors is missing"):
         folder.read_weights("student.safetensors")

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"metapl: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Whoever read this has gone, as head does. What is still buffered must not be tried again at exit.
+        # The reader has gone, as head does. What is still buffered must not be written again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:

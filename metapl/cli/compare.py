@@ -64,7 +64,7 @@ class Compare:
 
     Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
     with other options) was run with the same seeds. Otherwise, or with other numbers of labels, the accuracies are
-    listed, and it is said why they are not paired. Runs whose steps were measured to fit into the same minutes are
+    listed, with the reason why they are not paired. Runs whose steps were measured to fit into the same minutes are
     paired even if the numbers of steps differ; the table then has them. Runs of different recipes, on different data or
     of different classes are refused: their test sets differ.
 
@@ -188,7 +188,7 @@ def _table(by_run: Sequence[tuple[LoadedRun, list[Entry]]]) -> str:
         for method in dict.fromkeys(entry.method for entry in entries):
             by_seed = [entry for entry in entries if entry.method == method]
             accuracies = [spread([entry.accuracies[readout] for entry in by_seed], digits=2) for readout in READOUTS]
-            steps = [f"{by_seed[0].steps:,}"] * differ  # those of a comparison are all the same
+            steps = [f"{by_seed[0].steps:,}"] * differ  # all runs of a comparison have the same number
             rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in by_seed]), *steps, *accuracies))
     return table(rows, left=3)
 

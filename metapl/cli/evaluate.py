@@ -49,7 +49,7 @@ class Evaluate:
     """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
     It is the network that the run delivers, or the one named. The accuracy is the one in the run's result.json; where
-    it is not, that is said. Of a comparison, it is of the run that the comparison delivers: the best method's best seed
+    it is not, the output says so. Of a comparison, it is of the run that the comparison delivers: the best method's best seed
     by validation, and the first method's first seed where validation cannot tell. Beside it stand its 95 % interval,
     the chance level, which is what always naming the largest class gives, and what guessing evenly among them gives.
 
@@ -130,7 +130,7 @@ class _Measured:
         batches: pictures and labels.
         names: of the pictures, once the batches were read; None where they have none.
         part: what the accuracy is called.
-        remark: what is said of it.
+        remark: what is printed beside it.
         skipped: how many files were left out, once the batches were read.
         about: for JSON.
     """

@@ -20,7 +20,8 @@ from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.table import table
 from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
-from metapl.runs.folder import Metrics, RunFolder
+from metapl.runs.folder import RunFolder
+from metapl.runs.metrics import Metrics
 from metapl.training import FitResult, Interrupted
 from metapl.training.selection import weights_of
 
@@ -95,7 +96,7 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
         chosen = networks[name]
         if name not in ("finetuned", run.result["delivered"]):
             network = run.network(name).to(device)
-            chosen = experiment.measured(name, task, network, chosen.validation_accuracy, {})
+            chosen = experiment.network(name, task, network, chosen.validation_accuracy, {})
     result = run.result | tuned.accuracies("finetuned_")
     result["validation_chance"] = task.validation_chance
     result["finetuned_with"] = {"steps": recipe.finetune_steps, "lr": recipe.finetune.lr}

@@ -19,7 +19,7 @@ LABELS_ALONE = ("supervised", "label_smoothing", "supervised_everything")
 """Methods that do not look at unlabelled pictures."""
 
 WITH_FEEDBACK = ("mpl", *CONTROLS)
-"""Methods whose teacher is told how the student did."""
+"""Methods whose teacher learns from the student's feedback."""
 
 BY_UDA = ("uda", "fixmatch")
 """Methods that are UDA alone."""

@@ -72,7 +72,7 @@ class Inputs:
 
 
 def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
-    """Refuse logits that are no numbers, and name what they are of."""
+    """Refuse logits that are not finite, and name the examples."""
     bad = [name for name, fine in zip(names, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
     if bad:
         more = f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""

@@ -19,7 +19,7 @@ from metapl.recipes import ImageFolders, Recipe
 class TestFolder:
     """The pictures of a folder that holds one folder a class, read as those that a run was trained on.
 
-    What a user should know of them is said on standard error.
+    Notes on them go to standard error.
 
     Args:
         recipe: of the run; its classes are those that count.
@@ -70,7 +70,7 @@ class TestFolder:
             yield f"{self.files.loose} pictures beside the class folders are not used."
         if self.files.passed_over:
             kinds = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(self.files.passed_over.items()))
-            yield f"files that are no pictures by their names are passed over: {kinds}."
+            yield f"files without the name of a picture are passed over: {kinds}."
         if isinstance(recipe, ImageFolders):
             yield from self._copies(recipe)
 

@@ -83,7 +83,7 @@ class Train:
         """
 
     def _settled(self, out: Path) -> Any:
-        """The recipe as it can be stored: what is left open is chosen, or is as it was where a run is gone on with."""
+        """The recipe as it can be stored: what was left open is chosen, or taken from the run that is resumed."""
         recipe: Recipe = self.recipe
         if not isinstance(recipe, ImageFolders):
             return recipe.settled() if isinstance(recipe, Vision) else recipe
@@ -171,7 +171,7 @@ class Train:
         results = {}
         to_run = [job for job in jobs if not (job.folder / "result.json").exists()]
         pace = Pace([job.method for job in to_run], workers)
-        with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping
+        with closing(run_all(jobs, workers)) as running:  # the workers end before the command says that it stopped
             for number, (job, result, seconds) in enumerate(running, 1):
                 results[job.method, job.recipe.seed] = result
                 if job in to_run:
@@ -292,7 +292,7 @@ def _terminable() -> Iterator[None]:
     def unwind(number: int, frame: Any) -> None:
         raise _Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # signals are another's affair
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, unwind)

@@ -18,7 +18,7 @@ DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accur
 """What is compared: the network that a run delivers, the student, and the student finetuned."""
 
 ENOUGH_SEEDS = 5
-"""Of fewer, nothing is said on whether the feedback helped: a t-test over 3 pairs hardly ever finds what is there, and
+"""With fewer, no claim is made that the feedback helped or not: a t-test over 3 pairs hardly ever finds what is there, and
 what it does find is as often luck."""
 
 
@@ -86,7 +86,7 @@ class Comparison:
         return method, max(self.seeds, key=by_seed.__getitem__)
 
     def _methods(self) -> list[str]:
-        """Those that can be used, unless there are no others."""
+        """The methods that can be used, or all where the headroom is alone."""
         headroom = [name for name, method in METHODS.items() if method.place == "headroom"]
         return [name for name in self.methods if name not in headroom] or list(self.methods)
 

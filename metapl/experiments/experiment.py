@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from metapl.data.images.store import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.methods import ALONE, train
-from metapl.metrics import Evaluation, interval, spoken
-from metapl.problems.losses import CrossEntropy
+from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
+from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.recipes.methods import METHODS, title
-from metapl.runs.folder import Metrics, RunFolder, weights_file
+from metapl.runs.folder import RunFolder, weights_file
+from metapl.runs.metrics import Metrics
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.finetuning import finetune
-from metapl.training.loss_trainer import LossTrainer
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,10 @@ class Experiment:
             "validation_size": task.validation_size,
             "validation_chance": task.validation_chance,
             "delivered_by": "validation" if self.selects(task) else "rule",
-            **{
-                key: value
-                for network in networks.values()
-                for key, value in network.accuracies(f"{network.name}_").items()
-            },
             **chosen.as_delivered(),
         }
+        for network in networks.values():
+            content |= network.accuracies(f"{network.name}_")
         self.report(content, chosen.evaluation, task)
         self.folder.write_json("result.json", content)
         unread = replaced_files(self.skipped)
@@ -83,36 +80,29 @@ class Experiment:
 
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher."""
-        networks = [self.network("student", task, trained, result.validation_accuracy, result.weights)]
-        if result.teacher_weights is not None and METHODS[method].teaches and trained.labeller is not None:
-            trainer = LossTrainer(trained.labeller, (CrossEntropy(),), optimizer=_unused(trained.labeller))
-            accuracy = None if task.validation is None else trainer.evaluate(task.validation).accuracy
-            networks.append(self.network("teacher", task, trainer, accuracy, result.teacher_weights))
+        networks = [self.network("student", task, trained.student, result.validation_accuracy, result.weights)]
+        teacher = trained.labeller
+        if result.teacher_weights is not None and METHODS[method].teaches and teacher is not None:
+            accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
+            networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))
         networks.append(self.finetuned(task, trained.student, result))
         return {network.name: network for network in networks}
 
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
         """:meth:`finetune`, and what the student then reaches."""
         tuned = self.finetune(task, student, before)
-        return self.measured("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
+        return self.network("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
 
-    def measured(
+    def network(
         self,
         name: str,
         task: Task,
-        network: nn.Module,
+        module: nn.Module,
         validation_accuracy: float | None,
         weights: Mapping[str, Tensor],
     ) -> Network:
-        """:meth:`network` for a module that has these weights, whatever has trained it."""
-        trainer = LossTrainer(network, (CrossEntropy(),), optimizer=_unused(network))
-        return self.network(name, task, trainer, validation_accuracy, weights)
-
-    def network(
-        self, name: str, task: Task, trainer: Trainer, validation_accuracy: float | None, weights: Mapping[str, Tensor]
-    ) -> Network:
-        """A trained network with what it reaches; the trainer's student is that network."""
-        tested = None if task.test is None else trainer.evaluate(task.test, classes=list(task.classes))
+        """A module that has these weights, with what it reaches on the test set."""
+        tested = None if task.test is None else evaluated(module, task.test, task.classes)
         return Network(name, dict(weights), validation_accuracy, tested)
 
     # ------------------------------------------------------------------------------------------------- the phases
@@ -263,9 +253,11 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _unused(network: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer for a trainer that only evaluates."""
-    return torch.optim.SGD(network.parameters(), lr=0.0)
+def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:
+    """A network on (inputs, labels), or batches of these."""
+    device = next(network.parameters()).device
+    logits, labels = predict_logits(network, batches_of(data, device))
+    return evaluate_logits(logits, labels, classes and list(classes))
 
 
 TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}

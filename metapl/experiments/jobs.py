@@ -61,7 +61,7 @@ def _silent(text: str) -> None:
 
 
 def aloud(text: str) -> None:
-    """Show a message to whoever waits for it."""
+    """Show a message on standard output."""
     print(text, flush=True)
 
 

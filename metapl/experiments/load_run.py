@@ -122,7 +122,7 @@ def load_run(path: Path) -> LoadedRun:
         raise MetaplError(f"{path} is a file; expected the folder of a run." if path.exists() else _missing(path))
     folder = RunFolder(path)
     if not folder.exists:
-        raise MetaplError(f"{path} is no run folder: there is no recipe.json in it.")
+        raise MetaplError(f"{path} is not a run folder: there is no recipe.json in it.")
     recipe, description = stored(folder)
     if not (path / "result.json").is_file():
         raise MetaplError(

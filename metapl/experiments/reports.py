@@ -9,7 +9,7 @@ from typing import Any
 
 from metapl.experiments.comparison import Comparison
 from metapl.recipes.methods import title
-from metapl.runs.folder import Metrics
+from metapl.runs.metrics import Metrics
 
 SHOWN = 7
 """Methods that one picture can tell apart."""

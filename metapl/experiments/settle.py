@@ -59,7 +59,7 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
         kept = {name: getattr(before, name) for name in (*CHOSEN, "minutes") if getattr(given, name) is None}
         recipe = dataclasses.replace(recipe, **kept, changes=given.changes.settled(bool(before.changes.recolor)))
         return recipe.for_network(recipe.network_name)
-    if not verify_files(labeled).skipped:  # else it is said first what is left out
+    if not verify_files(labeled).skipped:  # else the files that are left out are listed first
         refuse_errors(check_folders(labeled))  # before anything is measured
     seen = look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
     recipe = fitted(recipe, seen)

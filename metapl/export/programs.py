@@ -133,7 +133,7 @@ def _first_line(error: Exception) -> str:
 
 _ELSEWHERE = f"""
 import os, sys
-sys.modules["metapl"] = None  # whoever imports it fails
+sys.modules["metapl"] = None  # an import of it fails
 import torch
 logits = {{}}
 batches = torch.load("batches.pt")

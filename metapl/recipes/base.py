@@ -23,7 +23,7 @@ from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.training import FitOptions
 
 SELECTED_ON = 50
-"""Validation examples from which on students are told apart by them: of 50, 7 points are one standard error."""
+"""The fewest validation examples to choose a student by: with 50, one standard error is 7 points."""
 
 Say = Callable[[str], None]
 
@@ -84,7 +84,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback:
-    """How the teacher is told.
+    """How the teacher learns from the student.
 
     Args:
         mode: how the gradient of the feedback is computed; see ``metapl.MODES``.
@@ -143,7 +143,7 @@ class Task:
         split: how the examples were divided, for the run folder's ``split.json``.
         skipped: files that are left out, each with the reason.
         record: what was found and how it was split, for the run folder's ``data.json``; its ``hash`` says of which
-            data: a run is gone on with on the same alone.
+            data: a run is resumed on the same data only.
     """
 
     labeled: Any

@@ -427,7 +427,7 @@ class _Look:
             files = scan(folder, count)
         if files.passed_over:
             others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
-            self.tell(f"{name}: files that are no pictures by their names are passed over: {others}")
+            self.tell(f"{name}: files without the name of a picture are passed over: {others}")
         return files
 
     def sound(self, files: FilesT, name: str) -> FilesT:

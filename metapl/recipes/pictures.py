@@ -96,8 +96,8 @@ class Views:
     """What is done to the pictures of a step.
 
     Args:
-        weak: to unlabelled pictures for whoever labels them.
-        strong: to the same for whoever learns these labels.
+        weak: to unlabelled pictures, for the network that labels them.
+        strong: to the same pictures, for the network that learns these labels.
         labeled: to labelled ones.
         crop: the box that is cut out of a file before any of them.
     """

@@ -2,7 +2,7 @@
 
 ``Vision`` is for any of them; the recipes after it are ``Vision`` with other defaults. Those named after a protocol
 take the settings of the code that the authors published, those that end with ``Paper`` the published table, as far as
-each tells; what is from neither is said. Every field can be changed.
+each states them; what is from neither is marked so. Every field can be changed.
 """
 
 from __future__ import annotations

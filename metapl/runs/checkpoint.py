@@ -390,7 +390,7 @@ def _open_whole(path: Path) -> BinaryIO:
             if stat.S_ISDIR(mode):
                 raise CheckpointError(f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()")
             if not stat.S_ISREG(mode):
-                raise CheckpointError(f"{path} is no regular file; give one that metapl.runs.checkpoint.save wrote")
+                raise CheckpointError(f"{path} is not a regular file; give one that metapl.runs.checkpoint.save wrote")
             file = opened.enter_context(path.open("rb"))
             size, sha256 = _read_header(path, file)
             digest = hashlib.sha256()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -27,13 +26,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-import torch
 from torch import Tensor
 
-from metapl.cores import available_cores, default_threads
+from metapl.cores import default_threads
 from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing
 from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.environment import environment
 from metapl.runs.locks import lock
 
 FORMAT = 2
@@ -120,7 +119,7 @@ class RunFolder:
     def threads(self) -> int:
         """Threads of the linear algebra that the run in the folder was started with; for a new one, the default.
 
-        Whoever goes on with a run, or looks at it again, takes as many: rounding depends on their number.
+        A resumed run, or one that is evaluated again, takes as many: rounding depends on their number.
         """
         begun = self.read_json("recipe.json").get("made_with", {}) if self.exists else {}
         return int(begun.get("threads") or default_threads())
@@ -141,7 +140,9 @@ class RunFolder:
         """One of the folder's JSON files."""
         file = self.path / name
         if not file.is_file():
-            raise MetaplError(f"{self.path} is no run folder that has got so far: {name} is missing in it.")
+            raise MetaplError(
+                f"{name} is missing in {self.path}: this is not a run folder, or its run has not come so far."
+            )
         try:
             content: dict[str, Any] = json.loads(file.read_text())
         except (OSError, ValueError) as error:
@@ -167,7 +168,7 @@ class RunFolder:
 
     def _how_to_get(self, name: str) -> str:
         if not (self.path / "result.json").is_file():
-            return "The run has not got so far: finish it with --resume."
+            return "The run has not come so far: finish it with --resume."
         left = [network for network, file in WEIGHTS.items() if (self.path / file).is_file()]
         instead = f" What is left: --network {' or '.join(left)}." if left else ""
         return f"The run was finished, so --resume does not mend it: train again with another --out.{instead}"
@@ -221,45 +222,6 @@ class _Beginning:
                 folder.rmdir()
             except OSError:  # another run is in it by now
                 return
-
-
-class Metrics:
-    """``metrics.jsonl``, one row per logged step of a phase.
-
-    Rows after the step that is resumed from belong to work that was lost: they are cut off before going on, so the file
-    of a resumed run equals that of an uninterrupted one.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def rows(self, phase: str | None = None) -> list[dict[str, Any]]:
-        """The rows written so far, a torn last line left out."""
-        if not self.file.exists():
-            return []
-        lines = self.file.read_text().split("\n")[:-1]
-        rows = [json.loads(line) for line in lines if line]
-        return [row for row in rows if phase is None or row["phase"] == phase]
-
-    def cut(self, phase: str, step: int) -> None:
-        """Forget rows of ``phase`` after ``step``, and go on behind the other phases' rows."""
-        rows = self.rows()
-        others = [row for row in rows if row["phase"] != phase]
-        kept = [row for row in rows if row["phase"] == phase and row["step"] <= step]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.file) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in others + kept).encode())
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row."""
-        with self.file.open("a") as file:
-            file.write(json.dumps(dict(row)) + "\n")
-
-    def sync(self) -> None:
-        """Put the rows on disk."""
-        if self.file.exists():
-            with self.file.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 @contextmanager
@@ -317,29 +279,3 @@ def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:
             if time.monotonic() > give_up:
                 raise MetaplError(f"another process is running in {folder}; wait for it, or stop it.") from None
             time.sleep(0.1)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record of a run."""
-    cuda = torch.cuda.is_available()
-    return {
-        "metapl": version("metapl"),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "torchopt": version("torchopt"),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cpus": available_cores(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

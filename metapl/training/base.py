@@ -87,7 +87,7 @@ class Trainer(Stepwise):
         """
         fit_options = FitOptions(steps=steps, **options)
         if out == "":
-            raise MetaplError("out='' is no folder; expected its path, or None to keep nothing.")
+            raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
         folder = RunFolder(out) if isinstance(out, str | Path) else out
         run = FitRun(self, fit_options, folder, validation, truth, progress, say or _to_stderr, callbacks)
         return run.run(labeled, unlabeled, resume)
@@ -110,7 +110,7 @@ class Trainer(Stepwise):
 
         Cost: one forward pass per example, on at most 1,024 at a time where the inputs come as a whole.
 
-        Raises: :class:`metapl.MetaplError` for data of another kind, and for outputs that are no logits (B, C).
+        Raises: :class:`metapl.MetaplError` for data of another kind, and for outputs that are not logits (B, C).
 
         >>> import metapl
         >>> student = torch.nn.Linear(4, 3)

@@ -21,8 +21,8 @@ goes on where it was when the fit is resumed.
 class StopFit(Exception):
     """Raised by a callback to end the fit after the step at hand, as if it had been the last one.
 
-    The student is then chosen as at the end of any fit, a checkpoint is written, the text is told, and a resumed fit
-    is a finished one. During ``wait`` the student has not begun: the fit then returns it untrained, beside the teacher
+    The student is then chosen as at the end of any fit, a checkpoint is written, the text is shown, and the fit
+    counts as finished when it is resumed. During ``wait`` the student has not begun: the fit then returns it untrained, beside the teacher
     that was trained, and says so.
 
     >>> import torch, metapl
@@ -58,7 +58,7 @@ class Callbacks:
         return "; ".join(filter(None, reasons)) if reasons else None
 
     def _called(self, callback: Callback, step: int, row: Mapping[str, float]) -> str | None:
-        # Whoever only looks must not change the run: a DataLoader, for one, draws from the default generator.
+        # Observing must not change the run: a DataLoader, for one, draws from the default generator.
         with replayed(RandomState.now(self.trainer.device)):
             try:
                 callback(step, dict(row), self.trainer)

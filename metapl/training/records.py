@@ -10,7 +10,8 @@ from typing import Any
 
 from metapl.errors import MetaplError
 from metapl.runs import checkpoint
-from metapl.runs.folder import Metrics, RunFolder
+from metapl.runs.folder import RunFolder
+from metapl.runs.metrics import Metrics
 from metapl.runs.tensorboard import Events
 from metapl.training.contract import Say
 from metapl.training.options import FitOptions
