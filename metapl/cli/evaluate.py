@@ -49,9 +49,10 @@ class Evaluate:
     """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
     It is the network that the run delivers, or the one named. The accuracy is the one in the run's result.json; where
-    it is not, the output says so. Of a comparison, it is of the run that the comparison delivers: the best method's best seed
-    by validation, and the first method's first seed where validation cannot tell. Beside it stand its 95 % interval,
-    the chance level, which is what always naming the largest class gives, and what guessing evenly among them gives.
+    it is not, the output says so. Of a comparison, the run that the comparison delivers is measured: the best method's
+    best seed by validation, and the first method's first seed where validation cannot tell. Beside it stand its 95 %
+    interval, the chance level, which is what always naming the largest class gives, and what guessing evenly among them
+    gives.
 
     A run without a test set is measured on its validation examples, and the accuracy is called so.
 
