@@ -18,8 +18,8 @@ DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accur
 """What is compared: the network that a run delivers, the student, and the student finetuned."""
 
 ENOUGH_SEEDS = 5
-"""With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever finds a difference, and
-one that it finds is as often luck."""
+"""With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever finds a difference,
+and one that it finds is as often luck."""
 
 
 @dataclass(frozen=True)

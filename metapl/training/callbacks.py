@@ -21,9 +21,9 @@ goes on where it was when the fit is resumed.
 class StopFit(Exception):
     """Raised by a callback to end the fit after the step at hand, as if it had been the last one.
 
-    The student is then chosen as at the end of any fit, a checkpoint is written, the text is shown, and the fit
-    counts as finished when it is resumed. During ``wait`` the student has not begun: the fit then returns it untrained, beside the teacher
-    that was trained, and says so.
+    The student is then chosen as at the end of any fit, a checkpoint is written, the text is shown, and the fit counts
+    as finished when it is resumed. During ``wait`` the student has not begun: the fit then returns it untrained, beside
+    the teacher that was trained, and says so.
 
     >>> import torch, metapl
     >>> def stop_at_small_loss(step, row, trainer):
