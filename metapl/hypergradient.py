@@ -115,8 +115,10 @@ def check_kind(sampled: bool, mode: Estimator) -> None:
 
 
 def refuse_other_fields(step: InnerStep) -> None:
-    """Refuse an inner loss that has a derivative in a field of the signal beside ``value``: the feedback has not."""
+    """Refuse an inner loss with a derivative in a field of a sampled signal beside ``value``: the feedback has none."""
     signal = step.signal
+    if not signal.sampled:
+        return
     fields = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
     leaves = {n: t.detach().requires_grad_() for n, t in fields.items() if t is not None and t.is_floating_point()}
     if not leaves:
@@ -130,10 +132,9 @@ def refuse_other_fields(step: InnerStep) -> None:
     for name, g in zip(leaves, grads, strict=True):
         if g is not None:
             raise MetaplError(
-                f"inner_loss has a derivative in signal.{name}, and the feedback is of signal.value"
-                + (" by its log-probability" if signal.sampled else "")
-                + f" alone, so the teacher's gradient would be wrong. Where signal.{name} is a constant, say "
-                f"signal.{name}.detach(); else make it part of signal.value."
+                f"inner_loss has a derivative in signal.{name}, and the feedback on a sampled signal is of its "
+                f"log-probability alone, so the teacher's gradient would be wrong. Where signal.{name} is a constant, "
+                f"say signal.{name}.detach(); else give a differentiable signal (without log_prob)."
             )
 
 

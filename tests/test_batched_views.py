@@ -26,6 +26,7 @@ from metapl.data import (
     ImageUnlabeledBatches,
     MemoryImages,
     Recolor,
+    Sometimes,
     StepSampler,
     View,
     draws,
@@ -51,6 +52,7 @@ VIEWS: dict[str, View] = {
     "order": Recolor(invert=0),
     "negative": Recolor(permute=False, invert=0.5),
     "strong": STRONG,
+    "sometimes": Sometimes(STRONG, 0.8),
 }
 FEW = {"flip": 2, "flip twice": 4, "recolor": 7, "order": 4, "negative": 2}
 """Of 16 draws, how many are different at least, where there are not as many as pictures."""
@@ -263,6 +265,17 @@ def test_each_order_of_the_channels_is_as_frequent_and_apart_from_the_inversion(
     assert all(abs(count - 1000 * share) < 100 for (_, share), count in counts.items())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_share_of_the_pictures_is_changed_and_the_others_stay(share: float) -> None:
+    images = pictures(8, 3, 16, 16).repeat(64, 1, 1, 1)
+    view = Sometimes(AFFINE, share)
+    changed, got = call(AFFINE, images), call(view, images)
+    is_changed, stays = (((got == one).flatten(1).all(1)) for one in (changed, images))
+    assert bool((is_changed | stays).all())
+    moved = ~(changed == images).flatten(1).all(1)  # a white picture is the same, moved or not
+    assert is_changed[moved].double().mean() == pytest.approx(share, abs=0.06)
+
+
 def test_cosine_and_sine_are_torchs() -> None:
     half_turns = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
     cos, sin = draws.cosine_and_sine(half_turns)
@@ -363,7 +376,7 @@ def test_a_resumed_feed_goes_on_with_the_same_batches(workers: int) -> None:
     "view",
     [
         *(Affine(), Affine(fill=0.5), Color(), Hole((0, 0)), Hole((0, 0), "grey"), Flip(False, False)),
-        *(Recolor(permute=False, invert=0), Chain(())),
+        *(Recolor(permute=False, invert=0), Chain(()), Sometimes(STRONG, 0)),
     ],
 )
 def test_a_view_that_changes_nothing_gives_the_pictures(view: View, shape: tuple[int, int, int]) -> None:
@@ -450,6 +463,7 @@ def test_cuda_gives_the_same_views_without_a_synchronisation(name: str) -> None:
         (lambda: Recolor(invert=-0.1), r"Recolor got invert -0\.1; expected a probability, 0 to 1"),
         (lambda: Recolor(invert=1.1), r"invert 1\.1"),
         (lambda: Recolor(invert=math.nan), "invert nan"),
+        (lambda: Sometimes(AFFINE, 1.1), r"Sometimes got share 1\.1; expected a probability, 0 to 1"),
         (lambda: Hole((0, 1), fill="black"), 'fill \'black\'; expected "mean" or "grey"'),
     ],
 )
@@ -458,7 +472,7 @@ def test_a_field_out_of_range_is_refused(make: Callable[[], View], message: str)
         make()
 
 
-@pytest.mark.parametrize("view", [AFFINE, COLOR, Hole((0.2, 0.5)), Flip(), Recolor()])
+@pytest.mark.parametrize("view", [AFFINE, COLOR, Hole((0.2, 0.5)), Flip(), Recolor(), Sometimes(AFFINE, 0.5)])
 def test_images_of_another_kind_are_refused(view: View) -> None:
     images, name = pictures(4), type(view).__name__
     with pytest.raises(

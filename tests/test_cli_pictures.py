@@ -270,6 +270,7 @@ def test_evaluate_says_which_pictures_were_trained_on(
     notes = capsys.readouterr().err
     count = len(list((resnet / "few").rglob("*.png")))
     assert f"note: {count} test pictures are among the labeled ones too" in notes
+    assert notes.count("remove them from the test folder") == 2  # the run has already learned from the others
     assert f"note: 1 test pictures are among the unlabeled ones too: {other}/is 0/new.png is {seen}" in notes
 
 

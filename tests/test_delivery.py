@@ -77,8 +77,9 @@ def test_the_best_by_validation_is_delivered_and_of_equals_the_first() -> None:
 def test_where_validation_cannot_tell_a_rule_of_the_method_does() -> None:
     told = networks(student=0.1, teacher=0.9, finetuned=0.2)
     assert delivered("mpl", told, select=False) == "finetuned"
-    assert delivered("supervised", told, select=False) == "student"
-    assert delivered("pseudo_labels", networks(student=None, finetuned=None), select=False) == "student"
+    assert delivered("supervised", told, select=False) == "finetuned"
+    assert delivered("pseudo_labels", networks(student=None, finetuned=None), select=False) == "finetuned"
+    assert delivered("supervised_everything", told, select=False) == "student"
 
 
 # --------------------------------------------------------------------------------------------- with and without folders
@@ -92,6 +93,13 @@ def test_an_accuracy_that_guessing_may_reach_is_called_so(right: int, guessing: 
     evaluation = evaluate_logits(torch.eye(10)[taken], labels).to_json()
     content = {"delivered": "student", "evaluation": evaluation, "validation_size": 0, "delivered_by": "rule"}
     assert any("not shown to be better than guessing" in line for line in summary(content)) == guessing
+
+
+def test_a_result_of_before_chance_was_stored_is_said_without_it() -> None:
+    content = {"delivered": "student", "delivered_by": "validation", "validation_size": 80, "validation_accuracy": 0.75}
+    assert summary(content)[0] == "Validation accuracy: 75.0 % (n = 80, 95 % interval 64.5-83.2)."
+    content["validation_chance"] = 0.1
+    assert summary(content)[0].endswith("chance 10.0 %).")
 
 
 def test_without_validation_and_test_pictures_nothing_says_how_good_it_is(
@@ -145,7 +153,7 @@ def test_finetuning_again_needs_neither_validation_nor_test_pictures(
     assert "no validation set; no test set was given" in text
     assert "delivered: finetuned (by rule)" in text
     assert (run / WEIGHTS["finetuned"]).read_bytes() == weights
-    assert result(run) == before | {"finetuned_with": {"steps": 2, "lr": 0.001}}
+    assert result(run) == before | {"finetuned_with": {"steps": 2, "lr": 0.01}}
     said(capsys, "finetune", run, "--lr", "0.1")
     assert (run / WEIGHTS["finetuned"]).read_bytes() != weights
 

@@ -16,7 +16,7 @@ from metapl import UDA, CrossEntropy, LossTrainer
 from metapl.cli import main
 from metapl.cli.parse import parse
 from metapl.cli.train import TrainImages
-from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, View
+from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, Sometimes, View
 from metapl.data.images.store import MemoryImages
 from metapl.data.views.base import Identity
 from metapl.data.views.randaugment import ResizedCrop, Weak
@@ -28,6 +28,7 @@ from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.base import ROLES, Optimizer, Task
 from metapl.recipes.images import (
     CLIPPED,
+    FINETUNED_ON_CHANGED,
     HUE,
     NOT_CLIPPED,
     OTHER_RATE,
@@ -243,6 +244,21 @@ def test_what_was_chosen_is_one_line() -> None:
     assert told in chosen(changed)
 
 
+@pytest.mark.parametrize(
+    ("side", "square", "lost"),
+    [
+        (32, True, "pictures, colors"),
+        (24, True, "pictures, colors"),
+        (640, True, "pictures (shrunk from about 640), colors"),
+        (32, False, "pictures (cut to squares), colors"),
+        (640, False, "pictures (cut to squares, shrunk from about 640), colors"),
+    ],
+)
+def test_the_line_says_what_pictures_lose(side: int, square: bool, lost: str) -> None:
+    one = recipe(**SIZED, changes=Changes(recolor=False)).for_network("pooled_cnn").scheduled(4400)
+    assert f"on 32x32 color {lost} kept" in chosen(one, dataclasses.replace(look(side), square=square))
+
+
 def test_the_line_says_what_randaugment_does() -> None:
     changes = Changes(recolor=True, mirror=False)
     pillow = recipe(**SIZED, randaugment=True, changes=changes).for_network("pooled_cnn").scheduled(10)
@@ -297,12 +313,29 @@ def test_the_weak_view_moves_a_little_and_the_strong_one_changes_everything(reco
     assert same(found.weak, (*flip, WEAK_MOVE))
     assert same(found.strong, (*flip, STRONG_MOVE, COLOR, HOLE, *other))
     assert found.labeled == found.strong
+    assert found.finetuned == Sometimes(found.strong, FINETUNED_ON_CHANGED)
     assert found.crop is None
     cropped = dataclasses.replace(one, resized_crop=True).views()
     assert cropped.weak == Identity()
     assert cropped.crop == ResizedCrop(24, flip=mirror)
     assert same(cropped.strong, (COLOR, HOLE, *other))
     assert cropped.labeled == cropped.strong
+    assert cropped.finetuned is None
+
+
+def test_finetuning_sees_a_half_of_the_labelled_pictures_as_they_are() -> None:
+    images = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8)
+    few = MemoryImages(images)
+    made = recipe(image_size=24, labeled_batch=40).for_network("pooled_cnn").scheduled(10)
+    sources = made.batches(Pictures(few=few, labels=torch.arange(40) % 2, many=few))
+    as_they_are = {picture.numpy().tobytes() for picture in images.float() / 255}
+
+    def unchanged(source: str) -> float:
+        pictures = torch.cat([sources[source][step][0] for step in range(10)])
+        return sum(picture.numpy().tobytes() in as_they_are for picture in pictures) / len(pictures)
+
+    assert unchanged("labeled") == 0.0
+    assert 0.4 < unchanged("finetuning") < 0.6
 
 
 def test_the_views_leave_pictures_in_their_range_and_only_mirroring_mirrors() -> None:
@@ -407,7 +440,8 @@ def test_the_methods_of_a_comparison() -> None:
     assert [name for name, method in METHODS.items() if method.name != name] == []
     assert [name for name, method in METHODS.items() if method.teaches] == ["mpl", "none", *CONTROLS]
     finetuned = {name for name, method in METHODS.items() if method.delivers == "finetuned"}
-    assert finetuned == {"mpl", "none", "uda", "fixmatch"}
+    # All but the controls and what is told the true labels: rivals are finetuned as the default is.
+    assert finetuned == METHODS.keys() - {*CONTROLS, "supervised_everything"}
 
 
 @pytest.mark.parametrize("name", [Digits.name, ImageFolders.name])

@@ -29,6 +29,7 @@ def test_all_right_of_few_is_not_certain() -> None:
 def test_words() -> None:
     assert spoken(0.25, 12_000, 1 / 4) == "25.0 % (n = 12,000, 95 % interval 24.2-25.8, chance 25.0 %)"
     assert spoken(1.0, 4, 1 / 3) == "100.0 % (n = 4, 95 % interval 51.0-100.0, chance 33.3 %)"
+    assert spoken(0.25, 12_000, None) == "25.0 % (n = 12,000, 95 % interval 24.2-25.8)"
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 0), (3, 2), (-1, 2)])

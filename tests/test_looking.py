@@ -49,6 +49,7 @@ def test_grey_pictures_in_any_mode_are_grey_and_have_one_mean(tmp_path: Path) ->
     found = look(files, classes(2, 2), [])
     assert found.grey
     assert found.side == 20  # the shorter one
+    assert not found.square
     assert found.mean == found.level[:1] == (0.3,)
     assert found.std == found.level[1:] == (pytest.approx(0.224, abs=0.001),)
 
@@ -90,7 +91,8 @@ def test_blank_pictures_can_be_normalised(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_passed_over_and_nothing_readable_is_refused(tmp_path: Path) -> None:
     files = write(tmp_path, noisy(RED, 0), noisy(BLUE, 1), noisy(RED, 2))
     files[0].write_bytes(b"no picture")
-    assert look(files, classes(1, 1, 1), []).side == 12
+    found = look(files, classes(1, 1, 1), [])
+    assert (found.side, found.square) == (12, True)
     for file in files:
         file.write_bytes(b"no picture")
     with pytest.raises(MetaplError, match="none of the 3 labelled pictures that were looked at can be read"):

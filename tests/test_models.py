@@ -337,9 +337,12 @@ def test_pooled_cnn_is_a_chain_of_what_it_says() -> None:
     model, images = pooled_cnn(5, dropout=0.4, image_size=48).eval(), torch.randn(2, 3, 48, 48)
     weights, x = model.state_dict(), images
     for number in range(4):
+        # Half of the scales are negative, so that it shows whether batch norm comes before pooling or after it.
+        scales = weights[f"features.{number}.2.weight"]
+        scales[::2] *= -1  # of the model itself
         x = nn.functional.conv2d(x, weights[f"features.{number}.0.weight"], stride=1 + (number == 0), padding=1)
-        x = (x / (1 + 1e-5) ** 0.5).relu()  # fresh statistics
         x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5)) if number in (1, 2) else x
+        x = (scales[:, None, None] * x / (1 + 1e-5) ** 0.5).relu()  # fresh statistics
     expected = x.mean((2, 3)) @ weights["head.weight"].T + weights["head.bias"]
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
     model.get_submodule("dropout").train()

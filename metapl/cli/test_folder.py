@@ -81,6 +81,6 @@ class TestFolder:
         except MetaplError as error:
             yield f"it is not known which of these pictures were trained on: {error}"
             return
-        for finding in find_copies(labeled, unlabeled, None, self.files, None):
+        for finding in find_copies(labeled, unlabeled, None, self.files, None, trained=True):
             if finding.kind == "test copies":
                 yield finding.message

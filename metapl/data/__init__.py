@@ -14,7 +14,7 @@ from metapl.data.sets.torchvision_sets import PROTOCOLS, ImageData, SplitProtoco
 from metapl.data.splits import Split, draw_split, stratified_split
 from metapl.data.unlabeled import WithoutLabels, without_labels
 from metapl.data.views.base import Chain, Identity, ShiftNoiseCutout, View
-from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor
+from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
 from metapl.device import to_device
 
@@ -46,6 +46,7 @@ __all__ = [
     "ResizedCrop",
     "ShiftNoiseCutout",
     "Skipped",
+    "Sometimes",
     "Split",
     "SplitProtocol",
     "StepBatches",

@@ -39,12 +39,19 @@ class Local:
 
     Args:
         student: in the mode (train or eval) that its owner left it in.
+        parameters: those that it learns, where they are known.
         double_backward: keep the gradients of its passes of record differentiable.
     """
 
-    def __init__(self, student: nn.Module, *, double_backward: bool = False) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        parameters: dict[str, nn.Parameter] | None = None,
+        *,
+        double_backward: bool = False,
+    ) -> None:
         self.student, self.double_backward = student, double_backward
-        self.parameters = trainable(student)
+        self.parameters = trainable(student) if parameters is None else parameters
         _refuse_late_hooks(self.parameters)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.device = next(iter(self.params.values())).device
@@ -228,15 +235,16 @@ class Pass:
         return replayed(self._before)
 
 
-def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The derivative of weights that were made from differentiable gradients, in leaves of the inner losses."""
+def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The derivative of weights that were made from differentiable gradients, in leaves of the inner losses; None of a
+    leaf that they do not depend on."""
     moved = {name: p for name, p in params.items() if p.requires_grad}
     if not moved:
-        return [torch.zeros_like(leaf) for leaf in leaves]
+        return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
     with local.as_trained(), buffers_aside(local.student):
         found = torch.autograd.grad(
-            list(moved.values()), leaves, [cotangents[name] for name in moved], materialize_grads=True
+            list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )
     return list(found)
 

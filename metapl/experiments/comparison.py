@@ -111,10 +111,14 @@ class Comparison:
         return f"test accuracy in % on {self.examples:,} examples{over}"
 
     def sentence(self) -> str:
-        """Whether the teacher's feedback helped, with its statistics, and which method is the best."""
+        """Whether the teacher's feedback helped, with its statistics, and which method is the best.
+
+        Feedback is not mentioned where MPL or the loop without feedback was not trained.
+        """
         difference = self.against_control()
         if difference is None:
-            return f"No comparison of mpl with none was run; {self._best_of_all()}."
+            best = self._best_of_all()
+            return f"{best[0].upper()}{best[1:]}."
         test, readout = difference
         mpl = statistics.fmean(self.methods["mpl"][STUDENT])
         control = statistics.fmean(self.methods["none"][readout])

@@ -242,7 +242,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
             lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
     if content.get("validation_accuracy") is not None:
-        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, content['validation_chance'])}.")
+        guessed = content.get("validation_chance")  # older runs did not store it
+        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, guessed)}.")
     if not lines:
         lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
     part = "test" if tested is not None else "validation"

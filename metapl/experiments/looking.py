@@ -67,6 +67,7 @@ class Look:
         colors: whether color alone tells the classes apart.
         light: share of the pictures whose marks are lighter than what is around them, not darker.
         shares: of the classes among all labeled pictures, as if each had one more: no share is 0.
+        square: all of the pictures are as high as wide.
     """
 
     side: int
@@ -77,6 +78,7 @@ class Look:
     colors: Colors
     light: float
     shares: tuple[float, ...]
+    square: bool = True
 
     @property
     def exchangeable(self) -> bool:
@@ -102,7 +104,7 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
     Raises:
         MetaplError: not one of the labeled pictures can be read.
     """
-    sides, pictures, classes = [], [], []
+    sides, pictures, classes, square = [], [], [], True
     chosen = _spread(len(labeled))
     examples = [(labeled[i], int(labels[i])) for i in chosen] + [(unlabeled[i], -1) for i in _spread(len(unlabeled))]
     for path, label in examples:
@@ -111,6 +113,7 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
         except UnreadableImage:
             continue  # is listed, with the reason, when the folders are checked
         sides.append(min(picture.shape[1:]))
+        square &= picture.shape[1] == picture.shape[2]
         pictures.append(torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")[0])
         classes.append(label)
     if not any(label >= 0 for label in classes):
@@ -130,6 +133,7 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
         colors=colors_tell(unit[of_labeled][..., MIDDLE, MIDDLE].mean((2, 3)), torch.tensor(classes)[of_labeled]),
         light=float(_lighter(level_NHW).double().mean()),
         shares=_shares(labels),
+        square=square,
     )
 
 

@@ -66,7 +66,7 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
     if recipe.grey and (given.changes.hue is not None or given.changes.saturation != Changes.saturation):
         say("note: the pictures are grey, and changes of hue and saturation have no effect")
     recipe = _with_steps(recipe)
-    say(chosen(recipe))
+    say(chosen(recipe, seen))
     if given.steps is OPEN and recipe.steps < FEW_STEPS:
         say(f"note: {recipe.steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps")
     if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
@@ -131,8 +131,13 @@ def fitted(recipe: ImageFolders, seen: Look) -> ImageFolders:
     return recipe.for_network(recipe.network_name)
 
 
-def chosen(recipe: ImageFolders) -> str:
-    """What was chosen, in a line; each has a flag."""
+def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
+    """What was chosen, in a line; each has a flag.
+
+    Args:
+        recipe: settled.
+        seen: what the pictures are like; what is lost of them is then said too.
+    """
     optimizer = recipe.teacher if METHODS[recipe.method].built_as == "teacher" else recipe.student
     size, kind = f"{recipe.image_size}x{recipe.image_size}", "grey" if recipe.grey else "color"
     if recipe.randaugment:
@@ -142,6 +147,13 @@ def chosen(recipe: ImageFolders) -> str:
         colors = f"{'light and dark' if recipe.grey else 'colors'} {'exchanged' if recipe.changes.recolor else 'kept'}"
         changed = f"{colors}, {'mirrored' if recipe.changes.mirror else 'not mirrored'}"
     return (
-        f"chosen: {recipe.network_name} on {size} {kind} pictures, {changed}; {optimizer.algorithm} at "
-        f"{optimizer.lr:g}, {recipe.precision}, {recipe.steps:,} steps"
+        f"chosen: {recipe.network_name} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "
+        f"{optimizer.algorithm} at {optimizer.lr:g}, {recipe.precision}, {recipe.steps:,} steps"
     )
+
+
+def _lost(recipe: ImageFolders, seen: Look | None) -> str:
+    """What pictures lose when they are brought to their size, in parentheses."""
+    cut = ["cut to squares"] if seen is not None and not seen.square else []
+    shrunk = [f"shrunk from about {seen.side}"] if seen is not None and seen.side > recipe.image_size else []
+    return f" ({', '.join(cut + shrunk)})" if cut or shrunk else ""

@@ -12,6 +12,7 @@ it is not: its forward and backward passes are not of one function.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,19 +44,32 @@ def signal_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
     """
     signal = step.signal
     if not signal.sampled:
-        h, slope, terms = _derivative(step, signal.value, w, tangent)
-        _check_slopes(step, slope, terms, w, tangent)
-        return Feedback(h, "value")
+        found = _derivative(step, signal.differentiable(), w, tangent, check=True)
+        return of_fields(signal, found)
     if signal.probs is None:
         raise MetaplError(
             "the problem's signal is sampled and carries no probs, over which this mode would take the expectation; "
             'give Signal(value, log_prob, probs=...) or use mode="reinforce_per_example".'
         )
     drawn = F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)
-    h, slope, terms = _derivative(step, drawn, w, tangent)
-    _check_slopes(step, slope, terms, w, tangent)
-    check_linear(h, _derivative(step, signal.probs, w, tangent)[0])
+    h = of_fields(signal, _derivative(step, {"value": drawn}, w, tangent, check=True), like=drawn).h
+    expected = of_fields(signal, _derivative(step, {"value": signal.probs}, w, tangent, check=False), like=drawn).h
+    check_linear(h, expected)
     return Feedback(h, "probs")
+
+
+def of_fields(signal: Signal, h: Mapping[str, Tensor | None], like: Tensor | None = None) -> Feedback:
+    """The feedback on the fields of a signal, with zeros for a value that the inner loss does not read.
+
+    Args:
+        signal: what it speaks of.
+        h: by field; None of one that is not read.
+        like: of the value's shape, if that is not the signal's own.
+    """
+    value = h.get("value")
+    if value is None:
+        value = torch.zeros_like(signal.value if like is None else like)
+    return Feedback(value, "value", {name: t for name, t in h.items() if name != "value" and t is not None})
 
 
 def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
@@ -74,15 +88,20 @@ def batch_feedback(step: InnerStep, w: Tree) -> Tensor:
     return -step.along_gradient(w)
 
 
-def _derivative(step: InnerStep, value: Tensor, w: Tree, tangent: Tangent) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """h at a value of the signal, d/dε mean ℓ there, and the terms of that."""
-    value = value.detach().requires_grad_()
-    losses, at = _head(step, replace(step.signal, value=value))
+def _derivative(
+    step: InnerStep, fields: Mapping[str, Tensor], w: Tree, tangent: Tangent, *, check: bool
+) -> dict[str, Tensor | None]:
+    """h of fields of the signal, at these values of them; None of one that the inner loss does not read."""
+    leaves = {name: t.detach().requires_grad_() for name, t in fields.items()}
+    losses, at = _head(step, replace(step.signal, **leaves))
     terms = _along(losses.mean(), at, _directions(step, w, tangent))
     slope = _total(terms)
+    if check:
+        _check_slopes(step, slope, terms, w, tangent)
     if not slope.requires_grad:
-        return torch.zeros_like(value), slope, terms
-    return -torch.autograd.grad(slope, value, materialize_grads=True)[0], slope, terms
+        return dict.fromkeys(leaves)
+    grads = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
+    return {name: None if g is None else -g for name, g in zip(leaves, grads, strict=True)}
 
 
 def _head(step: InnerStep, signal: Signal) -> tuple[Tensor, list[Tensor]]:

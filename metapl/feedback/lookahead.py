@@ -147,10 +147,9 @@ class InnerStep:
         """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
         return joined([one.tangent(w) for one in self.passes])
 
-    def shifted(self, distance: Tensor, w: Tree) -> Tensor:
-        """S(x; θ + distance·w/‖w‖), (B, ...), in float32 or wider; the weights stay at θ."""
-        step = distance / (length := norm(w)).clamp_min(torch.finfo(length.dtype).tiny)
-        return joined([one.shifted(step, w) for one in self.passes])
+    def shifted(self, factor: Tensor, w: Tree) -> Tensor:
+        """S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
+        return joined([one.shifted(factor, w) for one in self.passes])
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, to the second order of the shift, that are not those at θ."""
@@ -261,10 +260,13 @@ class Path:
         )
         yield first, w
 
-    def gradient_in_signals(self, truncate: int | None = None) -> list[Tensor]:
-        """dL(θ′)/dsignal of the last steps (None: all), by double backward through the path."""
-        values = [step.signal.value for step in self.steps[-(truncate or 0) :]]
-        return gradient_through(self.local, self.steps[-1].moved[0], self.outer_gradient(), values)
+    def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
+        """dL(θ′)/dsignal, by field, of the last steps (None: all), by double backward through the path; None of a
+        field that the inner loss does not read."""
+        counted = self.steps[-(truncate or 0) :]
+        leaves = [t for step in counted for t in step.signal.differentiable().values()]
+        found = iter(gradient_through(self.local, self.steps[-1].moved[0], self.outer_gradient(), leaves))
+        return [(step, {name: next(found) for name in step.signal.differentiable()}) for step in counted]
 
     def commit(self) -> None:
         """Move the student to θ′, by the real optimizer."""
@@ -306,9 +308,9 @@ def walk(
         batches: the inner ones.
         teach: called once a micro-batch, after the student's pass on it.
         parts: micro-batches that each batch is taken in.
-        keep_graph: keep the path differentiable in the signals, for :meth:`Path.gradient_in_signals`.
+        keep_graph: keep the path differentiable in the signals, for :meth:`Path.gradients_in_signals`.
     """
-    local = Local(student, double_backward=keep_graph)
+    local = Local(student, update.parameters, double_backward=keep_graph)
     path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"))
     params, state = local.params, update.read_state()
     with refuse_checkpoints() if keep_graph and len(batches) > 1 else nullcontext():
@@ -330,7 +332,8 @@ def _step(path: Path, batch: Any, params: Tree, state: Any, teach: Teach) -> Inn
         checks.finite_student(student.outputs)
         signal = teach(x, student.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
         if path.local.double_backward:
-            signal.value.requires_grad_()
+            for t in signal.differentiable().values():
+                t.requires_grad_()
         loss, gradient = student.gradient(_inner_loss(path.problem, signal, x))  # line 3: g
         checks.dense_gradients(gradient)
         passes.append(student)

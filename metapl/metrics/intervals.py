@@ -33,13 +33,13 @@ def interval(correct: int, n: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def spoken(accuracy: float, n: int, chance: float) -> str:
+def spoken(accuracy: float, n: int, chance: float | None) -> str:
     """An accuracy in words, with what it takes to judge it: n, its 95 % interval, and what guessing gives.
 
     Args:
         accuracy: a fraction between 0 and 1.
         n: number of examples, at least 1.
-        chance: what guessing reaches, a fraction; see :func:`chance_level`.
+        chance: what guessing reaches, a fraction; see :func:`chance_level`. None: not known, and left out.
 
     Returns:
         one line of text, in percent.
@@ -50,7 +50,8 @@ def spoken(accuracy: float, n: int, chance: float) -> str:
     >>> spoken(131 / 150, 150, 0.1)
     '87.3 % (n = 150, 95 % interval 81.1-91.7, chance 10.0 %)'
     """
-    if not 0 <= accuracy <= 1 or not 0 <= chance <= 1:
+    if not 0 <= accuracy <= 1 or not 0 <= (chance or 0) <= 1:
         raise MetaplError(f"accuracy {accuracy} beside chance {chance} was given; expected fractions, 0 to 1")
     low, high = (f"{100 * end:.1f}" for end in interval(round(accuracy * n), n))
-    return f"{accuracy * 100:.1f} % (n = {n:,}, 95 % interval {low}-{high}, chance {100 * chance:.1f} %)"
+    guessed = "" if chance is None else f", chance {100 * chance:.1f} %"
+    return f"{accuracy * 100:.1f} % (n = {n:,}, 95 % interval {low}-{high}{guessed})"

@@ -19,7 +19,7 @@ from metapl.data.images.store import FileImages, Images
 from metapl.data.images.verify import verify_files
 from metapl.data.splits import stratified_split
 from metapl.data.views.base import Chain, Identity, View
-from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor
+from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.data.views.randaugment import ResizedCrop
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
@@ -40,6 +40,10 @@ HUE = 0.1
 WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
 of its ramp."""
+
+FINETUNED_ON_CHANGED = 0.5
+"""Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
+may take away what a class is told by: a hole covers one of the things to be counted."""
 
 MOST_MINUTES = 60 * 24 * 366
 """A year."""
@@ -259,7 +263,7 @@ class ImageFolders(PictureRecipe):
     randaugment: bool = False
     channels_last: bool = True
     labeled_batch: int = 32
-    unlabeled_batch: int = 64
+    unlabeled_batch: int = 32
     label_smoothing: float = 0.0
     uda_temperature: float = 0.5
     uda_threshold: float = 0.85
@@ -269,6 +273,7 @@ class ImageFolders(PictureRecipe):
     student: OpenOptimizer = field(default_factory=OpenOptimizer)
     teacher: OpenOptimizer = field(default_factory=OpenOptimizer)
     ema_decay: float | None = 0.99
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-2))
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -334,7 +339,8 @@ class ImageFolders(PictureRecipe):
         if self.resized_crop:
             after = self.changes.after_crop()
             return Views(Identity(), after, after, ResizedCrop(self.image_size, flip=self.changes.mirror))
-        return Views(self.changes.weak(), self.changes.strong(), self.changes.strong())
+        strong = self.changes.strong()
+        return Views(self.changes.weak(), strong, strong, finetuned=Sometimes(strong, FINETUNED_ON_CHANGED))
 
     def uda(self) -> UDA:
         return dataclasses.replace(super().uda(), align=self.uda_align, prior=self.uda_prior, start=self.uda_start or 0)

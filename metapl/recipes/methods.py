@@ -93,8 +93,14 @@ def _fixmatch(recipe: Recipe) -> Losses:
 _ALL = (
     Method(name="mpl", title="Meta Pseudo Labels", feedback="recipe", delivers="finetuned", place="compared"),
     Method(name="none", title="same loop, no feedback", feedback="none", delivers="finetuned", place="compared"),
-    Method(name="supervised", title="supervised, labelled data only", losses=_supervised, place="compared"),
-    Method(name="label_smoothing", title="supervised with label smoothing", losses=_smoothed),
+    Method(
+        name="supervised",
+        title="supervised, labelled data only",
+        losses=_supervised,
+        delivers="finetuned",
+        place="compared",
+    ),
+    Method(name="label_smoothing", title="supervised with label smoothing", losses=_smoothed, delivers="finetuned"),
     Method(
         name="supervised_everything",
         title="supervised with all true labels (headroom)",
@@ -102,8 +108,19 @@ _ALL = (
         everything=True,
         place="headroom",
     ),
-    Method(name="pseudo_labels", title="pseudo labels of a fixed teacher, soft", fixed_labels="soft", place="compared"),
-    Method(name="pseudo_labels_hard", title="pseudo labels of a fixed teacher, hard", fixed_labels="hard"),
+    Method(
+        name="pseudo_labels",
+        title="pseudo labels of a fixed teacher, soft",
+        fixed_labels="soft",
+        delivers="finetuned",
+        place="compared",
+    ),
+    Method(
+        name="pseudo_labels_hard",
+        title="pseudo labels of a fixed teacher, hard",
+        fixed_labels="hard",
+        delivers="finetuned",
+    ),
     Method(name="uda", title="UDA alone", losses=_with_uda, delivers="finetuned", place="compared"),
     Method(name="fixmatch", title="FixMatch alone", losses=_fixmatch, delivers="finetuned"),
     Method(name="permuted", title="MPL, feedback permuted over the batch", feedback="permuted", place="control"),

@@ -100,12 +100,14 @@ class Views:
         strong: to the same pictures, for the network that learns these labels.
         labeled: to labelled ones.
         crop: the box that is cut out of a file before any of them.
+        finetuned: to labelled ones in finetuning; None: as in training.
     """
 
     weak: View
     strong: View
     labeled: View
     crop: ResizedCrop | None = None
+    finetuned: View | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +201,11 @@ class PictureRecipe(Recipe):
         views = self.views()
         few, many, labels = pictures.few, pictures.many, pictures.labels
 
-        def labeled(images: Images, labels: Tensor, size: int, stream: int, seed: int) -> ImageLabeledBatches:
+        def labeled(
+            images: Images, labels: Tensor, size: int, stream: int, seed: int, view: View = views.labeled
+        ) -> ImageLabeledBatches:
             sampler = StepSampler(len(images), size, seed=self.seed, stream=stream)
-            return ImageLabeledBatches(images, labels, sampler, views.labeled, seed, crop=views.crop)
+            return ImageLabeledBatches(images, labels, sampler, view, seed, crop=views.crop)
 
         def looked_at(images: Images, labels: Tensor) -> ImageEvaluationBatches:
             return ImageEvaluationBatches(images, labels, EVALUATED_AT_ONCE)
@@ -213,7 +217,14 @@ class PictureRecipe(Recipe):
         return {
             "labeled": labeled(few, labels, self.labeled_batch, 0, self.seed),
             "unlabeled": ImageUnlabeledBatches(many, sampler, views.weak, views.strong, self.seed, crop=views.crop),
-            "finetuning": labeled(few, labels, self.finetune_batch or self.labeled_batch, 2, self.seed + 1),
+            "finetuning": labeled(
+                few,
+                labels,
+                self.finetune_batch or self.labeled_batch,
+                2,
+                self.seed + 1,
+                views.finetuned or views.labeled,
+            ),
             "validation": pictures.val and looked_at(*pictures.val),
             "test": pictures.test and looked_at(*pictures.test),
             "sample": sample,

@@ -141,8 +141,14 @@ def find_copies(
     validation: LabeledFiles | None,
     test: LabeledFiles | None,
     progress: Progress | None,
+    *,
+    trained: bool = False,
 ) -> Iterator[Finding]:
-    """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`."""
+    """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`.
+
+    Args:
+        trained: the labeled and unlabeled pictures were already trained on, so that the others are to be mended.
+    """
     sides = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
     files = [
         _Copy(side, found.classes[found.labels[i]] if isinstance(found, LabeledFiles) else None, path)
@@ -165,7 +171,7 @@ def find_copies(
     count.end()
     for (held_out, other), pairs in leaks.items():
         if pairs:
-            yield _leak(held_out, other, pairs)
+            yield _leak(held_out, other, pairs, mended=held_out if trained else other)
     if unlabeled is not None and used_twice == len(labeled):
         yield _used_twice(labeled, unlabeled)
     if contradictions:
@@ -199,14 +205,14 @@ _LEAKS = (
 )
 
 
-def _leak(held_out: str, other: str, pairs: Sequence[tuple[_Copy, _Copy]]) -> Finding:
+def _leak(held_out: str, other: str, pairs: Sequence[tuple[_Copy, _Copy]], mended: str) -> Finding:
     harmless = (held_out, other) == ("test", "validation")
     shown = some([f"{a.path} is {b.path}" for a, b in pairs])
     return Finding(
         "warning" if harmless else "error",
         f"{len(pairs)} {held_out} pictures are among the {other} ones too: {shown}; "
         + ("what is selected on them looks better than it is: " if harmless else "the result would be too good: ")
-        + f"remove them from the {other} folder.",
+        + f"remove them from the {mended} folder.",
         tuple(Path(one.path) for pair in pairs for one in pair),
         kind=_COPIES[held_out],
     )

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 from metapl.data import draws
 from metapl.data.images.reader import LUMA
+from metapl.data.views.base import View
 from metapl.device import to_device
 from metapl.errors import MetaplError
 
 # Streams 0 to 5 are those of ShiftNoiseCutout and of augment.py.
-_AFFINE, _COLOR, _HOLE, _FLIP, _RECOLOR = range(6, 11)
+_AFFINE, _COLOR, _HOLE, _FLIP, _RECOLOR, _SOMETIMES = range(6, 12)
 
 _PADDING = {"border": "border", "reflect": "reflection"}
 
@@ -296,6 +297,40 @@ class Recolor:
             inverted_B = to_device((u_B4[:, 3] < self.invert).to(images.dtype), images.device)[:, None, None, None]
             images = inverted_B + images * (1.0 - 2.0 * inverted_B)
         return images
+
+
+@dataclass(frozen=True)
+class Sometimes:
+    """Change a part of the pictures, and leave the others as they are.
+
+    x ↦ view(x) with probability ``share``, and x otherwise. A network that predicts pictures as they are should have
+    seen such pictures: interpolation takes away noise and fine lines, and batch norm's statistics are of what was seen.
+
+    Args:
+        view: changes pictures and keeps their shape.
+        share: probability in [0, 1] of changing a picture.
+
+    Call: as :class:`Affine`, if ``view`` takes such pictures.
+
+    Raises:
+        MetaplError: a share outside [0, 1]; on the call, as :class:`Affine` and as ``view``.
+
+    >>> view = Sometimes(Affine(degrees=15), share=0.5)
+    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 48])
+    """
+
+    view: View
+    share: float
+
+    def __post_init__(self) -> None:
+        _require(self, 0 <= self.share <= 1, "share", "a probability, 0 to 1")
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        _check(self, images, examples)
+        u_B = draws.uniform(seed, step, examples, 1, stream=_SOMETIMES)[:, 0]
+        changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
+        return torch.where(changed_B, self.view(images, seed=seed, step=step, examples=examples), images)
 
 
 def _centered(side: int, like: Tensor) -> Tensor:
