@@ -15,7 +15,7 @@ from metapl.experiments.store import describe
 from metapl.export import export
 from metapl.export.programs import ONNX, can_run_onnx, require_onnx
 from metapl.metrics import Evaluation
-from metapl.recipes import Digits, PictureRecipe, Recipe
+from metapl.recipes import Digits, ImageRecipe, Recipe
 from metapl.recipes.methods import title
 from metapl.runs.folder import RunFolder
 
@@ -86,7 +86,7 @@ def _shape(recipe: Recipe) -> tuple[int, int, int] | None:
     """Of the network's input."""
     if isinstance(recipe, Digits):
         return 1, 8, 8
-    if isinstance(recipe, PictureRecipe):
+    if isinstance(recipe, ImageRecipe):
         return 1 if recipe.grey else 3, recipe.image_size, recipe.image_size
     return None
 
@@ -201,7 +201,7 @@ def _takes(recipe: Recipe) -> list[str]:
     """How the network's input is made of a picture."""
     if isinstance(recipe, Digits):
         return ["Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."]
-    if not isinstance(recipe, PictureRecipe):
+    if not isinstance(recipe, ImageRecipe):
         return []
     colors = "grey (0.299 R + 0.587 G + 0.114 B)" if recipe.grey else "in colors"
     middle = "" if recipe.center == 1 else f"the middle {recipe.center:.1%} of "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from metapl.recipes.images import ImageFolders
+from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.methods import CONTROLS, METHODS
 
 WITH_STUDENT = tuple(name for name, method in METHODS.items() if method.teaches)

@@ -20,9 +20,9 @@ from metapl.data.feed import feed
 from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.experiments.methods import train
 from metapl.recipes.base import ROLES, Task
-from metapl.recipes.images import ImageFolders
+from metapl.recipes.image_folders import ImageFolders
+from metapl.recipes.image_recipe import ImageParts
 from metapl.recipes.methods import METHODS
-from metapl.recipes.pictures import Pictures
 from metapl.training import FitResult, Trainer
 
 SHARE = 0.85
@@ -106,7 +106,7 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
         images = _noise(recipe, Path(folder))
         labels = torch.arange(PICTURES) % len(recipe.classes)
         task = Task(
-            **recipe.batches(Pictures(few=images, labels=labels, many=images)), classes=recipe.classes, record={}
+            **recipe.batches(ImageParts(few=images, labels=labels, many=images)), classes=recipe.classes, record={}
         )
         teacher, student = (recipe.network(role).to(recipe.torch_device()) for role in ROLES)
         train(METHODS[recipe.method], recipe, task, teacher, student, rehearse)

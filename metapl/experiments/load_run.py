@@ -13,7 +13,7 @@ from torch import nn
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import TITLED
 from metapl.experiments.store import stored, stored_result
-from metapl.recipes import PictureRecipe, Recipe
+from metapl.recipes import ImageRecipe, Recipe
 from metapl.recipes.base import Role
 from metapl.recipes.methods import METHODS
 from metapl.runs.folder import WEIGHTS, RunFolder, weights_file
@@ -90,7 +90,7 @@ class LoadedRun:
         role: Role = "teacher" if name == "teacher" else METHODS[self.result["method"]].built_as
         # What it was started from need not be there any more.
         fresh = self.recipe
-        if isinstance(fresh, PictureRecipe):
+        if isinstance(fresh, ImageRecipe):
             fresh = dataclasses.replace(fresh, weights=None)
         file = weights_file(name)
         weights, network = self.folder.read_weights(file), fresh.network(role)

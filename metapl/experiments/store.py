@@ -9,7 +9,7 @@ from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.recipes import RECIPES, ImageFolders, from_dict
 from metapl.recipes.base import Recipe
-from metapl.recipes.images import CHOSEN
+from metapl.recipes.image_folders import CHOSEN
 from metapl.runs.folder import RunFolder
 
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method")

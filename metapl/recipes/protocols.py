@@ -20,7 +20,7 @@ from metapl.data.images.store import FileImages
 from metapl.data.sets.torchvision_sets import ImageData, SplitProtocol, load_image_data
 from metapl.data.splits import Split
 from metapl.recipes.base import Feedback, Optimizer, Say, Task, require
-from metapl.recipes.pictures import PictureRecipe, Pictures, Strong, whole
+from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Strong, whole
 
 Names = Literal["cifar10", "cifar100", "svhn", "imagenet", "imagefolder"]
 
@@ -39,7 +39,7 @@ def _loaded(name: str, root: str, side: int, center: float, mode: Literal["RGB",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vision(PictureRecipe):
+class Vision(ImageRecipe):
     """A data set that torchvision loads, of which a few training pictures keep their labels.
 
     Args:
@@ -98,7 +98,7 @@ class Vision(PictureRecipe):
             images.logged(log) if isinstance(images, FileImages) else images for images in (data.train, data.test)
         )
         together = torch.cat([split.labeled, split.unlabeled])
-        pictures = Pictures(
+        pictures = ImageParts(
             few=train.select(split.labeled),
             labels=data.train_labels[split.labeled],
             many=train.select(split.unlabeled),

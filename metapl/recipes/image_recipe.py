@@ -70,7 +70,7 @@ class Strong:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageParts:
     """A recipe's pictures: a few with labels, many without, and those to select and to report on.
 
     Args:
@@ -111,7 +111,7 @@ class Views:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureRecipe(Recipe):
+class ImageRecipe(Recipe):
     """How a classifier of pictures is trained.
 
     The teacher labels weakly augmented pictures and learns from labelled ones, from consistency (UDA) and from the
@@ -196,7 +196,7 @@ class PictureRecipe(Recipe):
         weak = Weak(self.pad, flip=not self.strong.writing)
         return Views(weak, self.strong.view(weak), weak)
 
-    def batches(self, pictures: Pictures) -> dict[str, Any]:
+    def batches(self, pictures: ImageParts) -> dict[str, Any]:
         """The sources of a :class:`~metapl.recipes.Task`."""
         views = self.views()
         few, many, labels = pictures.few, pictures.many, pictures.labels

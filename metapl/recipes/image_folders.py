@@ -24,8 +24,8 @@ from metapl.data.views.randaugment import ResizedCrop
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
 from metapl.recipes.base import Optimizer, Say, Task, require
+from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Views
 from metapl.recipes.methods import METHODS
-from metapl.recipes.pictures import PictureRecipe, Pictures, Views
 from metapl.training.progress import counting
 
 WORDS = {"labeled": "labelled", "unlabeled": "unlabelled", "val": "validation", "test": "test"}
@@ -187,7 +187,7 @@ it; and in these two."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolders(PictureRecipe):
+class ImageFolders(ImageRecipe):
     """One folder a class for labelled pictures, any folder tree for unlabelled ones.
 
     What is left None is chosen by looking at the pictures, and by how many steps fit into the minutes; a run's
@@ -399,11 +399,11 @@ class ImageFolders(PictureRecipe):
         val: LabeledFiles | None,
         test: LabeledFiles | None,
         log: Path | None,
-    ) -> Pictures:
+    ) -> ImageParts:
         def with_labels(files: LabeledFiles | None) -> tuple[Images, torch.Tensor] | None:
             return None if files is None else (self._images(files, log), files.targets(self.classes))
 
-        return Pictures(
+        return ImageParts(
             few=self._images(labeled, log),
             labels=labeled.targets(self.classes),
             many=self._images(unlabeled, log),
