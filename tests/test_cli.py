@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -510,6 +511,25 @@ def test_compare_refuses_runs_on_other_data_or_of_other_classes(
 
 def test_compare_names_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no runs were named" in refused(capsys, "compare")
+
+
+# ------------------------------------------------------------------------------------------------------------- messages
+
+
+def test_what_the_library_logs_is_shown_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def logging_twice(given: list[str]) -> int:
+        for _ in range(2):
+            logging.getLogger("metapl.models.architecture").info("12 tensors loaded; fresh: %s", "head.weight")
+        return 0
+
+    monkeypatch.setattr("metapl.cli._dispatch", logging_twice)
+    for _ in range(2):  # a handler that stayed would show the second command's messages twice
+        assert main(["evaluate"]) == 0
+        assert capsys.readouterr().err == "metapl: 12 tensors loaded; fresh: head.weight\n"
+    logging.getLogger("metapl.models.architecture").info("beside the command")
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from metapl.cli.commands import COMMANDS, after_training
 
@@ -74,10 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± shows ?
     try:
-        try:
-            return _dispatch(given)
-        finally:
-            sys.stdout.flush()
+        with _messages_shown():
+            try:
+                return _dispatch(given)
+            finally:
+                sys.stdout.flush()
     except MetaplError as error:
         print(f"metapl: {error}", file=sys.stderr)
         return 2
@@ -91,6 +94,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"metapl: {error.filename or 'input or output'}: {error.strerror or error}.", file=sys.stderr)
         return 1
+
+
+class _Messages(logging.Handler):
+    """What the library logs, each message once: networks are built several times."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if text not in self.shown:
+            self.shown.add(text)
+            print(f"metapl: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _messages_shown() -> Iterator[None]:
+    """Show on standard error what the library logs, such as which layers pretrained weights leave fresh."""
+    logger, messages = logging.getLogger("metapl"), _Messages()
+    before = logger.level
+    logger.addHandler(messages)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(messages)
+        logger.setLevel(before)
 
 
 def _dispatch(given: list[str]) -> int:

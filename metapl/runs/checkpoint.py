@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import pickle
 import re
 import shutil
 import stat
-import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -30,6 +30,8 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing
+
+_LOG = logging.getLogger(__name__)
 
 FORMAT = 1
 MAGIC = b"metapl-checkpoint"
@@ -236,7 +238,7 @@ class CheckpointFolder:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
-                warnings.warn(f"the old checkpoint {path} could not be deleted: {error.strerror}", stacklevel=3)
+                _LOG.warning("the old checkpoint %s could not be deleted: %s", path, error.strerror)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

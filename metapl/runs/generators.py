@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import random
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy
 import torch
 
 from metapl.errors import MetaplError
+
+_LOG = logging.getLogger(__name__)
 
 
 class GeneratorStateError(MetaplError):
@@ -58,10 +60,11 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         ) from error
     saved, present = len(state["cuda"]), len(before["cuda"])
     if saved != present:
-        warnings.warn(
-            f"the random number generators of {saved} CUDA device(s) were saved and {present} are present; "
+        _LOG.warning(
+            "the random number generators of %d CUDA device(s) were saved and %d are present; "
             "what runs on CUDA will draw other numbers than before",
-            stacklevel=2,
+            saved,
+            present,
         )
 
 
