@@ -31,6 +31,7 @@ from metapl.cli import COMMANDS, main
 from metapl.data.images.reader import gray_image
 from metapl.data.tables import csv_rows
 from metapl.errors import MetaplError
+from metapl.experiments import compare
 from metapl.metrics import Evaluation, interval
 from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
@@ -723,25 +724,21 @@ def test_a_table_that_is_not_of_examples_is_refused(content: bytes, expected: st
 
 
 def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.cli import train as command
-    from metapl.recipes import Digits
-
     seen: list[Any] = []
-    monkeypatch.setattr(command, "available_cores", lambda: 8)
-    monkeypatch.setattr(command, "default_threads", lambda: 8)
+    monkeypatch.setattr(compare, "available_cores", lambda: 8)
+    monkeypatch.setattr(compare, "default_threads", lambda: 8)
 
     def stop(jobs: Any, workers: int) -> Any:
         seen.append((workers, {job.threads for job in jobs}))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "run_all", stop)
-    for given in (None, 2):
-        train = command.Train(recipe=Digits(), compare=True, methods=("mpl", "none", "uda"), jobs=given)
+    monkeypatch.setattr(compare, "run_all", stop)
+    for jobs in (None, 2):
         with pytest.raises(KeyboardInterrupt):
-            train._run_jobs(tmp_path, train.methods or (), (0, 1))
+            compare.run_jobs(Digits(), tmp_path, ("mpl", "none", "uda"), (0, 1), resume=False, jobs=jobs)
     monkeypatch.setattr(Digits, "torch_device", lambda self: torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
-        command.Train(recipe=Digits(), compare=True)._run_jobs(tmp_path, ("mpl", "none"), (0, 1))
+        compare.run_jobs(Digits(), tmp_path, ("mpl", "none"), (0, 1), resume=False, jobs=None)
     assert seen == [(6, {1}), (2, {1}), (1, {8})]
 
 
