@@ -193,8 +193,12 @@ class Pass:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
         check_outputs(outputs, self.outputs, BY_DIFFERENCE[self.rounded_to].outputs)
 
-    def hessian_product(self, w: Tree, loss: Loss) -> Tree:
-        """(∂²ℓ/∂θ²) w by double backward: a forward pass, a backward pass with a graph, and one through both."""
+    def second_derivatives(self, w: Tree, loss: Loss, leaves: Sequence[Tensor]) -> tuple[Tree, list[Tensor | None]]:
+        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass: (∂²ℓ/∂θ²) w, and that in leaves.
+
+        By double backward: a forward pass, a backward pass with a graph, and one through both. None of a leaf that the
+        loss does not read.
+        """
         at = _leaves(self.params)
         names = [name for name in at if name in w]
         with (
@@ -207,14 +211,17 @@ class Pass:
         ):
             outputs = self.local.forward(self.inputs)
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
-            value, reached_by = loss(outputs, at), [at[name] for name in names]
-            g = torch.autograd.grad(value, reached_by, create_graph=True, materialize_grads=True)
+            value, wanted = loss(outputs, at), [at[name] for name in names]
+            g = torch.autograd.grad(value, wanted, create_graph=True, materialize_grads=True)
             reached = [(t, w[name]) for t, name in zip(g, names, strict=True) if t.requires_grad]
             if not reached:
-                return {name: torch.zeros_like(p) for name, p in at.items()}
+                return {name: torch.zeros_like(p) for name, p in at.items()}, [None for _ in leaves]
             tensors, directions = zip(*reached, strict=True)
-            product = torch.autograd.grad(tensors, list(at.values()), directions, materialize_grads=True)
-        return dict(zip(at, product, strict=True))
+            found = torch.autograd.grad(tensors, [*at.values(), *leaves], directions, allow_unused=True)
+        curved = {
+            name: torch.zeros_like(p) if t is None else t for (name, p), t in zip(at.items(), found, strict=False)
+        }
+        return curved, list(found[len(at) :])
 
     def ran_in_full_precision(self) -> bool:
         """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,33 +44,39 @@ def signal_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
     the one-hot rows drawn.
     """
     signal = step.signal
+    fields = credited(signal)
+    h = of_fields(signal, _derivative(step, fields, w, tangent, check=True))
+    if signal.probs is not None and signal.sampled:
+        expected = of_fields(signal, _derivative(step, {"value": signal.probs}, w, tangent, check=False))
+        check_linear(h.h, expected.h)
+    return h
+
+
+def credited(signal: Signal) -> dict[str, Tensor]:
+    """The fields of a signal that feedback is found for, with the values that it is found at.
+
+    For sampled labels it is the one-hot row of the label, in the place of the distribution.
+    """
     if not signal.sampled:
-        found = _derivative(step, signal.differentiable(), w, tangent, check=True)
-        return of_fields(signal, found)
+        return signal.differentiable()
     if signal.probs is None:
         raise MetaplError(
             "the problem's signal is sampled and carries no probs, over which this mode would take the expectation; "
             'give Signal(value, log_prob, probs=...) or use mode="reinforce_per_example".'
         )
-    drawn = F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)
-    h = of_fields(signal, _derivative(step, {"value": drawn}, w, tangent, check=True), like=drawn).h
-    expected = of_fields(signal, _derivative(step, {"value": signal.probs}, w, tangent, check=False), like=drawn).h
-    check_linear(h, expected)
-    return Feedback(h, "probs")
+    return {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}
 
 
-def of_fields(signal: Signal, h: Mapping[str, Tensor | None], like: Tensor | None = None) -> Feedback:
-    """The feedback on the fields of a signal, with zeros for a value that the inner loss does not read.
+def of_fields(signal: Signal, h: Mapping[str, Tensor | None]) -> Feedback:
+    """The feedback on the fields of a signal; None of one that the inner loss does not read, zeros for its value.
 
-    Args:
-        signal: what it speaks of.
-        h: by field; None of one that is not read.
-        like: of the value's shape, if that is not the signal's own.
+    For sampled labels that of the value is of the distribution.
     """
+    about: Literal["probs", "value"] = "probs" if signal.sampled else "value"
     value = h.get("value")
     if value is None:
-        value = torch.zeros_like(signal.value if like is None else like)
-    return Feedback(value, "value", {name: t for name, t in h.items() if name != "value" and t is not None})
+        value = torch.zeros_like(getattr(signal, about))
+    return Feedback(value, about, {name: t for name, t in h.items() if name != "value" and t is not None})
 
 
 def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:

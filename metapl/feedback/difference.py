@@ -59,7 +59,7 @@ class Difference(Estimator):
             )
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        ((step, w),) = path.pullbacks()
+        step, w = path.pullback()
         return [self.credited(signal_feedback, step, w).over(divisor(self.normalization, step, w))], state
 
     def credited(self, credit: Credit, step: InnerStep, w: Tree) -> Feedback:
