@@ -13,21 +13,21 @@ from contextlib import contextmanager
 from metapl.cli.commands import COMMANDS, after_training
 
 HELP = """\
-metapl trains a classifier from a few labelled examples and many unlabelled
+metapl trains a classifier from a few labeled examples and many unlabeled
 ones. With Meta Pseudo Labels, a teacher network makes up labels for a student
-network, and learns from how well the student then does on the labelled
+network, and learns from how well the student then does on the labeled
 examples. On your own pictures the default is UDA: one network that learns its
 own labels of pictures that it is sure of.
 
   metapl train RECIPE           train a classifier; it goes to a folder (RUN)
   metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
-  metapl finetune RUN           finetune it on the labelled examples again
+  metapl finetune RUN           finetune it on the labeled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
   metapl export RUN --out DIR   write it for others: a program, weights, a card
 
 For example, with the handwritten digits that come with scikit-learn, of which
-two in each class are labelled (a minute on a laptop, no graphics card):
+two in each class are labeled (a minute on a laptop, no graphics card):
 
   metapl train digits --out runs/first
   metapl predict runs/first my_digit.png another.png

@@ -67,7 +67,7 @@ class Evaluate:
         run: the run folder.
         test: folder with one folder a class, to measure on instead of the run's own test set.
         network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labelled data, or the teacher.
+            labeled data, or the teacher.
         label_sets: file with all the right labels of each test example.
         json: print JSON.
     """
@@ -120,7 +120,7 @@ class Evaluate:
         }
 
 
-_UNTESTED = "{} has no test set; give --test DIR, a folder of labelled pictures with one folder a class."
+_UNTESTED = "{} has no test set; give --test DIR, a folder of labeled pictures with one folder a class."
 
 
 @dataclass(frozen=True)

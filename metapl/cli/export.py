@@ -30,7 +30,7 @@ PARTS = ("labeled", "unlabeled", "validation", "test")
 class Export:
     """Write a run's network for others: a program that needs torch alone, its weights, and a card for both.
 
-    model.pt2 is the whole network, with its normalisation, as a program for torch.export.load: any number of pictures
+    model.pt2 is the whole network, with its normalization, as a program for torch.export.load: any number of pictures
     in, logits out. model.safetensors holds the weights under the names of torchvision or timm, where the network is
     theirs. MODEL_CARD.md has the code that loads each, the accuracies, the recipe without the places of your files,
     hashes of the data, and versions. Files of these names that are there already are replaced.
@@ -41,7 +41,7 @@ class Export:
         run: the run folder; of a comparison, the run that it delivers.
         out: the folder to write them to; made if need be.
         network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labelled data, or the teacher.
+            labeled data, or the teacher.
         onnx: model.onnx too; needs pip install 'metapl[onnx]'.
     """
 
@@ -186,7 +186,7 @@ class _Card:
         kept = "best student by validation" if chosen else "last student"
         which = f"The weights are those of the {kept}: step {step:,} of {steps:,}."
         unless = ", unless that lowered the validation accuracy" if chosen else ""
-        return which + f" They were finetuned on the labelled examples{unless}." * (self.name == "finetuned")
+        return which + f" They were finetuned on the labeled examples{unless}." * (self.name == "finetuned")
 
     def _why(self) -> str:
         """Whether the run delivers this network, and by what."""

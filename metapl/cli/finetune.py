@@ -31,7 +31,7 @@ ORDER = ("student", "teacher", "finetuned")
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """Finetune a run's student on its labelled data again.
+    """Finetune a run's student on its labeled data again.
 
     Without options it repeats what train did. The finetuned student and its numbers in result.json are replaced when
     the new ones are there; the student before finetuning stays as it is. Which network the run delivers is decided

@@ -30,7 +30,7 @@ GROUPS: dict[str, str] = {
     "uda-ramp",
     "feedback": "mode labels feedback-weight feedback-ratio normalization baseline temperature pseudo-label-smoothing "
     "exact-every",
-    "optimisers": "student.* teacher.*",
+    "optimizers": "student.* teacher.*",
     "finetuning": "finetune-steps finetune-batch finetune.*",
     "comparison": "compare seeds methods controls jobs",
     "output": "out resume log-every save-every keep",

@@ -16,7 +16,7 @@ ANY_STUDENT = tuple(name for name, method in METHODS.items() if method.built_as 
 """Methods that train a student, at the same time or afterwards."""
 
 LABELS_ALONE = ("supervised", "label_smoothing", "supervised_everything")
-"""Methods that do not look at unlabelled pictures."""
+"""Methods that do not look at unlabeled pictures."""
 
 WITH_FEEDBACK = ("mpl", *CONTROLS)
 """Methods whose teacher learns from the student's feedback."""
@@ -119,7 +119,7 @@ def by_method(recipe: ImageFolders, methods: Sequence[str]) -> Iterator[Rule]:
     elif recipe.feedback.mode == "none":
         yield Rule(FEEDBACK, "with --mode none", "leave it out, or take another mode")
     if {*methods} <= {*LABELS_ALONE}:
-        yield Rule(f"unlabeled-batch {STRONG}", where, "it is for methods that learn from unlabelled pictures")
+        yield Rule(f"unlabeled-batch {STRONG}", where, "it is for methods that learn from unlabeled pictures")
     if {*methods} == {"supervised"}:
         yield Rule("label-smoothing", where, "it is for the other methods")
     yield from _uda(recipe, methods, where)

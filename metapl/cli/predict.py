@@ -73,7 +73,7 @@ class Predict:
         probabilities: give the probability of every class.
         grid: draw a PNG file with each class that was predicted: how many pictures, the most and the least probable.
         network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labelled data, or the teacher.
+            labeled data, or the teacher.
     """
 
     run: Run

@@ -1,4 +1,4 @@
-"""A folder of labelled pictures that a run which has ended is measured on."""
+"""A folder of labeled pictures that a run which has ended is measured on."""
 
 from __future__ import annotations
 

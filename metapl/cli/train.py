@@ -161,7 +161,7 @@ class TrainImages(Train):
         if self.compare and self.recipe.test is None:
             raise MetaplError(
                 "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
-                "labelled pictures for it."
+                "labeled pictures for it."
             )
 
     def check_flags(self, given: Sequence[str]) -> None:

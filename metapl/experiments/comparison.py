@@ -61,7 +61,7 @@ class Comparison:
     def against_control(self) -> tuple[PairedTest, str] | None:
         """MPL's student against the better read-out of the same loop without feedback, and that read-out's name.
 
-        The better one is the one with the higher mean on the test set, which favours the control.
+        The better one is the one with the higher mean on the test set, which favors the control.
         """
         if not {"mpl", "none"} <= self.methods.keys():
             return None

@@ -53,7 +53,7 @@ def draw_galleries(task: Task, labeller: nn.Module, student: nn.Module) -> list[
     names = task.classes
     if task.sample is not None:
         seen = _look(labeller, task.sample)
-        note = f"of {len(seen):,} unlabelled pictures, without augmentation, after training"
+        note = f"of {len(seen):,} unlabeled pictures, without augmentation, after training"
         for title, shown in (("Most", seen[:SHOWN]), ("Least", seen[: -SHOWN - 1 : -1])):
             captions = [f"{names[example.taken_for]}\n{example.percent}" for example in shown]
             marks = [example.taken_for == example.label if task.truth is not None else None for example in shown]

@@ -117,7 +117,7 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
         pictures.append(torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")[0])
         classes.append(label)
     if not any(label >= 0 for label in classes):
-        raise MetaplError(f"none of the {len(chosen)} labelled pictures that were looked at can be read.")
+        raise MetaplError(f"none of the {len(chosen)} labeled pictures that were looked at can be read.")
     levels_N3HW = torch.stack(pictures)
     grey = bool((levels_N3HW.amax(1) - levels_N3HW.amin(1)).max() <= ALIKE)
     shown = levels_N3HW[:, :1] if grey else levels_N3HW

@@ -37,7 +37,7 @@ def train(
         if labeled is None:
             raise MetaplError(
                 f"{method.name} trains on the true labels of all examples, and the recipe {recipe.name} does not know "
-                "those of the unlabelled ones; leave it out of --methods."
+                "those of the unlabeled ones; leave it out of --methods."
             )
         return _alone(recipe, task, teacher, method.losses(recipe), labeled, fit)
     if method.fixed_labels is not None:  # plain pseudo labels, eq. (1): a supervised teacher, then a student of it

@@ -18,7 +18,7 @@ from metapl.recipes.image_recipe import IMAGENET, whole
 from metapl.recipes.methods import METHODS
 
 SET_ASIDE = 0.2
-"""Part of the labelled pictures that is set aside to select on, where that is enough of them to tell anything."""
+"""Part of the labeled pictures that is set aside to select on, where that is enough of them to tell anything."""
 
 SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 """Pixels to which pictures are brought: within the first two when a network starts from nothing, on a CPU."""

@@ -64,11 +64,11 @@ def _summary(card: Mapping[str, Any], contents: Contents) -> str:
     normalization = contents.normalization
     if normalization is not None:
         lines.append(
-            "- Normalisation: (x - mean) / std per channel of pictures in [0, 1], "
+            "- Normalization: (x - mean) / std per channel of pictures in [0, 1], "
             f"mean {normalization['mean']}, std {normalization['std']}"
         )
     else:
-        lines.append("- Normalisation: none; the network takes pictures in the range that it was trained on")
+        lines.append("- Normalization: none; the network takes pictures in the range that it was trained on")
     if card.get("classes") is not None:
         lines.append(f"- Classes, in the order of the outputs: {', '.join(map(str, card['classes']))}")
     return "\n".join(lines)

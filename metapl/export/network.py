@@ -59,8 +59,8 @@ def export(
 
     The weights go under the network's own names: wrappers by :func:`metapl.models.normalized` and ``torch.compile`` are
     taken off, so ``torchvision.models.…().load_state_dict(…)`` takes the file as it is. Mean and std of a normalized
-    network, the classes and the architecture stand in the file's metadata and on the card, whose code normalises. The
-    programs normalise themselves. Before anything is written, each is run where metapl cannot be imported, and its
+    network, the classes and the architecture stand in the file's metadata and on the card, whose code normalizes. The
+    programs normalize themselves. Before anything is written, each is run where metapl cannot be imported, and its
     outputs are compared with the network's.
 
     Args:
@@ -120,12 +120,12 @@ def export(
 
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, dict[str, list[float]] | None]:
-    """The network whose names others know, and the normalisation that stood before it."""
+    """The network whose names others know, and the normalization that stood before it."""
     normalization = None
     while True:
         if isinstance(model, Normalized):
             if normalization is not None:
-                raise MetaplError("export got a network that is normalized twice; expected one normalisation.")
+                raise MetaplError("export got a network that is normalized twice; expected one normalization.")
             normalization = {"mean": _numbers(model.mean), "std": _numbers(model.std)}
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile

@@ -38,7 +38,7 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
     """A network as programs, each run where metapl cannot be imported and compared with the network.
 
     Args:
-        network: from pictures (B, C, H, W) to logits (B, K), with its normalisation; it is left as it is.
+        network: from pictures (B, C, H, W) to logits (B, K), with its normalization; it is left as it is.
         shape: (C, H, W). The size is fixed; B is any number from 1 up.
         onnx: ``model.onnx`` too; it is run where onnxruntime is installed.
 

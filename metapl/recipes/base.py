@@ -131,14 +131,14 @@ class Task:
 
     Args:
         labeled, unlabeled: sources of batches, for ``fit``.
-        finetuning: source of labelled batches for finetuning.
+        finetuning: source of labeled batches for finetuning.
         validation, test: (inputs, labels), or batches of these; None where there are none.
         classes: names.
-        everything: source of labelled batches of the labelled and the unlabelled examples with their true labels, for
+        everything: source of labeled batches of the labeled and the unlabeled examples with their true labels, for
             the headroom; None where these are not known.
-        truth: (inputs, labels), or batches of these, of unlabelled examples whose labels are known, for looking at
+        truth: (inputs, labels), or batches of these, of unlabeled examples whose labels are known, for looking at
             pseudo-labels only.
-        sample: some unlabelled examples as they are, (inputs, anything) or batches of these, for the report.
+        sample: some unlabeled examples as they are, (inputs, anything) or batches of these, for the report.
         test_names: what the test examples are called, such as their files; None where they have no names.
         split: how the examples were divided, for the run folder's ``split.json``.
         skipped: files that are left out, each with the reason.
@@ -184,8 +184,8 @@ class Recipe(ABC):
     Args:
         seed: random seed of the data split, the initial weights and everything that is drawn.
         steps: number of training steps.
-        labeled_batch: labelled examples in a batch.
-        unlabeled_batch: unlabelled examples in a batch.
+        labeled_batch: labeled examples in a batch.
+        unlabeled_batch: unlabeled examples in a batch.
         dropout: dropout rate of the networks.
         label_smoothing: label smoothing of the teacher's supervised loss.
         uda_weight: weight of the UDA loss; 0 leaves it out.
@@ -198,7 +198,7 @@ class Recipe(ABC):
         warmup: steps over which both learning rates grow from 0.
         ema_decay: decay of the moving average of the weights. The average is what is kept; with None, the weights
             themselves are.
-        finetune_steps: steps of finetuning on the labelled examples, after training.
+        finetune_steps: steps of finetuning on the labeled examples, after training.
         finetune: its optimizer.
         validate_every: steps between validations.
         log_every: steps between rows in metrics.jsonl.

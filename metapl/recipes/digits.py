@@ -26,15 +26,15 @@ from metapl.recipes.base import Optimizer, Recipe, Role, Say, Task, require
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(Recipe):
-    """1,797 real 8x8 images: 1,200 to train on (a few labelled), 197 to select on, 400 to report on, split per seed.
+    """1,797 real 8x8 images: 1,200 to train on (a few labeled), 197 to select on, 400 to report on, split per seed.
 
-    The teacher sees clean unlabelled images and learns from augmented labelled ones; the student learns its labels on
+    The teacher sees clean unlabeled images and learns from augmented labeled ones; the student learns its labels on
     augmented images. The feedback's weight is in units of the true gradient, which carries η/B.
 
     Args:
-        labels_per_class: labelled images of each class.
+        labels_per_class: labeled images of each class.
         hidden: widths of the hidden layers of teacher and student.
-        view: how the student's, and the teacher's labelled, images are altered.
+        view: how the student's, and the teacher's labeled, images are altered.
         threads: of the linear algebra; more do not help networks of this size, and rounding depends on the number.
     """
 

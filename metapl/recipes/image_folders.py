@@ -28,9 +28,6 @@ from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Views
 from metapl.recipes.methods import METHODS
 from metapl.training.progress import counting
 
-WORDS = {"labeled": "labelled", "unlabeled": "unlabelled", "val": "validation", "test": "test"}
-"""The folders as they are called on the terminal."""
-
 IN_MEMORY = 2**30
 """Bytes of decoded pictures that are kept in memory; of larger folders, files are read each time they are drawn."""
 
@@ -120,7 +117,7 @@ class Changes:
         return Chain((*flip, self._moved(1.0), self._color(), Hole((self.hole / 5, self.hole)), *recolor))
 
     def weak(self) -> View:
-        """What is labelled: a quarter of the movement, and nothing else but mirroring."""
+        """What is labeled: a quarter of the movement, and nothing else but mirroring."""
         flip = (Flip(),) if self.mirror else ()
         return Chain((*flip, self._moved(0.25)))
 
@@ -188,15 +185,15 @@ it; and in these two."""
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolders(ImageRecipe):
-    """One folder a class for labelled pictures, any folder tree for unlabelled ones.
+    """One folder a class for labeled pictures, any folder tree for unlabeled ones.
 
     What is left None is chosen by looking at the pictures, and by how many steps fit into the minutes; a run's
     recipe.json has what was chosen.
 
     Args:
-        labeled: labelled pictures: a folder with one subfolder for each class.
-        unlabeled: unlabelled pictures: a folder, with or without subfolders.
-        val: validation pictures, in a folder like --labeled. By default a fifth of the labelled pictures is set aside
+        labeled: labeled pictures: a folder with one subfolder for each class.
+        unlabeled: unlabeled pictures: a folder, with or without subfolders.
+        val: validation pictures, in a folder like --labeled. By default a fifth of the labeled pictures is set aside
             if that makes 50 or more, and otherwise none.
         test: test pictures, in a folder like --labeled; the accuracy on them is reported.
         grey: read pictures without colors; by default if they have none.
@@ -205,10 +202,10 @@ class ImageFolders(ImageRecipe):
         network_name: pooled_cnn (the default), small_cnn, wide_resnet28_2, resnet18 (the default with --weights), 34,
             50, ..., efficientnet_b0 to b7, vit_b_16, ..., or timm:NAME. After an unknown name, the error lists all.
         weights: file with pretrained weights of the network; imagenet downloads those of torchvision.
-        method: uda and fixmatch train one network, on the labelled pictures and on its own labels of pictures that it
+        method: uda and fixmatch train one network, on the labeled pictures and on its own labels of pictures that it
             is sure of. mpl trains a teacher and a student with feedback; none does so without feedback. supervised uses
-            the labelled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
-            labelled pictures alone.
+            the labeled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
+            labeled pictures alone.
         minutes: how long training may take: as many steps are taken as fit by a short measurement on this machine. By
             default 5; --steps replaces it. With --compare, every method takes the steps of --method.
         steps: number of training steps; by default as many as fit into --minutes.
@@ -226,7 +223,7 @@ class ImageFolders(ImageRecipe):
             network has them, 1 moves them all the way.
         uda_prior: share of each class, in the order of the folders; by default the shares in --labeled, with one
             picture more in each class.
-        uda_start: steps on the labelled pictures alone, before UDA begins; these are fast. By default 40 % of all.
+        uda_start: steps on the labeled pictures alone, before UDA begins; these are fast. By default 40 % of all.
         uda_ramp: steps over which the weight of UDA then grows from 0; by default 10 % of all.
         validate_every: steps between validations; by default 5 % of all.
         changes: how pictures are changed before they are learned from.
@@ -375,7 +372,7 @@ class ImageFolders(ImageRecipe):
             train, aside = stratified_split(labeled.targets(), fraction, self.seed)
             labeled, val = labeled.keep(train.tolist()), labeled.keep(aside.tolist())
         tell(
-            f"{len(labeled):,} labelled pictures of {len(self.classes)} classes, {len(unlabeled):,} unlabelled, "
+            f"{len(labeled):,} labeled pictures of {len(self.classes)} classes, {len(unlabeled):,} unlabeled, "
             f"{len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
         )
         return Task(
@@ -429,7 +426,7 @@ class _Look:
 
     def listed(self, scan: Callable[[str, Progress], FilesT], folder: str, name: str) -> FilesT:
         """The files of a folder."""
-        with counting(f"listing {WORDS[name]} files", self.progress) as count:
+        with counting(f"listing {_word(name)} files", self.progress) as count:
             files = scan(folder, count)
         if files.passed_over:
             others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
@@ -438,7 +435,7 @@ class _Look:
 
     def sound(self, files: FilesT, name: str) -> FilesT:
         """Those that can be read."""
-        with counting(f"looking at {WORDS[name]} files", self.progress, len(files)) as count:
+        with counting(f"looking at {_word(name)} files", self.progress, len(files)) as count:
             verified = verify_files(files, progress=count)
         if verified.skipped:
             self.tell(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
@@ -454,6 +451,11 @@ class _Look:
         refuse_errors(findings)
         for finding in findings:
             self.tell(f"note: {finding.message}")
+
+
+def _word(folder: str) -> str:
+    """A folder as it is called on the terminal."""
+    return "validation" if folder == "val" else folder
 
 
 def refuse_errors(findings: Sequence[Finding]) -> None:

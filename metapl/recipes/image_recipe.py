@@ -32,7 +32,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that pretrained weights expect."""
 
 EVALUATED_AT_ONCE, SAMPLED = 256, 2048
-"""Pictures in a batch of an evaluation; unlabelled pictures that the report looks at."""
+"""Pictures in a batch of an evaluation; unlabeled pictures that the report looks at."""
 
 NESTEROV = Optimizer(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
 
@@ -74,10 +74,10 @@ class ImageParts:
     """A recipe's pictures: a few with labels, many without, and those to select and to report on.
 
     Args:
-        few, labels: labelled pictures and int64 (n,).
-        many: unlabelled pictures.
+        few, labels: labeled pictures and int64 (n,).
+        many: unlabeled pictures.
         hidden: int64, the true labels of these, where they are known: for looking at pseudo-labels only.
-        known: labelled and unlabelled pictures together with their true labels, where they are known: for the headroom.
+        known: labeled and unlabeled pictures together with their true labels, where they are known: for the headroom.
         val: pictures to select on, and their labels; None where there are none.
         test: pictures to report on, and their labels; None where there are none.
     """
@@ -96,11 +96,11 @@ class Views:
     """What is done to the pictures of a step.
 
     Args:
-        weak: to unlabelled pictures, for the network that labels them.
+        weak: to unlabeled pictures, for the network that labels them.
         strong: to the same pictures, for the network that learns these labels.
-        labeled: to labelled ones.
+        labeled: to labeled ones.
         crop: the box that is cut out of a file before any of them.
-        finetuned: to labelled ones in finetuning; None: as in training.
+        finetuned: to labeled ones in finetuning; None: as in training.
     """
 
     weak: View
@@ -114,7 +114,7 @@ class Views:
 class ImageRecipe(Recipe):
     """How a classifier of pictures is trained.
 
-    The teacher labels weakly augmented pictures and learns from labelled ones, from consistency (UDA) and from the
+    The teacher labels weakly augmented pictures and learns from labeled ones, from consistency (UDA) and from the
     student's feedback; the student learns its labels on strongly augmented pictures.
 
     Args:
@@ -138,7 +138,7 @@ class ImageRecipe(Recipe):
         clip_norm: greatest norm of either network's gradient; None turns clipping off.
         accumulate: number of parts that a batch is split into, to save memory.
         precision: bfloat16 runs the networks under autocast.
-        finetune_batch: labelled pictures in a batch of finetuning, if not as in training.
+        finetune_batch: labeled pictures in a batch of finetuning, if not as in training.
         num_workers: number of processes that read pictures; it changes the speed alone.
         device: auto takes a GPU if there is one.
     """
@@ -241,7 +241,7 @@ class ImageRecipe(Recipe):
     # -------------------------------------------------------------------------------------------------- the networks
 
     def architecture(self) -> models.Architecture:
-        """What builds the student, without normalisation."""
+        """What builds the student, without normalization."""
         return self._architecture("student", len(self.classes))
 
     def _architecture(self, role: Role, num_classes: int) -> models.Architecture:
@@ -257,13 +257,13 @@ class ImageRecipe(Recipe):
         )
 
     def network(self, role: Role = "student") -> nn.Module:
-        """The teacher or the student with fresh or pretrained weights, normalising pictures in [0, 1]."""
+        """The teacher or the student with fresh or pretrained weights, normalizing pictures in [0, 1]."""
         network = self._architecture(role, len(self.classes)).create(self.weights)
         normalized = models.normalized(network, *self.normalization())
         return normalized.to(memory_format=torch.channels_last) if self.channels_last else normalized
 
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation that pictures are normalised by, of each channel in [0, 1]."""
+        """Mean and standard deviation that pictures are normalized by, of each channel in [0, 1]."""
         channels = 1 if self.grey else 3
         return IMAGENET if self.weights and not self.grey else ((0.5,) * channels, (0.25,) * channels)
 

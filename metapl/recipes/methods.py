@@ -95,7 +95,7 @@ _ALL = (
     Method(name="none", title="same loop, no feedback", feedback="none", delivers="finetuned", place="compared"),
     Method(
         name="supervised",
-        title="supervised, labelled data only",
+        title="supervised, labeled data only",
         losses=_supervised,
         delivers="finetuned",
         place="compared",

@@ -2,7 +2,7 @@
 
 recipe.json           the recipe as it ran, with versions and hardware
 data.json             on which data, by their hashes
-split.json            which examples are labelled, unlabelled, held out, where the recipe draws that from a data set
+split.json            which examples are labeled, unlabeled, held out, where the recipe draws that from a data set
 metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
 tensorboard/<phase>/  the same for TensorBoard
 checkpoints/<phase>/  whole checkpoints only

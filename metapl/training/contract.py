@@ -48,7 +48,7 @@ class Stepwise(ABC):
     @property
     @abstractmethod
     def schedulable(self) -> list[torch.optim.Optimizer]:
-        """The optimisers whose learning rates the schedule moves: the student's, then the teacher's."""
+        """The optimizers whose learning rates the schedule moves: the student's, then the teacher's."""
 
     @abstractmethod
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:

@@ -97,7 +97,7 @@ class FitRun:
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
         if labeled is None:
             raise MetaplError(
-                "labeled is None; expected a source of labelled batches (inputs, labels): a DataLoader, or a list."
+                "labeled is None; expected a source of labeled batches (inputs, labels): a DataLoader, or a list."
             )
         if not resume:
             self.records.refuse_another_run()

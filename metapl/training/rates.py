@@ -7,7 +7,7 @@ from metapl.training.options import FitOptions
 
 
 class Rates:
-    """The base rates as the optimisers came with them, and what the schedule makes of them.
+    """The base rates as the optimizers came with them, and what the schedule makes of them.
 
     Args:
         trainer: whose rates; of a TorchOpt transform, which brings its own schedule, none is known.

@@ -31,7 +31,7 @@ class Selection:
 
     Args:
         validation: (inputs, labels) or an iterable of such batches; None: nothing is looked at.
-        truth: (inputs, labels) of unlabelled examples, for the teacher.
+        truth: (inputs, labels) of unlabeled examples, for the teacher.
         device: where the networks are.
         select: whether the best student is remembered.
     """
