@@ -33,7 +33,7 @@ def train(
     Returns: the trainer whose student is the network that is kept, and what its fit ended with.
     """
     if method.losses is not None:
-        labeled = task.everything if method.everything else task.labeled
+        labeled = task.everything if method.place == "headroom" else task.labeled
         if labeled is None:
             raise MetaplError(
                 f"{method.name} trains on the true labels of all examples, and the recipe {recipe.name} does not know "
