@@ -141,7 +141,7 @@ def _dispatch(given: list[str]) -> int:
 
         return print_completion(rest)
     if command not in COMMANDS:
-        from metapl.cli.suggest import did_you_mean
+        from metapl.cli.parse import did_you_mean
 
         meant = did_you_mean(command, COMMANDS) or "."
         raise MetaplError(
@@ -152,8 +152,7 @@ def _dispatch(given: list[str]) -> int:
 
 def _train(given: list[str]) -> int:
     from metapl.cli.idle import given_flags
-    from metapl.cli.parse import parse
-    from metapl.cli.suggest import did_you_mean, respelled
+    from metapl.cli.parse import did_you_mean, parse, respelled
     from metapl.cli.train import COMMANDS as RECIPES
     from metapl.errors import MetaplError
 

@@ -13,9 +13,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from metapl.cli.inputs import require_finite
+from metapl.cli.inputs import TestFolder, require_finite
 from metapl.cli.parse import WIDTH, Run, Switch
-from metapl.cli.test_folder import TestFolder
 from metapl.errors import MetaplError
 from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
 from metapl.experiments.table import table
