@@ -39,7 +39,7 @@ class Entry:
         method: its name.
         seed: its seed.
         steps: how many it trained for.
-        fields: those of its recipe that matter; nested ones as ``feedback.mode``.
+        fields: of its recipe, without the irrelevant ones; nested ones as ``feedback.mode``.
         accuracies: by read-out.
         place: its folder.
         hashes: of its data, by part.
@@ -124,7 +124,7 @@ def _entry(run: LoadedRun, folder: RunFolder, numbers: dict[str, Any], fields: d
     result = folder.read_json("result.json")
     if "evaluation" not in result:
         raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
-    # The data of a folder of pictures are what it holds; other recipes draw theirs from a data set.
+    # A folder of pictures is the data; other recipes draw theirs from a data set.
     drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
     return Entry(
         numbers["method"],

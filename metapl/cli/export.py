@@ -32,7 +32,7 @@ class Export:
 
     model.pt2 is the whole network, with its normalization, as a program for torch.export.load: any number of pictures
     in, logits out. model.safetensors holds the weights under the names of torchvision or timm, where the network is
-    theirs. MODEL_CARD.md has the code that loads each, the accuracies, the recipe without the places of your files,
+    theirs. MODEL_CARD.md has the code that loads each, the accuracies, the recipe without the paths of your files,
     hashes of the data, and versions. Files of these names that are there already are replaced.
 
     Programs are run without metapl and compared with the network before anything is written.

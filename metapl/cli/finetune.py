@@ -26,7 +26,7 @@ from metapl.training import FitResult, Interrupted
 from metapl.training.selection import weights_of
 
 ORDER = ("student", "teacher", "finetuned")
-"""Of a run's networks: of those that validation finds equal, the first is delivered."""
+"""The networks of a run: the first of equals by validation is delivered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class Finetune:
 
     Args:
         run: the run folder.
-        steps: finetuning steps; those of the recipe by default.
-        lr: learning rate; that of the recipe by default.
+        steps: finetuning steps; by default as in the recipe.
+        lr: learning rate; by default as in the recipe.
     """
 
     run: Run

@@ -22,7 +22,7 @@ WITH_FEEDBACK = ("mpl", *CONTROLS)
 """Methods whose teacher learns from the student's feedback."""
 
 BY_UDA = ("uda", "fixmatch")
-"""Methods that are UDA alone."""
+"""Methods that train one network by UDA."""
 
 FEEDBACK = "feedback-weight feedback-ratio normalization baseline exact-every"
 STRONG = "strong.operations strong.magnitude strong.cutout strong.again strong.translate"

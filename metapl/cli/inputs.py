@@ -1,4 +1,4 @@
-"""Examples in a user's files, read as those that a run was trained on; a folder of labeled ones is a test set."""
+"""Examples in a user's files, read like the training data of a run; a folder of labeled ones is a test set."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Inputs:
             yield batch
 
     def _within(self, folder: Path) -> list[Path]:
-        """The readable files of a folder and of those in it, sorted."""
+        """The readable files of a folder and its subfolders, sorted."""
         files = [Path(where) / name for where, _, names in os.walk(folder, onerror=self._unlisted) for name in names]
         readable = sorted(
             file for file in files if file.suffix.lower() in self.recipe.reads and not self._is_left(file)
@@ -86,19 +86,19 @@ def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
 
 
 class TestFolder:
-    """The pictures of a folder that holds one folder a class, read as those that a run was trained on.
+    """The pictures of a folder that holds one folder a class, read like the training data of a run.
 
     Notes on them go to standard error.
 
     Args:
-        recipe: of the run; its classes are those that count.
+        recipe: of the run; its classes count.
         folder: one folder a class, called as the run's classes; those without pictures may be missing.
 
     Raises:
         MetaplError: no such folder, none in it, no picture, or pictures of a class that the run does not know.
     """
 
-    __test__ = False  # for pytest, which takes what is called so for tests
+    __test__ = False  # pytest takes classes with such names for tests
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.files = scan_labeled(folder)
@@ -118,7 +118,7 @@ class TestFolder:
             print(f"metapl: note: {note}", file=sys.stderr)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pictures and labels; ``names`` are then those that could be read, relative to the folder."""
+        """Pictures and labels; ``names`` then has the readable files, relative to the folder."""
         self.names = []
         for batch in self._inputs.batches():
             paths = [path for path, _ in batch]

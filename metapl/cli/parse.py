@@ -29,7 +29,7 @@ Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
 def paragraph(text: str) -> str:
-    """Text in lines of a terminal's width, broken at spaces alone."""
+    """Text in lines of a terminal's width, broken only at spaces."""
     return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
@@ -63,7 +63,7 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
 
 
 def _with_true(arguments: list[str], switches: list[str]) -> list[str]:
-    """``--grey`` alone is ``--grey True``, of switches that can also be left open.
+    """``--grey`` alone is ``--grey True``, for switches that can also be left open.
 
     >>> _with_true(["--grey", "--pad", "2", "--color", "False"], ["--grey", "--color"])
     ['--grey', 'True', '--pad', '2', '--color', 'False']
@@ -78,7 +78,7 @@ def _with_true(arguments: list[str], switches: list[str]) -> list[str]:
 
 def _ask_tyro(kind: type[T], program: str, arguments: list[str]) -> tuple[int | None, T | None, str, str]:
     """The exit code it would end with (None: it does not), the instance, and what it says as errors and as help."""
-    # tyro draws its frames, by which its messages are taken apart, for a standard output of this encoding alone.
+    # tyro draws the frames that entries_in looks for only where the output has this encoding.
     message, text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     code: int | None = None
     value: T | None = None
@@ -160,7 +160,7 @@ def respelled(arguments: Sequence[str]) -> list[str]:
 
 
 def _respelled(flag: str) -> str:
-    """Whole words alone, between dashes, dots and underscores."""
+    """Only whole words, between dashes, dots and underscores."""
     return "".join(SPELLINGS.get(word, word) for word in re.split(r"([-._])", flag))
 
 

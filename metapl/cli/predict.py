@@ -55,7 +55,7 @@ class Predict:
     With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come next. A column for
     each class, called p(cat) say, is added by --probabilities; these sum to 1.
 
-    A picture is read as those that the run was trained on: it is turned as the camera noted, transparent counts as
+    A picture is read like the training data of the run: it is turned as the camera noted, transparent counts as
     white, and the largest centered square of it is brought to the network's size, in colors or grey. Of runs that were
     trained on crops, it is the middle of that square.
 

@@ -33,7 +33,7 @@ class PredictionGrid:
         classes: names, in the order of the network's outputs.
 
     Of each class seen so far, as many pictures are kept as a page has room for, eight at most and fewer the more
-    classes there are: those of the greatest and of the least probability.
+    classes there are: the most and the least probable ones.
     """
 
     def __init__(self, classes: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ class PredictionGrid:
         """One PNG file with a group for each class; nothing where nothing was added. ``source`` names the network."""
         if not self.counts:
             return
-        # In the order of the classes; where they are too many, those with the most pictures.
+        # In the order of the classes; where there are too many, the ones with the most pictures.
         drawn = sorted(index for index, _ in self.counts.most_common(MOST_GROUPS))
         draw_grid(
             path, "What the pictures were taken for", self._note(source, len(drawn)), [self._group(i) for i in drawn]

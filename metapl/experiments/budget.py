@@ -29,13 +29,13 @@ SHARE = 0.85
 """Part of the time that steps get; the rest is for reading pictures, validation, finetuning and the report."""
 
 WARM, TIMED, SECONDS = 2, 20, 4.0
-"""Steps that are not counted, and those that are: at most so many, and for so long."""
+"""Steps before the timing, the greatest number of timed steps, and the greatest time that they may take."""
 
 PICTURES = 128
 """Pictures of noise that the steps are taken on."""
 
 LARGER = 1.25
-"""Side of those in files, in units of that of the pictures that the network sees."""
+"""How much larger the pictures in files are than the pictures that the network sees."""
 
 FASTER = 1.25
 """How much faster bfloat16 has to be to be taken."""

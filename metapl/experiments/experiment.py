@@ -150,7 +150,7 @@ class Experiment:
         return task.validation is not None and task.validation_size >= SELECTED_ON
 
     def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
-        """The student finetuned on the labeled data; as it was before where validation can tell that to be better."""
+        """The student finetuned on the labeled data, or unchanged where validation shows that to be better."""
         torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
         if not self.recipe.finetune_steps:
             return before

@@ -58,7 +58,7 @@ class LoadedRun:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The names of those that it has."""
+        """The names of the networks that it has."""
         return tuple(name for name in WEIGHTS if (self.folder.path / weights_file(name)).is_file())
 
     def name(self, asked: NetworkName) -> str:

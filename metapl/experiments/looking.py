@@ -14,7 +14,7 @@ from metapl.data.images.reader import LUMA, UnreadableImage, read_image
 from metapl.errors import MetaplError
 
 LOOKED_AT = 256
-"""Pictures that are read, at most, of those with labels and again of those without."""
+"""How many pictures are read at most: of the labeled ones, and again of the unlabeled ones."""
 
 SIDE = 32
 """Pixels that a picture is brought to for a look at its colors."""
@@ -193,7 +193,7 @@ def _found(colors_NC: Tensor, labels: Tensor) -> float:
 
 
 def _spread_of(std: float) -> float:
-    """A standard deviation that can be divided by: that of blank pictures is 0."""
+    """A standard deviation that can be divided by: blank pictures have 0."""
     return round(max(std, SMALLEST_STD), 3)
 
 

@@ -136,7 +136,7 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
 
     Args:
         recipe: settled.
-        seen: what the pictures are like; what is lost of them is then said too.
+        seen: what the pictures are like; the line then also says what is lost of them.
     """
     optimizer = recipe.teacher if METHODS[recipe.method].built_as == "teacher" else recipe.student
     size, kind = f"{recipe.image_size}x{recipe.image_size}", "grey" if recipe.grey else "color"

@@ -302,7 +302,7 @@ class ImageFolders(ImageRecipe):
         return self.class_names or scan_labeled(self.labeled).classes
 
     def scheduled(self, steps: int) -> ImageFolders:
-        """The recipe with so many steps, and what is a share of them."""
+        """The recipe with this number of steps, and with the phases that are a share of it."""
         shares = self._shares(steps)
         missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
         return dataclasses.replace(self, steps=steps, **missing)

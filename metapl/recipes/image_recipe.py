@@ -71,7 +71,7 @@ class Strong:
 
 @dataclass(frozen=True)
 class ImageParts:
-    """A recipe's pictures: a few with labels, many without, and those to select and to report on.
+    """A recipe's pictures: a few with labels, many without, and pictures to select on and to report on.
 
     Args:
         few, labels: labeled pictures and int64 (n,).
@@ -139,7 +139,7 @@ class ImageRecipe(Recipe):
         accumulate: number of parts that a batch is split into, to save memory.
         precision: bfloat16 runs the networks under autocast.
         finetune_batch: labeled pictures in a batch of finetuning, if not as in training.
-        num_workers: number of processes that read pictures; it changes the speed alone.
+        num_workers: number of processes that read pictures; it only changes the speed.
         device: auto takes a GPU if there is one.
     """
 
@@ -190,7 +190,7 @@ class ImageRecipe(Recipe):
     def views(self) -> Views:
         """What is done to the pictures of a step."""
         if self.resized_crop:
-            # The crop mirrors too; what is left of the weak view is nothing.
+            # The crop mirrors too, so nothing is left for the weak view to do.
             crop = ResizedCrop(self.image_size, flip=not self.strong.writing)
             return Views(Identity(), self.strong.view(Identity()), Identity(), crop)
         weak = Weak(self.pad, flip=not self.strong.writing)

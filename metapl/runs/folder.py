@@ -159,7 +159,7 @@ class RunFolder:
         return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Weights as safetensors: the file depends on them alone."""
+        """Weights as safetensors: the same weights give the same bytes."""
         from safetensors.torch import save
 
         plain = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}

@@ -15,7 +15,7 @@ class Metrics:
     """``metrics.jsonl``, one row per logged step of a phase.
 
     Rows after the step that is resumed from belong to work that was lost: they are cut off before going on, so the file
-    of a resumed run equals that of an uninterrupted one.
+    of a resumed run equals the file of an uninterrupted one.
     """
 
     def __init__(self, file: Path) -> None:

@@ -53,7 +53,7 @@ class Trainer(Stepwise):
                 own step batches, anything :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where nothing reads
                 it. The batches are as :meth:`step` takes them; of a loader that gives labels too,
                 :func:`metapl.data.without_labels` leaves them out.
-            steps: in all, those of an earlier part of the run included.
+            steps: in all, including the steps of an earlier part of the run.
             validation: (inputs, labels) or an iterable of such batches; without it the last student is kept.
             truth: (inputs, labels) of unlabeled examples whose labels happen to be known, for recording how many of
                 the teacher's labels are right; nothing is trained or selected on it.
@@ -66,7 +66,7 @@ class Trainer(Stepwise):
                 ``log_every`` and ``validate_every``): the number of steps done, the numbers of that row, and this
                 trainer, whose student is the one in training. It may raise :class:`metapl.StopFit`, which ends the fit
                 and keeps what was done; what it draws from the default generators of torch is undone. Saved and
-                restored with the run are those with ``state_dict`` and ``load_state_dict``.
+                restored with the run are callbacks that have ``state_dict`` and ``load_state_dict``.
             options: the other fields of :class:`FitOptions`.
 
         Returns: a :class:`FitResult`.

@@ -70,7 +70,7 @@ class Callbacks:
         return None
 
     def state(self) -> list[Any]:
-        """The states of those that have one."""
+        """The states of the callbacks that have one."""
         return [callback.state_dict() for callback in self._stateful()]
 
     def restore(self, states: Sequence[Any]) -> None:

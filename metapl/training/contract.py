@@ -55,7 +55,7 @@ class Stepwise(ABC):
         """One step."""
 
     def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
-        """One step of the teacher alone, while the student waits; asked for where there is a :attr:`labeller`."""
+        """One step of the teacher alone, while the student waits; called only where there is a :attr:`labeller`."""
         raise NotImplementedError
 
     @abstractmethod

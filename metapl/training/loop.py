@@ -1,6 +1,6 @@
 """The loop: batches in, steps taken, what they showed recorded, checkpoints out.
 
-It knows nothing of what a step does. It is resumed by position: what is drawn, scheduled and measured is a function of
+It does not know what a step does. It is resumed by position: what is drawn, scheduled and measured is a function of
 the step's number and of what a checkpoint holds, so a run that was killed ends bit for bit as one that was not.
 """
 
@@ -54,7 +54,7 @@ class FitResult:
 
 
 class FitRun:
-    """One run of the loop; the arguments are those of :meth:`metapl.training.Trainer.fit`."""
+    """One run of the loop; for its arguments see :meth:`metapl.training.Trainer.fit`."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class FitRun:
                     self.feeds[name] = self._feed(source, name)
             self._steps(self._restore() if resume else 0)
         except Exception as error:
-            # A callback's own broken connection, to a server say, is not that of a worker.
+            # A callback may lose a connection of its own, to a server for example: no worker died then.
             workers = 0 if error is self.callbacks.raised else self.options.num_workers
             death = _worker_death(error, (labeled, unlabeled), workers)
             if death is None:
@@ -121,7 +121,7 @@ class FitRun:
         return self._finish()
 
     def _feed(self, source: Any, name: str) -> Feed:
-        from metapl.data.feed import feed  # only those who fit need metapl.data
+        from metapl.data.feed import feed  # needed for fitting only
 
         options = self.options
         return feed(source, name=name, stop=options.steps, num_workers=options.num_workers, device=self.trainer.device)
@@ -182,7 +182,7 @@ class FitRun:
         if options.waits(step - 1):
             why += f"; the student is untrained: it would have begun after step {options.wait}"
         self.say(f"stopped after step {step} by a callback{why}")
-        # The last step is validated, as in any fit: what is kept has been looked at.
+        # The last step is validated, as in any fit.
         return {} if options.due(options.validate_every, step - 1) else self._look(step - 1)
 
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
@@ -335,7 +335,7 @@ def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) ->
 
 
 def _and_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of: out of torch's C++, such as the writer of checkpoints, come errors of its own."""
+    """An error and its causes: torch's C++ code, such as the writer of checkpoints, wraps errors in its own."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

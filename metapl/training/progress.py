@@ -39,7 +39,7 @@ class Progress:
         """One step further.
 
         Args:
-            batches: those of the step.
+            batches: of the step.
             row: what was measured, if this is a step at which something is.
             due: whether this is a step at which is validated.
             examples: on how many the accuracy was measured.

@@ -40,14 +40,14 @@ class Records:
 
     @contextmanager
     def opened(self, start: int) -> Iterator[None]:
-        """Take rows and events from step ``start`` on; those after it, of work that was lost, are void."""
+        """Record from step ``start`` on; rows and events after it belong to work that was lost, and are removed."""
         if self.out is None or self.metrics is None:
             yield
             return
         with self._writing():
             self.metrics.cut(self.phase, start)
             self.history = [_numbers(row) for row in self.metrics.rows(self.phase)]
-            # A folder per phase: what is void after resuming is void for every curve in the folder.
+            # A folder per phase: TensorBoard drops the steps after a restart from every curve in a folder.
             events = Events(self.out.path / "tensorboard" / self.phase, start)
         with events as self.events:
             yield
@@ -68,7 +68,7 @@ class Records:
                 self.events.counts(step, counts)
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Write a checkpoint, and what is older than it; where to, if there is where."""
+        """Write a checkpoint, after the rows and events before it; its path, or None without a folder."""
         if self.checkpoints is None or self.metrics is None or self.events is None:
             return None
         with self._writing():
@@ -120,7 +120,7 @@ class Records:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """A row as it was before it was written."""
+    """The numbers of a row that was read back."""
     return {name: math.nan if value is None else value for name, value in row.items() if name != "phase"}
 
 

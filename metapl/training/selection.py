@@ -76,7 +76,7 @@ class Selection:
         """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun.
 
         Args:
-            student, teacher: what is kept of them, such as their averages.
+            student, teacher: the networks that are kept, such as the averages.
             labeller: the network that makes the pseudo-labels.
             step: number of steps done.
         """
