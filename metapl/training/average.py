@@ -16,7 +16,7 @@ class Average:
 
     .. math:: d_t = \min\big(\mathrm{decay}, \tfrac{1 + t}{10 + t}\big), \quad t = 0, 1, \dots
 
-    so early in training the average is over the last few steps only. Buffers (running statistics) are the network's own.
+    so early in training the average is over the last few steps only. Buffers (running statistics) are copied.
     ``torch.optim.swa_utils.AveragedModel`` would do the same, but counts on the device, so that each step would wait
     for it.
 
