@@ -12,10 +12,11 @@ from metapl.data.images.verify import verify_files
 from metapl.experiments import budget
 from metapl.experiments.looking import Look, look
 from metapl.models.pretrained import fetch_imagenet_weights
-from metapl.recipes.base import SELECTED_ON, Say, require
+from metapl.recipes.base import SELECTED_ON, require
 from metapl.recipes.image_folders import CHOSEN, OPEN, Changes, ImageFolders, refuse_errors
 from metapl.recipes.image_recipe import IMAGENET, whole
 from metapl.recipes.methods import METHODS
+from metapl.training import Say
 
 SET_ASIDE = 0.2
 """Part of the labeled pictures that is set aside to select on, where that is enough of them to tell anything."""

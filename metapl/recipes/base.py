@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
@@ -20,12 +20,10 @@ from metapl.metrics import chance_level
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.training import FitOptions
+from metapl.training import FitOptions, Say
 
 SELECTED_ON = 50
 """The fewest validation examples to choose a student by: with 50, one standard error is 7 points."""
-
-Say = Callable[[str], None]
 
 Role = Literal["teacher", "student"]
 

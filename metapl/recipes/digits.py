@@ -21,7 +21,8 @@ from metapl.data.fingerprint import hashes
 from metapl.data.images.reader import SUFFIXES, gray_image
 from metapl.data.tables import csv_rows
 from metapl.models import mlp
-from metapl.recipes.base import Optimizer, Recipe, Role, Say, Task, require
+from metapl.recipes.base import Optimizer, Recipe, Role, Task, require
+from metapl.training import Say
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,10 @@ from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Someti
 from metapl.data.views.randaugment import ResizedCrop
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
-from metapl.recipes.base import Optimizer, Say, Task, require
+from metapl.recipes.base import Optimizer, Task, require
 from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Views
 from metapl.recipes.methods import METHODS
+from metapl.training import Say
 from metapl.training.progress import counting
 
 IN_MEMORY = 2**30

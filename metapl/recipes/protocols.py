@@ -19,8 +19,9 @@ import tyro
 from metapl.data.images.store import FileImages
 from metapl.data.sets.torchvision_sets import ImageData, SplitProtocol, load_image_data
 from metapl.data.splits import Split
-from metapl.recipes.base import Feedback, Optimizer, Say, Task, require
+from metapl.recipes.base import Feedback, Optimizer, Task, require
 from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Strong, whole
+from metapl.training import Say
 
 Names = Literal["cifar10", "cifar100", "svhn", "imagenet", "imagefolder"]
 
