@@ -77,11 +77,7 @@ def look_ahead(
         thorough: look also for fields of the signal that the inner loss has a derivative in and the feedback has not.
     """
     batches = inner_batches(unlabeled)
-    if len(batches) > 1 and not mode.looks_ahead:
-        raise MetaplError(
-            f"mode '{mode.name}' looks one student step ahead, and {len(batches)} batches were given; give one, or use "
-            f"a mode that takes several: {', '.join(modes_for(looks_ahead=True))}."
-        )
+    refuse_several(mode, len(batches))
 
     def checked(batch: Any, outputs: Tensor) -> Signal:
         signal = teach(batch, outputs)
@@ -101,6 +97,15 @@ def look_ahead(
     if thorough and mode.name != "none":
         refuse_other_fields(path.steps[0])
     return path
+
+
+def refuse_several(mode: Estimator, steps: int) -> None:
+    """Refuse more student steps than a mode takes."""
+    if steps > 1 and not mode.looks_ahead:
+        raise MetaplError(
+            f"mode '{mode.name}' looks one student step ahead, and {steps} were given; give one batch (lookahead=1), "
+            f"or use a mode that takes several: {', '.join(modes_for(looks_ahead=True))}."
+        )
 
 
 def check_kind(sampled: bool, mode: Estimator) -> None:
