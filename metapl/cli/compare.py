@@ -115,8 +115,7 @@ def _entries(run: LoadedRun) -> Iterator[Entry]:
 def _fields(recipe: Recipe) -> dict[str, Any]:
     """What runs that are paired have in common."""
     fields = flat(dataclasses.asdict(recipe))
-    if isinstance(recipe, ImageFolders):
-        fields |= dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
+    fields |= dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
     return {name: value for name, value in fields.items() if name not in IRRELEVANT}
 
 

@@ -15,7 +15,6 @@ from metapl.experiments.store import describe
 from metapl.export import export
 from metapl.export.programs import ONNX, can_run_onnx, require_onnx
 from metapl.metrics import Evaluation
-from metapl.recipes import Digits, ImageRecipe, Recipe
 from metapl.recipes.methods import title
 from metapl.runs.folder import RunFolder
 
@@ -60,7 +59,7 @@ class Export:
             self.out,
             card=_Card.of(run, name).content(),
             architecture=run.recipe.architecture(),
-            shape=_shape(run.recipe),
+            shape=run.recipe.input_shape,
             onnx=self.onnx,
         )
         print(f"{run.heading(name)}\n")
@@ -80,15 +79,6 @@ def _checked(file: Path) -> str:
     if file.name == ONNX and not can_run_onnx():
         return "not run: onnxruntime is not installed"
     return "run without metapl: it gives what the network gives"
-
-
-def _shape(recipe: Recipe) -> tuple[int, int, int] | None:
-    """Of the network's input."""
-    if isinstance(recipe, Digits):
-        return 1, 8, 8
-    if isinstance(recipe, ImageRecipe):
-        return 1 if recipe.grey else 3, recipe.image_size, recipe.image_size
-    return None
 
 
 @dataclass(frozen=True)
@@ -175,7 +165,7 @@ class _Card:
             methods, seeds = (", ".join(map(str, result[name])) for name in ("methods", "seeds"))
             notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")
         notes.append("Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.")
-        return [*notes, *_takes(self.run.recipe)]
+        return [*notes, self.run.recipe.input_note]
 
     def _which(self) -> str:
         """Of which step the weights are."""
@@ -195,18 +185,3 @@ class _Card:
         if self.name == result["delivered"]:
             return f"Of the networks of the run ({', '.join(self.run.networks)}) it delivers this one, {why}."
         return f"The run delivers another of its networks, {why}: {TITLED[result['delivered']]}."
-
-
-def _takes(recipe: Recipe) -> list[str]:
-    """How the network's input is made of a picture."""
-    if isinstance(recipe, Digits):
-        return ["Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."]
-    if not isinstance(recipe, ImageRecipe):
-        return []
-    colors = "grey (0.299 R + 0.587 G + 0.114 B)" if recipe.grey else "in colors"
-    middle = "" if recipe.center == 1 else f"the middle {recipe.center:.1%} of "
-    size = f"{recipe.image_size}x{recipe.image_size}"
-    return [
-        f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, brought to {size} by "
-        "antialiased bilinear resampling."
-    ]

@@ -85,7 +85,7 @@ class Train:
         """The recipe as it can be stored: what was left open is chosen, or taken from the run that is resumed."""
         recipe: Recipe = self.recipe
         if not isinstance(recipe, ImageFolders):
-            return recipe.settled() if isinstance(recipe, Vision) else recipe
+            return recipe.settled()
         torch.set_num_threads(default_threads())
         folder = RunFolder(out)
         before = stored(folder)[0] if self.resume and folder.exists else None
@@ -112,7 +112,7 @@ class Train:
 
     def _train(self, out: Path) -> int:
         finished = self.resume and (out / "result.json").exists()
-        method = getattr(self.recipe, "method", "mpl")
+        method = self.recipe.own_method
         if not finished:
             print(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", flush=True)
         result = Job(self.recipe, method, out, self.resume).run(progress=True, quiet=False)
@@ -139,7 +139,7 @@ class Train:
     def _methods(self) -> tuple[str, ...]:
         """Those that are compared."""
         # The recipe's own method first: it is delivered where validation cannot tell.
-        own = getattr(self.recipe, "method", COMPARED[0])
+        own = self.recipe.own_method
         others = tuple(name for name in COMPARED if name != own) + (CONTROLS if self.controls else ())
         return self.methods or (own, *others)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -14,7 +13,6 @@ from metapl.experiments.comparison import Comparison
 from metapl.experiments.jobs import Job, Pace, aloud, run_all
 from metapl.experiments.store import describe
 from metapl.metrics import Evaluation, with_chance
-from metapl.recipes import ImageFolders
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import title
 from metapl.runs.folder import WEIGHTS, RunFolder
@@ -71,7 +69,7 @@ def run_jobs(
         for method in methods:
             place = out / method / f"seed-{seed}"
             begun = resume or (place / "recipe.json").exists()
-            to_compare.append(Job(_by(recipe, method, seed), method, place, begun, threads=threads))
+            to_compare.append(Job(recipe.by(method, seed), method, place, begun, threads=threads))
     aloud(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}")
     results = {}
     to_run = [job for job in to_compare if not (job.folder / "result.json").exists()]
@@ -83,12 +81,6 @@ def run_jobs(
                 pace.done(job.method, seconds)
             aloud(f"[{number:>{len(str(total))}}/{total}] {_line(job, result, pace)}")
     return results
-
-
-def _by(recipe: Recipe, method: str, seed: int) -> Recipe:
-    """The recipe as it is settled, its number of steps included, by one of the methods."""
-    changed: dict[str, Any] = {"seed": seed} | ({"method": method} if isinstance(recipe, ImageFolders) else {})
-    return dataclasses.replace(recipe, **changed)
 
 
 def _line(job: Job, result: dict[str, Any], pace: Pace) -> str:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 import tyro
@@ -280,6 +280,33 @@ class Recipe(ABC):
         Raises:
             MetaplError: the file cannot be read; the message begins with its path.
         """
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an example."""
+
+    @property
+    @abstractmethod
+    def input_note(self) -> str:
+        """How the network's input is made of a file, in a sentence."""
+
+    @property
+    def own_method(self) -> str:
+        """The method that trains it, unless another is asked for."""
+        return "mpl"
+
+    def by(self, method: str, seed: int) -> Self:
+        """The recipe for a run of a comparison."""
+        return dataclasses.replace(self, seed=seed)
+
+    def decided_by_minutes(self) -> tuple[str, ...]:
+        """Fields that follow from a time for training, by way of the number of steps."""
+        return ()
+
+    def settled(self) -> Recipe:
+        """The recipe as it can be stored: whole paths, and the classes that are found."""
+        return self
 
     def uda(self) -> UDA:
         """The consistency loss, whether or not the teacher has it; its weight is then 1."""

@@ -42,6 +42,8 @@ class Digits(Recipe):
     name: ClassVar[str] = "digits"
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
     reads: ClassVar[tuple[str, ...]] = (*SUFFIXES, ".csv")
+    input_shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
+    input_note: ClassVar[str] = "Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."
 
     labels_per_class: int = 2
     steps: int = 3000

@@ -319,6 +319,14 @@ class ImageFolders(ImageRecipe):
             "validate_every": max(1, round(steps / 20)),
         }
 
+    @property
+    def own_method(self) -> str:
+        return self.method
+
+    def by(self, method: str, seed: int) -> ImageFolders:
+        changed: dict[str, Any] = {"method": method, "seed": seed}
+        return dataclasses.replace(self, **changed)
+
     def decided_by_minutes(self) -> tuple[str, ...]:
         """Fields of a settled recipe that follow from its minutes, by way of the steps; none if steps were given."""
         if self.minutes is OPEN:

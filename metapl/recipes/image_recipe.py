@@ -232,6 +232,19 @@ class ImageRecipe(Recipe):
             "everything": pictures.known and labeled(*pictures.known, self.labeled_batch, 0, self.seed),
         }
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return 1 if self.grey else 3, self.image_size, self.image_size
+
+    @property
+    def input_note(self) -> str:
+        colors = "grey (0.299 R + 0.587 G + 0.114 B)" if self.grey else "in colors"
+        middle = "" if self.center == 1 else f"the middle {self.center:.1%} of "
+        return (
+            f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, brought to "
+            f"{self.image_size}x{self.image_size} by antialiased bilinear resampling."
+        )
+
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
         """The network's input for a file."""
         size = (self.image_size, self.image_size)
