@@ -19,9 +19,8 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -91,7 +90,7 @@ class RunFolder:
 
         A new run that is refused in the block before it has begun to train leaves nothing behind.
         """
-        beginning = None if self.exists else _Beginning.of(self.path)
+        undo = None if self.exists else _beginning(self.path)
         self.start(recipe, resume=resume)
         with (self.path / ".lock").open("w") as file:
             _close_in_forks(file)
@@ -99,8 +98,8 @@ class RunFolder:
             try:
                 yield
             except MetaplError:
-                if beginning is not None:
-                    beginning.undo()
+                if undo is not None:
+                    undo()
                 raise
 
     def refuse_another_run(self, resume: bool) -> None:
@@ -191,37 +190,24 @@ BEFORE_TRAINING = ("recipe.json", ".lock", "data.json", "split.json", "skipped.j
 """What a run writes before its first step."""
 
 
-@dataclass(frozen=True)
-class _Beginning:
-    """What stood where a run is about to start, so that only what the run made is taken back.
+def _beginning(path: Path) -> Callable[[], None]:
+    """Note what stands where a run is about to start.
 
-    Args:
-        path: the run's folder.
-        there: names in it; none where there was no folder.
-        made: the folders that have to be made for it, the innermost first.
+    Returns: removes what the run has made since, unless it has begun to train: then it is worth keeping.
     """
+    there = {*os.listdir(path)} if path.is_dir() else set()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
 
-    path: Path
-    there: frozenset[str]
-    made: tuple[Path, ...]
+    def undo() -> None:
+        new = {*os.listdir(path)} - there
+        if new <= {*BEFORE_TRAINING}:
+            for name in new:
+                (path / name).unlink()
+            with suppress(OSError):  # another run is in one of them by now
+                for folder in made:
+                    folder.rmdir()
 
-    @classmethod
-    def of(cls, path: Path) -> _Beginning:
-        there = frozenset(os.listdir(path)) if path.is_dir() else frozenset()
-        return cls(path, there, tuple(folder for folder in (path, *path.parents) if not folder.exists()))
-
-    def undo(self) -> None:
-        """Remove the run's files and folders, unless it has begun to train: then they are worth keeping."""
-        new = set(os.listdir(self.path)) - self.there
-        if not new <= set(BEFORE_TRAINING):
-            return
-        for name in new:
-            (self.path / name).unlink()
-        for folder in self.made:
-            try:
-                folder.rmdir()
-            except OSError:  # another run is in it by now
-                return
+    return undo
 
 
 @contextmanager
