@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from faults import FAULTS_AHEAD
-from problems_zoo import CLASSES, OPTIMISERS, STUDENTS, Toy, everything, mlp, same, toy, unmoved, warm
+from problems_zoo import ANYWHERE, CLASSES, OPTIMISERS, STUDENTS, Toy, everything, mlp, same, toy, unmoved, warm
 from reference import error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -184,7 +184,7 @@ def test_options_go_with_several_steps(options: dict[str, Any]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("mode", [m for m in metapl.MODES if m not in ("unrolled", "forward", "none")])
+@pytest.mark.parametrize("mode", [m for m in ANYWHERE if m not in ("unrolled", "forward", "none")])
 def test_modes_of_one_step_refuse_more_and_nothing_moves(mode: str) -> None:
     problem = toy("batch_norm")
     trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from problems_zoo import Toy, everything, mlp, same, toy, unmoved
+from problems_zoo import ANYWHERE, Toy, everything, mlp, same, toy, unmoved
 from reference import clipped, error, sgd, weights
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -306,7 +306,7 @@ def texts() -> dict[str, Any]:
     return {"labeled": (ids[:5], torch.arange(5) % 3), "unlabeled": ids[5:]}
 
 
-@pytest.mark.parametrize("mode", metapl.MODES)
+@pytest.mark.parametrize("mode", ANYWHERE)
 def test_a_student_with_sparse_gradients_is_refused(mode: str) -> None:
     teacher, student = Words(False), Words(True)
     trainer = metapl.BilevelTrainer(teacher, student, mode)
@@ -459,7 +459,7 @@ def test_a_learning_rate_is_a_number(who: str, optimizer: Any) -> None:
 # ----------------------------------------------------------------------------------------------- nothing half done
 
 
-@pytest.mark.parametrize("mode", metapl.MODES)
+@pytest.mark.parametrize("mode", ANYWHERE)
 def test_a_student_that_is_nan_does_not_poison_the_teacher(mode: str) -> None:
     case = toy("mlp")
     trainer = trainer_for(case, mode)
@@ -469,7 +469,7 @@ def test_a_student_that_is_nan_does_not_poison_the_teacher(mode: str) -> None:
         trainer.step(**case.data())
 
 
-@pytest.mark.parametrize("mode", [mode for mode in metapl.MODES if mode != "none"])
+@pytest.mark.parametrize("mode", [mode for mode in ANYWHERE if mode != "none"])
 def test_nor_does_one_that_diverges_within_its_step(mode: str) -> None:
     case = toy("mlp")
     trainer = trainer_for(case, mode, inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=float("inf")))
@@ -518,7 +518,7 @@ def test_a_student_optimizer_that_fails_leaves_the_teacher_alone() -> None:
     assert trainer.steps_done == 0
 
 
-@pytest.mark.parametrize("mode", [mode for mode in metapl.MODES if mode != "none"])
+@pytest.mark.parametrize("mode", [mode for mode in ANYWHERE if mode != "none"])
 def test_an_outer_loss_per_example_is_refused(mode: str) -> None:
     class PerExample(metapl.PseudoLabels):
         def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:

@@ -193,6 +193,40 @@ class Pass:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
         check_outputs(outputs, self.outputs, BY_DIFFERENCE[self.rounded_to].outputs)
 
+    @contextmanager
+    def hessian(self, loss: Loss) -> Iterator[Callable[[Tree], Tree]]:
+        """Products with H = ∂²ℓ/∂θ² of a loss of this pass, by double backward; the graph stays for the block.
+
+        Cost: a forward pass and a backward pass with a graph once, and one through both for every product.
+        """
+        at = _leaves(self.params)
+        with (
+            torch.enable_grad(),
+            uncompiled(),
+            only_math_attention(),
+            checkpoints_without_reentry(),
+            explained("implicit"),
+            self._again(self.local.held_at(at)),
+        ):
+            outputs = self.local.forward(self.inputs)
+            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
+            reached = {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
+
+            def product(w: Tree) -> Tree:
+                if not reached:
+                    return {name: torch.zeros_like(p) for name, p in at.items()}
+                found = torch.autograd.grad(
+                    list(reached.values()),
+                    list(at.values()),
+                    [w[name] for name in reached],
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+                return dict(zip(at, found, strict=True))
+
+            yield product
+
     def second_derivatives(self, w: Tree, loss: Loss, leaves: Sequence[Tensor]) -> tuple[Tree, list[Tensor | None]]:
         """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass: (∂²ℓ/∂θ²) w, and that in leaves.
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -176,6 +176,21 @@ class InnerStep:
         """w = (∂U/∂g)ᵀ v."""
         return self.update.pullback(self.params, self.gradient, self.state, v)
 
+    @contextmanager
+    def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
+        """Products with ∂²ℓ/∂θ², for as long as the block runs."""
+        with ExitStack() as stack:
+            signals = self.signal.chunks(len(self.passes))
+            products = [
+                stack.enter_context(one.hessian(_inner_loss(self.problem, signal, x)))
+                for one, x, signal in zip(self.passes, self._batches, signals, strict=True)
+            ]
+            yield lambda w: mean_tree([product(w) for product in products])
+
+    def scaled(self, tree: Tree, factor: float) -> Tree:
+        """A tree of the student's weights times a number."""
+        return {name: factor * t for name, t in tree.items()}
+
     def adjoint(self, v: Tree, state_cotangent: Any, fields: Mapping[str, Tensor]) -> Adjoint:
         """The adjoint of this step, from the cotangents of θ′ and s′.
 
@@ -271,6 +286,11 @@ class Path:
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labelled batch (with its own batch statistics)."""
         return self._outer[1]
+
+    def outer_gradient_before(self) -> Tree:
+        """∇L(θ), one forward and backward pass on the labelled batch."""
+        self.__dict__["outer_loss_before"], v = self.local.loss_and_gradient(self.local.params, *self._outer_pass())
+        return v
 
     def pullback(self) -> tuple[InnerStep, Tree]:
         """The only step of a path of one, and its w = (∂U/∂g)ᵀ v."""
