@@ -317,7 +317,7 @@ def test_the_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
     ):
         assert words in terminal.shown
     first, second, third, *rest = terminal.screen()
-    assert first.startswith("chosen: small_cnn on 8x8 color pictures, ")
+    assert first.startswith("chosen: small_cnn on 8x8 color pictures (shrunk from about 20), ")
     while not second.startswith("images by "):  # the line before may take two
         second, third, *rest = third, *rest
     assert second.startswith("images by Meta Pseudo Labels, seed 0 -> ")
