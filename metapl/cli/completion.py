@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from metapl.cli.ablate import COMMANDS as ABLATIONS
 from metapl.cli.commands import COMMANDS, after_training
 from metapl.cli.train import COMMANDS as RECIPES
 from metapl.errors import MetaplError
@@ -25,7 +26,11 @@ def print_completion(given: Sequence[str]) -> int:
     def train(recipe: Annotated[_one_of(RECIPES), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Train a student; it goes to a run folder."""
 
-    commands = {name: train if name == "train" else after_training(name) for name in COMMANDS}
+    def ablate(recipe: Annotated[_one_of(ABLATIONS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
+        """Compare the modes."""
+
+    of_recipes = {"train": train, "ablate": ablate}
+    commands = of_recipes | {name: after_training(name) for name in COMMANDS if name not in of_recipes}
     try:
         tyro.cli(
             _one_of(commands),
