@@ -292,7 +292,7 @@ def test_the_card_says_it_all(tmp_path: Path) -> None:
         assert part in text, part
     plain = export(architecture.create(), tmp_path, card=CARD, architecture=architecture).card.read_text()
     assert "Hash of the data: `sha256:0123abcd`" in plain
-    assert "Normalisation: none" in plain
+    assert "Normalization: none" in plain
     assert "## Notes" not in plain
 
 
