@@ -212,7 +212,7 @@ class BilevelTrainer(Trainer):
         """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
         parts = self.accumulate
         for found in feedback:
-            checks.finite_feedback(found.h)
+            found.check_finite()
         pieces = [piece for found in feedback for piece in found.chunks(parts)]
         labels = micro_batches(labeled, parts, "labeled")
         objectives = []
