@@ -158,7 +158,7 @@ def test_on_a_device_a_wrong_batch_is_told_on_reading(kind: str, monkeypatch: py
     monkeypatch.setattr(checks, "waits", lambda t: True)
     trainer = bilevel(teacher_losses=LOSSES)
     report = trainer.teacher_step(*WRONG[kind][0]())
-    with pytest.raises(MetaplError, match="found on the device, when the step had been taken"):
+    with pytest.raises(MetaplError, match="detected on the device after the step was taken"):
         report.as_dict()
 
 

@@ -101,7 +101,7 @@ def check_recomputed(again: Tensor, first: Tensor) -> None:
     _refuse(
         gap,
         tolerance * (size + torch.linalg.vector_norm(again)),
-        "the teacher does not give the same outputs when its pass on the unlabelled batch is run again, on the same "
+        "the teacher does not give the same outputs when its pass on the unlabeled batch is run again, on the same "
         "batch, weights, buffers and default random generators (the difference has norm {gap:.2g}, the outputs "
         "{size:.2g}), as recompute_teacher and accumulate do. Usual causes: random numbers from Python's random, from "
         "numpy or from a generator of the module's own (draw them by torch's default generator); state in plain "

@@ -21,7 +21,7 @@ Held = tuple[dict[str, Any], str, Tensor]
 class Slots:
     """Every place where a module holds a parameter or a buffer; a tensor may be held in several.
 
-    Batch norms that normalise by the batch's own statistics are told apart: :meth:`frozen` keeps them from writing, so
+    Batch norms that normalize by the batch's own statistics are told apart: :meth:`frozen` keeps them from writing, so
     their buffers need no copies.
     """
 
@@ -35,7 +35,7 @@ class Slots:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Normalise by batch statistics as before, but do not update the running ones (nor count the batch)."""
+        """Normalize by batch statistics as before, but do not update the running ones (nor count the batch)."""
         for norm in self.norms:
             norm.track_running_stats = False
         try:

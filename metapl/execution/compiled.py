@@ -96,7 +96,7 @@ class _CompiledForward:
             return self.plain(*args, **kwargs)
         if self.compiled is None:
             self.compiled = _compile(self.plain)
-        with_graph = torch.is_grad_enabled()  # other graphs, which may be optimised otherwise
+        with_graph = torch.is_grad_enabled()  # other graphs, which may be optimized otherwise
         if with_graph not in self.looked_at:
             outputs = self._compared(self.compiled, *args, **kwargs)
             self.looked_at.add(with_graph)

@@ -47,8 +47,8 @@ class Experiment:
         self.record(task)
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         trained, result = self.train(method, task, teacher, student)
-        labeller = trained.student if trained.labeller is None else trained.labeller
-        write_galleries(self.folder.path, draw_galleries(task, labeller, trained.student))
+        labeler = trained.student if trained.teacher is None else trained.teacher
+        write_galleries(self.folder.path, draw_galleries(task, labeler, trained.student))
         networks = self.networks(method, task, trained, result)
         name = delivered(method, networks, self.selects(task))
         for one in networks.values():
@@ -80,8 +80,8 @@ class Experiment:
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher."""
         found = [self.network("student", task, trained, result.validation_accuracy, result.weights)]
-        if result.teacher_weights is not None and METHODS[method].teaches and trained.labeller is not None:
-            theirs = LossTrainer(trained.labeller, (CrossEntropy(),), optimizer=_unused(trained.labeller))
+        if result.teacher_weights is not None and METHODS[method].teaches and trained.teacher is not None:
+            theirs = LossTrainer(trained.teacher, (CrossEntropy(),), optimizer=_unused(trained.teacher))
             right = None if task.validation is None else theirs.evaluate(task.validation).accuracy
             found.append(self.network("teacher", task, theirs, right, result.teacher_weights))
         found.append(self.finetuned(task, trained.student, result))

@@ -33,12 +33,12 @@ class _Seen:
     label: int
 
 
-def draw_galleries(task: Task, labeller: nn.Module, student: nn.Module) -> list[Gallery]:
+def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module) -> list[Gallery]:
     """The most and the least confident pseudo-labels, and the most confident mistakes on validation.
 
     Args:
         task: ``sample`` and ``validation``, where there are any, are looked at as they are, without augmentation.
-        labeller: who makes the pseudo-labels.
+        labeler: who makes the pseudo-labels.
         student: who is validated.
 
     Returns: galleries of at most ``SHOWN`` pictures; none of what is no picture, with 1 or 3 channels.
@@ -47,7 +47,7 @@ def draw_galleries(task: Task, labeller: nn.Module, student: nn.Module) -> list[
     """
     found = []
     if task.sample is not None:
-        seen = _look(labeller, task.sample)
+        seen = _look(labeler, task.sample)
         known = task.truth is not None
         looked = f"of {len(seen):,} unlabelled pictures, without augmentation, after training"
         ranked = sorted(seen, key=lambda one: -one.confidence)

@@ -54,7 +54,7 @@ class Trainer(Stepwise):
                 :func:`metapl.data.without_labels` leaves them out.
             steps: in all, those of an earlier part of the run included.
             validation: (inputs, labels) or an iterable of such batches; without it the last student is kept.
-            truth: (inputs, labels) of unlabelled examples whose labels happen to be known, for recording how many of
+            truth: (inputs, labels) of unlabeled examples whose labels happen to be known, for recording how many of
                 the teacher's labels are right; nothing is trained or selected on it.
             out: a folder for metrics, TensorBoard events and checkpoints.
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this

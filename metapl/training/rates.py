@@ -7,7 +7,7 @@ from metapl.training.options import FitOptions
 
 
 class Rates:
-    """The base rates as the optimisers came with them, and what the schedule makes of them.
+    """The base rates as the optimizers came with them, and what the schedule makes of them.
 
     Args:
         trainer: whose rates; of a TorchOpt transform, which brings its own schedule, none is known.
@@ -16,7 +16,7 @@ class Rates:
 
     def __init__(self, trainer: Stepwise, how: FitOptions) -> None:
         found = trainer.schedulable
-        names = ("student_lr",) if trainer.labeller is None else ("student_lr", "teacher_lr")[-len(found) :]
+        names = ("student_lr",) if trainer.teacher is None else ("student_lr", "teacher_lr")[-len(found) :]
         self.how = how
         self.optimizers = dict(zip(names, found, strict=True))
         self.base = {name: [group["lr"] for group in o.param_groups] for name, o in self.optimizers.items()}
