@@ -33,8 +33,8 @@ class TransformUpdate(Update):
     has a hidden flag): a dummy call clears the flag, so with ``dampening`` the first step is damped like every other,
     unlike TorchOpt's own. The VJP of ``adam`` is NaN where a gradient entry is exactly zero: there it is taken at a
     negligible entry. ``clip_grad_norm`` hides its norm from autograd: it is replaced by a differentiable clip, also in
-    chains and masks. Transforms with another wrong VJP, such as ``adam(use_accelerated_op=True)``, are detected once, by
-    a central difference on small tensors, and refused.
+    chains and masks. Transforms with another wrong VJP, such as ``adam(use_accelerated_op=True)``, are detected once,
+    by a central difference on small tensors, and refused.
     """
 
     def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
