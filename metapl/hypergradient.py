@@ -13,7 +13,7 @@ from metapl.batch import labeled_pair
 from metapl.errors import MetaplError
 from metapl.execution.buffers import inputs_unchanged, nothing_moved
 from metapl.execution.guards import casts_explained, restored_on_failure, step_lock
-from metapl.execution.kernels import checkpoints_without_reentry
+from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator, modes_for
@@ -69,7 +69,7 @@ def look_ahead(
     unlabeled: Any,
     teach: Teach,
     parts: int = 1,
-    check_fields: bool = True,
+    check_derivatives: bool = True,
 ) -> Path:
     """The student's steps on the teacher's signals; refuse steps and signals that the mode cannot differentiate.
 
@@ -78,7 +78,8 @@ def look_ahead(
         labeled, unlabeled: the outer batch, and the inner one or a :class:`metapl.Lookahead`.
         teach: makes the teacher's signal about a micro-batch.
         parts: the number of micro-batches in a batch.
-        check_fields: also refuse fields of a sampled signal that the inner loss depends on and the feedback ignores.
+        check_derivatives: also refuse derivatives that would be silently ignored: those of the inner loss in fields of
+            a sampled signal, and those of backward passes that cannot be differentiated.
     """
     batches = inner_batches(unlabeled)
     check_steps(mode, len(batches))
@@ -98,7 +99,9 @@ def look_ahead(
         parts=parts,
         keep_graph=mode.keep_graph,
     )
-    if check_fields and mode.name != "none":
+    if check_derivatives and mode.keep_graph:
+        refuse_once_differentiable(path.steps[0].grads.values())
+    if check_derivatives and mode.name != "none":
         refuse_other_fields(path.steps[0])
     return path
 
