@@ -444,7 +444,9 @@ def test_a_head_replaced_after_the_trainer_was_built_is_refused(transform: bool,
     options = {"inner_optimizer": torchopt.sgd(0.1, momentum=0.9)} if transform else {}
     trainer = trainer_for(case, **options)
     case.networks()[who][3] = nn.Linear(6, 3).double()
-    text = "3.weight, 3.bias came, went" if transform and who == "student" else r"3\.weight, 3\.bias are not held"
+    text = (
+        "3.weight, 3.bias were added, removed" if transform and who == "student" else r"3\.weight, 3\.bias are not held"
+    )
     with unmoved(case), pytest.raises(MetaplError, match=text):
         trainer.step(**case.data())
 
@@ -766,7 +768,7 @@ SLIPS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"teacher_losses": (metapl.CrossEntropy,)},
         r"teacher_losses holds the class CrossEntropy.*write CrossEntropy\(\)",
     ),
-    "a loss's name": (lambda: {"teacher_losses": ("uda",)}, r"teacher_losses holds something of type str"),
+    "a loss's name": (lambda: {"teacher_losses": ("uda",)}, r"teacher_losses holds a value of type str"),
     "a text": (lambda: {"teacher_losses": "uda"}, r"teacher_losses is of type str; expected a tuple of losses"),
 }
 
@@ -872,6 +874,6 @@ def test_a_backward_pass_that_cannot_be_differentiated_is_refused_by_name(mode: 
     base = toy("mlp")
     case = dataclasses.replace(base, student=OnceDifferentiable(16, 3).double())
     trainer = trainer_for(case, mode)
-    text = "marked with @once_differentiable" if mode == "unrolled" else "no derivative of the kind it needs"
+    text = "marked with @once_differentiable" if mode == "unrolled" else "lacks a derivative that it needs"
     with unmoved(case), pytest.raises(MetaplError, match=text):
         trainer.step(**case.data())
