@@ -391,6 +391,6 @@ def test_a_teacher_without_losses_cannot_train_alone() -> None:
 def test_micro_batches_that_do_not_come_out_even_are_refused() -> None:
     trainer = bilevel(accumulate=4)
     before = everything(trainer)
-    with pytest.raises(MetaplError, match="6 examples.* multiple of accumulate=4"):
+    with pytest.raises(MetaplError, match=r"6 examples.* multiple of accumulate=4"):
         trainer.teacher_step(*pairs(1)[0])
     assert same(everything(trainer), before)
