@@ -221,7 +221,7 @@ def hypergradient(
         with casts_explained(estimate.name):
             feedback, _ = estimate.feedback(path, estimate.init())
         for step_feedback in feedback:
-            checks.finite_feedback(step_feedback.h)
+            step_feedback.check_finite()
         parameters = trainable(teacher)
         losses = [h.teacher_loss(signal) for h, signal in zip(feedback, signals, strict=True)]
         loss = torch.stack(losses).sum()

@@ -209,7 +209,7 @@ class BilevelTrainer(Trainer):
         """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
         parts = self.accumulate
         for step_feedback in feedback:
-            checks.finite_feedback(step_feedback.h)
+            step_feedback.check_finite()
         chunks = [chunk for step_feedback in feedback for chunk in step_feedback.chunks(parts)]
         labeled_parts = micro_batches(labeled, parts, "labeled")
         objectives = []
