@@ -153,7 +153,7 @@ def measure(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Ten
         central, one_sided = [], []
         for delta in HALF_DECADES:
             move = torch.tensor(delta, dtype=DTYPES[name])
-            ahead, behind = step.shifted(move, direction), step.shifted(-move, direction)
+            ahead, behind = step.shifted(move / length, direction), step.shifted(-move / length, direction)
             central.append(error(length * (ahead - behind) / (2 * move)))
             one_sided.append(error(length * (ahead - step.outputs) / move))
         row["z_dot"][name] = {

@@ -205,18 +205,18 @@ def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
     )
 
 
-def sparse_gradients(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> None:
+def sparse_gradients(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
     """Refuse sparse gradients where the optimizer would fail on them, with half of the step taken."""
     for group in optimizer.param_groups:
         if isinstance(optimizer, torch.optim.SparseAdam) or (
             isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad) and not group["weight_decay"]
         ):
             continue
-        of_group = {id(p) for p in group["params"]}
-        sparse = [n for n, p in parameters.items() if id(p) in of_group and p.grad is not None and p.grad.is_sparse]
+        sparse = {id(p) for p in group["params"] if p.grad is not None and p.grad.is_sparse}
         if sparse:
+            name = next((name for name, p in network.named_parameters() if id(p) in sparse), "a parameter")
             raise MetaplError(
-                f"the gradient of {sparse[0]} is sparse, which {type(optimizer).__name__} with these options cannot "
+                f"the gradient of {name} is sparse, which {type(optimizer).__name__} with these options cannot "
                 "use; build the embedding with sparse=False, or take torch.optim.SparseAdam, or SGD without weight "
                 "decay."
             )

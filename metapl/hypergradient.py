@@ -77,11 +77,7 @@ def look_ahead(
         thorough: look also for fields of the signal that the inner loss has a derivative in and the feedback has not.
     """
     batches = inner_batches(unlabeled)
-    if len(batches) > 1 and not mode.looks_ahead:
-        raise MetaplError(
-            f"mode '{mode.name}' looks one student step ahead, and {len(batches)} batches were given; give one, or use "
-            f"a mode that takes several: {', '.join(modes_for(looks_ahead=True))}."
-        )
+    refuse_several(mode, len(batches))
 
     def checked(batch: Any, outputs: Tensor) -> Signal:
         signal = teach(batch, outputs)
@@ -103,6 +99,15 @@ def look_ahead(
     return path
 
 
+def refuse_several(mode: Estimator, steps: int) -> None:
+    """Refuse more student steps than a mode takes."""
+    if steps > 1 and not mode.looks_ahead:
+        raise MetaplError(
+            f"mode '{mode.name}' looks one student step ahead, and {steps} were given; give one batch (lookahead=1), "
+            f"or use a mode that takes several: {', '.join(modes_for(looks_ahead=True))}."
+        )
+
+
 def check_kind(sampled: bool, mode: Estimator) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate."""
     if ("hard" if sampled else "soft") not in mode.labels:
@@ -115,8 +120,10 @@ def check_kind(sampled: bool, mode: Estimator) -> None:
 
 
 def refuse_other_fields(step: InnerStep) -> None:
-    """Refuse an inner loss that has a derivative in a field of the signal beside ``value``: the feedback has not."""
+    """Refuse an inner loss with a derivative in a field of a sampled signal beside ``value``: the feedback has none."""
     signal = step.signal
+    if not signal.sampled:
+        return
     fields = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
     leaves = {n: t.detach().requires_grad_() for n, t in fields.items() if t is not None and t.is_floating_point()}
     if not leaves:
@@ -130,10 +137,9 @@ def refuse_other_fields(step: InnerStep) -> None:
     for name, g in zip(leaves, grads, strict=True):
         if g is not None:
             raise MetaplError(
-                f"inner_loss has a derivative in signal.{name}, and the feedback is of signal.value"
-                + (" by its log-probability" if signal.sampled else "")
-                + f" alone, so the teacher's gradient would be wrong. Where signal.{name} is a constant, say "
-                f"signal.{name}.detach(); else make it part of signal.value."
+                f"inner_loss has a derivative in signal.{name}, and the feedback on a sampled signal is of its "
+                f"log-probability alone, so the teacher's gradient would be wrong. Where signal.{name} is a constant, "
+                f"say signal.{name}.detach(); else give a differentiable signal (without log_prob)."
             )
 
 

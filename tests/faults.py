@@ -77,6 +77,7 @@ def transforms_velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A TorchOpt transform built anew takes its first call for the first step."""
 
     def init(self: Any, transform: Any, parameters: Any, state: Any) -> None:
+        self._parameters = dict(parameters)
         self.transform = transforms._with_differentiable_clip(transform)
         fresh = self.transform.init({name: p.detach() for name, p in parameters.items()})
         self.state = fresh if state is None else state
@@ -168,15 +169,19 @@ def state_cotangent_dropped(patch: pytest.MonkeyPatch) -> None:
 
 def hessian_dropped(patch: pytest.MonkeyPatch) -> None:
     """Over several steps, the gradient is taken not to depend on the weights."""
-    patch.setattr(
-        Pass, "hessian_product", lambda self, w, loss: {n: torch.zeros_like(p) for n, p in self.params.items()}
-    )
+    real = Pass.second_derivatives
+
+    def second_derivatives(self: Pass, w: Any, loss: Any, leaves: Any) -> Any:
+        curved, mixed = real(self, w, loss, leaves)
+        return {name: torch.zeros_like(t) for name, t in curved.items()}, mixed
+
+    patch.setattr(Pass, "second_derivatives", second_derivatives)
 
 
 def first_step_forgotten(patch: pytest.MonkeyPatch) -> None:
     """The last of the steps alone is differentiated."""
-    real = Path.pullbacks
-    patch.setattr(Path, "pullbacks", lambda self, truncate=None: real(self, 1))
+    real = Path.adjoints
+    patch.setattr(Path, "adjoints", lambda self, fields, truncate=None: real(self, fields, 1))
 
 
 def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,12 @@ import torchopt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import metapl
+
 CLASSES = 3
+
+ANYWHERE = tuple(mode for mode in metapl.MODES if mode != "implicit")
+"""The modes for any student; ``implicit`` is for one that is near an optimum, and has tests of its own."""
 
 
 class Attention(nn.Module):

@@ -29,7 +29,7 @@ class Doubled(Estimator):
     labels: ClassVar[tuple[Kind, ...]] = ("soft",)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        ((step, w),) = path.pullbacks()
+        step, w = path.pullback()
         return [signal_feedback(step, w, Tangent(step.tangent(w))).over(0.5)], state
 """
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems_zoo import ANYWHERE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -22,7 +23,7 @@ from metapl.feedback import Altered
 from metapl.models import Logits
 
 ROWS, CLASSES = 6, 3
-MODES: list[Any] = [*metapl.MODES, Altered(how="permuted")]
+MODES: list[Any] = [*ANYWHERE, Altered(how="permuted")]
 
 
 class TwoInputs(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems_zoo import CLASSES, Toy, everything, noisy_teacher, same, toy
+from problems_zoo import ANYWHERE, CLASSES, Toy, everything, noisy_teacher, same, toy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -84,7 +84,7 @@ def run(case: Toy, mode: Any, steps: int = 5, **options: Any) -> tuple[list[Tens
 @pytest.mark.parametrize(
     ("mode", "dtype", "recompute"),
     [
-        *((mode, torch.float64, mode in ("forward", "reinforce")) for mode in metapl.MODES),
+        *((mode, torch.float64, mode in ("forward", "reinforce")) for mode in ANYWHERE),
         ("difference", torch.float32, False),
     ],
 )

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
 from metapl.execution.local import trainable
-from metapl.feedback import Difference, Estimator
+from metapl.feedback import Difference, Estimator, Implicit
 from metapl.feedback.lookahead import walk
 from metapl.numerics import full_float32, reduced_float32
 from metapl.updates import update_of
@@ -26,6 +26,8 @@ BOUNDS: list[tuple[str | Estimator, float]] = [
     ("forward", 12.1),
     ("reinforce_per_example", 12.1),
     ("unrolled", 13.2),
+    (Implicit(solver="identity"), 12.1),
+    (Implicit(iterations=2, damping=1e5), 27.2),
 ]
 
 
@@ -48,7 +50,7 @@ def test_a_step_costs_no_more_passes_than_stated(mode: str | Estimator, bound: f
 
 
 def test_every_mode_has_a_bound() -> None:
-    assert {mode for mode, _ in BOUNDS if isinstance(mode, str)} == set(metapl.MODES)
+    assert {mode if isinstance(mode, str) else mode.name for mode, _ in BOUNDS} == set(metapl.MODES)
 
 
 def test_the_move_on_wide_resnet_is_about_1e_4_in_norm() -> None:

@@ -19,7 +19,7 @@ def output(name: str, *arguments: str) -> str:
 
 def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient() -> None:
     rows = dict(line.split(maxsplit=1) for line in output("all_modes.py").splitlines()[1:])
-    assert tuple(rows) == metapl.MODES
+    assert tuple(rows) == tuple(mode for mode in metapl.MODES if mode != "implicit")
     cosines = {mode: [float(c) for c in row.split()[:2]] for mode, row in rows.items()}
     for exact in ("unrolled", "forward", "difference"):
         assert min(cosines[exact]) > 0.999

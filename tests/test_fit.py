@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from problems_zoo import toy
+from problems_zoo import ANYWHERE, toy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -319,7 +319,7 @@ def test_bfloat16_trains_and_the_weights_stay_float32(trainer: Callable[..., Any
 # -------------------------------------------------------------------------------------------------------- exact cosine
 
 
-@pytest.mark.parametrize("mode", [m for m in metapl.MODES if m != "none"])
+@pytest.mark.parametrize("mode", [m for m in ANYWHERE if m != "none"])
 def test_the_exact_cosine_is_one_for_exact_modes_and_changes_nothing(mode: str, tmp_path: Path) -> None:
     """Weights, statistics, draws and every other number are bit for bit those of the run without it."""
     ends = []
@@ -341,7 +341,7 @@ def test_the_exact_cosine_is_one_for_exact_modes_and_changes_nothing(mode: str, 
 # ---------------------------------------------------------------------------------------------------- save and resume
 
 
-MODES: list[Any] = [*metapl.MODES, Reinforce(baseline=0.9), LossDifference(baseline=0.5), Altered(how="random_sign")]
+MODES: list[Any] = [*ANYWHERE, Reinforce(baseline=0.9), LossDifference(baseline=0.5), Altered(how="random_sign")]
 INNER: dict[str, Inner] = {
     "sgd": SGD,
     "adamw": lambda student: torch.optim.AdamW(student.parameters(), lr=0.01),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
 from faults import FAULTS_AHEAD
-from problems_zoo import CLASSES, OPTIMISERS, STUDENTS, Toy, everything, mlp, same, toy, unmoved, warm
+from problems_zoo import ANYWHERE, CLASSES, OPTIMISERS, STUDENTS, Toy, everything, mlp, same, toy, unmoved, warm
 from reference import error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -183,12 +184,12 @@ def test_options_go_with_several_steps(options: dict[str, Any]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("mode", [m for m in metapl.MODES if m not in ("unrolled", "forward", "none")])
+@pytest.mark.parametrize("mode", [m for m in ANYWHERE if m not in ("unrolled", "forward", "none")])
 def test_modes_of_one_step_refuse_more_and_nothing_moves(mode: str) -> None:
     problem = toy("batch_norm")
     trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode)
     before = everything(problem)
-    with pytest.raises(MetaplError, match=rf"mode .{mode}. looks one student step ahead, and 2 batches .*forward"):
+    with pytest.raises(MetaplError, match=rf"mode .{mode}. looks one student step ahead, and 2 were given.*forward"):
         trainer.step(problem.labeled, Lookahead(batches(2, problem)))
     assert same(before, everything(problem))
     trainer.step(problem.labeled, Lookahead(batches(1, problem)))
@@ -205,6 +206,74 @@ def test_a_ratio_is_refused() -> None:
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", feedback_ratio=0.1)
     with pytest.raises(MetaplError, match="feedback_ratio is measured on one inner batch"):
         trainer.step(problem.labeled, Lookahead(batches(2, problem)))
+
+
+# -------------------------------------------------------------------------------------------------------------- fitting
+
+
+def fitted(ahead: int, **options: Any) -> tuple[metapl.BilevelTrainer, Any]:
+    problem = toy("mlp")
+    torch.manual_seed(0)
+    labeled = [problem.labeled] * 2
+    unlabeled = batches(6, problem)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", lookahead=ahead)
+    torch.manual_seed(1)
+    found = trainer.fit(labeled, unlabeled, steps=5, progress=False, log_every=1, schedule="constant", **options)
+    return trainer, found
+
+
+def test_fit_draws_as_many_batches_as_are_looked_ahead() -> None:
+    trainer, found = fitted(3)
+    by_hand = toy("mlp")
+    drawn = batches(6, by_hand)
+    other = metapl.BilevelTrainer(**by_hand.networks(), mode="forward")
+    for t in range(5):
+        other.step(by_hand.labeled, Lookahead([drawn[(3 * t + k) % 6] for k in range(3)]))
+    for a, b in zip(trainer.teacher.parameters(), other.teacher.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert len(found.history) == 5
+
+
+def test_a_student_that_waits_draws_one_batch_a_step() -> None:
+    trainer, _ = fitted(3, wait=2)
+    by_hand = toy("mlp")
+    drawn = batches(6, by_hand)
+    other = metapl.BilevelTrainer(**by_hand.networks(), mode="forward")
+    for t in range(2):
+        other.teacher_step(by_hand.labeled, drawn[t])
+    for t in range(3):
+        other.step(by_hand.labeled, Lookahead([drawn[(2 + 3 * t + k) % 6] for k in range(3)]))
+    for a, b in zip(trainer.student.parameters(), other.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_fit_that_looks_ahead_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, _ = fitted(3)
+
+    def stop(step: int, row: Any, trainer: Any) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(3, out=tmp_path / "run", save_every=1, callbacks=[stop])
+    resumed, _ = fitted(3, out=tmp_path / "run", save_every=1, resume=True)
+    for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(MetaplError, match=r"trainer with lookahead=3, this one has lookahead=2"):
+        fitted(2, out=tmp_path / "run", save_every=1, resume=True)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2"])
+def test_a_wrong_number_of_steps_is_refused(wrong: Any) -> None:
+    with pytest.raises(MetaplError, match=r"lookahead=.*expected a number of student steps"):
+        metapl.BilevelTrainer(**toy("mlp").networks(), mode="forward", lookahead=wrong)
+
+
+def test_what_does_not_go_with_several_steps_is_refused_when_the_trainer_is_built() -> None:
+    with pytest.raises(MetaplError, match="mode 'reinforce' looks one student step ahead, and 2 were given"):
+        metapl.BilevelTrainer(**toy("mlp").networks(), mode="reinforce", lookahead=2)
+    with pytest.raises(MetaplError, match=r"feedback_ratio .* does not go with lookahead=2"):
+        metapl.BilevelTrainer(**toy("mlp").networks(), mode="forward", lookahead=2, feedback_ratio=0.1)
 
 
 # ----------------------------------------------------------------------------------------------- students of many kinds

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, OPTIMISERS, STUDENTS, Toy, toy, unmoved
+from problems_zoo import ANYWHERE, CLASSES, OPTIMISERS, STUDENTS, Toy, toy, unmoved
 from reference import error
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -152,7 +152,7 @@ class FixedToFirst(metapl.PseudoLabels):
         return metapl.Signal(torch.zeros(len(log_q), dtype=torch.int64), log_q[:, 0], log_q.exp())
 
 
-@pytest.mark.parametrize("mode", metapl.MODES)
+@pytest.mark.parametrize("mode", ANYWHERE)
 def test_every_mode_steps_under_autocast(mode: str) -> None:
     case = toy("batch_norm", dtype=torch.float32)
     trainer = metapl.BilevelTrainer(**case.networks(), mode=mode)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import OPTIMISERS, STUDENTS, Toy, toy, unmoved, warm
+from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, toy, unmoved, warm
 from reference import error, flat
 from torch import Tensor
 from torch.nn import functional as F
@@ -164,7 +164,7 @@ def test_sampled_labels_in_another_order_give_their_feedback_in_that_order(stude
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("mode", metapl.MODES)
+@pytest.mark.parametrize("mode", ANYWHERE)
 def test_weights_buffers_gradients_and_states_stay_bit_for_bit(mode: str, student: str) -> None:
     """Also gradients that the caller holds, and a generator of his own advances while the default one does not."""
     problem = toy(student)

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from metapl.optimizers import inner_optimizer
-from problems_zoo import Toy, everything, mlp, same, toy, unmoved
+from problems_zoo import ANYWHERE, Toy, everything, mlp, same, toy, unmoved
 from reference import clipped, error, sgd, weights
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -23,6 +22,7 @@ from torchopt.transform import masked
 import metapl
 from metapl import MetaplError, Signal
 from metapl.execution.local import trainable
+from metapl.updates import update_of
 
 SOFT, SAMPLED = ("unrolled", "forward", "difference"), ("reinforce", "reinforce_per_example", "loss_difference")
 
@@ -172,7 +172,7 @@ def test_a_clip_has_its_derivative_wherever_it_stands(name: str) -> None:
     """Against double backward through the rule written out: values and pullback."""
     build, rule = WRAPPED[name]
     student = toy("mlp").student
-    functional = inner_optimizer(build(), trainable(student))
+    functional = update_of(build(), trainable(student))
     draw = torch.Generator().manual_seed(1)
     theta = values(student)
     g, v = ({n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in theta.items()} for _ in range(2))
@@ -208,7 +208,7 @@ def test_a_wrong_derivative_of_ones_own_is_found_too() -> None:
 
 @pytest.mark.parametrize("name", ["adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "sgd"])
 def test_torchopts_own_are_not_refused(name: str) -> None:
-    inner_optimizer(getattr(torchopt, name)(0.1), trainable(toy("mlp").student))
+    update_of(getattr(torchopt, name)(0.1), trainable(toy("mlp").student))
 
 
 # ------------------------------------------------------------------------------------------------- networks refused
@@ -306,7 +306,7 @@ def texts() -> dict[str, Any]:
     return {"labeled": (ids[:5], torch.arange(5) % 3), "unlabeled": ids[5:]}
 
 
-@pytest.mark.parametrize("mode", metapl.MODES)
+@pytest.mark.parametrize("mode", ANYWHERE)
 def test_a_student_with_sparse_gradients_is_refused(mode: str) -> None:
     teacher, student = Words(False), Words(True)
     trainer = metapl.BilevelTrainer(teacher, student, mode)
@@ -459,7 +459,7 @@ def test_a_learning_rate_is_a_number(who: str, optimizer: Any) -> None:
 # ----------------------------------------------------------------------------------------------- nothing half done
 
 
-@pytest.mark.parametrize("mode", metapl.MODES)
+@pytest.mark.parametrize("mode", ANYWHERE)
 def test_a_student_that_is_nan_does_not_poison_the_teacher(mode: str) -> None:
     case = toy("mlp")
     trainer = trainer_for(case, mode)
@@ -469,7 +469,7 @@ def test_a_student_that_is_nan_does_not_poison_the_teacher(mode: str) -> None:
         trainer.step(**case.data())
 
 
-@pytest.mark.parametrize("mode", [mode for mode in metapl.MODES if mode != "none"])
+@pytest.mark.parametrize("mode", [mode for mode in ANYWHERE if mode != "none"])
 def test_nor_does_one_that_diverges_within_its_step(mode: str) -> None:
     case = toy("mlp")
     trainer = trainer_for(case, mode, inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=float("inf")))
@@ -518,7 +518,7 @@ def test_a_student_optimizer_that_fails_leaves_the_teacher_alone() -> None:
     assert trainer.steps_done == 0
 
 
-@pytest.mark.parametrize("mode", [mode for mode in metapl.MODES if mode != "none"])
+@pytest.mark.parametrize("mode", [mode for mode in ANYWHERE if mode != "none"])
 def test_an_outer_loss_per_example_is_refused(mode: str) -> None:
     class PerExample(metapl.PseudoLabels):
         def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -684,24 +684,58 @@ class AnchoredWithGraph(Anchored):
         return outputs
 
 
+@pytest.mark.parametrize("problem", [Anchored, AnchoredWithGraph], ids=["constants", "with_graph"])
 @pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])
-def test_an_inner_loss_may_read_the_teachers_outputs_as_constants(mode: str) -> None:
-    """Against double backward with the graph through the label alone."""
+def test_an_inner_loss_may_read_the_teachers_outputs(mode: str, problem: type[Anchored]) -> None:
+    """Against double backward with the graph through the label, and through the outputs where the loss keeps it."""
     case = toy("mlp")
     theta, phi = weights(case.student), weights(case.teacher)
     z = functional_call(case.student, theta, (case.unlabeled,))
     logits = functional_call(case.teacher, phi, (case.unlabeled,))
-    losses = -(logits.softmax(-1) * z.log_softmax(-1)).sum(-1) + 0.1 * (logits.detach() - z).square().mean(1)
+    anchor = problem.read(problem(), logits)
+    losses = -(logits.softmax(-1) * z.log_softmax(-1)).sum(-1) + 0.1 * (anchor - z).square().mean(1)
     g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
     moved = {n: p - 0.3 * d for (n, p), d in zip(theta.items(), g, strict=True)}
     outer = F.cross_entropy(functional_call(case.student, moved, (case.labeled[0],)), case.labeled[1])
     expected = dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
     inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
-    found = metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=Anchored(), inner_optimizer=inner)
+    found = metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=problem(), inner_optimizer=inner)
     assert error(found.grads, expected) < (1e-4 if mode == "difference" else 1e-9)
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
+    before = {n: p.detach().clone() for n, p in case.teacher.named_parameters()}
+    outer_optimizer = torch.optim.SGD(case.teacher.parameters(), lr=1.0)
+    trainer_for(
+        case, mode, problem=problem(), inner_optimizer=inner, outer_optimizer=outer_optimizer, teacher_losses=()
+    ).step(**case.data())
+    moved = {n: before[n] - p.detach() for n, p in case.teacher.named_parameters()}
+    assert error(moved, expected) < (1e-4 if mode == "difference" else 1e-9)
 
 
-@pytest.mark.parametrize("mode", SOFT + SAMPLED)
+class OutputsAlone(AnchoredWithGraph):
+    """Nothing but the teacher's logits teaches the student."""
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return (signal.outputs - outputs).square().mean(1)
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference"])
+def test_an_inner_loss_may_read_nothing_but_the_teachers_outputs(mode: str) -> None:
+    case = toy("mlp")
+    found = {
+        one: metapl.hypergradient(
+            **case.networks(),
+            **case.data(),
+            mode=one,
+            problem=OutputsAlone(),
+            inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.3),
+        )
+        for one in (mode, "unrolled")
+    }
+    assert error(found[mode].grads, found["unrolled"].grads) < (1e-4 if mode == "difference" else 1e-9)
+    assert not found[mode].feedback.any()
+
+
+@pytest.mark.parametrize("mode", SAMPLED)
 def test_a_derivative_that_the_feedback_leaves_out_is_refused(mode: str) -> None:
     case = toy("mlp")
     trainer = trainer_for(case, mode, problem=AnchoredWithGraph())

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import OPTIMISERS, STUDENTS, Toy, everything, mlp, noisy_teacher, same, toy
+from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, everything, mlp, noisy_teacher, same, toy
 from reference import error, flat
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,7 +39,7 @@ def moved(before: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov", "torchopt_clip"])
 @pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("mode", metapl.MODES)
+@pytest.mark.parametrize("mode", ANYWHERE)
 def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimiser: str) -> None:
     """Two steps in a row: the teacher moves by −grads exactly, the student to θ′, the state goes on."""
     case, rule, state = toy(student, teacher=noisy_teacher), OPTIMISERS[optimiser], None
@@ -98,7 +98,7 @@ def test_recomputing_the_teacher_changes_no_bit(mode: str, losses: tuple[Any, ..
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("mode", metapl.MODES)
+@pytest.mark.parametrize("mode", ANYWHERE)
 def test_statistics_and_generator_advance_as_by_one_pass_of_each_network(mode: str, recompute: bool) -> None:
     """One pass of the student on the strong view, one of the teacher on the weak, and one draw of labels."""
     case = toy("batch_norm", teacher=noisy_teacher, views=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems_zoo import ANYWHERE
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,7 +85,7 @@ def batches(device: str) -> tuple[Any, Any]:
 
 
 SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    **{mode: (mode, {}) for mode in metapl.MODES},
+    **{mode: (mode, {}) for mode in ANYWHERE},
     "reinforce with a baseline": (metapl.feedback.Reinforce(similarity="cosine", baseline=0.9), {}),
     "a ratio": ("forward", {"feedback_ratio": 0.1}),
     "micro-batches": ("forward", {"accumulate": 2}),

@@ -58,12 +58,19 @@ def step_guard(
         nothing_moved(*networks, random=RandomState.now(device)),
         torch.enable_grad(),
     ):
-        optimizer.zero_grad(set_to_none=True)
+        clear_gradients(optimizer)
         try:
             yield fault
         finally:
-            optimizer.zero_grad(set_to_none=True)
+            clear_gradients(optimizer)
             torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
+
+
+def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """``optimizer.zero_grad(set_to_none=True)`` without its bookkeeping, which a step of a small network would feel."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
 
 
 _DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (?:bias|weight) type", re.IGNORECASE)

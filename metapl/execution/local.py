@@ -39,12 +39,19 @@ class Local:
 
     Args:
         student: in the mode (train or eval) that its owner left it in.
+        parameters: those that it learns, where they are known.
         double_backward: keep the gradients of its passes of record differentiable.
     """
 
-    def __init__(self, student: nn.Module, *, double_backward: bool = False) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        parameters: dict[str, nn.Parameter] | None = None,
+        *,
+        double_backward: bool = False,
+    ) -> None:
         self.student, self.double_backward = student, double_backward
-        self.parameters = trainable(student)
+        self.parameters = trainable(student) if parameters is None else parameters
         _refuse_late_hooks(self.parameters)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.device = next(iter(self.params.values())).device
@@ -186,8 +193,46 @@ class Pass:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
         check_outputs(outputs, self.outputs, BY_DIFFERENCE[self.rounded_to].outputs)
 
-    def hessian_product(self, w: Tree, loss: Loss) -> Tree:
-        """(∂²ℓ/∂θ²) w by double backward: a forward pass, a backward pass with a graph, and one through both."""
+    @contextmanager
+    def hessian(self, loss: Loss) -> Iterator[Callable[[Tree], Tree]]:
+        """Products with H = ∂²ℓ/∂θ² of a loss of this pass, by double backward; the graph stays for the block.
+
+        Cost: a forward pass and a backward pass with a graph once, and one through both for every product.
+        """
+        at = _leaves(self.params)
+        with (
+            torch.enable_grad(),
+            uncompiled(),
+            only_math_attention(),
+            checkpoints_without_reentry(),
+            explained("implicit"),
+            self._again(self.local.held_at(at)),
+        ):
+            outputs = self.local.forward(self.inputs)
+            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
+            reached = {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
+
+            def product(w: Tree) -> Tree:
+                if not reached:
+                    return {name: torch.zeros_like(p) for name, p in at.items()}
+                found = torch.autograd.grad(
+                    list(reached.values()),
+                    list(at.values()),
+                    [w[name] for name in reached],
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+                return dict(zip(at, found, strict=True))
+
+            yield product
+
+    def second_derivatives(self, w: Tree, loss: Loss, leaves: Sequence[Tensor]) -> tuple[Tree, list[Tensor | None]]:
+        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass: (∂²ℓ/∂θ²) w, and that in leaves.
+
+        By double backward: a forward pass, a backward pass with a graph, and one through both. None of a leaf that the
+        loss does not read.
+        """
         at = _leaves(self.params)
         names = [name for name in at if name in w]
         with (
@@ -200,14 +245,17 @@ class Pass:
         ):
             outputs = self.local.forward(self.inputs)
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
-            value, reached_by = loss(outputs, at), [at[name] for name in names]
-            g = torch.autograd.grad(value, reached_by, create_graph=True, materialize_grads=True)
+            value, wanted = loss(outputs, at), [at[name] for name in names]
+            g = torch.autograd.grad(value, wanted, create_graph=True, materialize_grads=True)
             reached = [(t, w[name]) for t, name in zip(g, names, strict=True) if t.requires_grad]
             if not reached:
-                return {name: torch.zeros_like(p) for name, p in at.items()}
+                return {name: torch.zeros_like(p) for name, p in at.items()}, [None for _ in leaves]
             tensors, directions = zip(*reached, strict=True)
-            product = torch.autograd.grad(tensors, list(at.values()), directions, materialize_grads=True)
-        return dict(zip(at, product, strict=True))
+            found = torch.autograd.grad(tensors, [*at.values(), *leaves], directions, allow_unused=True)
+        curved = {
+            name: torch.zeros_like(p) if t is None else t for (name, p), t in zip(at.items(), found, strict=False)
+        }
+        return curved, list(found[len(at) :])
 
     def ran_in_full_precision(self) -> bool:
         """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""
@@ -228,15 +276,16 @@ class Pass:
         return replayed(self._before)
 
 
-def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The derivative of weights that were made from differentiable gradients, in leaves of the inner losses."""
+def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The derivative of weights that were made from differentiable gradients, in leaves of the inner losses; None of a
+    leaf that they do not depend on."""
     moved = {name: p for name, p in params.items() if p.requires_grad}
     if not moved:
-        return [torch.zeros_like(leaf) for leaf in leaves]
+        return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
     with local.as_trained(), buffers_aside(local.student):
         found = torch.autograd.grad(
-            list(moved.values()), leaves, [cotangents[name] for name in moved], materialize_grads=True
+            list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )
     return list(found)
 

@@ -9,6 +9,7 @@ from metapl.feedback.altered import Altered
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import Forward
+from metapl.feedback.implicit import Implicit
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.loss_difference import LossDifference
 from metapl.feedback.none import NoFeedback
@@ -24,6 +25,7 @@ __all__ = [
     "Estimator",
     "Feedback",
     "Forward",
+    "Implicit",
     "Lookahead",
     "LossDifference",
     "NoFeedback",
@@ -41,6 +43,7 @@ _REGISTRY: dict[str, Callable[[], Estimator]] = {
     "reinforce": Reinforce,
     "reinforce_per_example": ReinforcePerExample,
     "loss_difference": LossDifference,
+    "implicit": Implicit,
     "none": NoFeedback,
 }
 """The modes, with their defaults; a new one is a file of its own and a line here."""

@@ -10,8 +10,8 @@ It touches no parameter.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -34,10 +34,12 @@ class Feedback:
         h: the feedback, without a graph: of the shape of that part, or a scalar for the whole batch.
         about: ``"value"`` for a differentiable signal; ``"log_prob"`` for sampled labels, by their score;
             ``"probs"`` for sampled labels whose expectation is taken; None: no feedback.
+        beside: the same of other fields of a differentiable signal that the inner loss reads, by name.
     """
 
     h: Tensor
     about: Literal["value", "log_prob", "probs"] | None
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     def teacher_loss(self, signal: Signal) -> Tensor:
         """−Σ stopgrad(h)·signal, a scalar with the teacher's graph; its gradient is the hypergradient dL(θ′)/dθ_T.
@@ -47,24 +49,27 @@ class Feedback:
         """
         if self.about is None:
             return self.h.new_zeros(())
-        part: Tensor = getattr(signal, self.about)
-        if torch.is_grad_enabled() and not part.requires_grad:
+        parts = {self.about: self.h, **self.beside}
+        terms = [-(h * getattr(signal, name)).sum() for name, h in parts.items()]
+        if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
             raise MetaplError(
                 f"the teacher's signal ({self.about}) carries no gradient to the teacher's weights, so the feedback "
                 "would be lost: it was detached, or made under torch.no_grad(). Leave its graph in place, or take "
                 'mode="none", which gives no feedback.'
             )
-        return -(self.h * part).sum()
+        return torch.stack(terms).sum()
 
     def over(self, divisor: Tensor | float) -> Feedback:
         """h divided by a positive number."""
-        return Feedback(self.h / divisor, self.about)
+        return Feedback(self.h / divisor, self.about, {name: h / divisor for name, h in self.beside.items()})
 
     def chunks(self, parts: int) -> list[Feedback]:
         """The feedback on each of so many micro-batches."""
         if self.h.ndim == 0 or parts == 1:
             return [self] * parts
-        return [Feedback(h, self.about) for h in self.h.chunk(parts)]
+        beside = {name: h.chunk(parts) for name, h in self.beside.items()}
+        pieces = enumerate(self.h.chunk(parts))
+        return [Feedback(h, self.about, {name: others[i] for name, others in beside.items()}) for i, h in pieces]
 
 
 class Estimator(ABC):
@@ -99,12 +104,12 @@ class Estimator(ABC):
         """One :class:`Feedback` per step of the path, and the next state."""
 
 
-def check_choice(estimator: object, field: str, allowed: Sequence[str]) -> None:
-    """Refuse a value of ``field`` that is not among ``allowed``."""
-    given = getattr(estimator, field)
+def check_choice(estimator: object, name: str, allowed: Sequence[str]) -> None:
+    """Refuse a value of a field that is not among ``allowed``."""
+    given = getattr(estimator, name)
     if given not in allowed:
         names = ", ".join(repr(a) for a in allowed)
-        raise MetaplError(f"{type(estimator).__name__}({field}={given!r}): expected one of {names}.")
+        raise MetaplError(f"{type(estimator).__name__}({name}={given!r}): expected one of {names}.")
 
 
 def check_truncate(estimator: object) -> None:

@@ -12,7 +12,9 @@ it is not: its forward and backward passes are not of one function.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,20 +44,39 @@ def signal_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
     the one-hot rows drawn.
     """
     signal = step.signal
+    fields = credited(signal)
+    h = of_fields(signal, _derivative(step, fields, w, tangent, check=True))
+    if signal.probs is not None and signal.sampled:
+        expected = of_fields(signal, _derivative(step, {"value": signal.probs}, w, tangent, check=False))
+        check_linear(h.h, expected.h)
+    return h
+
+
+def credited(signal: Signal) -> dict[str, Tensor]:
+    """The fields of a signal that feedback is found for, with the values that it is found at.
+
+    For sampled labels it is the one-hot row of the label, in the place of the distribution.
+    """
     if not signal.sampled:
-        h, slope, terms = _derivative(step, signal.value, w, tangent)
-        _check_slopes(step, slope, terms, w, tangent)
-        return Feedback(h, "value")
+        return signal.differentiable()
     if signal.probs is None:
         raise MetaplError(
             "the problem's signal is sampled and carries no probs, over which this mode would take the expectation; "
             'give Signal(value, log_prob, probs=...) or use mode="reinforce_per_example".'
         )
-    drawn = F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)
-    h, slope, terms = _derivative(step, drawn, w, tangent)
-    _check_slopes(step, slope, terms, w, tangent)
-    check_linear(h, _derivative(step, signal.probs, w, tangent)[0])
-    return Feedback(h, "probs")
+    return {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}
+
+
+def of_fields(signal: Signal, h: Mapping[str, Tensor | None]) -> Feedback:
+    """The feedback on the fields of a signal; None of one that the inner loss does not read, zeros for its value.
+
+    For sampled labels that of the value is of the distribution.
+    """
+    about: Literal["probs", "value"] = "probs" if signal.sampled else "value"
+    value = h.get("value")
+    if value is None:
+        value = torch.zeros_like(getattr(signal, about))
+    return Feedback(value, about, {name: t for name, t in h.items() if name != "value" and t is not None})
 
 
 def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
@@ -74,15 +95,20 @@ def batch_feedback(step: InnerStep, w: Tree) -> Tensor:
     return -step.along_gradient(w)
 
 
-def _derivative(step: InnerStep, value: Tensor, w: Tree, tangent: Tangent) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """h at a value of the signal, d/dε mean ℓ there, and the terms of that."""
-    value = value.detach().requires_grad_()
-    losses, at = _head(step, replace(step.signal, value=value))
+def _derivative(
+    step: InnerStep, fields: Mapping[str, Tensor], w: Tree, tangent: Tangent, *, check: bool
+) -> dict[str, Tensor | None]:
+    """h of fields of the signal, at these values of them; None of one that the inner loss does not read."""
+    leaves = {name: t.detach().requires_grad_() for name, t in fields.items()}
+    losses, at = _head(step, replace(step.signal, **leaves))
     terms = _along(losses.mean(), at, _directions(step, w, tangent))
     slope = _total(terms)
+    if check:
+        _check_slopes(step, slope, terms, w, tangent)
     if not slope.requires_grad:
-        return torch.zeros_like(value), slope, terms
-    return -torch.autograd.grad(slope, value, materialize_grads=True)[0], slope, terms
+        return dict.fromkeys(leaves)
+    grads = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
+    return {name: None if g is None else -g for name, g in zip(leaves, grads, strict=True)}
 
 
 def _head(step: InnerStep, signal: Signal) -> tuple[Tensor, list[Tensor]]:

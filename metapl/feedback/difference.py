@@ -59,7 +59,7 @@ class Difference(Estimator):
             )
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        ((step, w),) = path.pullbacks()
+        step, w = path.pullback()
         return [self.credited(signal_feedback, step, w).over(divisor(self.normalization, step, w))], state
 
     def credited(self, credit: Credit, step: InnerStep, w: Tree) -> Feedback:
@@ -75,20 +75,20 @@ class Difference(Estimator):
 
     def tangent(self, step: InnerStep, w: Tree, shorter: float = 1.0) -> Tangent:
         """ż along w, exactly zero where w is, by moves of δ/``shorter``."""
-        delta = self.step_size(step) / shorter
-        ahead = step.shifted(delta, w)
+        length = step.length(w)
+        factor = self.step_size(step) / shorter / length.clamp_min(torch.finfo(length.dtype).tiny)
+        ahead = step.shifted(factor, w)
         if self.one_sided:
-            here = step.outputs if step.in_full_precision else step.shifted(0 * delta, w)
+            here = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
             step.check_shifted(here)
-            moved, distance = ahead - here, delta
+            moved, factors = ahead - here, factor
         else:
-            behind = step.shifted(-delta, w)
+            behind = step.shifted(-factor, w)
             step.check_shifted((ahead + behind) / 2)
-            moved, distance = ahead - behind, 2 * delta
+            moved, factors = ahead - behind, 2 * factor
         # Of a small difference of large outputs little is left: Adam's first w is across the gradient, for one.
         share = torch.linalg.vector_norm(ahead) / torch.linalg.vector_norm(moved)
-        rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * share
-        return Tangent(step.length(w) * moved / distance, rounding)
+        return Tangent(moved / factors, ROUNDINGS * torch.finfo(step.shifted_dtype).eps * share)
 
     def step_size(self, step: InnerStep) -> Tensor:
         """δ, a scalar on the student's device."""

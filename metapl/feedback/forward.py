@@ -27,9 +27,8 @@ from metapl.feedback.base import (
     divisor,
     padded,
 )
-from metapl.feedback.credit import Tangent, signal_feedback
-from metapl.feedback.lookahead import InnerStep, Path
-from metapl.numerics import Tree
+from metapl.feedback.credit import Tangent, credited, of_fields, signal_feedback
+from metapl.feedback.lookahead import Path
 from metapl.problems.base import Kind
 
 
@@ -51,7 +50,9 @@ class Forward(Estimator):
         truncate: of K student steps looked ahead, differentiate the last so many alone; None: all.
 
     Takes: soft signals; hard labels by the expectation.
-    Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step.
+    Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
+    every one but the first costs a double backward pass instead of ż's, in which its Hessian product and its feedback
+    are found together: about 1.3 times what ``unrolled`` costs, in the memory of one step and of K sets of weights.
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).
@@ -72,8 +73,11 @@ class Forward(Estimator):
         check_truncate(self)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        found = [self._credit(step, w) for step, w in path.pullbacks(self.truncate)]
+        found = []
+        for step, w, in_signal in path.adjoints(credited, self.truncate):
+            if in_signal is None:
+                h = signal_feedback(step, w, Tangent(step.tangent(w)))
+            else:
+                h = of_fields(step.signal, {name: None if t is None else -t for name, t in in_signal.items()})
+            found.append(h.over(divisor(self.normalization, step, w)))
         return padded(found[::-1], path), state
-
-    def _credit(self, step: InnerStep, w: Tree) -> Feedback:
-        return signal_feedback(step, w, Tangent(step.tangent(w))).over(divisor(self.normalization, step, w))

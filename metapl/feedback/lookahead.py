@@ -20,9 +20,9 @@ A signal may read the student's outputs at θ_k; it reads them as constants.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -147,10 +147,9 @@ class InnerStep:
         """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
         return joined([one.tangent(w) for one in self.passes])
 
-    def shifted(self, distance: Tensor, w: Tree) -> Tensor:
-        """S(x; θ + distance·w/‖w‖), (B, ...), in float32 or wider; the weights stay at θ."""
-        step = distance / (length := norm(w)).clamp_min(torch.finfo(length.dtype).tiny)
-        return joined([one.shifted(step, w) for one in self.passes])
+    def shifted(self, factor: Tensor, w: Tree) -> Tensor:
+        """S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
+        return joined([one.shifted(factor, w) for one in self.passes])
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, to the second order of the shift, that are not those at θ."""
@@ -177,23 +176,65 @@ class InnerStep:
         """w = (∂U/∂g)ᵀ v."""
         return self.update.pullback(self.params, self.gradient, self.state, v)
 
-    def adjoint(self, v: Tree, state_cotangent: Any) -> tuple[Tree, Tree, Any]:
-        """w, and the cotangents of θ (the Hessian's part included) and of the state before the step."""
+    @contextmanager
+    def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
+        """Products with ∂²ℓ/∂θ², for as long as the block runs."""
+        with ExitStack() as stack:
+            signals = self.signal.chunks(len(self.passes))
+            products = [
+                stack.enter_context(one.hessian(_inner_loss(self.problem, signal, x)))
+                for one, x, signal in zip(self.passes, self._batches, signals, strict=True)
+            ]
+            yield lambda w: mean_tree([product(w) for product in products])
+
+    def scaled(self, tree: Tree, factor: float) -> Tree:
+        """A tree of the student's weights times a number."""
+        return {name: factor * t for name, t in tree.items()}
+
+    def adjoint(self, v: Tree, state_cotangent: Any, fields: Mapping[str, Tensor]) -> Adjoint:
+        """The adjoint of this step, from the cotangents of θ′ and s′.
+
+        Args:
+            v, state_cotangent: these; None: zero.
+            fields: of the signal, with the values that the mixed derivatives are taken at.
+        """
         bar = self.update.vjp(self.params, self.gradient, self.state, v, state_cotangent)
-        products = [
-            one.hessian_product(bar.gradient, _inner_loss(self.problem, signal, batch))
-            for one, signal, batch in zip(self.passes, self._signals, self._batches, strict=True)
-        ]
-        curved = mean_tree(products)
-        return bar.gradient, {name: t + curved[name] for name, t in bar.params.items()}, bar.state
+        parts = len(self.passes)
+        pieces = [t.chunk(parts) for t in fields.values()]
+        curved: list[Tree] = []
+        mixed: list[list[Tensor | None]] = []
+        for i, (one, x, signal) in enumerate(zip(self.passes, self._batches, self.signal.chunks(parts), strict=True)):
+            leaves = {name: t[i].detach().requires_grad_() for name, t in zip(fields, pieces, strict=True)}
+            loss = _inner_loss(self.problem, replace(signal, **leaves), x)
+            product, in_fields = one.second_derivatives(bar.gradient, loss, list(leaves.values()))
+            curved.append(product)
+            mixed.append(in_fields)
+        hessian = mean_tree(curved)
+        columns = zip(fields, zip(*mixed, strict=True), strict=True)
+        in_signal = {name: None if t[0] is None else joined([x / parts for x in t]) for name, t in columns}
+        params = {name: t + hessian[name] for name, t in bar.params.items()}
+        return Adjoint(bar.gradient, params, bar.state, in_signal)
 
     @property
     def _batches(self) -> list[Any]:
         return micro_batches(self.batch, len(self.passes), "unlabeled")
 
-    @property
-    def _signals(self) -> list[Signal]:
-        return self.signal.chunks(len(self.passes))
+
+@dataclass(frozen=True)
+class Adjoint:
+    """What :meth:`InnerStep.adjoint` returns.
+
+    Args:
+        w: as :class:`InnerStep` has it.
+        params, state: the cotangents of θ, the Hessian's part included, and of the state before the step.
+        in_signal: the derivative of ⟨g, w⟩ by field of the signal, which is minus the feedback; None of a field that
+            the inner loss does not read.
+    """
+
+    w: Tree
+    params: Tree
+    state: Any
+    in_signal: dict[str, Tensor | None]
 
 
 @dataclass
@@ -246,25 +287,47 @@ class Path:
         """v = ∇L(θ′), one forward and backward pass on the labelled batch (with its own batch statistics)."""
         return self._outer[1]
 
-    def pullbacks(self, truncate: int | None = None) -> Iterator[tuple[InnerStep, Tree]]:
-        """The steps with their w, from the last one back; ``truncate``: only so many."""
+    def outer_gradient_before(self) -> Tree:
+        """∇L(θ), one forward and backward pass on the labelled batch."""
+        self.__dict__["outer_loss_before"], v = self.local.loss_and_gradient(self.local.params, *self._outer_pass())
+        return v
+
+    def pullback(self) -> tuple[InnerStep, Tree]:
+        """The only step of a path of one, and its w = (∂U/∂g)ᵀ v."""
+        (step,) = self.steps
+        return step, step.pullback(self.outer_gradient())
+
+    def adjoints(
+        self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
+    ) -> Iterator[tuple[InnerStep, Tree, dict[str, Tensor | None] | None]]:
+        """The steps with their w, from the last one back, and the derivatives of ⟨g, w⟩ in fields of the signal.
+
+        These come with the Hessian product of the step. The first of the steps needs none, so there it is None.
+
+        Args:
+            fields: of a step's signal, with the values that the derivatives are taken at.
+            truncate: only so many steps; None: all.
+        """
         v, state_cotangent = self.outer_gradient(), None
         counted = self.steps if truncate is None else self.steps[-truncate:]
         for step in reversed(counted[1:]):
-            w, v, state_cotangent = step.adjoint(v, state_cotangent)
-            yield step, w
+            bar = step.adjoint(v, state_cotangent, fields(step.signal))
+            v, state_cotangent = bar.params, bar.state
+            yield step, bar.w, bar.in_signal
         first = counted[0]
-        w = (
-            first.pullback(v)
-            if state_cotangent is None
-            else first.update.vjp(first.params, first.gradient, first.state, v, state_cotangent).gradient
-        )
-        yield first, w
+        if state_cotangent is None:
+            yield first, first.pullback(v), None
+        else:
+            bar_first = first.update.vjp(first.params, first.gradient, first.state, v, state_cotangent)
+            yield first, bar_first.gradient, None
 
-    def gradient_in_signals(self, truncate: int | None = None) -> list[Tensor]:
-        """dL(θ′)/dsignal of the last steps (None: all), by double backward through the path."""
-        values = [step.signal.value for step in self.steps[-(truncate or 0) :]]
-        return gradient_through(self.local, self.steps[-1].moved[0], self.outer_gradient(), values)
+    def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
+        """dL(θ′)/dsignal, by field, of the last steps (None: all), by double backward through the path; None of a
+        field that the inner loss does not read."""
+        counted = self.steps[-(truncate or 0) :]
+        leaves = [t for step in counted for t in step.signal.differentiable().values()]
+        found = iter(gradient_through(self.local, self.steps[-1].moved[0], self.outer_gradient(), leaves))
+        return [(step, {name: next(found) for name in step.signal.differentiable()}) for step in counted]
 
     def commit(self) -> None:
         """Move the student to θ′, by the real optimizer."""
@@ -306,9 +369,9 @@ def walk(
         batches: the inner ones.
         teach: called once a micro-batch, after the student's pass on it.
         parts: micro-batches that each batch is taken in.
-        keep_graph: keep the path differentiable in the signals, for :meth:`Path.gradient_in_signals`.
+        keep_graph: keep the path differentiable in the signals, for :meth:`Path.gradients_in_signals`.
     """
-    local = Local(student, double_backward=keep_graph)
+    local = Local(student, update.parameters, double_backward=keep_graph)
     path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"))
     params, state = local.params, update.read_state()
     with refuse_checkpoints() if keep_graph and len(batches) > 1 else nullcontext():
@@ -330,7 +393,8 @@ def _step(path: Path, batch: Any, params: Tree, state: Any, teach: Teach) -> Inn
         checks.finite_student(student.outputs)
         signal = teach(x, student.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
         if path.local.double_backward:
-            signal.value.requires_grad_()
+            for t in signal.differentiable().values():
+                t.requires_grad_()
         loss, gradient = student.gradient(_inner_loss(path.problem, signal, x))  # line 3: g
         checks.dense_gradients(gradient)
         passes.append(student)

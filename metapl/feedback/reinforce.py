@@ -64,7 +64,7 @@ class Reinforce(Estimator):
         return init_baseline(self.baseline)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        ((step, w),) = path.pullbacks()
+        step, w = path.pullback()
         h = batch_feedback(step, w) / divisor(self._normalization, step, w)
         h, state = subtract_baseline(h, self.baseline, state)
         return [Feedback(h, "log_prob")], state

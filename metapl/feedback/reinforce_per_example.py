@@ -45,7 +45,7 @@ class ReinforcePerExample(Estimator):
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        ((step, w),) = path.pullbacks()
+        step, w = path.pullback()
         if self.tangent == "forward":
             found = example_feedback(step, w, Tangent(step.tangent(w)))
         else:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from metapl.execution.kernels import explained
 from metapl.feedback.base import Estimator, Feedback, State, check_truncate, padded
+from metapl.feedback.credit import of_fields
 from metapl.feedback.lookahead import Path
 from metapl.problems.base import Kind
 
@@ -40,5 +41,6 @@ class Unrolled(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         with explained(self.name):
-            gradients = path.gradient_in_signals(self.truncate)
-        return padded([Feedback(-gradient, "value") for gradient in gradients], path), state
+            found = path.gradients_in_signals(self.truncate)
+        minus = [(step, {name: None if g is None else -g for name, g in fields.items()}) for step, fields in found]
+        return padded([of_fields(step.signal, h) for step, h in minus], path), state

@@ -37,6 +37,13 @@ class Signal:
     probs: Tensor | None = None
     outputs: Tensor | None = None
 
+    def differentiable(self) -> dict[str, Tensor]:
+        """The fields that an inner loss may have a derivative in, where nothing was sampled."""
+        if self.sampled:
+            return {}
+        fields = {"value": self.value, "probs": self.probs, "outputs": self.outputs}
+        return {name: t for name, t in fields.items() if t is not None and t.is_floating_point()}
+
     @property
     def sampled(self) -> bool:
         """Whether ``value`` was drawn, so that only its log-probability can be differentiated."""

@@ -34,6 +34,8 @@ class Stepwise(ABC):
 
     student: nn.Module
     device: torch.device
+    lookahead: int = 1
+    """Unlabelled batches that the loop draws for a step; more than one are given as a :class:`metapl.Lookahead`."""
 
     @property
     def labeller(self) -> nn.Module | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
+from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.runs import checkpoint
 from metapl.runs.folder import RunFolder
 from metapl.training.average import Average
@@ -124,7 +125,8 @@ class FitRun:
         from metapl.data.feed import feed  # only those who fit need metapl.data
 
         how = self.how
-        return feed(source, name=name, stop=how.steps, num_workers=how.num_workers, device=self.trainer.device)
+        stop = how.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
+        return feed(source, name=name, stop=stop, num_workers=how.num_workers, device=self.trainer.device)
 
     def _steps(self, start: int) -> None:
         how = self.how
@@ -146,8 +148,8 @@ class FitRun:
 
     def _one_step(self, t: int, progressing: Progress) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
-        how, batches = self.how, {name: one.next() for name, one in self.feeds.items()}
-        labeled, unlabeled = batches["labeled"], batches.get("unlabeled")
+        how = self.how
+        labeled, unlabeled = self.feeds["labeled"].next(), self._unlabeled(t)
         self.rates.move(t)
         row: dict[str, float] = {}
         if how.due(how.exact_every, t) and not how.waits(t):
@@ -163,8 +165,16 @@ class FitRun:
             self.records.counts(t + 1, report.counts())
         if validated:
             row |= self._look(t)
-        progressing.advance(batches.values(), row, due=validated, examples=self.selection.examples)
+        drawn = [labeled, *inner_batches(unlabeled)]
+        progressing.advance(drawn, row, due=validated, examples=self.selection.examples)
         return row
+
+    def _unlabeled(self, t: int) -> Any:
+        """What step t reads of the unlabelled source; the student that waits takes no steps to look ahead."""
+        source, several = self.feeds.get("unlabeled"), self.trainer.lookahead
+        if source is None or several == 1 or self.how.waits(t):
+            return None if source is None else source.next()
+        return Lookahead([source.next() for _ in range(several)])
 
     def _record(self, step: int, row: dict[str, float]) -> None:
         try:

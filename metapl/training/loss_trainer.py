@@ -14,7 +14,6 @@ from metapl.batch import labeled_pair, micro_batches, plain
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard
-from metapl.execution.local import trainable
 from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, refuse_split_batches, sum_of_terms, teacher_losses
 from metapl.training import Trainer
@@ -120,7 +119,7 @@ class LossTrainer(Trainer):
 
     def clip(self) -> None:
         """Clip the gradient that is there, and refuse one that the optimizer cannot use."""
-        checks.sparse_gradients(self.optimizer, trainable(self.student))
+        checks.sparse_gradients(self.optimizer, self.student)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
 

@@ -19,7 +19,7 @@ from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, Path, inner_batches, plain_inner
-from metapl.hypergradient import hypergradient, look_ahead, prepare
+from metapl.hypergradient import hypergradient, look_ahead, prepare, refuse_several
 from metapl.problems.base import BilevelProblem, Problem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, refuse_split_batches
 from metapl.problems.losses import teacher_losses as checked_losses
@@ -65,6 +65,9 @@ class BilevelTrainer(Trainer):
             statistics and dropout masks, which are a micro-batch's own) in about 1/accumulate of the memory, for one
             teacher pass more.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
+        lookahead: student steps that the feedback looks ahead: :meth:`fit` draws so many unlabelled batches a step,
+            lets the student take a step on each, and the teacher one on the feedback about all. For ``forward``,
+            ``unrolled`` and ``none``. :meth:`step` takes any :class:`metapl.Lookahead`, whatever this is.
         compile: run the networks' passes, forward and backward, through ``torch.compile``: the same numbers to
             rounding, dropout masks included (the first passes that draw are compared with plain ones). Plain are the
             forward-mode pass of ``forward`` and ``reinforce_per_example``, all of the student's under ``unrolled``, and
@@ -101,6 +104,7 @@ class BilevelTrainer(Trainer):
         precision: Literal["float32", "bfloat16"] = "float32",
         accumulate: int = 1,
         compile: bool = False,
+        lookahead: int = 1,
     ) -> None:
         checks.no_inference_mode()
         self.mode = estimator(mode)
@@ -122,7 +126,16 @@ class BilevelTrainer(Trainer):
                 f"accumulate={accumulate} with mode {self.mode.name!r}: expected 1 or more, and 1 with 'unrolled', "
                 "which keeps the graph of the whole batch (mode 'forward' is as exact)."
             )
+        if not isinstance(lookahead, int) or lookahead < 1:
+            raise MetaplError(f"lookahead={lookahead!r}: expected a number of student steps, 1 or more.")
+        refuse_several(self.mode, lookahead)
+        if lookahead > 1 and feedback_ratio is not None:
+            raise MetaplError(
+                f"feedback_ratio is measured on one inner batch and does not go with lookahead={lookahead}; use "
+                "feedback_weight."
+            )
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
+        self.lookahead = lookahead
         self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
         _check_outer(self.outer_optimizer, teacher)
         self.teacher_losses = None if teacher_losses is None else checked_losses(teacher_losses)
@@ -284,6 +297,7 @@ class BilevelTrainer(Trainer):
             "inner": self.inner.state_dict(),
             "outer": self.outer_optimizer.state_dict(),
             "mode": self.mode.name,
+            "lookahead": self.lookahead,
             "mode_state": dict(self.mode_state),
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -295,6 +309,11 @@ class BilevelTrainer(Trainer):
             raise MetaplError(
                 f"the state is of a trainer with mode {state['mode']!r}, this one has {self.mode.name!r}; "
                 "build the trainer as it was built before."
+            )
+        if state.get("lookahead", 1) != self.lookahead:
+            raise MetaplError(
+                f"the state is of a trainer with lookahead={state.get('lookahead', 1)}, this one has "
+                f"lookahead={self.lookahead}; build the trainer as it was built before."
             )
         self.teacher.load_state_dict(state["teacher"])
         self.student.load_state_dict(state["student"])

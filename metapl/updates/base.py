@@ -51,6 +51,11 @@ class Update(ABC):
         """η where it is known (the first group's), for feedback that is measured in units of it."""
         return None
 
+    @property
+    @abstractmethod
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The student's trainable parameters, as :meth:`follow` was last told."""
+
     @abstractmethod
     def follow(self, parameters: Parameters) -> None:
         """Go on with the student's trainable parameters as they are now; refuse those that it would not move."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.numerics import Tree, dot, norm
@@ -27,6 +27,10 @@ class Clipped(Update):
     @property
     def learning_rate(self) -> float | None:
         return self.inner.learning_rate
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.inner.parameters
 
     def follow(self, parameters: Parameters) -> None:
         self.inner.follow(parameters)

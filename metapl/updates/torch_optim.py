@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.numerics import Tree
@@ -84,14 +84,18 @@ class TorchUpdate(Update):
         groups = enumerate(self.optimizer.param_groups)
         group_of = {id(p): number for number, group in groups for p in group["params"]}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
-        self.parameters = dict(parameters)
+        self._parameters = dict(parameters)
 
     @property
     def learning_rate(self) -> float | None:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._parameters
+
     def read_state(self) -> States:
-        return {name: dict(self.optimizer.state.get(p, {})) for name, p in self.parameters.items()}
+        return {name: dict(self.optimizer.state.get(p, {})) for name, p in self._parameters.items()}
 
     def update(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
@@ -105,13 +109,16 @@ class TorchUpdate(Update):
 
     def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
         # A frozen parameter that the optimizer holds must not be moved by a gradient left over from earlier.
-        self.optimizer.zero_grad(set_to_none=True)
+        own = held(self.optimizer)
+        for p in own:
+            p.grad = None
         try:
             for name, p in parameters.items():
                 p.grad = grads.get(name)
             self.optimizer.step()
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            for p in own:
+                p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

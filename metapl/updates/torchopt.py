@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
@@ -39,7 +39,7 @@ class TransformUpdate(Update):
 
     def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
         self.transform = _with_differentiable_clip(transform)
-        self.parameters = dict(parameters)
+        self._parameters = dict(parameters)
         theta = {name: p.detach() for name, p in parameters.items()}
         zeros = {name: torch.zeros_like(t) for name, t in theta.items()}
         fresh = self.transform.init(theta)
@@ -50,7 +50,7 @@ class TransformUpdate(Update):
             _checked.add(transform.update)
 
     def follow(self, parameters: Parameters) -> None:
-        known = self.parameters
+        known = self._parameters
         changed = [name for name in {**known, **parameters} if known.get(name) is not parameters.get(name)]
         if changed:
             raise MetaplError(
@@ -58,6 +58,10 @@ class TransformUpdate(Update):
                 f"for: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} came, went or were replaced. "
                 "Build a new BilevelTrainer, or use a torch.optim inner optimizer and its add_param_group."
             )
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._parameters
 
     def read_state(self) -> Any:
         return self.state

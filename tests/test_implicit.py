@@ -1,0 +1,217 @@
+"""The implicit gradient against closed forms, and against a training that is unrolled to its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+from problems_zoo import everything, same, toy
+from reference import error
+from torch import Tensor, nn
+
+import metapl
+from metapl import MetaplError
+from metapl.feedback import Implicit, solvers
+
+N, D = 12, 4
+
+
+class Penalties(nn.Module):
+    """The logarithm of a penalty for each feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_penalty = nn.Parameter(torch.linspace(-1, 1, D).double())
+
+    def forward(self) -> Tensor:
+        return self.log_penalty.exp()
+
+
+class Ridge(metapl.problems.Problem):
+    """Least squares with a penalty per feature, judged by squares on other data."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher())
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        penalty = (signal.value * params["weight"][0] ** 2).sum() / 2
+        return (outputs[:, 0] - batch[1]) ** 2 / 2 + penalty
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return ((outputs[:, 0] - batch[1]) ** 2).mean() / 2
+
+
+def data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(N, D, generator=draw, dtype=torch.float64) for _ in range(2))
+    y, t = (torch.randn(N, generator=draw, dtype=torch.float64) for _ in range(2))
+    return (x, y), (z, t)
+
+
+def optimum(penalty: Tensor) -> Tensor:
+    (x, y), _ = data()
+    return torch.linalg.solve(x.T @ x / N + torch.diag(penalty), x.T @ y / N)
+
+
+def closed_form() -> Tensor:
+    """dL(θ*(λ))/d log λ, through the solution of the normal equations."""
+    _, (z, t) = data()
+    log_penalty = Penalties().log_penalty.detach().requires_grad_()
+    theta = optimum(log_penalty.exp())
+    return torch.autograd.grad(((z @ theta - t) ** 2).mean() / 2, log_penalty)[0]
+
+
+def student() -> nn.Linear:
+    network = nn.Linear(D, 1, bias=False).double()
+    with torch.no_grad():
+        network.weight.copy_(optimum(Penalties().log_penalty.detach().exp()))
+    return network
+
+
+def found(mode: Implicit, inner: Any = None) -> metapl.Hypergradient:
+    inner_batch, outer_batch = data()
+    network = student()
+    return metapl.hypergradient(
+        Penalties(),
+        network,
+        labeled=outer_batch,
+        unlabeled=inner_batch,
+        mode=mode,
+        problem=Ridge(),
+        inner_optimizer=torch.optim.SGD(network.parameters(), lr=0.1) if inner is None else inner(network),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "tolerance"),
+    [
+        (Implicit(iterations=D), 1e-8),
+        (Implicit(iterations=30), 1e-8),
+        (Implicit(solver="neumann", iterations=500, step_size=0.2), 1e-6),
+        (Implicit(solver="neumann", iterations=1000), 1e-6),  # the student's learning rate
+    ],
+    ids=str,
+)
+def test_ridge_regression_with_a_penalty_per_feature(mode: Implicit, tolerance: float) -> None:
+    assert error(found(mode).grads["log_penalty"], closed_form()) < tolerance
+
+
+@pytest.mark.parametrize("inner", [lambda s: torch.optim.Adam(s.parameters(), lr=0.3), None])
+def test_the_optimizer_does_not_enter(inner: Any) -> None:
+    assert error(found(Implicit(iterations=D), inner).grads["log_penalty"], closed_form()) < 1e-8
+
+
+def test_damping_and_the_identity_are_what_they_say() -> None:
+    (x, _), (z, t) = data()
+    penalty = Penalties().log_penalty.detach().exp()
+    theta = optimum(penalty)
+    v = z.T @ (z @ theta - t) / N
+    hessian = x.T @ x / N + torch.diag(penalty)
+    # g = Hθ − xᵀy/N, so ∂g/∂log λ = diag(λ θ).
+    damped = -torch.linalg.solve(hessian + 0.7 * torch.eye(D).double(), v) * penalty * theta
+    assert error(found(Implicit(iterations=D, damping=0.7)).grads["log_penalty"], damped) < 1e-8
+    assert error(found(Implicit(solver="identity")).grads["log_penalty"], -v * penalty * theta) < 1e-10
+    assert (
+        error(found(Implicit(solver="identity", step_size=0.3)).grads["log_penalty"], -0.3 * v * penalty * theta)
+        < 1e-10
+    )
+    short = Implicit(solver="neumann", iterations=1, step_size=0.1)
+    series = -(0.1 * v + 0.1 * (v - 0.1 * hessian @ v)) * penalty * theta
+    assert error(found(short).grads["log_penalty"], series) < 1e-10
+
+
+class Decayed(metapl.PseudoLabels):
+    """Pseudo-labels with a penalty on the student's weights, so that the inner loss has one optimum."""
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch) + 0.05 * sum(p.square().sum() for p in params.values())
+
+
+@pytest.mark.parametrize("mode", [Implicit(iterations=60), Implicit(solver="neumann", iterations=2000, step_size=0.3)])
+def test_a_long_unroll_of_a_convex_student(mode: Implicit) -> None:
+    """Logistic regression on soft labels: the gradient through 1,500 steps of gradient descent, all in one graph."""
+    torch.manual_seed(0)
+    teacher, network = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    x, z, y = torch.randn(8, 4).double(), torch.randn(9, 4).double(), torch.arange(9) % 3
+    inner = torch.optim.SGD(network.parameters(), lr=1.0)
+    theta, phi = reference.weights(network), reference.weights(teacher)
+    q = torch.softmax(torch.func.functional_call(teacher, phi, (x,)), -1)
+    for _ in range(1500):
+        logits = torch.func.functional_call(network, theta, (x,))
+        loss = reference.cross_entropy(q, logits).mean() + 0.05 * sum(p.square().sum() for p in theta.values())
+        g = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        theta = {n: p - d for (n, p), d in zip(theta.items(), g, strict=True)}
+    outer = nn.functional.cross_entropy(torch.func.functional_call(network, theta, (z,)), y)
+    expected = dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
+    network.load_state_dict({n: p.detach() for n, p in theta.items()})
+    data = {"labeled": (z, y), "unlabeled": x, "problem": Decayed(), "inner_optimizer": inner}
+    assert error(metapl.hypergradient(teacher, network, **data, mode=mode).grads, expected) < 1e-6
+
+
+def test_it_trains_and_hard_labels_take_the_expectation() -> None:
+    for kind in ("soft", "hard"):
+        problem = toy("mlp")
+        trainer = metapl.BilevelTrainer(
+            **problem.networks(), mode=Implicit(damping=1.0, iterations=3), problem=metapl.PseudoLabels(kind)
+        )
+        report = trainer.step(problem.labeled, problem.unlabeled)
+        assert report.feedback.shape == (4, 3)
+        assert report.feedback.any()
+
+
+def test_micro_batches_change_nothing() -> None:
+    ends = []
+    for parts in (1, 2):
+        problem = toy("group_norm")
+        trainer = metapl.BilevelTrainer(
+            **problem.networks(), mode=Implicit(damping=1.0, iterations=4), accumulate=parts
+        )
+        trainer.step((problem.labeled[0][:4], problem.labeled[1][:4]), problem.unlabeled)
+        ends.append([p.detach() for p in problem.teacher.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_negative_curvature_and_a_series_that_diverges_are_refused_and_nothing_moves() -> None:
+    problem = toy("mlp")
+    for mode, text in (
+        (Implicit(iterations=40), "no positive curvature"),
+        (Implicit(solver="neumann", iterations=20, step_size=50.0), "the Neumann series diverges"),
+    ):
+        trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode)
+        before = everything(problem)
+        with pytest.raises(MetaplError, match=text):
+            trainer.step(problem.labeled, problem.unlabeled)
+        assert same(before, everything(problem))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"solver": "lu"}, "solver"),
+        ({"iterations": 0}, "iterations"),
+        ({"iterations": 1.5}, "iterations"),
+        ({"step_size": 0.0}, "step_size"),
+        ({"damping": -1.0}, "damping"),
+    ],
+)
+def test_wrong_fields_are_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(MetaplError, match=text):
+        Implicit(**fields)
+
+
+def test_a_transform_has_no_learning_rate_for_the_series() -> None:
+    import torchopt
+
+    with pytest.raises(MetaplError, match="give step_size="):
+        found(Implicit(solver="neumann"), lambda s: torchopt.sgd(0.1))
+
+
+def test_a_wrong_sign_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault."""
+    real = solvers._plus
+    monkeypatch.setattr(solvers, "_plus", lambda a, b, factor: real(a, b, -factor))
+    with pytest.raises((AssertionError, MetaplError)):
+        test_ridge_regression_with_a_penalty_per_feature(Implicit(solver="neumann", iterations=50, step_size=0.2), 1e-6)

@@ -1,0 +1,241 @@
+"""The published label methods against plain double backward, and in a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import reference
+import torch
+from problems_zoo import CLASSES, OPTIMISERS, everything, same, toy, warm
+from reference import error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError
+from metapl.problems import (
+    ExampleLabels,
+    ExampleWeights,
+    LabelCorrection,
+    MetaWeightNet,
+    NoiseTransition,
+    Problem,
+    Table,
+    WeightNet,
+)
+
+TABLE = 20
+X = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+Y = torch.tensor([0, 2, 1, 1, 0])
+INDEX = torch.tensor([3, 19, 0, 7, 3])
+
+
+class Corrector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_input, self.of_label = nn.Linear(16, CLASSES), nn.Embedding(CLASSES, CLASSES)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.of_input(x.flatten(1)) + self.of_label(y)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, and the same written out: the signal of the teacher's weights, and the losses (B,)."""
+
+    problem: Problem
+    teacher: Callable[[], nn.Module]
+    batch: Any
+    losses: Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
+
+
+def call(teacher: nn.Module, weights: dict[str, Tensor], *args: Tensor) -> Tensor:
+    return torch.func.functional_call(teacher, weights, args)
+
+
+def plain(z: Tensor) -> Tensor:
+    return -z.log_softmax(-1)[torch.arange(5), Y]
+
+
+METHODS: dict[str, Method] = {
+    "meta_weight_net": Method(
+        MetaWeightNet(), lambda: WeightNet(8), (X, Y), lambda t, p, z: call(t, p, plain(z).detach()) * plain(z)
+    ),
+    "example_weights": Method(
+        ExampleWeights(),
+        lambda: Table(torch.linspace(-1, 1, TABLE)),
+        (X, Y, INDEX),
+        lambda t, p, z: torch.sigmoid(p["values"][INDEX]) * plain(z),
+    ),
+    "example_labels": Method(
+        ExampleLabels(),
+        lambda: Table(torch.randn(TABLE, CLASSES, generator=torch.Generator().manual_seed(2))),
+        (X, INDEX),
+        lambda t, p, z: -(p["values"][INDEX].softmax(-1) * z.log_softmax(-1)).sum(-1),
+    ),
+    "label_correction": Method(
+        LabelCorrection(),
+        Corrector,
+        (X, Y),
+        lambda t, p, z: -(call(t, p, X, Y).softmax(-1) * z.log_softmax(-1)).sum(-1),
+    ),
+    "noise_transition": Method(
+        NoiseTransition(),
+        lambda: Table(torch.eye(CLASSES) + torch.linspace(-0.3, 0.3, CLASSES**2).reshape(CLASSES, CLASSES)),
+        (X, Y),
+        lambda t, p, z: -(z.softmax(-1) @ p["values"].softmax(-1))[torch.arange(5), Y].log(),
+    ),
+}
+UPDATES = ["torch_sgd_nesterov", "torch_adamw"]
+
+
+def by_double_backward(
+    method: Method, teacher: nn.Module, student: nn.Module, labeled: Any, rule: Any, state: Any
+) -> dict[str, Tensor]:
+    theta, phi = reference.weights(student), reference.weights(teacher)
+    losses = method.losses(teacher, phi, reference.at(student, theta, X))
+    g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
+    moved, _ = rule(theta, dict(zip(theta, g, strict=True)), state)
+    outer = F.cross_entropy(reference.at(student, moved, labeled[0]), labeled[1])
+    return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
+
+
+@pytest.mark.parametrize("optimiser", UPDATES)
+@pytest.mark.parametrize("student", ["mlp", "batch_norm", "group_norm"])
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_has_the_gradient_of_its_formula(name: str, mode: str, student: str, optimiser: str) -> None:
+    method, case, rule = METHODS[name], toy(student), OPTIMISERS[optimiser]
+    torch.manual_seed(4)
+    teacher = method.teacher().double()
+    inner, _, state = warm(case, rule, 2)
+    expected = by_double_backward(method, teacher, case.student, case.labeled, rule.rule, state)
+    found = metapl.hypergradient(
+        teacher,
+        case.student,
+        labeled=case.labeled,
+        unlabeled=method.batch,
+        mode=mode,
+        problem=method.problem,
+        inner_optimizer=inner,
+    )
+    assert error(found.grads, expected) < (1e-4 if mode == "difference" else 1e-9)
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "forward"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "meta_weight_net"])
+def test_and_over_several_steps(name: str, mode: str) -> None:
+    method, case, rule = METHODS[name], toy("mlp"), OPTIMISERS["torch_sgd_nesterov"]
+    torch.manual_seed(4)
+    teacher = method.teacher().double()
+    theta, phi, state = reference.weights(case.student), reference.weights(teacher), None
+    for _ in range(3):
+        losses = method.losses(teacher, phi, reference.at(case.student, theta, X))
+        g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
+        theta, state = rule.rule(theta, dict(zip(theta, g, strict=True)), state)
+    outer = F.cross_entropy(reference.at(case.student, theta, case.labeled[0]), case.labeled[1])
+    expected = dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
+    found = metapl.hypergradient(
+        teacher,
+        case.student,
+        labeled=case.labeled,
+        unlabeled=metapl.Lookahead([method.batch] * 3),
+        mode=mode,
+        problem=method.problem,
+        inner_optimizer=rule.build(case.student),
+    )
+    assert error(found.grads, expected) < 1e-8
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference", "none"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_fits_with_validation_and_goes_on_bit_for_bit(name: str, mode: str, tmp_path: Any) -> None:
+    method = METHODS[name]
+
+    def fit(steps: int, **options: Any) -> list[Tensor]:
+        case = toy("mlp", dtype=torch.float32)
+        torch.manual_seed(4)
+        teacher = method.teacher()
+        batch = tuple(t.float() if t.is_floating_point() else t for t in method.batch)
+        trainer = metapl.BilevelTrainer(teacher, case.student, mode, problem=method.problem)
+        found = trainer.fit(
+            [case.labeled] * 2,
+            [batch] * 3,
+            steps=6,
+            validation=case.labeled,
+            validate_every=2,
+            save_every=1,
+            progress=False,
+            callbacks=[] if steps == 6 else [stop_after(steps)],
+            **options,
+        )
+        assert found.weights
+        assert trainer.evaluate(case.labeled).accuracy >= 0
+        return [p.detach().clone() for net in (teacher, case.student) for p in net.parameters()]
+
+    whole = fit(6)
+    with pytest.raises(KeyboardInterrupt):
+        fit(3, out=tmp_path / "run")
+    resumed = fit(6, out=tmp_path / "run", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def stop_after(steps: int) -> Callable[..., None]:
+    def stop(step: int, row: Any, trainer: Any) -> None:
+        if step >= steps:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_the_feedback_finds_wrong_labels() -> None:
+    """Trusted examples of the same two clusters: those with a flipped label get less weight."""
+    draw = torch.Generator().manual_seed(0)
+    centers = torch.tensor([[2.0, 0.0], [-2.0, 0.0]])
+    y = torch.arange(60) % 2
+    x = centers[y] + torch.randn(60, 2, generator=draw)
+    given = torch.where(torch.arange(60) < 18, 1 - y, y)
+    trusted = (centers.repeat(5, 1) + torch.randn(10, 2, generator=draw), torch.arange(10) % 2)
+    torch.manual_seed(0)
+    table, student = Table(torch.zeros(60)), nn.Linear(2, 2)
+    trainer = metapl.BilevelTrainer(
+        table,
+        student,
+        "forward",
+        problem=ExampleWeights(),
+        outer_optimizer=torch.optim.Adam(table.parameters(), lr=0.1),
+    )
+    for _ in range(60):
+        trainer.step(labeled=trusted, unlabeled=(x, given, torch.arange(60)))
+    weights = table.values.detach().sigmoid()
+    assert weights[:18].mean() < 0.3 < 0.6 < weights[18:].mean()
+
+
+WRONG: dict[str, tuple[str, Any, nn.Module, str]] = {
+    "no labels": ("meta_weight_net", X, WeightNet(), r"inner batch of MetaWeightNet is .*expected \(inputs, labels\)"),
+    "no indices": ("example_weights", (X, Y), Table(torch.zeros(9)), r"expected \(inputs, labels, indices\)"),
+    "a label too large": ("meta_weight_net", (X, Y + 2), WeightNet(), "labels run from"),
+    "a teacher of another shape": ("example_weights", (X, Y, INDEX), Table(torch.zeros(20, 2)), r"shape \(5,\)"),
+    "a matrix of another shape": ("noise_transition", (X, Y), Table(torch.eye(4)), r"shape \(3, 3\)"),
+    "float indices": ("example_weights", (X, Y, INDEX.double()), Table(torch.zeros(20)), "expected integers"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_batches_and_teachers_are_refused_and_nothing_moves(kind: str) -> None:
+    name, batch, teacher, text = WRONG[kind]
+    case = toy("batch_norm")
+    trainer = metapl.BilevelTrainer(teacher.double(), case.student, "forward", problem=METHODS[name].problem)
+    before = everything(case)
+    with pytest.raises(MetaplError, match=text):
+        trainer.step(case.labeled, batch)
+    assert same(before, everything(case))
+
+
+@pytest.mark.parametrize("initial", [[1, 2], torch.tensor(1.0), torch.arange(3)])
+def test_a_table_of_anything_but_rows_of_numbers_is_refused(initial: Any) -> None:
+    with pytest.raises(MetaplError, match="Table was given"):
+        Table(initial)
