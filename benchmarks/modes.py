@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import metapl
 from metapl.data import load_digits_split
 from metapl.feedback import Difference, Estimator
+from metapl.metrics.cost import peak_bytes
 
 # The profiler's own log would go to the terminal.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -181,25 +182,7 @@ def passes(mode: Mode, place: Place, network: Network) -> float:
 def peak_memory(mode: Mode, place: Place, batch: int, network: Network) -> int:
     """Bytes that one step holds at its fullest, beyond what was held before it."""
     step, _, _ = step_of(mode, place, batch, network)
-    return held_at_most(step, place)
-
-
-def held_at_most(run: Callable[[], Any], place: Place) -> int:
-    """Bytes that a call holds at its fullest, beyond what was held before it."""
-    if place.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        place.wait()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return peak_bytes(step, torch.device(place.device))
 
 
 def times(place: Place, batch: int, network: Network, rounds: int) -> dict[str, list[float]]:

@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 from machine import arguments, described, parsed, write_between_marks, write_json
-from modes import Place, held_at_most, places
+from modes import Place, places
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
@@ -57,6 +57,7 @@ from metapl.data import (
     Weak,
     feed,
 )
+from metapl.metrics.cost import peak_bytes
 from metapl.problems.losses import UDA, CrossEntropy
 
 RESULT = Path(__file__).parent / "results" / "throughput.json"
@@ -223,7 +224,7 @@ def measure(subject: Subject, mode: str, place: Place, compiled: bool, rounds: i
     for turn in range(rounds):
         for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
             found[name].append(timed(runs[name], place))
-    memory = {name: held_at_most(runs[name], place) for name in ("floor", "step")}
+    memory = {name: peak_bytes(runs[name], torch.device(place.device)) for name in ("floor", "step")}
     base = found["floor"]
     return {
         "subject": str(subject),

@@ -43,6 +43,8 @@ _ON_FIRST_USE = ("data", "evaluate", "export", "recipes")
 
 def __getattr__(name: str) -> Any:
     """Import a subpackage when it is first used, so that ``import metapl`` loads little beside torch."""
+    if name == "ablate":
+        return import_module("metapl.ablation").ablate
     if name in _ON_FIRST_USE:
         return import_module(f"metapl.{name}")
     raise AttributeError(f"module 'metapl' has no attribute {name!r}")

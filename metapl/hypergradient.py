@@ -13,7 +13,7 @@ from metapl.batch import labeled_pair
 from metapl.errors import MetaplError
 from metapl.execution.buffers import inputs_unchanged, nothing_moved
 from metapl.execution.guards import casts_explained, one_at_a_time, restored_on_failure
-from metapl.execution.kernels import checkpoints_without_reentry
+from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator, modes_for
@@ -74,7 +74,8 @@ def look_ahead(
     """The student's steps on the teacher's signals, refused where the mode cannot find the feedback on them.
 
     Args:
-        thorough: look also for fields of the signal that the inner loss has a derivative in and the feedback has not.
+        thorough: look also for what is not found by the numbers of a step: fields of the signal that the inner loss has
+            a derivative in and the feedback has not, and backward passes that cannot be differentiated.
     """
     batches = inner_batches(unlabeled)
     refuse_several(mode, len(batches))
@@ -94,6 +95,8 @@ def look_ahead(
         parts=parts,
         keep_graph=mode.keep_graph,
     )
+    if thorough and mode.keep_graph:
+        refuse_once_differentiable(path.steps[0].grads.values())
     if thorough and mode.name != "none":
         refuse_other_fields(path.steps[0])
     return path

@@ -22,6 +22,7 @@ LEVELS = (
     ("hypergradient",),
     ("data", "metrics", "report", "export"),
     ("training",),
+    ("ablation",),
     ("recipes",),
     ("experiments",),
     ("cli", "__main__"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -844,3 +845,30 @@ def test_one_trainer_steps_in_two_threads() -> None:
         again.step(**twin.data())
     assert trainer.steps_done == 20
     assert same(everything(case, generator=False), everything(twin, generator=False))
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class OnceDifferentiable(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Once.apply(super().forward(x.flatten(1)))
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "forward"])
+def test_a_backward_pass_that_cannot_be_differentiated_is_refused_by_name(mode: str) -> None:
+    """Double backward gives zero for it, without a word."""
+    base = toy("mlp")
+    case = dataclasses.replace(base, student=OnceDifferentiable(16, 3).double())
+    trainer = trainer_for(case, mode)
+    text = "marked with @once_differentiable" if mode == "unrolled" else "no derivative of the kind it needs"
+    with unmoved(case), pytest.raises(MetaplError, match=text):
+        trainer.step(**case.data())

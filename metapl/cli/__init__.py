@@ -16,6 +16,7 @@ examples. On your own pictures the default is UDA: one network that learns its
 own labels of pictures that it is sure of.
 
   metapl train RECIPE           train a classifier; it goes to a folder (RUN)
+  metapl ablate RECIPE          compare the modes: which gradient to take
   metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
   metapl finetune RUN           finetune it on the labelled examples again
@@ -45,7 +46,7 @@ metapl --version says which metapl this is; metapl --print-completion SHELL
 completes commands and flags in bash, zsh or fish.
 """
 
-COMMANDS = ("train", "evaluate", "predict", "finetune", "compare", "export")
+COMMANDS = ("train", "ablate", "evaluate", "predict", "finetune", "compare", "export")
 
 
 RECIPES_HELP = """\
@@ -117,6 +118,8 @@ def _dispatch(given: list[str]) -> int:
         raise MetaplError(
             f"there is no command {command!r}{meant} Expected one of {', '.join(COMMANDS)}; see metapl --help."
         )
+    if command == "ablate":
+        return _ablate(rest)
     return _train(rest) if command == "train" else _after_training(command, rest)
 
 
@@ -137,6 +140,28 @@ def _train(given: list[str]) -> int:
     command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
     command.check_flags(given_flags(respelled(given[1:])))
     return command()
+
+
+def _ablate(given: list[str]) -> int:
+    from metapl.cli.ablate import COMMANDS as RECIPES
+    from metapl.cli.ablate import AblateFactory
+    from metapl.cli.parse import parse
+    from metapl.cli.suggest import did_you_mean
+    from metapl.errors import MetaplError
+
+    if any(word.partition("=")[0] == "--factory" for word in given):
+        return parse(AblateFactory, "metapl ablate", given)()
+    if given and given[0] in ("-h", "--help"):
+        print(RECIPES_HELP.replace("metapl train", "metapl ablate"), end="")
+        return 0
+    if not given or given[0] not in RECIPES:
+        named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
+        meant = (did_you_mean(given[0], list(RECIPES)) if given else "") or "."
+        raise MetaplError(
+            f"{named}{meant} Expected one of {', '.join(RECIPES)}: metapl ablate digits --steps 100; or "
+            "--factory module:function, for networks of your own."
+        )
+    return parse(RECIPES[given[0]], f"metapl ablate {given[0]}", given[1:])()
 
 
 def _after_training(command: str, given: list[str]) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from metapl.cli.ablate import COMMANDS as ABLATIONS
 from metapl.cli.commands import AFTER_TRAINING
 from metapl.cli.train import COMMANDS as RECIPES
 from metapl.errors import MetaplError
@@ -25,7 +26,10 @@ def print_completion(given: Sequence[str]) -> int:
     def train(recipe: Annotated[_one_of(RECIPES), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Train a student; it goes to a run folder."""
 
-    commands = {"train": train, **AFTER_TRAINING}
+    def ablate(recipe: Annotated[_one_of(ABLATIONS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
+        """Compare the modes."""
+
+    commands = {"train": train, "ablate": ablate, **AFTER_TRAINING}
     try:
         tyro.cli(
             _one_of(commands),

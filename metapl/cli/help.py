@@ -32,7 +32,7 @@ GROUPS: dict[str, str] = {
     "exact-every",
     "optimisers": "student.* teacher.*",
     "finetuning": "finetune-steps finetune-batch finetune.*",
-    "comparison": "compare seeds methods controls jobs",
+    "comparison": "compare seeds methods controls jobs modes draws rounds factory",
     "output": "out resume log-every save-every keep",
     "machine": "device precision accumulate compile channels-last num-workers threads",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -112,6 +112,28 @@ def load_forward_mode() -> None:
             warnings.simplefilter("ignore", category)
         with forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
+    """Refuse a differentiable gradient that came through a backward pass marked with ``once_differentiable``.
+
+    PyTorch puts a node into the graph that raises when it is reached, but a derivative in the signal alone never
+    reaches it: it comes out as zero.
+    """
+    seen: set[Any] = set()
+    nodes = [g.grad_fn for g in gradients]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("autograd::Error"):
+            raise MetaplError(
+                "mode 'unrolled' cannot run on this student: it has an autograd.Function whose backward is marked with "
+                "@once_differentiable, so the derivative would come out as zero. Let it be differentiable, or "
+                'use one of the sampled modes "reinforce" and "loss_difference", which need plain passes only.'
+            )
+        nodes.extend(following for following, _ in node.next_functions)
 
 
 _NO_DERIVATIVE = re.compile(

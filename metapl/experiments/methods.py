@@ -46,16 +46,27 @@ def train(
         changed = {"mode": "none", "kind": method.fixed_labels, "teacher_losses": (), **recipe.trainer_options()}
         trainer = _bilevel(recipe, teacher, student, **changed)
         return trainer, fit(trainer, task.labeled, task.unlabeled, task, **ALONE)
+    trainer = bilevel_trainer(recipe, teacher, student, method.feedback)
+    return trainer, fit(trainer, task.labeled, task.unlabeled, task)
+
+
+def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, feedback: Any = "recipe") -> BilevelTrainer:
+    """The trainer of Meta Pseudo Labels as a recipe sets it.
+
+    Args:
+        recipe: its optimizers, losses, mode and options.
+        teacher, student: built by it.
+        feedback: ``"recipe"``, ``"none"``, or how the recipe's is altered; see :class:`metapl.feedback.Altered`.
+    """
     estimator: Any = recipe.feedback.estimator()
     kind = recipe.feedback.labels
-    if method.feedback == "none":  # the labels that the recipe's own mode takes
+    if feedback == "none":  # the labels that the recipe's own mode takes
         kind = recipe.feedback.problem().for_modes(estimator.labels, recipe.feedback.mode).kind
         estimator = "none"
-    elif method.feedback is not None and method.feedback != "recipe":
-        estimator = Altered(estimator, method.feedback, seed=recipe.seed)
+    elif feedback is not None and feedback != "recipe":
+        estimator = Altered(estimator, feedback, seed=recipe.seed)
     options = {"teacher_losses": recipe.teacher_losses(), **recipe.trainer_options(), **recipe.feedback_options()}
-    trainer = _bilevel(recipe, teacher, student, mode=estimator, kind=kind, **options)
-    return trainer, fit(trainer, task.labeled, task.unlabeled, task)
+    return _bilevel(recipe, teacher, student, mode=estimator, kind=kind, **options)
 
 
 def _bilevel(

@@ -19,8 +19,8 @@ from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, Path, inner_batches, plain_inner
-from metapl.hypergradient import hypergradient, look_ahead, prepare, refuse_several
-from metapl.problems.base import BilevelProblem, Problem, Signal, has_default_losses
+from metapl.hypergradient import Hypergradient, hypergradient, look_ahead, prepare, refuse_several
+from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, refuse_split_batches
 from metapl.problems.losses import teacher_losses as checked_losses
 from metapl.training import FitResult, Trainer
@@ -108,7 +108,7 @@ class BilevelTrainer(Trainer):
     ) -> None:
         checks.no_inference_mode()
         self.mode = estimator(mode)
-        self.problem = prepare(problem, self.mode)
+        self.given_problem, self.problem = problem, prepare(problem, self.mode)
         self.device = checks.networks(teacher, student)
         refuse_compiled(teacher=teacher, student=student)
         self.teacher, self.student = teacher, student
@@ -341,32 +341,56 @@ class BilevelTrainer(Trainer):
         own = {name: getattr(self, name) for name in ("precision", "accumulate", "compile", "clip_norm")}
         return finetune(self.student, labeled, steps=steps, optimizer=optimizer, **own, **options)
 
+    def hypergradient(
+        self,
+        labeled: Any,
+        unlabeled: Any,
+        mode: str | Estimator | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Hypergradient:
+        """The teacher's gradient through the student's step as it stands, by this mode or another; nothing moves.
+
+        The student's clip counts, and the baseline so far does not. The default generators stay as they are, so that
+        every call sees the same dropout masks.
+
+        Args:
+            labeled, unlabeled: as for :meth:`step`.
+            mode: default this trainer's own.
+            generator: for drawing labels; without it they are the same in every call too.
+        """
+        estimate = self.mode if mode is None else estimator(mode)
+        self.inner.follow(trainable(self.student))
+        with replayed(RandomState.now(self.device)), self._autocast():
+            return hypergradient(
+                self.teacher,
+                self.student,
+                labeled=labeled,
+                unlabeled=unlabeled,
+                mode=estimate,
+                problem=prepare(self.given_problem, estimate),
+                inner_optimizer=self.inner,
+                generator=generator,
+            )
+
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
-        moves, generators included; ``clip_norm`` and the baseline so far are left out of both. None where there is no
-        feedback, or the problem has no exact form."""
-        exact_problem = self.problem.exact()
-        if self.mode.name == "none" or exact_problem is None:
+        moves. None where there is no feedback, or the problem has no exact form."""
+        problem = self.problem.exact()
+        if self.mode.name == "none" or problem is None:
             return None
-        state = self.inner.read_state() if isinstance(self.inner_optimizer, tuple) else None
-
-        def gradient(mode: str | Estimator, problem: Problem) -> Tensor:
-            with replayed(RandomState.now(self.device)), self._autocast():
-                found = hypergradient(
-                    self.teacher,
-                    self.student,
-                    labeled=labeled,
-                    unlabeled=unlabeled,
-                    mode=mode,
-                    problem=problem,
-                    inner_optimizer=self.inner_optimizer,
-                    inner_state=state,
-                )
-            return torch.cat([g.flatten().double() for g in found.grads.values()])
-
-        own = gradient(self.mode, self.problem)
-        exact = gradient("forward", exact_problem)
-        return float(torch.nn.functional.cosine_similarity(own, exact, dim=0))
+        own = self.hypergradient(labeled, unlabeled)
+        with replayed(RandomState.now(self.device)), self._autocast():
+            exact = hypergradient(
+                self.teacher,
+                self.student,
+                labeled=labeled,
+                unlabeled=unlabeled,
+                problem=problem,
+                inner_optimizer=self.inner,
+            )
+        a, b = (torch.cat([g.flatten().double() for g in found.grads.values()]) for found in (own, exact))
+        return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
     @contextmanager
     def _guard(self, labeled: Any, unlabeled: Any) -> Iterator[checks.Fault]:

@@ -24,7 +24,7 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
 
     Args:
         optimizer: ``torch.optim`` SGD, Adam or AdamW over exactly the student's trainable parameters, or a TorchOpt
-            transform such as ``torchopt.sgd(0.1, momentum=0.9)``.
+            transform such as ``torchopt.sgd(0.1, momentum=0.9)``; an update is returned as it is.
         parameters: the student's trainable parameters by name.
         state: a TorchOpt transform's state to go on from; ``None`` starts afresh.
 
@@ -32,6 +32,8 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
         MetaplError: an optimizer that is not supported, or one that does not hold the student's parameters, or a state
             handed in beside a ``torch.optim`` optimizer, which has its own.
     """
+    if isinstance(optimizer, Update):
+        return optimizer
     if is_transform(optimizer):
         return TransformUpdate(optimizer, parameters, state)
     kind = _UPDATES.get(type(optimizer))
