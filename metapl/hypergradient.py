@@ -217,7 +217,7 @@ def hypergradient(
         with casts_explained(estimate.name):
             feedback, _ = estimate.feedback(path, estimate.init())
         for found in feedback:
-            checks.finite_feedback(found.h)
+            found.check_finite()
         parameters = trainable(teacher)
         losses = [found.teacher_loss(signal) for found, signal in zip(feedback, signals, strict=True)]
         loss = torch.stack(losses).sum()

@@ -226,8 +226,10 @@ def several_steps(
         hard = None if kind == "soft" else F.one_hot(torch.multinomial(q.detach(), 1)[:, 0], q.shape[-1]).to(q)
         leaves.append((q if hard is None else hard).detach().requires_grad_())
         told.append(q)
-        inner = cross_entropy(leaves[-1], z).mean() + penalty * sum(p.square().sum() for p in theta.values())
-        g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+        inner = cross_entropy(leaves[-1], z).mean()
+        if penalty:  # which reaches every weight
+            inner = inner + penalty * sum(p.square().sum() for p in theta.values())
+        g = torch.autograd.grad(inner, list(theta.values()), create_graph=True, allow_unused=True)
         theta, state = rule(theta, dict(zip(theta, g, strict=True)), state)
     end = torch.get_rng_state()
     torch.set_rng_state(own_stream(after_inner))

@@ -214,7 +214,7 @@ def test_an_outer_optimiser_must_hold_the_teacher() -> None:
     case = toy("mlp")
     with pytest.raises(MetaplError, match=r"outer_optimizer holds 4 tensors.*1\.weight.*are not held"):
         metapl.BilevelTrainer(**case.networks(), outer_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.1))
-    with pytest.raises(MetaplError, match=r"outer_optimizer is a .*expected a torch\.optim optimiser"):
+    with pytest.raises(MetaplError, match=r"outer_optimizer is a .*expected a torch\.optim optimizer"):
         metapl.BilevelTrainer(**case.networks(), outer_optimizer=torchopt.sgd(0.1))
 
 

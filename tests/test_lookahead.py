@@ -332,6 +332,121 @@ def test_hooks_of_parameters_are_refused_from_the_second_step_on() -> None:
         trainer.step(problem.labeled, Lookahead(batches(2, problem)))
 
 
+class Branches(nn.Module):
+    """Two heads; the first entry of the first input tells which one is read, and a third layer never is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh())
+        self.heads, self.idle = nn.ModuleList([nn.Linear(5, CLASSES) for _ in range(2)]), nn.Linear(2, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[int(x.flatten()[0] > 0)](self.body(x))
+
+
+@pytest.mark.parametrize("order", ["11", "10", "010"])
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_parameters_that_some_of_the_steps_do_not_reach(mode: str, order: str) -> None:
+    """As torch.optim has it, such a step leaves weight and momentum alone, weight decay and all."""
+    base = toy("mlp")
+    problem = Toy(base.teacher, Branches(), base.labeled, None, 0)
+    ahead = batches(len(order), problem)
+    for x, which in zip([*ahead, problem.labeled[0]], [*order, "1"], strict=True):
+        x.view(-1)[0] = 1.0 if which == "1" else -1.0
+
+    def rule(params: Any, grads: Any, state: Any) -> Any:
+        new, velocity = dict(params), dict(state or {})
+        for name, g in grads.items():
+            if g is not None:
+                d = g + 0.1 * params[name]
+                velocity[name] = 0.9 * velocity[name] + 0.8 * d if name in velocity else d
+                new[name] = params[name] - 0.3 * velocity[name]
+        return new, velocity
+
+    options = {"lr": 0.3, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}
+    expected = reference.several_steps(**problem.networks(), labeled=problem.labeled, batches=ahead, rule=rule)
+    found = metapl.hypergradient(
+        **problem.networks(),
+        labeled=problem.labeled,
+        unlabeled=Lookahead(ahead),
+        mode=mode,
+        inner_optimizer=torch.optim.SGD(problem.student.parameters(), **options),
+    )
+    assert error(found.grads, expected.grads) < 1e-9
+    assert error(found.student_params, expected.student_params) < 1e-9
+
+
+def test_unrolled_takes_a_teacher_with_checkpoints() -> None:
+    """They run again at its own weights."""
+    problem, ahead = toy("mlp"), batches(3, toy("mlp"))
+    found = []
+    for kind in (None, "plain", "reentrant"):
+        inner = OPTIMISERS["torch_sgd_nesterov"].build(problem.student)
+        data = {"labeled": problem.labeled, "unlabeled": Lookahead(ahead), "inner_optimizer": inner}
+        found.append(metapl.hypergradient(Checkpointed(kind), problem.student, mode="unrolled", **data))
+    assert error(found[1].grads, found[0].grads) < 1e-12
+    assert error(found[2].grads, found[0].grads) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_an_inner_loss_that_reads_a_weight_past_params_is_refused(mode: str) -> None:
+    """From the second step on that weight is another's."""
+    problem = toy("mlp")
+    first = next(problem.student.parameters())
+
+    class Closed(metapl.PseudoLabels):
+        def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+            return super().inner_loss(outputs, signal, batch) + 0.3 * first.square().sum()
+
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode, problem=Closed())
+    with unmoved(problem), pytest.raises(MetaplError, match=r"reads the parameter 1\.weight from elsewhere.*params"):
+        trainer.step(problem.labeled, Lookahead(batches(2, problem)))
+
+
+class ByOutputs(metapl.PseudoLabels):
+    """A signal whose value carries no gradient, beside outputs that the inner loss reads."""
+
+    def signal(self, *given: Any, **options: Any) -> Any:
+        signal = super().signal(*given, **options)
+        return metapl.Signal(signal.value.detach(), outputs=signal.outputs)
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return (signal.outputs - outputs).square().mean(1)
+
+
+@pytest.mark.parametrize("kind", [Forward, Unrolled])
+def test_truncation_of_feedback_on_other_fields(kind: Any) -> None:
+    problem = toy("mlp")
+    data = {
+        "labeled": problem.labeled,
+        "unlabeled": Lookahead(batches(3, problem)),
+        "inner_optimizer": OPTIMISERS["torch_adamw"].build(problem.student),
+        "problem": ByOutputs(),
+    }
+    cut, whole = (metapl.hypergradient(**problem.networks(), **data, mode=kind(truncate=n)) for n in (1, None))
+    last = metapl.hypergradient(**problem.networks(), **data, mode=kind(truncate=2))
+    assert error(cut.grads, whole.grads) > 1e-6
+    assert error(last.grads, cut.grads) > 1e-6
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_the_state_that_is_handed_on_carries_no_graph(mode: str) -> None:
+    """Nor does it keep the graphs of all calls before."""
+    problem, rule = toy("mlp"), OPTIMISERS["torchopt_sgd_nesterov"]
+    found = metapl.hypergradient(
+        **problem.networks(),
+        labeled=problem.labeled,
+        unlabeled=Lookahead(batches(2, problem)),
+        mode=mode,
+        inner_optimizer=rule.build(problem.student),
+    )
+    leaves = [t for t in torch.utils._pytree.tree_leaves(found.inner_state) if isinstance(t, Tensor)]
+    assert leaves
+    assert not any(t.requires_grad for t in leaves)
+
+
 # ------------------------------------------------------------------------------------------------------- planted faults
 
 

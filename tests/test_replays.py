@@ -703,3 +703,48 @@ def test_a_small_network_of_relus_trains_by_differences(mode: Difference) -> Non
     labeled, unlabeled = (torch.randn(32, 16), torch.randint(0, 4, (32,))), torch.randn(32, 16)
     for _ in range(320):
         trainer.step(labeled, unlabeled)
+
+
+class Rounded(nn.Module):
+    """A student in float32 that rounds its outputs, straight through, to so many levels a unit."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.network, self.levels = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3)), levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.network(x)
+        return z + ((z * self.levels).round() / self.levels - z).detach()
+
+
+@pytest.mark.parametrize("levels", [2, 16, 256])
+@pytest.mark.parametrize("mode", [Difference(), ReinforcePerExample(tangent="difference")], ids=["soft", "sampled"])
+def test_rounding_in_float32_is_refused_by_a_difference(mode: Any, levels: int) -> None:
+    """Its outputs do not move, or jump; rounding of the numbers is no excuse, nor is it at a smaller move."""
+    for seed in range(4):
+        base = toy("mlp", dtype=torch.float32, rows=64, seed=seed)
+        student = Rounded(levels)
+        inner = torch.optim.SGD(student.parameters(), lr=0.1)
+        with pytest.raises(metapl.MetaplError, match="the feedback would be wrong"):
+            metapl.hypergradient(base.teacher, student, **base.data(), mode=mode, inner_optimizer=inner)
+
+
+class Jump(nn.Module):
+    """The units of one example of the inner batch jump at their sum of today."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not hasattr(self, "today"):
+            self.register_buffer("today", h.detach()[0].sum(), persistent=False)
+        jump = torch.zeros_like(h)
+        if h.shape[0] == 64:
+            jump[0] = 1e-2 * (h.detach()[0].sum() >= self.today)
+        return h + jump
+
+
+def test_jumps_that_the_slopes_do_not_see_are_refused() -> None:
+    """Where student and teacher agree the loss is flat, and its feedback is not."""
+    base = toy("mlp", dtype=torch.float32, rows=64)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.Tanh(), Jump(), nn.Linear(32, CLASSES))
+    inner = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(metapl.MetaplError, match="outputs jump"):
+        metapl.hypergradient(base.teacher, student, **base.data(), mode="difference", inner_optimizer=inner)

@@ -501,7 +501,7 @@ def test_ones_own_generator_is_put_back_after_a_refusal(way: str) -> None:
     assert torch.equal(generator.get_state(), before)
 
 
-def test_a_student_optimizer_that_fails_leaves_the_teacher_alone() -> None:
+def test_a_student_optimizer_that_fails_leaves_the_teacher_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights, statistics, optimizer and gradients, and the generator."""
     case = toy("batch_norm", teacher=lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3)))
     inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
@@ -511,12 +511,49 @@ def test_a_student_optimizer_that_fails_leaves_the_teacher_alone() -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    inner.register_step_pre_hook(fail)
+    monkeypatch.setattr(inner, "step", fail)
     before = everything(case, inner, outer)
     with pytest.raises(ZeroDivisionError):
         trainer.step(**case.data())
     assert same(before, everything(case, inner, outer))
     assert trainer.steps_done == 0
+
+
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+def test_hooks_of_the_students_optimizer_are_refused(register: str) -> None:
+    """They may change the step that is differentiated: gradients before it, weights after it."""
+    case = toy("mlp")
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
+    trainer = trainer_for(case, inner_optimizer=inner)
+    getattr(inner, register)(lambda *given: None)
+    with unmoved(case, inner), pytest.raises(MetaplError, match=r"inner_optimizer has a hook of register_step"):
+        trainer.step(**case.data())
+    with pytest.raises(MetaplError, match=r"inner_optimizer has a hook"):
+        trainer_for(case, inner_optimizer=inner)
+
+
+class Elsewhere(nn.Module):
+    """A student that reads a weight from a list of its own, beside the layer that holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh()), nn.Linear(5, 3)
+        self.double()
+        self.kept = [self.head.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.body(x), self.kept[0], self.head.bias)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in metapl.MODES if mode != "none"])
+def test_a_weight_that_is_read_from_elsewhere_than_its_module_is_refused(mode: str) -> None:
+    """Other weights in the module's place are not seen there: the labelled loss was that at the old one."""
+    case = toy("mlp")
+    case = Toy(case.teacher, Elsewhere(), case.labeled, case.unlabeled, 0)
+    trainer = trainer_for(case, mode)
+    with unmoved(case), pytest.raises(MetaplError, match=r"reads the parameter head\.weight from elsewhere"):
+        trainer.step(**case.data())
+    trainer_for(case, "none").step(**case.data())
 
 
 @pytest.mark.parametrize("mode", [mode for mode in ANYWHERE if mode != "none"])
@@ -734,6 +771,91 @@ def test_an_inner_loss_may_read_nothing_but_the_teachers_outputs(mode: str) -> N
     }
     assert error(found[mode].grads, found["unrolled"].grads) < (1e-4 if mode == "difference" else 1e-9)
     assert not found[mode].feedback.any()
+
+
+@pytest.mark.parametrize("how", ["permuted", "class_means", "random_sign"])
+def test_a_control_alters_the_feedback_on_every_field(how: Any) -> None:
+    """Each part of it by the same permutation or coins."""
+    case = toy("mlp")
+    options = {"inner_optimizer": torch.optim.SGD(case.student.parameters(), lr=0.3)}
+    altered, plain = (
+        metapl.hypergradient(
+            **case.networks(), **case.data(), **options, problem=problem, mode=metapl.feedback.Altered(how=how)
+        )
+        for problem in (OutputsAlone(), ByForwardOfOutputs())
+    )
+    exact = metapl.hypergradient(**case.networks(), **case.data(), **options, problem=OutputsAlone())
+    assert error(altered.grads, plain.grads) < 1e-12
+    assert error(altered.grads, exact.grads) > 1e-2
+
+
+class ByForwardOfOutputs(metapl.PseudoLabels):
+    """:class:`OutputsAlone` with the logits as the signal's value."""
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        return Signal(teacher(batch))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return (signal.value - outputs).square().mean(1)
+
+
+class Steep(AnchoredWithGraph):
+    """Its derivative in the teacher's outputs is infinite."""
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        steep = (signal.outputs - signal.outputs.detach()).abs().sqrt().sum(1)
+        return super().inner_loss(outputs, signal, batch, params) + steep * outputs.sum(1)
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])
+def test_feedback_that_is_not_finite_is_refused_in_every_field(mode: str) -> None:
+    case = toy("mlp")
+    trainer = trainer_for(case, mode, problem=Steep())
+    with unmoved(case), pytest.raises(MetaplError, match="the feedback is NaN or infinite"):
+        trainer.step(**case.data())
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
+    with pytest.raises(MetaplError, match="the feedback is NaN or infinite"):
+        metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=Steep(), inner_optimizer=inner)
+
+
+class Shares:
+    """The teacher weighs each example against the others of the batch that the loss is given."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        return Signal(teacher(batch).sigmoid()[:, 0])
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return signal.value / signal.value.mean() * outputs.square().sum(1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["forward", "difference"])
+def test_micro_batches_and_a_loss_that_looks_at_the_whole_batch(mode: str, dtype: torch.dtype) -> None:
+    """It is given a micro-batch, in the student's step as in the feedback on it."""
+    case = toy("mlp", rows=8, dtype=dtype)
+    case = Toy(case.teacher, case.student, (case.labeled[0][:8], case.labeled[1][:8]), case.unlabeled, 0)
+    theta, phi = weights(case.student), weights(case.teacher)
+    z = functional_call(case.student, theta, (case.unlabeled,)).square().sum(1)
+    share = functional_call(case.teacher, phi, (case.unlabeled,)).sigmoid()[:, 0]
+    halves = [(q / q.mean() * one).mean() for q, one in zip(share.chunk(2), z.chunk(2), strict=True)]
+    g = torch.autograd.grad((halves[0] + halves[1]) / 2, list(theta.values()), create_graph=True)
+    moved = {n: p - 0.3 * d for (n, p), d in zip(theta.items(), g, strict=True)}
+    outer = F.cross_entropy(functional_call(case.student, moved, (case.labeled[0],)), case.labeled[1])
+    grads = torch.autograd.grad(outer, list(phi.values()))
+    before = values(case.teacher)
+    trainer_for(
+        case,
+        mode,
+        problem=Shares(),
+        accumulate=2,
+        inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.3),
+        outer_optimizer=torch.optim.SGD(case.teacher.parameters(), lr=1.0),
+    ).step(**case.data())
+    found = {n: before[n] - p for n, p in values(case.teacher).items()}
+    assert error(found, dict(zip(phi, grads, strict=True))) < 1e-3
 
 
 @pytest.mark.parametrize("mode", SAMPLED)

@@ -123,7 +123,7 @@ def check_linear(drawn: Tensor, expected: Tensor) -> None:
     )
 
 
-def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: Tensor | float) -> None:
+def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor) -> None:
     """Refuse a derivative along w that is not the one that the gradient has.
 
     Args:
@@ -131,10 +131,11 @@ def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: T
         backward: ⟨g, w⟩, a scalar.
         spread: the root of the sum of squares of the terms that the two are sums of: what their rounding goes with.
         tolerance: of the difference, in units of ``spread`` and of ``backward``.
+        rounding: what rounding may have done to ``forward``.
     """
     _refuse(
         (forward - backward).abs(),
-        tolerance * (spread + backward.abs()),
+        tolerance * (spread + backward.abs()) + rounding,
         "the student's forward and backward passes are not of one function: the inner loss has the derivative "
         "{forward:.4g} along the direction of the feedback by its outputs, and {backward:.4g} by its gradient, so the "
         "feedback would be wrong. Usual causes: torch.no_grad() or detach() in the student's forward (such as "
@@ -144,6 +145,30 @@ def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: T
         kind=SlopesDisagree,
         forward=forward,
         backward=backward,
+    )
+
+
+def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor) -> None:
+    """Refuse outputs at θ ± δ that differ by little more than their bend over θ.
+
+    Outputs that jump on the way differ by the jump, however short the way, and all of it is bend. The slopes may agree
+    nevertheless: they weigh an output by the loss's derivative in it, which is small where the label is met.
+
+    Args:
+        ahead, here, behind: the outputs.
+        rounding: of them, the norm.
+    """
+    bend, moved = torch.linalg.vector_norm(ahead - 2 * here + behind), torch.linalg.vector_norm(ahead - behind)
+    _refuse(
+        bend,
+        0.5 * moved + rounding,
+        "the student's outputs jump, or bend sharply, however little its weights are moved (a move changes them by "
+        "{moved:.2g}, of which {bend:.2g} is bend), so a difference of them is no derivative and the feedback would be "
+        'wrong. Usual causes: rounding and other steps in the student\'s forward. Use mode="unrolled", which '
+        'differentiates the backward pass as it is, or "reinforce".',
+        kind=SlopesDisagree,
+        bend=bend,
+        moved=moved,
     )
 
 

@@ -69,15 +69,20 @@ class Local:
 
         It begins with the buffers as they are now, and draws from ``start`` on; both stay as they are.
         """
-        with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), self._beside(params, start):
+        params = {name: p.detach() for name, p in params.items()}
+        # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
+        with torch.enable_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
             values = [loss(self.forward(x), params) for x, loss in zip(batches, losses, strict=True)]
-        return _mean(values)
+            value = _mean(values)
+            if value.requires_grad:
+                self.gradient(value, params)
+        return value.detach()
 
     def loss_and_gradient(
         self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState
     ) -> tuple[Tensor, Tree]:
         """The mean of losses and its gradient, as :meth:`loss`."""
-        at = _leaves(params)
+        at = as_leaves(params)
         math = only_math_attention() if self.double_backward else nullcontext()
         values: list[Tensor] = []
         gradients: list[Tree] = []
@@ -85,10 +90,27 @@ class Local:
         with torch.enable_grad(), checkpoints_without_reentry(), math, self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
                 value = loss(self.forward(x), at)
-                v = torch.autograd.grad(value, list(at.values()), materialize_grads=True)
-                gradients.append(dict(zip(at, v, strict=True)))
+                v = self.gradient(value, at)
+                gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
                 values.append(value.detach())
         return _mean(values), mean_tree(gradients)
+
+    def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
+        """The gradient of a scalar in the weights that it reaches, refused where it reaches the student's own although
+        others stand in for them."""
+        wanted = {name: p for name, p in at.items() if p.requires_grad}
+        own = {name: p for name, p in self.parameters.items() if at.get(name) is not p}
+        tensors = [*wanted.values(), *own.values()]
+        found = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
+        for name, g in zip(own, found[len(wanted) :], strict=True):
+            if g is not None:
+                raise MetaplError(
+                    f"the student, or a loss of the problem, reads the parameter {name} from elsewhere than the module "
+                    "that holds it (a list, a closure, an attribute of another object), so it cannot be run at other "
+                    "weights and the feedback would be wrong. In a module, hold a weight that is used twice as a "
+                    "parameter in both places (self.weight = other.weight); in inner_loss, read it from params."
+                )
+        return {name: g for name, g in zip(wanted, found, strict=False) if g is not None}
 
     def forward(self, inputs: Any) -> Tensor:
         """The outputs as the student is now, in float32 or wider."""
@@ -131,7 +153,7 @@ class Pass:
             self._held: list[Any] = []
         else:
             _refuse_hooks(local.parameters)
-            self._at = params if local.double_backward else _leaves(params)
+            self._at = params if local.double_backward else as_leaves(params)
             self._held = local.held_at(self._at)
         with torch.enable_grad(), local.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
             outputs = checks.logits(local.student(inputs), "student")
@@ -150,11 +172,11 @@ class Pass:
             raise checks.without_gradient("student")
         keep = self.local.double_backward
         with self.local.as_trained(), swapped(self._held):
-            grads = torch.autograd.grad(value, list(self._at.values()), create_graph=keep, allow_unused=True)
+            grads = self.local.gradient(value, self._at, create_graph=keep)
         self.graph = None
         if not keep:
             self._at, self._held = {}, []
-        return value.detach(), {name: g for name, g in zip(self.params, grads, strict=True) if g is not None}
+        return value.detach(), grads
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
@@ -199,7 +221,7 @@ class Pass:
 
         Cost: a forward pass and a backward pass with a graph once, and one through both for every product.
         """
-        at = _leaves(self.params)
+        at = as_leaves(self.params)
         with (
             torch.enable_grad(),
             uncompiled(),
@@ -233,7 +255,7 @@ class Pass:
         By double backward: a forward pass, a backward pass with a graph, and one through both. None of a leaf that the
         loss does not read.
         """
-        at = _leaves(self.params)
+        at = as_leaves(self.params)
         names = [name for name in at if name in w]
         with (
             torch.enable_grad(),
@@ -290,7 +312,8 @@ def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Seque
     return list(found)
 
 
-def _leaves(params: Tree) -> Tree:
+def as_leaves(params: Tree) -> Tree:
+    """The same weights, as tensors that a graph begins at."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 

@@ -66,7 +66,14 @@ class Altered(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         count = int(state["altered"])
         found, next_state = self.base.feedback(path, {k: v for k, v in state.items() if k != "altered"})
-        altered = [replace(f, h=self._alter(f.h, step, count)) for f, step in zip(found, path.steps, strict=True)]
+        altered = [
+            replace(
+                f,
+                h=self._alter(f.h, step, count),
+                beside={name: self._alter(h, step, count) for name, h in f.beside.items()},
+            )
+            for f, step in zip(found, path.steps, strict=True)
+        ]
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 
     def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:

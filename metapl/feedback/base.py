@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from metapl import checks
 from metapl.errors import MetaplError
 from metapl.feedback.lookahead import InnerStep, Path
 from metapl.numerics import Tree
@@ -58,6 +59,11 @@ class Feedback:
                 'mode="none", which gives no feedback.'
             )
         return torch.stack(terms).sum()
+
+    def check_finite(self) -> None:
+        """Refuse feedback that would make the teacher NaN."""
+        for h in (self.h, *self.beside.values()):
+            checks.finite_feedback(h)
 
     def over(self, divisor: Tensor | float) -> Feedback:
         """h divided by a positive number."""
@@ -125,8 +131,15 @@ def check_truncate(estimator: object) -> None:
 def padded(found: Sequence[Feedback], path: Path) -> list[Feedback]:
     """Feedback on the last steps of a path, with none on the steps before them."""
     skipped = path.steps[: len(path.steps) - len(found)]
-    about = found[0].about
-    return [Feedback(torch.zeros_like(getattr(step.signal, about or "value")), about) for step in skipped] + list(found)
+    about, beside = found[0].about, found[0].beside
+
+    def nothing(signal: Signal, name: str) -> Tensor:
+        return torch.zeros_like(getattr(signal, name))
+
+    return [
+        Feedback(nothing(step.signal, about or "value"), about, {name: nothing(step.signal, name) for name in beside})
+        for step in skipped
+    ] + list(found)
 
 
 def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tensor | float:

@@ -31,7 +31,7 @@ from metapl.problems.base import Signal
 
 @dataclass(frozen=True)
 class Tangent:
-    """ż, (B, ...), and where it is a difference of outputs the relative error by their rounding, a scalar."""
+    """ż, (B, ...), and where it is a difference of outputs a bound of the norm of its error by their rounding."""
 
     z_dot: Tensor
     rounding: Tensor | None = None
@@ -84,9 +84,9 @@ def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
     losses, at = _head(step, step.signal)
     # ⟨u, d/dε ℓ⟩ is linear in u, so its gradient is d/dε ℓ itself: forward mode by two reverse passes.
     u = torch.ones_like(losses, requires_grad=True)
-    terms = _along((u * losses).mean(), at, _directions(step, w, tangent))
+    terms, steepness = _along((u * losses).mean(), at, _directions(step, w, tangent))
     slope = _total(terms)
-    _check_slopes(step, slope, terms, w, tangent)
+    _check_slopes(step, slope, terms, steepness, w, tangent)
     return Feedback(-torch.autograd.grad(slope, u, materialize_grads=True)[0], "log_prob")
 
 
@@ -101,10 +101,10 @@ def _derivative(
     """h of fields of the signal, at these values of them; None of one that the inner loss does not read."""
     leaves = {name: t.detach().requires_grad_() for name, t in fields.items()}
     losses, at = _head(step, replace(step.signal, **leaves))
-    terms = _along(losses.mean(), at, _directions(step, w, tangent))
+    terms, steepness = _along(losses.mean(), at, _directions(step, w, tangent))
     slope = _total(terms)
     if check:
-        _check_slopes(step, slope, terms, w, tangent)
+        _check_slopes(step, slope, terms, steepness, w, tangent)
     if not slope.requires_grad:
         return dict.fromkeys(leaves)
     grads = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
@@ -116,31 +116,34 @@ def _head(step: InnerStep, signal: Signal) -> tuple[Tensor, list[Tensor]]:
     z = step.outputs.clone().requires_grad_()
     theta = {name: p.detach().requires_grad_() for name, p in step.params.items()}
     with torch.enable_grad():
-        return step.problem.inner_loss(z, signal, step.batch, theta), [z, *theta.values()]
+        return step.inner_losses(z, signal, theta), [z, *theta.values()]
 
 
 def _directions(step: InnerStep, w: Tree, tangent: Tangent) -> list[Tensor]:
     return [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in step.params.items())]
 
 
-def _along(scalar: Tensor, at: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-    """The terms of ⟨∂scalar/∂at, directions⟩, differentiable."""
+def _along(scalar: Tensor, at: list[Tensor], directions: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The terms of ⟨∂scalar/∂at, directions⟩, differentiable, and the norm of the derivative in the first of ``at``."""
     grads = torch.autograd.grad(scalar, at, create_graph=True, allow_unused=True)
-    return [g * t for g, t in zip(grads, directions, strict=True) if g is not None]
+    steepness = scalar.new_zeros(()) if grads[0] is None else torch.linalg.vector_norm(grads[0].detach())
+    return [g * t for g, t in zip(grads, directions, strict=True) if g is not None], steepness
 
 
 def _total(terms: list[Tensor]) -> Tensor:
     return torch.stack([term.sum() for term in terms]).sum()
 
 
-def _check_slopes(step: InnerStep, slope: Tensor, terms: list[Tensor], w: Tree, tangent: Tangent) -> None:
+def _check_slopes(
+    step: InnerStep, slope: Tensor, terms: list[Tensor], steepness: Tensor, w: Tree, tangent: Tangent
+) -> None:
     """Refuse ż where the inner loss has another derivative along w by its outputs than by its gradient."""
     by_gradient = products(step.gradient, w)
     spread = torch.stack([torch.linalg.vector_norm(t.detach()) for t in [*terms, by_gradient]]).sum()
     if tangent.rounding is None:
-        tolerance: Tensor | float = BY_FORWARD_MODE[step.rounded_to].slope
+        tolerance, rounding = BY_FORWARD_MODE[step.rounded_to].slope, slope.new_zeros(())
     elif checks.waits(slope):  # no second try at a smaller step: units that switch may spoil a difference by all of it
-        tolerance = 1.0 + tangent.rounding
+        tolerance, rounding = 1.0, steepness * tangent.rounding
     else:
-        tolerance = BY_DIFFERENCE[step.rounded_to].slope + tangent.rounding
-    check_slopes(slope.detach(), by_gradient.sum(), spread, tolerance)
+        tolerance, rounding = BY_DIFFERENCE[step.rounded_to].slope, steepness * tangent.rounding
+    check_slopes(slope.detach(), by_gradient.sum(), spread, tolerance, rounding)

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from metapl import checks
 from metapl.errors import MetaplError
-from metapl.execution.agreement import SlopesDisagree
+from metapl.execution.agreement import SlopesDisagree, check_bend
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
 from metapl.feedback.credit import Tangent, signal_feedback
 from metapl.feedback.lookahead import InnerStep, Path
@@ -66,7 +67,7 @@ class Difference(Estimator):
         """The feedback by ż at δ; at a smaller one where units that switch on or off within δ spoil the first.
 
         Such units are what a smaller δ has fewer of. A student whose passes are not of one function is refused at the
-        last δ, as it would be at the first.
+        last δ, as it would be at the first: what is allowed for rounding does not grow as δ falls.
         """
         for shorter in SHORTER[:-1]:
             with suppress(SlopesDisagree):
@@ -87,8 +88,10 @@ class Difference(Estimator):
             step.check_shifted((ahead + behind) / 2)
             moved, factors = ahead - behind, 2 * factor
         # Of a small difference of large outputs little is left: Adam's first w is across the gradient, for one.
-        share = torch.linalg.vector_norm(ahead) / torch.linalg.vector_norm(moved)
-        return Tangent(moved / factors, ROUNDINGS * torch.finfo(step.shifted_dtype).eps * share)
+        rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
+        if not self.one_sided and step.in_full_precision and not checks.waits(moved):
+            check_bend(ahead, step.outputs, behind, rounding)
+        return Tangent(moved / factors, rounding / (shorter * factors))
 
     def step_size(self, step: InnerStep) -> Tensor:
         """δ, a scalar on the student's device."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -34,7 +34,7 @@ from metapl import checks
 from metapl.batch import first_input, joined, micro_batches, plain
 from metapl.errors import MetaplError
 from metapl.execution.kernels import refuse_checkpoints
-from metapl.execution.local import Local, Loss, Pass, gradient_through
+from metapl.execution.local import Local, Loss, Pass, as_leaves, gradient_through
 from metapl.execution.rng import RandomState
 from metapl.numerics import Tree, dot, mean_tree, norm, wide
 from metapl.problems.base import Problem, Signal, joined_signals
@@ -156,6 +156,12 @@ class InnerStep:
         for one, part in zip(self.passes, outputs.chunk(len(self.passes)), strict=True):
             one.check_shifted(part)
 
+    def inner_losses(self, outputs: Tensor, signal: Signal, params: Tree) -> Tensor:
+        """ℓ_i, (B,), micro-batch by micro-batch: a loss may look at the batch as a whole."""
+        parts = len(self.passes)
+        pieces = zip(outputs.chunk(parts), signal.chunks(parts), self._batches, strict=True)
+        return joined([self.problem.inner_loss(z, part, x, params) for z, part, x in pieces])
+
     @property
     def rounded_to(self) -> torch.dtype:
         """The coarsest number format of the pass: a key of the tolerances in :mod:`metapl.execution.agreement`."""
@@ -204,9 +210,9 @@ class InnerStep:
         curved: list[Tree] = []
         mixed: list[list[Tensor | None]] = []
         for i, (one, x, signal) in enumerate(zip(self.passes, self._batches, self.signal.chunks(parts), strict=True)):
-            leaves = {name: t[i].detach().requires_grad_() for name, t in zip(fields, pieces, strict=True)}
-            loss = _inner_loss(self.problem, replace(signal, **leaves), x)
-            product, in_fields = one.second_derivatives(bar.gradient, loss, list(leaves.values()))
+            at_fields = as_leaves({name: t[i] for name, t in zip(fields, pieces, strict=True)})
+            loss = _inner_loss(self.problem, replace(signal, **at_fields), x)
+            product, in_fields = one.second_derivatives(bar.gradient, loss, list(at_fields.values()))
             curved.append(product)
             mixed.append(in_fields)
         hessian = mean_tree(curved)
@@ -260,8 +266,8 @@ class Path:
 
     @property
     def state(self) -> Any:
-        """The optimizer's state after the last step."""
-        return self.steps[-1].moved[1]
+        """The optimizer's state after the last step, without a graph."""
+        return pytree.tree_map_only(Tensor, Tensor.detach, self.steps[-1].moved[1])
 
     @property
     def inner_loss(self) -> Tensor:
@@ -373,22 +379,27 @@ def walk(
     """
     local = Local(student, update.parameters, double_backward=keep_graph)
     path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"))
-    params, state = local.params, update.read_state()
-    with refuse_checkpoints() if keep_graph and len(batches) > 1 else nullcontext():
-        for batch in batches:
-            if path.steps:
-                params, state = path.steps[-1].moved
-            path.steps.append(_step(path, batch, params, state, teach))
+    several = keep_graph and len(batches) > 1
+    # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
+    params, state = as_leaves(local.params) if several else local.params, update.read_state()
+    for batch in batches:
+        if path.steps:
+            params, state = path.steps[-1].moved
+        path.steps.append(_step(path, batch, params, state, teach, refuse_checkpoints if several else nullcontext))
     return path
 
 
-def _step(path: Path, batch: Any, params: Tree, state: Any, teach: Teach) -> InnerStep:
+def _step(
+    path: Path, batch: Any, params: Tree, state: Any, teach: Teach, around: Callable[[], AbstractContextManager[None]]
+) -> InnerStep:
+    """One step; ``around``: what the student's passes run in."""
     passes: list[Pass] = []
     signals: list[Signal] = []
     losses: list[Tensor] = []
     grads: list[Tree] = []
     for x, labeled in zip(micro_batches(batch, len(path.labeled), "unlabeled"), path.labeled, strict=True):
-        student = path.local.run(params, path.problem.student_input(x))
+        with around():
+            student = path.local.run(params, path.problem.student_input(x))
         path.problem.check(student.outputs, labeled, x)
         checks.finite_student(student.outputs)
         signal = teach(x, student.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label

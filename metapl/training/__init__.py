@@ -3,7 +3,7 @@
 trainer     teacher and student together: Algorithm 1
 teacher     the teacher's half of its step
 loss_trainer  one network on its own losses
-finetuning  a trained network on labelled batches alone
+finetuning  a trained network on labeled batches alone
 base        what every trainer has: fit, evaluate, predict, save, load
 options     how a fit runs, with the schedule of the learning rates
 contract    what the loop asks of a trainer, and of the report of a step

@@ -50,14 +50,14 @@ class Stepwise(ABC):
     @property
     @abstractmethod
     def schedulable(self) -> list[torch.optim.Optimizer]:
-        """The optimisers whose learning rates the schedule moves: the student's, then the teacher's."""
+        """The optimizers whose learning rates the schedule moves: the student's, then the teacher's."""
 
     @abstractmethod
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:
         """One step."""
 
     def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
-        """One step of the teacher alone, while the student waits; asked for where there is a :attr:`labeller`."""
+        """One step of the teacher alone, while the student waits; called only where there is a :attr:`labeller`."""
         raise NotImplementedError
 
     @abstractmethod

@@ -24,7 +24,7 @@ def finetune(
     clip_norm: float | None = None,
     **options: Any,
 ) -> FitResult:
-    """Train a student, as it is now, on labelled batches alone.
+    """Train a student, as it is now, on labeled batches alone.
 
     Args:
         student: is trained where it is.

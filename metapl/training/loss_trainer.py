@@ -29,7 +29,7 @@ class LossTrainer(Trainer):
     Args:
         model: the network.
         losses: the terms, each a mean over its batch.
-        optimizer: any ``torch.optim`` optimiser over the model's parameters.
+        optimizer: any ``torch.optim`` optimizer over the model's parameters.
         clip_norm: the greatest global norm of the gradient; None: no clipping.
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
         accumulate: micro-batches that each batch is taken in, one after another: the same numbers (but for batch
@@ -75,7 +75,7 @@ class LossTrainer(Trainer):
         return [self.optimizer]
 
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:
-        """One step on a labelled batch and, where a loss reads it, an unlabelled one; as in the bilevel trainer.
+        """One step on a labeled batch and, where a loss reads it, an unlabeled one; as in the bilevel trainer.
 
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
@@ -124,7 +124,7 @@ class LossTrainer(Trainer):
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
-        """The losses on an unlabelled batch."""
+        """The losses on an unlabeled batch."""
         return self.losses
 
     def live_state(self) -> dict[str, Any]:

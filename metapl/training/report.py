@@ -53,7 +53,7 @@ class StepReport(Report):
     """What one step of the bilevel trainer saw; an attribute or ``as_dict`` gives floats.
 
     Args:
-        feedback: h, minus the gradient of the labelled loss in the signal, as the mode shapes it; a tensor, or a tuple
+        feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a tensor, or a tuple
             of them for a :class:`metapl.Lookahead`.
         scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it), ``teacher_loss`` (the sum
             of its own losses) and a ``teacher_<name>`` for each of these, ``feedback_ratio`` (the norm of the weighted

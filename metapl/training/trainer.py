@@ -43,12 +43,12 @@ class BilevelTrainer(Trainer):
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
-        outer_optimizer: the teacher's: any ``torch.optim`` optimiser over the teacher's parameters. Both default to
+        outer_optimizer: the teacher's: any ``torch.optim`` optimizer over the teacher's parameters. Both default to
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``.
         teacher_losses: the teacher's own losses; ``None`` is the problem's choice: for pseudo-labels
-            ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` where the unlabelled batch has two views; for a problem
+            ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` where the unlabeled batch has two views; for a problem
             that makes no choice, none. ``()`` is none.
-        feedback_weight: λ. At 1 the teacher descends the true gradient of the labelled loss after one student step,
+        feedback_weight: λ. At 1 the teacher descends the true gradient of the labeled loss after one student step,
             whose size goes with the student's learning rate. Much more than that is dangerous: teacher and student
             then chase each other's class frequencies and may collapse onto one class (on the digits 10 hurts and 50
             collapses, benchmarks/feedback_size.py). ``StepReport.feedback_ratio`` tells how it compares with the
@@ -56,7 +56,7 @@ class BilevelTrainer(Trainer):
         feedback_ratio: instead of a weight: scale the feedback at every step so that its gradient at the teacher's
             outputs has this norm in units of that of the teacher's own losses. The direction within a step is that of
             the mode; its size no longer dies with the learning rate, nor does it explode.
-        recompute_teacher: run the teacher's pass on the unlabelled batch without a graph first and build it again at
+        recompute_teacher: run the teacher's pass on the unlabeled batch without a graph first and build it again at
             the end (same dropout masks and statistics): one teacher forward pass more, one graph less in memory.
         generator: for drawing labels; without it the default one.
         clip_norm: the greatest global norm of either network's gradient; the student's clip is part of its update, so
@@ -151,11 +151,11 @@ class BilevelTrainer(Trainer):
         self._seen_a_signal = False
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
-        """One step of Algorithm 1 on a labelled batch (x_l, y_l) and an unlabelled one, x_u or (weak, strong).
+        """One step of Algorithm 1 on a labeled batch (x_l, y_l) and an unlabeled one, x_u or (weak, strong).
 
         In the place of a tensor of inputs may be a dict or a tuple of tensors; a dict that also holds the labels, under
-        ``labels``, is a labelled batch. The networks get it as one argument; see :class:`metapl.models.Logits` for
-        those that take several. A :class:`metapl.Lookahead` of K unlabelled batches lets the student take K steps, and
+        ``labels``, is a labeled batch. The networks get it as one argument; see :class:`metapl.models.Logits` for
+        those that take several. A :class:`metapl.Lookahead` of K unlabeled batches lets the student take K steps, and
         the teacher one on the feedback about all of them; its own losses read the last.
         """
         labeled, unlabeled = labeled_pair(labeled), plain_inner(unlabeled)
@@ -212,7 +212,7 @@ class BilevelTrainer(Trainer):
         """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
         parts = self.accumulate
         for found in feedback:
-            checks.finite_feedback(found.h)
+            found.check_finite()
         pieces = [piece for found in feedback for piece in found.chunks(parts)]
         labels = micro_batches(labeled, parts, "labeled")
         objectives = []
@@ -286,7 +286,7 @@ class BilevelTrainer(Trainer):
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
-        """The student's and the teacher's optimiser; a TorchOpt transform brings its own schedule."""
+        """The student's and the teacher's optimizer; a TorchOpt transform brings its own schedule."""
         return [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
 
     def live_state(self) -> dict[str, Any]:
@@ -328,7 +328,7 @@ class BilevelTrainer(Trainer):
     def finetune(
         self, labeled: Any, *, steps: int, optimizer: torch.optim.Optimizer | None = None, **options: Any
     ) -> FitResult:
-        """Train the student, as it is now, on labelled batches alone: what Meta Pseudo Labels ends with.
+        """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 
         Args:
             labeled: as for :meth:`fit`.
@@ -438,7 +438,7 @@ def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:
 def _check_outer(optimizer: Any, teacher: nn.Module) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise MetaplError(
-            f"outer_optimizer is {checks.described(optimizer)}; expected a torch.optim optimiser over "
+            f"outer_optimizer is {checks.described(optimizer)}; expected a torch.optim optimizer over "
             "teacher.parameters()."
         )
     refuse_not_held("outer_optimizer", optimizer, trainable(teacher), "teacher")

@@ -80,6 +80,12 @@ class TorchUpdate(Update):
         """θ′ and s′ of the parameters of one group, differentiable in θ, g and s."""
 
     def follow(self, parameters: Parameters) -> None:
+        if self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks:
+            raise MetaplError(
+                "inner_optimizer has a hook of register_step_pre_hook or register_step_post_hook, which may change "
+                "the student's step in a way that metapl does not differentiate; remove it (to clip gradients there "
+                "is clip_norm)."
+            )
         refuse_not_held("inner_optimizer", self.optimizer, parameters, "student")
         groups = enumerate(self.optimizer.param_groups)
         group_of = {id(p): number for number, group in groups for p in group["params"]}
