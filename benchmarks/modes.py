@@ -5,7 +5,7 @@
     python benchmarks/modes.py --write docs/modes.md
 
 On WRN-28-2: the cost of one ``BilevelTrainer.step`` (equal batches, no losses of the teacher's own) in student forward
-passes, by counting FLOPs; its time, the modes taking turns; and its peak memory beyond weights and optimiser states, by
+passes, by counting FLOPs; its time, the modes taking turns; and its peak memory beyond weights and optimizer states, by
 the allocator's own account. Then, over draws of the labels at fixed weights, the noise and the bias of the teacher's
 gradient against the exact one (double backward in float64), on a small classifier of digits and on WRN-28-2.
 
@@ -373,7 +373,7 @@ def _table_of(run: dict[str, Any], setup: dict[str, Any]) -> str:
         "Cost of one step of WRN-28-2 in forward passes of the student (FLOPs), the teacher's own 3 included (1 for"
         " `none`, whose teacher has nothing to learn from here). Time and peak memory relative to `forward`:"
         f" {forward['seconds']['median']:.2g} s at batch {setup['batch']}, median of {setup['rounds']} interleaved"
-        f" rounds; {forward['peak_bytes'] / 1e6:.0f} MB at batch {setup['memory_batch']}, beyond weights and optimiser"
+        f" rounds; {forward['peak_bytes'] / 1e6:.0f} MB at batch {setup['memory_batch']}, beyond weights and optimizer"
         f" states ({run['precision']};"
         f" {hardware}; torch {setup['torch']}). Noise and bias of the teacher's gradient over the norm of the exact"
         f" one, at one state of a small classifier (digits, B = 64, C = 10, η = {LEARNING_RATE}), {noisy['draws']}"

@@ -35,7 +35,7 @@ class ModeCost:
         cosine: of its gradient, averaged over the draws of labels, with the exact one; averaged over the points.
         relative_error: ‖mean − exact‖/‖exact‖, root mean square over the points.
         noise_to_signal: √(mean ‖draw − mean‖²)/‖exact‖, likewise; 0 for a mode that draws nothing.
-        passes: floating-point operations over those of a forward pass of the student on the unlabelled batch.
+        passes: floating-point operations over those of a forward pass of the student on the unlabeled batch.
         seconds: a call, the median over interleaved rounds.
         peak_bytes: what a call holds at its fullest, beyond what was held before.
     """

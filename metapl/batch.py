@@ -1,6 +1,6 @@
-"""What a batch is made of: inputs, labels and views.
+"""The parts of a batch: inputs, labels and views.
 
-The inputs of a network are a tensor, or a dict or tuple of tensors; a network is called with them as one argument
+The inputs of a network are a tensor, or a dict or tuple of tensors, and are passed to it as one argument
 (:class:`metapl.models.Logits` spreads them over several).
 """
 
@@ -17,7 +17,7 @@ from metapl.checks import described
 from metapl.errors import MetaplError
 
 LABEL_KEYS = ("labels", "label")
-"""The names that a label may have in a batch that is a dict."""
+"""The names of the labels in a batch that is a dict."""
 
 _EXPECTED = (
     "expected a pair (inputs, labels), the inputs a tensor, or a dict or tuple of tensors, or one dict with the labels "
@@ -26,7 +26,7 @@ _EXPECTED = (
 
 
 def plain(batch: Any) -> Any:
-    """A batch whose dict-like parts, such as the output of a tokenizer, are dicts.
+    """The batch with its dict-like parts, such as the output of a tokenizer, as dicts.
 
     >>> from collections import UserDict
     >>> plain((UserDict(ids=[1, 2]), "labels"))
@@ -40,14 +40,14 @@ def plain(batch: Any) -> Any:
 
 
 def labeled_pair(batch: Any) -> Any:
-    """A labelled batch as (inputs, labels), or a longer tuple that begins with them.
+    """A labeled batch as (inputs, labels), or a longer tuple that begins with them.
 
     >>> import torch
     >>> inputs, labels = labeled_pair({"ids": torch.tensor([1, 2]), "labels": torch.tensor([0, 1])})
     >>> inputs, labels
     ({'ids': tensor([1, 2])}, tensor([0, 1]))
 
-    Raises: :class:`metapl.MetaplError` for what is no such batch.
+    Raises: :class:`metapl.MetaplError` for any other batch.
     """
     batch = plain(batch)
     if isinstance(batch, dict):
@@ -58,7 +58,7 @@ def labeled_pair(batch: Any) -> Any:
 
 
 def first_input(batch: Any) -> Any:
-    """What a network reads of a batch that is a tensor or a dict, or a tuple whose first element is the input.
+    """A network's input in a batch: a tensor or a dict itself, the first element of a tuple.
 
     >>> import torch
     >>> first_input((torch.ones(2), "labels"))
@@ -69,13 +69,13 @@ def first_input(batch: Any) -> Any:
     if isinstance(batch, tuple | list) and batch:
         return batch[0]
     raise MetaplError(
-        f"a batch of type {type(batch).__name__} was given; a tensor, a dict or a tuple (input, ...) was expected. "
-        "Give the problem a method student_input(batch) that says what the student reads."
+        f"the batch is of type {type(batch).__name__}; expected a tensor, a dict or a tuple (input, ...). For other "
+        "batches, give the problem a method student_input(batch) that returns the student's input."
     )
 
 
 def inputs_of(batch: Any) -> Any:
-    """The inputs of a batch that may have labels: what a network reads.
+    """The inputs of a batch, with its labels left out if it has any.
 
     >>> inputs_of(["x", "y"]), inputs_of({"ids": [1, 2], "labels": [0, 1]}), inputs_of("x")
     ('x', {'ids': [1, 2]}, 'x')
@@ -89,27 +89,27 @@ def inputs_of(batch: Any) -> Any:
 
 
 def is_whole(data: Any) -> bool:
-    """Whether labelled data is one pair (inputs, labels) or one dict, and no iterable of such batches."""
+    """Whether labeled data is a single pair (inputs, labels) or dict, not an iterable of such batches."""
     return isinstance(data, Mapping) or (
         isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[1], Tensor)
     )
 
 
 def rows(batch: Any, start: int, stop: int) -> Any:
-    """Some of the examples of a batch."""
+    """The examples ``start`` to ``stop`` of a batch."""
     return pytree.tree_map_only(Tensor, lambda t: t[start:stop], batch)
 
 
 def length(batch: Any) -> int:
-    """How many examples a batch holds: the rows of its longest tensor."""
+    """The number of examples in a batch: the rows of its longest tensor."""
     return max((len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), default=0)
 
 
 def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
-    """A batch (any pytree of tensors with a row per example) in ``parts`` of equal size.
+    """A batch (any pytree of tensors with a row per example) split into ``parts`` of equal size.
 
-    Every mean over the batch is then a mean of the micro-batches' means. Batch statistics and dropout masks are those
-    of the micro-batches.
+    Every mean over the batch is then the mean of the micro-batches' means. Batch statistics and dropout masks are per
+    micro-batch.
 
     >>> import torch
     >>> [x.tolist() for x in micro_batches(torch.arange(4), 2, "labeled")]
@@ -120,32 +120,30 @@ def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
     leaves, structure = pytree.tree_flatten(batch)
     lengths = {len(t) for t in leaves if isinstance(t, Tensor)}
     if any(n % parts for n in lengths):
-        raise MetaplError(
-            f"accumulate={parts} was asked for, and the {name} batch has {max(lengths)} examples; expected a multiple."
-        )
+        raise MetaplError(f"the {name} batch has {max(lengths)} examples; expected a multiple of accumulate={parts}.")
     pieces = [t.chunk(parts) if isinstance(t, Tensor) else [t] * parts for t in leaves]
     return [pytree.tree_unflatten(list(piece), structure) for piece in zip(*pieces, strict=True)]
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of micro-batches, one after another; of a single one itself."""
+    """The rows of micro-batches, concatenated; a single one is returned as it is."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def are_views(first: Any, second: Any) -> bool:
     """Whether two parts of a batch can be two views of the same inputs.
 
-    Tensors must agree in shape and type, and one integer per example is a label; dicts and tuples in the names, types
-    and numbers of dimensions of their tensors (texts may be padded to different lengths).
+    Tensors must agree in shape and type, and one integer per example is a label. Dicts and tuples must agree in the
+    names, types and numbers of dimensions of their tensors (texts may be padded to different lengths).
     """
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         labels = second.ndim == 1 and not second.is_floating_point()
         return first.shape == second.shape and first.dtype == second.dtype and not labels
-    return _holds_tensors(first) and _of_one_form(first, second)
+    return _holds_tensors(first) and _same_structure(first, second)
 
 
 def views(unlabeled: Any) -> tuple[Any, ...]:
-    """(x,) or (weak, strong); inputs with their labels beside them are no two views.
+    """(x,) or (weak, strong); a pair of inputs and labels is refused.
 
     >>> import torch
     >>> views((torch.zeros(2, 3), torch.ones(2, 3)))[1].shape
@@ -156,7 +154,7 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
     if isinstance(unlabeled, Mapping):
         named = [name for name in LABEL_KEYS if name in unlabeled]
         if named:
-            raise MetaplError(f"unlabeled is {described(unlabeled)}, with labels under {named[0]!r}; {_MEND}.")
+            raise MetaplError(f"unlabeled is {described(unlabeled)}, with labels under {named[0]!r}; {_REMEDY}.")
         return (unlabeled,)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
         return (first_input(unlabeled),)
@@ -169,32 +167,31 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
         first, second = map(described, unlabeled)
         raise MetaplError(
             f"unlabeled is a pair of {first} and {second}; two views of the same examples have the same shape and "
-            f"type, and inputs with their labels are no two views: {_MEND}. Inputs that are a tuple of tensors are "
-            "written (inputs,)."
+            f"type. If the second is labels, {_REMEDY}. If the inputs are a tuple of tensors, write (inputs,)."
         )
     return tuple(unlabeled)
 
 
-_MEND = "leave the labels out, by metapl.data.without_labels(loader) or a data set of the inputs alone"
+_REMEDY = "leave the labels out, with metapl.data.without_labels(loader) or a data set of inputs only"
 
 
 def _from_dict(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    found = [name for name in LABEL_KEYS if name in batch]
-    inputs = {name: value for name, value in batch.items() if name not in found}
-    if len(found) != 1 or not _holds_tensors(inputs):
+    label_keys = [name for name in LABEL_KEYS if name in batch]
+    inputs = {name: value for name, value in batch.items() if name not in label_keys}
+    if len(label_keys) != 1 or not _holds_tensors(inputs):
         raise MetaplError(f"labeled is a dict with the keys {', '.join(map(repr, batch)) or 'none'}; {_EXPECTED}.")
-    return inputs, batch[found[0]]
+    return inputs, batch[label_keys[0]]
 
 
 def _holds_tensors(inputs: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
 
 
-def _of_one_form(first: Any, second: Any) -> bool:
+def _same_structure(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.dtype == second.dtype and first.ndim == second.ndim
     if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return first.keys() == second.keys() and all(_of_one_form(first[name], second[name]) for name in first)
+        return first.keys() == second.keys() and all(_same_structure(first[name], second[name]) for name in first)
     if isinstance(first, tuple | list) and isinstance(second, tuple | list):
-        return len(first) == len(second) and all(map(_of_one_form, first, second))
+        return len(first) == len(second) and all(map(_same_structure, first, second))
     return type(first) is type(second)

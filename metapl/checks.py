@@ -1,8 +1,8 @@
 """Wrong batches and networks, refused before anything moves.
 
-On the CPU a look at the values costs nothing and errors are raised on the spot. On an accelerator it would make the
-host wait, so there the finding stays on the device: a :class:`Fault` collects it, and it is raised when the report is
-read. By then the step has been taken, so batches are best looked at while they are on the host, as ``fit`` does.
+On the CPU, values are checked at once and errors raised immediately. On an accelerator that would make the host wait,
+so the result of a check stays on the device: a :class:`Fault` collects it, and the error is raised when the report is
+read. By then the step has been taken, so it is better to check batches while they are on the host, as ``fit`` does.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from metapl.errors import MetaplError
 
 
 class Fault:
-    """What was found wrong with values that are still on the device."""
+    """Results of checks that are still on the device, with the texts of their errors."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[Tensor, str]] = []
+        self.findings: list[tuple[Tensor, str]] = []
 
     def raise_if_found(self, where: str = "") -> None:
-        """Wait for the device and raise the first finding, with ``where`` before its text."""
-        for bad, text in self.found:
+        """Wait for the device and raise the first error, with ``where`` before its text."""
+        for bad, text in self.findings:
             if bool(bad):
                 raise MetaplError(
-                    f"{where}{text} (found on the device, when the step had been taken: the weights may be spoiled, so "
-                    "go on from the last good checkpoint)"
+                    f"{where}{text} (detected on the device after the step was taken: the weights may be spoiled, so "
+                    "continue from the last good checkpoint)"
                 )
 
 
@@ -40,7 +40,7 @@ _fault: ContextVar[Fault | None] = ContextVar("fault", default=None)
 
 @contextmanager
 def deferred_to(fault: Fault) -> Iterator[None]:
-    """Collect in ``fault`` what cannot be looked at without waiting for a device."""
+    """Collect in ``fault`` the checks that would have to wait for a device."""
     token = _fault.set(fault)
     try:
         yield
@@ -49,7 +49,7 @@ def deferred_to(fault: Fault) -> Iterator[None]:
 
 
 def waits(t: Tensor) -> bool:
-    """Whether looking at a value would make the host wait for its device."""
+    """Whether reading a value would make the host wait for its device."""
     return t.device.type != "cpu"
 
 
@@ -57,31 +57,31 @@ def refuse(bad: Tensor, text: str) -> None:
     """Raise ``text`` where the boolean scalar ``bad`` holds, now or when the next report is read."""
     fault = _fault.get()
     if fault is not None and waits(bad):
-        fault.found.append((bad, text))
+        fault.findings.append((bad, text))
     elif bool(bad):
         raise MetaplError(text)
 
 
-def described(thing: Any) -> str:
-    """A value in words: type, and shape and dtype of a tensor."""
-    if isinstance(thing, Tensor):
-        return f"a tensor of shape {tuple(thing.shape)}, {str(thing.dtype).removeprefix('torch.')}, on {thing.device}"
-    if isinstance(thing, dict):
-        return f"a dict of {len(thing)} ({', '.join(map(repr, thing))})"
-    if isinstance(thing, tuple | list):
-        return f"a {type(thing).__name__} of {len(thing)} ({', '.join(type(t).__name__ for t in thing)})"
-    return f"of type {type(thing).__name__}"
+def described(value: Any) -> str:
+    """A value in words: its type, and the shape, dtype and device of a tensor."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
+    if isinstance(value, dict):
+        return f"a dict of {len(value)} ({', '.join(map(repr, value))})"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(type(t).__name__ for t in value)})"
+    return f"of type {type(value).__name__}"
 
 
 def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> None:
-    """Refuse batches that are empty, of uneven length, elsewhere, or not finite.
+    """Refuse batches that are empty, of uneven length, on another device, or not finite.
 
     Args:
         labeled: the outer batch.
         unlabeled: the inner ones.
         device: of the networks.
     """
-    for name, batch in (("labeled", labeled), *(("unlabeled", one) for one in unlabeled)):
+    for name, batch in (("labeled", labeled), *(("unlabeled", inner_batch) for inner_batch in unlabeled)):
         tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
         if not tensors:
             raise MetaplError(f"{name} is {described(batch)}; expected tensors.")
@@ -96,18 +96,18 @@ def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> Non
 
 
 def finite_on_host(batch: Any) -> None:
-    """Refuse a batch on the host with NaN or infinite values; what lies on a device already is not looked at."""
+    """Refuse a batch on the host with NaN or infinite values; tensors on an accelerator are not checked."""
     for t in pytree.tree_leaves(batch):
         if isinstance(t, Tensor) and t.is_floating_point() and not waits(t) and not bool(torch.isfinite(t).all()):
             raise MetaplError("a batch holds NaN or infinite values; clean the inputs first.")
 
 
 def no_inference_mode() -> None:
-    """Refuse to learn where PyTorch records nothing that could be learned from."""
+    """Refuse to take gradients under ``torch.inference_mode()``."""
     if torch.is_inference_mode_enabled():
         raise MetaplError(
-            "a step was asked for inside torch.inference_mode(), where no gradient can be taken; leave that block "
-            "first (torch.no_grad() does no harm)."
+            "a step was called inside torch.inference_mode(), where no gradient can be taken; call it outside of that "
+            "block (torch.no_grad() does no harm)."
         )
 
 
@@ -128,13 +128,13 @@ def _tensor(name: str, t: Tensor, device: torch.device) -> None:
 
 
 def logits(outputs: Any, who: str) -> Tensor:
-    """The outputs of a network, refused where they are no tensor."""
+    """The outputs of a network, refused if they are not a tensor."""
     if isinstance(outputs, Tensor):
         return outputs
     raise MetaplError(
-        f"the {who} returned {described(outputs)}; expected a tensor of logits. For a network that returns an object "
-        f"or a dict with logits, give metapl.models.Logits({who}); for another one, such as a tuple, a module whose "
-        "forward returns the logits alone."
+        f"the {who} returned {described(outputs)}; expected a tensor of logits. Wrap a network that returns an object "
+        f"or a dict with logits as metapl.models.Logits({who}); for other outputs, such as a tuple, write a module "
+        "whose forward returns the logits only."
     )
 
 
@@ -158,7 +158,7 @@ def finite(logits_NC: Tensor) -> None:
 
 
 def class_labels(labels: Any, classes: int) -> None:
-    """Refuse labels that are not integers of [0, classes)."""
+    """Refuse labels that are not integers in [0, classes)."""
     if (
         not isinstance(labels, Tensor)
         or labels.is_floating_point()
@@ -181,14 +181,14 @@ def class_labels(labels: Any, classes: int) -> None:
     refuse((low < 0) | (high >= classes), f"{text}; the networks have {classes} classes: expected 0..{classes - 1}.")
 
 
-def within(labels: Tensor, classes: int) -> Tensor:
-    """Labels that no kernel chokes on: where a finding is deferred, a wrong label must not kill the device first."""
+def safe_labels(labels: Tensor, classes: int) -> Tensor:
+    """Labels within the range of classes: on a device, a wrong label would abort the process before it is reported."""
     return labels.clamp(0, classes - 1) if waits(labels) else labels
 
 
-def drawable(law: Tensor) -> Tensor:
-    """Probabilities that can be drawn from: as :func:`within`, for NaN."""
-    return law.nan_to_num(nan=1.0) if waits(law) else law
+def safe_probabilities(probabilities: Tensor) -> Tensor:
+    """Probabilities without NaN, for ``torch.multinomial``: as :func:`safe_labels`."""
+    return probabilities.nan_to_num(nan=1.0) if waits(probabilities) else probabilities
 
 
 def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
@@ -206,7 +206,7 @@ def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
 
 
 def sparse_gradients(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
-    """Refuse sparse gradients where the optimizer would fail on them, with half of the step taken."""
+    """Refuse sparse gradients for an optimizer that would fail on them in the middle of its step."""
     for group in optimizer.param_groups:
         if isinstance(optimizer, torch.optim.SparseAdam) or (
             isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad) and not group["weight_decay"]
@@ -233,7 +233,7 @@ def dense_gradients(grads: Mapping[str, Tensor | None]) -> None:
 
 
 def scalar_loss(loss: Any, name: str) -> None:
-    """Refuse a loss that is not one number."""
+    """Refuse a loss that is not a scalar."""
     if not isinstance(loss, Tensor) or loss.ndim:
         raise MetaplError(f"{name} is {described(loss)}; expected a tensor without dimensions: take the mean.")
 
@@ -256,14 +256,14 @@ def finite_feedback(h: Tensor) -> None:
 
 
 _WRAPPERS = {
-    "DistributedDataParallel": "averages gradients over processes, and metapl does not yet average those that the "
-    "feedback is made of",
+    "DistributedDataParallel": "averages gradients over processes, and metapl does not yet average the gradients "
+    "that the feedback is computed from",
     "FullyShardedDataParallel": "shards the weights, which metapl does not support yet",
     "FSDPModule": "shards the weights, which metapl does not support yet",
     "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
-    "ScriptModule": "holds weights that cannot be replaced for a pass",
+    "ScriptModule": "has weights that cannot be replaced for a pass",
 }
-"""Classes of torch around or inside a network, and why the feedback cannot be had through them."""
+"""PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
 
 
 def _wrapper(module: nn.Module) -> str | None:
@@ -272,7 +272,7 @@ def _wrapper(module: nn.Module) -> str | None:
 
 
 def plain(name: str, network: nn.Module) -> None:
-    """Refuse a network that cannot be run again at other weights, by the name of what is in the way."""
+    """Refuse a network that cannot be run again at other weights, naming the obstacle."""
     for path, part in network.named_modules():
         wrapper = _wrapper(part)
         if wrapper is not None:
@@ -299,8 +299,10 @@ def plain(name: str, network: nn.Module) -> None:
 
 
 def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
-    """Refuse networks that cannot be run, have nothing to learn, share weights or live on several devices; return the
-    device."""
+    """Refuse networks that cannot be run, have no trainable parameters, share weights or are on several devices.
+
+    Returns: the device.
+    """
     owned = {}
     for name, module in (("teacher", teacher), ("student", student)):
         if not isinstance(module, nn.Module):
@@ -308,26 +310,28 @@ def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
         plain(name, module)
         owned[name] = [p for p in module.parameters() if p.requires_grad]
         if not owned[name]:
-            raise MetaplError(f"the {name} has no parameter with requires_grad=True; it could not learn.")
+            raise MetaplError(
+                f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+            )
     if {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
         raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
     devices = {
         name: {p.device for p in module.parameters()} for name, module in (("teacher", teacher), ("student", student))
     }
     if len(devices["teacher"] | devices["student"]) > 1:
-        where = "; ".join(f"{name} on {', '.join(sorted(map(str, found)))}" for name, found in devices.items())
+        where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
         raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
     return owned["student"][0].device
 
 
 def learns(loss: Tensor, who: str) -> None:
-    """Refuse a loss that no gradient comes from; a plain 0, such as UDA's before its start, is none to learn from."""
+    """Refuse a loss without a gradient, except a constant 0, such as UDA before its start."""
     if not loss.requires_grad and bool(loss != 0):
         raise without_gradient(who)
 
 
 def without_gradient(who: str) -> MetaplError:
-    """The error of a network that cannot learn from its loss."""
+    """The error for a network whose loss has no gradient."""
     return MetaplError(
         f"the {who}'s loss has no gradient, so nothing would be learned. Likely causes: its outputs are detached "
         "(.detach(), .data, numpy), the parameters that they depend on have requires_grad=False, or this runs under "
@@ -336,7 +340,7 @@ def without_gradient(who: str) -> MetaplError:
 
 
 def moves(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse an optimizer that would move none of a network's parameters."""
+    """Refuse an optimizer that holds none of a network's trainable parameters."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     learned = [p for p in model.parameters() if p.requires_grad]
     if not any(id(p) in held for p in learned):

@@ -1,4 +1,4 @@
-"""The teacher's gradient of one student step, for those who study it."""
+"""The teacher's gradient through student steps, as a function; and the look-ahead that it shares with the trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metapl import checks
 from metapl.batch import labeled_pair
 from metapl.errors import MetaplError
 from metapl.execution.buffers import inputs_unchanged, nothing_moved
-from metapl.execution.guards import casts_explained, one_at_a_time, restored_on_failure
+from metapl.execution.guards import casts_explained, restored_on_failure, step_lock
 from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
@@ -25,15 +25,15 @@ from metapl.updates import Update, update_of
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """What :func:`hypergradient` returns.
+    """The result of :func:`hypergradient`.
 
     Args:
         grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter.
-        feedback: h, minus the gradient of the labelled loss in the signal; of a :class:`metapl.Lookahead` a tuple of K.
+        feedback: h, minus the gradient of the labeled loss in the signal; a tuple of K for a :class:`metapl.Lookahead`.
         inner_loss: the student's mean loss on the signal at θ, a scalar.
         outer_loss: L(θ′), a scalar.
         student_params: θ′ by parameter name, after the last step.
-        inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimiser.
+        inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
     """
 
     grads: dict[str, Tensor]
@@ -45,11 +45,11 @@ class Hypergradient:
 
 
 def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
-    """The problem (default: pseudo-labels) with the kind of labels that the mode needs."""
+    """The problem (default: pseudo-labels) with a kind of signal that the mode takes."""
     problem = PseudoLabels() if problem is None else problem
     if isinstance(problem, type):
         raise MetaplError(
-            f"problem is the class {problem.__name__}; expected one of its objects: problem={problem.__name__}()."
+            f"problem is the class {problem.__name__}; expected an instance: problem={problem.__name__}()."
         )
     if not isinstance(problem, BilevelProblem):
         raise MetaplError(
@@ -69,18 +69,22 @@ def look_ahead(
     unlabeled: Any,
     teach: Teach,
     parts: int = 1,
-    thorough: bool = True,
+    check_derivatives: bool = True,
 ) -> Path:
-    """The student's steps on the teacher's signals, refused where the mode cannot find the feedback on them.
+    """The student's steps on the teacher's signals; refuse steps and signals that the mode cannot differentiate.
 
     Args:
-        thorough: look also for what is not found by the numbers of a step: fields of the signal that the inner loss has
-            a derivative in and the feedback has not, and backward passes that cannot be differentiated.
+        student, update, problem, mode: the network, its update U, the losses and the estimator.
+        labeled, unlabeled: the outer batch, and the inner one or a :class:`metapl.Lookahead`.
+        teach: makes the teacher's signal about a micro-batch.
+        parts: the number of micro-batches in a batch.
+        check_derivatives: also refuse derivatives that would be silently ignored: those of the inner loss in fields of
+            a sampled signal, and those of backward passes that cannot be differentiated.
     """
     batches = inner_batches(unlabeled)
-    refuse_several(mode, len(batches))
+    check_steps(mode, len(batches))
 
-    def checked(batch: Any, outputs: Tensor) -> Signal:
+    def teach_checked(batch: Any, outputs: Tensor) -> Signal:
         signal = teach(batch, outputs)
         check_kind(signal.sampled, mode)
         return signal
@@ -91,18 +95,18 @@ def look_ahead(
         problem,
         labeled=labeled,
         batches=batches,
-        teach=checked,
+        teach=teach_checked,
         parts=parts,
         keep_graph=mode.keep_graph,
     )
-    if thorough and mode.keep_graph:
+    if check_derivatives and mode.keep_graph:
         refuse_once_differentiable(path.steps[0].grads.values())
-    if thorough and mode.name != "none":
+    if check_derivatives and mode.name != "none":
         refuse_other_fields(path.steps[0])
     return path
 
 
-def refuse_several(mode: Estimator, steps: int) -> None:
+def check_steps(mode: Estimator, steps: int) -> None:
     """Refuse more student steps than a mode takes."""
     if steps > 1 and not mode.looks_ahead:
         raise MetaplError(
@@ -123,7 +127,7 @@ def check_kind(sampled: bool, mode: Estimator) -> None:
 
 
 def refuse_other_fields(step: InnerStep) -> None:
-    """Refuse an inner loss with a derivative in a field of a sampled signal beside ``value``: the feedback has none."""
+    """Refuse an inner loss that depends on fields of a sampled signal for which there is no feedback."""
     signal = step.signal
     if not signal.sampled:
         return
@@ -140,9 +144,9 @@ def refuse_other_fields(step: InnerStep) -> None:
     for name, g in zip(leaves, grads, strict=True):
         if g is not None:
             raise MetaplError(
-                f"inner_loss has a derivative in signal.{name}, and the feedback on a sampled signal is of its "
-                f"log-probability alone, so the teacher's gradient would be wrong. Where signal.{name} is a constant, "
-                f"say signal.{name}.detach(); else give a differentiable signal (without log_prob)."
+                f"inner_loss has a derivative in signal.{name}, and the feedback on a sampled signal covers its "
+                f"log-probability only, so the teacher's gradient would be wrong. If signal.{name} is meant as a "
+                f"constant, write signal.{name}.detach(); else return a differentiable signal (without log_prob)."
             )
 
 
@@ -158,15 +162,15 @@ def hypergradient(
     inner_state: Any = None,
     generator: torch.Generator | None = None,
 ) -> Hypergradient:
-    r"""The gradient of the labelled loss after one student step, in the teacher's weights.
+    r"""The gradient of the labeled loss after one student step, in the teacher's weights.
 
     .. math:: \frac{d}{d\theta_T} L\big(U(\theta_S, \nabla_{\theta_S} \tfrac1B\sum_i
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
 
     Args:
         teacher, student: modules on one device; they run in the mode (train or eval) that they are in.
-        labeled: (x_l, y_l) of the outer loss, B_l rows; x_l a tensor, or a dict or tuple of tensors. A dict that also
-            holds the labels, under ``labels``, is such a pair.
+        labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
+            also holds the labels, under ``labels``, is such a pair.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
         mode: one of :data:`metapl.MODES`, or an estimator value.
@@ -174,9 +178,9 @@ def hypergradient(
         inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam or AdamW over the student's parameters
             (its current state is read and left as it is).
         inner_state: the transform's state, from an earlier call.
-        generator: for drawing labels; without it the default one of the device.
+        generator: for drawing labels; default: the default generator of the device.
 
-    Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimiser states stay bit for bit as they were;
+    Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
 
     Cost, bias: see the mode (:mod:`metapl.feedback`).
@@ -185,9 +189,9 @@ def hypergradient(
 
     >>> import torch, torchopt
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
-    >>> found = hypergradient(teacher, student, labeled=(torch.randn(5, 4), torch.arange(5) % 3),
-    ...                       unlabeled=torch.randn(6, 4), inner_optimizer=torchopt.sgd(0.1))
-    >>> found.feedback.shape, sorted(found.grads)
+    >>> result = hypergradient(teacher, student, labeled=(torch.randn(5, 4), torch.arange(5) % 3),
+    ...                        unlabeled=torch.randn(6, 4), inner_optimizer=torchopt.sgd(0.1))
+    >>> result.feedback.shape, sorted(result.grads)
     (torch.Size([6, 3]), ['bias', 'weight'])
 
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
@@ -207,7 +211,7 @@ def hypergradient(
         return signals[-1]
 
     with (
-        one_at_a_time,
+        step_lock,
         restored_on_failure(generator),
         nothing_moved(teacher, student, random=RandomState.now(device), on_success=True),
         torch.enable_grad(),
@@ -216,15 +220,15 @@ def hypergradient(
         path = look_ahead(student, update, problem, estimate, labeled=labeled, unlabeled=unlabeled, teach=teach)
         with casts_explained(estimate.name):
             feedback, _ = estimate.feedback(path, estimate.init())
-        for found in feedback:
-            found.check_finite()
+        for step_feedback in feedback:
+            step_feedback.check_finite()
         parameters = trainable(teacher)
-        losses = [found.teacher_loss(signal) for found, signal in zip(feedback, signals, strict=True)]
+        losses = [h.teacher_loss(signal) for h, signal in zip(feedback, signals, strict=True)]
         loss = torch.stack(losses).sum()
         grads = [torch.zeros_like(p) for p in parameters.values()]
         if loss.requires_grad:
             grads = list(torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True))
-        h = tuple(found.h.detach() for found in feedback)
+        h = tuple(step_feedback.h.detach() for step_feedback in feedback)
         return Hypergradient(
             grads=dict(zip(parameters, grads, strict=True)),
             feedback=h if isinstance(unlabeled, Lookahead) else h[0],

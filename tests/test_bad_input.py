@@ -206,7 +206,7 @@ def test_a_wrong_setting_is_refused_by_name(kind: str, way: str) -> None:
 def test_inner_state_beside_a_torch_optimiser_is_refused() -> None:
     case = toy("mlp")
     call, _ = build(case, inner_state={"momentum": 1})
-    with unmoved(case), pytest.raises(MetaplError, match=r"inner_state was given beside torch\.optim\.SGD"):
+    with unmoved(case), pytest.raises(MetaplError, match=r"inner_state was given with torch\.optim\.SGD"):
         call()
 
 
@@ -290,7 +290,7 @@ def test_on_a_device_a_bad_batch_is_told_on_reading(
     trainer = momentum_trainer(case, mode, inner)
     trainer.step(**case.data()).as_dict()
     report = trainer.step(**BATCHES[kind][0](case).data())
-    with pytest.raises(MetaplError, match="found on the device, when the step had been taken"):
+    with pytest.raises(MetaplError, match="detected on the device after the step was taken"):
         report.as_dict()
 
 

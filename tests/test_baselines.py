@@ -206,7 +206,7 @@ def watched(method: str, folder: Path, patch: pytest.MonkeyPatch, recipe: Digits
                 seen.trainers.append(self)
             number = seen.trainers.index(self)
             if number not in seen.first:
-                networks = [n for n in (self.labeller, self.student) if n is not None]
+                networks = [n for n in (self.teacher, self.student) if n is not None]
                 seen.first[number] = [copied(network) for network in networks]
             seen.data.setdefault(number, []).append((labeled, unlabeled))
             report = real(self, labeled, unlabeled)

@@ -139,7 +139,7 @@ def test_a_fit_that_is_stopped_while_the_student_waits_says_that_it_is_untrained
     assert said == [f"stopped after step 6 by a callback: enough; {student}"]
     assert same(found.weights, before)
     assert found.teacher_weights is not None
-    assert not same(found.teacher_weights, copied(bilevel().labeller))
+    assert not same(found.teacher_weights, copied(bilevel().teacher))
     assert (found.step, found.validation_accuracy) == (6, None)
     assert "teacher_validation_accuracy" in found.history[-1]
 

@@ -308,7 +308,7 @@ def test_spectral_norm(mode: str, kind: str) -> None:
     )
     problem = case(net)
     if mode == "forward":  # the power iteration writes to a given tensor
-        check_refused(problem, mode, 'div_out has no derivative.*mode="difference"')
+        check_refused(problem, mode, 'div_out lacks a derivative.*mode="difference"')
     else:
         check_exact(problem, mode)
 
@@ -421,7 +421,7 @@ SOURCES = ["random", "numpy", "generator", "attribute", "kernel"]
 @pytest.mark.parametrize("mode", [mode for mode in REPLAYING if mode != "difference_one_sided"])
 def test_random_numbers_of_a_students_own_are_refused(mode: str, source: str) -> None:
     torch.manual_seed(5)
-    check_refused(case(Noisy(source).double()), mode, "does not give the same outputs.*generator of the module")
+    check_refused(case(Noisy(source).double()), mode, "does not return the same outputs.*generator of the module")
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -436,7 +436,7 @@ def test_random_numbers_of_a_teachers_own_are_refused_where_it_is_recomputed(sou
     problem = case(mlp().double(), Noisy(source).double())
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", recompute_teacher=True)
     before = everything(problem)
-    with pytest.raises(metapl.MetaplError, match=r"teacher does not give the same outputs.*recompute_teacher"):
+    with pytest.raises(metapl.MetaplError, match=r"teacher does not return the same outputs.*recompute_teacher"):
         trainer.step(**problem.data())
     assert same(before, everything(problem))
 
@@ -531,7 +531,7 @@ def test_a_backward_pass_of_its_own(mode: str, kind: str) -> None:
     if mode == "unrolled" or (plain_mode, kind) in RIGHT:
         check_exact(problem, mode)
     else:
-        check_refused(problem, mode, "not of one function|does not give the same outputs")
+        check_refused(problem, mode, "not of one function|does not return the same outputs")
 
 
 @pytest.mark.parametrize("mode", [*EXACT, "reinforce_per_example"])

@@ -102,7 +102,7 @@ def test_a_step_does_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     with as_on_an_accelerator(monkeypatch) as waits:
         report = one.step(labeled, unlabeled)
         assert waits.found == []
-        assert report.fault.found, "it ran as on the CPU, where it may look at values"
+        assert report.fault.findings, "it ran as on the CPU, where it may look at values"
         report.as_dict()
 
 

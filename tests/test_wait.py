@@ -158,7 +158,7 @@ def test_on_a_device_a_wrong_batch_is_told_on_reading(kind: str, monkeypatch: py
     monkeypatch.setattr(checks, "waits", lambda t: True)
     trainer = bilevel(teacher_losses=LOSSES)
     report = trainer.teacher_step(*WRONG[kind][0]())
-    with pytest.raises(MetaplError, match="found on the device, when the step had been taken"):
+    with pytest.raises(MetaplError, match="detected on the device after the step was taken"):
         report.as_dict()
 
 
@@ -353,7 +353,7 @@ def test_a_batch_gone_wrong_in_the_wait_is_told_with_its_step(monkeypatch: pytes
     with pytest.raises(MetaplError, match="step 3: the labels"):
         bilevel(teacher_losses=LOSSES).fit(labeled, unlabeled, steps=6, wait=5)
     monkeypatch.setattr(checks, "waits", lambda t: True)
-    with pytest.raises(MetaplError, match=r"step 3: the labels .*when the step had been taken"):
+    with pytest.raises(MetaplError, match=r"step 3: the labels .*after the step was taken"):
         bilevel(teacher_losses=LOSSES).fit(labeled, unlabeled, steps=6, wait=5, log_every=5)
 
 
@@ -381,9 +381,9 @@ def test_without_a_teacher_there_is_nothing_to_wait_for(tmp_path: Path) -> None:
 def test_a_teacher_without_losses_cannot_train_alone() -> None:
     trainer = bilevel(teacher_losses=())
     before = everything(trainer)
-    with pytest.raises(MetaplError, match=r"teacher_losses=\(\) leaves the teacher nothing to learn"):
+    with pytest.raises(MetaplError, match=r"teacher_losses=\(\)\), so it cannot train without feedback"):
         trainer.teacher_step(*pairs(1)[0])
-    with pytest.raises(MetaplError, match=r"step 1: teacher_losses=\(\)"):
+    with pytest.raises(MetaplError, match=r"step 1: the teacher has no losses of its own"):
         trainer.fit(*sources(3), steps=5, wait=2)
     assert same(everything(trainer), before)
 
@@ -391,6 +391,6 @@ def test_a_teacher_without_losses_cannot_train_alone() -> None:
 def test_micro_batches_that_do_not_come_out_even_are_refused() -> None:
     trainer = bilevel(accumulate=4)
     before = everything(trainer)
-    with pytest.raises(MetaplError, match=r"accumulate=4 .* 6 examples"):
+    with pytest.raises(MetaplError, match=r"6 examples.* multiple of accumulate=4"):
         trainer.teacher_step(*pairs(1)[0])
     assert same(everything(trainer), before)

@@ -1,6 +1,14 @@
-"""Where a network runs: its passes, what they draw from, and what they leave behind.
+"""Running a network: its passes, and the random numbers and buffers that they use.
 
-A *pass of record* is one that training would run as well: it moves buffers and generators. A *replay* runs the network
-once more, on the draws and from the buffers of a pass of record, and leaves nothing behind. What a replay computes is
-compared with what the pass of record computed (:mod:`metapl.execution.agreement`).
+A *pass of record* is a pass that ordinary training runs too: it updates buffers and advances generators. A *replay*
+runs the network once more, with the random numbers and the buffers of a pass of record, and changes nothing. The
+outputs of a replay are compared with those of its pass of record.
+
+local      a network on one device: passes of record, replays, and passes at other weights
+buffers    the parameters and buffers of a module: replaced for a block, copied, restored
+rng        the default random number generators: saved, restored, branched
+agreement  whether a replay agrees with its pass of record
+kernels    which kernels a pass uses: attention, activation checkpoints, missing derivatives
+compiled   forward passes through ``torch.compile``
+guards     the lock and the restoration around a step
 """

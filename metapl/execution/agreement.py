@@ -1,16 +1,16 @@
-r"""Whether a replay is the pass that it replays.
+r"""Whether a replay agrees with the pass that it replays.
 
-Two relations hold for every student that is one differentiable function, the same in all passes, and are nearly free:
+Two relations hold for every student that is the same differentiable function in all passes, and cost almost nothing:
 
-- A replay at θ has the outputs of the inner pass.
-- The derivative of the inner loss along w is one number, whether it is taken forward or backward:
+- A replay at θ has the same outputs as the inner pass.
+- The derivative of the inner loss along w is the same in forward and in reverse mode:
 
 .. math:: \Big\langle \frac{\partial\ell}{\partial z}, \dot z \Big\rangle
           + \Big\langle \frac{\partial\ell}{\partial\theta}, w \Big\rangle = \langle g, w \rangle
 
-The first fails for other random numbers and for state that moved; the second also where outputs agree and derivatives
-do not (``torch.no_grad()`` or ``detach()`` in the forward pass, a backward pass of its own, hooks that change
-gradients). A student for which they fail is refused: its feedback would be wrong.
+The first fails for different random numbers and for state that has changed; the second also if the outputs agree and
+the derivatives do not (``torch.no_grad()`` or ``detach()`` in the forward pass, a custom backward pass, hooks that
+change gradients). A student for which one of them fails is refused: its feedback would be wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from metapl.numerics import reduced_float32
 
 
 class SlopesDisagree(MetaplError):
-    """The derivative along w is not the one that the gradient has."""
+    """The derivative of the inner loss along w differs between forward and reverse mode."""
 
 
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,28 +35,28 @@ _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far apart two computations of the same may be.
+    """How far apart two computations of the same quantity may be.
 
     Args:
-        outputs: the norm of the difference of outputs, over the norm of the outputs.
-        slope: the difference of the two slopes, over their size and that of the terms that they are sums of.
+        outputs: the norm of the difference of the outputs, relative to the norm of the outputs.
+        slope: the difference of the two slopes, relative to their size and the size of the terms that they sum.
     """
 
     outputs: float
     slope: float
 
 
-# By the coarsest number format of a pass, TF32 counting as float16, whose ten bits it has. Measured on the networks of
+# By the coarsest dtype of a pass; TF32 counts as float16, which has the same ten bits. Measured on the networks of
 # benchmarks/difference_step.py, fresh and in training, the slopes differ by at most 2e-7 in float32 and 1e-2 under
-# bfloat16; students that are refused are off by 0.1 and more.
+# bfloat16; for students that are refused they differ by 0.1 and more.
 BY_FORWARD_MODE = {
     torch.float64: Tolerance(1e-6, 1e-6),
     torch.float32: Tolerance(5e-3, 2e-2),
     torch.float16: Tolerance(2e-2, 5e-2),
     torch.bfloat16: Tolerance(5e-2, 0.1),
 }
-# A difference of outputs has an error of its own, mostly from units that switch on or off on the way (measured: up to
-# 1e-2 in float32), and its passes are not rounded as the inner pass is (measured: up to 0.17 under bfloat16).
+# A difference of outputs has an additional error, mostly from ReLUs that switch within the move (measured: up to 1e-2
+# in float32), and its passes are not rounded like the inner pass (measured: up to 0.17 under bfloat16).
 BY_DIFFERENCE = {
     torch.float64: Tolerance(1e-4, 1e-3),
     torch.float32: Tolerance(1e-2, 0.1),
@@ -66,25 +66,25 @@ BY_DIFFERENCE = {
 
 
 def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype:
-    """The number format that a pass is rounded to, as far as dtypes and settings tell: a key of the tolerances."""
-    found = set(dtypes)
+    """The coarsest dtype that a pass is rounded to, by its dtypes and PyTorch's settings: a key of the tolerances."""
+    formats = set(dtypes)
     if torch.is_autocast_enabled(device.type):
-        found.add(torch.get_autocast_dtype(device.type))
-    if torch.float32 in found and reduced_float32(device):
-        found.add(torch.bfloat16 if device.type == "cpu" else torch.float16)
-    return next((dtype for dtype in _FORMATS if dtype in found), torch.float64)
+        formats.add(torch.get_autocast_dtype(device.type))
+    if torch.float32 in formats and reduced_float32(device):
+        formats.add(torch.bfloat16 if device.type == "cpu" else torch.float16)
+    return next((dtype for dtype in _FORMATS if dtype in formats), torch.float64)
 
 
 def check_outputs(replay: Tensor, inner: Tensor, tolerance: float) -> None:
-    """Refuse a replay whose outputs are not those of the inner pass."""
+    """Refuse a replay whose outputs differ from those of the inner pass."""
     gap, size = torch.linalg.vector_norm(replay - inner), torch.linalg.vector_norm(inner)
     _refuse(
         gap,
         tolerance * (size + torch.linalg.vector_norm(replay)),
-        "the student does not give the same outputs when the inner pass is run again, on the same batch, weights, "
+        "the student does not return the same outputs when the inner pass is repeated with the same batch, weights, "
         "buffers and default random generators (the difference has norm {gap:.2g}, the outputs {size:.2g}), so the "
-        "feedback would be wrong. Usual causes: random numbers from Python's random, from numpy or from a generator of "
-        "the module's own (draw them by torch's default generator); state in plain attributes (keep it in buffers: "
+        "feedback would be wrong. Usual causes: random numbers from Python's random, from numpy or from a generator "
+        "of the module (use torch's default generator); state in plain attributes (keep it in buffers: "
         "register_buffer); attention dropout drawn by another kernel (train under "
         "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). A mode that runs no pass twice takes the student as it is: "
         'mode="unrolled", or "reinforce".',
@@ -92,26 +92,26 @@ def check_outputs(replay: Tensor, inner: Tensor, tolerance: float) -> None:
     )
 
 
-def check_recomputed(again: Tensor, first: Tensor) -> None:
-    """Refuse a teacher whose second pass does not say what its first said."""
-    if not again.is_floating_point():
+def check_recomputed(second: Tensor, first: Tensor) -> None:
+    """Refuse a teacher whose second pass differs from its first."""
+    if not second.is_floating_point():
         return
-    tolerance = BY_FORWARD_MODE[coarsest([again.dtype], again.device)].outputs
-    gap, size = torch.linalg.vector_norm(again - first), torch.linalg.vector_norm(first)
+    tolerance = BY_FORWARD_MODE[coarsest([second.dtype], second.device)].outputs
+    gap, size = torch.linalg.vector_norm(second - first), torch.linalg.vector_norm(first)
     _refuse(
         gap,
-        tolerance * (size + torch.linalg.vector_norm(again)),
-        "the teacher does not give the same outputs when its pass on the unlabelled batch is run again, on the same "
+        tolerance * (size + torch.linalg.vector_norm(second)),
+        "the teacher does not return the same outputs when its pass on the unlabeled batch is repeated with the same "
         "batch, weights, buffers and default random generators (the difference has norm {gap:.2g}, the outputs "
         "{size:.2g}), as recompute_teacher and accumulate do. Usual causes: random numbers from Python's random, from "
-        "numpy or from a generator of the module's own (draw them by torch's default generator); state in plain "
+        "numpy or from a generator of the module (use torch's default generator); state in plain "
         "attributes (keep it in buffers: register_buffer). Or leave recompute_teacher and accumulate out.",
         size=size,
     )
 
 
 def check_linear(drawn: Tensor, expected: Tensor) -> None:
-    """Refuse feedback that is another at the labels drawn than at the probabilities that they were drawn from."""
+    """Refuse feedback that differs between the labels drawn and the probabilities that they were drawn from."""
     gap, size = torch.linalg.vector_norm(drawn - expected), torch.linalg.vector_norm(drawn)
     _refuse(
         gap,
@@ -124,22 +124,22 @@ def check_linear(drawn: Tensor, expected: Tensor) -> None:
 
 
 def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor) -> None:
-    """Refuse a derivative along w that is not the one that the gradient has.
+    """Refuse a derivative along w that differs from ⟨g, w⟩.
 
     Args:
         forward: ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, a scalar.
         backward: ⟨g, w⟩, a scalar.
-        spread: the root of the sum of squares of the terms that the two are sums of: what their rounding goes with.
-        tolerance: of the difference, in units of ``spread`` and of ``backward``.
-        rounding: what rounding may have done to ``forward``.
+        spread: the root of the sum of squares of the terms of the two sums, to which their rounding is proportional.
+        tolerance: of the difference, relative to ``spread + |backward|``.
+        rounding: a bound on the rounding error of ``forward``.
     """
     _refuse(
         (forward - backward).abs(),
         tolerance * (spread + backward.abs()) + rounding,
-        "the student's forward and backward passes are not of one function: the inner loss has the derivative "
-        "{forward:.4g} along the direction of the feedback by its outputs, and {backward:.4g} by its gradient, so the "
+        "the student's forward and backward passes are not of one function: along the direction of the feedback, the "
+        "inner loss has the derivative {forward:.4g} by the outputs and {backward:.4g} by the gradient, so the "
         "feedback would be wrong. Usual causes: torch.no_grad() or detach() in the student's forward (such as "
-        "straight-through rounding), an autograd.Function with a backward of its own, a hook that changes gradients, "
+        "straight-through rounding), an autograd.Function with a custom backward, a hook that changes gradients, "
         'numbers too small for half precision. Use mode="unrolled", which differentiates the backward pass as it is, '
         'or "reinforce".',
         kind=SlopesDisagree,
@@ -173,7 +173,7 @@ def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor) ->
 
 
 def _refuse(gap: Tensor, limit: Tensor, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Tensor) -> None:
-    """Raise ``text``, with figures where the host may look at them, where the gap exceeds the limit (not for NaN)."""
+    """Raise ``text`` if the gap exceeds the limit (not for NaN), with the figures if the host can read them."""
     bad = gap > limit
     if checks.waits(bad):
         checks.refuse(bad, text.format(gap=_Unread(), **dict.fromkeys(figures, _Unread())))
@@ -182,7 +182,7 @@ def _refuse(gap: Tensor, limit: Tensor, text: str, *, kind: type[MetaplError] = 
 
 
 class _Unread:
-    """Stands for a figure that is still on the device."""
+    """A placeholder for a figure that is still on the device."""
 
     def __format__(self, spec: str) -> str:
         return "?"

@@ -1,4 +1,4 @@
-"""What a module holds, other tensors in its place, and its buffers put back."""
+"""The parameters and buffers of a module: replaced for a block, copied, and restored."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
 
 Held = tuple[dict[str, Any], str, Tensor]
-"""A slot of a module, by its dictionary and name, and a tensor for it."""
+"""A slot of a module, as its dictionary and name, and a tensor for it."""
 
 
 class Slots:
     """Every place where a module holds a parameter or a buffer; a tensor may be held in several.
 
-    Batch norms that normalise by the batch's own statistics are told apart: :meth:`frozen` keeps them from writing, so
+    Batch norms that normalize by the statistics of the batch are kept apart: :meth:`frozen` stops their updates, so
     their buffers need no copies.
     """
 
@@ -35,7 +35,7 @@ class Slots:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Normalise by batch statistics as before, but do not update the running ones (nor count the batch)."""
+        """Normalize by batch statistics as before, without updating the running statistics and the batch count."""
         for norm in self.norms:
             norm.track_running_stats = False
         try:
@@ -50,13 +50,13 @@ def _held(tensors: dict[str, Any]) -> list[Held]:
 
 
 def _by_batch_statistics(norm: _BatchNorm) -> bool:
-    # PyTorch's own forward alone is known to leave the buffers alone when track_running_stats is False.
+    # Only PyTorch's own forward is known not to write to the buffers when track_running_stats is False.
     own_forward = getattr(norm.forward, "__func__", None) is _BatchNorm.forward
     return own_forward and norm.training and norm.track_running_stats
 
 
 def copies(held: Sequence[Held]) -> list[Held]:
-    """Copies of what the slots hold now; a tensor in several slots has one copy."""
+    """Copies of the tensors that the slots hold now; a tensor in several slots is copied once."""
     memo: dict[int, Tensor] = {}
     now = [(tensors, name, tensors[name]) for tensors, name, _ in held if tensors.get(name) is not None]
     for _, _, t in now:
@@ -65,17 +65,17 @@ def copies(held: Sequence[Held]) -> list[Held]:
     return [(tensors, name, memo[id(t)]) for tensors, name, t in now]
 
 
-def stand_ins(held: Sequence[Held], instead: Mapping[int, Tensor]) -> list[Held]:
-    """The slots whose tensor has another in ``instead``, by identity, with that other."""
-    return [(tensors, name, instead[id(t)]) for tensors, name, t in held if id(t) in instead]
+def stand_ins(held: Sequence[Held], replacements: Mapping[int, Tensor]) -> list[Held]:
+    """The slots whose tensor has a replacement, by its ``id``, with that replacement."""
+    return [(tensors, name, replacements[id(t)]) for tensors, name, t in held if id(t) in replacements]
 
 
 @contextmanager
 def swapped(held: Sequence[Held]) -> Iterator[None]:
-    """Hold these tensors for as long as the block runs; afterwards the slots hold what they held before.
+    """Put these tensors into their slots in this block; afterwards the slots hold the same tensors as before.
 
-    ``torch.func.functional_call`` does so for a forward pass alone; a checkpoint runs the module in the backward pass
-    as well. (It also restores a submodule that is registered twice wrongly, pytorch/pytorch#164759.)
+    ``torch.func.functional_call`` does so for a forward pass only, but a checkpoint runs the module in the backward
+    pass too. (It also restores a submodule that is registered twice wrongly, pytorch/pytorch#164759.)
     """
     before = [(tensors, name, tensors[name]) for tensors, name, _ in held]
     for tensors, name, t in held:
@@ -89,40 +89,40 @@ def swapped(held: Sequence[Held]) -> Iterator[None]:
 
 @contextmanager
 def buffers_aside(module: nn.Module, start: Sequence[Held] | None = None) -> Iterator[None]:
-    """Run the module on copies of its buffers (by default as they are now), so that its own stay as they are."""
+    """Run the module on copies of its buffers, by default of their values now, so that the buffers do not change."""
     with swapped(copies(Slots(module).all_buffers) if start is None else fresh(start)):
         yield
 
 
 def fresh(held: Sequence[Held]) -> list[Held]:
-    """Copies of saved tensors, for a pass that may write to them."""
+    """Copies of saved tensors, for a pass that may write to its buffers."""
     memo: dict[int, Tensor] = {}
     return [(tensors, name, memo.setdefault(id(t), t.clone())) for tensors, name, t in held]
 
 
 @contextmanager
 def inputs_unchanged(inputs: Any, who: str) -> Iterator[None]:
-    """Refuse a network that writes to its inputs in this block, as far as PyTorch counts writes."""
+    """Refuse a network that writes to its inputs in this block, by PyTorch's version counters."""
     leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
     before = [t._version for t in leaves]
     yield
     if [t._version for t in leaves] != before:
         raise MetaplError(
             f"the {who} changed its input in place (an operation such as x.mul_() or ReLU(inplace=True) on the input "
-            "itself), so that later passes would read another batch; expected the input to stay as it is: begin its "
-            "forward with x = x.clone(). The batch that was given holds the changed values."
+            "itself), so later passes would read another batch; expected an unchanged input: begin its forward with "
+            "x = x.clone(). The given batch now holds the changed values."
         )
 
 
 class Buffers:
-    """A module's buffers as they were at one moment, to be put back in place."""
+    """A snapshot of a module's buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.saved = {name: (b, b.clone()) for name, b in module.named_buffers()}
 
     def restore(self) -> None:
-        """Put the buffers back, values and objects alike (a module may have assigned new ones)."""
+        """Restore the buffers, both values and tensor objects (a module may have assigned new ones)."""
         with torch.no_grad():
             for name, (buffer, value) in self.saved.items():
                 buffer.copy_(value)
@@ -132,8 +132,8 @@ class Buffers:
 
 @contextmanager
 def nothing_moved(*modules: nn.Module, random: RandomState | None = None, on_success: bool = False) -> Iterator[None]:
-    """Put buffers back if the block fails (and, with ``on_success``, also if it does not); on failure the random
-    number generators too."""
+    """Restore buffers, and the random number generators, if the block fails; with ``on_success``, restore the buffers
+    in any case."""
     saved = [Buffers(module) for module in modules]
     failed = True
     try:

@@ -1,8 +1,8 @@
-"""Forward passes by ``torch.compile``, with the draws of plain ones.
+"""Forward passes through ``torch.compile``, with the same random numbers as eager passes.
 
-Feedback passes see the inner pass's dropout masks, and not all of them can be compiled (forward-mode AD cannot), so
-compiled and plain passes must draw alike. Inductor's own generator draws other masks; with ``fallback_random`` its
-graphs draw from PyTorch's. Whether this holds is looked at on the first pass of a network with and without a graph.
+Feedback passes use the inner pass's dropout masks, and not all of them can be compiled (forward-mode AD cannot), so
+compiled and eager passes must draw the same random numbers. Inductor's own generator draws other masks; with
+``fallback_random`` its graphs draw from PyTorch's. The first pass of a network, with and without a graph, is checked.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from metapl.execution.buffers import nothing_moved
 from metapl.execution.rng import RandomState
 
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
-"""Inductor's, for every pass."""
+"""Inductor's options for every pass."""
 
 _uncompiled: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
 class CompiledPasses:
-    """Networks whose forward passes are compiled for as long as a block runs.
+    """Networks whose forward passes are compiled inside a block.
 
-    The networks stay the plain modules that they are: inside the block ``forward`` of these instances is a compiled
-    one, outside it their own. So names of weights, copies, files and evaluation know nothing of it.
+    The networks stay plain modules: only inside the block, ``forward`` of these instances is a compiled function. So
+    parameter names, copies, checkpoints and evaluation are not affected.
 
     Args:
-        networks: plain modules; none: nothing is compiled.
+        networks: plain modules; without any, nothing is compiled.
     """
 
     def __init__(self, *networks: nn.Module) -> None:
@@ -46,7 +46,7 @@ class CompiledPasses:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Compile what runs in this block; what the compiler refuses becomes an error that says so."""
+        """Compile the networks' passes in this block; turn the compiler's errors into a :class:`metapl.MetaplError`."""
         if not self.forwards:
             yield
             return
@@ -58,7 +58,7 @@ class CompiledPasses:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Plain passes, for what has no compiled form."""
+    """Run the passes in this block eagerly, such as those in forward mode."""
     token = _uncompiled.set(True)
     try:
         yield
@@ -67,45 +67,45 @@ def uncompiled() -> Iterator[None]:
 
 
 def refuse_compiled(**networks: nn.Module) -> None:
-    """Refuse networks that were compiled already: their dropout masks would differ between passes, in silence."""
+    """Refuse networks that are compiled already: their dropout masks would silently differ between passes."""
     for name, network in networks.items():
         for path, part in network.named_modules():
             if _is_compiled(part):
-                where = f"its part {path!r} is" if path else "it is"
+                where = f"its submodule {path!r}" if path else "the module itself"
                 raise MetaplError(
-                    f"the {name} was compiled already ({where}); expected the plain module and compile=True. Compiled "
-                    "beforehand, passes that must see the same dropout masks would see others."
+                    f"the {name} is compiled already ({where}), so passes that need the same dropout masks would see "
+                    "different ones; expected the plain module and compile=True."
                 )
 
 
 class _CompiledForward:
-    """A network's compiled forward pass, to stand in for its own."""
+    """A network's compiled forward pass, which replaces its ``forward`` in a block."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.plain: Callable[..., Any] = network.forward
+        self.eager: Callable[..., Any] = network.forward
         self.compiled: Callable[..., Any] | None = None
-        self.looked_at: set[bool] = set()
+        self.checked: set[bool] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the network that is made meanwhile has its own plain pass.
+        # A copy of the network that is made in the block keeps its own forward.
         return getattr, (self.network, "forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _uncompiled.get():
-            return self.plain(*args, **kwargs)
+            return self.eager(*args, **kwargs)
         if self.compiled is None:
-            self.compiled = _compile(self.plain)
-        with_graph = torch.is_grad_enabled()  # other graphs, which may be optimised otherwise
-        if with_graph not in self.looked_at:
+            self.compiled = _compile(self.eager)
+        with_graph = torch.is_grad_enabled()  # each has a compiled graph of its own
+        if with_graph not in self.checked:
             outputs = self._compared(self.compiled, *args, **kwargs)
-            self.looked_at.add(with_graph)
+            self.checked.add(with_graph)
             return outputs
         return self.compiled(*args, **kwargs)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Be the network's forward pass."""
+        """Replace the network's forward pass in this block."""
         own = vars(self.network)
         before = own.get("forward")
         own["forward"] = self
@@ -118,48 +118,48 @@ class _CompiledForward:
                 own["forward"] = before
 
     def _compared(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A compiled pass, after a plain one on the same draws, of which nothing stays."""
+        """A compiled pass, compared with an eager one on the same draws, which changes nothing."""
         start = RandomState.now(next(self.network.parameters()).device)
         with nothing_moved(self.network, on_success=True):
-            expected = self.plain(*args, **kwargs)
+            expected = self.eager(*args, **kwargs)
         end = RandomState.now(start.device)
         start.restore()
-        found = compiled(*args, **kwargs)
-        if not start.same(end) and not (RandomState.now(start.device).same(end) and _alike(found, expected)):
+        outputs = compiled(*args, **kwargs)
+        if not start.same(end) and not (RandomState.now(start.device).same(end) and _alike(outputs, expected)):
             raise MetaplError(
-                f"the compiled {type(self.network).__name__} draws other random numbers (dropout masks, say) than the "
-                "plain one, so the feedback would be wrong; leave compile out."
+                f"the compiled {type(self.network).__name__} draws other random numbers, such as dropout masks, "
+                "than the eager one, so the feedback would be wrong; leave compile out."
             )
-        return found
+        return outputs
 
 
 def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    # Dynamo keeps its graphs, and counts them against its limit, by code object; all forwards of torch.nn have one in
-    # common, and those of a teacher and a student of one class too. This one has its own.
+    # Dynamo stores its graphs, and counts them against its limit, by code object, which networks of one class share.
+    # This copy gives each network a code object of its own.
     call.__code__ = call.__code__.replace()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # older releases warn of themselves as Inductor is loaded
-        # By the shapes alone, whatever came before: a run that is resumed has the same graphs again.
+        warnings.simplefilter("ignore", DeprecationWarning)  # older releases warn while Inductor is imported
+        # Static shapes do not depend on earlier batches, so a resumed run has the same graphs.
         return torch.compile(call, dynamic=False, options=OPTIONS)
 
 
-def _alike(found: Any, expected: Any) -> bool:
-    """Equal to rounding; other masks change more."""
-    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
+def _alike(outputs: Any, expected: Any) -> bool:
+    """Whether outputs are equal up to rounding; different masks change them more."""
+    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True)
     return not any(_differ(a.detach(), b) for a, b in pairs if isinstance(b, Tensor) and b.is_floating_point())
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     half = a.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(a.device.type)
-    return bool((a - b).norm() > (0.1 if half else 0.01) * b.norm())  # not where they are NaN
+    return bool((a - b).norm() > (0.1 if half else 0.01) * b.norm())  # False for NaN
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn what the compiler raises into an error that says how to do without it."""
+    """Turn an error of the compiler into a :class:`metapl.MetaplError` that advises to leave compile out."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -168,9 +168,9 @@ def _explained() -> Iterator[None]:
         if not isinstance(error, TorchDynamoException) and "torch.compile" not in str(error):
             raise
         cause = getattr(error, "inner_exception", error)
-        what = next(iter(str(cause).strip().splitlines()), "")
+        first_line = next(iter(str(cause).strip().splitlines()), "")
         raise MetaplError(
-            f"torch.compile cannot run these networks ({type(cause).__name__}: {what}); leave compile out."
+            f"torch.compile cannot run these networks ({type(cause).__name__}: {first_line}); leave compile out."
         ) from error
 
 

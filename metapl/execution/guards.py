@@ -1,4 +1,4 @@
-"""What surrounds a step, so that one that fails or meets another leaves things as they were."""
+"""Guards around a step: if it fails, buffers, gradients and generators are restored; steps in threads take turns."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
 from metapl.execution.rng import RandomState
 
-one_at_a_time = RLock()
-"""Held while a step runs: PyTorch's default generators and switches, which passes are replayed by, belong to the whole
-process, so a step in another thread waits."""
+step_lock = RLock()
+"""Held while a step runs: replays set PyTorch's default generators and global switches, so other threads wait."""
 
 
 @contextmanager
 def restored_on_failure(generator: torch.Generator | None) -> Iterator[None]:
-    """Put a generator of the user's own back if the block fails."""
+    """Restore a user's generator if the block fails."""
     before = None if generator is None else generator.get_state()
     try:
         yield
@@ -39,20 +38,20 @@ def step_guard(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Iterator[checks.Fault]:
-    """Surround a step: where the block fails, buffers, gradients and generators are as they were before it.
+    """Run a step in this block; if it fails, restore buffers, gradients and generators.
 
     Args:
-        networks: whose buffers the step moves.
-        optimizer: its gradients are cleared before and after.
-        device: of the networks.
-        generator: one of the user's own that the step draws from.
+        networks: their buffers are restored.
+        optimizer: the gradients of its parameters are cleared before and after.
+        device: the networks' device.
+        generator: the user's generator, if the step draws from one.
 
-    Yields: what is found wrong with values on the device, for the step's report.
+    Yields: the fault of the step's report, which collects checks of values on the device.
     """
     checks.no_inference_mode()
     fault = checks.Fault()
     with (
-        one_at_a_time,
+        step_lock,
         checks.deferred_to(fault),
         restored_on_failure(generator),
         nothing_moved(*networks, random=RandomState.now(device)),
@@ -63,11 +62,11 @@ def step_guard(
             yield fault
         finally:
             clear_gradients(optimizer)
-            torch.clear_autocast_cache()  # it may hold casts of weights that have just moved
+            torch.clear_autocast_cache()  # it may hold casts of weights from before the step
 
 
 def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """``optimizer.zero_grad(set_to_none=True)`` without its bookkeeping, which a step of a small network would feel."""
+    """``optimizer.zero_grad(set_to_none=True)`` without its bookkeeping, which would slow down small networks."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
@@ -78,8 +77,7 @@ _DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (
 
 @contextmanager
 def casts_explained(mode: str) -> Iterator[None]:
-    """Turn PyTorch's refusal to mix number formats in a feedback pass, where the inner pass met none, into an error
-    that names the cause."""
+    """Turn PyTorch's error about mixed dtypes in a feedback pass into one that names the cause."""
     try:
         yield
     except MetaplError:

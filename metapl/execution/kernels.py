@@ -1,4 +1,4 @@
-"""Which kernels a pass runs: the same function in all passes, with the derivatives that a pass needs."""
+"""Which kernels a pass uses, so that all passes compute the same function and have the derivatives they need."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from metapl.errors import MetaplError
 
 @contextmanager
 def no_fast_path() -> Iterator[None]:
-    """Attention layers as they run with a graph.
+    """Disable the fused path of PyTorch's attention layers.
 
-    Without one, and in eval mode, PyTorch takes a fused path that treats padded rows otherwise.
+    PyTorch takes it in eval mode without a graph, and it treats padded rows differently.
     """
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -36,7 +36,7 @@ def no_fast_path() -> Iterator[None]:
 
 @contextmanager
 def only_math_attention() -> Iterator[None]:
-    """Attention by plain products: the fused kernels have neither forward mode nor a second derivative."""
+    """Attention by the math kernel: the fused kernels have neither forward mode nor a second derivative."""
     with no_fast_path(), sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -45,13 +45,13 @@ def only_math_attention() -> Iterator[None]:
 
 
 class _WithoutReentry:
-    """Stands in for the function behind ``checkpoint(..., use_reentrant=True)``, with the same gradients."""
+    """Replaces the function behind ``checkpoint(..., use_reentrant=True)``, with the same gradients."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-        with torch.no_grad():  # such a checkpoint has no gradient, for its weights either
+        with torch.no_grad():  # as the reentrant kind: no gradient, not even for its weights
             return function(*args)
 
 
@@ -62,15 +62,15 @@ _users = 0
 
 @contextmanager
 def checkpoints_without_reentry() -> Iterator[None]:
-    """Run checkpoints with ``use_reentrant=True`` as those without, in forward and backward passes of this block.
+    """Run checkpoints with ``use_reentrant=True`` as non-reentrant ones, in forward and backward passes of this block.
 
-    The reentrant kind has no forward mode, no second derivative, and refuses ``torch.autograd.grad``; gradients and
-    memory are the same. Where it would cut the gradient (no input requires one), so does its stand-in.
+    The reentrant kind has no forward mode and no second derivative, and raises under ``torch.autograd.grad``; gradients
+    and memory are the same. Like the reentrant kind, its replacement cuts the gradient if no input requires one.
     """
     global _users
     with _lock:
         _users += 1
-        checkpoint.CheckpointFunction = _WithoutReentry  # type: ignore[assignment,misc]  # a stand-in with its apply
+        checkpoint.CheckpointFunction = _WithoutReentry  # type: ignore[assignment,misc]  # it has the same apply
     try:
         yield
     finally:
@@ -82,16 +82,16 @@ def checkpoints_without_reentry() -> Iterator[None]:
 
 @contextmanager
 def refuse_checkpoints() -> Iterator[None]:
-    """Refuse activation checkpoints in this block, for passes whose weights are put away before they are run again."""
+    """Refuse activation checkpoints in this block, which would be recomputed at other weights."""
     real = saved_tensors_hooks.__enter__
 
     def entered(hooks: saved_tensors_hooks) -> Any:
         if isinstance(hooks, save_on_cpu):
             return real(hooks)
         raise MetaplError(
-            "the student has activation checkpoints (torch.utils.checkpoint) or other hooks on saved tensors, and mode "
-            "'unrolled' would run them at other weights than those of their step; use mode=\"forward\", which takes "
-            "several student steps in the memory of one, or look one step ahead."
+            "the student has activation checkpoints (torch.utils.checkpoint) or other hooks on saved tensors, which "
+            "mode 'unrolled' would recompute at the weights of another step; use mode=\"forward\", which needs the "
+            "memory of one step only, or look one step ahead."
         )
 
     saved_tensors_hooks.__enter__ = entered  # type: ignore[method-assign]
@@ -106,7 +106,7 @@ def refuse_checkpoints() -> Iterator[None]:
 
 @cache
 def load_forward_mode() -> None:
-    """Make the first dual number here, where PyTorch's own deprecation warning on loading its rules is silenced."""
+    """Create the first dual number, for which PyTorch loads its rules with a deprecation warning, silenced here."""
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):  # the second from older releases
             warnings.simplefilter("ignore", category)
@@ -145,16 +145,16 @@ _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
 
 @contextmanager
 def explained(mode: str) -> Iterator[None]:
-    """Turn autograd's refusal of an operation into an error that names it and the mode that can."""
+    """Turn autograd's error about a missing derivative into one that names the operation and the modes that can run."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
         if not _NO_DERIVATIVE.search(str(error)):
             raise
-        found = _OPERATION.search(str(error))
-        operation = found.group(1) if found else "one of its operations"
+        match = _OPERATION.search(str(error))
+        operation = match.group(1) if match else "one of its operations"
         raise MetaplError(
-            f"mode '{mode}' cannot run on this student: {operation} has no derivative of the kind it needs "
+            f"mode '{mode}' cannot run on this student: {operation} lacks a derivative that it needs "
             f'({str(error).splitlines()[0]}). Use mode="difference" or one of the sampled modes "reinforce" and '
-            '"loss_difference", which need plain passes only.'
+            '"loss_difference", which need ordinary passes only.'
         ) from error

@@ -1,4 +1,4 @@
-"""The default random number generators: their state at one moment, replays from it, and streams of their own."""
+"""The default random number generators: saved states, replays from them, and independent streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """The default generators that a forward pass on ``device`` may draw from, as they were at one moment."""
+    """A saved state of the default generators that a forward pass on ``device`` may draw from."""
 
     device: torch.device
     cpu: Tensor
@@ -21,26 +21,26 @@ class RandomState:
 
     @staticmethod
     def now(device: torch.device) -> RandomState:
-        """Read the generators; on CUDA this asks the host for seed and offset and does not wait for the device."""
+        """The current state; on CUDA it is kept on the host, so this does not wait for the device."""
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         return RandomState(device, torch.get_rng_state(), accelerator)
 
     def restore(self) -> None:
-        """Set the generators back to this moment."""
+        """Restore this state."""
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
     def same(self, other: RandomState) -> bool:
-        """Whether the generators were at the same point."""
+        """Whether two states are equal."""
         pairs = ((self.cpu, other.cpu), (self.accelerator, other.accelerator))
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def branch(self) -> RandomState:
-        """The start of another stream, independent of the one that goes on from here; always the same one.
+        """The start of a stream that is independent of the one that continues from here; a function of this state.
 
-        A pass beside the caller's own sequence of draws must not draw from that sequence: whatever draws next would
-        draw the same numbers. So the branch is seeded by a hash of the state.
+        A feedback pass that drew from the caller's stream and restored it would share its numbers with the caller's
+        next draw. So the branch is seeded by a hash of the state.
         """
         states = [state.numpy().tobytes() for state in (self.cpu, self.accelerator) if state is not None]
         digest = hashlib.blake2b(b"".join(states), digest_size=8).digest()
@@ -51,7 +51,7 @@ class RandomState:
 
 @contextmanager
 def replayed(state: RandomState) -> Iterator[None]:
-    """Draw again from ``state`` on; afterwards the generators are as they were before."""
+    """Draw from ``state`` in this block; afterwards the generators are as they were before."""
     before = RandomState.now(state.device)
     state.restore()
     try:

@@ -47,8 +47,8 @@ class Experiment:
         self.record(task)
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         trained, result = self.train(method, task, teacher, student)
-        labeller = trained.student if trained.labeller is None else trained.labeller
-        write_galleries(self.folder.path, draw_galleries(task, labeller, trained.student))
+        labeler = trained.student if trained.teacher is None else trained.teacher
+        write_galleries(self.folder.path, draw_galleries(task, labeler, trained.student))
         networks = self.networks(method, task, trained, result)
         name = delivered(method, networks, self.selects(task))
         for network in networks.values():
@@ -81,7 +81,7 @@ class Experiment:
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher."""
         networks = [self.network("student", task, trained.student, result.validation_accuracy, result.weights)]
-        teacher = trained.labeller
+        teacher = trained.teacher
         if result.teacher_weights is not None and METHODS[method].teaches and teacher is not None:
             accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
             networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))

@@ -37,12 +37,12 @@ class _Seen:
         return f"{100 * self.confidence:.0f} %"
 
 
-def draw_galleries(task: Task, labeller: nn.Module, student: nn.Module) -> list[Gallery]:
+def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module) -> list[Gallery]:
     """The most and the least confident pseudo-labels, and the most confident mistakes on validation.
 
     Args:
         task: ``sample`` and ``validation``, where there are any, are looked at as they are, without augmentation.
-        labeller: who makes the pseudo-labels.
+        labeler: who makes the pseudo-labels.
         student: who is validated.
 
     Returns: galleries of at most ``SHOWN`` pictures; none of examples that are not pictures of 1 or 3 channels.
@@ -52,7 +52,7 @@ def draw_galleries(task: Task, labeller: nn.Module, student: nn.Module) -> list[
     galleries = []
     names = task.classes
     if task.sample is not None:
-        seen = _look(labeller, task.sample)
+        seen = _look(labeler, task.sample)
         note = f"of {len(seen):,} unlabeled pictures, without augmentation, after training"
         for title, shown in (("Most", seen[:SHOWN]), ("Least", seen[: -SHOWN - 1 : -1])):
             captions = [f"{names[example.taken_for]}\n{example.percent}" for example in shown]

@@ -146,8 +146,8 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
     """What h is divided by.
 
     ``"gradient"``: 1, the true gradient, whose size goes with η and so dies with its schedule. ``"learning_rate"``: η,
-    so that the size follows the labelled gradient alone. ``"cosine"``: ‖w‖·‖g‖, so that the sum of h over the batch (by
-    sampled labels) is the cosine between the student's step and the labelled gradient, in [−1, 1] whatever the scale
+    so that the size follows the labeled gradient alone. ``"cosine"``: ‖w‖·‖g‖, so that the sum of h over the batch (by
+    sampled labels) is the cosine between the student's step and the labeled gradient, in [−1, 1] whatever the scale
     of either; the teacher's gradient then keeps its direction within a step but not its size between steps.
     """
     if normalization == "gradient":

@@ -1,6 +1,6 @@
 r"""The gradient through an optimum of the inner loss, by the implicit function theorem.
 
-Where θ* minimises the mean inner loss for a signal s, ∇_θ ℓ(θ*(s), s) = 0 for all s, and so
+Where θ* minimizes the mean inner loss for a signal s, ∇_θ ℓ(θ*(s), s) = 0 for all s, and so
 
 .. math:: d\theta^* = -H^{-1} \frac{\partial^2 \ell}{\partial\theta\,\partial s} ds, \qquad
           dL = \langle v, d\theta^* \rangle = \langle w, dg \rangle, \qquad w = -H^{-1} v
@@ -25,7 +25,7 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class Implicit(Estimator):
-    r"""The gradient of the labelled loss at the inner optimum, for a student that is near it.
+    r"""The gradient of the labeled loss at the inner optimum, for a student that is near it.
 
     .. math:: w = -(H + \mathrm{damping})^{-1} v, \quad v = \nabla L(\theta), \quad
               H = \frac{\partial^2}{\partial\theta^2} \tfrac1B \sum_i \ell_i, \qquad

@@ -276,7 +276,7 @@ class Path:
 
     @cached_property
     def outer_loss(self) -> Tensor:
-        """L(θ′), without a graph; one forward pass on the labelled batch, unless its gradient was taken."""
+        """L(θ′), without a graph; one forward pass on the labeled batch, unless its gradient was taken."""
         return self._outer[0] if "_outer" in self.__dict__ else self._judged(self.params)
 
     @cached_property
@@ -290,11 +290,11 @@ class Path:
         return {"outer_loss": self.outer_loss} if known else {}
 
     def outer_gradient(self) -> Tree:
-        """v = ∇L(θ′), one forward and backward pass on the labelled batch (with its own batch statistics)."""
+        """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         return self._outer[1]
 
     def outer_gradient_before(self) -> Tree:
-        """∇L(θ), one forward and backward pass on the labelled batch."""
+        """∇L(θ), one forward and backward pass on the labeled batch."""
         self.__dict__["outer_loss_before"], v = self.local.loss_and_gradient(self.local.params, *self._outer_pass())
         return v
 

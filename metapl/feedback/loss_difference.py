@@ -1,4 +1,4 @@
-"""Sampled labels, rewarded by the fall of the labelled loss."""
+"""Sampled labels, rewarded by the fall of the labeled loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class LossDifference(Estimator):
-    r"""Old loss minus new, on the same labelled batch.
+    r"""Old loss minus new, on the same labeled batch.
 
     .. math:: h = L(\theta) - L(\theta'), \qquad \text{teacher: } h \sum_i \mathrm{CE}(\hat y_i, T(x_i))
 
@@ -21,8 +21,8 @@ class LossDifference(Estimator):
         baseline, normalization: as in :class:`~metapl.feedback.Reinforce`.
 
     Takes: hard labels.
-    Cost: 8 student passes a step with the teacher's 3: two labelled forward passes, no labelled backward pass.
-    Bias: none for the objective E_ŷ[L(θ′(ŷ))], with any optimiser, clipped or adaptive; this objective's gradient tends
+    Cost: 8 student passes a step with the teacher's 3: two labeled forward passes, no labeled backward pass.
+    Bias: none for the objective E_ŷ[L(θ′(ŷ))], with any optimizer, clipped or adaptive; this objective's gradient tends
     to that of the soft step as η goes to 0. Noisy, with momentum more so (the velocity's own effect is in h).
     Source: a first-order form of eq. (12), L(θ) − L(θ − ηg) = η⟨∇L, g⟩ + O(η²); the public implementations use it, with
     the opposite sign.

@@ -17,7 +17,7 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class Reinforce(Estimator):
-    r"""Did the step on the sampled labels go where the labelled gradient points?
+    r"""Did the step on the sampled labels go where the labeled gradient points?
 
     .. math:: h = -\langle w, g \rangle \quad (= \eta \langle \nabla L(\theta'), g \rangle \text{ for plain SGD}),
               \qquad \text{teacher: } h \sum_i \mathrm{CE}(\hat y_i, T(x_i))

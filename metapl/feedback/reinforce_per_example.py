@@ -14,7 +14,7 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class ReinforcePerExample(Estimator):
-    r"""One number per label: what this label's part of the step did to the labelled loss.
+    r"""One number per label: what this label's part of the step did to the labeled loss.
 
     .. math:: h_i = -\Big\langle \frac{\partial \ell}{\partial z_i}(z_i, \hat y_i),\ \dot z_i \Big\rangle, \qquad
               \text{teacher: } \sum_i h_i\, \mathrm{CE}(\hat y_i, T(x_i)), \qquad \sum_i h_i = -\langle w, g \rangle

@@ -1,12 +1,12 @@
-"""Bilevel problems: what the teacher says, and by which losses both networks learn.
+"""Bilevel problems: the teacher's signal, and the losses that both networks learn from.
 
-base            what a problem is, and the signal
+base            BilevelProblem, its base class Problem, and Signal
 pseudo_labels   Meta Pseudo Labels
 reweighting     weights of examples: MetaWeightNet, ExampleWeights
 relabeling      labels of examples: ExampleLabels, LabelCorrection, NoiseTransition
-classification  what the last two share
-teachers        teachers for them: Table, WeightNet
-losses          the teacher's own losses
+classification  the base class of reweighting and relabeling
+teachers        teachers for reweighting and relabeling: Table, WeightNet
+losses          the teacher's own losses: CrossEntropy, UDA
 """
 
 from metapl.problems.base import BilevelProblem, Problem, Signal

@@ -1,4 +1,4 @@
-"""The bilevel problem: two pure losses and what the teacher says about a batch."""
+"""The bilevel problem: two pure losses, and the teacher's signal about a batch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from metapl.numerics import wide
 
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]
-"""Of a signal: differentiable, or sampled."""
+"""The kind of a signal: differentiable, or sampled."""
 
 
 @dataclass(frozen=True)
 class Signal:
-    """What the teacher says about the inner batch; the tensors carry the teacher's graph.
+    """The teacher's signal about the inner batch; the tensors carry the teacher's graph.
 
     Args:
-        value: what the inner loss reads: class probabilities q (B, C), sampled classes (B,), weights of examples (B,),
-            corrected labels (B, C), ...
+        value: the input of the inner loss: class probabilities q (B, C), sampled classes (B,), weights of examples
+            (B,), corrected labels (B, C), ...
         log_prob: (B,), log p_i(value_i), where ``value`` was sampled; ``None`` where ``value`` is differentiable.
         probs: (B, C), the distribution that ``value`` was sampled from, where a mode may take the expectation over it;
             the inner loss must then accept a ``value`` of this shape as well, and be linear in it: the expected loss is
             the loss of the expected label (cross-entropy is; modes that rely on it check it).
-        outputs: (B, C), the teacher's outputs that the signal rests on, where teacher losses may use them again.
+        outputs: (B, C), the teacher's outputs that the signal was made from, for teacher losses that need them.
     """
 
     value: Tensor
@@ -38,7 +38,7 @@ class Signal:
     outputs: Tensor | None = None
 
     def differentiable(self) -> dict[str, Tensor]:
-        """The fields that an inner loss may have a derivative in, where nothing was sampled."""
+        """The fields that an inner loss may be differentiated with respect to; none if ``value`` was sampled."""
         if self.sampled:
             return {}
         fields = {"value": self.value, "probs": self.probs, "outputs": self.outputs}
@@ -50,21 +50,21 @@ class Signal:
         return self.log_prob is not None
 
     def chunks(self, parts: int) -> list[Signal]:
-        """The signal about each of so many micro-batches."""
+        """The signal about each of ``parts`` micro-batches."""
         if parts == 1:
             return [self]
         columns = {name: t.chunk(parts) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return [Signal(**{name: pieces[i] for name, pieces in columns.items()}) for i in range(parts)]
 
     def detached(self) -> Signal:
-        """The same signal without the teacher's graph: what the student and the estimators see."""
+        """The same signal without the teacher's graph, for the student and the estimators."""
         fields = {name: t.detach() for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **fields)
 
 
 def joined_signals(signals: Sequence[Signal]) -> Signal:
     """The signal about the union of micro-batches."""
-    columns = {name: [getattr(one, name) for one in signals] for name in vars(signals[0])}
+    columns = {name: [getattr(signal, name) for signal in signals] for name in vars(signals[0])}
     return Signal(**{name: joined(parts) for name, parts in columns.items() if parts[0] is not None})
 
 
@@ -75,27 +75,27 @@ class BilevelProblem(Protocol):
     .. math:: \min_{\theta_T} L(\theta'), \quad
               \theta' = U(\theta, \nabla_\theta \tfrac1B \sum_i \ell_i(S(x_u; \theta), \mathrm{signal}(\theta_T)))
 
-    Any object with these three methods is a problem; :class:`metapl.problems.Problem` has defaults for what else a
-    problem may say of itself.
+    Any object with these three methods is a problem; :class:`metapl.problems.Problem` has the optional methods, with
+    defaults.
     """
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
-        """What the teacher says about ``batch``; ``student_outputs`` (B, ...) carry no graph."""
+        """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached."""
         ...
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
-        """ℓ_i, shape (B,): the mean over the batch is taken in one place, by the inner step."""
+        """ℓ_i, shape (B,), without the mean over the batch, which metapl takes."""
         ...
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """L, a scalar, of the student's outputs on the labelled ``batch``."""
+        """L, a scalar, of the student's outputs on the labeled ``batch``."""
         ...
 
 
 class Problem(ABC):
-    """A :class:`BilevelProblem` with defaults for what else a problem may say of itself."""
+    """A :class:`BilevelProblem` with defaults for the optional methods."""
 
     teacher_classifies: ClassVar[bool] = False
     """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
@@ -115,30 +115,30 @@ class Problem(ABC):
         """As in :class:`BilevelProblem`."""
 
     def student_input(self, batch: Any) -> Any:
-        """What the student reads of an inner batch: a tensor or a dict itself, the first element of a tuple."""
+        """The student's input in an inner batch: a tensor or a dict itself, the first element of a tuple."""
         return first_input(batch)
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
-        """The problem with the kind of signal that a mode takes; ``labels`` are its kinds, its own choice first."""
+        """The problem with a kind of signal that the mode takes; ``labels`` are the mode's kinds, by preference."""
         return self
 
     def exact(self) -> Problem | None:
-        """The problem with a differentiable signal in the place of a sampled one, whose exact gradient other modes are
-        compared with; None: there is no such comparison."""
+        """The same problem with a differentiable signal, whose exact gradient other modes are compared with; None: no
+        such comparison."""
         return None
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:  # noqa: B027  # a default, not a duty
-        """Refuse, with a :class:`metapl.MetaplError`, batches that do not fit the student's outputs on the inner one;
-        called before anything moves."""
+        """Refuse, with a :class:`metapl.MetaplError`, batches that do not fit the student's outputs; called before
+        anything moves."""
 
     def default_teacher_losses(self, batch: Any) -> tuple[Any, ...]:
-        """The teacher's own losses on an inner batch, where the trainer was given none."""
+        """The teacher's own losses for an inner batch, used if the trainer was built without ``teacher_losses``."""
         return ()
 
     def columns(self, signal: Signal, outputs: Tensor) -> dict[str, Tensor]:
         """Scalars for the report of a step, from the signal and the student's outputs (B, ...).
 
-        Where the teacher's outputs are class logits of the student's shape: ``pseudo_label_confidence``,
+        If the teacher's outputs are class logits of the student's shape: ``pseudo_label_confidence``,
         ``pseudo_label_entropy`` (nats) and ``agreement`` (of the student's first class with the teacher's).
         """
         logits = signal.outputs
@@ -154,8 +154,8 @@ class Problem(ABC):
         }
 
     def counts(self, signal: Signal, outputs: Tensor) -> dict[str, list[int]]:
-        """Whole numbers for the report of a step; for class labels ``pseudo_label_classes``: how many of the batch the
-        teacher gave each class, drawn or most probable."""
+        """Whole numbers for the report of a step; for class labels ``pseudo_label_classes``: the number of examples of
+        each class by the teacher's labels, drawn or most probable."""
         logits = signal.outputs
         if logits is None or logits.shape != outputs.shape:
             return {}
@@ -164,12 +164,12 @@ class Problem(ABC):
 
 
 def as_problem(problem: BilevelProblem) -> Problem:
-    """The problem with all that :class:`Problem` has."""
+    """The problem with the optional methods of :class:`Problem`."""
     return problem if isinstance(problem, Problem) else _Completed(problem)
 
 
 class _Completed(Problem):
-    """An object with the three methods of a problem; what else it has of :class:`Problem` stands in for the default."""
+    """An object with the three methods of a problem; its other methods override the defaults of :class:`Problem`."""
 
     def __init__(self, given: BilevelProblem) -> None:
         self.given = given
@@ -195,6 +195,6 @@ class _Completed(Problem):
 
 
 def has_default_losses(problem: Problem) -> bool:
-    """Whether a problem makes a choice of the teacher's own losses."""
+    """Whether a problem has default teacher losses of its own."""
     own = problem.given if isinstance(problem, _Completed) else problem
     return getattr(type(own), "default_teacher_losses", None) not in (None, Problem.default_teacher_losses)

@@ -1,8 +1,8 @@
-"""What the problems of training on doubtful labels share: a student of classes, judged on labels that are trusted."""
+"""What the problems of training on noisy labels share: a student of classes, judged on trusted labels."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,40 +11,50 @@ from metapl import checks
 from metapl.errors import MetaplError
 from metapl.problems.base import Problem
 
-EXPECTED = {2: "(inputs, labels)", 3: "(inputs, labels, indices)"}
-
 
 class Classification(Problem):
-    """A student that returns class logits, and an outer batch (x, y) with labels that are trusted."""
+    """A student that returns class logits, and an outer batch (x, y) with trusted labels."""
+
+    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")
+    """The parts of an inner batch, by name."""
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean cross-entropy on the trusted labels."""
-        return F.cross_entropy(outputs, checks.within(batch[1], outputs.shape[1]))
+        return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse labels that are no classes of the student's outputs."""
+        """Refuse labels, of either batch, that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
         checks.class_labels(labeled[1], outputs.shape[1])
+        parts = self.parts_of(unlabeled)
+        if "labels" in parts:
+            checks.class_labels(parts["labels"], outputs.shape[1])
+
+    def parts_of(self, batch: Any) -> dict[str, Any]:
+        """The parts of an inner batch by name; refuse a batch with more or fewer."""
+        if not isinstance(batch, tuple | list) or len(batch) != len(self.inner_batch):
+            raise MetaplError(
+                f"the inner batch of {type(self).__name__} is {checks.described(batch)}; expected "
+                f"({', '.join(self.inner_batch)}) as unlabeled=."
+            )
+        return dict(zip(self.inner_batch, batch, strict=True))
 
 
-def parts_of(batch: Any, count: int, problem: Problem) -> tuple[Any, ...]:
-    """The parts of an inner batch, refused where there are more or fewer."""
-    if not isinstance(batch, tuple | list) or len(batch) != count:
-        raise MetaplError(
-            f"the inner batch of {type(problem).__name__} is {checks.described(batch)}; expected {EXPECTED[count]}: "
-            "give them as unlabeled=."
-        )
-    return tuple(batch)
+def check_rows(values: Tensor, outputs: Tensor, meaning: str, *shape: int) -> Tensor:
+    """What the teacher returned, refused if it does not have one row for each example.
 
-
-def one_each(values: Tensor, outputs: Tensor, what: str, *shape: int) -> Tensor:
-    """What the teacher returned, refused where it is not one for each example."""
+    Args:
+        values: the teacher's outputs.
+        outputs: the student's outputs, (B, C).
+        meaning: the name of the teacher's outputs in the error.
+        shape: of each row.
+    """
     expected = (len(outputs), *shape)
     if not isinstance(values, Tensor) or values.shape != expected:
-        raise MetaplError(f"the teacher returned {checks.described(values)}; expected {what} of shape {expected}.")
+        raise MetaplError(f"the teacher returned {checks.described(values)}; expected {meaning} of shape {expected}.")
     return values
 
 
-def losses_of(outputs: Tensor, labels: Tensor) -> Tensor:
+def example_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each example, (B,)."""
-    return F.cross_entropy(outputs, checks.within(labels, outputs.shape[1]), reduction="none")
+    return F.cross_entropy(outputs, checks.safe_labels(labels, outputs.shape[1]), reduction="none")

@@ -1,4 +1,4 @@
-"""The teacher's own losses, beside the feedback: values, each a scalar of the teacher's outputs."""
+"""The teacher's own losses, which are added to the feedback: frozen values, each a scalar of the teacher's outputs."""
 
 from __future__ import annotations
 
@@ -55,36 +55,35 @@ class CrossEntropy:
         probabilities = isinstance(labels, Tensor) and labels.shape == logits.shape
         if logits.ndim == 2 and not probabilities:
             checks.class_labels(labels, logits.shape[1])
-        labels = checks.within(labels, logits.shape[1])
+        labels = checks.safe_labels(labels, logits.shape[1])
         return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
 class UDA:
-    r"""Consistency: the strong view should get the weak view's (sharpened, confident) prediction.
+    r"""Consistency: the prediction on the strong view should equal the (sharpened, confident) one on the weak view.
 
     .. math:: \frac{\lambda_t}{B}\sum_i \mathbb 1[\max_k p_{ik} > \beta]\;
               \mathrm{CE}\big(\mathrm{sg}\ p_i^{1/\tau} / \textstyle\sum_k p_{ik}^{1/\tau},\ T(x_i^{strong})\big), \quad
               p = \mathrm{softmax}\,T(x)
 
     With ``align``, p_ik is first multiplied by (``prior``_k / its mean over the batch) to the power of ``align``, and
-    normalised again: the labels of a batch are then spread over the classes more like the prior than the network would
-    spread them.
+    normalized again, which moves the mean prediction of the batch towards the prior.
 
     Args:
-        temperature: τ, 0 or more; below 1 sharpens the target, 0 is the most probable class alone.
+        temperature: τ, 0 or more; below 1 sharpens the target; 0 is the one-hot target of the most probable class.
         threshold: β in [0, 1): examples whose greatest probability (at τ = 1) does not exceed it are left out.
         weight: λ.
-        ramp: steps over which λ_t grows linearly from 0 to λ; 0 is from the start.
-        start: steps before that; until then there is no pass, which makes these steps cheap.
-        align: the power, in [0, 1]: 0 leaves p as it is, 1 divides by the whole mean.
-        prior: shares of the C classes, each above 0, that ``align`` aims at; None: even ones.
+        ramp: the number of steps over which λ_t grows linearly from 0 to λ; 0: no ramp.
+        start: the step at which the ramp begins; before it, the loss is 0 and needs no pass of the teacher.
+        align: the power, in [0, 1]: 0 does not change p, 1 divides by the whole mean.
+        prior: the class shares that ``align`` moves towards, C numbers above 0; None: equal shares.
 
-    Needs: unlabelled batches that are pairs (weak, strong). The weak pass of the signal is used again; where there is
-    none, it is made here, without a graph.
+    Needs: unlabeled batches that are pairs (weak, strong). The teacher's outputs on the weak view come with
+    the signal; without them, they are computed here, without a graph.
     Source: Algorithm 1, line 7 (τ = 1, β = 0, λ = 1); the other settings as the authors' code has them. FixMatch is
     τ = 0 and β = 0.95 (arXiv:2001.07685, eq. 4); the alignment is ReMixMatch's (arXiv:1911.09785, section 3.1) with
-    the batch's own mean.
+    the mean of the batch.
 
     >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
     >>> UDA(align=1.0).target(logits)  # both look like the first class, so neither does
@@ -111,15 +110,15 @@ class UDA:
             raise MetaplError(f"{self}: expected a prior of shares above 0 that sum to 1.")
 
     def target(self, logits: Tensor) -> Tensor:
-        """(B, C) class probabilities that the strong view should get, 0 for examples that are left out.
+        """The target of the strong view: class probabilities (B, C), zeros for examples that are left out.
 
         Args:
             logits: (B, C), of the weak view.
         """
         log_p = F.log_softmax(logits, -1)
         if self.align:
-            # In logarithms: the mean of a class that is improbable in the whole batch would be rounded to 0. That of
-            # one that is impossible is 0, and stays out.
+            # In logarithms, because the mean of an improbable class would be rounded to 0. The mean of an impossible
+            # class is 0; such a class is not aligned.
             log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))
             log_ratio_C = self._log_prior(log_p) - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
             log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)
@@ -142,7 +141,7 @@ class UDA:
         pair = views(unlabeled)
         if len(pair) != 2:
             raise MetaplError(
-                "UDA was given one view of the unlabelled batch; expected unlabeled=(weak, strong), or teacher_losses "
+                "UDA was given one view of the unlabeled batch; expected unlabeled=(weak, strong), or teacher_losses "
                 "without UDA."
             )
         if step < self.start:
@@ -153,7 +152,7 @@ class UDA:
                 weak = checks.logits(teacher(pair[0]), "network")
         target = self.target(wide(weak.detach()))
         log_strong = F.log_softmax(wide(teacher(pair[1])), -1)
-        # A class that target and prediction both leave out has no loss, and 0 log 0 would be NaN.
+        # A class of probability 0 in both target and prediction has no loss; 0 log 0 would be NaN.
         losses = -(target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)).sum(-1)
         ramped = self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
         return ramped * losses.mean()
@@ -169,12 +168,12 @@ def sum_of_terms(
     step: int,
     kind: str = "loss",
 ) -> dict[str, Tensor]:
-    """The losses by name, each a scalar with the network's graph; those of one name are added.
+    """The losses by name, each a scalar with the network's graph; losses with the same name are added.
 
     Args:
-        network, losses: what is called.
+        network, losses: the network, and its losses.
         labeled, unlabeled, signal, step: see :class:`TeacherLoss`.
-        kind: what a loss is called in errors.
+        kind: the name of a loss in errors.
     """
     terms: dict[str, Tensor] = {}
     for loss in losses:
@@ -184,23 +183,23 @@ def sum_of_terms(
     return terms
 
 
-def teacher_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
-    """The losses of a sequence of them; anything else is refused.
+def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
+    """The losses as a tuple; refuse anything other than a sequence of losses.
 
     Args:
-        given: what the user gave.
-        name: of the argument that it came in.
+        given: the value of the user's argument.
+        name: the argument's name.
     """
     expected = "expected a tuple of losses, such as (metapl.CrossEntropy(), metapl.UDA())"
     if not isinstance(given, Sequence) or isinstance(given, str):
         kind = checks.described(given) if not isinstance(given, TeacherLoss) else f"{given!r} alone"
         raise MetaplError(f"{name} is {kind}; {expected}; with one loss, ({type(given).__name__}(),).")
-    for one in given:
-        if isinstance(one, type):
-            raise MetaplError(f"{name} holds the class {one.__name__}; {expected}: write {one.__name__}().")
-        if not isinstance(one, TeacherLoss):
+    for loss in given:
+        if isinstance(loss, type):
+            raise MetaplError(f"{name} holds the class {loss.__name__}; {expected}: write {loss.__name__}().")
+        if not isinstance(loss, TeacherLoss):
             raise MetaplError(
-                f"{name} holds something {checks.described(one)}; {expected}, or callables with a name "
+                f"{name} holds a value {checks.described(loss)}; {expected}, or callables with a name "
                 "(metapl.problems.losses.TeacherLoss)."
             )
     return tuple(given)
@@ -208,14 +207,14 @@ def teacher_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLos
 
 @lru_cache(maxsize=16)
 def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Kept, because a copy to a device makes the host wait.
+    # Cached, because a copy to a device makes the host wait.
     return torch.tensor(shares, dtype=dtype, device=device).log()
 
 
 def refuse_split_batches(losses: Sequence[TeacherLoss], accumulate: int) -> None:
-    """Refuse losses that look at a batch as a whole beside micro-batches, which would change them."""
+    """Refuse losses that are not means over examples together with micro-batches, which would change their value."""
     if accumulate > 1 and any(isinstance(loss, UDA) and loss.align for loss in losses):
         raise MetaplError(
-            f"accumulate={accumulate} takes a batch in parts, and UDA(align=...) aligns the labels of a whole one; "
-            "expected align=0 or accumulate=1."
+            f"accumulate={accumulate} splits a batch, and UDA(align=...) aligns the labels of a whole one; expected "
+            "align=0 or accumulate=1."
         )

@@ -20,21 +20,20 @@ from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 
 @dataclass(frozen=True)
 class PseudoLabels(Problem):
-    r"""The teacher labels the unlabelled batch; the student learns the labels and is judged on the labelled batch.
+    r"""The teacher labels the unlabeled batch; the student learns the labels and is judged on the labeled batch.
 
     .. math:: q = \mathrm{softmax}(T(x_u)/\tau), \quad
               \ell_i = \mathrm{CE}\big((1-\alpha)\,t_i + \alpha/C,\ S(x_u)_i\big), \quad
               L = \tfrac1{B_l}\sum_j \mathrm{CE}(y_j, S(x_l)_j)
 
-    with t = q (soft) or t = ŷ ~ q (hard). A batch of unlabelled inputs is one tensor, or a pair (weak, strong): the
+    with t = q (soft) or t = ŷ ~ q (hard). A batch of unlabeled inputs is one tensor, or a pair (weak, strong): the
     teacher labels the weak view and is fed back through that pass, the student learns the label on the strong view.
-    In the place of a tensor may be a dict of tensors; a tuple of them as well, but alone it is written ``(inputs,)``,
-    for a pair is two views.
+    Inputs may also be a dict of tensors, or a tuple of tensors, written ``(inputs,)``, since a pair is two views.
 
     Args:
-        kind: ``"soft"``, ``"hard"``, or ``None`` = what the mode needs.
-        temperature: τ, dimensionless; below 1 it sharpens q, from which hard labels are drawn too.
-        label_smoothing: α of the student's loss, never of the teacher's score term (which would bias it).
+        kind: ``"soft"``, ``"hard"``, or None for the kind that the mode takes.
+        temperature: τ; below 1 it sharpens q. Hard labels are drawn from the same q.
+        label_smoothing: α of the student's loss. The teacher's score term is not smoothed, which would bias it.
 
     Raises: :class:`metapl.MetaplError` for labels, views, lengths or class counts that do not fit.
 
@@ -59,7 +58,7 @@ class PseudoLabels(Problem):
             raise MetaplError(f"PseudoLabels(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> PseudoLabels:
-        """The problem with a kind of labels that a mode takes, its first choice where ``kind`` is None."""
+        """The problem with a kind of labels that a mode takes: ``kind``, or the mode's first choice."""
         if self.kind is None:
             return replace(self, kind=labels[0])
         if self.kind not in labels:
@@ -70,7 +69,7 @@ class PseudoLabels(Problem):
         return self
 
     def exact(self) -> PseudoLabels:
-        """With soft labels."""
+        """The same problem with soft labels."""
         return replace(self, kind="soft")
 
     def student_input(self, batch: Any) -> Any:
@@ -83,7 +82,7 @@ class PseudoLabels(Problem):
         return (supervised, UDA()) if len(views(batch)) == 2 else (supervised,)
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse labels that are no classes of the student's outputs."""
+        """Refuse labels that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
         checks.class_labels(labeled[1], outputs.shape[1])
 
@@ -97,7 +96,7 @@ class PseudoLabels(Problem):
         q = log_q.exp()
         if self.kind != "hard":
             return Signal(q, outputs=logits)
-        drawn = torch.multinomial(checks.drawable(q.detach()), 1, generator=generator)
+        drawn = torch.multinomial(checks.safe_probabilities(q.detach()), 1, generator=generator)
         return Signal(drawn.squeeze(-1), log_q.gather(-1, drawn).squeeze(-1), q, logits)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
@@ -105,5 +104,5 @@ class PseudoLabels(Problem):
         return F.cross_entropy(outputs, signal.value, reduction="none", label_smoothing=self.label_smoothing)
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Mean CE on the labelled batch."""
-        return F.cross_entropy(outputs, checks.within(batch[1], outputs.shape[1]))
+        """Mean CE on the labeled batch."""
+        return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))

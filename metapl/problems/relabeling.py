@@ -1,9 +1,9 @@
-"""Labels of training examples that are learned: a table of soft labels, a corrector, and a noise transition matrix."""
+"""Learned labels of training examples: a table of soft labels, a corrector, and a noise transition matrix."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from metapl import checks
 from metapl.errors import MetaplError
 from metapl.problems.base import Params, Signal
-from metapl.problems.classification import Classification, one_each, parts_of
+from metapl.problems.classification import Classification, check_rows
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,14 @@ class ExampleLabels(Classification):
     Source: Vyas, Saxena and Voice, "Learning soft labels via meta learning" (2020).
     """
 
+    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "indices")
+
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """q = softmax(t), (B, C)."""
-        _, index = parts_of(batch, 2, self)
-        classes = student_outputs.shape[1]
-        logits = one_each(teacher(index), student_outputs, "logits of a label per index,", classes)
+        classes, indices = student_outputs.shape[1], self.parts_of(batch)["indices"]
+        logits = check_rows(teacher(indices), student_outputs, "logits of a label per index,", classes)
         return Signal(logits.softmax(-1), outputs=logits)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
@@ -44,29 +45,24 @@ class ExampleLabels(Classification):
 
 @dataclass(frozen=True)
 class LabelCorrection(Classification):
-    r"""A corrector turns an input and its doubtful label into a distribution over labels.
+    r"""A corrector maps an input and its noisy label to a distribution over labels.
 
     .. math:: q_i = \mathrm{softmax}(T(x_i, y_i)), \qquad \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
 
-    An inner batch is (x, y) with doubtful labels, the outer one (x, y) with trusted ones. The teacher maps (x, y) to
+    An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher maps (x, y) to
     logits (B, C).
 
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
     """
 
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse labels, of either batch, that are no classes of the student's outputs."""
-        super().check(outputs, labeled, unlabeled)
-        checks.class_labels(parts_of(unlabeled, 2, self)[1], outputs.shape[1])
-
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """q = softmax(T(x, y)), (B, C)."""
-        x, y = parts_of(batch, 2, self)
-        classes = student_outputs.shape[1]
-        logits = one_each(teacher(x, y), student_outputs, "logits of a label per example,", classes)
+        classes, parts = student_outputs.shape[1], self.parts_of(batch)
+        logits = teacher(parts["inputs"], parts["labels"])
+        check_rows(logits, student_outputs, "logits of a label per example,", classes)
         return Signal(logits.softmax(-1), outputs=logits)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
@@ -76,24 +72,19 @@ class LabelCorrection(Classification):
 
 @dataclass(frozen=True)
 class NoiseTransition(Classification):
-    r"""The student learns the true label behind the doubtful one, by a matrix of how labels are mistaken.
+    r"""The student learns the true label behind the noisy one, through a matrix of label noise.
 
     .. math:: M_{jk} = \mathrm{softmax}(T)_{jk} = P(\text{given } k \mid \text{true } j), \qquad
               \ell_i = -\log \sum_j \mathrm{softmax}(S(x_i;\theta))_j\, M_{j y_i}
 
-    An inner batch is (x, y) with doubtful labels, the outer one (x, y) with trusted ones. The teacher takes no argument
+    An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher takes no argument
     and returns logits (C, C), whose rows become the distributions of the given label; ``Table(4 * torch.eye(C))``
-    begins near "no mistakes".
+    begins near the identity, "no noise".
 
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in Wang, Hu and Hu,
     "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).
     """
-
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse labels, of either batch, that are no classes of the student's outputs."""
-        super().check(outputs, labeled, unlabeled)
-        checks.class_labels(parts_of(unlabeled, 2, self)[1], outputs.shape[1])
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
@@ -103,12 +94,12 @@ class NoiseTransition(Classification):
         if not isinstance(logits, Tensor) or logits.shape != (classes, classes):
             raise MetaplError(
                 f"the teacher returned {checks.described(logits)}; expected logits of a transition matrix of shape "
-                f"{(classes, classes)}, without being given an argument."
+                f"{(classes, classes)} from a call without arguments."
             )
         return Signal(logits.softmax(-1))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """−log of the probability of the given label, (B,)."""
         # Column y_i of the matrix, in logarithms: (B, C).
-        log_mistaken = signal.value.T[checks.within(batch[1], outputs.shape[1])].clamp_min(1e-30).log()
-        return -(outputs.log_softmax(-1) + log_mistaken).logsumexp(-1)
+        log_M = signal.value.T[checks.safe_labels(batch[1], outputs.shape[1])].clamp_min(1e-30).log()
+        return -(outputs.log_softmax(-1) + log_M).logsumexp(-1)

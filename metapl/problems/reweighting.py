@@ -1,4 +1,4 @@
-r"""Weights of training examples that are learned: Meta-Weight-Net, and data hyper-cleaning.
+r"""Learned weights of training examples: Meta-Weight-Net, and data hyper-cleaning.
 
 Some labels of the inner batch are wrong; a few others are trusted. The student learns
 
@@ -6,20 +6,19 @@ Some labels of the inner batch are wrong; a few others are trusted. The student 
           h_i = -\frac{\partial L(\theta')}{\partial a_i}
           = -\frac1B \Big\langle \nabla_\theta \mathrm{CE}(y_i, S(x_i;\theta)), w \Big\rangle
 
-so the feedback on an example is large where its gradient points the way that the trusted labels ask for.
+so the feedback on an example is positive if a step on that example lowers the loss on the trusted labels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from metapl import checks
 from metapl.problems.base import Params, Signal
-from metapl.problems.classification import Classification, losses_of, one_each, parts_of
+from metapl.problems.classification import Classification, check_rows, example_losses
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class MetaWeightNet(Classification):
     .. math:: a_i = V(\mathrm{CE}(y_i, S(x_i;\theta)))
 
     An inner batch is (x, y), the outer one (x, y) with trusted labels. The teacher V maps losses (B,) to weights (B,);
-    :class:`WeightNet` is the paper's. The losses that it reads are constants: only their weighting is learned.
+    :class:`WeightNet` is the paper's. Its input losses are detached: no gradient flows through them.
 
     >>> import metapl
     >>> trainer = metapl.BilevelTrainer(WeightNet(), torch.nn.Linear(4, 3), "forward", problem=MetaWeightNet())
@@ -41,21 +40,16 @@ class MetaWeightNet(Classification):
     Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), its eqs. (1)-(4).
     """
 
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse labels, of either batch, that are no classes of the student's outputs."""
-        super().check(outputs, labeled, unlabeled)
-        checks.class_labels(parts_of(unlabeled, 2, self)[1], outputs.shape[1])
-
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """a = V(losses), (B,)."""
-        _, labels = parts_of(batch, 2, self)
-        return Signal(one_each(teacher(losses_of(student_outputs, labels)), student_outputs, "a weight per loss,"))
+        losses = example_losses(student_outputs, self.parts_of(batch)["labels"])
+        return Signal(check_rows(teacher(losses), student_outputs, "a weight per loss,"))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""
-        return signal.value * losses_of(outputs, batch[1])
+        return signal.value * example_losses(outputs, batch[1])
 
 
 @dataclass(frozen=True)
@@ -71,18 +65,15 @@ class ExampleWeights(Classification):
     Source: Franceschi et al., "Bilevel programming for hyperparameter optimization" (ICML 2018), data hyper-cleaning.
     """
 
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse labels, of either batch, that are no classes of the student's outputs."""
-        super().check(outputs, labeled, unlabeled)
-        checks.class_labels(parts_of(unlabeled, 3, self)[1], outputs.shape[1])
+    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels", "indices")
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """a = σ(t), (B,)."""
-        *_, index = parts_of(batch, 3, self)
-        return Signal(one_each(teacher(index), student_outputs, "a number per index,").sigmoid())
+        indices = self.parts_of(batch)["indices"]
+        return Signal(check_rows(teacher(indices), student_outputs, "a number per index,").sigmoid())
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""
-        return signal.value * losses_of(outputs, batch[1])
+        return signal.value * example_losses(outputs, batch[1])

@@ -1,4 +1,4 @@
-"""Teachers that are no networks on inputs: a table, and a function of losses."""
+"""Teachers that do not read inputs: a table with a row per example, and a function of losses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from metapl.errors import MetaplError
 
 
 class Table(nn.Module):
-    """Numbers that are learned, a row for each index; without an index, all of them.
+    """Learned numbers: the rows of the given indices, or all rows without an argument.
 
     Args:
-        initial: where they begin, (n, ...), floating point.
+        initial: the initial values, (n, ...), floating point.
 
     >>> Table(torch.zeros(5, 3))(torch.tensor([4, 0])).shape, Table(torch.zeros(5))().shape
     (torch.Size([2, 3]), torch.Size([5]))
@@ -33,15 +33,15 @@ class Table(nn.Module):
         if index is None:
             return self.values
         if index.is_floating_point() or index.dtype == torch.bool:
-            raise MetaplError(f"Table was asked for the rows {described(index)}; expected integers, index.long().")
+            raise MetaplError(f"the index of Table is {described(index)}; expected integers: index.long().")
         return self.values[index]
 
 
 class WeightNet(nn.Module):
-    """Losses (B,) to weights (B,) in (0, 1): a perceptron with one hidden layer, as Meta-Weight-Net has it.
+    """Losses (B,) to weights (B,) in (0, 1): the network of Meta-Weight-Net, with one hidden layer.
 
     Args:
-        hidden: units of the hidden layer.
+        hidden: the width of the hidden layer.
 
     >>> WeightNet()(torch.tensor([0.1, 2.0])).shape
     torch.Size([2])

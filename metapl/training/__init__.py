@@ -6,27 +6,28 @@ loss_trainer  one network on its own losses
 finetuning  a trained network on labeled batches alone
 base        what every trainer has: fit, evaluate, predict, save, load
 options     how a fit runs, with the schedule of the learning rates
-contract    what the loop asks of a trainer, and of the report of a step
-report      what a step saw
+contract    what the loop requires of a trainer
+report      the numbers of a step
 loop        the loop
 rates       the learning rates, moved by the schedule
-watch       numbers gone wrong, found without waiting for the device
-selection   validation, and the student that is kept
+watch       NaN and infinite numbers, detected without waiting for the device
+selection   validation, and the best student so far
 average     the moving average of the weights
-callbacks   what is called after each row
+callbacks   the user's functions, called after each recorded row
 records     rows, TensorBoard events and checkpoints
-stopping    Ctrl-C and SIGTERM, heard between steps
+stopping    Ctrl-C and SIGTERM, handled between steps
 progress    the bar
 
 Imports go down: trainer → loss_trainer, finetuning → base → loop → rates, watch, selection, callbacks, records →
-options, contract.
+options, contract → report.
 """
 
 from metapl.training.base import Trainer
 from metapl.training.callbacks import Callback, StopFit
-from metapl.training.contract import Report, Say
+from metapl.training.contract import Say
 from metapl.training.loop import FitResult
 from metapl.training.options import FitOptions
+from metapl.training.report import Report
 from metapl.training.stopping import Interrupted
 
 __all__ = ["Callback", "FitOptions", "FitResult", "Interrupted", "Report", "Say", "StopFit", "Trainer"]

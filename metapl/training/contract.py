@@ -1,51 +1,35 @@
-"""What the loop asks of a trainer, and of what its steps return."""
+"""What the loop requires of a trainer."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from metapl.checks import Fault
+from metapl.training.report import Report
 
 Say = Callable[[str], None]
-
-
-class Report(Protocol):
-    """What a step returns: numbers that stay on the device until they are read."""
-
-    @property
-    def fault(self) -> Fault: ...
-
-    @property
-    def scalars(self) -> dict[str, Tensor]: ...
-
-    def as_dict(self) -> dict[str, float]: ...
-
-    def counts(self) -> dict[str, list[int]]: ...
 
 
 class Stepwise(ABC):
     """A trainer that goes step by step, and whose state can be saved between any two."""
 
     student: nn.Module
+    """The network that is trained, evaluated and kept."""
+    teacher: nn.Module | None = None
+    """The network that makes the labels, where there is one."""
     device: torch.device
     lookahead: int = 1
-    """Unlabelled batches that the loop draws for a step; more than one are given as a :class:`metapl.Lookahead`."""
+    """Unlabeled batches that the loop draws for a step; more than one are given as a :class:`metapl.Lookahead`."""
 
     @property
-    def labeller(self) -> nn.Module | None:
-        """The teacher, where there is one."""
-        return None
-
-    @property
-    def labeller_classifies(self) -> bool:
-        """Whether the labeller maps a student's inputs to class logits, so that its accuracy can be measured."""
-        return self.labeller is not None
+    def teacher_classifies(self) -> bool:
+        """Whether the teacher maps a student's inputs to class logits, so that its accuracy can be measured."""
+        return self.teacher is not None
 
     @property
     @abstractmethod
@@ -57,19 +41,21 @@ class Stepwise(ABC):
         """One step."""
 
     def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
-        """One step of the teacher alone, while the student waits; called only where there is a :attr:`labeller`."""
+        """One step of the teacher alone, while the student waits; called only where there is a :attr:`teacher`."""
         raise NotImplementedError
 
     @abstractmethod
     def live_state(self) -> dict[str, Any]:
-        """Everything that decides the next step, but the data and the default generators; the tensors are those that
-        the next step moves."""
+        """Everything that decides the next step, except the data and the default generators.
+
+        The tensors are not copied: the next step changes them.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next step, but the data and the default generators.
+        """Everything that decides the next step, except the data and the default generators.
 
-        A snapshot: later steps leave it as it is, where the ``state_dict`` of a module or an optimizer of PyTorch goes
-        along with them. Cost: a copy of the weights and of the optimizers' states, where they are.
+        A snapshot: later steps do not change it, unlike the ``state_dict`` of a PyTorch module or optimizer, which
+        shares its tensors. Cost: a copy of the weights and of the optimizers' states on their device.
         """
         return copy.deepcopy(self.live_state())
 

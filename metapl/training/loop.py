@@ -19,11 +19,12 @@ from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.average import Average
 from metapl.training.callbacks import Callback, Callbacks
-from metapl.training.contract import Report, Say, Stepwise
+from metapl.training.contract import Say, Stepwise
 from metapl.training.options import FitOptions
 from metapl.training.progress import Progress, progress
 from metapl.training.rates import Rates
 from metapl.training.records import Records
+from metapl.training.report import Report
 from metapl.training.selection import Best, Selection, weights_of
 from metapl.training.stopping import Interrupted, stop_requests
 from metapl.training.watch import Watch
@@ -68,12 +69,12 @@ class FitRun:
         say: Say,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        if options.wait and trainer.labeller is None:
+        if options.wait and trainer.teacher is None:
             raise MetaplError(
                 f"wait={options.wait} was asked for, and a {type(trainer).__name__} has no teacher that could train "
                 "while its student waits; expected wait=0."
             )
-        if truth is not None and trainer.labeller is not None and not trainer.labeller_classifies:
+        if truth is not None and trainer.teacher is not None and not trainer.teacher_classifies:
             raise MetaplError(
                 "truth was given, to measure how many of the teacher's labels are right, and the problem's teacher "
                 "gives no class logits; leave truth out, or set teacher_classifies = True on the problem."
@@ -81,7 +82,7 @@ class FitRun:
         self.trainer, self.options, self.say = trainer, options, say
         self.shown = shown
         self.rates = Rates(trainer, options)
-        teacher = trainer.labeller
+        teacher = trainer.teacher
         if options.warm_start and teacher is not None:
             _refuse_other_shapes(trainer.student, teacher)
         self.average = self._average(trainer.student)
@@ -170,7 +171,7 @@ class FitRun:
         return row
 
     def _unlabeled(self, t: int) -> Any:
-        """What step t reads of the unlabelled source; the student that waits takes no steps to look ahead."""
+        """What step t reads of the unlabeled source; the student that waits takes no steps to look ahead."""
         source, several = self.feeds.get("unlabeled"), self.trainer.lookahead
         if source is None or several == 1 or self.options.waits(t):
             return None if source is None else source.next()
@@ -206,8 +207,8 @@ class FitRun:
             raise MetaplError(f"step {t + 1}: {error} ({self.records.last_good()})") from error
         if self.average is not None and not waits:
             self.average.update(self.trainer.student)
-        if self.teacher_average is not None and self.trainer.labeller is not None:
-            self.teacher_average.update(self.trainer.labeller)
+        if self.teacher_average is not None and self.trainer.teacher is not None:
+            self.teacher_average.update(self.trainer.teacher)
         return report
 
     def _warm_start(self) -> None:
@@ -229,8 +230,8 @@ class FitRun:
         """The accuracies on validation data after step t."""
         student = None if self.options.waits(t) else self._candidate()
         # A teacher that weighs examples, say, has no accuracy.
-        kept, labeller = self._kept_teacher(), self.trainer.labeller
-        teachers = (kept, labeller) if self.trainer.labeller_classifies else (None, None)
+        kept, labeler = self._kept_teacher(), self.trainer.teacher
+        teachers = (kept, labeler) if self.trainer.teacher_classifies else (None, None)
         self.seen = self.selection.look(student, *teachers, t + 1)
         return self.seen
 
@@ -240,7 +241,7 @@ class FitRun:
 
     def _kept_teacher(self) -> nn.Module | None:
         """What is validated and kept of the teacher: its average, or the teacher."""
-        return self.trainer.labeller if self.teacher_average is None else self.teacher_average.module
+        return self.trainer.teacher if self.teacher_average is None else self.teacher_average.module
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
@@ -302,7 +303,7 @@ class FitRun:
 
     def _finish(self) -> FitResult:
         """Put the student that is kept in place, and the teacher."""
-        teacher, taught = self.trainer.labeller, None
+        teacher, taught = self.trainer.teacher, None
         if teacher is not None:
             taught = weights_of(self._kept_teacher() or teacher)
             teacher.load_state_dict(taught)

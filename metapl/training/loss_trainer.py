@@ -15,7 +15,7 @@ from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard
 from metapl.problems.base import Signal
-from metapl.problems.losses import CrossEntropy, TeacherLoss, refuse_split_batches, sum_of_terms, teacher_losses
+from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, sum_of_terms
 from metapl.training import Trainer
 from metapl.training.report import Report, means
 
@@ -23,7 +23,7 @@ from metapl.training.report import Report, means
 class LossTrainer(Trainer):
     """Train one network on a sum of losses, with the same loop, checkpoints and selection as the bilevel trainer.
 
-    The same loss values serve as in the teacher's objective: ``(CrossEntropy(),)`` is supervised learning and, at a
+    The losses are those of the teacher's objective: ``(CrossEntropy(),)`` is supervised learning and, at a
     small learning rate, finetuning; ``(CrossEntropy(), UDA())`` is UDA.
 
     Args:
@@ -32,18 +32,18 @@ class LossTrainer(Trainer):
         optimizer: any ``torch.optim`` optimizer over the model's parameters.
         clip_norm: the greatest global norm of the gradient; None: no clipping.
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
-        accumulate: micro-batches that each batch is taken in, one after another: the same numbers (but for batch
-            statistics and dropout masks, which are a micro-batch's own) in about 1/accumulate of the memory.
+        accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
+            batch statistics and dropout masks, which are per micro-batch, in about 1/accumulate of the memory.
         compile: run the network through ``torch.compile``, as in :class:`~metapl.BilevelTrainer`.
 
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
 
     role: ClassVar[str] = "network"
-    """What the network is called in errors."""
+    """The name of the network in errors."""
     total: ClassVar[str] = "loss"
     prefix: ClassVar[str] = "loss"
-    """What the sum of the losses, and each of them, is called in reports."""
+    """The names of the sum of the losses and of each of them in reports."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class LossTrainer(Trainer):
     ) -> None:
         refuse_compiled(model=model)
         self.student = model
-        self.losses, self.optimizer = teacher_losses(losses, "losses"), optimizer
+        self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         if accumulate < 1:
@@ -68,21 +68,24 @@ class LossTrainer(Trainer):
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.compiled = CompiledPasses(*([model] if compile else []))
         self.steps_done = 0
-        self._moves = False  # whether it is known that the optimizer moves the network
+        self._optimizer_checked = False
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
         return [self.optimizer]
 
     def step(self, labeled: Any, unlabeled: Any = None) -> Report:
-        """One step on a labeled batch and, where a loss reads it, an unlabeled one; as in the bilevel trainer.
+        """One step on a labeled batch and, for losses that read one, an unlabeled batch.
+
+        Args:
+            labeled, unlabeled: as in :meth:`metapl.BilevelTrainer.step`.
 
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
-        if not self._moves:
+        if not self._optimizer_checked:
             checks.moves(self.optimizer, self.student)
-            self._moves = True
+            self._optimizer_checked = True
         with step_guard(self.student, optimizer=self.optimizer, device=self.device) as fault:
             checks.batches(labeled, () if unlabeled is None else (unlabeled,), self.device)
             batches = zip(
@@ -98,15 +101,14 @@ class LossTrainer(Trainer):
             return Report(self.steps_done - 1, means(parts), fault)
 
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
-        """The losses on a micro-batch, whose share of the gradient is added to what is there."""
-        # No signal was made: a loss that wants the weak view's outputs makes them.
-        nothing = Signal(torch.empty(0, device=self.device))
+        """The losses on a micro-batch; its share of the gradient is accumulated in ``.grad``."""
+        no_signal = Signal(torch.empty(0, device=self.device))  # a loss that needs the teacher's outputs computes them
         terms = sum_of_terms(
             self.student,
             self.losses_for(unlabeled),
             labeled=labeled,
             unlabeled=unlabeled,
-            signal=nothing,
+            signal=no_signal,
             step=self.steps_done,
             kind="teacher loss" if self.role == "teacher" else "loss",
         )
@@ -118,7 +120,7 @@ class LossTrainer(Trainer):
         return {self.total: loss.detach(), **named}
 
     def clip(self) -> None:
-        """Clip the gradient that is there, and refuse one that the optimizer cannot use."""
+        """Clip the gradient in ``.grad``, and refuse one that the optimizer cannot use."""
         checks.sparse_gradients(self.optimizer, self.student)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)

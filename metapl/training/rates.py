@@ -16,7 +16,7 @@ class Rates:
 
     def __init__(self, trainer: Stepwise, options: FitOptions) -> None:
         optimizers = trainer.schedulable
-        names = ("student_lr",) if trainer.labeller is None else ("student_lr", "teacher_lr")[-len(optimizers) :]
+        names = ("student_lr",) if trainer.teacher is None else ("student_lr", "teacher_lr")[-len(optimizers) :]
         self.options = options
         self.optimizers = dict(zip(names, optimizers, strict=True))
         self.base = {name: [group["lr"] for group in o.param_groups] for name, o in self.optimizers.items()}

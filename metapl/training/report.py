@@ -1,4 +1,4 @@
-"""What a step saw, and what is made of it."""
+"""The report of a step: its numbers, on the device until they are read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from metapl.problems.base import Problem, Signal
 
 @dataclass(frozen=True)
 class Report:
-    """What a step saw; numbers stay on the device until they are read: ``as_dict`` gives floats.
+    """The numbers of a step. They stay on the device until they are read: ``as_dict`` gives floats.
 
     Args:
         step: the step's number, from 0.
         scalars: by name.
-        fault: what was found wrong with the batch on the device; raised when the report is read.
+        fault: errors detected on the device; raised when the report is read.
     """
 
     step: int
@@ -27,14 +27,14 @@ class Report:
     fault: checks.Fault = field(default_factory=checks.Fault, repr=False)
 
     def as_dict(self) -> dict[str, float]:
-        """Every scalar, by one transfer."""
+        """Every scalar, in one transfer from the device."""
         self.fault.raise_if_found()
         tensors = self._tensors()
         values = torch.stack([t.detach().double().reshape(()) for t in tensors.values()]).tolist()
         return dict(zip(tensors, values, strict=True))
 
     def counts(self) -> dict[str, list[int]]:
-        """What was counted."""
+        """Whole numbers, a list for each name, such as the pseudo-labels of each class."""
         return {}
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport(Report):
-    """What one step of the bilevel trainer saw; an attribute or ``as_dict`` gives floats.
+    """The numbers of one step of the bilevel trainer; an attribute or ``as_dict`` gives floats.
 
     Args:
         feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a tensor, or a tuple
@@ -58,9 +58,9 @@ class StepReport(Report):
         scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it), ``teacher_loss`` (the sum
             of its own losses) and a ``teacher_<name>`` for each of these, ``feedback_ratio`` (the norm of the weighted
             feedback's gradient at the teacher's outputs over that of its own losses; NaN without these).
-        signal: what the teacher said about the last inner batch, without its graph.
+        signal: the teacher's signal about the last inner batch, without its graph.
         student_outputs: S(x_u; θ) on that batch.
-        problem: whose columns the report has.
+        problem: it gives the report its columns.
     """
 
     feedback: Tensor | tuple[Tensor, ...]
@@ -76,10 +76,10 @@ class StepReport(Report):
         return {**self.scalars, "feedback_mean": h.mean(), "feedback_std": h.std(correction=0), **columns}
 
     def counts(self) -> dict[str, list[int]]:
-        """The problem's."""
+        """The counts of the problem."""
         return self.problem.counts(self.signal, self.student_outputs)
 
 
 def means(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The scalars of a step from those of its micro-batches."""
+    """The scalars of a step: the means over its micro-batches."""
     return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}

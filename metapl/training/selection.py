@@ -71,13 +71,13 @@ class Selection:
             )
 
     def look(
-        self, student: nn.Module | None, teacher: nn.Module | None, labeller: nn.Module | None, step: int
+        self, student: nn.Module | None, teacher: nn.Module | None, labeler: nn.Module | None, step: int
     ) -> dict[str, float]:
         """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun.
 
         Args:
             student, teacher: the networks that are kept, such as the averages.
-            labeller: the network that makes the pseudo-labels.
+            labeler: the network that makes the pseudo-labels.
             step: number of steps done.
         """
         if self.validation is None:
@@ -90,8 +90,8 @@ class Selection:
                 self.best = Best(accuracy, step, weights_of(student))
         if teacher is not None:
             accuracies["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)[0]
-        if labeller is not None and self.truth is not None:
-            accuracies["pseudo_label_accuracy"] = self._accuracy(labeller, self.truth)[0]
+        if labeler is not None and self.truth is not None:
+            accuracies["pseudo_label_accuracy"] = self._accuracy(labeler, self.truth)[0]
         return accuracies
 
     def _accuracy(self, model: nn.Module, data: Any) -> tuple[float, int]:

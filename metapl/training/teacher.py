@@ -1,4 +1,4 @@
-"""The teacher's half of a step: it makes the signal, and learns from the feedback on it."""
+"""The teacher's half of a step: the signal, and the loss that it learns from."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from metapl.training.report import means
 
 
 @dataclass(frozen=True)
-class Weight:
+class FeedbackScale:
     """How much the feedback counts beside the teacher's own losses.
 
     Args:
-        value: a factor, where ``relative`` is False; else the norm that the feedback's gradient at the teacher's
-            outputs is given at every step, in units of that of the own losses.
+        value: the factor of the feedback; with ``relative``, the ratio of the norms of the gradients of the feedback
+            and of the own losses, at the teacher's outputs.
         relative: see ``value``.
     """
 
@@ -37,7 +37,7 @@ class Weight:
     relative: bool = False
 
     def factor(self, feedback: Tensor, own: Tensor) -> Tensor | float:
-        """What the feedback is multiplied with, from the two norms; both stay on the device."""
+        """The factor of the feedback, from the two norms, which stay on the device."""
         return self.value * own / feedback.clamp_min(1e-12) if self.relative else self.value
 
 
@@ -49,7 +49,7 @@ class TeacherLosses:
         feedback: weight·(−Σ h·signal), a scalar with the teacher's graph; a sum over the batch.
         own: the sum of the teacher's own losses, each a mean over its batch.
         scalars: ``teacher_loss`` = own, and ``teacher_<name>`` for each of them.
-        sizes: the norms of the gradients of both at the teacher's outputs.
+        sizes: the norms of the gradients of ``feedback`` and ``own`` at the teacher's outputs.
     """
 
     feedback: Tensor
@@ -58,34 +58,34 @@ class TeacherLosses:
     sizes: dict[str, Tensor]
 
     def without_graph(self) -> TeacherLosses:
-        """The numbers alone."""
+        """The same values, detached."""
         return replace(self, feedback=self.feedback.detach(), own=self.own.detach())
 
 
 def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int) -> dict[str, Tensor]:
-    """The scalars of a step from those of its micro-batches, and ``feedback_ratio``, NaN without own losses.
+    """The scalars of a step: means over its micro-batches, and ``feedback_ratio``, NaN without own losses.
 
     Args:
-        objectives: of all inner batches; the last ``parts`` of them hold the own losses, means over micro-batches,
-            where the feedback is a sum.
-        parts: micro-batches a batch.
+        objectives: of the micro-batches of all inner batches. The last ``parts`` of them hold the own losses. These are
+            means over a micro-batch; the feedback is a sum.
+        parts: the number of micro-batches in a batch.
     """
     last = objectives[-parts:]
-    feedback = torch.stack([one.sizes["feedback"] for one in objectives]).norm()
-    own = torch.stack([one.sizes["own"] for one in last]).norm() / parts
+    feedback = torch.stack([objective.sizes["feedback"] for objective in objectives]).norm()
+    own = torch.stack([objective.sizes["own"] for objective in last]).norm() / parts
     ratio = torch.where(own > 0, feedback / own, torch.nan)
-    return {**means([one.scalars for one in last]), "feedback_ratio": ratio}
+    return {**means([objective.scalars for objective in last]), "feedback_ratio": ratio}
 
 
 class TeacherStep:
-    """The teacher's passes of one step, all at θ_T from before it.
+    """The teacher's passes on one inner batch, all at θ_T from before the step.
 
     Args:
         teacher, problem: as in the trainer.
         unlabeled: the inner batch.
-        student_outputs: S(x_u; θ_S), without a graph, which the signal may depend on.
+        student_outputs: S(x_u; θ_S), detached; the signal may depend on them.
         generator: for drawing labels.
-        recompute: make the signal without a graph first, and again with one at the end.
+        recompute: make the signal without a graph first, and once more with a graph for the loss.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class TeacherStep:
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
         self._random = RandomState.now(student_outputs.device)
         self._buffers = copies(Slots(teacher).all_buffers) if recompute else []
-        self._drawn_from = None if generator is None else generator.get_state()
+        self._generator_state = None if generator is None else generator.get_state()
         self._outputs: list[Tensor] = []
 
     def signal(self) -> Signal:
-        """Algorithm 1, line 2; with the teacher's graph, unless that is recomputed."""
+        """Algorithm 1, line 2: ŷ_u ~ T(x_u), with the teacher's graph unless that is recomputed later."""
         if self.recompute:
             with torch.no_grad(), no_fast_path(), checkpoints_without_reentry():
                 self._signal = self._make_signal()
@@ -115,12 +115,12 @@ class TeacherStep:
         return self._signal
 
     def loss(
-        self, feedback: Feedback, weight: Weight, losses: Sequence[TeacherLoss], labeled: Any, step: int
+        self, feedback: Feedback, scale: FeedbackScale, losses: Sequence[TeacherLoss], labeled: Any, step: int
     ) -> TeacherLosses:
-        """Algorithm 1, lines 5-7: weight·(−Σ h·signal) and Σ own losses."""
+        """Algorithm 1, lines 5-7: scale·(−Σ h·signal) and Σ own losses."""
         with self._recording():
             if self.recompute:
-                self._signal = self._signal_again()
+                self._signal = self._recomputed_signal()
             terms = sum_of_terms(
                 self.teacher,
                 losses,
@@ -136,10 +136,10 @@ class TeacherStep:
         scalars = {name: value.detach() for name, value in own.items()}
         scalars["teacher_loss"] = from_own.detach()
         sizes = {"feedback": self._size(from_feedback), "own": self._size(from_own)}
-        if weight.relative:
+        if scale.relative:
             self._refuse_bypass(from_feedback, "the signal")
             self._refuse_bypass(from_own, "a teacher loss")
-        factor = weight.factor(sizes["feedback"], sizes["own"])
+        factor = scale.factor(sizes["feedback"], sizes["own"])
         sizes["feedback"] = factor * sizes["feedback"]
         return TeacherLosses(factor * from_feedback, from_own, scalars, sizes)
 
@@ -147,33 +147,33 @@ class TeacherStep:
         with inputs_unchanged(self.unlabeled, "teacher"):
             return self.problem.signal(self.teacher, self.unlabeled, self.student_outputs, generator=self.generator)
 
-    def _signal_again(self) -> Signal:
-        """The same signal with a graph: same masks, same draws, same buffers; all of these have moved on already."""
-        own_draws = _replayed_generator(self.generator, self._drawn_from)
-        with replayed(self._random), own_draws, buffers_aside(self.teacher, self._buffers):
-            again = self._make_signal()
-        part = "value" if again.outputs is None else "outputs"
-        check_recomputed(getattr(again, part).detach(), getattr(self._signal, part))
-        return again
+    def _recomputed_signal(self) -> Signal:
+        """The same signal with a graph: from the masks, draws and buffers of the first pass."""
+        label_draws = _replayed_generator(self.generator, self._generator_state)
+        with replayed(self._random), label_draws, buffers_aside(self.teacher, self._buffers):
+            signal = self._make_signal()
+        name = "value" if signal.outputs is None else "outputs"
+        check_recomputed(getattr(signal, name).detach(), getattr(self._signal, name))
+        return signal
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        """Note every output of the teacher, where the parts of its objective can be weighed against each other."""
+        """Collect the outputs of the teacher in this block: the gradients of its losses are measured at these."""
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
+        def collect(module: nn.Module, args: Any, output: Any) -> None:
             tensors = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
             self._outputs.extend(t for t in tensors if t.requires_grad)
 
-        handle = self.teacher.register_forward_hook(note)
+        handle = self.teacher.register_forward_hook(collect)
         try:
             yield
         finally:
             handle.remove()
 
     def _size(self, loss: Tensor) -> Tensor:
-        """‖∂loss/∂(all outputs of the teacher)‖: a look at the head alone, the networks' graphs stay.
+        """‖∂loss/∂(all outputs of the teacher)‖; cost: a backward pass through the head only.
 
-        NaN where the loss reaches the teacher's weights past these outputs too, so that they do not tell its size.
+        NaN if the loss also depends on the teacher's weights other than through these outputs.
         """
         if not loss.requires_grad:
             return loss.new_zeros(())
@@ -185,16 +185,16 @@ class TeacherStep:
         norms = [g.float().norm() for g in grads if g is not None]
         return torch.stack(norms).norm() if norms else loss.new_zeros(())
 
-    def _refuse_bypass(self, loss: Tensor, what: str) -> None:
+    def _refuse_bypass(self, loss: Tensor, name: str) -> None:
         if loss.requires_grad and self._bypasses(loss):
             raise MetaplError(
-                f"feedback_ratio is measured at what the teacher's forward returns, and {what} reaches the teacher's "
-                "weights by another way, such as a method of its own or an output that is no tensor, tuple or dict; "
-                "let forward return it, or use feedback_weight."
+                f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends on the "
+                "teacher's weights in another way, such as through another method or an output that is not a tensor, "
+                "tuple or dict. Let forward return what it depends on, or use feedback_weight."
             )
 
     def _bypasses(self, loss: Tensor) -> bool:
-        """Whether a path of the graph leads from the loss to a weight of the teacher past the outputs noted."""
+        """Whether the loss depends on a weight of the teacher other than through the collected outputs."""
         weights = {id(p) for p in self.teacher.parameters()}
         seen: set[tuple[Node | None, int]] = {(t.grad_fn, t.output_nr) for t in self._outputs}
         edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
@@ -211,7 +211,7 @@ class TeacherStep:
 
 @contextmanager
 def _replayed_generator(generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
-    """Draw again from ``state`` on; afterwards the generator is as it was before."""
+    """Draw from ``state`` in this block; afterwards the generator is as it was before."""
     if generator is None or state is None:
         yield
         return

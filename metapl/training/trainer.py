@@ -19,16 +19,15 @@ from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, Path, inner_batches, plain_inner
-from metapl.hypergradient import Hypergradient, hypergradient, look_ahead, prepare, refuse_several
+from metapl.hypergradient import Hypergradient, check_steps, hypergradient, look_ahead, prepare
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
-from metapl.problems.losses import TeacherLoss, refuse_split_batches
-from metapl.problems.losses import teacher_losses as checked_losses
+from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches
 from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.report import Report, StepReport
-from metapl.training.teacher import TeacherLosses, TeacherStep, Weight, teacher_scalars
-from metapl.updates import Clipped, held, refuse_not_held, update_of
+from metapl.training.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
+from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
 
 
 class BilevelTrainer(Trainer):
@@ -45,35 +44,33 @@ class BilevelTrainer(Trainer):
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
         outer_optimizer: the teacher's: any ``torch.optim`` optimizer over the teacher's parameters. Both default to
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``.
-        teacher_losses: the teacher's own losses; ``None`` is the problem's choice: for pseudo-labels
-            ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` where the unlabeled batch has two views; for a problem
-            that makes no choice, none. ``()`` is none.
+        teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
+            are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the unlabeled batch has two views.
         feedback_weight: λ. At 1 the teacher descends the true gradient of the labeled loss after one student step,
-            whose size goes with the student's learning rate. Much more than that is dangerous: teacher and student
-            then chase each other's class frequencies and may collapse onto one class (on the digits 10 hurts and 50
-            collapses, benchmarks/feedback_size.py). ``StepReport.feedback_ratio`` tells how it compares with the
-            teacher's own losses.
-        feedback_ratio: instead of a weight: scale the feedback at every step so that its gradient at the teacher's
-            outputs has this norm in units of that of the teacher's own losses. The direction within a step is that of
-            the mode; its size no longer dies with the learning rate, nor does it explode.
-        recompute_teacher: run the teacher's pass on the unlabeled batch without a graph first and build it again at
-            the end (same dropout masks and statistics): one teacher forward pass more, one graph less in memory.
-        generator: for drawing labels; without it the default one.
-        clip_norm: the greatest global norm of either network's gradient; the student's clip is part of its update, so
-            the feedback goes through its derivative. None: no clipping.
-        accumulate: micro-batches that each batch is taken in, one after another: the same numbers (but for batch
-            statistics and dropout masks, which are a micro-batch's own) in about 1/accumulate of the memory, for one
-            teacher pass more.
+            which is proportional to the student's learning rate. A much larger weight is dangerous: teacher and student
+            then follow each other's class frequencies and may collapse onto one class (docs/modes.md has
+            measurements). ``StepReport.feedback_ratio`` compares the feedback with the teacher's own losses.
+        feedback_ratio: an alternative to the weight: at every step, scale the feedback so that the norm of its gradient
+            at the teacher's outputs is this multiple of the norm of the own losses' gradient. The direction within a
+            step is that of the mode; the size no longer depends on the student's learning rate.
+        recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with a graph at
+            the end (same dropout masks and statistics). Cost: one more teacher forward pass, one graph less in memory.
+        generator: for drawing labels; default: the default generator of the device.
+        clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
+            of its update, so the feedback includes its derivative.
+        accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
+            batch statistics and dropout masks, which are per micro-batch. Cost: one more teacher forward pass, for
+            about 1/accumulate of the memory.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
-        lookahead: student steps that the feedback looks ahead: :meth:`fit` draws so many unlabelled batches a step,
-            lets the student take a step on each, and the teacher one on the feedback about all. For ``forward``,
-            ``unrolled`` and ``none``. :meth:`step` takes any :class:`metapl.Lookahead`, whatever this is.
-        compile: run the networks' passes, forward and backward, through ``torch.compile``: the same numbers to
-            rounding, dropout masks included (the first passes that draw are compared with plain ones). Plain are the
-            forward-mode pass of ``forward`` and ``reinforce_per_example``, all of the student's under ``unrolled``, and
-            what is no part of a step, such as validation. The networks stay plain modules. Each kind of pass is
-            compiled when it first meets a shape of batch, about a minute in all for WRN-28-2 on a CPU; so let batches
-            have one size.
+        lookahead: the number of student steps that the feedback looks ahead: :meth:`fit` draws this many unlabeled
+            batches per step, the student takes a step on each of them, and the teacher takes one step on the feedback
+            on all of them. For ``forward``, ``unrolled`` and ``none``. :meth:`step` takes a :class:`metapl.Lookahead`
+            of any length.
+        compile: run the networks' passes, forward and backward, through ``torch.compile``. The numbers are the same to
+            rounding, dropout masks included (the first passes that draw are compared with eager ones). These passes
+            stay eager: the forward-mode pass of ``forward`` and ``reinforce_per_example``, the student's passes under
+            ``unrolled``, and everything outside a step, such as validation. The networks stay plain modules. Each kind
+            of pass is compiled when it first meets a batch shape, so batches should have one size.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -85,6 +82,8 @@ class BilevelTrainer(Trainer):
     Raises: :class:`metapl.MetaplError` before anything moves.
     Source: Meta Pseudo Labels, Algorithm 1.
     """
+
+    teacher: nn.Module
 
     def __init__(
         self,
@@ -128,7 +127,7 @@ class BilevelTrainer(Trainer):
             )
         if not isinstance(lookahead, int) or lookahead < 1:
             raise MetaplError(f"lookahead={lookahead!r}: expected a number of student steps, 1 or more.")
-        refuse_several(self.mode, lookahead)
+        check_steps(self.mode, lookahead)
         if lookahead > 1 and feedback_ratio is not None:
             raise MetaplError(
                 f"feedback_ratio is measured on one inner batch and does not go with lookahead={lookahead}; use "
@@ -138,9 +137,9 @@ class BilevelTrainer(Trainer):
         self.lookahead = lookahead
         self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
         _check_outer(self.outer_optimizer, teacher)
-        self.teacher_losses = None if teacher_losses is None else checked_losses(teacher_losses)
+        self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         refuse_split_batches(self.teacher_losses or (), accumulate)
-        self._alone = _TeacherAlone(self)
+        self._teacher_trainer = _TeacherTrainer(self)
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         if feedback_ratio is not None:
             self._check_ratio(feedback_ratio)
@@ -148,48 +147,46 @@ class BilevelTrainer(Trainer):
         self.generator = generator
         self.mode_state = self.mode.init()
         self.steps_done = 0
-        self._seen_a_signal = False
+        self._derivatives_checked = False
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
-        """One step of Algorithm 1 on a labeled batch (x_l, y_l) and an unlabeled one, x_u or (weak, strong).
+        """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
-        In the place of a tensor of inputs may be a dict or a tuple of tensors; a dict that also holds the labels, under
-        ``labels``, is a labeled batch. The networks get it as one argument; see :class:`metapl.models.Logits` for
-        those that take several. A :class:`metapl.Lookahead` of K unlabeled batches lets the student take K steps, and
-        the teacher one on the feedback about all of them; its own losses read the last.
+        Args:
+            labeled: (x_l, y_l). The inputs may also be a dict or a tuple of tensors, which the networks get as one
+                argument (:class:`metapl.models.Logits` spreads it over several). A dict that also holds the labels,
+                under ``labels``, is such a pair.
+            unlabeled: x_u, or (weak, strong), with inputs of the same kinds; or a :class:`metapl.Lookahead` of K such
+                batches. The student then takes K steps, and the teacher takes one on the feedback on all of them; its
+                own losses read the last batch.
+
+        Returns: a :class:`metapl.StepReport`.
+
+        Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = labeled_pair(labeled), plain_inner(unlabeled)
         with self._guard(labeled, unlabeled) as fault:
             with self._autocast(), self.compiled():
-                path, lessons = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g_u)
+                path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                 with casts_explained(self.mode.name):
                     feedback, mode_state = self.mode.feedback(path, self.mode_state)  # line 4: h
-                objectives = self._teacher_backward(lessons, feedback, labeled)  # lines 5-7: −Σ h·signal, own losses
-            self._alone.clip()
-            path.commit()  # line 3; where the student's optimizer fails, the teacher has not moved
-            self.outer_optimizer.step()  # line 8
+                objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
+            self._teacher_trainer.clip()
+            path.commit()  # line 3; before the teacher moves, so that a failing student optimizer leaves it in place
+            self.outer_optimizer.step()  # line 8: θ_T′
             self.mode_state = mode_state
             self.steps_done += 1
-            h = tuple(one.h.detach() for one in feedback)
-            scalars = {"inner_loss": path.inner_loss, **path.known_outer_loss()}
-            return StepReport(
-                self.steps_done - 1,
-                scalars | teacher_scalars(objectives, self.accumulate),
-                fault,
-                feedback=h if isinstance(unlabeled, Lookahead) else h[0],
-                signal=path.steps[-1].signal,
-                student_outputs=path.steps[-1].outputs,
-                problem=self.problem,
-            )
+            return self._report(path, feedback, objectives, unlabeled, fault)
 
     def _look_ahead(self, labeled: Any, unlabeled: Any) -> tuple[Path, list[TeacherStep]]:
-        """The student's steps, and the teacher's passes that they learned from, one a micro-batch."""
-        lessons: list[TeacherStep] = []
+        """The student's steps, and the teacher's passes that made their signals, one for each micro-batch."""
+        teacher_steps: list[TeacherStep] = []
 
         def teach(batch: Any, outputs: Tensor) -> Signal:
-            recomputes = self.recompute_teacher or self.accumulate > 1  # all graphs together are what does not fit
-            lessons.append(TeacherStep(self.teacher, self.problem, batch, outputs, self.generator, recomputes))
-            return lessons[-1].signal()
+            recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all micro-batches would not fit
+            step = TeacherStep(self.teacher, self.problem, batch, outputs, self.generator, recompute)
+            teacher_steps.append(step)
+            return step.signal()
 
         self.inner.follow(trainable(self.student))
         path = look_ahead(
@@ -201,25 +198,25 @@ class BilevelTrainer(Trainer):
             unlabeled=unlabeled,
             teach=teach,
             parts=self.accumulate,
-            thorough=not self._seen_a_signal,
+            check_derivatives=not self._derivatives_checked,
         )
-        self._seen_a_signal = True
-        return path, lessons
+        self._derivatives_checked = True
+        return path, teacher_steps
 
     def _teacher_backward(
-        self, lessons: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
+        self, teacher_steps: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
     ) -> list[TeacherLosses]:
         """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
         parts = self.accumulate
-        for found in feedback:
-            found.check_finite()
-        pieces = [piece for found in feedback for piece in found.chunks(parts)]
-        labels = micro_batches(labeled, parts, "labeled")
+        for step_feedback in feedback:
+            step_feedback.check_finite()
+        chunks = [chunk for step_feedback in feedback for chunk in step_feedback.chunks(parts)]
+        labeled_parts = micro_batches(labeled, parts, "labeled")
         objectives = []
-        for i, (lesson, h) in enumerate(zip(lessons, pieces, strict=True)):
-            last = i >= len(lessons) - parts
-            losses = self._alone.losses_for(lesson.unlabeled) if last else ()
-            objective = lesson.loss(h, self._weight, losses, labels[i % parts], self.steps_done)
+        for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
+            in_last_batch = i >= len(teacher_steps) - parts
+            losses = self._teacher_trainer.losses_for(step.unlabeled) if in_last_batch else ()
+            objective = step.loss(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done)
             checks.learns(objective.own, "teacher")
             loss = objective.feedback + objective.own / parts
             if loss.requires_grad:
@@ -227,31 +224,54 @@ class BilevelTrainer(Trainer):
             objectives.append(objective.without_graph())
         return objectives
 
+    def _report(
+        self,
+        path: Path,
+        feedback: Sequence[Feedback],
+        objectives: Sequence[TeacherLosses],
+        unlabeled: Any,
+        fault: checks.Fault,
+    ) -> StepReport:
+        h = tuple(step_feedback.h.detach() for step_feedback in feedback)
+        scalars = {"inner_loss": path.inner_loss, **path.known_outer_loss()}
+        return StepReport(
+            self.steps_done - 1,
+            scalars | teacher_scalars(objectives, self.accumulate),
+            fault,
+            feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+            signal=path.steps[-1].signal,
+            student_outputs=path.steps[-1].outputs,
+            problem=self.problem,
+        )
+
     def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
         """One step of the teacher alone, while the student waits: lines 6-8 of Algorithm 1, on the batches of a step.
 
-        Its losses are given no signal: those that want the outputs on the weak view make them, as :class:`metapl.UDA`
-        does. ``steps_done`` counts on.
+        Its losses get no signal: a loss that needs the outputs on the weak view computes them, as :class:`metapl.UDA`
+        does. ``steps_done`` increases by one.
 
-        Cost: no pass of the student, whose weights, statistics and optimizer stay as they are. The default generators
-        advance by the teacher's dropout masks alone, ``generator`` not at all.
+        Cost: the teacher's passes only. The student's weights, statistics and optimizer do not change. The default
+        generators advance by the teacher's dropout masks only, ``generator`` not at all.
 
         Returns: a report with ``teacher_loss`` and a ``teacher_<name>`` per term.
 
         Raises: :class:`metapl.MetaplError` before anything moves: the batches are wrong, or there are no losses.
         """
         if not self._has_losses:
-            raise MetaplError("teacher_losses=() leaves the teacher nothing to learn from alone; expected wait=0.")
-        self._alone.steps_done = self.steps_done
-        report = self._alone.step(labeled, unlabeled)
+            raise MetaplError(
+                "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback; "
+                "expected teacher losses, or wait=0."
+            )
+        self._teacher_trainer.steps_done = self.steps_done
+        report = self._teacher_trainer.step(labeled, unlabeled)
         self.steps_done += 1
         return report
 
     @property
-    def _weight(self) -> Weight:
+    def _feedback_scale(self) -> FeedbackScale:
         if self.feedback_ratio is None:
-            return Weight(self.feedback_weight)
-        return Weight(self.feedback_ratio, relative=True)
+            return FeedbackScale(self.feedback_weight)
+        return FeedbackScale(self.feedback_ratio, relative=True)
 
     def _check_ratio(self, ratio: float) -> None:
         if not ratio >= 0:
@@ -260,8 +280,8 @@ class BilevelTrainer(Trainer):
             raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
         if not self._has_losses:
             raise MetaplError(
-                "feedback_ratio needs teacher losses to measure by, and there are none: teacher_losses=(), or the "
-                "default of a problem that has no default_teacher_losses."
+                "feedback_ratio was given, and there are no teacher losses to measure the feedback by; expected "
+                "teacher_losses=(...), or feedback_weight instead."
             )
         if self.accumulate > 1:
             raise MetaplError(
@@ -275,18 +295,13 @@ class BilevelTrainer(Trainer):
         return has_default_losses(self.problem) if given is None else bool(given)
 
     @property
-    def labeller(self) -> nn.Module:
-        """The teacher."""
-        return self.teacher
-
-    @property
-    def labeller_classifies(self) -> bool:
+    def teacher_classifies(self) -> bool:
         """As the problem says."""
         return self.problem.teacher_classifies
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
-        """The student's and the teacher's optimizer; a TorchOpt transform brings its own schedule."""
+        """The student's and the teacher's optimizer; a TorchOpt transform has a schedule of its own."""
         return [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
 
     def live_state(self) -> dict[str, Any]:
@@ -317,7 +332,7 @@ class BilevelTrainer(Trainer):
             )
         self.teacher.load_state_dict(state["teacher"])
         self.student.load_state_dict(state["student"])
-        # An optimizer goes on in the tensors that it is given, and these are the caller's.
+        # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
         self.inner.load_state_dict(copy.deepcopy(state["inner"]))
         self.outer_optimizer.load_state_dict(copy.deepcopy(state["outer"]))
         self.mode_state = dict(state["mode_state"])
@@ -394,13 +409,13 @@ class BilevelTrainer(Trainer):
 
     @contextmanager
     def _guard(self, labeled: Any, unlabeled: Any) -> Iterator[checks.Fault]:
-        """Check the batches; where the step is refused or fails, everything is left as it was."""
+        """Check the batches; if the step is refused or fails, restore everything."""
         networks = self.teacher, self.student
         with step_guard(
             *networks, optimizer=self.outer_optimizer, device=self.device, generator=self.generator
         ) as fault:
             checks.batches(labeled, inner_batches(unlabeled), self.device)
-            refuse_not_held("outer_optimizer", self.outer_optimizer, trainable(self.teacher), "teacher")
+            refuse_missing("outer_optimizer", self.outer_optimizer, trainable(self.teacher), "teacher")
             if self.feedback_ratio is not None and len(inner_batches(unlabeled)) > 1:
                 raise MetaplError(
                     "feedback_ratio is measured on one inner batch, and a Lookahead of "
@@ -409,8 +424,8 @@ class BilevelTrainer(Trainer):
             yield fault
 
 
-class _TeacherAlone(LossTrainer):
-    """The teacher on its own losses, which may be the problem's choice for a batch."""
+class _TeacherTrainer(LossTrainer):
+    """The teacher on its own losses, which may be the problem's default for a batch."""
 
     role = "teacher"
     total = "teacher_loss"
@@ -441,9 +456,9 @@ def _check_outer(optimizer: Any, teacher: nn.Module) -> None:
             f"outer_optimizer is {checks.described(optimizer)}; expected a torch.optim optimizer over "
             "teacher.parameters()."
         )
-    refuse_not_held("outer_optimizer", optimizer, trainable(teacher), "teacher")
+    refuse_missing("outer_optimizer", optimizer, trainable(teacher), "teacher")
     own = {id(p) for p in teacher.parameters()}
-    if any(id(p) not in own for p in held(optimizer)):
+    if any(id(p) not in own for p in parameters_of(optimizer)):
         raise MetaplError(
             "outer_optimizer holds tensors that are not the teacher's; build it from teacher.parameters()."
         )

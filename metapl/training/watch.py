@@ -10,7 +10,8 @@ from torch import nn
 
 from metapl.checks import Fault
 from metapl.errors import MetaplError
-from metapl.training.contract import Report, Stepwise
+from metapl.training.contract import Stepwise
+from metapl.training.report import Report
 
 
 class Watch:
@@ -31,7 +32,7 @@ class Watch:
         bad = ~torch.isfinite(torch.stack(losses)).all()
         here = torch.where(bad, torch.full_like(self.first_bad, t + 1), torch.full_like(self.first_bad, torch.inf))
         self.first_bad = torch.minimum(self.first_bad, here)
-        if report.fault.found:
+        if report.fault.findings:
             self.faults.append((t, report.fault))
 
     def refuse(self, t: int, last_good: str) -> None:
@@ -47,7 +48,7 @@ class Watch:
         first = float(self.first_bad)
         if math.isfinite(first):
             what = f"a loss was NaN or infinite at step {int(first)}"
-        elif not _all_finite([self.trainer.student, self.trainer.labeller]):
+        elif not _all_finite([self.trainer.student, self.trainer.teacher]):
             what = f"weights were NaN or infinite after step {t + 1}, and the losses were not yet"
         else:
             return

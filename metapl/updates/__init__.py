@@ -1,4 +1,4 @@
-"""The student's update as a function, one optimizer a file; :func:`update_of` finds the one for an optimizer."""
+"""The student's update as a function, one file per optimizer; :func:`update_of` selects the one for an optimizer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from metapl.updates.adam import Adam
 from metapl.updates.base import Cotangents, Parameters, Update, described
 from metapl.updates.clip import Clipped
 from metapl.updates.sgd import SGD
-from metapl.updates.torch_optim import TorchUpdate, held, refuse_not_held
+from metapl.updates.torch_optim import TorchUpdate, parameters_of, refuse_missing
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
-__all__ = ["Clipped", "Cotangents", "Parameters", "Update", "held", "refuse_not_held", "update_of"]
+__all__ = ["Clipped", "Cotangents", "Parameters", "Update", "parameters_of", "refuse_missing", "update_of"]
 
 _UPDATES: dict[type, type[TorchUpdate]] = {torch.optim.SGD: SGD, torch.optim.Adam: Adam, torch.optim.AdamW: Adam}
 
@@ -26,11 +26,11 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
         optimizer: ``torch.optim`` SGD, Adam or AdamW over exactly the student's trainable parameters, or a TorchOpt
             transform such as ``torchopt.sgd(0.1, momentum=0.9)``; an update is returned as it is.
         parameters: the student's trainable parameters by name.
-        state: a TorchOpt transform's state to go on from; ``None`` starts afresh.
+        state: of a TorchOpt transform, from an earlier step; None: its initial state.
 
     Raises:
-        MetaplError: an optimizer that is not supported, or one that does not hold the student's parameters, or a state
-            handed in beside a ``torch.optim`` optimizer, which has its own.
+        MetaplError: for an optimizer that is not supported or does not hold the student's parameters, and for a state
+            that is given with a ``torch.optim`` optimizer, which has its own.
     """
     if isinstance(optimizer, Update):
         return optimizer
@@ -45,7 +45,7 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
         )
     if state is not None:
         raise MetaplError(
-            f"inner_state was given beside torch.optim.{type(optimizer).__name__}, which holds its own state; "
+            f"inner_state was given with torch.optim.{type(optimizer).__name__}, which holds its own state; "
             "leave inner_state=None, or use a TorchOpt transform."
         )
     return kind(optimizer, parameters)

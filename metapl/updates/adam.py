@@ -48,8 +48,8 @@ class Adam(TorchUpdate):
             of_root = torch._foreach_div(now.d, now.root)
             torch._foreach_mul_(of_root, [(1 - beta2) / (1 - beta2**t) for t in now.t])
             if group["amsgrad"]:  # where an older maximum rules, n̂ does not depend on d
-                tops = [(one["exp_avg_sq"], one["max_exp_avg_sq"]) for one in now.states]
-                of_root = tuple(torch.where(n >= top, t, 0.0) for t, (n, top) in zip(of_root, tops, strict=True))
+                pairs = [(state["exp_avg_sq"], state["max_exp_avg_sq"]) for state in now.states]
+                of_root = tuple(torch.where(n >= top, t, 0.0) for t, (n, top) in zip(of_root, pairs, strict=True))
             slopes = torch._foreach_div(torch._foreach_mul(now.m_hat, of_root), size)
             slopes = torch._foreach_neg(slopes)
             torch._foreach_add_(slopes, [(1 - beta1) / (1 - beta1**t) for t in now.t])
@@ -78,16 +78,16 @@ def _moments(params: list[Tensor], grads: list[Tensor], states: Sequence[State],
     m = _average("exp_avg", d, beta1, states)
     n = _average("exp_avg_sq", torch._foreach_mul(d, d), beta2, states)
     new = [
-        {**state, "step": torch.tensor(steps), "exp_avg": one_m, "exp_avg_sq": one_n}
-        for state, steps, one_m, one_n in zip(states, t, m, n, strict=True)
+        {**state, "step": torch.tensor(t_i), "exp_avg": m_i, "exp_avg_sq": n_i}
+        for state, t_i, m_i, n_i in zip(states, t, m, n, strict=True)
     ]
     if group["amsgrad"]:
-        n = [_greatest(one, state.get("max_exp_avg_sq")) for one, state in zip(n, states, strict=True)]
-        for state, one in zip(new, n, strict=True):
-            state["max_exp_avg_sq"] = one
-    m_hat = torch._foreach_div(m, [1 - beta1**steps for steps in t])
-    n_hat = torch._foreach_div(n, [1 - beta2**steps for steps in t])
-    root = torch._foreach_sqrt([one.clamp_min(torch.finfo(one.dtype).tiny) for one in n_hat])
+        n = [_greatest(n_i, state.get("max_exp_avg_sq")) for n_i, state in zip(n, states, strict=True)]
+        for state, n_i in zip(new, n, strict=True):
+            state["max_exp_avg_sq"] = n_i
+    m_hat = torch._foreach_div(m, [1 - beta1**t_i for t_i in t])
+    n_hat = torch._foreach_div(n, [1 - beta2**t_i for t_i in t])
+    root = torch._foreach_sqrt([n_i.clamp_min(torch.finfo(n_i.dtype).tiny) for n_i in n_hat])
     return _Moments(d, m_hat, root, t, new)
 
 
@@ -96,19 +96,19 @@ def _is_decoupled(group: dict[str, Any]) -> bool:
 
 
 def _count(state: State) -> float:
-    """The steps so far; the optimizer holds them as a tensor on the host."""
+    """The steps taken so far; the optimizer stores them in a tensor on the host."""
     steps = state.get("step", 0.0)
     return float(steps.detach() if isinstance(steps, Tensor) else steps)
 
 
 def _average(name: str, new: Tensors, beta: float, states: Sequence[State]) -> Tensors:
-    """β·old + (1−β)·new, the old one 0 at first."""
+    """β·old + (1−β)·new; old is 0 in the first step."""
     fresh = torch._foreach_mul(new, 1 - beta)
     if any(name not in state for state in states):
-        return [one + beta * state[name] if name in state else one for one, state in zip(fresh, states, strict=True)]
+        return [t + beta * state[name] if name in state else t for t, state in zip(fresh, states, strict=True)]
     return torch._foreach_add(torch._foreach_mul([state[name] for state in states], beta), fresh)
 
 
 def _greatest(n: Tensor, before: Tensor | None) -> Tensor:
-    """The greater of the two; n′ itself where they are equal, so that it is n′ that has the derivative."""
+    """The elementwise maximum; where they are equal, the derivative is that of n."""
     return n if before is None else torch.where(n >= before, n, before)

@@ -1,12 +1,12 @@
 r"""The student's update θ′ = U(θ, g, s) as a pure function of weights, gradient and optimizer state.
 
-Estimators need two things of an update that optimizers do not offer: to be differentiated through, and to be left
-undone. The adjoint of one step takes the cotangents of θ′ and s′ to those of g, θ and s:
+Estimators need an update that can be differentiated, and computed without moving the weights; optimizers offer neither.
+The adjoint of one step maps the cotangents of θ′ and s′ to the cotangents of g, θ and s:
 
 .. math:: (w, \bar\theta, \bar s) = \Big(\frac{\partial (U, s')}{\partial (g, \theta, s)}\Big)^{\!\top}
           (\bar\theta', \bar s')
 
-With one step looked ahead, w = (∂U/∂g)ᵀ v at v = ∇L(θ′) is all that is needed.
+For a look-ahead of one step, w = (∂U/∂g)ᵀ v with v = ∇L(θ′) is enough.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Parameters = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Cotangents:
-    """What :meth:`Update.vjp` returns.
+    """The result of :meth:`Update.vjp`.
 
     Args:
-        gradient: w, by parameter name, of the parameters that have a gradient.
-        params: of θ.
-        state: of s, in a form of the update's own, to be handed to the ``vjp`` of the step before; None is zero.
+        gradient: w, the cotangent of g, for the parameters that have a gradient.
+        params: the cotangent of θ.
+        state: the cotangent of s, in the update's own form, for the ``vjp`` of the step before; None: zero.
     """
 
     gradient: Tree
@@ -43,42 +43,42 @@ class Cotangents:
 class Update(ABC):
     """The update of one optimizer; trees are dictionaries by parameter name.
 
-    ``grads`` may lack parameters that the inner loss does not reach: these do not move.
+    Parameters that the inner loss does not depend on are missing in ``grads``, and do not move.
     """
 
     @property
     def learning_rate(self) -> float | None:
-        """η where it is known (the first group's), for feedback that is measured in units of it."""
+        """η of the first param group, for feedback in units of it; None if the optimizer does not expose it."""
         return None
 
     @property
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The student's trainable parameters, as :meth:`follow` was last told."""
+        """The student's trainable parameters, as last given to :meth:`follow`."""
 
     @abstractmethod
     def follow(self, parameters: Parameters) -> None:
-        """Go on with the student's trainable parameters as they are now; refuse those that it would not move."""
+        """Update the set of the student's trainable parameters; refuse parameters that the optimizer does not hold."""
 
     @abstractmethod
     def read_state(self) -> Any:
-        """The current state, to be handed to :meth:`update`; reading it changes nothing."""
+        """The current state, for :meth:`update`; reading it changes nothing."""
 
     @abstractmethod
     def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         """θ′ and s′, differentiable in all three arguments."""
 
     def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
-        """w = (∂U/∂g)ᵀ v alone; cost: the update and its backward pass, a few operations an entry."""
+        """w = (∂U/∂g)ᵀ v. Cost: the update and its backward pass, a few operations per weight."""
         return self._vjp(params, grads, state, v, None, only_gradient=True).gradient
 
     def vjp(self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None) -> Cotangents:
-        """The adjoint of the whole step: cotangents of g, θ and s from those of θ′ and s′ (None: zero)."""
+        """The adjoint of the whole step, from the cotangents v of θ′ and ``state_cotangent`` of s′ (None: zero)."""
         return self._vjp(params, grads, state, v, state_cotangent, only_gradient=False)
 
     @abstractmethod
     def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
-        """Move the real parameters by one step."""
+        """Take the step: move the parameters, and the optimizer's state."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -86,12 +86,12 @@ class Update(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore the state of :meth:`state_dict`."""
 
     def _vjp(
         self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any, *, only_gradient: bool
     ) -> Cotangents:
-        """By autograd through :meth:`update`; the cotangent of a state is a list, an entry per leaf."""
+        """By autograd through :meth:`update`; the cotangent of the state is a list with an entry per leaf."""
         at_grads = _leaves(grads)
         leaves, structure = pytree.tree_flatten(state)
         if only_gradient:
@@ -110,16 +110,18 @@ class Update(ABC):
         inputs = list(at_grads.values())
         if not only_gradient:
             inputs += [*at_params.values(), *(t for t in at_leaves if _is_continuous(t))]
-        found = iter(
+        cotangents_of_inputs = iter(
             torch.autograd.grad([t for t, _ in reached], inputs, [bar for _, bar in reached], materialize_grads=True)
             if reached
             else [torch.zeros_like(t) for t in inputs]
         )
-        gradient = {name: next(found) for name in at_grads}
+        gradient = {name: next(cotangents_of_inputs) for name in at_grads}
         if only_gradient:
             return Cotangents(gradient, {}, None)
-        of_params = {name: next(found) for name in at_params}
-        return Cotangents(gradient, of_params, [next(found) if _is_continuous(t) else None for t in leaves])
+        of_params = {name: next(cotangents_of_inputs) for name in at_params}
+        return Cotangents(
+            gradient, of_params, [next(cotangents_of_inputs) if _is_continuous(t) else None for t in leaves]
+        )
 
 
 def _leaves(tree: Tree) -> Tree:

@@ -1,4 +1,4 @@
-"""A clip of the gradient's global norm in front of another update."""
+"""Clipping of the gradient's global norm, before another update."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Clipped(Update):
         return self._through_clip(self.inner.pullback(params, self._clip(grads), state, v), grads)
 
     def vjp(self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None) -> Cotangents:
-        found = self.inner.vjp(params, self._clip(grads), state, v, state_cotangent)
-        return Cotangents(self._through_clip(found.gradient, grads), found.params, found.state)
+        bar = self.inner.vjp(params, self._clip(grads), state, v, state_cotangent)
+        return Cotangents(self._through_clip(bar.gradient, grads), bar.params, bar.state)
 
     def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
         self.inner.commit(parameters, self._clip(grads), new_params, new_state)

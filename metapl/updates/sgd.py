@@ -16,8 +16,8 @@ from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate
 class SGD(TorchUpdate):
     r"""d = ±g + λθ; b′ = μb + (1−τ)d (the first time: b′ = d); θ′ = θ − η·(d + μb′ | b′ | d).
 
-    The three are with Nesterov momentum, with momentum, and without. The update is linear, so its adjoint needs no
-    values. With c = 1 the first time and 1−τ later, and :math:`\bar\theta', \bar b'` the cotangents of θ′ and b′:
+    The three cases are Nesterov momentum, momentum, and none. The update is linear, so its adjoint does not depend on
+    the values. With c = 1 the first time and 1−τ later, and :math:`\bar\theta', \bar b'` the cotangents of θ′ and b′:
 
     .. math:: \bar d = -\eta\,(1 + \mu c \mid c \mid 1)\,\bar\theta' + c\,\bar b', \quad
               w = \pm\bar d, \quad \bar\theta = \bar\theta' + \lambda\,\bar d, \quad
@@ -71,7 +71,7 @@ def _momentum(d: Tensors, buffers: list[Tensor | None], group: dict[str, Any]) -
     old = [b for b in buffers if b is not None]
     if len(old) == len(buffers):
         return torch._foreach_add(torch._foreach_mul(old, mu), d, alpha=damped)
-    return [one if b is None else mu * b + damped * one for one, b in zip(d, buffers, strict=True)]
+    return [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, buffers, strict=True)]
 
 
 def _share(state: State, group: dict[str, Any]) -> float:

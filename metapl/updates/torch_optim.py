@@ -19,21 +19,21 @@ States = dict[str, State]
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
-def held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that an optimizer moves."""
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors in an optimizer's param groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def refuse_not_held(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
-    """Refuse an optimizer that would leave some of a network's trainable parameters where they are.
+def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
+    """Refuse an optimizer that does not hold all of a network's trainable parameters.
 
     Args:
-        name: of the argument that the optimizer came in.
+        name: the name of the optimizer's argument, for the error.
         optimizer: the optimizer.
         parameters: the network's trainable parameters, by name.
         network: ``"teacher"`` or ``"student"``.
     """
-    known = {id(p) for p in held(optimizer)}
+    known = {id(p) for p in parameters_of(optimizer)}
     missing = [path for path, p in parameters.items() if id(p) not in known]
     if missing:
         raise MetaplError(
@@ -64,11 +64,11 @@ class TorchUpdate(Update):
                 raise MetaplError(f"inner_optimizer has {option}=True, which metapl does not support; leave it out.")
         self.follow(parameters)
         own = {id(p) for p in parameters.values()}
-        foreign = [p for p in held(optimizer) if p.requires_grad and id(p) not in own]
+        foreign = [p for p in parameters_of(optimizer) if p.requires_grad and id(p) not in own]
         if foreign:
             raise MetaplError(
-                f"inner_optimizer holds {len(held(optimizer))} tensors, the student has {len(parameters)} trainable "
-                f"parameters; {len(foreign)} of the tensors are not the student's. Build it as "
+                f"inner_optimizer holds {len(parameters_of(optimizer))} tensors, the student has {len(parameters)} "
+                f"trainable parameters; {len(foreign)} of the tensors are not the student's. Build it as "
                 "torch.optim.SGD(student.parameters(), ...) from the student that is trained."
             )
 
@@ -83,10 +83,10 @@ class TorchUpdate(Update):
         if self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks:
             raise MetaplError(
                 "inner_optimizer has a hook of register_step_pre_hook or register_step_post_hook, which may change "
-                "the student's step in a way that metapl does not differentiate; remove it (to clip gradients there "
-                "is clip_norm)."
+                "the student's step in a way that metapl does not differentiate; remove it (to clip gradients, use "
+                "clip_norm)."
             )
-        refuse_not_held("inner_optimizer", self.optimizer, parameters, "student")
+        refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
         groups = enumerate(self.optimizer.param_groups)
         group_of = {id(p): number for number, group in groups for p in group["params"]}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
@@ -114,8 +114,8 @@ class TorchUpdate(Update):
         return new_params, new_state
 
     def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
-        # A frozen parameter that the optimizer holds must not be moved by a gradient left over from earlier.
-        own = held(self.optimizer)
+        # A leftover gradient of a frozen parameter must not move it.
+        own = parameters_of(self.optimizer)
         for p in own:
             p.grad = None
         try:

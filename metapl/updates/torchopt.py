@@ -1,4 +1,4 @@
-"""TorchOpt transforms, whose updates are functions already, with their traps closed."""
+"""TorchOpt transforms: functional updates, with corrections for their known defects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metapl.updates.base import Cotangents, Parameters, Update
 
 
 def is_transform(optimizer: Any) -> bool:
-    """Whether something is a TorchOpt transform: a named pair of ``init`` and ``update``."""
+    """Whether an optimizer is a TorchOpt transform: a named pair of ``init`` and ``update``."""
     return (
         isinstance(optimizer, tuple)
         and callable(getattr(optimizer, "init", None))
@@ -29,12 +29,12 @@ def is_transform(optimizer: Any) -> bool:
 class TransformUpdate(Update):
     """The update of a TorchOpt transform: its state goes in and comes out, its pullback is the VJP of ``update``.
 
-    Three of TorchOpt's traps are closed here. ``trace`` forgets the momentum of a state handed to a fresh transform
-    (a hidden first-call flag): the flag is spent on a dummy call, so with ``dampening`` the first step is damped like
-    every other, which TorchOpt's own is not. The VJP of ``adam`` is NaN where a gradient entry is
-    exactly zero: it is taken at an entry too small to matter instead. ``clip_grad_norm`` hides its norm from autograd:
-    its exact derivative is put in its place, in chains and masks too. What else has a wrong VJP, such as
-    ``adam(use_accelerated_op=True)``, is found by a central difference on small tensors, once, and refused.
+    Three defects of TorchOpt are corrected here. ``trace`` ignores the momentum of a given state on its first call (it
+    has a hidden flag): a dummy call clears the flag, so with ``dampening`` the first step is damped like every other,
+    unlike TorchOpt's own. The VJP of ``adam`` is NaN where a gradient entry is exactly zero: there it is taken at a
+    negligible entry. ``clip_grad_norm`` hides its norm from autograd: it is replaced by a differentiable clip, also in
+    chains and masks. Transforms with another wrong VJP, such as ``adam(use_accelerated_op=True)``, are detected once,
+    by a central difference on small tensors, and refused.
     """
 
     def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
@@ -54,8 +54,8 @@ class TransformUpdate(Update):
         changed = [name for name in {**known, **parameters} if known.get(name) is not parameters.get(name)]
         if changed:
             raise MetaplError(
-                f"the student's trainable parameters are not those that the state of the TorchOpt transform was made "
-                f"for: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} came, went or were replaced. "
+                f"the student's trainable parameters have changed since the state of the TorchOpt transform was made: "
+                f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} were added, removed or replaced. "
                 "Build a new BilevelTrainer, or use a torch.optim inner optimizer and its add_param_group."
             )
 
@@ -83,12 +83,12 @@ class TransformUpdate(Update):
         return {"leaves": pytree.tree_leaves(self.state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # The structure is the transform's own: only its leaves are stored, so that no code is read from a file.
+        # Only the leaves are stored, and the structure comes from the transform, so that no code is loaded from a file.
         leaves, structure = pytree.tree_flatten(self.state)
         if len(leaves) != len(state["leaves"]):
             raise MetaplError(
-                f"the stored state has {len(state['leaves'])} entries, this transform's has {len(leaves)}; build the "
-                "transform as it was built before."
+                f"the stored state has {len(state['leaves'])} entries, this transform's has {len(leaves)}; expected "
+                "the state of a transform that is built in the same way."
             )
         placed = [
             new.to(old.device) if isinstance(old, Tensor) else new
@@ -108,7 +108,7 @@ class TransformUpdate(Update):
 
 
 def _off_zero(g: Tensor) -> Tensor:
-    """g with exact zeros moved to a number too small to matter: sqrt(g²) has no derivative at 0 for autograd.
+    """g with exact zeros replaced by a negligible number: for autograd, sqrt(g²) has no derivative at 0.
 
     For an update that is smooth at 0, such as Adam's with its ε, the derivative differs by O(1e-15/ε).
     """
@@ -127,7 +127,7 @@ def _vjp(transform: Any, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree
 
 
 _checked: WeakSet[Any] = WeakSet()
-"""The ``update`` functions of transforms whose VJP was found right."""
+"""The ``update`` functions of transforms whose VJP is known to be right."""
 
 
 def _refuse_wrong_vjp(transform: Any, like: Tree) -> None:
@@ -166,8 +166,8 @@ def _refuse_wrong_vjp(transform: Any, like: Tree) -> None:
 
 
 def _with_differentiable_clip(transform: Any, within: tuple[Any, ...] = ()) -> Any:
-    """The transform with TorchOpt's ``clip_grad_norm`` replaced by one that autograd sees, wherever it stands: alone,
-    in a chain, or inside a transform that wraps others, such as ``masked``."""
+    """The transform with TorchOpt's ``clip_grad_norm`` replaced by a differentiable one, wherever it is used:
+    by itself, in a chain, or inside a transform that wraps others, such as ``masked``."""
     update = _seen_by_autograd(transform.update, within)
     if update is transform.update:
         return transform
@@ -176,28 +176,28 @@ def _with_differentiable_clip(transform: Any, within: tuple[Any, ...] = ()) -> A
     return torchopt.base.GradientTransformation(transform.init, update)
 
 
-def _seen_by_autograd(thing: Any, within: tuple[Any, ...]) -> Any:
+def _seen_by_autograd(value: Any, within: tuple[Any, ...]) -> Any:
     """A function, transform or tuple of these, with the clips that its functions close over replaced.
 
     Args:
-        thing: what is looked into; anything else is returned as it is.
-        within: the functions around it, which it may close over again.
+        value: the function, transform or tuple; any other value is returned unchanged.
+        within: the enclosing functions, to stop at cycles.
     """
-    if is_transform(thing):
-        return _with_differentiable_clip(thing, within)
-    if type(thing) is tuple:
-        parts = tuple(_seen_by_autograd(part, within) for part in thing)
-        return parts if any(new is not old for new, old in zip(parts, thing, strict=True)) else thing
-    if not isinstance(thing, FunctionType) or not thing.__closure__ or thing in within:
-        return thing
-    if thing.__module__ == "torchopt.clip":
-        closed = inspect.getclosurevars(thing).nonlocals
+    if is_transform(value):
+        return _with_differentiable_clip(value, within)
+    if type(value) is tuple:
+        parts = tuple(_seen_by_autograd(part, within) for part in value)
+        return parts if any(new is not old for new, old in zip(parts, value, strict=True)) else value
+    if not isinstance(value, FunctionType) or not value.__closure__ or value in within:
+        return value
+    if value.__module__ == "torchopt.clip":
+        closed = inspect.getclosurevars(value).nonlocals
         return _clip_update(float(closed["max_norm"]), closed["norm_type"])
-    cells = tuple(_cell_seen_by_autograd(cell, (*within, thing)) for cell in thing.__closure__)
-    if all(new is old for new, old in zip(cells, thing.__closure__, strict=True)):
-        return thing
-    copy = FunctionType(thing.__code__, thing.__globals__, thing.__name__, thing.__defaults__, cells)
-    copy.__kwdefaults__ = thing.__kwdefaults__
+    cells = tuple(_cell_seen_by_autograd(cell, (*within, value)) for cell in value.__closure__)
+    if all(new is old for new, old in zip(cells, value.__closure__, strict=True)):
+        return value
+    copy = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    copy.__kwdefaults__ = value.__kwdefaults__
     return copy
 
 
@@ -214,7 +214,7 @@ def _clip_update(max_norm: float, norm_type: float) -> Callable[..., tuple[Any, 
     """g · min(1, max_norm / (‖g‖ + 1e-6)), ‖·‖ over all parameters: TorchOpt's rule, with its derivative."""
 
     def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]:
-        # What a mask leaves out is an empty node, without a tensor.
+        # A mask replaces the tensors that it leaves out by empty nodes.
         present = [g for g in pytree.tree_leaves(updates) if isinstance(g, Tensor)]
         if not present:
             return updates, state
