@@ -32,7 +32,7 @@ from metapl.experiments.experiment import Experiment
 from metapl.problems.losses import CrossEntropy
 from metapl.recipes import Digits, Feedback, Optimizer
 from metapl.recipes.base import Task
-from metapl.runs.folder import environment
+from metapl.runs.environment import environment
 from metapl.training import Trainer
 from metapl.training.loss_trainer import LossTrainer
 

@@ -20,7 +20,7 @@ import torch
 from machine import arguments, parsed, results, write_between_marks
 
 from metapl.recipes import Digits, Feedback, Optimizer
-from metapl.runs.folder import environment
+from metapl.runs.environment import environment
 from metapl.training.trainer import BilevelTrainer
 
 RAW = Path(__file__).parent / "results" / "feedback_size.json"

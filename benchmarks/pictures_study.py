@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from metapl.data import load_digits_split
-from metapl.runs.folder import environment
+from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "pictures_study.jsonl"
 TUNING_SEEDS, SEEDS = (100, 101, 102), tuple(range(10))

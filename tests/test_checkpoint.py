@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from metapl.errors import MetaplError
-from metapl.runs import checkpoint
+from metapl.runs import checkpoint, generators
 from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, load, save
 
 HEADER = checkpoint._HEADER_BYTES
@@ -215,7 +215,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "written by format 12, this metapl reads up to 1; upgrade metapl",
     ),
     "folder": (into_folder, r"is a folder; .*CheckpointFolder"),
-    "pipe": (into_pipe, "is no regular file"),
+    "pipe": (into_pipe, "is not a regular file"),
 }
 
 
@@ -459,23 +459,25 @@ def draws() -> tuple[Any, ...]:
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     draws()  # leaves half a pair of Gaussian numbers waiting, in Python and in numpy
-    save(tmp_path / "one.ckpt", {"rng": checkpoint.rng_state()})
+    save(tmp_path / "one.ckpt", {"rng": generators.rng_state()})
     expected = draws()
     draws()
-    checkpoint.set_rng_state(load(tmp_path / "one.ckpt")["rng"])
+    generators.set_rng_state(load(tmp_path / "one.ckpt")["rng"])
     assert draws() == expected
 
 
 def test_a_wrong_rng_state_changes_nothing() -> None:
-    good = checkpoint.rng_state()
+    good = generators.rng_state()
     for bad in ({}, {**good, "torch": torch.zeros(3, dtype=torch.uint8)}, {**good, "numpy": {}}, {**good, "python": 3}):
-        with pytest.raises(CheckpointError, match="rng_state"):
-            checkpoint.set_rng_state(bad)
-    assert same(checkpoint.rng_state(), good)
+        with pytest.raises(MetaplError, match="rng_state"):
+            generators.set_rng_state(bad)
+    assert same(generators.rng_state(), good)
 
 
-def test_another_number_of_cuda_devices_is_said() -> None:
-    state = checkpoint.rng_state()
+def test_another_number_of_cuda_devices_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    state = generators.rng_state()
     state["cuda"] = [*state["cuda"], torch.zeros(16, dtype=torch.uint8)]
-    with pytest.warns(UserWarning, match=r"CUDA device\(s\) were saved"):
-        checkpoint.set_rng_state(state)
+    generators.set_rng_state(state)
+    (message,) = caplog.messages
+    present = len(state["cuda"]) - 1
+    assert f"of {present + 1} CUDA device(s) were saved and {present} are present" in message

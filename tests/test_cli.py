@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from metapl.cli import COMMANDS, main
 from metapl.data.images.reader import gray_image
 from metapl.data.tables import csv_rows
 from metapl.errors import MetaplError
+from metapl.experiments import compare
 from metapl.metrics import Evaluation, interval
 from metapl.recipes import RECIPES, Digits
 from metapl.report import Gallery, draw_grid
@@ -512,6 +514,25 @@ def test_compare_names_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no runs were named" in refused(capsys, "compare")
 
 
+# ------------------------------------------------------------------------------------------------------------- messages
+
+
+def test_what_the_library_logs_is_shown_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def logging_twice(given: list[str]) -> int:
+        for _ in range(2):
+            logging.getLogger("metapl.models.architecture").info("12 tensors loaded; fresh: %s", "head.weight")
+        return 0
+
+    monkeypatch.setattr("metapl.cli._dispatch", logging_twice)
+    for _ in range(2):  # a handler that stayed would show the second command's messages twice
+        assert main(["evaluate"]) == 0
+        assert capsys.readouterr().err == "metapl: 12 tensors loaded; fresh: head.weight\n"
+    logging.getLogger("metapl.models.architecture").info("beside the command")
+    assert capsys.readouterr().err == ""
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -583,13 +604,13 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("command", [*(f"train {name}" for name in RECIPES), *(c for c in COMMANDS if c != "train")])
 def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from metapl.cli import parse
-    from metapl.cli.help import found
+    from metapl.cli.help import entries_in
 
     told: list[str] = []
     monkeypatch.setattr(parse, "readable", lambda text: told.append(text) or "")
     with contextlib.suppress(SystemExit):
         main([*command.split(), "--help"])
-    entries = list(found("".join(told)))
+    entries = list(entries_in("".join(told)))
     assert entries
     silent = re.compile(r"\((default: .*|on by default.*)\)|\(required\)")
     assert [entry.name for entry in entries if not silent.sub("", entry.help).strip()] == []
@@ -703,25 +724,21 @@ def test_a_table_that_is_not_of_examples_is_refused(content: bytes, expected: st
 
 
 def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.cli import train as command
-    from metapl.recipes import Digits
-
     seen: list[Any] = []
-    monkeypatch.setattr(command, "available_cores", lambda: 8)
-    monkeypatch.setattr(command, "default_threads", lambda: 8)
+    monkeypatch.setattr(compare, "available_cores", lambda: 8)
+    monkeypatch.setattr(compare, "default_threads", lambda: 8)
 
     def stop(jobs: Any, workers: int) -> Any:
         seen.append((workers, {job.threads for job in jobs}))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "run_all", stop)
-    for given in (None, 2):
-        train = command.Train(recipe=Digits(), compare=True, methods=("mpl", "none", "uda"), jobs=given)
+    monkeypatch.setattr(compare, "run_all", stop)
+    for jobs in (None, 2):
         with pytest.raises(KeyboardInterrupt):
-            train._run_jobs(tmp_path, train.methods or (), (0, 1))
+            compare.run_jobs(Digits(), tmp_path, ("mpl", "none", "uda"), (0, 1), resume=False, jobs=jobs)
     monkeypatch.setattr(Digits, "torch_device", lambda self: torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
-        command.Train(recipe=Digits(), compare=True)._run_jobs(tmp_path, ("mpl", "none"), (0, 1))
+        compare.run_jobs(Digits(), tmp_path, ("mpl", "none"), (0, 1), resume=False, jobs=None)
     assert seen == [(6, {1}), (2, {1}), (1, {8})]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,9 +16,12 @@ import joblib
 import pytest
 import torch
 
-from metapl.cli.jobs import Job
+from metapl import MetaplError
 from metapl.cores import available_cores, default_threads
+from metapl.experiments import jobs
+from metapl.experiments.jobs import Job
 from metapl.experiments.store import describe
+from metapl.recipes import Digits
 from metapl.runs.folder import RunFolder
 
 
@@ -74,3 +79,15 @@ class Silent:
 
     name: ClassVar[str] = "silent"
     seed: int = 0
+
+
+def _killed(job: Job) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_reported_and_the_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_run", _killed)
+    two = [Job(Digits(seed=seed), "mpl", tmp_path / str(seed), False) for seed in (0, 1)]
+    with pytest.raises(MetaplError, match=r"was killed \(mpl, seed 0, mpl, seed 1\): was there too little memory"):
+        list(jobs.run_all(two, workers=2))
+    assert multiprocessing.active_children() == []

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from metapl import export as export_module
-from metapl import programs as programs_module
 from metapl.errors import MetaplError
 from metapl.export import Exported, export
+from metapl.export import programs as programs_module
 from metapl.export.programs import programs
 from metapl.models import Architecture, create, mlp, normalized, parameter_groups
 
@@ -178,7 +178,7 @@ def test_the_cards_code_runs_the_programs(
             content = file.read_bytes()
             assert f"`{file.name}`: SHA-256 `{hashlib.sha256(content).hexdigest()}`" in written.card.read_text()
             # Neither places of this machine nor metapl's names stand in it.
-            assert str(Path(export_module.__file__).parents[1]).encode() not in content
+            assert str(Path(export_module.__file__).parents[2]).encode() not in content
             assert b"site-packages" not in content
             assert b"metapl" not in content
 
@@ -292,7 +292,7 @@ def test_the_card_says_it_all(tmp_path: Path) -> None:
         assert part in text, part
     plain = export(architecture.create(), tmp_path, card=CARD, architecture=architecture).card.read_text()
     assert "Hash of the data: `sha256:0123abcd`" in plain
-    assert "Normalisation: none" in plain
+    assert "Normalization: none" in plain
     assert "## Notes" not in plain
 
 

@@ -47,7 +47,7 @@ from metapl.data import (
     to_device,
 )
 from metapl.errors import MetaplError
-from metapl.runs import checkpoint
+from metapl.runs import generators
 
 MODULE = sys.modules[feed.__module__]  # metapl.data.feed is the function
 
@@ -276,13 +276,13 @@ def test_steps_go_on_exactly_with_workers() -> None:
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
 def test_leaves_the_default_generators_alone(source: Callable[[], Any]) -> None:
-    before = checkpoint.rng_state()
+    before = generators.rng_state()
     stream = made(source())
     take(stream, 6)
     again = made(source())
     again.restore(stream.state())
     again.next()
-    assert same(checkpoint.rng_state(), before)
+    assert same(generators.rng_state(), before)
 
 
 @pytest.mark.parametrize("source", [SOURCES["shuffled"], SOURCES["re-iterable"], SOURCES["state_dict"]])
@@ -493,12 +493,12 @@ def test_refuses_states_of_others() -> None:
         loader.restore({**state, "epoch": "1", "batches": -1})
     with pytest.raises(MetaplError, match="wrong entries: stream"):
         loader.restore({"kind": "epochs", "epoch": 0, "batches": 0})
-    before = checkpoint.rng_state()
+    before = generators.rng_state()
     with pytest.raises(MetaplError, match="the saved states of its 3 random number generators"):
         made(SOURCES["shuffled"]()).restore(state)
     with pytest.raises(MetaplError, match="the saved states of its 4 random number generators"):
         loader.restore({**state, "stream": [*state["stream"][:3], (1, 2)]})
-    assert same(checkpoint.rng_state(), before)
+    assert same(generators.rng_state(), before)
 
 
 def test_refuses_a_source_that_has_shrunk() -> None:
@@ -585,11 +585,11 @@ def test_an_error_that_speaks_for_itself_passes() -> None:
 def test_goes_on_exactly_after_an_interruption(error: BaseException) -> None:
     expected = take(made(DataLoader(Failing(), batch_size=2, shuffle=True)), 8)
     stream = made(DataLoader(Failing(error), batch_size=2, shuffle=True))
-    before = checkpoint.rng_state()
+    before = generators.rng_state()
     batches: list[Any] = []
     with pytest.raises(MetaplError if isinstance(error, OSError) else KeyboardInterrupt):
         batches.extend(iter(stream.next, None))
-    assert same(checkpoint.rng_state(), before)
+    assert same(generators.rng_state(), before)
     state = stream.state()
     batches += take(stream, 8 - len(batches))
     assert same(batches, expected)

@@ -21,12 +21,12 @@ from metapl.data.images.store import MemoryImages
 from metapl.data.views.base import Identity
 from metapl.data.views.randaugment import ResizedCrop, Weak
 from metapl.errors import MetaplError
-from metapl.experiments.experiment import ROLES, Experiment
+from metapl.experiments.experiment import Experiment
 from metapl.experiments.looking import Colors, Look
 from metapl.experiments.settle import chosen, fitted
 from metapl.recipes import Digits, ImageFolders
-from metapl.recipes.base import Optimizer, Task
-from metapl.recipes.images import (
+from metapl.recipes.base import ROLES, Optimizer, Task
+from metapl.recipes.image_folders import (
     CLIPPED,
     FINETUNED_ON_CHANGED,
     HUE,
@@ -42,9 +42,10 @@ from metapl.recipes.images import (
     Changes,
     OpenOptimizer,
 )
+from metapl.recipes.image_recipe import ImageParts, Strong
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
-from metapl.recipes.pictures import Pictures, Strong
-from metapl.runs.folder import Metrics, RunFolder
+from metapl.runs.folder import RunFolder
+from metapl.runs.metrics import Metrics
 
 METHODS_OF_IMAGES = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels")
 SIZED: dict[str, Any] = {
@@ -326,7 +327,7 @@ def test_finetuning_sees_a_half_of_the_labelled_pictures_as_they_are() -> None:
     images = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8)
     few = MemoryImages(images)
     made = recipe(image_size=24, labeled_batch=40).for_network("pooled_cnn").scheduled(10)
-    sources = made.batches(Pictures(few=few, labels=torch.arange(40) % 2, many=few))
+    sources = made.batches(ImageParts(few=few, labels=torch.arange(40) % 2, many=few))
     as_they_are = {picture.numpy().tobytes() for picture in images.float() / 255}
 
     def unchanged(source: str) -> float:
@@ -401,7 +402,7 @@ def noise_task(one: ImageFolders, count: int = 24) -> Task:
     shape = (count, 3, one.image_size, one.image_size)
     levels = torch.randint(0, 80, shape, generator=generator) + 60 * labels[:, None, None, None]
     images = MemoryImages(levels.to(torch.uint8))
-    return Task(**one.batches(Pictures(few=images, labels=labels, many=images)), classes=one.classes, record={})
+    return Task(**one.batches(ImageParts(few=images, labels=labels, many=images)), classes=one.classes, record={})
 
 
 def trained(one: ImageFolders, method: str, folder: Path) -> tuple[LossTrainer, list[Mapping[str, Any]]]:

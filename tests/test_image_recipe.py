@@ -53,7 +53,7 @@ def test_it_trains_and_says_what_it_found_and_left_out(run: tuple[Path, subproce
     out, done = run
     assert done.returncode == 0, done.stderr
     assert "unlabeled: 1 of 61 files are left out" in done.stdout
-    assert "60 unlabelled" in done.stdout
+    assert "60 unlabeled" in done.stdout
     result = json.loads((out / "result.json").read_text())
     assert 0 <= result["test_accuracy"] <= 1
     data = json.loads((out / "data.json").read_text())

@@ -55,7 +55,7 @@ STEP, WAITING, TUNING = (
 MOMENTS = [
     ("metapl.data.images.folders", "_entries", 12),  # listing
     ("metapl.data.images.verify", "read_image", 20),  # looking which files are sound
-    ("metapl.recipes.images", "hash_files", 2),
+    ("metapl.recipes.image_folders", "hash_files", 2),
     (*WAITING, 3),
     ("os", "replace", 2),  # a checkpoint is written and has no name yet
     ("metapl.runs.atomic", "_sync_folder", 2),  # it has

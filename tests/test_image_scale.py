@@ -199,7 +199,7 @@ def test_training_on_many_files_starts_at_once(many: Path) -> None:
     said: list[str] = []
     with opened(many) as before:
         task = recipe.task(said.append)
-    assert said == ["20 labelled pictures of 2 classes, 100,000 unlabelled, none for validation, 20 to test on"]
+    assert said == ["20 labeled pictures of 2 classes, 100,000 unlabeled, none for validation, 20 to test on"]
     assert [path for path in before if "/unlabeled/" in path] == []
     assert 0 < len(before) <= 3 * 40
     assert task.record["unlabeled"] == 100_000
@@ -308,20 +308,20 @@ def test_the_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
     code = terminal.end()
     assert code == 0, terminal.shown
     for words in (
-        "\rlisting unlabelled files: 12,000",
-        "\rlooking at unlabelled files: 12,000 of 100,000",
-        "\rlooking at labelled files: 20 of 20",
+        "\rlisting unlabeled files: 12,000",
+        "\rlooking at unlabeled files: 12,000 of 100,000",
+        "\rlooking at labeled files: 20 of 20",
         "\rcomparing files: ",
         "\rfit: ",
         "\rfinetune: ",
     ):
         assert words in terminal.shown
     first, second, third, *rest = terminal.screen()
-    assert first.startswith("chosen: small_cnn on 8x8 color pictures, ")
+    assert first.startswith("chosen: small_cnn on 8x8 color pictures (shrunk from about 20), ")
     while not second.startswith("images by "):  # the line before may take two
         second, third, *rest = third, *rest
     assert second.startswith("images by Meta Pseudo Labels, seed 0 -> ")
-    assert third == "20 labelled pictures of 2 classes, 100,000 unlabelled, none for validation, 20 to test on"
+    assert third == "20 labeled pictures of 2 classes, 100,000 unlabeled, none for validation, 20 to test on"
     assert rest[0].startswith("Test accuracy of the finetuned student: ")  # no line of progress is left
 
 
@@ -330,7 +330,7 @@ def test_the_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
 def test_control_c_while_it_lists(many: Path, tmp_path: Path) -> None:
     command = ("train", "images", *folders(many, "labeled", "unlabeled", "test"), *TINY, "--num-workers", "2")
     terminal = Terminal(*command, "--out", str(tmp_path / "run"))
-    terminal.until("listing unlabelled files: ")
+    terminal.until("listing unlabeled files: ")
     os.write(terminal.file, b"\x03")
     assert terminal.end() == 130, terminal.shown
     assert "Traceback" not in terminal.shown
@@ -408,7 +408,7 @@ def test_every_kind_of_file_through_the_command(tmp_path: Path) -> None:
     assert unprompted(done.stderr) == ""
     assert "labeled: 10 of 24 files are left out" in done.stdout
     assert "unlabeled: 5 of 15 files are left out" in done.stdout
-    assert "unlabeled: files that are no pictures by their names are passed over: 1 with .txt" in done.stdout
+    assert "unlabeled: files without the name of a picture are passed over: 1 with .txt" in done.stdout
     for reason in (
         "2 skipped: the picture has more than the 89,478,485 pixels that are allowed (a/bomb.png, b/bomb.png)",
         "1 skipped: the file is empty (deep/empty.jpg)",

@@ -95,7 +95,7 @@ def test_what_cannot_be_read_is_passed_over_and_nothing_readable_is_refused(tmp_
     assert (found.side, found.square) == (12, True)
     for file in files:
         file.write_bytes(b"no picture")
-    with pytest.raises(MetaplError, match="none of the 3 labelled pictures that were looked at can be read"):
+    with pytest.raises(MetaplError, match="none of the 3 labeled pictures that were looked at can be read"):
         look(files, classes(1, 1, 1), [])
 
 

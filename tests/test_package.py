@@ -61,7 +61,7 @@ sys.modules["fcntl"] = None  # as on Windows
 import metapl
 core = sorted(sys.modules)
 metapl.data.load_digits_split, metapl.recipes.Digits, metapl.metrics.paired_test, metapl.export.export
-import metapl.cli.train, metapl.cli.commands
+import metapl.cli.train, metapl.cli.completion
 print(json.dumps({"core": core, "all": sorted(sys.modules)}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

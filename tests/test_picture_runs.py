@@ -15,7 +15,7 @@ import pytest
 from benchmarks.pictures import run, tables
 from benchmarks.pictures.problems import class_counts, half
 from metapl.metrics import chance_level
-from metapl.runs.folder import environment
+from metapl.runs.environment import environment
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "pictures.md"

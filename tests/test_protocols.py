@@ -95,7 +95,7 @@ def test_it_runs_from_end_to_end(
     command = ["train", recipe, "--data-root", str(tmp_path / "data"), *SHORT, *validation, *flags]
     assert main([*command, "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "labelled pictures" in said
+    assert "labeled pictures" in said
     assert "Test accuracy of the" in said
     result = json.loads((out / "result.json").read_text())
     data = json.loads((out / "data.json").read_text())

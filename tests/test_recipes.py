@@ -19,9 +19,10 @@ from metapl.cli import main
 from metapl.experiments.experiment import Experiment
 from metapl.experiments.store import describe, stored
 from metapl.metrics import evaluate_logits
-from metapl.recipes import Digits, Feedback, ImageFolders, Optimizer, from_dict
+from metapl.recipes import RECIPES, Digits, Feedback, ImageFolders, Optimizer, from_dict
 from metapl.recipes.methods import CONTROLS, METHODS
-from metapl.runs.folder import FORMAT, WEIGHTS, Metrics, RunFolder
+from metapl.runs.folder import FORMAT, WEIGHTS, RunFolder
+from metapl.runs.metrics import Metrics
 from metapl.training import FitResult
 
 
@@ -178,7 +179,7 @@ def test_a_folder_of_another_format_or_recipe_is_refused(tmp_path: Path) -> None
     folder.write_json("recipe.json", read(tmp_path, "recipe.json") | {"format": 99})
     with pytest.raises(MetaplError, match=r"written in run format 99; this metapl .* reads format 2"):
         folder.recipe()
-    with pytest.raises(MetaplError, match=r"no run folder .* result\.json is missing"):
+    with pytest.raises(MetaplError, match=r"result\.json is missing in .*not a run folder"):
         folder.read_json("result.json")
     with pytest.raises(MetaplError, match=r"student\.safetensors is missing"):
         folder.read_weights("student.safetensors")
@@ -325,3 +326,31 @@ def test_finetuning_runs_as_the_trainer_does(finetuned_with: list[dict[str, Any]
 def test_finetuning_in_parts_that_are_not_equal_is_refused_before_training() -> None:
     with pytest.raises(MetaplError, match=r"finetune_batch=6.*multiple of accumulate=4"):
         ImageFolders(labeled="few", unlabeled="many", accumulate=4, finetune_batch=6)
+
+
+OF_EVERY_RECIPE = (
+    "dropout ema_decay exact_every feedback finetune finetune_steps keep label_smoothing labeled_batch log_every "
+    "save_every schedule seed steps student teacher uda_temperature uda_threshold uda_weight unlabeled_batch "
+    "validate_every warmup"
+)
+OF_IMAGES = (
+    "accumulate channels_last class_names clip_norm compile device feedback_ratio finetune_batch grey image_size "
+    "network_name num_workers pad precision resized_crop stochastic_depth strong teacher_dropout uda_ramp wait weights"
+)
+STORED_FIELDS = {
+    "digits": "hidden labels_per_class threads view",
+    "images": f"{OF_IMAGES} changes labeled mean method minutes randaugment std test uda_align uda_prior uda_start "
+    "unlabeled val val_fraction warm_start",
+    "torchvision": f"{OF_IMAGES} data data_root labels_per_class split validation",
+}
+
+
+@pytest.mark.parametrize("name", STORED_FIELDS)
+def test_the_fields_in_older_run_folders_are_still_those_of_the_recipe(name: str) -> None:
+    """So that these runs are resumed; a field that is new has a default."""
+    fields = {field.name: field for field in dataclasses.fields(RECIPES[name])}
+    stored_then = {*OF_EVERY_RECIPE.split(), *STORED_FIELDS[name].split()}
+    assert stored_then - fields.keys() == set()
+    new = [fields[name] for name in fields.keys() - stored_then]
+    missing = dataclasses.MISSING
+    assert [field.name for field in new if field.default is missing and field.default_factory is missing] == []

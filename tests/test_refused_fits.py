@@ -93,7 +93,7 @@ def test_a_callbacks_own_broken_connection_is_not_a_workers(kind: type[Exception
         ({"phase": "a\0b"}, r"phase='a\\x00b': expected a plain name"),
         ({"phase": "../../esc"}, r"expected a plain name"),
         ({"phase": ".."}, r"expected a plain name"),
-        ({"out": ""}, r"out='' is no folder"),
+        ({"out": ""}, r"out='' was given; expected the path of a folder"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

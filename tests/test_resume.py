@@ -97,14 +97,14 @@ for line in sys.stdin:
 """
 POINTS: list[Point] = [
     ("metapl.runs.folder:RunFolder", "write_json", 1, KILL),  # before there is a recipe
-    ("metapl.runs.folder:Metrics", "add", 5, KILL),
+    ("metapl.runs.metrics:Metrics", "add", 5, KILL),
     ("metapl.training.selection", "predict_logits", 4, KILL),  # while validating
     ("os", "fsync", 6, KILL),  # before the rows or a checkpoint are on the disk
     ("os", "fsync", 7, KILL),
     ("os", "replace", 3, KILL),  # before a checkpoint has its name
     ("metapl.runs.atomic", "_sync_folder", 3, KILL),  # after it has
     ("metapl.runs.checkpoint:CheckpointFolder", "_remove_oldest", 2, KILL),  # before the oldest one goes
-    ("metapl.runs.folder:Metrics", "cut", 2, KILL),  # between training and finetuning
+    ("metapl.runs.metrics:Metrics", "cut", 2, KILL),  # between training and finetuning
     ("metapl.training.loss_trainer:LossTrainer", "step", 23, KILL),  # while finetuning
     ("metapl.runs.folder:RunFolder", "write_weights", 1, KILL),
     ("metapl.runs.folder:RunFolder", "write_weights", 3, KILL),

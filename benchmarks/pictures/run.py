@@ -36,11 +36,11 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
     """One training; its accuracies on the test set."""
     import torch
 
-    from metapl.cli.jobs import Job
     from metapl.experiments.budget import steps_within
+    from metapl.experiments.jobs import Job
     from metapl.experiments.settle import REHEARSED, settled
     from metapl.recipes import ImageFolders
-    from metapl.runs.folder import environment
+    from metapl.runs.environment import environment
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from metapl.cli.commands import COMMANDS, after_training
 
 HELP = """\
-metapl trains a classifier from a few labelled examples and many unlabelled
+metapl trains a classifier from a few labeled examples and many unlabeled
 ones. With Meta Pseudo Labels, a teacher network makes up labels for a student
-network, and learns from how well the student then does on the labelled
+network, and learns from how well the student then does on the labeled
 examples. On your own pictures the default is UDA: one network that learns its
 own labels of pictures that it is sure of.
 
@@ -19,12 +23,12 @@ own labels of pictures that it is sure of.
   metapl ablate RECIPE          compare the modes: which gradient to take
   metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
-  metapl finetune RUN           finetune it on the labelled examples again
+  metapl finetune RUN           finetune it on the labeled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
   metapl export RUN --out DIR   write it for others: a program, weights, a card
 
 For example, with the handwritten digits that come with scikit-learn, of which
-two in each class are labelled (a minute on a laptop, no graphics card):
+two in each class are labeled (a minute on a laptop, no graphics card):
 
   metapl train digits --out runs/first
   metapl predict runs/first my_digit.png another.png
@@ -45,9 +49,6 @@ Each command says more with --help: metapl train digits --help.
 metapl --version says which metapl this is; metapl --print-completion SHELL
 completes commands and flags in bash, zsh or fish.
 """
-
-COMMANDS = ("train", "ablate", "evaluate", "predict", "finetune", "compare", "export")
-
 
 RECIPES_HELP = """\
 metapl train RECIPE, with RECIPE one of:
@@ -76,15 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± shows ?
     try:
-        try:
-            return _dispatch(given)
-        finally:
-            sys.stdout.flush()
+        with _messages_shown():
+            try:
+                return _dispatch(given)
+            finally:
+                sys.stdout.flush()
     except MetaplError as error:
         print(f"metapl: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Whoever read this has gone, as head does. What is still buffered must not be tried again at exit.
+        # The reader has gone, as head does. What is still buffered must not be written again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
@@ -93,6 +95,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"metapl: {error.filename or 'input or output'}: {error.strerror or error}.", file=sys.stderr)
         return 1
+
+
+class _Messages(logging.Handler):
+    """What the library logs, each message once: networks are built several times."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if text not in self.shown:
+            self.shown.add(text)
+            print(f"metapl: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _messages_shown() -> Iterator[None]:
+    """Show on standard error what the library logs, such as which layers pretrained weights leave fresh."""
+    logger, messages = logging.getLogger("metapl"), _Messages()
+    before = logger.level
+    logger.addHandler(messages)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(messages)
+        logger.setLevel(before)
 
 
 def _dispatch(given: list[str]) -> int:
@@ -112,7 +142,7 @@ def _dispatch(given: list[str]) -> int:
 
         return print_completion(rest)
     if command not in COMMANDS:
-        from metapl.cli.suggest import did_you_mean
+        from metapl.cli.parse import did_you_mean
 
         meant = did_you_mean(command, COMMANDS) or "."
         raise MetaplError(
@@ -125,8 +155,7 @@ def _dispatch(given: list[str]) -> int:
 
 def _train(given: list[str]) -> int:
     from metapl.cli.idle import given_flags
-    from metapl.cli.parse import parse
-    from metapl.cli.suggest import did_you_mean, respelled
+    from metapl.cli.parse import did_you_mean, parse, respelled
     from metapl.cli.train import COMMANDS as RECIPES
     from metapl.errors import MetaplError
 
@@ -145,8 +174,7 @@ def _train(given: list[str]) -> int:
 def _ablate(given: list[str]) -> int:
     from metapl.cli.ablate import COMMANDS as RECIPES
     from metapl.cli.ablate import AblateFactory
-    from metapl.cli.parse import parse
-    from metapl.cli.suggest import did_you_mean
+    from metapl.cli.parse import did_you_mean, parse
     from metapl.errors import MetaplError
 
     if any(word.partition("=")[0] == "--factory" for word in given):
@@ -165,7 +193,6 @@ def _ablate(given: list[str]) -> int:
 
 
 def _after_training(command: str, given: list[str]) -> int:
-    from metapl.cli.commands import AFTER_TRAINING
     from metapl.cli.parse import parse
 
-    return parse(AFTER_TRAINING[command], f"metapl {command}", given)()
+    return parse(after_training(command), f"metapl {command}", given)()

@@ -21,7 +21,7 @@ from metapl.errors import MetaplError
 from metapl.experiments.methods import bilevel_trainer
 from metapl.experiments.settle import settled
 from metapl.feedback import MODES
-from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
+from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
 from metapl.report.ablation import draw_ablation
 from metapl.runs.atomic import replacing
 from metapl.training.trainer import BilevelTrainer
@@ -89,10 +89,7 @@ class Ablate(Looking):
     def subject(self) -> tuple[BilevelTrainer, Any, Any, int]:
         """By the recipe, Meta Pseudo Labels."""
         recipe: Any = self.recipe
-        if isinstance(recipe, ImageFolders):
-            recipe = settled(recipe, None, print)
-        elif isinstance(recipe, Vision):
-            recipe = recipe.settled()
+        recipe = settled(recipe, None, print) if isinstance(recipe, ImageFolders) else recipe.settled()
         torch.manual_seed(recipe.seed)
         task, device = recipe.task(print, True), recipe.torch_device()
         teacher, student = (recipe.network(role).to(device) for role in ("teacher", "student"))

@@ -1,17 +1,14 @@
-"""The commands that work on a finished run, by name."""
+"""The commands by name."""
 
 from __future__ import annotations
 
-from metapl.cli.compare import Compare
-from metapl.cli.evaluate import Evaluate
-from metapl.cli.export import Export
-from metapl.cli.finetune import Finetune
-from metapl.cli.predict import Predict
+from collections.abc import Callable
+from importlib import import_module
 
-AFTER_TRAINING: dict[str, type[Evaluate] | type[Predict] | type[Finetune] | type[Compare] | type[Export]] = {
-    "evaluate": Evaluate,
-    "predict": Predict,
-    "finetune": Finetune,
-    "compare": Compare,
-    "export": Export,
-}
+COMMANDS = ("train", "ablate", "evaluate", "predict", "finetune", "compare", "export")
+
+
+def after_training(command: str) -> type[Callable[[], int]]:
+    """The class of a command that works on a finished run; it is imported when it is asked for."""
+    kind: type[Callable[[], int]] = getattr(import_module(f"metapl.cli.{command}"), command.capitalize())
+    return kind

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.cli.parse import paragraph
-from metapl.cli.table import table
 from metapl.data.images.check import some
 from metapl.errors import MetaplError
-from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison
-from metapl.experiments.load_run import Finished, finished
+from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread
+from metapl.experiments.load_run import LoadedRun, load_run
+from metapl.experiments.table import table
 from metapl.metrics import Evaluation, paired_test
 from metapl.recipes import ImageFolders, Recipe
-from metapl.runs.folder import RunFolder
+from metapl.runs.folder import RunFolder, flat
 
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
 """Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""
@@ -39,7 +39,7 @@ class Entry:
         method: its name.
         seed: its seed.
         steps: how many it trained for.
-        fields: those of its recipe that matter; nested ones as ``feedback.mode``.
+        fields: of its recipe, without the irrelevant ones; nested ones as ``feedback.mode``.
         accuracies: by read-out.
         place: its folder.
         hashes: of its data, by part.
@@ -64,7 +64,7 @@ class Compare:
 
     Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
     with other options) was run with the same seeds. Otherwise, or with other numbers of labels, the accuracies are
-    listed, and it is said why they are not paired. Runs whose steps were measured to fit into the same minutes are
+    listed, with the reason why they are not paired. Runs whose steps were measured to fit into the same minutes are
     paired even if the numbers of steps differ; the table then has them. Runs of different recipes, on different data or
     of different classes are refused: their test sets differ.
 
@@ -75,18 +75,18 @@ class Compare:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
 
     def __call__(self) -> int:
-        runs = [finished(path) for path in self.runs]
+        runs = [load_run(path) for path in self.runs]
         self._check(runs)
-        found = [(run, list(_entries(run))) for run in runs]
-        entries = [entry for _, some in found for entry in some]
+        by_run = [(run, list(_entries(run))) for run in runs]
+        entries = [entry for _, members in by_run for entry in members]
         _refuse_other_data(entries)
-        print(f"{_caption(entries)}\n\n{_table(found)}\n")
+        print(f"{_caption(entries)}\n\n{_table(by_run)}\n")
         if _steps_differ(entries):
             print(paragraph("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
         print(_verdict(entries))
         return 0
 
-    def _check(self, runs: list[Finished]) -> None:
+    def _check(self, runs: list[LoadedRun]) -> None:
         if not runs:
             raise MetaplError(
                 "no runs were named; expected run folders: metapl compare runs/digits-001 runs/digits-002"
@@ -100,7 +100,7 @@ class Compare:
             raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
 
 
-def _entries(run: Finished) -> Iterator[Entry]:
+def _entries(run: LoadedRun) -> Iterator[Entry]:
     """The runs in a folder: one, or all of a comparison."""
     fields = _fields(run.recipe)
     if not run.is_comparison:
@@ -108,33 +108,32 @@ def _entries(run: Finished) -> Iterator[Entry]:
         return
     for method, readouts in run.result["methods"].items():
         for index, seed in enumerate(run.result["seeds"]):
-            told = {"method": method, "seed": seed, **{readout: readouts[readout][index] for readout in READOUTS}}
-            yield _entry(run, RunFolder(run.folder.path / method / f"seed-{seed}"), told, fields)
+            numbers = {"method": method, "seed": seed, **{readout: readouts[readout][index] for readout in READOUTS}}
+            yield _entry(run, RunFolder(run.folder.path / method / f"seed-{seed}"), numbers, fields)
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
     """What runs that are paired have in common."""
-    fields = _flat(dataclasses.asdict(recipe))
-    if isinstance(recipe, ImageFolders):
-        fields |= dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
+    fields = flat(dataclasses.asdict(recipe))
+    fields |= dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
     return {name: value for name, value in fields.items() if name not in IRRELEVANT}
 
 
-def _entry(run: Finished, folder: RunFolder, told: dict[str, Any], fields: dict[str, Any]) -> Entry:
+def _entry(run: LoadedRun, folder: RunFolder, numbers: dict[str, Any], fields: dict[str, Any]) -> Entry:
     result = folder.read_json("result.json")
     if "evaluation" not in result:
         raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
-    # The data of a folder of pictures are what it holds; other recipes draw theirs from a data set.
+    # A folder of pictures is the data; other recipes draw theirs from a data set.
     drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
     return Entry(
-        told["method"],
-        told["seed"],
+        numbers["method"],
+        numbers["seed"],
         result["steps"],
         fields,
-        {readout: told[readout] for readout in READOUTS},
+        {readout: numbers[readout] for readout in READOUTS},
         folder.path,
         folder.read_json("data.json")["hash"],
-        tuple(str((fields | {"seed": told["seed"]}).get(name)) for name in drawn_by),
+        tuple(str((fields | {"seed": numbers["seed"]}).get(name)) for name in drawn_by),
         Evaluation(**result["evaluation"]),
     )
 
@@ -161,21 +160,14 @@ def _refuse_other_data(entries: Sequence[Entry]) -> None:
 
 
 def _refuse_other_classes(first: Entry, entry: Entry) -> None:
-    mine, theirs = entry.evaluation.classes or (), first.evaluation.classes or ()
-    if tuple(mine) != tuple(theirs):
-        other = [name for name in (*mine, *theirs) if name not in mine or name not in theirs]
-        what = f"only one of them has {some(other)}" if other else "the order of the classes differs"
+    names, others = entry.evaluation.classes or (), first.evaluation.classes or ()
+    if tuple(names) != tuple(others):
+        differing = [name for name in (*names, *others) if name not in names or name not in others]
+        what = f"only one of them has {some(differing)}" if differing else "the order of the classes differs"
         raise MetaplError(
             f"{entry.place} and {first.place} are of different classes: {what}. Train both on folders with the same "
             "classes, or compare each with runs on its own."
         )
-
-
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
@@ -187,27 +179,22 @@ def _caption(entries: Sequence[Entry]) -> str:
     return f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * chance:.1f})"
 
 
-def _table(found: Sequence[tuple[Finished, list[Entry]]]) -> str:
+def _table(by_run: Sequence[tuple[LoadedRun, list[Entry]]]) -> str:
     """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
-    differ = _steps_differ([entry for _, entries in found for entry in entries])
+    differ = _steps_differ([entry for _, entries in by_run for entry in entries])
     rows: list[tuple[str, ...]] = [("run", "method", "seeds", *["steps"] * differ, "delivered", "student", "finetuned")]
-    for run, entries in found:
+    for run, entries in by_run:
         for method in dict.fromkeys(entry.method for entry in entries):
-            mine = [entry for entry in entries if entry.method == method]
-            accuracies = [_spread([entry.accuracies[readout] for entry in mine]) for readout in READOUTS]
-            steps = [f"{mine[0].steps:,}"] * differ  # those of a comparison are all the same
-            rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in mine]), *steps, *accuracies))
+            by_seed = [entry for entry in entries if entry.method == method]
+            accuracies = [spread([entry.accuracies[readout] for entry in by_seed], digits=2) for readout in READOUTS]
+            steps = [f"{by_seed[0].steps:,}"] * differ  # all runs of a comparison have the same number
+            rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in by_seed]), *steps, *accuracies))
     return table(rows, left=3)
 
 
 def _steps_differ(entries: Sequence[Entry]) -> bool:
     """Whether runs trained for other numbers of steps because these were measured."""
     return len({entry.steps for entry in entries if entry.fields["steps"] == MEASURED}) > 1
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
 
 
 def _ranges(seeds: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from metapl.cli.ablate import COMMANDS as ABLATIONS
-from metapl.cli.commands import AFTER_TRAINING
+from metapl.cli.commands import COMMANDS, after_training
 from metapl.cli.train import COMMANDS as RECIPES
 from metapl.errors import MetaplError
 
@@ -29,7 +29,8 @@ def print_completion(given: Sequence[str]) -> int:
     def ablate(recipe: Annotated[_one_of(ABLATIONS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Compare the modes."""
 
-    commands = {"train": train, "ablate": ablate, **AFTER_TRAINING}
+    of_recipes = {"train": train, "ablate": ablate}
+    commands = of_recipes | {name: after_training(name) for name in COMMANDS if name not in of_recipes}
     try:
         tyro.cli(
             _one_of(commands),

@@ -13,13 +13,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from metapl.cli.inputs import require_finite
+from metapl.cli.inputs import TestFolder, require_finite
 from metapl.cli.parse import WIDTH, Run, Switch
-from metapl.cli.place import place
-from metapl.cli.table import table
-from metapl.cli.test_folder import TestFolder
 from metapl.errors import MetaplError
-from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
+from metapl.experiments.table import table
 from metapl.metrics import (
     Evaluation,
     MultiLabelAccuracy,
@@ -50,9 +48,10 @@ class Evaluate:
     """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
     It is the network that the run delivers, or the one named. The accuracy is the one in the run's result.json; where
-    it is not, that is said. Of a comparison, it is of the run that the comparison delivers: the best method's best seed
-    by validation, and the first method's first seed where validation cannot tell. Beside it stand its 95 % interval,
-    the chance level, which is what always naming the largest class gives, and what guessing evenly among them gives.
+    it is not, the output says so. Of a comparison, the run that the comparison delivers is measured: the best method's
+    best seed by validation, and the first method's first seed where validation cannot tell. Beside it stand its 95 %
+    interval, the chance level, which is what always naming the largest class gives, and what guessing evenly among them
+    gives.
 
     A run without a test set is measured on its validation examples, and the accuracy is called so.
 
@@ -67,7 +66,7 @@ class Evaluate:
         run: the run folder.
         test: folder with one folder a class, to measure on instead of the run's own test set.
         network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labelled data, or the teacher.
+            labeled data, or the teacher.
         label_sets: file with all the right labels of each test example.
         json: print JSON.
     """
@@ -79,8 +78,8 @@ class Evaluate:
     json: Switch = False
 
     def __call__(self) -> int:
-        run = finished(self.run)
-        name, device = run.name(self.network), place(run.recipe)
+        run = load_run(self.run)
+        name, device = run.name(self.network), run.device
         network = run.network(name).to(device)
         on = _own(run, device) if self.test is None else _other(run, self.test)
         if self.label_sets is not None and on.part == "validation":
@@ -89,7 +88,7 @@ class Evaluate:
         names = on.names()
         if names is not None and len(names) == len(logits):
             require_finite(logits, names)
-        found = evaluate_logits(logits, labels, run.recipe.classes)
+        evaluation = evaluate_logits(logits, labels, run.recipe.classes)
         several = None
         if self.label_sets is not None:
             sets = read_label_sets(self.label_sets, run.recipe.classes, names)
@@ -98,18 +97,18 @@ class Evaluate:
         if self.json:
             on_record = {"recorded_accuracy": recorded} if self.test is None else on.about
             about = {**self._about(run, name), "measured_on": on.part}
-            print(json.dumps({**about, **on_record, **_as_json(found, several)}, indent=2))
+            print(json.dumps({**about, **on_record, **_as_json(evaluation, several)}, indent=2))
         else:
             where = "" if self.test is None else f"\non {self.test}"
-            compared = _as_recorded(found, recorded) + on.remark if self.test is None else ""
+            compared = _as_recorded(evaluation, recorded) + on.remark if self.test is None else ""
             print(f"{run.heading(name)}{where}\n")
-            print(_figures(found, several, on.part, compared))
-            print(_confusions(found, run.recipe.classes))
+            print(_figures(evaluation, several, on.part, compared))
+            print(_confusions(evaluation, run.recipe.classes))
         if on.skipped():
             print(f"metapl: {on.skipped()} file{'s' * (on.skipped() != 1)} left out", file=sys.stderr)
         return 1 if on.skipped() else 0
 
-    def _about(self, run: Finished, name: str) -> dict[str, str | int]:
+    def _about(self, run: LoadedRun, name: str) -> dict[str, str | int]:
         return {
             "run": str(self.run),
             "recipe": run.recipe.name,
@@ -120,7 +119,7 @@ class Evaluate:
         }
 
 
-_UNTESTED = "{} has no test set; give --test DIR, a folder of labelled pictures with one folder a class."
+_UNTESTED = "{} has no test set; give --test DIR, a folder of labeled pictures with one folder a class."
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class _Measured:
         batches: pictures and labels.
         names: of the pictures, once the batches were read; None where they have none.
         part: what the accuracy is called.
-        remark: what is said of it.
+        remark: what is printed beside it.
         skipped: how many files were left out, once the batches were read.
         about: for JSON.
     """
@@ -144,7 +143,7 @@ class _Measured:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _own(run: Finished, device: torch.device) -> _Measured:
+def _own(run: LoadedRun, device: torch.device) -> _Measured:
     """The run's own test set; where it has none, what it was validated on."""
     task = run.recipe.task(progress=True)
     if task.test is not None:
@@ -156,7 +155,7 @@ def _own(run: Finished, device: torch.device) -> _Measured:
     return _Measured(batches_of(task.validation, device), lambda: None, "validation", remark)
 
 
-def _other(run: Finished, folder: Path) -> _Measured:
+def _other(run: LoadedRun, folder: Path) -> _Measured:
     """Other pictures of the same classes."""
     on = TestFolder(run.recipe, folder)
     about = {"test": str(folder), "missing_classes": list(on.missing)}
@@ -174,40 +173,41 @@ def _against_sets(logits: Tensor, sets: Sequence[frozenset[int]], names: Sequenc
     return multi_label_accuracy(logits.max(dim=1).indices, sets)
 
 
-def _as_json(found: Evaluation, several: MultiLabelAccuracy | None) -> dict[str, Any]:
+def _as_json(evaluation: Evaluation, label_sets: MultiLabelAccuracy | None) -> dict[str, Any]:
     beside = {
-        "interval": list(interval(round(found.accuracy * found.n), found.n)),
-        "chance": found.chance,
-        "even_guess": 1 / len(found.confusion),
+        "interval": list(interval(round(evaluation.accuracy * evaluation.n), evaluation.n)),
+        "chance": evaluation.chance,
+        "even_guess": 1 / len(evaluation.confusion),
     }
-    return found.to_json() | beside | ({} if several is None else {"multi_label": several.to_json()})
+    return evaluation.to_json() | beside | ({} if label_sets is None else {"multi_label": label_sets.to_json()})
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
 
 
-def _figures(found: Evaluation, several: MultiLabelAccuracy | None, part: str, of_accuracy: str) -> str:
-    low, high = interval(round(found.accuracy * found.n), found.n)
+def _figures(evaluation: Evaluation, label_sets: MultiLabelAccuracy | None, part: str, of_accuracy: str) -> str:
+    low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
+    even = 1 / len(evaluation.confusion)
     lines = {
-        f"{part} accuracy": f"{found.accuracy:.2%} of {found.n:,}" + (f", {of_accuracy}" if of_accuracy else ""),
+        f"{part} accuracy": f"{evaluation.accuracy:.2%} of {evaluation.n:,}" + f", {of_accuracy}" * bool(of_accuracy),
         "95 % interval": f"{low:.2%} to {high:.2%}",
-        "chance level": f"{found.chance:.2%}, the largest class; even guesses: {1 / len(found.confusion):.2%}",
+        "chance level": f"{evaluation.chance:.2%}, the largest class; even guesses: {even:.2%}",
     }
-    if found.top5 is not None:
-        lines["top-5 accuracy"] = f"{found.top5:.2%}"
-    if several is not None:
-        without = several.without_label
+    if evaluation.top5 is not None:
+        lines["top-5 accuracy"] = f"{evaluation.top5:.2%}"
+    if label_sets is not None:
+        without = label_sets.without_label
         none = f" ({without:,} {'has' if without == 1 else 'have'} none)" if without else ""
-        lines["multi-label accuracy"] = f"{several.accuracy:.2%} of {several.n:,} with a label{none}"
-    lines["expected calibration error"] = f"{found.expected_calibration_error:.2%}"
-    lines["negative log-likelihood"] = f"{found.negative_log_likelihood:.3f}"
+        lines["multi-label accuracy"] = f"{label_sets.accuracy:.2%} of {label_sets.n:,} with a label{none}"
+    lines["expected calibration error"] = f"{evaluation.expected_calibration_error:.2%}"
+    lines["negative log-likelihood"] = f"{evaluation.negative_log_likelihood:.3f}"
     return "\n".join(f"{name:<28}{value}" for name, value in lines.items())
 
 
-def _as_recorded(found: Evaluation, recorded: float | None) -> str:
+def _as_recorded(evaluation: Evaluation, recorded: float | None) -> str:
     if recorded is None:
         return "not in result.json"
-    if found.accuracy == recorded:
+    if evaluation.accuracy == recorded:
         return "as in result.json"
     return (
         f"but {recorded:.2%} in result.json:\n"
@@ -215,41 +215,42 @@ def _as_recorded(found: Evaluation, recorded: float | None) -> str:
     )
 
 
-def _confusions(found: Evaluation, classes: tuple[str, ...]) -> str:
+def _confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     """The confusion matrix, or what matters most of it where a terminal has no room for the whole."""
     if len(classes) <= MOST_IN_A_MATRIX:
         for letters in HEADINGS:
-            matrix = _matrix(found, classes, letters)
+            matrix = _matrix(evaluation, classes, letters)
             if len(matrix.partition("\n")[0]) <= WIDTH:
                 head = "how many of a class (row) were taken for which (column), and how many rightly"
                 return f"\n{head}\n\n{matrix}"
-    return f"\nwhat is taken for what most often\n\n{_most(found, classes)}\n\n{_worst(found, classes)}"
+    return f"\nwhat is taken for what most often\n\n{_most(evaluation, classes)}\n\n{_worst(evaluation, classes)}"
 
 
-def _matrix(found: Evaluation, classes: tuple[str, ...], letters: int) -> str:
+def _matrix(evaluation: Evaluation, classes: tuple[str, ...], letters: int) -> str:
     """The confusion matrix with the accuracy of each class; a dot is 0."""
-    width = max(len(str(n)) for counts in found.confusion for n in counts)
+    width = max(len(str(n)) for counts in evaluation.confusion for n in counts)
     rows = [("class", *(name[:letters].rjust(width) for name in classes), "right")]
-    for name, counts, right in zip(classes, found.confusion, found.per_class, strict=True):
+    for name, counts, right in zip(classes, evaluation.confusion, evaluation.per_class, strict=True):
         rows.append((_short(name, 16), *(str(n) if n else "." for n in counts), _share(right)))
     return table(rows)
 
 
-def _most(found: Evaluation, classes: tuple[str, ...]) -> str:
+def _most(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     """The pairs of classes that are confused most often."""
-    pairs = [(n, true, p) for true, row in enumerate(found.confusion) for p, n in enumerate(row) if n and p != true]
+    cells = [(n, true, p) for true, row in enumerate(evaluation.confusion) for p, n in enumerate(row)]
+    pairs = [cell for cell in cells if cell[0] and cell[1] != cell[2]]
     rows = [("class", "taken for", "times", "of")]
-    for n, true, taken in sorted(pairs, key=lambda one: -one[0])[:LISTED]:
-        rows.append((_short(classes[true]), _short(classes[taken]), f"{n:,}", f"{sum(found.confusion[true]):,}"))
+    for n, true, taken in sorted(pairs, key=lambda pair: -pair[0])[:LISTED]:
+        rows.append((_short(classes[true]), _short(classes[taken]), f"{n:,}", f"{sum(evaluation.confusion[true]):,}"))
     return table(rows, left=2) if len(rows) > 1 else "nothing is taken for anything else"
 
 
-def _worst(found: Evaluation, classes: tuple[str, ...]) -> str:
+def _worst(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     """The classes of which the smallest share is right."""
-    known = [(right, index) for index, right in enumerate(found.per_class) if right is not None]
+    known = [(right, index) for index, right in enumerate(evaluation.per_class) if right is not None]
     rows = [("class", "right", "of")]
     for right, index in sorted(known)[:LISTED]:
-        rows.append((_short(classes[index]), _share(right), f"{sum(found.confusion[index]):,}"))
+        rows.append((_short(classes[index]), _share(right), f"{sum(evaluation.confusion[index]):,}"))
     least = f"the {len(rows) - 1} of {len(classes):,} classes that are right least often"
     return f"{least}\n\n{table(rows)}"
 

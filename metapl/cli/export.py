@@ -10,12 +10,11 @@ import tyro
 
 from metapl.cli.parse import Run, Switch
 from metapl.experiments.experiment import TITLED
-from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
 from metapl.experiments.store import describe
 from metapl.export import export
 from metapl.export.programs import ONNX, can_run_onnx, require_onnx
 from metapl.metrics import Evaluation
-from metapl.recipes import Digits, PictureRecipe, Recipe
 from metapl.recipes.methods import title
 from metapl.runs.folder import RunFolder
 
@@ -30,9 +29,9 @@ PARTS = ("labeled", "unlabeled", "validation", "test")
 class Export:
     """Write a run's network for others: a program that needs torch alone, its weights, and a card for both.
 
-    model.pt2 is the whole network, with its normalisation, as a program for torch.export.load: any number of pictures
+    model.pt2 is the whole network, with its normalization, as a program for torch.export.load: any number of pictures
     in, logits out. model.safetensors holds the weights under the names of torchvision or timm, where the network is
-    theirs. MODEL_CARD.md has the code that loads each, the accuracies, the recipe without the places of your files,
+    theirs. MODEL_CARD.md has the code that loads each, the accuracies, the recipe without the paths of your files,
     hashes of the data, and versions. Files of these names that are there already are replaced.
 
     Programs are run without metapl and compared with the network before anything is written.
@@ -41,7 +40,7 @@ class Export:
         run: the run folder; of a comparison, the run that it delivers.
         out: the folder to write them to; made if need be.
         network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labelled data, or the teacher.
+            labeled data, or the teacher.
         onnx: model.onnx too; needs pip install 'metapl[onnx]'.
     """
 
@@ -51,7 +50,7 @@ class Export:
     onnx: Switch = False
 
     def __call__(self) -> int:
-        run = finished(self.run)
+        run = load_run(self.run)
         if self.onnx:
             require_onnx()
         name = run.name(self.network)
@@ -60,7 +59,7 @@ class Export:
             self.out,
             card=_Card.of(run, name).content(),
             architecture=run.recipe.architecture(),
-            shape=_shape(run.recipe),
+            shape=run.recipe.input_shape,
             onnx=self.onnx,
         )
         print(f"{run.heading(name)}\n")
@@ -82,15 +81,6 @@ def _checked(file: Path) -> str:
     return "run without metapl: it gives what the network gives"
 
 
-def _shape(recipe: Recipe) -> tuple[int, int, int] | None:
-    """Of the network's input."""
-    if isinstance(recipe, Digits):
-        return 1, 8, 8
-    if isinstance(recipe, PictureRecipe):
-        return 1 if recipe.grey else 3, recipe.image_size, recipe.image_size
-    return None
-
-
 @dataclass(frozen=True)
 class _Card:
     """What the model card says of one of a run's networks.
@@ -101,12 +91,12 @@ class _Card:
         data: the ``data.json`` of the run that trained it.
     """
 
-    run: Finished
+    run: LoadedRun
     name: str
     data: dict[str, Any]
 
     @classmethod
-    def of(cls, run: Finished, name: str) -> _Card:
+    def of(cls, run: LoadedRun, name: str) -> _Card:
         folder = run.folder
         if run.is_comparison:
             folder = RunFolder(folder.path / run.result["method"] / f"seed-{run.result['seed']}")
@@ -121,29 +111,31 @@ class _Card:
             "metrics": self.metrics(),
             "data_hash": self.examples(),
             "recipe": self.recipe(),
-            "notes": "\n".join(f"- {one}" for one in self.notes()),
+            "notes": "\n".join(f"- {note}" for note in self.notes()),
         }
 
     def metrics(self) -> dict[str, Any]:
         """Figures of the network that is exported, and of no others."""
         result = self.run.result
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if "evaluation" in result:
-            told = Evaluation(**result["evaluation"])
-            found |= {"test accuracy": result[f"{self.name}_test_accuracy"], "test examples": told.n}
-            found["test chance level"] = told.chance
+            evaluation = Evaluation(**result["evaluation"])
+            figures |= {"test accuracy": result[f"{self.name}_test_accuracy"], "test examples": evaluation.n}
+            figures["test chance level"] = evaluation.chance
         if "evaluation" in result and self.name == result["delivered"]:  # the evaluation is of that one
-            found |= {f"test {title}": result["evaluation"][name] for name, title in FIGURES.items()}
+            figures |= {f"test {title}": result["evaluation"][name] for name, title in FIGURES.items()}
         if f"{self.name}_validation_accuracy" in result:
-            found["validation accuracy"] = result[f"{self.name}_validation_accuracy"]
-            found["validation examples"] = result["validation_size"]
-        return {name: value for name, value in found.items() if value is not None}
+            figures["validation accuracy"] = result[f"{self.name}_validation_accuracy"]
+            figures["validation examples"] = result["validation_size"]
+        return {name: value for name, value in figures.items() if value is not None}
 
     def examples(self) -> dict[str, str]:
         """On which data: how many examples, and their hashes."""
-        told = self.data | self.data.get("counts", {})
+        record = self.data | self.data.get("counts", {})
         counts = {
-            part: len(told[part]) if isinstance(told[part], list) else told[part] for part in PARTS if part in told
+            part: len(record[part]) if isinstance(record[part], list) else record[part]
+            for part in PARTS
+            if part in record
         }
         name = {"data set": self.data["data"]} if "data" in self.data else {}
         return (
@@ -161,10 +153,10 @@ class _Card:
             if name != "class_names"
         }
         result = self.run.result
-        how = {"name": self.run.recipe.name, "method": result["method"], "best_step": result["best_step"]}
+        run_by = {"name": self.run.recipe.name, "method": result["method"], "best_step": result["best_step"]}
         anew = self.name == "finetuned" and "finetuned_with" in result
         again = {"finetuned_with": result["finetuned_with"]} if anew else {}
-        return how | again | {"fields": fields}
+        return run_by | again | {"fields": fields}
 
     def notes(self) -> list[str]:
         """Which weights these are, how they were chosen, and what they take."""
@@ -173,7 +165,7 @@ class _Card:
             methods, seeds = (", ".join(map(str, result[name])) for name in ("methods", "seeds"))
             notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")
         notes.append("Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.")
-        return [*notes, *_takes(self.run.recipe)]
+        return [*notes, self.run.recipe.input_note]
 
     def _which(self) -> str:
         """Of which step the weights are."""
@@ -184,7 +176,7 @@ class _Card:
         kept = "best student by validation" if chosen else "last student"
         which = f"The weights are those of the {kept}: step {step:,} of {steps:,}."
         unless = ", unless that lowered the validation accuracy" if chosen else ""
-        return which + f" They were finetuned on the labelled examples{unless}." * (self.name == "finetuned")
+        return which + f" They were finetuned on the labeled examples{unless}." * (self.name == "finetuned")
 
     def _why(self) -> str:
         """Whether the run delivers this network, and by what."""
@@ -193,18 +185,3 @@ class _Card:
         if self.name == result["delivered"]:
             return f"Of the networks of the run ({', '.join(self.run.networks)}) it delivers this one, {why}."
         return f"The run delivers another of its networks, {why}: {TITLED[result['delivered']]}."
-
-
-def _takes(recipe: Recipe) -> list[str]:
-    """How the network's input is made of a picture."""
-    if isinstance(recipe, Digits):
-        return ["Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."]
-    if not isinstance(recipe, PictureRecipe):
-        return []
-    colors = "grey (0.299 R + 0.587 G + 0.114 B)" if recipe.grey else "in colors"
-    middle = "" if recipe.center == 1 else f"the middle {recipe.center:.1%} of "
-    size = f"{recipe.image_size}x{recipe.image_size}"
-    return [
-        f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, brought to {size} by "
-        "antialiased bilinear resampling."
-    ]

@@ -14,24 +14,24 @@ import tyro
 from torch import nn
 
 from metapl.cli.parse import Run
-from metapl.cli.place import place
-from metapl.cli.table import table
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import Experiment, Network, delivered
-from metapl.experiments.load_run import Finished, finished
+from metapl.experiments.load_run import LoadedRun, load_run
+from metapl.experiments.table import table
 from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
-from metapl.runs.folder import Metrics, RunFolder
+from metapl.runs.folder import RunFolder
+from metapl.runs.metrics import Metrics
 from metapl.training import FitResult, Interrupted
 from metapl.training.selection import weights_of
 
 ORDER = ("student", "teacher", "finetuned")
-"""Of a run's networks: of those that validation finds equal, the first is delivered."""
+"""The networks of a run: the first of equals by validation is delivered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """Finetune a run's student on its labelled data again.
+    """Finetune a run's student on its labeled data again.
 
     Without options it repeats what train did. The finetuned student and its numbers in result.json are replaced when
     the new ones are there; the student before finetuning stays as it is. Which network the run delivers is decided
@@ -40,8 +40,8 @@ class Finetune:
 
     Args:
         run: the run folder.
-        steps: finetuning steps; those of the recipe by default.
-        lr: learning rate; that of the recipe by default.
+        steps: finetuning steps; by default as in the recipe.
+        lr: learning rate; by default as in the recipe.
     """
 
     run: Run
@@ -49,10 +49,10 @@ class Finetune:
     lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
 
     def __call__(self) -> int:
-        run = finished(self.run)
+        run = load_run(self.run)
         if run.is_comparison:
-            one = self.run / run.result["method"] / f"seed-{run.result['seed']}"
-            raise MetaplError(f"{self.run} is a comparison; finetune one of its runs: metapl finetune {one}")
+            run_folder = self.run / run.result["method"] / f"seed-{run.result['seed']}"
+            raise MetaplError(f"{self.run} is a comparison; finetune one of its runs: metapl finetune {run_folder}")
         recipe = self._recipe(run)
         try:
             with run.folder.claimed(run.description, resume=True):
@@ -69,7 +69,7 @@ class Finetune:
         print(f"delivered: {result['delivered']} ({by}{changed})")
         return 0
 
-    def _recipe(self, run: Finished) -> Recipe:
+    def _recipe(self, run: LoadedRun) -> Recipe:
         """The run's recipe, with the options given."""
         steps = run.recipe.finetune_steps if self.steps is None else self.steps
         if steps < 1:
@@ -81,9 +81,9 @@ class Finetune:
         return dataclasses.replace(run.recipe, finetune_steps=steps, finetune=optimizer)
 
 
-def _finetuned_anew(run: Finished, recipe: Recipe) -> dict[str, Any]:
+def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     """Finetune by ``recipe`` and replace the files of the run; the new content of ``result.json``."""
-    device = place(recipe)
+    device = run.device
     student, task = run.network("student").to(device), recipe.task()
     torch.manual_seed(recipe.seed)
     with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
@@ -96,7 +96,7 @@ def _finetuned_anew(run: Finished, recipe: Recipe) -> dict[str, Any]:
         chosen = networks[name]
         if name not in ("finetuned", run.result["delivered"]):
             network = run.network(name).to(device)
-            chosen = experiment.measured(name, task, network, chosen.validation_accuracy, {})
+            chosen = experiment.network(name, task, network, chosen.validation_accuracy, {})
     result = run.result | tuned.accuracies("finetuned_")
     result["validation_chance"] = task.validation_chance
     result["finetuned_with"] = {"steps": recipe.finetune_steps, "lr": recipe.finetune.lr}
@@ -115,12 +115,12 @@ def _finetuned_anew(run: Finished, recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-def _before(run: Finished, student: nn.Module) -> FitResult:
+def _before(run: LoadedRun, student: nn.Module) -> FitResult:
     """What the run's main phase ended with, as far as finetuning asks for it."""
     return FitResult(run.result.get("student_validation_accuracy"), run.result["best_step"], weights_of(student))
 
 
-def _recorded(run: Finished, name: str) -> Network:
+def _recorded(run: LoadedRun, name: str) -> Network:
     """One of the run's networks with the validation accuracy on record, which is what decides on delivery."""
     return Network(name, {}, run.result.get(f"{name}_validation_accuracy"), None)
 
@@ -146,8 +146,8 @@ def _before_and_after(before: dict[str, Any], after: dict[str, Any], recipe: Rec
     )
 
 
-def _row(result: dict[str, Any], how: dict[str, Any]) -> tuple[str, str, str, str]:
-    return *_accuracies(result, "finetuned"), str(how["steps"]), f"{how['lr']:g}"
+def _row(result: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str, str, str]:
+    return *_accuracies(result, "finetuned"), str(settings["steps"]), f"{settings['lr']:g}"
 
 
 def _accuracies(result: dict[str, Any], network: str) -> tuple[str, str]:

@@ -30,7 +30,7 @@ GROUPS: dict[str, str] = {
     "uda-ramp",
     "feedback": "mode labels feedback-weight feedback-ratio normalization baseline temperature pseudo-label-smoothing "
     "exact-every",
-    "optimisers": "student.* teacher.*",
+    "optimizers": "student.* teacher.*",
     "finetuning": "finetune-steps finetune-batch finetune.*",
     "comparison": "compare seeds methods controls jobs modes draws rounds factory",
     "output": "out resume log-every save-every keep",
@@ -89,15 +89,17 @@ def readable(text: str) -> str:
     head, _, _ = text.partition("╭")
     paragraphs = [textwrap.fill(line, WIDTH) for line in head.strip().splitlines()]
     groups: dict[str, list[Entry]] = {name: [] for name in ("arguments", "required", *GROUPS, OTHERS)}
-    entries = sorted(found(text), key=lambda one: (one.name == HELP, one.place[1]))
+    entries = sorted(entries_in(text), key=lambda entry: (entry.name == HELP, entry.place[1]))
     for entry in entries:
         group, _ = entry.place
         groups[OTHERS if group in GROUPS and len(entries) <= FEW else group].append(entry)
-    blocks = [f"{name}:\n" + "\n".join(one.text() for one in some) for name, some in groups.items() if some]
+    blocks = [
+        f"{name}:\n" + "\n".join(entry.text() for entry in members) for name, members in groups.items() if members
+    ]
     return "\n".join(paragraphs) + "\n\n" + "\n\n".join(blocks)
 
 
-def found(text: str) -> Iterator[Entry]:
+def entries_in(text: str) -> Iterator[Entry]:
     """The flags and arguments in tyro's help, one after another."""
     for box in re.findall(r"^╭[^\n]*\n(.*?)^╰", text, re.DOTALL | re.MULTILINE):
         lines = [line[2:-1].rstrip() for line in box.splitlines()]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from metapl.recipes.images import ImageFolders
+from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.methods import CONTROLS, METHODS
 
 WITH_STUDENT = tuple(name for name, method in METHODS.items() if method.teaches)
@@ -16,13 +16,13 @@ ANY_STUDENT = tuple(name for name, method in METHODS.items() if method.built_as 
 """Methods that train a student, at the same time or afterwards."""
 
 LABELS_ALONE = ("supervised", "label_smoothing", "supervised_everything")
-"""Methods that do not look at unlabelled pictures."""
+"""Methods that do not look at unlabeled pictures."""
 
 WITH_FEEDBACK = ("mpl", *CONTROLS)
-"""Methods whose teacher is told how the student did."""
+"""Methods whose teacher learns from the student's feedback."""
 
 BY_UDA = ("uda", "fixmatch")
-"""Methods that are UDA alone."""
+"""Methods that train one network by UDA."""
 
 FEEDBACK = "feedback-weight feedback-ratio normalization baseline exact-every"
 STRONG = "strong.operations strong.magnitude strong.cutout strong.again strong.translate"
@@ -54,17 +54,17 @@ def given_flags(arguments: Sequence[str]) -> list[str]:
     >>> given_flags(["--labeled", "few/", "--student.weight_decay=0", "--no-warm-start"])
     ['labeled', 'student.weight-decay', 'no-warm-start']
     """
-    return [one[2:].partition("=")[0].replace("_", "-") for one in arguments if one.startswith("--")]
+    return [word[2:].partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")]
 
 
 def explained(given: Sequence[str], rules: Iterator[Rule]) -> str:
     """A sentence for each rule that is about some of the given flags; each flag is named once."""
     left, sentences = list(dict.fromkeys(given)), []
     for rule in rules:
-        found = rule.among(left)
-        left = [name for name in left if name not in found]
-        if found:
-            *others, last = (f"--{name}" for name in found)
+        named = rule.among(left)
+        left = [name for name in left if name not in named]
+        if named:
+            *others, last = (f"--{name}" for name in named)
             names = f"{', '.join(others)} and {last}" if others else last
             sentences.append(f"{names} {'have' if others else 'has'} no effect {rule.where}: {rule.mend}.")
     return " ".join(sentences)
@@ -96,8 +96,8 @@ def by_choice(recipe: ImageFolders, seeds: bool = False) -> Iterator[Rule]:
         yield Rule("uda-prior", "with --uda-align 0", "leave it out, or give an --uda-align above 0")
     if recipe.finetune_steps == 0:
         yield Rule("finetune-batch finetune.*", "with --finetune-steps 0", "give 1 or more finetuning steps")
-    for name, one in (("student", recipe.student), ("teacher", recipe.teacher), ("finetune", recipe.finetune)):
-        if one.weight_decay == 0:
+    for name, optimizer in (("student", recipe.student), ("teacher", recipe.teacher), ("finetune", recipe.finetune)):
+        if optimizer.weight_decay == 0:
             decay = f"--{name}.weight-decay"
             yield Rule(f"{name}.decay-norms {name}.no-decay-norms", f"with {decay} 0", f"give a {decay} above 0")
     if seeds:
@@ -119,7 +119,7 @@ def by_method(recipe: ImageFolders, methods: Sequence[str]) -> Iterator[Rule]:
     elif recipe.feedback.mode == "none":
         yield Rule(FEEDBACK, "with --mode none", "leave it out, or take another mode")
     if {*methods} <= {*LABELS_ALONE}:
-        yield Rule(f"unlabeled-batch {STRONG}", where, "it is for methods that learn from unlabelled pictures")
+        yield Rule(f"unlabeled-batch {STRONG}", where, "it is for methods that learn from unlabeled pictures")
     if {*methods} == {"supervised"}:
         yield Rule("label-smoothing", where, "it is for the other methods")
     yield from _uda(recipe, methods, where)
@@ -127,7 +127,7 @@ def by_method(recipe: ImageFolders, methods: Sequence[str]) -> Iterator[Rule]:
 
 def _uda(recipe: ImageFolders, methods: Sequence[str], where: str) -> Iterator[Rule]:
     """Flags of UDA, which is a loss of the teacher unless its weight is 0, and what uda and fixmatch are."""
-    of_teacher, alone = (not {*methods}.isdisjoint(some) for some in (WITH_STUDENT, BY_UDA))
+    of_teacher, alone = (not {*methods}.isdisjoint(names) for names in (WITH_STUDENT, BY_UDA))
     if not of_teacher and not alone:
         yield Rule("uda-*", where, "it is for --method uda, fixmatch, mpl or none")
     elif not recipe.uda_weight and not alone:

@@ -1,4 +1,4 @@
-"""The examples in a user's files, read as those that a run was trained on."""
+"""Examples in a user's files, read like the training data of a run; a folder of labeled ones is a test set."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from metapl.data.images.check import find_copies, some
+from metapl.data.images.folders import scan_labeled, scan_unlabeled
 from metapl.errors import MetaplError
-from metapl.recipes import Recipe
+from metapl.recipes import ImageFolders, Recipe
 
 BATCH = 256
 
@@ -48,14 +51,16 @@ class Inputs:
             yield batch
 
     def _within(self, folder: Path) -> list[Path]:
-        """The readable files of a folder and of those in it, sorted."""
-        found = [Path(where) / name for where, _, names in os.walk(folder, onerror=self._unlisted) for name in names]
-        ours = sorted(file for file in found if file.suffix.lower() in self.recipe.reads and not self._is_left(file))
-        if not ours:
+        """The readable files of a folder and its subfolders, sorted."""
+        files = [Path(where) / name for where, _, names in os.walk(folder, onerror=self._unlisted) for name in names]
+        readable = sorted(
+            file for file in files if file.suffix.lower() in self.recipe.reads and not self._is_left(file)
+        )
+        if not readable:
             raise MetaplError(
                 f"there is no file in {folder} that can be read; expected {', '.join(self.recipe.reads)}."
             )
-        return ours
+        return readable
 
     def _is_left(self, file: Path) -> bool:
         return bool(self.leave) and file.resolve() in self.leave
@@ -70,7 +75,7 @@ class Inputs:
 
 
 def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
-    """Refuse logits that are no numbers, and name what they are of."""
+    """Refuse logits that are not finite, and name the examples."""
     bad = [name for name, fine in zip(names, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
     if bad:
         more = f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
@@ -78,3 +83,73 @@ def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
             f"the network's outputs are not finite for {', '.join(bad[:NAMED])}{more}; its training diverged: train "
             "again with a smaller learning rate."
         )
+
+
+class TestFolder:
+    """The pictures of a folder that holds one folder a class, read like the training data of a run.
+
+    Notes on them go to standard error.
+
+    Args:
+        recipe: of the run; its classes count.
+        folder: one folder a class, called as the run's classes; those without pictures may be missing.
+
+    Raises:
+        MetaplError: no such folder, none in it, no picture, or pictures of a class that the run does not know.
+    """
+
+    __test__ = False  # pytest takes classes with such names for tests
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.files = scan_labeled(folder)
+        counts = self.files.counts()
+        unknown = [name for name, count in counts.items() if count and name not in recipe.classes]
+        if unknown:
+            raise MetaplError(
+                f"{folder} has pictures of {some(unknown)}, which the run does not know; expected folders called as "
+                f"its classes: {', '.join(recipe.classes)}."
+            )
+        self.missing = tuple(name for name in recipe.classes if not counts.get(name))
+        labels = self.files.targets(recipe.classes).tolist()
+        self._labels = dict(zip(self.files.paths(), labels, strict=True))
+        self._inputs = Inputs(recipe, [Path(path) for path in self.files.paths()])
+        self.names: list[str] = []
+        for note in self._notes(recipe):
+            print(f"metapl: note: {note}", file=sys.stderr)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pictures and labels; ``names`` then has the readable files, relative to the folder."""
+        self.names = []
+        for batch in self._inputs.batches():
+            paths = [path for path, _ in batch]
+            self.names += [Path(path).relative_to(self.files.root).as_posix() for path in paths]
+            yield torch.stack([x for _, x in batch]), torch.tensor([self._labels[path] for path in paths])
+        if not self.names:
+            raise MetaplError(f"none of the {len(self.files)} pictures in {self.files.root} can be read.")
+
+    @property
+    def skipped(self) -> int:
+        """How many files could not be read."""
+        return self._inputs.skipped
+
+    def _notes(self, recipe: Recipe) -> Iterator[str]:
+        if self.missing:
+            yield f"{self.files.root} has no picture of {some(self.missing)}: nothing is measured there."
+        if self.files.loose:
+            yield f"{self.files.loose} pictures beside the class folders are not used."
+        if self.files.passed_over:
+            kinds = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(self.files.passed_over.items()))
+            yield f"files without the name of a picture are passed over: {kinds}."
+        if isinstance(recipe, ImageFolders):
+            yield from self._copies(recipe)
+
+    def _copies(self, recipe: ImageFolders) -> Iterator[str]:
+        """Pictures that were trained on: an accuracy on them says nothing of others."""
+        try:
+            labeled, unlabeled = scan_labeled(recipe.labeled), scan_unlabeled(recipe.unlabeled)
+        except MetaplError as error:
+            yield f"it is not known which of these pictures were trained on: {error}"
+            return
+        for finding in find_copies(labeled, unlabeled, None, self.files, None, trained=True):
+            if finding.kind == "test copies":
+                yield finding.message

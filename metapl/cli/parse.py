@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import tyro
 
-from metapl.cli.help import WIDE, WIDTH, found, readable
-from metapl.cli.suggest import did_you_mean, respelled, unknown_flags
+from metapl.cli.help import WIDE, WIDTH, entries_in, readable
 from metapl.errors import MetaplError
 
 __all__ = ["WIDTH", "Run", "Switch", "paragraph", "parse"]
@@ -29,7 +29,7 @@ Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
 def paragraph(text: str) -> str:
-    """Text in lines of a terminal's width, broken at spaces alone."""
+    """Text in lines of a terminal's width, broken only at spaces."""
     return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
@@ -46,49 +46,49 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
             raise MetaplError(
                 f"nothing was given after {word.rstrip('=') or before}; expected a value. See {program} --help."
             )
-    code, value, said, text = _ask_tyro(kind, program, arguments)
+    code, value, message, text = _ask_tyro(kind, program, arguments)
     if value is not None:
         return value
     if code == 0:
         print(readable(text))
         raise SystemExit(0)
-    entries = list(found(_ask_tyro(kind, program, ["--help"])[3]))
-    told = _with_true(arguments, [entry.name for entry in entries if entry.value == "{True,False}"])
-    if told != arguments:
-        return parse(kind, program, told)
+    entries = list(entries_in(_ask_tyro(kind, program, ["--help"])[3]))
+    completed = _with_true(arguments, [entry.name for entry in entries if entry.value == "{True,False}"])
+    if completed != arguments:
+        return parse(kind, program, completed)
     flags = [entry.name for entry in entries]
     unknown = unknown_flags(arguments, flags)
-    why = _one_line(said) if not unknown else f"there is no {unknown[0]}{did_you_mean(unknown[0], flags) or '.'}"
+    why = _one_line(message) if not unknown else f"there is no {unknown[0]}{did_you_mean(unknown[0], flags) or '.'}"
     raise MetaplError(f"{why} See {program} --help.")
 
 
 def _with_true(arguments: list[str], switches: list[str]) -> list[str]:
-    """``--grey`` alone is ``--grey True``, of switches that can also be left open.
+    """``--grey`` alone is ``--grey True``, for switches that can also be left open.
 
     >>> _with_true(["--grey", "--pad", "2", "--color", "False"], ["--grey", "--color"])
     ['--grey', 'True', '--pad', '2', '--color', 'False']
     """
     following = [*arguments[1:], ""][: len(arguments)]
     return [
-        word
-        for one, after in zip(arguments, following, strict=True)
-        for word in ([one, "True"] if one in switches and after not in ("True", "False") else [one])
+        part
+        for word, after in zip(arguments, following, strict=True)
+        for part in ([word, "True"] if word in switches and after not in ("True", "False") else [word])
     ]
 
 
 def _ask_tyro(kind: type[T], program: str, arguments: list[str]) -> tuple[int | None, T | None, str, str]:
     """The exit code it would end with (None: it does not), the instance, and what it says as errors and as help."""
-    # tyro draws its frames, by which its messages are taken apart, for a standard output of this encoding alone.
-    said, text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    # tyro draws the frames that entries_in looks for only where the output has this encoding.
+    message, text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     code: int | None = None
     value: T | None = None
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(text), _columns(WIDE):
+    with contextlib.redirect_stderr(message), contextlib.redirect_stdout(text), _columns(WIDE):
         try:
             value = tyro.cli(kind, prog=program, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
         except SystemExit as stop:
             code = int(stop.code or 0)
     text.seek(0)
-    return code, value, said.getvalue(), text.read()
+    return code, value, message.getvalue(), text.read()
 
 
 @contextlib.contextmanager
@@ -114,8 +114,61 @@ def _one_line(box: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [match[1] for match in re.finditer(r"^│ (.*?) *│?$", plain, re.MULTILINE)] or plain.splitlines()
     parts = re.split(r"^─+$", "\n".join(line for line in lines if not line.startswith(8 * " ")), flags=re.MULTILINE)
-    said = [parts[0].partition("Got errors:")[0], *(p for p in parts[1:] if p.strip().startswith("Perhaps"))]
-    sentences = [re.sub(r"\s+", " ", part).strip().rstrip(".") for part in said]
+    kept = [parts[0].partition("Got errors:")[0], *(p for p in parts[1:] if p.strip().startswith("Perhaps"))]
+    sentences = [re.sub(r"\s+", " ", part).strip().rstrip(".") for part in kept]
     text = ". ".join(sentences).replace("{None}|", "") + "."
     text = re.sub(r"^Missing from [^:]*:", "missing:", text)
     return re.sub(r"^Error parsing (\S+): no type matching (\S+) .* from \[(.*)\]", r"\1: expected \2, got \3", text)
+
+
+SPELLINGS = {
+    "labelled": "labeled",
+    "unlabelled": "unlabeled",
+    "normalisation": "normalization",
+    "optimiser": "optimizer",
+    "gray": "grey",
+    "colour": "color",
+    "recolour": "recolor",
+}
+"""Other spellings of words in flags, which are taken for ours."""
+
+
+def did_you_mean(given: str, known: Sequence[str]) -> str:
+    """A question to append to a refusal, or nothing where nothing known is like what was given.
+
+    >>> did_you_mean("trian", ["train", "evaluate"]), did_you_mean("xyz", ["train"])
+    ('; did you mean train?', '')
+    >>> did_you_mean("--lr", ["--student.lr", "--teacher.lr", "--seed"])
+    '; did you mean --student.lr or --teacher.lr?'
+    """
+    nested = [name for name in known if name.endswith(f".{given.removeprefix('--')}")]
+    close = nested or difflib.get_close_matches(given, known, n=3, cutoff=0.75)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def respelled(arguments: Sequence[str]) -> list[str]:
+    """Flags in our spelling.
+
+    >>> respelled(["--labelled", "labelled/", "--unlabelled-batch=8", "--changes.no-recolour", "--grayscale"])
+    ['--labeled', 'labelled/', '--unlabeled-batch=8', '--changes.no-recolor', '--grayscale']
+    """
+    return [
+        _respelled(flag) + equals + value if word.startswith("--") else word
+        for word in arguments
+        for flag, equals, value in [word.partition("=")]
+    ]
+
+
+def _respelled(flag: str) -> str:
+    """Only whole words, between dashes, dots and underscores."""
+    return "".join(SPELLINGS.get(word, word) for word in re.split(r"([-._])", flag))
+
+
+def unknown_flags(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The flags among arguments that are not known.
+
+    >>> unknown_flags(["--steps=5", "--image_size", "-1", "--stpes"], ["--steps", "--image-size"])
+    ['--stpes']
+    """
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--") and word != "--"]
+    return [flag for flag in flags if flag.replace("_", "-") not in known]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,16 @@ from typing import Annotated, TextIO
 
 import torch
 import tyro
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from metapl.cli.inputs import Inputs, require_finite
-from metapl.cli.outputs import check_outputs
 from metapl.cli.parse import Run, Switch
-from metapl.cli.place import place
 from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import TITLED
-from metapl.experiments.load_run import Finished, NetworkName, finished
+from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
+from metapl.report import SOFTWARE
 from metapl.runs.atomic import replacing
 
 HEADER = ("file", "class", "probability")
@@ -55,7 +55,7 @@ class Predict:
     With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come next. A column for
     each class, called p(cat) say, is added by --probabilities; these sum to 1.
 
-    A picture is read as those that the run was trained on: it is turned as the camera noted, transparent counts as
+    A picture is read like the training data of the run: it is turned as the camera noted, transparent counts as
     white, and the largest centered square of it is brought to the network's size, in colors or grey. Of runs that were
     trained on crops, it is the middle of that square.
 
@@ -74,7 +74,7 @@ class Predict:
         probabilities: give the probability of every class.
         grid: draw a PNG file with each class that was predicted: how many pictures, the most and the least probable.
         network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labelled data, or the teacher.
+            labeled data, or the teacher.
     """
 
     run: Run
@@ -88,21 +88,21 @@ class Predict:
     network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
 
     def __call__(self) -> int:
-        run = finished(self.run)
+        run = load_run(self.run)
         classes = run.recipe.classes
         self._check(run)
         name = run.name(self.network)
-        network = run.network(name).to(place(run.recipe))
+        network = run.network(name).to(run.device)
         inputs = Inputs(run.recipe, self.files, leave=[file for file in (self.out, self.grid) if file is not None])
         count, grid = 0, PredictionGrid(classes)
         with _sink(self.out) as sink:
             writer = csv.writer(sink, lineterminator="\n")
             writer.writerow(self._header(classes))
-            for one in predictions(network, inputs):
-                writer.writerow(self._row(one, classes))
+            for prediction in predictions(network, inputs):
+                writer.writerow(self._row(prediction, classes))
                 count += 1
                 if self.grid is not None:
-                    grid.add(*one.best(1)[0], one.name, one.x)
+                    grid.add(*prediction.best(1)[0], prediction.name, prediction.x)
         if self.out is not None:
             print(f"{count} prediction{'s' * (count != 1)} in {self.out}")
         if self.grid is not None:
@@ -115,11 +115,11 @@ class Predict:
         more = [f"{name}_{rank}" for rank in range(2, self.top + 1) for name in HEADER[1:]]
         return [*HEADER, *more, *(f"p({name})" for name in classes if self.probabilities)]
 
-    def _row(self, one: Prediction, classes: Sequence[str]) -> list[str]:
-        best = [cell for index, p in one.best(self.top) for cell in (classes[index], _six(p))]
-        return [one.name, *best, *(_six(p) for p in one.probabilities if self.probabilities)]
+    def _row(self, prediction: Prediction, classes: Sequence[str]) -> list[str]:
+        best = [cell for index, p in prediction.best(self.top) for cell in (classes[index], _six(p))]
+        return [prediction.name, *best, *(_six(p) for p in prediction.probabilities if self.probabilities)]
 
-    def _check(self, run: Finished) -> None:
+    def _check(self, run: LoadedRun) -> None:
         classes = run.recipe.classes
         if not 1 <= self.top <= len(classes):
             raise MetaplError(f"--top {self.top} was given; expected 1 to {len(classes)}, the number of classes.")
@@ -171,3 +171,60 @@ def _sink(out: Path | None) -> Iterator[TextIO]:
         yield text
         text.flush()
         text.detach()
+
+
+def check_outputs(
+    outputs: Mapping[str, Path | None], *, run: Path, read: Sequence[Path], suffixes: Sequence[str], header: str
+) -> None:
+    """Refuse files that cannot be written, or whose content would be lost, before anything is read or written.
+
+    Args:
+        outputs: by flag.
+        run: the run's folder.
+        read: the files and folders to be read.
+        suffixes: of the files in these folders that are read.
+        header: what a file of predictions begins with.
+
+    A file in a folder that is read may be replaced where an earlier call wrote it.
+    """
+    given = {flag: file for flag, file in outputs.items() if file is not None}
+    for flag, file in given.items():
+        _check_kind(flag, file)
+        where = file.resolve()
+        if where.is_relative_to(run.resolve()):
+            raise MetaplError(f"{flag} {file} lies in the run folder {run}; expected a file elsewhere.")
+        for path in read:
+            source = path.resolve()
+            within = where.is_relative_to(source) and where.suffix.lower() in suffixes and where.is_file()
+            if where == source or (path.is_dir() and within and not _is_ours(where, header)):
+                raise MetaplError(
+                    f"{flag} {file} is one of the files to be read, and would be lost; expected another file."
+                )
+    if len({file.resolve() for file in given.values()}) < len(given):
+        raise MetaplError(f"{' and '.join(given)} are the same file; expected one for each.")
+
+
+def _check_kind(flag: str, file: Path) -> None:
+    if file.is_dir():
+        why = "is a folder"
+    elif not file.parent.is_dir():
+        why = f"cannot be written: there is no folder {file.parent}"
+    elif file.is_symlink():
+        why = "is a symbolic link"
+    elif file.exists() and not file.is_file():
+        why = "is a device or a pipe"
+    else:
+        return
+    raise MetaplError(f"{flag} {file} {why}; expected a plain file in a folder that exists.")
+
+
+def _is_ours(file: Path, header: str) -> bool:
+    """Whether an earlier call wrote the file."""
+    with file.open("rb") as content:
+        if content.read(len(header)) == header.encode():
+            return True
+    try:
+        with Image.open(file) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (UnidentifiedImageError, OSError):
+        return False

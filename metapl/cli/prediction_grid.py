@@ -33,7 +33,7 @@ class PredictionGrid:
         classes: names, in the order of the network's outputs.
 
     Of each class seen so far, as many pictures are kept as a page has room for, eight at most and fewer the more
-    classes there are: those of the greatest and of the least probability.
+    classes there are: the most and the least probable ones.
     """
 
     def __init__(self, classes: Sequence[str]) -> None:
@@ -45,19 +45,19 @@ class PredictionGrid:
         """An example ``x`` (C, H, W), in [0, 1], that was taken for class ``index``."""
         picture = (x.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
         kept = self._seen.setdefault(index, [])
-        bisect.insort(kept, _Seen(probability, name, picture), key=lambda one: -one.probability)
+        bisect.insort(kept, _Seen(probability, name, picture), key=lambda seen: -seen.probability)
         self.counts[index] += 1
         # More classes leave less room for each. What stands in the middle now stays there, whatever comes.
-        for some in self._seen.values() if len(kept) == 1 else [kept]:
+        for group in self._seen.values() if len(kept) == 1 else [kept]:
             most = pictures_a_group(len(self._seen))
-            while len(some) > most:
-                del some[most // 2]
+            while len(group) > most:
+                del group[most // 2]
 
     def draw(self, path: Path, source: str) -> None:
         """One PNG file with a group for each class; nothing where nothing was added. ``source`` names the network."""
         if not self.counts:
             return
-        # In the order of the classes; where they are too many, those with the most pictures.
+        # In the order of the classes; where there are too many, the ones with the most pictures.
         drawn = sorted(index for index, _ in self.counts.most_common(MOST_GROUPS))
         draw_grid(
             path, "What the pictures were taken for", self._note(source, len(drawn)), [self._group(i) for i in drawn]
@@ -72,8 +72,8 @@ class PredictionGrid:
         if drawn < predicted:
             parts.append(f"shown: the {drawn:,} with the most pictures")
         if max(self.counts.values()) > each:
-            some = f"{each // 2} " if each > 2 else ""
-            parts.append(f"of a class with more than {each}: the {some}most and the {some}least probable")
+            half = f"{each // 2} " if each > 2 else ""
+            parts.append(f"of a class with more than {each}: the {half}most and the {half}least probable")
         absent = [name for index, name in enumerate(self.classes) if index not in self.counts]
         if absent:
             more = f" and {len(absent) - NAMED:,} more" if len(absent) > NAMED else ""
@@ -85,6 +85,6 @@ class PredictionGrid:
         return Gallery(
             title=self.classes[index],
             note=f"{count:,} picture{'s' * (count != 1)}",
-            pictures=torch.stack([one.picture for one in seen]),
-            captions=tuple(f"{one.probability:.1%}\n{Path(one.name).name}" for one in seen),
+            pictures=torch.stack([example.picture for example in seen]),
+            captions=tuple(f"{example.probability:.1%}\n{Path(example.name).name}" for example in seen),
         )

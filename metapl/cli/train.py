@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,22 +18,20 @@ import torch
 import tyro
 
 from metapl.cli.idle import by_choice, by_method, explained
-from metapl.cli.jobs import Job, aloud, run_all
-from metapl.cli.pace import Pace
 from metapl.cli.parse import Switch, paragraph
-from metapl.cores import available_cores, default_threads
+from metapl.cores import default_threads
 from metapl.errors import MetaplError
-from metapl.experiments.comparison import Comparison, parse_seeds
+from metapl.experiments.compare import compare
+from metapl.experiments.comparison import parse_seeds
 from metapl.experiments.experiment import summary
+from metapl.experiments.jobs import Job, aloud
 from metapl.experiments.settle import settled
-from metapl.experiments.store import describe, stored
-from metapl.metrics import Evaluation, with_chance
+from metapl.experiments.store import stored
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
-from metapl.runs.folder import WEIGHTS, RunFolder
+from metapl.runs.folder import RunFolder
 from metapl.training import Interrupted
-from metapl.training.progress import duration
 
 METHODS_HELP = (
     f"with --compare: these methods alone, of {', '.join(METHODS)}; supervised_everything is for recipes "
@@ -84,10 +82,10 @@ class Train:
         """
 
     def _settled(self, out: Path) -> Any:
-        """The recipe as it can be stored: what is left open is chosen, or is as it was where a run is gone on with."""
+        """The recipe as it can be stored: what was left open is chosen, or taken from the run that is resumed."""
         recipe: Recipe = self.recipe
         if not isinstance(recipe, ImageFolders):
-            return recipe.settled() if isinstance(recipe, Vision) else recipe
+            return recipe.settled()
         torch.set_num_threads(default_threads())
         folder = RunFolder(out)
         before = stored(folder)[0] if self.resume and folder.exists else None
@@ -114,7 +112,7 @@ class Train:
 
     def _train(self, out: Path) -> int:
         finished = self.resume and (out / "result.json").exists()
-        method = getattr(self.recipe, "method", "mpl")
+        method = self.recipe.own_method
         if not finished:
             print(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", flush=True)
         result = Job(self.recipe, method, out, self.resume).run(progress=True, quiet=False)
@@ -131,15 +129,7 @@ class Train:
 
     def _compare(self, out: Path) -> int:
         seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
-        methods = self._methods()
-        folder = RunFolder(out)
-        recipe = describe(self.recipe, compare=list(methods), seeds=list(seeds))
-        with folder.claimed(recipe, resume=self.resume):
-            if not (out / "result.json").exists():
-                self.recipe.task(aloud, progress=True)  # before any job starts, and the jobs say nothing
-            results = self._run_jobs(out, methods, seeds)
-            comparison = Comparison.of(seeds, methods, results)
-            self._leave_behind(folder, comparison, results)
+        comparison = compare(self.recipe, out, self._methods(), seeds, resume=self.resume, jobs=self.jobs)
         print(f"figures, report and the delivered networks are in {out}")
         print(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
         print(paragraph(comparison.sentence()))
@@ -149,57 +139,9 @@ class Train:
     def _methods(self) -> tuple[str, ...]:
         """Those that are compared."""
         # The recipe's own method first: it is delivered where validation cannot tell.
-        own = getattr(self.recipe, "method", COMPARED[0])
+        own = self.recipe.own_method
         others = tuple(name for name in COMPARED if name != own) + (CONTROLS if self.controls else ())
         return self.methods or (own, *others)
-
-    def _run_jobs(
-        self, out: Path, methods: tuple[str, ...], seeds: tuple[int, ...]
-    ) -> dict[tuple[str, int], dict[str, Any]]:
-        on_gpu = self.recipe.torch_device().type == "cuda"
-        workers = min(self.jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
-        # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn
-        # the weights differ already. So a job has as many threads whatever --jobs is, and when it is resumed.
-        threads = default_threads() if on_gpu else 1
-        jobs = []
-        for seed in seeds:
-            for method in methods:
-                recipe = self._by(method, seed)
-                place = out / method / f"seed-{seed}"
-                begun = self.resume or (place / "recipe.json").exists()
-                jobs.append(Job(recipe, method, place, begun, threads=threads))
-        print(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}", flush=True)
-        results = {}
-        to_run = [job for job in jobs if not (job.folder / "result.json").exists()]
-        pace = Pace([job.method for job in to_run], workers)
-        with closing(run_all(jobs, workers)) as running:  # the workers go before anything is said about stopping
-            for number, (job, result, seconds) in enumerate(running, 1):
-                results[job.method, job.recipe.seed] = result
-                if job in to_run:
-                    pace.done(job.method, seconds)
-                print(f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] {_job_line(job, result, pace)}", flush=True)
-        return results
-
-    def _by(self, method: str, seed: int) -> Recipe:
-        """The recipe as it is settled, its number of steps included, by one of the methods."""
-        recipe: Recipe = self.recipe
-        changed: dict[str, Any] = {"seed": seed} | ({"method": method} if isinstance(recipe, ImageFolders) else {})
-        settled: Recipe = dataclasses.replace(self.recipe, **changed)
-        return settled
-
-    def _leave_behind(
-        self, folder: RunFolder, comparison: Comparison, results: dict[tuple[str, int], dict[str, Any]]
-    ) -> None:
-        """The comparison's own files: the networks of the run that it delivers, the averaged report, the result."""
-        from metapl.experiments.reports import draw_comparison
-
-        method, seed = comparison.delivered()
-        source = RunFolder(folder.path / method / f"seed-{seed}")
-        for name in WEIGHTS.values():
-            if (source.path / name).is_file():
-                folder.write_weights(name, source.read_weights(name))
-        draw_comparison(folder.path, comparison, results)
-        folder.write_json("result.json", results[method, seed] | comparison.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +161,7 @@ class TrainImages(Train):
         if self.compare and self.recipe.test is None:
             raise MetaplError(
                 "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
-                "labelled pictures for it."
+                "labeled pictures for it."
             )
 
     def check_flags(self, given: Sequence[str]) -> None:
@@ -247,14 +189,6 @@ COMMANDS: dict[str, type[Train]] = {
     **{kind.name: _train_on(kind) for kind in PROTOCOL_RECIPES},
 }
 """The recipes that can be trained, by name."""
-
-
-def _job_line(job: Job, result: dict[str, Any], pace: Pace) -> str:
-    """What came of a job, and how long the others will take."""
-    on = Evaluation(**result["evaluation"])
-    seconds = pace.left()
-    left = f", about {duration(seconds)} left" if pace.waiting and seconds is not None else ""
-    return f"{job.method}, seed {job.recipe.seed}: {with_chance(result['test_accuracy'], on.n, on.chance)}{left}"
 
 
 def _default_out(recipe: str, resume: bool) -> Path:
@@ -293,7 +227,7 @@ def _terminable() -> Iterator[None]:
     def unwind(number: int, frame: Any) -> None:
         raise _Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # signals are another's affair
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, unwind)

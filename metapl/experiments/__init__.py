@@ -5,9 +5,10 @@ methods      training by each method
 settle       values for all that a recipe for own pictures leaves open
 looking      what a few pictures show of a data set
 budget       how many steps fit into a time
-comparison   several methods and seeds, and whether they differ
+compare      several methods and seeds side by side
+comparison   their accuracies, and whether they differ
+jobs         runs in processes of their own
 galleries    the pictures of a report
-reports      the reports of comparisons
 store        recipes and results on disk
 load_run     a finished run
 """

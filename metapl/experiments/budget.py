@@ -6,9 +6,8 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -19,24 +18,24 @@ from torch import Tensor
 
 from metapl.data.feed import feed
 from metapl.data.images.store import FileImages, Images, MemoryImages
-from metapl.experiments.experiment import ROLES, Experiment
-from metapl.recipes.base import Task
-from metapl.recipes.images import ImageFolders
-from metapl.recipes.pictures import Pictures
-from metapl.runs.folder import RunFolder
+from metapl.experiments.methods import train
+from metapl.recipes.base import ROLES, Task
+from metapl.recipes.image_folders import ImageFolders
+from metapl.recipes.image_recipe import ImageParts
+from metapl.recipes.methods import METHODS
 from metapl.training import FitResult, Trainer
 
 SHARE = 0.85
 """Part of the time that steps get; the rest is for reading pictures, validation, finetuning and the report."""
 
 WARM, TIMED, SECONDS = 2, 20, 4.0
-"""Steps that are not counted, and those that are: at most so many, and for so long."""
+"""Steps before the timing, the greatest number of timed steps, and the greatest time that they may take."""
 
 PICTURES = 128
 """Pictures of noise that the steps are taken on."""
 
 LARGER = 1.25
-"""Side of those in files, in units of that of the pictures that the network sees."""
+"""How much larger the pictures in files are than the pictures that the network sees."""
 
 FASTER = 1.25
 """How much faster bfloat16 has to be to be taken."""
@@ -47,45 +46,6 @@ ROUNDS = 3
 
 Clock = Callable[[], float]
 """Seconds from some moment on."""
-
-
-@dataclass(frozen=True)
-class _Rehearsal(Experiment):
-    """An experiment whose fits are a few steps, timed: ``seconds`` a step, of each fit."""
-
-    seconds: list[float] = field(default_factory=list)
-    clock: Clock = time.monotonic
-
-    def fit(
-        self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
-    ) -> FitResult:
-        sources = [labeled] if unlabeled is None else [labeled, unlabeled]
-        workers = self.recipe.fit_options().get("num_workers", 0)
-        with ExitStack() as opened:
-            feeds = [
-                feed(one, name=str(i), stop=2**31, num_workers=workers, device=trainer.device)
-                for i, one in enumerate(sources)
-            ]
-            for one in feeds:
-                opened.callback(one.close)
-            batches = iter(lambda: [one.next() for one in feeds], None)
-            self.seconds.append(self._mean(trainer, batches, waits=0 if "wait" in over else None))
-        weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
-        return FitResult(None, 0, weights)
-
-    def _mean(self, trainer: Trainer, batches: Iterator[Any], waits: int | None) -> float:
-        """Seconds of a step, averaged over the run; ``waits``: steps before the student begins, None: the recipe's."""
-        waits = self.recipe.fit_options().get("wait", 0) if waits is None else waits
-        begins = min(getattr(self.recipe, "uda_start", 0), self.recipe.steps)
-        # Steps differ before and after UDA begins, and while a student waits: each kind is timed, and counts as often
-        # as it comes.
-        edges = sorted({0, begins, waits, self.recipe.steps})
-        seconds = 0.0
-        for first, last in pairwise(edges):
-            trainer.steps_done = first
-            step = trainer.teacher_step if first < waits else trainer.step
-            seconds += (last - first) / self.recipe.steps * _seconds(step, batches, self.clock)
-        return seconds
 
 
 def _seconds(step: Callable[..., Any], batches: Iterator[Any], clock: Clock) -> float:
@@ -100,6 +60,27 @@ def _seconds(step: Callable[..., Any], batches: Iterator[Any], clock: Clock) -> 
     return statistics.median(times[WARM:])
 
 
+def _seconds_of_a_step(
+    recipe: ImageFolders, trainer: Trainer, sources: Sequence[Any], waits: int, clock: Clock
+) -> float:
+    """Averaged over the run: steps differ before and after UDA begins, and while a student waits. Each kind is timed,
+    and counts as often as it comes."""
+    begins = min(recipe.uda_start, recipe.steps)
+    seconds = 0.0
+    with ExitStack() as opened:
+        feeds = []
+        for number, source in enumerate(sources):
+            batches = feed(source, name=str(number), stop=2**31, num_workers=recipe.num_workers, device=trainer.device)
+            opened.callback(batches.close)
+            feeds.append(batches)
+        steps = iter(lambda: [batches.next() for batches in feeds], None)
+        for first, last in pairwise(sorted({0, begins, waits, recipe.steps})):
+            trainer.steps_done = first
+            step = trainer.teacher_step if first < waits else trainer.step
+            seconds += (last - first) / recipe.steps * _seconds(step, steps, clock)
+    return seconds
+
+
 def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> float:
     """What a step of the recipe's method takes on this machine, on pictures of noise.
 
@@ -111,16 +92,25 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
 
     Cost: some seconds; the default generator is put back.
     """
+    seconds = []
+
+    def rehearse(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
+        """A fit of a few steps, which are timed."""
+        sources = [labeled] if unlabeled is None else [labeled, unlabeled]
+        waits = options.get("wait", recipe.wait)
+        seconds.append(_seconds_of_a_step(recipe, trainer, sources, waits, clock))
+        return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
+
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         images = _noise(recipe, Path(folder))
         labels = torch.arange(PICTURES) % len(recipe.classes)
-        sources = recipe.batches(Pictures(few=images, labels=labels, many=images))
-        task = Task(**sources, classes=recipe.classes, record={})
-        rehearsal = _Rehearsal(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None, clock=clock)
-        networks = [recipe.network(role).to(recipe.torch_device()) for role in ROLES]
-        rehearsal.train(recipe.method, task, *networks)
-    return sum(rehearsal.seconds)
+        task = Task(
+            **recipe.batches(ImageParts(few=images, labels=labels, many=images)), classes=recipe.classes, record={}
+        )
+        teacher, student = (recipe.network(role).to(recipe.torch_device()) for role in ROLES)
+        train(METHODS[recipe.method], recipe, task, teacher, student, rehearse)
+    return sum(seconds)
 
 
 def _noise(recipe: ImageFolders, folder: Path) -> Images:
@@ -152,7 +142,7 @@ def faster_precision(recipe: ImageFolders) -> Literal["float32", "bfloat16"]:
     """bfloat16 where there are instructions for it and it is faster by enough on this machine, float32 elsewhere."""
     if recipe.torch_device().type == "cpu" and not _cpu_has_bfloat16():
         return "float32"
-    plain, half = (dataclasses.replace(recipe, precision=one) for one in ("float32", "bfloat16"))
+    plain, half = (dataclasses.replace(recipe, precision=precision) for precision in ("float32", "bfloat16"))
     times = [(seconds_per_step(plain), seconds_per_step(half)) for _ in range(ROUNDS)]
     fastest, fastest_half = map(min, zip(*times, strict=True))
     return "bfloat16" if fastest > FASTER * fastest_half else "float32"

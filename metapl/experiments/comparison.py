@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from metapl.errors import MetaplError
+from metapl.experiments.table import table
 from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
 from metapl.recipes.methods import METHODS, title
 
@@ -17,8 +18,8 @@ DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accur
 """What is compared: the network that a run delivers, the student, and the student finetuned."""
 
 ENOUGH_SEEDS = 5
-"""Of fewer, nothing is said on whether the feedback helped: a t-test over 3 pairs hardly ever finds what is there, and
-what it does find is as often luck."""
+"""With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever finds a difference,
+and one that it finds is as often luck."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,19 @@ class Comparison:
         cls, seeds: tuple[int, ...], methods: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]]
     ) -> Comparison:
         """The comparison of what the ``result.json`` of each method and seed holds."""
-        found: dict[str, dict[str, list[float]]] = {}
+        accuracies: dict[str, dict[str, list[float]]] = {}
         for method in methods:
-            mine = [results[method, seed] for seed in seeds]
-            validated = all(one["delivered_by"] == "validation" for one in mine)
+            by_seed = [results[method, seed] for seed in seeds]
+            validated = all(result["delivered_by"] == "validation" for result in by_seed)
             readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
-            found[method] = {readout: [one[readout] for one in mine] for readout in readouts}
-        evaluations = [Evaluation(**one["evaluation"]) for one in results.values()]
-        return cls(seeds, found, evaluations[0].n, statistics.fmean(one.chance for one in evaluations))
+            accuracies[method] = {readout: [result[readout] for result in by_seed] for readout in readouts}
+        evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
+        return cls(seeds, accuracies, evaluations[0].n, statistics.fmean(result.chance for result in evaluations))
 
     def against_control(self) -> tuple[PairedTest, str] | None:
         """MPL's student against the better read-out of the same loop without feedback, and that read-out's name.
 
-        The better one is the one with the higher mean on the test set, which favours the control.
+        The better one is the one with the higher mean on the test set, which favors the control.
         """
         if not {"mpl", "none"} <= self.methods.keys():
             return None
@@ -85,7 +86,7 @@ class Comparison:
         return method, max(self.seeds, key=by_seed.__getitem__)
 
     def _methods(self) -> list[str]:
-        """Those that can be used, unless there are no others."""
+        """The methods that can be used, or all where the headroom is alone."""
         headroom = [name for name, method in METHODS.items() if method.place == "headroom"]
         return [name for name in self.methods if name not in headroom] or list(self.methods)
 
@@ -99,11 +100,10 @@ class Comparison:
         chance              10.0        10.0        10.0
         """
         rows: list[tuple[str, ...]] = [("method", "delivered", "student", "finetuned")]
-        rows += [(title(name), *(_spread(found[one]) for one in READOUTS)) for name, found in self.methods.items()]
+        for name, accuracies in self.methods.items():
+            rows.append((title(name), *(spread(accuracies[readout], digits=1) for readout in READOUTS)))
         rows.append(("chance", *[f"{100 * self.chance:.1f}"] * len(READOUTS)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return table(rows, left=len(rows[0]))
 
     def caption(self) -> str:
         """What the table shows."""
@@ -113,19 +113,19 @@ class Comparison:
     def sentence(self) -> str:
         """Whether the teacher's feedback helped, with its statistics, and which method is the best.
 
-        Of feedback nothing is said where MPL or the loop without feedback was not trained.
+        Feedback is not mentioned where MPL or the loop without feedback was not trained.
         """
-        found = self.against_control()
-        if found is None:
+        difference = self.against_control()
+        if difference is None:
             best = self._best_of_all()
             return f"{best[0].upper()}{best[1:]}."
-        test, readout = found
-        mine = statistics.fmean(self.methods["mpl"][STUDENT])
-        theirs = statistics.fmean(self.methods["none"][readout])
+        test, readout = difference
+        mpl = statistics.fmean(self.methods["mpl"][STUDENT])
+        control = statistics.fmean(self.methods["none"][readout])
         which = "finetuned student" if readout.startswith("finetuned") else "student"
         start = (
-            f"MPL's student reaches {mine:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), the "
-            f"same loop without feedback {theirs:.1%} (its {which}, the better of its two read-outs): "
+            f"MPL's student reaches {mpl:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), the "
+            f"same loop without feedback {control:.1%} (its {which}, the better of its two read-outs): "
             f"{100 * test.mean:+.1f} points over {_seeds(test.n)}"
         )
         best = "" if self.best() == "mpl" else f"; {self._best_of_all()}"
@@ -147,7 +147,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """For ``result.json``."""
-        found = self.against_control()
+        difference = self.against_control()
         content: dict[str, Any] = {
             "seeds": list(self.seeds),
             "methods": self.methods,
@@ -156,14 +156,19 @@ class Comparison:
             "sentence": self.sentence(),
             "delivery": self.delivery(),
         }
-        if found is not None:
-            content["mpl_against_none"] = {"read_out": found[1], **found[0].to_json()}
+        if difference is not None:
+            content["mpl_against_none"] = {"read_out": difference[1], **difference[0].to_json()}
         return content
 
 
-def _spread(values: Sequence[float]) -> str:
-    std = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * std:.1f}" if len(values) > 1 else f"{100 * values[0]:.1f}"
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean in %, and the standard deviation of several values.
+
+    >>> spread([0.8, 0.9], digits=1), spread([0.8], digits=2)
+    ('85.0 ± 7.1', '80.00')
+    """
+    mean = f"{100 * statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.{digits}f}"
 
 
 def _seeds(n: int) -> str:

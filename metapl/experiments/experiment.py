@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from metapl.data.images.store import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.methods import ALONE, train
-from metapl.metrics import Evaluation, interval, spoken
-from metapl.problems.losses import CrossEntropy
-from metapl.recipes.base import SELECTED_ON, Recipe, Role, Task
+from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
+from metapl.metrics.predictions import batches_of
+from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.recipes.methods import METHODS, title
-from metapl.runs.folder import Metrics, RunFolder, weights_file
+from metapl.runs.folder import RunFolder, weights_file
+from metapl.runs.metrics import Metrics
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.finetuning import finetune
-from metapl.training.loss_trainer import LossTrainer
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Experiment:
         write_galleries(self.folder.path, draw_galleries(task, labeler, trained.student))
         networks = self.networks(method, task, trained, result)
         name = delivered(method, networks, self.selects(task))
-        for one in networks.values():
-            self.folder.write_weights(one.file, one.weights)
+        for network in networks.values():
+            self.folder.write_weights(network.file, network.weights)
         chosen = networks[name]
         content: dict[str, Any] = {
             "recipe": self.recipe.name,
@@ -63,9 +63,10 @@ class Experiment:
             "validation_size": task.validation_size,
             "validation_chance": task.validation_chance,
             "delivered_by": "validation" if self.selects(task) else "rule",
-            **{key: value for one in networks.values() for key, value in one.accuracies(f"{one.name}_").items()},
             **chosen.as_delivered(),
         }
+        for network in networks.values():
+            content |= network.accuracies(f"{network.name}_")
         self.report(content, chosen.evaluation, task)
         self.folder.write_json("result.json", content)
         unread = replaced_files(self.skipped)
@@ -79,44 +80,37 @@ class Experiment:
 
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher."""
-        found = [self.network("student", task, trained, result.validation_accuracy, result.weights)]
-        if result.teacher_weights is not None and METHODS[method].teaches and trained.teacher is not None:
-            theirs = LossTrainer(trained.teacher, (CrossEntropy(),), optimizer=_unused(trained.teacher))
-            right = None if task.validation is None else theirs.evaluate(task.validation).accuracy
-            found.append(self.network("teacher", task, theirs, right, result.teacher_weights))
-        found.append(self.finetuned(task, trained.student, result))
-        return {one.name: one for one in found}
+        networks = [self.network("student", task, trained.student, result.validation_accuracy, result.weights)]
+        teacher = trained.teacher
+        if result.teacher_weights is not None and METHODS[method].teaches and teacher is not None:
+            accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
+            networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))
+        networks.append(self.finetuned(task, trained.student, result))
+        return {network.name: network for network in networks}
 
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
         """:meth:`finetune`, and what the student then reaches."""
         tuned = self.finetune(task, student, before)
-        return self.measured("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
+        return self.network("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
 
-    def measured(
+    def network(
         self,
         name: str,
         task: Task,
-        network: nn.Module,
+        module: nn.Module,
         validation_accuracy: float | None,
         weights: Mapping[str, Tensor],
     ) -> Network:
-        """:meth:`network` for a module that has these weights, whatever has trained it."""
-        trainer = LossTrainer(network, (CrossEntropy(),), optimizer=_unused(network))
-        return self.network(name, task, trainer, validation_accuracy, weights)
-
-    def network(
-        self, name: str, task: Task, trainer: Trainer, validation_accuracy: float | None, weights: Mapping[str, Tensor]
-    ) -> Network:
-        """A trained network with what it reaches; the trainer's student is that network."""
-        tested = None if task.test is None else trainer.evaluate(task.test, classes=list(task.classes))
+        """A module that has these weights, with what it reaches on the test set."""
+        tested = None if task.test is None else evaluated(module, task.test, task.classes)
         return Network(name, dict(weights), validation_accuracy, tested)
 
     # ------------------------------------------------------------------------------------------------- the phases
 
     def record(self, task: Task) -> None:
         """Leave behind on which data this runs; refuse to go on with a run on other data."""
-        path, found = self.folder.path / "data.json", json.loads(json.dumps(task.record))
-        if path.exists() and self.folder.read_json("data.json") != found:
+        path, record = self.folder.path / "data.json", json.loads(json.dumps(task.record))
+        if path.exists() and self.folder.read_json("data.json") != record:
             raise MetaplError(
                 f"the data have changed since the run in {self.folder.path} was started (see its data.json); put them "
                 "back as they were, or start another run with another --out."
@@ -156,7 +150,7 @@ class Experiment:
         return task.validation is not None and task.validation_size >= SELECTED_ON
 
     def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
-        """The student finetuned on the labelled data; as it was before where validation can tell that to be better."""
+        """The student finetuned on the labeled data, or unchanged where validation shows that to be better."""
         torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
         if not self.recipe.finetune_steps:
             return before
@@ -213,14 +207,14 @@ class Network:
 
     def accuracies(self, prefix: str = "") -> dict[str, float]:
         """Its accuracies by name, for ``result.json``; nothing that was not measured."""
-        found = {"validation_accuracy": self.validation_accuracy}
-        found["test_accuracy"] = None if self.evaluation is None else self.evaluation.accuracy
-        return {prefix + key: value for key, value in found.items() if value is not None}
+        accuracies = {"validation_accuracy": self.validation_accuracy}
+        accuracies["test_accuracy"] = None if self.evaluation is None else self.evaluation.accuracy
+        return {prefix + key: value for key, value in accuracies.items() if value is not None}
 
     def as_delivered(self) -> dict[str, Any]:
         """What ``result.json`` says of the network that is delivered."""
-        told = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
-        return {"delivered": self.name, **self.accuracies(), **told}
+        evaluation = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
+        return {"delivered": self.name, **self.accuracies(), **evaluation}
 
 
 def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:
@@ -253,19 +247,19 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if not lines:
         lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
     part = "test" if tested is not None else "validation"
-    others = {one: content.get(f"{one}_{part}_accuracy") for one in TITLED}
-    shown = ", ".join(f"{TITLED[one]} {100 * value:.1f} %" for one, value in others.items() if value is not None)
+    others = {name: content.get(f"{name}_{part}_accuracy") for name in TITLED}
+    shown = ", ".join(f"{TITLED[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {TITLED[name]} ({why}).")
     return lines
 
 
-def _unused(network: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer for a trainer that only evaluates."""
-    return torch.optim.SGD(network.parameters(), lr=0.0)
+def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:
+    """A network on (inputs, labels), or batches of these."""
+    device = next(network.parameters()).device
+    logits, labels = predict_logits(network, batches_of(data, device))
+    return evaluate_logits(logits, labels, classes and list(classes))
 
-
-ROLES: tuple[Role, ...] = ("teacher", "student")
 
 TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
 """The networks of a run in words."""

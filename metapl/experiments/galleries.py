@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ class _Seen:
     taken_for: int
     label: int
 
+    @property
+    def percent(self) -> str:
+        return f"{100 * self.confidence:.0f} %"
+
 
 def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module) -> list[Gallery]:
     """The most and the least confident pseudo-labels, and the most confident mistakes on validation.
@@ -41,60 +45,48 @@ def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module) -> list[G
         labeler: who makes the pseudo-labels.
         student: who is validated.
 
-    Returns: galleries of at most ``SHOWN`` pictures; none of what is no picture, with 1 or 3 channels.
+    Returns: galleries of at most ``SHOWN`` pictures; none of examples that are not pictures of 1 or 3 channels.
 
     Cost: one forward pass per example.
     """
-    found = []
+    galleries = []
+    names = task.classes
     if task.sample is not None:
         seen = _look(labeler, task.sample)
-        known = task.truth is not None
-        looked = f"of {len(seen):,} unlabelled pictures, without augmentation, after training"
-        ranked = sorted(seen, key=lambda one: -one.confidence)
-        for title, some in (("Most", ranked[:SHOWN]), ("Least", ranked[: -SHOWN - 1 : -1])):
-            found.append(_pseudo_labels(f"{title} confident pseudo-labels", looked, some, task.classes, known))
-    if task.validation is None:
-        return [one for one in found if one is not None]
-    seen = _look(student, task.validation)
-    wrong = sorted((one for one in seen if one.taken_for != one.label), key=lambda one: -one.confidence)
-    note = f"of the student on validation: {len(wrong):,} of {len(seen):,} are wrong"
-    found.append(_mistakes("Most confident mistakes", note, wrong[:SHOWN], task.classes))
-    return [one for one in found if one is not None]
+        note = f"of {len(seen):,} unlabeled pictures, without augmentation, after training"
+        for title, shown in (("Most", seen[:SHOWN]), ("Least", seen[: -SHOWN - 1 : -1])):
+            captions = [f"{names[example.taken_for]}\n{example.percent}" for example in shown]
+            marks = [example.taken_for == example.label if task.truth is not None else None for example in shown]
+            galleries.append(_gallery(f"{title} confident pseudo-labels", note, shown, captions, marks))
+    if task.validation is not None:
+        seen = _look(student, task.validation)
+        wrong = [example for example in seen if example.taken_for != example.label]
+        note = f"of the student on validation: {len(wrong):,} of {len(seen):,} are wrong"
+        shown = wrong[:SHOWN]
+        captions = [f"{names[example.taken_for]} {example.percent}\nis {names[example.label]}" for example in shown]
+        galleries.append(_gallery("Most confident mistakes", note, shown, captions, [None] * len(shown)))
+    return [gallery for gallery in galleries if gallery is not None]
 
 
 def _look(model: nn.Module, data: Any) -> list[_Seen]:
+    """The examples, the most confident first."""
     seen = []
     for inputs, labels in batches_of(data, torch.device("cpu")):
         logits, _ = predict_logits(model, [(inputs, labels)])
         best = logits.double().softmax(dim=1).max(dim=1)
         columns = (inputs, best.values.tolist(), best.indices.tolist(), labels.tolist())
         seen += [_Seen(*row) for row in zip(*columns, strict=True)]
-    return seen
-
-
-def _pseudo_labels(title: str, note: str, seen: Sequence[_Seen], classes: Sequence[str], known: bool) -> Gallery | None:
-    captions = [f"{classes[one.taken_for]}\n{_percent(one)}" for one in seen]
-    marks = tuple(one.taken_for == one.label if known else None for one in seen)
-    return _gallery(title, note, seen, captions, marks)
-
-
-def _mistakes(title: str, note: str, seen: Sequence[_Seen], classes: Sequence[str]) -> Gallery | None:
-    captions = [f"{classes[one.taken_for]} {_percent(one)}\nis {classes[one.label]}" for one in seen]
-    return _gallery(title, note, seen, captions, (None,) * len(seen))
-
-
-def _percent(one: _Seen) -> str:
-    return f"{100 * one.confidence:.0f} %"
+    return sorted(seen, key=lambda example: -example.confidence)
 
 
 def _gallery(
-    title: str, note: str, seen: Sequence[_Seen], captions: Iterable[str], marks: tuple[bool | None, ...]
+    title: str, note: str, seen: Sequence[_Seen], captions: Sequence[str], marks: Sequence[bool | None]
 ) -> Gallery | None:
-    pictures = [one.picture for one in seen]
+    pictures = [example.picture for example in seen]
     if not pictures or pictures[0].ndim != 3 or pictures[0].shape[0] not in (1, 3):
         return None
     levels = (torch.stack(pictures).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Gallery(title, note, levels, tuple(captions), marks)
+    return Gallery(title, note, levels, tuple(captions), tuple(marks))
 
 
 def write_galleries(folder: Path, galleries: Sequence[Gallery]) -> None:
@@ -115,7 +107,8 @@ def read_galleries(folder: Path) -> list[Gallery]:
         return []
     with safe_open(folder / FILE, "pt") as file:
         words = json.loads(file.metadata()["galleries"])
-        return [
-            Gallery(one["title"], one["note"], file.get_tensor(str(i)), tuple(one["captions"]), tuple(one["marks"]))
-            for i, one in enumerate(words)
-        ]
+        pictures = [file.get_tensor(str(number)) for number in range(len(words))]
+    return [
+        Gallery(entry["title"], entry["note"], levels, tuple(entry["captions"]), tuple(entry["marks"]))
+        for entry, levels in zip(words, pictures, strict=True)
+    ]

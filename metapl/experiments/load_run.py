@@ -1,4 +1,4 @@
-"""Runs that have ended, as the commands after ``train`` find them."""
+"""A run that has ended, from its folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import TITLED
 from metapl.experiments.store import stored, stored_result
-from metapl.recipes import PictureRecipe, Recipe
+from metapl.recipes import ImageRecipe, Recipe
 from metapl.recipes.base import Role
 from metapl.recipes.methods import METHODS
 from metapl.runs.folder import WEIGHTS, RunFolder, weights_file
@@ -23,7 +23,7 @@ NetworkName = Literal["delivered", "student", "finetuned", "teacher"]
 
 
 @dataclass(frozen=True)
-class Finished:
+class LoadedRun:
     """A run, or a comparison and the run whose networks it delivers.
 
     Args:
@@ -44,13 +44,21 @@ class Finished:
         return "compare" in self.description
 
     @property
+    def device(self) -> torch.device:
+        """Where the run was trained; the CPU, which every machine has, where that device is not here."""
+        try:
+            return self.recipe.torch_device()
+        except MetaplError:
+            return torch.device("cpu")
+
+    @property
     def title(self) -> str:
         """The run in words."""
         return f"{self.folder.path}: {self.recipe.name}, {self.result['method']}, seed {self.result['seed']}"
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The names of those that it has."""
+        """The names of the networks that it has."""
         return tuple(name for name in WEIGHTS if (self.folder.path / weights_file(name)).is_file())
 
     def name(self, asked: NetworkName) -> str:
@@ -60,8 +68,8 @@ class Finished:
             MetaplError: the run has no such network.
         """
         if asked == "delivered":
-            found: str = self.result["delivered"]
-            return found
+            delivered: str = self.result["delivered"]
+            return delivered
         if asked not in self.networks:
             raise MetaplError(
                 f"--network {asked}: {self.folder.path} has no {weights_file(asked)}; expected one of its networks: "
@@ -82,17 +90,17 @@ class Finished:
         role: Role = "teacher" if name == "teacher" else METHODS[self.result["method"]].built_as
         # What it was started from need not be there any more.
         fresh = self.recipe
-        if isinstance(fresh, PictureRecipe):
+        if isinstance(fresh, ImageRecipe):
             fresh = dataclasses.replace(fresh, weights=None)
         file = weights_file(name)
         weights, network = self.folder.read_weights(file), fresh.network(role)
-        found = {key: tuple(value.shape) for key, value in weights.items()}
+        shapes = {key: tuple(value.shape) for key, value in weights.items()}
         expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-        for key in sorted(found.keys() | expected.keys()):
-            if found.get(key) != expected.get(key):
+        for key in sorted(shapes.keys() | expected.keys()):
+            if shapes.get(key) != expected.get(key):
                 raise MetaplError(
                     f"{self.folder.path / file} does not fit the network of recipe.json: {key} is "
-                    f"{found.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
+                    f"{shapes.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
                 )
         network.load_state_dict(weights)
         return network
@@ -104,7 +112,7 @@ class Finished:
         return f"{self.title}, {TITLED[name]} ({weights_file(name)}{which})"
 
 
-def finished(path: Path) -> Finished:
+def load_run(path: Path) -> LoadedRun:
     """The run in a folder.
 
     Raises:
@@ -114,7 +122,7 @@ def finished(path: Path) -> Finished:
         raise MetaplError(f"{path} is a file; expected the folder of a run." if path.exists() else _missing(path))
     folder = RunFolder(path)
     if not folder.exists:
-        raise MetaplError(f"{path} is no run folder: there is no recipe.json in it.")
+        raise MetaplError(f"{path} is not a run folder: there is no recipe.json in it.")
     recipe, description = stored(folder)
     if not (path / "result.json").is_file():
         raise MetaplError(
@@ -123,7 +131,7 @@ def finished(path: Path) -> Finished:
         )
     result = stored_result(folder)
     delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])
-    return Finished(folder, delivered, description, result)
+    return LoadedRun(folder, delivered, description, result)
 
 
 def _missing(path: Path) -> str:

@@ -14,7 +14,7 @@ from metapl.data.images.reader import LUMA, UnreadableImage, read_image
 from metapl.errors import MetaplError
 
 LOOKED_AT = 256
-"""Pictures that are read, at most, of those with labels and again of those without."""
+"""How many pictures are read at most: of the labeled ones, and again of the unlabeled ones."""
 
 SIDE = 32
 """Pixels that a picture is brought to for a look at its colors."""
@@ -106,8 +106,8 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
     """
     sides, pictures, classes, square = [], [], [], True
     chosen = _spread(len(labeled))
-    found = [(labeled[i], int(labels[i])) for i in chosen] + [(unlabeled[i], -1) for i in _spread(len(unlabeled))]
-    for path, label in found:
+    examples = [(labeled[i], int(labels[i])) for i in chosen] + [(unlabeled[i], -1) for i in _spread(len(unlabeled))]
+    for path, label in examples:
         try:
             picture = read_image(path)
         except UnreadableImage:
@@ -117,7 +117,7 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
         pictures.append(torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")[0])
         classes.append(label)
     if not any(label >= 0 for label in classes):
-        raise MetaplError(f"none of the {len(chosen)} labelled pictures that were looked at can be read.")
+        raise MetaplError(f"none of the {len(chosen)} labeled pictures that were looked at can be read.")
     levels_N3HW = torch.stack(pictures)
     grey = bool((levels_N3HW.amax(1) - levels_N3HW.amin(1)).max() <= ALIKE)
     shown = levels_N3HW[:, :1] if grey else levels_N3HW
@@ -176,7 +176,7 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     generator = torch.Generator().manual_seed(0)
     shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES))
     right = _found(scaled, labels)
-    return Colors(right, chance, right > max(_found(scaled, one) for one in shuffled))
+    return Colors(right, chance, right > max(_found(scaled, order) for order in shuffled))
 
 
 def _found(colors_NC: Tensor, labels: Tensor) -> float:
@@ -193,7 +193,7 @@ def _found(colors_NC: Tensor, labels: Tensor) -> float:
 
 
 def _spread_of(std: float) -> float:
-    """A standard deviation that can be divided by: that of blank pictures is 0."""
+    """A standard deviation that can be divided by: blank pictures have 0."""
     return round(max(std, SMALLEST_STD), 3)
 
 

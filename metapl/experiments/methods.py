@@ -33,11 +33,11 @@ def train(
     Returns: the trainer whose student is the network that is kept, and what its fit ended with.
     """
     if method.losses is not None:
-        labeled = task.everything if method.everything else task.labeled
+        labeled = task.everything if method.place == "headroom" else task.labeled
         if labeled is None:
             raise MetaplError(
                 f"{method.name} trains on the true labels of all examples, and the recipe {recipe.name} does not know "
-                "those of the unlabelled ones; leave it out of --methods."
+                "those of the unlabeled ones; leave it out of --methods."
             )
         return _alone(recipe, task, teacher, method.losses(recipe), labeled, fit)
     if method.fixed_labels is not None:  # plain pseudo labels, eq. (1): a supervised teacher, then a student of it

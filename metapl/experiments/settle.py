@@ -12,13 +12,14 @@ from metapl.data.images.verify import verify_files
 from metapl.experiments import budget
 from metapl.experiments.looking import Look, look
 from metapl.models.pretrained import fetch_imagenet_weights
-from metapl.recipes.base import SELECTED_ON, Say, require
-from metapl.recipes.images import CHOSEN, OPEN, Changes, ImageFolders, refuse_errors
+from metapl.recipes.base import SELECTED_ON, require
+from metapl.recipes.image_folders import CHOSEN, OPEN, Changes, ImageFolders, refuse_errors
+from metapl.recipes.image_recipe import IMAGENET, whole
 from metapl.recipes.methods import METHODS
-from metapl.recipes.pictures import IMAGENET, whole
+from metapl.training import Say
 
 SET_ASIDE = 0.2
-"""Part of the labelled pictures that is set aside to select on, where that is enough of them to tell anything."""
+"""Part of the labeled pictures that is set aside to select on, where that is enough of them to tell anything."""
 
 SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
 """Pixels to which pictures are brought: within the first two when a network starts from nothing, on a CPU."""
@@ -59,7 +60,7 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
         kept = {name: getattr(before, name) for name in (*CHOSEN, "minutes") if getattr(given, name) is None}
         recipe = dataclasses.replace(recipe, **kept, changes=given.changes.settled(bool(before.changes.recolor)))
         return recipe.for_network(recipe.network_name)
-    if not verify_files(labeled).skipped:  # else it is said first what is left out
+    if not verify_files(labeled).skipped:  # else the files that are left out are listed first
         refuse_errors(check_folders(labeled))  # before anything is measured
     seen = look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
     recipe = fitted(recipe, seen)
@@ -87,7 +88,7 @@ def _with_steps(recipe: ImageFolders) -> ImageFolders:
     asked = max(recipe.wait or 0, recipe.uda_start or 0)
     trial = recipe.scheduled(REHEARSED if recipe.steps is OPEN and not asked else recipe.steps or 2 * asked)
     precision = budget.faster_precision(trial) if recipe.precision is OPEN else recipe.precision
-    recipe, trial = (dataclasses.replace(one, precision=precision) for one in (recipe, trial))
+    recipe, trial = (dataclasses.replace(changed, precision=precision) for changed in (recipe, trial))
     if recipe.steps is not OPEN:
         # The minutes of a recipe whose steps were given decide nothing: they stay open.
         return dataclasses.replace(recipe.scheduled(recipe.steps), minutes=OPEN)
@@ -136,7 +137,7 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
 
     Args:
         recipe: settled.
-        seen: what the pictures are like; what is lost of them is then said too.
+        seen: what the pictures are like; the line then also says what is lost of them.
     """
     optimizer = recipe.teacher if METHODS[recipe.method].built_as == "teacher" else recipe.student
     size, kind = f"{recipe.image_size}x{recipe.image_size}", "grey" if recipe.grey else "color"

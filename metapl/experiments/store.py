@@ -9,16 +9,16 @@ from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.recipes import RECIPES, ImageFolders, from_dict
 from metapl.recipes.base import Recipe
-from metapl.recipes.images import CHOSEN
+from metapl.recipes.image_folders import CHOSEN
 from metapl.runs.folder import RunFolder
 
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method")
 """What every ``result.json`` says of the networks in its folder."""
 
 
-def describe(recipe: Recipe, **how: Any) -> dict[str, Any]:
+def describe(recipe: Recipe, **run_by: Any) -> dict[str, Any]:
     """A recipe as plain values, with its name and how it is run."""
-    return {"name": recipe.name, **how, "fields": dataclasses.asdict(recipe)}
+    return {"name": recipe.name, **run_by, "fields": dataclasses.asdict(recipe)}
 
 
 def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:

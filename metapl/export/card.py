@@ -64,11 +64,11 @@ def _summary(card: Mapping[str, Any], contents: Contents) -> str:
     normalization = contents.normalization
     if normalization is not None:
         lines.append(
-            "- Normalisation: (x - mean) / std per channel of pictures in [0, 1], "
+            "- Normalization: (x - mean) / std per channel of pictures in [0, 1], "
             f"mean {normalization['mean']}, std {normalization['std']}"
         )
     else:
-        lines.append("- Normalisation: none; the network takes pictures in the range that it was trained on")
+        lines.append("- Normalization: none; the network takes pictures in the range that it was trained on")
     if card.get("classes") is not None:
         lines.append(f"- Classes, in the order of the outputs: {', '.join(map(str, card['classes']))}")
     return "\n".join(lines)
@@ -185,7 +185,7 @@ def _counts(module: nn.Module) -> str:
 
 
 def _versions(contents: Contents) -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     wanted = ["metapl", "torch", "safetensors"]
     if contents.architecture is not None and contents.architecture.library not in wanted:
         wanted.append(contents.architecture.library)
@@ -193,5 +193,5 @@ def _versions(contents: Contents) -> dict[str, str]:
         wanted += ["onnx", "onnxscript"]
     for package in wanted:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions

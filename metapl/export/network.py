@@ -59,8 +59,8 @@ def export(
 
     The weights go under the network's own names: wrappers by :func:`metapl.models.normalized` and ``torch.compile`` are
     taken off, so ``torchvision.models.…().load_state_dict(…)`` takes the file as it is. Mean and std of a normalized
-    network, the classes and the architecture stand in the file's metadata and on the card, whose code normalises. The
-    programs normalise themselves. Before anything is written, each is run where metapl cannot be imported, and its
+    network, the classes and the architecture stand in the file's metadata and on the card, whose code normalizes. The
+    programs normalize themselves. Before anything is written, each is run where metapl cannot be imported, and its
     outputs are compared with the network's.
 
     Args:
@@ -120,12 +120,12 @@ def export(
 
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, dict[str, list[float]] | None]:
-    """The network whose names others know, and the normalisation that stood before it."""
+    """The network whose names others know, and the normalization that stood before it."""
     normalization = None
     while True:
         if isinstance(model, Normalized):
             if normalization is not None:
-                raise MetaplError("export got a network that is normalized twice; expected one normalisation.")
+                raise MetaplError("export got a network that is normalized twice; expected one normalization.")
             normalization = {"mean": _numbers(model.mean), "std": _numbers(model.std)}
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
@@ -163,10 +163,10 @@ def _check_folder(folder: Path, shape: Sequence[int] | None, onnx: bool) -> None
         raise MetaplError(f"{folder} could not be written: it is a file; expected a folder.")
     if onnx and shape is None:
         raise MetaplError("onnx=True was given without shape; expected the shape of a picture too: shape=(3, 32, 32).")
-    for name, replaced, how in ((PROGRAM, shape is not None, "give shape"), (ONNX, onnx, "export ONNX too (--onnx)")):
+    for name, replaced, mend in ((PROGRAM, shape is not None, "give shape"), (ONNX, onnx, "export ONNX too (--onnx)")):
         if not replaced and (folder / name).exists():
             raise MetaplError(
-                f"{folder / name} is of another export and would stand beside weights that are not its own; {how}, "
+                f"{folder / name} is of another export and would stand beside weights that are not its own; {mend}, "
                 "remove the file, or take another folder."
             )
 
@@ -179,8 +179,8 @@ def _check_weights(state: Mapping[str, Tensor], architecture: Architecture | Non
         return
     with torch.device("meta"):
         expected = {name: t.shape for name, t in architecture.create().state_dict().items()}
-    found = {name: t.shape for name, t in state.items()}
-    differing = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
+    shapes = {name: t.shape for name, t in state.items()}
+    differing = [name for name in sorted(expected | shapes) if expected.get(name) != shapes.get(name)]
     if differing:
         raise MetaplError(
             f"the network is not what {architecture} builds: it differs in {', '.join(differing[:4])} "

@@ -38,7 +38,7 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
     """A network as programs, each run where metapl cannot be imported and compared with the network.
 
     Args:
-        network: from pictures (B, C, H, W) to logits (B, K), with its normalisation; it is left as it is.
+        network: from pictures (B, C, H, W) to logits (B, K), with its normalization; it is left as it is.
         shape: (C, H, W). The size is fixed; B is any number from 1 up.
         onnx: ``model.onnx`` too; it is run where onnxruntime is installed.
 
@@ -59,11 +59,11 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
     network = copy.deepcopy(network).eval().requires_grad_(False)
     network = network.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     program = _exported(network, shape)
-    found = {PROGRAM: _saved(program)}
+    files = {PROGRAM: _saved(program)}
     if onnx:
-        found[ONNX] = _as_onnx(program)
-    _check(found, network, shape)
-    return found
+        files[ONNX] = _as_onnx(program)
+    _check(files, network, shape)
+    return files
 
 
 def require_onnx() -> None:
@@ -133,7 +133,7 @@ def _first_line(error: Exception) -> str:
 
 _ELSEWHERE = f"""
 import os, sys
-sys.modules["metapl"] = None  # whoever imports it fails
+sys.modules["metapl"] = None  # an import of it fails
 import torch
 logits = {{}}
 batches = torch.load("batches.pt")
@@ -150,16 +150,16 @@ torch.save(logits, "logits.pt")
 """
 
 
-def _check(found: Mapping[str, bytes], network: nn.Module, shape: Sequence[int]) -> None:
+def _check(files: Mapping[str, bytes], network: nn.Module, shape: Sequence[int]) -> None:
     """Refuse programs whose outputs are not those of the network, for a picture alone and for three at once."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(count, *shape, generator=generator) for count in (1, 3)]
     with torch.inference_mode():
         expected = [network(images) for images in batches]
-    runnable = {name: content for name, content in found.items() if name != ONNX or can_run_onnx()}
+    runnable = {name: content for name, content in files.items() if name != ONNX or can_run_onnx()}
     for name, given in _run_elsewhere(runnable, batches).items():
-        for theirs, ours in zip(given, expected, strict=True):
-            _compare(name, theirs, ours)
+        for output, expected_output in zip(given, expected, strict=True):
+            _compare(name, output, expected_output)
 
 
 def _run_elsewhere(files: Mapping[str, bytes], batches: list[Tensor]) -> dict[str, list[Tensor]]:
@@ -178,10 +178,10 @@ def _run_elsewhere(files: Mapping[str, bytes], batches: list[Tensor]) -> dict[st
         return logits
 
 
-def _compare(name: str, theirs: Tensor, ours: Tensor) -> None:
-    if theirs.shape != ours.shape:
-        raise MetaplError(f"{name} gives {tuple(theirs.shape)} where the network gives {tuple(ours.shape)}.")
-    apart, largest = float((theirs - ours).abs().max()), float(ours.abs().max())
+def _compare(name: str, output: Tensor, expected: Tensor) -> None:
+    if output.shape != expected.shape:
+        raise MetaplError(f"{name} gives {tuple(output.shape)} where the network gives {tuple(expected.shape)}.")
+    apart, largest = float((output - expected).abs().max()), float(expected.abs().max())
     if not apart <= AGREES_TO * largest:  # NaN is refused as well
         raise MetaplError(
             f"the outputs of {name} differ from the network's by {apart:.2g}, where the greatest is {largest:.2g}; "

@@ -2,8 +2,8 @@
 
 from metapl.recipes.base import Feedback, Optimizer, Recipe, Task, from_dict
 from metapl.recipes.digits import Digits
-from metapl.recipes.images import ImageFolders
-from metapl.recipes.pictures import PictureRecipe, Strong
+from metapl.recipes.image_folders import ImageFolders
+from metapl.recipes.image_recipe import ImageRecipe, Strong
 from metapl.recipes.protocols import (
     PROTOCOL_RECIPES,
     Cifar10,
@@ -29,10 +29,10 @@ __all__ = [
     "Digits",
     "Feedback",
     "ImageFolders",
+    "ImageRecipe",
     "Imagenet10",
     "Imagenet10Paper",
     "Optimizer",
-    "PictureRecipe",
     "Recipe",
     "Strong",
     "Svhn",

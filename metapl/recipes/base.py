@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 import tyro
@@ -20,14 +20,14 @@ from metapl.metrics import chance_level
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.training import FitOptions
+from metapl.training import FitOptions, Say
 
 SELECTED_ON = 50
-"""Validation examples from which on students are told apart by them: of 50, 7 points are one standard error."""
-
-Say = Callable[[str], None]
+"""The fewest validation examples to choose a student by: with 50, one standard error is 7 points."""
 
 Role = Literal["teacher", "student"]
+
+ROLES: tuple[Role, ...] = ("teacher", "student")
 
 if TYPE_CHECKING:
     Mode = str
@@ -82,7 +82,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback:
-    """How the teacher is told.
+    """How the teacher learns from the student.
 
     Args:
         mode: how the gradient of the feedback is computed; see ``metapl.MODES``.
@@ -129,19 +129,19 @@ class Task:
 
     Args:
         labeled, unlabeled: sources of batches, for ``fit``.
-        finetuning: source of labelled batches for finetuning.
+        finetuning: source of labeled batches for finetuning.
         validation, test: (inputs, labels), or batches of these; None where there are none.
         classes: names.
-        everything: source of labelled batches of the labelled and the unlabelled examples with their true labels, for
+        everything: source of labeled batches of the labeled and the unlabeled examples with their true labels, for
             the headroom; None where these are not known.
-        truth: (inputs, labels), or batches of these, of unlabelled examples whose labels are known, for looking at
+        truth: (inputs, labels), or batches of these, of unlabeled examples whose labels are known, for looking at
             pseudo-labels only.
-        sample: some unlabelled examples as they are, (inputs, anything) or batches of these, for the report.
+        sample: some unlabeled examples as they are, (inputs, anything) or batches of these, for the report.
         test_names: what the test examples are called, such as their files; None where they have no names.
         split: how the examples were divided, for the run folder's ``split.json``.
         skipped: files that are left out, each with the reason.
         record: what was found and how it was split, for the run folder's ``data.json``; its ``hash`` says of which
-            data: a run is gone on with on the same alone.
+            data: a run is resumed on the same data only.
     """
 
     labeled: Any
@@ -182,8 +182,8 @@ class Recipe(ABC):
     Args:
         seed: random seed of the data split, the initial weights and everything that is drawn.
         steps: number of training steps.
-        labeled_batch: labelled examples in a batch.
-        unlabeled_batch: unlabelled examples in a batch.
+        labeled_batch: labeled examples in a batch.
+        unlabeled_batch: unlabeled examples in a batch.
         dropout: dropout rate of the networks.
         label_smoothing: label smoothing of the teacher's supervised loss.
         uda_weight: weight of the UDA loss; 0 leaves it out.
@@ -196,7 +196,7 @@ class Recipe(ABC):
         warmup: steps over which both learning rates grow from 0.
         ema_decay: decay of the moving average of the weights. The average is what is kept; with None, the weights
             themselves are.
-        finetune_steps: steps of finetuning on the labelled examples, after training.
+        finetune_steps: steps of finetuning on the labeled examples, after training.
         finetune: its optimizer.
         validate_every: steps between validations.
         log_every: steps between rows in metrics.jsonl.
@@ -280,6 +280,33 @@ class Recipe(ABC):
         Raises:
             MetaplError: the file cannot be read; the message begins with its path.
         """
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an example."""
+
+    @property
+    @abstractmethod
+    def input_note(self) -> str:
+        """How the network's input is made of a file, in a sentence."""
+
+    @property
+    def own_method(self) -> str:
+        """The method that trains it, unless another is asked for."""
+        return "mpl"
+
+    def by(self, method: str, seed: int) -> Self:
+        """The recipe for a run of a comparison."""
+        return dataclasses.replace(self, seed=seed)
+
+    def decided_by_minutes(self) -> tuple[str, ...]:
+        """Fields that follow from a time for training, by way of the number of steps."""
+        return ()
+
+    def settled(self) -> Recipe:
+        """The recipe as it can be stored: whole paths, and the classes that are found."""
+        return self
 
     def uda(self) -> UDA:
         """The consistency loss, whether or not the teacher has it; its weight is then 1."""

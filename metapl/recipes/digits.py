@@ -21,26 +21,29 @@ from metapl.data.fingerprint import hashes
 from metapl.data.images.reader import SUFFIXES, gray_image
 from metapl.data.tables import csv_rows
 from metapl.models import mlp
-from metapl.recipes.base import Optimizer, Recipe, Role, Say, Task, require
+from metapl.recipes.base import Optimizer, Recipe, Role, Task, require
+from metapl.training import Say
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(Recipe):
-    """1,797 real 8x8 images: 1,200 to train on (a few labelled), 197 to select on, 400 to report on, split per seed.
+    """1,797 real 8x8 images: 1,200 to train on (a few labeled), 197 to select on, 400 to report on, split per seed.
 
-    The teacher sees clean unlabelled images and learns from augmented labelled ones; the student learns its labels on
+    The teacher sees clean unlabeled images and learns from augmented labeled ones; the student learns its labels on
     augmented images. The feedback's weight is in units of the true gradient, which carries η/B.
 
     Args:
-        labels_per_class: labelled images of each class.
+        labels_per_class: labeled images of each class.
         hidden: widths of the hidden layers of teacher and student.
-        view: how the student's, and the teacher's labelled, images are altered.
+        view: how the student's, and the teacher's labeled, images are altered.
         threads: of the linear algebra; more do not help networks of this size, and rounding depends on the number.
     """
 
     name: ClassVar[str] = "digits"
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
     reads: ClassVar[tuple[str, ...]] = (*SUFFIXES, ".csv")
+    input_shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
+    input_note: ClassVar[str] = "Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."
 
     labels_per_class: int = 2
     steps: int = 3000

@@ -16,7 +16,7 @@ from metapl.recipes.base import Recipe, Role
 Losses = tuple[TeacherLoss, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Method:
     """One way to train a recipe, of three kinds.
 
@@ -30,10 +30,8 @@ class Method:
             see :class:`metapl.feedback.Altered`.
         fixed_labels: the kind of the fixed teacher's pseudo-labels.
         losses: of the one network, from the recipe.
-        everything: train on the true labels of all examples.
-        delivers: the network that is delivered where validation cannot tell them apart.
-        place: in a comparison: "compared" by default, a "control" of the feedback, or the "headroom", which needs the
-            true labels of all examples. None: only if it is named.
+        place: in a comparison: "compared" by default, a "control" of the feedback, or the "headroom", which trains on
+            the true labels of all examples. None: only if it is named.
     """
 
     name: str
@@ -41,9 +39,12 @@ class Method:
     feedback: Literal["recipe", "none", "permuted", "class_means", "random_sign"] | None = None
     fixed_labels: Literal["soft", "hard"] | None = None
     losses: Callable[[Recipe], Losses] | None = None
-    everything: bool = False
-    delivers: Literal["student", "finetuned"] = "student"
     place: Literal["compared", "control", "headroom"] | None = None
+
+    @property
+    def delivers(self) -> Literal["student", "finetuned"]:
+        """The network that is delivered where validation cannot tell them apart."""
+        return "student" if self.place in ("control", "headroom") else "finetuned"
 
     @property
     def teaches(self) -> bool:
@@ -90,42 +91,21 @@ def _fixmatch(recipe: Recipe) -> Losses:
     )
 
 
+_FIXED = "pseudo labels of a fixed teacher"
+
 _ALL = (
-    Method(name="mpl", title="Meta Pseudo Labels", feedback="recipe", delivers="finetuned", place="compared"),
-    Method(name="none", title="same loop, no feedback", feedback="none", delivers="finetuned", place="compared"),
-    Method(
-        name="supervised",
-        title="supervised, labelled data only",
-        losses=_supervised,
-        delivers="finetuned",
-        place="compared",
-    ),
-    Method(name="label_smoothing", title="supervised with label smoothing", losses=_smoothed, delivers="finetuned"),
-    Method(
-        name="supervised_everything",
-        title="supervised with all true labels (headroom)",
-        losses=_own,
-        everything=True,
-        place="headroom",
-    ),
-    Method(
-        name="pseudo_labels",
-        title="pseudo labels of a fixed teacher, soft",
-        fixed_labels="soft",
-        delivers="finetuned",
-        place="compared",
-    ),
-    Method(
-        name="pseudo_labels_hard",
-        title="pseudo labels of a fixed teacher, hard",
-        fixed_labels="hard",
-        delivers="finetuned",
-    ),
-    Method(name="uda", title="UDA alone", losses=_with_uda, delivers="finetuned", place="compared"),
-    Method(name="fixmatch", title="FixMatch alone", losses=_fixmatch, delivers="finetuned"),
-    Method(name="permuted", title="MPL, feedback permuted over the batch", feedback="permuted", place="control"),
-    Method(name="class_means", title="MPL, class means of the feedback only", feedback="class_means", place="control"),
-    Method(name="random_sign", title="MPL, feedback with random signs", feedback="random_sign", place="control"),
+    Method("mpl", "Meta Pseudo Labels", feedback="recipe", place="compared"),
+    Method("none", "same loop, no feedback", feedback="none", place="compared"),
+    Method("supervised", "supervised, labeled data only", losses=_supervised, place="compared"),
+    Method("label_smoothing", "supervised with label smoothing", losses=_smoothed),
+    Method("supervised_everything", "supervised with all true labels (headroom)", losses=_own, place="headroom"),
+    Method("pseudo_labels", f"{_FIXED}, soft", fixed_labels="soft", place="compared"),
+    Method("pseudo_labels_hard", f"{_FIXED}, hard", fixed_labels="hard"),
+    Method("uda", "UDA alone", losses=_with_uda, place="compared"),
+    Method("fixmatch", "FixMatch alone", losses=_fixmatch),
+    Method("permuted", "MPL, feedback permuted over the batch", feedback="permuted", place="control"),
+    Method("class_means", "MPL, class means of the feedback only", feedback="class_means", place="control"),
+    Method("random_sign", "MPL, feedback with random signs", feedback="random_sign", place="control"),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -2,7 +2,7 @@
 
 ``Vision`` is for any of them; the recipes after it are ``Vision`` with other defaults. Those named after a protocol
 take the settings of the code that the authors published, those that end with ``Paper`` the published table, as far as
-each tells; what is from neither is said. Every field can be changed.
+each states them; what is from neither is marked so. Every field can be changed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import tyro
 from metapl.data.images.store import FileImages
 from metapl.data.sets.torchvision_sets import ImageData, SplitProtocol, load_image_data
 from metapl.data.splits import Split
-from metapl.recipes.base import Feedback, Optimizer, Say, Task, require
-from metapl.recipes.pictures import PictureRecipe, Pictures, Strong, whole
+from metapl.recipes.base import Feedback, Optimizer, Task, require
+from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Strong, whole
+from metapl.training import Say
 
 Names = Literal["cifar10", "cifar100", "svhn", "imagenet", "imagefolder"]
 
@@ -39,7 +40,7 @@ def _loaded(name: str, root: str, side: int, center: float, mode: Literal["RGB",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vision(PictureRecipe):
+class Vision(ImageRecipe):
     """A data set that torchvision loads, of which a few training pictures keep their labels.
 
     Args:
@@ -94,9 +95,11 @@ class Vision(PictureRecipe):
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         data = self._data()
         split = self._split(data)
-        train, test = (one.logged(log) if isinstance(one, FileImages) else one for one in (data.train, data.test))
+        train, test = (
+            images.logged(log) if isinstance(images, FileImages) else images for images in (data.train, data.test)
+        )
         together = torch.cat([split.labeled, split.unlabeled])
-        pictures = Pictures(
+        pictures = ImageParts(
             few=train.select(split.labeled),
             labels=data.train_labels[split.labeled],
             many=train.select(split.unlabeled),
@@ -108,8 +111,8 @@ class Vision(PictureRecipe):
         counts, names = split.counts(), data.test_names
         if say is not None:
             say(
-                f"{self.data}: {counts['labeled']:,} labelled pictures of {len(self.classes)} classes, "
-                f"{counts['unlabeled']:,} unlabelled, {counts['validation']:,} to select on, {counts['test']:,} to "
+                f"{self.data}: {counts['labeled']:,} labeled pictures of {len(self.classes)} classes, "
+                f"{counts['unlabeled']:,} unlabeled, {counts['validation']:,} to select on, {counts['test']:,} to "
                 "report on"
             )
         return Task(
@@ -129,10 +132,10 @@ class Vision(PictureRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar10(Vision):
-    """CIFAR-10-4K with the settings of the authors' code: WRN-28-2, 300,000 steps, seven times as many unlabelled.
+    """CIFAR-10-4K with the settings of the authors' code: WRN-28-2, 300,000 steps, seven times as many unlabeled.
 
-    Of the 50,000 training pictures 4,000 keep their labels, 41,000 are unlabelled, 5,000 are selected on. The learning
-    rates are the authors' 0.05 for 256 labelled pictures, for 128. The feedback is the exact gradient with a weight of
+    Of the 50,000 training pictures 4,000 keep their labels, 41,000 are unlabeled, 5,000 are selected on. The learning
+    rates are the authors' 0.05 for 256 labeled pictures, for 128. The feedback is the exact gradient with a weight of
     1 in its own units (theirs has no gradient at all): `metapl compare` it with mode none. Finetuning is the paper's.
     """
 
@@ -169,7 +172,7 @@ class Cifar10Paper(Cifar10):
     """CIFAR-10-4K with the paper's table: 1,000,000 steps, Algorithm 1 with the cosine and a moving-average baseline.
 
     Of the paper: network, steps, warm-up, weight decay, label smoothing, learning rates, dropout, UDA's weight and
-    temperature, no threshold. It does not tell the unlabelled batch, the magnitude of RandAugment and the average of
+    temperature, no threshold. It does not tell the unlabeled batch, the magnitude of RandAugment and the average of
     the weights; these are the authors' code's. The feedback has a weight of 1 on the cosine.
     """
 
@@ -192,7 +195,7 @@ class Cifar10Paper(Cifar10):
 
 @dataclass(frozen=True, kw_only=True)
 class Svhn(Cifar10Paper):
-    """SVHN-1K with the paper's table: WRN-28-2, 1,000 labels, core and extra pictures unlabelled.
+    """SVHN-1K with the paper's table: WRN-28-2, 1,000 labels, core and extra pictures unlabeled.
 
     Of the 604,388 training pictures 1,000 of the core keep their labels and 5,000 are selected on. Its column of the
     table was noted from memory and is to be checked. RandAugment takes the paper's list for SVHN, and nothing is
@@ -219,7 +222,7 @@ class Imagenet10(Vision):
 
     Of each class 128 pictures keep their labels, and 25,000 are selected on; reported on are the 50,000 validation
     pictures of ILSVRC 2012, at a center crop of 224 of 256. The learning rates are the authors' 0.4 and 0.6 for 256
-    labelled pictures, for 1,024. The feedback is the exact gradient with a weight of 1. Batches of 1,024 and 15,360
+    labeled pictures, for 1,024. The feedback is the exact gradient with a weight of 1. Batches of 1,024 and 15,360
     are for many machines: on one GPU, accumulate them or take smaller ones and lower learning rates.
     """
 
@@ -263,7 +266,7 @@ class Imagenet10(Vision):
 class Imagenet10Paper(Imagenet10):
     """ImageNet-10% with the paper's table: 500,000 steps, Algorithm 1 with the cosine and a moving-average baseline.
 
-    Its column of the table was noted from memory and is to be checked. The unlabelled batch, RandAugment, clipping and
+    Its column of the table was noted from memory and is to be checked. The unlabeled batch, RandAugment, clipping and
     the average of the weights are the authors' code's. The feedback has a weight of 1 on the cosine.
     """
 

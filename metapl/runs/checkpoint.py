@@ -1,6 +1,6 @@
 """Checkpoints that survive full disks, kills and flipped bits, or say plainly that they did not.
 
-A file is one line of ASCII, then the payload, which is what `torch.save` writes:
+A file is one line of ASCII, then the payload, which is what ``torch.save`` writes:
 
     metapl-checkpoint <format> <bytes in the payload> <sha256 of the payload> <crc32 of the line up to here>
 
@@ -12,24 +12,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import pickle
-import random
 import re
 import shutil
 import stat
-import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing
+
+_LOG = logging.getLogger(__name__)
 
 FORMAT = 1
 MAGIC = b"metapl-checkpoint"
@@ -40,12 +42,13 @@ _LATER_HEADER = re.compile(re.escape(MAGIC) + rb" (\d+)\s")
 _CHUNK = 1 << 20
 
 _USE_AN_OLDER_ONE = "go back to an older checkpoint; CheckpointFolder(folder).newest() finds the newest whole one"
+_RIGHTS = "Give yourself the right to write in that folder, or choose another"
 _HOW_TO_MEND = {
     errno.ENOSPC: "Free some room or choose a folder on another disk",
     errno.EDQUOT: "Your quota is used up: free some room or choose a folder on another disk",
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
-    errno.EACCES: "Give yourself the right to write in that folder, or choose another",
-    errno.EPERM: "Give yourself the right to write in that folder, or choose another",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
     errno.EROFS: "The file system is read-only: choose another folder",
     errno.ENOENT: "Create the folder first",
     errno.ENOTDIR: "Create the folder first",
@@ -58,7 +61,7 @@ class CheckpointError(MetaplError):
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes `state` to `path` so that the file is whole, or is as it was before.
+    """Write ``state`` to ``path`` so that the file is whole, or is as it was before.
 
     Args:
         path: the file to write; its folder exists. A checkpoint of that name is replaced when the new one is on disk.
@@ -67,8 +70,8 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     Cost: no copy of the state in memory; for a moment room on disk for the old file and the new one.
 
     Raises:
-        CheckpointError: the state holds something that `load` could not bring back, or the disk refused. Then nothing
-            is left behind, and the text says how much room was needed and whether the earlier file is whole.
+        CheckpointError: the state holds something that :func:`load` could not bring back, or the disk refused. Then
+            nothing is left behind, and the text says how much room was needed and whether the earlier file is whole.
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "first.ckpt"
@@ -81,14 +84,13 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
 
 
 def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Reads what `save` wrote, after checking that every byte is as it was written.
+    """Read what :func:`save` wrote, after checking that every byte is as it was written.
 
     Args:
-        path: the file that `save` wrote.
-        map_location: the device for the tensors, as in `torch.load`.
+        path: the file.
+        map_location: the device for the tensors, as in ``torch.load``.
 
-    Returns:
-        the state. No code from the file is ever run (`torch.load(weights_only=True)`).
+    Returns: the state. No code from the file is ever run (``torch.load(weights_only=True)``).
 
     Cost: the file is read twice, once for its checksum.
 
@@ -125,16 +127,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest whole checkpoint; `skipped` names the newer ones that were not, newest first."""
+    """The newest whole checkpoint; ``skipped`` names the newer ones that were not, newest first."""
 
     path: Path
     state: dict[str, Any]
     skipped: tuple[Skipped, ...] = ()
 
 
-@dataclass(frozen=True)
 class CheckpointFolder:
-    """A folder that keeps the last few checkpoints, `step-00001234.ckpt` and so on; one process writes to it.
+    """A folder that keeps the last few checkpoints, ``step-00001234.ckpt`` and so on; one process writes to it.
 
     Args:
         folder: made at the first write.
@@ -150,34 +151,32 @@ class CheckpointFolder:
     {'step': 30}
     """
 
-    folder: Path
-    keep: int
-
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3) -> None:
         if keep < 1:
             raise MetaplError(f"keep={keep} would keep no checkpoint; give 1 or more")
-        object.__setattr__(self, "folder", Path(folder))
-        object.__setattr__(self, "keep", keep)
+        self.folder, self.keep = Path(folder), keep
 
     def write(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes a checkpoint, then deletes the oldest earlier ones beyond `keep`.
+        """Write a checkpoint, then delete the oldest earlier ones beyond ``keep``.
 
         Args:
             step: 0 or more, the number in the name.
-            state: as in `save`.
+            state: as in :func:`save`.
 
-        Returns:
-            the new file. Checkpoints of later steps, left from before a restart, stay until `step` passes them.
+        Returns: the new file. Checkpoints of later steps, left from before a restart, stay until ``step`` passes them.
 
         Raises:
-            CheckpointError: as `save`; the text names the last whole checkpoint of the folder.
+            CheckpointError: as :func:`save`; the text names the last whole checkpoint of the folder.
         """
         if step < 0:
             raise MetaplError(f"step={step} is negative; a checkpoint is named by the number of steps done")
         path = self.folder / f"step-{step:08d}.ckpt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_strays()
+            # What killed processes left; only names that `replacing` makes, the folder may hold a user's files.
+            for left in self.folder.iterdir():
+                if re.fullmatch(r"step-\d{8,}\.ckpt\.[0-9a-f]{8}\.tmp", left.name):
+                    left.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(_could_not_write(path, error, None, self._last_whole())) from error
         _save(path, state, last_whole=self._last_whole)
@@ -185,13 +184,12 @@ class CheckpointFolder:
         return path
 
     def newest(self, map_location: str | torch.device = "cpu") -> Found | None:
-        """Loads the checkpoint of the latest step that is whole.
+        """Load the checkpoint of the latest step that is whole.
 
         Args:
-            map_location: as in `load`.
+            map_location: as in :func:`load`.
 
-        Returns:
-            it, with what was passed over; None where the folder holds no checkpoint at all.
+        Returns: it, with what was passed over; None where the folder holds no checkpoint at all.
 
         Raises:
             CheckpointError: there are checkpoints, and none can be used. To return None would start training anew
@@ -205,7 +203,7 @@ class CheckpointFolder:
                 skipped.append(Skipped(path, str(error)))
         if not skipped:
             return None
-        reasons = "\n".join(f"  {one.reason}" for one in skipped)
+        reasons = "\n".join(f"  {unusable.reason}" for unusable in skipped)
         raise CheckpointError(
             f"{self.folder} holds {len(skipped)} checkpoint(s) and none can be used; to start anew, move them away:\n"
             + reasons
@@ -217,14 +215,14 @@ class CheckpointFolder:
 
     def _numbered(self) -> list[tuple[int, Path]]:
         try:
-            names = sorted(self.folder.iterdir())
+            files = [*self.folder.iterdir()]
         except FileNotFoundError:
             return []
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be listed: {error.strerror}; give a folder that you may read"
             ) from error
-        matches = ((re.fullmatch(r"step-(\d{8,})\.ckpt", path.name), path) for path in names)
+        matches = ((re.fullmatch(r"step-(\d{8,})\.ckpt", path.name), path) for path in files)
         return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
     def _last_whole(self) -> Path | None:
@@ -233,12 +231,6 @@ class CheckpointFolder:
         except CheckpointError:  # the folder cannot be listed; what failed before this is the better message
             return None
 
-    def _remove_strays(self) -> None:
-        """Removes what killed processes left; only names that `replacing` makes, the folder may hold a user's files."""
-        for path in self.folder.iterdir():
-            if re.fullmatch(r"step-\d{8,}\.ckpt\.[0-9a-f]{8}\.tmp", path.name):
-                path.unlink(missing_ok=True)
-
     def _remove_oldest(self, step: int) -> None:
         earlier = [path for number, path in self._numbered() if number < step]
         for path in earlier[self.keep - 1 :]:
@@ -246,108 +238,34 @@ class CheckpointFolder:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
-                warnings.warn(f"the old checkpoint {path} could not be deleted: {error.strerror}", stacklevel=3)
+                _LOG.warning("the old checkpoint %s could not be deleted: %s", path, error.strerror)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of every default random number generator: Python's, numpy's, torch's on the CPU and on CUDA.
-
-    Returns:
-        a tree that `save` takes and `set_rng_state` restores.
-
-    >>> before = rng_state()
-    >>> first = random.random(), torch.rand(2)
-    >>> set_rng_state(before)
-    >>> second = random.random(), torch.rand(2)
-    >>> first[0] == second[0] and torch.equal(first[1], second[1])
-    True
-    """
-    import numpy
-
-    version, words, next_gauss = random.getstate()
-    return {
-        "python": {"version": version, "words": list(words), "next_gauss": next_gauss},
-        "numpy": _plain(numpy.random.get_state(legacy=False)),  # noqa: NPY002 - the global one is meant
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restores what `rng_state` returned; warns where the number of CUDA devices has changed.
-
-    Args:
-        state: from `rng_state`, perhaps through a checkpoint, its tensors on any device.
-
-    Raises:
-        CheckpointError: it is not such a state; then all generators are as they were.
-    """
-    before = rng_state()
-    try:
-        _set_rng_state(state)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        _set_rng_state(before)
-        raise CheckpointError(
-            f"this is not a state of the random number generators ({type(error).__name__}: {_first_line(error)}); "
-            "give what metapl.runs.checkpoint.rng_state() returned"
-        ) from error
-    saved, present = len(state["cuda"]), len(before["cuda"])
-    if saved != present:
-        warnings.warn(
-            f"the random number generators of {saved} CUDA device(s) were saved and {present} are present; "
-            "what runs on CUDA will draw other numbers than before",
-            stacklevel=2,
-        )
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    import numpy
-
-    python, saved_cuda = state["python"], state["cuda"]
-    random.setstate((python["version"], tuple(python["words"]), python["next_gauss"]))
-    numpy.random.set_state(state["numpy"])  # noqa: NPY002 - the global one is meant
-    # A checkpoint loaded with map_location="cuda" has moved these too, and the setters take CPU tensors only.
-    torch.set_rng_state(state["torch"].cpu())
-    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for device, one in enumerate(saved_cuda[:present]):
-        torch.cuda.set_rng_state(one.cpu(), device)
-
-
-def _plain(value: Any) -> Any:
-    """numpy's arrays and numbers as lists and numbers, which `torch.load(weights_only=True)` brings back."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return value.tolist() if hasattr(value, "tolist") else value
+# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def _save(path: Path, state: dict[str, Any], last_whole: Callable[[], Path | None]) -> None:
-    if type(state) not in (dict, OrderedDict):
-        raise CheckpointError(f"a checkpoint is a dict, and a {type(state).__name__} was given")
-    _check_tree(state, "state", ())
+    _check_tree(state)
     sealed: _Sealed | None = None
     try:
         with replacing(path) as file:
             sealed = _Sealed(file)
-            _torch_save(state, sealed)
+            try:
+                # Of all that a file can do, torch calls write and flush alone.
+                torch.save(state, cast(IO[bytes], sealed))
+            except RuntimeError as error:
+                # A Ctrl-C that falls into torch's C++ writer comes out as an error about the archive.
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
             sealed.finish()
     except OSError as error:
         size = sealed.size + _HEADER_BYTES if sealed else None
         raise CheckpointError(_could_not_write(path, error, size, last_whole())) from error
 
 
-def _torch_save(state: dict[str, Any], sealed: _Sealed) -> None:
-    try:
-        # torch calls write and flush alone of all that a file can do.
-        torch.save(state, cast(IO[bytes], sealed))
-    except RuntimeError as error:
-        # A Ctrl-C that falls into torch's C++ writer comes out as an error about the archive.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise
-
-
 class _Sealed:
-    """The file that `torch.save` writes to: it counts and hashes the payload, and holds back the disk's errors.
+    """The file that ``torch.save`` writes to: it counts and hashes the payload, and holds back the disk's errors.
 
     An OSError inside torch's C++ writer would come out as a RuntimeError about a zip archive. Held back, it comes out
     as itself; and as the rest is still counted, the message can say how much room is needed.
@@ -355,8 +273,7 @@ class _Sealed:
 
     def __init__(self, file: BinaryIO) -> None:
         self.size = 0
-        self._file = file
-        self._sha256 = hashlib.sha256()
+        self._file, self._sha256 = file, hashlib.sha256()
         self._failure: OSError | None = None
         self._try_to_write(b"\0" * _HEADER_BYTES)
 
@@ -369,7 +286,7 @@ class _Sealed:
         return written
 
     def flush(self) -> None:
-        """torch calls it; `replacing` flushes for good."""
+        """torch calls it; ``replacing`` flushes for good."""
 
     def finish(self) -> None:
         if self._failure is not None:
@@ -389,41 +306,44 @@ def _header(size: int, sha256: str, version: int = FORMAT) -> bytes:
     return line + b"%08x\n" % zlib.crc32(line)
 
 
-def _check_tree(value: Any, where: str, above: tuple[int, ...]) -> None:
-    """Refuses what `load` could not bring back, before anything is written."""
-    # Exact types throughout: numpy.float64 is a float too, and a named tuple a tuple.
-    if id(value) in above:
-        raise CheckpointError(f"{where} contains itself; a checkpoint is a tree")
-    if type(value) in (dict, OrderedDict):
-        for key, inner in value.items():
-            _check_key(key, where)
-            _check_tree(inner, f"{where}[{key!r}]", (*above, id(value)))
-    elif type(value) in (list, tuple, torch.Size):
-        for index, inner in enumerate(value):
-            _check_tree(inner, f"{where}[{index}]", (*above, id(value)))
-    elif type(value) in (torch.Tensor, torch.nn.Parameter):
-        if value.is_meta:
+_CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
+_VALUES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Tensor)
+_KEYS = (str, int, float, bool, bytes, type(None))
+
+
+def _check_tree(state: Any) -> None:
+    """Refuse what ``load`` could not bring back, before anything is written."""
+    if type(state) not in (dict, OrderedDict):
+        raise CheckpointError(f"a checkpoint is a dict, and a {type(state).__name__} was given")
+    try:
+        # Exact types throughout: numpy.float64 is a float too, and a named tuple a tuple.
+        leaves, _ = pytree.tree_flatten_with_path(
+            state, is_leaf=lambda value: type(value) not in _CONTAINERS or not value
+        )
+    except RecursionError as error:
+        raise CheckpointError("the state contains itself; a checkpoint is a tree") from error
+    for path, leaf in leaves:
+        where = f"state{pytree.keystr(path)}"
+        for key in (entry.key for entry in path if isinstance(entry, pytree.MappingKey)):
+            if any(type(part) not in _KEYS for part in (key if type(key) is tuple else (key,))):
+                raise CheckpointError(f"{where} has the key {key!r}, a {_type_name(key)}; give strings or numbers")
+        if type(leaf) not in (*_CONTAINERS, *_VALUES, torch.nn.Parameter):
+            raise CheckpointError(
+                f"{where} is a {_type_name(leaf)}; a checkpoint holds trees of tensors and plain Python values: "
+                f"{_plain_instead(leaf)}"
+            )
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta:
             raise CheckpointError(f"{where} is a tensor on the meta device, which has no values to save")
-    elif type(value) not in (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device):
-        raise CheckpointError(_not_plain(value, where))
 
 
-def _check_key(key: Any, where: str) -> None:
-    inner = key if type(key) is tuple else (key,)
-    if any(type(one) not in (str, int, float, bool, bytes, type(None)) for one in inner):
-        raise CheckpointError(f"{where} has the key {key!r}, a {_type_name(key)}; give strings or numbers as keys")
-
-
-def _not_plain(value: Any, where: str) -> str:
+def _plain_instead(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        mend = "turn it into a plain tensor first (full_tensor() of a DTensor)"
-    elif isinstance(value, tuple):
-        mend = "give tuple(...) or _asdict() of a named tuple"
-    elif type(value).__module__ == "numpy":
-        mend = "give torch.as_tensor(...) of an array, .item() of a number"
-    else:
-        mend = "give its values"
-    return f"{where} is a {_type_name(value)}; a checkpoint holds trees of tensors and plain Python values: {mend}"
+        return "turn it into a plain tensor first (full_tensor() of a DTensor)"
+    if isinstance(value, tuple):
+        return "give tuple(...) or _asdict() of a named tuple"
+    if type(value).__module__ == "numpy":
+        return "give torch.as_tensor(...) of an array, .item() of a number"
+    return "give its values"
 
 
 def _type_name(value: Any) -> str:
@@ -452,6 +372,9 @@ def _bytes(number: int) -> str:
     return f"{number / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
 def _is_whole(path: Path) -> bool:
     try:
         _open_whole(path).close()
@@ -461,58 +384,46 @@ def _is_whole(path: Path) -> bool:
 
 
 def _open_whole(path: Path) -> BinaryIO:
-    """Opens a checkpoint at its payload, or says why it is none."""
-    file = _open(path)
-    try:
-        size, sha256 = _read_header(path, file)
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    """Open a checkpoint at its payload, or say what is wrong with it."""
+    with contextlib.ExitStack() as opened:
+        try:
+            # Before opening: to open a named pipe would wait for ever.
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise CheckpointError(f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()")
+            if not stat.S_ISREG(mode):
+                raise CheckpointError(f"{path} is not a regular file; give one that metapl.runs.checkpoint.save wrote")
+            file = opened.enter_context(path.open("rb"))
+            size, sha256 = _read_header(path, file)
+            digest = hashlib.sha256()
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+            file.seek(_HEADER_BYTES)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(f"{path} does not exist; give the path that the checkpoint was written to") from error
+        except PermissionError as error:
+            raise CheckpointError(f"{path} may not be read by this user; change its permissions (chmod u+r)") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} could not be read: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
         if digest.hexdigest() != sha256:
             raise CheckpointError(
                 f"{path} is damaged: its {size} bytes have another checksum than when they were written; "
                 + _USE_AN_OLDER_ONE
             )
-        file.seek(_HEADER_BYTES)
-    except OSError as error:
-        file.close()
-        raise CheckpointError(f"{path} could not be read: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
-    except BaseException:
-        file.close()
-        raise
+        opened.pop_all()  # it stays open
     return file
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        # Before opening: to open a named pipe would wait for ever.
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise CheckpointError(f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()")
-        if not stat.S_ISREG(mode):
-            raise CheckpointError(f"{path} is no regular file; give one that metapl.runs.checkpoint.save wrote")
-        return open(path, "rb")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path} does not exist; give the path that the checkpoint was written to") from error
-    except PermissionError as error:
-        raise CheckpointError(f"{path} may not be read by this user; change its permissions (chmod u+r)") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be opened: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
-
-
 def _read_header(path: Path, file: BinaryIO) -> tuple[int, str]:
-    """Returns the payload's size and checksum; raises where line and length do not belong to a whole checkpoint."""
-    total = os.fstat(file.fileno()).st_size
+    """The payload's size and checksum; refused where line and length do not belong to a whole checkpoint."""
+    payload = os.fstat(file.fileno()).st_size - _HEADER_BYTES
     line = file.read(_HEADER_BYTES)
-    if not line:
-        raise CheckpointError(f"{path} is empty; {_USE_AN_OLDER_ONE}")
     match = _HEADER.fullmatch(line)
     if match is None or match[1] != MAGIC or int(match[5], 16) != zlib.crc32(line[: match.start(5)]):
-        raise CheckpointError(_wrong_header(path, line, shaped=match is not None))
+        raise CheckpointError(f"{path} {_wrong_header(line, shaped=match is not None)}")
     version, size, sha256 = int(match[2]), int(match[3]), match[4].decode()
     if version > FORMAT:
-        raise CheckpointError(_later_format(path, version))
-    payload = total - _HEADER_BYTES
+        raise CheckpointError(f"{path} {_later_format(version)}")
     if payload < size:
         raise CheckpointError(f"{path} is truncated: {payload} of {size} bytes are there; {_USE_AN_OLDER_ONE}")
     if payload > size:
@@ -520,36 +431,41 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[int, str]:
     return size, sha256
 
 
-def _wrong_header(path: Path, line: bytes, shaped: bool) -> str:
+def _later_format(version: int) -> str:
+    return f"was written by format {version}, this metapl reads up to {FORMAT}; upgrade metapl"
+
+
+def _wrong_header(line: bytes, shaped: bool) -> str:
+    """What is wrong with a first line, in words that follow the file's name."""
     later = _LATER_HEADER.match(line)
     # A line of this format's shape with a wrong checksum was this format: a flipped bit can look like a later number.
     if not shaped and later and int(later[1]) > FORMAT:
-        return _later_format(path, int(later[1]))
-    if len(line) < _HEADER_BYTES and (line.startswith(MAGIC) or MAGIC.startswith(line)):
-        return f"{path} is truncated: it ends within its first line; {_USE_AN_OLDER_ONE}"
-    if shaped or line.startswith(MAGIC):
-        return f"{path} is damaged in its first line; {_USE_AN_OLDER_ONE}"
-    if not line.strip(b"\0"):
-        return f"{path} is damaged: it begins with zeros, as after a power cut; {_USE_AN_OLDER_ONE}"
-    return f"{path} is not a checkpoint of metapl but {_looks_like(line)}"
-
-
-def _later_format(path: Path, version: int) -> str:
-    return f"{path} was written by format {version}, this metapl reads up to {FORMAT}; upgrade metapl"
+        return _later_format(int(later[1]))
+    if not line:
+        wrong = "is empty"
+    elif len(line) < _HEADER_BYTES and (line.startswith(MAGIC) or MAGIC.startswith(line)):
+        wrong = "is truncated: it ends within its first line"
+    elif shaped or line.startswith(MAGIC):
+        wrong = "is damaged in its first line"
+    elif not line.strip(b"\0"):
+        wrong = "is damaged: it begins with zeros, as after a power cut"
+    else:
+        return f"is not a checkpoint of metapl but {_looks_like(line)}"
+    return f"{wrong}; {_USE_AN_OLDER_ONE}"
 
 
 def _looks_like(line: bytes) -> str:
+    ours = "that metapl.runs.checkpoint.save wrote"
     if line.startswith(b"PK\x03\x04"):
         return (
             "a zip file, perhaps one of torch.save; read such a file with torch.load(path, weights_only=True) "
             "and write it anew with metapl.runs.checkpoint.save"
         )
     if re.match(rb"\x80[\x02-\x05]", line):
-        return "a pickle, which may hold code, so it is not opened; give a file that metapl.runs.checkpoint.save wrote"
+        return f"a pickle, which may hold code, so it is not opened; give a file {ours}"
     if any(byte < 32 and byte not in b"\t\n\r" for byte in line):
-        return f"another file, beginning with {line[:8]!r}; give one that metapl.runs.checkpoint.save wrote"
-    text = line.decode(errors="replace")
-    return f"text, beginning with {text[:24]!r}; give a file that metapl.runs.checkpoint.save wrote"
+        return f"another file, beginning with {line[:8]!r}; give one {ours}"
+    return f"text, beginning with {line.decode(errors='replace')[:24]!r}; give a file {ours}"
 
 
 def _first_line(error: BaseException) -> str:

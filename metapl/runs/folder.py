@@ -2,7 +2,7 @@
 
 recipe.json           the recipe as it ran, with versions and hardware
 data.json             on which data, by their hashes
-split.json            which examples are labelled, unlabelled, held out, where the recipe draws that from a data set
+split.json            which examples are labeled, unlabeled, held out, where the recipe draws that from a data set
 metrics.jsonl         a row per logged step, each with its ``phase`` and ``step``
 tensorboard/<phase>/  the same for TensorBoard
 checkpoints/<phase>/  whole checkpoints only
@@ -17,23 +17,21 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-import torch
 from torch import Tensor
 
-from metapl.cores import available_cores, default_threads
+from metapl.cores import default_threads
 from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing
 from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.environment import environment
 from metapl.runs.locks import lock
 
 FORMAT = 2
@@ -92,7 +90,7 @@ class RunFolder:
 
         A new run that is refused in the block before it has begun to train leaves nothing behind.
         """
-        beginning = None if self.exists else _Beginning.of(self.path)
+        undo = None if self.exists else _beginning(self.path)
         self.start(recipe, resume=resume)
         with (self.path / ".lock").open("w") as file:
             _close_in_forks(file)
@@ -100,8 +98,8 @@ class RunFolder:
             try:
                 yield
             except MetaplError:
-                if beginning is not None:
-                    beginning.undo()
+                if undo is not None:
+                    undo()
                 raise
 
     def refuse_another_run(self, resume: bool) -> None:
@@ -111,7 +109,7 @@ class RunFolder:
 
     def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
         self.refuse_another_run(resume)
-        before, now = _flat(self.recipe()), _flat(json.loads(json.dumps(dict(recipe))))
+        before, now = (_by_flag(content) for content in (self.recipe(), json.loads(json.dumps(dict(recipe)))))
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in SPEED_ALONE)
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
@@ -120,28 +118,30 @@ class RunFolder:
     def threads(self) -> int:
         """Threads of the linear algebra that the run in the folder was started with; for a new one, the default.
 
-        Whoever goes on with a run, or looks at it again, takes as many: rounding depends on their number.
+        A resumed run, or one that is evaluated again, takes as many: rounding depends on their number.
         """
         begun = self.read_json("recipe.json").get("made_with", {}) if self.exists else {}
         return int(begun.get("threads") or default_threads())
 
     def recipe(self) -> dict[str, Any]:
         """The recipe of the run in the folder."""
-        found = self.read_json("recipe.json")
-        if found.get("format") != FORMAT:
-            made = found.get("made_with", {}).get("metapl", "?")
+        content = self.read_json("recipe.json")
+        if content.get("format") != FORMAT:
+            made = content.get("made_with", {}).get("metapl", "?")
             raise MetaplError(
-                f"{self.path} was written in run format {found.get('format')!r}; this metapl {version('metapl')} reads "
-                f"format {FORMAT}. Train again, or use the version that wrote it: {made}."
+                f"{self.path} was written in run format {content.get('format')!r}; this metapl {version('metapl')} "
+                f"reads format {FORMAT}. Train again, or use the version that wrote it: {made}."
             )
-        recipe: dict[str, Any] = found["recipe"]
+        recipe: dict[str, Any] = content["recipe"]
         return recipe
 
     def read_json(self, name: str) -> dict[str, Any]:
         """One of the folder's JSON files."""
         file = self.path / name
         if not file.is_file():
-            raise MetaplError(f"{self.path} is no run folder that has got so far: {name} is missing in it.")
+            raise MetaplError(
+                f"{name} is missing in {self.path}: this is not a run folder, or its run has not come so far."
+            )
         try:
             content: dict[str, Any] = json.loads(file.read_text())
         except (OSError, ValueError) as error:
@@ -158,7 +158,7 @@ class RunFolder:
         return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Weights as safetensors: the file depends on them alone."""
+        """Weights as safetensors: the same weights give the same bytes."""
         from safetensors.torch import save
 
         plain = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}
@@ -167,7 +167,7 @@ class RunFolder:
 
     def _how_to_get(self, name: str) -> str:
         if not (self.path / "result.json").is_file():
-            return "The run has not got so far: finish it with --resume."
+            return "The run has not come so far: finish it with --resume."
         left = [network for network, file in WEIGHTS.items() if (self.path / file).is_file()]
         instead = f" What is left: --network {' or '.join(left)}." if left else ""
         return f"The run was finished, so --resume does not mend it: train again with another --out.{instead}"
@@ -190,76 +190,24 @@ BEFORE_TRAINING = ("recipe.json", ".lock", "data.json", "split.json", "skipped.j
 """What a run writes before its first step."""
 
 
-@dataclass(frozen=True)
-class _Beginning:
-    """What stood where a run is about to start, so that only what the run made is taken back.
+def _beginning(path: Path) -> Callable[[], None]:
+    """Note what stands where a run is about to start.
 
-    Args:
-        path: the run's folder.
-        there: names in it; none where there was no folder.
-        made: the folders that have to be made for it, the innermost first.
+    Returns: removes what the run has made since, unless it has begun to train: then it is worth keeping.
     """
+    there = {*os.listdir(path)} if path.is_dir() else set()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
 
-    path: Path
-    there: frozenset[str]
-    made: tuple[Path, ...]
+    def undo() -> None:
+        new = {*os.listdir(path)} - there
+        if new <= {*BEFORE_TRAINING}:
+            for name in new:
+                (path / name).unlink()
+            with suppress(OSError):  # another run is in one of them by now
+                for folder in made:
+                    folder.rmdir()
 
-    @classmethod
-    def of(cls, path: Path) -> _Beginning:
-        there = frozenset(os.listdir(path)) if path.is_dir() else frozenset()
-        return cls(path, there, tuple(one for one in (path, *path.parents) if not one.exists()))
-
-    def undo(self) -> None:
-        """Remove the run's files and folders, unless it has begun to train: then they are worth keeping."""
-        new = set(os.listdir(self.path)) - self.there
-        if not new <= set(BEFORE_TRAINING):
-            return
-        for name in new:
-            (self.path / name).unlink()
-        for folder in self.made:
-            try:
-                folder.rmdir()
-            except OSError:  # another run is in it by now
-                return
-
-
-class Metrics:
-    """``metrics.jsonl``, one row per logged step of a phase.
-
-    Rows after the step that is resumed from belong to work that was lost: they are cut off before going on, so the file
-    of a resumed run equals that of an uninterrupted one.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def rows(self, phase: str | None = None) -> list[dict[str, Any]]:
-        """The rows written so far, a torn last line left out."""
-        if not self.file.exists():
-            return []
-        lines = self.file.read_text().split("\n")[:-1]
-        rows = [json.loads(line) for line in lines if line]
-        return [row for row in rows if phase is None or row["phase"] == phase]
-
-    def cut(self, phase: str, step: int) -> None:
-        """Forget rows of ``phase`` after ``step``, and go on behind the other phases' rows."""
-        rows = self.rows()
-        others = [row for row in rows if row["phase"] != phase]
-        kept = [row for row in rows if row["phase"] == phase and row["step"] <= step]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.file) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in others + kept).encode())
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row."""
-        with self.file.open("a") as file:
-            file.write(json.dumps(dict(row)) + "\n")
-
-    def sync(self) -> None:
-        """Put the rows on disk."""
-        if self.file.exists():
-            with self.file.open("rb") as file:
-                os.fsync(file.fileno())
+    return undo
 
 
 @contextmanager
@@ -275,17 +223,22 @@ def _written(file: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _flat(recipe: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Every field by the name that it has on the command line.
+def _by_flag(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What is run and how, with every field by the name that it has on the command line."""
+    return {name.removeprefix("fields."): value for name, value in flat(recipe).items()}
 
-    >>> _flat({"name": "digits", "fields": {"seed": 3, "student": {"lr": 0.1}}})
-    {'name': 'digits', 'seed': 3, 'student.lr': 0.1}
+
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested values by their whole names, as on the command line.
+
+    >>> flat({"seed": 3, "student": {"lr": 0.1}})
+    {'seed': 3, 'student.lr': 0.1}
     """
-    found: dict[str, Any] = {}
-    for name, value in recipe.items():
-        whole = f"{above}.{name}".removeprefix("fields.").removeprefix(".")
-        found |= _flat(value, whole) if isinstance(value, dict) else {whole: value}
-    return found
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        whole = f"{above}{name}"
+        fields |= flat(value, f"{whole}.") if isinstance(value, Mapping) else {whole: value}
+    return fields
 
 
 def _close_in_forks(file: IO[str]) -> None:
@@ -293,9 +246,9 @@ def _close_in_forks(file: IO[str]) -> None:
     held = weakref.ref(file)
 
     def close() -> None:
-        found = held()
-        if found is not None:
-            found.close()
+        open_file = held()
+        if open_file is not None:
+            open_file.close()
 
     if hasattr(os, "register_at_fork"):  # Windows has no forks
         os.register_at_fork(after_in_child=close)
@@ -312,29 +265,3 @@ def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:
             if time.monotonic() > give_up:
                 raise MetaplError(f"another process is running in {folder}; wait for it, or stop it.") from None
             time.sleep(0.1)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record of a run."""
-    cuda = torch.cuda.is_available()
-    return {
-        "metapl": version("metapl"),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "torchopt": version("torchopt"),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cpus": available_cores(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

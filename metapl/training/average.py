@@ -16,7 +16,7 @@ class Average:
 
     .. math:: d_t = \min\big(\mathrm{decay}, \tfrac{1 + t}{10 + t}\big), \quad t = 0, 1, \dots
 
-    so the average of a young network is that of its last few steps. Buffers (running statistics) are the network's own.
+    so early in training the average is over the last few steps only. Buffers (running statistics) are copied.
     ``torch.optim.swa_utils.AveragedModel`` would do the same, but counts on the device, so that each step would wait
     for it.
 
@@ -49,8 +49,8 @@ class Average:
         """Follow the network by one step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1 - decay)
-        for mine, theirs in zip(self.module.buffers(), network.buffers(), strict=True):
-            mine.copy_(theirs)
+        for averaged, current in zip(self.module.buffers(), network.buffers(), strict=True):
+            averaged.copy_(current)
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:

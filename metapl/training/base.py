@@ -18,6 +18,7 @@ from metapl.metrics.predictions import batches_of, input_batches, logits_of
 from metapl.numerics import wide
 from metapl.runs import checkpoint
 from metapl.runs.folder import RunFolder
+from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.callbacks import Callback
 from metapl.training.contract import Say, Stepwise
 from metapl.training.loop import FitResult, FitRun
@@ -52,7 +53,7 @@ class Trainer(Stepwise):
                 own step batches, anything :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where nothing reads
                 it. The batches are as :meth:`step` takes them; of a loader that gives labels too,
                 :func:`metapl.data.without_labels` leaves them out.
-            steps: in all, those of an earlier part of the run included.
+            steps: in all, including the steps of an earlier part of the run.
             validation: (inputs, labels) or an iterable of such batches; without it the last student is kept.
             truth: (inputs, labels) of unlabeled examples whose labels happen to be known, for recording how many of
                 the teacher's labels are right; nothing is trained or selected on it.
@@ -65,7 +66,7 @@ class Trainer(Stepwise):
                 ``log_every`` and ``validate_every``): the number of steps done, the numbers of that row, and this
                 trainer, whose student is the one in training. It may raise :class:`metapl.StopFit`, which ends the fit
                 and keeps what was done; what it draws from the default generators of torch is undone. Saved and
-                restored with the run are those with ``state_dict`` and ``load_state_dict``.
+                restored with the run are callbacks that have ``state_dict`` and ``load_state_dict``.
             options: the other fields of :class:`FitOptions`.
 
         Returns: a :class:`FitResult`.
@@ -84,11 +85,11 @@ class Trainer(Stepwise):
         >>> steps, sorted(found.history[-1])
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
         """
-        how = FitOptions(steps=steps, **options)
+        fit_options = FitOptions(steps=steps, **options)
         if out == "":
-            raise MetaplError("out='' is no folder; expected its path, or None to keep nothing.")
+            raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
         folder = RunFolder(out) if isinstance(out, str | Path) else out
-        run = FitRun(self, how, folder, validation, truth, progress, say or _to_stderr, callbacks)
+        run = FitRun(self, fit_options, folder, validation, truth, progress, say or _to_stderr, callbacks)
         return run.run(labeled, unlabeled, resume)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
@@ -109,7 +110,7 @@ class Trainer(Stepwise):
 
         Cost: one forward pass per example, on at most 1,024 at a time where the inputs come as a whole.
 
-        Raises: :class:`metapl.MetaplError` for data of another kind, and for outputs that are no logits (B, C).
+        Raises: :class:`metapl.MetaplError` for data of another kind, and for outputs that are not logits (B, C).
 
         >>> import metapl
         >>> student = torch.nn.Linear(4, 3)
@@ -126,7 +127,7 @@ class Trainer(Stepwise):
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all."""
-        checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
+        checkpoint.save(path, {"trainer": self.live_state(), "rng": rng_state()})
 
     def load(self, path: str | Path) -> None:
         """Go on from :meth:`save`."""
@@ -134,7 +135,7 @@ class Trainer(Stepwise):
         if "trainer" not in state:
             raise MetaplError(f"{path} is not a trainer's file; expected one written by save().")
         self.load_state_dict(state["trainer"])
-        checkpoint.set_rng_state(state["rng"])
+        set_rng_state(state["rng"])
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

@@ -21,9 +21,9 @@ goes on where it was when the fit is resumed.
 class StopFit(Exception):
     """Raised by a callback to end the fit after the step at hand, as if it had been the last one.
 
-    The student is then chosen as at the end of any fit, a checkpoint is written, the text is told, and a resumed fit
-    is a finished one. During ``wait`` the student has not begun: the fit then returns it untrained, beside the teacher
-    that was trained, and says so.
+    The student is then chosen as at the end of any fit, a checkpoint is written, the text is shown, and the fit counts
+    as finished when it is resumed. During ``wait`` the student has not begun: the fit then returns it untrained, beside
+    the teacher that was trained, and says so.
 
     >>> import torch, metapl
     >>> def stop_at_small_loss(step, row, trainer):
@@ -41,7 +41,8 @@ class Callbacks:
     """
 
     def __init__(self, given: Sequence[Callback], trainer: Stepwise) -> None:
-        wrong = [one for one in given if not callable(one)] if isinstance(given, tuple | list) else [given]
+        several = isinstance(given, tuple | list)
+        wrong = [callback for callback in given if not callable(callback)] if several else [given]
         if wrong:
             raise MetaplError(
                 f"callbacks holds or is something {described(wrong[0])}; expected a list of callables that take (step, "
@@ -53,14 +54,14 @@ class Callbacks:
 
     def after(self, step: int, row: Mapping[str, float]) -> str | None:
         """Call each; why the fit is to stop, if one of them says so."""
-        reasons = [reason for one in self.given if (reason := self._called(one, step, row)) is not None]
+        reasons = [reason for callback in self.given if (reason := self._called(callback, step, row)) is not None]
         return "; ".join(filter(None, reasons)) if reasons else None
 
-    def _called(self, one: Callback, step: int, row: Mapping[str, float]) -> str | None:
-        # Whoever only looks must not change the run: a DataLoader, for one, draws from the default generator.
+    def _called(self, callback: Callback, step: int, row: Mapping[str, float]) -> str | None:
+        # Observing must not change the run: a DataLoader, for one, draws from the default generator.
         with replayed(RandomState.now(self.trainer.device)):
             try:
-                one(step, dict(row), self.trainer)
+                callback(step, dict(row), self.trainer)
             except StopFit as stop:
                 return str(stop)
             except Exception as error:
@@ -69,8 +70,8 @@ class Callbacks:
         return None
 
     def state(self) -> list[Any]:
-        """The states of those that have one."""
-        return [one.state_dict() for one in self._stateful()]
+        """The states of the callbacks that have one."""
+        return [callback.state_dict() for callback in self._stateful()]
 
     def restore(self, states: Sequence[Any]) -> None:
         """Go on from :meth:`state`."""
@@ -80,8 +81,9 @@ class Callbacks:
                 f"the checkpoint has the states of {len(states)} callbacks, and {len(stateful)} of those given have "
                 "state_dict; expected the callbacks that the run was started with."
             )
-        for one, state in zip(stateful, states, strict=True):
-            one.load_state_dict(state)
+        for callback, state in zip(stateful, states, strict=True):
+            callback.load_state_dict(state)
 
     def _stateful(self) -> list[Any]:
-        return [one for one in self.given if hasattr(one, "state_dict") and hasattr(one, "load_state_dict")]
+        names = ("state_dict", "load_state_dict")
+        return [callback for callback in self.given if all(hasattr(callback, name) for name in names)]

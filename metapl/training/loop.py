@@ -1,6 +1,6 @@
 """The loop: batches in, steps taken, what they showed recorded, checkpoints out.
 
-It knows nothing of what a step does. It is resumed by position: what is drawn, scheduled and measured is a function of
+It does not know what a step does. It is resumed by position: what is drawn, scheduled and measured is a function of
 the step's number and of what a checkpoint holds, so a run that was killed ends bit for bit as one that was not.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.feedback.lookahead import Lookahead, inner_batches
-from metapl.runs import checkpoint
 from metapl.runs.folder import RunFolder
+from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.average import Average
 from metapl.training.callbacks import Callback, Callbacks
 from metapl.training.contract import Say, Stepwise
@@ -56,12 +56,12 @@ class FitResult:
 
 
 class FitRun:
-    """One run of the loop; the arguments are those of :meth:`metapl.training.Trainer.fit`."""
+    """One run of the loop; for its arguments see :meth:`metapl.training.Trainer.fit`."""
 
     def __init__(
         self,
         trainer: Stepwise,
-        how: FitOptions,
+        options: FitOptions,
         out: RunFolder | None,
         validation: Any,
         truth: Any,
@@ -69,27 +69,27 @@ class FitRun:
         say: Say,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        if how.wait and trainer.teacher is None:
+        if options.wait and trainer.teacher is None:
             raise MetaplError(
-                f"wait={how.wait} was asked for, and a {type(trainer).__name__} has no teacher that could train while "
-                "its student waits; expected wait=0."
+                f"wait={options.wait} was asked for, and a {type(trainer).__name__} has no teacher that could train "
+                "while its student waits; expected wait=0."
             )
         if truth is not None and trainer.teacher is not None and not trainer.teacher_classifies:
             raise MetaplError(
                 "truth was given, to measure how many of the teacher's labels are right, and the problem's teacher "
                 "gives no class logits; leave truth out, or set teacher_classifies = True on the problem."
             )
-        self.trainer, self.how, self.say = trainer, how, say
+        self.trainer, self.options, self.say = trainer, options, say
         self.shown = shown
-        self.rates = Rates(trainer, how)
+        self.rates = Rates(trainer, options)
         teacher = trainer.teacher
-        if how.warm_start and teacher is not None:
+        if options.warm_start and teacher is not None:
             _refuse_other_shapes(trainer.student, teacher)
         self.average = self._average(trainer.student)
         self.teacher_average = self._average(teacher)
         self.watch = Watch(trainer)
-        self.selection = Selection(validation, truth, trainer.device, how.select)
-        self.records = Records(out, how)
+        self.selection = Selection(validation, truth, trainer.device, options.select)
+        self.records = Records(out, options)
         self.callbacks = Callbacks(callbacks, trainer)
         # The last step, and why it is, once a callback has said so.
         self.ended: tuple[int, str] | None = None
@@ -110,55 +110,55 @@ class FitRun:
                     self.feeds[name] = self._feed(source, name)
             self._steps(self._restore() if resume else 0)
         except Exception as error:
-            # A callback's own broken connection, to a server say, is not that of a worker.
-            workers = 0 if error is self.callbacks.raised else self.how.num_workers
+            # A callback may lose a connection of its own, to a server for example: no worker died then.
+            workers = 0 if error is self.callbacks.raised else self.options.num_workers
             death = _worker_death(error, (labeled, unlabeled), workers)
             if death is None:
                 raise
             raise MetaplError(f"{death} ({self.records.last_good()})") from error
         finally:
             self.rates.put_back()
-            for one in self.feeds.values():
-                one.close()
+            for feed in self.feeds.values():
+                feed.close()
         return self._finish()
 
     def _feed(self, source: Any, name: str) -> Feed:
-        from metapl.data.feed import feed  # only those who fit need metapl.data
+        from metapl.data.feed import feed  # needed for fitting only
 
-        how = self.how
-        stop = how.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
-        return feed(source, name=name, stop=stop, num_workers=how.num_workers, device=self.trainer.device)
+        options = self.options
+        stop = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
+        return feed(source, name=name, stop=stop, num_workers=options.num_workers, device=self.trainer.device)
 
     def _steps(self, start: int) -> None:
-        how = self.how
+        options = self.options
         with stop_requests() as stop:
-            told = progress(self.shown, name=how.phase, start=start, steps=how.steps)
-            with told as progressing, self.records.opened(start):
-                for t in range(start, how.steps if self.ended is None else start):
+            bar = progress(self.shown, name=options.phase, start=start, steps=options.steps)
+            with bar as progressing, self.records.opened(start):
+                for t in range(start, options.steps if self.ended is None else start):
                     row = self._one_step(t, progressing)
                     if row:
                         self._record(t + 1, {"step": t + 1, **row})
-                    if self.ended or how.due(how.save_every, t):
+                    if self.ended or options.due(options.save_every, t):
                         self._save(t + 1)
                     if stop:
                         raise Interrupted(t + 1, stop[0], self._save(t + 1))
                     if self.ended:
                         break
             if stop:  # after the last step, while the records were closed
-                raise Interrupted(how.steps, stop[0], self.records.saved_at)
+                raise Interrupted(options.steps, stop[0], self.records.saved_at)
 
     def _one_step(self, t: int, progressing: Progress) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
-        how = self.how
+        options = self.options
         labeled, unlabeled = self.feeds["labeled"].next(), self._unlabeled(t)
         self.rates.move(t)
         row: dict[str, float] = {}
-        if how.due(how.exact_every, t) and not how.waits(t):
+        if options.due(options.exact_every, t) and not options.waits(t):
             cosine = self.trainer.exact_cosine(labeled, unlabeled)
             row |= {} if cosine is None else {"exact_cosine": cosine}
         report = self._step(t, labeled, unlabeled)
         self.watch.note(report, t)
-        logged, validated = how.due(how.log_every, t), how.due(how.validate_every, t)
+        logged, validated = options.due(options.log_every, t), options.due(options.validate_every, t)
         if logged or validated:
             self._refuse_bad(t)
         if logged:
@@ -173,7 +173,7 @@ class FitRun:
     def _unlabeled(self, t: int) -> Any:
         """What step t reads of the unlabeled source; the student that waits takes no steps to look ahead."""
         source, several = self.feeds.get("unlabeled"), self.trainer.lookahead
-        if source is None or several == 1 or self.how.waits(t):
+        if source is None or several == 1 or self.options.waits(t):
             return None if source is None else source.next()
         return Lookahead([source.next() for _ in range(several)])
 
@@ -187,19 +187,20 @@ class FitRun:
 
     def _end(self, step: int, reason: str) -> dict[str, float]:
         """Make this step the last one; its accuracies on validation data, unless they are in its row already."""
-        how = self.how
+        options = self.options
         self.ended = step, reason
         why = f": {reason}" if reason else ""
-        began = f"; the student is untrained: it would have begun after step {how.wait}" if how.waits(step - 1) else ""
-        self.say(f"stopped after step {step} by a callback{why}{began}")
-        # The last step is validated, as in any fit: what is kept has been looked at.
-        return {} if how.due(how.validate_every, step - 1) else self._look(step - 1)
+        if options.waits(step - 1):
+            why += f"; the student is untrained: it would have begun after step {options.wait}"
+        self.say(f"stopped after step {step} by a callback{why}")
+        # The last step is validated, as in any fit.
+        return {} if options.due(options.validate_every, step - 1) else self._look(step - 1)
 
     def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
-        if self.how.warm_start and t == self.how.wait:
+        if self.options.warm_start and t == self.options.wait:
             self._warm_start()
         try:
-            waits = self.how.waits(t)
+            waits = self.options.waits(t)
             report = self.trainer.teacher_step(labeled, unlabeled) if waits else self.trainer.step(labeled, unlabeled)
         except MetaplError as error:
             self._refuse_bad(t - 1)  # what went wrong before is the reason
@@ -219,7 +220,7 @@ class FitRun:
         self.average = self._average(self.trainer.student)
 
     def _average(self, network: nn.Module | None) -> Average | None:
-        decay = self.how.ema_decay
+        decay = self.options.ema_decay
         return None if network is None or decay is None else Average(network, decay)
 
     def _refuse_bad(self, t: int) -> None:
@@ -227,7 +228,7 @@ class FitRun:
 
     def _look(self, t: int) -> dict[str, float]:
         """The accuracies on validation data after step t."""
-        student = None if self.how.waits(t) else self._candidate()
+        student = None if self.options.waits(t) else self._candidate()
         # A teacher that weighs examples, say, has no accuracy.
         kept, labeler = self._kept_teacher(), self.trainer.teacher
         teachers = (kept, labeler) if self.trainer.teacher_classifies else (None, None)
@@ -254,25 +255,25 @@ class FitRun:
         best = self.selection.best
         return {
             "step": step,
-            "options": self.how.decisive(),
+            "options": self.options.decisive(),
             "trainer": self.trainer.live_state(),
             "average": None if self.average is None else self.average.state_dict(),
             "teacher_average": None if self.teacher_average is None else self.teacher_average.state_dict(),
             "seen": self.seen,
             "best": {"accuracy": best.accuracy, "step": best.step, "weights": best.weights},
-            "feeds": {name: one.state() for name, one in self.feeds.items()},
-            "rng": checkpoint.rng_state(),
+            "feeds": {name: feed.state() for name, feed in self.feeds.items()},
+            "rng": rng_state(),
             "callbacks": self.callbacks.state(),
             "ended": self.ended,
         }
 
     def _restore(self) -> int:
         """Go on from the newest whole checkpoint; the step to go on with."""
-        found = self.records.newest(self.say)
-        if found is None:
+        checkpoint = self.records.newest(self.say)
+        if checkpoint is None:
             return 0
-        state = found.state
-        self._refuse_other_options(found.path, state)
+        state = checkpoint.state
+        self._refuse_other_options(checkpoint.path, state)
         self.callbacks.restore(state.get("callbacks", []))
         self.trainer.load_state_dict(state["trainer"])
         if self.average is not None:
@@ -281,17 +282,17 @@ class FitRun:
             self.teacher_average.load_state_dict(state["teacher_average"])
         self.seen = state["seen"]
         self.selection.best = Best(**state["best"])
-        for name, one in self.feeds.items():
-            one.restore(state["feeds"][name])
-        checkpoint.set_rng_state(state["rng"])
+        for name, feed in self.feeds.items():
+            feed.restore(state["feeds"][name])
+        set_rng_state(state["rng"])
         self.ended = state.get("ended")
-        self.records.saved_at = found.path
+        self.records.saved_at = checkpoint.path
         step: int = state["step"]
-        self.say(f"resumed at step {step}" + ("" if self.how.phase == "fit" else f" of phase {self.how.phase}"))
+        self.say(f"resumed at step {step}" + ("" if self.options.phase == "fit" else f" of phase {self.options.phase}"))
         return step
 
     def _refuse_other_options(self, file: Path, state: dict[str, Any]) -> None:
-        before, now = state["options"], self.how.decisive()
+        before, now = state["options"], self.options.decisive()
         changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
@@ -308,21 +309,22 @@ class FitRun:
             teacher.load_state_dict(taught)
         best = self.selection.best
         if not best.weights:
-            found = self.seen.get("student_validation_accuracy")
-            step = self.ended[0] if self.ended else self.how.steps
-            best = Best(found, step, weights_of(self._candidate()))
+            accuracy = self.seen.get("student_validation_accuracy")
+            step = self.ended[0] if self.ended else self.options.steps
+            best = Best(accuracy, step, weights_of(self._candidate()))
         self.trainer.student.load_state_dict(best.weights)
         return FitResult(best.accuracy, best.step, best.weights, taught, self.records.history)
 
 
 def _refuse_other_shapes(student: nn.Module, teacher: nn.Module) -> None:
-    mine, theirs = ({name: t.shape for name, t in one.state_dict().items()} for one in (student, teacher))
-    if mine != theirs:
-        name = next(name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name))
-        raise MetaplError(
-            f"warm_start=True needs a student of the teacher's architecture; {name} is {mine.get(name, 'missing')} in "
-            f"the student and {theirs.get(name, 'missing')} in the teacher."
-        )
+    shapes = [{name: t.shape for name, t in network.state_dict().items()} for network in (student, teacher)]
+    for name in {**shapes[0], **shapes[1]}:
+        in_student, in_teacher = (named.get(name, "missing") for named in shapes)
+        if in_student != in_teacher:
+            raise MetaplError(
+                f"warm_start=True needs a student of the teacher's architecture; {name} is {in_student} in the student "
+                f"and {in_teacher} in the teacher."
+            )
 
 
 def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) -> str | None:
@@ -334,17 +336,17 @@ def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) ->
         known: str | None = getattr(source, "explain", lambda: None)()
         if known is not None:
             return known
-    told = next((one for one in _and_causes(error) if _is_of_a_lost_worker(one, num_workers)), None)
-    if told is None:
+    cause = next((cause for cause in _and_causes(error) if _is_of_a_lost_worker(cause, num_workers)), None)
+    if cause is None:
         return None
-    if isinstance(error, MetaplError) and type(told).__name__ not in str(error):
+    if isinstance(error, MetaplError) and type(cause).__name__ not in str(error):
         return str(error)  # the feed knew more than the error, or it would quote it
-    said = str(told).split(". ")[0].strip(" .") or type(told).__name__
-    return f"a process that prepares batches died ({said}): was there too little memory?"
+    reason = str(cause).split(". ")[0].strip(" .") or type(cause).__name__
+    return f"a process that prepares batches died ({reason}): was there too little memory?"
 
 
 def _and_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of: out of torch's C++, such as the writer of checkpoints, come errors of its own."""
+    """An error and its causes: torch's C++ code, such as the writer of checkpoints, wraps errors in its own."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -19,16 +19,18 @@ EVERY = 0.1
 
 
 class Progress:
-    """How far a fit is; this one shows nothing.
+    """How far a fit is.
 
     Args:
         name: of the phase.
         start, steps: the step it stands at, of how many.
+        bar: of tqdm, on a terminal.
+        lines: write a line at each step at which is validated: for pipes, files and notebooks.
     """
 
-    def __init__(self, name: str, start: int, steps: int) -> None:
-        self.name, self.start, self.steps = name, start, steps
-        self.done, self.since = start, time.monotonic()
+    def __init__(self, name: str, start: int, steps: int, bar: Any = None, lines: bool = False) -> None:
+        self.name, self.start, self.steps, self.bar, self.lines = name, start, steps, bar, lines
+        self.done, self.examples, self.since = start, 0, time.monotonic()
         self.accuracy = ""
 
     def advance(
@@ -37,73 +39,45 @@ class Progress:
         """One step further.
 
         Args:
-            batches: those of the step.
+            batches: of the step.
             row: what was measured, if this is a step at which something is.
             due: whether this is a step at which is validated.
             examples: on how many the accuracy was measured.
         """
         self.done += 1
-        found = row.get("student_validation_accuracy")
-        if found is not None:
-            self.accuracy = f"{found:.1%} of {examples:,}"
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return max(time.monotonic() - self.since, 1e-9)
-
-
-class Bar(Progress):
-    """A bar of tqdm's."""
-
-    def __init__(self, bar: Any, name: str, start: int, steps: int) -> None:
-        super().__init__(name, start, steps)
-        self.bar, self.examples = bar, 0
-
-    def advance(
-        self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, examples: int = 0
-    ) -> None:
-        super().advance(batches, row, due=due, examples=examples)
-        self.bar.update()
-        self.examples += sum(map(examples_in, batches))
-        if row:
-            accuracy = [f"accuracy {self.accuracy}"] if self.accuracy else []
-            self.bar.set_postfix_str(
-                ", ".join([*accuracy, f"{self.examples / self.seconds:.0f} examples/s"]), refresh=False
-            )
-
-
-class Lines(Progress):
-    """A line on standard error at each step at which is validated: for pipes, files and notebooks."""
-
-    def advance(
-        self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, examples: int = 0
-    ) -> None:
-        super().advance(batches, row, due=due, examples=examples)
-        if not due:
-            return
-        accuracy = f", validation accuracy {self.accuracy}" if "student_validation_accuracy" in row else ""
-        left = (self.steps - self.done) * self.seconds / (self.done - self.start)
-        when = f"about {duration(left)} left" if self.done < self.steps else f"after {duration(self.seconds)}"
-        print(f"{self.name}: step {self.done:,} of {self.steps:,}{accuracy}, {when}", file=sys.stderr, flush=True)
+        accuracy = row.get("student_validation_accuracy")
+        if accuracy is not None:
+            self.accuracy = f"{accuracy:.1%} of {examples:,}"
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        if self.bar is not None:
+            self.bar.update()
+            self.examples += sum(map(examples_in, batches))
+            if row:
+                shown = [f"accuracy {self.accuracy}"] if self.accuracy else []
+                self.bar.set_postfix_str(
+                    ", ".join([*shown, f"{self.examples / seconds:.0f} examples/s"]), refresh=False
+                )
+        elif self.lines and due:
+            validated = "" if accuracy is None else f", validation accuracy {self.accuracy}"
+            left = (self.steps - self.done) * seconds / (self.done - self.start)
+            when = f"about {duration(left)} left" if self.done < self.steps else f"after {duration(seconds)}"
+            line = f"{self.name}: step {self.done:,} of {self.steps:,}{validated}, {when}"
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(shown: bool, *, name: str, start: int, steps: int) -> Iterator[Progress]:
-    """What is told of each step, if ``shown``; where standard error is no terminal, in lines."""
+    """What shows each step, if ``shown``; where standard error is not a terminal, in lines."""
     # Not tqdm's disable=True: it makes locks between processes even so, which a killed worker would leave behind.
-    if not shown:
-        yield Progress(name, start, steps)
-        return
-    if not sys.stderr.isatty():
-        yield Lines(name, start, steps)
+    if not shown or not sys.stderr.isatty():
+        yield Progress(name, start, steps, lines=shown)
         return
     from tqdm import tqdm
 
     with tqdm(
         total=steps, initial=start, desc=name, leave=False, bar_format=BAR, dynamic_ncols=True, file=sys.stderr
     ) as bar:
-        yield Bar(bar, name, start, steps)
+        yield Progress(name, start, steps, bar)
 
 
 def duration(seconds: float) -> str:

@@ -11,20 +11,20 @@ class Rates:
 
     Args:
         trainer: whose rates; of a TorchOpt transform, which brings its own schedule, none is known.
-        how: the schedule.
+        options: the schedule.
     """
 
-    def __init__(self, trainer: Stepwise, how: FitOptions) -> None:
-        found = trainer.schedulable
-        names = ("student_lr",) if trainer.teacher is None else ("student_lr", "teacher_lr")[-len(found) :]
-        self.how = how
-        self.optimizers = dict(zip(names, found, strict=True))
+    def __init__(self, trainer: Stepwise, options: FitOptions) -> None:
+        optimizers = trainer.schedulable
+        names = ("student_lr",) if trainer.teacher is None else ("student_lr", "teacher_lr")[-len(optimizers) :]
+        self.options = options
+        self.optimizers = dict(zip(names, optimizers, strict=True))
         self.base = {name: [group["lr"] for group in o.param_groups] for name, o in self.optimizers.items()}
 
     def move(self, step: int) -> None:
         """To where the schedule has them at ``step``."""
         for name in self.optimizers:
-            self._scale(name, self.how.student_rate(step) if name == "student_lr" else self.how.rate(step))
+            self._scale(name, self.options.student_rate(step) if name == "student_lr" else self.options.rate(step))
 
     def put_back(self) -> None:
         """To the base rates."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from metapl.errors import MetaplError
 from metapl.runs import checkpoint
-from metapl.runs.folder import Metrics, RunFolder
+from metapl.runs.folder import RunFolder
+from metapl.runs.metrics import Metrics
 from metapl.runs.tensorboard import Events
 from metapl.training.contract import Say
 from metapl.training.options import FitOptions
@@ -21,12 +22,12 @@ class Records:
 
     Args:
         out: the run's folder; None: nothing is kept.
-        how: the phase, and how many checkpoints stay.
+        options: the phase, and how many checkpoints stay.
     """
 
-    def __init__(self, out: RunFolder | None, how: FitOptions) -> None:
-        self.out, self.phase = out, how.phase
-        self.checkpoints = None if out is None else out.checkpoints(how.phase, how.keep)
+    def __init__(self, out: RunFolder | None, options: FitOptions) -> None:
+        self.out, self.phase = out, options.phase
+        self.checkpoints = None if out is None else out.checkpoints(options.phase, options.keep)
         self.metrics = None if out is None else Metrics(out.path / "metrics.jsonl")
         self.events: Events | None = None
         self.history: list[dict[str, float]] = []
@@ -39,14 +40,14 @@ class Records:
 
     @contextmanager
     def opened(self, start: int) -> Iterator[None]:
-        """Take rows and events from step ``start`` on; those after it, of work that was lost, are void."""
+        """Record from step ``start`` on; rows and events after it belong to work that was lost, and are removed."""
         if self.out is None or self.metrics is None:
             yield
             return
         with self._writing():
             self.metrics.cut(self.phase, start)
             self.history = [_numbers(row) for row in self.metrics.rows(self.phase)]
-            # A folder per phase: what is void after resuming is void for every curve in the folder.
+            # A folder per phase: TensorBoard drops the steps after a restart from every curve in a folder.
             events = Events(self.out.path / "tensorboard" / self.phase, start)
         with events as self.events:
             yield
@@ -67,7 +68,7 @@ class Records:
                 self.events.counts(step, counts)
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Write a checkpoint, and what is older than it; where to, if there is where."""
+        """Write a checkpoint, after the rows and events before it; its path, or None without a folder."""
         if self.checkpoints is None or self.metrics is None or self.events is None:
             return None
         with self._writing():
@@ -82,16 +83,16 @@ class Records:
         if self.checkpoints is None:
             raise MetaplError("resume=True was given without out; expected the folder of the run to go on with.")
         try:
-            found = self.checkpoints.newest()
+            newest = self.checkpoints.newest()
         except checkpoint.CheckpointError as error:
             say(f"{error}\nno whole checkpoint: starting anew")
             return None
-        if found is None:
+        if newest is None:
             say(f"no checkpoint of phase {self.phase} yet: starting anew")
             return None
-        for skipped in found.skipped:
+        for skipped in newest.skipped:
             say(f"passed over {skipped.path.name}: {skipped.reason}")
-        return found
+        return newest
 
     def refuse_another_run(self) -> None:
         """Stop where checkpoints of this phase are in the folder already."""
@@ -119,7 +120,7 @@ class Records:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """A row as it was before it was written."""
+    """The numbers of a row that was read back."""
     return {name: math.nan if value is None else value for name, value in row.items() if name != "phase"}
 
 

@@ -76,30 +76,30 @@ class Selection:
         """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun.
 
         Args:
-            student, teacher: what is kept of them, such as their averages.
+            student, teacher: the networks that are kept, such as the averages.
             labeler: the network that makes the pseudo-labels.
             step: number of steps done.
         """
         if self.validation is None:
             return {}
-        found = {}
+        accuracies = {}
         if student is not None:
             accuracy, self.examples = self._accuracy(student, self.validation)
-            found["student_validation_accuracy"] = accuracy
+            accuracies["student_validation_accuracy"] = accuracy
             if self.select and accuracy >= (self.best.accuracy or 0.0):
                 self.best = Best(accuracy, step, weights_of(student))
         if teacher is not None:
-            found["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)[0]
+            accuracies["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)[0]
         if labeler is not None and self.truth is not None:
-            found["pseudo_label_accuracy"] = self._accuracy(labeler, self.truth)[0]
-        return found
+            accuracies["pseudo_label_accuracy"] = self._accuracy(labeler, self.truth)[0]
+        return accuracies
 
     def _accuracy(self, model: nn.Module, data: Any) -> tuple[float, int]:
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
         with replayed(RandomState.now(self.device)):
             logits, labels = predict_logits(model, batches_of(data, self.device))
-        found = evaluate_logits(logits, labels)
-        return found.accuracy, found.n
+        evaluation = evaluate_logits(logits, labels)
+        return evaluation.accuracy, evaluation.n
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def stop_requests() -> Iterator[list[int]]:
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are another's affair
+    except ValueError:  # only the main thread may handle signals
         yield asked
         return
     try:

@@ -32,7 +32,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that pretrained weights expect."""
 
 EVALUATED_AT_ONCE, SAMPLED = 256, 2048
-"""Pictures in a batch of an evaluation; unlabelled pictures that the report looks at."""
+"""Pictures in a batch of an evaluation; unlabeled pictures that the report looks at."""
 
 NESTEROV = Optimizer(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
 
@@ -70,14 +70,14 @@ class Strong:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A recipe's pictures: a few with labels, many without, and those to select and to report on.
+class ImageParts:
+    """A recipe's pictures: a few with labels, many without, and pictures to select on and to report on.
 
     Args:
-        few, labels: labelled pictures and int64 (n,).
-        many: unlabelled pictures.
+        few, labels: labeled pictures and int64 (n,).
+        many: unlabeled pictures.
         hidden: int64, the true labels of these, where they are known: for looking at pseudo-labels only.
-        known: labelled and unlabelled pictures together with their true labels, where they are known: for the headroom.
+        known: labeled and unlabeled pictures together with their true labels, where they are known: for the headroom.
         val: pictures to select on, and their labels; None where there are none.
         test: pictures to report on, and their labels; None where there are none.
     """
@@ -96,11 +96,11 @@ class Views:
     """What is done to the pictures of a step.
 
     Args:
-        weak: to unlabelled pictures for whoever labels them.
-        strong: to the same for whoever learns these labels.
-        labeled: to labelled ones.
+        weak: to unlabeled pictures, for the network that labels them.
+        strong: to the same pictures, for the network that learns these labels.
+        labeled: to labeled ones.
         crop: the box that is cut out of a file before any of them.
-        finetuned: to labelled ones in finetuning; None: as in training.
+        finetuned: to labeled ones in finetuning; None: as in training.
     """
 
     weak: View
@@ -111,10 +111,10 @@ class Views:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureRecipe(Recipe):
+class ImageRecipe(Recipe):
     """How a classifier of pictures is trained.
 
-    The teacher labels weakly augmented pictures and learns from labelled ones, from consistency (UDA) and from the
+    The teacher labels weakly augmented pictures and learns from labeled ones, from consistency (UDA) and from the
     student's feedback; the student learns its labels on strongly augmented pictures.
 
     Args:
@@ -138,8 +138,8 @@ class PictureRecipe(Recipe):
         clip_norm: greatest norm of either network's gradient; None turns clipping off.
         accumulate: number of parts that a batch is split into, to save memory.
         precision: bfloat16 runs the networks under autocast.
-        finetune_batch: labelled pictures in a batch of finetuning, if not as in training.
-        num_workers: number of processes that read pictures; it changes the speed alone.
+        finetune_batch: labeled pictures in a batch of finetuning, if not as in training.
+        num_workers: number of processes that read pictures; it only changes the speed.
         device: auto takes a GPU if there is one.
     """
 
@@ -190,13 +190,13 @@ class PictureRecipe(Recipe):
     def views(self) -> Views:
         """What is done to the pictures of a step."""
         if self.resized_crop:
-            # The crop mirrors too; what is left of the weak view is nothing.
+            # The crop mirrors too, so nothing is left for the weak view to do.
             crop = ResizedCrop(self.image_size, flip=not self.strong.writing)
             return Views(Identity(), self.strong.view(Identity()), Identity(), crop)
         weak = Weak(self.pad, flip=not self.strong.writing)
         return Views(weak, self.strong.view(weak), weak)
 
-    def batches(self, pictures: Pictures) -> dict[str, Any]:
+    def batches(self, pictures: ImageParts) -> dict[str, Any]:
         """The sources of a :class:`~metapl.recipes.Task`."""
         views = self.views()
         few, many, labels = pictures.few, pictures.many, pictures.labels
@@ -232,6 +232,19 @@ class PictureRecipe(Recipe):
             "everything": pictures.known and labeled(*pictures.known, self.labeled_batch, 0, self.seed),
         }
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return 1 if self.grey else 3, self.image_size, self.image_size
+
+    @property
+    def input_note(self) -> str:
+        colors = "grey (0.299 R + 0.587 G + 0.114 B)" if self.grey else "in colors"
+        middle = "" if self.center == 1 else f"the middle {self.center:.1%} of "
+        return (
+            f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, brought to "
+            f"{self.image_size}x{self.image_size} by antialiased bilinear resampling."
+        )
+
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
         """The network's input for a file."""
         size = (self.image_size, self.image_size)
@@ -241,7 +254,7 @@ class PictureRecipe(Recipe):
     # -------------------------------------------------------------------------------------------------- the networks
 
     def architecture(self) -> models.Architecture:
-        """What builds the student, without normalisation."""
+        """What builds the student, without normalization."""
         return self._architecture("student", len(self.classes))
 
     def _architecture(self, role: Role, num_classes: int) -> models.Architecture:
@@ -257,13 +270,13 @@ class PictureRecipe(Recipe):
         )
 
     def network(self, role: Role = "student") -> nn.Module:
-        """The teacher or the student with fresh or pretrained weights, normalising pictures in [0, 1]."""
+        """The teacher or the student with fresh or pretrained weights, normalizing pictures in [0, 1]."""
         network = self._architecture(role, len(self.classes)).create(self.weights)
         normalized = models.normalized(network, *self.normalization())
         return normalized.to(memory_format=torch.channels_last) if self.channels_last else normalized
 
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation that pictures are normalised by, of each channel in [0, 1]."""
+        """Mean and standard deviation that pictures are normalized by, of each channel in [0, 1]."""
         channels = 1 if self.grey else 3
         return IMAGENET if self.weights and not self.grey else ((0.5,) * channels, (0.25,) * channels)
 

@@ -23,13 +23,11 @@ from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Someti
 from metapl.data.views.randaugment import ResizedCrop
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
-from metapl.recipes.base import Optimizer, Say, Task, require
+from metapl.recipes.base import Optimizer, Task, require
+from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Views
 from metapl.recipes.methods import METHODS
-from metapl.recipes.pictures import PictureRecipe, Pictures, Views
+from metapl.training import Say
 from metapl.training.progress import counting
-
-WORDS = {"labeled": "labelled", "unlabeled": "unlabelled", "val": "validation", "test": "test"}
-"""The folders as they are called on the terminal."""
 
 IN_MEMORY = 2**30
 """Bytes of decoded pictures that are kept in memory; of larger folders, files are read each time they are drawn."""
@@ -120,7 +118,7 @@ class Changes:
         return Chain((*flip, self._moved(1.0), self._color(), Hole((self.hole / 5, self.hole)), *recolor))
 
     def weak(self) -> View:
-        """What is labelled: a quarter of the movement, and nothing else but mirroring."""
+        """What is labeled: a quarter of the movement, and nothing else but mirroring."""
         flip = (Flip(),) if self.mirror else ()
         return Chain((*flip, self._moved(0.25)))
 
@@ -187,16 +185,16 @@ it; and in these two."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolders(PictureRecipe):
-    """One folder a class for labelled pictures, any folder tree for unlabelled ones.
+class ImageFolders(ImageRecipe):
+    """One folder a class for labeled pictures, any folder tree for unlabeled ones.
 
     What is left None is chosen by looking at the pictures, and by how many steps fit into the minutes; a run's
     recipe.json has what was chosen.
 
     Args:
-        labeled: labelled pictures: a folder with one subfolder for each class.
-        unlabeled: unlabelled pictures: a folder, with or without subfolders.
-        val: validation pictures, in a folder like --labeled. By default a fifth of the labelled pictures is set aside
+        labeled: labeled pictures: a folder with one subfolder for each class.
+        unlabeled: unlabeled pictures: a folder, with or without subfolders.
+        val: validation pictures, in a folder like --labeled. By default a fifth of the labeled pictures is set aside
             if that makes 50 or more, and otherwise none.
         test: test pictures, in a folder like --labeled; the accuracy on them is reported.
         grey: read pictures without colors; by default if they have none.
@@ -205,10 +203,10 @@ class ImageFolders(PictureRecipe):
         network_name: pooled_cnn (the default), small_cnn, wide_resnet28_2, resnet18 (the default with --weights), 34,
             50, ..., efficientnet_b0 to b7, vit_b_16, ..., or timm:NAME. After an unknown name, the error lists all.
         weights: file with pretrained weights of the network; imagenet downloads those of torchvision.
-        method: uda and fixmatch train one network, on the labelled pictures and on its own labels of pictures that it
+        method: uda and fixmatch train one network, on the labeled pictures and on its own labels of pictures that it
             is sure of. mpl trains a teacher and a student with feedback; none does so without feedback. supervised uses
-            the labelled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
-            labelled pictures alone.
+            the labeled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
+            labeled pictures alone.
         minutes: how long training may take: as many steps are taken as fit by a short measurement on this machine. By
             default 5; --steps replaces it. With --compare, every method takes the steps of --method.
         steps: number of training steps; by default as many as fit into --minutes.
@@ -226,7 +224,7 @@ class ImageFolders(PictureRecipe):
             network has them, 1 moves them all the way.
         uda_prior: share of each class, in the order of the folders; by default the shares in --labeled, with one
             picture more in each class.
-        uda_start: steps on the labelled pictures alone, before UDA begins; these are fast. By default 40 % of all.
+        uda_start: steps on the labeled pictures alone, before UDA begins; these are fast. By default 40 % of all.
         uda_ramp: steps over which the weight of UDA then grows from 0; by default 10 % of all.
         validate_every: steps between validations; by default 5 % of all.
         changes: how pictures are changed before they are learned from.
@@ -293,7 +291,7 @@ class ImageFolders(PictureRecipe):
         family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
         rate = PRETRAINED_RATE if self.weights else family
         clip = (NOT_CLIPPED if name.endswith("_cnn") else CLIPPED) if self.clip_norm is OPEN else self.clip_norm
-        student, teacher = (_with_rate(one, rate) for one in (self.student, self.teacher))
+        student, teacher = (_with_rate(optimizer, rate) for optimizer in (self.student, self.teacher))
         return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
 
     @property
@@ -305,7 +303,7 @@ class ImageFolders(PictureRecipe):
         return self.class_names or scan_labeled(self.labeled).classes
 
     def scheduled(self, steps: int) -> ImageFolders:
-        """The recipe with so many steps, and what is a share of them."""
+        """The recipe with this number of steps, and with the phases that are a share of it."""
         shares = self._shares(steps)
         missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
         return dataclasses.replace(self, steps=steps, **missing)
@@ -320,6 +318,14 @@ class ImageFolders(PictureRecipe):
             "uda_start": round(START * steps),
             "validate_every": max(1, round(steps / 20)),
         }
+
+    @property
+    def own_method(self) -> str:
+        return self.method
+
+    def by(self, method: str, seed: int) -> ImageFolders:
+        changed: dict[str, Any] = {"method": method, "seed": seed}
+        return dataclasses.replace(self, **changed)
 
     def decided_by_minutes(self) -> tuple[str, ...]:
         """Fields of a settled recipe that follow from its minutes, by way of the steps; none if steps were given."""
@@ -375,7 +381,7 @@ class ImageFolders(PictureRecipe):
             train, aside = stratified_split(labeled.targets(), fraction, self.seed)
             labeled, val = labeled.keep(train.tolist()), labeled.keep(aside.tolist())
         tell(
-            f"{len(labeled):,} labelled pictures of {len(self.classes)} classes, {len(unlabeled):,} unlabelled, "
+            f"{len(labeled):,} labeled pictures of {len(self.classes)} classes, {len(unlabeled):,} unlabeled, "
             f"{len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
         )
         return Task(
@@ -399,11 +405,11 @@ class ImageFolders(PictureRecipe):
         val: LabeledFiles | None,
         test: LabeledFiles | None,
         log: Path | None,
-    ) -> Pictures:
+    ) -> ImageParts:
         def with_labels(files: LabeledFiles | None) -> tuple[Images, torch.Tensor] | None:
             return None if files is None else (self._images(files, log), files.targets(self.classes))
 
-        return Pictures(
+        return ImageParts(
             few=self._images(labeled, log),
             labels=labeled.targets(self.classes),
             many=self._images(unlabeled, log),
@@ -429,35 +435,40 @@ class _Look:
 
     def listed(self, scan: Callable[[str, Progress], FilesT], folder: str, name: str) -> FilesT:
         """The files of a folder."""
-        with counting(f"listing {WORDS[name]} files", self.progress) as count:
+        with counting(f"listing {_word(name)} files", self.progress) as count:
             files = scan(folder, count)
         if files.passed_over:
             others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
-            self.tell(f"{name}: files that are no pictures by their names are passed over: {others}")
+            self.tell(f"{name}: files without the name of a picture are passed over: {others}")
         return files
 
     def sound(self, files: FilesT, name: str) -> FilesT:
         """Those that can be read."""
-        with counting(f"looking at {WORDS[name]} files", self.progress, len(files)) as count:
-            found = verify_files(files, progress=count)
-        if found.skipped:
-            self.tell(f"{name}: {len(found.skipped):,} of {len(files):,} files are left out\n{found.summary()}")
-        if not found.sound:
+        with counting(f"looking at {_word(name)} files", self.progress, len(files)) as count:
+            verified = verify_files(files, progress=count)
+        if verified.skipped:
+            self.tell(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
+        if not verified.sound:
             raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
-        self.skipped.update({str(files.root / one.name): one.reason for one in found.skipped})
-        return files.keep(found.sound) if found.skipped else files
+        self.skipped.update({str(files.root / file.name): file.reason for file in verified.skipped})
+        return files.keep(verified.sound) if verified.skipped else files
 
     def compare(self, labeled: LabeledFiles, unlabeled: Files, held_out: Mapping[str, LabeledFiles]) -> None:
         """Refuse folders that would spoil the training."""
         with counting("comparing files", self.progress) as count:
             findings = check_folders(labeled, unlabeled, held_out.get("val"), held_out.get("test"), count)
         refuse_errors(findings)
-        for one in findings:
-            self.tell(f"note: {one.message}")
+        for finding in findings:
+            self.tell(f"note: {finding.message}")
+
+
+def _word(folder: str) -> str:
+    """A folder as it is called on the terminal."""
+    return "validation" if folder == "val" else folder
 
 
 def refuse_errors(findings: Sequence[Finding]) -> None:
     """Stop where the folders would spoil the training."""
-    errors = [one.message for one in findings if one.level == "error"]
+    errors = [finding.message for finding in findings if finding.level == "error"]
     if errors:
         raise MetaplError("\n".join(errors))

@@ -1,0 +1,140 @@
+"""A recipe by several methods and seeds: the runs, and what the comparison leaves in its own folder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from metapl.cores import available_cores, default_threads
+from metapl.experiments.comparison import Comparison
+from metapl.experiments.jobs import Job, Pace, aloud, run_all
+from metapl.experiments.store import describe
+from metapl.metrics import Evaluation, with_chance
+from metapl.recipes.base import Recipe
+from metapl.recipes.methods import title
+from metapl.runs.folder import WEIGHTS, RunFolder
+from metapl.runs.metrics import Metrics
+from metapl.training.progress import duration
+
+SHOWN = 7
+"""Methods that one picture can tell apart."""
+
+Results = Mapping[tuple[str, int], Mapping[str, Any]]
+"""What the ``result.json`` of each method and seed holds."""
+
+
+def compare(
+    recipe: Recipe, out: Path, methods: Sequence[str], seeds: Sequence[int], *, resume: bool, jobs: int | None
+) -> Comparison:
+    """Train by each method with each seed, and compare.
+
+    Args:
+        recipe: settled.
+        out: the comparison's folder.
+        methods, seeds: which are run.
+        resume: go on with the comparison in the folder.
+        jobs: runs at a time; None: one for each core, and one on a GPU.
+    """
+    folder = RunFolder(out)
+    description = describe(recipe, compare=list(methods), seeds=list(seeds))
+    with folder.claimed(description, resume=resume):
+        if not (out / "result.json").exists():
+            recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
+        results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs)
+        comparison = Comparison.of(tuple(seeds), methods, results)
+        method, seed = comparison.delivered()
+        source = RunFolder(out / method / f"seed-{seed}")
+        for name in WEIGHTS.values():
+            if (source.path / name).is_file():
+                folder.write_weights(name, source.read_weights(name))
+        _draw(out, comparison, results)
+        folder.write_json("result.json", {**results[method, seed], **comparison.to_json()})
+    return comparison
+
+
+def run_jobs(
+    recipe: Recipe, out: Path, methods: Sequence[str], seeds: Sequence[int], *, resume: bool, jobs: int | None
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """The result of each method and seed, from runs side by side; finished ones are not run again."""
+    on_gpu = recipe.torch_device().type == "cuda"
+    workers = min(jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
+    # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn the
+    # weights differ already. So a job has as many threads whatever --jobs is, and when it is resumed.
+    threads = default_threads() if on_gpu else 1
+    to_compare = []
+    for seed in seeds:
+        for method in methods:
+            place = out / method / f"seed-{seed}"
+            begun = resume or (place / "recipe.json").exists()
+            to_compare.append(Job(recipe.by(method, seed), method, place, begun, threads=threads))
+    aloud(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}")
+    results = {}
+    to_run = [job for job in to_compare if not (job.folder / "result.json").exists()]
+    pace, total = Pace([job.method for job in to_run], workers), len(to_compare)
+    with closing(run_all(to_compare, workers)) as running:  # the workers end before the command says that it stopped
+        for number, (job, result, seconds) in enumerate(running, 1):
+            results[job.method, job.recipe.seed] = result
+            if job in to_run:
+                pace.done(job.method, seconds)
+            aloud(f"[{number:>{len(str(total))}}/{total}] {_line(job, result, pace)}")
+    return results
+
+
+def _line(job: Job, result: dict[str, Any], pace: Pace) -> str:
+    """What a job reached, and how long the others will take."""
+    on = Evaluation(**result["evaluation"])
+    seconds = pace.left()
+    left = f", about {duration(seconds)} left" if pace.waiting and seconds is not None else ""
+    return f"{job.method}, seed {job.recipe.seed}: {with_chance(result['test_accuracy'], on.n, on.chance)}{left}"
+
+
+def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+    """``report.png`` of a comparison: curves averaged over seeds, and the confusion matrix of the method that is
+    delivered, summed over them."""
+    from metapl.report import draw_report
+
+    curves = {
+        method: mean_rows(
+            [Metrics(folder / method / f"seed-{s}" / "metrics.jsonl").rows("fit") for s in comparison.seeds]
+        )
+        for method in list(comparison.methods)[:SHOWN]
+    }
+    first, _ = comparison.delivered()
+    evaluations = [results[first, seed]["evaluation"] for seed in comparison.seeds]
+    confusion = [
+        [sum(evaluation["confusion"][i][j] for evaluation in evaluations) for j in range(len(row))]
+        for i, row in enumerate(evaluations[0]["confusion"])
+    ]
+    draw_report(
+        folder / "report.png",
+        title=f"{results[first, comparison.seeds[0]]['recipe']}: {len(comparison.methods)} methods, "
+        f"{len(comparison.seeds)} seeds (means)",
+        curves=curves,
+        confusion=confusion,
+        classes=evaluations[0]["classes"],
+        summary=f"{comparison.sentence()} Confusion: {title(first)}, all seeds together.",
+    )
+
+
+def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
+    """Rows averaged over runs, step by step, of the figures that every run has there.
+
+    >>> mean_rows([[{"step": 1, "x": 1.0}], [{"step": 1, "x": 3.0}]])
+    [{'step': 1, 'x': 2.0}]
+    """
+    by_step: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for rows in runs:
+        for row in rows:
+            by_step[row["step"]].append(row)
+    mean = []
+    for step, rows_here in sorted(by_step.items()):
+        if len(rows_here) < len(runs):
+            continue
+        numbers = [k for k, v in rows_here[0].items() if isinstance(v, float) and k != "step"]
+        values = {k: [row[k] for row in rows_here if isinstance(row.get(k), float)] for k in numbers}
+        averaged = {k: sum(v) / len(v) for k, v in values.items() if len(v) == len(runs)}
+        mean.append({"step": step, **averaged})
+    return mean

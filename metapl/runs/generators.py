@@ -1,0 +1,86 @@
+"""The default random number generators, as a checkpoint keeps them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+import torch
+
+from metapl.errors import MetaplError
+
+_LOG = logging.getLogger(__name__)
+
+
+class GeneratorStateError(MetaplError):
+    """What was given is not a state of the generators."""
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every default random number generator: Python's, NumPy's, torch's on the CPU and on CUDA.
+
+    Returns: a tree that a checkpoint takes and :func:`set_rng_state` restores.
+
+    >>> before = rng_state()
+    >>> first = random.random(), torch.rand(2)
+    >>> set_rng_state(before)
+    >>> second = random.random(), torch.rand(2)
+    >>> first[0] == second[0] and torch.equal(first[1], second[1])
+    True
+    """
+    version, words, next_gauss = random.getstate()
+    return {
+        "python": {"version": version, "words": list(words), "next_gauss": next_gauss},
+        "numpy": _plain(numpy.random.get_state(legacy=False)),  # noqa: NPY002 - the global one is meant
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what :func:`rng_state` returned; a warning says where the number of CUDA devices has changed.
+
+    Args:
+        state: from :func:`rng_state`, perhaps through a checkpoint, its tensors on any device.
+
+    Raises:
+        GeneratorStateError: it is not such a state; then all generators are as they were.
+    """
+    before = rng_state()
+    try:
+        _set(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        _set(before)
+        raise GeneratorStateError(
+            f"this is not a state of the random number generators ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0][:300]}); give what metapl.runs.generators.rng_state() returned"
+        ) from error
+    saved, present = len(state["cuda"]), len(before["cuda"])
+    if saved != present:
+        _LOG.warning(
+            "the random number generators of %d CUDA device(s) were saved and %d are present; "
+            "what runs on CUDA will draw other numbers than before",
+            saved,
+            present,
+        )
+
+
+def _set(state: Mapping[str, Any]) -> None:
+    python, saved_cuda = state["python"], state["cuda"]
+    random.setstate((python["version"], tuple(python["words"]), python["next_gauss"]))
+    numpy.random.set_state(state["numpy"])  # noqa: NPY002 - the global one is meant
+    # A checkpoint loaded with map_location="cuda" has moved these too, and the setters take CPU tensors only.
+    torch.set_rng_state(state["torch"].cpu())
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device, generator in enumerate(saved_cuda[:present]):
+        torch.cuda.set_rng_state(generator.cpu(), device)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's arrays and numbers as lists and numbers, which ``torch.load(weights_only=True)`` brings back."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
