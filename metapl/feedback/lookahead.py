@@ -276,7 +276,7 @@ class Path:
 
     @cached_property
     def outer_loss(self) -> Tensor:
-        """L(θ′), without a graph. Cost: one forward pass on the labeled batch, unless its gradient has been computed."""
+        """L(θ′), without a graph. Cost: one labeled forward pass, unless its gradient has been computed."""
         return self._outer[0] if "_outer" in self.__dict__ else self._outer_loss_at(self.params)
 
     @cached_property
