@@ -117,7 +117,7 @@ def look(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Tensor
     """A step on soft labels, by copies of the networks in ``dtype``."""
     teacher, student = (copy.deepcopy(network).to(dtype) for network in (teacher, student))
     problem = metapl.PseudoLabels("soft")
-    return lookahead.walk(
+    return lookahead.take_steps(
         student,
         update_of(torch.optim.SGD(student.parameters(), lr=0.05), trainable(student)),
         problem,

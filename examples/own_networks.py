@@ -51,3 +51,5 @@ for seed in map(int, sys.argv[1:] or ["0"]):
 if len(differences) > 1:
     mean, std = torch.tensor(differences).mean(), torch.tensor(differences).std()
     print(f"difference: {mean:+.1f} ± {std:.1f} (standard deviation over {len(differences)} seeds)")
+else:
+    print("One seed does not show whether the feedback helps: give several, such as 0 1 2 3 4 5 6 7.")

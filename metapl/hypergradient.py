@@ -17,7 +17,7 @@ from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_di
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator, modes_for
-from metapl.feedback.lookahead import InnerStep, Lookahead, Path, Teach, inner_batches, plain_inner, walk
+from metapl.feedback.lookahead import InnerStep, Lookahead, Path, Teach, inner_batches, plain_inner, take_steps
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem
 from metapl.updates import Update, update_of
@@ -89,7 +89,7 @@ def look_ahead(
         check_kind(signal.sampled, mode)
         return signal
 
-    path = walk(
+    path = take_steps(
         student,
         update,
         problem,

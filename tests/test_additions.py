@@ -30,7 +30,7 @@ class Doubled(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        return [signal_feedback(step, w, Tangent(step.tangent(w))).over(0.5)], state
+        return [signal_feedback(step, w, Tangent(step.tangent(w))).divided_by(0.5)], state
 """
 
 PROBLEM = """

@@ -258,7 +258,7 @@ def test_a_wrong_value_is_refused_where_it_is_made(make: Callable[[], Any], text
 def test_a_transform_does_not_tell_its_learning_rate() -> None:
     case = toy("mlp")
     call, _ = build(case, mode=Forward(normalization="learning_rate"), inner_optimizer=torchopt.sgd(0.1))
-    with unmoved(case), pytest.raises(MetaplError, match=r'TorchOpt transform does not tell.*"gradient"'):
+    with unmoved(case), pytest.raises(MetaplError, match=r'TorchOpt transform does not expose.*"gradient"'):
         call()
 
 

@@ -119,14 +119,14 @@ class Steps:
 
     name, labels, keep_graph = "known", ("soft",), False
 
-    def __init__(self, h: Tensor, about: Any = "value") -> None:
-        self.h, self.about = h, about
+    def __init__(self, h: Tensor, part: Any = "value") -> None:
+        self.h, self.part = h, part
 
     def init(self) -> dict[str, Tensor]:
         return {}
 
     def feedback(self, path: Any, state: Any) -> Any:
-        return [metapl.feedback.base.Feedback(self.h, self.about)], state
+        return [metapl.feedback.base.Feedback(self.h, self.part)], state
 
 
 def altered(h: Tensor, how: Any, seed: int = 0, labels: Tensor | None = None) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import metapl
 from metapl.execution.local import trainable
 from metapl.feedback import Difference, Estimator, Implicit
-from metapl.feedback.lookahead import walk
+from metapl.feedback.lookahead import take_steps
 from metapl.numerics import full_float32, reduced_float32
 from metapl.updates import update_of
 
@@ -60,7 +60,7 @@ def test_the_move_on_wide_resnet_is_about_1e_4_in_norm() -> None:
     x, y = torch.randn(2, 3, 16, 16), torch.arange(2)
     problem = metapl.PseudoLabels(kind="soft")
     signal = metapl.Signal(torch.full((2, 10), 0.1))
-    path = walk(student, update, problem, labeled=(x, y), batches=[x], teach=lambda batch, outputs: signal)
+    path = take_steps(student, update, problem, labeled=(x, y), batches=[x], teach=lambda batch, outputs: signal)
     assert 0.5e-4 < float(Difference().step_size(path.steps[0])) < 2e-4
 
 

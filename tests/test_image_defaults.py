@@ -422,7 +422,7 @@ def test_fixmatch_trains_one_network_on_hard_labels(tmp_path: Path) -> None:
     supervised, uda = trainer.losses
     assert supervised == CrossEntropy(0.1)
     assert uda == UDA(temperature=0.0, threshold=0.95, weight=2.0, ramp=2, start=2)  # as published: nothing is aligned
-    assert not hasattr(trainer, "teacher")
+    assert trainer.teacher is None
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert rows[0]["loss_uda"] == rows[2]["loss_uda"] == 0

@@ -177,7 +177,7 @@ def test_sampled_signals_need_no_classes() -> None:
 def test_an_expectation_needs_the_law(mode: str) -> None:
     case = noisy_toy("learned_decay", "mlp")
     inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
-    with pytest.raises(metapl.MetaplError, match=r"carries no probs.*reinforce_per_example"):
+    with pytest.raises(metapl.MetaplError, match=r"has no probs.*reinforce_per_example"):
         metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=Coins(), inner_optimizer=inner)
 
 

@@ -25,6 +25,7 @@ TITLES = {
     "fixmatch": "FixMatch-like",
     "pseudo_labels": "pseudo labels of a fixed teacher",
     "supervised": "supervised, the same views",
+    "label_smoothing": "supervised with label smoothing, the same views",
     "mpl": "Meta Pseudo Labels",
     "none": "the same without feedback",
 }

@@ -1,4 +1,4 @@
-"""Feedback with something taken out of it: controls that show what carries a gain."""
+"""Altered feedback: controls that show which part of the feedback causes a gain."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class Altered(Estimator):
-    r"""Another estimator's feedback, altered within the batch.
+    r"""The feedback of another estimator, altered within the batch.
 
     Args:
         base: the estimator whose h, with a row per example, is altered.
-        how: ``"permuted"``: rows given to other examples, h_π(i); ``"class_means"``: every row replaced by the mean
-            over the batch (of the rows with the same label, where labels are sampled), so that nothing of the single
-            example is left; ``"random_sign"``: each row times ±1, by a fair coin.
-        seed: of the permutations and coins, which draw from a generator of their own.
+        how: ``"permuted"``: rows assigned to other examples, h_π(i); ``"class_means"``: every row replaced by the mean
+            over the batch (for sampled labels: over the rows with the same label), which removes what is specific to
+            the example; ``"random_sign"``: each row times ±1 with equal probability.
+        seed: of the permutations and signs, which are drawn from a separate generator.
 
-    Takes, cost: as ``base``, and on an accelerator the host waits for it once a step. Bias: on purpose.
+    Takes, cost: as ``base``; on an accelerator the host waits for the device once a step. Bias: intended.
 
     >>> Altered(how="permuted").name
     'forward_permuted'
@@ -65,14 +65,14 @@ class Altered(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         count = int(state["altered"])
-        found, next_state = self.base.feedback(path, {k: v for k, v in state.items() if k != "altered"})
+        feedback, next_state = self.base.feedback(path, {k: v for k, v in state.items() if k != "altered"})
         altered = [
             replace(
                 f,
                 h=self._alter(f.h, step, count),
-                beside={name: self._alter(h, step, count) for name, h in f.beside.items()},
+                others={name: self._alter(h, step, count) for name, h in f.others.items()},
             )
-            for f, step in zip(found, path.steps, strict=True)
+            for f, step in zip(feedback, path.steps, strict=True)
         ]
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 

@@ -1,4 +1,4 @@
-"""Mixed mode without forward-mode AD: ż by a difference of outputs."""
+"""As forward mode, with ż by a finite difference of outputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Difference(Estimator):
     Takes: soft signals; hard labels by the expectation.
     Cost: 11 student passes a step with the teacher's 3 (one-sided: 10, or 11 under autocast or TF32), and one copy of
     the weights.
-    Bias: O(δ²), one-sided O(δ), beside the rounding of the outputs, O(machine epsilon/δ).
+    Bias: O(δ²), one-sided O(δ), plus the rounding of the outputs, O(machine epsilon/δ).
     Runs: wherever the student runs, on any operation.
     Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.
     """
@@ -61,23 +61,24 @@ class Difference(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        return [self.credited(signal_feedback, step, w).over(divisor(self.normalization, step, w))], state
+        h = self.feedback_along(w, step, signal_feedback)
+        return [h.divided_by(divisor(self.normalization, step, w))], state
 
-    def credited(self, credit: Credit, step: InnerStep, w: Tree) -> Feedback:
-        """The feedback by ż at δ; at a smaller one where units that switch on or off within δ spoil the first.
+    def feedback_along(self, w: Tree, step: InnerStep, credit: Credit) -> Feedback:
+        """The feedback along w by ``credit``, with ż at δ, or at a smaller δ if ReLUs that switch within δ spoil it.
 
-        Such units are what a smaller δ has fewer of. A student whose passes are not of one function is refused at the
-        last δ, as it would be at the first: what is allowed for rounding does not grow as δ falls.
+        Fewer units switch within a smaller δ. A student whose passes are not of one function is refused at every δ: the
+        tolerance for rounding does not grow as δ falls.
         """
-        for shorter in SHORTER[:-1]:
+        for reduction in REDUCTIONS[:-1]:
             with suppress(SlopesDisagree):
-                return credit(step, w, self.tangent(step, w, shorter))
-        return credit(step, w, self.tangent(step, w, SHORTER[-1]))
+                return credit(step, w, self.tangent(step, w, reduction))
+        return credit(step, w, self.tangent(step, w, REDUCTIONS[-1]))
 
-    def tangent(self, step: InnerStep, w: Tree, shorter: float = 1.0) -> Tangent:
-        """ż along w, exactly zero where w is, by moves of δ/``shorter``."""
+    def tangent(self, step: InnerStep, w: Tree, reduction: float = 1.0) -> Tangent:
+        """ż along w, by moves of length δ/``reduction``; exactly zero for w = 0."""
         length = step.length(w)
-        factor = self.step_size(step) / shorter / length.clamp_min(torch.finfo(length.dtype).tiny)
+        factor = self.step_size(step) / reduction / length.clamp_min(torch.finfo(length.dtype).tiny)
         ahead = step.shifted(factor, w)
         if self.one_sided:
             here = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
@@ -87,27 +88,27 @@ class Difference(Estimator):
             behind = step.shifted(-factor, w)
             step.check_shifted((ahead + behind) / 2)
             moved, factors = ahead - behind, 2 * factor
-        # Of a small difference of large outputs little is left: Adam's first w is across the gradient, for one.
+        # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
         if not self.one_sided and step.in_full_precision and not checks.waits(moved):
             check_bend(ahead, step.outputs, behind, rounding)
-        return Tangent(moved / factors, rounding / (shorter * factors))
+        return Tangent(moved / factors, rounding / (reduction * factors))
 
     def step_size(self, step: InnerStep) -> Tensor:
         """δ, a scalar on the student's device."""
         r = self.relative_step or RELATIVE_STEP[step.shifted_dtype]
-        return r * step.typical_weight().clamp_min(1e-3)  # the bound is for weights that are all zero
+        return r * step.typical_weight().clamp_min(1e-3)  # all weights may be zero
 
 
 Credit = Callable[[InnerStep, Tree, Tangent], Feedback]
 
-SHORTER = (1.0, 8.0, 64.0)
-"""What δ is divided by in turn, where the derivatives along w disagree and the host may look at them."""
+REDUCTIONS = (1.0, 8.0, 64.0)
+"""The divisors of δ, tried in turn while the derivatives along w disagree (only where the host can read them)."""
 
 ROUNDINGS = 30.0
-"""Rounding errors of outputs, and of the sum over them, in units of the machine epsilon."""
+"""A bound on the rounding error of the outputs and of sums over them, in units of the machine epsilon."""
 
 RELATIVE_STEP = {torch.float32: 2e-3, torch.float64: 1e-6}
-"""r by dtype. A unit move along the gradient changes the outputs in inverse proportion to a typical weight, however
-many there are, so r fixes the change of the outputs: far above their rounding, yet few ReLUs switch on the way (which,
-not curvature, is what the error of a longer move is made of). Measured in benchmarks/difference_step.py."""
+"""r by dtype. A move along the gradient changes the outputs in inverse proportion to a typical weight, whatever the
+number of weights, so r determines the change of the outputs: large beside their rounding, and small enough that few
+ReLUs switch (these, not curvature, cause the error of longer moves). Measured in benchmarks/difference_step.py."""

@@ -1,7 +1,7 @@
 r"""The exact hypergradient in mixed mode: reverse for v, forward for ż.
 
-The derivation that every mode of this folder but ``unrolled`` rests on. The outer loss depends on the signal s through
-θ′ = U(θ, g(s)) alone, with g(s) = ∇_θ ℓ(S(x_u; θ), s). So, with v = ∇L(θ′) and w = (∂U/∂g)ᵀ v,
+This derivation is the basis of every mode in this folder except ``unrolled``. The outer loss depends on the signal s
+only through θ′ = U(θ, g(s)), with g(s) = ∇_θ ℓ(S(x_u; θ), s). So, with v = ∇L(θ′) and w = (∂U/∂g)ᵀ v,
 
 .. math:: dL = \langle v, \tfrac{\partial U}{\partial g} dg \rangle = \langle w, dg \rangle
              = d\,\langle w, \nabla_\theta \ell(S(x_u;\theta), s) \rangle
@@ -27,7 +27,7 @@ from metapl.feedback.base import (
     divisor,
     padded,
 )
-from metapl.feedback.credit import Tangent, credited, of_fields, signal_feedback
+from metapl.feedback.credit import Tangent, credited_fields, feedback_from_gradients, signal_feedback
 from metapl.feedback.lookahead import Path
 from metapl.problems.base import Kind
 
@@ -47,7 +47,7 @@ class Forward(Estimator):
     Args:
         normalization: ``"gradient"`` (default: the true gradient, of the order of η), ``"learning_rate"`` (divided by
             η), ``"cosine"`` (divided by ‖w‖‖g‖); see :func:`metapl.feedback.base.divisor`.
-        truncate: of K student steps looked ahead, differentiate the last so many alone; None: all.
+        truncate: differentiate only this many of the last student steps; None: all.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
@@ -73,11 +73,11 @@ class Forward(Estimator):
         check_truncate(self)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        found = []
-        for step, w, in_signal in path.adjoints(credited, self.truncate):
-            if in_signal is None:
+        feedback = []
+        for step, w, gradients in path.adjoints(credited_fields, self.truncate):
+            if gradients is None:  # the earliest step, whose Hessian product is not needed
                 h = signal_feedback(step, w, Tangent(step.tangent(w)))
             else:
-                h = of_fields(step.signal, {name: None if t is None else -t for name, t in in_signal.items()})
-            found.append(h.over(divisor(self.normalization, step, w)))
-        return padded(found[::-1], path), state
+                h = feedback_from_gradients(step.signal, gradients)
+            feedback.append(h.divided_by(divisor(self.normalization, step, w)))
+        return padded(feedback[::-1], path), state

@@ -32,15 +32,15 @@ class Implicit(Estimator):
               h = -\frac{\partial}{\partial\,\mathrm{signal}} \frac{d}{d\varepsilon}
               \ell(S(x_u; \theta + \varepsilon w), \mathrm{signal}, \theta + \varepsilon w)
 
-    All of it is taken at the student's weights before its step, on the inner batch; the student then takes its step as
-    ever. Neither the step nor the optimizer enters h.
+    Everything is evaluated at the student's weights before its step, on the inner batch. The student then takes its
+    ordinary step; neither the step nor the optimizer enters h.
 
     Args:
         solver: ``"cg"``, conjugate gradients; ``"neumann"``, the series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v;
             ``"identity"``, w = −step_size·v.
         iterations: of the solver, a product with H each.
         step_size: of the series and of the identity; None: the student's learning rate, and 1 for the identity.
-        damping: added to H's eigenvalues, of their unit (the inner loss over weights squared).
+        damping: a number added to the eigenvalues of H, in their unit (the inner loss over weights squared).
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3, and for a solver 3 more once and 6 an iteration; the graph of a

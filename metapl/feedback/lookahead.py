@@ -1,6 +1,6 @@
-r"""The student's steps that are looked ahead, and their adjoint.
+r"""The student's steps, K of them in a look-ahead, and their adjoint.
 
-From θ_1, its weights now, the student takes K steps, each on a batch x_k of its own and the teacher's signal about it:
+From its current weights θ_1 the student takes K steps, each on its own batch x_k and the teacher's signal about it:
 
 .. math:: g_k = \nabla_\theta \tfrac1B \sum_i \ell_i(S(x_k; \theta_k), \mathrm{signal}_k), \quad
           (\theta_{k+1}, s_{k+1}) = U(\theta_k, g_k, s_k)
@@ -11,10 +11,10 @@ and is then judged by L(θ_{K+1}). The adjoint runs backwards, from v = ∇L and
           (\lambda_{k+1}, \bar s_{k+1}), \qquad
           \lambda_k = \bar\theta_k + \frac{\partial^2 \ell_k}{\partial\theta^2} w_k
 
-w_k is all that the feedback on signal_k needs (see :mod:`metapl.feedback.forward`). With K = 1 it is
+The feedback on signal_k needs only w_k (see :mod:`metapl.feedback.forward`). With K = 1 it is
 w = (∂U/∂g)ᵀ v, and no Hessian is formed.
 
-A signal may read the student's outputs at θ_k; it reads them as constants.
+A signal may depend on the student's outputs at θ_k; they are detached.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from metapl.problems.base import Problem, Signal, joined_signals
 from metapl.updates import Update
 
 Teach = Callable[[Any, Tensor], Signal]
-"""What the teacher says about a batch, given the student's outputs on it."""
+"""The teacher's signal about a batch, given the student's outputs on it."""
 
 
 @dataclass(frozen=True)
 class Lookahead:
-    """K inner batches, one for each student step that is looked ahead; it stands where ``unlabeled`` does.
+    """K inner batches, one for each student step of a look-ahead; given in place of ``unlabeled``.
 
     Args:
-        batches: each as ``unlabeled`` alone would be.
+        batches: each of them as for ``unlabeled``.
 
     >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))
     2
@@ -70,27 +70,27 @@ class Lookahead:
 
 
 def inner_batches(unlabeled: Any) -> Sequence[Any]:
-    """The batches of a lookahead; any other batch is the one of a lookahead of one step."""
+    """The batches of a look-ahead; any other batch is a look-ahead of one step."""
     return unlabeled.batches if isinstance(unlabeled, Lookahead) else (unlabeled,)
 
 
 def plain_inner(unlabeled: Any) -> Any:
-    """An inner batch, or a lookahead of them, whose dict-like parts are dicts."""
+    """An inner batch, or a look-ahead, with its dict-like parts as dicts."""
     return Lookahead([plain(u) for u in unlabeled.batches]) if isinstance(unlabeled, Lookahead) else plain(unlabeled)
 
 
 @dataclass(frozen=True)
 class InnerStep:
-    """One step of the student that was taken: what an estimator may ask about it.
+    """One step of the student, with the operations that estimators need.
 
     Args:
         problem, update: the losses, and U.
-        passes: S(x; θ) on each micro-batch; one where the batch is whole.
+        passes: S(x; θ) on each micro-batch; one pass if the batch is not split.
         batch: x, or (weak, strong), ...
-        signal: what the teacher said, without its graph.
+        signal: the teacher's signal, without its graph.
         inner_loss: the mean of ℓ_i, a scalar.
-        grads: g, with a graph where the path keeps it.
-        state: of the optimizer before the step.
+        grads: g, with a graph if the path keeps it.
+        state: the optimizer's state before the step.
     """
 
     problem: Problem
@@ -105,7 +105,7 @@ class InnerStep:
     @cached_property
     def outputs(self) -> Tensor:
         """z = S(x; θ), (B, ...), without a graph."""
-        return joined([one.outputs for one in self.passes])
+        return joined([part.outputs for part in self.passes])
 
     @cached_property
     def gradient(self) -> Tree:
@@ -119,12 +119,12 @@ class InnerStep:
 
     @cached_property
     def moved(self) -> tuple[Tree, Any]:
-        """θ′ and s′; with a graph where the path keeps it."""
+        """θ′ and s′, with a graph if the path keeps it."""
         return self.update.update(self.params, self.grads, self.state)
 
     @property
     def learning_rate(self) -> float | None:
-        """η, where the optimizer tells it."""
+        """η, or None if the optimizer does not expose it."""
         return self.update.learning_rate
 
     def along_gradient(self, w: Tree) -> Tensor:
@@ -145,16 +145,16 @@ class InnerStep:
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
-        return joined([one.tangent(w) for one in self.passes])
+        return joined([part.tangent(w) for part in self.passes])
 
     def shifted(self, factor: Tensor, w: Tree) -> Tensor:
         """S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
-        return joined([one.shifted(factor, w) for one in self.passes])
+        return joined([part.shifted(factor, w) for part in self.passes])
 
     def check_shifted(self, outputs: Tensor) -> None:
-        """Refuse outputs of shifted passes, to the second order of the shift, that are not those at θ."""
-        for one, part in zip(self.passes, outputs.chunk(len(self.passes)), strict=True):
-            one.check_shifted(part)
+        """Refuse shifted outputs that differ from those at θ by more than the second order of the shift."""
+        for part, chunk in zip(self.passes, outputs.chunk(len(self.passes)), strict=True):
+            part.check_shifted(chunk)
 
     def inner_losses(self, outputs: Tensor, signal: Signal, params: Tree) -> Tensor:
         """ℓ_i, (B,), micro-batch by micro-batch: a loss may look at the batch as a whole."""
@@ -164,19 +164,19 @@ class InnerStep:
 
     @property
     def rounded_to(self) -> torch.dtype:
-        """The coarsest number format of the pass: a key of the tolerances in :mod:`metapl.execution.agreement`."""
+        """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.agreement`."""
         return self.passes[0].rounded_to
 
     @property
     def shifted_dtype(self) -> torch.dtype:
-        """The narrowest format on the way of a shifted pass, say of a float32 body under a float64 head."""
+        """The narrowest dtype in a shifted pass, such as that of a float32 body under a float64 head."""
         formats = {wide(t).dtype for t in (*self.params.values(), self.outputs)}
         return torch.float32 if torch.float32 in formats else torch.float64
 
     @property
     def in_full_precision(self) -> bool:
-        """Whether the pass computed in float32 or wider throughout, as far as weights and settings tell."""
-        return all(one.ran_in_full_precision() for one in self.passes)
+        """Whether the pass computed in float32 or wider throughout, by its weights and PyTorch's settings."""
+        return all(part.ran_in_full_precision() for part in self.passes)
 
     def pullback(self, v: Tree) -> Tree:
         """w = (∂U/∂g)ᵀ v."""
@@ -184,12 +184,12 @@ class InnerStep:
 
     @contextmanager
     def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
-        """Products with ∂²ℓ/∂θ², for as long as the block runs."""
+        """A function for products with ∂²ℓ/∂θ², valid inside the block."""
         with ExitStack() as stack:
             signals = self.signal.chunks(len(self.passes))
             products = [
-                stack.enter_context(one.hessian(_inner_loss(self.problem, signal, x)))
-                for one, x, signal in zip(self.passes, self._batches, signals, strict=True)
+                stack.enter_context(part.hessian(_inner_loss(self.problem, signal, x)))
+                for part, x, signal in zip(self.passes, self._batches, signals, strict=True)
             ]
             yield lambda w: mean_tree([product(w) for product in products])
 
@@ -201,18 +201,18 @@ class InnerStep:
         """The adjoint of this step, from the cotangents of θ′ and s′.
 
         Args:
-            v, state_cotangent: these; None: zero.
-            fields: of the signal, with the values that the mixed derivatives are taken at.
+            v, state_cotangent: the cotangents of θ′ and s′; None: zero.
+            fields: the fields of the signal, with the values at which the mixed derivatives are taken.
         """
         bar = self.update.vjp(self.params, self.gradient, self.state, v, state_cotangent)
         parts = len(self.passes)
         pieces = [t.chunk(parts) for t in fields.values()]
         curved: list[Tree] = []
         mixed: list[list[Tensor | None]] = []
-        for i, (one, x, signal) in enumerate(zip(self.passes, self._batches, self.signal.chunks(parts), strict=True)):
+        for i, (part, x, signal) in enumerate(zip(self.passes, self._batches, self.signal.chunks(parts), strict=True)):
             at_fields = as_leaves({name: t[i] for name, t in zip(fields, pieces, strict=True)})
             loss = _inner_loss(self.problem, replace(signal, **at_fields), x)
-            product, in_fields = one.second_derivatives(bar.gradient, loss, list(at_fields.values()))
+            product, in_fields = part.second_derivatives(bar.gradient, loss, list(at_fields.values()))
             curved.append(product)
             mixed.append(in_fields)
         hessian = mean_tree(curved)
@@ -228,13 +228,13 @@ class InnerStep:
 
 @dataclass(frozen=True)
 class Adjoint:
-    """What :meth:`InnerStep.adjoint` returns.
+    """The result of :meth:`InnerStep.adjoint`.
 
     Args:
-        w: as :class:`InnerStep` has it.
-        params, state: the cotangents of θ, the Hessian's part included, and of the state before the step.
-        in_signal: the derivative of ⟨g, w⟩ by field of the signal, which is minus the feedback; None of a field that
-            the inner loss does not read.
+        w: the cotangent of g.
+        params, state: the cotangents of θ, including the Hessian product, and of the state before the step.
+        in_signal: the derivative of ⟨g, w⟩ in each field of the signal, which is minus the feedback; None for a field
+            that the inner loss does not depend on.
     """
 
     w: Tree
@@ -245,10 +245,10 @@ class Adjoint:
 
 @dataclass
 class Path:
-    """The steps from θ to where the student is judged; nothing moves before :meth:`commit`.
+    """The student's steps from θ to θ′, where the outer loss is taken; no weight moves before :meth:`commit`.
 
     Args:
-        problem, local, update: the losses, where the student runs, and U.
+        problem, local, update: the losses, the student, and U.
         labeled: the outer batch, in micro-batches.
         steps: at least one.
     """
@@ -271,21 +271,21 @@ class Path:
 
     @property
     def inner_loss(self) -> Tensor:
-        """The inner losses' mean over the steps, a scalar."""
+        """The mean of the inner losses over the steps, a scalar."""
         return torch.stack([step.inner_loss for step in self.steps]).mean()
 
     @cached_property
     def outer_loss(self) -> Tensor:
-        """L(θ′), without a graph; one forward pass on the labeled batch, unless its gradient was taken."""
-        return self._outer[0] if "_outer" in self.__dict__ else self._judged(self.params)
+        """L(θ′), without a graph. Cost: one labeled forward pass, unless its gradient has been computed."""
+        return self._outer[0] if "_outer" in self.__dict__ else self._outer_loss_at(self.params)
 
     @cached_property
     def outer_loss_before(self) -> Tensor:
         """L(θ), with the dropout masks of L(θ′); one forward pass."""
-        return self._judged(self.local.params)
+        return self._outer_loss_at(self.local.params)
 
     def known_outer_loss(self) -> dict[str, Tensor]:
-        """``{"outer_loss": L(θ′)}`` where an estimator has computed it, else nothing."""
+        """``{"outer_loss": L(θ′)}`` if an estimator has computed it, else an empty dict."""
         known = "_outer" in self.__dict__ or "outer_loss" in self.__dict__
         return {"outer_loss": self.outer_loss} if known else {}
 
@@ -299,20 +299,21 @@ class Path:
         return v
 
     def pullback(self) -> tuple[InnerStep, Tree]:
-        """The only step of a path of one, and its w = (∂U/∂g)ᵀ v."""
+        """The step of a path with one step, and its w = (∂U/∂g)ᵀ v."""
         (step,) = self.steps
         return step, step.pullback(self.outer_gradient())
 
     def adjoints(
         self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
     ) -> Iterator[tuple[InnerStep, Tree, dict[str, Tensor | None] | None]]:
-        """The steps with their w, from the last one back, and the derivatives of ⟨g, w⟩ in fields of the signal.
+        """The steps from the last to the first, each with its w and the derivatives of ⟨g, w⟩ in fields of the signal.
 
-        These come with the Hessian product of the step. The first of the steps needs none, so there it is None.
+        The derivatives are computed together with the step's Hessian product. The first step needs no Hessian product;
+        its derivatives are None.
 
         Args:
-            fields: of a step's signal, with the values that the derivatives are taken at.
-            truncate: only so many steps; None: all.
+            fields: returns the fields of a step's signal, with the values at which the derivatives are taken.
+            truncate: the number of last steps; None: all.
         """
         v, state_cotangent = self.outer_gradient(), None
         counted = self.steps if truncate is None else self.steps[-truncate:]
@@ -328,15 +329,20 @@ class Path:
             yield first, bar_first.gradient, None
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
-        """dL(θ′)/dsignal, by field, of the last steps (None: all), by double backward through the path; None of a
-        field that the inner loss does not read."""
+        """dL(θ′)/d(field) for the fields of each signal, by double backward through the path.
+
+        Args:
+            truncate: the number of last steps; None: all.
+
+        Returns: each step with its derivatives by field; None for a field that the inner loss does not depend on.
+        """
         counted = self.steps[-(truncate or 0) :]
         leaves = [t for step in counted for t in step.signal.differentiable().values()]
-        found = iter(gradient_through(self.local, self.steps[-1].moved[0], self.outer_gradient(), leaves))
-        return [(step, {name: next(found) for name in step.signal.differentiable()}) for step in counted]
+        gradients = iter(gradient_through(self.local, self.steps[-1].moved[0], self.outer_gradient(), leaves))
+        return [(step, {name: next(gradients) for name in step.signal.differentiable()}) for step in counted]
 
     def commit(self) -> None:
-        """Move the student to θ′, by the real optimizer."""
+        """Move the student to θ′, with its optimizer."""
         for step in self.steps:
             new_params, new_state = pytree.tree_map_only(Tensor, Tensor.detach, step.moved)
             self.update.commit(self.local.parameters, step.gradient, new_params, new_state)
@@ -345,17 +351,19 @@ class Path:
     def _outer(self) -> tuple[Tensor, Tree]:
         return self.local.loss_and_gradient(self.params, *self._outer_pass())
 
-    def _judged(self, params: Tree) -> Tensor:
+    def _outer_loss_at(self, params: Tree) -> Tensor:
         return self.local.loss(params, *self._outer_pass())
 
     def _outer_pass(self) -> tuple[list[Any], list[Loss], RandomState]:
-        """What is read, the loss of that, and the start of a stream of draws beside the caller's: whatever runs after
-        the inner pass (the teacher, the next step) draws from that pass's end on."""
+        """The student's inputs, their losses, and the start of a random stream.
+
+        The stream is independent of the default one, from whose state after the inner pass the teacher draws.
+        """
         start = self.steps[-1].passes[-1].after.branch()
         return [first_input(part) for part in self.labeled], [_outer_loss(self.problem, p) for p in self.labeled], start
 
 
-def walk(
+def take_steps(
     student: nn.Module,
     update: Update,
     problem: Problem,
@@ -366,16 +374,17 @@ def walk(
     parts: int = 1,
     keep_graph: bool = False,
 ) -> Path:
-    """Let the student take a step on each inner batch: Algorithm 1, lines 2 and 3. Nothing moves but buffers and
-    generators, as in training.
+    """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
+
+    Buffers and generators advance as in training; the weights do not move.
 
     Args:
         student, update, problem: the network, U and the losses.
         labeled: the outer batch.
-        batches: the inner ones.
-        teach: called once a micro-batch, after the student's pass on it.
-        parts: micro-batches that each batch is taken in.
-        keep_graph: keep the path differentiable in the signals, for :meth:`Path.gradients_in_signals`.
+        batches: the inner batches, one for each step.
+        teach: called once for each micro-batch, after the student's pass on it.
+        parts: the number of micro-batches in a batch.
+        keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
     """
     local = Local(student, update.parameters, double_backward=keep_graph)
     path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"))

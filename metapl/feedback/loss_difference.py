@@ -1,4 +1,4 @@
-"""Sampled labels, rewarded by the fall of the labeled loss."""
+"""Sampled labels, rewarded by the decrease of the labeled loss."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class Reinforce(Estimator):
-    r"""Did the step on the sampled labels go where the labeled gradient points?
+    r"""One scalar for the batch: does the step on the sampled labels follow the labeled gradient?
 
     .. math:: h = -\langle w, g \rangle \quad (= \eta \langle \nabla L(\theta'), g \rangle \text{ for plain SGD}),
               \qquad \text{teacher: } h \sum_i \mathrm{CE}(\hat y_i, T(x_i))
@@ -26,7 +26,7 @@ class Reinforce(Estimator):
         similarity: ``"dot"`` (Algorithm 1) or ``"cosine"``, −⟨w, g⟩/(‖w‖‖g‖), in [−1, 1]: another weighting of the
             steps, so another estimator, with the sign of the first.
         baseline: decay of a moving average of h, starting at 0, whose value from *before* this step is subtracted;
-            ``None`` is none. It leaves the expectation alone, since that value does not depend on these labels.
+            None: no baseline. The expectation does not change, since that value does not depend on these labels.
         normalization: ``"gradient"``, or ``"learning_rate"`` (h/η), for ``"dot"``.
 
     Takes: hard labels.
@@ -35,7 +35,7 @@ class Reinforce(Estimator):
     the θ′ of the sampled labels. For Adam and clipping the update is not linear in g and an O(1) bias remains: the mean
     over all labels, with B = 2 and a warmed Adam, is 0.55 times as long as the soft gradient and 0.49 away from it in
     relative norm (cosine 0.99; medians of 5 problems, the same at η = 0.01 and 0.001). While a clip by global norm is
-    active ⟨w, g⟩ is zero, and this mode has nothing to say. The noise is large: one number credits all B labels alike.
+    active ⟨w, g⟩ is zero, and so is the feedback. The noise is large: all B labels share one number.
     Source: Algorithm 1, lines 2-5, and eq. (12); the cosine and the baseline from the paper's appendix.
     """
 

@@ -1,4 +1,4 @@
-"""Sampled labels, and for each the credit that is its own."""
+"""Sampled labels, with a feedback scalar for each example."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from metapl.problems.base import Kind
 
 @dataclass(frozen=True)
 class ReinforcePerExample(Estimator):
-    r"""One number per label: what this label's part of the step did to the labeled loss.
+    r"""One number per label: the effect of this label's part of the step on the labeled loss.
 
     .. math:: h_i = -\Big\langle \frac{\partial \ell}{\partial z_i}(z_i, \hat y_i),\ \dot z_i \Big\rangle, \qquad
               \text{teacher: } \sum_i h_i\, \mathrm{CE}(\hat y_i, T(x_i)), \qquad \sum_i h_i = -\langle w, g \rangle
 
     Args:
-        tangent: where ż comes from, ``"forward"`` (exact) or ``"difference"`` (runs on any operation).
+        tangent: how ż is computed: ``"forward"`` (exact) or ``"difference"`` (any operation).
         normalization: as in :class:`~metapl.feedback.Forward`.
 
     Takes: hard labels.
@@ -47,7 +47,7 @@ class ReinforcePerExample(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
         if self.tangent == "forward":
-            found = example_feedback(step, w, Tangent(step.tangent(w)))
+            feedback = example_feedback(step, w, Tangent(step.tangent(w)))
         else:
-            found = Difference().credited(example_feedback, step, w)
-        return [found.over(divisor(self.normalization, step, w))], state
+            feedback = Difference().feedback_along(w, step, example_feedback)
+        return [feedback.divided_by(divisor(self.normalization, step, w))], state

@@ -14,10 +14,10 @@ Product = Callable[[Tree], Tree]
 
 
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
-    """By conjugate gradients, for a positive definite H + damping: exact after as many iterations as H has
-    eigenvalues that differ.
+    """Conjugate gradients, for a positive definite H + damping: exact after as many iterations as H has distinct
+    eigenvalues.
 
-    Cost: a product an iteration. Raises: :class:`metapl.MetaplError` where the curvature along a direction is negative.
+    Cost: one product per iteration. Raises: :class:`metapl.MetaplError` for negative curvature along a direction.
     """
     x = _scaled(v, 0.0)
     r, p = v, v
@@ -39,9 +39,9 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
 
 
 def neumann(product: Product, v: Tree, iterations: int, step_size: float, damping: float) -> Tree:
-    """By the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, for step_size below 2/λ_max.
+    """The Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, for step_size below 2/λ_max.
 
-    Cost: a product an iteration. Raises: :class:`metapl.MetaplError` where the series diverges.
+    Cost: one product per iteration. Raises: :class:`metapl.MetaplError` where the series diverges.
     """
     x = term = _scaled(v, step_size)
     for _ in range(iterations):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from metapl.execution.kernels import explained
 from metapl.feedback.base import Estimator, Feedback, State, check_truncate, padded
-from metapl.feedback.credit import of_fields
+from metapl.feedback.credit import feedback_from_gradients
 from metapl.feedback.lookahead import Path
 from metapl.problems.base import Kind
 
@@ -19,12 +19,12 @@ class Unrolled(Estimator):
     .. math:: h = -\frac{d}{d\,\mathrm{signal}} L\big(U(\theta, g(\mathrm{signal}))\big)
 
     Args:
-        truncate: of K student steps looked ahead, differentiate the last so many alone; None: all.
+        truncate: differentiate only this many of the last student steps; None: all.
 
-    Takes: soft (differentiable) signals, also ones that enter the student's input or the inner loss anywhere else.
+    Takes: soft (differentiable) signals, including signals that enter the student's input.
     Cost: 13 student passes a step with the teacher's 3; the inner graph and its derivative stay in memory (about twice
     the peak of ``forward``, benchmarks/modes.py).
-    Bias: none; the one mode that does not use the adjoints of :mod:`metapl.updates`.
+    Bias: none. It does not use the adjoints of :mod:`metapl.updates`, so other modes are tested against it.
     Raises: :class:`metapl.MetaplError` for operations without a second derivative, by name.
     Source: Meta Pseudo Labels, eq. (3); DARTS and MAML's one-step gradient.
     """
@@ -41,6 +41,5 @@ class Unrolled(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         with explained(self.name):
-            found = path.gradients_in_signals(self.truncate)
-        minus = [(step, {name: None if g is None else -g for name, g in fields.items()}) for step, fields in found]
-        return padded([of_fields(step.signal, h) for step, h in minus], path), state
+            gradients = path.gradients_in_signals(self.truncate)
+        return padded([feedback_from_gradients(step.signal, fields) for step, fields in gradients], path), state
