@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from metapl.data import Affine, Chain, Color, Flip, Hole, RandAugment, ResizedCrop, View, Weak
-from metapl.data.image_batches import in_unit_range
+from metapl.data.batches import in_unit_range
 
 RESULT = Path(__file__).parent / "results" / "augment.json"
 SHAPES = {"CIFAR-10": (448, 3, 32, 32), "ImageNet": (64, 3, 224, 224)}

@@ -48,11 +48,11 @@ from metapl.data import (
     Color,
     Flip,
     Hole,
-    ImageLabeledBatches,
-    ImageUnlabeledBatches,
+    LabeledBatches,
     MemoryImages,
     RandAugment,
     StepSampler,
+    UnlabeledBatches,
     View,
     Weak,
     feed,
@@ -184,8 +184,8 @@ class Bench:
         images = MemoryImages(torch.randint(0, 256, (size, 3, self.subject.side, self.subject.side), dtype=torch.uint8))
         weak, strong = self.subject.views()
         sources = {
-            "labeled": ImageLabeledBatches(images, torch.arange(size) % 10, StepSampler(size, few, seed=0), weak, 0),
-            "unlabeled": ImageUnlabeledBatches(images, StepSampler(size, many, seed=1), weak, strong, 0),
+            "labeled": LabeledBatches(images, torch.arange(size) % 10, StepSampler(size, few, seed=0), weak, 0),
+            "unlabeled": UnlabeledBatches(images, StepSampler(size, many, seed=1), weak, strong, 0),
         }
         feeds = {
             name: feed(source, name=name, stop=10**6, num_workers=num_workers, device=self.place.device)

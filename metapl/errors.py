@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class MetaplError(ValueError):
     """Base of every error that a user can cause: it says what was given, what was expected and how to mend it.
@@ -9,3 +11,14 @@ class MetaplError(ValueError):
     It is raised before anything moved: weights, buffers, optimizer states, gradients, random number generators and
     files are as they were.
     """
+
+
+def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:
+    """The first few names, as an error gives them: each cut where it is too long, and how many there are besides.
+
+    >>> few(["a", "b", "c", "d", "e"], 3), few([7])
+    ('a, b, c and 2 more', '7')
+    """
+    texts = [str(name) for name in names]
+    shown = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts[:most]]
+    return ", ".join(shown) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")

@@ -518,7 +518,7 @@ FAULTS: dict[str, tuple[Fault, Callable[[], None]]] = {
         _by_name("ShearY"),
     ),
     "square_off_by_one": (
-        _wrapped("cutout", lambda real, x, c, side: real(x, c + 1, side)),
+        _wrapped("cutout", lambda real, x, c, side, fill: real(x, c + 1, side, fill)),
         test_cutout_is_a_grey_square_lost_outside_the_image,
     ),
     "square_black": (

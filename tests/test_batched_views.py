@@ -23,11 +23,11 @@ from metapl.data import (
     Color,
     Flip,
     Hole,
-    ImageUnlabeledBatches,
     MemoryImages,
     Recolor,
     Sometimes,
     StepSampler,
+    UnlabeledBatches,
     View,
     draws,
     feed,
@@ -350,7 +350,7 @@ def test_a_resumed_feed_goes_on_with_the_same_batches(workers: int) -> None:
     images = MemoryImages((255 * pictures(40)).round().to(torch.uint8))
 
     def served() -> Any:
-        source = ImageUnlabeledBatches(images, StepSampler(40, 24, seed=1), Flip(), STRONG, seed=5)
+        source = UnlabeledBatches(images, StepSampler(40, 24, seed=1), Flip(), STRONG, seed=5)
         return feed(source, name="unlabeled", stop=8, num_workers=workers)
 
     first = served()

@@ -32,8 +32,6 @@ from metapl.data import (
     Chain,
     Feed,
     Identity,
-    ImageLabeledBatches,
-    ImageUnlabeledBatches,
     LabeledBatches,
     MemoryImages,
     RandAugment,
@@ -618,9 +616,9 @@ def pictures() -> dict[str, StepBatches[Any]]:
     images = MemoryImages(torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8, generator=seeded(0)))
     sampler, weak, strong = StepSampler(20, 7, seed=1), Weak(pad=1), Chain((Weak(pad=1), RandAugment(cutout=2)))
     return {
-        "labeled": ImageLabeledBatches(images, torch.arange(20), sampler, weak, seed=0),
-        "two views": ImageUnlabeledBatches(images, sampler, weak, strong, seed=0),
-        "one view": ImageUnlabeledBatches(images, sampler, strong, None, seed=0),
+        "labeled": LabeledBatches(images, torch.arange(20), sampler, weak, seed=0),
+        "two views": UnlabeledBatches(images, sampler, weak, strong, seed=0),
+        "one view": UnlabeledBatches(images, sampler, strong, None, seed=0),
         "others": LabeledBatches(torch.rand(20, 1, 8, 8), torch.arange(20), sampler, ShiftNoiseCutout(), seed=0),
     }
 

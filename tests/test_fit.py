@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
 from metapl import CrossEntropy, MetaplError
-from metapl.data import ImageLabeledBatches, MemoryImages, StepSampler, Weak, feed
+from metapl.data import LabeledBatches, MemoryImages, StepSampler, Weak, feed
 from metapl.feedback import Altered, LossDifference, Reinforce
 from metapl.metrics import evaluate_logits
 from metapl.runs.checkpoint import CheckpointFolder
@@ -485,7 +485,7 @@ def test_a_run_may_go_on_where_views_are_taken_elsewhere(tmp_path: Path, monkeyp
         for steps in (5, 9):
             on_device = ways == "device" or (ways, steps) == ("in turns", 9)
             monkeypatch.setattr(sys.modules[feed.__module__], "_finishes_batches", lambda _, here=on_device: here)
-            labeled = ImageLabeledBatches(images, labels, sampler, weak, seed=0)
+            labeled = LabeledBatches(images, labels, sampler, weak, seed=0)
             trainer.fit(
                 labeled,
                 steps=steps,

@@ -234,8 +234,8 @@ def test_bytes_are_read_only_where_they_can_matter(tmp_path: Path, monkeypatch: 
     read: list[str] = []
     from metapl.data.images import check
 
-    whole = check._digest
-    monkeypatch.setattr(check, "_digest", lambda path: read.append(Path(path).parent.name) or whole(path))
+    whole = check.digest
+    monkeypatch.setattr(check, "digest", lambda path: read.append(Path(path).parent.name) or whole(path))
     told: list[int] = []
     labeled, test = scan_labeled(tmp_path / "l"), scan_labeled(tmp_path / "t")
     assert check_folders(labeled, scan_unlabeled(tmp_path / "u"), None, test, told.append) == []
@@ -288,7 +288,7 @@ def test_depths(mixed: Files, depth: Any, expected: set[str]) -> None:
 
 def test_summary(mixed: Files) -> None:
     lines = verify_files(mixed, max_pixels=1000).summary().splitlines()
-    assert lines[0] == "2 skipped: this is no picture of a known format (words too.jpg, words.jpg)"
+    assert lines[0] == "2 skipped: not a picture of a known format (words too.jpg, words.jpg)"
     assert set(lines[1:]) == {
         "1 skipped: the file is empty (empty.png)",
         "1 skipped: the picture has more than the 1,000 pixels that are allowed (large.png)",
@@ -406,8 +406,8 @@ def test_split_files(tmp_path: Path) -> None:
     for damaged, message in (
         (text.replace('"seed":0', '"seed":1'), "was changed"),
         (text[:-10], "cannot be read"),
-        ("[]", "no split of version"),
-        (text.replace('"version":1', '"version":9'), "no split of version"),
+        ("[]", "not a split of version"),
+        (text.replace('"version":1', '"version":9'), "not a split of version"),
     ):
         path.write_text(damaged)
         with pytest.raises(MetaplError, match=message):

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from metapl.data import (
     Chain,
+    EvaluationBatches,
     FileImages,
-    ImageEvaluationBatches,
-    ImageLabeledBatches,
-    ImageUnlabeledBatches,
+    LabeledBatches,
     RandAugment,
     StepSampler,
+    UnlabeledBatches,
     Weak,
     loader,
     read_image,
     replaced_files,
 )
-from metapl.data.images.store import record_files
+from metapl.data.images.record import record_files
 from metapl.errors import MetaplError
 
 COUNT, BROKEN = 12, (3, 7)
@@ -68,9 +68,9 @@ def every_batch(images: FileImages, workers: int) -> list[Tensor]:
     labels = torch.arange(COUNT)
     strong = Chain((weak, RandAugment(cutout=2)))
     sources = (
-        ImageLabeledBatches(images, labels, sampler, weak, seed=0),
-        ImageUnlabeledBatches(images, sampler, weak, strong, seed=0),
-        ImageEvaluationBatches(images, labels, 5),
+        LabeledBatches(images, labels, sampler, weak, seed=0),
+        UnlabeledBatches(images, sampler, weak, strong, seed=0),
+        EvaluationBatches(images, labels, 5),
     )
     return [part for source in sources for item in loader(source, 0, min(6, len(source)), workers) for part in item]
 
@@ -93,7 +93,7 @@ def test_a_picture_is_decoded_once(
     decodings = Decodings(monkeypatch, paths)
     images = FileImages(paths, size=(8, 8), log=tmp_path / "log").cached()
     sound = [number for number in range(COUNT) if number not in BROKEN]
-    batches = ImageUnlabeledBatches(images, StepSampler(COUNT, 4, seed=0), Weak(pad=1), None, seed=0)
+    batches = UnlabeledBatches(images, StepSampler(COUNT, 4, seed=0), Weak(pad=1), None, seed=0)
     for _ in loader(batches, 0, 30, workers):
         pass
     # Two workers may be at the same picture at the same time.
@@ -221,7 +221,7 @@ def test_another_process_that_is_not_forked_reads_for_itself(
 def test_a_broken_file_is_recorded_once_by_all_processes(paths: list[Path], tmp_path: Path) -> None:
     log = tmp_path / "log"
     images = FileImages(paths, size=(8, 8), log=log)
-    batches = ImageUnlabeledBatches(images, StepSampler(COUNT, COUNT, seed=0), Weak(pad=1), None, seed=0)
+    batches = UnlabeledBatches(images, StepSampler(COUNT, COUNT, seed=0), Weak(pad=1), None, seed=0)
     for workers in (1, 2, 0):
         for _ in loader(batches, 0, 4, workers):
             pass

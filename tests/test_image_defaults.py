@@ -19,7 +19,7 @@ from metapl.cli.train import TrainImages
 from metapl.data import Affine, Chain, Color, Flip, Hole, Recolor, Sometimes, View
 from metapl.data.images.store import MemoryImages
 from metapl.data.views.base import Identity
-from metapl.data.views.randaugment import ResizedCrop, Weak
+from metapl.data.views.crops import ResizedCrop, Weak
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import Experiment
 from metapl.experiments.looking import Colors, Look

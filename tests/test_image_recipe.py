@@ -121,14 +121,14 @@ import os, metapl.data.images.store as sets
 from metapl.data import Identity, StepSampler
 from metapl.data.feed import feed
 from metapl.data.images.folders import scan_unlabeled
-from metapl.data.image_batches import ImageUnlabeledBatches
+from metapl.data.batches import UnlabeledBatches
 from metapl.errors import MetaplError
 
 files = scan_unlabeled({str(pictures / "test")!r})
 images = sets.FileImages(files.paths(), size=(16, 16))
 deadly, read = str(images.path(3)), sets.read_image
 sets.read_image = lambda path, *a, **k: os._exit(9) if str(path) == deadly else read(path, *a, **k)
-batches = ImageUnlabeledBatches(images, StepSampler(len(images), len(images), seed=0), Identity(), None, 0)
+batches = UnlabeledBatches(images, StepSampler(len(images), len(images), seed=0), Identity(), None, 0)
 try:
     feed(batches, name="unlabeled", stop=2, num_workers=1).next()
 except MetaplError as error:

@@ -33,7 +33,7 @@ from metapl.data.fingerprint import hash_files
 from metapl.data.images import verify
 from metapl.data.images.check import check_folders
 from metapl.data.images.folders import scan_labeled, scan_unlabeled
-from metapl.data.images.store import replaced_files
+from metapl.data.images.record import replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.settle import settled
 from metapl.recipes import ImageFolders
@@ -80,7 +80,7 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.data import FileImages, ImageEvaluationBatches, ImageLabeledBatches, ImageUnlabeledBatches
+from metapl.data import FileImages, EvaluationBatches, LabeledBatches, UnlabeledBatches
 from metapl.data import StepSampler, Weak
 
 held = []
@@ -112,10 +112,10 @@ for number, line in enumerate(sys.stdin):
     images = FileImages(paths, size=(8, 8)).cached()
     sampler, view = StepSampler(len(paths), 4, seed=0), Leaking(1)
     Watched(network(), network(), "loss_difference").fit(
-        ImageLabeledBatches(images, labels, sampler, view, 0),
-        ImageUnlabeledBatches(images, sampler, Weak(1), view, 0),
+        LabeledBatches(images, labels, sampler, view, 0),
+        UnlabeledBatches(images, sampler, Weak(1), view, 0),
         steps=last + 1,
-        validation=ImageEvaluationBatches(images, labels, 8),
+        validation=EvaluationBatches(images, labels, 8),
         out=f"{sys.argv[1]}/run{number}",
         num_workers=workers,
         progress=False,
@@ -412,7 +412,7 @@ def test_every_kind_of_file_through_the_command(tmp_path: Path) -> None:
     for reason in (
         "2 skipped: the picture has more than the 89,478,485 pixels that are allowed (a/bomb.png, b/bomb.png)",
         "1 skipped: the file is empty (deep/empty.jpg)",
-        "1 skipped: this is no picture of a known format (deep/words.png)",
+        "1 skipped: not a picture of a known format (deep/words.png)",
         "1 skipped: the picture is truncated (deep/cut.jpg)",
         "1 skipped: the picture cannot be decoded (deep/comment.png)",
     ):

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from metapl.data import (
     Chain,
+    EvaluationBatches,
     FileImages,
     Identity,
-    ImageEvaluationBatches,
-    ImageLabeledBatches,
-    ImageUnlabeledBatches,
+    LabeledBatches,
     MemoryImages,
     RandAugment,
     StepSampler,
+    UnlabeledBatches,
     UnreadableImage,
     Weak,
     loader,
@@ -332,11 +332,11 @@ def broken_files() -> list[Broken]:
     return [
         *cut,
         Broken("empty.png", b"", "empty"),
-        Broken("words.jpg", b"these are words", "no picture"),
-        Broken("page.jpg", b"<!DOCTYPE html><html></html>", "no picture"),
+        Broken("words.jpg", b"these are words", "not a picture"),
+        Broken("page.jpg", b"<!DOCTYPE html><html></html>", "not a picture"),
         Broken("start.jpg", encoded("JPEG")[:20], ""),
-        Broken("program.jpg", eps, "no picture"),
-        Broken("zeros.png", bytes(5000), "no picture"),
+        Broken("program.jpg", eps, "not a picture"),
+        Broken("zeros.png", bytes(5000), "not a picture"),
         Broken("crc.png", encoded("PNG")[:60] + b"\0\0\0\0\0\0" + encoded("PNG")[66:], ""),
     ]
 
@@ -421,8 +421,9 @@ def levels(images: Tensor) -> list[int]:
 
 def test_sets_agree(tmp_path: Path) -> None:
     files = FileImages(grey_files(tmp_path, 5), size=(6, 6))
-    memory, kept = files.load()
-    assert kept.tolist() == [0, 1, 2, 3, 4]
+    data, used = files.fetch(torch.arange(5))
+    assert used.tolist() == [0, 1, 2, 3, 4]
+    memory = MemoryImages(data)
     assert files.shape == memory.shape == (3, 6, 6)
     for one in (files, memory):
         part = one.select(torch.tensor([4, 2, 0]))
@@ -479,8 +480,13 @@ def test_when_nothing_can_be_read(tmp_path: Path) -> None:
     files = FileImages(grey_files(tmp_path, 3, broken=(0, 1, 2)), size=(6, 6), log=log)
     with pytest.raises(MetaplError, match=r"3 pictures in a row cannot be read, the first being .*001\.png"):
         files.fetch(torch.tensor([1]))
-    with pytest.raises(MetaplError, match="none of 3"):
-        files.load()
+    with pytest.raises(MetaplError, match="3 pictures in a row cannot be read"):
+        files.cached().fetch(torch.tensor([1]))
+    assert (
+        files.fetch_sound(torch.arange(3))[0].shape
+        == files.cached().fetch_sound(torch.arange(3))[0].shape
+        == (0, 3, 6, 6)
+    )
     gone = FileImages([tmp_path / f"gone{i}.png" for i in range(100)], size=(6, 6), log=log)
     with pytest.raises(MetaplError, match=r"32 pictures in a row cannot be read, the first being .*gone90\.png"):
         gone.fetch(torch.tensor([90]))
@@ -488,15 +494,15 @@ def test_when_nothing_can_be_read(tmp_path: Path) -> None:
 
 def test_broken_files_are_left_out_when_measuring(tmp_path: Path) -> None:
     files = FileImages(grey_files(tmp_path, 5, broken=(1, 3)), size=(6, 6), log=tmp_path / "log")
-    memory, kept = files.load()
-    assert kept.tolist() == [0, 2, 4]
-    assert levels(memory.fetch(torch.arange(3))[0]) == [0, 2, 4]
-    batches = ImageEvaluationBatches(files, torch.arange(5), batch_size=2)
+    for source in (files, files.cached()):
+        images, used = source.fetch_sound(torch.arange(5))
+        assert used.tolist() == levels(images) == [0, 2, 4]
+    batches = EvaluationBatches(files, torch.arange(5), batch_size=2)
     assert len(batches) == 3
     assert [(levels(x), y.tolist()) for x, y in batches] == [([0], [0]), ([2], [2]), ([4], [4])]
     # A batch may lose all it has.
     files = FileImages(grey_files(tmp_path, 4, broken=(0, 1)), size=(6, 6), log=tmp_path / "log")
-    assert [len(y) for _, y in ImageEvaluationBatches(files, torch.arange(4), batch_size=2)] == [0, 2]
+    assert [len(y) for _, y in EvaluationBatches(files, torch.arange(4), batch_size=2)] == [0, 2]
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)])
@@ -551,8 +557,8 @@ STRONG = Chain((Weak(pad=1), RandAugment(cutout=2)))
 def test_items_are_functions_of_their_position(tmp_path: Path, make: Both, workers: int) -> None:
     images, labels = make(tmp_path)
     sampler = StepSampler(20, 7, seed=1)
-    labeled = ImageLabeledBatches(images, labels, sampler, Weak(pad=1), seed=0)
-    unlabeled = ImageUnlabeledBatches(images, sampler, Weak(pad=1), STRONG, seed=0)
+    labeled = LabeledBatches(images, labels, sampler, Weak(pad=1), seed=0)
+    unlabeled = UnlabeledBatches(images, sampler, Weak(pad=1), STRONG, seed=0)
     for batches in (labeled, unlabeled):
         served = list(loader(batches, 3, 7, num_workers=workers))
         for step, item in zip(range(3, 7), served, strict=True):
@@ -569,7 +575,7 @@ def test_items_are_functions_of_their_position(tmp_path: Path, make: Both, worke
 
 def test_labels_follow_their_pictures(tmp_path: Path) -> None:
     images, labels = in_files(tmp_path)
-    batches = ImageLabeledBatches(images, labels, StepSampler(20, 20, seed=0), Identity(), seed=0)
+    batches = LabeledBatches(images, labels, StepSampler(20, 20, seed=0), Identity(), seed=0)
     x, y = batches[0]
     assert levels(x) == y.tolist()
     assert sorted(y.tolist()) == sorted([*(set(range(20)) - {3, 11}), 4, 12])
@@ -579,8 +585,8 @@ def test_labels_follow_their_pictures(tmp_path: Path) -> None:
 def test_views_can_wait_for_the_device(tmp_path: Path, make: Both) -> None:
     images, labels = make(tmp_path)
     sampler = StepSampler(20, 7, seed=1)
-    unlabeled = ImageUnlabeledBatches(images, sampler, Weak(pad=1), STRONG, seed=0)
-    labeled = ImageLabeledBatches(images, labels, sampler, Weak(pad=1), seed=0)
+    unlabeled = UnlabeledBatches(images, sampler, Weak(pad=1), STRONG, seed=0)
+    labeled = LabeledBatches(images, labels, sampler, Weak(pad=1), seed=0)
     for batches in (labeled, unlabeled):
         for step, raw in enumerate(loader(batches.raw(), 2, 4), start=2):
             assert raw[0].dtype == torch.uint8
@@ -597,7 +603,7 @@ def test_crops_of_files(tmp_path: Path) -> None:
     paths[2].write_bytes(b"broken")
     images = FileImages(paths, size=(10, 12), log=tmp_path / "log")
     sampler = StepSampler(4, 4, seed=0)
-    batches = ImageUnlabeledBatches(images, sampler, Identity(), Identity(), seed=5, crop=Corner())
+    batches = UnlabeledBatches(images, sampler, Identity(), Identity(), seed=5, crop=Corner())
     weak, strong = batches[1]
     assert weak.shape == strong.shape == (4, 3, 10, 12)
     assert not torch.equal(weak, strong)
@@ -607,10 +613,10 @@ def test_crops_of_files(tmp_path: Path) -> None:
                 torch.from_numpy(ramp(20, 24)).permute(2, 0, 1)[:, top : top + 10, 4:16] / 255 for top in range(10)
             ]
             assert any(torch.equal(weak[row], one) for one in corner)
-    labeled = ImageLabeledBatches(images, torch.arange(4), sampler, Identity(), seed=5, crop=Corner())
+    labeled = LabeledBatches(images, torch.arange(4), sampler, Identity(), seed=5, crop=Corner())
     assert all(torch.equal(a, b) for a, b in zip(labeled[1], labeled[1], strict=True))
     with pytest.raises(MetaplError, match="cropped by a view"):
-        ImageLabeledBatches(
+        LabeledBatches(
             in_memory(tmp_path)[0], torch.arange(20), StepSampler(20, 4, seed=0), Identity(), 0, None, Corner()
         )
 
@@ -619,7 +625,7 @@ def test_mirrored_crops(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(ramp(20, 24)).save(path)
     images = FileImages([path, path], size=(10, 12))
-    batches = ImageLabeledBatches(images, torch.arange(2), StepSampler(2, 2, seed=0), Identity(), seed=0, crop=Corner())
+    batches = LabeledBatches(images, torch.arange(2), StepSampler(2, 2, seed=0), Identity(), seed=0, crop=Corner())
     x, y = batches[0]
     plain, mirrored = x[y.tolist().index(0)], x[y.tolist().index(1)]
     assert (plain[1, :, 1:] > plain[1, :, :-1]).all()
@@ -630,18 +636,18 @@ def test_batches_refuse() -> None:
     images = MemoryImages(torch.zeros(4, 3, 2, 2, dtype=torch.uint8))
     for size, labels, steps in ((5, 4, None), (4, 3, None), (4, 4, -1)):
         with pytest.raises(MetaplError, match="expected"):
-            ImageLabeledBatches(images, torch.zeros(labels), StepSampler(size, 2, 0), Identity(), 0, steps)
+            LabeledBatches(images, torch.zeros(labels), StepSampler(size, 2, 0), Identity(), 0, steps)
     with pytest.raises(MetaplError, match="expected"):
-        ImageUnlabeledBatches(images, StepSampler(5, 2, 0), Identity(), None, 0)
+        UnlabeledBatches(images, StepSampler(5, 2, 0), Identity(), None, 0)
     for labels, size in ((3, 2), (4, 0)):
         with pytest.raises(MetaplError, match="expected"):
-            ImageEvaluationBatches(images, torch.zeros(labels), size)
+            EvaluationBatches(images, torch.zeros(labels), size)
 
 
 def test_a_worker_that_dies_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = grey_files(tmp_path, 8)
     images = FileImages(paths, size=(6, 6))
-    batches = ImageUnlabeledBatches(images, StepSampler(8, 2, seed=0), Identity(), None, seed=0)
+    batches = UnlabeledBatches(images, StepSampler(8, 2, seed=0), Identity(), None, seed=0)
     original = read_image
 
     def deadly(path: str, **how: Any) -> Tensor:
@@ -665,7 +671,7 @@ def test_other_failures_are_not_blamed_on_files(tmp_path: Path) -> None:
     def fail(images: Tensor, **how: Any) -> Tensor:
         raise ValueError("a view")
 
-    batches = ImageUnlabeledBatches(images, StepSampler(8, 2, seed=0), fail, None, seed=0)
+    batches = UnlabeledBatches(images, StepSampler(8, 2, seed=0), fail, None, seed=0)
     with pytest.raises(ValueError, match="a view"):
         next(iter(loader(batches, 0, 8, num_workers=2)))
     assert batches.explain() is None

@@ -14,15 +14,15 @@ from torchvision import datasets
 
 from metapl.data import (
     PROTOCOLS,
+    EvaluationBatches,
     FileImages,
     Identity,
     ImageData,
-    ImageEvaluationBatches,
-    ImageLabeledBatches,
-    ImageUnlabeledBatches,
+    LabeledBatches,
     MemoryImages,
     Split,
     StepSampler,
+    UnlabeledBatches,
     load_image_data,
 )
 from metapl.errors import MetaplError
@@ -72,10 +72,10 @@ def test_imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert isinstance(data.train, FileImages)
-    x, y = next(iter(ImageEvaluationBatches(data.train, data.train_labels, batch_size=12)))
+    x, y = next(iter(EvaluationBatches(data.train, data.train_labels, batch_size=12)))
     assert x.shape == (12, 3, 8, 8)
     assert (x * 255).round().mean((1, 2, 3)).tolist() == (50 * y).tolist()
-    x, y = next(iter(ImageEvaluationBatches(data.test, data.test_labels, batch_size=6)))
+    x, y = next(iter(EvaluationBatches(data.test, data.test_labels, batch_size=6)))
     assert (x * 255).round().mean((1, 2, 3)).tolist() == (50 * y + 5).tolist()
     # Unpacked once, it loads without its archives.
     for archive in root.glob("*.tar*"):
@@ -236,10 +236,10 @@ def test_protocols_scale_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert split.counts() == {"labeled": 20, "unlabeled": 160, "validation": 20, "test": 30}
     labels = data.train_labels[split.labeled]
     few, many = data.train.select(split.labeled), data.train.select(split.unlabeled)
-    x, y = ImageLabeledBatches(few, labels, StepSampler(20, 20, seed=0), Identity(), seed=0)[0]
+    x, y = LabeledBatches(few, labels, StepSampler(20, 20, seed=0), Identity(), seed=0)[0]
     # Here, a picture's level is its number, which its class follows from.
     assert ((x[:, 0, 0, 0] * 255).round().long() % 10).tolist() == y.tolist()
-    u = ImageUnlabeledBatches(many, StepSampler(160, 160, seed=0), Identity(), None, seed=0)[0]
+    u = UnlabeledBatches(many, StepSampler(160, 160, seed=0), Identity(), None, seed=0)[0]
     assert isinstance(u, torch.Tensor)
     numbers = (u[:, 0, 0, 0] * 255).round().long()
     assert sorted(numbers.tolist()) == split.unlabeled.tolist()

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.cli.parse import paragraph
-from metapl.data.images.check import some
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.table import table
@@ -163,7 +162,7 @@ def _refuse_other_classes(first: Entry, entry: Entry) -> None:
     names, others = entry.evaluation.classes or (), first.evaluation.classes or ()
     if tuple(names) != tuple(others):
         differing = [name for name in (*names, *others) if name not in names or name not in others]
-        what = f"only one of them has {some(differing)}" if differing else "the order of the classes differs"
+        what = f"only one of them has {few(differing)}" if differing else "the order of the classes differs"
         raise MetaplError(
             f"{entry.place} and {first.place} are of different classes: {what}. Train both on folders with the same "
             "classes, or compare each with runs on its own."
@@ -259,7 +258,7 @@ def _paired(comparison: Comparison) -> str:
     lines = [f"The students by seed ({_ranges(comparison.seeds)}), against those of {first}:"]
     for name, readouts in others:
         test = paired_test(readouts[STUDENT], reference[STUDENT])
-        few = test.p is None or test.n < ENOUGH_SEEDS
-        p = f"at least {ENOUGH_SEEDS} seeds are needed for a test" if few else f"paired t-test p = {test.p:.2g}"
+        too_few = test.p is None or test.n < ENOUGH_SEEDS
+        p = f"at least {ENOUGH_SEEDS} seeds are needed for a test" if too_few else f"paired t-test p = {test.p:.2g}"
         lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")
     return "\n".join(lines)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metapl.data.images.check import find_copies, some
+from metapl.data.images.check import find_copies
 from metapl.data.images.folders import scan_labeled, scan_unlabeled
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.recipes import ImageFolders, Recipe
 
 BATCH = 256
@@ -106,7 +106,7 @@ class TestFolder:
         unknown = [name for name, count in counts.items() if count and name not in recipe.classes]
         if unknown:
             raise MetaplError(
-                f"{folder} has pictures of {some(unknown)}, which the run does not know; expected folders called as "
+                f"{folder} has pictures of {few(unknown)}, which the run does not know; expected folders called as "
                 f"its classes: {', '.join(recipe.classes)}."
             )
         self.missing = tuple(name for name in recipe.classes if not counts.get(name))
@@ -134,7 +134,7 @@ class TestFolder:
 
     def _notes(self, recipe: Recipe) -> Iterator[str]:
         if self.missing:
-            yield f"{self.files.root} has no picture of {some(self.missing)}: nothing is measured there."
+            yield f"{self.files.root} has no picture of {few(self.missing)}: nothing is measured there."
         if self.files.loose:
             yield f"{self.files.loose} pictures beside the class folders are not used."
         if self.files.passed_over:

@@ -1,21 +1,24 @@
 """Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
 
-from metapl.data.batches import LabeledBatches, StepBatches, UnlabeledBatches, loader
+from metapl.data.batches import EvaluationBatches, LabeledBatches, StepBatches, UnlabeledBatches, loader
 from metapl.data.feed import Feed, feed
-from metapl.data.image_batches import ImageEvaluationBatches, ImageLabeledBatches, ImageUnlabeledBatches
 from metapl.data.images.check import Finding, check_folders
 from metapl.data.images.folders import Files, LabeledFiles, scan_labeled, scan_unlabeled
 from metapl.data.images.reader import UnreadableImage, read_image
-from metapl.data.images.store import FileImages, Images, MemoryImages, replaced_files
+from metapl.data.images.record import replaced_files
+from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.data.images.verify import Skipped, Verified, verify_files
 from metapl.data.sampler import StepSampler
 from metapl.data.sets.digits import DigitsSplit, load_digits_split
 from metapl.data.sets.torchvision_sets import PROTOCOLS, ImageData, SplitProtocol, load_image_data
 from metapl.data.splits import Split, draw_split, stratified_split
 from metapl.data.unlabeled import WithoutLabels, without_labels
-from metapl.data.views.base import Chain, Identity, ShiftNoiseCutout, View
+from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
-from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
+from metapl.data.views.crops import ResizedCrop, Weak
+from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
+from metapl.data.views.seeded import Seeded
+from metapl.data.views.shift_noise_cutout import ShiftNoiseCutout
 from metapl.device import to_device
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "Chain",
     "Color",
     "DigitsSplit",
+    "EvaluationBatches",
     "Feed",
     "FileImages",
     "Files",
@@ -34,9 +38,6 @@ __all__ = [
     "Hole",
     "Identity",
     "ImageData",
-    "ImageEvaluationBatches",
-    "ImageLabeledBatches",
-    "ImageUnlabeledBatches",
     "Images",
     "LabeledBatches",
     "LabeledFiles",
@@ -44,6 +45,7 @@ __all__ = [
     "RandAugment",
     "Recolor",
     "ResizedCrop",
+    "Seeded",
     "ShiftNoiseCutout",
     "Skipped",
     "Sometimes",

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.data.images.folders import Files, LabeledFiles
-from metapl.errors import MetaplError
+from metapl.data.images.folders import Files, LabeledFiles, digest, unreadable
 
 T = TypeVar("T")
 
@@ -40,26 +39,21 @@ def hash_files(files: Files) -> str:
     Raises:
         MetaplError: a file is gone or cannot be read.
     """
-    sizes = [_asked(os.path.getsize, path) for path in files.paths()]
+    sizes = [_ask(path, os.path.getsize) for path in files.paths()]
     whole = len(sizes) <= WHOLE_UP_TO and sum(sizes) <= WHOLE_BYTES
-    digest = hashlib.sha256()
+    whole_hash = hashlib.sha256()
     labels: Iterable[object] = files.labels if isinstance(files, LabeledFiles) else (None for _ in files.names)
     for name, label, path, size in zip(files.names, labels, files.paths(), sizes, strict=True):
-        content = _asked(_bytes, path) if whole else str(size).encode()
-        digest.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
-    return digest.hexdigest() if whole else f"names and sizes: {digest.hexdigest()}"
+        content = _ask(path, digest) if whole else str(size).encode()
+        whole_hash.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
+    return whole_hash.hexdigest() if whole else f"names and sizes: {whole_hash.hexdigest()}"
 
 
-def _asked(what: Callable[[str], T], path: str) -> T:
+def _ask(path: str, question: Callable[[str], T]) -> T:
     try:
-        return what(path)
+        return question(path)
     except OSError as error:
-        raise MetaplError(f"{path} cannot be read: {error.strerror}; was it removed just now?") from error
-
-
-def _bytes(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        raise unreadable(path, error) from error
 
 
 def _of_tensors(tensors: Iterable[Tensor]) -> str:

@@ -142,12 +142,12 @@ def draw_split(
     order = _shuffled(len(train_labels), seed, _LABELED)
     able = order[free[order] & (order < (len(train_labels) if labeled_from is None else labeled_from))]
     classes, inverse, _ = _classes(train_labels)
-    found = inverse[able].bincount(minlength=len(classes))
-    if int(found.min()) < labels_per_class:
-        fewest = int(found.argmin())
+    counts = inverse[able].bincount(minlength=len(classes))
+    if int(counts.min()) < labels_per_class:
+        fewest = int(counts.argmin())
         raise MetaplError(
             f"split {name!r} needs {labels_per_class} labels of class {int(classes[fewest])}, which has "
-            f"{int(found[fewest])} examples outside validation; ask for fewer labels or a smaller validation part"
+            f"{int(counts[fewest])} examples outside validation; ask for fewer labels or a smaller validation part"
         )
     labeled = _first_of_each(able, inverse, torch.full_like(classes, labels_per_class))
     free[labeled] = False
@@ -174,7 +174,7 @@ def _in_proportion(labels: Tensor, count: int, seed: int) -> Tensor:
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Set a part of each class aside for validation.
 
-    Of n examples of a class, round(fraction · n) are set aside, but one at least and n − 1 at most; a class with one
+    Of n examples of a class, round(fraction · n) are set aside, but at least 1 and at most n − 1; a class with one
     example is trained on.
 
     Args:
@@ -215,10 +215,22 @@ def _classes(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _first_of_each(order: Tensor, classes: Tensor, counts: Tensor) -> Tensor:
     """The first ``counts[c]`` examples of each class c in an order of examples, sorted by their number."""
-    by_class = order[classes[order].argsort(stable=True)]
-    sizes = classes[order].bincount(minlength=len(counts))
-    rank = torch.arange(len(order)) - (sizes.cumsum(0) - sizes)[classes[by_class]]
-    return by_class[rank < counts[classes[by_class]]].sort().values
+    in_order = classes[order]
+    return order[rank_in_class(in_order) < counts[in_order]].sort().values
+
+
+def rank_in_class(classes: Tensor) -> Tensor:
+    """For each entry of (n,) int64, how many entries before it are equal to it.
+
+    >>> rank_in_class(torch.tensor([3, 0, 3, 3, 0]))
+    tensor([0, 0, 1, 2, 1])
+    """
+    by_class = classes.argsort(stable=True)
+    counts = classes.bincount()
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty_like(classes)
+    rank[by_class] = torch.arange(len(classes)) - starts[classes[by_class]]
+    return rank
 
 
 def _shuffled(size: int, seed: int, stream: int) -> Tensor:
@@ -232,13 +244,13 @@ def _hash(fields: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MetaplError(f"{path} cannot be read as a split ({error}); expected the file that was written.") from error
-    version = found.pop("version", None) if isinstance(found, dict) else None
+    version = fields.pop("version", None) if isinstance(fields, dict) else None
     if version != _VERSION:
-        raise MetaplError(f"{path} is no split of version {_VERSION}; expected what Split.save wrote.")
-    told = found.pop("hash", None)
-    if told != _hash(found):
+        raise MetaplError(f"{path} is not a split of version {_VERSION}; expected what Split.save wrote.")
+    stored = fields.pop("hash", None)
+    if stored != _hash(fields):
         raise MetaplError(f"{path} was changed after it was written: its hash does not match; draw the split anew.")
-    return dict(found)
+    return dict(fields)

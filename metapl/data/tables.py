@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metapl.data.images.reader import reason_of
 from metapl.errors import MetaplError
 
 
@@ -33,7 +34,7 @@ def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor
             reader = csv.reader(file)
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error) as error:
-        raise MetaplError(f"{path}: the file cannot be read: {_reason(error)}.") from error
+        raise MetaplError(f"{path}: the file cannot be read: {reason_of(error)}.") from error
     if rows and _is_header(rows[0][1], columns):
         del rows[0]
     if not rows:
@@ -62,8 +63,3 @@ def _number(cell: str) -> float | None:
         return float(cell)
     except ValueError:
         return None
-
-
-def _reason(error: Exception) -> str:
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return " ".join(said.split()).rstrip(".")

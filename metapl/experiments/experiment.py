@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.data.images.store import record_files, replaced_files
+from metapl.data.images.record import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.methods import ALONE, train

@@ -29,8 +29,8 @@ def interval(correct: int, n: int) -> tuple[float, float]:
         raise MetaplError(f"{correct} right of {n} examples were given; expected 0 to n right, of at least one example")
     import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
 
-    found = scipy.stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
+    ends = scipy.stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def spoken(accuracy: float, n: int, chance: float | None) -> str:

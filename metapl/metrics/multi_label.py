@@ -6,15 +6,16 @@ import csv
 import io
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 
 Label = int | str
 LabelSets = tuple[frozenset[int], ...]
@@ -24,8 +25,7 @@ COLUMNS = ("file", "labels")
 
 BETWEEN_LABELS = ";"
 
-SHOWN = 3
-"""Names in an error."""
+_few = partial(few, most=3, longest=60)
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def multi_label_accuracy(predicted_N: Tensor, label_sets: Sequence[Set[int]]) ->
             f"there are label sets for {len(label_sets):,} examples, and predictions of shape "
             f"{tuple(predicted_N.shape)}; expected as many of one as of the other, in the same order."
         )
-    hits = [one in labels for one, labels in zip(predicted_N.tolist(), label_sets, strict=True) if labels]
+    hits = [label in labels for label, labels in zip(predicted_N.tolist(), label_sets, strict=True) if labels]
     if not hits:
-        raise MetaplError(f"none of the {len(label_sets):,} examples has a label; expected one at least.")
+        raise MetaplError(f"none of the {len(label_sets):,} examples has a label; expected at least one.")
     return MultiLabelAccuracy(sum(hits) / len(hits), len(hits), len(label_sets) - len(hits))
 
 
@@ -103,10 +103,10 @@ def read_label_sets(path: Path, classes: Sequence[str], names: Sequence[str] | N
         MetaplError: a file in no such form, test examples without an entry or with two, a name that several have, or
             classes that are unknown or can be read in two ways.
     """
-    found = _parsed(path)
-    entries = found.values() if isinstance(found, dict) else found
-    index = _indices(path, {label for labels in entries for label in labels}, classes)
-    in_order = _by_name(path, found, names) if isinstance(found, dict) else _by_place(path, found, names)
+    entries = _parsed(path)
+    lists = entries.values() if isinstance(entries, dict) else entries
+    index = _indices(path, {label for labels in lists for label in labels}, classes)
+    in_order = _by_name(path, entries, names) if isinstance(entries, dict) else _by_position(path, entries, names)
     return tuple(frozenset(index[label] for label in labels) for labels in in_order)
 
 
@@ -117,30 +117,30 @@ def _parsed(path: Path) -> list[list[Label]] | dict[str, list[Label]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise MetaplError(f"{path} cannot be read: {said}.") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise MetaplError(f"{path} cannot be read: {reason}.") from error
     return _from_json(path, text) if text.lstrip()[:1] in ("[", "{") else _from_csv(path, text)
 
 
 def _from_json(path: Path, text: str) -> list[list[Label]] | dict[str, list[Label]]:
     try:
-        found = json.loads(text, object_pairs_hook=lambda pairs: _once_each(path, pairs))
+        entries = json.loads(text, object_pairs_hook=lambda pairs: _once_each(path, pairs))
     except json.JSONDecodeError as error:
         raise MetaplError(f"{path} cannot be read as JSON: {error}.") from error
-    for where, labels in found.items() if isinstance(found, dict) else enumerate(found):
+    for where, labels in entries.items() if isinstance(entries, dict) else enumerate(entries):
         if not isinstance(labels, list) or any(type(label) not in (int, str) for label in labels):
             raise MetaplError(
-                f"{path}: the entry of {where} is {_short(json.dumps(labels))}; expected a list of classes, such as "
+                f"{path}: the entry of {where} is {_few([json.dumps(labels)])}; expected a list of classes, such as "
                 "[3, 7], and [] for none."
             )
-    return found  # type: ignore[no-any-return]  # just checked
+    return entries  # type: ignore[no-any-return]  # just checked
 
 
 def _from_csv(path: Path, text: str) -> dict[str, list[Label]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if not set(COLUMNS) <= set(reader.fieldnames or ()):
         raise MetaplError(
-            f"{path} begins with {_short(text.partition(chr(10))[0])!r}; expected CSV with the columns "
+            f"{path} begins with {_few([text.partition(chr(10))[0]])!r}; expected CSV with the columns "
             f"{' and '.join(COLUMNS)}, or JSON."
         )
     pairs = []
@@ -156,11 +156,11 @@ def _from_csv(path: Path, text: str) -> dict[str, list[Label]]:
 
 
 def _once_each(path: Path, pairs: Sequence[tuple[str, list[Label]]]) -> dict[str, list[Label]]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise MetaplError(f"{path} has more than one entry of {_some(twice)}; expected one, with all the labels.")
-    return found
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise MetaplError(f"{path} has more than one entry of {_few(repeated)}; expected one, with all the labels.")
+    return entries
 
 
 # ---------------------------------------------------------------------------------------------------- which class it is
@@ -173,14 +173,14 @@ def _indices(path: Path, labels: Set[Label], classes: Sequence[str]) -> dict[Lab
         return {label: by_name[label] for label in labels}
     numbers = {label: int(label) for label in labels if isinstance(label, int) or re.fullmatch("[0-9]+", label)}
     if len(numbers) < len(labels):
-        unknown, expected = labels - by_name.keys(), f"their names, such as {_some(classes)}"
+        unknown, expected = labels - by_name.keys(), f"their names, such as {_few(classes)}"
     else:
         unknown = {label for label, number in numbers.items() if not 0 <= number < len(classes)}
         expected = f"their names, or 0 to {len(classes) - 1}"
     if unknown:
         raise MetaplError(
             f"{path}: {len(unknown):,} of the {len(labels):,} classes in it are not among the run's: "
-            f"{_some(sorted(unknown, key=str))}; expected {expected}."
+            f"{_few(sorted(unknown, key=str))}; expected {expected}."
         )
     _check_one_meaning(path, numbers, classes)
     return numbers
@@ -190,32 +190,32 @@ def _check_one_meaning(path: Path, numbers: Mapping[Label, int], classes: Sequen
     by_name = {name: index for index, name in enumerate(classes)}
     two = sorted((x for x, number in numbers.items() if by_name.get(str(x), number) != number), key=str)
     if two:
-        one, index = two[0], numbers[two[0]]
+        label, index = two[0], numbers[two[0]]
         raise MetaplError(
-            f"{path}: {len(two):,} of the {len(numbers):,} classes can be read in two ways: {one} is the index of "
-            f'{classes[index]!r} and the name of another class; expected names alone, in JSON in quotes: "{one}".'
+            f"{path}: {len(two):,} of the {len(numbers):,} classes can be read in two ways: {label} is the index of "
+            f'{classes[index]!r} and the name of another class; expected names alone, in JSON in quotes: "{label}".'
         )
 
 
 # ------------------------------------------------------------------------------------------------ whose labels they are
 
 
-def _by_place(path: Path, found: list[list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
+def _by_position(path: Path, labels: list[list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
     numbers = _ilsvrc_numbers(names or ())
     if numbers is None:
-        if names is not None and len(names) != len(found):
+        if names is not None and len(names) != len(labels):
             raise MetaplError(
-                f"{path} is a list of {len(found):,} entries, and there are {len(names):,} test examples; expected one "
-                "entry for each, in their order, or an object by file name."
+                f"{path} is a list of {len(labels):,} entries, and there are {len(names):,} test examples; expected "
+                "one entry for each, in their order, or an object by file name."
             )
-        return found
-    beyond = [name for name, number in zip(names or (), numbers, strict=True) if number > len(found)]
+        return labels
+    beyond = [name for name, number in zip(names or (), numbers, strict=True) if number > len(labels)]
     if beyond:
         raise MetaplError(
-            f"{path} is a list of {len(found):,} entries, and the numbers of {len(beyond):,} test files are greater: "
-            f"{_some(beyond)}; expected ReaL's own list of 50,000, or an object by file name."
+            f"{path} is a list of {len(labels):,} entries, and the numbers of {len(beyond):,} test files are greater: "
+            f"{_few(beyond)}; expected ReaL's own list of 50,000, or an object by file name."
         )
-    return [found[number - 1] for number in numbers]
+    return [labels[number - 1] for number in numbers]
 
 
 def _ilsvrc_numbers(names: Sequence[str]) -> list[int] | None:
@@ -224,66 +224,44 @@ def _ilsvrc_numbers(names: Sequence[str]) -> list[int] | None:
     >>> _ilsvrc_numbers(["n01440764/ILSVRC2012_val_00000293.JPEG"]), _ilsvrc_numbers(["cat/1.png"])
     ([293], None)
     """
-    found = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", PurePosixPath(name).stem) for name in names]
-    numbers = [int(match[1]) for match in found if match]
+    matches = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", PurePosixPath(name).stem) for name in names]
+    numbers = [int(match[1]) for match in matches if match]
     return numbers if names and len(numbers) == len(names) and min(numbers) > 0 else None
 
 
-def _by_name(path: Path, found: dict[str, list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
+def _by_name(path: Path, labels: dict[str, list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
     if names is None:
         raise MetaplError(
             f"{path} has labels by file name, and the test examples of this run have no names; expected a JSON list "
             "of lists, in the order of the test set."
         )
-    whole, last = _places(names), _places(PurePosixPath(name).name for name in names)
-    at = {name: whole.get(name) or last.get(name, []) for name in found}
-    shared = [name for name, places in at.items() if len(places) > 1]
+    positions: defaultdict[str, list[int]] = defaultdict(list)
+    by_last_part: defaultdict[str, list[int]] = defaultdict(list)
+    for position, name in enumerate(names):
+        positions[name].append(position)
+        by_last_part[PurePosixPath(name).name].append(position)
+    at = {name: positions.get(name) or by_last_part.get(name, []) for name in labels}
+    shared = [name for name, several in at.items() if len(several) > 1]
     if shared:
-        ours = _some(names[place] for place in at[shared[0]])
+        ours = _few(names[position] for position in at[shared[0]])
         raise MetaplError(
-            f"{path}: {len(shared):,} of its {len(found):,} names are those of several test files: {shared[0]} of "
+            f"{path}: {len(shared):,} of its {len(labels):,} names are those of several test files: {shared[0]} of "
             f"{ours}; write them with their folder."
         )
     entries: list[list[str]] = [[] for _ in names]
-    for name, places in at.items():
-        for place in places:
-            entries[place].append(name)
-    _check_entries(path, found, names, entries)
-    return [found[one] for (one,) in entries]
-
-
-def _places(names: Iterable[str]) -> dict[str, list[int]]:
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        places.setdefault(name, []).append(place)
-    return places
-
-
-def _check_entries(path: Path, found: Iterable[str], names: Sequence[str], entries: Sequence[Sequence[str]]) -> None:
-    twice = [both for both in entries if len(both) > 1]
-    if twice:
+    for name, single in at.items():
+        for position in single:
+            entries[position].append(name)
+    repeated = [entry for entry in entries if len(entry) > 1]
+    if repeated:
         raise MetaplError(
-            f"{path}: {len(twice):,} of the {len(names):,} test files have two entries: {' and '.join(twice[0])} are "
-            "one; expected one, with all the labels."
+            f"{path}: {len(repeated):,} of the {len(names):,} test files have two entries: "
+            f"{' and '.join(repeated[0])} are one; expected one, with all the labels."
         )
-    missing = [name for name, one in zip(names, entries, strict=True) if not one]
+    missing = [name for name, entry in zip(names, entries, strict=True) if not entry]
     if missing:
         raise MetaplError(
-            f"{path} has no entry for {len(missing):,} of the {len(names):,} test files: {_some(missing)}; expected "
-            f"these names, with an empty list of labels where none is right. The names in it: {_some(list(found))}."
+            f"{path} has no entry for {len(missing):,} of the {len(names):,} test files: {_few(missing)}; expected "
+            f"these names, with an empty list of labels where none is right. The names in it: {_few(labels)}."
         )
-
-
-def _some(what: Iterable[Label]) -> str:
-    """The first few.
-
-    >>> _some(["a", "b", "c", "d", "e"]), _some([7])
-    ('a, b, c and 2 more', '7')
-    """
-    listed = [_short(str(one)) for one in what]
-    more = len(listed) - SHOWN
-    return ", ".join(listed[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _short(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return [labels[name] for (name,) in entries]

@@ -59,7 +59,7 @@ def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> t
 def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     """The logits (N, C) of batches of inputs, on the CPU; the rest is as in :func:`predict_logits`."""
     first = next(model.parameters(), None)
-    found = []
+    logits: list[Tensor] = []
     with _eval_mode(model), torch.inference_mode():
         for x in inputs:
             given = x if first is None else to_device(x, first.device)
@@ -69,11 +69,11 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
                 if OTHER_TYPE.search(str(error)):
                     _explain_type(given, first)
                 raise
-            found.append(outputs.cpu())
-    if not found:
+            logits.append(outputs.cpu())
+    if not logits:
         raise MetaplError("there are no batches to predict; give at least one, and a fresh iterator for each call")
     # Outside inference mode, so that what comes back are ordinary tensors.
-    return torch.cat(found)
+    return torch.cat(logits)
 
 
 def batches_of(data: Any, device: torch.device, size: int = ROWS) -> Iterator[tuple[Any, Tensor]]:
@@ -106,13 +106,13 @@ def _pieces(batch: Any, size: int | None) -> Iterator[Any]:
         yield rows(batch, start, start + size)
 
 
-def iterated(data: Any, what: str) -> Iterator[Any]:
+def iterated(data: Any, name: str) -> Iterator[Any]:
     """The batches of an iterable, or of what has them by position; other data are refused."""
     try:
         batches: Iterator[Any] = iter(data)
     except TypeError as error:
         raise MetaplError(
-            f"{what} is {checks.described(data)}; expected tensors, or an iterable of batches of them."
+            f"{name} is {checks.described(data)}; expected tensors, or an iterable of batches of them."
         ) from error
     return batches
 
@@ -121,10 +121,10 @@ def _explain_type(inputs: Any, weight: Tensor | None) -> None:
     """Say so where a network may have failed because its inputs are of another type than its weights."""
     types = {t.dtype for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)}
     if weight is not None and types and weight.dtype not in types:
-        of = " and ".join(sorted(str(one).removeprefix("torch.") for one in types))
+        given = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
         own = str(weight.dtype).removeprefix("torch.")
         raise MetaplError(
-            f"the network cannot take inputs of {of}: its weights are {own}; expected inputs as it was trained on, "
+            f"the network cannot take inputs of {given}: its weights are {own}; expected inputs as it was trained on, "
             f"such as x.to(torch.{own})."
         )
 

@@ -28,13 +28,14 @@ class Architecture:
     """A network's name and sizes: a plain value, to stand in a recipe or beside exported weights.
 
     Args:
-        name: one of :data:`NAMES`, or ``timm:NAME``.
+        name: one of :data:`NAMES`, or ``timm:NAME``, such as ``timm:convnext_tiny``.
         num_classes: number of outputs, 1 or more.
-        dropout: probability in [0, 1); where it acts is the network's own affair, see :func:`create`.
-        stochastic_depth: probability in [0, 1) of dropping the last block.
+        dropout: probability in [0, 1) of zeroing a value, 0 whatever the library's own default is; where it acts
+            depends on the network, see :func:`create`.
+        stochastic_depth: probability in [0, 1) of dropping the last block (one minus its survival probability).
         in_channels: channels of a picture: 3 for color, 1 for grey.
-        image_size: side of the square pictures in pixels; vision transformers and pooled_cnn are built for one, the
-            others take any.
+        image_size: side of the square pictures in pixels. Vision transformers (None: their usual 224) and pooled_cnn
+            are built for one, and position embeddings of another resolution are interpolated; the others take any.
 
     Raises:
         MetaplError: an unknown name, a number out of its range, or a field that the network does not have.
@@ -58,7 +59,7 @@ class Architecture:
         for field, has in (("dropout", family.dropout), ("stochastic_depth", family.stochastic_depth)):
             self._require(0.0 <= getattr(self, field) < 1.0, field, "a probability in [0, 1)")
             if getattr(self, field) > 0.0 and not has:
-                having = ", ".join(n for n, other in FAMILIES.items() if getattr(other, field))
+                having = ", ".join(name for name, known in FAMILIES.items() if getattr(known, field))
                 raise MetaplError(
                     f"{self.name} has no {field}, and {field}={getattr(self, field)} was given; leave it out, or take "
                     f"a network that has it: {having}."
@@ -137,16 +138,10 @@ def create(
     ====================  ==================================  =====================  ================
 
     Args:
-        name: one of :data:`metapl.models.NAMES`, or ``timm:NAME``, ``timm:convnext_tiny`` say.
-        num_classes: number of outputs, 1 or more.
-        dropout: probability in [0, 1) of zeroing a value; 0 whatever the library's own default is.
-        stochastic_depth: probability in [0, 1) of dropping the last block (one minus its survival probability).
-        in_channels: channels of a picture: 3 for color, 1 for grey.
+        name, num_classes, dropout, stochastic_depth, in_channels, image_size: as in :class:`Architecture`.
         weights: a local file of a state dict to start from, ``.safetensors`` or what ``torch.save`` wrote; a head for
             another number of classes is left out, see :func:`metapl.models.load_weights`. None: fresh weights from the
             default generator.
-        image_size: side of the square pictures in pixels; vision transformers are built for one (None: their usual
-            224) and position embeddings of another resolution are interpolated; the other networks take any.
 
     Returns:
         A module in training mode from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``). It runs with

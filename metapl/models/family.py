@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from metapl.errors import MetaplError
+
 if TYPE_CHECKING:
     from metapl.models.architecture import Architecture
 
@@ -39,3 +41,12 @@ class Family:
     stochastic_depth: bool = False
     patch: int | None = None
     adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] = unchanged
+
+
+def check_numbers(name: str, dropout: float, example: str, **sizes: int) -> None:
+    """Refuse sizes below 1 and a dropout that is not a probability."""
+    if min(sizes.values()) < 1:
+        *given, last = (f"{field} {size}" for field, size in sizes.items())
+        raise MetaplError(f"{name} got {', '.join(given)} and {last}; expected each to be 1 or more: {example}")
+    if not 0.0 <= dropout < 1.0:
+        raise MetaplError(f"{name} got dropout {dropout}; expected a probability in [0, 1): dropout=0.3, say")

@@ -22,8 +22,8 @@ class Logits(nn.Module):
     Args:
         network: is held, not copied: what is trained are its own weights.
 
-    Raises: :class:`metapl.MetaplError` for what is no module, and on a call, where the network returns neither, or no
-    logits (B, C).
+    Raises:
+        MetaplError: the network is not a module; on a call, the network returns neither, or not logits (B, C).
 
     >>> import torch
     >>> from types import SimpleNamespace
@@ -54,13 +54,13 @@ class Logits(nn.Module):
             outputs = self.network(inputs)
         if isinstance(outputs, Tensor):
             return self._checked(outputs, inputs)
-        found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-        if not isinstance(found, Tensor):
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+        if not isinstance(logits, Tensor):
             raise MetaplError(
                 f"the {type(self.network).__name__} in metapl.models.Logits returned {described(outputs)} without a "
                 "tensor of logits; expected a tensor, an object with .logits or a dict with 'logits'."
             )
-        return self._checked(found, inputs)
+        return self._checked(logits, inputs)
 
     def _checked(self, logits: Tensor, inputs: Any) -> Tensor:
         rows = length(inputs)

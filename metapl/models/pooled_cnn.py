@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.models.family import check_numbers
 
 WIDTHS = (32, 64, 128, 192)
 """Channels of four stages. Two stages have 64 and 128, one has 128; those after the fourth have as many as it."""
@@ -96,11 +96,6 @@ def pooled_cnn(
     torch.Size([2, 7])
     """
     side = 32 if image_size is None else image_size
-    if num_classes < 1 or in_channels < 1 or side < 1:
-        raise MetaplError(
-            f"pooled_cnn got num_classes {num_classes}, in_channels {in_channels} and image_size {side}; "
-            "expected each to be 1 or more: pooled_cnn(num_classes=10, in_channels=1, image_size=32)"
-        )
-    if not 0.0 <= dropout < 1.0:
-        raise MetaplError(f"pooled_cnn got dropout {dropout}; expected a probability in [0, 1): dropout=0.3, say")
+    example = "pooled_cnn(num_classes=10, in_channels=1, image_size=32)"
+    check_numbers("pooled_cnn", dropout, example, num_classes=num_classes, in_channels=in_channels, image_size=side)
     return _PooledCNN(num_classes, in_channels, dropout, side)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metapl.errors import MetaplError
+from metapl.models.family import check_numbers
 
 
 class _ConvNorm(nn.Module):
@@ -61,11 +61,6 @@ def small_cnn(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0)
     >>> small_cnn(num_classes=7, in_channels=1)(torch.zeros(2, 1, 16, 16)).shape
     torch.Size([2, 7])
     """
-    if num_classes < 1 or in_channels < 1:
-        raise MetaplError(
-            f"small_cnn got num_classes {num_classes} and in_channels {in_channels}; expected both to be 1 or more: "
-            "small_cnn(num_classes=10, in_channels=1)"
-        )
-    if not 0.0 <= dropout < 1.0:
-        raise MetaplError(f"small_cnn got dropout {dropout}; expected a probability in [0, 1): dropout=0.3, say")
+    example = "small_cnn(num_classes=10, in_channels=1)"
+    check_numbers("small_cnn", dropout, example, num_classes=num_classes, in_channels=in_channels)
     return _SmallCNN(num_classes, in_channels, dropout)

@@ -55,7 +55,7 @@ def _made(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _fields(a: Architecture) -> dict[str, Any]:
-    """What timm is told: only what differs from its defaults, for not every network takes every argument."""
+    """The arguments for timm: only what differs from its defaults, for not every network takes every argument."""
     fields: dict[str, Any] = {"num_classes": a.num_classes}
     fields |= {"in_chans": a.in_channels} if a.in_channels != 3 else {}
     fields |= {"drop_rate": a.dropout} if a.dropout > 0 else {}
@@ -74,8 +74,8 @@ def _code(a: Architecture) -> list[str]:
 
 def _heads(module: nn.Module) -> tuple[str, ...]:
     """The classifier, or the several of a distilled network."""
-    found = module.get_classifier()  # type: ignore[operator]  # every network of timm has it
-    wanted = {id(m) for m in (found if isinstance(found, tuple) else (found,))}
+    classifier = module.get_classifier()  # type: ignore[operator]  # every network of timm has it
+    wanted = {id(m) for m in (classifier if isinstance(classifier, tuple) else (classifier,))}
     return tuple(name for name, part in module.named_modules() if id(part) in wanted)
 
 

@@ -78,7 +78,7 @@ def _make(name: str, **fields: Any) -> nn.Module:
 
 
 def _with_channels(module: nn.Module, stem: str, in_channels: int) -> nn.Module:
-    """The network with a fresh first convolution for pictures of other than three channels."""
+    """The network with a fresh first convolution for pictures that do not have three channels."""
     old = module.get_submodule(stem)
     assert isinstance(old, nn.Conv2d)
     if old.in_channels != in_channels:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.models.family import unchanged
 
 
@@ -89,24 +89,24 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise MetaplError(f"there is no file of weights {path}; expected a .safetensors or .pt file on this machine.")
     try:
-        found = _read(path)
+        stored = _read(path)
     except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
-        what = str(error).split("\n")[0] or type(error).__name__
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise MetaplError(
-            f"{path} cannot be read as weights: {what}. Expected a state dict: .safetensors, or tensors alone as "
+            f"{path} cannot be read as weights: {reason}. Expected a state dict: .safetensors, or tensors alone as "
             "torch.save(model.state_dict(), path) writes them."
         ) from error
-    while isinstance(found, Mapping) and (inner := _wrapped(found)):
-        found = inner
-    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        kind = f"a {type(found).__name__}" if not isinstance(found, Mapping) else f"the entries {_few(found)}"
+    while isinstance(stored, Mapping) and (inner := _wrapped(stored)):
+        stored = inner
+    if not isinstance(stored, Mapping) or not stored or not all(isinstance(t, Tensor) for t in stored.values()):
+        kind = f"a {type(stored).__name__}" if not isinstance(stored, Mapping) else f"the entries {few(stored)}"
         raise MetaplError(f"{path} holds {kind}; expected tensors by name, as model.state_dict() gives them.")
-    return {str(name): t for name, t in found.items()}
+    return {str(name): t for name, t in stored.items()}
 
 
-def _wrapped(found: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
+def _wrapped(stored: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
     """The state dict in what a training program stored."""
-    return next((found[key] for key in ("state_dict", "model") if isinstance(found.get(key), Mapping)), None)
+    return next((stored[key] for key in ("state_dict", "model") if isinstance(stored.get(key), Mapping)), None)
 
 
 def _read(path: Path) -> Any:
@@ -128,41 +128,35 @@ def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[st
 def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
     bad = [name for name, t in state.items() if not t.isfinite().all()]
     if bad:
-        raise MetaplError(f"{path} holds values that are not finite, in {_few(bad)}; expected finite weights.")
+        raise MetaplError(f"{path} holds values that are not finite, in {few(bad)}; expected finite weights.")
 
 
-def _fresh(own: Mapping[str, Tensor], found: Mapping[str, Tensor], heads: Iterable[str]) -> tuple[str, ...]:
+def _fresh(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], heads: Iterable[str]) -> tuple[str, ...]:
     """The tensors of heads that the file lacks or has for another number of classes."""
     fresh: list[str] = []
     for head in heads:
         names = [name for name in own if name.startswith(f"{head}.")]
-        same = all(name in found and found[name].shape == own[name].shape for name in names)
-        other_features = any(name in found and found[name].shape[1:] != own[name].shape[1:] for name in names)
+        same = all(name in stored and stored[name].shape == own[name].shape for name in names)
+        other_features = any(name in stored and stored[name].shape[1:] != own[name].shape[1:] for name in names)
         if not same and not other_features:
             fresh += names
     return tuple(fresh)
 
 
-def _check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_fit(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     faults = []
-    if missing := [name for name in expected if name not in found]:
-        faults.append(f"it lacks {_few(missing)}")
-    if foreign := [name for name in found if name not in expected]:
-        faults.append(f"the network has no {_few(foreign)}")
-    both = [name for name in expected if name in found]
-    if other := [name for name in both if found[name].shape != expected[name].shape]:
-        shapes = [f"{n} {tuple(found[n].shape)} instead of {tuple(expected[n].shape)}" for n in other]
-        faults.append(f"other shapes: {_few(shapes)}")
-    if kinds := [n for n in both if found[n].is_floating_point() != expected[n].is_floating_point()]:
-        faults.append(f"whole numbers for real ones or the reverse: {_few(kinds)}")
+    if missing := [name for name in expected if name not in stored]:
+        faults.append(f"it lacks {few(missing)}")
+    if foreign := [name for name in stored if name not in expected]:
+        faults.append(f"the network has no {few(foreign)}")
+    common = [name for name in expected if name in stored]
+    if misshapen := [name for name in common if stored[name].shape != expected[name].shape]:
+        shapes = [f"{n} {tuple(stored[n].shape)} instead of {tuple(expected[n].shape)}" for n in misshapen]
+        faults.append(f"other shapes: {few(shapes)}")
+    if kinds := [n for n in common if stored[n].is_floating_point() != expected[n].is_floating_point()]:
+        faults.append(f"whole numbers for real ones or the reverse: {few(kinds)}")
     if faults:
         raise MetaplError(
             f"the weights in {path} are not of this network: {'; '.join(faults)}. Only the head may differ, by its "
             "number of classes; create the network that the weights are of."
         )
-
-
-def _few(names: Iterable[str], most: int = 4) -> str:
-    listed = [str(name) for name in names]
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metapl.errors import MetaplError
+from metapl.models.family import check_numbers
 
 
 class _Block(nn.Module):
@@ -93,25 +94,13 @@ def wide_resnet(depth: int, widen: int, num_classes: int = 10, dropout: float = 
         raise MetaplError(
             f"wide_resnet got depth {depth}; expected 6n + 4 with n blocks a group: 10, 16, 22, 28, 34 or 40, say"
         )
-    if widen < 1 or num_classes < 1 or in_channels < 1:
-        raise MetaplError(
-            f"wide_resnet got widen {widen}, num_classes {num_classes} and in_channels {in_channels}; expected each to "
-            "be 1 or more: wide_resnet(28, 2, num_classes=10)"
-        )
-    if not 0.0 <= dropout < 1.0:
-        raise MetaplError(f"wide_resnet got dropout {dropout}; expected a probability in [0, 1): dropout=0.3, say")
+    example = "wide_resnet(28, 2, num_classes=10)"
+    check_numbers("wide_resnet", dropout, example, widen=widen, num_classes=num_classes, in_channels=in_channels)
     return _WideResNet(depth, widen, num_classes, dropout, in_channels)
 
 
 def wide_resnet28_2(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
     """Build WRN-28-2, the network of the CIFAR-10 and SVHN experiments; see :func:`wide_resnet`.
-
-    Args:
-        num_classes: number of outputs.
-        dropout: probability in [0, 1) of zeroing a value between the two convolutions of a block.
-
-    Returns:
-        A module from images (B, 3, 32, 32) to logits (B, ``num_classes``).
 
     >>> sum(p.numel() for p in wide_resnet28_2().parameters())
     1467610
@@ -121,13 +110,6 @@ def wide_resnet28_2(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
 
 def wide_resnet28_10(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
     """Build WRN-28-10, the widest network in common use on 32x32 images; see :func:`wide_resnet`.
-
-    Args:
-        num_classes: number of outputs.
-        dropout: probability in [0, 1) of zeroing a value between the two convolutions of a block.
-
-    Returns:
-        A module from images (B, 3, 32, 32) to logits (B, ``num_classes``).
 
     >>> import torch
     >>> with torch.device("meta"):

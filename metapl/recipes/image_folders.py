@@ -20,7 +20,7 @@ from metapl.data.images.verify import verify_files
 from metapl.data.splits import stratified_split
 from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
-from metapl.data.views.randaugment import ResizedCrop
+from metapl.data.views.crops import ResizedCrop
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
 from metapl.recipes.base import Optimizer, Task, require

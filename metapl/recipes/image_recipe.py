@@ -13,17 +13,18 @@ import tyro
 from torch import Tensor, nn
 
 from metapl import models
-from metapl.data.image_batches import (
-    ImageEvaluationBatches,
-    ImageLabeledBatches,
-    ImageUnlabeledBatches,
+from metapl.data.batches import (
+    EvaluationBatches,
+    LabeledBatches,
+    UnlabeledBatches,
     in_unit_range,
 )
 from metapl.data.images.reader import SUFFIXES, read_image
 from metapl.data.images.store import Images
 from metapl.data.sampler import StepSampler
 from metapl.data.views.base import Chain, Identity, View
-from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment, ResizedCrop, Weak
+from metapl.data.views.crops import ResizedCrop, Weak
+from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
 from metapl.recipes.base import Optimizer, Recipe, Role, require
@@ -203,12 +204,12 @@ class ImageRecipe(Recipe):
 
         def labeled(
             images: Images, labels: Tensor, size: int, stream: int, seed: int, view: View = views.labeled
-        ) -> ImageLabeledBatches:
+        ) -> LabeledBatches:
             sampler = StepSampler(len(images), size, seed=self.seed, stream=stream)
-            return ImageLabeledBatches(images, labels, sampler, view, seed, crop=views.crop)
+            return LabeledBatches(images, labels, sampler, view, seed, crop=views.crop)
 
-        def looked_at(images: Images, labels: Tensor) -> ImageEvaluationBatches:
-            return ImageEvaluationBatches(images, labels, EVALUATED_AT_ONCE)
+        def looked_at(images: Images, labels: Tensor) -> EvaluationBatches:
+            return EvaluationBatches(images, labels, EVALUATED_AT_ONCE)
 
         sampler = StepSampler(len(many), self.unlabeled_batch, seed=self.seed, stream=1)
         some = torch.arange(min(len(many), SAMPLED))
@@ -216,7 +217,7 @@ class ImageRecipe(Recipe):
         sample = looked_at(many.select(some), hidden[some])
         return {
             "labeled": labeled(few, labels, self.labeled_batch, 0, self.seed),
-            "unlabeled": ImageUnlabeledBatches(many, sampler, views.weak, views.strong, self.seed, crop=views.crop),
+            "unlabeled": UnlabeledBatches(many, sampler, views.weak, views.strong, self.seed, crop=views.crop),
             "finetuning": labeled(
                 few,
                 labels,

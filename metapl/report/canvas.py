@@ -116,7 +116,7 @@ def png(figure: Figure) -> bytes:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name such as "$5" is no formula
+        text.set_parse_math(False)  # a name such as "$5" is not a formula
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
     return file.getvalue()

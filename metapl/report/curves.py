@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,6 @@ def has_figures(panel: Panel, curves: Curves) -> bool:
 def draw_panel(axes: Axes, panel: Panel, curves: Curves) -> None:
     """Draws the curves of all methods, with their scales and a note."""
     ends: list[tuple[float, str]] = []
-    last_step = 0.0
     for index, rows in enumerate(curves.values()):
         for rank, (key, _) in enumerate(panel.series):
             points = [(step, value) for step, value in _points(rows, key) if value > 0 or not panel.log]
@@ -77,10 +76,9 @@ def draw_panel(axes: Axes, panel: Panel, curves: Curves) -> None:
                 continue
             color = color_of(index if len(curves) > 1 else rank)
             _draw_curve(axes, points, color, rank, panel.noisy, pale=len(curves) * len(panel.series) <= 4)
-            last_step = max(last_step, points[-1][0])
             if panel.last_values and (rank == 0 or len(curves) == 1):
                 ends.append((points[-1][1], color))
-    _dress(axes, panel, last_step)
+    _dress(axes, panel)
     _draw_note(axes, panel, curves)
     _label_ends(axes, ends)
 
@@ -104,20 +102,23 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
     >>> _running_mean([0.0, 3.0, 6.0, 9.0], 3)
     [1.5, 3.0, 6.0, 7.5]
     """
-    half = window // 2
-    spans = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
-    return [math.fsum(span) / len(span) for span in spans]
+    import numpy
+
+    span = numpy.ones(2 * (window // 2) + 1)
+    sums, counts = (numpy.convolve(terms, span, mode="same") for terms in (values, numpy.ones(len(values))))
+    means: list[float] = (sums / counts).tolist()
+    return means
 
 
-def _dress(axes: Axes, panel: Panel, last_step: float) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def _dress(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.grid(color=GRID, linewidth=0.8)
     axes.tick_params(which="both", length=0)
     write_heading(axes, panel.title)
     axes.set_xlabel("step", loc="right", labelpad=1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_short_number(last_step)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.02, y=0.08)
     if panel.log:
         _dress_log(axes)
@@ -125,14 +126,14 @@ def _dress(axes: Axes, panel: Panel, last_step: float) -> None:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.02), min(high, 1.02))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     else:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.yaxis.set_major_locator(MaxNLocator(6))
 
 
 def _dress_log(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -143,18 +144,7 @@ def _dress_log(axes: Axes) -> None:
     # Within less than two decades, powers of ten alone would leave a scale of one tick or none.
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0), numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _short_number(largest: float) -> Callable[[float, Any], str]:
-    """
-    >>> _short_number(20_000)(2_500, None), _short_number(900)(250, None)
-    ('2.5k', '250')
-    """
-    for unit, letter in ((1e6, "M"), (1e3, "k")):
-        if largest >= 5 * unit:
-            return lambda value, _: f"{value / unit:g}{letter}" if value else "0"
-    return lambda value, _: f"{value:g}"
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _draw_note(axes: Axes, panel: Panel, curves: Curves) -> None:
@@ -183,7 +173,7 @@ def _draw_note(axes: Axes, panel: Panel, curves: Curves) -> None:
 def _never_positive(panel: Panel, key: str, curves: Curves) -> str:
     """A logarithmic scale has no zero, so the methods whose values are all zero are named instead."""
     values = {method: [value for _, value in _points(rows, key)] for method, rows in curves.items()}
-    zero = [method for method, ones in values.items() if ones and max(ones) <= 0]
+    zero = [method for method, figures in values.items() if figures and max(figures) <= 0]
     named = ", ".join(zero) if len(zero) < 3 else f"{len(zero)} methods"
     return f"; {named}: 0" if panel.log and zero else ""
 
@@ -217,8 +207,8 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     [0.0, 0.75, 1.25]
     """
     groups: list[tuple[float, int]] = []  # (center, members)
-    for one in wanted:
-        groups.append((one, 1))
+    for position in wanted:
+        groups.append((position, 1))
         while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
             (center, count), (last, last_count) = groups[-2:]
             groups[-2:] = [((center * count + last * last_count) / (count + last_count), count + last_count)]

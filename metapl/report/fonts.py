@@ -22,15 +22,15 @@ def families(texts: Iterable[str]) -> list[str]:
     """
     from matplotlib.font_manager import fontManager
 
-    found, missing = [BASE], set(_letters(texts)) - letters_of(BASE)
+    chosen, missing = [BASE], set(_letters(texts)) - letters_of(BASE)
     names = sorted({entry.name for entry in fontManager.ttflist if not entry.name.startswith(PLACEHOLDERS)})
     while missing:
         best = max(names, key=lambda name: (len(missing & letters_of(name)), "Sans" in name, -len(name)))
         if not missing & letters_of(best):
             break
-        found.append(best)
+        chosen.append(best)
         missing -= letters_of(best)
-    return found
+    return chosen
 
 
 def undrawable(text: str) -> list[str]:
@@ -70,7 +70,7 @@ def letters_of(family: str) -> frozenset[str]:
     """The letters that a family has, upright and bold alike; none where matplotlib cannot draw it."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    both = []
+    charmaps = []
     for weight in ("normal", "bold"):
         try:
             with any_weight():
@@ -80,8 +80,8 @@ def letters_of(family: str) -> frozenset[str]:
             return frozenset()
         if not font.scalable:  # pictures of fixed sizes, such as colored emoji
             return frozenset()
-        both.append(frozenset(map(chr, font.get_charmap())))
-    return both[0] & both[1]
+        charmaps.append(frozenset(map(chr, font.get_charmap())))
+    return charmaps[0] & charmaps[1]
 
 
 @contextmanager

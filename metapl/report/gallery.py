@@ -47,7 +47,7 @@ CAPTION_BEYOND = 0.25  # how far a caption may go on to the right of its picture
 TALLEST = 1.4
 """Height of a picture in units of the width that it has at most; a higher one is drawn narrower."""
 
-# (color and dashes of the frame, its points, the sign before the caption), so that no mark is told by color alone.
+# (color and dashes of the frame, its points, the sign before the caption), so that marks differ in more than color.
 MARKS: dict[bool | None, tuple[str, Any, float, str]] = {
     True: (RIGHT, "-", 2.2, "✓"),
     False: (WRONG, (0, (3.2, 1.6)), 2.2, "✗"),

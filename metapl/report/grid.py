@@ -65,7 +65,7 @@ def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Seque
     Raises:
         MetaplError: there is no picture, there are too many groups, or the file cannot be written.
     """
-    groups = [one for one in groups if len(one)]
+    groups = [group for group in groups if len(group)]
     if not groups:
         raise MetaplError("there is nothing to draw: the grid has no picture")
     if len(groups) > MOST_GROUPS:
@@ -84,7 +84,7 @@ def _figure(title: str, note: str, groups: Sequence[Gallery]) -> Figure:
     group_width = columns.pitch * (count - 1) + columns.width
     width = max(2 * MARGIN + group_pitch * (beside - 1) + group_width, NARROWEST)
     bands = list(_bands([_hung(group, columns, max(group_width, size.pitch)) for group in groups], beside))
-    heights = [max(one.height for one in band) for band in bands]
+    heights = [max(hanging.height for hanging in band) for band in bands]
     title_lines, note_lines = wrap_head(title, note, width)
     figure = blank_page(width, 2 * MARGIN + head_height(title_lines, note_lines) + BELOW_HEAD + sum(heights))
     top = draw_head(figure, title_lines, note_lines) - BELOW_HEAD

@@ -67,7 +67,9 @@ def draw_report(
             the file cannot be written.
     """
     if len(curves) > len(PALETTE):
-        raise MetaplError(f"{len(curves)} methods were given; at most {len(PALETTE)} can be told apart by their colors")
+        raise MetaplError(
+            f"{len(curves)} methods were given; at most {len(PALETTE)} can be distinguished by their colors"
+        )
     counts = None if confusion is None else checked_counts(confusion, classes)
     choices = (panel if has_figures(panel, curves) else panel.otherwise for panel in PANELS)
     panels = [panel for panel in choices if panel and has_figures(panel, curves)]

@@ -1,4 +1,4 @@
-"""The look that all pictures share: colors in which things are told apart, sizes of letters, lengths in inches."""
+"""The look that all pictures share: colors, sizes of letters, lengths in inches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 DOTS_PER_INCH = 150
 
-# Okabe and Ito's palette without its yellow, which is too pale for a line on white; told apart by the color-blind.
+# Okabe and Ito's palette without its yellow, which is too pale for a line on white; the color-blind can distinguish
+# the others.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, QUIET, GRID = "#222222", "#6B6B6B", "#E4E4E4"
 RIGHT, WRONG, FRAME = PALETTE[2], PALETTE[1], "#BDBDBD"

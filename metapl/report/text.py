@@ -8,8 +8,8 @@ LONGEST_NAME = 18
 
 
 def drawable(text: str) -> str:
-    """A text as one line that can be drawn: a name may hold line breaks, bytes that are no letters, or letters that no
-    font has.
+    """A text as one line that can be drawn: a name may hold line breaks, undecodable bytes, or letters that no font
+    has.
 
     >>> drawable("a\\nb \\udcff")
     'a b ?'

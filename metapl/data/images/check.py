@@ -1,29 +1,26 @@
-"""What would spoil a training with a set of folders, found before it begins."""
+"""Problems with the folders of a training, found before it begins."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple
 
-from metapl.data.images.folders import Count, Files, LabeledFiles, Progress
-from metapl.errors import MetaplError
-
-T = TypeVar("T")
+from metapl.data.images.folders import Count, Files, LabeledFiles, Progress, digest, unreadable
+from metapl.errors import few
 
 Kind = Literal["classes", "test copies", "validation copies", "labeled copies", "contradiction"]
 
-_SHOWN = 5
-_GLIMPSE = 4096
+_PIECE = 4096
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about the folders that a user should know before training.
+    """A problem with the folders that a user should know about before training.
 
     Args:
         level: an "error" makes results wrong or training impossible; a "warning" may be meant so.
@@ -57,7 +54,7 @@ def check_folders(
     Args:
         labeled, unlabeled: the folders trained on.
         validation, test: the folders that are not.
-        progress: called with the number of files whose bytes were looked at.
+        progress: called with the number of files whose bytes were compared.
 
     Returns:
         errors first; empty where all is well.
@@ -72,7 +69,7 @@ def check_folders(
     for name, held_out in (("validation", validation), ("test", test)):
         if held_out is not None:
             findings += _other_classes(labeled, held_out, name)
-    return sorted(findings, key=lambda one: one.level != "error")
+    return sorted(findings, key=lambda finding: finding.level != "error")
 
 
 def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
@@ -93,7 +90,12 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
                 "of this class; add more.",
                 files,
             )
-    for same in _grouped(labeled.classes, str.casefold):
+    by_case: defaultdict[str, list[str]] = defaultdict(list)
+    for name in labeled.classes:
+        by_case[name.casefold()].append(name)
+    for same in by_case.values():
+        if len(same) == 1:
+            continue
         names = " and ".join(map(repr, same))
         folders = tuple(labeled.root / name for name in same)
         yield Finding(
@@ -112,24 +114,25 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
 def _other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> Iterator[Finding]:
     counts = held_out.counts()
     known = set(labeled.classes)
-    unknown = [one for one, count in counts.items() if one not in known and count]
+    unknown = [label for label, count in counts.items() if label not in known and count]
     if unknown:
         yield Finding(
             "error",
-            f"the {name} folder {held_out.root} has classes that {labeled.root} does not: {some(unknown)}; expected "
+            f"the {name} folder {held_out.root} has classes that {labeled.root} does not: {few(unknown)}; expected "
             "folders of the same names.",
-            tuple(held_out.root / one for one in unknown),
+            tuple(held_out.root / label for label in unknown),
         )
-    missing = [one for one in labeled.classes if not counts.get(one)]
+    missing = [label for label in labeled.classes if not counts.get(label)]
     if missing:
         yield Finding(
             "warning",
-            f"the {name} folder {held_out.root} has no picture of {some(missing)}: nothing is measured there.",
+            f"the {name} folder {held_out.root} has no picture of {few(missing)}: nothing is measured there.",
         )
 
 
-@dataclass(frozen=True)
-class _Copy:
+class _File(NamedTuple):
+    """A file of one side: labelled, unlabelled, validation or test."""
+
     side: str
     label: str | None
     path: str
@@ -151,35 +154,33 @@ def find_copies(
     """
     sides = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
     files = [
-        _Copy(side, found.classes[found.labels[i]] if isinstance(found, LabeledFiles) else None, path)
-        for side, found in sides.items()
-        if found is not None
-        for i, path in enumerate(found.paths())
+        _File(side, folder.classes[folder.labels[i]] if isinstance(folder, LabeledFiles) else None, path)
+        for side, folder in sides.items()
+        if folder is not None
+        for i, path in enumerate(folder.paths())
     ]
     count = Count(progress)
-    leaks: defaultdict[tuple[str, str], list[tuple[_Copy, _Copy]]] = defaultdict(list)
-    contradictions: list[list[_Copy]] = []
-    used_twice = 0
-    for group in _same_bytes(files, count):
-        of = {side: [one for one in group if one.side == side] for side in sides}
-        for held_out, other in _LEAKS:
-            if of[other]:
-                leaks[held_out, other] += ((one, of[other][0]) for one in of[held_out])
-        used_twice += _labeled_twins(group)
-        if len({one.label for one in of["labeled"]}) > 1:
-            contradictions.append(of["labeled"])
+    groups = _same_bytes(files, count)
     count.end()
-    for (held_out, other), pairs in leaks.items():
+    for held_out, other in _LEAKS:
+        pairs = [
+            (file, copy)
+            for group in groups
+            if (copy := next((file for file in group if file.side == other), None)) is not None
+            for file in group
+            if file.side == held_out
+        ]
         if pairs:
             yield _leak(held_out, other, pairs, mended=held_out if trained else other)
-    if unlabeled is not None and used_twice == len(labeled):
+    if unlabeled is not None and sum(map(_labeled_copies, groups)) == len(labeled):
         yield _used_twice(labeled, unlabeled)
+    contradictions = [files for group in groups if _contradict(files := [f for f in group if f.side == "labeled"])]
     if contradictions:
-        shown = some([" and ".join(one.path for one in group) for group in contradictions])
+        shown = few([" and ".join(file.path for file in group) for group in contradictions])
         yield Finding(
             "error",
             f"{len(contradictions)} pictures are in two classes: {shown}; remove them from all classes but one.",
-            tuple(Path(one.path) for group in contradictions for one in group),
+            tuple(Path(file.path) for group in contradictions for file in group),
             kind="contradiction",
         )
 
@@ -190,8 +191,8 @@ def _used_twice(labeled: LabeledFiles, unlabeled: Files) -> Finding:
         note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
     else:
         note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
-    told = f"all labelled pictures are in the unlabelled folder {unlabeled.root} too: {note}"
-    return Finding("warning", told, kind="labeled copies")
+    message = f"all labelled pictures are in the unlabelled folder {unlabeled.root} too: {note}"
+    return Finding("warning", message, kind="labeled copies")
 
 
 _COPIES: dict[str, Kind] = {"test": "test copies", "validation": "validation copies"}
@@ -205,86 +206,65 @@ _LEAKS = (
 )
 
 
-def _leak(held_out: str, other: str, pairs: Sequence[tuple[_Copy, _Copy]], mended: str) -> Finding:
+def _leak(held_out: str, other: str, pairs: Sequence[tuple[_File, _File]], mended: str) -> Finding:
     harmless = (held_out, other) == ("test", "validation")
-    shown = some([f"{a.path} is {b.path}" for a, b in pairs])
+    shown = few([f"{file.path} is {copy.path}" for file, copy in pairs])
     return Finding(
         "warning" if harmless else "error",
         f"{len(pairs)} {held_out} pictures are among the {other} ones too: {shown}; "
         + ("what is selected on them looks better than it is: " if harmless else "the result would be too good: ")
         + f"remove them from the {mended} folder.",
-        tuple(Path(one.path) for pair in pairs for one in pair),
+        tuple(Path(file.path) for pair in pairs for file in pair),
         kind=_COPIES[held_out],
     )
 
 
-def _same_bytes(files: Sequence[_Copy], count: Count) -> Iterator[list[_Copy]]:
+def _same_bytes(files: list[_File], count: Count) -> list[list[_File]]:
     """Groups of files with the same bytes that matter: on several sides, or labelled in two ways.
 
-    Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one size, so a look
-    into them comes before all their bytes.
+    Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one size, so a piece
+    of them is compared before all their bytes.
     """
-
-    def asked(key: Callable[[str], Hashable], counted: bool) -> Callable[[_Copy], Hashable]:
-        def ask(file: _Copy) -> Hashable:
-            try:
-                found = key(file.path)
-            except OSError as error:
-                raise MetaplError(f"{file.path} cannot be read: {error.strerror}; was it removed just now?") from error
-            count.add(counted)
-            return found
-
-        return ask
-
-    groups, labeled = [list(files)], sum(file.side == "labeled" for file in files)
-    for key, counted in ((os.path.getsize, False), (_glimpse, True), (_digest, False)):
-        found = [same for group in groups for same in _grouped(group, asked(key, counted))]
-        all_twice = sum(_labeled_twins(same) for same in found) == labeled
-        groups = [files for same in found if (files := _mattering(same, all_twice))]
-    return iter(groups)
+    groups, labeled = [files], sum(file.side == "labeled" for file in files)
+    for key, counted in ((os.path.getsize, 0), (_middle, 1), (digest, 0)):
+        alike: list[list[_File]] = []
+        for group in groups:
+            by_key: defaultdict[Hashable, list[_File]] = defaultdict(list)
+            for file in group:
+                try:
+                    by_key[key(file.path)].append(file)
+                except OSError as error:
+                    raise unreadable(file.path, error) from error
+                count.add(counted)
+            alike += (same for same in by_key.values() if len(same) > 1)
+        # That some labelled pictures are unlabelled too is usual; it is a finding where all of them might be.
+        all_copied = sum(map(_labeled_copies, alike)) == labeled
+        groups = [matter for same in alike if (matter := _that_matter(same, all_copied))]
+    return groups
 
 
-def _labeled_twins(files: Sequence[_Copy]) -> int:
-    """How many labelled ones stand beside an unlabelled one."""
+def _labeled_copies(files: Sequence[_File]) -> int:
+    """How many labelled files have the same bytes as an unlabelled one."""
     sides = [file.side for file in files]
     return sides.count("labeled") if "unlabeled" in sides else 0
 
 
-def _mattering(files: list[_Copy], all_twice: bool) -> list[_Copy]:
-    """Those of files that might be one picture with which something would be wrong then.
-
-    That some labelled pictures are unlabelled too is usual; it is said where ``all_twice`` of them might be.
-    """
+def _that_matter(files: list[_File], all_copied: bool) -> list[_File]:
+    """The files that would be a finding if all of them were the same picture."""
     sides = {file.side for file in files}
-    if any(held_out in sides and other in sides for held_out, other in _LEAKS):
-        return files
-    if all_twice and {"labeled", "unlabeled"} <= sides:
+    if any(sides.issuperset(leak) for leak in _LEAKS) or (all_copied and sides >= {"labeled", "unlabeled"}):
         return files
     labeled = [file for file in files if file.side == "labeled"]
-    return labeled if len({file.label for file in labeled}) > 1 else []
+    return labeled if _contradict(labeled) else []
 
 
-def _glimpse(path: str) -> bytes:
+def _contradict(labeled: Sequence[_File]) -> bool:
+    return len({file.label for file in labeled}) > 1
+
+
+def _middle(path: str) -> bytes:
     """4 KiB from the middle: the beginning is often a header that all files share."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size // 2 - _GLIMPSE // 2))
-        return hashlib.sha256(file.read(_GLIMPSE)).digest()
-
-
-def _digest(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _grouped(values: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """The values that share their key with another."""
-    groups: defaultdict[Hashable, list[T]] = defaultdict(list)
-    for value in values:
-        groups[key(value)].append(value)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+        file.seek(max(0, size // 2 - _PIECE // 2))
+        return hashlib.sha256(file.read(_PIECE)).digest()

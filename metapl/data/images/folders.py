@@ -1,11 +1,12 @@
-"""Folders of pictures: which files are in them, and of which class."""
+"""Folders of images: the files in them, and their classes."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +18,7 @@ from metapl.data.images.reader import SUFFIXES
 from metapl.errors import MetaplError
 
 Progress = Callable[[int], None]
-"""Told now and then how many files are done."""
+"""Called now and then with the number of files done."""
 
 FilesT = TypeVar("FilesT", bound="Files")
 
@@ -31,7 +32,7 @@ class Files:
     Args:
         root: the folder.
         names: of the files, relative to it, with slashes, in the order of their characters.
-        passed_over: number of files, by suffix, whose name is no picture's.
+        passed_over: number of other files, by suffix.
     """
 
     root: Path
@@ -86,8 +87,8 @@ class LabeledFiles(Files):
 
     def counts(self) -> dict[str, int]:
         """Number of pictures of each class."""
-        found = Counter(self.labels)
-        return {name: found[label] for label, name in enumerate(self.classes)}
+        counts = Counter(self.labels)
+        return {name: counts[label] for label, name in enumerate(self.classes)}
 
 
 def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> Files:
@@ -117,10 +118,10 @@ def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> File
     """
     root = _folder(folder)
     count = Count(progress)
-    names, passed_over = _pictures(root, count)
+    names, passed_over = _images(root, count)
     count.end()
     if not names:
-        raise _no_picture(root, passed_over)
+        raise _no_image(root, passed_over)
     return Files(root, names, passed_over)
 
 
@@ -142,106 +143,113 @@ def scan_labeled(folder: str | Path, progress: Progress | None = None) -> Labele
     """
     root = _folder(folder)
     count = Count(progress)
-    folders, beside, passed_over = _entries(root, "")
-    classes = tuple(sorted(folders))
+    inside, files = next((inside, files) for _, inside, files in _walk(root))
+    classes = tuple(inside)
     if not classes:
         raise MetaplError(
             f"{root} has no folder in it; expected one folder a class, with the pictures of the class in it: "
             f"{root / 'cat'}, {root / 'dog'}"
         )
+    loose, passed_over = _by_suffix(files)
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        inside, others = _pictures(root / name, count)
-        names += (f"{name}/{one}" for one in inside)
-        labels += [label] * len(inside)
+        below, others = _images(root / name, count)
+        names += (f"{name}/{image}" for image in below)
+        labels += [label] * len(below)
         passed_over.update(others)
     count.end()
     if not names:
-        raise _no_picture(root, passed_over)
-    return LabeledFiles(root, tuple(names), dict(passed_over), classes, tuple(labels), len(beside))
+        raise _no_image(root, passed_over)
+    return LabeledFiles(root, tuple(names), dict(passed_over), classes, tuple(labels), len(loose))
 
 
 def _folder(folder: str | Path) -> Path:
     root = Path(folder).expanduser()
     if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
-        raise MetaplError(f"{root} {what}; expected a folder with pictures.")
+        state = "is a file" if root.exists() else "does not exist"
+        raise MetaplError(f"{root} {state}; expected a folder with pictures.")
     return root
 
 
-def _no_picture(root: Path, passed_over: Mapping[str, int]) -> MetaplError:
+def _no_image(root: Path, passed_over: Mapping[str, int]) -> MetaplError:
     kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(passed_over.items()))
     others = f", only {kinds}" if kinds else ""
     return MetaplError(f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}.")
 
 
 class Count:
-    """Counts files, and tells of every thousandth."""
+    """Counts files, and reports every thousandth and the last."""
 
     def __init__(self, progress: Progress | None) -> None:
-        self.done, self.told, self.progress = 0, -1, progress
+        self.done, self.reported, self.progress = 0, -1, progress
 
     def add(self, number: int = 1) -> None:
         before, self.done = self.done, self.done + number
         if before // _EVERY != self.done // _EVERY:
-            self._tell()
+            self.end()
 
     def end(self) -> None:
-        if self.told != self.done:
-            self._tell()
-
-    def _tell(self) -> None:
-        self.told = self.done
-        if self.progress is not None:
+        if self.reported != self.done and self.progress is not None:
             self.progress(self.done)
+        self.reported = self.done
 
 
-def _pictures(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
-    """The pictures below a folder, relative to it and sorted, and the suffixes of what else there is."""
+def digest(path: str) -> bytes:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def unreadable(path: str, error: OSError) -> MetaplError:
+    """A file of a scan cannot be read any more."""
+    return MetaplError(f"{path} cannot be read: {error.strerror}; was it removed just now?")
+
+
+def _images(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
+    """The images below a folder, relative to it and sorted, and the suffixes of what else there is."""
     names: list[str] = []
     passed_over: Counter[str] = Counter()
-    seen: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        inside = waiting.pop()
-        status = _try(os.stat, root / inside)
-        # A link can lead back to a folder above it.
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders, files, others = _entries(root, inside)
-        names += files
+    for folder, _, files in _walk(root):
+        images, others = _by_suffix(files)
+        prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+        names += (prefix + name for name in images)
         passed_over.update(others)
-        waiting += sorted(folders, reverse=True)
-        count.add(len(files))
+        count.add(len(images))
     return tuple(sorted(names)), passed_over
 
 
-def _entries(root: Path, inside: str) -> tuple[list[str], list[str], Counter[str]]:
-    """The folders and pictures of one folder, relative to the root, and the suffixes of what else is in it."""
-    folders: list[str] = []
-    files: list[str] = []
+def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each folder once, with the folders and the files in it; hidden ones are left out."""
+    seen: set[tuple[int, int]] = set()
+    for folder, inside, files in os.walk(root, onerror=_refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            inside.clear()  # a link can lead back to a folder above it
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inside[:] = sorted(filter(_is_visible, inside))
+        yield Path(folder), inside, [name for name in files if _is_visible(name)]
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _refuse(error: OSError) -> None:
+    raise MetaplError(
+        f"{error.filename} cannot be listed: {error.strerror}; expected a folder that can be read."
+    ) from error
+
+
+def _by_suffix(files: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """The images among files, and the suffixes of the others."""
+    images: list[str] = []
     others: Counter[str] = Counter()
-    prefix = f"{inside}/" if inside else ""
-    with _try(os.scandir, root / inside) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            if entry.is_dir():
-                folders.append(prefix + entry.name)
-            elif (suffix := os.path.splitext(entry.name)[1].lower()) in SUFFIXES:
-                files.append(prefix + entry.name)
-            else:
-                others[suffix or "no suffix"] += 1
-    return folders, files, others
-
-
-T = TypeVar("T")
-
-
-def _try(ask: Callable[[Path], T], path: Path) -> T:
-    try:
-        return ask(path)
-    except OSError as error:
-        raise MetaplError(f"{path} cannot be listed: {error.strerror}; expected a folder that can be read.") from error
+    for name in files:
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in SUFFIXES:
+            images.append(name)
+        else:
+            others[suffix or "no suffix"] += 1
+    return images, others

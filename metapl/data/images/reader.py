@@ -1,4 +1,4 @@
-"""Pictures from files: whatever a folder holds becomes a tensor of one kind, or is refused with the reason."""
+"""Reading of image files: every format becomes the same kind of tensor, or is refused with the reason."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Crop = Callable[[int, int], Box]
 
 
 class UnreadableImage(MetaplError):
-    """A file that is no picture, or none that can be used: ``path`` names it and ``reason`` says why.
+    """A file that is not a usable picture: ``path`` names it and ``reason`` says why.
 
     What only one file has, such as its number of pixels, stands in brackets at the end of the reason.
     """
@@ -150,9 +150,9 @@ def _read(
             f"read_image got size {size} and max_pixels {max_pixels}; expected sides of 1 or more and 1 to {MAX_PIXELS}"
         )
     with _opened(path, max_pixels) as image:
-        pictures = _decoded(image, mode, size, crops, center)
-        values = [torch.from_numpy(numpy.atleast_3d(numpy.array(one, dtype=numpy.uint8))) for one in pictures]
-    return [rearrange(one, "h w c -> c h w").contiguous() for one in values]
+        images = _decoded(image, mode, size, crops, center)
+        values = [torch.from_numpy(numpy.atleast_3d(numpy.array(x, dtype=numpy.uint8))) for x in images]
+    return [rearrange(x, "h w c -> c h w").contiguous() for x in values]
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
@@ -181,7 +181,7 @@ def image_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     """(height, width) of a picture as its header has them, before any turning; nothing is decoded.
 
     Raises:
-        UnreadableImage: as :func:`read_image`, as far as the header tells.
+        UnreadableImage: as :func:`read_image`, for what the header shows.
     """
     with _opened(path, max_pixels) as image:
         return image.height, image.width
@@ -210,13 +210,13 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
         ) from error
     except UnidentifiedImageError:
         empty = os.path.getsize(path) == 0
-        raise UnreadableImage(path, "the file is empty" if empty else "this is no picture of a known format") from None
+        raise UnreadableImage(path, "the file is empty" if empty else "not a picture of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(path, _too_large(max_pixels, str(error))) from error
     except Exception as error:  # each of Pillow's readers has exceptions of its own
-        said = _words(error)
-        what = "is truncated" if "truncated" in said.lower() else "cannot be decoded"
-        raise UnreadableImage(path, f"the picture {what} ({said})") from error
+        reason = reason_of(error)
+        fault = "is truncated" if "truncated" in reason.lower() else "cannot be decoded"
+        raise UnreadableImage(path, f"the picture {fault} ({reason})") from error
 
 
 def _decoded(
@@ -268,7 +268,7 @@ def _turned(image: Image) -> Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken note of which side is up is no reason to lose the picture
+    except Exception:  # a broken EXIF orientation should not lose the picture
         return image
 
 
@@ -307,10 +307,11 @@ def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, in
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box)
 
 
-def _too_large(max_pixels: int, found: str) -> str:
-    return f"the picture has more than the {max_pixels:,} pixels that are allowed ({found})"
+def _too_large(max_pixels: int, size: str) -> str:
+    return f"the picture has more than the {max_pixels:,} pixels that are allowed ({size})"
 
 
-def _words(error: Exception) -> str:
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return " ".join(said.split()).rstrip(".")
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, in one line."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return " ".join(reason.split()).rstrip(".")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import mmap
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from metapl.data.images.folders import Count, Progress
+from metapl.data.images.cache import Cache, shared_bytes
 from metapl.data.images.reader import MAX_PIXELS, Crop, UnreadableImage, read_crops, read_image
+from metapl.data.images.record import record_files
+from metapl.device import to_device
 from metapl.errors import MetaplError
-from metapl.runs.locks import lock
 
 _IN_A_ROW = 32
 _WORKERS = 256
@@ -130,8 +128,8 @@ class FileImages:
         self._ends = np.cumsum([len(path) for path in encoded])
         self._indices = torch.arange(len(encoded))
         self.size, self.mode, self.max_pixels, self.center, self.log = size, mode, max_pixels, center, log
-        self._cache: _Cache | None = None
-        self._told = _shared(len(encoded))
+        self._cache: Cache | None = None
+        self._recorded = shared_bytes(len(encoded))
         # What each worker is reading: its process and the file, 0 for none. Whoever waits for it can look.
         self._reading = torch.zeros(_WORKERS, 2, dtype=torch.int64).share_memory_()
 
@@ -143,24 +141,23 @@ class FileImages:
         return (3 if self.mode == "RGB" else 1, *self.size)
 
     def select(self, indices: Tensor) -> FileImages:
-        some = object.__new__(FileImages)
-        vars(some).update(vars(self), _indices=self._indices[indices])
-        return some
+        return self._with(_indices=self._indices[indices])
 
     def logged(self, log: Path | None) -> FileImages:
-        """The same pictures, with another ``log``."""
-        some = self.select(torch.arange(len(self)))
-        some.log = log
-        return some
+        """The same images, with another ``log``."""
+        return self._with(log=log)
 
     def cached(self) -> FileImages:
         """The same pictures, each kept in memory once it was read whole; forked worker processes share that memory.
 
         Cost: C·H·W + 1 bytes a picture, taken as the pictures are read.
         """
-        some = self.select(torch.arange(len(self)))
-        some._cache = _Cache(len(self._ends), self.shape)
-        return some
+        return self._with(_cache=Cache(len(self._ends), self.shape))
+
+    def _with(self, **changes: Any) -> FileImages:
+        copy = object.__new__(FileImages)
+        vars(copy).update({**vars(self), **changes})
+        return copy
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_cache": None}  # a process that is not forked reads for itself
@@ -174,8 +171,8 @@ class FileImages:
             pictures, used = self.fetch_crops(indices, [()] * len(indices))
             return pictures[0], used
         used = indices.clone()
-        for at in self._cache.missing(self._indices[indices]):
-            _, used[at] = self._next_sound(int(indices[at]), ())
+        for row in self._cache.missing(self._indices[indices]):
+            _, used[row] = self._next_sound(int(indices[row]), ())
         return self._cache.gather(self._indices[used]), used
 
     def fetch_crops(self, indices: Tensor, crops: Sequence[Sequence[Crop]]) -> tuple[list[Tensor], Tensor]:
@@ -190,58 +187,27 @@ class FileImages:
         """
         rows, used = [], []
         for index, boxes in zip(indices.tolist(), crops, strict=True):
-            pictures, found = self._next_sound(index, boxes)
-            rows.append(pictures)
-            used.append(found)
+            images, sound = self._next_sound(index, boxes)
+            rows.append(images)
+            used.append(sound)
         return [torch.stack(list(view)) for view in zip(*rows, strict=True)], torch.tensor(used, dtype=torch.int64)
 
     def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`fetch`, but a broken file is left out instead of replaced: for measuring."""
         if self._cache is not None:
-            sound = torch.ones(len(indices), dtype=torch.bool)
-            for at in self._cache.missing(self._indices[indices]):
-                sound[at] = self._try(int(indices[at]), ()) is not None
-            used = indices[sound]
+            is_sound = torch.ones(len(indices), dtype=torch.bool)
+            for row in self._cache.missing(self._indices[indices]):
+                is_sound[row] = self._try(int(indices[row]), ()) is not None
+            used = indices[is_sound]
             return self._cache.gather(self._indices[used]), used
-        found = [(index, picture) for index in indices.tolist() if (picture := self._try(index, ())) is not None]
-        pictures = [picture[0] for _, picture in found]
-        images = torch.stack(pictures) if pictures else torch.empty(0, *self.shape, dtype=torch.uint8)
-        return images, torch.tensor([index for index, _ in found], dtype=torch.int64)
-
-    def load(self, progress: Progress | None = None) -> tuple[MemoryImages, Tensor]:
-        """Decode every file now.
-
-        Args:
-            progress: called with the number of files done.
-
-        Returns:
-            The pictures that could be read, and which they are, (n,) int64.
-
-        Cost: C·H·W bytes a picture.
-
-        Raises:
-            MetaplError: none could be read.
-        """
-        count = Count(progress)
-        data = torch.empty(len(self), *self.shape, dtype=torch.uint8)
-        kept: list[int] = []
-        for index in range(len(self)):
-            picture = self._try(index, ())
-            if picture is not None:
-                data[len(kept)] = picture[0]
-                kept.append(index)
-            count.add()
-        count.end()
-        if not kept:
-            raise MetaplError(
-                f"none of {len(self)} pictures can be read, such as {self.path(0)}; expected whole files."
-            )
-        return MemoryImages(data[: len(kept)]), torch.tensor(kept, dtype=torch.int64)
+        sound = [(index, views[0]) for index in indices.tolist() if (views := self._try(index, ())) is not None]
+        images = torch.stack([image for _, image in sound]) if sound else torch.empty(0, *self.shape).byte()
+        return images, torch.tensor([index for index, _ in sound], dtype=torch.int64)
 
     def dead_readers(self) -> list[Path]:
-        """The files that worker processes were reading when they died, each told once.
+        """The files that worker processes were reading when they died, each reported once.
 
-        To be asked after a loader failed and before its workers are stopped.
+        To be called after a loader failed and before its workers are stopped.
         """
         slots = self._reading.numpy()
         reading = {int(pid): worker for worker, (pid, number) in enumerate(slots) if number > 0}
@@ -288,7 +254,7 @@ class FileImages:
                 self._cache.put(number, picture)
             return [picture]
         except UnreadableImage as error:
-            self._tell(number, path, error.reason)
+            self._record(number, path, error.reason)
             return None
         finally:
             if worker is not None and worker.id < _WORKERS:
@@ -298,84 +264,16 @@ class FileImages:
         start = 0 if number == 0 else int(self._ends[number - 1])
         return os.fsdecode(self._bytes[start : int(self._ends[number])].tobytes())
 
-    def _tell(self, number: int, path: str, reason: str) -> None:
-        if self._told[number]:
+    def _record(self, number: int, path: str, reason: str) -> None:
+        if self._recorded[number]:
             return
-        self._told[number] = 1
+        self._recorded[number] = 1
         if self.log is None:
             warnings.warn(f"{path} is left out: {reason}", stacklevel=2)
-            return
-        record_files(self.log, {path: reason})
-
-
-class _Cache:
-    """Pictures by number in memory that is shared with forked processes: whoever reads one, reads it for all.
-
-    Two that read the same picture at once write the same bytes, and a picture counts as there when it is whole.
-    """
-
-    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
-        memory = _shared(count * (1 + math.prod(shape)))
-        self._there = memory[:count]
-        self._pictures = torch.from_numpy(memory[count:].reshape(count, *shape))
-
-    def missing(self, numbers: Tensor) -> list[int]:
-        """Places in ``numbers`` of pictures that are not there: most in the first epoch, later broken ones."""
-        places: list[int] = np.flatnonzero(self._there[numbers.numpy()] == 0).tolist()
-        return places
-
-    def gather(self, numbers: Tensor) -> Tensor:
-        """Pictures that are there, in one copy."""
-        return self._pictures.index_select(0, numbers)
-
-    def get(self, number: int) -> Tensor | None:
-        return self._pictures[number] if self._there[number] else None
-
-    def put(self, number: int, picture: Tensor) -> None:
-        self._pictures[number] = picture
-        self._there[number] = 1
-
-
-def _shared(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Zeros that this process shares with those forked from it; memory is taken where something is written."""
-    # Not torch's shared tensors, which are bounded by the size of /dev/shm.
-    return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
-
-
-def record_files(log: Path, reasons: Mapping[str, str]) -> None:
-    """Add files that cannot be read to a record, each with the reason; those that are in it stay once."""
-    if not reasons:
-        return
-    with log.open("a+", encoding="utf-8") as file:
-        lock(file, wait=True)  # workers add to it too
-        file.seek(0)
-        before = file.read()
-        known = _recorded(before)
-        new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
-        torn = before and not before.endswith("\n")  # by a process that was killed
-        file.write(("\n" if torn else "") + "".join(json.dumps(one) + "\n" for one in new))
-
-
-def replaced_files(log: Path) -> dict[str, str]:
-    """The files that :class:`FileImages` recorded, each with the reason; empty where there is no such record."""
-    return _recorded(log.read_text(encoding="utf-8")) if log.exists() else {}
-
-
-def _recorded(lines: str) -> dict[str, str]:
-    found = {}
-    for line in lines.splitlines():
-        try:
-            one = json.loads(line)
-        except ValueError:
-            continue  # torn
-        found[one["file"]] = one["reason"]
-    return found
+        else:
+            record_files(self.log, {path: reason})
 
 
 def pick(values: Tensor, indices: Tensor) -> Tensor:
     """values[indices] on the device of the values, with indices from the CPU and without waiting for the device."""
-    if values.device.type == "cpu":
-        return values.index_select(0, indices)  # ten times as fast as values[indices]
-    if values.device.type == "cuda":
-        return values[indices.pin_memory().to(values.device, non_blocking=True)]
-    return values[indices.to(values.device)]
+    return values.index_select(0, to_device(indices, values.device))  # on the CPU ten times as fast as values[indices]

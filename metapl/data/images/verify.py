@@ -1,4 +1,4 @@
-"""Which files are sound: those that are not are skipped, with the reason."""
+"""Which files can be read: the others are skipped, with the reason."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from metapl.data.images.check import some
 from metapl.data.images.folders import Count, Files, Progress
 from metapl.data.images.reader import MAX_PIXELS, UnreadableImage, image_size, read_image
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.runs.atomic import replacing
 
 Depth = Literal["decode", "header", "size"]
@@ -39,7 +38,7 @@ class Verified:
     Args:
         sound: indices of the files that passed.
         skipped: the others.
-        depth: how far the files were looked into.
+        depth: how far the files were examined.
     """
 
     sound: tuple[int, ...]
@@ -54,10 +53,10 @@ class Verified:
         '2 skipped: the file is empty (a.png, b.png)'
         """
         reasons: defaultdict[str, list[str]] = defaultdict(list)
-        for one in self.skipped:
-            reasons[one.reason.split(" (")[0]].append(one.name)  # without what is the file's own
+        for file in self.skipped:
+            reasons[file.reason.split(" (")[0]].append(file.name)  # without what is the file's own
         ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
-        return "\n".join(f"{len(names)} skipped: {reason} ({some(names)})" for reason, names in ranked)
+        return "\n".join(f"{len(names)} skipped: {reason} ({few(names)})" for reason, names in ranked)
 
 
 def verify_files(
@@ -68,7 +67,7 @@ def verify_files(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Verified:
-    """Look which files can be used.
+    """Find which files can be used.
 
     Args:
         files: from a scan.
@@ -79,7 +78,7 @@ def verify_files(
         max_pixels: as :func:`metapl.data.images.reader.read_image`.
         cache: file to keep the result in. It is used again as long as the names, sizes and times of change of all
             files, and what is asked, are the same.
-        progress: called with the number of files looked at.
+        progress: called with the number of files examined.
 
     Returns:
         The sound files, and each other one with the reason.
@@ -93,8 +92,8 @@ def verify_files(
         depth = "size"
     statuses = _statuses(files, progress if depth == "size" else None)
     depth = depth or _affordable(statuses)
-    asked = "" if cache is None else _fingerprint(files, statuses, depth, max_pixels)
-    skipped = None if cache is None else _remembered(cache, asked)
+    key = _cache_key(files, statuses, depth, max_pixels)
+    skipped = None if cache is None else _read_cache(cache, key)
     if skipped is None:
         count = Count(None if depth == "size" else progress)
         skipped = []
@@ -105,27 +104,24 @@ def verify_files(
             count.add()
         count.end()
         if cache is not None:
-            _remember(cache, asked, skipped)
-    names = {one.name for one in skipped}
+            _write_cache(cache, key, skipped)
+    names = {file.name for file in skipped}
     return Verified(tuple(i for i, name in enumerate(files.names) if name not in names), tuple(skipped), depth)
 
 
 def _statuses(files: Files, progress: Progress | None) -> list[tuple[int, int] | str]:
+    """Size and time of change of each file, or why it has none."""
     count = Count(progress)
-    found = []
+    statuses: list[tuple[int, int] | str] = []
     for path in files.paths():
-        found.append(_status(path))
+        try:
+            status = os.stat(path)
+            statuses.append((status.st_size, status.st_mtime_ns))
+        except OSError as error:
+            statuses.append(error.strerror or type(error).__name__)
         count.add()
     count.end()
-    return found
-
-
-def _status(path: str) -> tuple[int, int] | str:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        return error.strerror or type(error).__name__
-    return status.st_size, status.st_mtime_ns
+    return statuses
 
 
 def _affordable(statuses: Sequence[tuple[int, int] | str]) -> Depth:
@@ -148,23 +144,23 @@ def _fault(path: str, status: tuple[int, int] | str, depth: Depth, max_pixels: i
     return None
 
 
-def _fingerprint(files: Files, statuses: Sequence[object], depth: Depth, max_pixels: int) -> str:
-    said = json.dumps([1, depth, max_pixels, files.names, statuses])
-    return hashlib.sha256(said.encode()).hexdigest()
+def _cache_key(files: Files, statuses: Sequence[object], depth: Depth, max_pixels: int) -> str:
+    text = json.dumps([1, depth, max_pixels, files.names, statuses])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _remembered(cache: Path, asked: str) -> list[Skipped] | None:
+def _read_cache(cache: Path, key: str) -> list[Skipped] | None:
     try:
-        found = json.loads(cache.read_text(encoding="utf-8"))
-        return [Skipped(**one) for one in found["skipped"]] if found["asked"] == asked else None
+        result = json.loads(cache.read_text(encoding="utf-8"))
+        return [Skipped(**file) for file in result["skipped"]] if result["key"] == key else None
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # what cannot be read is found out anew
+        return None  # it is made anew
 
 
-def _remember(cache: Path, asked: str, skipped: Sequence[Skipped]) -> None:
-    told = {"asked": asked, "skipped": [dataclasses.asdict(one) for one in skipped]}
+def _write_cache(cache: Path, key: str, skipped: Sequence[Skipped]) -> None:
+    result = {"key": key, "skipped": [dataclasses.asdict(file) for file in skipped]}
     try:
         with replacing(cache) as file:
-            file.write(json.dumps(told, indent=1).encode())
+            file.write(json.dumps(result, indent=1).encode())
     except OSError as error:
         raise MetaplError(f"{cache} cannot be written: {error.strerror}; expected a folder with room.") from error

@@ -1,1 +1,1 @@
-"""Known data sets: scikit-learn's digits, and those that torchvision reads."""
+"""Known data sets: scikit-learn's ``digits``, and ``torchvision_sets`` with the splits of the paper."""

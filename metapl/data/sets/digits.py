@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metapl.data.splits import rank_in_class
 from metapl.errors import MetaplError
 
 
@@ -68,14 +69,14 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
     )
     train = torch.tensor(train_index)
     # The split comes shuffled, so the first of each class are a random choice.
-    rank = torch.nn.functional.one_hot(labels[train], 10).cumsum(0).gather(1, labels[train][:, None])[:, 0]
+    chosen = rank_in_class(labels[train]) < labels_per_class
     fewest = int(labels[train].bincount(minlength=10).min())
     if labels_per_class > fewest:
         raise MetaplError(
             f"labels_per_class is {labels_per_class}; expected at most {fewest}, the size of the smallest class "
             "outside validation and test: ask for fewer labels or make those smaller"
         )
-    labeled, unlabeled = train[rank <= labels_per_class], train[rank > labels_per_class]
+    labeled, unlabeled = train[chosen], train[~chosen]
     return DigitsSplit(
         labeled=(images[labeled], labels[labeled]),
         unlabeled=images[unlabeled],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.data.splits import Split, draw_split
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 
 IMAGENET_SIZE = (256, 256)
 """What ImageNet's pictures are brought to; crops of 224 are cut out of it."""
@@ -140,7 +140,7 @@ def _cifar(name: str, root: Path) -> ImageData:
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    files = [root / kind.base_folder / one for one, _ in (*kind.train_list, *kind.test_list)]
+    files = [root / kind.base_folder / file for file, _ in (*kind.train_list, *kind.test_list)]
     files.append(root / kind.base_folder / kind.meta["filename"])
     command = _python(
         f"from torchvision.datasets import {kind.__name__} as D; D({json.dumps(str(root))}, download=True)"
@@ -242,19 +242,18 @@ def _loaded(name: str, load: Callable[[], Any], files: Iterable[Path], mend: str
     except MemoryError:
         raise
     except Exception as error:  # damaged files fail in pickle, scipy, torchvision or the unpacking
-        said = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise MetaplError(
-            f"the data set {name!r} cannot be loaded ({said.rstrip('.')}); expected files as torchvision knows them, "
+            f"the data set {name!r} cannot be loaded ({reason.rstrip('.')}); expected files as torchvision knows them, "
             f"by their MD5 where it has one: remove what is there, then {mend}"
         ) from error
 
 
 def _same_classes(train: list[str], test: list[str], root: Path) -> None:
     if train != test:
-        odd = sorted(set(train) ^ set(test))
         raise MetaplError(
             f"{root} has {len(train)} classes to train on and {len(test)} to test on, which differ by "
-            f"{', '.join(odd[:5])}; expected the same folders in both"
+            f"{few(sorted(set(train) ^ set(test)))}; expected the same folders in both"
         )
 
 

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from metapl.data import draws
 from metapl.data.images.reader import LUMA
-from metapl.data.views.base import View
+from metapl.data.views.base import WIDE, View, check_channels, check_images, check_range
 from metapl.device import to_device
 from metapl.errors import MetaplError
 
-# Streams 0 to 5 are those of ShiftNoiseCutout and of augment.py.
+# Streams 0 to 5 are those of shift_noise_cutout.py, crops.py and randaugment.py.
 _AFFINE, _COLOR, _HOLE, _FLIP, _RECOLOR, _SOMETIMES = range(6, 12)
 
 _PADDING = {"border": "border", "reflect": "reflection"}
@@ -74,7 +74,7 @@ class Affine:
         _require(self, known, "fill", '"border", "reflect" or a level from 0 to 1')
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        _check(self, images, examples)
+        check_images(self, images, examples, WIDE)
         if self == Affine(fill=self.fill):
             return images
         height, width = images.shape[2:]
@@ -143,9 +143,9 @@ class Color:
         _require(self, 0 <= self.hue <= 0.5, "hue", "a share of a turn, 0 to 0.5")
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        _check(self, images, examples)
-        _check_channels(self, images)
-        _check_range(self, images)
+        check_images(self, images, examples, WIDE)
+        check_channels(self, images)
+        check_range(self, images)
         if self == Color():
             return images
         plan_B5 = to_device(self._plan(seed, step, examples), images.device)
@@ -207,7 +207,7 @@ class Hole:
         _require(self, self.fill in ("mean", "grey"), "fill", '"mean" or "grey"')
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        _check(self, images, examples)
+        check_images(self, images, examples, WIDE)
         if self.side[1] == 0:
             return images
         height, width = images.shape[2:]
@@ -231,7 +231,7 @@ class Flip:
 
     Args:
         horizontal: left to right; not for digits and other writing.
-        vertical: top to bottom, drawn apart from that.
+        vertical: top to bottom, drawn independently.
 
     Call: as :class:`Affine`.
 
@@ -246,7 +246,7 @@ class Flip:
     vertical: bool = False
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        _check(self, images, examples)
+        check_images(self, images, examples, WIDE)
         u_B2 = draws.uniform(seed, step, examples, 2, stream=_FLIP)
         mirrored_B2 = to_device((u_B2 < 0.5).to(images.dtype), images.device)
         for wanted, mirrored_B, axis in zip(
@@ -262,8 +262,8 @@ class Recolor:
     """Exchange the colors of each picture: its channels in another order, and light for dark.
 
     x_c ↦ x_π(c), then 1 − x with probability ``invert``; π is one of the six orders of red, green and blue, all alike.
-    A network that is to give such pictures one label learns to look at shapes: not for classes that are told apart by
-    color or brightness.
+    A network that learns the same label for such pictures learns shapes: not for classes that differ in color or
+    brightness.
 
     Args:
         permute: draw π; pictures of one channel have no order.
@@ -286,9 +286,9 @@ class Recolor:
         _require(self, 0 <= self.invert <= 1, "invert", "a probability, 0 to 1")
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        _check(self, images, examples)
-        _check_channels(self, images)
-        _check_range(self, images)
+        check_images(self, images, examples, WIDE)
+        check_channels(self, images)
+        check_range(self, images)
         u_B4 = draws.uniform(seed, step, examples, 4, stream=_RECOLOR, dtype=torch.float64)
         if self.permute and images.shape[1] == 3:
             order_B3 = to_device(u_B4[:, :3].argsort(dim=1), images.device)
@@ -327,7 +327,7 @@ class Sometimes:
         _require(self, 0 <= self.share <= 1, "share", "a probability, 0 to 1")
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        _check(self, images, examples)
+        check_images(self, images, examples, WIDE)
         u_B = draws.uniform(seed, step, examples, 1, stream=_SOMETIMES)[:, 0]
         changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
         return torch.where(changed_B, self.view(images, seed=seed, step=step, examples=examples), images)
@@ -364,37 +364,3 @@ def _is_range(value: object) -> bool:
 def _require(view: object, holds: bool, name: str, expected: str) -> None:
     if not holds:
         raise MetaplError(f"{type(view).__name__} got {name} {getattr(view, name)!r}; expected {expected}")
-
-
-def _check(view: object, images: Tensor, examples: Tensor) -> None:
-    name = type(view).__name__
-    if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
-        raise MetaplError(
-            f"{name} got images of shape {tuple(images.shape)} and dtype {images.dtype}; expected torch.float32 or "
-            "torch.float64 (B, C, H, W): images.float() / 255, and images[:, None] where the channel is missing"
-        )
-    if examples.shape != images.shape[:1]:
-        raise MetaplError(
-            f"{name} got examples of shape {tuple(examples.shape)} for {len(images)} images; expected one index per "
-            f"image, ({len(images)},): the indices that picked the images from the data set"
-        )
-
-
-def _check_channels(view: object, images: Tensor) -> None:
-    if images.shape[1] not in (1, 3):
-        raise MetaplError(
-            f"{type(view).__name__} got images of {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, "
-            "blue): take transparency off first"
-        )
-
-
-def _check_range(view: object, images: Tensor) -> None:
-    """On the CPU only: elsewhere the look would hold the device up."""
-    if images.device.type != "cpu" or images.numel() == 0:
-        return
-    low, high = (bound.item() for bound in images.aminmax())
-    if not 0 <= low <= high <= 1:
-        raise MetaplError(
-            f"{type(view).__name__} got images with values from {low:g} to {high:g}; expected 0 to 1: normalise after "
-            "the views"
-        )

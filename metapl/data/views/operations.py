@@ -152,19 +152,20 @@ def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
     return _gather(levels, (d * x + (e * y + f)) >> 16, (a * x + (b * y + c)) >> 16, GREY)
 
 
-def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor, fill: float) -> Tensor:
+def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor | None, fill: float) -> Tensor:
     """Mirror the images of ``flip_B``, then cut each at its own offset (down, right), with ``fill`` outside it.
 
     Args:
         images: (B, C, H, W), any dtype.
         offsets_B2: integers, of either sign.
-        flip_B: bool.
+        flip_B: bool, or None for none.
         fill: what stands around the images.
     """
     height, width = images.shape[2:]
     rows_BH = torch.arange(height, device=images.device) + offsets_B2[:, :1]
     cols_BW = torch.arange(width, device=images.device) + offsets_B2[:, 1:]
-    cols_BW = torch.where(flip_B[:, None], width - 1 - cols_BW, cols_BW)
+    if flip_B is not None:
+        cols_BW = torch.where(flip_B[:, None], width - 1 - cols_BW, cols_BW)
     return _gather(images, rows_BH[:, :, None], cols_BW[:, None, :], fill)
 
 
@@ -178,11 +179,10 @@ def _gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
     return images.flatten(2).gather(2, flat).view_as(images).masked_fill(~inside[:, None], fill)
 
 
-def cutout(levels: Tensor, centers_B2: Tensor, side: int) -> Tensor:
-    """Grey out a square around each center (row, column); what lies outside the picture is lost."""
-    height, width = levels.shape[2:]
-    corners_B2 = centers_B2 - side // 2
-    rows_BH = torch.arange(height, device=levels.device) - corners_B2[:, :1]
-    cols_BW = torch.arange(width, device=levels.device) - corners_B2[:, 1:]
+def cutout(images: Tensor, corners_B2: Tensor, side: int, fill: float) -> Tensor:
+    """Fill a square with the given upper left corner (row, column); what lies outside the image is lost."""
+    height, width = images.shape[2:]
+    rows_BH = torch.arange(height, device=images.device) - corners_B2[:, :1]
+    cols_BW = torch.arange(width, device=images.device) - corners_B2[:, 1:]
     square_BHW = ((rows_BH >= 0) & (rows_BH < side))[:, :, None] & ((cols_BW >= 0) & (cols_BW < side))[:, None, :]
-    return levels.masked_fill(square_BHW[:, None], GREY)
+    return images.masked_fill(square_BHW[:, None], fill)

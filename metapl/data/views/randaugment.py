@@ -1,28 +1,24 @@
-"""The views of the paper's picture protocols: weak (crop and mirror) and strong (RandAugment and Cutout).
+"""The strong view of the paper's image protocols: RandAugment and Cutout.
 
-Each draws per example from (seed, step, example) and works on the whole batch on the images' device. Where the settings
-of the paper are not known, they are those of the code that its authors published.
+Where the settings of the paper are not known, they are those of the code that its authors published.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from metapl.data import draws
 from metapl.data.views import operations
+from metapl.data.views.base import FLOATING_OR_BYTES, below, check_channels, check_images, check_range
+from metapl.device import to_device
 from metapl.errors import MetaplError
 
-# Streams 0 and 1 are those of ShiftNoiseCutout.
-_CROP, _RESIZED_CROP, _OPERATIONS, _CUTOUT = range(2, 6)
-
-GREY = operations.GREY / 255
-"""The middle level, which fills what no pixel comes to."""
+# Streams 0 to 3 are those of shift_noise_cutout.py and crops.py.
+_OPERATIONS, _CUTOUT = range(4, 6)
 
 CIFAR_OPERATIONS = (
     "AutoContrast",
@@ -45,126 +41,6 @@ CIFAR_OPERATIONS = (
 
 SVHN_OPERATIONS = tuple(name for name in CIFAR_OPERATIONS if name not in ("Sample Pairing", "Rotate", "TranslateX"))
 """The paper's twelve operations for SVHN (Table 5): none that moves a digit sideways, turns it or mixes it."""
-
-
-@dataclass(frozen=True)
-class Weak:
-    """Mirror half of the images, pad them all, and cut each to its size at a random place.
-
-    x ↦ the (H, W) window of pad(flip(x)) at a corner uniform on {0, …, 2·pad}².
-
-    Args:
-        pad: width of the frame in pixels, 0 or more; the authors' code takes an eighth of the side, 4 for CIFAR-10.
-        flip: whether half of the images are mirrored left to right; not for digits and other writing.
-        fill: value of the frame in units of the images' range (of 255 where they are uint8); by default the middle
-            grey of images in [0, 1], as in the authors' code.
-
-    Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W), floating point or uint8, and ``examples``
-    (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order matters.
-
-    Raises:
-        MetaplError: a negative pad; on the call, images of another kind or a number of examples other than B.
-
-    >>> Weak()(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 32])
-    """
-
-    pad: int = 4
-    flip: bool = True
-    fill: float = GREY
-
-    def __post_init__(self) -> None:
-        if self.pad < 0:
-            raise MetaplError(f"Weak got pad {self.pad}; expected 0 or more pixels")
-
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        _check(self, images, examples)
-        u_B3 = draws.uniform(seed, step, examples, 3, stream=_CROP, dtype=torch.float64)
-        u_B3 = _to_device(u_B3, images.device)
-        offsets_B2 = _below(u_B3[:, :2], 2 * self.pad + 1) - self.pad
-        flip_B = (u_B3[:, 2] < 0.5) & self.flip
-        fill = self.fill if images.is_floating_point() else round(255 * self.fill)
-        return operations.crop_flip(images, offsets_B2, flip_B, fill)
-
-
-@dataclass(frozen=True)
-class ResizedCrop:
-    """Cut a random rectangle out of each image, bring it to one size, and mirror half of them.
-
-    The rectangle has an area uniform on scale · HW and a ratio width : height log-uniform on ``ratio``, at a uniform
-    place; after ten draws that do not fit, it is the middle of the image at the nearest ratio allowed. That is
-    torchvision's ``RandomResizedCrop``.
-
-    Args:
-        size: side of the result in pixels.
-        scale: smallest and largest share of the image's area, 0 < smallest ≤ largest ≤ 1.
-        ratio: smallest and largest ratio width : height, 0 < smallest ≤ largest.
-        flip: whether half of the images are mirrored left to right.
-
-    Call: as :class:`Weak`, but returns (B, C, size, size). Resized bilinearly with antialiasing, as Pillow does; the
-    authors' code resizes bicubically without.
-
-    Cost: one call of ``interpolate`` per image.
-
-    Raises:
-        MetaplError: a field outside its range; on the call, as :class:`Weak`.
-
-    >>> ResizedCrop(24)(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 24, 24])
-    """
-
-    size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise MetaplError(f"ResizedCrop got size {self.size}; expected a side of 1 pixel or more")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise MetaplError(
-                f"ResizedCrop got scale {self.scale}; expected 0 < smallest <= largest <= 1, shares of area"
-            )
-        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise MetaplError(f"ResizedCrop got ratio {self.ratio}; expected 0 < smallest <= largest, width : height")
-
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        _check(self, images, examples)
-        boxes, flips = self.boxes(seed, step, examples.cpu(), *images.shape[2:])
-        result = images.new_empty((*images.shape[:2], self.size, self.size))
-        for i, ((top, left, height, width), flip) in enumerate(zip(boxes.tolist(), flips.tolist(), strict=True)):
-            crop = images[i : i + 1, :, top : top + height, left : left + width].float()
-            crop = F.interpolate(crop, (self.size, self.size), mode="bilinear", antialias=True)
-            crop = crop.flip(3) if flip else crop
-            result[i] = crop[0] if images.is_floating_point() else crop[0].round()
-        return result
-
-    def boxes(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """What the view cuts out of images of one size, for whoever decodes no more of a file than that.
-
-        Args:
-            seed, step: as in the call.
-            examples: (B,) int64 on the CPU: logarithms differ between devices.
-            height, width: of the images, in pixels.
-
-        Returns:
-            (B, 4) int64: top, left, height and width in pixels; and (B,) bool: whether to mirror.
-        """
-        u = draws.uniform(seed, step, examples, 23, stream=_RESIZED_CROP, dtype=torch.float64)
-        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
-        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        ratio = (low + (high - low) * u[:, 13:]).exp()
-        # The last column is what to fall back on, and always fits.
-        middle = min(max(width / height, self.ratio[0]), self.ratio[1])
-        sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long()
-        whole = torch.tensor([min(height, round(width / middle)), min(width, round(height * middle))]).clamp(min=1)
-        sides = torch.cat([sides, whole.expand(len(u), 1, 2)], dim=1)
-        room = torch.tensor([height, width]) - sides
-        first = ((room >= 0) & (sides > 0)).all(2).int().argmax(1)
-        at = torch.arange(len(u))
-        sides, room = sides[at, first], room[at, first]
-        corners = torch.where((first == 10)[:, None], room // 2, _below(u[:, :2], room + 1))
-        return torch.cat([corners, sides], dim=1), (u[:, 2] < 0.5) & self.flip
 
 
 @dataclass(frozen=True)
@@ -252,21 +128,17 @@ class RandAugment:
         return self.magnitude / self.scale
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        _check(self, images, examples)
-        if images.shape[1] not in (1, 3):
-            raise MetaplError(
-                f"RandAugment got images of {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, blue): "
-                "take transparency off first"
-            )
-        levels = _to_levels(images)
+        check_images(self, images, examples, FLOATING_OR_BYTES)
+        check_channels(self, images)
+        levels = _to_levels(self, images)
         counts, rows = self._plan(seed, step, examples.cpu(), *images.shape[2:])
-        rows = _to_device(rows, images.device)
+        rows = to_device(rows, images.device)
         changed = levels
         for i in range(self.n):
             changed = self._operation(changed, levels, counts[i], rows[8 * i : 8 * i + 8])
         changed = changed[rows[-3]]
         if self.cutout > 0:
-            changed = operations.cutout(changed, rows[-2:].T, self.cutout)
+            changed = operations.cutout(changed, rows[-2:].T - self.cutout // 2, self.cutout, operations.GREY)
         return _from_levels(changed, images.dtype)
 
     def _plan(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[list[list[int]], Tensor]:
@@ -286,7 +158,7 @@ class RandAugment:
         maps = torch.tensor([self._maps(name, height, width) for name in self.operations])
         counts, rows, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
-            choice_B = _below(u_choice_B, len(self.operations))
+            choice_B = below(u_choice_B, len(self.operations))
             # Group 0 is left as it is.
             group_B = group_of[choice_B] * (u_place_B < p_B)
             order_B = group_B.argsort(stable=True)
@@ -295,7 +167,7 @@ class RandAugment:
             counts.append(torch.bincount(group_B, minlength=len(groups)).tolist())
             place_B = order_B.argsort()
         u_B2 = draws.uniform(seed, step, examples, 2, stream=_CUTOUT, dtype=torch.float64)
-        return counts, torch.stack([*rows, place_B, *_below(u_B2, torch.tensor([height, width])).T])
+        return counts, torch.stack([*rows, place_B, *below(u_B2, torch.tensor([height, width])).T])
 
     @property
     def _groups(self) -> list[str]:
@@ -357,33 +229,15 @@ def _others(examples: Tensor, u_B: Tensor) -> Tensor:
     batch = max(len(examples), 1)
     order_B = examples.argsort(stable=True)
     rank_B = order_B.argsort()
-    return order_B[(rank_B + 1 + _below(u_B, max(batch - 1, 1))) % batch]
+    return order_B[(rank_B + 1 + below(u_B, max(batch - 1, 1))) % batch]
 
 
-def _below(u: Tensor, bound: Tensor | int) -> Tensor:
-    """Uniform [0, 1) in float64 to uniform {0, …, bound − 1}."""
-    return (u * bound).long()
-
-
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Without a wait, which takes pinned memory."""
-    if values.device == device:
-        return values
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
-
-
-def _to_levels(images: Tensor) -> Tensor:
+def _to_levels(view: RandAugment, images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images
     levels = (255 * images.float()).round()
-    if images.device.type == "cpu" and images.numel() > 0:
-        # Judged by the level, since a resized image may exceed 1 by a rounding.
-        low, high = levels.min().item() / 255, levels.max().item() / 255
-        if not 0 <= low <= high <= 1:
-            raise MetaplError(
-                f"RandAugment got images with values from {low:g} to {high:g}; expected 0 to 1: normalise "
-                "after the views"
-            )
+    # Judged by the level, since a resized image may exceed 1 by a rounding.
+    check_range(view, levels, 255)
     return levels.clamp(0, 255).to(torch.uint8)
 
 
@@ -393,17 +247,3 @@ def _from_levels(levels: Tensor, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU does not.
     return (levels.to(wide) / torch.full((), 255.0, dtype=wide, device=levels.device)).to(dtype)
-
-
-def _check(view: object, images: Tensor, examples: Tensor) -> None:
-    name = type(view).__name__
-    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise MetaplError(
-            f"{name} got images of shape {tuple(images.shape)} and dtype {images.dtype}; expected (B, C, H, W), "
-            "floating point or torch.uint8: images[:, None] where the channel is missing"
-        )
-    if examples.shape != images.shape[:1]:
-        raise MetaplError(
-            f"{name} got examples of shape {tuple(examples.shape)} for {len(images)} images; expected one index per "
-            f"image, ({len(images)},): the indices that picked the images from the data set"
-        )

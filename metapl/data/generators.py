@@ -1,0 +1,130 @@
+"""Random number generators that a source of batches draws from, with states of their own for it."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from metapl.data import draws
+from metapl.errors import MetaplError
+
+# Attributes of a source with parts that may hold generators or have ``set_epoch``.
+_PARTS = ("loader", "batch_sampler", "sampler", "dataset", "datasets", "transform", "transforms")
+
+_KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+
+
+class Generators:
+    """The default generators on the CPU (torch's, Python's, numpy's) and those that a source holds.
+
+    Args:
+        seed, name: first states of the default generators; other names draw differently.
+        parts: of the source, see :func:`parts_of`. Generators among their attributes begin where they are now.
+        source: what errors call it.
+    """
+
+    def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
+        own = _own_generators(parts)
+        self._name = name
+        self._generators: tuple[Any, ...] = (torch.default_generator, random, np.random, *own)
+        key = draws.fold_in(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+        first = (torch.Generator().manual_seed(key), random.Random(key), np.random.RandomState(np.random.MT19937(key)))
+        self.states: list[Any] = [_state(generator) for generator in (*first, *own)]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Draw with the states kept here; afterwards the generators are as they were."""
+        outside = self.read()
+        try:
+            self.write(self.states)
+            yield
+        finally:
+            self.states = self.read()
+            self.write(outside)
+
+    def read(self) -> list[Any]:
+        """The states that the generators have now."""
+        return [_state(generator) for generator in self._generators]
+
+    def write(self, states: Sequence[Any]) -> None:
+        """Put the generators into these states."""
+        for generator, state in zip(self._generators, states, strict=True):
+            _set_state(generator, state)
+
+    def check(self, states: Any) -> list[Any]:
+        """Refuse states that these generators do not take."""
+        before = self.read()
+        try:
+            self.write(states)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            raise MetaplError(
+                f"{self._name} cannot take up the saved states of its {len(self._generators)} random number generators "
+                f"({type(error).__name__}: {error}); expected the source that the checkpoint was written with, with "
+                "the same generators"
+            ) from error
+        finally:
+            self.write(before)
+        return list(states)
+
+
+def parts_of(source: Any) -> list[Any]:
+    """A source, its samplers, data sets and their transforms."""
+    parts: dict[int, Any] = {}
+    waiting = [source]
+    while waiting:
+        part = waiting.pop()
+        if part is None or id(part) in parts:
+            continue
+        parts[id(part)] = part
+        attributes = getattr(part, "__dict__", {})
+        for key in _PARTS:
+            value = attributes.get(key)
+            if key in ("datasets", "transforms") and isinstance(value, list | tuple):
+                waiting.extend(value)
+            else:
+                waiting.append(value)
+    return list(parts.values())
+
+
+def plain_states(value: Any) -> Any:
+    """numpy's arrays and numbers as lists and numbers, which `torch.load(weights_only=True)` brings back."""
+    if isinstance(value, dict):
+        return {key: plain_states(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain_states(inner) for inner in value]
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _own_generators(parts: Sequence[Any]) -> list[Any]:
+    """The generators that parts of a source hold as attributes, each once, in an order that is always the same."""
+    attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())
+    own = {id(v): v for v in attributes if isinstance(v, _KINDS) and v is not torch.default_generator}
+    return list(own.values())
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, random.Random) or generator is random:
+        return generator.getstate()
+    return generator.get_state(legacy=False)
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        # A checkpoint that was loaded onto a device has moved the state there too.
+        generator.set_state(state.cpu())
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random) or generator is random:
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
