@@ -172,7 +172,7 @@ def main() -> None:
             turns["against"].append(turn(given.against.resolve(), given.miniature))
     result = {name: medians(rows) for name, rows in turns.items() if rows} | {"measured_on": described("cpu")}
     write_json(given.out, result)
-    print(table(result))
+    print(table(json.loads(given.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from metapl.cli import COMMANDS, main
+from metapl.cli.ablate import COMMANDS as ABLATED
 from metapl.data.images.reader import gray_image
 from metapl.data.tables import csv_rows
 from metapl.errors import MetaplError
@@ -551,7 +552,7 @@ def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
 
 def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "trian")
-    assert "there is no command 'trian'; did you mean train? Expected one of train, evaluate," in line
+    assert "there is no command 'trian'; did you mean train? Expected one of train, ablate, evaluate," in line
     line = refused(capsys, "train", "dgits")
     assert "there is no recipe 'dgits'; did you mean digits? Expected one of digits" in line
     assert "there is no recipe 'xyz'. Expected one of digits" in refused(capsys, "train", "xyz")
@@ -601,7 +602,15 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
         assert "resnet18" in " ".join("".join(blocks["network"]).split())
 
 
-@pytest.mark.parametrize("command", [*(f"train {name}" for name in RECIPES), *(c for c in COMMANDS if c != "train")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"train {name}" for name in RECIPES),
+        *(f"ablate {name}" for name in ABLATED),
+        "ablate --factory networks:build",
+        *(command for command in COMMANDS if command not in ("train", "ablate")),
+    ],
+)
 def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from metapl.cli import parse
     from metapl.cli.help import entries_in

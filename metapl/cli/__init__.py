@@ -181,6 +181,7 @@ def _ablate(given: list[str]) -> int:
         return parse(AblateFactory, "metapl ablate", given)()
     if given and given[0] in ("-h", "--help"):
         print(RECIPES_HELP.replace("metapl train", "metapl ablate"), end="")
+        print("For networks of your own: metapl ablate --factory MODULE:FUNCTION.")
         return 0
     if not given or given[0] not in RECIPES:
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ MODES_HELP = f"these modes alone, of {', '.join(MODES)}."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looking:
-    """What every ablation is told.
+class Looking(ABC):
+    """The options of every ablation.
 
     Args:
         draws: of labels, for modes that draw them.
@@ -60,9 +61,9 @@ class Looking:
             self._write(self.out, found)
         return 0
 
+    @abstractmethod
     def subject(self) -> tuple[BilevelTrainer, Any, Any, int]:
         """The trainer, its sources of batches, and the steps of training that are looked at."""
-        raise NotImplementedError
 
     def _write(self, out: Path, found: Ablation) -> None:
         out.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ class MetaWeightNet(Classification):
     :class:`WeightNet` is the paper's. Its input losses are detached: no gradient flows through them.
 
     >>> import metapl
+    >>> from metapl.problems import WeightNet
     >>> trainer = metapl.BilevelTrainer(WeightNet(), torch.nn.Linear(4, 3), "forward", problem=MetaWeightNet())
     >>> batch = torch.randn(6, 4), torch.arange(6) % 3
     >>> trainer.step(labeled=batch, unlabeled=batch).feedback.shape
