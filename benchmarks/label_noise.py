@@ -58,7 +58,7 @@ from metapl.problems.losses import CrossEntropy
 from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "label_noise.jsonl"
-CLASSES, HANDFUL, BATCH, HIDDEN = 10, 10, 64, 64
+CLASSES, HANDFUL, BATCH, HIDDEN = 10, 10, 64, 32
 """Classes, trusted labels of each, examples in a batch, width of the hidden layer."""
 
 MOMENTUM, FINETUNE_LR, CHECKED_EVERY = 0.9, 0.02, 25
@@ -114,7 +114,7 @@ class Entry:
 STUDENT_LR = (0.05, 0.2)
 GRIDS = {
     "meta_weight_net": _grid(student_lr=STUDENT_LR, teacher_lr=(0.0003, 0.003)),
-    "example_weights": _grid(student_lr=STUDENT_LR, teacher_lr=(0.05, 0.2)),
+    "example_weights": _grid(student_lr=STUDENT_LR, teacher_lr=(0.1, 0.4)),
     "label_correction": _grid(student_lr=STUDENT_LR, teacher_lr=(0.001, 0.01)),
     "noise_transition": _grid(student_lr=STUDENT_LR, teacher_lr=(0.02, 0.1)),
 }
