@@ -53,7 +53,7 @@ STEP, WAITING, TUNING = (
     ("metapl.training.loss_trainer:LossTrainer", "step"),
 )
 MOMENTS = [
-    ("metapl.data.images.folders", "_entries", 12),  # listing
+    ("metapl.data.images.folders", "_images", 3),  # listing
     ("metapl.data.images.verify", "read_image", 20),  # looking which files are sound
     ("metapl.recipes.image_folders", "hash_files", 2),
     (*WAITING, 3),
