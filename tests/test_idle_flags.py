@@ -63,7 +63,7 @@ def said_of(capsys: pytest.CaptureFixture[str], flags: str) -> str:
         ("--method supervised --randaugment --strong.cutout 3", "--strong.cutout has no effect with --method superv"),
         ("--method supervised --uda-weight 2 --uda-start 3", "--uda-weight and --uda-start have no effect with --meth"),
         ("--method pseudo_labels --uda-ramp 2", "--uda-ramp has no effect with --method pseudo_labels"),
-        ("--method fixmatch --uda-threshold 0.9", "FixMatch has the values that were published"),
+        ("--method fixmatch --uda-threshold 0.9", "FixMatch has values of its own"),
         ("--method fixmatch --uda-prior 0.5 0.5", "--uda-prior has no effect with --method fixmatch"),
         ("--uda-align 0 --uda-prior 0.5 0.5", "--uda-prior has no effect with --uda-align 0"),
         ("--uda-weight 0", "--uda-weight has no effect at 0 with --method uda"),

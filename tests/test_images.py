@@ -672,8 +672,10 @@ def test_other_failures_are_not_blamed_on_files(tmp_path: Path) -> None:
         raise ValueError("a view")
 
     batches = UnlabeledBatches(images, StepSampler(8, 2, seed=0), fail, None, seed=0)
+    served = iter(loader(batches, 0, 8, num_workers=2))
     with pytest.raises(ValueError, match="a view"):
-        next(iter(loader(batches, 0, 8, num_workers=2)))
+        next(served)
+    served._shutdown_workers()  # the traceback keeps the iterator alive
     assert batches.explain() is None
 
 

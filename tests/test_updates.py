@@ -27,6 +27,16 @@ def values(student: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in student.named_parameters()}
 
 
+def check_three_steps(functional: Any, student: torch.nn.Module) -> None:
+    """θ′ by the pure update, its state carried along, and by the optimizer's own step."""
+    params, state = values(student), functional.read_state()
+    for seed in range(3):
+        g = gradients(student, seed)
+        params, state = functional.update(params, g, state)
+        functional.commit(trainable(student), g, params, state)
+        assert error(params, values(student)) < 1e-14
+
+
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("name", TORCH)
 def test_the_functional_update_is_the_optimisers_own_step(name: str, steps: int) -> None:
@@ -35,12 +45,7 @@ def test_the_functional_update_is_the_optimisers_own_step(name: str, steps: int)
     student = problem.student
     real, _, _ = warm(problem, OPTIMISERS[name], steps)
     functional = update_of(real, trainable(student))
-    params, state = values(student), functional.read_state()
-    for seed in range(3):
-        g = gradients(student, seed)
-        params, state = functional.update(params, g, state)
-        functional.commit(trainable(student), g, params, state)
-        assert error(params, values(student)) < 1e-14
+    check_three_steps(functional, student)
     assert all(p.grad is None for p in student.parameters())
 
 
@@ -61,12 +66,7 @@ def test_param_groups_keep_their_own_options(cls: Any, options: dict[str, Any]) 
     student = toy("mlp").student
     real = cls(groups(student), **options)
     functional = update_of(real, trainable(student))
-    params, state = values(student), functional.read_state()
-    for seed in range(3):
-        g = gradients(student, seed)
-        params, state = functional.update(params, g, state)
-        functional.commit(trainable(student), g, params, state)
-        assert error(params, values(student)) < 1e-14
+    check_three_steps(functional, student)
     check_pullback(functional, student)
 
 

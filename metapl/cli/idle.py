@@ -135,5 +135,5 @@ def _uda(recipe: ImageFolders, methods: Sequence[str], where: str) -> Iterator[R
     elif not recipe.uda_weight and not of_teacher:
         yield Rule("uda-weight", f"at 0 {where}", "give a number above 0, or --method supervised")
     if alone and not of_teacher and "uda" not in methods:
-        published = "FixMatch has the values that were published; leave it out, or give --method uda"
+        published = "FixMatch has values of its own; leave it out, or give --method uda"
         yield Rule("uda-temperature uda-threshold uda-align uda-prior", where, published)
