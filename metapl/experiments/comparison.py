@@ -10,7 +10,7 @@ from typing import Any
 from metapl.errors import MetaplError
 from metapl.experiments.table import table
 from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
-from metapl.recipes.methods import METHODS, title
+from metapl.recipes.methods import EVERY_METHOD, title
 
 ReadOuts = Mapping[str, Sequence[float]]
 
@@ -87,7 +87,7 @@ class Comparison:
 
     def _methods(self) -> list[str]:
         """The methods that can be used, or all where the headroom is alone."""
-        headroom = [name for name, method in METHODS.items() if method.place == "headroom"]
+        headroom = [name for name, method in EVERY_METHOD.items() if method.place == "headroom"]
         return [name for name in self.methods if name not in headroom] or list(self.methods)
 
     def table(self) -> str:

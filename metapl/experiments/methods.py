@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from metapl.errors import MetaplError
+from metapl.experiments.doubting import ALONE, Fit, train_doubting
 from metapl.feedback import Altered
 from metapl.problems.losses import UDA, TeacherLoss
 from metapl.recipes.base import Recipe, Task
@@ -16,13 +16,6 @@ from metapl.recipes.methods import Method
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
-
-Fit = Callable[..., FitResult]
-"""Fits a trainer to sources of labeled and unlabeled batches, as :meth:`metapl.experiments.experiment.Experiment.fit`
-does."""
-
-ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
-"""Options of a fit without a teacher that learns."""
 
 
 def train(
@@ -32,6 +25,8 @@ def train(
 
     Returns: the trainer whose student is the network that is kept, and what its fit ended with.
     """
+    if method.doubting is not None:
+        return train_doubting(method, recipe, task, student, fit)
     if method.losses is not None:
         labeled = task.everything if method.place == "headroom" else task.labeled
         if labeled is None:

@@ -9,7 +9,6 @@ from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.recipes import RECIPES, ImageFolders, from_dict
 from metapl.recipes.base import Recipe
-from metapl.recipes.image_folders import CHOSEN
 from metapl.runs.folder import RunFolder
 
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method")
@@ -36,7 +35,7 @@ def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     except (AttributeError, KeyError, TypeError) as error:
         raise MetaplError(f"{file} is damaged: {type(error).__name__}, {error}.") from error
     if isinstance(recipe, ImageFolders) and not recipe.complete:
-        missing = ", ".join(name for name in CHOSEN if getattr(recipe, name) is None)
+        missing = ", ".join(name for name in recipe.chosen if getattr(recipe, name) is None)
         raise MetaplError(f"{file} is damaged: it has no value for {missing}.")
     return recipe, description
 
