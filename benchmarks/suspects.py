@@ -6,8 +6,8 @@
 
 scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: about 1,100 in folders, of
 which one in ten lies in that of another class, drawn evenly; 10 clean ones a class; and 400 to test on. The command is
-run with its defaults but for the number of steps and the precision. Of suspects.csv, which has all of the 1,100, the share of mislabeled
-pictures is counted among the first tenth.
+run with its defaults but for the number of steps and the precision. Of suspects.csv, which has all of the 1,100, the
+share of mislabeled pictures is counted among the first tenth.
 """
 
 from __future__ import annotations

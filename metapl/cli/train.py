@@ -205,7 +205,7 @@ class TrainNoisy(TrainImages):
 
     known: ClassVar[Mapping[str, Method]] = NOISY_METHODS
 
-    recipe: Annotated[NoisyFolders, tyro.conf.arg(name="")]  # type: ignore[assignment]  # another recipe, run alike
+    recipe: Annotated[NoisyFolders, tyro.conf.arg(name="")]
     compare: Switch = False
     controls: Switch = False
     methods: Annotated[

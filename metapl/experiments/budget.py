@@ -98,7 +98,7 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
         """A fit of a few steps, which are timed."""
         sources = [labeled] if unlabeled is None else [labeled, unlabeled]
         waits = options.get("wait", recipe.wait)
-        share = options.get("steps", recipe.steps) / recipe.steps  # of a phase that is shorter than the run
+        share: float = options.get("steps", recipe.steps) / recipe.steps  # of a phase that is shorter than the run
         seconds.append(share * _seconds_of_a_step(recipe, trainer, sources, waits, clock))
         return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from metapl.data.images.record import record_files, replaced_files
 from metapl.errors import MetaplError
+from metapl.experiments.doubting import ALONE
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
-from metapl.experiments.methods import ALONE, train
-from metapl.experiments.suspects import SUSPECTS, find_suspects, write_suspects
+from metapl.experiments.methods import train
+from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
@@ -49,11 +50,13 @@ class Experiment:
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         trained, result = self.train(method, task, teacher, student)
         labeler = trained.student if trained.teacher is None else trained.teacher
-        write_galleries(self.folder.path, draw_galleries(task, labeler, trained.student))
+        galleries = draw_galleries(task, labeler, trained.student)
         if task.doubtful is not None:
             found = find_suspects(task.doubtful, trained)
+            galleries.append(suspects_gallery(found, task))
             write_suspects(self.folder.path, found, task)
             self.say(f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first")
+        write_galleries(self.folder.path, galleries)
         networks = self.networks(method, task, trained, result)
         name = delivered(method, networks, self.selects(task))
         for network in networks.values():

@@ -13,6 +13,7 @@ from metapl.feedback import Altered
 from metapl.problems.losses import UDA, TeacherLoss
 from metapl.recipes.base import Recipe, Task
 from metapl.recipes.methods import Method
+from metapl.recipes.noisy_folders import NoisyFolders
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
@@ -26,6 +27,7 @@ def train(
     Returns: the trainer whose student is the network that is kept, and what its fit ended with.
     """
     if method.doubting is not None:
+        assert isinstance(recipe, NoisyFolders)  # the only recipe with these methods
         return train_doubting(method, recipe, task, student, fit)
     if method.losses is not None:
         labeled = task.everything if method.place == "headroom" else task.labeled

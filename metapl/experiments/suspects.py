@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
 
     Cost: one forward pass per example.
     """
-    weights, found = _weights(trained), []
+    weights = _weights(trained)
+    found: list[tuple[float, int, int, int, float]] = []
     for inputs, positions in batches_of(doubtful.examples, torch.device("cpu")):
         given = doubtful.given[positions]
         logits, _ = predict_logits(trained.student, [(inputs, given)])
@@ -89,7 +91,7 @@ def _weights(trained: Trainer) -> Tensor | None:
     return teacher.values.detach().cpu().sigmoid() if one_each and isinstance(teacher, Table) else None
 
 
-def write_suspects(folder: Path, suspects: list[Suspect], task: Task) -> None:
+def write_suspects(folder: Path, suspects: Sequence[Suspect], task: Task) -> None:
     """``suspects.csv`` with all of them, and ``suspects.png`` with the first."""
     names, weighed = task.classes, any(one.weight is not None for one in suspects)
     with replacing(folder / SUSPECTS) as file:
@@ -101,13 +103,18 @@ def write_suspects(folder: Path, suspects: list[Suspect], task: Task) -> None:
             writer.writerow([*cells, *([f"{one.weight:.3g}"] if weighed else [])])
         text.flush()
         text.detach()
-    shown = suspects[:SHOWN]
+    note = "Beneath each: the given label, what the network takes it for and how surely, and its file."
+    draw_grid(folder / GRID, "Labels that may be wrong", note, [suspects_gallery(suspects, task)])
+
+
+def suspects_gallery(suspects: Sequence[Suspect], task: Task) -> Gallery:
+    """Pictures of the most suspicious."""
     assert task.doubtful is not None
+    names, shown = task.classes, suspects[:SHOWN]
     pictures, _ = task.doubtful.examples.images.fetch(torch.tensor([one.position for one in shown]))
     captions = tuple(
         f"given: {names[one.given]}\n{names[one.probably]}, {one.p_probably:.0%}\n{Path(one.name).name}"
         for one in shown
     )
-    note = "Beneath each: the given label, what the network takes it for and how surely, and its file."
-    group = Gallery("The most suspicious first", f"{len(shown)} of {len(suspects):,}", pictures, captions)
-    draw_grid(folder / GRID, "Labels that may be wrong", note, [group])
+    note = f"of {len(suspects):,} labels that may be wrong, the most suspicious first"
+    return Gallery("Suspects", note, pictures, captions)

@@ -138,6 +138,8 @@ LEARNED: dict[Doubting, str] = {
 }
 """What is learned about labels that may be wrong."""
 
+_ALTERED: dict[Literal["permuted", "random_sign"], str] = {"permuted": "permuted", "random_sign": "with random signs"}
+
 _DOUBTING = (
     *(
         Method(name, words, feedback="recipe", doubting=name, place="compared", control="plain")
@@ -148,7 +150,7 @@ _DOUBTING = (
     *(
         Method(f"{name}_{how}", f"{words}, feedback {altered}", feedback=how, doubting=name, place="control")
         for name, words in LEARNED.items()
-        for how, altered in (("permuted", "permuted"), ("random_sign", "with random signs"))
+        for how, altered in _ALTERED.items()
     ),
 )
 

@@ -34,6 +34,8 @@ from metapl.recipes.image_recipe import EVALUATED_AT_ONCE, ImageParts, Strong
 from metapl.recipes.methods import Doubting
 from metapl.training import Say
 
+NoisyMethod = Literal["example_weights", "meta_weight_net", "label_correction", "noise_transition", "plain", "clean"]
+
 WARM = 0.2
 """Share of the steps on the labels as they are given, before anything is learned about them."""
 
@@ -100,9 +102,7 @@ class NoisyFolders(ImageFolders):
 
     labeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     clean: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    method: Literal[  # type: ignore[assignment]  # other methods
-        "example_weights", "meta_weight_net", "label_correction", "noise_transition", "plain", "clean"
-    ] = "example_weights"
+    method: NoisyMethod = "example_weights"  # type: ignore[assignment]  # other methods
     warm_steps: Open[int] = OPEN
     labeled_batch: int = 64
     clean_batch: int = 32
