@@ -117,4 +117,4 @@ def suspects_gallery(suspects: Sequence[Suspect], task: Task) -> Gallery:
         for one in shown
     )
     note = f"of {len(suspects):,} labels that may be wrong, the most suspicious first"
-    return Gallery("Suspects", note, pictures, captions)
+    return Gallery("Suspects", note, pictures, captions, (None,) * len(shown))
