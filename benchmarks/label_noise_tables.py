@@ -161,7 +161,7 @@ def block(rows: Rows) -> str:
 def write(page: Path, raw: Path) -> None:
     """Put the tables between the marks of a page, and draw the figure beside the page."""
     rows = read(raw)
-    machine.write_between_marks(page, "label-noise", block(rows))
+    machine.write_between_marks(page, "label_noise", block(rows))
     draw(page.with_name(f"{raw.stem}.png"), rows)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/suspects.py            # goes on where it was stopped
     python benchmarks/suspects.py --table    # the table of the file's rows
+    python benchmarks/suspects.py --write docs/label-noise.md
     python benchmarks/suspects.py --pictures DIR --seed 0    # write the folders of a seed alone, to try the command
 
 scikit-learn's digits are written out as grey PNG files of 16x16 pixels, anew for each seed: about 1,100 in folders, of
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from figures import spread
-from machine import arguments, parsed
+from machine import arguments, parsed, write_between_marks
 from PIL import Image
 from torch import Tensor
 
@@ -163,7 +164,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of the file's rows and stop")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the folders of a seed there and stop")
     parser.add_argument("--seed", type=int, default=0, help="with --pictures")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table there and stop")
     options = parsed(parser)
+    if options.write is not None:
+        write_between_marks(options.write, "suspects", table(read(options.out)))
+        return
     if options.pictures is not None:
         wrong = write_pictures(options.pictures, options.seed)
         print(f"{options.pictures} has noisy, clean and test; {len(wrong)} pictures of noisy are in a wrong folder")

@@ -144,7 +144,7 @@ def test_the_study_of_label_noise_goes_on_where_it_was_stopped_and_fills_in_the_
     out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
     miniature("label_noise", out)
     assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
-    page.write_text("before\n<!-- label-noise:begin -->\n<!-- label-noise:end -->\nafter\n")
+    page.write_text("before\n<!-- label_noise:begin -->\n<!-- label_noise:end -->\nafter\n")
     run("label_noise", "--out", out, "--write", page)
     text = page.read_text()
     assert text.startswith("before\n")
