@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import metapl
 from metapl.data import load_digits_split
 from metapl.execution.local import trainable
-from metapl.feedback import Difference, lookahead
+from metapl.feedback import Difference, path
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.numerics import norm
 from metapl.updates import update_of
@@ -113,11 +113,11 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, batch: int, steps:
         optimizer.step()
 
 
-def look(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Tensor, dtype: torch.dtype) -> lookahead.Path:
+def look(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Tensor, dtype: torch.dtype) -> path.Path:
     """A step on soft labels, by copies of the networks in ``dtype``."""
     teacher, student = (copy.deepcopy(network).to(dtype) for network in (teacher, student))
     problem = metapl.PseudoLabels("soft")
-    return lookahead.take_steps(
+    return path.take_steps(
         student,
         update_of(torch.optim.SGD(student.parameters(), lr=0.05), trainable(student)),
         problem,

@@ -44,7 +44,7 @@ import metapl
 from metapl.data import load_digits_split
 from metapl.data.sampler import StepSampler
 from metapl.feedback import Altered, Estimator, Forward
-from metapl.feedback.lookahead import InnerStep
+from metapl.feedback.inner_step import InnerStep
 from metapl.models import mlp
 from metapl.problems import (
     ExampleWeights,
@@ -275,7 +275,7 @@ class AlteredBlocks(Altered):
         blocks = len(self.seeds)
         by_block = h if len(h) == blocks else h.unflatten(0, (blocks, -1))
         altered = [
-            Altered(self.base, self.how, seed)._alter(part, step, count)
+            Altered(self.base, self.alteration, seed)._alter(part, step, count)
             for seed, part in zip(self.seeds, by_block, strict=True)
         ]
         return torch.stack(altered).reshape(h.shape)

@@ -17,7 +17,9 @@ from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_di
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, estimator, modes_for
-from metapl.feedback.lookahead import InnerStep, Lookahead, Path, Teach, inner_batches, plain_inner, take_steps
+from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
+from metapl.feedback.path import Path, Teach, take_steps
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem
 from metapl.updates import Update, update_of

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from metapl.execution import buffers, rng
-from metapl.execution.local import Local, Pass
+from metapl.execution.local import LocalStudent, Pass
 from metapl.feedback import base, loss_difference, reinforce
-from metapl.feedback.lookahead import Path
+from metapl.feedback.path import Path
 from metapl.problems import PseudoLabels
 from metapl.problems import pseudo_labels as module
 from metapl.problems.base import Signal
@@ -125,7 +125,7 @@ def stale_weights_after_a_difference(patch: pytest.MonkeyPatch) -> None:
         outputs = real(self, step, direction)
         with torch.no_grad():
             for name, d in direction.items():
-                self.local.parameters[name].add_(step * d * (step < 0))  # the second of the two passes
+                self.student.parameters[name].add_(step * d * (step < 0))  # the second of the two passes
         return outputs
 
     patch.setattr(Pass, "shifted", shifted)
@@ -133,8 +133,8 @@ def stale_weights_after_a_difference(patch: pytest.MonkeyPatch) -> None:
 
 def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:
     """v = ∇L(θ) instead of ∇L(θ′)."""
-    real = Local.loss_and_gradient
-    patch.setattr(Local, "loss_and_gradient", lambda self, params, *rest: real(self, self.params, *rest))
+    real = LocalStudent.loss_and_gradient
+    patch.setattr(LocalStudent, "loss_and_gradient", lambda self, params, *rest: real(self, self.params, *rest))
 
 
 def masks_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
@@ -150,13 +150,13 @@ def replays_from_moved_buffers(patch: pytest.MonkeyPatch) -> None:
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
     """The gradient of L(θ′) is taken after θ′ has been put aside, so that checkpoints recompute at θ."""
 
-    def loss_and_gradient(self: Local, params: Any, batches: Any, losses: Any, start: Any) -> Any:
+    def loss_and_gradient(self: LocalStudent, params: Any, batches: Any, losses: Any, start: Any) -> Any:
         at = {name: p.detach().requires_grad_() for name, p in params.items()}
         with torch.enable_grad(), self._beside(at, start):
             value = losses[0](self.forward(batches[0]), at)
         return value.detach(), dict(zip(at, torch.autograd.grad(value, list(at.values())), strict=True))
 
-    patch.setattr(Local, "loss_and_gradient", loss_and_gradient)
+    patch.setattr(LocalStudent, "loss_and_gradient", loss_and_gradient)
 
 
 def state_cotangent_dropped(patch: pytest.MonkeyPatch) -> None:

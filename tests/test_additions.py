@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from metapl.feedback.base import Estimator, Feedback, State
 from metapl.feedback.credit import Tangent, signal_feedback
-from metapl.feedback.lookahead import Path
+from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
 

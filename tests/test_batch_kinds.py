@@ -23,7 +23,7 @@ from metapl.feedback import Altered
 from metapl.models import Logits
 
 ROWS, CLASSES = 6, 3
-MODES: list[Any] = [*ANYWHERE, Altered(how="permuted")]
+MODES: list[Any] = [*ANYWHERE, Altered(alteration="permuted")]
 
 
 class TwoInputs(nn.Module):

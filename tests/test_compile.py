@@ -20,7 +20,7 @@ import metapl
 from metapl import CrossEntropy, MetaplError
 from metapl.execution import compiled
 from metapl.execution.compiled import CompiledPasses
-from metapl.execution.local import Local
+from metapl.execution.local import LocalStudent
 from metapl.training.loss_trainer import LossTrainer
 
 pytestmark = [
@@ -124,7 +124,7 @@ def test_every_pass_of_a_step_sees_the_masks_of_the_inner_pass(fallback: bool, m
     plain = student(ones)
     torch.manual_seed(0)
     with CompiledPasses(student)():
-        local = Local(student)
+        local = LocalStudent(student)
         step = local.run(local.params, ones)
         along = {"weight": student.weight.detach()}
         z_dot = step.tangent(along)

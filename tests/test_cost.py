@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import metapl
 from metapl.execution.local import trainable
 from metapl.feedback import Difference, Estimator, Implicit
-from metapl.feedback.lookahead import take_steps
+from metapl.feedback.path import take_steps
 from metapl.numerics import full_float32, reduced_float32
 from metapl.updates import update_of
 

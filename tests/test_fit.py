@@ -341,7 +341,7 @@ def test_the_exact_cosine_is_one_for_exact_modes_and_changes_nothing(mode: str, 
 # ---------------------------------------------------------------------------------------------------- save and resume
 
 
-MODES: list[Any] = [*ANYWHERE, Reinforce(baseline=0.9), LossDifference(baseline=0.5), Altered(how="random_sign")]
+MODES: list[Any] = [*ANYWHERE, Reinforce(baseline=0.9), LossDifference(baseline=0.5), Altered(alteration="random_sign")]
 INNER: dict[str, Inner] = {
     "sgd": SGD,
     "adamw": lambda student: torch.optim.AdamW(student.parameters(), lr=0.01),

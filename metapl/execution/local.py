@@ -34,28 +34,28 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-class Local:
+class LocalStudent:
     """A student on one device.
 
     Args:
-        student: in the mode (train or eval) that its owner left it in.
+        module: the network, in the mode (train or eval) that its owner left it in.
         parameters: those that it learns, where they are known.
         double_backward: keep the gradients of its passes of record differentiable.
     """
 
     def __init__(
         self,
-        student: nn.Module,
+        module: nn.Module,
         parameters: dict[str, nn.Parameter] | None = None,
         *,
         double_backward: bool = False,
     ) -> None:
-        self.student, self.double_backward = student, double_backward
-        self.parameters = trainable(student) if parameters is None else parameters
+        self.module, self.double_backward = module, double_backward
+        self.parameters = trainable(module) if parameters is None else parameters
         _refuse_late_hooks(self.parameters)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.device = next(iter(self.params.values())).device
-        self.slots = Slots(student)
+        self.slots = Slots(module)
 
     def run(self, params: Tree, inputs: Any) -> Pass:
         """S(x; θ) as a pass of record: it moves buffers and generators as training does.
@@ -115,7 +115,7 @@ class Local:
     def forward(self, inputs: Any) -> Tensor:
         """The outputs as the student is now, in float32 or wider."""
         with inputs_unchanged(inputs, "student"):
-            return wide(checks.logits(self.student(inputs), "student"))
+            return wide(checks.logits(self.module(inputs), "student"))
 
     def held_at(self, params: Tree) -> list[Any]:
         """The student's slots with these weights in them."""
@@ -144,21 +144,21 @@ class Pass:
         after: the generators at its end.
     """
 
-    def __init__(self, local: Local, params: Tree, inputs: Any) -> None:
-        self.local, self.params, self.inputs = local, params, inputs
-        self._before = RandomState.now(local.device)
-        self._buffers_before = copies(local.slots.loose_buffers)
-        if params is local.params:
-            self._at: Tree = dict(local.parameters)
+    def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
+        self.student, self.params, self.inputs = student, params, inputs
+        self._before = RandomState.now(student.device)
+        self._buffers_before = copies(student.slots.loose_buffers)
+        if params is student.params:
+            self._at: Tree = dict(student.parameters)
             self._held: list[Any] = []
         else:
-            _refuse_hooks(local.parameters)
-            self._at = params if local.double_backward else as_leaves(params)
-            self._held = local.held_at(self._at)
-        with torch.enable_grad(), local.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
-            outputs = checks.logits(local.student(inputs), "student")
-        self.after = RandomState.now(local.device)
-        self.rounded_to = coarsest([outputs.dtype, *(p.dtype for p in params.values())], local.device)
+            _refuse_hooks(student.parameters)
+            self._at = params if student.double_backward else as_leaves(params)
+            self._held = student.held_at(self._at)
+        with torch.enable_grad(), student.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
+            outputs = checks.logits(student.module(inputs), "student")
+        self.after = RandomState.now(student.device)
+        self.rounded_to = coarsest([outputs.dtype, *(p.dtype for p in params.values())], student.device)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
 
@@ -170,9 +170,9 @@ class Pass:
             value = loss(self.graph, self._at)
         if not value.requires_grad:
             raise checks.without_gradient("student")
-        keep = self.local.double_backward
-        with self.local.as_trained(), swapped(self._held):
-            grads = self.local.gradient(value, self._at, create_graph=keep)
+        keep = self.student.double_backward
+        with self.student.as_trained(), swapped(self._held):
+            grads = self.student.gradient(value, self._at, create_graph=keep)
         self.graph = None
         if not keep:
             self._at, self._held = {}, []
@@ -190,26 +190,26 @@ class Pass:
             explained("forward"),
         ):
             duals = {name: forward_ad.make_dual(p, w[name]) for name, p in self.params.items() if name in w}
-            with self._again(self.local.held_at(duals)):
-                outputs, tangent = forward_ad.unpack_dual(self.local.forward(self.inputs))
+            with self._again(self.student.held_at(duals)):
+                outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
             check_outputs(outputs, self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
-        local = self.local
+        student = self.student
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        frozen = {id(t): wide(t) for _, _, t in local.slots.parameters if not t.requires_grad}
-        held = [*local.held_at(moved), *stand_ins(local.slots.parameters, frozen)]
+        frozen = {id(t): wide(t) for _, _, t in student.slots.parameters if not t.requires_grad}
+        held = [*student.held_at(moved), *stand_ins(student.slots.parameters, frozen)]
         with (
             torch.no_grad(),
-            torch.autocast(local.device.type, enabled=False),
-            full_float32(local.device),
+            torch.autocast(student.device.type, enabled=False),
+            full_float32(student.device),
             no_fast_path(),
             checkpoints_without_reentry(),
             self._again(held, upcast=True),
         ):
-            return local.forward(wide_tree(self.inputs))
+            return student.forward(wide_tree(self.inputs))
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
@@ -221,27 +221,15 @@ class Pass:
 
         Cost: a forward pass and a backward pass with a graph once, and one through both for every product.
         """
-        at = as_leaves(self.params)
-        with (
-            torch.enable_grad(),
-            uncompiled(),
-            only_math_attention(),
-            checkpoints_without_reentry(),
-            explained("implicit"),
-            self._again(self.local.held_at(at)),
-        ):
-            outputs = self.local.forward(self.inputs)
-            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
-            g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
-            reached = {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
+        with self._differentiable_gradient(loss, "implicit") as (at, g):
 
             def product(w: Tree) -> Tree:
-                if not reached:
+                if not g:
                     return {name: torch.zeros_like(p) for name, p in at.items()}
                 found = torch.autograd.grad(
-                    list(reached.values()),
+                    list(g.values()),
                     list(at.values()),
-                    [w[name] for name in reached],
+                    [w[name] for name in g],
                     retain_graph=True,
                     materialize_grads=True,
                 )
@@ -252,38 +240,44 @@ class Pass:
     def second_derivatives(self, w: Tree, loss: Loss, leaves: Sequence[Tensor]) -> tuple[Tree, list[Tensor | None]]:
         """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass: (∂²ℓ/∂θ²) w, and that in leaves.
 
-        By double backward: a forward pass, a backward pass with a graph, and one through both. None of a leaf that the
-        loss does not read.
+        By double backward: a forward pass, a backward pass with a graph, and one through both. None for a leaf that
+        the loss does not depend on.
         """
-        at = as_leaves(self.params)
-        names = [name for name in at if name in w]
-        with (
-            torch.enable_grad(),
-            uncompiled(),
-            only_math_attention(),
-            checkpoints_without_reentry(),
-            explained("forward"),
-            self._again(self.local.held_at(at)),
-        ):
-            outputs = self.local.forward(self.inputs)
-            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
-            value, wanted = loss(outputs, at), [at[name] for name in names]
-            g = torch.autograd.grad(value, wanted, create_graph=True, materialize_grads=True)
-            reached = [(t, w[name]) for t, name in zip(g, names, strict=True) if t.requires_grad]
-            if not reached:
+        with self._differentiable_gradient(loss, "forward") as (at, g):
+            names = [name for name in g if name in w]
+            if not names:
                 return {name: torch.zeros_like(p) for name, p in at.items()}, [None for _ in leaves]
-            tensors, directions = zip(*reached, strict=True)
-            found = torch.autograd.grad(tensors, [*at.values(), *leaves], directions, allow_unused=True)
+            found = torch.autograd.grad(
+                [g[name] for name in names], [*at.values(), *leaves], [w[name] for name in names], allow_unused=True
+            )
         curved = {
             name: torch.zeros_like(p) if t is None else t for (name, p), t in zip(at.items(), found, strict=False)
         }
         return curved, list(found[len(at) :])
 
+    @contextmanager
+    def _differentiable_gradient(self, loss: Loss, mode: str) -> Iterator[tuple[Tree, Tree]]:
+        """θ as leaves, and the gradient of a loss of this pass in them, with its graph; entries that do not depend on
+        θ or on the loss's own leaves are left out. The mode is named in errors."""
+        at = as_leaves(self.params)
+        with (
+            torch.enable_grad(),
+            uncompiled(),
+            only_math_attention(),
+            checkpoints_without_reentry(),
+            explained(mode),
+            self._again(self.student.held_at(at)),
+        ):
+            outputs = self.student.forward(self.inputs)
+            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
+            yield at, {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
+
     def ran_in_full_precision(self) -> bool:
         """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.params.values())
-        rounded = any(p.dtype == torch.float32 for p in self.params.values()) and reduced_float32(self.local.device)
-        return not (half or rounded or torch.is_autocast_enabled(self.local.device.type))
+        rounded = any(p.dtype == torch.float32 for p in self.params.values()) and reduced_float32(self.student.device)
+        return not (half or rounded or torch.is_autocast_enabled(self.student.device.type))
 
     @contextmanager
     def _again(self, held: Sequence[Any], *, upcast: bool = False) -> Iterator[None]:
@@ -291,21 +285,23 @@ class Pass:
         buffers = fresh(self._buffers_before)
         if upcast:
             buffers = [(tensors, name, wide(t)) for tensors, name, t in buffers]
-        with self._same_draws(), self.local.slots.frozen(), swapped([*held, *buffers]):
+        with self._same_draws(), self.student.slots.frozen(), swapped([*held, *buffers]):
             yield
 
     def _same_draws(self) -> Any:
         return replayed(self._before)
 
 
-def gradient_through(local: Local, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+def gradient_through(
+    student: LocalStudent, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]
+) -> list[Tensor | None]:
     """The derivative of weights that were made from differentiable gradients, in leaves of the inner losses; None of a
     leaf that they do not depend on."""
     moved = {name: p for name, p in params.items() if p.requires_grad}
     if not moved:
         return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
-    with local.as_trained(), buffers_aside(local.student):
+    with student.as_trained(), buffers_aside(student.module):
         found = torch.autograd.grad(
             list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )

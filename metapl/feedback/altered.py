@@ -11,7 +11,8 @@ from torch import Tensor
 from metapl.errors import MetaplError
 from metapl.feedback.base import Estimator, Feedback, State, check_choice
 from metapl.feedback.forward import Forward
-from metapl.feedback.lookahead import InnerStep, Path
+from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
 
@@ -21,23 +22,23 @@ class Altered(Estimator):
 
     Args:
         base: the estimator whose h, with a row per example, is altered.
-        how: ``"permuted"``: rows assigned to other examples, h_π(i); ``"class_means"``: every row replaced by the mean
-            over the batch (for sampled labels: over the rows with the same label), which removes what is specific to
-            the example; ``"random_sign"``: each row times ±1 with equal probability.
+        alteration: ``"permuted"``: rows assigned to other examples, h_π(i); ``"class_means"``: every row replaced by
+            the mean over the batch (for sampled labels: over the rows with the same label), which removes what is
+            specific to the example; ``"random_sign"``: each row times ±1 with equal probability.
         seed: of the permutations and signs, which are drawn from a separate generator.
 
     Takes, cost: as ``base``; on an accelerator the host waits for the device once a step. Bias: intended.
 
-    >>> Altered(how="permuted").name
+    >>> Altered(alteration="permuted").name
     'forward_permuted'
     """
 
     base: Estimator = field(default_factory=Forward)
-    how: Literal["permuted", "class_means", "random_sign"] = "permuted"
+    alteration: Literal["permuted", "class_means", "random_sign"] = "permuted"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(self, "how", ("permuted", "class_means", "random_sign"))
+        check_choice(self, "alteration", ("permuted", "class_means", "random_sign"))
         if self.base.name in ("none", "reinforce", "loss_difference"):
             raise MetaplError(
                 f"Altered(base={self.base!r}): expected an estimator with feedback per example: forward, difference, "
@@ -46,7 +47,7 @@ class Altered(Estimator):
 
     @property
     def name(self) -> str:
-        return f"{self.base.name}_{self.how}"
+        return f"{self.base.name}_{self.alteration}"
 
     @property
     def labels(self) -> tuple[Kind, ...]:
@@ -77,10 +78,10 @@ class Altered(Estimator):
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 
     def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:
-        if self.how == "class_means":
+        if self.alteration == "class_means":
             return _class_means(h, step)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
-        if self.how == "permuted":
+        if self.alteration == "permuted":
             return h[torch.randperm(len(h), generator=generator).to(h.device)]
         coins = torch.randint(0, 2, (len(h),), generator=generator).to(h) * 2 - 1
         return h * coins.reshape(-1, *[1] * (h.ndim - 1))

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from metapl import checks
 from metapl.errors import MetaplError
-from metapl.feedback.lookahead import InnerStep, Path
+from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.path import Path
 from metapl.numerics import Tree
 from metapl.problems.base import Kind, Signal
 

@@ -24,7 +24,7 @@ from metapl import checks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_linear, check_slopes
 from metapl.feedback.base import Feedback
-from metapl.feedback.lookahead import InnerStep
+from metapl.feedback.inner_step import InnerStep
 from metapl.numerics import Tree, products
 from metapl.problems.base import Signal
 

@@ -15,7 +15,8 @@ from metapl.errors import MetaplError
 from metapl.execution.agreement import SlopesDisagree, check_bend
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
 from metapl.feedback.credit import Tangent, signal_feedback
-from metapl.feedback.lookahead import InnerStep, Path
+from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.path import Path
 from metapl.numerics import Tree
 from metapl.problems.base import Kind
 

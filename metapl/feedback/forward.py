@@ -28,7 +28,7 @@ from metapl.feedback.base import (
     padded,
 )
 from metapl.feedback.credit import Tangent, credited_fields, feedback_from_gradients, signal_feedback
-from metapl.feedback.lookahead import Path
+from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
 

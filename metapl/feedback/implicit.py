@@ -17,7 +17,8 @@ from typing import ClassVar, Literal
 from metapl.errors import MetaplError
 from metapl.feedback.base import Estimator, Feedback, State, check_choice
 from metapl.feedback.credit import Tangent, signal_feedback
-from metapl.feedback.lookahead import InnerStep, Path
+from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.path import Path
 from metapl.feedback.solvers import Product, conjugate_gradient, neumann
 from metapl.numerics import Tree
 from metapl.problems.base import Kind

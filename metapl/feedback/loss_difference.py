@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from metapl.feedback.base import Estimator, Feedback, State, check_choice, divisor
-from metapl.feedback.lookahead import Path
+from metapl.feedback.path import Path
 from metapl.feedback.reinforce import check_baseline, init_baseline, subtract_baseline
 from metapl.problems.base import Kind
 

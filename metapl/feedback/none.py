@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metapl.feedback.base import Estimator, Feedback, State
-from metapl.feedback.lookahead import Path
+from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from metapl.errors import MetaplError
 from metapl.feedback.base import Estimator, Feedback, State, check_choice, divisor
 from metapl.feedback.credit import batch_feedback
-from metapl.feedback.lookahead import Path
+from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
 from metapl.feedback.credit import Tangent, example_feedback
 from metapl.feedback.difference import Difference
-from metapl.feedback.lookahead import Path
+from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from metapl.execution.kernels import explained
 from metapl.feedback.base import Estimator, Feedback, State, check_truncate, padded
 from metapl.feedback.credit import feedback_from_gradients
-from metapl.feedback.lookahead import Path
+from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from metapl.errors import MetaplError
 from metapl.training.report import Report
 
 Say = Callable[[str], None]
@@ -42,7 +43,7 @@ class Stepwise(ABC):
 
     def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
         """One step of the teacher alone, while the student waits; called only where there is a :attr:`teacher`."""
-        raise NotImplementedError
+        raise MetaplError(f"{type(self).__name__} has no teacher that could learn while the student waits; use wait=0.")
 
     @abstractmethod
     def live_state(self) -> dict[str, Any]:

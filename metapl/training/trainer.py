@@ -18,7 +18,8 @@ from metapl.execution.guards import casts_explained, step_guard
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
-from metapl.feedback.lookahead import Lookahead, Path, inner_batches, plain_inner
+from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
+from metapl.feedback.path import Path
 from metapl.hypergradient import Hypergradient, check_steps, hypergradient, look_ahead, prepare
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches
@@ -111,40 +112,21 @@ class BilevelTrainer(Trainer):
         self.device = checks.networks(teacher, student)
         refuse_compiled(teacher=teacher, student=student)
         self.teacher, self.student = teacher, student
+        self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
+        self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
+        self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
+        self.recompute_teacher, self.generator = recompute_teacher, generator
+        self._check_options()
+
         # Double backward has no compiled form: there the student runs as it is.
         compiled = () if not compile else (teacher,) if self.mode.keep_graph else (teacher, student)
         self.compile, self.compiled = compile, CompiledPasses(*compiled)
         self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
-        self.inner = update_of(self.inner_optimizer, trainable(student))
-        if clip_norm is not None:
-            self.inner = Clipped(self.inner, clip_norm)
-        if precision not in ("float32", "bfloat16"):
-            raise MetaplError(f"precision={precision!r}: expected 'float32' or 'bfloat16'.")
-        if accumulate < 1 or (accumulate > 1 and self.mode.keep_graph):
-            raise MetaplError(
-                f"accumulate={accumulate} with mode {self.mode.name!r}: expected 1 or more, and 1 with 'unrolled', "
-                "which keeps the graph of the whole batch (mode 'forward' is as exact)."
-            )
-        if not isinstance(lookahead, int) or lookahead < 1:
-            raise MetaplError(f"lookahead={lookahead!r}: expected a number of student steps, 1 or more.")
-        check_steps(self.mode, lookahead)
-        if lookahead > 1 and feedback_ratio is not None:
-            raise MetaplError(
-                f"feedback_ratio is measured on one inner batch and does not go with lookahead={lookahead}; use "
-                "feedback_weight."
-            )
-        self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
-        self.lookahead = lookahead
+        update = update_of(self.inner_optimizer, trainable(student))
+        self.update = update if clip_norm is None else Clipped(update, clip_norm)
         self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
         _check_outer(self.outer_optimizer, teacher)
-        self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
-        refuse_split_batches(self.teacher_losses or (), accumulate)
         self._teacher_trainer = _TeacherTrainer(self)
-        self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
-        if feedback_ratio is not None:
-            self._check_ratio(feedback_ratio)
-        self.recompute_teacher = recompute_teacher
-        self.generator = generator
         self.mode_state = self.mode.init()
         self.steps_done = 0
         self._derivatives_checked = False
@@ -188,10 +170,10 @@ class BilevelTrainer(Trainer):
             teacher_steps.append(step)
             return step.signal()
 
-        self.inner.follow(trainable(self.student))
+        self.update.follow(trainable(self.student))
         path = look_ahead(
             self.student,
-            self.inner,
+            self.update,
             self.problem,
             self.mode,
             labeled=labeled,
@@ -273,6 +255,22 @@ class BilevelTrainer(Trainer):
             return FeedbackScale(self.feedback_weight)
         return FeedbackScale(self.feedback_ratio, relative=True)
 
+    def _check_options(self) -> None:
+        """Refuse options that are wrong, or do not go together."""
+        if self.precision not in ("float32", "bfloat16"):
+            raise MetaplError(f"precision={self.precision!r}: expected 'float32' or 'bfloat16'.")
+        if self.accumulate < 1 or (self.accumulate > 1 and self.mode.keep_graph):
+            raise MetaplError(
+                f"accumulate={self.accumulate} with mode {self.mode.name!r}: expected 1 or more, and 1 with "
+                "'unrolled', which keeps the graph of the whole batch (mode 'forward' is as exact)."
+            )
+        refuse_split_batches(self.teacher_losses or (), self.accumulate)
+        if not isinstance(self.lookahead, int) or self.lookahead < 1:
+            raise MetaplError(f"lookahead={self.lookahead!r}: expected a number of student steps, 1 or more.")
+        check_steps(self.mode, self.lookahead)
+        if self.feedback_ratio is not None:
+            self._check_ratio(self.feedback_ratio)
+
     def _check_ratio(self, ratio: float) -> None:
         if not ratio >= 0:
             raise MetaplError(f"feedback_ratio={ratio}: expected a number of 0 or more, or None.")
@@ -283,10 +281,11 @@ class BilevelTrainer(Trainer):
                 "feedback_ratio was given, and there are no teacher losses to measure the feedback by; expected "
                 "teacher_losses=(...), or feedback_weight instead."
             )
-        if self.accumulate > 1:
+        whole = [f"{name}={n}" for name, n in (("accumulate", self.accumulate), ("lookahead", self.lookahead)) if n > 1]
+        if whole:
             raise MetaplError(
-                f"feedback_ratio is measured on a whole batch and does not go with accumulate={self.accumulate}; "
-                "use feedback_weight."
+                f"feedback_ratio is measured on one whole inner batch and does not go with {whole[0]}; use "
+                "feedback_weight."
             )
 
     @property
@@ -309,7 +308,7 @@ class BilevelTrainer(Trainer):
         return {
             "teacher": self.teacher.state_dict(),
             "student": self.student.state_dict(),
-            "inner": self.inner.state_dict(),
+            "inner": self.update.state_dict(),
             "outer": self.outer_optimizer.state_dict(),
             "mode": self.mode.name,
             "lookahead": self.lookahead,
@@ -333,7 +332,7 @@ class BilevelTrainer(Trainer):
         self.teacher.load_state_dict(state["teacher"])
         self.student.load_state_dict(state["student"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
-        self.inner.load_state_dict(copy.deepcopy(state["inner"]))
+        self.update.load_state_dict(copy.deepcopy(state["inner"]))
         self.outer_optimizer.load_state_dict(copy.deepcopy(state["outer"]))
         self.mode_state = dict(state["mode_state"])
         self.steps_done = state["steps_done"]
@@ -375,37 +374,42 @@ class BilevelTrainer(Trainer):
             generator: for drawing labels; without it they are the same in every call too.
         """
         estimate = self.mode if mode is None else estimator(mode)
-        self.inner.follow(trainable(self.student))
+        return self._gradient(labeled, unlabeled, estimate, prepare(self.given_problem, estimate), generator)
+
+    def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
+        """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
+        moves. None where there is no feedback, or the problem has no exact form."""
+        exact = self.problem.exact()
+        if self.mode.name == "none" or exact is None:
+            return None
+        found = (
+            self._gradient(labeled, unlabeled, self.mode, self.problem),
+            self._gradient(labeled, unlabeled, estimator("forward"), exact),
+        )
+        a, b = (torch.cat([g.flatten().double() for g in gradient.grads.values()]) for gradient in found)
+        return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+    def _gradient(
+        self,
+        labeled: Any,
+        unlabeled: Any,
+        mode: Estimator,
+        problem: BilevelProblem,
+        generator: torch.Generator | None = None,
+    ) -> Hypergradient:
+        """The teacher's gradient from the state as it is, which does not change."""
+        self.update.follow(trainable(self.student))
         with replayed(RandomState.now(self.device)), self._autocast():
             return hypergradient(
                 self.teacher,
                 self.student,
                 labeled=labeled,
                 unlabeled=unlabeled,
-                mode=estimate,
-                problem=prepare(self.given_problem, estimate),
-                inner_optimizer=self.inner,
+                mode=mode,
+                problem=problem,
+                inner_optimizer=self.update,
                 generator=generator,
             )
-
-    def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
-        """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
-        moves. None where there is no feedback, or the problem has no exact form."""
-        problem = self.problem.exact()
-        if self.mode.name == "none" or problem is None:
-            return None
-        own = self.hypergradient(labeled, unlabeled)
-        with replayed(RandomState.now(self.device)), self._autocast():
-            exact = hypergradient(
-                self.teacher,
-                self.student,
-                labeled=labeled,
-                unlabeled=unlabeled,
-                problem=problem,
-                inner_optimizer=self.inner,
-            )
-        a, b = (torch.cat([g.flatten().double() for g in found.grads.values()]) for found in (own, exact))
-        return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
     @contextmanager
     def _guard(self, labeled: Any, unlabeled: Any) -> Iterator[checks.Fault]:

@@ -1,0 +1,394 @@
+"""The same hypergradient by metapl and by the other libraries, side by side in one run.
+
+    python benchmarks/peers.py                                    # about twenty minutes on one core
+    python benchmarks/peers.py --table benchmarks/results/peers.json
+    python benchmarks/peers.py --write docs/peers.md
+
+Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch from this one; one that
+does not install is named with the reason. All compute the gradient of the labelled loss after K student steps of plain
+SGD on a teacher's soft labels, in float32, from the same weights and batches; attention is computed by PyTorch's plain
+kernel, since the others have no second derivative. Each measurement is a process of its own, and their order is drawn:
+the error is relative to double backward in float64, the time is the median over rounds, and the memory is the
+allocator's peak beyond weights and batches. They run on a CUDA device, if there is one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import arguments, described, parsed, write_between_marks, write_json
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "peers.json"
+LEARNING_RATE = 0.1
+TRUTH = "double backward by hand, float64"
+FORWARD, UNROLLED = "metapl, forward", "metapl, unrolled"
+
+Row = dict[str, Any]
+Gradient = Sequence[Tensor]
+Case = tuple[nn.Module, nn.Module, tuple[Tensor, Tensor], Tensor]
+
+
+# --------------------------------------------------------------------------------------------------------- the problem
+
+
+class Tokens(nn.Module):
+    """A small transformer on sequences of 16 vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True, norm_first=True)
+        self.embed, self.head = nn.Linear(8, 64), nn.Linear(64, 10)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x)).mean(1))
+
+
+def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
+    """Teacher, student, a labelled batch and an unlabelled one."""
+    from metapl.models import wide_resnet28_2
+
+    torch.manual_seed(0)
+    if network == "MLP":
+        teacher, student = (nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)) for _ in range(2))
+        shape: tuple[int, ...] = (64, 64)
+    elif network == "transformer":
+        teacher, student, shape = Tokens(), Tokens(), (32, 16, 8)
+    else:
+        teacher, student, shape = wide_resnet28_2(), wide_resnet28_2(), (16, 3, 32, 32)
+    x, u, y = torch.randn(shape), torch.randn(shape), torch.randint(0, 10, shape[:1])
+    teacher, student = teacher.to(device, dtype), student.to(device, dtype)
+    return teacher, student, (x.to(device, dtype), y.to(device)), u.to(device, dtype)
+
+
+def inner_loss(student: Callable[[Tensor], Tensor], teacher: nn.Module, u: Tensor) -> Tensor:
+    """Cross-entropy with the teacher's class probabilities."""
+    return F.cross_entropy(student(u), teacher(u).softmax(-1))
+
+
+# ----------------------------------------------------------------------------------------------------------- libraries
+
+
+def by_hand(teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tensor], u: Tensor, steps: int) -> Gradient:
+    """Double backward through ``torch.func.functional_call``."""
+    params: dict[str, Tensor] = dict(student.named_parameters())
+    for _ in range(steps):
+        at = params
+        loss = inner_loss(lambda x, at=at: functional_call(student, at, (x,)), teacher, u)  # type: ignore[misc]
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        params = {name: p - LEARNING_RATE * g for (name, p), g in zip(params.items(), grads, strict=True)}
+    outer = F.cross_entropy(functional_call(student, params, (labeled[0],)), labeled[1])
+    return torch.autograd.grad(outer, list(teacher.parameters()))
+
+
+def by_metapl(mode: Any) -> Any:
+    """``metapl.hypergradient`` in a mode."""
+    import metapl
+
+    def gradient(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+        unlabeled = u if steps == 1 else metapl.Lookahead([u] * steps)
+        inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+        found = metapl.hypergradient(
+            teacher, student, labeled=labeled, unlabeled=unlabeled, mode=mode, inner_optimizer=inner
+        )
+        return list(found.grads.values())
+
+    return gradient
+
+
+def by_higher(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+    """``higher.innerloop_ctx``."""
+    import higher
+
+    inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    with higher.innerloop_ctx(student, inner, copy_initial_weights=False) as (patched, differentiable):
+        for _ in range(steps):
+            differentiable.step(inner_loss(patched, teacher, u))
+        outer = F.cross_entropy(patched(labeled[0]), labeled[1])
+        return torch.autograd.grad(outer, list(teacher.parameters()))
+
+
+def by_torchopt(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+    """``torchopt.MetaSGD``; the student's weights are put back afterwards."""
+    import torchopt
+
+    inner = torchopt.MetaSGD(student, lr=LEARNING_RATE)
+    before = torchopt.extract_state_dict(student, by="reference", with_buffers=True)
+    for _ in range(steps):
+        inner.step(inner_loss(student, teacher, u))
+    outer = F.cross_entropy(student(labeled[0]), labeled[1])
+    found = torch.autograd.grad(outer, list(teacher.parameters()))
+    torchopt.recover_state_dict(student, before)
+    return found
+
+
+def lower_level(feed: dict[str, Tensor], upper: nn.Module, lower: nn.Module, params: Any = None) -> Tensor:
+    """BOAT's name for the inner loss, which it imports by name."""
+    return inner_loss(lower, upper, feed["u"])
+
+
+def upper_level(feed: dict[str, Tensor], upper: nn.Module, lower: nn.Module, params: Any = None) -> Tensor:
+    """BOAT's name for the outer loss."""
+    outputs = lower(feed["x"]) if params is None else lower(feed["x"], params=params)
+    return F.cross_entropy(outputs, feed["y"])
+
+
+def by_boat(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+    """``boat_torch.Problem``: naive gradient descent and reverse automatic differentiation."""
+    from boat_torch import Problem
+
+    for p in teacher.parameters():
+        p.grad = None
+    with tempfile.TemporaryDirectory() as folder:
+        config = {
+            "fo_op": None,
+            "gm_op": ["NGD"],
+            "na_op": ["RAD"],
+            "lower_level_model": student,
+            "upper_level_model": teacher,
+            "lower_level_var": list(student.parameters()),
+            "upper_level_var": list(teacher.parameters()),
+            "lower_level_opt": torch.optim.SGD(student.parameters(), lr=LEARNING_RATE),
+            "upper_level_opt": torch.optim.SGD(teacher.parameters(), lr=LEARNING_RATE),
+            "lower_iters": steps,
+            "device": str(u.device),
+            "accumulate_grad": False,
+            "copy_last_param": False,
+            "return_grad": True,
+            "loss_log_path": str(Path(folder) / "loss.json"),
+            "GDA": {"alpha_init": 0.0, "alpha_decay": 1.0},
+            "RGT": {"truncate_iter": 0},
+        }
+        losses = {
+            "lower_level_loss": {"function": f"{__name__}.lower_level"},
+            "upper_level_loss": {"function": f"{__name__}.upper_level"},
+        }
+        problem = Problem(config, losses)
+        problem.build_ll_solver()
+        problem.build_ul_solver()
+        feed = {"x": labeled[0], "y": labeled[1], "u": u}
+        grads, _ = problem.run_iter(feed, feed, 0)
+    return [g.detach() for g in grads]
+
+
+PEERS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "TorchOpt 0.7.3": (("torchopt==0.7.3",), by_torchopt),
+    "higher 0.2.1": (("higher==0.2.1",), by_higher),
+    "Betty 0.2.1": (("betty-ml==0.2.1",), None),
+    "BOAT 1.1.1": (("boat-torch==1.1.1", "higher==0.2.1"), by_boat),
+    "learn2learn 0.2.0": (("learn2learn==0.2.0",), None),
+}
+"""The pinned packages of a library's environment, and its gradient; None: it has not installed so far."""
+
+
+def gradient_of(library: str) -> Any:
+    """A library's function of (teacher, student, labelled batch, unlabelled batch, steps)."""
+    if library == TRUTH:
+        return by_hand
+    return by_metapl(library.split(", ")[1]) if library.startswith("metapl") else PEERS[library][1]
+
+
+# ---------------------------------------------------------------------------------------------------------- measurement
+
+
+def measure(library: str, network: str, steps: int, calls: int, truth: str, device: str) -> Row:
+    """One measurement, in the process and the environment that it is called in.
+
+    Args:
+        calls: timed ones, after one that is not.
+        truth: the file with the exact gradient; made by :data:`TRUTH`.
+    """
+    from metapl.metrics.cost import peak_bytes
+
+    torch.set_num_threads(1)
+    gradient = sdpa_kernel(SDPBackend.MATH)(gradient_of(library))
+    if library == TRUTH:
+        torch.save(gradient(*case(network, device, torch.float64), steps), truth)
+        return {}
+    given = case(network, device)
+    exact = torch.cat([g.flatten() for g in torch.load(truth)])
+    found = torch.cat([g.flatten().double() for g in gradient(*given, steps)])
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    seconds = []
+    for _ in range(calls):
+        since = clock()
+        gradient(*given, steps)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(clock() - since)
+    return {
+        "error": float((found - exact).norm() / exact.norm()),
+        "seconds": statistics.median(seconds),
+        "bytes": peak_bytes(lambda: gradient(*given, steps), torch.device(device)),
+    }
+
+
+def environment(packages: Sequence[str], folder: Path) -> str:
+    """The interpreter of a new environment with these packages, which reads the others from this environment.
+
+    Raises: :class:`RuntimeError` with pip's words if they do not install.
+    """
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
+    where = [sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    here = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
+    theirs = subprocess.run([python, *where[1:]], capture_output=True, text=True, check=True).stdout.strip()
+    (Path(theirs) / "shared.pth").write_text(here + "\n")
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", *packages]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(_reason(done.stderr))
+    return python
+
+
+def _reason(words: str) -> str:
+    """What pip says, in short: the version of Python that is asked for, or what failed to compile."""
+    python = re.search(r"Requires-Python ([^;]+)", words)
+    compiler = re.search(r"fatal error: (.*)", words)
+    if python:
+        return f"needs Python {python[1].strip()}"
+    if compiler:
+        return f"does not compile ({compiler[1].strip()})"
+    return next((line for line in reversed(words.splitlines()) if line.startswith("ERROR")), "pip failed")
+
+
+def call(python: str, *given: Any) -> Row:
+    """:func:`measure` in a process of its own; what it raised is in ``reason``."""
+    use = f"import peers; print(json.dumps(peers.measure(*{given!r})))"
+    code = f"import json, sys; sys.path.insert(0, {str(HERE)!r}); {use}"
+    paths = {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([python, "-c", code], env=os.environ | paths, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"reason": done.stderr.strip().splitlines()[-1][:200]}
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def run(given: Any) -> Row:
+    """All measurements, in one drawn order."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    networks = ("MLP",) if given.miniature else ("MLP", "transformer", "WRN-28-2")
+    ahead, rounds = ((1, 2), 1) if given.miniature else ((1, 10), given.rounds)
+    pythons, reasons = {FORWARD: sys.executable, UNROLLED: sys.executable}, {}
+    rows: dict[tuple[str, str, int], list[Row]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for library, python, reason in _installed(Path(folder), given.miniature):
+            if reason:
+                reasons[library] = reason
+            else:
+                pythons[library] = python
+        cases = [(network, steps) for network in networks for steps in ahead]
+        truths = {one: str(Path(folder) / f"{one[0]}-{one[1]}.pt") for one in cases}
+        for one in cases:
+            failed = call(sys.executable, TRUTH, *one, 0, truths[one], device).get("reason")
+            if failed:
+                raise SystemExit(failed)
+        jobs = [(library, *one) for library in pythons for one in cases] * rounds
+        random.Random(0).shuffle(jobs)
+        for number, (library, network, steps) in enumerate(jobs, 1):
+            calls = {"MLP": 50, "transformer": 10, "WRN-28-2": 2}[network] // (5 if steps > 1 else 1) or 1
+            row = call(pythons[library], library, network, steps, calls, truths[network, steps], device)
+            rows.setdefault((library, network, steps), []).append(row)
+            print(f"[{number}/{len(jobs)}] {library}, {network}, K = {steps}: {row}", file=sys.stderr, flush=True)
+    return {
+        "measured_on": described(device),
+        "rounds": rounds,
+        "not_installed": reasons,
+        "rows": [
+            {"library": library, "network": network, "steps": steps, **_joined(found)}
+            for (library, network, steps), found in sorted(rows.items())
+        ],
+    }
+
+
+def _installed(folder: Path, miniature: bool) -> Iterator[tuple[str, str, str]]:
+    """Each library with the interpreter that has it, or with the reason why there is none.
+
+    A miniature takes what is installed here.
+    """
+    for library, (packages, gradient) in PEERS.items():
+        if miniature:
+            if library.startswith("TorchOpt") and importlib.util.find_spec("torchopt"):
+                yield library, sys.executable, ""
+            continue
+        try:
+            python = environment(packages, folder / library.split()[0])
+        except RuntimeError as error:
+            yield library, "", str(error)
+            continue
+        yield library, python, "" if gradient else "installs, and has no measurement here yet"
+
+
+def _joined(rows: Sequence[Row]) -> Row:
+    """The medians over rounds, and each round's seconds; or the reason why there is nothing."""
+    failed = [row["reason"] for row in rows if "reason" in row]
+    if failed:
+        return {"reason": failed[0]}
+    medians = {name: statistics.median(row[name] for row in rows) for name in ("error", "seconds", "bytes")}
+    return medians | {"each": [row["seconds"] for row in rows]}
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+
+
+def table(result: Row) -> str:
+    """Errors, and times and memory relative to metapl's ``forward``."""
+    rows = {(row["network"], row["steps"], row["library"]): row for row in result["rows"]}
+    libraries = [FORWARD, UNROLLED, *PEERS]
+    lines = [
+        "| network | K | library | relative error | time / forward | memory / forward | ms | MB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for network, steps in sorted({(row["network"], row["steps"]) for row in result["rows"]}):
+        own = rows[network, steps, FORWARD]
+        for library in libraries:
+            row = rows.get((network, steps, library))
+            if row is None:
+                continue
+            start = f"| {network} | {steps} | {library} |"
+            if "reason" in row:
+                lines.append(f"{start} {row['reason']} | – | – | – | – |")
+                continue
+            time_, memory = row["seconds"] / own["seconds"], row["bytes"] / own["bytes"]
+            size = f"{1e3 * row['seconds']:.3g} | {row['bytes'] / 1e6:.3g}"
+            lines.append(f"{start} {row['error']:.1e} | {time_:.2f} | {memory:.2f} | {size} |")
+    notes = [f"{library}: {reason}." for library, reason in result["not_installed"].items()]
+    return "\n".join(lines) + ("\n\nNot installed: " + " ".join(notes) if notes else "")
+
+
+def main() -> None:
+    parser = arguments(__doc__, RESULT)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
+    given = parsed(parser)
+    if given.table:
+        print(table(json.loads(given.table.read_text())))
+    elif given.write:
+        write_between_marks(given.write, "peers", table(json.loads(given.out.read_text())))
+    else:
+        write_json(given.out, run(given))
+        print(table(json.loads(given.out.read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The student's steps, from its weights θ to θ′, where the outer loss is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl import checks
+from metapl.batch import first_input, micro_batches
+from metapl.execution.kernels import refuse_checkpoints
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through
+from metapl.execution.rng import RandomState
+from metapl.feedback.inner_step import InnerStep, mean_inner_loss
+from metapl.numerics import Tree, mean_tree
+from metapl.problems.base import Problem, Signal, joined_signals
+from metapl.updates import Update
+
+Teach = Callable[[Any, Tensor], Signal]
+"""The teacher's signal about a batch, given the student's outputs on it."""
+
+
+@dataclass
+class Path:
+    """The student's steps from θ to θ′, where the outer loss is taken; no weight moves before :meth:`commit`.
+
+    Args:
+        problem, student, update: the losses, the network, and U.
+        labeled: the outer batch, in micro-batches.
+        steps: at least one.
+    """
+
+    problem: Problem
+    student: LocalStudent
+    update: Update
+    labeled: Sequence[Any]
+    steps: list[InnerStep] = field(default_factory=list)
+
+    @property
+    def params(self) -> Tree:
+        """θ′ after the last step, without a graph."""
+        return {name: p.detach() for name, p in self.steps[-1].moved[0].items()}
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's state after the last step, without a graph."""
+        return pytree.tree_map_only(Tensor, Tensor.detach, self.steps[-1].moved[1])
+
+    @property
+    def inner_loss(self) -> Tensor:
+        """The mean of the inner losses over the steps, a scalar."""
+        return torch.stack([step.inner_loss for step in self.steps]).mean()
+
+    @cached_property
+    def outer_loss(self) -> Tensor:
+        """L(θ′), without a graph. Cost: one labeled forward pass, unless its gradient has been computed."""
+        return self._outer[0] if "_outer" in self.__dict__ else self._outer_loss_at(self.params)
+
+    @cached_property
+    def outer_loss_before(self) -> Tensor:
+        """L(θ), with the dropout masks of L(θ′); one forward pass."""
+        return self._outer_loss_at(self.student.params)
+
+    def known_outer_loss(self) -> dict[str, Tensor]:
+        """``{"outer_loss": L(θ′)}`` if an estimator has computed it, else an empty dict."""
+        known = "_outer" in self.__dict__ or "outer_loss" in self.__dict__
+        return {"outer_loss": self.outer_loss} if known else {}
+
+    def outer_gradient(self) -> Tree:
+        """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
+        return self._outer[1]
+
+    def outer_gradient_before(self) -> Tree:
+        """∇L(θ), one forward and backward pass on the labeled batch."""
+        self.__dict__["outer_loss_before"], v = self.student.loss_and_gradient(self.student.params, *self._outer_pass())
+        return v
+
+    def pullback(self) -> tuple[InnerStep, Tree]:
+        """The step of a path with one step, and its w = (∂U/∂g)ᵀ v."""
+        (step,) = self.steps
+        return step, step.pullback(self.outer_gradient())
+
+    def adjoints(
+        self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
+    ) -> Iterator[tuple[InnerStep, Tree, dict[str, Tensor | None] | None]]:
+        """The steps from the last to the first, each with its w and the derivatives of ⟨g, w⟩ in fields of the signal.
+
+        The derivatives are computed together with the step's Hessian product. The first step needs no Hessian product;
+        its derivatives are None.
+
+        Args:
+            fields: returns the fields of a step's signal, with the values at which the derivatives are taken.
+            truncate: the number of last steps; None: all.
+        """
+        v, state_cotangent = self.outer_gradient(), None
+        counted = self.steps if truncate is None else self.steps[-truncate:]
+        for step in reversed(counted[1:]):
+            bar = step.adjoint(v, state_cotangent, fields(step.signal))
+            v, state_cotangent = bar.params, bar.state
+            yield step, bar.w, bar.in_signal
+        first = counted[0]
+        if state_cotangent is None:
+            yield first, first.pullback(v), None
+        else:
+            bar_first = first.update.vjp(first.params, first.gradient, first.state, v, state_cotangent)
+            yield first, bar_first.gradient, None
+
+    def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
+        """dL(θ′)/d(field) for the fields of each signal, by double backward through the path.
+
+        Args:
+            truncate: the number of last steps; None: all.
+
+        Returns: each step with its derivatives by field; None for a field that the inner loss does not depend on.
+        """
+        counted = self.steps[-(truncate or 0) :]
+        leaves = [t for step in counted for t in step.signal.differentiable().values()]
+        gradients = iter(gradient_through(self.student, self.steps[-1].moved[0], self.outer_gradient(), leaves))
+        return [(step, {name: next(gradients) for name in step.signal.differentiable()}) for step in counted]
+
+    def commit(self) -> None:
+        """Move the student to θ′, with its optimizer."""
+        for step in self.steps:
+            new_params, new_state = pytree.tree_map_only(Tensor, Tensor.detach, step.moved)
+            self.update.commit(self.student.parameters, step.gradient, new_params, new_state)
+
+    @cached_property
+    def _outer(self) -> tuple[Tensor, Tree]:
+        return self.student.loss_and_gradient(self.params, *self._outer_pass())
+
+    def _outer_loss_at(self, params: Tree) -> Tensor:
+        return self.student.loss(params, *self._outer_pass())
+
+    def _outer_pass(self) -> tuple[list[Any], list[Loss], RandomState]:
+        """The student's inputs, their losses, and the start of a random stream.
+
+        The stream is independent of the default one, from whose state after the inner pass the teacher draws.
+        """
+        start = self.steps[-1].passes[-1].after.branch()
+        return [first_input(part) for part in self.labeled], [_outer_loss(self.problem, p) for p in self.labeled], start
+
+
+def take_steps(
+    student: nn.Module,
+    update: Update,
+    problem: Problem,
+    *,
+    labeled: Any,
+    batches: Sequence[Any],
+    teach: Teach,
+    parts: int = 1,
+    keep_graph: bool = False,
+) -> Path:
+    """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
+
+    Buffers and generators advance as in training; the weights do not move.
+
+    Args:
+        student, update, problem: the network, U and the losses.
+        labeled: the outer batch.
+        batches: the inner batches, one for each step.
+        teach: called once for each micro-batch, after the student's pass on it.
+        parts: the number of micro-batches in a batch.
+        keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
+    """
+    own = LocalStudent(student, update.parameters, double_backward=keep_graph)
+    path = Path(problem, own, update, micro_batches(labeled, parts, "labeled"))
+    several = keep_graph and len(batches) > 1
+    # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
+    params, state = as_leaves(own.params) if several else own.params, update.read_state()
+    for batch in batches:
+        if path.steps:
+            params, state = path.steps[-1].moved
+        path.steps.append(_step(path, batch, params, state, teach, refuse_checkpoints if several else nullcontext))
+    return path
+
+
+def _step(
+    path: Path, batch: Any, params: Tree, state: Any, teach: Teach, around: Callable[[], AbstractContextManager[None]]
+) -> InnerStep:
+    """One step; ``around``: what the student's passes run in."""
+    passes: list[Pass] = []
+    signals: list[Signal] = []
+    losses: list[Tensor] = []
+    grads: list[Tree] = []
+    for x, labeled in zip(micro_batches(batch, len(path.labeled), "unlabeled"), path.labeled, strict=True):
+        with around():
+            record = path.student.run(params, path.problem.student_input(x))
+        path.problem.check(record.outputs, labeled, x)
+        checks.finite_student(record.outputs)
+        signal = teach(x, record.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
+        if path.student.double_backward:
+            for t in signal.differentiable().values():
+                t.requires_grad_()
+        loss, gradient = record.gradient(mean_inner_loss(path.problem, signal, x))  # line 3: g
+        checks.dense_gradients(gradient)
+        passes.append(record)
+        signals.append(signal)
+        losses.append(loss)
+        grads.append(gradient)
+    return InnerStep(
+        path.problem,
+        path.update,
+        passes,
+        batch,
+        joined_signals(signals),
+        torch.stack(losses).mean(),
+        mean_tree(grads),
+        state,
+    )
+
+
+def _outer_loss(problem: Problem, batch: Any) -> Loss:
+    def loss(outputs: Tensor, params: Tree) -> Tensor:
+        value = problem.outer_loss(outputs, batch)
+        checks.scalar_loss(value, "the problem's outer_loss")
+        return value
+
+    return loss
