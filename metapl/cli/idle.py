@@ -143,5 +143,6 @@ def _uda(recipe: ImageFolders, methods: Sequence[str], where: str) -> Iterator[R
 def noisy_by_method(recipe: NoisyFolders, methods: Sequence[str]) -> Iterator[Rule]:
     """What has no effect in ``metapl train noisy`` because none of the methods uses it."""
     where = f"with --method{'s' * (len(methods) > 1)} {' '.join(methods)}"
-    if all(NOISY_METHODS[name].feedback is None for name in methods):
+    known = [NOISY_METHODS[name] for name in methods if name in NOISY_METHODS]  # others are refused afterwards
+    if known and all(method.feedback is None for method in known):
         yield Rule("teacher.* warm-steps mode clean-batch", where, "it is for methods that learn about labels")
