@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from metapl.errors import MetaplError
 from metapl.feedback.base import (
     Estimator,
     Feedback,
@@ -48,11 +49,14 @@ class Forward(Estimator):
         normalization: ``"gradient"`` (default: the true gradient, of the order of η), ``"learning_rate"`` (divided by
             η), ``"cosine"`` (divided by ‖w‖‖g‖); see :func:`metapl.feedback.base.divisor`.
         truncate: differentiate only this many of the last student steps; None: all.
+        keep_every: of K steps, every so many keep their weights, gradient and optimizer state; the others are computed
+            again, each by a forward and a backward pass. The memory for these is then about that of K/m + m steps.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
     every one but the first costs a double backward pass instead of ż's, in which its Hessian product and its feedback
-    are found together: about 1.3 times what ``unrolled`` costs, in the memory of one step and of K sets of weights.
+    are found together: about 1.3 times what ``unrolled`` costs, in the memory of one student step, of K sets of
+    weights, gradients and optimizer states (see ``keep_every``), and of the teacher's K graphs (``recompute_teacher``).
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).
@@ -63,6 +67,7 @@ class Forward(Estimator):
 
     normalization: Normalization = "gradient"
     truncate: int | None = None
+    keep_every: int = 1
 
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
@@ -71,6 +76,8 @@ class Forward(Estimator):
     def __post_init__(self) -> None:
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
         check_truncate(self)
+        if not isinstance(self.keep_every, int) or self.keep_every < 1:
+            raise MetaplError(f"Forward(keep_every={self.keep_every!r}): expected a number of steps, 1 or more.")
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         feedback = []
