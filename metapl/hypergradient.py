@@ -100,6 +100,7 @@ def look_ahead(
         teach=teach_checked,
         parts=parts,
         keep_graph=mode.keep_graph,
+        keep_every=mode.keep_every,
     )
     if check_derivatives and mode.keep_graph:
         refuse_once_differentiable(path.steps[0].grads.values())

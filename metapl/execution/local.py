@@ -178,6 +178,18 @@ class Pass:
             self._at, self._held = {}, []
         return value.detach(), grads
 
+    def forget(self) -> None:
+        """Drop θ, until :meth:`gradient_again` gives it back."""
+        self.params = {}
+
+    def gradient_again(self, params: Tree, loss: Loss) -> Tree:
+        """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
+        self.params, at = params, as_leaves(params)
+        with torch.enable_grad(), uncompiled(), checkpoints_without_reentry(), self._again(self.student.held_at(at)):
+            outputs = self.student.forward(self.inputs)
+            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            return self.student.gradient(loss(outputs, at), at)
+
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
         load_forward_mode()

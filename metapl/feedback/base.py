@@ -99,6 +99,11 @@ class Estimator(ABC):
         return False
 
     @property
+    def keep_every(self) -> int:
+        """Every so many steps of a look-ahead, one is kept with its weights; the others are computed again."""
+        return 1
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether it takes more than one student step."""
         return False

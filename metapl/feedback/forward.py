@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from metapl.errors import MetaplError
 from metapl.feedback.base import (
     Estimator,
     Feedback,
@@ -48,6 +49,8 @@ class Forward(Estimator):
         normalization: ``"gradient"`` (default: the true gradient, of the order of η), ``"learning_rate"`` (divided by
             η), ``"cosine"`` (divided by ‖w‖‖g‖); see :func:`metapl.feedback.base.divisor`.
         truncate: differentiate only this many of the last student steps; None: all.
+        keep_every: of K steps, every so many keep their weights, gradient and optimizer state; the others are computed
+            again, each by a forward and a backward pass. The memory for these is then about that of K/m + m steps.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
@@ -63,6 +66,7 @@ class Forward(Estimator):
 
     normalization: Normalization = "gradient"
     truncate: int | None = None
+    keep_every: int = 1
 
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
@@ -71,6 +75,8 @@ class Forward(Estimator):
     def __post_init__(self) -> None:
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
         check_truncate(self)
+        if not isinstance(self.keep_every, int) or self.keep_every < 1:
+            raise MetaplError(f"Forward(keep_every={self.keep_every!r}): expected a number of steps, 1 or more.")
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         feedback = []

@@ -47,8 +47,9 @@ class InnerStep:
         batch: x, or (weak, strong), ...
         signal: the teacher's signal, without its graph.
         inner_loss: the mean of ℓ_i, a scalar.
-        grads: g, with a graph if the path keeps it.
+        grads: g, with a graph if the path keeps it; empty if the step was forgotten.
         state: the optimizer's state before the step.
+        kept: whether θ, g and the state are there; :meth:`again` computes them again.
     """
 
     problem: Problem
@@ -59,6 +60,21 @@ class InnerStep:
     inner_loss: Tensor
     grads: Tree
     state: Any
+    kept: bool = True
+
+    def forgotten(self) -> InnerStep:
+        """The step without θ, g and the optimizer's state."""
+        for part in self.passes:
+            part.forget()
+        return replace(self, grads={}, state=None, kept=False)
+
+    def again(self, params: Tree, state: Any) -> InnerStep:
+        """A forgotten step with θ, g and the optimizer's state; cost: a forward and a backward pass of the student."""
+        if self.kept:
+            return self
+        pieces = zip(self.passes, self._batches, self.signal.chunks(len(self.passes)), strict=True)
+        grads = [part.gradient_again(params, mean_inner_loss(self.problem, signal, x)) for part, x, signal in pieces]
+        return replace(self, grads=mean_tree(grads), state=state, kept=True)
 
     @cached_property
     def outputs(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,8 @@ class Path:
         problem, student, update: the losses, the network, and U.
         labeled: the outer batch, in micro-batches.
         steps: at least one.
+        keep_every: every so many steps, one is kept with its weights, gradient and optimizer state; the adjoint
+            computes the others again.
     """
 
     problem: Problem
@@ -41,6 +43,7 @@ class Path:
     update: Update
     labeled: Sequence[Any]
     steps: list[InnerStep] = field(default_factory=list)
+    keep_every: int = 1
 
     @property
     def params(self) -> Tree:
@@ -99,17 +102,40 @@ class Path:
             truncate: the number of last steps; None: all.
         """
         v, state_cotangent = self.outer_gradient(), None
-        counted = self.steps if truncate is None else self.steps[-truncate:]
-        for step in reversed(counted[1:]):
-            bar = step.adjoint(v, state_cotangent, fields(step.signal))
-            v, state_cotangent = bar.params, bar.state
-            yield step, bar.w, bar.in_signal
-        first = counted[0]
-        if state_cotangent is None:
-            yield first, first.pullback(v), None
-        else:
-            bar_first = first.update.vjp(first.params, first.gradient, first.state, v, state_cotangent)
-            yield first, bar_first.gradient, None
+        first = 0 if truncate is None else max(0, len(self.steps) - truncate)
+        for number, step in self._backwards(first):
+            if number > first:
+                bar = step.adjoint(v, state_cotangent, fields(step.signal))
+                v, state_cotangent = bar.params, bar.state
+                yield step, bar.w, bar.in_signal
+            elif state_cotangent is None:
+                yield step, step.pullback(v), None
+            else:
+                bar_first = step.update.vjp(step.params, step.gradient, step.state, v, state_cotangent)
+                yield step, bar_first.gradient, None
+
+    def _backwards(self, first: int) -> Iterator[tuple[int, InnerStep]]:
+        """The steps from the last to ``first``, with their numbers; forgotten ones are computed again."""
+        end = len(self.steps)
+        while end > first:
+            start = (end - 1) // self.keep_every * self.keep_every
+            block = [replace(self.steps[start])]  # a copy, so that θ′ and s′ are cached no longer than the block
+            for step in self.steps[start + 1 : end]:
+                block.append(step.again(*block[-1].moved))
+            end = start
+            while block and start + len(block) > first:
+                number = start + len(block) - 1
+                yield number, block.pop()
+                if not self.steps[number].kept:
+                    self.steps[number].forgotten()  # the passes had their weights back
+
+    def forget(self) -> None:
+        """Drop the weights, gradient and optimizer state of the last step but one, unless it is to be kept."""
+        number = len(self.steps) - 2
+        if number >= 0 and self.keep_every > 1:
+            step = self.steps[number]
+            # A copy of a step that is kept has nothing cached.
+            self.steps[number] = replace(step) if number % self.keep_every == 0 else step.forgotten()
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """dL(θ′)/d(field) for the fields of each signal, by double backward through the path.
@@ -126,6 +152,9 @@ class Path:
 
     def commit(self) -> None:
         """Move the student to θ′, with its optimizer."""
+        if not all(step.kept for step in self.steps):
+            self.update.commit(self.student.parameters, None, self.params, self.state)
+            return
         for step in self.steps:
             new_params, new_state = pytree.tree_map_only(Tensor, Tensor.detach, step.moved)
             self.update.commit(self.student.parameters, step.gradient, new_params, new_state)
@@ -156,6 +185,7 @@ def take_steps(
     teach: Teach,
     parts: int = 1,
     keep_graph: bool = False,
+    keep_every: int = 1,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
 
@@ -168,9 +198,10 @@ def take_steps(
         teach: called once for each micro-batch, after the student's pass on it.
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
+        keep_every: see :class:`Path`.
     """
     own = LocalStudent(student, update.parameters, double_backward=keep_graph)
-    path = Path(problem, own, update, micro_batches(labeled, parts, "labeled"))
+    path = Path(problem, own, update, micro_batches(labeled, parts, "labeled"), keep_every=keep_every)
     several = keep_graph and len(batches) > 1
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(own.params) if several else own.params, update.read_state()
@@ -178,6 +209,7 @@ def take_steps(
         if path.steps:
             params, state = path.steps[-1].moved
         path.steps.append(_step(path, batch, params, state, teach, refuse_checkpoints if several else nullcontext))
+        path.forget()
     return path
 
 

@@ -77,8 +77,12 @@ class Update(ABC):
         return self._vjp(params, grads, state, v, state_cotangent, only_gradient=False)
 
     @abstractmethod
-    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
-        """Take the step: move the parameters, and the optimizer's state."""
+    def commit(self, parameters: Parameters, grads: Tree | None, new_params: Tree, new_state: Any) -> None:
+        """Take the step: move the parameters, and the optimizer's state.
+
+        Args:
+            grads: for a step of the optimizer itself; None: θ′ and s′ are written, as after several steps.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

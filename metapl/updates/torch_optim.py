@@ -113,7 +113,14 @@ class TorchUpdate(Update):
             new_state.update(zip(names, states, strict=True))
         return new_params, new_state
 
-    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
+    def commit(self, parameters: Parameters, grads: Tree | None, new_params: Tree, new_state: Any) -> None:
+        if grads is None:
+            with torch.no_grad():
+                for name, weight in parameters.items():
+                    weight.copy_(new_params[name])
+                    if new_state[name]:
+                        self.optimizer.state[weight] = dict(new_state[name])
+            return
         # A leftover gradient of a frozen parameter must not move it.
         own = parameters_of(self.optimizer)
         for p in own:

@@ -73,7 +73,7 @@ class TransformUpdate(Update):
         updates, state = self.transform.update(grads, state, params=params, inplace=False)
         return {name: p + updates[name] for name, p in params.items()}, state
 
-    def commit(self, parameters: Parameters, grads: Tree, new_params: Tree, new_state: Any) -> None:
+    def commit(self, parameters: Parameters, grads: Tree | None, new_params: Tree, new_state: Any) -> None:
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(new_params[name])
