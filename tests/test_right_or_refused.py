@@ -194,7 +194,7 @@ def test_a_clip_has_its_derivative_wherever_it_stands(name: str) -> None:
 def test_a_transform_with_a_wrong_derivative_is_refused(build: Any, eps: float) -> None:
     case = toy("mlp")
     wrong = build(0.05, eps=eps, use_accelerated_op=True)
-    text = r"derivative in the gradient is wrong.*use_accelerated_op=True"
+    text = r"derivative in the gradient, or in its state, is wrong.*use_accelerated_op=True"
     refused(lambda: trainer_for(case, inner_optimizer=wrong), text, case.student)
     refused(lambda: metapl.hypergradient(**case.networks(), **case.data(), inner_optimizer=wrong), text, case.student)
 
@@ -207,7 +207,22 @@ def test_a_wrong_derivative_of_ones_own_is_found_too() -> None:
 
     wrong = torchopt.base.GradientTransformation(lambda params: (), update)
     case = toy("mlp")
-    refused(lambda: trainer_for(case, inner_optimizer=wrong), "derivative in the gradient is wrong", case.student)
+    refused(lambda: trainer_for(case, inner_optimizer=wrong), "or in its state, is wrong", case.student)
+
+
+def test_a_wrong_derivative_in_the_state_is_found_too() -> None:
+    """Momentum that is detached: right for one step, wrong for several."""
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
+        moments = {n: g + 0.9 * state[n].detach() for n, g in updates.items()}
+        return {n: -0.1 * m for n, m in moments.items()}, moments
+
+    def init(params: Any) -> Any:
+        return {n: torch.zeros_like(p) for n, p in params.items()}
+
+    case = toy("mlp")
+    wrong = torchopt.base.GradientTransformation(init, update)
+    refused(lambda: trainer_for(case, inner_optimizer=wrong), "or in its state, is wrong", case.student)
 
 
 @pytest.mark.parametrize("name", ["adadelta", "adagrad", "adam", "adamax", "adamw", "radam", "rmsprop", "sgd"])

@@ -41,7 +41,11 @@ class Difference(Estimator):
     Takes: soft signals; hard labels by the expectation.
     Cost: 11 student passes a step with the teacher's 3 (one-sided: 10, or 11 under autocast or TF32), and one copy of
     the weights.
-    Bias: O(δ²), one-sided O(δ), plus the rounding of the outputs, O(machine epsilon/δ).
+    Bias: O(δ²), one-sided O(δ), plus the rounding of the outputs, O(machine epsilon/δ). In float32 the first one or two
+    steps of Adam are mostly rounding: its w is then nearly orthogonal to the gradient, and ż nearly zero beside it
+    (relative error up to 1.6 measured, below 0.01 after five steps).
+    Checks: the outputs on both sides are compared with those at θ (not on CUDA, where reading them would wait). A
+    one-sided difference has no outputs behind θ, so that its curvature is not checked.
     Runs: wherever the student runs, on any operation.
     Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.
     """

@@ -55,7 +55,8 @@ class Forward(Estimator):
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
     every one but the first costs a double backward pass instead of ż's, in which its Hessian product and its feedback
-    are found together: about 1.3 times what ``unrolled`` costs, in the memory of one step and of K sets of weights.
+    are found together: about 1.3 times what ``unrolled`` costs, in the memory of one student step, of K sets of
+    weights, gradients and optimizer states (see ``keep_every``), and of the teacher's K graphs (``recompute_teacher``).
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).

@@ -15,6 +15,9 @@ from metapl.errors import MetaplError
 class Lookahead:
     """K inner batches, one for each student step of a look-ahead; given in place of ``unlabeled``.
 
+    A signal that reads the student's outputs, such as that of :class:`metapl.problems.MetaWeightNet`, reads them as
+    constants: the derivative through them, from one step to the signals of later ones, is left out.
+
     Args:
         batches: each of them as for ``unlabeled``.
 

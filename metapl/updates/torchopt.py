@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CellType, FunctionType
 from typing import Any
 from weakref import WeakSet
@@ -115,54 +115,70 @@ def _off_zero(g: Tensor) -> Tensor:
     return torch.where(g == 0, g + (1e-60 if g.dtype == torch.float64 else 1e-15), g)
 
 
-def _vjp(transform: Any, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
-    """(∂U/∂g)ᵀ v by autograd through the transform's ``update``."""
-    at = {name: _off_zero(g).requires_grad_() for name, g in grads.items()}
-    with torch.enable_grad():
-        moved, _ = transform.update(at, state, params=params, inplace=False)
-    pulled = torch.autograd.grad(
-        [moved[name] for name in v], list(at.values()), [v[name] for name in v], materialize_grads=True
-    )
-    return dict(zip(at, pulled, strict=True))
-
-
 _checked: WeakSet[Any] = WeakSet()
 """The ``update`` functions of transforms whose VJP is known to be right."""
 
 
 def _refuse_wrong_vjp(transform: Any, like: Tree) -> None:
-    """Compare ⟨(∂U/∂g)ᵀv, d⟩ with a central difference of ⟨v, U⟩, on small float64 tensors of the names in ``like``.
+    """Compare derivatives by autograd with central differences: of ⟨v, U⟩ along a direction of g, and of
+    ⟨v, U⟩ + ⟨c, s′⟩ along one of s.
 
     At the first step with small gradients, where Adam's ε counts, and at the third with large ones, where a clip works.
     """
-    draw = torch.Generator().manual_seed(0)
-    shapes = {name: [min(n, 2) for n in t.shape] for name, t in like.items()}
-
-    def tree(scale: float) -> Tree:
-        """Entries of random sign, none of them near 0."""
-        drawn = {name: torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
-        return {name: scale * (t / 2 + t.sign() / 2) for name, t in drawn.items()}
-
-    for steps, scale in ((0, 1e-2), (2, 1e2)):
-        params, g, d, v = tree(1.0), tree(scale), tree(scale), tree(1.0)
-        state = transform.init(params)
-        for _ in range(steps):
-            _, state = transform.update(tree(scale), state, params=params, inplace=False)
-        by_autograd = sum(float((t * d[name]).sum()) for name, t in _vjp(transform, params, g, state, v).items())
-        ahead, behind = (
-            transform.update({n: t + eps * d[n] for n, t in g.items()}, state, params=params, inplace=False)[0]
-            for eps in (1e-6, -1e-6)
-        )
-        terms = torch.cat([(v[n] * (ahead[n] - behind[n]) / 2e-6).flatten() for n in v])
+    for steps, scale, in_state in ((0, 1e-2, False), (2, 1e2, False), (2, 1e2, True)):
+        by_autograd, terms = _slopes(transform, like, steps, scale, in_state)
         by_difference = float(terms.sum())
         bound = 1e-3 * (abs(by_autograd) + abs(by_difference) + float(terms.norm())) + 1e-9
         if not abs(by_autograd - by_difference) <= bound:
             raise MetaplError(
-                f"inner_optimizer is a transform whose derivative in the gradient is wrong: along one direction it is "
-                f"{by_autograd:.4g} by autograd and {by_difference:.4g} by a difference of updates, so the feedback "
-                "would be wrong. Of TorchOpt's own, adam and adamw with use_accelerated_op=True are such: leave that "
-                "out, or use torch.optim SGD, Adam or AdamW."
+                "inner_optimizer is a transform whose derivative in the gradient, or in its state, is wrong: along one "
+                f"direction it is {by_autograd:.4g} by autograd and {by_difference:.4g} by a difference of updates, so "
+                "the feedback would be wrong. Of TorchOpt's own, adam and adamw with use_accelerated_op=True are such: "
+                "leave that out, or use torch.optim SGD, Adam or AdamW."
             )
+
+
+def _slopes(transform: Any, like: Tree, steps: int, scale: float, in_state: bool) -> tuple[float, Tensor]:
+    """One of these derivatives after ``steps`` steps with gradients of size ``scale``: by autograd, and its terms by
+    differences; on small float64 tensors of the names in ``like``."""
+    draw = torch.Generator().manual_seed(steps)
+
+    def off_zero(shape: Sequence[int]) -> Tensor:
+        """Entries of random sign, none of them near 0."""
+        t = torch.randn(shape, generator=draw, dtype=torch.float64)
+        return t / 2 + t.sign() / 2
+
+    def tree(scale: float) -> Tree:
+        return {name: scale * off_zero([min(n, 2) for n in t.shape]) for name, t in like.items()}
+
+    params, g, d, v = tree(1.0), tree(scale), tree(scale), tree(1.0)
+    state = transform.init(params)
+    for _ in range(steps):
+        _, state = transform.update(tree(scale), state, params=params, inplace=False)
+    leaves, structure = pytree.tree_flatten(state)
+    s = {i: t.detach() for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()}
+    # Relative to s, so that second moments stay positive and weigh no more than first ones.
+    e = {i: in_state * t * off_zero(t.shape).abs() for i, t in s.items()}
+    c = {i: in_state * off_zero(t.shape) / t.abs().clamp_min(1e-12) for i, t in s.items()}
+    d = {n: (not in_state) * t for n, t in d.items()}
+
+    def terms(g: Tree, s: dict[int, Tensor]) -> Tensor:
+        before = pytree.tree_unflatten([s.get(i, t) for i, t in enumerate(leaves)], structure)
+        moved, state = transform.update(g, before, params=params, inplace=False)
+        after = pytree.tree_leaves(state)
+        return torch.cat([*((v[n] * moved[n]).flatten() for n in v), *((c[i] * after[i]).flatten() for i in c)])
+
+    at = {n: _off_zero(t).requires_grad_() for n, t in g.items()}
+    at_state = {i: t.clone().requires_grad_() for i, t in s.items()}
+    with torch.enable_grad():
+        inputs = [*at.values(), *at_state.values()]
+        pulled = torch.autograd.grad(terms(at, at_state).sum(), inputs, materialize_grads=True)
+    by_autograd = sum(float((p * t).sum()) for p, t in zip(pulled, [*d.values(), *e.values()], strict=True))
+    ahead, behind = (
+        terms({n: t + eps * d[n] for n, t in g.items()}, {i: t + eps * e[i] for i, t in s.items()})
+        for eps in (1e-6, -1e-6)
+    )
+    return by_autograd, (ahead - behind) / 2e-6
 
 
 def _with_differentiable_clip(transform: Any, within: tuple[Any, ...] = ()) -> Any:
