@@ -19,7 +19,7 @@ STUDIES = {
     "feedback_size": ("--workers", "1"),
     "pictures_study": ("--jobs", "1"),
 }
-MEASUREMENTS = ("augment", "difference_step", "modes", "peers", "step", "throughput")
+MEASUREMENTS = ("augment", "difference_step", "endurance", "modes", "peers", "step", "throughput")
 
 
 def run(name: str, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
