@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl import checks
-from metapl.batch import labeled_pair, micro_batches
+from metapl.batch import micro_batches
 from metapl.data.identity import as_values
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
@@ -147,7 +147,7 @@ class BilevelTrainer(Trainer):
 
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
-        labeled, unlabeled = labeled_pair(labeled), plain_inner(unlabeled)
+        labeled, unlabeled = self.problem.outer_batch(labeled), plain_inner(unlabeled)
         with self._guard(labeled, unlabeled) as fault:
             with self._autocast(), self.compiled():
                 path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
