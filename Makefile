@@ -14,10 +14,10 @@ BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs bench clean
+.PHONY: help demo test docs bench endurance clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## Train on the digits beside the controls, five seeds; results go to runs/demo (more arguments: DEMO_ARGS).
 	rm -rf runs/demo
@@ -34,6 +34,9 @@ docs: $(STAMP) ## Build the documentation into site/, with warnings as errors.
 
 bench: $(STAMP) ## Measure what each mode costs (more arguments: BENCH_ARGS).
 	$(BIN)/python benchmarks/modes.py $(BENCH_ARGS)
+
+endurance: $(STAMP) ## Try kills, full disks, malicious and damaged files, and more, by the hundred (more arguments: BENCH_ARGS).
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/endurance.py $(BENCH_ARGS)
 
 clean: ## Remove the environment, caches, site/ and runs/demo; other runs stay.
 	rm -rf $(VENV) runs/demo build site *.egg-info .mypy_cache .pytest_cache .ruff_cache

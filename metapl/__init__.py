@@ -1,19 +1,27 @@
 """Meta Pseudo Labels and other bilevel label methods, with gradients that are checked."""
 
+import sys
 from importlib import import_module
+from os import path
 from typing import Any
 
-from metapl import feedback, models, problems
-from metapl.errors import MetaplError
-from metapl.feedback import MODES
-from metapl.feedback.lookahead import Lookahead
-from metapl.hypergradient import Hypergradient, hypergradient
-from metapl.problems import BilevelProblem, PseudoLabels, Signal
-from metapl.problems.losses import UDA, CrossEntropy
-from metapl.training import StopFit
-from metapl.training.loss_trainer import LossTrainer
-from metapl.training.report import StepReport
-from metapl.training.trainer import BilevelTrainer
+try:
+    from metapl import feedback, models, problems
+    from metapl.errors import MetaplError
+    from metapl.feedback import MODES
+    from metapl.feedback.lookahead import Lookahead
+    from metapl.hypergradient import Hypergradient, hypergradient
+    from metapl.problems import BilevelProblem, PseudoLabels, Signal
+    from metapl.problems.losses import UDA, CrossEntropy
+    from metapl.training import StopFit
+    from metapl.training.loss_trainer import LossTrainer
+    from metapl.training.report import StepReport
+    from metapl.training.trainer import BilevelTrainer
+except KeyboardInterrupt:
+    # The command has not begun yet, and a traceback through the imports would say nothing.
+    if path.basename(sys.argv[0]).removesuffix(".exe") not in ("metapl", "-m"):
+        raise
+    raise SystemExit(130) from None
 
 __version__ = "0.1.0"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from metapl.words import shown
+
 
 class MetaplError(ValueError):
     """Base of every error that a user can cause: it says what was given, what was expected and how to mend it.
@@ -19,6 +21,6 @@ def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:
     >>> few(["a", "b", "c", "d", "e"], 3), few([7])
     ('a, b, c and 2 more', '7')
     """
-    texts = [str(name) for name in names]
-    shown = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts[:most]]
-    return ", ".join(shown) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
+    texts = [shown(name) for name in names]
+    first = [text if len(text) <= longest else f"{text[: longest - 3]}..." for text in texts[:most]]
+    return ", ".join(first) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")

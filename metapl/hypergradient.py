@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from metapl import checks
-from metapl.batch import labeled_pair
 from metapl.errors import MetaplError
 from metapl.execution.buffers import inputs_unchanged, nothing_moved
 from metapl.execution.guards import casts_explained, restored_on_failure, step_lock
@@ -173,7 +172,8 @@ def hypergradient(
     Args:
         teacher, student: modules on one device; they run in the mode (train or eval) that they are in.
         labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
-            also holds the labels, under ``labels``, is such a pair.
+            also holds the labels, under ``labels``, is such a pair. For other
+            batches see :meth:`metapl.problems.Problem.outer_batch`.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
         mode: one of :data:`metapl.MODES`, or an estimator value.
@@ -204,7 +204,7 @@ def hypergradient(
     checks.no_inference_mode()
     device = checks.networks(teacher, student)
     update = update_of(inner_optimizer, trainable(student), inner_state)
-    labeled, unlabeled = labeled_pair(labeled), plain_inner(unlabeled)
+    labeled, unlabeled = problem.outer_batch(labeled), plain_inner(unlabeled)
     checks.batches(labeled, inner_batches(unlabeled), device)
     signals: list[Signal] = []
 

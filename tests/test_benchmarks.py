@@ -22,7 +22,7 @@ STUDIES = {
     "pictures_study": ("--jobs", "1"),
     "suspects": (),
 }
-MEASUREMENTS = ("augment", "difference_step", "modes", "peers", "step", "throughput")
+MEASUREMENTS = ("augment", "difference_step", "endurance", "modes", "peers", "step", "throughput")
 
 
 def run(name: str, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:

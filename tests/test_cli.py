@@ -22,7 +22,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from command import loaded_elsewhere, metapl, refusal, refused, result, rows, said
+from command import loaded_elsewhere, metapl, refusal, refused, reseal, result, rows, said
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -127,6 +127,8 @@ def test_evaluate_gives_the_number_on_record_again(trained: Path, capsys: pytest
 def test_evaluate_says_so_when_the_number_is_another(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = {name: torch.zeros_like(value) for name, value in load_file(delivered(run)).items()}
     save_file(weights, delivered(run))
+    assert "its SHA-256 is not the one in result.json" in refused(capsys, "evaluate", run)
+    reseal(run)
     assert f"but {result(run)['test_accuracy']:.2%} in result.json" in said(capsys, "evaluate", run)
 
 
@@ -333,6 +335,7 @@ def test_a_diverged_network_names_the_files(
     weights = load_file(delivered(run))
     last = list(weights)[-1]
     save_file({**weights, last: torch.full_like(weights[last], torch.nan)}, delivered(run))
+    reseal(run)
     out, shown = tmp_path / "out.csv", [f"{pictures}/more/{index}.png" for index in range(5)]
     words = refused(capsys, "predict", run, pictures / "more", "--out", out)
     assert f"outputs are not finite for {', '.join(shown)} and 5 more" in words
@@ -406,14 +409,15 @@ def test_finetune_that_is_stopped_leaves_the_run_as_it_was(run: Path) -> None:
     command = [sys.executable, "-m", "metapl", "finetune", str(run), "--steps", "10000000"]
     environment = {**os.environ, "TMPDIR": str(run.parent)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(run.parent.glob("metapl-*/metrics.jsonl")):
+        while process.poll() is None and not list(run.glob(".finetune-*/metrics.jsonl")):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert error.strip() == f"metapl: stopped; {run} is as it was."
     assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
-    assert not list(run.parent.glob("metapl-*"))
+    assert not list(run.glob(".finetune-*"))
+    assert not list(run.parent.glob("metapl*"))  # the temporary folder
 
 
 def test_finetune_refuses_comparisons_and_senseless_options(
@@ -656,7 +660,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: edit(run / "recipe.json", lambda c: c["recipe"]["fields"].update(hidden=[16, 16])),
         r"safetensors does not fit.*\(32,\) in the file and \(16,\) in the network",
     ),
-    "torn weights": (lambda run: delivered(run).write_bytes(b"torn"), "safetensors cannot be read"),
+    "torn weights": (lambda run: delivered(run).write_bytes(b"torn"), "safetensors is damaged"),
     "a file": (lambda run: (shutil.rmtree(run), run.write_text("")), "is a file; expected the folder of a run"),
 }
 

@@ -64,7 +64,8 @@ def test_a_run_goes_on_with_as_many_threads_as_it_was_started_with(
     monkeypatch.setattr("metapl.experiments.experiment.Experiment.run", lambda self, method: torch.get_num_threads())
     try:
         torch.set_num_threads(3)
-        folder.start(describe(recipe, method="mpl"), resume=False)
+        with folder.claimed(describe(recipe, method="mpl"), resume=False):
+            pass
         assert json.loads((tmp_path / "recipe.json").read_text())["made_with"]["threads"] == 3
         torch.set_num_threads(1)
         assert Job(recipe, "mpl", tmp_path, True).run() == 3

@@ -253,18 +253,21 @@ def test_a_resumed_run_says_which_option_is_another(nurseries: list[Nursery], pi
 
 def test_workers_do_not_hold_the_folder(tmp_path: Path) -> None:
     """Not even when they live longer than who claimed it."""
-    folder, (read, write) = RunFolder(tmp_path), os.pipe()
-    with folder.claimed({}, resume=False):
+    read, write = os.pipe()
+    with RunFolder(tmp_path).claimed({}, resume=False):
         worker = os.fork()
         if not worker:
             os.close(write)
             os.read(read, 1)
             os._exit(0)
-        with pytest.raises(MetaplError, match="another process is running"), folder.claimed({}, resume=True):
+        with (
+            pytest.raises(MetaplError, match="another process is running"),
+            RunFolder(tmp_path).claimed({}, resume=True),
+        ):
             pass
     try:
         before = time.monotonic()
-        with folder.claimed({}, resume=True):
+        with RunFolder(tmp_path).claimed({}, resume=True):
             assert time.monotonic() - before < 2
         assert alive(worker)
     finally:

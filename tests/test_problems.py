@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl import Signal
+from metapl import MetaplError, Signal
+from metapl.problems import Problem
 
 Loss = Callable[..., Tensor]
 
@@ -190,3 +191,86 @@ def test_an_inner_loss_that_is_averaged_already_is_refused() -> None:
     inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
     with pytest.raises(metapl.MetaplError, match=r"shape \(\) for a batch of 4; expected one loss per example"):
         metapl.hypergradient(**case.networks(), **case.data(), problem=Averaged(), inner_optimizer=inner)
+
+
+class Ratings(Problem):
+    """A student that reads two tensors by name, and is judged by a float target; the teacher makes up targets."""
+
+    def student_input(self, batch: Any) -> Any:
+        return {name: batch[name] for name in ("user", "item")}
+
+    outer_input = student_input
+
+    def outer_batch(self, batch: Any) -> Any:
+        return batch
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        return Signal(teacher(self.student_input(batch)))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return (outputs - signal.value).square()[:, 0]
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        rating, mask = batch["target"]["rating"], batch["target"]["mask"]
+        return ((outputs[:, 0] - rating).square() * mask).sum() / mask.sum()
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return (self.user(batch["user"]) * self.item(batch["item"])).sum(-1, keepdim=True)
+
+
+def ratings(rows: int, *, labeled: bool) -> Any:
+    draw = torch.Generator().manual_seed(rows)
+    user, item, rating = (torch.randn(rows, n, generator=draw, dtype=torch.float64) for n in (3, 3, 1))
+    target = {"target": {"rating": rating[:, 0], "mask": torch.arange(rows) % 2}} if labeled else {}
+    return {"user": user, "item": item} | target
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("mode", ["forward", "difference", "unrolled"])
+def test_an_outer_batch_of_any_nesting(mode: str, accumulate: int) -> None:
+    """The trainer's gradient against double backward on the modules' own functional calls."""
+    if mode == "unrolled" and accumulate > 1:
+        pytest.skip("refused: it keeps the graph of the whole batch")
+    torch.manual_seed(0)
+    teacher, student = Bilinear().double(), Bilinear().double()
+    labeled, unlabeled = ratings(6, labeled=True), ratings(4, labeled=False)
+    weights = dict(student.named_parameters())
+
+    def loss(params: dict[str, Tensor], rows: slice) -> Tensor:
+        part = {"user": labeled["user"][rows], "item": labeled["item"][rows]}
+        rating, mask = (labeled["target"][name][rows] for name in ("rating", "mask"))
+        outputs = torch.func.functional_call(student, params, (part,))[:, 0]
+        return ((outputs - rating).square() * mask).sum() / mask.sum()
+
+    inner = (torch.func.functional_call(student, weights, (unlabeled,)) - teacher(unlabeled)).square().mean()
+    g = torch.autograd.grad(inner, list(weights.values()), create_graph=True)
+    moved = {name: p - 0.1 * t for (name, p), t in zip(weights.items(), g, strict=True)}
+    parts = [slice(0, 6)] if accumulate == 1 else [slice(0, 3), slice(3, 6)]
+    outer = torch.stack([loss(moved, rows) for rows in parts]).mean()
+    expected = torch.autograd.grad(outer, list(teacher.parameters()))
+    before = [p.detach().clone() for p in teacher.parameters()]
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        mode,
+        problem=Ratings(),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=1.0),
+        accumulate=accumulate,
+    )
+    trainer.fit([labeled], [unlabeled], steps=1)
+    found = [a - p.detach() for a, p in zip(before, teacher.parameters(), strict=True)]
+    tolerance = 1e-6 if mode == "difference" else 1e-10
+    assert all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(found, expected, strict=True))
+
+
+def test_other_problems_refuse_such_a_batch() -> None:
+    trainer = metapl.BilevelTrainer(Bilinear().double(), Bilinear().double(), "forward")
+    with pytest.raises(MetaplError, match="labeled is a dict with the keys"):
+        trainer.step(ratings(6, labeled=True), ratings(4, labeled=False))

@@ -162,7 +162,8 @@ def test_a_recipe_comes_back_as_it_was_stored(tmp_path: Path) -> None:
         TINY, feedback=Feedback(mode="reinforce", baseline=0.9), schedule="constant", ema_decay=0.5, seed=3
     )
     folder = RunFolder(tmp_path)
-    folder.start(describe(recipe, method="none"), resume=False)
+    with folder.claimed(describe(recipe, method="none"), resume=False):
+        pass
     found, description = stored(folder)
     assert found == recipe
     assert description["method"] == "none"
@@ -170,12 +171,17 @@ def test_a_recipe_comes_back_as_it_was_stored(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_format_or_recipe_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.start(describe(TINY, method="mpl"), resume=False)
+
+    def claim(method: str, resume: bool) -> None:
+        with folder.claimed(describe(TINY, method=method), resume=resume):
+            pass
+
+    claim("mpl", resume=False)
     with pytest.raises(MetaplError, match="holds a run already; give --resume"):
-        folder.start(describe(TINY, method="mpl"), resume=False)
+        claim("mpl", resume=False)
     with pytest.raises(MetaplError, match=r"holds a run of another recipe .*method was 'mpl', now 'none'"):
-        folder.start(describe(TINY, method="none"), resume=True)
-    folder.start(describe(TINY, method="mpl"), resume=True)
+        claim("none", resume=True)
+    claim("mpl", resume=True)
     folder.write_json("recipe.json", read(tmp_path, "recipe.json") | {"format": 99})
     with pytest.raises(MetaplError, match=r"written in run format 99; this metapl .* reads format 2"):
         folder.recipe()
@@ -186,11 +192,10 @@ def test_a_folder_of_another_format_or_recipe_is_refused(tmp_path: Path) -> None
 
 
 def test_two_processes_do_not_run_in_one_folder(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
     with (
-        folder.claimed(describe(TINY), resume=False),
+        RunFolder(tmp_path).claimed(describe(TINY), resume=False),
         pytest.raises(MetaplError, match="another process is running"),
-        folder.claimed(describe(TINY), resume=True),
+        RunFolder(tmp_path).claimed(describe(TINY), resume=True),
     ):
         pass
 

@@ -68,8 +68,8 @@ def test_predict_replaces_no_file_that_it_reads(
     run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = pictures / "0.png"
-    (tmp_path / "plain.txt").write_text("kept")
-    (tmp_path / "link.png").symlink_to(tmp_path / "plain.txt")
+    (tmp_path / "link.png").symlink_to(one)
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     os.mkfifo(tmp_path / "pipe.png")
     before = content(tmp_path), content(run)
     same = tmp_path / "both.png"
@@ -81,8 +81,9 @@ def test_predict_replaces_no_file_that_it_reads(
             assert "is one of the files to be read" in refused(capsys, "predict", run, source, flag, one)
         inside = run / ("student.safetensors" if flag == "--out" else "report.png")
         assert f"lies in the run folder {run}" in refused(capsys, "predict", run, one, flag, inside)
-        assert "is a symbolic link" in refused(capsys, "predict", run, one, flag, tmp_path / "link.png")
-        assert "is a device or a pipe" in refused(capsys, "predict", run, one, flag, tmp_path / "pipe.png")
+        assert "is one of the files to be read" in refused(capsys, "predict", run, one, flag, tmp_path / "link.png")
+        assert "is a pipe" in refused(capsys, "predict", run, one, flag, tmp_path / "pipe.png")
+        assert "is a link that leads to itself" in refused(capsys, "predict", run, one, flag, tmp_path / "loop.png")
     assert (content(tmp_path), content(run)) == before
     assert (tmp_path / "link.png").is_symlink()
     assert (tmp_path / "pipe.png").is_fifo()

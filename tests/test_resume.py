@@ -352,7 +352,7 @@ def test_a_damaged_newest_checkpoint_costs_a_few_steps(
 
 
 @pytest.mark.slow
-def test_without_a_whole_checkpoint_it_starts_anew_and_a_finished_run_is_left_alone(
+def test_without_a_whole_checkpoint_it_is_refused_and_a_finished_run_is_left_alone(
     nurseries: list[Nursery], whole: dict[str, tuple[Path, float]]
 ) -> None:
     reference, nursery, recipe = whole["soft"][0], nurseries[0], RECIPES["soft"]
@@ -365,8 +365,14 @@ def test_without_a_whole_checkpoint_it_starts_anew_and_a_finished_run_is_left_al
     code, words = nursery.run(recipe.replace("--dropout 0.2", "--dropout 0.3") + " --resume", out)
     assert (code, "run of another recipe" in words) == (2, True)
     code, words = nursery.run(recipe + " --resume", out)
+    assert code == 2, words
+    assert re.search("to start anew, move them away: .*step-00000030.ckpt is not a checkpoint of metapl", words)
+    for path in (out / "checkpoints/fit").iterdir():
+        assert path.read_bytes() == b"not a checkpoint at all"
+        path.unlink()
+    code, words = nursery.run(recipe + " --resume", out)
     assert code == 0, words
-    assert re.search("step-00000030.ckpt is not a checkpoint of metapl(.|\n)*starting anew", words)
+    assert "no checkpoint of phase fit yet: starting anew" in words
     assert_equal(out, reference)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
     code, words = nursery.run(recipe + " --resume", out)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from metapl.cli.commands import COMMANDS, after_training
+from metapl.cli.process import drop_output, stoppable, streams
+from metapl.words import shown, tell
 
 HELP = """\
 metapl trains a classifier from a few labeled examples and many unlabeled
@@ -76,11 +76,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns: the exit code: 0 done; 1 done in part, or the system refused; 2 wrong input; 128 + n stopped by signal n.
     """
-    from metapl.errors import MetaplError
-
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that has no ± shows ?
+    with streams(), stoppable(for_good=arguments is None):
+        try:
+            return _run(given)
+        except KeyboardInterrupt as stopped:
+            number = getattr(stopped, "signal_number", signal.SIGINT)
+            print("\nmetapl: stopped.", file=sys.stderr)
+            return 128 + int(number)
+        except BrokenPipeError:
+            # The reader has gone, as head does. What is still buffered must not be written again at exit.
+            drop_output()
+            return 128 + signal.SIGPIPE
+        except OSError as error:
+            drop_output()
+            print(f"metapl: {shown(_os_error(error))}.", file=sys.stderr)
+            return 1
+
+
+def _run(given: list[str]) -> int:
+    from metapl.errors import MetaplError
+    from metapl.memory import LESS, out_of_memory
+
     try:
         with _messages_shown():
             try:
@@ -88,18 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 sys.stdout.flush()
     except MetaplError as error:
-        print(f"metapl: {error}", file=sys.stderr)
+        print(f"metapl: {shown(error, keep=chr(10))}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # The reader has gone, as head does. What is still buffered must not be written again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        print("\nmetapl: stopped.", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except OSError as error:
-        print(f"metapl: {error.filename or 'input or output'}: {error.strerror or error}.", file=sys.stderr)
-        return 1
+    except (MemoryError, RuntimeError, OSError) as error:
+        whose = out_of_memory(error)
+        if whose is None:
+            raise
+        print(f"metapl: the memory {whose} does not suffice; {LESS}.", file=sys.stderr)
+        return 2
+
+
+def _os_error(error: OSError) -> str:
+    return f"{error.filename or 'input or output'}: {error.strerror or error}"
 
 
 class _Messages(logging.Handler):
@@ -113,7 +130,7 @@ class _Messages(logging.Handler):
         text = self.format(record)
         if text not in self.shown:
             self.shown.add(text)
-            print(f"metapl: {text}", file=sys.stderr, flush=True)
+            tell(f"metapl: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -26,6 +26,10 @@ from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
 from metapl.report.ablation import draw_ablation
 from metapl.runs.atomic import replacing
 from metapl.training.trainer import BilevelTrainer
+from metapl.words import tell
+
+MOST_TIMES = 10_000
+"""Draws, and rounds."""
 
 OUT_HELP = "folder for ablation.json and ablation.png; by default neither is written."
 MODES_HELP = f"these modes alone, of {', '.join(MODES)}."
@@ -50,13 +54,16 @@ class Looking(ABC):
     def __call__(self) -> int:
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise MetaplError(f"--out {self.out} is a file; expected a folder, which is made if it is not there.")
+        for name in ("draws", "rounds"):
+            if not 1 <= getattr(self, name) <= MOST_TIMES:
+                raise MetaplError(f"--{name} {getattr(self, name)}: expected 1 to {MOST_TIMES:,}.")
         trainer, labeled, unlabeled, steps = self.subject()
         found = ablate(trainer, labeled, unlabeled, self.modes, steps=steps, draws=self.draws, rounds=self.rounds)
         where = f"steps {', '.join(map(str, found.points))}" if len(found.points) > 1 else "the start"
-        print(f"gradients at {where} of the training, costs at the last of them\n")
-        print(found.table())
-        print()
-        print(paragraph(found.recommendation))
+        tell(f"gradients at {where} of the training, costs at the last of them\n")
+        tell(found.table())
+        tell()
+        tell(paragraph(found.recommendation))
         if self.out is not None:
             self._write(self.out, found)
         return 0
@@ -72,7 +79,7 @@ class Looking(ABC):
         ran = {name: dataclasses.asdict(mode) for name, mode in found.modes.items() if isinstance(mode, ModeCost)}
         if ran:
             draw_ablation(out / "ablation.png", ran, found.recommendation)
-        print(f"\nthe figures are in {out}")
+        tell(f"\nthe figures are in {out}")
 
 
 @dataclass(frozen=True, kw_only=True)

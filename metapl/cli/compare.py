@@ -15,10 +15,12 @@ from metapl.cli.parse import paragraph
 from metapl.errors import MetaplError, few
 from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread
 from metapl.experiments.load_run import LoadedRun, load_run
+from metapl.experiments.store import stored_data, stored_result
 from metapl.experiments.table import table
 from metapl.metrics import Evaluation, paired_test
 from metapl.recipes import ImageFolders, Recipe
 from metapl.runs.folder import RunFolder, flat
+from metapl.words import tell
 
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
 """Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""
@@ -79,10 +81,10 @@ class Compare:
         by_run = [(run, list(_entries(run))) for run in runs]
         entries = [entry for _, members in by_run for entry in members]
         _refuse_other_data(entries)
-        print(f"{_caption(entries)}\n\n{_table(by_run)}\n")
+        tell(f"{_caption(entries)}\n\n{_table(by_run)}\n")
         if _steps_differ(entries):
-            print(paragraph("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
-        print(_verdict(entries))
+            tell(paragraph("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
+        tell(_verdict(entries))
         return 0
 
     def _check(self, runs: list[LoadedRun]) -> None:
@@ -119,7 +121,7 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
 
 
 def _entry(run: LoadedRun, folder: RunFolder, numbers: dict[str, Any], fields: dict[str, Any]) -> Entry:
-    result = folder.read_json("result.json")
+    result = stored_result(folder)
     if "evaluation" not in result:
         raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
     # A folder of pictures is the data; other recipes draw theirs from a data set.
@@ -131,7 +133,7 @@ def _entry(run: LoadedRun, folder: RunFolder, numbers: dict[str, Any], fields: d
         fields,
         {readout: numbers[readout] for readout in READOUTS},
         folder.path,
-        folder.read_json("data.json")["hash"],
+        stored_data(folder)["hash"],
         tuple(str((fields | {"seed": numbers["seed"]}).get(name)) for name in drawn_by),
         Evaluation(**result["evaluation"]),
     )

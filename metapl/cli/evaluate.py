@@ -29,6 +29,7 @@ from metapl.metrics import (
 )
 from metapl.metrics.predictions import batches_of
 from metapl.runs.folder import weights_file
+from metapl.words import shown, tell
 
 HEADINGS = (5, 4, 3)
 """Letters of a class that head a column, as many as there is room for."""
@@ -97,15 +98,15 @@ class Evaluate:
         if self.json:
             on_record = {"recorded_accuracy": recorded} if self.test is None else on.about
             about = {**self._about(run, name), "measured_on": on.part}
-            print(json.dumps({**about, **on_record, **_as_json(evaluation, several)}, indent=2))
+            tell(json.dumps({**about, **on_record, **_as_json(evaluation, several)}, indent=2))
         else:
             where = "" if self.test is None else f"\non {self.test}"
             compared = _as_recorded(evaluation, recorded) + on.remark if self.test is None else ""
-            print(f"{run.heading(name)}{where}\n")
-            print(_figures(evaluation, several, on.part, compared))
-            print(_confusions(evaluation, run.recipe.classes))
+            tell(f"{run.heading(name)}{where}\n")
+            tell(_figures(evaluation, several, on.part, compared))
+            tell(_confusions(evaluation, run.recipe.classes))
         if on.skipped():
-            print(f"metapl: {on.skipped()} file{'s' * (on.skipped() != 1)} left out", file=sys.stderr)
+            tell(f"metapl: {on.skipped()} file{'s' * (on.skipped() != 1)} left out", file=sys.stderr)
         return 1 if on.skipped() else 0
 
     def _about(self, run: LoadedRun, name: str) -> dict[str, str | int]:
@@ -229,7 +230,7 @@ def _confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
 def _matrix(evaluation: Evaluation, classes: tuple[str, ...], letters: int) -> str:
     """The confusion matrix with the accuracy of each class; a dot is 0."""
     width = max(len(str(n)) for counts in evaluation.confusion for n in counts)
-    rows = [("class", *(name[:letters].rjust(width) for name in classes), "right")]
+    rows = [("class", *(shown(name)[:letters].rjust(width) for name in classes), "right")]
     for name, counts, right in zip(classes, evaluation.confusion, evaluation.per_class, strict=True):
         rows.append((_short(name, 16), *(str(n) if n else "." for n in counts), _share(right)))
     return table(rows)
@@ -265,6 +266,7 @@ def _short(name: str, most: int = NAME) -> str:
     >>> _short("crane (n02012849)", 12)
     'crane...849)'
     """
+    name = shown(name)
     if len(name) <= most:
         return name
     tail = (most - 3) // 2

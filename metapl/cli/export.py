@@ -11,12 +11,13 @@ import tyro
 from metapl.cli.parse import Run, Switch
 from metapl.experiments.experiment import TITLED
 from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
-from metapl.experiments.store import describe
+from metapl.experiments.store import describe, stored_data
 from metapl.export import export
 from metapl.export.programs import ONNX, can_run_onnx, require_onnx
 from metapl.metrics import Evaluation
 from metapl.recipes.methods import title
 from metapl.runs.folder import RunFolder
+from metapl.words import tell
 
 FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected calibration error"}
 """What stands on the card of a student's evaluation, beside its accuracy."""
@@ -62,12 +63,12 @@ class Export:
             shape=run.recipe.input_shape,
             onnx=self.onnx,
         )
-        print(f"{run.heading(name)}\n")
-        print(f"{written.weights}: {_size(written.weights)}\n  SHA-256 {written.sha256}")
+        tell(f"{run.heading(name)}\n")
+        tell(f"{written.weights}: {_size(written.weights)}\n  SHA-256 {written.sha256}")
         for file in (written.program, written.onnx):
             if file is not None:
-                print(f"{file}: {_size(file)}\n  {_checked(file)}")
-        print(f"{written.card}: how to load them, and how good they are")
+                tell(f"{file}: {_size(file)}\n  {_checked(file)}")
+        tell(f"{written.card}: how to load them, and how good they are")
         return 0
 
 
@@ -100,7 +101,7 @@ class _Card:
         folder = run.folder
         if run.is_comparison:
             folder = RunFolder(folder.path / run.result["method"] / f"seed-{run.result['seed']}")
-        return cls(run, name, folder.read_json("data.json"))
+        return cls(run, name, stored_data(folder))
 
     def content(self) -> dict[str, Any]:
         """What :func:`metapl.export.export` writes on the card."""

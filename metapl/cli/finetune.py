@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -17,13 +19,18 @@ from metapl.cli.parse import Run
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import Experiment, Network, delivered
 from metapl.experiments.load_run import LoadedRun, load_run
+from metapl.experiments.store import stored_result
 from metapl.experiments.table import table
 from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
 from metapl.runs.folder import RunFolder
 from metapl.runs.metrics import Metrics
-from metapl.training import FitResult, Interrupted
+from metapl.training import FitResult
 from metapl.training.selection import weights_of
+from metapl.words import tell
+
+SCRATCH = ".finetune-"
+"""What the name of the folder begins with, within the run's, in which its records are kept until it has ended."""
 
 ORDER = ("student", "teacher", "finetuned")
 """The networks of a run: the first of equals by validation is delivered."""
@@ -56,17 +63,19 @@ class Finetune:
         recipe = self._recipe(run)
         try:
             with run.folder.claimed(run.description, resume=True):
+                # Another process may have finetuned it since.
+                run = dataclasses.replace(run, result=stored_result(run.folder))
                 result = _finetuned_anew(run, recipe)
         except KeyboardInterrupt as stopped:
-            print(f"\nmetapl: stopped; {self.run} is as it was.", file=sys.stderr)
-            return 128 + (stopped.signal_number if isinstance(stopped, Interrupted) else 2)
-        print(f"{run.title}\n")
-        print(_before_and_after(run.result, result, run.recipe))
-        print(f"\n{_measured_on(result)}")
+            tell(f"\nmetapl: stopped; {self.run} is as it was.", file=sys.stderr)
+            return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))
+        tell(f"{run.title}\n")
+        tell(_before_and_after(run.result, result, run.recipe))
+        tell(f"\n{_measured_on(result)}")
         by = "by validation" if result["delivered_by"] == "validation" else "by rule"
         changed = "" if result["delivered"] == run.result["delivered"] else f"; before: {run.result['delivered']}"
-        print(f"\nthe finetuned student and its numbers in {self.run} are new")
-        print(f"delivered: {result['delivered']} ({by}{changed})")
+        tell(f"\nthe finetuned student and its numbers in {self.run} are new")
+        tell(f"delivered: {result['delivered']} ({by}{changed})")
         return 0
 
     def _recipe(self, run: LoadedRun) -> Recipe:
@@ -86,7 +95,9 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     device = run.device
     student, task = run.network("student").to(device), recipe.task()
     torch.manual_seed(recipe.seed)
-    with tempfile.TemporaryDirectory(prefix="metapl-") as scratch:
+    for left in run.folder.path.glob(f"{SCRATCH}*"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run.folder.path) as scratch:
         experiment = Experiment(recipe, RunFolder(scratch))
         tuned = experiment.finetuned(task, student, _before(run, student))
         rows = Metrics(Path(scratch) / "metrics.jsonl").rows("finetune")
@@ -102,9 +113,10 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     result["finetuned_with"] = {"steps": recipe.finetune_steps, "lr": recipe.finetune.lr}
     if name == "finetuned" or name != run.result["delivered"]:
         result |= chosen.as_delivered()
-    # Each file is replaced whole. Should the machine die between two, `metapl evaluate --network finetuned` says that
-    # the number on record is not that of the weights, and finetuning again mends it.
-    run.folder.write_weights(tuned.file, tuned.weights)
+    # Each file is replaced whole. Should the machine die between two, the weights are refused, for their SHA-256 is not
+    # the one on record, and finetuning again mends it.
+    sealed = {tuned.file: run.folder.write_weights(tuned.file, tuned.weights)}
+    result["sha256"] = run.result.get("sha256", {}) | sealed
     run.folder.write_json("result.json", result)
     metrics = Metrics(run.folder.path / "metrics.jsonl")
     metrics.cut("finetune", 0)

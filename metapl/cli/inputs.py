@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from metapl.data.images.check import find_copies
-from metapl.data.images.folders import scan_labeled
+from metapl.data.images.folders import FilesT, scan_labeled, walk
+from metapl.data.images.verify import verify_files
 from metapl.errors import MetaplError, few
 from metapl.recipes import ImageFolders, Recipe
+from metapl.words import shown, tell
 
 BATCH = 256
 
@@ -33,7 +35,7 @@ class Inputs:
 
     def __init__(self, recipe: Recipe, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
         self.recipe, self.seen, self.skipped = recipe, 0, 0
-        self.leave = {file.resolve() for file in leave}
+        self.leave = {os.path.realpath(file) for file in leave}
         self.files = [file for path in paths for file in (self._within(path) if path.is_dir() else [path])]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -52,7 +54,7 @@ class Inputs:
 
     def _within(self, folder: Path) -> list[Path]:
         """The readable files of a folder and its subfolders, sorted."""
-        files = [Path(where) / name for where, _, names in os.walk(folder, onerror=self._unlisted) for name in names]
+        files = [Path(where) / name for where, _, names in walk(folder, self._unlisted) for name in names]
         readable = sorted(
             file for file in files if file.suffix.lower() in self.recipe.reads and not self._is_left(file)
         )
@@ -63,24 +65,23 @@ class Inputs:
         return readable
 
     def _is_left(self, file: Path) -> bool:
-        return bool(self.leave) and file.resolve() in self.leave
+        return bool(self.leave) and os.path.realpath(file) in self.leave
 
     def _unlisted(self, error: OSError) -> None:
         self.seen += 1
-        self._skip(f"{error.filename}: {error.strerror}")
+        self._skip(f"{shown(error.filename)}: {error.strerror}")
 
     def _skip(self, why: str) -> None:
         self.skipped += 1
-        print(f"metapl: left out {why}", file=sys.stderr)
+        tell(f"metapl: left out {why}", file=sys.stderr)
 
 
 def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
     """Refuse logits that are not finite, and name the examples."""
     bad = [name for name, fine in zip(names, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
     if bad:
-        more = f" and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
         raise MetaplError(
-            f"the network's outputs are not finite for {', '.join(bad[:NAMED])}{more}; its training diverged: train "
+            f"the network's outputs are not finite for {few(bad, NAMED)}; its training diverged: train "
             "again with a smaller learning rate."
         )
 
@@ -107,7 +108,7 @@ class TestFolder:
         if unknown:
             raise MetaplError(
                 f"{folder} has pictures of {few(unknown)}, which the run does not know; expected folders called as "
-                f"its classes: {', '.join(recipe.classes)}."
+                f"its classes: {few(recipe.classes, 20)}."
             )
         self.missing = tuple(name for name in recipe.classes if not counts.get(name))
         labels = self.files.targets(recipe.classes).tolist()
@@ -115,7 +116,7 @@ class TestFolder:
         self._inputs = Inputs(recipe, [Path(path) for path in self.files.paths()])
         self.names: list[str] = []
         for note in self._notes(recipe):
-            print(f"metapl: note: {note}", file=sys.stderr)
+            tell(f"metapl: note: {note}", file=sys.stderr)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pictures and labels; ``names`` then has the readable files, relative to the folder."""
@@ -150,6 +151,11 @@ class TestFolder:
         except MetaplError as error:
             yield f"it is not known which of these pictures were trained on: {error}"
             return
-        for finding in find_copies(labeled, others, None, self.files, None, trained=True):
+        for finding in find_copies(_plain(labeled), _plain(others), None, _plain(self.files), None, trained=True):
             if finding.kind == "test copies":
                 yield finding.message
+
+
+def _plain(files: FilesT) -> FilesT:
+    """Without pipes, devices and links that lead nowhere, whose bytes cannot be compared."""
+    return files.keep(verify_files(files, "size").sound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import TITLED
 from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
+from metapl.plain_files import irregular
 from metapl.report import SOFTWARE
 from metapl.runs.atomic import replacing
+from metapl.words import cell, shown, tell
 
 HEADER = ("file", "class", "probability")
 
@@ -96,7 +99,7 @@ class Predict:
         inputs = Inputs(run.recipe, self.files, leave=[file for file in (self.out, self.grid) if file is not None])
         count, grid = 0, PredictionGrid(classes)
         with _sink(self.out) as sink:
-            writer = csv.writer(sink, lineterminator="\n")
+            writer = _Rows(sink)
             writer.writerow(self._header(classes))
             for prediction in predictions(network, inputs):
                 writer.writerow(self._row(prediction, classes))
@@ -104,11 +107,11 @@ class Predict:
                 if self.grid is not None:
                     grid.add(*prediction.best(1)[0], prediction.name, prediction.x)
         if self.out is not None:
-            print(f"{count} prediction{'s' * (count != 1)} in {self.out}")
+            tell(f"{count} prediction{'s' * (count != 1)} in {self.out}")
         if self.grid is not None:
             grid.draw(self.grid, f"{run.title}, {TITLED[name]}")
         if inputs.skipped:
-            print(f"metapl: {inputs.skipped} of {inputs.seen} files left out", file=sys.stderr)
+            tell(f"metapl: {inputs.skipped} of {inputs.seen} files left out", file=sys.stderr)
         return 1 if inputs.skipped else 0
 
     def _header(self, classes: Sequence[str]) -> list[str]:
@@ -129,7 +132,7 @@ class Predict:
             )
         for path in self.files:
             if not path.exists():
-                raise MetaplError(f"there is no file or folder {path}.")
+                raise MetaplError(f"there is no file or folder {shown(path)}.")
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise MetaplError(f"--grid {self.grid} is to be a PNG file; expected a name that ends with .png.")
         check_outputs(
@@ -159,6 +162,20 @@ def predictions(network: nn.Module, inputs: Inputs) -> Iterator[Prediction]:
         require_finite(logits_BC, [name for name, _ in batch])
         for (name, x), p in zip(batch, logits_BC.softmax(dim=1).tolist(), strict=True):
             yield Prediction(name, tuple(p), x)
+
+
+class _Rows:
+    """CSV in which no name is taken for a formula, or for the end of a line; on a terminal, names are escaped."""
+
+    def __init__(self, sink: TextIO) -> None:
+        self.plain = csv.writer(sink, lineterminator="\n")
+        self.quoted = csv.writer(sink, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        self.on_terminal = sink.isatty()
+
+    def writerow(self, row: Sequence[str]) -> None:
+        cells = [cell(shown(text) if self.on_terminal else text) for text in row]
+        # Python's own quotes a newline, and before 3.13 not a carriage return.
+        (self.quoted if any("\r" in text for text in cells) else self.plain).writerow(cells)
 
 
 @contextmanager
@@ -205,14 +222,16 @@ def check_outputs(
 
 
 def _check_kind(flag: str, file: Path) -> None:
-    if file.is_dir():
+    """Links are followed: the file that one leads to is replaced."""
+    where = Path(os.path.realpath(file))
+    if where.is_dir():
         why = "is a folder"
-    elif not file.parent.is_dir():
-        why = f"cannot be written: there is no folder {file.parent}"
-    elif file.is_symlink():
-        why = "is a symbolic link"
-    elif file.exists() and not file.is_file():
-        why = "is a device or a pipe"
+    elif not where.parent.is_dir():
+        why = f"cannot be written: there is no folder {where.parent}"
+    elif where.is_symlink():
+        why = "is a link that leads to itself"
+    elif where.exists() and not where.is_file():
+        why = f"is {irregular(where.stat().st_mode)}"
     else:
         return
     raise MetaplError(f"{flag} {file} {why}; expected a plain file in a folder that exists.")

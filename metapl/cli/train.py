@@ -7,9 +7,8 @@ import re
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -32,6 +31,7 @@ from metapl.recipes.base import Recipe
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, NOISY_METHODS, Method, title
 from metapl.runs.folder import RunFolder
 from metapl.training import Interrupted
+from metapl.words import tell
 
 METHODS_HELP = (
     f"with --compare: these methods alone, of {', '.join(METHODS)}; supervised_everything is for recipes "
@@ -69,13 +69,11 @@ class Train:
 
     def __call__(self) -> int:
         self._check()
-        out = self.out or _default_out(self.recipe.name, self.resume)
-        RunFolder(out).refuse_another_run(self.resume)  # before anything is measured
-        try:
-            with _terminable():
-                return dataclasses.replace(self, recipe=self._settled(out))._run(out)
-        except KeyboardInterrupt as stopped:
-            return _say_how_to_go_on(stopped, out)
+        with _run_folder(self.out, self.recipe.name, self.resume) as folder:
+            try:
+                return dataclasses.replace(self, recipe=self._settled(folder))._run(folder)
+            except KeyboardInterrupt as stopped:
+                return _say_how_to_go_on(stopped, folder.path)
 
     def check_flags(self, given: Sequence[str]) -> None:
         """Refuse flags that are given and change nothing.
@@ -84,18 +82,17 @@ class Train:
             given: their names; see :func:`metapl.cli.idle.given_flags`.
         """
 
-    def _settled(self, out: Path) -> Any:
+    def _settled(self, folder: RunFolder) -> Any:
         """The recipe as it can be stored: what was left open is chosen, or taken from the run that is resumed."""
         recipe: Recipe = self.recipe
         if not isinstance(recipe, ImageFolders):
             return recipe.settled()
         torch.set_num_threads(default_threads())
-        folder = RunFolder(out)
         before = stored(folder)[0] if self.resume and folder.exists else None
         return settled(recipe, before if isinstance(before, ImageFolders) else None, aloud)
 
-    def _run(self, out: Path) -> int:
-        return self._compare(out) if self.compare else self._train(out)
+    def _run(self, folder: RunFolder) -> int:
+        return self._compare(folder) if self.compare else self._train(folder)
 
     def _check(self) -> None:
         for name in ("seeds", "methods", "jobs", "controls"):
@@ -114,30 +111,31 @@ class Train:
 
     # ------------------------------------------------------------------------------------------------------ one run
 
-    def _train(self, out: Path) -> int:
+    def _train(self, folder: RunFolder) -> int:
+        out = folder.path
         finished = self.resume and (out / "result.json").exists()
         method = self.recipe.own_method
         if not finished:
-            print(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", flush=True)
-        result = Job(self.recipe, method, out, self.resume).run(progress=True, quiet=False)
+            tell(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}")
+        result = Job(self.recipe, method, out, self.resume).run(progress=True, quiet=False, within=folder)
         if finished:
-            print(f"{out} is finished already.")
+            tell(f"{out} is finished already.")
         for line in summary(result):
-            print(paragraph(line))
-        print(f"the networks, the report and the figures are in {out}")
+            tell(paragraph(line))
+        tell(f"the networks, the report and the figures are in {out}")
         if method == "mpl":
-            print("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
+            tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
         return 0
 
     # --------------------------------------------------------------------------------------------------- a comparison
 
-    def _compare(self, out: Path) -> int:
+    def _compare(self, folder: RunFolder) -> int:
         seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
-        comparison = compare(self.recipe, out, self._methods(), seeds, resume=self.resume, jobs=self.jobs)
-        print(f"figures, report and the delivered networks are in {out}")
-        print(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
-        print(paragraph(comparison.sentence()))
-        print(paragraph(comparison.delivery()))
+        comparison = compare(self.recipe, folder, self._methods(), seeds, resume=self.resume, jobs=self.jobs)
+        tell(f"figures, report and the delivered networks are in {folder.path}")
+        tell(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
+        tell(paragraph(comparison.sentence()))
+        tell(paragraph(comparison.delivery()))
         return 0
 
     def _methods(self) -> tuple[str, ...]:
@@ -179,7 +177,7 @@ class TrainImages(Train):
         if refused or (unused and not self.compare):
             raise MetaplError(" ".join(filter(None, (refused, unused))))
         if unused:  # comparisons of other methods are run with the same flags
-            print(f"note: {unused}", flush=True)
+            tell(f"note: {unused}")
 
     def _rules(self, methods: Sequence[str]) -> Iterator[Rule]:
         """What none of the methods makes use of."""
@@ -247,17 +245,54 @@ COMMANDS: dict[str, type[Train]] = {
 """The recipes that can be trained, by name."""
 
 
-def _default_out(recipe: str, resume: bool) -> Path:
-    """The next free runs/<recipe>-NNN; with --resume the last one that is there."""
-    taken = sorted(
-        int(match[1])
-        for path in Path("runs").glob(f"{recipe}-*")
-        if (match := re.fullmatch(rf"{recipe}-(\d+)", path.name))
-    )
-    if resume and not taken:
+@contextmanager
+def _run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolder]:
+    """The folder of a run, which nobody else writes to until the block ends.
+
+    Args:
+        out: as it was given; None: the next free runs/<recipe>-NNN, with ``resume`` the last one that is there.
+        recipe: its name.
+        resume: go on with the run in it.
+    """
+    is_new = out is None and not resume
+    path = out or (new_default_folder(recipe) if is_new else _last_default_folder(recipe))
+    folder = RunFolder(path)
+    try:
+        folder.check(resume)  # where that is clear already, nobody is waited for
+        with folder.held():
+            folder.check(resume)  # before anything is measured
+            yield folder
+    except Exception:
+        if is_new:
+            with suppress(OSError):  # there is more in it than its name
+                path.rmdir()
+                path.parent.rmdir()
+        raise
+
+
+def new_default_folder(recipe: str) -> Path:
+    """The next free runs/<recipe>-NNN, which is made: who asks for one at the same moment gets another."""
+    while True:
+        path = Path("runs") / f"{recipe}-{max(_default_numbers(recipe), default=0) + 1:03d}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+
+
+def _last_default_folder(recipe: str) -> Path:
+    numbers = _default_numbers(recipe)
+    if not numbers:
         raise MetaplError(f"there is no run runs/{recipe}-* to resume here; name its folder with --out.")
-    number = (taken or [0])[-1] + (0 if resume else 1)
-    return Path("runs") / f"{recipe}-{number:03d}"
+    return Path("runs") / f"{recipe}-{max(numbers):03d}"
+
+
+def _default_numbers(recipe: str) -> list[int]:
+    """The numbers of the runs with default names that are there."""
+    matches = (re.fullmatch(rf"{recipe}-(\d+)", path.name) for path in Path("runs").glob(f"{recipe}-*"))
+    return [int(match[1]) for match in matches if match]
 
 
 def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
@@ -266,28 +301,5 @@ def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
     if not any(a == "--out" or a.startswith("--out=") for a in given):
         given += ["--out", str(out)]
     where = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
-    print(f"\n{where}go on with:\n  metapl {shlex.join([*given, '--resume'])}", file=sys.stderr)
+    tell(f"\n{where}go on with:\n  metapl {shlex.join([*given, '--resume'])}", file=sys.stderr)
     return 128 + getattr(stopped, "signal_number", signal.SIGINT)
-
-
-class _Terminated(KeyboardInterrupt):
-    """A SIGTERM that came outside the steps of a fit."""
-
-    signal_number = signal.SIGTERM
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does."""
-
-    def unwind(number: int, frame: Any) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -399,10 +399,15 @@ def loader(
     )
 
 
+PATIENCE = 30
+"""Seconds that a worker lives on after it was asked to end, for the step under way."""
+
+
 def _begin_worker(worker: int) -> None:
     # Ctrl-C, and who stops a group of processes, reach the workers too; the parent needs them for the step under way.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Whoever means it asks twice, as Python does at its end.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    # However often it comes: the parent ends its workers when its step is saved. One that is asked to, and is not ended
+    # so, goes by itself.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(PATIENCE) and None)
     # Errors travel to the parent. What is printed here is that a parent that failed fetched nothing any more.
     sys.excepthook = lambda kind, error, trace: None

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from metapl.data import draws
 from metapl.errors import MetaplError
+from metapl.plain_files import read_plain
 from metapl.runs.atomic import replacing
+from metapl.typed import misfit_entries
 
 _VERSION = 1
 _PARTS = ("labeled", "unlabeled", "validation", "test")
@@ -244,8 +246,8 @@ def _hash(fields: Mapping[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        fields = json.loads(read_plain(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise MetaplError(f"{path} cannot be read as a split ({error}); expected the file that was written.") from error
     version = fields.pop("version", None) if isinstance(fields, dict) else None
     if version != _VERSION:
@@ -253,4 +255,9 @@ def _read(path: Path) -> dict[str, Any]:
     stored = fields.pop("hash", None)
     if stored != _hash(fields):
         raise MetaplError(f"{path} was changed after it was written: its hash does not match; draw the split anew.")
+    hints = {"name": str, "seed": int, "labels_hash": str, **dict.fromkeys(_PARTS, list[int])}
+    missing = [name for name in hints if name not in fields]
+    fault = f"it has no {missing[0]}" if missing else misfit_entries(fields, hints)
+    if fault is not None:
+        raise MetaplError(f"{path} is not a split that was written as it is: {fault}; draw the split anew.")
     return dict(fields)

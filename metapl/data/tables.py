@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from metapl.data.images.reader import reason_of
 from metapl.errors import MetaplError
+from metapl.plain_files import open_plain
 
 
 def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor]]:
@@ -30,7 +32,7 @@ def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor
         MetaplError: the file cannot be read, or a row is not as above; nothing of such a file is used.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_plain(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error) as error:

@@ -12,6 +12,7 @@ from typing import Any
 from metapl.cores import available_cores, default_threads
 from metapl.experiments.comparison import Comparison
 from metapl.experiments.jobs import Job, Pace, aloud, run_all
+from metapl.experiments.methods import check_method
 from metapl.experiments.store import describe
 from metapl.experiments.suspects import GRID, SUSPECTS
 from metapl.metrics import Evaluation, with_chance
@@ -29,29 +30,34 @@ Results = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 def compare(
-    recipe: Recipe, out: Path, methods: Sequence[str], seeds: Sequence[int], *, resume: bool, jobs: int | None
+    recipe: Recipe, folder: RunFolder, methods: Sequence[str], seeds: Sequence[int], *, resume: bool, jobs: int | None
 ) -> Comparison:
     """Train by each method with each seed, and compare.
 
     Args:
         recipe: settled.
-        out: the comparison's folder.
+        folder: the comparison's.
         methods, seeds: which are run.
         resume: go on with the comparison in the folder.
         jobs: runs at a time; None: one for each core, and one on a GPU.
     """
-    folder = RunFolder(out)
+    out = folder.path
     description = describe(recipe, compare=list(methods), seeds=list(seeds))
     with folder.claimed(description, resume=resume):
         if not (out / "result.json").exists():
-            recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
+            task = recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
+            for method in methods:
+                check_method(recipe.by(method, seeds[0]), method, task)
         results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs)
+        folder.relocate(description["fields"])  # each run has compared the data
         comparison = Comparison.of(tuple(seeds), methods, results)
         method, seed = comparison.delivered()
         source = RunFolder(out / method / f"seed-{seed}")
+        sha256 = results[method, seed].get("sha256", {})
         for name in WEIGHTS.values():
             if (source.path / name).is_file():
-                folder.write_weights(name, source.read_weights(name))
+                # The same weights are the same bytes: the checksums of the run hold here too.
+                folder.write_weights(name, source.read_weights(name, sha256.get(name)))
         for name in (SUSPECTS, GRID):
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, out / name)

@@ -17,6 +17,8 @@ ReadOuts = Mapping[str, Sequence[float]]
 DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
 """What is compared: the network that a run delivers, the student, and the student finetuned."""
 
+MOST_SEEDS = 10_000
+
 ENOUGH_SEEDS = 5
 """With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever finds a difference,
 and one that it finds is as often luck."""
@@ -227,7 +229,11 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not _is_number(first) or (dash and not _is_number(last)):
             raise MetaplError(f"seeds={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
+        if max(len(first), len(last)) > len(str(2**32)) or int(last or first) - int(first) >= MOST_SEEDS:
+            raise MetaplError(f"seeds={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
         seeds += range(int(first), int(last or first) + 1)
+    if len(seeds) > MOST_SEEDS or max(seeds, default=0) >= 2**32:
+        raise MetaplError(f"seeds={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
     if not seeds or len(set(seeds)) < len(seeds):
         raise MetaplError(f"seeds={text!r}: expected at least one seed, and none twice.")
     return tuple(seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from metapl.data.images.record import record_files, replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.doubting import ALONE
+from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.methods import train
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
@@ -56,11 +58,11 @@ class Experiment:
             galleries.append(suspects_gallery(found, task))
             write_suspects(self.folder.path, found, task)
             self.say(f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first")
-        write_galleries(self.folder.path, galleries)
+        sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
         networks = self.networks(method, task, trained, result)
         name = delivered(method, networks, self.selects(task))
         for network in networks.values():
-            self.folder.write_weights(network.file, network.weights)
+            sealed[network.file] = self.folder.write_weights(network.file, network.weights)
         chosen = networks[name]
         content: dict[str, Any] = {
             "recipe": self.recipe.name,
@@ -71,6 +73,7 @@ class Experiment:
             "validation_size": task.validation_size,
             "validation_chance": task.validation_chance,
             "delivered_by": "validation" if self.selects(task) else "rule",
+            "sha256": sealed,
             **chosen.as_delivered(),
         }
         for network in networks.values():
@@ -123,6 +126,8 @@ class Experiment:
                 f"the data have changed since the run in {self.folder.path} was started (see its data.json); put them "
                 "back as they were, or start another run with another --out."
             )
+        if self.folder.exists:
+            self.folder.relocate(dataclasses.asdict(self.recipe))
         self.folder.path.mkdir(parents=True, exist_ok=True)
         if task.split is not None:
             task.split.save(self.folder.path / "split.json")
@@ -189,7 +194,7 @@ class Experiment:
             confusion=None if evaluation is None else evaluation.confusion,
             classes=list(task.classes),
             summary=" ".join(summary(content)),
-            galleries=read_galleries(self.folder.path),
+            galleries=read_galleries(self.folder.path, content.get("sha256", {}).get(GALLERIES)),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.plain_files import read_plain
 from metapl.recipes.base import Task
 from metapl.report import Gallery
 from metapl.runs.atomic import replacing
+from metapl.runs.folder import refuse_other_bytes
 
 SHOWN = 12
 """Pictures in a gallery."""
@@ -89,26 +93,42 @@ def _gallery(
     return Gallery(title, note, levels, tuple(captions), tuple(marks))
 
 
-def write_galleries(folder: Path, galleries: Sequence[Gallery]) -> None:
-    """Keep galleries in a run folder, for when its report is drawn again."""
+def write_galleries(folder: Path, galleries: Sequence[Gallery]) -> str:
+    """Keep galleries in a run folder, for when its report is drawn again; the SHA-256 of their file."""
     from safetensors.torch import save
 
     words = [{"title": g.title, "note": g.note, "captions": g.captions, "marks": g.marks} for g in galleries]
     tensors = {str(number): gallery.pictures.contiguous() for number, gallery in enumerate(galleries)}
+    content = save(tensors, {"galleries": json.dumps(words)})
     with replacing(folder / FILE) as file:
-        file.write(save(tensors, {"galleries": json.dumps(words)}))
+        file.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
-def read_galleries(folder: Path) -> list[Gallery]:
-    """What :func:`write_galleries` kept; nothing where there is no such file."""
-    from safetensors import safe_open
+def read_galleries(folder: Path, sha256: str | None = None) -> list[Gallery]:
+    """What :func:`write_galleries` kept; nothing where there is no such file.
 
-    if not (folder / FILE).exists():
+    Raises:
+        MetaplError: the file is not the one of this SHA-256, where that is known, or cannot be read.
+    """
+    from safetensors.torch import load
+
+    path = folder / FILE
+    if not path.is_file():
         return []
-    with safe_open(folder / FILE, "pt") as file:
-        words = json.loads(file.metadata()["galleries"])
-        pictures = [file.get_tensor(str(number)) for number in range(len(words))]
-    return [
-        Gallery(entry["title"], entry["note"], levels, tuple(entry["captions"]), tuple(entry["marks"]))
-        for entry, levels in zip(words, pictures, strict=True)
-    ]
+    try:
+        content = read_plain(path)
+        refuse_other_bytes(path, content, sha256)
+        pictures = load(content)
+        length = int.from_bytes(content[:8], "little")
+        words = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["galleries"])
+        return [
+            Gallery(
+                entry["title"], entry["note"], pictures[str(number)], tuple(entry["captions"]), tuple(entry["marks"])
+            )
+            for number, entry in enumerate(words)
+        ]
+    except MetaplError:
+        raise
+    except Exception as error:  # safetensors raises its own types; without a checksum anything may stand there
+        raise MetaplError(f"{path} cannot be read: {type(error).__name__}, {error}; remove it to go on.") from error

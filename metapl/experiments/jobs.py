@@ -21,9 +21,10 @@ import torch
 
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import Experiment
-from metapl.experiments.store import describe, stored_result
+from metapl.experiments.store import describe, places, stored_result
 from metapl.recipes.base import Recipe
 from metapl.runs.folder import RunFolder
+from metapl.words import tell
 
 PATIENCE = 30.0
 """Seconds that a worker has to save the step under way before it is killed."""
@@ -45,15 +46,25 @@ class Job:
     resume: bool
     threads: int | None = None
 
-    def run(self, *, progress: bool = False, quiet: bool = True) -> dict[str, Any]:
-        """Run it here; a run that is finished already only gives its result."""
-        folder = RunFolder(self.folder)
+    def run(self, *, progress: bool = False, quiet: bool = True, within: RunFolder | None = None) -> dict[str, Any]:
+        """Run it here; a run that is finished already only gives its result.
+
+        Args:
+            progress: show how far it is.
+            quiet: show no messages.
+            within: the folder, where the caller holds it already.
+        """
+        folder = within or RunFolder(self.folder)
         torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))
         with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
-            if (self.folder / "result.json").exists():
-                return stored_result(folder)
             say = _silent if quiet else aloud
-            return Experiment(self.recipe, folder, self.resume and folder.exists, progress, say).run(self.method)
+            experiment = Experiment(self.recipe, folder, self.resume and folder.exists, progress, say)
+            if (self.folder / "result.json").exists():
+                result = stored_result(folder)
+                if folder.places() != places(self.recipe):  # the data have moved: are they the same?
+                    experiment.record(self.recipe.task())
+                return result
+            return experiment.run(self.method)
 
 
 def _silent(text: str) -> None:
@@ -62,7 +73,7 @@ def _silent(text: str) -> None:
 
 def aloud(text: str) -> None:
     """Show a message on standard output."""
-    print(text, flush=True)
+    tell(text)
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any], float], None, None]:

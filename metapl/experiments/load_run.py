@@ -93,7 +93,7 @@ class LoadedRun:
         if isinstance(fresh, ImageRecipe):
             fresh = dataclasses.replace(fresh, weights=None)
         file = weights_file(name)
-        weights, network = self.folder.read_weights(file), fresh.network(role)
+        weights, network = self.folder.read_weights(file, self.result.get("sha256", {}).get(file)), fresh.network(role)
         shapes = {key: tuple(value.shape) for key, value in weights.items()}
         expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
         for key in sorted(shapes.keys() | expected.keys()):

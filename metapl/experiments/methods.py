@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
 from metapl.errors import MetaplError
 from metapl.experiments.doubting import ALONE, Fit, train_doubting
 from metapl.feedback import Altered
 from metapl.problems.losses import UDA, TeacherLoss
-from metapl.recipes.base import Recipe, Task
-from metapl.recipes.methods import Method
+from metapl.recipes.base import ROLES, Recipe, Task
+from metapl.recipes.methods import EVERY_METHOD, Method
 from metapl.recipes.noisy_folders import NoisyFolders
-from metapl.training import FitResult, Trainer
+from metapl.training import FitOptions, FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
@@ -94,3 +95,35 @@ def _alone(
     trainer = LossTrainer(network, losses, optimizer=optimizer, **recipe.trainer_options())
     unlabeled = task.unlabeled if any(isinstance(term, UDA) for term in losses) else None
     return trainer, fit(trainer, labeled, unlabeled, task, **ALONE | options)
+
+
+def check_method(recipe: Recipe, method: str, task: Task) -> None:
+    """Refuse options that a method has no use for together, and data that it cannot be trained on; nothing is trained.
+
+    Args:
+        recipe: as it is run by the method.
+        method: of :data:`EVERY_METHOD`.
+        task: the recipe's data.
+
+    Cost: the networks are built; the default generator is put back.
+
+    Raises:
+        MetaplError: as the run would, and which method it is.
+    """
+
+    def check(
+        trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+    ) -> FitResult:
+        FitOptions(phase=phase, **{"steps": recipe.steps, **recipe.fit_options(), **over})
+        return FitResult(None, 0, {})
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            teacher, student = (recipe.network(role) for role in ROLES)
+            train(EVERY_METHOD[method], recipe, task, teacher, student, check)
+            steps = {"ema_decay": None, "warmup": 0} | recipe.finetune_options()
+            if recipe.finetune_steps:
+                FitOptions(steps=recipe.finetune_steps, **recipe.fit_options() | ALONE | steps)
+                recipe.finetune.build(student)
+    except MetaplError as error:
+        raise MetaplError(f"{method}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import nn
 
 from metapl.export.programs import INPUT, ONNX, OUTPUT, PROGRAM
 from metapl.models import Architecture
+from metapl.words import shown
 
 WEIGHTS, CARD = "model.safetensors", "MODEL_CARD.md"
 
@@ -40,7 +42,7 @@ def render(card: Mapping[str, Any], contents: Contents) -> str:
     """The text of the card, in Markdown; ``card`` is that of :func:`metapl.export.export`."""
     name = "A network" if contents.architecture is None else contents.architecture.name
     sections = [
-        f"# {card.get('title') or name}",
+        f"# {_text(card.get('title') or name)}",
         _summary(card, contents),
         f"## Loading it\n\n{_loading(contents)}",
         f"## Metrics\n\n{_table('metric', card['metrics'])}",
@@ -70,7 +72,7 @@ def _summary(card: Mapping[str, Any], contents: Contents) -> str:
     else:
         lines.append("- Normalization: none; the network takes pictures in the range that it was trained on")
     if card.get("classes") is not None:
-        lines.append(f"- Classes, in the order of the outputs: {', '.join(map(str, card['classes']))}")
+        lines.append(f"- Classes, in the order of the outputs: {', '.join(map(_text, card['classes']))}")
     return "\n".join(lines)
 
 
@@ -177,7 +179,17 @@ def _table(head: str, values: Mapping[str, Any]) -> str:
 
 def _cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    # A hash stands between backquotes.
+    return shown(text).replace("|", "\\|") if re.fullmatch("`[0-9a-z:]*`", text) else _text(text)
+
+
+def _text(value: object) -> str:
+    r"""A name or a value in the card's text, where nothing of it is taken for Markdown or HTML.
+
+    >>> _text("<b>|a*b[c]"), _text("n02012849_x")
+    ('\\<b\\>\\|a\\*b\\[c\\]', 'n02012849_x')
+    """
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(value).replace("\n", " "))
 
 
 def _counts(module: nn.Module) -> str:

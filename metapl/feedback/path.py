@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl import checks
-from metapl.batch import first_input, micro_batches
+from metapl.batch import micro_batches
 from metapl.execution.kernels import refuse_checkpoints
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through
 from metapl.execution.rng import RandomState
@@ -172,7 +172,8 @@ class Path:
         The stream is independent of the default one, from whose state after the inner pass the teacher draws.
         """
         start = self.steps[-1].passes[-1].after.branch()
-        return [first_input(part) for part in self.labeled], [_outer_loss(self.problem, p) for p in self.labeled], start
+        inputs = [self.problem.outer_input(part) for part in self.labeled]
+        return inputs, [_outer_loss(self.problem, part) for part in self.labeled], start
 
 
 def take_steps(

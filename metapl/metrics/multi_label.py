@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from metapl.errors import MetaplError, few
+from metapl.plain_files import read_plain
 
 Label = int | str
 LabelSets = tuple[frozenset[int], ...]
@@ -115,7 +116,7 @@ def read_label_sets(path: Path, classes: Sequence[str], names: Sequence[str] | N
 
 def _parsed(path: Path) -> list[list[Label]] | dict[str, list[Label]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_plain(path).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise MetaplError(f"{path} cannot be read: {reason}.") from error
@@ -125,7 +126,7 @@ def _parsed(path: Path) -> list[list[Label]] | dict[str, list[Label]]:
 def _from_json(path: Path, text: str) -> list[list[Label]] | dict[str, list[Label]]:
     try:
         entries = json.loads(text, object_pairs_hook=lambda pairs: _once_each(path, pairs))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise MetaplError(f"{path} cannot be read as JSON: {error}.") from error
     for where, labels in entries.items() if isinstance(entries, dict) else enumerate(entries):
         if not isinstance(labels, list) or any(type(label) not in (int, str) for label in labels):

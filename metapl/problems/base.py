@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from metapl.batch import first_input, joined
+from metapl.batch import first_input, joined, labeled_pair
 from metapl.numerics import wide
 
 Params = Mapping[str, Tensor]
@@ -118,6 +118,15 @@ class Problem(ABC):
         """The student's input in an inner batch: a tensor or a dict itself, the first element of a tuple."""
         return first_input(batch)
 
+    def outer_batch(self, batch: Any) -> Any:
+        """The outer batch as :meth:`outer_loss` reads it; here (inputs, labels), any other batch is refused. To read
+        other batches, any nesting of tensors with a row for each example, return ``batch`` itself."""
+        return labeled_pair(batch)
+
+    def outer_input(self, batch: Any) -> Any:
+        """The student's input in an outer batch: a tensor or a dict itself, the first element of a tuple."""
+        return first_input(batch)
+
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
         """The problem with a kind of signal that the mode takes; ``labels`` are the mode's kinds, by preference."""
         return self
@@ -168,13 +177,17 @@ def as_problem(problem: BilevelProblem) -> Problem:
     return problem if isinstance(problem, Problem) else _Completed(problem)
 
 
+REQUIRED = {"signal", "inner_loss", "outer_loss"}
+"""The methods without a default."""
+
+
 class _Completed(Problem):
     """An object with the three methods of a problem; its other methods override the defaults of :class:`Problem`."""
 
     def __init__(self, given: BilevelProblem) -> None:
         self.given = given
-        names = ("student_input", "check", "default_teacher_losses", "teacher_classifies", "exact", "columns", "counts")
-        for name in names:
+        own = {name for name in vars(Problem) if not name.startswith("_")} - REQUIRED - {"for_modes"}
+        for name in own:
             if hasattr(given, name):
                 setattr(self, name, getattr(given, name))
 

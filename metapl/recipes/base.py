@@ -21,6 +21,7 @@ from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.training import FitOptions, Say
+from metapl.typed import misfit_entries
 
 SELECTED_ON = 50
 """The fewest validation examples to choose a student by: with 50, one standard error is 7 points."""
@@ -38,10 +39,23 @@ else:
 FIT_OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions) if field.name not in ("steps", "phase"))
 
 
+MOST_STEPS = 10**9
+
+MOST_IN_A_BATCH = 2**20
+"""Greatest values of options beyond which a machine would be asked for more than any has."""
+
+
 def require(recipe: object, condition: bool, field: str, expected: str) -> None:
     """Refuse a recipe whose ``field`` is not as ``expected``."""
     if not condition:
         raise MetaplError(f"{type(recipe).__name__}({field}={getattr(recipe, field)!r}): expected {expected}.")
+
+
+def require_within(recipe: object, field: str, least: int, most: int) -> None:
+    """Refuse a recipe whose ``field`` is less or more than that; None is neither."""
+    value = getattr(recipe, field)
+    require(recipe, value is None or value >= least, field, f"{least} or more")
+    require(recipe, value is None or value <= most, field, f"{most:,} at most")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,13 +265,16 @@ class Recipe(ABC):
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("steps", "labeled_batch", "unlabeled_batch"):
-            value = getattr(self, name)
-            require(self, value is None or value >= 1, name, "1 or more")
+        for name, most in (
+            ("steps", MOST_STEPS),
+            ("labeled_batch", MOST_IN_A_BATCH),
+            ("unlabeled_batch", MOST_IN_A_BATCH),
+        ):
+            require_within(self, name, 1, most)
+        require_within(self, "finetune_steps", 0, MOST_STEPS)
         require(self, 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
         require(self, 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
-        for name in ("finetune_steps", "uda_weight"):
-            require(self, getattr(self, name) >= 0, name, "0 or more")
+        require(self, self.uda_weight >= 0, "uda_weight", "0 or more")
         self.teacher_losses(uda=True)
         if self.complete:
             FitOptions(steps=self.steps, **self.checked_options())
@@ -370,9 +387,14 @@ def from_dict(kind: type[R], values: Mapping[str, Any]) -> R:
     0.9
     """
     hints = _hints(kind)
+    if not isinstance(values, Mapping):
+        raise MetaplError(f"{kind.__name__} is stored as {values!r:.60}; expected an object.")
     unknown = values.keys() - hints.keys()
     if unknown:
         raise MetaplError(f"{kind.__name__} has no {', '.join(sorted(unknown))}; the run is of another version.")
+    fault = misfit_entries(values, hints, kind.__name__)
+    if fault is not None:
+        raise MetaplError(f"{fault}.")
     built = {name: _rebuilt(hints[name], value) for name, value in values.items()}
     return kind(**built)
 

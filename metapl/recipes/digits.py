@@ -21,8 +21,10 @@ from metapl.data.fingerprint import hashes
 from metapl.data.images.reader import SUFFIXES, gray_image
 from metapl.data.tables import csv_rows
 from metapl.models import mlp
-from metapl.recipes.base import Optimizer, Recipe, Role, Task, require
+from metapl.recipes.base import Optimizer, Recipe, Role, Task, require, require_within
 from metapl.training import Say
+
+MOST_LAYERS, WIDEST, MOST_THREADS = 64, 2**14, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +63,11 @@ class Digits(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("labels_per_class", "threads"):
-            require(self, getattr(self, name) >= 1, name, "1 or more")
+        require(self, self.labels_per_class >= 1, "labels_per_class", "1 or more")
+        require_within(self, "threads", 1, MOST_THREADS)
         require(self, all(width >= 1 for width in self.hidden), "hidden", "widths of 1 or more")
+        wide = len(self.hidden) > MOST_LAYERS or max(self.hidden, default=0) > WIDEST
+        require(self, not wide, "hidden", f"{MOST_LAYERS} widths at most, of {WIDEST:,} at most")
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         split = load_digits_split(self.labels_per_class, self.seed)

@@ -27,13 +27,17 @@ from metapl.data.views.crops import ResizedCrop, Weak
 from metapl.data.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
-from metapl.recipes.base import Optimizer, Recipe, Role, require
+from metapl.recipes.base import MOST_IN_A_BATCH, Optimizer, Recipe, Role, require, require_within
+from metapl.training.options import MOST_WORKERS
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation that pretrained weights expect."""
 
 EVALUATED_AT_ONCE, SAMPLED = 256, 2048
 """Pictures in a batch of an evaluation; unlabeled pictures that the report looks at."""
+
+LARGEST_SIDE = 4096
+"""Pixels; a batch of larger pictures would not fit into any memory."""
 
 NESTEROV = Optimizer(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
 
@@ -178,11 +182,15 @@ class ImageRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("image_size", "accumulate", "finetune_batch"):
-            value = getattr(self, name)
-            require(self, value is None or value >= 1, name, "1 or more")
-        for name in ("num_workers", "pad"):
-            require(self, getattr(self, name) >= 0, name, "0 or more")
+        bounds = {
+            "image_size": (1, LARGEST_SIDE),
+            "accumulate": (1, MOST_IN_A_BATCH),
+            "finetune_batch": (1, MOST_IN_A_BATCH),
+            "num_workers": (0, MOST_WORKERS),
+            "pad": (0, LARGEST_SIDE),
+        }
+        for name, (least, most) in bounds.items():
+            require_within(self, name, least, most)
         whole = self.finetune_batch is None or self.finetune_batch % self.accumulate == 0
         require(self, whole, "finetune_batch", f"a multiple of accumulate={self.accumulate}")
         self.strong.view(Identity())

@@ -30,6 +30,7 @@ from metapl.report.style import (
     WRONG,
 )
 from metapl.report.text import drawable, fitted, wrap
+from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,6 +84,9 @@ class Gallery:
     marks: tuple[bool | None, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("title", "note"):
+            object.__setattr__(self, name, shown(getattr(self, name), keep="\n"))
+        object.__setattr__(self, "captions", tuple(shown(caption, keep="\n") for caption in self.captions))
         _check_pictures(self.title, self.pictures)
         _check_counts(self.title, len(self.pictures), self.captions, self.marks)
 

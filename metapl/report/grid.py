@@ -12,6 +12,7 @@ from metapl.report.canvas import blank_page, draw_head, drawing, head_height, pn
 from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
 from metapl.report.style import MARGIN, NOTE_SIZE, PANEL_TITLE_SIZE
 from metapl.report.text import drawable, fitted
+from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,6 +66,7 @@ def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Seque
     Raises:
         MetaplError: there is no picture, there are too many groups, or the file cannot be written.
     """
+    title, note = shown(title), shown(note, keep="\n")
     groups = [group for group in groups if len(group)]
     if not groups:
         raise MetaplError("there is nothing to draw: the grid has no picture")

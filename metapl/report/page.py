@@ -25,6 +25,7 @@ from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
 from metapl.report.matrix import Matrix, checked_counts, draw_matrix
 from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE, SUMMARY_SIZE
 from metapl.report.text import drawable
+from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,6 +67,8 @@ def draw_report(
         MetaplError: there is nothing to draw, there are more than 7 methods, the counts and the names do not fit, or
             the file cannot be written.
     """
+    title, summary = shown(title), shown(summary, keep="\n")
+    classes = None if classes is None else [shown(name) for name in classes]
     if len(curves) > len(PALETTE):
         raise MetaplError(
             f"{len(curves)} methods were given; at most {len(PALETTE)} can be distinguished by their colors"

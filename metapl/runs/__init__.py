@@ -8,4 +8,5 @@ environment   versions and hardware
 tensorboard   event files
 atomic        files that are the old one or the whole new one
 locks         exclusive locks on files
+ownership     one owner per folder
 """

@@ -10,20 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from metapl.plain_files import refuse_irregular
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file that takes the name `path` only when the block ends well and its bytes are on disk.
 
     Args:
-        path: the name that the file gets; its folder exists. A file of that name is replaced, never written into.
+        path: the name that the file gets; its folder exists. A file of that name is replaced, never written into. Of a
+            link, the file that it leads to is replaced, and the link stays.
 
     Yields:
         a buffered binary file, `path` with a random ending `.tmp`, in the same folder (a rename works only within one
         file system). When the block or the disk fails, it is removed and `path` is as it was.
 
     Raises:
-        OSError: the disk refused. Whatever the block raises passes through.
+        OSError: the disk refused, or there is a folder, a device, a pipe or a socket of that name, which stays as it
+            is. Whatever the block raises passes through.
 
     >>> import pathlib, tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -32,6 +36,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     >>> [found.name for found in folder.iterdir()]
     ['note.txt']
     """
+    path = Path(os.path.realpath(path))
+    refuse_irregular(path)
     # Not tempfile.mkstemp: it makes files that only the owner can read, and colleagues share result folders.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     file = open(temporary, "xb")  # noqa: SIM115 - it must be closed before the rename, within the `try`

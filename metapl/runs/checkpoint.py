@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 import stat
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -58,6 +59,13 @@ _HOW_TO_MEND = {
 
 class CheckpointError(MetaplError):
     """A checkpoint could not be written or read; the text names the file, what is wrong and how to mend it."""
+
+
+class ClosedCheckpointError(CheckpointError):
+    """A checkpoint that may be whole, and that this process cannot read: of a later format, or without the right to.
+
+    To go on from an older one would write over what it holds.
+    """
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -101,13 +109,17 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     path = Path(path)
     with _open_whole(path) as file:
         try:
-            state = torch.load(file, map_location=map_location, weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a file that metapl did not write; what is wrong with it is raised
+                state = torch.load(file, map_location=map_location, weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} holds objects other than tensors and plain values, and metapl runs no code from a file; "
                 f"write it with metapl.runs.checkpoint.save. torch says: {_first_line(error)}"
             ) from error
-        except (RuntimeError, ValueError, EOFError, KeyError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # damage that was sealed shows in many types
             raise CheckpointError(
                 f"{path} is whole, but torch {torch.__version__} could not rebuild it on {map_location}: "
                 f"{_first_line(error)}; try map_location='cpu'"
@@ -194,18 +206,21 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are checkpoints, and none can be used. To return None would start training anew
                 and in time replace them.
+            ClosedCheckpointError: one that is newer than the newest whole one may be whole too.
         """
         skipped: list[Skipped] = []
         for path in self.paths():
             try:
                 return Found(path, load(path, map_location), tuple(skipped))
+            except ClosedCheckpointError:
+                raise
             except CheckpointError as error:
                 skipped.append(Skipped(path, str(error)))
         if not skipped:
             return None
-        reasons = "\n".join(f"  {unusable.reason}" for unusable in skipped)
+        reasons = "; ".join(unusable.reason for unusable in skipped)
         raise CheckpointError(
-            f"{self.folder} holds {len(skipped)} checkpoint(s) and none can be used; to start anew, move them away:\n"
+            f"{self.folder} holds {len(skipped)} checkpoint(s) and none can be used; to start anew, move them away: "
             + reasons
         )
 
@@ -402,7 +417,9 @@ def _open_whole(path: Path) -> BinaryIO:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(f"{path} does not exist; give the path that the checkpoint was written to") from error
         except PermissionError as error:
-            raise CheckpointError(f"{path} may not be read by this user; change its permissions (chmod u+r)") from error
+            raise ClosedCheckpointError(
+                f"{path} may not be read by this user; change its permissions (chmod u+r)"
+            ) from error
         except OSError as error:
             raise CheckpointError(f"{path} could not be read: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
         if digest.hexdigest() != sha256:
@@ -420,10 +437,15 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[int, str]:
     line = file.read(_HEADER_BYTES)
     match = _HEADER.fullmatch(line)
     if match is None or match[1] != MAGIC or int(match[5], 16) != zlib.crc32(line[: match.start(5)]):
+        later = _LATER_HEADER.match(line)
+        # A line of this format's shape with a wrong checksum was this format: a flipped bit can look like a later
+        # number.
+        if match is None and later and int(later[1]) > FORMAT:
+            raise ClosedCheckpointError(f"{path} {_later_format(int(later[1]))}")
         raise CheckpointError(f"{path} {_wrong_header(line, shaped=match is not None)}")
     version, size, sha256 = int(match[2]), int(match[3]), match[4].decode()
     if version > FORMAT:
-        raise CheckpointError(f"{path} {_later_format(version)}")
+        raise ClosedCheckpointError(f"{path} {_later_format(version)}")
     if payload < size:
         raise CheckpointError(f"{path} is truncated: {payload} of {size} bytes are there; {_USE_AN_OLDER_ONE}")
     if payload > size:
@@ -437,10 +459,6 @@ def _later_format(version: int) -> str:
 
 def _wrong_header(line: bytes, shaped: bool) -> str:
     """What is wrong with a first line, in words that follow the file's name."""
-    later = _LATER_HEADER.match(line)
-    # A line of this format's shape with a wrong checksum was this format: a flipped bit can look like a later number.
-    if not shaped and later and int(later[1]) > FORMAT:
-        return _later_format(int(later[1]))
     if not line:
         wrong = "is empty"
     elif len(line) < _HEADER_BYTES and (line.startswith(MAGIC) or MAGIC.startswith(line)):

@@ -15,24 +15,26 @@ result.json           the end: accuracies
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from metapl.cores import default_threads
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
+from metapl.plain_files import read_plain
 from metapl.runs.atomic import replacing
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.environment import environment
-from metapl.runs.locks import lock
+from metapl.runs.ownership import LOCK, owned
+from metapl.typed import misfit_entries
 
 FORMAT = 2
 """The layout of run folders that this version writes and reads."""
@@ -40,6 +42,8 @@ FORMAT = 2
 SPEED_ALONE = ("num_workers",)
 """Fields of recipes in which the parts of a run may differ: they change nothing but speed."""
 
+PLACES = ("labeled", "unlabeled", "clean", "val", "test", "data_root")
+"""Fields of recipes that say where the data lie, which may have moved: what they hold is compared by its hashes."""
 
 WEIGHTS = {
     "student": "student.safetensors",
@@ -62,55 +66,81 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._is_held = False
 
     @property
     def exists(self) -> bool:
         """Whether a run has been started here."""
         return (self.path / "recipe.json").is_file()
 
-    def start(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
-        """Claim the folder for a recipe, or go on with the run in it.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder against other processes, threads and other values of this class until the block ends.
+
+        It is made where it is missing. A block that fails before anything was trained leaves nothing behind. Within
+        it, this value may be held again, which changes nothing.
 
         Raises:
-            MetaplError: a run is here and ``resume`` is not asked for; or it is of another recipe or format; or the
-                folder cannot be made.
+            MetaplError: somebody else holds the folder, or it cannot be made.
         """
-        if self.exists:
-            self._check_same(recipe, resume)
+        if self._is_held:
+            yield
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MetaplError(f"the run folder {self.path} cannot be made: {error.strerror}.") from error
-        self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
+        with owned(self.path, BEFORE_TRAINING):
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-        """:meth:`start`, and hold the folder against other processes until the block ends or the process dies.
+        """:meth:`held`, by a run of this recipe: a new one, or the one that is there.
 
-        A new run that is refused in the block before it has begun to train leaves nothing behind.
+        Raises:
+            MetaplError: as there; or a run is here and ``resume`` is not asked for; or it is of another recipe or
+                format; or there are files here that are not a run's.
         """
-        undo = None if self.exists else _beginning(self.path)
-        self.start(recipe, resume=resume)
-        with (self.path / ".lock").open("w") as file:
-            _close_in_forks(file)
-            _lock(file, self.path)
-            try:
-                yield
-            except MetaplError:
-                if undo is not None:
-                    undo()
-                raise
+        with self.held():
+            if self.exists:
+                self._check_same(recipe, resume)
+            else:
+                self.check(resume)
+                self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
+            yield
 
-    def refuse_another_run(self, resume: bool) -> None:
-        """Stop where a run is here and ``resume`` is not asked for."""
+    def places(self) -> dict[str, Any]:
+        """Where the data of the run in the folder lie, by the names of the recipe's fields."""
+        fields: dict[str, Any] = self._description()["recipe"].get("fields", {})
+        return {name: fields[name] for name in PLACES if name in fields}
+
+    def relocate(self, fields: Mapping[str, Any]) -> None:
+        """Note where the data lie now; ``fields`` are those of the run's recipe."""
+        content = self._description()
+        stored: dict[str, Any] = content["recipe"].get("fields", {})
+        moved = {name: fields[name] for name in PLACES if name in stored and stored[name] != fields.get(name)}
+        if moved:
+            stored.update(moved)
+            self.write_json("recipe.json", content)
+
+    def check(self, resume: bool) -> None:
+        """Stop where a run is here and ``resume`` is not asked for, or where there are files that are not a run's."""
         if self.exists and not resume:
             raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
+        if not self.exists and self.path.is_dir():
+            others = sorted(name for name in os.listdir(self.path) if not _is_left_over(name))
+            if others:
+                raise MetaplError(
+                    f"{self.path} holds files that are not a run's ({few(others)}), and no recipe.json; expected an "
+                    "empty folder, or a new one: give another --out."
+                )
 
     def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
-        self.refuse_another_run(resume)
+        self.check(resume)
         before, now = (_by_flag(content) for content in (self.recipe(), json.loads(json.dumps(dict(recipe)))))
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in SPEED_ALONE)
+        moved = {name for name in PLACES if isinstance(before.get(name), str) and isinstance(now.get(name), str)}
+        free = {*SPEED_ALONE, *moved}
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
         if changed:
             what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
             raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
@@ -120,12 +150,12 @@ class RunFolder:
 
         A resumed run, or one that is evaluated again, takes as many: rounding depends on their number.
         """
-        begun = self.read_json("recipe.json").get("made_with", {}) if self.exists else {}
+        begun = self._description().get("made_with", {}) if self.exists else {}
         return int(begun.get("threads") or default_threads())
 
     def recipe(self) -> dict[str, Any]:
         """The recipe of the run in the folder."""
-        content = self.read_json("recipe.json")
+        content = self._description()
         if content.get("format") != FORMAT:
             made = content.get("made_with", {}).get("metapl", "?")
             raise MetaplError(
@@ -135,17 +165,31 @@ class RunFolder:
         recipe: dict[str, Any] = content["recipe"]
         return recipe
 
+    def _description(self) -> dict[str, Any]:
+        """What recipe.json holds."""
+        content = self.read_json("recipe.json")
+        hints = {"recipe": dict[str, Any], "made_with": dict[str, Any]}
+        fault = "it has no recipe" if "recipe" not in content else misfit_entries(content, hints)
+        fault = fault or misfit_entries(content.get("made_with", {}), {"threads": int}, "made_with")
+        if fault is not None:
+            raise MetaplError(f"{self.path / 'recipe.json'} is damaged: {fault}.")
+        return content
+
     def read_json(self, name: str) -> dict[str, Any]:
-        """One of the folder's JSON files."""
+        """One of the folder's JSON files, an object."""
         file = self.path / name
         if not file.is_file():
             raise MetaplError(
                 f"{name} is missing in {self.path}: this is not a run folder, or its run has not come so far."
             )
         try:
-            content: dict[str, Any] = json.loads(file.read_text())
+            content: dict[str, Any] = json.loads(read_plain(file))
+        except RecursionError as error:
+            raise MetaplError(f"{file} cannot be read: it is nested too deeply.") from error
         except (OSError, ValueError) as error:
             raise MetaplError(f"{file} cannot be read: {error}.") from error
+        if not isinstance(content, dict):
+            raise MetaplError(f"{file} is damaged: it holds {content!r:.60}; expected an object.")
         return content
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -157,13 +201,15 @@ class RunFolder:
         """The checkpoints of a phase, of which the last ``keep`` stay."""
         return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
 
-    def write_weights(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Weights as safetensors: the same weights give the same bytes."""
+    def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
+        """Weights as safetensors, the same weights as the same bytes; their SHA-256."""
         from safetensors.torch import save
 
         plain = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}
+        content = save(plain)
         with _written(self.path / name) as file:
-            file.write(save(plain))
+            file.write(content)
+        return hashlib.sha256(content).hexdigest()
 
     def _how_to_get(self, name: str) -> str:
         if not (self.path / "result.json").is_file():
@@ -172,42 +218,53 @@ class RunFolder:
         instead = f" What is left: --network {' or '.join(left)}." if left else ""
         return f"The run was finished, so --resume does not mend it: train again with another --out.{instead}"
 
-    def read_weights(self, name: str) -> dict[str, Tensor]:
-        """The weights in a safetensors file of the folder."""
-        from safetensors.torch import load_file
+    def read_weights(self, name: str, sha256: str | None = None) -> dict[str, Tensor]:
+        """The weights in a safetensors file of the folder.
+
+        Args:
+            name: of the file.
+            sha256: of the file as it was written; None where that is not known, as of runs of earlier versions.
+        """
+        from safetensors.torch import load
 
         file = self.path / name
         if not file.is_file():
             raise MetaplError(f"{file} is missing. {self._how_to_get(name)}")
         try:
-            weights: dict[str, Tensor] = load_file(file)
+            content = read_plain(file)
+            refuse_other_bytes(file, content, sha256)
+            weights: dict[str, Tensor] = load(content)
+        except MetaplError:
+            raise
         except Exception as error:  # safetensors raises its own types, and OSError
             raise MetaplError(f"{file} cannot be read: {error}.") from error
         return weights
 
 
-BEFORE_TRAINING = ("recipe.json", ".lock", "data.json", "split.json", "skipped.jsonl")
+def refuse_other_bytes(file: Path, content: bytes, sha256: str | None) -> None:
+    """Stop where a file is not as it was written.
+
+    Raises:
+        MetaplError: its SHA-256 is another than ``sha256``; None is not compared.
+    """
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise MetaplError(
+            f"{file} is damaged or of another run: its SHA-256 is not the one in result.json. Put the file back from a "
+            "copy, or train again with another --out; finetuned weights are made anew by metapl finetune."
+        )
+
+
+BEFORE_TRAINING = ("recipe.json", LOCK, "data.json", "split.json", "skipped.jsonl")
 """What a run writes before its first step."""
 
 
-def _beginning(path: Path) -> Callable[[], None]:
-    """Note what stands where a run is about to start.
+def _is_left_over(name: str) -> bool:
+    """Whether a name is hidden, as those that a file manager leaves, or that of a file that a killed start left.
 
-    Returns: removes what the run has made since, unless it has begun to train: then it is worth keeping.
+    >>> [_is_left_over(name) for name in (".lock", "recipe.json.0123abcd.tmp", "recipe.txt")]
+    [True, True, False]
     """
-    there = {*os.listdir(path)} if path.is_dir() else set()
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-
-    def undo() -> None:
-        new = {*os.listdir(path)} - there
-        if new <= {*BEFORE_TRAINING}:
-            for name in new:
-                (path / name).unlink()
-            with suppress(OSError):  # another run is in one of them by now
-                for folder in made:
-                    folder.rmdir()
-
-    return undo
+    return name.startswith(".") or re.fullmatch(r"recipe\.json\.[0-9a-f]{8}\.tmp", name) is not None
 
 
 @contextmanager
@@ -239,29 +296,3 @@ def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         whole = f"{above}{name}"
         fields |= flat(value, f"{whole}.") if isinstance(value, Mapping) else {whole: value}
     return fields
-
-
-def _close_in_forks(file: IO[str]) -> None:
-    """A forked process shares the lock: workers that outlive a parent that was killed would hold it."""
-    held = weakref.ref(file)
-
-    def close() -> None:
-        open_file = held()
-        if open_file is not None:
-            open_file.close()
-
-    if hasattr(os, "register_at_fork"):  # Windows has no forks
-        os.register_at_fork(after_in_child=close)
-
-
-def _lock(file: IO[str], folder: Path, patience: float = 3.0) -> None:
-    """Take the lock, waiting a little for a process that is just going."""
-    give_up = time.monotonic() + patience
-    while True:
-        try:
-            lock(file, wait=False)
-            return
-        except OSError:
-            if time.monotonic() > give_up:
-                raise MetaplError(f"another process is running in {folder}; wait for it, or stop it.") from None
-            time.sleep(0.1)

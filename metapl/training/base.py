@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from metapl.training.callbacks import Callback
 from metapl.training.contract import Say, Stepwise
 from metapl.training.loop import FitResult, FitRun
 from metapl.training.options import FitOptions
+from metapl.training.resuming import check_allowed
+from metapl.words import tell
 
 
 class Trainer(Stepwise):
@@ -41,6 +43,7 @@ class Trainer(Stepwise):
         truth: Any = None,
         out: str | RunFolder | None = None,
         resume: bool = False,
+        allow_changes: Sequence[str] = (),
         progress: bool = True,
         say: Say | None = None,
         callbacks: Sequence[Callback] = (),
@@ -60,6 +63,10 @@ class Trainer(Stepwise):
             out: a folder for metrics, TensorBoard events and checkpoints.
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
                 phase is refused.
+            allow_changes: what may differ from the run that is resumed, some of ``student_optimizer``,
+                ``teacher_optimizer``, ``trainer`` (losses, weights, precision, clipping), ``dtype``, ``labeled``,
+                ``unlabeled`` and ``validation``. Anything else that is known to differ is refused by name; what is
+                given now counts.
             progress: show on standard error how far it is: a bar on a terminal, else a line for each validation.
             say: where messages go; default: standard error.
             callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded (see
@@ -89,7 +96,8 @@ class Trainer(Stepwise):
         if out == "":
             raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
         folder = RunFolder(out) if isinstance(out, str | Path) else out
-        run = FitRun(self, fit_options, folder, validation, truth, progress, say or _to_stderr, callbacks)
+        allowed = check_allowed(allow_changes)
+        run = FitRun(self, fit_options, folder, validation, truth, progress, say or _to_stderr, callbacks, allowed)
         return run.run(labeled, unlabeled, resume)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
@@ -132,10 +140,21 @@ class Trainer(Stepwise):
     def load(self, path: str | Path) -> None:
         """Go on from :meth:`save`."""
         state = checkpoint.load(path)
-        if "trainer" not in state:
+        if not state.keys() >= {"trainer", "rng"}:
             raise MetaplError(f"{path} is not a trainer's file; expected one written by save().")
-        self.load_state_dict(state["trainer"])
-        set_rng_state(state["rng"])
+        before = self.state_dict()
+        try:
+            self.load_state_dict(state["trainer"])
+            set_rng_state(state["rng"])
+        except Exception as error:
+            with suppress(Exception):
+                self.load_state_dict(before)
+            if isinstance(error, MetaplError):
+                raise
+            raise MetaplError(
+                f"{path} is whole, but is not of such a trainer ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."
+            ) from error
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":
@@ -144,4 +163,4 @@ class Trainer(Stepwise):
 
 
 def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    tell(text, file=sys.stderr)

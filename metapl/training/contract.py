@@ -64,6 +64,11 @@ class Stepwise(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
 
+    def settings(self) -> dict[str, Any]:
+        """What else decides a step, as plain values: losses and their weights, precision, clipping. A resumed fit has
+        the same."""
+        return {}
+
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this trainer's teacher gradient and the exact one; None where it has none."""
         return None

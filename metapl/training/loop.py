@@ -7,6 +7,7 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.feedback.lookahead import Lookahead, inner_batches
+from metapl.memory import LESS, out_of_memory
 from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.average import Average
@@ -25,6 +27,7 @@ from metapl.training.progress import Progress, progress
 from metapl.training.rates import Rates
 from metapl.training.records import Records
 from metapl.training.report import Report
+from metapl.training.resuming import VERSIONS, check_state, data_of, made_of, refuse_changes, version_note
 from metapl.training.selection import Best, Selection, weights_of
 from metapl.training.stopping import Interrupted, stop_requests
 from metapl.training.watch import Watch
@@ -68,6 +71,7 @@ class FitRun:
         shown: bool,
         say: Say,
         callbacks: Sequence[Callback] = (),
+        allow_changes: Sequence[str] = (),
     ) -> None:
         if options.wait and trainer.teacher is None:
             raise MetaplError(
@@ -82,21 +86,30 @@ class FitRun:
         self.trainer, self.options, self.say = trainer, options, say
         self.shown = shown
         self.rates = Rates(trainer, options)
+        self.allow_changes = allow_changes
+        self.made_of = made_of(trainer, self.rates)  # before a callback moves anything
+        self.data_of: dict[str, Any] = {}
+        self.resumed_from: tuple[int, Path] | None = None
         teacher = trainer.teacher
         if options.warm_start and teacher is not None:
             _refuse_other_shapes(trainer.student, teacher)
         self.average = self._average(trainer.student)
         self.teacher_average = self._average(teacher)
         self.watch = Watch(trainer)
-        self.selection = Selection(validation, truth, trainer.device, options.select)
+        self.selection = Selection(validation, truth, trainer.device, options.select, say)
         self.records = Records(out, options)
         self.callbacks = Callbacks(callbacks, trainer)
         # The last step, and why it is, once a callback has said so.
         self.ended: tuple[int, str] | None = None
         self.feeds: dict[str, Feed] = {}
+        self.under_way = 0  # the number of the step
         self.seen: dict[str, float] = {}  # the last accuracies on validation data
 
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
+        with self.records.held():
+            return self._run(labeled, unlabeled, resume)
+
+    def _run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
         if labeled is None:
             raise MetaplError(
                 "labeled is None; expected a source of labeled batches (inputs, labels): a DataLoader, or a list."
@@ -108,8 +121,17 @@ class FitRun:
             for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
                 if source is not None:
                     self.feeds[name] = self._feed(source, name)
+            if self.records.kept:
+                held_out = self.selection.validation
+                self.data_of = data_of({"labeled": labeled, "unlabeled": unlabeled, "validation": held_out})
             self._steps(self._restore() if resume else 0)
         except Exception as error:
+            whose = None if isinstance(error, MetaplError) else out_of_memory(error)
+            if whose is not None:
+                last = self.records.last_good()
+                raise MetaplError(
+                    f"step {self.under_way + 1}: the memory {whose} does not suffice; {LESS} ({last})"
+                ) from error
             # A callback may lose a connection of its own, to a server for example: no worker died then.
             workers = 0 if error is self.callbacks.raised else self.options.num_workers
             death = _worker_death(error, (labeled, unlabeled), workers)
@@ -133,9 +155,10 @@ class FitRun:
         options = self.options
         with stop_requests() as stop:
             bar = progress(self.shown, name=options.phase, start=start, steps=options.steps)
-            with bar as progressing, self.records.opened(start):
+            with bar as progressing, self.records.opened(start, self.say):
                 for t in range(start, options.steps if self.ended is None else start):
-                    row = self._one_step(t, progressing)
+                    with self._first_after_resuming(t):
+                        row = self._one_step(t, progressing)
                     if row:
                         self._record(t + 1, {"step": t + 1, **row})
                     if self.ended or options.due(options.save_every, t):
@@ -147,8 +170,22 @@ class FitRun:
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(options.steps, stop[0], self.records.saved_at)
 
+    @contextmanager
+    def _first_after_resuming(self, t: int) -> Iterator[None]:
+        """Name the checkpoint where the step that follows it fails: states of an optimizer show what they are there."""
+        try:
+            yield
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+            if self.resumed_from is None or t != self.resumed_from[0] or out_of_memory(error):
+                raise
+            raise MetaplError(
+                f"step {t + 1}, the first after {self.resumed_from[1]}, failed ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]:.200}); was that checkpoint of other networks or optimizers?"
+            ) from error
+
     def _one_step(self, t: int, progressing: Progress) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
+        self.under_way = t
         options = self.options
         labeled, unlabeled = self.feeds["labeled"].next(), self._unlabeled(t)
         self.rates.move(t)
@@ -256,6 +293,8 @@ class FitRun:
         return {
             "step": step,
             "options": self.options.decisive(),
+            "made_of": self.made_of | self.data_of,
+            "versions": VERSIONS,
             "trainer": self.trainer.live_state(),
             "average": None if self.average is None else self.average.state_dict(),
             "teacher_average": None if self.teacher_average is None else self.teacher_average.state_dict(),
@@ -272,10 +311,36 @@ class FitRun:
         checkpoint = self.records.newest(self.say)
         if checkpoint is None:
             return 0
-        state = checkpoint.state
-        self._refuse_other_options(checkpoint.path, state)
+        state, file = checkpoint.state, checkpoint.path
+        check_state(file, state, self.trainer.student, self.options.steps)
+        self._refuse_other_options(file, state)
+        refuse_changes(file, state.get("made_of", {}), self.made_of | self.data_of, self.allow_changes)
+        note = version_note(state.get("versions"))
+        if note is not None:
+            self.say(note)
+        before = self.trainer.state_dict()
+        try:
+            self._take(state)
+        except Exception as error:
+            with suppress(Exception):
+                self.trainer.load_state_dict(before)
+            if isinstance(error, MetaplError):
+                raise
+            raise MetaplError(
+                f"{file} is whole, but this fit cannot go on with it ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."
+            ) from error
+        self.records.saved_at = file
+        step: int = state["step"]
+        self.resumed_from = step, file
+        self.say(f"resumed at step {step}" + ("" if self.options.phase == "fit" else f" of phase {self.options.phase}"))
+        return step
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Put everything to where a checkpoint has it."""
         self.callbacks.restore(state.get("callbacks", []))
         self.trainer.load_state_dict(state["trainer"])
+        self.rates.keep_settings(self.allow_changes)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.teacher_average is not None:
@@ -286,10 +351,6 @@ class FitRun:
             feed.restore(state["feeds"][name])
         set_rng_state(state["rng"])
         self.ended = state.get("ended")
-        self.records.saved_at = checkpoint.path
-        step: int = state["step"]
-        self.say(f"resumed at step {step}" + ("" if self.options.phase == "fit" else f" of phase {self.options.phase}"))
-        return step
 
     def _refuse_other_options(self, file: Path, state: dict[str, Any]) -> None:
         before, now = state["options"], self.options.decisive()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.batch import labeled_pair, micro_batches, plain
+from metapl.data.identity import as_values
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard
@@ -18,6 +19,9 @@ from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, sum_of_terms
 from metapl.training import Trainer
 from metapl.training.report import Report, means
+
+SETTINGS = ("clip_norm", "precision", "accumulate")
+"""What decides a step beside the losses."""
 
 
 class LossTrainer(Trainer):
@@ -128,6 +132,9 @@ class LossTrainer(Trainer):
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         """The losses on an unlabeled batch."""
         return self.losses
+
+    def settings(self) -> dict[str, Any]:
+        return {name: as_values(getattr(self, name)) for name in ("losses", *SETTINGS)}
 
     def live_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the copies."""

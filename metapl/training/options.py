@@ -14,6 +14,10 @@ COUNTS = ("steps", "warmup", "wait", "validate_every", "log_every", "save_every"
 """Options that count something."""
 
 
+MOST_WORKERS = 256
+"""Processes that prepare batches; a machine has no use for more, and some end when more are started."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
     """How a fit runs.
@@ -66,6 +70,8 @@ class FitOptions:
         for name in ("steps", "validate_every", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise MetaplError(f"{name}={getattr(self, name)}: expected 1 or more.")
+        if not 0 <= self.num_workers <= MOST_WORKERS:
+            raise MetaplError(f"num_workers={self.num_workers}: expected 0 to {MOST_WORKERS}.")
         if self.schedule not in ("cosine", "constant"):
             raise MetaplError(f"schedule={self.schedule!r}: expected 'cosine' or 'constant'.")
         if not 0 <= self.wait < self.steps:

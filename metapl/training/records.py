@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.runs import checkpoint
 from metapl.runs.folder import RunFolder
 from metapl.runs.metrics import Metrics
@@ -38,13 +38,20 @@ class Records:
         """Whether there is a folder."""
         return self.out is not None
 
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the folder against others, where there is one."""
+        return nullcontext() if self.out is None else self.out.held()
+
     @contextmanager
-    def opened(self, start: int) -> Iterator[None]:
+    def opened(self, start: int, say: Say) -> Iterator[None]:
         """Record from step ``start`` on; rows and events after it belong to work that was lost, and are removed."""
         if self.out is None or self.metrics is None:
             yield
             return
         with self._writing():
+            damaged = self.metrics.damaged()
+            if damaged:
+                say(f"{self.metrics.file}: lines that are damaged are left out: {few(damaged)}")
             self.metrics.cut(self.phase, start)
             self.history = [_numbers(row) for row in self.metrics.rows(self.phase)]
             # A folder per phase: TensorBoard drops the steps after a restart from every curve in a folder.
@@ -79,14 +86,14 @@ class Records:
         return self.saved_at
 
     def newest(self, say: Say) -> checkpoint.Found | None:
-        """The newest whole checkpoint; None, with a word on it, where there is none."""
+        """The newest whole checkpoint; None, with a word on it, where there are none.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be read. To train anew would replace them in time.
+        """
         if self.checkpoints is None:
             raise MetaplError("resume=True was given without out; expected the folder of the run to go on with.")
-        try:
-            newest = self.checkpoints.newest()
-        except checkpoint.CheckpointError as error:
-            say(f"{error}\nno whole checkpoint: starting anew")
-            return None
+        newest = self.checkpoints.newest()
         if newest is None:
             say(f"no checkpoint of phase {self.phase} yet: starting anew")
             return None
@@ -95,12 +102,16 @@ class Records:
         return newest
 
     def refuse_another_run(self) -> None:
-        """Stop where checkpoints of this phase are in the folder already."""
-        if self.out is not None and self.checkpoints is not None and self.checkpoints.paths():
+        """Stop where checkpoints of this phase are in the folder already, or rows that are not a run's."""
+        if self.out is None or self.checkpoints is None or self.metrics is None:
+            return
+        if self.checkpoints.paths():
             raise MetaplError(
                 f"{self.out.path} holds checkpoints of a phase {self.phase!r} already; go on with it by resume=True, "
                 "or give another out or phase."
             )
+        if self.metrics.damaged():
+            raise MetaplError(f"{self.metrics.file} is not a run's; expected a folder without it: give another out.")
 
     def last_good(self) -> str:
         """What to go back to, in words."""

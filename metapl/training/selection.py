@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from metapl.batch import is_whole, labeled_pair, length, rows
 from metapl.checks import described
+from metapl.data.batches import EvaluationBatches
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, replayed
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of, iterated, logits_of
+from metapl.training.contract import Say
 
 
 @dataclass
@@ -34,11 +36,17 @@ class Selection:
         truth: (inputs, labels) of unlabeled examples, for the teacher.
         device: where the networks are.
         select: whether the best student is remembered.
+        say: takes what a user should know of the validation data.
     """
 
-    def __init__(self, validation: Any, truth: Any, device: torch.device, select: bool = True) -> None:
+    def __init__(
+        self, validation: Any, truth: Any, device: torch.device, select: bool = True, say: Say | None = None
+    ) -> None:
         self.validation, self.truth, self.device, self.select = validation, truth, device, select
+        self.say: Say = say or (lambda text: None)
         self.best = Best()
+        self.lost = 0
+        """Validation examples that could not be read."""
         self.examples = 0
         """On how many the last accuracy was measured."""
 
@@ -98,8 +106,25 @@ class Selection:
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
         with replayed(RandomState.now(self.device)):
             logits, labels = predict_logits(model, batches_of(data, self.device))
+        expected = len(data.labels) if isinstance(data, EvaluationBatches) else len(labels)
+        if len(labels) < expected:
+            self._note_lost(expected - len(labels), expected)
         evaluation = evaluate_logits(logits, labels)
         return evaluation.accuracy, evaluation.n
+
+    def _note_lost(self, lost: int, expected: int) -> None:
+        """Say that validation files are not read any more, or stop where none is left."""
+        if lost == expected:
+            raise MetaplError(
+                f"none of the {expected:,} validation pictures can be read any more; were they moved or removed while "
+                "the run was under way? Put them back, then go on with the run."
+            )
+        if lost > self.lost:
+            self.say(
+                f"note: {lost:,} of the {expected:,} validation pictures cannot be read any more; accuracies are of "
+                "the others, and are not to be compared with those before"
+            )
+        self.lost = max(lost, self.lost)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

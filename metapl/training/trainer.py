@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from metapl import checks
-from metapl.batch import labeled_pair, micro_batches
+from metapl.batch import micro_batches
+from metapl.data.identity import as_values
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import casts_explained, step_guard
@@ -25,7 +26,7 @@ from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches
 from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
-from metapl.training.loss_trainer import LossTrainer
+from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.report import Report, StepReport
 from metapl.training.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
 from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
@@ -146,7 +147,7 @@ class BilevelTrainer(Trainer):
 
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
-        labeled, unlabeled = labeled_pair(labeled), plain_inner(unlabeled)
+        labeled, unlabeled = self.problem.outer_batch(labeled), plain_inner(unlabeled)
         with self._guard(labeled, unlabeled) as fault:
             with self._autocast(), self.compiled():
                 path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
@@ -302,6 +303,10 @@ class BilevelTrainer(Trainer):
     def schedulable(self) -> list[torch.optim.Optimizer]:
         """The student's and the teacher's optimizer; a TorchOpt transform has a schedule of its own."""
         return [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
+
+    def settings(self) -> dict[str, Any]:
+        names = ("mode", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS)
+        return {name: as_values(getattr(self, name)) for name in names}
 
     def live_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the copies."""

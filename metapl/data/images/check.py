@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 from metapl.data.images.folders import Count, Files, LabeledFiles, Progress, digest, unreadable
 from metapl.errors import few
+from metapl.plain_files import open_plain
+from metapl.words import shown
 
 Kind = Literal["classes", "test copies", "validation copies", "labeled copies", "contradiction"]
 
@@ -80,14 +82,16 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
         where = labeled.root / name
         if count == 0:
             yield Finding(
-                "error", f"class {name!r} has no picture in {where}; put some there, or remove the folder.", (where,)
+                "error",
+                f"class {name!r} has no picture in {shown(where)}; put some there, or remove the folder.",
+                (where,),
             )
         elif count == 1:
             files = tuple(labeled.path(i) for i, label in enumerate(labeled.labels) if labeled.classes[label] == name)
             yield Finding(
                 "warning",
-                f"class {name!r} has one picture, {files[0]}: it is trained on, so a validation split cannot have any "
-                "of this class; add more.",
+                f"class {name!r} has one picture, {shown(files[0])}: it is trained on, so a validation split cannot "
+                "have any of this class; add more.",
                 files,
             )
     by_case: defaultdict[str, list[str]] = defaultdict(list)
@@ -264,7 +268,7 @@ def _contradict(labeled: Sequence[_File]) -> bool:
 
 def _middle(path: str) -> bytes:
     """4 KiB from the middle: the beginning is often a header that all files share."""
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size // 2 - _PIECE // 2))
         return hashlib.sha256(file.read(_PIECE)).digest()

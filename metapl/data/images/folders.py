@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from metapl.data.images.reader import SUFFIXES
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
+from metapl.plain_files import open_plain
+from metapl.words import shown
 
 Progress = Callable[[int], None]
 """Called now and then with the number of files done."""
@@ -82,7 +84,7 @@ class LabeledFiles(Files):
         known = {name: index for index, name in enumerate(self.classes if classes is None else classes)}
         unknown = sorted({self.classes[label] for label in self.labels} - known.keys())
         if unknown:
-            raise MetaplError(f"{self.root} has pictures of {', '.join(unknown)}; expected {', '.join(known)} alone.")
+            raise MetaplError(f"{self.root} has pictures of {few(unknown)}; expected {few(known, 20)} alone.")
         return torch.tensor([known[self.classes[label]] for label in self.labels], dtype=torch.int64)
 
     def counts(self) -> dict[str, int]:
@@ -197,13 +199,13 @@ class Count:
 
 def digest(path: str) -> bytes:
     """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 def unreadable(path: str, error: OSError) -> MetaplError:
     """A file of a scan cannot be read any more."""
-    return MetaplError(f"{path} cannot be read: {error.strerror}; was it removed just now?")
+    return MetaplError(f"{shown(path)} cannot be read: {error.strerror}; was it removed just now?")
 
 
 def _images(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
@@ -222,14 +224,47 @@ def _images(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Each folder once, with the folders and the files in it; hidden ones are left out."""
     seen: set[tuple[int, int]] = set()
-    for folder, inside, files in os.walk(root, onerror=_refuse, followlinks=True):
+    for folder, inside, files in walk(root, _refuse):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
             inside.clear()  # a link can lead back to a folder above it
             continue
         seen.add((status.st_dev, status.st_ino))
-        inside[:] = sorted(filter(_is_visible, inside))
+        inside[:] = filter(_is_visible, inside)
         yield Path(folder), inside, [name for name in files if _is_visible(name)]
+
+
+def walk(root: str | Path, refuse: Callable[[OSError], None]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Folders with the names of the folders and of the files in them, sorted, however deep they are.
+
+    Args:
+        root: where to begin; links to folders are followed. What is taken from the list of a folder's folders before
+            the next one is asked for is not gone into.
+        refuse: called with the error where a folder cannot be listed.
+    """
+    # Not os.walk, which calls itself for every folder in a folder.
+    waiting = [os.fspath(root)]
+    while waiting:
+        folder = waiting.pop()
+        inside: list[str] = []
+        files: list[str] = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    (inside if _is_folder(entry) else files).append(entry.name)
+        except OSError as error:
+            refuse(error)
+            continue
+        inside.sort()
+        yield folder, inside, sorted(files)
+        waiting += [os.path.join(folder, name) for name in reversed(inside)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _is_visible(name: str) -> bool:
@@ -238,7 +273,7 @@ def _is_visible(name: str) -> bool:
 
 def _refuse(error: OSError) -> None:
     raise MetaplError(
-        f"{error.filename} cannot be listed: {error.strerror}; expected a folder that can be read."
+        f"{shown(error.filename)} cannot be listed: {error.strerror}; expected a folder that can be read."
     ) from error
 
 

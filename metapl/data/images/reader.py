@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import warnings
@@ -16,6 +17,8 @@ from einops import rearrange
 from torch import Tensor
 
 from metapl.errors import MetaplError
+from metapl.plain_files import refuse_irregular
+from metapl.words import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,7 +66,7 @@ class UnreadableImage(MetaplError):
     """
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}.")
+        super().__init__(f"{shown(path)}: {reason}.")
         self.path, self.reason = Path(path), reason
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
@@ -197,6 +200,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
             # Pillow warns of oddities in files that read well. The one about size is a refusal here.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            refuse_irregular(path)
             with Image.open(path, formats=_FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise UnreadableImage(path, _too_large(max_pixels, f"{image.width}x{image.height}"))
@@ -213,10 +217,18 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
         raise UnreadableImage(path, "the file is empty" if empty else "not a picture of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(path, _too_large(max_pixels, str(error))) from error
+    except OSError as error:
+        if error.errno == errno.EINVAL and error.strerror:  # it is a pipe or a device
+            raise UnreadableImage(path, error.strerror) from error
+        raise _undecodable(path, error) from error
     except Exception as error:  # each of Pillow's readers has exceptions of its own
-        reason = reason_of(error)
-        fault = "is truncated" if "truncated" in reason.lower() else "cannot be decoded"
-        raise UnreadableImage(path, f"the picture {fault} ({reason})") from error
+        raise _undecodable(path, error) from error
+
+
+def _undecodable(path: str | Path, error: Exception) -> UnreadableImage:
+    reason = reason_of(error)
+    fault = "is truncated" if "truncated" in reason.lower() else "cannot be decoded"
+    return UnreadableImage(path, f"the picture {fault} ({reason})")
 
 
 def _decoded(
@@ -237,14 +249,37 @@ def _decoded(
         image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
         upright = _plain(_turned(image), mode)
     else:
-        upright = _plain(_turned(image), mode)
-        full = upright.size
-        parts = [_part(full, size, crop, center) for crop in crops]
+        image.load()
+        if image.width * image.height > LARGE:
+            full = _upright_size(image)
+            parts = [_part(full, size, crop, center) for crop in crops]
+            upright = _plain(_turned(_reduced(image, size, parts)), mode)
+        else:
+            upright = _plain(_turned(image), mode)
+            full = upright.size
+            parts = [_part(full, size, crop, center) for crop in crops]
     return [_resized(upright, size, part, full) for part in parts]
 
 
+LARGE = 2**24
+"""Pixels above which a picture is shrunk before it is converted, which takes several copies."""
+
+_REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
+
+
+def _reduced(image: Image, size: tuple[int, int], parts: Sequence[Box]) -> Image:
+    """A large picture with averages over squares for pixels, at twice the resolution that is needed or more."""
+    shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
+    factor = math.floor(min(shrinks))
+    if factor < 2 or image.mode not in _REDUCIBLE:
+        return image
+    small = image.reduce(factor)
+    small.getexif().update(image.getexif())  # which side is up
+    return small
+
+
 def _upright_size(image: Image) -> tuple[int, int]:
-    """(width, height) after the turn that a JPEG's header asks for."""
+    """(width, height) after the turn that the header asks for."""
     try:
         turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
     except Exception:  # as in _turned
@@ -267,9 +302,10 @@ def _turned(image: Image) -> Image:
 
     image.load()
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # no copy of a picture that is upright
     except Exception:  # a broken EXIF orientation should not lose the picture
         return image
+    return image
 
 
 def _plain(image: Image, mode: Literal["RGB", "L"]) -> Image:
@@ -283,7 +319,7 @@ def _plain(image: Image, mode: Literal["RGB", "L"]) -> Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     elif image.mode == "P":
         image = image.convert("RGB")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bits(image: Image) -> Image:

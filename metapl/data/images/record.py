@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from metapl.plain_files import read_plain, refuse_irregular
 from metapl.runs.locks import lock
 
 
@@ -13,7 +14,8 @@ def record_files(log: Path, reasons: Mapping[str, str]) -> None:
     """Add files that cannot be read to a record, each with the reason; a file is recorded once."""
     if not reasons:
         return
-    with log.open("a+", encoding="utf-8") as file:
+    refuse_irregular(log)
+    with log.open("a+", encoding="utf-8", errors="surrogateescape") as file:
         lock(file, wait=True)  # workers add to it too
         file.seek(0)
         before = file.read()
@@ -25,7 +27,7 @@ def record_files(log: Path, reasons: Mapping[str, str]) -> None:
 
 def replaced_files(log: Path) -> dict[str, str]:
     """The files that :class:`FileImages` recorded, each with the reason; empty where there is no such record."""
-    return _recorded(log.read_text(encoding="utf-8")) if log.exists() else {}
+    return _recorded(read_plain(log).decode("utf-8", "replace")) if log.exists() else {}
 
 
 def _recorded(lines: str) -> dict[str, str]:
@@ -33,7 +35,7 @@ def _recorded(lines: str) -> dict[str, str]:
     for line in lines.splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
-            continue  # torn
-        reasons[entry["file"]] = entry["reason"]
+            reasons[str(entry["file"])] = str(entry["reason"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue  # torn or damaged
     return reasons

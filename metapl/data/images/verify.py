@@ -15,6 +15,7 @@ from typing import Literal
 from metapl.data.images.folders import Count, Files, Progress
 from metapl.data.images.reader import MAX_PIXELS, UnreadableImage, image_size, read_image
 from metapl.errors import MetaplError, few
+from metapl.plain_files import irregular
 from metapl.runs.atomic import replacing
 
 Depth = Literal["decode", "header", "size"]
@@ -116,7 +117,8 @@ def _statuses(files: Files, progress: Progress | None) -> list[tuple[int, int] |
     for path in files.paths():
         try:
             status = os.stat(path)
-            statuses.append((status.st_size, status.st_mtime_ns))
+            kind = irregular(status.st_mode)
+            statuses.append((status.st_size, status.st_mtime_ns) if kind is None else f"it is {kind}")
         except OSError as error:
             statuses.append(error.strerror or type(error).__name__)
         count.add()

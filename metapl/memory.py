@@ -1,0 +1,45 @@
+"""Too little memory, however it is said: Python, NumPy, torch on the host and on a GPU each have a way of their own."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+
+_SAID = re.compile(r"can't allocate memory|not enough memory|out of memory|cannot allocate memory", re.IGNORECASE)
+
+LESS = (
+    "lower the batch sizes (--labeled-batch, --unlabeled-batch), --image-size or --num-workers, raise --accumulate, or "
+    "take --precision bfloat16"
+)
+"""What takes less memory; not every recipe has all of these."""
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Whose memory did not suffice, where that is the error or one that it came from; None for any other error.
+
+    >>> out_of_memory(MemoryError()), out_of_memory(ValueError("memory of a cat"))
+    ('of this machine', None)
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        where = _where(cause)
+        if where is not None:
+            return where
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _where(error: BaseException) -> str | None:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "of the GPU"
+    if isinstance(error, MemoryError):
+        return "of this machine"
+    if isinstance(error, OSError):
+        return "of this machine" if error.errno == errno.ENOMEM else None
+    if isinstance(error, RuntimeError) and _SAID.search(str(error)):
+        return "of the GPU" if "CUDA" in str(error) else "of this machine"
+    return None

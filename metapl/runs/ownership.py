@@ -1,0 +1,127 @@
+"""One owner per folder: the first who takes it, until it lets go or dies, and no trace of one who was refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from metapl.errors import MetaplError
+from metapl.runs.locks import lock
+
+LOCK = ".lock"
+"""The file that is locked. It stays where it is when the folder is let go."""
+
+PATIENCE = 3.0
+"""Seconds that are waited for an owner that is just going."""
+
+_TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+"""What the system answers where somebody else has the lock; EACCES and EDEADLK on Windows."""
+
+
+@contextmanager
+def owned(folder: Path, undone: Collection[str] = ()) -> Iterator[None]:
+    """Own a folder until the block ends; it is made where it is missing.
+
+    Args:
+        folder: against other processes, and other threads of this one.
+        undone: names of files. Where the block fails and has made nothing else in the folder, what it has made is
+            removed, and the folder too if it was made here.
+
+    Raises:
+        MetaplError: somebody else owns the folder; it cannot be made or locked.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    file, is_new = _taken(folder)
+    try:
+        there = {*os.listdir(folder)} - ({LOCK} if is_new else set())
+        try:
+            yield
+        except Exception:
+            _undo(folder, there, made, {*undone, LOCK})
+            raise
+    finally:
+        file.close()
+
+
+def _taken(folder: Path) -> tuple[IO[bytes], bool]:
+    """The locked file, and whether it was made for this."""
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file, is_new = _opened(folder / LOCK)
+        except OSError as error:
+            # Who was refused here may be removing the folder.
+            gone = isinstance(error, FileNotFoundError) or (isinstance(error, FileExistsError) and not folder.exists())
+            if gone and time.monotonic() < give_up:
+                continue
+            raise MetaplError(f"the run folder {folder} cannot be made or locked: {error.strerror}.") from error
+        if _is_locked(file, folder):
+            # The file may have been removed by its owner before it was locked here; the name is what others look for.
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                    _close_in_forks(file)
+                    return file, is_new
+        file.close()
+        if time.monotonic() > give_up:
+            raise MetaplError(f"another process is running in {folder}; wait for it, or stop it.")
+        time.sleep(0.05)
+
+
+def _opened(path: Path) -> tuple[IO[bytes], bool]:
+    """The file, and whether it is new; its content is not touched."""
+    # A pipe must not be waited for, and a link not be followed to a file of somebody else.
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        return os.fdopen(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), "rb+"), True
+    except FileExistsError:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise MetaplError(f"{path} is a link, a pipe or a folder; expected a plain file: remove it.") from None
+    return os.fdopen(os.open(path, flags), "rb+"), False
+
+
+def _is_locked(file: IO[bytes], folder: Path) -> bool:
+    """Whether the lock was free, and is taken now."""
+    try:
+        lock(file, wait=False)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            file.close()
+            raise MetaplError(
+                f"the file system of {folder} has no locks ({error.strerror}), so two processes could write to one "
+                "folder; expected a folder on another disk."
+            ) from error
+        return False
+    return True
+
+
+def _undo(folder: Path, there: Collection[str], made: Collection[Path], undone: Collection[str]) -> None:
+    """Remove what was made, unless there is more than what may be undone: then it is worth keeping."""
+    with suppress(OSError):
+        new = {*os.listdir(folder)} - {*there}
+        if new <= {*undone}:
+            # The lock last: from then on another may own the folder, which keeps it from being removed.
+            for name in sorted(new, key=lambda name: name == LOCK):
+                (folder / name).unlink()
+            for place in made:
+                place.rmdir()
+
+
+def _close_in_forks(file: IO[bytes]) -> None:
+    """A forked process shares the lock: workers that outlive a parent that was killed would hold it."""
+    held = weakref.ref(file)
+
+    def close() -> None:
+        open_file = held()
+        if open_file is not None:
+            open_file.close()
+
+    if hasattr(os, "register_at_fork"):  # Windows has no forks
+        os.register_at_fork(after_in_child=close)

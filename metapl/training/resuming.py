@@ -1,0 +1,155 @@
+"""What a fit is made of, and whether a checkpoint is of one that was made alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.data.identity import as_values, source_record
+from metapl.errors import MetaplError
+from metapl.runs.checkpoint import CheckpointError
+from metapl.training.contract import Stepwise
+from metapl.training.rates import Rates
+from metapl.typed import misfit_entries
+
+PARTS = ("student_optimizer", "teacher_optimizer", "trainer", "dtype", "labeled", "unlabeled", "validation")
+"""What ``allow_changes`` may name."""
+
+OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr")
+"""Settings of an optimizer that do not decide where it goes; its learning rate is compared as the schedule found it."""
+
+STATE: dict[str, Any] = {"step": int, "options": dict[str, Any], "seen": dict[str, float], "made_of": dict[str, Any]}
+"""What the state of a fit has to say, with types; tensors stand in other entries."""
+
+
+def made_of(trainer: Stepwise, rates: Rates) -> dict[str, Any]:
+    """The optimizers, the trainer's own settings and the types of the weights, as plain values."""
+    content: dict[str, Any] = {"trainer": trainer.settings(), "dtype": _dtypes(trainer)}
+    for name, optimizer in rates.optimizers.items():
+        groups = [
+            {"lr": as_values(lr), **{key: as_values(value) for key, value in group.items() if key not in OF_SPEED}}
+            for group, lr in zip(optimizer.param_groups, rates.base[name], strict=False)
+        ]
+        of_groups = groups[0] if len(groups) == 1 else {str(number): group for number, group in enumerate(groups)}
+        content[f"{name.removesuffix('_lr')}_optimizer"] = {"type": type(optimizer).__name__, **of_groups}
+    return content
+
+
+def data_of(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """The batches and the validation data, as plain values."""
+    return {name: source_record(source) for name, source in sources.items() if source is not None}
+
+
+def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """Stop where a run was made otherwise; what is not known of one of them is not compared.
+
+    Args:
+        file: the checkpoint.
+        before, now: what :func:`made_of` and :func:`data_of` gave.
+        allowed: parts that may differ.
+    """
+    changed: list[str] = []
+    for part in PARTS if before else ():  # a checkpoint of an earlier version does not say
+        if part in allowed:
+            continue
+        if (part in before) != (part in now) and part == "validation":
+            changed.append(f"{part} was {'given' if part in before else 'not given'}, now it is the other way round")
+        had, has = before.get(part), now.get(part)
+        if isinstance(had, Mapping) and isinstance(has, Mapping):
+            had, has = _flat(had), _flat(has)
+            for name in sorted({*had, *has}):
+                was, is_now = had.get(name), has.get(name)
+                # A fingerprint that one of them does not have says nothing.
+                if was != is_now and not (name.endswith("fingerprint") and None in (was, is_now)):
+                    changed.append(f"{part}.{name} was {_short(was)}, now {_short(is_now)}")
+    if changed:
+        parts = list(dict.fromkeys(change.partition(" ")[0].partition(".")[0] for change in changed))
+        raise MetaplError(
+            f"{file} is of a run that was made otherwise ({', '.join(changed[:6])}"
+            f"{f' and {len(changed) - 6} more' if len(changed) > 6 else ''}); resume it as it was started, or say that "
+            f"this may change: allow_changes={parts!r}."
+        )
+
+
+def check_allowed(allowed: Sequence[str]) -> tuple[str, ...]:
+    """Names of parts, or a refusal."""
+    unknown = [name for name in ([allowed] if isinstance(allowed, str) else allowed) if name not in PARTS]
+    if isinstance(allowed, str) or unknown:
+        raise MetaplError(f"allow_changes={allowed!r}: expected a list of some of {', '.join(PARTS)}.")
+    return tuple(allowed)
+
+
+def check_state(file: Path, state: Mapping[str, Any], student: nn.Module, steps: int) -> None:
+    """Refuse a state that no fit of this student and of so many steps wrote.
+
+    Raises:
+        CheckpointError: an entry is missing or of another kind, or more steps are done than the fit has.
+    """
+    missing = [name for name in ("step", "options", "trainer", "seen", "best", "feeds", "rng") if name not in state]
+    fault = f"it has no {missing[0]}" if missing else misfit_entries(state, STATE, "its state")
+    if fault is None and state["step"] < 0:
+        fault = f"its step is {state['step']}"
+    fault = fault or _best_fault(state["best"], student) or _ended_fault(state.get("ended"))
+    if fault is not None:
+        raise CheckpointError(
+            f"{file} is whole, but no fit wrote it so: {fault}; go back to an older checkpoint by moving it away."
+        )
+    if state["step"] > steps:
+        raise MetaplError(f"{file} is of a run that has done {state['step']} steps, and steps={steps}; expected more.")
+
+
+def _best_fault(best: Any, student: nn.Module) -> str | None:
+    if not isinstance(best, Mapping) or best.keys() != {"accuracy", "step", "weights"}:
+        return "its best student is not one"
+    accuracy, step, weights = best["accuracy"], best["step"], best["weights"]
+    fault = misfit_entries({"accuracy": accuracy, "step": step}, {"accuracy": float | None, "step": int}, "its best")
+    if fault is not None or not weights:
+        return fault
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        return "its best student has no weights"
+    shapes = {name: value.shape for name, value in student.state_dict().items()}
+    if {name: value.shape for name, value in weights.items()} != shapes:
+        return "its best student is of another network"
+    return None
+
+
+def _ended_fault(ended: Any) -> str | None:
+    fits = ended is None or (isinstance(ended, tuple | list) and [*map(type, ended)] == [int, str])
+    return None if fits else f"it ended at {ended!r:.60}"
+
+
+def _dtypes(trainer: Stepwise) -> dict[str, str]:
+    networks = {"student": trainer.student, "teacher": trainer.teacher}
+    return {
+        name: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()}))
+        for name, network in networks.items()
+        if network is not None
+    }
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+VERSIONS = {"torch": str(torch.__version__)}
+"""What may round otherwise."""
+
+
+def version_note(before: Any) -> str | None:
+    """What to say where a run was begun with another torch; None where it was not, or is not known."""
+    then = before.get("torch") if isinstance(before, Mapping) else None
+    if then is None or then == VERSIONS["torch"]:
+        return None
+    return f"note: the run was begun with torch {then}, and this is {VERSIONS['torch']}, which may round otherwise"

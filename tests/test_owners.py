@@ -1,0 +1,243 @@
+"""A run folder has one owner, from its first byte on, and nobody else's files are touched."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import refused
+
+import metapl as library
+from metapl import MetaplError
+from metapl.cli import main
+from metapl.cli.train import new_default_folder
+from metapl.runs import ownership
+from metapl.runs.folder import RunFolder
+
+QUICK = ("train", "digits", "--steps", "2", "--hidden", "4", "--finetune-steps", "0")
+TOGETHER = 12
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "PATIENCE", 0.3)
+
+
+def at_once(work: Callable[[int], Any], number: int = TOGETHER) -> list[Any]:
+    """What ``work`` gives or raises, called from so many threads at the same moment."""
+    ready = threading.Barrier(number)
+
+    def one(index: int) -> Any:
+        ready.wait()
+        try:
+            return work(index)
+        except MetaplError as error:
+            return error
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(one, range(number)))
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["an empty folder", "no folder"])
+def test_of_many_that_start_at_once_one_gets_the_folder_and_its_recipe_is_the_one_on_disk(
+    there: bool, tmp_path: Path
+) -> None:
+    for attempt in range(8):
+        out, others = tmp_path / f"{attempt}" / "run", threading.Semaphore(0)
+        if there:
+            out.mkdir(parents=True)
+
+        def start(index: int, out: Path = out, others: threading.Semaphore = others) -> int:
+            try:
+                with RunFolder(out).claimed({"name": index}, resume=False):
+                    for _ in range(TOGETHER - 1):  # held until all others were refused
+                        others.acquire(timeout=30)
+                    return index
+            except MetaplError:
+                others.release()
+                raise
+
+        found = at_once(start)
+        winners = [result for result in found if isinstance(result, int)]
+        assert len(winners) == 1
+        assert RunFolder(out).recipe() == {"name": winners[0]}
+        refusals = {str(error) for error in found if isinstance(error, MetaplError)}
+        assert all("another process is running in" in words for words in refusals)
+        assert sorted(os.listdir(out)) == [".lock", "recipe.json"]
+
+
+def test_the_default_name_is_claimed_by_making_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "digits-004").mkdir(parents=True)
+    assert {str(path) for path in at_once(lambda _: new_default_folder("digits"))} == {
+        f"runs/digits-{number:03d}" for number in range(5, 5 + TOGETHER)
+    }
+
+
+def _fitted(out: str, answers: Any, go: Any) -> None:
+    """A fit in a process of its own; its answer is the error, or nothing."""
+    torch.set_num_threads(1)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    trainer = library.LossTrainer(model := torch.nn.Linear(4, 2), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    ownership.PATIENCE = 0.3
+
+    def slowly(step: int, row: Any, trainer: Any) -> None:
+        if step == 1:
+            go.wait(60)
+
+    try:
+        source = [(x, (x[:, 0] > 0).long())]
+        trainer.fit(source, steps=30, save_every=1, log_every=1, out=out, progress=False, callbacks=[slowly])
+        answers.put("done")
+    except MetaplError as error:
+        go.set()
+        answers.put(str(error))
+
+
+def test_two_fits_in_one_folder(tmp_path: Path) -> None:
+    """In processes of their own: one trains, the other is told why not, and the checkpoints are the one's."""
+    context = multiprocessing.get_context("spawn")
+    answers, go, out = context.Queue(), context.Event(), tmp_path / "out"
+    both = [context.Process(target=_fitted, args=(str(out), answers, go)) for _ in range(2)]
+    for process in both:
+        process.start()
+    said = sorted([answers.get(timeout=120), answers.get(timeout=120)], key=len)
+    for process in both:
+        process.join()
+    assert said[0] == "done"
+    assert said[1].startswith(f"another process is running in {out}")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 31))
+
+
+def test_a_fit_may_be_followed_by_another_phase_of_the_same_process(tmp_path: Path) -> None:
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    source = [(x, (x[:, 0] > 0).long())]
+    for phase in ("fit", "finetune"):
+        trainer = library.LossTrainer(
+            model := torch.nn.Linear(4, 2), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+        )
+        trainer.fit(source, steps=2, out=str(tmp_path), phase=phase, progress=False)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"fit", "finetune"}
+
+
+def test_a_refused_start_leaves_nothing_and_the_next_may_have_the_folder(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "run"
+    with pytest.raises(MetaplError, match="no data"), RunFolder(out).claimed({"name": "x"}, resume=False):
+        raise MetaplError("no data")
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir(parents=True)
+    with pytest.raises(OSError, match="the disk"), RunFolder(out).claimed({"name": "x"}, resume=False):
+        raise OSError("the disk")
+    assert list(out.iterdir()) == []
+    with RunFolder(out).claimed({"name": "y"}, resume=False):
+        pass
+    assert RunFolder(out).recipe() == {"name": "y"}
+
+
+def test_who_waits_for_a_folder_that_goes_away_gets_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock on a file without a name would lock nobody out."""
+    monkeypatch.setattr(ownership, "PATIENCE", 20.0)
+    for attempt in range(5):
+        out = tmp_path / str(attempt) / "run"
+        inside = []
+
+        def start(index: int, out: Path = out, inside: list[int] = inside) -> None:
+            with RunFolder(out).claimed({"name": index}, resume=False):
+                inside.append(index)
+                assert len(inside) == 1
+                inside.remove(index)
+                raise MetaplError("refused")
+
+        assert {str(error) for error in at_once(start, 6)} == {"refused"}
+        assert not out.exists() or list(out.iterdir()) == []  # who came late did not make it
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "model", "metrics.jsonl", "student.safetensors", "result.json"])
+def test_a_folder_with_other_files_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text("mine")
+    words = refused(capsys, *QUICK, "--out", tmp_path)
+    assert f"holds files that are not a run's ({name})" in words
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_a_killed_start_left_is_not_in_the_way(tmp_path: Path) -> None:
+    for name in (".lock", "recipe.json.0123abcd.tmp", ".DS_Store"):
+        (tmp_path / name).write_text("")
+    with RunFolder(tmp_path).claimed({"name": "x"}, resume=False):
+        pass
+    assert RunFolder(tmp_path).recipe() == {"name": "x"}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_a_lock_that_is_not_a_file_is_refused(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("mine")
+    out = tmp_path / "run"
+    out.mkdir()
+    {"pipe": os.mkfifo, "link": lambda at: at.symlink_to(target), "folder": Path.mkdir}[kind](out / ".lock")
+    with pytest.raises(MetaplError, match=r"\.lock .*expected a plain file"):
+        RunFolder(out).claimed({"name": "x"}, resume=False).__enter__()
+    assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--student.lr", "0"),
+        ("--seed", "-1"),
+        ("--labels-per-class", "1000"),
+        ("--wait", "5"),
+        ("--out", "{file}"),
+        ("--compare", "--seeds", "x"),
+    ],
+)
+def test_a_refused_command_leaves_no_folder(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert main([*QUICK, *(flag.format(file=file) for flag in flags)]) == 2
+    assert capsys.readouterr().err.startswith("metapl: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+def test_starts_of_the_command_at_once(tmp_path: Path) -> None:
+    """With one name, one of them trains; with the default name, each has a folder of its own."""
+    with ThreadPoolExecutor(3) as pool:
+        named = [
+            pool.submit(_code, *QUICK, "--seed", str(seed), "--out", str(tmp_path / "one"), cwd=tmp_path)
+            for seed in range(3)
+        ]
+        codes = [future.result() for future in named]
+    # Who comes when the first has finished is told so; nobody's files are mixed.
+    assert sorted(codes) == [0, 2, 2]
+    recipe, result = (json.loads((tmp_path / "one" / f"{name}.json").read_text()) for name in ("recipe", "result"))
+    assert recipe["recipe"]["fields"]["seed"] == result["seed"] == codes.index(0)
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(_code, *QUICK, "--seed", str(seed), cwd=tmp_path) for seed in range(3)]
+        assert [future.result() for future in futures] == [0, 0, 0]
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [run.name for run in runs] == ["digits-001", "digits-002", "digits-003"]
+    assert sorted(json.loads((run / "result.json").read_text())["seed"] for run in runs) == [0, 1, 2]
+
+
+def _code(*arguments: str, cwd: Path) -> int:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "metapl", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=300, check=False).returncode

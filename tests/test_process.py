@@ -1,0 +1,302 @@
+"""Signals, closed streams, pipes whose reader has gone, and too little memory: no traceback, and nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import refused, said
+from test_fit import batches, single
+from tiny_runs import TINY, color_folders, digit, images_command, run, tiny  # noqa: F401 - fixtures
+
+from metapl import MetaplError
+from metapl.cli import main
+from metapl.data.batches import _begin_worker
+from metapl.memory import out_of_memory
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.training.loss_trainer import LossTrainer
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def exhausted(kind: str) -> Exception:
+    return {
+        "python": MemoryError(),
+        "host": RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        "host, otherwise": RuntimeError("not enough memory: you tried to allocate 10 bytes."),
+        "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        "system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    }[kind]
+
+
+KINDS = ("python", "host", "host, otherwise", "gpu", "system")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_little_memory_in_a_step_names_the_step_what_to_lower_and_the_last_checkpoint(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = LossTrainer.step, []
+
+    def failing(self: LossTrainer, *given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise exhausted(kind)
+        return step(self, *given)
+
+    monkeypatch.setattr(LossTrainer, "step", failing)
+    with pytest.raises(MetaplError) as told:
+        single().fit(batches(4)[0], steps=8, save_every=4, out=str(tmp_path), progress=False)
+    words = str(told.value)
+    assert words.startswith(f"step 6: the memory of {'the GPU' if kind == 'gpu' else 'this machine'} does not suffice")
+    assert "--labeled-batch" in words
+    assert f"the last good checkpoint is {CheckpointFolder(tmp_path / 'checkpoints/fit').paths()[0]}" in words
+    assert len(calls) == 6  # it is not tried again unasked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_little_memory_elsewhere_is_one_line(
+    kind: str,
+    tiny: Path,  # noqa: F811
+    digit: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*given: Any) -> Any:
+        raise exhausted(kind)
+
+    monkeypatch.setattr("metapl.cli.predict.predictions", failing)
+    capsys.readouterr()
+    assert main(["predict", str(tiny), str(digit)]) == 2
+    told = capsys.readouterr().err
+    assert "does not suffice; lower the batch sizes" in told
+    assert told.count("\n") == 1
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    assert out_of_memory(RuntimeError("shape '[2]' is invalid")) is None
+    wrapped = MetaplError("x")
+    wrapped.__cause__ = MemoryError()
+    assert out_of_memory(wrapped) == "of this machine"
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+def command(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([sys.executable, "-m", "metapl", *map(str, arguments)], **options)
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    patience = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < patience, "it did not come so far"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_sigterms_to_the_whole_group_with_workers_save_the_step(tmp_path: Path) -> None:
+    root, out = color_folders(tmp_path / "root"), tmp_path / "run"
+    flags = ("--steps", "100000", "--num-workers", "2", "--save-every", "100000", "--resized-crop", "--out", str(out))
+    process = command(*images_command(root), *flags, start_new_session=True)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size > 500, process)
+    for _ in range(4):
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    said_there, words = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, words
+    assert "Traceback" not in words + said_there
+    assert "saved to" in words
+    (saved,) = CheckpointFolder(out / "checkpoints/fit").paths()
+    assert f"stopped after step {int(saved.stem[5:])};" in words
+
+
+def test_a_worker_outlives_any_number_of_sigterms_for_a_while() -> None:
+    worker = os.fork()
+    if not worker:
+        try:
+            _begin_worker(0)
+            for _ in range(5):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(7 if signal.alarm(0) > 0 else 8)
+        finally:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+
+
+@pytest.mark.slow
+def test_sigterm_while_exporting_leaves_no_temporary_folder(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    process = command("export", tiny, "--out", tmp_path / "out", env=environment)
+    wait_for(lambda: list((tmp_path / "tmp").glob("*/*.pt")), process)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, words
+    assert "Traceback" not in words
+    assert [path for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor")] == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_finetune_that_is_killed_leaves_nothing_outside_the_run_and_the_next_tidies_up(
+    run: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    process = command("finetune", run, "--steps", "10000000", env=environment)
+    wait_for(lambda: list(run.glob(".finetune-*/metrics.jsonl")), process)
+    process.kill()
+    process.communicate()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    said(capsys, "finetune", run)
+    assert list(run.glob(".finetune-*")) == []
+
+
+INTERRUPTED_IMPORT = """
+import builtins, signal, sys
+real = builtins.__import__
+def importing(name, *given, **named):
+    if name == {name!r} and not seen:
+        seen.append(name)
+        signal.raise_signal(signal.SIGINT)
+    return real(name, *given, **named)
+seen = []
+builtins.__import__ = importing
+sys.argv = ["metapl", "--version"]
+from metapl.cli import main
+sys.exit(main(["predict", "nowhere", "x"]))
+"""
+
+
+@pytest.mark.parametrize("name", ["torch", "metapl.training", "metapl.cli.parse"])
+def test_ctrl_c_during_imports_is_no_traceback(name: str) -> None:
+    code = INTERRUPTED_IMPORT.format(name=name)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Traceback" not in found.stderr
+    assert found.returncode == 128 + signal.SIGINT
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, tiny: Path, digit: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out.csv"
+    line = f'exec "{sys.executable}" -m metapl predict "{tiny}" "{digit}" --out "{out}" {closed}'
+    found = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "Traceback" not in found.stderr
+    assert len(out.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    """Standard error is progress alone; of standard output, the exit code says that its reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    process = command(*TINY, "--out", tmp_path / "one", stderr=write)
+    os.close(write)
+    said_there, _ = process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert "Test accuracy" in said_there
+    assert (tmp_path / "one" / "result.json").exists()
+
+
+# ------------------------------------------------------------------------------- options, before the first method runs
+
+
+def test_every_methods_options_are_checked_before_the_first_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = color_folders(tmp_path / "root")
+    ran: list[Any] = []
+    monkeypatch.setattr("metapl.experiments.compare.run_jobs", lambda *given, **named: ran.append(given))
+    for flags, words in (
+        (("--methods", "uda", "supervised_everything"), "supervised_everything: .*leave it out of --methods"),
+        (("--methods", "supervised", "uda", "--accumulate", "2"), "uda: accumulate=2 splits a batch"),
+    ):
+        capsys.readouterr()
+        assert main([*images_command(root), "--compare", *flags, "--out", str(tmp_path / "run")]) == 2
+        import re
+
+        assert re.search(words, capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+    assert ran == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--student.nesterov",), "momentum"),
+        (("--student.algorithm", "adamw", "--student.momentum", "0.9"), "momentum"),
+        (("--wait", "6"), "wait"),
+        (("--warmup", "7"), "warmup"),
+        (("--mode", "none", "--baseline", "0.9"), "baseline"),
+        (("--mode", "reinforce", "--labels", "soft"), "labels"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_training(
+    flags: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(capsys, *TINY, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
+
+
+def test_validation_files_that_vanish_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = color_folders(tmp_path / "root")
+    (root / "test").rename(root / "val")
+    (root / "test").mkdir()
+    flags = [flag for flag in images_command(root) if not flag.startswith("--test")]
+    flags += ["--val", str(root / "val"), "--validate-every", "1", "--resized-crop"]
+    step, left = LossTrainer.step, [*sorted((root / "val").rglob("*.png"))]
+
+    def vanishing(many: int) -> Callable[..., Any]:
+        def one(self: LossTrainer, *given: Any) -> Any:
+            if self.steps_done == 1:
+                for path in left[:many]:
+                    path.unlink(missing_ok=True)
+            return step(self, *given)
+
+        return one
+
+    monkeypatch.setattr(LossTrainer, "step", vanishing(3))
+    assert "3 of the 12 validation pictures cannot be read any more" in said(capsys, *flags, "--out", tmp_path / "some")
+    monkeypatch.setattr(LossTrainer, "step", vanishing(12))
+    capsys.readouterr()
+    (tmp_path / "again").mkdir()
+    assert main([*flags, "--out", str(tmp_path / "all")]) == 2
+    assert "none of the 9 validation pictures can be read any more" in capsys.readouterr().err
+
+
+def test_a_validation_set_that_is_empty_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = color_folders(tmp_path / "root")
+    for path in (root / "test").rglob("*.png"):
+        path.write_bytes(b"")
+    flags = [flag for flag in images_command(root) if not flag.startswith("--test")]
+    capsys.readouterr()
+    assert main([*flags, "--val", str(root / "test"), "--out", str(tmp_path / "run")]) == 2
+    assert f"none of the 12 pictures in {root / 'test'} can be read" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
