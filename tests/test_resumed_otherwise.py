@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from metapl import BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, PseudoLabels
 from metapl.cli import main
-from metapl.data.identity import as_values, source_record
+from metapl.data.identity import source_record
+from metapl.fingerprints import as_values
 from metapl.runs import checkpoint
 from metapl.runs.checkpoint import CheckpointFolder
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.batch import labeled_pair, micro_batches, plain
-from metapl.data.identity import as_values
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard
+from metapl.fingerprints import as_values
 from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, sum_of_terms
 from metapl.training import Trainer

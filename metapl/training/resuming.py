@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.data.identity import as_values, source_record
 from metapl.errors import MetaplError
+from metapl.fingerprints import as_values
 from metapl.runs.checkpoint import CheckpointError
 from metapl.training.contract import Stepwise
 from metapl.training.rates import Rates
@@ -41,6 +41,8 @@ def made_of(trainer: Stepwise, rates: Rates) -> dict[str, Any]:
 
 def data_of(sources: Mapping[str, Any]) -> dict[str, Any]:
     """The batches and the validation data, as plain values."""
+    from metapl.data.identity import source_record  # needed for fitting only
+
     return {name: source_record(source) for name, source in sources.items() if source is not None}
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from metapl.batch import is_whole, labeled_pair, length, rows
 from metapl.checks import described
-from metapl.data.batches import EvaluationBatches
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, replayed
 from metapl.metrics import evaluate_logits, predict_logits
@@ -103,6 +102,8 @@ class Selection:
         return accuracies
 
     def _accuracy(self, model: nn.Module, data: Any) -> tuple[float, int]:
+        from metapl.data.batches import EvaluationBatches  # needed for fitting only
+
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
         with replayed(RandomState.now(self.device)):
             logits, labels = predict_logits(model, batches_of(data, self.device))
