@@ -11,13 +11,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 STUDIES = {
     "digits_study": ("--workers", "1"),
     "feedback_size": ("--workers", "1"),
+    "label_noise": (),
     "pictures_study": ("--jobs", "1"),
+    "suspects": (),
 }
 MEASUREMENTS = ("augment", "difference_step", "endurance", "modes", "peers", "step", "throughput")
 
@@ -122,6 +125,88 @@ def test_the_pictures_study_goes_through_the_command(module: ModuleType, tmp_pat
     found = [(row["phase"], row["method"], row["seed"]) for row in rows]
     assert found == [("tuning", "mpl", 100), ("final", "mpl", 0), ("final", "none", 0)]
     assert printed.endswith(f"{module.table(rows)}\n\n{module.pairs(rows)}\n")
+
+
+@pytest.mark.parametrize("module", ["label_noise"], indirect=True)
+def test_the_study_of_label_noise_goes_on_where_it_was_stopped_and_fills_in_the_page(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "label_noise.jsonl", tmp_path / "page.md"
+    miniature("label_noise", out)
+    rows = module.read(out)
+    tuned = [name for name, entry in module.ENTRIES.items() if entry.grid]
+    assert len(rows) == 5 * len(tuned) + 2 * 5 * len(module.ENTRIES)
+    for row in rows:
+        assert ("test_accuracy" in row) == ("finetuned_test_accuracy" in row) == row["final"]
+        assert ("validation_accuracy" in row) == (not row["final"])
+        assert ("auc" in row) == (row["final"] and row["method"] not in module.BASELINES)
+        assert (row.get("auc_by_loss") is None) == (not row["final"] or row["condition"].startswith("imbalance"))
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
+    miniature("label_noise", out)
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    page.write_text("before\n<!-- label_noise:begin -->\n<!-- label_noise:end -->\nafter\n")
+    run("label_noise", "--out", out, "--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("| MetaWeightNet |") == 4
+    assert run("label_noise", "--out", out, "--table").stdout.strip() in text
+    assert page.with_name("label_noise.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["label_noise"], indirect=True)
+@pytest.mark.parametrize("method", ["plain", "early_stopping", "meta_weight_net", "label_correction_permuted"])
+def test_a_seed_of_the_study_of_label_noise_ends_beside_others_as_it_does_alone(
+    module: ModuleType, method: str
+) -> None:
+    """So that the seeds of a run are independent of each other."""
+    size, config = module.dataclasses.replace(module.MINIATURE, steps=30, warm=10), module.ENTRIES["plain"].grid[0]
+    if method not in module.BASELINES:
+        config = module.ENTRIES[module.ENTRIES[method].problem].grid[0]
+    runs = []
+    for seeds in ((3, 4), (4,)):
+        runs.append(module.Run(module.Job(method, config, ("symmetric_40",), seeds, True), size))
+        runs[-1].train()
+    for both, alone in zip(runs[0].student.parameters(), runs[1].student.parameters(), strict=True):
+        assert torch.allclose(both[1], alone[0], atol=1e-5)
+        assert not torch.allclose(both[0], alone[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("module", ["label_noise"], indirect=True)
+def test_the_matrices_of_several_seeds_are_the_library_s_one_for_each(module: ModuleType) -> None:
+    logits, matrices = torch.randn(6, 10), torch.randn(2, 10, 10).softmax(-1)
+    given = torch.arange(6)
+    together = module.NoiseTransitions().inner_loss(logits, module.Signal(matrices), (None, given))
+    alone = [
+        module.NoiseTransition().inner_loss(z, module.Signal(matrix), (None, y))
+        for z, matrix, y in zip(logits.split(3), matrices, given.split(3), strict=True)
+    ]
+    assert torch.allclose(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("module", ["label_noise"], indirect=True)
+def test_the_planted_noise_is_as_it_is_called(module: ModuleType) -> None:
+    for condition in module.CONDITIONS:
+        data = module.drawn(condition, 7)
+        kind, percent = condition.split("_")
+        if kind == "imbalance":
+            counts = data.given.bincount(minlength=10).sort().values.tolist()
+            assert (counts[0], counts[-1], bool(data.wrong.any())) == (5, 100, False)
+        else:
+            assert abs(float(data.wrong.double().mean()) - int(percent) / 100) < 0.05
+        assert data.clean[1].bincount().tolist() == [10] * 10
+
+
+@pytest.mark.parametrize("module", ["suspects"], indirect=True)
+def test_the_study_of_suspects_goes_through_the_command(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    printed = miniature("suspects", out)
+    rows = module.read(out)
+    assert [(row["method"], row["listed"], row["wrong"]) for row in rows] == [
+        ("example_weights", 60, 6),
+        ("plain", 60, 6),
+    ]
+    assert printed == f"{module.table(rows)}\n"
 
 
 def test_a_miniature_does_not_take_the_place_of_the_committed_result() -> None:

@@ -64,6 +64,14 @@ def test_the_accuracies_on_pictures_are_those_of_the_committed_rows() -> None:
     assert f"Meta Pseudo Labels ({mpl_then} % against {uda_then} % with earlier settings)" in prose
 
 
+def test_the_rows_of_wrong_labels_are_those_of_the_whole_table() -> None:
+    whole = rows((ROOT / "docs" / "label-noise.md").read_text())
+    few = rows(README[README.index("## Wrong labels") :])
+    assert len(few) == 3
+    for name, cells in few.items():
+        assert cells == {column: whole[name][column] for column in cells}
+
+
 def test_the_badges_say_what_the_project_says() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     (version,) = re.findall(r'requires-python = ">=([\d.]+)"', project)

@@ -19,13 +19,21 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
     import digits_tables
 
     yield digits_tables
-    for name in ("digits_tables", "digits_study", "figures", "machine"):
+    for name in (
+        "digits_tables",
+        "digits_study",
+        "label_noise",
+        "label_noise_tables",
+        "suspects",
+        "figures",
+        "machine",
+    ):
         sys.modules.pop(name, None)
 
 
 def shown(name: str) -> str:
-    """What stands between the marks of a name."""
-    page = PAGE.read_text()
+    """What stands between the marks of a name, on whichever page."""
+    (page,) = [text for path in PAGE.parent.glob("*.md") if f"<!-- {name}:begin -->" in (text := path.read_text())]
     return page.split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
 
 
@@ -133,6 +141,55 @@ def test_the_differences_on_digits_that_the_page_speaks_of_are_those_of_the_rows
     assert f"{of(2, 'difference', 'mpl')} between `forward` and `difference`" in prose()
     assert f"with random signs it does {of(2, 'mpl', 'random_sign')} worse" in prose()
     assert f"{of(4, 'pseudo_labels', 'mpl', FINETUNED)} better at 4" in prose()
+
+
+def test_the_page_on_wrong_labels_shows_the_tables_of_the_raw_rows(tables: object) -> None:
+    import label_noise
+    import label_noise_tables
+    import suspects
+
+    assert shown("label_noise") == label_noise_tables.block(label_noise.read())
+    assert shown("suspects") == suspects.table(suspects.read())
+
+
+def test_the_study_of_label_noise_was_run_as_it_says(tables: object) -> None:
+    import label_noise
+
+    rows, seeds = label_noise.read(), set(label_noise.FULL.seeds)
+    final: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        method, condition = row["method"], row["condition"]
+        assert ("test_accuracy" in row) == row["final"]
+        assert (row["seed"] in seeds) == row["final"]
+        if row["final"]:
+            assert row["config"] == label_noise.chosen(rows, method, condition)
+            final.setdefault((method, condition), set()).add(row["seed"])
+    assert final == {(name, condition): seeds for name in label_noise.ENTRIES for condition in label_noise.CONDITIONS}
+    for name, entry in label_noise.ENTRIES.items():
+        tuning = [row for row in rows if row["method"] == name and not row["final"]]
+        assert len(tuning) == len(entry.grid) * 2 * 5
+        assert len(entry.grid) in (0, 4)
+
+
+def test_what_the_page_on_wrong_labels_says_is_what_the_rows_say(tables: object) -> None:
+    import label_noise
+    import label_noise_tables as made
+
+    rows, text = label_noise.read(), " ".join((PAGE.parent / "label-noise.md").read_text().split())
+    said = text.partition("<!-- label_noise:begin -->")[0]
+
+    def against(first: str, second: str, condition: str, read_out: str = STUDENT) -> str:
+        points, _, p = made.difference(rows, first, second, condition, read_out).partition(" (")
+        return f"{points.removeprefix('+')} points (p = {p.removesuffix(')')})"
+
+    permuted = [against("example_weights", "example_weights_permuted", name) for name in label_noise.CONDITIONS]
+    for figure in permuted:
+        assert figure in said, figure
+    for method in ("label_correction", "noise_transition"):
+        assert against(method, f"{method}_permuted", "asymmetric_40") in said
+    assert against("noise_transition", "early_stopping", "asymmetric_40", FINETUNED) in said
+    assert against("meta_weight_net", "plain", "symmetric_40") in said
+    assert against("example_weights", "plain", "asymmetric_40") in said
 
 
 def test_every_table_that_is_marked_is_compared_with_its_raw_file() -> None:

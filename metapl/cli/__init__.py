@@ -38,6 +38,10 @@ With pictures of your own, a few of them in one folder a class:
 
   metapl train images --labeled few/ --unlabeled many/ --test held_out/
 
+With pictures some of which are in the folder of a wrong class:
+
+  metapl train noisy --labeled sorted_badly/ --clean few/
+
 With the paper's data, as torchvision keeps them (svhn-1k, imagenet-10pct too):
 
   metapl train cifar10-4k --data-root DIR
@@ -55,6 +59,7 @@ metapl train RECIPE, with RECIPE one of:
 
   digits                handwritten digits that come with scikit-learn
   images                your own pictures, in folders
+  noisy                 your own pictures, some of them in the wrong folder
   torchvision           CIFAR, SVHN, ImageNet or folders as torchvision has them
   cifar10-4k            CIFAR-10 with 4,000 labels, the authors' code's settings
   cifar10-4k-paper      the same with the settings of the paper's table

@@ -21,11 +21,11 @@ INDENT = 26
 """Columns that a flag and its value have before its help."""
 
 GROUPS: dict[str, str] = {
-    "data": "labeled unlabeled val test val-fraction data data-root labels-per-class validation split seed",
+    "data": "labeled unlabeled clean val test val-fraction data data-root labels-per-class validation split seed",
     "network": "network weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth",
     "views": "view.* changes.* pad resized-crop randaugment strong.*",
-    "training": "method minutes steps wait warm-start labeled-batch unlabeled-batch schedule warmup clip-norm "
-    "ema-decay validate-every",
+    "training": "method minutes steps wait warm-start warm-steps labeled-batch unlabeled-batch clean-batch schedule "
+    "warmup clip-norm ema-decay validate-every",
     "losses of the teacher": "label-smoothing uda-weight uda-temperature uda-threshold uda-align uda-prior uda-start "
     "uda-ramp",
     "feedback": "mode labels feedback-weight feedback-ratio normalization baseline temperature pseudo-label-smoothing "

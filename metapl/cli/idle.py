@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from metapl.recipes.image_folders import ImageFolders
-from metapl.recipes.methods import CONTROLS, METHODS
+from metapl.recipes.methods import CONTROLS, METHODS, NOISY_METHODS
+from metapl.recipes.noisy_folders import NoisyFolders
 
 WITH_STUDENT = tuple(name for name, method in METHODS.items() if method.teaches)
 """Methods that train a teacher and a student at the same time."""
@@ -137,3 +138,11 @@ def _uda(recipe: ImageFolders, methods: Sequence[str], where: str) -> Iterator[R
     if alone and not of_teacher and "uda" not in methods:
         published = "FixMatch has values of its own; leave it out, or give --method uda"
         yield Rule("uda-temperature uda-threshold uda-align uda-prior", where, published)
+
+
+def noisy_by_method(recipe: NoisyFolders, methods: Sequence[str]) -> Iterator[Rule]:
+    """What has no effect in ``metapl train noisy`` because none of the methods uses it."""
+    where = f"with --method{'s' * (len(methods) > 1)} {' '.join(methods)}"
+    known = [NOISY_METHODS[name] for name in methods if name in NOISY_METHODS]  # others are refused afterwards
+    if known and all(method.feedback is None for method in known):
+        yield Rule("teacher.* warm-steps mode clean-batch", where, "it is for methods that learn about labels")

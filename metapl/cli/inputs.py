@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metapl.data.images.check import find_copies
-from metapl.data.images.folders import FilesT, scan_labeled, scan_unlabeled, walk
+from metapl.data.images.folders import FilesT, scan_labeled, walk
 from metapl.data.images.verify import verify_files
 from metapl.errors import MetaplError, few
 from metapl.recipes import ImageFolders, Recipe
@@ -147,11 +147,11 @@ class TestFolder:
     def _copies(self, recipe: ImageFolders) -> Iterator[str]:
         """Pictures that were trained on: an accuracy on them says nothing of others."""
         try:
-            labeled, unlabeled = scan_labeled(recipe.labeled), scan_unlabeled(recipe.unlabeled)
+            labeled, others = recipe.trained_on()
         except MetaplError as error:
             yield f"it is not known which of these pictures were trained on: {error}"
             return
-        for finding in find_copies(_plain(labeled), _plain(unlabeled), None, _plain(self.files), None, trained=True):
+        for finding in find_copies(_plain(labeled), _plain(others), None, _plain(self.files), None, trained=True):
             if finding.kind == "test copies":
                 yield finding.message
 

@@ -7,16 +7,16 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
 
-from metapl.cli.idle import by_choice, by_method, explained
+from metapl.cli.idle import Rule, by_choice, by_method, explained, noisy_by_method
 from metapl.cli.parse import Switch, paragraph
 from metapl.cores import default_threads
 from metapl.errors import MetaplError
@@ -26,9 +26,9 @@ from metapl.experiments.experiment import summary
 from metapl.experiments.jobs import Job, aloud
 from metapl.experiments.settle import settled
 from metapl.experiments.store import stored
-from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
+from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, NoisyFolders, Vision
 from metapl.recipes.base import Recipe
-from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
+from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, NOISY_METHODS, Method, title
 from metapl.runs.folder import RunFolder
 from metapl.training import Interrupted
 from metapl.words import tell
@@ -52,6 +52,9 @@ class Train:
         controls: with --compare: train with altered feedback too.
         jobs: with --compare: number of runs at a time; by default one for each core, and one on a GPU.
     """
+
+    known: ClassVar[Mapping[str, Method]] = METHODS
+    """The methods that the recipes can be trained by."""
 
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
@@ -96,10 +99,11 @@ class Train:
             if getattr(self, name) and not self.compare:
                 raise MetaplError(f"--{name} goes with --compare.")
         if self.controls and self.methods:
-            raise MetaplError(f"--controls has no effect beside --methods: add {' '.join(CONTROLS)} to the methods.")
-        unknown = [name for name in self.methods or () if name not in METHODS]
+            controls = " ".join(self._controls())
+            raise MetaplError(f"--controls has no effect beside --methods: add {controls} to the methods.")
+        unknown = [name for name in self.methods or () if name not in self.known]
         if unknown:
-            raise MetaplError(f"--methods {' '.join(unknown)}: expected some of {', '.join(METHODS)}.")
+            raise MetaplError(f"--methods {' '.join(unknown)}: expected some of {', '.join(self.known)}.")
         if self.seeds:
             parse_seeds(self.seeds)
         if self.jobs is not None and self.jobs < 1:
@@ -138,8 +142,12 @@ class Train:
         """Those that are compared."""
         # The recipe's own method first: it is delivered where validation cannot tell.
         own = self.recipe.own_method
-        others = tuple(name for name in COMPARED if name != own) + (CONTROLS if self.controls else ())
+        others = tuple(name for name in COMPARED if name != own) + (self._controls() if self.controls else ())
         return self.methods or (own, *others)
+
+    def _controls(self) -> tuple[str, ...]:
+        """Those with altered feedback."""
+        return CONTROLS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +173,58 @@ class TrainImages(Train):
     def check_flags(self, given: Sequence[str]) -> None:
         refused = explained(given, by_choice(self.recipe, seeds=bool(self.seeds)))
         methods = self._methods() if self.compare else (self.recipe.method,)
-        unused = explained(given, by_method(self.recipe, methods))
+        unused = explained(given, self._rules(methods))
         if refused or (unused and not self.compare):
             raise MetaplError(" ".join(filter(None, (refused, unused))))
         if unused:  # comparisons of other methods are run with the same flags
             tell(f"note: {unused}")
+
+    def _rules(self, methods: Sequence[str]) -> Iterator[Rule]:
+        """What none of the methods makes use of."""
+        return by_method(self.recipe, methods)
+
+
+NOISY_METHODS_HELP = f"with --compare: these methods alone, of {', '.join(NOISY_METHODS)}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainNoisy(TrainImages):
+    """Train a classifier on your own pictures, some of them in the folder of a wrong class, and list the suspects.
+
+    A few pictures with clean labels say what helps. The run folder then has suspects.csv, all of the other pictures
+    with the class that they probably are of, the most suspicious first, and suspects.png, a page of the first of them.
+
+    Args:
+        recipe: what is trained, and how.
+        compare: train by plain training on all labels and on the clean ones too, and compare.
+        controls: with --compare: train with altered feedback too, which tells whether what is learned about labels
+            depends on whose label it is.
+    """
+
+    known: ClassVar[Mapping[str, Method]] = NOISY_METHODS
+
+    recipe: Annotated[NoisyFolders, tyro.conf.arg(name="")]
+    compare: Switch = False
+    controls: Switch = False
+    methods: Annotated[
+        tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD ...", help=NOISY_METHODS_HELP, help_behavior_hint="")
+    ] = None
+
+    def _methods(self) -> tuple[str, ...]:
+        own = self.recipe.own_method
+        plain = tuple(name for name in ("plain", "clean") if name != own)
+        return self.methods or (own, *plain, *(self._controls() if self.controls else ()))
+
+    def _controls(self) -> tuple[str, ...]:
+        method = NOISY_METHODS[self.recipe.own_method]
+        return tuple(
+            name
+            for name, control in NOISY_METHODS.items()
+            if control.place == "control" and control.doubting == method.doubting
+        )
+
+    def _rules(self, methods: Sequence[str]) -> Iterator[Rule]:
+        return noisy_by_method(self.recipe, methods)
 
 
 def _train_on(kind: type[Vision]) -> type[Train]:
@@ -184,6 +239,7 @@ def _train_on(kind: type[Vision]) -> type[Train]:
 COMMANDS: dict[str, type[Train]] = {
     Digits.name: Train,
     ImageFolders.name: TrainImages,
+    NoisyFolders.name: TrainNoisy,
     **{kind.name: _train_on(kind) for kind in PROTOCOL_RECIPES},
 }
 """The recipes that can be trained, by name."""

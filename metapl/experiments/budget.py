@@ -22,7 +22,7 @@ from metapl.experiments.methods import train
 from metapl.recipes.base import ROLES, Task
 from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.image_recipe import ImageParts
-from metapl.recipes.methods import METHODS
+from metapl.recipes.methods import EVERY_METHOD
 from metapl.training import FitResult, Trainer
 
 SHARE = 0.85
@@ -98,7 +98,8 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
         """A fit of a few steps, which are timed."""
         sources = [labeled] if unlabeled is None else [labeled, unlabeled]
         waits = options.get("wait", recipe.wait)
-        seconds.append(_seconds_of_a_step(recipe, trainer, sources, waits, clock))
+        share: float = options.get("steps", recipe.steps) / recipe.steps  # of a phase that is shorter than the run
+        seconds.append(share * _seconds_of_a_step(recipe, trainer, sources, waits, clock))
         return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
 
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
@@ -106,10 +107,12 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
         images = _noise(recipe, Path(folder))
         labels = torch.arange(PICTURES) % len(recipe.classes)
         task = Task(
-            **recipe.batches(ImageParts(few=images, labels=labels, many=images)), classes=recipe.classes, record={}
+            **recipe.batches(ImageParts(few=images, labels=labels, many=images, known=(images, labels))),
+            classes=recipe.classes,
+            record={},
         )
         teacher, student = (recipe.network(role).to(recipe.torch_device()) for role in ROLES)
-        train(METHODS[recipe.method], recipe, task, teacher, student, rehearse)
+        train(EVERY_METHOD[recipe.method], recipe, task, teacher, student, rehearse)
     return sum(seconds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -13,6 +14,7 @@ from metapl.experiments.comparison import Comparison
 from metapl.experiments.jobs import Job, Pace, aloud, run_all
 from metapl.experiments.methods import check_method
 from metapl.experiments.store import describe
+from metapl.experiments.suspects import GRID, SUSPECTS
 from metapl.metrics import Evaluation, with_chance
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import title
@@ -56,6 +58,9 @@ def compare(
             if (source.path / name).is_file():
                 # The same weights are the same bytes: the checksums of the run hold here too.
                 folder.write_weights(name, source.read_weights(name, sha256.get(name)))
+        for name in (SUSPECTS, GRID):
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, out / name)
         _draw(out, comparison, results)
         folder.write_json("result.json", {**results[method, seed], **comparison.to_json()})
     return comparison

@@ -10,7 +10,7 @@ from typing import Any
 from metapl.errors import MetaplError
 from metapl.experiments.table import table
 from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
-from metapl.recipes.methods import METHODS, title
+from metapl.recipes.methods import EVERY_METHOD, title
 
 ReadOuts = Mapping[str, Sequence[float]]
 
@@ -60,16 +60,26 @@ class Comparison:
         evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
         return cls(seeds, accuracies, evaluations[0].n, statistics.fmean(result.chance for result in evaluations))
 
+    def pair(self) -> tuple[str, str] | None:
+        """The first method that was run beside its control, and that control: MPL and the same loop without feedback,
+        or what learns about labels and plain training."""
+        for name in self.methods:
+            method = EVERY_METHOD.get(name)
+            if method is not None and method.control in self.methods:
+                return name, method.control
+        return None
+
     def against_control(self) -> tuple[PairedTest, str] | None:
-        """MPL's student against the better read-out of the same loop without feedback, and that read-out's name.
+        """The student of the first of :meth:`pair` against the better read-out of the second, and its name.
 
         The better one is the one with the higher mean on the test set, which favors the control.
         """
-        if not {"mpl", "none"} <= self.methods.keys():
+        pair = self.pair()
+        if pair is None:
             return None
-        control = self.methods["none"]
+        method, control = (self.methods[name] for name in pair)
         better = max((STUDENT, FINETUNED), key=lambda readout: statistics.fmean(control[readout]))
-        return paired_test(self.methods["mpl"][STUDENT], control[better]), better
+        return paired_test(method[_own_readout(pair[0])], control[better]), better
 
     def best(self) -> str:
         """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
@@ -89,7 +99,7 @@ class Comparison:
 
     def _methods(self) -> list[str]:
         """The methods that can be used, or all where the headroom is alone."""
-        headroom = [name for name, method in METHODS.items() if method.place == "headroom"]
+        headroom = [name for name, method in EVERY_METHOD.items() if method.place == "headroom"]
         return [name for name in self.methods if name not in headroom] or list(self.methods)
 
     def table(self) -> str:
@@ -122,16 +132,18 @@ class Comparison:
             best = self._best_of_all()
             return f"{best[0].upper()}{best[1:]}."
         test, readout = difference
-        mpl = statistics.fmean(self.methods["mpl"][STUDENT])
-        control = statistics.fmean(self.methods["none"][readout])
+        name, control = self.pair() or ("", "")
+        subject, of_control, what = _words(name)
+        own = statistics.fmean(self.methods[name][_own_readout(name)])
+        other = statistics.fmean(self.methods[control][readout])
         which = "finetuned student" if readout.startswith("finetuned") else "student"
         start = (
-            f"MPL's student reaches {mpl:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), the "
-            f"same loop without feedback {control:.1%} (its {which}, the better of its two read-outs): "
+            f"{subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), "
+            f"{of_control} {other:.1%} (its {which}, the better of its two read-outs): "
             f"{100 * test.mean:+.1f} points over {_seeds(test.n)}"
         )
-        best = "" if self.best() == "mpl" else f"; {self._best_of_all()}"
-        return f"{start}{_verdict(test)}{best}."
+        best = "" if self.best() == name else f"; {self._best_of_all()}"
+        return f"{start[0].upper()}{start[1:]}{_verdict(test, what)}{best}."
 
     def _best_of_all(self) -> str:
         best = self.best()
@@ -159,7 +171,7 @@ class Comparison:
             "delivery": self.delivery(),
         }
         if difference is not None:
-            content["mpl_against_none"] = {"read_out": difference[1], **difference[0].to_json()}
+            content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
         return content
 
 
@@ -181,14 +193,29 @@ def _p(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
-def _verdict(test: PairedTest) -> str:
+def _own_readout(method: str) -> str:
+    """What of a method is compared with its control. Where labels may be wrong, only finetuning learns from the clean
+    ones, which plain training has learned from already."""
+    return FINETUNED if EVERY_METHOD[method].doubting else STUDENT
+
+
+def _words(method: str) -> tuple[str, str, str]:
+    """A method's network and its control, as the sentence calls them, and what the control is without."""
+    if EVERY_METHOD[method].doubting:
+        return f"with {title(method)} the finetuned student", "plain training", "what is learned about labels"
+    return "MPL's student", "the same loop without feedback", "the teacher's feedback"
+
+
+def _verdict(test: PairedTest, what: str) -> str:
     if test.n < ENOUGH_SEEDS:
-        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell whether the teacher's feedback helped"
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell whether {what} helped"
     if test.p is None:  # all differences are the same
-        return ", with every seed the same: too little to tell whether the teacher's feedback helped"
-    helped = "the teacher's feedback helped" if test.mean > 0 else "the teacher's feedback hurt"
-    unknown = "these seeds do not show whether the teacher's feedback helped"
-    return f", paired t-test p = {_p(test.p)}: {helped if test.p < 0.05 else unknown}"
+        return f", with every seed the same: too little to tell whether {what} helped"
+    unknown = f"these seeds do not show whether {what} helped"
+    return f", paired t-test p = {_p(test.p)}: {f'{what} {HELPED[test.mean > 0]}' if test.p < 0.05 else unknown}"
+
+
+HELPED = {True: "helped", False: "hurt"}
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from metapl.data.images.record import record_files, replaced_files
 from metapl.errors import MetaplError
+from metapl.experiments.doubting import ALONE
 from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
-from metapl.experiments.methods import ALONE, train
+from metapl.experiments.methods import train
+from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
-from metapl.recipes.methods import METHODS, title
+from metapl.recipes.methods import EVERY_METHOD, title
 from metapl.runs.folder import RunFolder, weights_file
 from metapl.runs.metrics import Metrics
 from metapl.training import FitResult, Say, Trainer
@@ -50,7 +52,13 @@ class Experiment:
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         trained, result = self.train(method, task, teacher, student)
         labeler = trained.student if trained.teacher is None else trained.teacher
-        sealed = {GALLERIES: write_galleries(self.folder.path, draw_galleries(task, labeler, trained.student))}
+        galleries = draw_galleries(task, labeler, trained.student)
+        if task.doubtful is not None:
+            found = find_suspects(task.doubtful, trained)
+            galleries.append(suspects_gallery(found, task))
+            write_suspects(self.folder.path, found, task)
+            self.say(f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first")
+        sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
         networks = self.networks(method, task, trained, result)
         name = delivered(method, networks, self.selects(task))
         for network in networks.values():
@@ -79,13 +87,13 @@ class Experiment:
 
     def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
         """Train by ``method``; the returned trainer's student is the network that is kept."""
-        return train(METHODS[method], self.recipe, task, teacher, student, self.fit)
+        return train(EVERY_METHOD[method], self.recipe, task, teacher, student, self.fit)
 
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher."""
         networks = [self.network("student", task, trained.student, result.validation_accuracy, result.weights)]
         teacher = trained.teacher
-        if result.teacher_weights is not None and METHODS[method].teaches and teacher is not None:
+        if result.teacher_weights is not None and EVERY_METHOD[method].teaches and teacher is not None:
             accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
             networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))
         networks.append(self.finetuned(task, trained.student, result))
@@ -135,7 +143,8 @@ class Experiment:
         self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
     ) -> FitResult:
         """The main phase, or one before it; ``over`` replaces options of the recipe."""
-        return trainer.fit(labeled, unlabeled, steps=self.recipe.steps, phase=phase, **self.options(task) | over)
+        options = {"steps": self.recipe.steps, **self.options(task), **over}
+        return trainer.fit(labeled, unlabeled, phase=phase, **options)
 
     def options(self, task: Task) -> dict[str, Any]:
         """What every fit of the run has in common."""
@@ -226,14 +235,14 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
     """The name of the network that a run delivers.
 
     Args:
-        method: of :data:`METHODS`.
+        method: of :data:`EVERY_METHOD`.
         networks: by name.
         select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``.
             Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
     """
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
-    return METHODS[method].delivers
+    return EVERY_METHOD[method].delivers
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from metapl.experiments.experiment import TITLED
 from metapl.experiments.store import stored, stored_result
 from metapl.recipes import ImageRecipe, Recipe
 from metapl.recipes.base import Role
-from metapl.recipes.methods import METHODS
+from metapl.recipes.methods import EVERY_METHOD
 from metapl.runs.folder import WEIGHTS, RunFolder, weights_file
 
 NetworkName = Literal["delivered", "student", "finetuned", "teacher"]
@@ -87,7 +87,7 @@ class LoadedRun:
             MetaplError: the weights are missing, damaged, or of another network.
         """
         torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
-        role: Role = "teacher" if name == "teacher" else METHODS[self.result["method"]].built_as
+        role: Role = "teacher" if name == "teacher" else EVERY_METHOD[self.result["method"]].built_as
         # What it was started from need not be there any more.
         fresh = self.recipe
         if isinstance(fresh, ImageRecipe):

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from metapl.errors import MetaplError
+from metapl.experiments.doubting import ALONE, Fit, train_doubting
 from metapl.feedback import Altered
 from metapl.problems.losses import UDA, TeacherLoss
 from metapl.recipes.base import ROLES, Recipe, Task
-from metapl.recipes.methods import METHODS, Method
+from metapl.recipes.methods import EVERY_METHOD, Method
+from metapl.recipes.noisy_folders import NoisyFolders
 from metapl.training import FitOptions, FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
-
-Fit = Callable[..., FitResult]
-"""Fits a trainer to sources of labeled and unlabeled batches, as :meth:`metapl.experiments.experiment.Experiment.fit`
-does."""
-
-ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
-"""Options of a fit without a teacher that learns."""
 
 
 def train(
@@ -33,6 +27,9 @@ def train(
 
     Returns: the trainer whose student is the network that is kept, and what its fit ended with.
     """
+    if method.doubting is not None:
+        assert isinstance(recipe, NoisyFolders)  # the only recipe with these methods
+        return train_doubting(method, recipe, task, student, fit)
     if method.losses is not None:
         labeled = task.everything if method.place == "headroom" else task.labeled
         if labeled is None:
@@ -105,7 +102,7 @@ def check_method(recipe: Recipe, method: str, task: Task) -> None:
 
     Args:
         recipe: as it is run by the method.
-        method: of :data:`METHODS`.
+        method: of :data:`EVERY_METHOD`.
         task: the recipe's data.
 
     Cost: the networks are built; the default generator is put back.
@@ -117,13 +114,13 @@ def check_method(recipe: Recipe, method: str, task: Task) -> None:
     def check(
         trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
     ) -> FitResult:
-        FitOptions(steps=recipe.steps, phase=phase, **recipe.fit_options() | over)
+        FitOptions(phase=phase, **{"steps": recipe.steps, **recipe.fit_options(), **over})
         return FitResult(None, 0, {})
 
     try:
         with torch.random.fork_rng(devices=[]):
             teacher, student = (recipe.network(role) for role in ROLES)
-            train(METHODS[method], recipe, task, teacher, student, check)
+            train(EVERY_METHOD[method], recipe, task, teacher, student, check)
             steps = {"ema_decay": None, "warmup": 0} | recipe.finetune_options()
             if recipe.finetune_steps:
                 FitOptions(steps=recipe.finetune_steps, **recipe.fit_options() | ALONE | steps)

@@ -6,16 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from metapl.data.images.check import check_folders
-from metapl.data.images.folders import scan_labeled, scan_unlabeled
-from metapl.data.images.verify import verify_files
+from metapl.data.images.folders import scan_labeled
 from metapl.experiments import budget
 from metapl.experiments.looking import Look, look
 from metapl.models.pretrained import fetch_imagenet_weights
 from metapl.recipes.base import SELECTED_ON, require
-from metapl.recipes.image_folders import CHOSEN, OPEN, Changes, ImageFolders, refuse_errors
+from metapl.recipes.image_folders import OPEN, Changes, ImageFolders
 from metapl.recipes.image_recipe import IMAGENET, whole
-from metapl.recipes.methods import METHODS
+from metapl.recipes.methods import EVERY_METHOD
 from metapl.training import Say
 
 SET_ASIDE = 0.2
@@ -53,15 +51,14 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
         say: takes what was chosen, and what may be better.
     """
     given, say = recipe, say or (lambda text: None)
-    places: dict[str, Any] = {name: whole(getattr(given, name)) for name in ("labeled", "unlabeled", "val", "test")}
-    labeled, unlabeled = scan_labeled(given.labeled), scan_unlabeled(given.unlabeled)
+    places: dict[str, Any] = {name: whole(getattr(given, name)) for name in given.places}
+    labeled, unlabeled = given.trained_on()
     recipe = dataclasses.replace(given, **places, weights=_weights(given), class_names=labeled.classes)
     if before is not None:
-        kept = {name: getattr(before, name) for name in (*CHOSEN, "minutes") if getattr(given, name) is None}
+        kept = {name: getattr(before, name) for name in (*given.chosen, "minutes") if getattr(given, name) is None}
         recipe = dataclasses.replace(recipe, **kept, changes=given.changes.settled(bool(before.changes.recolor)))
         return recipe.for_network(recipe.network_name)
-    if not verify_files(labeled).skipped:  # else the files that are left out are listed first
-        refuse_errors(check_folders(labeled))  # before anything is measured
+    given.check_first()
     seen = look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
     recipe = fitted(recipe, seen)
     if recipe.grey and (given.changes.hue is not None or given.changes.saturation != Changes.saturation):
@@ -139,7 +136,7 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
         recipe: settled.
         seen: what the pictures are like; the line then also says what is lost of them.
     """
-    optimizer = recipe.teacher if METHODS[recipe.method].built_as == "teacher" else recipe.student
+    optimizer = recipe.teacher if EVERY_METHOD[recipe.method].built_as == "teacher" else recipe.student
     size, kind = f"{recipe.image_size}x{recipe.image_size}", "grey" if recipe.grey else "color"
     if recipe.randaugment:
         mirrored = "not mirrored" if recipe.strong.writing else "mirrored (not with --strong.writing)"

@@ -10,8 +10,7 @@ from metapl.experiments.comparison import READOUTS
 from metapl.metrics import Evaluation
 from metapl.recipes import RECIPES, ImageFolders, from_dict
 from metapl.recipes.base import Recipe
-from metapl.recipes.image_folders import CHOSEN
-from metapl.recipes.methods import METHODS
+from metapl.recipes.methods import EVERY_METHOD
 from metapl.runs.folder import PLACES, WEIGHTS, RunFolder
 from metapl.typed import misfit, misfit_entries
 
@@ -20,7 +19,7 @@ TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method", "steps
 
 RESULT: dict[str, Any] = {
     "recipe": str,
-    "method": Literal[tuple(METHODS)],
+    "method": Literal[tuple(EVERY_METHOD)],
     "seed": int,
     "steps": int,
     "best_step": int,
@@ -41,7 +40,7 @@ DATA: dict[str, Any] = {
     "hash": dict[str, str],
     "data": str,
     "counts": dict[str, int],
-    **dict.fromkeys(("labeled", "unlabeled", "validation", "test"), int | list[str] | list[int]),
+    **dict.fromkeys(("labeled", "unlabeled", "clean", "validation", "test"), int | list[str] | list[int]),
 }
 """What ``data.json`` may say, with types."""
 
@@ -77,7 +76,7 @@ def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     except TypeError as error:  # a field without a default is missing
         raise MetaplError(f"{file} is damaged: {error}.") from error
     if isinstance(recipe, ImageFolders) and not recipe.complete:
-        missing = ", ".join(name for name in CHOSEN if getattr(recipe, name) is None)
+        missing = ", ".join(name for name in recipe.chosen if getattr(recipe, name) is None)
         raise MetaplError(f"{file} is damaged: it has no value for {missing}.")
     return recipe, description
 
@@ -113,7 +112,7 @@ def _comparison_fault(result: dict[str, Any]) -> str | None:
     if missing:
         return f"it does not say {missing[0]}"
     for name, readouts in result["methods"].items():
-        if name not in METHODS or not readouts.keys() >= set(READOUTS):
+        if name not in EVERY_METHOD or not readouts.keys() >= set(READOUTS):
             return f"methods.{name} does not say {', '.join(READOUTS)} of a method"
         if any(len(values) != len(result["seeds"]) for values in readouts.values()):
             return f"methods.{name} has not one value for each of the {len(result['seeds'])} seeds"

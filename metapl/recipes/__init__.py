@@ -4,6 +4,7 @@ from metapl.recipes.base import Feedback, Optimizer, Recipe, Task, from_dict
 from metapl.recipes.digits import Digits
 from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.image_recipe import ImageRecipe, Strong
+from metapl.recipes.noisy_folders import NoisyFolders
 from metapl.recipes.protocols import (
     PROTOCOL_RECIPES,
     Cifar10,
@@ -17,6 +18,7 @@ from metapl.recipes.protocols import (
 RECIPES: dict[str, type] = {
     Digits.name: Digits,
     ImageFolders.name: ImageFolders,
+    NoisyFolders.name: NoisyFolders,
     **{kind.name: kind for kind in PROTOCOL_RECIPES},
 }
 """Recipes by name."""
@@ -32,6 +34,7 @@ __all__ = [
     "ImageRecipe",
     "Imagenet10",
     "Imagenet10Paper",
+    "NoisyFolders",
     "Optimizer",
     "Recipe",
     "Strong",

@@ -137,6 +137,21 @@ class Feedback:
         return PseudoLabels(kind=self.labels, temperature=self.temperature, label_smoothing=self.pseudo_label_smoothing)
 
 
+@dataclass(frozen=True, eq=False)
+class Doubtful:
+    """Examples whose given labels may be wrong.
+
+    Args:
+        examples: :class:`~metapl.data.batches.EvaluationBatches` of all of them, with their positions as labels.
+        given: int64 (n,), their labels.
+        names: n, such as their files.
+    """
+
+    examples: Any
+    given: Tensor
+    names: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What a recipe trains on.
@@ -152,6 +167,7 @@ class Task:
             pseudo-labels only.
         sample: some unlabeled examples as they are, (inputs, anything) or batches of these, for the report.
         test_names: what the test examples are called, such as their files; None where they have no names.
+        doubtful: examples whose labels may be wrong, for the list of suspects; None where labels are right or unknown.
         split: how the examples were divided, for the run folder's ``split.json``.
         skipped: files that are left out, each with the reason.
         record: what was found and how it was split, for the run folder's ``data.json``; its ``hash`` says of which
@@ -169,6 +185,7 @@ class Task:
     truth: Any = None
     sample: Any = None
     test_names: tuple[str, ...] | None = None
+    doubtful: Doubtful | None = None
     split: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
 

@@ -25,7 +25,7 @@ from metapl.errors import MetaplError
 from metapl.problems.losses import UDA
 from metapl.recipes.base import Optimizer, Task, require
 from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Views
-from metapl.recipes.methods import METHODS
+from metapl.recipes.methods import EVERY_METHOD
 from metapl.training import Say
 from metapl.training.progress import counting
 
@@ -236,6 +236,10 @@ class ImageFolders(ImageRecipe):
     """
 
     name: ClassVar[str] = "images"
+    places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")
+    """Fields that are folders."""
+    chosen: ClassVar[tuple[str, ...]] = CHOSEN
+    """Fields that the recipe chooses for itself where they are None."""
 
     labeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     unlabeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
@@ -296,11 +300,21 @@ class ImageFolders(ImageRecipe):
 
     @property
     def complete(self) -> bool:
-        return all(getattr(self, name) is not None for name in CHOSEN)
+        return all(getattr(self, name) is not None for name in self.chosen)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.class_names or scan_labeled(self.labeled).classes
+        return self.class_names or self.trained_on()[0].classes
+
+    def trained_on(self) -> tuple[LabeledFiles, Files]:
+        """The pictures whose labels are right, and the others."""
+        return scan_labeled(self.labeled), scan_unlabeled(self.unlabeled)
+
+    def check_first(self) -> None:
+        """Refuse what can be seen of the folders at once, before anything is measured."""
+        labeled, _ = self.trained_on()
+        if not verify_files(labeled).skipped:  # else the files that are left out are listed first
+            refuse_errors(check_folders(labeled))
 
     def scheduled(self, steps: int) -> ImageFolders:
         """The recipe with this number of steps, and with the phases that are a share of it."""
@@ -354,7 +368,7 @@ class ImageFolders(ImageRecipe):
     def fit_options(self) -> dict[str, Any]:
         # A student that waits has fewer steps, and warms up over the same share of them. So the recipe of a comparison
         # is that of each of its methods.
-        share = (self.steps - self.wait) / self.steps if METHODS[self.method].teaches else 1.0
+        share = (self.steps - self.wait) / self.steps if EVERY_METHOD[self.method].teaches else 1.0
         own = {"warm_start": self.warm_start and self.wait > 0, "warmup": round(share * self.warmup)}
         return super().fit_options() | own
 
@@ -366,7 +380,7 @@ class ImageFolders(ImageRecipe):
         return super().checked_options() | alone
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
-        tell, look = say or (lambda text: None), _Look(say or (lambda text: None), progress)
+        tell, look = say or (lambda text: None), Look(say or (lambda text: None), progress)
         labeled = look.listed(scan_labeled, self.labeled, "labeled")
         unlabeled = look.listed(scan_unlabeled, self.unlabeled, "unlabeled")
         folders = {name: folder for name, folder in (("val", self.val), ("test", self.test)) if folder is not None}
@@ -418,15 +432,18 @@ class ImageFolders(ImageRecipe):
         )
 
     def _images(self, files: Files, log: Path | None) -> FileImages:
+        return self._images_at([*files.paths()], log)
+
+    def _images_at(self, paths: Sequence[str], log: Path | None) -> FileImages:
         """Each file is read when it is first drawn, and kept where all fit: training starts at once."""
         side = self.image_size
-        images = FileImages(files.paths(), size=(side, side), mode="L" if self.grey else "RGB", log=log)
+        images = FileImages(paths, size=(side, side), mode="L" if self.grey else "RGB", log=log)
         fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
         return images.cached() if fits and not self.resized_crop else images
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
     """At the folders, before training: says what a user should know, and keeps which files are left out, and why."""
 
     tell: Say

@@ -83,6 +83,8 @@ class ImageParts:
         many: unlabeled pictures.
         hidden: int64, the true labels of these, where they are known: for looking at pseudo-labels only.
         known: labeled and unlabeled pictures together with their true labels, where they are known: for the headroom.
+        given: int64, labels of the many pictures that may be wrong; with them, ``known`` has these.
+        names: of the many pictures, if they are to be named.
         val: pictures to select on, and their labels; None where there are none.
         test: pictures to report on, and their labels; None where there are none.
     """
@@ -94,6 +96,8 @@ class ImageParts:
     test: tuple[Images, Tensor] | None = None
     hidden: Tensor | None = None
     known: tuple[Images, Tensor] | None = None
+    given: Tensor | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,23 @@ from metapl.recipes.base import Recipe, Role
 Losses = tuple[TeacherLoss, ...]
 
 
+Doubting = Literal[
+    "example_weights",
+    "meta_weight_net",
+    "label_correction",
+    "noise_transition",
+    "given and clean labels",
+    "clean labels",
+]
+
+
 @dataclass(frozen=True)
 class Method:
-    """One way to train a recipe, of three kinds.
+    """One way to train a recipe, of four kinds.
 
     A teacher learns beside its student (``feedback``), a student learns from a teacher that was trained before it
-    (``fixed_labels``), or one network is trained by itself (``losses``).
+    (``fixed_labels``), one network is trained by itself (``losses``), or it learns from labels that may be wrong
+    (``doubting``).
 
     Args:
         name: in commands and files.
@@ -30,8 +41,11 @@ class Method:
             see :class:`metapl.feedback.Altered`.
         fixed_labels: the kind of the fixed teacher's pseudo-labels.
         losses: of the one network, from the recipe.
+        doubting: how it learns from labels that may be wrong: what is learned about them, or, without anything, which
+            labels are learned from.
         place: in a comparison: "compared" by default, a "control" of the feedback, or the "headroom", which trains on
             the true labels of all examples. None: only if it is named.
+        control: the method that it is tested against.
     """
 
     name: str
@@ -39,7 +53,9 @@ class Method:
     feedback: Literal["recipe", "none", "permuted", "class_means", "random_sign"] | None = None
     fixed_labels: Literal["soft", "hard"] | None = None
     losses: Callable[[Recipe], Losses] | None = None
+    doubting: Doubting | None = None
     place: Literal["compared", "control", "headroom"] | None = None
+    control: str | None = None
 
     @property
     def delivers(self) -> Literal["student", "finetuned"]:
@@ -49,7 +65,7 @@ class Method:
     @property
     def teaches(self) -> bool:
         """Whether a teacher learns beside the student, which waits for it; it is then one of the run's networks."""
-        return self.feedback is not None
+        return self.feedback is not None and self.doubting is None
 
     @property
     def built_as(self) -> Role:
@@ -94,7 +110,7 @@ def _fixmatch(recipe: Recipe) -> Losses:
 _FIXED = "pseudo labels of a fixed teacher"
 
 _ALL = (
-    Method("mpl", "Meta Pseudo Labels", feedback="recipe", place="compared"),
+    Method("mpl", "Meta Pseudo Labels", feedback="recipe", place="compared", control="none"),
     Method("none", "same loop, no feedback", feedback="none", place="compared"),
     Method("supervised", "supervised, labeled data only", losses=_supervised, place="compared"),
     Method("label_smoothing", "supervised with label smoothing", losses=_smoothed),
@@ -114,7 +130,36 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 COMPARED = tuple(method.name for method in _ALL if method.place == "compared")
 CONTROLS = tuple(method.name for method in _ALL if method.place == "control")
 
+LEARNED: dict[Doubting, str] = {
+    "example_weights": "learned weights of examples",
+    "meta_weight_net": "weights learned from losses",
+    "label_correction": "learned corrections of labels",
+    "noise_transition": "a learned matrix of label noise",
+}
+"""What is learned about labels that may be wrong."""
+
+_ALTERED: dict[Literal["permuted", "random_sign"], str] = {"permuted": "permuted", "random_sign": "with random signs"}
+
+_DOUBTING = (
+    *(
+        Method(name, words, feedback="recipe", doubting=name, place="compared", control="plain")
+        for name, words in LEARNED.items()
+    ),
+    Method("plain", "plain, given and clean labels", doubting="given and clean labels", place="compared"),
+    Method("clean", "plain, clean labels alone", doubting="clean labels", place="compared"),
+    *(
+        Method(f"{name}_{how}", f"{words}, feedback {altered}", feedback=how, doubting=name, place="control")
+        for name, words in LEARNED.items()
+        for how, altered in _ALTERED.items()
+    ),
+)
+
+NOISY_METHODS: dict[str, Method] = {method.name: method for method in _DOUBTING}
+"""Methods for labels that may be wrong, by name."""
+
+EVERY_METHOD: dict[str, Method] = METHODS | NOISY_METHODS
+
 
 def title(method: str) -> str:
     """A method in words."""
-    return METHODS[method].title if method in METHODS else method
+    return EVERY_METHOD[method].title if method in EVERY_METHOD else method

@@ -42,7 +42,7 @@ FORMAT = 2
 SPEED_ALONE = ("num_workers",)
 """Fields of recipes in which the parts of a run may differ: they change nothing but speed."""
 
-PLACES = ("labeled", "unlabeled", "val", "test", "data_root")
+PLACES = ("labeled", "unlabeled", "clean", "val", "test", "data_root")
 """Fields of recipes that say where the data lie, which may have moved: what they hold is compared by its hashes."""
 
 WEIGHTS = {

@@ -1,0 +1,612 @@
+"""Do learned weights and labels help against wrong labels? Digits with planted noise, and 100 trusted labels.
+
+    python benchmarks/label_noise.py                              # tune, then run; goes on where it was stopped
+    python benchmarks/label_noise.py --table                      # the tables of the raw file
+    python benchmarks/label_noise.py --write docs/label-noise.md  # put them there, and draw the figure beside the page
+    python benchmarks/label_noise.py --miniature --out FILE       # all of it in seconds, to see that it runs
+
+Of scikit-learn's digits, 10 of each class have trusted labels (the handful); the labels of about 1,100 others are made
+wrong, or the classes are made rare. The bilevel methods draw their inner batches from the latter and their outer ones
+from the handful, after 60 of 300 steps in which the student learns from the former alone; the plain methods learn from
+both, or from one of them.
+
+Tuning: each method has 4 configurations, each run on 2 seeds of their own in each of the conditions; in each condition
+the one with the best mean accuracy on 197 trusted validation images is chosen. With altered feedback, a method keeps
+the configuration that it has with its own. Final runs: 20 other seeds. No validation image is read, and the student
+after the last step is kept; only early stopping selects a checkpoint, by its accuracy on the handful, which it does not
+train on. Only the final runs look at the test set, once: the student, and the same student after finetuning on the
+handful.
+
+The seeds of a run are trained side by side, as the blocks of one network. No weight is shared, every optimizer works
+element by element, and the mean over the batch is undone by the learning rate, so each seed ends as it would alone;
+a test compares the two. Every run is a row of the raw file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import arguments, parsed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl.data import load_digits_split
+from metapl.data.sampler import StepSampler
+from metapl.feedback import Altered, Estimator, Forward
+from metapl.feedback.inner_step import InnerStep
+from metapl.models import mlp
+from metapl.problems import (
+    ExampleWeights,
+    LabelCorrection,
+    MetaWeightNet,
+    NoiseTransition,
+    Signal,
+    Table,
+    WeightNet,
+)
+from metapl.problems.losses import CrossEntropy
+from metapl.runs.environment import environment
+
+RAW = Path(__file__).parent / "results" / "label_noise.jsonl"
+CLASSES, HANDFUL, BATCH, HIDDEN = 10, 10, 64, 32
+"""Classes, trusted labels of each, examples in a batch, width of the hidden layer."""
+
+MOMENTUM, FINETUNE_LR, CHECKED_EVERY = 0.9, 0.02, 25
+TRUSTED = 4.0
+"""Logit of the given label at first, of a corrector and of a transition matrix: a probability of 0.86."""
+
+RAREST, MOST = 20, 100
+"""How many times rarer the rarest class is than the most frequent one, and the size of that one."""
+
+CONDITIONS = {
+    "symmetric_20": "symmetric, 20 %",
+    "symmetric_40": "symmetric, 40 %",
+    "symmetric_60": "symmetric, 60 %",
+    "asymmetric_40": "asymmetric, 40 %",
+    "imbalance_20": "imbalance, 1:20",
+}
+Config = dict[str, float]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run: steps in all, those of the student alone before its teacher begins, ..."""
+
+    steps: int
+    warm: int
+    finetune_steps: int
+    tuning_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    configurations: int
+
+
+FULL = Size(steps=300, warm=60, finetune_steps=50, tuning_seeds=(100, 101), seeds=tuple(range(20)), configurations=4)
+MINIATURE = Size(steps=3, warm=1, finetune_steps=2, tuning_seeds=(100,), seeds=(0, 1), configurations=1)
+
+
+def _grid(**axes: tuple[float, ...]) -> tuple[Config, ...]:
+    return tuple(dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values()))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method.
+
+    Args:
+        title: in tables.
+        problem: what is learned beside the student, or what a student alone learns from.
+        grid: its 4 configurations; of none, those of ``problem`` are taken.
+        how: its feedback is altered.
+    """
+
+    title: str
+    problem: str
+    grid: tuple[Config, ...] = ()
+    how: str | None = None
+
+
+STUDENT_LR = (0.05, 0.2)
+GRIDS = {
+    "meta_weight_net": _grid(student_lr=STUDENT_LR, teacher_lr=(0.0003, 0.003)),
+    "example_weights": _grid(student_lr=STUDENT_LR, teacher_lr=(0.1, 0.4)),
+    "label_correction": _grid(student_lr=STUDENT_LR, teacher_lr=(0.001, 0.01)),
+    "noise_transition": _grid(student_lr=STUDENT_LR, teacher_lr=(0.02, 0.1)),
+}
+TITLES = {
+    "meta_weight_net": "MetaWeightNet",
+    "example_weights": "ExampleWeights",
+    "label_correction": "LabelCorrection",
+    "noise_transition": "NoiseTransition",
+}
+ALTERATIONS = {"permuted": "feedback permuted", "random_sign": "feedback with random signs"}
+
+ENTRIES: dict[str, Entry] = {
+    "plain": Entry("plain, noisy + clean", "both", _grid(student_lr=STUDENT_LR, clean_weight=(1.0, 10.0))),
+    "clean": Entry("plain, clean alone", "clean", _grid(student_lr=STUDENT_LR, label_smoothing=(0.0, 0.2))),
+    "early_stopping": Entry(
+        "plain, noisy, stopped early", "noisy", _grid(student_lr=STUDENT_LR, label_smoothing=(0.0, 0.2))
+    ),
+    **{name: Entry(title, name, GRIDS[name]) for name, title in TITLES.items()},
+    **{
+        f"{name}_{how}": Entry(f"{title}, {words}", name, how=how)
+        for how, words in ALTERATIONS.items()
+        for name, title in TITLES.items()
+    },
+    "meta_weight_net_cold": Entry("MetaWeightNet, without warm-up", "meta_weight_net"),
+}
+BILEVEL = tuple(TITLES)
+BASELINES = ("plain", "clean", "early_stopping")
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A seed's digits: images, their given labels, which of them are wrong, the handful, validation and test."""
+
+    x: Tensor
+    given: Tensor
+    wrong: Tensor
+    clean: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=128)
+def drawn(condition: str, seed: int) -> Data:
+    """The digits of a seed with the condition's noise."""
+    split = load_digits_split(HANDFUL, seed)
+    x, y = split.unlabeled, split.unlabeled_truth
+    generator = torch.Generator().manual_seed(seed)
+    kind, percent = condition.split("_")
+    if kind == "imbalance":
+        kept = _rarer(y, generator)
+        x, y = x[kept], y[kept]
+        given = y
+    else:
+        noisy = torch.rand(len(y), generator=generator) < int(percent) / 100
+        others = torch.randint(1, CLASSES, y.shape, generator=generator)  # any class but the true one
+        given = torch.where(noisy, (y + (others if kind == "symmetric" else 1)) % CLASSES, y)
+    return Data(x, given, given != y, split.labeled, split.validation, split.test)
+
+
+def _rarer(y: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions of examples of classes that get rarer geometrically, in an order of the classes that is drawn."""
+    order = torch.randperm(CLASSES, generator=generator).tolist()
+    sizes = {c: round(MOST * RAREST ** (-rank / (CLASSES - 1))) for rank, c in enumerate(order)}
+    return torch.cat([(y == c).nonzero()[: sizes[c], 0] for c in range(CLASSES)])
+
+
+# ------------------------------------------------------------------------------------------- networks of several blocks
+
+
+class Blocks(nn.Module):
+    """Networks of one shape side by side: the rows of a batch are those of the first block, then of the second, ..."""
+
+    def __init__(self, networks: Sequence[nn.Sequential]) -> None:
+        super().__init__()
+        self.count = len(networks)
+        layers = [[m for m in network if isinstance(m, nn.Linear)] for network in networks]
+        self.weights = nn.ParameterList(
+            torch.stack([layer.weight.detach().T for layer in same]) for same in zip(*layers, strict=True)
+        )
+        self.biases = nn.ParameterList(
+            torch.stack([layer.bias.detach()[None] for layer in same]) for same in zip(*layers, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(count · B, ...) to (count · B, outputs)."""
+        x = x.flatten(1).unflatten(0, (self.count, -1))
+        for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, F.relu(x) if number else x, weight)
+        return x.flatten(0, 1)
+
+
+def seeded(seed: int, make: Callable[[], nn.Sequential]) -> nn.Sequential:
+    """A network whose first weights are those of a seed."""
+    torch.manual_seed(seed)
+    return make()
+
+
+class WeightBlocks(nn.Module):
+    """A :class:`metapl.problems.WeightNet` for each block."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        super().__init__()
+        self.blocks = Blocks([seeded(seed, lambda: WeightNet().layers) for seed in seeds])
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """(count · B,) to (count · B,)."""
+        weights: Tensor = self.blocks(losses[:, None])[:, 0].sigmoid()
+        return weights
+
+
+class Corrector(nn.Module):
+    """Logits of the label from an image and its given label, for each block; at first the given label alone counts."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        super().__init__()
+        self.blocks = Blocks([seeded(seed, lambda: mlp([64 + CLASSES, HIDDEN, CLASSES])) for seed in seeds])
+        with torch.no_grad():
+            self.blocks.weights[-1].zero_()
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        """(count · B, ...), (count · B,) to (count · B, C)."""
+        labels = F.one_hot(given, CLASSES).to(x)
+        logits: Tensor = self.blocks(torch.cat([x.flatten(1), labels], 1)) + TRUSTED * labels
+        return logits
+
+
+class NoiseTransitions(NoiseTransition):
+    """:class:`metapl.problems.NoiseTransition` with a matrix for each block."""
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
+    ) -> Signal:
+        return Signal(teacher().softmax(-1))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        matrices = signal.value
+        given = batch[1].unflatten(0, (len(matrices), -1))
+        blocks = torch.arange(len(matrices))[:, None]
+        log_M = matrices.transpose(1, 2)[blocks, given].flatten(0, 1).clamp_min(1e-30).log()
+        return -(outputs.log_softmax(-1) + log_M).logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class AlteredBlocks(Altered):
+    """:class:`metapl.feedback.Altered` within each block: rows are examples, or classes of a transition matrix."""
+
+    seeds: tuple[int, ...] = ()
+
+    def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:
+        blocks = len(self.seeds)
+        by_block = h if len(h) == blocks else h.unflatten(0, (blocks, -1))
+        altered = [
+            Altered(self.base, self.alteration, seed)._alter(part, step, count)
+            for seed, part in zip(self.seeds, by_block, strict=True)
+        ]
+        return torch.stack(altered).reshape(h.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method with a configuration, in several conditions with several seeds, trained side by side."""
+
+    method: str
+    config: Config
+    conditions: tuple[str, ...]
+    seeds: tuple[int, ...]
+    final: bool
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """(condition, seed) of each block."""
+        return [(condition, seed) for condition in self.conditions for seed in self.seeds]
+
+
+Pool = tuple[Tensor, Tensor, Tensor]
+"""Images, given labels, and positions in the table of all blocks."""
+
+
+def batches(pools: Sequence[Pool], seeds: Sequence[int], stream: int, steps: int) -> list[Pool]:
+    """For each step, the examples that each block draws from its own pool, one block after another."""
+    samplers = [
+        StepSampler(len(pool[0]), BATCH, seed=seed, stream=stream) for pool, seed in zip(pools, seeds, strict=True)
+    ]
+    drawn_at = []
+    for step in range(steps):
+        parts = [
+            [column[indices] for column in pool]
+            for pool, indices in zip(pools, (sampler.indices(step) for sampler in samplers), strict=True)
+        ]
+        x, y, index = (torch.cat(column) for column in zip(*parts, strict=True))
+        drawn_at.append((x, y, index))
+    return drawn_at
+
+
+class Run:
+    """A job's blocks: their data, and the networks that are trained on them."""
+
+    def __init__(self, job: Job, size: Size) -> None:
+        self.job, self.size, self.entry = job, size, ENTRIES[job.method]
+        self.data = [drawn(*place) for place in job.places]
+        self.seeds = [seed for _, seed in job.places]
+        starts = itertools.accumulate((len(data.x) for data in self.data), initial=0)
+        self.noisy = [
+            (data.x, data.given, start + torch.arange(len(data.x)))
+            for data, start in zip(self.data, starts, strict=False)
+        ]
+        self.handful = [(x, y, torch.zeros_like(y)) for x, y in (data.clean for data in self.data)]
+        self.student = Blocks([seeded(seed, lambda: mlp([64, HIDDEN, CLASSES])) for seed in self.seeds])
+        self.teacher: nn.Module | None = None
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """Of the student. The loss is a mean over the blocks too, so the rate is as many times larger."""
+        return torch.optim.SGD(self.student.parameters(), lr=lr * len(self.data), momentum=MOMENTUM)
+
+    def outer(self, steps: int, stream: int) -> list[tuple[Tensor, Tensor]]:
+        """Batches of the handful."""
+        return [(x, y) for x, y, _ in batches(self.handful, self.seeds, stream, steps)]
+
+    def train(self) -> None:
+        """By the method."""
+        if self.entry.problem in TITLES:
+            self._bilevel()
+        else:
+            self._plain()
+
+    def _bilevel(self) -> None:
+        config, warm = self.job.config, 0 if self.job.method.endswith("_cold") else self.size.warm
+        steps = self.size.steps - warm
+        if warm:
+            labeled = [(x, y) for x, y, _ in batches(self.noisy, self.seeds, 3, warm)]
+            self._supervised(config["student_lr"]).fit(
+                labeled, steps=warm, log_every=warm, schedule="constant", progress=False
+            )
+        problem, self.teacher = self._problem()
+        mode: Estimator = Forward()
+        if self.entry.how is not None:
+            mode = AlteredBlocks(mode, self.entry.how, seeds=tuple(self.seeds))  # type: ignore[arg-type]  # a name
+        trainer = metapl.BilevelTrainer(
+            self.teacher,
+            self.student,
+            mode,
+            problem=problem,
+            inner_optimizer=self.optimizer(config["student_lr"]),
+            outer_optimizer=torch.optim.Adam(self.teacher.parameters(), lr=config["teacher_lr"]),
+            teacher_losses=(),
+            feedback_weight=len(self.data),
+        )
+        parts = slice(0, 3 if isinstance(problem, ExampleWeights) else 2)
+        inner = [batch[parts] for batch in batches(self.noisy, self.seeds, 0, steps)]
+        trainer.fit(self.outer(steps, 1), inner, steps=steps, log_every=steps, progress=False)
+
+    def _problem(self) -> tuple[metapl.BilevelProblem, nn.Module]:
+        """What is learned beside the student, as it is at first."""
+        blocks = len(self.data)
+        if self.entry.problem == "meta_weight_net":
+            return MetaWeightNet(), WeightBlocks(self.seeds)
+        if self.entry.problem == "example_weights":
+            return ExampleWeights(), Table(torch.zeros(sum(len(data.x) for data in self.data)))
+        if self.entry.problem == "label_correction":
+            return LabelCorrection(), Corrector(self.seeds)
+        return NoiseTransitions(), Table(TRUSTED * torch.eye(CLASSES).repeat(blocks, 1, 1))
+
+    def _plain(self) -> None:
+        config, pools = self.job.config, {"noisy": self.noisy, "clean": self.handful}
+        if self.entry.problem == "both":
+            copies = int(config["clean_weight"])
+            pools["both"] = [
+                (torch.cat([noisy[0], *[clean[0]] * copies]), torch.cat([noisy[1], *[clean[1]] * copies]), noisy[2])
+                for noisy, clean in zip(self.noisy, self.handful, strict=True)
+            ]
+        pool = [(x, y, torch.zeros_like(y)) for x, y, _ in pools[self.entry.problem]]
+        trainer = self._supervised(config["student_lr"], config.get("label_smoothing", 0.0))
+        labeled, steps = [(x, y) for x, y, _ in batches(pool, self.seeds, 0, self.size.steps)], self.size.steps
+        stopped = [Earliest(self)] if self.job.method == "early_stopping" else []
+        every = CHECKED_EVERY if stopped else steps
+        trainer.fit(labeled, steps=steps, log_every=every, progress=False, callbacks=stopped)
+        for kept in stopped:
+            kept.restore()
+
+    def _supervised(self, lr: float, label_smoothing: float = 0.0) -> metapl.LossTrainer:
+        return metapl.LossTrainer(self.student, (CrossEntropy(label_smoothing),), optimizer=self.optimizer(lr))
+
+    def finetune(self) -> None:
+        """On the handful, after whatever method."""
+        trainer, steps = self._supervised(FINETUNE_LR), self.size.finetune_steps
+        trainer.fit(self.outer(steps, 2), steps=steps, log_every=steps, progress=False)
+
+    @torch.no_grad()
+    def logits(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The student's on the inputs of each block, of which there may be more in one than in another."""
+        most = max(map(len, inputs))
+        padded = [torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in inputs]
+        together: Tensor = self.student(torch.cat(padded)).unflatten(0, (len(inputs), most))
+        return [z[: len(x)] for z, x in zip(together, inputs, strict=True)]
+
+    def accuracies(self, part: str) -> list[float]:
+        """The student's accuracy on a part of each block's data."""
+        sets = [getattr(data, part) for data in self.data]
+        logits = self.logits([x for x, _ in sets])
+        return [float((z.argmax(1) == y).double().mean()) for z, (_, y) in zip(logits, sets, strict=True)]
+
+    # ----------------------------------------------------------------------------------------- finding the wrong labels
+
+    def losses(self) -> list[Tensor]:
+        """The student's loss on the given label of each noisy example: where it is high, the label may be wrong."""
+        return [F.cross_entropy(z, y, reduction="none") for z, y in self._looks()]
+
+    def _looks(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.logits([x for x, _, _ in self.noisy]), (y for _, y, _ in self.noisy), strict=True))
+
+    @torch.no_grad()
+    def doubts(self) -> list[Tensor]:
+        """What the teacher thinks of each noisy example: low weights, or the probability that the label is wrong."""
+        if isinstance(self.teacher, WeightBlocks):
+            losses = self.losses()
+            most = max(map(len, losses))
+            padded = torch.cat([torch.cat([part, part.new_zeros(most - len(part))]) for part in losses])
+            weights = self.teacher(padded).unflatten(0, (len(losses), most))
+            return [-w[: len(part)] for w, part in zip(weights, losses, strict=True)]
+        if isinstance(self.teacher, Corrector):
+            return [1 - p for p in self._corrected()]
+        assert isinstance(self.teacher, Table)
+        if self.entry.problem == "example_weights":
+            return [-self.teacher(index) for _, _, index in self.noisy]
+        return [
+            1 - _posterior(z.softmax(-1), matrix.softmax(-1), y)
+            for (z, y), matrix in zip(self._looks(), self.teacher(), strict=True)
+        ]
+
+    def _corrected(self) -> list[Tensor]:
+        """The corrector's probability of the given label."""
+        assert isinstance(self.teacher, Corrector)
+        most = max(len(x) for x, _, _ in self.noisy)
+        x = torch.cat([torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x, _, _ in self.noisy])
+        y = torch.cat([torch.cat([y, y.new_zeros(most - len(y))]) for _, y, _ in self.noisy])
+        q = self.teacher(x, y).softmax(-1).gather(1, y[:, None])[:, 0].unflatten(0, (len(self.noisy), most))
+        return [part[: len(pool[1])] for part, pool in zip(q, self.noisy, strict=True)]
+
+
+def _posterior(p: Tensor, matrix: Tensor, given: Tensor) -> Tensor:
+    """The probability that the given label is the true one, (n,): p_k M_kk / Σ_j p_j M_jk."""
+    joint = p * matrix.T[given]
+    return joint.gather(1, given[:, None])[:, 0] / joint.sum(1)
+
+
+class Earliest:
+    """The weights of each block where its accuracy on the handful was best, the latest of equals."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.best = run, [-1.0] * len(run.data)
+        self.weights = [p.detach().clone() for p in run.student.parameters()]
+
+    def __call__(self, step: int, row: dict[str, float], trainer: Any) -> None:
+        for block, accuracy in enumerate(self.run.accuracies("clean")):
+            if accuracy >= self.best[block]:
+                self.best[block] = accuracy
+                for kept, now in zip(self.weights, self.run.student.parameters(), strict=True):
+                    kept[block] = now.detach()[block]
+
+    def restore(self) -> None:
+        """Put them in place."""
+        with torch.no_grad():
+            for kept, now in zip(self.weights, self.run.student.parameters(), strict=True):
+                now.copy_(kept)
+
+
+def one_run(job: Job, size: Size) -> list[Row]:
+    """A row for each condition and seed: tuning runs read the validation images, final runs the test images."""
+    torch.set_num_threads(1)
+    since = time.perf_counter()
+    run = Run(job, size)
+    run.train()
+    columns: dict[str, list[Any]] = {}
+    if job.final:
+        losses = run.losses()
+        columns["auc_by_loss"] = [_auc(data.wrong, loss) for data, loss in zip(run.data, losses, strict=True)]
+        if run.teacher is not None:
+            doubts = run.doubts()
+            columns["auc"] = [_auc(data.wrong, doubt) for data, doubt in zip(run.data, doubts, strict=True)]
+        columns["test_accuracy"] = run.accuracies("test")
+        run.finetune()
+        columns["finetuned_test_accuracy"] = run.accuracies("test")
+    else:
+        columns["validation_accuracy"] = run.accuracies("validation")
+    seconds = round((time.perf_counter() - since) / len(run.data), 2)
+    told = {"method": job.method, "config": job.config, "final": job.final}
+    return [
+        {**told, "condition": condition, "seed": seed}
+        | {name: values[block] for name, values in columns.items()}
+        | {"seconds": seconds}
+        for block, (condition, seed) in enumerate(job.places)
+    ]
+
+
+def _auc(wrong: Tensor, doubt: Tensor) -> float | None:
+    """The probability that a wrong label is doubted more than a right one; None where all are right."""
+    from sklearn.metrics import roc_auc_score
+
+    return None if not wrong.any() else round(float(roc_auc_score(wrong, doubt)), 4)
+
+
+# ------------------------------------------------------------------------------------------------------ running it all
+
+
+def read(raw: Path = RAW) -> list[Row]:
+    """The rows of runs so far."""
+    if not raw.exists():
+        return []
+    return [row for line in raw.read_text().splitlines() if "method" in (row := json.loads(line))]
+
+
+def run_missing(jobs: Sequence[Job], size: Size, raw: Path) -> None:
+    """Run what the raw file does not hold yet."""
+    done = {_key(row["method"], row["config"], row["condition"], row["seed"], row["final"]) for row in read(raw)}
+    missing = [
+        job for job in jobs if not all(_key(job.method, job.config, *place, job.final) in done for place in job.places)
+    ]
+    if not missing:
+        return
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    since = time.monotonic()
+    with raw.open("a") as file:
+        file.write(json.dumps({"made_with": environment(), **dataclasses.asdict(size)}) + "\n")
+        for number, job in enumerate(missing, 1):
+            file.writelines(json.dumps(row) + "\n" for row in one_run(job, size))
+            file.flush()
+            print(f"{number}/{len(missing)} jobs, {time.monotonic() - since:.0f} s: {job.method}", flush=True)
+
+
+def _key(method: str, config: Config, condition: str, seed: int, final: bool) -> tuple[Any, ...]:
+    return method, json.dumps(config, sort_keys=True), condition, seed, final
+
+
+def chosen(rows: Sequence[Row], method: str, condition: str) -> Config:
+    """The configuration with the best mean validation accuracy over the tuning seeds; of equals, the first."""
+    method = method if ENTRIES[method].grid else ENTRIES[method].problem
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if (row["method"], row["condition"], row["final"]) == (method, condition, False):
+            found.setdefault(json.dumps(row["config"]), []).append(row["validation_accuracy"])
+    best: Config = json.loads(max(found, key=lambda config: statistics.fmean(found[config])))
+    return best
+
+
+def study(size: Size, raw: Path) -> None:
+    """Tune every method, then run each on the seeds that nobody has looked at."""
+    conditions = tuple(CONDITIONS)
+    tuning = [
+        Job(name, config, conditions, size.tuning_seeds, final=False)
+        for name, entry in ENTRIES.items()
+        for config in entry.grid[: size.configurations]
+    ]
+    print(f"tuning: {len(tuning)} jobs", flush=True)
+    run_missing(tuning, size, raw)
+    rows = read(raw)
+    final = [
+        Job(name, chosen(rows, name, condition), (condition,), size.seeds, final=True)
+        for name in ENTRIES
+        for condition in conditions
+    ]
+    print(f"final: {len(final)} jobs", flush=True)
+    run_missing(final, size, raw)
+
+
+def main() -> None:
+    parser = arguments(__doc__, RAW)
+    parser.add_argument("--table", action="store_true", help="print the tables of the file's rows and stop")
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="replace the tables there, draw the figure, and stop"
+    )
+    given = parsed(parser)
+    if given.write is not None or given.table:
+        from label_noise_tables import block, write
+
+        if given.write is not None:
+            write(given.write, given.out)
+        else:
+            print(block(read(given.out)))
+        return
+    study(MINIATURE if given.miniature else FULL, given.out)
+
+
+if __name__ == "__main__":
+    main()
