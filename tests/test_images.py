@@ -368,7 +368,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match="No such file"):
         read_image(tmp_path / "none.png")
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(UnreadableImage, match="directory"):
+    with pytest.raises(UnreadableImage, match=r"folder\.png: it is a folder"):
         read_image(tmp_path / "folder.png")
 
 

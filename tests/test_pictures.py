@@ -276,7 +276,7 @@ def test_a_caption_loses_its_middle_only_where_it_must(tmp_path: Path, pages: li
     assert "…" in first
     assert second.startswith("IMG_2024")
     assert second.endswith("12.jpeg")
-    assert rest == ["cat, 9 %", "a b", "c d?"]
+    assert rest == ["cat, 9 %", "a\\tb", "c d\\xff"]
 
 
 def test_names_are_not_read_as_formulas(tmp_path: Path, pages: list[Figure]) -> None:

@@ -192,6 +192,18 @@ def test_what_the_page_on_wrong_labels_says_is_what_the_rows_say(tables: object)
     assert against("example_weights", "plain", "asymmetric_40") in said
 
 
+def test_the_pages_on_peers_and_endurance_show_the_tables_of_the_raw_files(tables: object) -> None:
+    import json
+
+    import endurance
+    import peers
+
+    assert shown("peers") == peers.table(json.loads(peers.RESULT.read_text()))
+    assert shown("endurance") == endurance.table(json.loads(endurance.RESULT.read_text()))
+    for name in ("endurance", "peers"):
+        sys.modules.pop(name)
+
+
 def test_every_table_that_is_marked_is_compared_with_its_raw_file() -> None:
     others = [
         page for page in (ROOT / "docs").rglob("*.md") if page.name != "pictures.md"

@@ -218,7 +218,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(path, _too_large(max_pixels, str(error))) from error
     except OSError as error:
-        if error.errno == errno.EINVAL and error.strerror:  # it is a pipe or a device
+        if error.errno in (errno.EINVAL, errno.EISDIR) and error.strerror:  # it is a pipe, a device or a folder
             raise UnreadableImage(path, error.strerror) from error
         raise _undecodable(path, error) from error
     except Exception as error:  # each of Pillow's readers has exceptions of its own
