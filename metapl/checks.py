@@ -7,6 +7,7 @@ read. By then the step has been taken, so it is better to check batches while th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -60,6 +61,13 @@ def refuse(bad: Tensor, text: str) -> None:
         fault.findings.append((bad, text))
     elif bool(bad):
         raise MetaplError(text)
+
+
+def refuse_not_finite(t: Tensor, text: str) -> None:
+    """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
+    # On the host a sum is several times cheaper than isfinite; finite values may overflow in it, but seldom do.
+    if waits(t) or not math.isfinite(t.detach().sum()):
+        refuse(~torch.isfinite(t.detach()).all(), text)
 
 
 def described(value: Any) -> str:
@@ -124,7 +132,7 @@ def _tensor(name: str, t: Tensor, device: torch.device) -> None:
             "tensor; make it under torch.no_grad(), or copy it outside of that block: x.clone()."
         )
     if t.is_floating_point():
-        refuse(~torch.isfinite(t).all(), f"the {name} batch holds NaN or infinite values; clean the inputs first.")
+        refuse_not_finite(t, f"the {name} batch holds NaN or infinite values; clean the inputs first.")
 
 
 def logits(outputs: Any, who: str) -> Tensor:
@@ -174,11 +182,12 @@ def class_labels(labels: Any, classes: int) -> None:
         )
     if labels.dtype != torch.int64:
         raise MetaplError(f"the labels are {described(labels)}; expected int64: labels.long().")
-    low, high = labels.amin(), labels.amax()
-    text = f"the labels hold a value outside 0..{classes - 1}"
-    if not waits(labels):
-        text = f"the labels run from {int(low)} to {int(high)}"
-    refuse((low < 0) | (high >= classes), f"{text}; the networks have {classes} classes: expected 0..{classes - 1}.")
+    low, high = labels.aminmax()
+    networks = f"the networks have {classes} classes: expected 0..{classes - 1}."
+    if waits(labels):
+        refuse((low < 0) | (high >= classes), f"the labels hold a value outside 0..{classes - 1}; {networks}")
+    elif low < 0 or high >= classes:
+        raise MetaplError(f"the labels run from {int(low)} to {int(high)}; {networks}")
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:
@@ -199,8 +208,8 @@ def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
             f"the teacher's outputs have shape {tuple(teacher_outputs.shape)}, the student's "
             f"{tuple(student_outputs.shape)}; expected the same batch and the same number of classes."
         )
-    refuse(
-        ~torch.isfinite(teacher_outputs.detach()).all(),
+    refuse_not_finite(
+        teacher_outputs,
         "the teacher's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
     )
 
@@ -240,16 +249,16 @@ def scalar_loss(loss: Any, name: str) -> None:
 
 def finite_student(outputs: Tensor) -> None:
     """Refuse a student whose outputs would make the feedback, and so the teacher, NaN."""
-    refuse(
-        ~torch.isfinite(outputs.detach()).all(),
+    refuse_not_finite(
+        outputs,
         "the student's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
     )
 
 
 def finite_feedback(h: Tensor) -> None:
     """Refuse feedback that would make the teacher NaN."""
-    refuse(
-        ~torch.isfinite(h).all(),
+    refuse_not_finite(
+        h,
         "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no "
         "finite derivative; lower the student's learning rate, or look for examples with extreme values.",
     )

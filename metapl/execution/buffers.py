@@ -18,6 +18,26 @@ Held = tuple[dict[str, Any], str, Tensor]
 """A slot of a module, as its dictionary and name, and a tensor for it."""
 
 
+def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The submodules and the module itself, once each, with the prefix of the names of their tensors.
+
+    Every step looks at the networks anew. For a small network ``named_modules`` would take longer than its passes.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    _collect(module, "", set(), found)
+    return found
+
+
+def _collect(module: nn.Module, prefix: str, known: set[nn.Module], found: list[tuple[str, nn.Module]]) -> None:
+    if module in known:
+        return
+    known.add(module)
+    found.append((prefix, module))
+    for name, part in module._modules.items():
+        if part is not None:
+            _collect(part, f"{prefix}{name}.", known, found)
+
+
 class Slots:
     """Every place where a module holds a parameter or a buffer; a tensor may be held in several.
 
@@ -26,7 +46,7 @@ class Slots:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parts = list(module.modules())
+        parts = [part for _, part in named_parts(module)]
         self.norms = [part for part in parts if isinstance(part, _BatchNorm) and _by_batch_statistics(part)]
         kept = {id(norm) for norm in self.norms}
         self.parameters = [held for part in parts for held in _held(part._parameters)]
@@ -118,16 +138,15 @@ class Buffers:
     """A snapshot of a module's buffers."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.saved = {name: (b, b.clone()) for name, b in module.named_buffers()}
+        self.held = [held for _, part in named_parts(module) for held in _held(part._buffers)]
+        self.values = copies(self.held)
 
     def restore(self) -> None:
         """Restore the buffers, both values and tensor objects (a module may have assigned new ones)."""
         with torch.no_grad():
-            for name, (buffer, value) in self.saved.items():
+            for (tensors, name, buffer), (_, _, value) in zip(self.held, self.values, strict=True):
                 buffer.copy_(value)
-                owner, _, leaf = name.rpartition(".")
-                self.module.get_submodule(owner)._buffers[leaf] = buffer
+                tensors[name] = buffer
 
 
 @contextmanager

@@ -13,7 +13,16 @@ from torch.autograd import forward_ad
 from metapl import checks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_outputs, coarsest
-from metapl.execution.buffers import Slots, buffers_aside, copies, fresh, inputs_unchanged, stand_ins, swapped
+from metapl.execution.buffers import (
+    Slots,
+    buffers_aside,
+    copies,
+    fresh,
+    inputs_unchanged,
+    named_parts,
+    stand_ins,
+    swapped,
+)
 from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import (
     checkpoints_without_reentry,
@@ -30,8 +39,13 @@ Loss = Callable[[Tensor, Tree], Tensor]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module learns, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """The parameters that a module learns, by name; one that is held in several places has its first name."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, part in named_parts(module):
+        for name, p in part._parameters.items():
+            if p is not None and p.requires_grad:
+                found.setdefault(id(p), (f"{prefix}{name}", p))
+    return dict(found.values())
 
 
 class LocalStudent:

@@ -14,13 +14,18 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.agreement import check_recomputed
-from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
+from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged, named_parts
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Feedback
+from metapl.numerics import wide
 from metapl.problems.base import Problem, Signal
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.training.report import means
+
+
+def _norm(sizes: Sequence[Tensor]) -> Tensor:
+    return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int) -> dict[str
         parts: the number of micro-batches in a batch.
     """
     last = objectives[-parts:]
-    feedback = torch.stack([objective.sizes["feedback"] for objective in objectives]).norm()
-    own = torch.stack([objective.sizes["own"] for objective in last]).norm() / parts
+    feedback = _norm([objective.sizes["feedback"] for objective in objectives])
+    own = _norm([objective.sizes["own"] for objective in last]) / parts
     ratio = torch.where(own > 0, feedback / own, torch.nan)
     return {**means([objective.scalars for objective in last]), "feedback_ratio": ratio}
 
@@ -103,6 +108,7 @@ class TeacherStep:
         self._buffers = copies(Slots(teacher).all_buffers) if recompute else []
         self._generator_state = None if generator is None else generator.get_state()
         self._outputs: list[Tensor] = []
+        self._weights = {id(p) for _, part in named_parts(teacher) for p in part._parameters.values()}
 
     def signal(self) -> Signal:
         """Algorithm 1, line 2: ŷ_u ~ T(x_u), with the teacher's graph unless that is recomputed later."""
@@ -182,8 +188,8 @@ class TeacherStep:
         if not self._outputs:
             return loss.new_zeros(())
         grads = torch.autograd.grad(loss, self._outputs, retain_graph=True, allow_unused=True)
-        norms = [g.float().norm() for g in grads if g is not None]
-        return torch.stack(norms).norm() if norms else loss.new_zeros(())
+        norms = [torch.linalg.vector_norm(wide(g)) for g in grads if g is not None]
+        return _norm(norms).float() if norms else loss.new_zeros(())
 
     def _refuse_bypass(self, loss: Tensor, name: str) -> None:
         if loss.requires_grad and self._bypasses(loss):
@@ -195,7 +201,6 @@ class TeacherStep:
 
     def _bypasses(self, loss: Tensor) -> bool:
         """Whether the loss depends on a weight of the teacher other than through the collected outputs."""
-        weights = {id(p) for p in self.teacher.parameters()}
         seen: set[tuple[Node | None, int]] = {(t.grad_fn, t.output_nr) for t in self._outputs}
         edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
         while edges:
@@ -203,7 +208,7 @@ class TeacherStep:
             if edge in seen or edge[0] is None:
                 continue
             seen.add(edge)
-            if id(getattr(edge[0], "variable", None)) in weights:
+            if id(getattr(edge[0], "variable", None)) in self._weights:
                 return True
             edges.extend(edge[0].next_functions)
         return False
