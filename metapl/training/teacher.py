@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
+from metapl import checks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import check_recomputed
 from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged, named_parts
@@ -22,10 +23,6 @@ from metapl.numerics import wide
 from metapl.problems.base import Problem, Signal
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.training.report import means
-
-
-def _norm(sizes: Sequence[Tensor]) -> Tensor:
-    return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
 
 
 @dataclass(frozen=True)
@@ -48,23 +45,15 @@ class FeedbackScale:
 
 @dataclass(frozen=True)
 class TeacherLosses:
-    """The teacher's objective in its parts.
+    """The teacher's objective in its parts, without a graph.
 
     Args:
-        feedback: weight·(−Σ h·signal), a scalar with the teacher's graph; a sum over the batch.
-        own: the sum of the teacher's own losses, each a mean over its batch.
-        scalars: ``teacher_loss`` = own, and ``teacher_<name>`` for each of them.
-        sizes: the norms of the gradients of ``feedback`` and ``own`` at the teacher's outputs.
+        scalars: ``teacher_loss``, the sum of the teacher's own losses, and ``teacher_<name>`` for each of them.
+        sizes: the norms of the gradients at the teacher's outputs: ``feedback``, and ``own`` losses.
     """
 
-    feedback: Tensor
-    own: Tensor
     scalars: dict[str, Tensor]
     sizes: dict[str, Tensor]
-
-    def without_graph(self) -> TeacherLosses:
-        """The same values, detached."""
-        return replace(self, feedback=self.feedback.detach(), own=self.own.detach())
 
 
 def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int) -> dict[str, Tensor]:
@@ -77,9 +66,19 @@ def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int) -> dict[str
     """
     last = objectives[-parts:]
     feedback = _norm([objective.sizes["feedback"] for objective in objectives])
-    own = _norm([objective.sizes["own"] for objective in last]) / parts
+    own = _norm([objective.sizes["own"] for objective in last])
     ratio = torch.where(own > 0, feedback / own, torch.nan)
     return {**means([objective.scalars for objective in last]), "feedback_ratio": ratio}
+
+
+def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
+    if not terms:
+        return torch.zeros_like(like)
+    return terms[0] if len(terms) == 1 else torch.stack(list(terms)).sum()
+
+
+def _norm(sizes: Sequence[Tensor]) -> Tensor:
+    return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
 
 
 class TeacherStep:
@@ -120,10 +119,16 @@ class TeacherStep:
             self._signal = self._make_signal()
         return self._signal
 
-    def loss(
-        self, feedback: Feedback, scale: FeedbackScale, losses: Sequence[TeacherLoss], labeled: Any, step: int
+    def backward(
+        self,
+        feedback: Feedback,
+        scale: FeedbackScale,
+        losses: Sequence[TeacherLoss],
+        labeled: Any,
+        step: int,
+        parts: int = 1,
     ) -> TeacherLosses:
-        """Algorithm 1, lines 5-7: scale·(−Σ h·signal) and Σ own losses."""
+        """Algorithm 1, lines 5-7: add the gradient of scale·(−Σ h·signal) + Σ own losses / parts to the weights'."""
         with self._recording():
             if self.recompute:
                 self._signal = self._recomputed_signal()
@@ -138,16 +143,30 @@ class TeacherStep:
             )
         own = {f"teacher_{name}": term for name, term in terms.items()}
         from_feedback = feedback.teacher_loss(self._signal)
-        from_own = torch.stack(list(own.values())).sum() if own else torch.zeros_like(from_feedback)
-        scalars = {name: value.detach() for name, value in own.items()}
-        scalars["teacher_loss"] = from_own.detach()
-        sizes = {"feedback": self._size(from_feedback), "own": self._size(from_own)}
+        from_own = _sum(list(own.values()), from_feedback)
+        checks.learns(from_own, "teacher")
+        scalars = {name: value.detach() for name, value in own.items()} | {"teacher_loss": from_own.detach()}
+        return TeacherLosses(scalars, self._descend(from_feedback, from_own / parts if parts > 1 else from_own, scale))
+
+    def _descend(self, from_feedback: Tensor, from_own: Tensor, scale: FeedbackScale) -> dict[str, Tensor]:
+        """Take the gradient of both losses.
+
+        Returns: the norms of their gradients at the teacher's outputs; NaN for a loss that also depends on the
+        teacher's weights other than through these outputs.
+        """
+        reach, own_reach = self._reach(from_feedback), self._reach(from_own)
         if scale.relative:
-            self._refuse_bypass(from_feedback, "the signal")
-            self._refuse_bypass(from_own, "a teacher loss")
+            reach.refuse_bypass("the signal")
+            own_reach.refuse_bypass("a teacher loss")
+        if not scale.relative and reach.outputs.isdisjoint(own_reach.outputs):
+            # Every output gets the gradient of one of the losses, and a common backward pass shows them.
+            with _caught(reach.outputs) as grads, _caught(own_reach.outputs) as own_grads:
+                _backward(scale.value * from_feedback + from_own)
+            return {"feedback": reach.size(grads, from_feedback), "own": own_reach.size(own_grads, from_own)}
+        sizes = {"feedback": reach.measured(from_feedback), "own": own_reach.measured(from_own)}
         factor = scale.factor(sizes["feedback"], sizes["own"])
-        sizes["feedback"] = factor * sizes["feedback"]
-        return TeacherLosses(factor * from_feedback, from_own, scalars, sizes)
+        _backward(factor * from_feedback + from_own)
+        return {**sizes, "feedback": factor * sizes["feedback"]}
 
     def _make_signal(self) -> Signal:
         with inputs_unchanged(self.unlabeled, "teacher"):
@@ -176,42 +195,70 @@ class TeacherStep:
         finally:
             handle.remove()
 
-    def _size(self, loss: Tensor) -> Tensor:
-        """‖∂loss/∂(all outputs of the teacher)‖; cost: a backward pass through the head only.
-
-        NaN if the loss also depends on the teacher's weights other than through these outputs.
-        """
-        if not loss.requires_grad:
-            return loss.new_zeros(())
-        if self._bypasses(loss):
-            return loss.new_full((), torch.nan)
-        if not self._outputs:
-            return loss.new_zeros(())
-        grads = torch.autograd.grad(loss, self._outputs, retain_graph=True, allow_unused=True)
-        norms = [torch.linalg.vector_norm(wide(g)) for g in grads if g is not None]
-        return _norm(norms).float() if norms else loss.new_zeros(())
-
-    def _refuse_bypass(self, loss: Tensor, name: str) -> None:
-        if loss.requires_grad and self._bypasses(loss):
-            raise MetaplError(
-                f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends on the "
-                "teacher's weights in another way, such as through another method or an output that is not a tensor, "
-                "tuple or dict. Let forward return what it depends on, or use feedback_weight."
-            )
-
-    def _bypasses(self, loss: Tensor) -> bool:
-        """Whether the loss depends on a weight of the teacher other than through the collected outputs."""
-        seen: set[tuple[Node | None, int]] = {(t.grad_fn, t.output_nr) for t in self._outputs}
+    def _reach(self, loss: Tensor) -> _Reach:
+        """The collected outputs that a loss depends on, and whether it depends on a weight in another way."""
+        collected = {(t.grad_fn, t.output_nr): t for t in self._outputs}
+        outputs: set[Tensor] = set()
+        bypass = False
+        seen: set[tuple[Node | None, int]] = set()
         edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
         while edges:
             edge = edges.pop()
             if edge in seen or edge[0] is None:
                 continue
             seen.add(edge)
-            if id(getattr(edge[0], "variable", None)) in self._weights:
-                return True
+            if edge in collected:
+                outputs.add(collected[edge])
+                continue
+            bypass = bypass or id(getattr(edge[0], "variable", None)) in self._weights
             edges.extend(edge[0].next_functions)
-        return False
+        return _Reach(outputs, bypass)
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """The outputs of the teacher that a loss depends on, and whether it depends on a weight in another way."""
+
+    outputs: set[Tensor]
+    bypass: bool
+
+    def refuse_bypass(self, name: str) -> None:
+        if self.bypass:
+            raise MetaplError(
+                f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends on the "
+                "teacher's weights in another way, such as through another method or an output that is not a tensor, "
+                "tuple or dict. Let forward return what it depends on, or use feedback_weight."
+            )
+
+    def measured(self, loss: Tensor) -> Tensor:
+        """The norm of a loss's gradient at the outputs; cost: a backward pass through the head only."""
+        outputs = list(self.outputs)
+        return self.size(torch.autograd.grad(loss, outputs, retain_graph=True) if outputs else (), loss)
+
+    def size(self, grads: Sequence[Tensor], loss: Tensor) -> Tensor:
+        """The norm of the gradients at the outputs, NaN if they are not all; a scalar like the loss."""
+        if self.bypass:
+            return loss.new_full((), torch.nan)
+        if not grads:
+            return loss.new_zeros(())
+        return _norm([torch.linalg.vector_norm(wide(g)) for g in grads]).to(loss.dtype)
+
+
+@contextmanager
+def _caught(outputs: set[Tensor]) -> Iterator[list[Tensor]]:
+    """Collect the gradients of these tensors in a backward pass of this block."""
+    grads: list[Tensor] = []
+    handles = [t.register_hook(grads.append) for t in outputs]
+    try:
+        yield grads
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:
+        loss.backward()
 
 
 @contextmanager

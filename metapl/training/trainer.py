@@ -199,12 +199,9 @@ class BilevelTrainer(Trainer):
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
             in_last_batch = i >= len(teacher_steps) - parts
             losses = self._teacher_trainer.losses_for(step.unlabeled) if in_last_batch else ()
-            objective = step.loss(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done)
-            checks.learns(objective.own, "teacher")
-            loss = objective.feedback + objective.own / parts
-            if loss.requires_grad:
-                loss.backward()
-            objectives.append(objective.without_graph())
+            objectives.append(
+                step.backward(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done, parts)
+            )
         return objectives
 
     def _report(
