@@ -14,13 +14,11 @@ from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.errors import MetaplError
-from metapl.execution.agreement import check_recomputed
-from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged, named_parts
-from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
-from metapl.execution.rng import RandomState, replayed
+from metapl.execution.buffers import named_parts
 from metapl.feedback import Feedback
+from metapl.feedback.teacher_pass import TeacherPass
 from metapl.numerics import wide
-from metapl.problems.base import Problem, Signal
+from metapl.problems.base import Problem
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.training.report import means
 
@@ -85,11 +83,8 @@ class TeacherStep:
     """The teacher's passes on one inner batch, all at θ_T from before the step.
 
     Args:
-        teacher, problem: as in the trainer.
-        unlabeled: the inner batch.
-        student_outputs: S(x_u; θ_S), detached; the signal may depend on them.
-        generator: for drawing labels.
-        recompute: make the signal without a graph first, and once more with a graph for the loss.
+        teacher, problem, unlabeled, student_outputs, generator, recompute: see
+            :class:`metapl.feedback.teacher_pass.TeacherPass`.
     """
 
     def __init__(
@@ -101,23 +96,12 @@ class TeacherStep:
         generator: torch.Generator | None,
         recompute: bool,
     ) -> None:
-        self.teacher, self.problem, self.unlabeled = teacher, problem, unlabeled
-        self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
-        self._random = RandomState.now(student_outputs.device)
-        self._buffers = copies(Slots(teacher).all_buffers) if recompute else []
-        self._generator_state = None if generator is None else generator.get_state()
+        self.teacher, self.unlabeled = teacher, unlabeled
         self._outputs: list[Tensor] = []
         self._weights = {id(p) for _, part in named_parts(teacher) for p in part._parameters.values()}
-
-    def signal(self) -> Signal:
-        """Algorithm 1, line 2: ŷ_u ~ T(x_u), with the teacher's graph unless that is recomputed later."""
-        if self.recompute:
-            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry():
-                self._signal = self._make_signal()
-            return self._signal
         with self._recording():
-            self._signal = self._make_signal()
-        return self._signal
+            self._pass = TeacherPass(teacher, problem, unlabeled, student_outputs, generator, recompute)
+        self.signal = self._pass.signal  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
 
     def backward(
         self,
@@ -130,19 +114,18 @@ class TeacherStep:
     ) -> TeacherLosses:
         """Algorithm 1, lines 5-7: add the gradient of scale·(−Σ h·signal) + Σ own losses / parts to the weights'."""
         with self._recording():
-            if self.recompute:
-                self._signal = self._recomputed_signal()
+            signal = self._pass.with_graph()
             terms = sum_of_terms(
                 self.teacher,
                 losses,
                 labeled=labeled,
                 unlabeled=self.unlabeled,
-                signal=self._signal,
+                signal=signal,
                 step=step,
                 kind="teacher loss",
             )
         own = {f"teacher_{name}": term for name, term in terms.items()}
-        from_feedback = feedback.teacher_loss(self._signal)
+        from_feedback = feedback.teacher_loss(signal)
         from_own = _sum(list(own.values()), from_feedback)
         checks.learns(from_own, "teacher")
         scalars = {name: value.detach() for name, value in own.items()} | {"teacher_loss": from_own.detach()}
@@ -167,19 +150,6 @@ class TeacherStep:
         factor = scale.factor(sizes["feedback"], sizes["own"])
         _backward(factor * from_feedback + from_own)
         return {**sizes, "feedback": factor * sizes["feedback"]}
-
-    def _make_signal(self) -> Signal:
-        with inputs_unchanged(self.unlabeled, "teacher"):
-            return self.problem.signal(self.teacher, self.unlabeled, self.student_outputs, generator=self.generator)
-
-    def _recomputed_signal(self) -> Signal:
-        """The same signal with a graph: from the masks, draws and buffers of the first pass."""
-        label_draws = _replayed_generator(self.generator, self._generator_state)
-        with replayed(self._random), label_draws, buffers_aside(self.teacher, self._buffers):
-            signal = self._make_signal()
-        name = "value" if signal.outputs is None else "outputs"
-        check_recomputed(getattr(signal, name).detach(), getattr(self._signal, name))
-        return signal
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -259,17 +229,3 @@ def _caught(outputs: set[Tensor]) -> Iterator[list[Tensor]]:
 def _backward(loss: Tensor) -> None:
     if loss.requires_grad:
         loss.backward()
-
-
-@contextmanager
-def _replayed_generator(generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
-    """Draw from ``state`` in this block; afterwards the generator is as it was before."""
-    if generator is None or state is None:
-        yield
-        return
-    before = generator.get_state()
-    generator.set_state(state)
-    try:
-        yield
-    finally:
-        generator.set_state(before)

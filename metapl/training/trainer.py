@@ -169,7 +169,7 @@ class BilevelTrainer(Trainer):
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all micro-batches would not fit
             step = TeacherStep(self.teacher, self.problem, batch, outputs, self.generator, recompute)
             teacher_steps.append(step)
-            return step.signal()
+            return step.signal
 
         self.update.follow(trainable(self.student))
         path = look_ahead(
