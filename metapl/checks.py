@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.parts import named_parts, named_tensors, trainable
 
 
 class Fault:
@@ -275,21 +277,22 @@ _WRAPPERS = {
 """PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
 
 
-def _wrapper(module: nn.Module) -> str | None:
-    names = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")]
+@cache
+def _wrapper(classes: tuple[type, ...]) -> str | None:
+    names = [kind.__name__ for kind in classes if kind.__module__.startswith("torch.")]
     return next((name for name in _WRAPPERS if name in names), None)
 
 
 def plain(name: str, network: nn.Module) -> None:
     """Refuse a network that cannot be run again at other weights, naming the obstacle."""
-    for path, part in network.named_modules():
-        wrapper = _wrapper(part)
+    for prefix, part in named_parts(network):
+        wrapper = _wrapper(type(part).__mro__)
         if wrapper is not None:
-            where = f"has a {wrapper} at {path!r}" if path else f"is a {wrapper}"
+            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
             raise MetaplError(
                 f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, in one process."
             )
-    for path, t in [*network.named_parameters(), *network.named_buffers()]:
+    for path, t in named_tensors(network):
         if nn.parameter.is_lazy(t):
             raise MetaplError(
                 f"the {name}'s {path} has no shape yet (a lazy module, such as LazyLinear); run the {name} on one "
@@ -317,7 +320,7 @@ def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
         if not isinstance(module, nn.Module):
             raise MetaplError(f"{name} is {described(module)}; expected a torch.nn.Module.")
         plain(name, module)
-        owned[name] = [p for p in module.parameters() if p.requires_grad]
+        owned[name] = list(trainable(module).values())
         if not owned[name]:
             raise MetaplError(
                 f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
@@ -325,7 +328,8 @@ def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
     if {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
         raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
     devices = {
-        name: {p.device for p in module.parameters()} for name, module in (("teacher", teacher), ("student", student))
+        name: {t.device for _, t in named_tensors(module) if isinstance(t, nn.Parameter)}
+        for name, module in (("teacher", teacher), ("student", student))
     }
     if len(devices["teacher"] | devices["student"]) > 1:
         where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())

@@ -14,13 +14,13 @@ from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
 from metapl.execution.guards import casts_explained, restored_on_failure, step_lock
 from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
-from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator, modes_for
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path, Teach, take_steps
 from metapl.feedback.teacher_pass import TeacherPass
+from metapl.parts import trainable
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem
 from metapl.updates import Update, update_of

@@ -11,7 +11,7 @@ import torchopt
 from problems_zoo import OPTIMISERS, toy, warm
 from reference import error
 
-from metapl.execution.local import trainable
+from metapl.parts import trainable
 from metapl.updates import Clipped, update_of
 
 TORCH = [name for name in OPTIMISERS if name.startswith("torch_")]

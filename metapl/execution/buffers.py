@@ -13,29 +13,10 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
+from metapl.parts import named_parts
 
 Held = tuple[dict[str, Any], str, Tensor]
 """A slot of a module, as its dictionary and name, and a tensor for it."""
-
-
-def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The submodules and the module itself, once each, with the prefix of the names of their tensors.
-
-    Every step looks at the networks anew. For a small network ``named_modules`` would take longer than its passes.
-    """
-    found: list[tuple[str, nn.Module]] = []
-    _collect(module, "", set(), found)
-    return found
-
-
-def _collect(module: nn.Module, prefix: str, known: set[nn.Module], found: list[tuple[str, nn.Module]]) -> None:
-    if module in known:
-        return
-    known.add(module)
-    found.append((prefix, module))
-    for name, part in module._modules.items():
-        if part is not None:
-            _collect(part, f"{prefix}{name}.", known, found)
 
 
 class Slots:

@@ -19,7 +19,6 @@ from metapl.execution.buffers import (
     copies,
     fresh,
     inputs_unchanged,
-    named_parts,
     stand_ins,
     swapped,
 )
@@ -33,19 +32,10 @@ from metapl.execution.kernels import (
 )
 from metapl.execution.rng import RandomState, replayed
 from metapl.numerics import Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
+from metapl.parts import trainable
 
 Loss = Callable[[Tensor, Tree], Tensor]
 """A scalar of outputs and of the weights that they were computed at."""
-
-
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module learns, by name; one that is held in several places has its first name."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for prefix, part in named_parts(module):
-        for name, p in part._parameters.items():
-            if p is not None and p.requires_grad:
-                found.setdefault(id(p), (f"{prefix}{name}", p))
-    return dict(found.values())
 
 
 class LocalStudent:

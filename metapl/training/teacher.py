@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.errors import MetaplError
-from metapl.execution.buffers import named_parts
 from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
 from metapl.numerics import wide
+from metapl.parts import named_parts
 from metapl.problems.base import Problem
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.training.report import means

@@ -15,13 +15,13 @@ from metapl.batch import micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import casts_explained, step_guard
-from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
 from metapl.fingerprints import as_values
 from metapl.hypergradient import Hypergradient, check_steps, hypergradient, look_ahead, prepare
+from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches
 from metapl.training import FitResult, Trainer
