@@ -1,0 +1,169 @@
+"""The two moons: the stack against the library, what a seed means, the command and its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import refused, said
+from torch import Tensor, nn
+
+import metapl
+from metapl import MetaplError
+from metapl.data.sets.two_moons import two_moons
+from metapl.experiments.stacked import Batch, Steps, Tree, stacked
+from metapl.experiments.two_moons import CHUNK, TwoMoonsRuns
+from metapl.feedback import Reinforce
+from metapl.models import mlp
+from metapl.problems.base import Signal
+from metapl.problems.losses import UDA, CrossEntropy
+from metapl.recipes.two_moons import TwoMoons
+
+SEEDS = (3, 1, 4)
+TINY: dict[str, Any] = {"points": 40, "unlabeled_batch": 5, "init_scale": 0.9, "steps": 4}
+"""Weights of this size make second derivatives that matter."""
+
+SETTINGS = {
+    "exact": {},
+    "exact, a weight": {"feedback_weight": 7.0, "activation": "tanh"},
+    "exact, a ratio": {"feedback_ratio": 0.5},
+    "exact, no own losses": {"supervised_loss": False, "activation": "relu"},
+    "exact, noise": {"input_noise": 0.3},
+    "exact, UDA": {"input_noise": 0.3, "uda_weight": 2.0, "uda_temperature": 0.4},
+    "exact, UDA and a ratio": {"input_noise": 0.3, "uda_weight": 2.0, "feedback_ratio": 2.0, "supervised_loss": False},
+    "three steps ahead": {"lookahead": 3, "student_lr": 0.8},
+    "three steps ahead, UDA": {"lookahead": 3, "input_noise": 0.2, "uda_weight": 1.0, "feedback_weight": 3.0},
+    "Algorithm 1": {"mode": "reinforce", "feedback_weight": 5.0},
+    "Algorithm 1, UDA and a ratio": {"mode": "reinforce", "input_noise": 0.3, "uda_weight": 2.0, "feedback_ratio": 0.5},
+    "no feedback": {"feedback_weight": 0.0},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(metapl.PseudoLabels):
+    """Hard labels that a uniform number decides, as in the stack, in the place of those that the library draws."""
+
+    uniform: Tensor | None = None
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
+    ) -> Signal:
+        drawn = super().signal(teacher, batch, student_outputs, generator=generator)
+        if self.uniform is None:
+            return drawn
+        assert drawn.outputs is not None
+        log_q = drawn.outputs.log_softmax(-1)
+        value = (self.uniform >= log_q[:, 0].exp()).long()
+        return dataclasses.replace(drawn, value=value, log_prob=log_q.gather(1, value[:, None])[:, 0])
+
+
+def modules(tree: Tree, recipe: TwoMoons) -> list[nn.Sequential]:
+    """The networks of a stack as the library knows them."""
+    kinds = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
+    networks = []
+    for run in range(len(next(iter(tree.values())))):
+        network = mlp([2, *recipe.hidden, 2], kinds[recipe.activation]).double()
+        layers = [module for module in network if isinstance(module, nn.Linear)]
+        with torch.no_grad():
+            for i, layer in enumerate(layers):
+                layer.weight.copy_(tree[f"{i}.weight"][run].T)
+                layer.bias.copy_(tree[f"{i}.bias"][run])
+        networks.append(network)
+    return networks
+
+
+def close(tree: Tree, run: int, named: dict[str, Tensor]) -> None:
+    """A network of the stack has the library's tensors, to 1e-10."""
+    tensors = list(named.values())
+    for i in range(len(tensors) // 2):
+        weight, bias = tensors[2 * i : 2 * i + 2]
+        torch.testing.assert_close(tree[f"{i}.weight"][run], weight.detach().T, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(tree[f"{i}.bias"][run], bias.detach(), rtol=1e-10, atol=1e-12)
+
+
+def inner(batch: Batch, run: int, lookahead: int) -> Any:
+    """The unlabeled batch of a run as the library takes it."""
+    weak = batch.weak[run].chunk(lookahead)
+    steps = weak if batch.strong is None else list(zip(weak, batch.strong[run].chunk(lookahead), strict=True))
+    return metapl.Lookahead(list(steps)) if lookahead > 1 else steps[0]
+
+
+def problem(recipe: TwoMoons, batch: Batch, run: int) -> Given:
+    return Given(uniform=None if batch.uniform is None else batch.uniform[run])
+
+
+def trainer(recipe: TwoMoons, teacher: nn.Module, student: nn.Module) -> metapl.BilevelTrainer:
+    """The library's, with a recipe's settings."""
+    losses: tuple[Any, ...] = (CrossEntropy(),) if recipe.supervised_loss else ()
+    if recipe.uda_weight:
+        losses += (UDA(temperature=recipe.uda_temperature, weight=recipe.uda_weight),)
+    size = (
+        {"feedback_weight": recipe.feedback_weight}
+        if recipe.feedback_ratio is None
+        else {"feedback_ratio": recipe.feedback_ratio}
+    )
+    return metapl.BilevelTrainer(
+        teacher,
+        student,
+        Reinforce() if recipe.mode == "reinforce" else "forward",
+        problem=Given(),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=recipe.student_lr),
+        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=recipe.teacher_lr),
+        teacher_losses=losses,
+        **size,  # type: ignore[arg-type]
+    )
+
+
+def runs(**changes: Any) -> TwoMoonsRuns:
+    return TwoMoonsRuns(TwoMoons(**{**TINY, **changes}), SEEDS, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------- the library's mathematics
+
+
+@pytest.mark.parametrize("changes", [{}, {"lookahead": 4, "student_lr": 0.8}, {"mode": "reinforce"}, {"input_noise": 0.3}])
+def test_the_gradient_of_each_network_of_the_stack_is_the_library_s(changes: dict[str, Any]) -> None:
+    together = runs(supervised_loss=False, **changes)
+    recipe = together.recipe
+    teacher, student = together.initial("teacher"), together.initial("student")
+    batch = next(together.batches(1))
+    gradient, moved = stacked(together.steps.teacher_gradient, teacher, student, batch=batch)(
+        teacher, student, batch=batch
+    )
+    for run, (one_teacher, one_student) in enumerate(
+        zip(modules(teacher, recipe), modules(student, recipe), strict=True)
+    ):
+        alone = metapl.hypergradient(
+            one_teacher,
+            one_student,
+            labeled=(batch.labeled[run], batch.targets[run].argmax(-1)),
+            unlabeled=inner(batch, run, recipe.lookahead),
+            mode="reinforce" if recipe.mode == "reinforce" else "unrolled",
+            problem=problem(recipe, batch, run),
+            inner_optimizer=torch.optim.SGD(one_student.parameters(), lr=recipe.student_lr),
+        )
+        assert all(t.abs().max() > 0 for t in alone.grads.values())
+        close(gradient, run, alone.grads)
+        close(moved, run, alone.student_params)
+
+
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+def test_a_stack_ends_where_the_library_ends_one_seed_after_another(changes: dict[str, Any]) -> None:
+    together = runs(**changes)
+    recipe, count = together.recipe, together.recipe.steps
+    first = together.initial("teacher"), together.initial("student")
+    last = together.teachers_and_students(together.steps, "")
+    teachers, students = (modules(tree, recipe) for tree in first)
+    for run in range(len(SEEDS)):
+        alone = trainer(recipe, teachers[run], students[run])
+        for batch in together.batches(count):
+            alone.problem = problem(recipe, batch, run).for_modes(alone.mode.labels)
+            labeled = batch.labeled[run], batch.targets[run].argmax(-1)
+            alone.step(labeled=labeled, unlabeled=inner(batch, run, recipe.lookahead))
+        for tree, network in zip(last, (teachers[run], students[run]), strict=True):
+            close(tree, run, dict(network.named_parameters()))
