@@ -157,7 +157,7 @@ def test_a_stack_ends_where_the_library_ends_one_seed_after_another(changes: dic
     together = runs(**changes)
     recipe, count = together.recipe, together.recipe.steps
     first = together.initial("teacher"), together.initial("student")
-    last = together.teachers_and_students(together.steps, "")
+    last = together.teachers_and_students()
     teachers, students = (modules(tree, recipe) for tree in first)
     for run in range(len(SEEDS)):
         alone = trainer(recipe, teachers[run], students[run])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from metapl.errors import MetaplError
 from metapl.experiments.stacked import Batch, Stack, Steps, Tree, stacked
 from metapl.metrics import interval
 from metapl.recipes.two_moons import SUCCESS, TwoMoons
+from metapl.training.progress import counting
 
 Method = Literal["supervised", "pseudo_labels", "mpl", "none"]
 
@@ -37,9 +39,6 @@ CHUNK = 128
 
 _TEACHER, _STUDENT, _BATCHES = 1, 2, 3
 """Keep what is drawn of one seed apart."""
-
-Progress = Callable[[str, int, int], None]
-"""Takes the name of a phase, the steps done and the steps in all."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class TwoMoonsRuns:
     Args:
         recipe: their settings.
         seeds: one for each run.
-        progress: is told now and then how far they are.
+        progress: show how far they are.
         dtype: of weights and points.
     """
 
@@ -93,7 +92,7 @@ class TwoMoonsRuns:
         self,
         recipe: TwoMoons,
         seeds: Sequence[int],
-        progress: Progress | None = None,
+        progress: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if not 1 <= len(seeds) <= MOST_RUNS:
@@ -149,52 +148,73 @@ class TwoMoonsRuns:
 
     def _supervised_networks(self) -> Tree:
         if self._supervised is None:
-            self._supervised = self._alone("teacher", self.recipe.steps, self.recipe.uda_weight, METHODS["supervised"])
+            self._supervised = self._alone(
+                "teacher", self.recipe.steps, self.recipe.uda_weight, METHODS["supervised"]
+            )
         return self._supervised
 
     def _pseudo_labels_networks(self) -> Tree:
-        teacher, student = self._supervised_networks(), self.initial("student")
-        step = None
-        for number, batch in enumerate(self.batches(self.recipe.steps)):
-            step = step or stacked(self.steps.student_alone, teacher, student, batch=batch)
-            student = step(teacher, student, batch=batch)
-            self._tell(METHODS["pseudo_labels"], number, self.recipe.steps)
-        return student
+        teacher = self._supervised_networks()
+        networks = teacher, self.initial("student")
+
+        def step(teacher: Tree, student: Tree, batch: Batch) -> tuple[Tree, Tree]:
+            return teacher, self.steps.student_alone(teacher, student, batch)
+
+        return self._trained(step, networks, self.recipe.steps, METHODS["pseudo_labels"])[1]
 
     def _mpl_networks(self) -> Tree:
-        return self.teachers_and_students(self.steps, METHODS["mpl"])[1]
+        return self.teachers_and_students()[1]
 
     def _none_networks(self) -> Tree:
-        quiet = dataclasses.replace(self.recipe, feedback_weight=0.0, feedback_ratio=None)
-        return self.teachers_and_students(Steps(quiet), METHODS["none"])[1]
+        return self.teachers_and_students(feedback=False)[1]
 
-    def teachers_and_students(self, steps: Steps, title: str) -> tuple[Tree, Tree]:
-        """The networks of all runs after the loop of Meta Pseudo Labels."""
-        before = self.recipe.pretrain_steps
-        teacher, student = (self._alone(role, before, 0.0, "first steps") for role in ("teacher", "student"))
-        step = None
-        for number, batch in enumerate(self.batches(self.recipe.steps)):
-            step = step or stacked(steps.teacher_and_student, teacher, student, batch=batch)
-            teacher, student = step(teacher, student, batch=batch)
-            self._tell(title, number, self.recipe.steps)
+    def teachers_and_students(self, feedback: bool = True) -> tuple[Tree, Tree]:
+        """The networks of all runs after the loop of Meta Pseudo Labels, or after the same loop without feedback."""
+        recipe = self.recipe
+        steps = self.steps
+        if not feedback:
+            steps = Steps(dataclasses.replace(recipe, feedback_weight=0.0, feedback_ratio=None))
+        teacher = self._alone("teacher", recipe.pretrain_steps, 0.0, "first steps, teachers")
+        student = self._alone("student", recipe.pretrain_steps, 0.0, "first steps, students")
+        title = METHODS["mpl" if feedback else "none"]
+        teacher, student = self._trained(steps.teacher_and_student, (teacher, student), recipe.steps, title)
         return teacher, student
 
     def _alone(self, role: Literal["teacher", "student"], steps: int, uda_weight: float, title: str) -> Tree:
         """Networks that learn from the labeled points and, with UDA, from the others too."""
-        params = self.initial(role)
         lr = self.recipe.teacher_lr if role == "teacher" else self.recipe.student_lr
 
-        def one(params: Tree, batch: Batch) -> Tree:
-            return self.steps.network_alone(params, batch, lr, uda_weight)
+        def step(params: Tree, batch: Batch) -> tuple[Tree]:
+            return (self.steps.network_alone(params, batch, lr, uda_weight),)
 
-        labeled_only = Batch(self.labeled, self.targets, self.labeled)
-        batches = self.batches(steps) if uda_weight else (labeled_only for _ in range(steps))
-        step = None
-        for number, batch in enumerate(batches):
-            step = step or stacked(one, params, batch=batch)
-            params = step(params, batch=batch)
-            self._tell(title, number, steps)
+        # Without UDA only the labeled points count, and no others are drawn.
+        batches = None if uda_weight else itertools.repeat(Batch(self.labeled, self.targets, self.labeled), steps)
+        (params,) = self._trained(step, (self.initial(role),), steps, title, batches)
         return params
+
+    def _trained(
+        self,
+        step: Callable[..., tuple[Tree, ...]],
+        networks: tuple[Tree, ...],
+        steps: int,
+        title: str,
+        batches: Iterable[Batch] | None = None,
+    ) -> tuple[Tree, ...]:
+        """The networks after so many steps.
+
+        Args:
+            step: of one run: the networks after it, from those before it and a batch.
+            networks: of all runs.
+            steps, title: for the count that is shown.
+            batches: one for each step; None: the unlabeled ones that all methods get.
+        """
+        run: Callable[..., tuple[Tree, ...]] | None = None
+        with counting(title, self.progress, steps) as done:
+            for number, batch in enumerate(self.batches(steps) if batches is None else batches):
+                run = run or stacked(step, *networks, batch=batch)
+                networks = run(*networks, batch=batch)
+                done(number + 1)
+        return networks
 
     # ---------------------------------------------------------------------------------------------------------- draws
 
@@ -217,7 +237,3 @@ class TwoMoonsRuns:
         noise = torch.randn(*shape, 2, generator=generator) if recipe.input_noise else None
         uniform = torch.rand(shape, generator=generator) if recipe.mode == "reinforce" else None
         return index, noise, uniform
-
-    def _tell(self, title: str, done: int, steps: int) -> None:
-        if self.progress is not None:
-            self.progress(title, done + 1, steps)
