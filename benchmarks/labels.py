@@ -218,8 +218,8 @@ def table(result: dict[str, Any]) -> str:
     agreed = "the same rows as numpy" if phases["compare"]["same_rows"] else "**other rows than numpy**"
     within = "within" if all(phases[phase]["peak_bytes"] <= ALLOWED for phase in whats) else "**above**"
     about = (
-        f"{rows:,} examples, {size['classes']:,} classes, top-{size['top_k']}; {within} 2 GiB of resident memory, memory "
-        f"maps included. Selected: confidence above 0.3, at most {size['per_class']:,} of a class, balanced by "
+        f"{rows:,} examples, {size['classes']:,} classes, top-{size['top_k']}; {within} 2 GiB of resident memory, "
+        f"memory maps included. Selected: confidence above 0.3, at most {size['per_class']:,} of a class, balanced by "
         f"duplication: {agreed}. {made['cpu']}, {made['cores']} cores, shared with other work; torch {made['torch']}, "
         f"pyarrow {made['pyarrow']}, duckdb {made['duckdb']}, which was given {made['duckdb_memory']}. "
         "`nice -n 15 python benchmarks/labels.py`; raw: `benchmarks/results/labels.json`."
