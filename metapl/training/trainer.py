@@ -15,13 +15,13 @@ from metapl.batch import micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import casts_explained, step_guard
-from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
 from metapl.fingerprints import as_values
 from metapl.hypergradient import Hypergradient, check_steps, check_teacher, hypergradient, look_ahead, prepare
+from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches
 from metapl.training import FitResult, Trainer
@@ -111,10 +111,18 @@ class BilevelTrainer(Trainer):
         checks.no_inference_mode()
         self.mode = estimator(mode)
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
-        check_teacher(teacher, self.problem)
+        check_teacher(
+            teacher,
+            self.problem,
+            outer_optimizer=outer_optimizer is not None,
+            teacher_losses=bool(teacher_losses),
+            feedback_weight=feedback_weight != 1.0,
+            feedback_ratio=feedback_ratio is not None,
+            recompute_teacher=recompute_teacher,
+        )
         self.device = checks.networks(teacher, student)
-        networks = (student,) if teacher is None else (teacher, student)
-        refuse_compiled(**dict(zip(("teacher", "student")[-len(networks) :], networks, strict=True)))
+        networks = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+        refuse_compiled(**networks)
         self.teacher, self.student = teacher, student
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
@@ -124,8 +132,8 @@ class BilevelTrainer(Trainer):
         self._check_options()
 
         # Double backward has no compiled form: there the student runs as it is.
-        compiled = networks[: -1 if self.mode.keep_graph else None] if compile else ()
-        self.compiled = CompiledPasses(*compiled)
+        eager = {"student"} if self.mode.keep_graph else set()
+        self.compiled = CompiledPasses(*(net for name, net in networks.items() if compile and name not in eager))
         self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, trainable(student))
         self.update = update if clip_norm is None else Clipped(update, clip_norm)
@@ -181,7 +189,7 @@ class BilevelTrainer(Trainer):
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all micro-batches would not fit
             step = TeacherStep(self._asked, self.problem, batch, outputs, self.generator, recompute)
             teacher_steps.append(step)
-            return step.signal()
+            return step.signal
 
         self.update.follow(trainable(self.student))
         path = look_ahead(
@@ -211,12 +219,9 @@ class BilevelTrainer(Trainer):
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
             in_last_batch = i >= len(teacher_steps) - parts
             losses = self._teacher_trainer.losses_for(step.unlabeled) if in_last_batch else ()
-            objective = step.loss(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done)
-            checks.learns(objective.own, "teacher")
-            loss = objective.feedback + objective.own / parts
-            if loss.requires_grad:
-                loss.backward()
-            objectives.append(objective.without_graph())
+            objectives.append(
+                step.backward(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done, parts)
+            )
         return objectives
 
     def _report(
@@ -289,26 +294,13 @@ class BilevelTrainer(Trainer):
         if not isinstance(self.lookahead, int) or self.lookahead < 1:
             raise MetaplError(f"lookahead={self.lookahead!r}: expected a number of student steps, 1 or more.")
         check_steps(self.mode, self.lookahead, self.problem)
-        if self.teacher is None:
-            self._check_without_teacher()
-        if self.feedback_ratio is not None:
-            self._check_ratio(self.feedback_ratio)
-
-    def _check_without_teacher(self) -> None:
-        given = {
-            "outer_optimizer": self.outer_optimizer is not None,
-            "teacher_losses": bool(self.teacher_losses),
-            "feedback_weight": self.feedback_weight != 1.0,
-            "feedback_ratio": self.feedback_ratio is not None,
-            "recompute_teacher": self.recompute_teacher,
-        }
-        for name in (name for name, is_given in given.items() if is_given):
-            raise MetaplError(f"{name} was given with teacher=None, and there is no teacher to use it; leave it out.")
-        if self.compile and self.mode.keep_graph:
+        if self.teacher is None and self.compile and self.mode.keep_graph:
             raise MetaplError(
                 "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "
                 'nothing would be compiled; leave compile out, or use mode="forward", which is as exact.'
             )
+        if self.feedback_ratio is not None:
+            self._check_ratio(self.feedback_ratio)
 
     def _check_ratio(self, ratio: float) -> None:
         if not ratio >= 0:
