@@ -26,6 +26,8 @@ own labels of pictures that it is sure of.
   metapl finetune RUN           finetune it on the labeled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
   metapl export RUN --out DIR   write it for others: a program, weights, a card
+  metapl label RUN DIR          store its class probabilities of many pictures
+  metapl labels DO STORE        look at such a store (stats), or select from it
 
 For example, with the handwritten digits that come with scikit-learn, of which
 two in each class are labeled (a minute on a laptop, no graphics card):
@@ -68,6 +70,16 @@ metapl train RECIPE, with RECIPE one of:
   imagenet-10pct-paper  the same with the settings of the paper's table
 
 Each says more with --help: metapl train digits --help.
+"""
+
+
+LABELS_HELP = """\
+metapl labels DO STORE, with DO one of:
+
+  stats   what is in a store that metapl label wrote: classes, confidence
+  select  write a store of some of its examples: by confidence, balanced
+
+Each says more with --help: metapl labels select --help.
 """
 
 
@@ -172,6 +184,8 @@ def _dispatch(given: list[str]) -> int:
         )
     if command == "ablate":
         return _ablate(rest)
+    if command == "labels":
+        return _labels(rest)
     return _train(rest) if command == "train" else _after_training(command, rest)
 
 
@@ -213,6 +227,21 @@ def _ablate(given: list[str]) -> int:
             "--factory module:function, for networks of your own."
         )
     return parse(RECIPES[given[0]], f"metapl ablate {given[0]}", given[1:])()
+
+
+def _labels(given: list[str]) -> int:
+    from metapl.cli.labels import COMMANDS as WAYS
+    from metapl.cli.parse import did_you_mean, parse
+    from metapl.errors import MetaplError
+
+    if given and given[0] in ("-h", "--help"):
+        print(LABELS_HELP, end="")
+        return 0
+    if not given or given[0] not in WAYS:
+        named = f"metapl labels cannot {given[0]!r}" if given else "it was not said what to do with the labels"
+        meant = (did_you_mean(given[0], list(WAYS)) if given else "") or "."
+        raise MetaplError(f"{named}{meant} Expected one of {', '.join(WAYS)}: metapl labels stats STORE.")
+    return parse(WAYS[given[0]], f"metapl labels {given[0]}", given[1:])()
 
 
 def _after_training(command: str, given: list[str]) -> int:
