@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn import functional as F
 
+from metapl.execution.kernels import load_forward_mode
 from metapl.recipes.two_moons import TwoMoons
 
 Tree = dict[str, Tensor]
@@ -50,9 +51,7 @@ class Stack:
     def initial(self, generators: Sequence[torch.Generator], scale: float) -> Tree:
         """Weights and biases of a network for each generator, uniform in ±``scale``."""
         networks = [self._initial_one(generator, scale) for generator in generators]
-        return {
-            name: rearrange([network[name] for network in networks], "run ... -> run ...") for name in networks[0]
-        }
+        return {name: rearrange([network[name] for network in networks], "run ... -> run ...") for name in networks[0]}
 
     def _initial_one(self, generator: torch.Generator, scale: float) -> Tree:
         def uniform(*shape: int) -> Tensor:
@@ -102,6 +101,12 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * F.log_softmax(logits, -1)).sum(-1).mean()
 
 
+def _vjp(function: Callable[[Tree], Tensor], params: Tree) -> tuple[Tensor, Callable[[Tensor], tuple[Tree]]]:
+    """``torch.func.vjp``, whose type does not say that it returns two values here."""
+    value: tuple[Tensor, Callable[[Tensor], tuple[Tree]]] = vjp(function, params)  # type: ignore[assignment]
+    return value
+
+
 def descend(params: Tree, gradient: Tree, lr: float) -> Tree:
     """A step of SGD."""
     return {name: p - lr * gradient[name] for name, p in params.items()}
@@ -135,7 +140,7 @@ class Steps:
     def network_alone(self, params: Tree, batch: Batch, lr: float, uda_weight: float) -> Tree:
         """A step of one network on the labeled points and, unless its weight is 0, on UDA."""
         inputs = [batch.labeled, *(self._pair(batch) if uda_weight else ())]
-        logits, pullback = vjp(lambda p: self.network(p, torch.cat(inputs)), params)
+        logits, pullback = _vjp(lambda p: self.network(p, torch.cat(inputs)), params)
         parts = logits.split([len(x) for x in inputs])
         gradients = [self._at_labeled(parts[0], batch)]
         if uda_weight:
@@ -148,7 +153,7 @@ class Steps:
         recipe = self.recipe
         inputs = [batch.weak, batch.labeled, *(self._pair(batch)[1:] if recipe.uda_weight else ())]
         # One pass of the teacher over all that it is asked about, and one backward pass from all of its outputs.
-        logits, pullback = vjp(lambda p: self.network(p, torch.cat(inputs)), teacher)
+        logits, pullback = _vjp(lambda p: self.network(p, torch.cat(inputs)), teacher)
         on_unlabeled, on_labeled, *on_strong = logits.split([len(x) for x in inputs])
         q = on_unlabeled.softmax(-1)
         own = [recipe.supervised_loss * self._at_labeled(on_labeled, batch)]
@@ -215,20 +220,19 @@ class Steps:
 
     def _slope(self, params: Tree, w: Tree, x: Tensor) -> Tensor:
         """d/dε log S(x; θ + εw)."""
-        _, slope = jvp(lambda p: F.log_softmax(self.network(p, x), -1), (params,), (w,))
-        assert isinstance(slope, Tensor)
+        slope: Tensor = jvp(lambda p: F.log_softmax(self.network(p, x), -1), (params,), (w,))[1]
         return slope
 
     def _slope_and_curvature(self, params: Tree, w: Tree, x: Tensor, target: Tensor) -> tuple[Tensor, Tree]:
         """The same, and the product of w with the Hessian of the student's loss."""
 
         def slopes(p: Tree) -> tuple[Tensor, Tree]:
-            log_S, pullback = vjp(lambda p: F.log_softmax(self.network(p, x), -1), p)
+            log_S, pullback = _vjp(lambda p: F.log_softmax(self.network(p, x), -1), p)
             (g,) = pullback(-target / len(x))
             return log_S, g
 
-        _, (slope, curved) = jvp(slopes, (params,), (w,))
-        return slope, curved
+        tangents: tuple[Tensor, Tree] = jvp(slopes, (params,), (w,))[1]
+        return tangents
 
     # ------------------------------------------------------------------------------------ the teacher's own losses
 
@@ -252,7 +256,8 @@ class Steps:
         if self.recipe.feedback_ratio is None:
             return self.recipe.feedback_weight
         size = torch.linalg.vector_norm(torch.cat(list(own)))
-        return self.recipe.feedback_ratio * size / torch.linalg.vector_norm(from_feedback).clamp_min(TINY)
+        factor: Tensor = self.recipe.feedback_ratio * size / torch.linalg.vector_norm(from_feedback).clamp_min(TINY)
+        return factor
 
 
 def stacked(step: Callable[..., Any], *networks: Tree, batch: Batch) -> Callable[..., Any]:
@@ -276,6 +281,7 @@ def stacked(step: Callable[..., Any], *networks: Tree, batch: Batch) -> Callable
             fields[i] = column
         return step(*networks, Batch(*fields))
 
+    load_forward_mode()
     recorded = make_fx(vmap(one))(networks, tuple(t for t in tensors if t is not None))
     recorded.graph.eliminate_dead_code()
     recorded.recompile()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,7 @@ from metapl.errors import MetaplError
 from metapl.experiments.stacked import Batch, Stack, Steps, Tree, stacked
 from metapl.metrics import interval
 from metapl.recipes.two_moons import SUCCESS, TwoMoons
+from metapl.report.moons import Regions, draw_regions
 from metapl.training.progress import counting
 
 Method = Literal["supervised", "pseudo_labels", "mpl", "none"]
@@ -36,6 +39,9 @@ MOST_RUNS = 4096
 
 CHUNK = 128
 """Steps whose batches are drawn at once. Part of what a seed means: other chunks draw other batches."""
+
+GRID, BORDER = 200, 0.25
+"""Points of the plane on each side that are classified for the picture, and how far it goes beyond the moons."""
 
 _TEACHER, _STUDENT, _BATCHES = 1, 2, 3
 """Keep what is drawn of one seed apart."""
@@ -106,7 +112,6 @@ class TwoMoonsRuns:
         )
         self.points, self.labeled = points.to(dtype), labeled.to(dtype)
         self.targets = F.one_hot(labels, 2).to(dtype)
-        self._supervised: Tree | None = None
 
     @property
     def network(self) -> Stack:
@@ -146,16 +151,15 @@ class TwoMoonsRuns:
 
     # --------------------------------------------------------------------------------------------------- the methods
 
+    @cached_property
+    def _supervised(self) -> Tree:
+        return self._alone("teacher", self.recipe.steps, self.recipe.uda_weight, METHODS["supervised"])
+
     def _supervised_networks(self) -> Tree:
-        if self._supervised is None:
-            self._supervised = self._alone(
-                "teacher", self.recipe.steps, self.recipe.uda_weight, METHODS["supervised"]
-            )
         return self._supervised
 
     def _pseudo_labels_networks(self) -> Tree:
-        teacher = self._supervised_networks()
-        networks = teacher, self.initial("student")
+        networks = self._supervised, self.initial("student")
 
         def step(teacher: Tree, student: Tree, batch: Batch) -> tuple[Tree, Tree]:
             return teacher, self.steps.student_alone(teacher, student, batch)
@@ -174,11 +178,18 @@ class TwoMoonsRuns:
         steps = self.steps
         if not feedback:
             steps = Steps(dataclasses.replace(recipe, feedback_weight=0.0, feedback_ratio=None))
-        teacher = self._alone("teacher", recipe.pretrain_steps, 0.0, "first steps, teachers")
-        student = self._alone("student", recipe.pretrain_steps, 0.0, "first steps, students")
         title = METHODS["mpl" if feedback else "none"]
-        teacher, student = self._trained(steps.teacher_and_student, (teacher, student), recipe.steps, title)
+        teacher, student = self._trained(steps.teacher_and_student, self._first, recipe.steps, title)
         return teacher, student
+
+    @cached_property
+    def _first(self) -> tuple[Tree, Tree]:
+        """The teachers and students that the loop begins with."""
+        steps = self.recipe.pretrain_steps
+        return (
+            self._alone("teacher", steps, 0.0, "first steps, teachers"),
+            self._alone("student", steps, 0.0, "first steps, students"),
+        )
 
     def _alone(self, role: Literal["teacher", "student"], steps: int, uda_weight: float, title: str) -> Tree:
         """Networks that learn from the labeled points and, with UDA, from the others too."""
@@ -237,3 +248,81 @@ class TwoMoonsRuns:
         noise = torch.randn(*shape, 2, generator=generator) if recipe.input_noise else None
         uniform = torch.rand(shape, generator=generator) if recipe.mode == "reinforce" else None
         return index, noise, uniform
+
+
+def titles(recipe: TwoMoons) -> dict[Method, str]:
+    """The methods in words; with UDA, supervised learning is more than that."""
+    return METHODS | ({"supervised": "supervised and UDA"} if recipe.uda_weight else {})
+
+
+def table(recipe: TwoMoons, outcomes: Mapping[Method, Outcome]) -> str:
+    """The success of each method, for a terminal."""
+    named = titles(recipe)
+    head = f"{'':<30}  above {100 * SUCCESS:.0f} %  95 % interval  median run"
+    return "\n".join([head, *(_row(named[method], outcome) for method, outcome in outcomes.items())])
+
+
+def _row(title: str, outcome: Outcome) -> str:
+    low, high = (100 * end for end in outcome.interval)
+    rate, ends = f"{outcome.success} of {len(outcome.accuracy)}", f"{low:.0f}-{high:.0f} %"
+    return f"{title:<30}  {rate:>10}  {ends:>13}  {100 * outcome.accuracy[outcome.median]:>8.1f} %"
+
+
+def verdict(recipe: TwoMoons, outcomes: Mapping[Method, Outcome]) -> str:
+    """Whether Meta Pseudo Labels separates the moons more often than the others, by McNemar's exact test."""
+    import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
+
+    mpl, named = outcomes["mpl"], titles(recipe)
+    other, best = max(
+        ((method, outcome) for method, outcome in outcomes.items() if method != "mpl"),
+        key=lambda pair: pair[1].success,
+    )
+    pairs = [(a > SUCCESS, b > SUCCESS) for a, b in zip(mpl.accuracy, best.accuracy, strict=True)]
+    only_mpl, only_other = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+    differing = only_mpl + only_other
+    p = scipy.stats.binomtest(only_mpl, differing).pvalue if differing else 1.0
+    if p >= 0.05:
+        said = f"does not differ from that of {named[other]}"
+    else:
+        said = f"is {'higher' if only_mpl > only_other else 'lower'} than that of {named[other]}"
+    return (
+        f"The success rate of {METHODS['mpl']} {said}, the best of the others (p = {p:.2g}, McNemar's exact test on "
+        f"{len(pairs)} paired seeds)."
+    )
+
+
+def draw(path: Path, runs: TwoMoonsRuns, outcomes: Mapping[Method, Outcome]) -> None:
+    """The decision regions of each method's median run, and the accuracies of all of its runs, as a PNG."""
+    recipe = runs.recipe
+    panels = [_regions(runs, titles(recipe)[method], outcome) for method, outcome in outcomes.items()]
+    note = (
+        f"{recipe.points:,} points, {recipe.labels_per_class} of each moon labeled (large marks); {len(runs.seeds)} "
+        "seeds. Of each method its run with the median accuracy; below, all of its runs, green above "
+        f"{100 * SUCCESS:.0f} %. In brackets the 95 % interval of the success rate."
+    )
+    draw_regions(path, "Two moons", note, panels, SUCCESS)
+
+
+def _regions(runs: TwoMoonsRuns, title: str, outcome: Outcome) -> Regions:
+    """The panel of a method."""
+    run = outcome.median
+    moons = runs.moons[run]
+    low, high = moons.points.amin(0) - BORDER, moons.points.amax(0) + BORDER
+    axes = [torch.linspace(float(a), float(b), GRID) for a, b in zip(low, high, strict=True)]
+    plane = rearrange(torch.stack(torch.meshgrid(*axes, indexing="xy")), "xy y x -> 1 (y x) xy")
+    network = {name: t[run : run + 1] for name, t in outcome.networks.items()}
+    classes = runs.network.classes(network, plane.to(runs.points))
+    grid = rearrange(classes, "1 (y x) -> y x", y=GRID)
+    ends = "-".join(f"{100 * end:.0f}" for end in outcome.interval)
+    return Regions(
+        title=title[:1].upper() + title[1:],
+        note=f"{outcome.success} of {len(outcome.accuracy)} succeed ({ends} %); shown: seed {runs.seeds[run]}, "
+        f"{100 * outcome.accuracy[run]:.1f} %",
+        points=moons.points.tolist(),
+        classes=moons.classes.tolist(),
+        labeled=moons.labeled.tolist(),
+        corner=(float(low[0]), float(low[1])),
+        far_corner=(float(high[0]), float(high[1])),
+        grid=grid.tolist(),
+        accuracy=outcome.accuracy,
+    )

@@ -58,9 +58,9 @@ class TwoMoons:
     hidden: tuple[int, ...] = (8, 8)
     activation: Activation = "sigmoid"
     init_scale: float = 0.1
-    steps: int = 20_000
+    steps: int = 12_000
     pretrain_steps: int = 0
-    unlabeled_batch: int = 64
+    unlabeled_batch: int = 32
     student_lr: float = 0.1
     teacher_lr: float = 0.1
     mode: Literal["forward", "reinforce"] = "forward"

@@ -29,9 +29,9 @@ CLASS_COLORS = (PALETTE[0], PALETTE[1])
 SUCCESS_COLOR = PALETTE[2]
 
 # Inches.
-PANEL, REGION_HEIGHT, STRIP_HEIGHT, BETWEEN, ABOVE, BELOW_REGION, BELOW = 4.3, 3.2, 1.15, 0.35, 0.75, 0.62, 0.45
+PANEL, REGION_HEIGHT, STRIP_HEIGHT, BETWEEN, ABOVE, BELOW_REGION, BELOW = 4.1, 3.1, 1.1, 0.55, 0.75, 0.3, 0.35
 
-BINS = 50
+BINS = 40
 """Of accuracies, from 0 to 1."""
 
 
@@ -90,6 +90,8 @@ def _page(title: str, note: str, methods: Sequence[Regions], success: float) -> 
         bottom = top - REGION_HEIGHT - BELOW_REGION - STRIP_HEIGHT
         strip = figure.add_axes(fractions(figure, (left, bottom, PANEL, STRIP_HEIGHT)))
         _draw_accuracies(strip, method.accuracy, success, highest)
+        if number == 0:
+            strip.set_ylabel("runs", fontsize=NOTE_SIZE, labelpad=2)
     return figure
 
 
@@ -104,7 +106,8 @@ def _draw_region(axes: Axes, method: Regions) -> None:
     )
     for c, color in enumerate(CLASS_COLORS):
         members = [point for point, true in zip(method.points, method.classes, strict=True) if true == c]
-        axes.scatter(*zip(*members, strict=True), s=3, color=color, alpha=0.55, linewidths=0, zorder=2)
+        across, up = zip(*members, strict=True)
+        axes.scatter(across, up, s=3, color=color, alpha=0.55, linewidths=0, zorder=2)
     for position in method.labeled:
         marker, color = (("o", "s")[method.classes[position]], CLASS_COLORS[method.classes[position]])
         x, y = method.points[position]
@@ -118,6 +121,8 @@ def _draw_region(axes: Axes, method: Regions) -> None:
 
 
 def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, highest: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     counts = _counts(accuracy)
     succeeded = [0] * BINS
     for value in accuracy:
@@ -128,12 +133,11 @@ def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, high
     axes.axvline(success, color=INK, linewidth=1.0, linestyle=(0, (3, 2)), zorder=4)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.tick_params(which="both", length=0)
-    axes.set_xlim(min(0.4, min(accuracy) - 0.02), 1.005)
+    axes.set_xlim(min(0.4, min(accuracy) - 0.02), 1.0)
     axes.set_ylim(0, 1.1 * highest)
-    axes.yaxis.get_major_locator().set_params(integer=True, nbins=3)  # type: ignore[attr-defined]  # MaxNLocator
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.set_xlabel("accuracy on all points", loc="right", labelpad=1, fontsize=NOTE_SIZE)
-    axes.set_ylabel("runs", fontsize=NOTE_SIZE)
 
 
 def _bin(value: float) -> int:
@@ -144,7 +148,7 @@ def _counts(accuracy: Sequence[float]) -> list[int]:
     """Runs in each bin.
 
     >>> [number for number, count in enumerate(_counts([0.0, 0.99, 1.0])) if count]
-    [0, 49]
+    [0, 39]
     """
     counts = [0] * BINS
     for value in accuracy:

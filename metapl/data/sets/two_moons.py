@@ -54,7 +54,7 @@ def two_moons(seed: int, *, points: int, noise: float, labels_per_class: int, pl
     >>> moons.points.shape, moons.classes[moons.labeled].tolist(), len(moons.unlabeled)
     (torch.Size([2000, 2]), [0, 0, 0, 1, 1, 1], 1994)
     """
-    from sklearn.datasets import make_moons  # type: ignore[import-untyped]  # it ships no types
+    from sklearn.datasets import make_moons
 
     random_state = np.random.RandomState(fold_in(seed, _POINTS) % 2**32)
     x, y = make_moons(points, noise=noise, random_state=random_state)
