@@ -21,6 +21,7 @@ LEVELS = (
     ("feedback",),
     ("hypergradient",),
     ("data", "metrics", "report", "export"),
+    ("labels",),
     ("training",),
     ("ablation",),
     ("recipes",),
