@@ -28,8 +28,8 @@ GROUPS: dict[str, str] = {
     "warmup clip-norm ema-decay validate-every",
     "losses of the teacher": "label-smoothing uda-weight uda-temperature uda-threshold uda-align uda-prior uda-start "
     "uda-ramp",
-    "feedback": "mode labels feedback-weight feedback-ratio normalization baseline temperature pseudo-label-smoothing "
-    "exact-every",
+    "feedback": "mode pseudo-labels feedback-weight feedback-ratio normalization baseline temperature "
+    "pseudo-label-smoothing exact-every",
     "optimizers": "student.* teacher.*",
     "finetuning": "finetune-steps finetune-batch finetune.*",
     "comparison": "compare seeds methods controls jobs modes draws rounds factory",

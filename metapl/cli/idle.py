@@ -114,7 +114,7 @@ def by_method(recipe: ImageFolders, methods: Sequence[str]) -> Iterator[Rule]:
         if recipe.teacher_dropout is not None:
             yield Rule("dropout", f"beside --teacher-dropout {where}", "leave out one of them")
     if not {*methods} & {*WITH_STUDENT}:
-        yield Rule("wait warm-start no-warm-start mode labels", where, "it is for --method mpl or none")
+        yield Rule("wait warm-start no-warm-start mode pseudo-labels", where, "it is for --method mpl or none")
     if not {*methods} & {*WITH_FEEDBACK}:
         yield Rule(FEEDBACK, where, "it is for --method mpl")
     elif recipe.feedback.mode == "none":

@@ -19,6 +19,7 @@ from torch import Tensor
 from metapl.data.feed import feed
 from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.experiments.methods import train
+from metapl.experiments.reducing import even_labels
 from metapl.recipes.base import ROLES, Task
 from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.image_recipe import ImageParts
@@ -111,6 +112,7 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
             classes=recipe.classes,
             record={},
         )
+        task = dataclasses.replace(task, label=even_labels(task))
         teacher, student = (recipe.network(role).to(recipe.torch_device()) for role in ROLES)
         train(EVERY_METHOD[recipe.method], recipe, task, teacher, student, rehearse)
     return sum(seconds)

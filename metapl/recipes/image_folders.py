@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 else:
     Open = Optional
 
-Method = Literal["uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels"]
+Method = Literal["uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels", "reduced_mpl"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,8 @@ class ImageFolders(ImageRecipe):
         method: uda and fixmatch train one network, on the labeled pictures and on its own labels of pictures that it
             is sure of. mpl trains a teacher and a student with feedback; none does so without feedback. supervised uses
             the labeled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
-            labeled pictures alone.
+            labeled pictures alone. reduced_mpl trains a teacher first and stores its labels, which a small network
+            then adjusts by the student's feedback.
         minutes: how long training may take: as many steps are taken as fit by a short measurement on this machine. By
             default 5; --steps replaces it. With --compare, every method takes the steps of --method.
         steps: number of training steps; by default as many as fit into --minutes.
