@@ -24,7 +24,7 @@ from metapl.metrics.cost import flops, peak_bytes
 from metapl.training.trainer import BilevelTrainer
 
 Gradient = Tensor
-"""The teacher's gradient as one vector, float64."""
+"""The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,9 @@ EXACT = 0.01
 def _gradient(trainer: BilevelTrainer, mode: str | Estimator, labeled: Any, unlabeled: Any, seed: int = 0) -> Gradient:
     generator = torch.Generator(trainer.device).manual_seed(seed)
     found = trainer.hypergradient(labeled, unlabeled, mode, generator=generator)
-    return torch.cat([g.flatten().double() for g in found.grads.values()])
+    # Without a teacher, the gradient is that in the signal.
+    parts = found.grads.values() if trainer.teacher is not None else [-torch.as_tensor(found.feedback)]
+    return torch.cat([g.flatten().double() for g in parts])
 
 
 def _exact(trainer: BilevelTrainer, labeled: Any, unlabeled: Any) -> Gradient:

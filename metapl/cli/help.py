@@ -21,7 +21,8 @@ INDENT = 26
 """Columns that a flag and its value have before its help."""
 
 GROUPS: dict[str, str] = {
-    "data": "labeled unlabeled clean val test val-fraction data data-root labels-per-class validation split seed",
+    "data": "labeled unlabeled teacher labels labeled-labels clean val test val-fraction data data-root "
+    "labels-per-class validation split seed",
     "network": "network weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth",
     "views": "view.* changes.* pad resized-crop randaugment strong.*",
     "training": "method minutes steps wait warm-start warm-steps labeled-batch unlabeled-batch clean-batch schedule "

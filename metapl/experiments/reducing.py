@@ -14,7 +14,7 @@ from metapl.data import LabeledBatches, UnlabeledBatches
 from metapl.data.batches import in_unit_range
 from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError
-from metapl.experiments.doubting import ALONE, Fit
+from metapl.experiments.doubting import Fit
 from metapl.experiments.labeling import BATCH, Labeled, PicturesInMemory, Read, rows_per_part, write_labels
 from metapl.feedback import Altered
 from metapl.fingerprints import fingerprint
@@ -69,7 +69,7 @@ def train_reduced(
     pairs = dataclasses.replace(unlabeled, weak=seen, strong=None, stored=stored.unlabeled)
     known = labeled if stored.labeled is None else dataclasses.replace(labeled, stored=stored.labeled)
     # The small network has no opinion on examples, of which some could be right.
-    return trainer, fit(trainer, known, pairs, dataclasses.replace(task, truth=None), **ALONE)
+    return trainer, fit(trainer, known, pairs, dataclasses.replace(task, truth=None), wait=0, warm_start=False)
 
 
 def feedback_of(recipe: Recipe, feedback: Any) -> tuple[Any, Kind | None]:

@@ -167,3 +167,7 @@ EVERY_METHOD: dict[str, Method] = METHODS | NOISY_METHODS
 def title(method: str) -> str:
     """A method in words."""
     return EVERY_METHOD[method].title if method in EVERY_METHOD else method
+
+
+TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
+"""The networks of a run in words."""
