@@ -52,9 +52,9 @@ class Experiment:
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
         self.record(task)
         task = dataclasses.replace(task, label=label_by(self.folder.path, task, self.say))
+        teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         if EVERY_METHOD[method].reduced:
             task = dataclasses.replace(task, stored=labels_given(self.recipe, task, self.folder.path, self.say))
-        teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         trained, result = self.train(method, task, teacher, student)
         labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
         galleries = draw_galleries(task, labeler, trained.student)

@@ -48,6 +48,7 @@ def train_reduced(
     assert isinstance(labeled, LabeledBatches)
     assert isinstance(unlabeled, UnlabeledBatches)
     device = next(student.parameters()).device
+    torch.manual_seed(recipe.seed)  # wherever the labels came from, and whatever was drawn for them
     adjuster = label_adjuster(len(task.classes)).to(device)
     estimator, kind = feedback_of(recipe, method.feedback)
     labels = recipe.feedback.problem()
