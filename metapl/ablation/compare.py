@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 from metapl.ablation.batches import pairs, refuse_single_use
-from metapl.ablation.gradients import CannotRun, costs, distance, exact_gradient, over_points, rounding_of
+from metapl.ablation.figures import Distance, ModeCost
+from metapl.ablation.gradients import CannotRun, costs, distance, exact_gradient, over_points
 from metapl.ablation.recommend import recommendation
-from metapl.ablation.results import Ablation, Distance, ModeCost
+from metapl.ablation.results import Ablation
 from metapl.ablation.stability import sweeps
 from metapl.ablation.trainings import short_trainings
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
-from metapl.feedback import MODES, Altered, Estimator, estimator
+from metapl.feedback import MODES, Altered, Estimator, Forward, Unrolled, estimator
 from metapl.training.progress import counting
 from metapl.training.trainer import BilevelTrainer
 
@@ -125,7 +126,7 @@ def ablate(
                 )
     controls = {name: mode for name, mode in measured.items() if isinstance(estimates[name], Altered)}
     compared = {name: mode for name, mode in measured.items() if name not in controls}
-    name, text = recommendation(compared, rounding_of(trainer, compared))
+    name, text = recommendation(compared, [name for name in compared if _is_exact(estimates[name])])
     return Ablation(compared, text, points, controls, sweep, trainings, name)
 
 
@@ -175,6 +176,13 @@ def _altered(estimates: Mapping[str, Estimator], reasons: Mapping[str, str]) -> 
     base = next((estimates[name] for name in PER_EXAMPLE if name in estimates and name not in reasons), None)
     made = [] if base is None else [Altered(base, alteration) for alteration in ALTERATIONS]
     return {one.name: one for one in made if one.name not in estimates}
+
+
+def _is_exact(mode: Estimator) -> bool:
+    """Whether a mode gives the whole gradient, but for rounding."""
+    if not isinstance(mode, Unrolled | Forward) or mode.truncate is not None:
+        return False
+    return isinstance(mode, Unrolled) or mode.normalization == "gradient"
 
 
 def _check_numbers(**numbers: int | None) -> None:

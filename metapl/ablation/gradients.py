@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl.ablation.recommend import NEAR, ROUNDING
-from metapl.ablation.results import Distance, ModeCost
+from metapl.ablation.figures import Distance, ModeCost
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator
@@ -89,9 +88,10 @@ def exact_gradient(trainer: BilevelTrainer, labeled: Any, unlabeled: Any) -> Gra
                 return _gradient(trainer, mode, labeled, unlabeled)
         except CannotRun as error:
             refusals.append(str(error))
-    raise MetaplError(
-        f"there is no exact gradient to compare with: by double backward, {refusals[0]}; by forward mode, {refusals[1]}"
-    )
+    why = f"by double backward, {refusals[0]}; by forward mode, {refusals[1]}"
+    if refusals[0] == refusals[1]:
+        why = f"by double backward and by forward mode, {refusals[0]}"
+    raise MetaplError(f"there is no exact gradient to compare with: {why}")
 
 
 def distance(
@@ -177,18 +177,3 @@ def over_points(distances: Sequence[Distance], passes: float, seconds: float, pe
         for name in ("relative_error", "noise_to_signal")
     ]
     return ModeCost(cosine, squares[0], squares[1], passes, seconds, peak)
-
-
-def rounding_of(trainer: BilevelTrainer, modes: Mapping[str, ModeCost | str]) -> float:
-    """The distance that rounding alone makes.
-
-    In bfloat16, and where TF32 is allowed, two exact modes round differently, so the distance of ``forward`` from the
-    exact gradient counts as rounding, up to a hundredth.
-    """
-    if next(trainer.student.parameters()).dtype == torch.float64:
-        return ROUNDING * 1e-6
-    coarse = trainer.precision == "bfloat16" or (trainer.device.type == "cuda" and torch.backends.cudnn.allow_tf32)
-    forward = modes.get("forward")
-    if coarse and isinstance(forward, ModeCost):
-        return max(ROUNDING, min(NEAR, forward.of_one_draw))
-    return ROUNDING

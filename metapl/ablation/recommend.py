@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from metapl.ablation.results import ModeCost
+from metapl.ablation.figures import ModeCost
 
-ROUNDING = 1e-5
-"""Distance up to which a gradient in float32 is the exact one to rounding."""
+EXACT = ("unrolled", "forward")
+"""Modes that are exact but for rounding."""
+
+TRUSTED = 0.1
+"""Distance up to which that is believed. In bfloat16, and where the gradient itself is nearly zero, as in the first
+steps of Adam, two exact modes differ by as much as some hundredths."""
+
+TOLD = 1e-3
+"""Rounding beyond it is told."""
 
 NEAR = 0.01
 """Distance, noise included, up to which a gradient is near the exact one."""
@@ -19,7 +26,7 @@ PREFERRED = "forward"
 """Taken between modes that are equal otherwise: exact, without a second backward pass and its memory."""
 
 
-def recommendation(modes: Mapping[str, ModeCost | str], rounding: float = ROUNDING) -> tuple[str | None, str]:
+def recommendation(modes: Mapping[str, ModeCost | str], exact_modes: Collection[str] = EXACT) -> tuple[str | None, str]:
     """The name of the mode to take, and the sentences that say so and what decided.
 
     Of the modes that are exact to rounding the fastest is taken; where times are within 10 % the one with the least
@@ -29,18 +36,20 @@ def recommendation(modes: Mapping[str, ModeCost | str], rounding: float = ROUNDI
 
     Args:
         modes: as in :class:`metapl.ablation.Ablation`.
-        rounding: distance up to which a gradient counts as exact to rounding.
+        exact_modes: names of modes that are exact but for rounding.
 
     Returns: the name, None where no mode ran; and the text.
     """
     ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in ("none", "implicit")}
     if not ran:
         return None, "No mode that gives feedback can run on this model; the reasons stand beside the modes."
-    exact = {name: mode for name, mode in ran.items() if mode.of_one_draw <= rounding}
+    exact = {name: mode for name, mode in ran.items() if name in exact_modes and mode.of_one_draw <= TRUSTED}
     near = {name: mode for name, mode in ran.items() if mode.of_one_draw <= NEAR}
     if exact:
         name, decided = _cheapest(exact)
-        why = "its gradient is the exact one to rounding, without noise"
+        rounding = max(mode.of_one_draw for mode in exact.values())
+        told = f" (which is {rounding:.1g} of its length here)" if rounding > TOLD else ""
+        why = f"its gradient is the exact one to rounding{told}, without noise"
         why += f", {decided}" if decided else "; no other of these modes is exact to rounding"
     elif near:
         name, decided = _cheapest(near)
@@ -107,8 +116,8 @@ def _scalar(name: str, ran: Mapping[str, ModeCost]) -> list[str]:
     if scalar is None or name == "reinforce":
         return []
     return [
-        f"Algorithm 1's scalar (reinforce) takes {duration(scalar.seconds)} and has {scalar.noise_to_signal:.2g} times "
-        "as much noise as signal."
+        f"Algorithm 1's scalar (reinforce) takes {duration(scalar.seconds)}, and error and noise of one draw are "
+        f"{scalar.of_one_draw:.2g} times the signal."
     ]
 
 

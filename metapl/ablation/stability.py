@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metapl.ablation.figures import Distance, Sweep
 from metapl.ablation.gradients import CannotRun, distance, exact_gradient, sibling
-from metapl.ablation.results import Distance, Sweep
 from metapl.batch import length, rows
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.difference import RELATIVE_STEP

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from metapl.ablation.results import Ablation, Distance, ModeCost, Outcome, Sweep, Trainings, spread
+from metapl.ablation.figures import Distance, ModeCost, Outcome, Sweep, Trainings, spread
 from metapl.words import table
 
 WIDTH = 80
@@ -16,20 +16,26 @@ SETTINGS = {
     "temperature": "temperature of the pseudo-labels",
     "batch_size": "examples in the unlabeled batch",
 }
-"""What is varied, by the key of :attr:`metapl.ablation.Ablation.stability`."""
+"""What is varied, by its key in the results."""
 
 CONTROLS = "altered feedback, as a control:"
 
 
-def tables(found: Ablation) -> str:
-    """All tables, and below them the reasons for what is missing."""
+def tables(
+    modes: Mapping[str, ModeCost | str],
+    altered: Mapping[str, ModeCost | str],
+    stability: Mapping[str, Sweep | str],
+    trainings: Trainings | None,
+) -> str:
+    """All tables, and below them the reasons for what is missing; the arguments are as in
+    :class:`metapl.ablation.Ablation`."""
     notes = _Notes()
-    parts = [_modes(found, notes)]
-    if found.stability:
+    parts = [_modes(modes, altered, notes)]
+    if stability:
         parts.append("Cosine, and error and noise of one draw together, over values of a setting:")
-        parts += [_sweep(name, sweep, notes) for name, sweep in found.stability.items()]
-    if found.trainings is not None:
-        parts.append(_trainings(found.trainings, [*found.altered], notes))
+        parts += [_sweep(name, sweep, notes) for name, sweep in stability.items()]
+    if trainings is not None:
+        parts.append(_trainings(trainings, [*altered], notes))
     return "\n\n".join([*parts, *notes.lines()])
 
 
@@ -64,8 +70,8 @@ class _Notes:
         ]
 
 
-def _modes(found: Ablation, notes: _Notes) -> str:
-    every = {**found.modes, **found.altered}
+def _modes(modes: Mapping[str, ModeCost | str], altered: Mapping[str, ModeCost | str], notes: _Notes) -> str:
+    every = {**modes, **altered}
     ran = {name: mode for name, mode in every.items() if isinstance(mode, ModeCost)}
     time_unit, time = _unit([mode.seconds for mode in ran.values()], {"s": 1.0, "ms": 1e-3})
     peak_unit, peak = _unit([mode.peak_bytes for mode in ran.values()], {"GB": 1e9, "MB": 1e6, "KB": 1e3})
@@ -90,9 +96,9 @@ def _modes(found: Ablation, notes: _Notes) -> str:
         for name, mode in every.items()
         if isinstance(mode, str)
     }
-    block = [head_line, *(lines[name] for name in found.modes)]
-    if found.altered:
-        block += [CONTROLS, *(lines[name] for name in found.altered)]
+    block = [head_line, *(lines[name] for name in modes)]
+    if altered:
+        block += [CONTROLS, *(lines[name] for name in altered)]
     return "\n".join(block)
 
 

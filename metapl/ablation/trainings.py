@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from metapl.ablation.batches import pairs
+from metapl.ablation.figures import Outcome, Trainings
 from metapl.ablation.gradients import CannotRun, reasons_told, sibling
-from metapl.ablation.results import Outcome, Trainings
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator
 from metapl.metrics import evaluate_logits, predict_logits

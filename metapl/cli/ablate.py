@@ -71,7 +71,6 @@ class Looking(ABC):
 
     def __call__(self) -> int:
         self._check()
-        seeds = parse_seeds(self.train_seeds or "0-4")
         subject = self.subject()
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +85,7 @@ class Looking(ABC):
             altered=self.altered,
             stability=self.stability,
             train_steps=self.train_steps,
-            train_seeds=seeds,
+            train_seeds=self._seeds(),
             validation=subject.validation,
             progress=True,
         )
@@ -120,6 +119,14 @@ class Looking(ABC):
                 f"--train-seeds {self.train_seeds} was given without --train-steps, so nothing would be trained; give "
                 "--train-steps 100 too, or leave it out."
             )
+
+        self._seeds()
+
+    def _seeds(self) -> tuple[int, ...]:
+        try:
+            return parse_seeds(self.train_seeds or "0-4")
+        except MetaplError as error:
+            raise MetaplError(f"--train-{error}") from error
 
     @abstractmethod
     def subject(self) -> Subject:

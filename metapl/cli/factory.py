@@ -52,7 +52,7 @@ def _parts(name: str) -> tuple[str, str]:
     path = module.removesuffix(".py").replace("\\", "/").strip("/")
     if module.endswith(".py") or "/" in module:
         folder, _, stem = path.rpartition("/")
-        where = f", called in the folder {folder}" if folder else ""
+        where = f", called in the folder {folder}" if folder not in ("", ".") else ""
         instead = f"{stem}:{function or 'build'}{where}"
         raise MetaplError(f"--factory {name}: {module} is a file; expected module:function, such as {instead}.")
     if not all(part.isidentifier() for part in module.split(".")) or not function.isidentifier():
