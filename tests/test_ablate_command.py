@@ -13,6 +13,7 @@ import pytest
 
 import metapl
 from metapl.cli import main
+from metapl.cli.ablate import COMMANDS
 
 OWN = """
 import torch, metapl
@@ -86,6 +87,14 @@ def test_it_writes_figures_and_a_picture_and_recommends(folder: Path, capsys: py
         assert words in said
 
 
+def test_the_help_names_the_recipes_that_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "--help"]) == 0
+    said = capsys.readouterr().out
+    named = {line.split()[0] for line in said.splitlines() if line.startswith("  ") and line.split()[0] != "metapl"}
+    assert named == {*COMMANDS}
+    assert max(map(len, said.splitlines())) <= 80
+
+
 def test_networks_of_ones_own(folder: Path) -> None:
     """In a process of its own: the module is found in the folder in which the command is called."""
     arguments = "ablate --factory my_networks:with_helper --modes forward reinforce --rounds 1 --train-steps 2"
@@ -122,6 +131,9 @@ def test_networks_of_ones_own(folder: Path) -> None:
         ("digits --train-steps -3", "--train-steps -3: expected 0 to"),
         ("digits --train-seeds 0-4", "without --train-steps, so nothing would be trained"),
         ("digits --train-steps 3 --train-seeds 4-0", "--train-seeds='4-0': expected at least one seed"),
+        ("digits --ema-decay 0.9 --finetune.lr 1", "--ema-decay and --finetune.lr have no effect in metapl ablate, wh"),
+        ("images --labeled a --unlabeled b --pad 2", "--pad has no effect without --randaugment"),
+        ("images --labeled a --unlabeled b --method mpl", "--method has no effect in metapl ablate, which takes"),
         ("digits --stabilty", "there is no --stabilty; did you mean --stability?"),
         ("", "no recipe was named"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ import tyro
 
 from metapl.ablation import Ablation, ablate
 from metapl.cli.factory import made_by
+from metapl.cli.idle import by_ablation, explained
 from metapl.cli.parse import Switch, paragraph
 from metapl.errors import MetaplError
 from metapl.experiments.comparison import parse_seeds
@@ -150,6 +152,16 @@ class Ablate(Looking):
     """
 
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
+
+    def check_flags(self, given: Sequence[str]) -> None:
+        """Refuse flags that have no effect.
+
+        Args:
+            given: the names of the flags on the command line, without dashes.
+        """
+        idle = explained(given, by_ablation(self.recipe))
+        if idle:
+            raise MetaplError(idle)
 
     def subject(self) -> Subject:
         """By the recipe, Meta Pseudo Labels."""
