@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,15 +11,16 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.errors import MetaplError
-from metapl.execution.buffers import inputs_unchanged, nothing_moved
+from metapl.execution.buffers import nothing_moved
 from metapl.execution.guards import casts_explained, restored_on_failure, step_lock
 from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
-from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback import Estimator, estimator, modes_for
+from metapl.feedback import Estimator, Feedback, estimator, modes_for
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path, Teach, take_steps
+from metapl.feedback.teacher_pass import TeacherPass
+from metapl.parts import trainable
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem
 from metapl.updates import Update, update_of
@@ -163,6 +165,7 @@ def hypergradient(
     inner_optimizer: Any,
     inner_state: Any = None,
     generator: torch.Generator | None = None,
+    recompute_teacher: bool = False,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after one student step, in the teacher's weights.
 
@@ -182,6 +185,9 @@ def hypergradient(
             (its current state is read and left as it is).
         inner_state: the transform's state, from an earlier call.
         generator: for drawing labels; default: the default generator of the device.
+        recompute_teacher: run the teacher on each inner batch without a graph first, and once more with a graph at the
+            end. Cost: one more teacher forward pass per inner batch, and one graph of the teacher in memory instead of
+            K.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
@@ -206,12 +212,11 @@ def hypergradient(
     update = update_of(inner_optimizer, trainable(student), inner_state)
     labeled, unlabeled = problem.outer_batch(labeled), plain_inner(unlabeled)
     checks.batches(labeled, inner_batches(unlabeled), device)
-    signals: list[Signal] = []
+    passes: list[TeacherPass] = []
 
     def teach(batch: Any, outputs: Tensor) -> Signal:
-        with inputs_unchanged(batch, "teacher"):
-            signals.append(problem.signal(teacher, batch, outputs, generator=generator))
-        return signals[-1]
+        passes.append(TeacherPass(teacher, problem, batch, outputs, generator, recompute_teacher))
+        return passes[-1].signal
 
     with (
         step_lock,
@@ -226,11 +231,7 @@ def hypergradient(
         for step_feedback in feedback:
             step_feedback.check_finite()
         parameters = trainable(teacher)
-        losses = [h.teacher_loss(signal) for h, signal in zip(feedback, signals, strict=True)]
-        loss = torch.stack(losses).sum()
-        grads = [torch.zeros_like(p) for p in parameters.values()]
-        if loss.requires_grad:
-            grads = list(torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True))
+        grads = _teacher_gradient(list(parameters.values()), feedback, passes)
         h = tuple(step_feedback.h.detach() for step_feedback in feedback)
         return Hypergradient(
             grads=dict(zip(parameters, grads, strict=True)),
@@ -240,3 +241,23 @@ def hypergradient(
             student_params=path.params,
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
         )
+
+
+def _teacher_gradient(
+    parameters: Sequence[Tensor], feedback: Sequence[Feedback], passes: Sequence[TeacherPass]
+) -> list[Tensor]:
+    """The gradient of −Σ h·signal over the teacher's passes, in its parameters."""
+    if not passes[0].recompute:
+        losses = [h.teacher_loss(step.signal) for h, step in zip(feedback, passes, strict=True)]
+        return _gradient_in(parameters, torch.stack(losses).sum())
+    grads = [torch.zeros_like(p) for p in parameters]
+    for h, step in zip(feedback, passes, strict=True):  # one graph at a time
+        found = _gradient_in(parameters, h.teacher_loss(step.with_graph()))
+        grads = [total + g for total, g in zip(grads, found, strict=True)]
+    return grads
+
+
+def _gradient_in(parameters: Sequence[Tensor], loss: Tensor) -> list[Tensor]:
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    return list(torch.autograd.grad(loss, list(parameters), materialize_grads=True))

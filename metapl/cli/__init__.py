@@ -26,6 +26,7 @@ own labels of pictures that it is sure of.
   metapl finetune RUN           finetune it on the labeled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
   metapl export RUN --out DIR   write it for others: a program, weights, a card
+  metapl label RUN DIR          store its class probabilities of many pictures
 
 For example, with the handwritten digits that come with scikit-learn, of which
 two in each class are labeled (a minute on a laptop, no graphics card):

@@ -13,7 +13,15 @@ from torch.autograd import forward_ad
 from metapl import checks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_outputs, coarsest
-from metapl.execution.buffers import Slots, buffers_aside, copies, fresh, inputs_unchanged, stand_ins, swapped
+from metapl.execution.buffers import (
+    Slots,
+    buffers_aside,
+    copies,
+    fresh,
+    inputs_unchanged,
+    stand_ins,
+    swapped,
+)
 from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import (
     checkpoints_without_reentry,
@@ -24,14 +32,10 @@ from metapl.execution.kernels import (
 )
 from metapl.execution.rng import RandomState, replayed
 from metapl.numerics import Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
+from metapl.parts import trainable
 
 Loss = Callable[[Tensor, Tree], Tensor]
 """A scalar of outputs and of the weights that they were computed at."""
-
-
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module learns, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 class LocalStudent:

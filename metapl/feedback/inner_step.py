@@ -34,7 +34,7 @@ from metapl.errors import MetaplError
 from metapl.execution.local import Loss, Pass, as_leaves
 from metapl.numerics import Tree, dot, mean_tree, norm, wide
 from metapl.problems.base import Problem, Signal
-from metapl.updates import Update
+from metapl.updates import Parameters, Update
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ class InnerStep:
     def moved(self) -> tuple[Tree, Any]:
         """θ′ and s′, with a graph if the path keeps it."""
         return self.update.update(self.params, self.grads, self.state)
+
+    def commit(self, parameters: Parameters) -> None:
+        """Take the step, from the parameters and the optimizer's state as they are now."""
+        self.update.commit(parameters, self.gradient, lambda: self.moved)
 
     @property
     def learning_rate(self) -> float | None:

@@ -58,7 +58,8 @@ class Path:
     @property
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps, a scalar."""
-        return torch.stack([step.inner_loss for step in self.steps]).mean()
+        losses = [step.inner_loss for step in self.steps]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -153,11 +154,10 @@ class Path:
     def commit(self) -> None:
         """Move the student to θ′, with its optimizer."""
         if not all(step.kept for step in self.steps):
-            self.update.commit(self.student.parameters, None, self.params, self.state)
+            self.update.write(self.student.parameters, self.params, self.state)
             return
         for step in self.steps:
-            new_params, new_state = pytree.tree_map_only(Tensor, Tensor.detach, step.moved)
-            self.update.commit(self.student.parameters, step.gradient, new_params, new_state)
+            step.commit(self.student.parameters)
 
     @cached_property
     def _outer(self) -> tuple[Tensor, Tree]:
@@ -243,7 +243,7 @@ def _step(
         passes,
         batch,
         joined_signals(signals),
-        torch.stack(losses).mean(),
+        losses[0] if len(losses) == 1 else torch.stack(losses).mean(),
         mean_tree(grads),
         state,
     )

@@ -15,13 +15,13 @@ from metapl.batch import micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import casts_explained, step_guard
-from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
 from metapl.fingerprints import as_values
 from metapl.hypergradient import Hypergradient, check_steps, hypergradient, look_ahead, prepare
+from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches
 from metapl.training import FitResult, Trainer
@@ -169,7 +169,7 @@ class BilevelTrainer(Trainer):
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all micro-batches would not fit
             step = TeacherStep(self.teacher, self.problem, batch, outputs, self.generator, recompute)
             teacher_steps.append(step)
-            return step.signal()
+            return step.signal
 
         self.update.follow(trainable(self.student))
         path = look_ahead(
@@ -199,12 +199,9 @@ class BilevelTrainer(Trainer):
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
             in_last_batch = i >= len(teacher_steps) - parts
             losses = self._teacher_trainer.losses_for(step.unlabeled) if in_last_batch else ()
-            objective = step.loss(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done)
-            checks.learns(objective.own, "teacher")
-            loss = objective.feedback + objective.own / parts
-            if loss.requires_grad:
-                loss.backward()
-            objectives.append(objective.without_graph())
+            objectives.append(
+                step.backward(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done, parts)
+            )
         return objectives
 
     def _report(
