@@ -110,6 +110,16 @@ def test_what_a_model_does_not_have_is_not_varied_and_said() -> None:
     assert "takes hard signals" in str(found.modes["reinforce"])
 
 
+def test_labels_that_are_drawn_for_an_exact_mode_make_noise() -> None:
+    problem, trainer = trainer_for(problem=metapl.PseudoLabels(kind="hard"))
+    found = ablate(trainer, problem.labeled, problem.unlabeled, ["unrolled", "forward"], rounds=1, draws=6)
+    hard = found.modes["forward"]
+    assert isinstance(hard, ModeCost)
+    assert hard.noise_to_signal > 1e-4
+    assert 1e-3 < hard.relative_error < 0.5  # beside the exact gradient of soft labels
+    assert "takes soft labels" in str(found.modes["unrolled"])
+
+
 # ------------------------------------------------------------------------------------------------------ short trainings
 
 

@@ -58,7 +58,7 @@ def ablate(
         steps: the training in which is looked: at its beginning, in its middle and at its end, by copies of the
             trainer's state, which is put back. 0: at the trainer's state alone.
         draws: of labels, for modes that draw them, and of alterations.
-        rounds: in which each mode is timed once; None: 3, and more for short calls, for half a second in all.
+        rounds: in which each mode is timed once, and the least counts; None: 5, and more for short calls, for a second.
         altered: also measure the feedback of a mode altered in three ways (:class:`metapl.feedback.Altered`), of the
             first that runs of ``forward``, ``difference``, ``unrolled`` and ``reinforce_per_example``. These are
             controls: what a training gains by them is not due to the feedback on each example.

@@ -34,7 +34,7 @@ MOST_TRAINING_STEPS = 10**9
 
 OUT_HELP = "folder for ablation.json and ablation.png; by default neither is written."
 MODES_HELP = f"these modes alone, of {', '.join(MODES)}."
-ROUNDS_HELP = "in which each mode is timed once; by default 3, more for short calls."
+ROUNDS_HELP = "in which each mode is timed once; by default 5, more for short calls."
 
 
 @dataclass(frozen=True)
