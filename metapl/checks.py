@@ -310,13 +310,18 @@ def plain(name: str, network: nn.Module) -> None:
             )
 
 
-def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
+def networks(teacher: nn.Module | None, student: nn.Module) -> torch.device:
     """Refuse networks that cannot be run, have no trainable parameters, share weights or are on several devices.
+
+    Args:
+        teacher: None: there is none.
+        student: the student.
 
     Returns: the device.
     """
+    given = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     owned = {}
-    for name, module in (("teacher", teacher), ("student", student)):
+    for name, module in given.items():
         if not isinstance(module, nn.Module):
             raise MetaplError(f"{name} is {described(module)}; expected a torch.nn.Module.")
         plain(name, module)
@@ -325,13 +330,13 @@ def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
             raise MetaplError(
                 f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
             )
-    if {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
+    if teacher is not None and {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
         raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
     devices = {
         name: {t.device for _, t in named_tensors(module) if isinstance(t, nn.Parameter)}
-        for name, module in (("teacher", teacher), ("student", student))
+        for name, module in given.items()
     }
-    if len(devices["teacher"] | devices["student"]) > 1:
+    if len(set().union(*devices.values())) > 1:
         where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
         raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
     return owned["student"][0].device

@@ -165,3 +165,19 @@ def test_an_interrupt_ends_it_in_one_line(folder: Path) -> None:
     assert running.returncode == 130
     assert err.strip() == "metapl: stopped."
     assert [*(folder / "there").iterdir()] == []
+
+
+def test_the_page_shows_the_run_whose_figures_are_kept() -> None:
+    root = Path(__file__).parent.parent
+    content = json.loads((root / "benchmarks/results/ablate_digits.json").read_text())
+    page = (root / "docs/ablate.md").read_text()
+    assert content["recommendation"] in " ".join(page.split())
+    rows = {line.split()[0]: line.split() for line in reversed(page.splitlines()) if line}  # the first table counts
+    ran = {name: row for name, row in {**content["modes"], **content["altered"]}.items() if "reason" not in row}
+    assert len(ran) == len(metapl.MODES) - 1 + 3
+    for name, row in ran.items():
+        assert rows[name][1] == f"{row['cosine']:.3f}"
+        assert rows[name][4] == f"{row['passes']:.1f}"
+    assert content["modes"]["implicit"]["reason"] in " ".join(page.split())
+    for name, row in content["trainings"]["modes"].items():
+        assert f"{row['outer_loss']['mean']:.3f} ± {row['outer_loss']['standard_error']:.3f}" in page, name

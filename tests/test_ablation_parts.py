@@ -298,3 +298,16 @@ def test_several_steps_ahead() -> None:
     assert "looks one student step ahead" in str(found.modes["difference"])
     assert max(one.of_one_draw for one in swept(found.stability["batch_size"], "forward")) < 1e-5
     assert found.recommended in ("unrolled", "forward")
+
+
+def test_a_problem_without_a_teacher_is_compared_and_trained_too() -> None:
+    problem = toy("mlp", dtype=torch.float32, rows=16)
+    trainer = metapl.BilevelTrainer(None, problem.student, "forward", problem=metapl.problems.LearningToReweight())
+    inner = problem.unlabeled, torch.arange(16) % 3
+    options: dict[str, Any] = {"stability": True, "train_steps": 2, "train_seeds": (0,), **QUICK}
+    found = ablate(trainer, problem.labeled, inner, ["forward", "difference", "none"], **options)
+    assert found.recommended == "forward"
+    assert max(one.of_one_draw for one in swept(found.stability["batch_size"], "difference")) < 0.01
+    assert found.trainings is not None
+    ran = {name for name, mode in found.trainings.modes.items() if isinstance(mode, Outcome)}
+    assert ran >= {"forward", "difference"}

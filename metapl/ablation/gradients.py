@@ -24,7 +24,7 @@ from metapl.problems.base import BilevelProblem
 from metapl.training.trainer import BilevelTrainer
 
 Gradient = Tensor
-"""The teacher's gradient as one vector, float64."""
+"""The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal."""
 
 LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
 """Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed."""
@@ -119,7 +119,10 @@ def _drawn(mode: Estimator, seed: int) -> Estimator:
 def _gradient(trainer: BilevelTrainer, mode: str | Estimator, labeled: Any, unlabeled: Any, seed: int = 0) -> Gradient:
     generator = torch.Generator(trainer.device).manual_seed(seed)
     found = trainer.hypergradient(labeled, unlabeled, mode, generator=generator)
-    return torch.cat([g.flatten().double() for g in found.grads.values()])
+    # Without a teacher, the gradient is that in the signal.
+    feedback = found.feedback if isinstance(found.feedback, tuple) else (found.feedback,)
+    parts = found.grads.values() if trainer.teacher is not None else [-h for h in feedback]
+    return torch.cat([part.flatten().double() for part in parts])
 
 
 def costs(

@@ -34,7 +34,7 @@ def restored_on_failure(generator: torch.Generator | None) -> Iterator[None]:
 @contextmanager
 def step_guard(
     *networks: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Iterator[checks.Fault]:
@@ -42,7 +42,7 @@ def step_guard(
 
     Args:
         networks: their buffers are restored.
-        optimizer: the gradients of its parameters are cleared before and after.
+        optimizer: the gradients of its parameters are cleared before and after; None: no network fills any.
         device: the networks' device.
         generator: the user's generator, if the step draws from one.
 
@@ -65,9 +65,9 @@ def step_guard(
             torch.clear_autocast_cache()  # it may hold casts of weights from before the step
 
 
-def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+def clear_gradients(optimizer: torch.optim.Optimizer | None) -> None:
     """``optimizer.zero_grad(set_to_none=True)`` without its bookkeeping, which would slow down small networks."""
-    for group in optimizer.param_groups:
+    for group in () if optimizer is None else optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
 

@@ -156,7 +156,7 @@ class Pass:
             self._at: Tree = dict(student.parameters)
             self._held: list[Any] = []
         else:
-            _refuse_hooks(student.parameters)
+            refuse_hooks(student.parameters)
             self._at = params if student.double_backward else as_leaves(params)
             self._held = student.held_at(self._at)
         with torch.enable_grad(), student.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
@@ -344,11 +344,12 @@ def _refuse_late_hooks(parameters: dict[str, nn.Parameter]) -> None:
         )
 
 
-def _refuse_hooks(parameters: dict[str, nn.Parameter]) -> None:
+def refuse_hooks(parameters: dict[str, nn.Parameter]) -> None:
     """Refuse hooks of parameters where other tensors stand in for these."""
     hooked = [name for name, p in parameters.items() if p._backward_hooks]
     if hooked:
         raise MetaplError(
-            f"the student's parameter {hooked[0]} has a hook of register_hook, which is not called from the second "
-            "student step on, where other tensors stand in for the parameters; remove the hook, or look one step ahead."
+            f"the student's parameter {hooked[0]} has a hook of register_hook, which is not called where other "
+            "tensors stand in for the parameters: from the second student step on, and in a step that is taken again "
+            "on a revised signal. Remove the hook, or look one step ahead with a problem that revises no signal."
         )

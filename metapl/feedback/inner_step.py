@@ -76,6 +76,11 @@ class InnerStep:
         grads = [part.gradient_again(params, mean_inner_loss(self.problem, signal, x)) for part, x, signal in pieces]
         return replace(self, grads=mean_tree(grads), state=state, kept=True)
 
+    def on(self, signal: Signal) -> InnerStep:
+        """The same step on another signal; cost: a forward and a backward pass of the student."""
+        step = replace(self, signal=signal, grads={}, kept=False).again(self.params, self.state)
+        return replace(step, inner_loss=self.inner_losses(self.outputs, signal, self.params).mean())
+
     @cached_property
     def outputs(self) -> Tensor:
         """z = S(x; θ), (B, ...), without a graph."""

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from metapl import checks
 from metapl.batch import micro_batches
 from metapl.execution.kernels import refuse_checkpoints
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, refuse_hooks
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep, mean_inner_loss
 from metapl.numerics import Tree, mean_tree
@@ -150,6 +150,16 @@ class Path:
         leaves = [t for step in counted for t in step.signal.differentiable().values()]
         gradients = iter(gradient_through(self.student, self.steps[-1].moved[0], self.outer_gradient(), leaves))
         return [(step, {name: next(gradients) for name in step.signal.differentiable()}) for step in counted]
+
+    def revised(self, h: Tensor) -> Path:
+        """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
+        where it makes none."""
+        signal = self.problem.revised_signal(self.steps[-1].signal, h)
+        if signal is None:
+            return self
+        refuse_hooks(self.student.parameters)
+        (step,) = self.steps
+        return replace(self, steps=[step.on(signal.detached())])
 
     def commit(self) -> None:
         """Move the student to θ′, with its optimizer."""
