@@ -27,6 +27,7 @@ own labels of pictures that it is sure of.
   metapl compare RUN RUN...     put runs side by side, and test if they differ
   metapl export RUN --out DIR   write it for others: a program, weights, a card
   metapl label RUN DIR          store its class probabilities of many pictures
+  metapl labels DO STORE        look at such a store (stats), or select from it
 
 For example, with the handwritten digits that come with scikit-learn, of which
 two in each class are labeled (a minute on a laptop, no graphics card):
@@ -83,6 +84,16 @@ For networks of your own: metapl ablate --factory MODULE:FUNCTION.
   metapl ablate digits --steps 200 --stability --train-steps 500
 
 Each says more with --help: metapl ablate digits --help.
+"""
+
+
+LABELS_HELP = """\
+metapl labels DO STORE, with DO one of:
+
+  stats   what is in a store that metapl label wrote: classes, confidence
+  select  write a store of some of its examples: by confidence, balanced
+
+Each says more with --help: metapl labels select --help.
 """
 
 
@@ -187,6 +198,8 @@ def _dispatch(given: list[str]) -> int:
         )
     if command == "ablate":
         return _ablate(rest)
+    if command == "labels":
+        return _labels(rest)
     return _train(rest) if command == "train" else _after_training(command, rest)
 
 
@@ -235,6 +248,21 @@ def _ablate(given: list[str]) -> int:
 def _lines_about(names: Collection[str]) -> str:
     """The lines of the help of ``metapl train`` about some recipes."""
     return "".join(line for line in RECIPES_HELP.splitlines(keepends=True) if set(line.split()[:1]) & set(names))
+
+
+def _labels(given: list[str]) -> int:
+    from metapl.cli.labels import COMMANDS as WAYS
+    from metapl.cli.parse import did_you_mean, parse
+    from metapl.errors import MetaplError
+
+    if given and given[0] in ("-h", "--help"):
+        print(LABELS_HELP, end="")
+        return 0
+    if not given or given[0] not in WAYS:
+        named = f"metapl labels cannot {given[0]!r}" if given else "it was not said what to do with the labels"
+        meant = (did_you_mean(given[0], list(WAYS)) if given else "") or "."
+        raise MetaplError(f"{named}{meant} Expected one of {', '.join(WAYS)}: metapl labels stats STORE.")
+    return parse(WAYS[given[0]], f"metapl labels {given[0]}", given[1:])()
 
 
 def _after_training(command: str, given: list[str]) -> int:
