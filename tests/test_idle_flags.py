@@ -19,6 +19,9 @@ def said_of(capsys: pytest.CaptureFixture[str], flags: str) -> str:
     return refused(capsys, *UNREAD, *flags.split()).removeprefix("metapl: ").strip()
 
 
+FED_BACK = "it is for --method mpl or reduced_mpl"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -56,8 +59,14 @@ def said_of(capsys: pytest.CaptureFixture[str], flags: str) -> str:
         ),
         ("--method pseudo_labels --wait 3", "--wait has no effect with --method pseudo_labels"),
         ("--mode forward --pseudo-labels soft", "--mode and --pseudo-labels have no effect with --method uda"),
-        ("--feedback-weight 2", "--feedback-weight has no effect with --method uda: it is for --method mpl or reduced_mpl."),
-        ("--method none --exact-every 2", "--exact-every has no effect with --method none: it is for --method mpl or reduced_mpl."),
+        (
+            "--feedback-weight 2",
+            "--feedback-weight has no effect with --method uda: it is for --method mpl or reduced_mpl.",
+        ),
+        (
+            "--method none --exact-every 2",
+            "--exact-every has no effect with --method none: it is for --method mpl or reduced_mpl.",
+        ),
         ("--method mpl --mode none --feedback-weight 2", "--feedback-weight has no effect with --mode none"),
         ("--method supervised --label-smoothing 0.1", "--label-smoothing has no effect with --method supervised"),
         ("--method supervised --randaugment --strong.cutout 3", "--strong.cutout has no effect with --method superv"),
