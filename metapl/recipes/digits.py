@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 from metapl.data import (
@@ -44,7 +45,7 @@ class Digits(Recipe):
     Args:
         method: how it is trained. mpl trains a teacher and a student with feedback, none does so without feedback.
             reduced_mpl trains a teacher first and stores its labels, which a small network then adjusts by the
-            student's feedback.
+            student's feedback. Others are supervised, pseudo_labels, uda and fixmatch, and those of --methods.
         labels_per_class: labeled images of each class.
         hidden: widths of the hidden layers of teacher and student.
         view: how the student's, and the teacher's labeled, images are altered.
@@ -57,7 +58,7 @@ class Digits(Recipe):
     input_shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
     input_note: ClassVar[str] = "Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."
 
-    method: Method = "mpl"
+    method: Annotated[Method, tyro.conf.arg(metavar="METHOD")] = "mpl"
     labels_per_class: int = 2
     steps: int = 3000
     labeled_batch: int = 64
