@@ -70,7 +70,9 @@ def _changed(recipe: TwoMoons, **fields: Any) -> TwoMoons:
 
 
 REGIMES: dict[str, Regime] = {
-    "many_labels": Regime("quick, 100 labels a moon", _changed(QUICK, labels_per_class=100, steps=4000), ("supervised",)),
+    "many_labels": Regime(
+        "quick, 100 labels a moon", _changed(QUICK, labels_per_class=100, steps=4000), ("supervised",)
+    ),
     "stated": Regime("as stated", STATED, ALL),
     "quick": Regime("quick, feedback weight 10", _changed(QUICK, feedback_weight=10.0), ALL),
     "uda": Regime("UDA, feedback ratio 0.3", _changed(UDA, feedback_ratio=0.3), ALL),
