@@ -268,26 +268,37 @@ def _row(title: str, outcome: Outcome) -> str:
     return f"{title:<30}  {rate:>10}  {ends:>13}  {100 * outcome.accuracy[outcome.median]:>8.1f} %"
 
 
-def verdict(recipe: TwoMoons, outcomes: Mapping[Method, Outcome]) -> str:
-    """Whether Meta Pseudo Labels separates the moons more often than the others, by McNemar's exact test."""
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> tuple[int, int, float]:
+    """McNemar's exact test of whether one of two methods succeeds more often, from the accuracies of paired runs.
+
+    Returns: in how many pairs the first alone succeeds, in how many the second alone, and the two-sided p-value.
+
+    >>> mcnemar([1.0, 1.0, 1.0, 0.8], [0.8, 0.8, 1.0, 0.8])
+    (2, 0, 0.5)
+    """
     import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
 
+    pairs = [(a > SUCCESS, b > SUCCESS) for a, b in zip(first, second, strict=True)]
+    alone, other_alone = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+    differing = alone + other_alone
+    return alone, other_alone, float(scipy.stats.binomtest(alone, differing).pvalue) if differing else 1.0
+
+
+def verdict(recipe: TwoMoons, outcomes: Mapping[Method, Outcome]) -> str:
+    """Whether Meta Pseudo Labels separates the moons more often than the others, by McNemar's exact test."""
     mpl, named = outcomes["mpl"], titles(recipe)
     other, best = max(
         ((method, outcome) for method, outcome in outcomes.items() if method != "mpl"),
         key=lambda pair: pair[1].success,
     )
-    pairs = [(a > SUCCESS, b > SUCCESS) for a, b in zip(mpl.accuracy, best.accuracy, strict=True)]
-    only_mpl, only_other = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
-    differing = only_mpl + only_other
-    p = scipy.stats.binomtest(only_mpl, differing).pvalue if differing else 1.0
+    only_mpl, only_other, p = mcnemar(mpl.accuracy, best.accuracy)
     if p >= 0.05:
         said = f"does not differ from that of {named[other]}"
     else:
         said = f"is {'higher' if only_mpl > only_other else 'lower'} than that of {named[other]}"
     return (
         f"The success rate of {METHODS['mpl']} {said}, the best of the others (p = {p:.2g}, McNemar's exact test on "
-        f"{len(pairs)} paired seeds)."
+        f"{len(mpl.accuracy)} paired seeds)."
     )
 
 
