@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from metapl import MetaplError
 from metapl.labels import LabelStore, LabelWriter, layout
-from metapl.labels.writer import most_probable
+from metapl.labels.writer import entropy, most_probable
 from metapl.runs import ownership
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -124,6 +124,11 @@ def test_the_most_probable_classes_are_those_of_a_stable_sort() -> None:
     for k in (1, 3, 11, 12):
         expected = p.sort(dim=1, descending=True, stable=True).indices[:, :k]
         assert torch.equal(most_probable(p, k), expected)
+
+
+def test_the_entropy_is_torch_s() -> None:
+    p = torch.cat([softmax(50, 30), torch.eye(30)])
+    assert torch.allclose(entropy(p), torch.special.entr(p).sum(dim=1), atol=1e-6)
 
 
 def test_other_readers_of_parquet_understand_a_part(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ FORMAT = 1
 """The layout of stores that this version writes and reads."""
 
 DESCRIPTION = "store.json"
+
+SPILL = ".spill-"
+"""What the folder of DuckDB's files begins with, in that of a store that is selected."""
 
 DIGEST_BYTES = 16
 """Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1 in 10^21."""
@@ -257,3 +261,5 @@ def remove_temporary(folder: Path) -> None:
     for name in os.listdir(folder):
         if _TEMPORARY.fullmatch(name):
             (folder / name).unlink()
+        elif name.startswith(SPILL):
+            shutil.rmtree(folder / name)

@@ -256,7 +256,7 @@ class LabelWriter:
         columns |= {
             "label": pa.array(label.astype(np.int32)),
             "confidence": pa.array(confidence),
-            "entropy": pa.array(torch.special.entr(p_BC).sum(dim=1).numpy()),
+            "entropy": pa.array(entropy(p_BC).numpy()),
             "copies": pa.array(np.ones(len(ids), np.int32)),
             "probabilities": _lists(kept_BK.to(torch.float16).numpy()),
         }
@@ -350,6 +350,11 @@ def most_probable(p_BC: Tensor, k: int) -> Tensor:
     chosen = chosen.sort(dim=1).values
     order = p_BC.gather(1, chosen).sort(dim=1, descending=True, stable=True).indices
     return chosen.gather(1, order)
+
+
+def entropy(p_BC: Tensor) -> Tensor:
+    """−Σ_c p_c ln p_c, with 0 ln 0 = 0; several times as fast as torch.special.entr."""
+    return -(p_BC * p_BC.clamp(min=torch.finfo(p_BC.dtype).tiny).log()).sum(dim=1)
 
 
 def _lists(values_BK: np.ndarray[Any, Any]) -> pa.ListArray:
