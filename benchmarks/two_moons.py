@@ -63,7 +63,7 @@ QUICK = TwoMoons(activation="tanh", init_scale=0.5, student_lr=0.3, teacher_lr=0
 """The same without the plateau on which sigmoid networks with small weights spend thousands of steps."""
 
 UDA = dataclasses.replace(QUICK, uda_weight=1.0, input_noise=0.2)
-"""With the consistency term, whose noise is about half the distance between the moons."""
+"""With the consistency term, whose noise has two fifths of the distance between the moons as its standard deviation."""
 
 
 def _changed(recipe: TwoMoons, **fields: Any) -> TwoMoons:
@@ -87,12 +87,13 @@ REGIMES: dict[str, Regime] = {
         _changed(STATED, pretrain_steps=6000, steps=3000, feedback_weight=10.0, supervised_loss=False),
     ),
     "lookahead_5": Regime(
-        "UDA, 5 student steps ahead, weight 10", _changed(UDA, lookahead=5, steps=600, feedback_weight=10.0)
+        "UDA, 5 student steps ahead, weight 10, 600 teacher steps",
+        _changed(UDA, lookahead=5, steps=600, feedback_weight=10.0),
     ),
-    "uda_weight_10": Regime("UDA, feedback weight 10", _changed(UDA, feedback_weight=10.0), ("mpl",), "uda"),
     "quick_ratio_1": Regime("quick, feedback ratio 1", _changed(QUICK, feedback_ratio=1.0), ("mpl",), "quick"),
     "lookahead_20": Regime(
-        "UDA, 20 student steps ahead, weight 10", _changed(UDA, lookahead=20, steps=150, feedback_weight=10.0)
+        "UDA, 20 student steps ahead, weight 10, 150 teacher steps",
+        _changed(UDA, lookahead=20, steps=150, feedback_weight=10.0),
     ),
     "spread": Regime("UDA, labels spread, feedback ratio 0.3", _changed(UDA, placement="spread", feedback_ratio=0.3)),
     "uda_unlabeled_teacher": Regime(
@@ -103,8 +104,22 @@ REGIMES: dict[str, Regime] = {
         "quick, Algorithm 1's scalar, ratio 1", _changed(QUICK, mode="reinforce", feedback_ratio=1.0)
     ),
     "longer": Regime("UDA, feedback ratio 0.3, three times as long", _changed(UDA, feedback_ratio=0.3, steps=9000)),
+    # Added after those before it had been seen.
+    "uda_weight_10": Regime("UDA, feedback weight 10", _changed(UDA, feedback_weight=10.0), ("mpl",), "uda"),
+    "quick_spread": Regime(
+        "quick, labels spread, feedback ratio 0.3",
+        _changed(QUICK, placement="spread", feedback_ratio=0.3),
+        ("mpl", "none", "supervised"),
+    ),
+    "lookahead_5_full": Regime(
+        "UDA, 5 student steps ahead, weight 10, 3,000 teacher steps", _changed(UDA, lookahead=5, feedback_weight=10.0)
+    ),
+    "lookahead_20_full": Regime(
+        "UDA, 20 student steps ahead, weight 10, 600 teacher steps",
+        _changed(UDA, lookahead=20, steps=600, feedback_weight=10.0),
+    ),
 }
-"""In the order in which they are run; ``uda_weight_10`` was added after those before it had been seen."""
+"""In the order in which they are run."""
 
 
 def read(path: Path = RAW) -> list[Row]:
