@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.errors import MetaplError
 from metapl.execution.buffers import inputs_unchanged, nothing_moved
-from metapl.execution.guards import casts_explained, restored_on_failure, step_lock
+from metapl.execution.guards import casts_explained, restored_on_failure, step_lock, types_explained
 from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
@@ -20,7 +20,7 @@ from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path, Teach, take_steps
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem
+from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, check_signal
 from metapl.updates import Update, update_of
 
 
@@ -86,7 +86,7 @@ def look_ahead(
     check_steps(mode, len(batches))
 
     def teach_checked(batch: Any, outputs: Tensor) -> Signal:
-        signal = teach(batch, outputs)
+        signal = check_signal(teach(batch, outputs), problem)
         check_kind(signal.sampled, mode)
         return signal
 
@@ -219,6 +219,7 @@ def hypergradient(
         nothing_moved(teacher, student, random=RandomState.now(device), on_success=True),
         torch.enable_grad(),
         checkpoints_without_reentry(),
+        types_explained(labeled, inner_batches(unlabeled), student=student, teacher=teacher),
     ):
         path = look_ahead(student, update, problem, estimate, labeled=labeled, unlabeled=unlabeled, teach=teach)
         with casts_explained(estimate.name):

@@ -116,7 +116,7 @@ class FitRun:
             )
         if not resume:
             self.records.refuse_another_run()
-        self.selection.check(self.trainer.student)
+        self.selection.check(self.trainer.student, self.trainer.teacher)
         try:
             for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
                 if source is not None:

@@ -14,7 +14,7 @@ from metapl import checks
 from metapl.batch import micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.guards import casts_explained, step_guard
+from metapl.execution.guards import casts_explained, step_guard, types_explained
 from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
@@ -430,7 +430,8 @@ class BilevelTrainer(Trainer):
                     "feedback_ratio is measured on one inner batch, and a Lookahead of "
                     f"{len(inner_batches(unlabeled))} was given; use feedback_weight."
                 )
-            yield fault
+            with types_explained(labeled, inner_batches(unlabeled), student=self.student, teacher=self.teacher):
+                yield fault
 
 
 class _TeacherTrainer(LossTrainer):
