@@ -16,7 +16,7 @@ from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
 from metapl.fingerprints import as_values
 from metapl.problems.base import Signal
-from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, sum_of_terms
+from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, starts, sum_of_terms
 from metapl.training import Trainer
 from metapl.training.report import Report, means
 
@@ -73,6 +73,10 @@ class LossTrainer(Trainer):
         self.compiled = CompiledPasses(*([model] if compile else []))
         self.steps_done = 0
         self._optimizer_checked = False
+
+    @property
+    def late_starts(self) -> list[int]:
+        return starts(self.losses, self.steps_done)
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:

@@ -23,7 +23,7 @@ from metapl.feedback.path import Path
 from metapl.fingerprints import as_values
 from metapl.hypergradient import Hypergradient, check_steps, hypergradient, look_ahead, prepare
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
-from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches
+from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches, starts
 from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
@@ -293,6 +293,10 @@ class BilevelTrainer(Trainer):
     def _has_losses(self) -> bool:
         given = self.teacher_losses
         return has_default_losses(self.problem) if given is None else bool(given)
+
+    @property
+    def late_starts(self) -> list[int]:
+        return starts(self.teacher_losses or (), self.steps_done)
 
     @property
     def teacher_classifies(self) -> bool:
