@@ -32,10 +32,16 @@ def unprompted(words: str) -> str:
     return "".join(line for line in words.splitlines(keepends=True) if not re.match(r"\w+: step \d", line))
 
 
+def unwrapped(words: str) -> str:
+    """Messages a line each: where one is broken, what follows is set in by two columns."""
+    return re.sub(r"\n  (?=\S)", " ", words)
+
+
 def refusal(finished: subprocess.CompletedProcess[str]) -> str:
     """The one line that a refused command says."""
     assert finished.stdout == ""
-    (line,) = finished.stderr.splitlines()
+    assert all(len(line) <= 80 or " " not in line.strip() for line in finished.stderr.splitlines())
+    (line,) = unwrapped(finished.stderr).splitlines()
     assert line.startswith("metapl: ")
     return line
 
@@ -46,8 +52,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert main([str(a) for a in arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.count("\n") == 1
-    return said.err
+    err = unwrapped(said.err)
+    assert err.count("\n") == 1
+    return err
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:
