@@ -64,13 +64,13 @@ def columns(file: TextIO) -> int:
 
 
 def wrapped(text: str, width: int = WIDTH) -> str:
-    r"""Each line of a text in lines of this width, broken at spaces alone; what follows a break is set in.
+    r"""Each line of a text in lines of this width, broken at spaces alone; what was set in stays so.
 
     >>> print(wrapped("note: a line that is longer\n  than a screen, which was set in", 20))
     note: a line that is
-      longer
+    longer
       than a screen,
-        which was set in
+      which was set in
     """
     return "\n".join(map(partial(_broken, width=width), text.split("\n")))
 
@@ -78,7 +78,7 @@ def wrapped(text: str, width: int = WIDTH) -> str:
 def _broken(line: str, width: int) -> str:
     if len(line) <= width:
         return line
-    indent = " " * (len(line) - len(line.lstrip(" ")) + 2)
+    indent = " " * (len(line) - len(line.lstrip(" ")))
     pieces = textwrap.wrap(
         line,
         width,

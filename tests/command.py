@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from metapl.cli import main
+from metapl.words import wrapped
 
 
 def metapl(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -33,15 +34,16 @@ def unprompted(words: str) -> str:
 
 
 def unwrapped(words: str) -> str:
-    """Messages a line each: where one is broken, what follows is set in by two columns."""
-    return re.sub(r"\n  (?=\S)", " ", words)
+    """A message of one line that was broken at 80 columns, as that line."""
+    line = words.removesuffix("\n").replace("\n", " ")
+    assert wrapped(line) == words.removesuffix("\n"), f"more than one line: {words}"
+    return line
 
 
 def refusal(finished: subprocess.CompletedProcess[str]) -> str:
     """The one line that a refused command says."""
     assert finished.stdout == ""
-    assert all(len(line) <= 80 or " " not in line.strip() for line in finished.stderr.splitlines())
-    (line,) = unwrapped(finished.stderr).splitlines()
+    line = unwrapped(finished.stderr)
     assert line.startswith("metapl: ")
     return line
 
@@ -52,9 +54,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert main([str(a) for a in arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    err = unwrapped(said.err)
-    assert err.count("\n") == 1
-    return err
+    return unwrapped(said.err) + "\n"
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:

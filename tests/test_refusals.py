@@ -165,8 +165,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (("--minutes", "inf"), "minutes=inf"),
-        (("--minutes", "1e308"), "minutes=1e+308"),
+        (("--minutes", "inf"), "--minutes inf: expected a number above 0"),
+        (("--minutes", "1e308"), "--minutes 1e+308: expected"),
         (("--compare", "--seeds", "²"), "seeds='²': expected numbers and ranges"),
         (("--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"), "expected 1 for grey pictures"),
         (("--grey", "False", "--mean", ".5", "--std", ".2"), "expected 3 for color pictures"),

@@ -26,8 +26,8 @@ GROUPS: dict[str, str] = {
     "views": "view.* changes.* pad resized-crop randaugment strong.*",
     "training": "method minutes steps wait warm-start warm-steps labeled-batch unlabeled-batch clean-batch schedule "
     "warmup clip-norm ema-decay validate-every",
-    "losses of the teacher": "label-smoothing uda-weight uda-temperature uda-threshold uda-align uda-prior uda-start "
-    "uda-ramp",
+    "losses of the teacher, or of the one network": "label-smoothing uda-weight uda-temperature uda-threshold "
+    "uda-align uda-prior uda-start uda-ramp",
     "feedback": "mode labels feedback-weight feedback-ratio normalization baseline temperature pseudo-label-smoothing "
     "exact-every",
     "optimizers": "student.* teacher.*",
