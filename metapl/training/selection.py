@@ -68,7 +68,7 @@ class Selection:
                 raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
             inputs, labels = labeled_pair(first, batch_name(data, name))[:2]
             count = length(inputs)
-            if isinstance(data, Dataset):
+            if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
                 raise MetaplError(
                     f"{name} is a data set of single examples; expected batches: DataLoader({name}, 256)."
                 )
