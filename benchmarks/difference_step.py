@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 import metapl
 from metapl.data import load_digits_split
-from metapl.execution.local import trainable
 from metapl.feedback import Difference, path
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.numerics import norm
+from metapl.parts import trainable
 from metapl.updates import update_of
 
 RESULT = Path(__file__).parent / "results" / "difference_step.json"

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-_ON_FIRST_USE = ("data", "evaluate", "export", "recipes")
+_ON_FIRST_USE = ("data", "evaluate", "export", "labels", "recipes")
 
 
 def __getattr__(name: str) -> Any:

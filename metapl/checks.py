@@ -7,10 +7,12 @@ read. By then the step has been taken, so it is better to check batches while th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.parts import named_parts, named_tensors, trainable
 
 OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
 """What torch says where inputs are of another type than weights."""
@@ -64,6 +67,13 @@ def refuse(bad: Tensor, text: str) -> None:
         fault.findings.append((bad, text))
     elif bool(bad):
         raise MetaplError(text)
+
+
+def refuse_not_finite(t: Tensor, text: str) -> None:
+    """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
+    # On the host a sum is several times cheaper than isfinite; finite values may overflow in it, but seldom do.
+    if waits(t) or not math.isfinite(t.detach().sum()):
+        refuse(~torch.isfinite(t.detach()).all(), text)
 
 
 def described(value: Any) -> str:
@@ -153,7 +163,7 @@ def _tensor(name: str, t: Tensor, device: torch.device) -> None:
             "tensor; make it under torch.no_grad(), or copy it outside of that block: x.clone()."
         )
     if t.is_floating_point():
-        refuse(~torch.isfinite(t).all(), f"the {name} batch holds NaN or infinite values; clean the inputs first.")
+        refuse_not_finite(t, f"the {name} batch holds NaN or infinite values; clean the inputs first.")
 
 
 def logits(outputs: Any, who: str) -> Tensor:
@@ -203,11 +213,12 @@ def class_labels(labels: Any, classes: int) -> None:
         )
     if labels.dtype != torch.int64:
         raise MetaplError(f"the labels are {described(labels)}; expected int64: labels.long().")
-    low, high = labels.amin(), labels.amax()
-    text = f"the labels hold a value outside 0..{classes - 1}"
-    if not waits(labels):
-        text = f"the labels run from {int(low)} to {int(high)}"
-    refuse((low < 0) | (high >= classes), f"{text}; the networks have {classes} classes: expected 0..{classes - 1}.")
+    low, high = labels.aminmax()
+    networks = f"the networks have {classes} classes: expected 0..{classes - 1}."
+    if waits(labels):
+        refuse((low < 0) | (high >= classes), f"the labels hold a value outside 0..{classes - 1}; {networks}")
+    elif low < 0 or high >= classes:
+        raise MetaplError(f"the labels run from {int(low)} to {int(high)}; {networks}")
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:
@@ -228,8 +239,8 @@ def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
             f"the teacher's outputs have shape {tuple(teacher_outputs.shape)}, the student's "
             f"{tuple(student_outputs.shape)}; expected the same batch and the same number of classes."
         )
-    refuse(
-        ~torch.isfinite(teacher_outputs.detach()).all(),
+    refuse_not_finite(
+        teacher_outputs,
         "the teacher's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
     )
 
@@ -269,16 +280,16 @@ def scalar_loss(loss: Any, name: str) -> None:
 
 def finite_student(outputs: Tensor) -> None:
     """Refuse a student whose outputs would make the feedback, and so the teacher, NaN."""
-    refuse(
-        ~torch.isfinite(outputs.detach()).all(),
+    refuse_not_finite(
+        outputs,
         "the student's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
     )
 
 
 def finite_feedback(h: Tensor) -> None:
     """Refuse feedback that would make the teacher NaN."""
-    refuse(
-        ~torch.isfinite(h).all(),
+    refuse_not_finite(
+        h,
         "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no "
         "finite derivative; lower the student's learning rate, or look for examples with extreme values.",
     )
@@ -295,21 +306,22 @@ _WRAPPERS = {
 """PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
 
 
-def _wrapper(module: nn.Module) -> str | None:
-    names = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")]
+@cache
+def _wrapper(classes: tuple[type, ...]) -> str | None:
+    names = [kind.__name__ for kind in classes if kind.__module__.startswith("torch.")]
     return next((name for name in _WRAPPERS if name in names), None)
 
 
 def plain(name: str, network: nn.Module) -> None:
     """Refuse a network that cannot be run again at other weights, naming the obstacle."""
-    for path, part in network.named_modules():
-        wrapper = _wrapper(part)
+    for prefix, part in named_parts(network):
+        wrapper = _wrapper(type(part).__mro__)
         if wrapper is not None:
-            where = f"has a {wrapper} at {path!r}" if path else f"is a {wrapper}"
+            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
             raise MetaplError(
                 f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, in one process."
             )
-    for path, t in [*network.named_parameters(), *network.named_buffers()]:
+    for path, t in named_tensors(network):
         if nn.parameter.is_lazy(t):
             raise MetaplError(
                 f"the {name}'s {path} has no shape yet (a lazy module, such as LazyLinear); run the {name} on one "
@@ -327,27 +339,33 @@ def plain(name: str, network: nn.Module) -> None:
             )
 
 
-def networks(teacher: nn.Module, student: nn.Module) -> torch.device:
+def networks(teacher: nn.Module | None, student: nn.Module) -> torch.device:
     """Refuse networks that cannot be run, have no trainable parameters, share weights or are on several devices.
+
+    Args:
+        teacher: None: there is none.
+        student: the student.
 
     Returns: the device.
     """
+    given = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     owned = {}
-    for name, module in (("teacher", teacher), ("student", student)):
+    for name, module in given.items():
         if not isinstance(module, nn.Module):
             raise MetaplError(f"{name} is {described(module)}; expected a torch.nn.Module.")
         plain(name, module)
-        owned[name] = [p for p in module.parameters() if p.requires_grad]
+        owned[name] = list(trainable(module).values())
         if not owned[name]:
             raise MetaplError(
                 f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
             )
-    if {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
+    if teacher is not None and {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
         raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
     devices = {
-        name: {p.device for p in module.parameters()} for name, module in (("teacher", teacher), ("student", student))
+        name: {t.device for _, t in named_tensors(module) if isinstance(t, nn.Parameter)}
+        for name, module in given.items()
     }
-    if len(devices["teacher"] | devices["student"]) > 1:
+    if len(set().union(*devices.values())) > 1:
         where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
         raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
     return owned["student"][0].device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,17 +11,18 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.errors import MetaplError
-from metapl.execution.buffers import inputs_unchanged, nothing_moved
+from metapl.execution.buffers import nothing_moved
 from metapl.execution.guards import casts_explained, restored_on_failure, step_lock, types_explained
 from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
-from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback import Estimator, estimator, modes_for
+from metapl.feedback import Estimator, Feedback, estimator, modes_for
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path, Teach, take_steps
+from metapl.feedback.teacher_pass import TeacherPass
+from metapl.parts import trainable
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, check_signal
+from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, check_signal, revises
 from metapl.updates import Update, update_of
 
 
@@ -29,11 +31,13 @@ class Hypergradient:
     """The result of :func:`hypergradient`.
 
     Args:
-        grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter.
+        grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter; empty without
+            a teacher.
         feedback: h, minus the gradient of the labeled loss in the signal; a tuple of K for a :class:`metapl.Lookahead`.
         inner_loss: the student's mean loss on the signal at θ, a scalar.
         outer_loss: L(θ′), a scalar.
-        student_params: θ′ by parameter name, after the last step.
+        student_params: θ′ by parameter name, after the last step. Where the problem revises its signal, these and the
+            losses are of the real step.
         inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
     """
 
@@ -60,6 +64,23 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
     return as_problem(problem).for_modes(mode.labels, mode.name)
 
 
+def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
+    """Refuse a problem without the teacher that makes its signal, and a teacher that nothing would ask.
+
+    Args:
+        teacher, problem: None: no teacher.
+        given: whether an option of the teacher was given, by its name; refused without one.
+    """
+    kind = type(getattr(problem, "given", problem)).__name__
+    if teacher is None and problem.has_teacher:
+        raise MetaplError(f"teacher is None, and {kind} takes its signal from a teacher; expected a torch.nn.Module.")
+    if teacher is not None and not problem.has_teacher:
+        raise MetaplError(f"a teacher was given, and {kind} has none; expected teacher=None.")
+    for name, is_given in given.items():
+        if teacher is None and is_given:
+            raise MetaplError(f"{name} was given with teacher=None, and there is no teacher to use it; leave it out.")
+
+
 def look_ahead(
     student: nn.Module,
     update: Update,
@@ -83,7 +104,7 @@ def look_ahead(
             a sampled signal, and those of backward passes that cannot be differentiated.
     """
     batches = inner_batches(unlabeled)
-    check_steps(mode, len(batches))
+    check_steps(mode, len(batches), problem)
 
     def teach_checked(batch: Any, outputs: Tensor) -> Signal:
         signal = check_signal(teach(batch, outputs), problem)
@@ -108,8 +129,14 @@ def look_ahead(
     return path
 
 
-def check_steps(mode: Estimator, steps: int) -> None:
-    """Refuse more student steps than a mode takes."""
+def check_steps(mode: Estimator, steps: int, problem: Problem) -> None:
+    """Refuse more student steps than a mode, or a problem, takes."""
+    if steps > 1 and revises(problem):
+        kind = type(getattr(problem, "given", problem)).__name__
+        raise MetaplError(
+            f"{kind} takes the student's step again on a signal that it makes of the feedback, and this goes with one "
+            f"step, but {steps} were given; give one batch (lookahead=1)."
+        )
     if steps > 1 and not mode.looks_ahead:
         raise MetaplError(
             f"mode '{mode.name}' looks one student step ahead, and {steps} were given; give one batch (lookahead=1), "
@@ -153,7 +180,7 @@ def refuse_other_fields(step: InnerStep) -> None:
 
 
 def hypergradient(
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     student: nn.Module,
     *,
     labeled: Any,
@@ -163,6 +190,7 @@ def hypergradient(
     inner_optimizer: Any,
     inner_state: Any = None,
     generator: torch.Generator | None = None,
+    recompute_teacher: bool = False,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after one student step, in the teacher's weights.
 
@@ -170,7 +198,8 @@ def hypergradient(
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
 
     Args:
-        teacher, student: modules on one device; they run in the mode (train or eval) that they are in.
+        teacher, student: modules on one device; they run in the mode (train or eval) that they are in. No teacher,
+            None, for a problem that has none, such as :class:`metapl.problems.LearningToReweight`.
         labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
             also holds the labels, under ``labels``, is such a pair. For other
             batches see :meth:`metapl.problems.Problem.outer_batch`.
@@ -182,6 +211,9 @@ def hypergradient(
             (its current state is read and left as it is).
         inner_state: the transform's state, from an earlier call.
         generator: for drawing labels; default: the default generator of the device.
+        recompute_teacher: run the teacher on each inner batch without a graph first, and once more with a graph at the
+            end. Cost: one more teacher forward pass per inner batch, and one graph of the teacher in memory instead of
+            K.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
@@ -201,22 +233,23 @@ def hypergradient(
     """
     estimate = estimator(mode)
     problem = prepare(problem, estimate)
+    check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     checks.no_inference_mode()
     device = checks.networks(teacher, student)
+    asked = nn.Module() if teacher is None else teacher  # a problem without a teacher is given an empty module
     update = update_of(inner_optimizer, trainable(student), inner_state)
     labeled, unlabeled = problem.outer_batch(labeled), plain_inner(unlabeled)
     checks.batches(labeled, inner_batches(unlabeled), device)
-    signals: list[Signal] = []
+    passes: list[TeacherPass] = []
 
     def teach(batch: Any, outputs: Tensor) -> Signal:
-        with inputs_unchanged(batch, "teacher"):
-            signals.append(problem.signal(teacher, batch, outputs, generator=generator))
-        return signals[-1]
+        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute_teacher))
+        return passes[-1].signal
 
     with (
         step_lock,
         restored_on_failure(generator),
-        nothing_moved(teacher, student, random=RandomState.now(device), on_success=True),
+        nothing_moved(asked, student, random=RandomState.now(device), on_success=True),
         torch.enable_grad(),
         checkpoints_without_reentry(),
         types_explained(labeled, inner_batches(unlabeled), student=student, teacher=teacher),
@@ -226,12 +259,9 @@ def hypergradient(
             feedback, _ = estimate.feedback(path, estimate.init())
         for step_feedback in feedback:
             step_feedback.check_finite()
-        parameters = trainable(teacher)
-        losses = [h.teacher_loss(signal) for h, signal in zip(feedback, signals, strict=True)]
-        loss = torch.stack(losses).sum()
-        grads = [torch.zeros_like(p) for p in parameters.values()]
-        if loss.requires_grad:
-            grads = list(torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True))
+        parameters = trainable(asked)
+        grads = [] if teacher is None else _teacher_gradient(list(parameters.values()), feedback, passes)
+        path = path.revised(feedback[-1].h.detach())
         h = tuple(step_feedback.h.detach() for step_feedback in feedback)
         return Hypergradient(
             grads=dict(zip(parameters, grads, strict=True)),
@@ -241,3 +271,23 @@ def hypergradient(
             student_params=path.params,
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
         )
+
+
+def _teacher_gradient(
+    parameters: Sequence[Tensor], feedback: Sequence[Feedback], passes: Sequence[TeacherPass]
+) -> list[Tensor]:
+    """The gradient of −Σ h·signal over the teacher's passes, in its parameters."""
+    if not passes[0].recompute:
+        losses = [h.teacher_loss(step.signal) for h, step in zip(feedback, passes, strict=True)]
+        return _gradient_in(parameters, torch.stack(losses).sum())
+    grads = [torch.zeros_like(p) for p in parameters]
+    for h, step in zip(feedback, passes, strict=True):  # one graph at a time
+        found = _gradient_in(parameters, h.teacher_loss(step.with_graph()))
+        grads = [total + g for total, g in zip(grads, found, strict=True)]
+    return grads
+
+
+def _gradient_in(parameters: Sequence[Tensor], loss: Tensor) -> list[Tensor]:
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    return list(torch.autograd.grad(loss, list(parameters), materialize_grads=True))

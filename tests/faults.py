@@ -99,7 +99,7 @@ def statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
 
 def teachers_statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
     """The recomputed pass writes to the teacher's running statistics once more."""
-    patch.setattr("metapl.training.teacher.buffers_aside", lambda *given: nullcontext())
+    patch.setattr("metapl.feedback.teacher_pass.buffers_aside", lambda *given: nullcontext())
 
 
 def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:

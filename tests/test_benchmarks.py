@@ -22,7 +22,7 @@ STUDIES = {
     "pictures_study": ("--jobs", "1"),
     "suspects": (),
 }
-MEASUREMENTS = ("augment", "difference_step", "endurance", "modes", "peers", "step", "throughput")
+MEASUREMENTS = ("augment", "difference_step", "endurance", "labels", "modes", "peers", "step", "throughput")
 
 
 def run(name: str, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -66,6 +66,9 @@ def test_a_measurement_prints_the_table_of_the_file_that_it_writes(module: Modul
     table = module.table(json.loads(out.read_text()))
     assert printed.endswith(f"{table}\n")
     assert table.count("\n|") > 2
+    if module.__name__ == "labels":
+        assert "the same rows as numpy" in table
+        assert json.loads(out.read_text())["phases"]["compare"]["balanced"]
     if module.__name__ == "modes":
         module.draw(json.loads(out.read_text()), tmp_path / "modes.png")
         assert (tmp_path / "modes.png").read_bytes().startswith(b"\x89PNG")

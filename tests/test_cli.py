@@ -29,6 +29,7 @@ from sklearn.datasets import load_digits
 
 from metapl.cli import COMMANDS, main
 from metapl.cli.ablate import COMMANDS as ABLATED
+from metapl.cli.labels import COMMANDS as LABELS
 from metapl.data.images.reader import gray_image
 from metapl.data.tables import csv_rows
 from metapl.errors import MetaplError
@@ -93,7 +94,7 @@ def test_help_names_every_command_and_fits_a_terminal() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "train digits"])
+@pytest.mark.parametrize("command", [*COMMANDS, "train digits", "labels stats", "labels select"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     with contextlib.suppress(SystemExit):
@@ -614,7 +615,8 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
         *(f"train {name}" for name in RECIPES),
         *(f"ablate {name}" for name in ABLATED),
         "ablate --factory networks:build",
-        *(command for command in COMMANDS if command not in ("train", "ablate")),
+        *(f"labels {name}" for name in LABELS),
+        *(command for command in COMMANDS if command not in ("train", "ablate", "labels")),
     ],
 )
 def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
-from metapl.execution.local import trainable
 from metapl.feedback import Difference, Estimator, Implicit
 from metapl.feedback.path import take_steps
 from metapl.numerics import full_float32, reduced_float32
+from metapl.parts import trainable
 from metapl.updates import update_of
 
 ROOT = Path(__file__).parents[1]

@@ -14,13 +14,14 @@ import metapl
 PACKAGE = Path(metapl.__file__).parent
 
 LEVELS = (
-    ("errors", "cores", "fingerprints", "memory", "plain_files", "typed", "words"),
+    ("errors", "cores", "fingerprints", "memory", "parts", "plain_files", "typed", "words"),
     ("runs",),
     ("batch", "checks", "device", "numerics", "models"),
     ("execution", "problems", "updates"),
     ("feedback",),
     ("hypergradient",),
     ("data", "metrics", "report", "export"),
+    ("labels",),
     ("training",),
     ("ablation",),
     ("recipes",),

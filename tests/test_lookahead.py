@@ -9,7 +9,20 @@ import pytest
 import reference
 import torch
 from faults import FAULTS_AHEAD
-from problems_zoo import ANYWHERE, CLASSES, OPTIMISERS, STUDENTS, Toy, everything, mlp, same, toy, unmoved, warm
+from problems_zoo import (
+    ANYWHERE,
+    CLASSES,
+    OPTIMISERS,
+    STUDENTS,
+    Toy,
+    everything,
+    mlp,
+    noisy_teacher,
+    same,
+    toy,
+    unmoved,
+    warm,
+)
 from reference import error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -457,3 +470,28 @@ def test_planted_faults_are_seen(fault: str) -> None:
         FAULTS_AHEAD[fault](patch)
         with pytest.raises(AssertionError):
             check("forward", problem, "torch_sgd_nesterov", batches(3, problem))
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce"])
+def test_a_recomputed_teacher_gives_the_same_hypergradient(mode: str) -> None:
+    """With dropout and batch norm in the teacher, and labels that are drawn."""
+    problem = toy("batch_norm", teacher=noisy_teacher)
+    unlabeled = Lookahead(batches(3 if mode != "reinforce" else 1, problem))
+    found, states = [], []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        with unmoved(problem, generator=False):
+            found.append(
+                metapl.hypergradient(
+                    **problem.networks(),
+                    labeled=problem.labeled,
+                    unlabeled=unlabeled,
+                    mode=mode,
+                    inner_optimizer=torch.optim.SGD(problem.student.parameters(), lr=0.1),
+                    recompute_teacher=recompute,
+                )
+            )
+        states.append(torch.get_rng_state())
+    assert error(found[1].grads, found[0].grads) < 1e-12
+    assert any(g.any() for g in found[0].grads.values())
+    assert torch.equal(*states)

@@ -48,7 +48,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     extras = PROJECT["optional-dependencies"]
-    optional = declared(extras["onnx"] + extras["timm"])
+    optional = declared(extras["labels"] + extras["onnx"] + extras["timm"])
     assert imported() == (declared(PROJECT["dependencies"]) | optional) - INDIRECT
 
 
@@ -71,8 +71,19 @@ print(json.dumps({"core": core, "all": sorted(sys.modules)}))
 
 
 def test_importing_the_library_loads_what_the_core_needs(loaded: dict[str, list[str]]) -> None:
-    not_needed = ("metapl.data", "metapl.recipes", "metapl.report", "metapl.cli", "metapl.export")
-    heavy = ("matplotlib", "pandas", "scipy", "sklearn", "tensorboard", "torchvision", "tyro", "einops")
+    not_needed = ("metapl.data", "metapl.recipes", "metapl.report", "metapl.cli", "metapl.export", "metapl.labels")
+    heavy = (
+        "duckdb",
+        "matplotlib",
+        "pandas",
+        "pyarrow",
+        "scipy",
+        "sklearn",
+        "tensorboard",
+        "torchvision",
+        "tyro",
+        "einops",
+    )
     found = [name for name in loaded["core"] if name.startswith(not_needed) or name.partition(".")[0] in heavy]
     assert found == []
 

@@ -62,3 +62,42 @@ def test_zero_is_no_feedback() -> None:
 def test_what_cannot_be_is_refused(options: dict[str, object], text: str) -> None:
     with pytest.raises(metapl.MetaplError, match=text):
         _trainer(**options)
+
+
+class _OutputsTwice:
+    """A teacher loss in the outputs that the feedback goes through as well."""
+
+    name = "outputs_twice"
+
+    def __call__(self, teacher: nn.Module, *, signal: metapl.problems.Signal, **batches: object) -> torch.Tensor:
+        assert signal.outputs is not None
+        return signal.outputs.square().mean()
+
+
+@pytest.mark.parametrize(
+    "losses", [(metapl.CrossEntropy(),), (_OutputsTwice(),), (metapl.CrossEntropy(), _OutputsTwice())]
+)
+def test_the_ratio_is_that_of_the_gradients_at_the_teachers_outputs(losses: tuple[object, ...]) -> None:
+    """By a backward pass of each loss, from outputs that are shared between the losses, and not."""
+    trainer = _trainer(teacher_losses=losses, feedback_weight=0.7)
+    (x, y), u = _batch()
+    h = trainer.hypergradient((x, y), u).feedback
+    z, z_labeled = (trainer.teacher(batch).detach().requires_grad_() for batch in (u, x))
+    (from_feedback,) = torch.autograd.grad(-0.7 * (h * z.softmax(-1)).sum(), z)
+    own = sum(
+        nn.functional.cross_entropy(z_labeled, y) if isinstance(loss, metapl.CrossEntropy) else z.square().mean()
+        for loss in losses
+    )
+    from_own = torch.autograd.grad(own, [z, z_labeled], materialize_grads=True)
+    expected = from_feedback.norm() / torch.cat([g.flatten() for g in from_own]).norm()
+    assert trainer.step((x, y), u).feedback_ratio == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_hooks_on_a_table_that_is_the_teachers_output_do_not_stay() -> None:
+    table = metapl.problems.Table(torch.zeros(6))
+    student = nn.Linear(5, 3)
+    trainer = metapl.BilevelTrainer(table, student, "forward", problem=metapl.problems.ExampleWeights())
+    (x, y), u = _batch()
+    batch = x.float(), y
+    trainer.step(batch, (u.float(), y, torch.arange(6)))
+    assert not any(p._backward_hooks for p in table.parameters())

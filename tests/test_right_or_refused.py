@@ -22,7 +22,7 @@ from torchopt.transform import masked
 
 import metapl
 from metapl import MetaplError, Signal
-from metapl.execution.local import trainable
+from metapl.parts import trainable
 from metapl.updates import update_of
 
 SOFT, SAMPLED = ("unrolled", "forward", "difference"), ("reinforce", "reinforce_per_example", "loss_difference")

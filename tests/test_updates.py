@@ -11,7 +11,7 @@ import torchopt
 from problems_zoo import OPTIMISERS, toy, warm
 from reference import error
 
-from metapl.execution.local import trainable
+from metapl.parts import trainable
 from metapl.updates import Clipped, update_of
 
 TORCH = [name for name in OPTIMISERS if name.startswith("torch_")]
@@ -32,8 +32,8 @@ def check_three_steps(functional: Any, student: torch.nn.Module) -> None:
     params, state = values(student), functional.read_state()
     for seed in range(3):
         g = gradients(student, seed)
-        params, state = functional.update(params, g, state)
-        functional.commit(trainable(student), g, params, state)
+        moved = params, state = functional.update(params, g, state)
+        functional.commit(trainable(student), g, lambda moved=moved: moved)
         assert error(params, values(student)) < 1e-14
 
 
@@ -174,7 +174,7 @@ def test_an_update_behind_a_clip_is_that_of_clipped_gradients(max_norm: float, n
     expected, _ = functional.inner.update(values(student), clipped, functional.read_state())
     assert error(moved, expected) < 1e-7  # clip_grad_norm_ adds the norms of the parameters in another order
     check_pullback(functional, student)
-    functional.commit(trainable(student), g, moved, new_state)
+    functional.commit(trainable(student), g, lambda: (moved, new_state))
     assert error(values(student), moved) < 1e-14
 
 
@@ -187,7 +187,7 @@ def test_parameters_that_the_loss_does_not_reach_do_not_move() -> None:
     del g[last]
     before = values(student)
     moved, _ = functional.update(before, g, functional.read_state())
-    functional.commit(trainable(student), g, moved, None)
+    functional.commit(trainable(student), g, lambda: (moved, None))
     assert torch.equal(moved[last], before[last])
     assert error(moved, values(student)) < 1e-14
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from metapl.cli.commands import COMMANDS, after_training
@@ -26,6 +26,8 @@ own labels of pictures that it is sure of.
   metapl finetune RUN           finetune it on the labeled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
   metapl export RUN --out DIR   write it for others: a program, weights, a card
+  metapl label RUN DIR          store its class probabilities of many pictures
+  metapl labels DO STORE        look at such a store (stats), or select from it
 
 For example, with the handwritten digits that come with scikit-learn, of which
 two in each class are labeled (a minute on a laptop, no graphics card):
@@ -68,6 +70,30 @@ metapl train RECIPE, with RECIPE one of:
   imagenet-10pct-paper  the same with the settings of the paper's table
 
 Each says more with --help: metapl train digits --help.
+"""
+
+ABLATE_HELP = """\
+metapl ablate RECIPE compares the ways to find the teacher's gradient, on the
+networks and data of a recipe: how far each is from the exact gradient, and
+what it costs. It ends with the mode to take. RECIPE is one of:
+
+{recipes}
+For networks of your own: metapl ablate --factory MODULE:FUNCTION.
+
+  metapl ablate digits --steps 200 --out DIR
+  metapl ablate digits --steps 200 --stability --train-steps 500
+
+Each says more with --help: metapl ablate digits --help.
+"""
+
+
+LABELS_HELP = """\
+metapl labels DO STORE, with DO one of:
+
+  stats   what is in a store that metapl label wrote: classes, confidence
+  select  write a store of some of its examples: by confidence, balanced
+
+Each says more with --help: metapl labels select --help.
 """
 
 
@@ -172,6 +198,8 @@ def _dispatch(given: list[str]) -> int:
         )
     if command == "ablate":
         return _ablate(rest)
+    if command == "labels":
+        return _labels(rest)
     return _train(rest) if command == "train" else _after_training(command, rest)
 
 
@@ -197,14 +225,14 @@ def _train(given: list[str]) -> int:
 def _ablate(given: list[str]) -> int:
     from metapl.cli.ablate import COMMANDS as RECIPES
     from metapl.cli.ablate import AblateFactory
-    from metapl.cli.parse import did_you_mean, flags_named, parse
+    from metapl.cli.idle import given_flags
+    from metapl.cli.parse import did_you_mean, flags_named, parse, respelled
     from metapl.errors import MetaplError
 
     if any(word.partition("=")[0] == "--factory" for word in given):
         return parse(AblateFactory, "metapl ablate", given)()
     if given and given[0] in ("-h", "--help"):
-        print(RECIPES_HELP.replace("metapl train", "metapl ablate"), end="")
-        print("For networks of your own: metapl ablate --factory MODULE:FUNCTION.")
+        print(ABLATE_HELP.format(recipes=_lines_about(RECIPES)), end="")
         return 0
     if not given or given[0] not in RECIPES:
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
@@ -214,7 +242,29 @@ def _ablate(given: list[str]) -> int:
             "--factory module:function, for networks of your own."
         )
     with flags_named():
-        return parse(RECIPES[given[0]], f"metapl ablate {given[0]}", given[1:])()
+        command = parse(RECIPES[given[0]], f"metapl ablate {given[0]}", given[1:])
+        command.check_flags(given_flags(respelled(given[1:])))
+        return command()
+
+
+def _lines_about(names: Collection[str]) -> str:
+    """The lines of the help of ``metapl train`` about some recipes."""
+    return "".join(line for line in RECIPES_HELP.splitlines(keepends=True) if set(line.split()[:1]) & set(names))
+
+
+def _labels(given: list[str]) -> int:
+    from metapl.cli.labels import COMMANDS as WAYS
+    from metapl.cli.parse import did_you_mean, parse
+    from metapl.errors import MetaplError
+
+    if given and given[0] in ("-h", "--help"):
+        print(LABELS_HELP, end="")
+        return 0
+    if not given or given[0] not in WAYS:
+        named = f"metapl labels cannot {given[0]!r}" if given else "it was not said what to do with the labels"
+        meant = (did_you_mean(given[0], list(WAYS)) if given else "") or "."
+        raise MetaplError(f"{named}{meant} Expected one of {', '.join(WAYS)}: metapl labels stats STORE.")
+    return parse(WAYS[given[0]], f"metapl labels {given[0]}", given[1:])()
 
 
 def _after_training(command: str, given: list[str]) -> int:

@@ -9,6 +9,7 @@ import tyro
 
 from metapl.cli.ablate import COMMANDS as ABLATIONS
 from metapl.cli.commands import COMMANDS, after_training
+from metapl.cli.labels import COMMANDS as LABELS
 from metapl.cli.train import COMMANDS as RECIPES
 from metapl.errors import MetaplError
 
@@ -29,8 +30,11 @@ def print_completion(given: Sequence[str]) -> int:
     def ablate(recipe: Annotated[_one_of(ABLATIONS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Compare the modes."""
 
-    of_recipes = {"train": train, "ablate": ablate}
-    commands = of_recipes | {name: after_training(name) for name in COMMANDS if name not in of_recipes}
+    def labels(do: Annotated[_one_of(LABELS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
+        """Look at stored labels, or select from them."""
+
+    of_choices = {"train": train, "ablate": ablate, "labels": labels}
+    commands = of_choices | {name: after_training(name) for name in COMMANDS if name not in of_choices}
     try:
         tyro.cli(
             _one_of(commands),

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
+from metapl.parts import named_parts
 
 Held = tuple[dict[str, Any], str, Tensor]
 """A slot of a module, as its dictionary and name, and a tensor for it."""
@@ -26,7 +27,7 @@ class Slots:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parts = list(module.modules())
+        parts = [part for _, part in named_parts(module)]
         self.norms = [part for part in parts if isinstance(part, _BatchNorm) and _by_batch_statistics(part)]
         kept = {id(norm) for norm in self.norms}
         self.parameters = [held for part in parts for held in _held(part._parameters)]
@@ -118,16 +119,15 @@ class Buffers:
     """A snapshot of a module's buffers."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.saved = {name: (b, b.clone()) for name, b in module.named_buffers()}
+        self.held = [held for _, part in named_parts(module) for held in _held(part._buffers)]
+        self.values = copies(self.held)
 
     def restore(self) -> None:
         """Restore the buffers, both values and tensor objects (a module may have assigned new ones)."""
         with torch.no_grad():
-            for name, (buffer, value) in self.saved.items():
+            for (tensors, name, buffer), (_, _, value) in zip(self.held, self.values, strict=True):
                 buffer.copy_(value)
-                owner, _, leaf = name.rpartition(".")
-                self.module.get_submodule(owner)._buffers[leaf] = buffer
+                tensors[name] = buffer
 
 
 @contextmanager

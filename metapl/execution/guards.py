@@ -36,7 +36,7 @@ def restored_on_failure(generator: torch.Generator | None) -> Iterator[None]:
 @contextmanager
 def step_guard(
     *networks: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Iterator[checks.Fault]:
@@ -44,7 +44,7 @@ def step_guard(
 
     Args:
         networks: their buffers are restored.
-        optimizer: the gradients of its parameters are cleared before and after.
+        optimizer: the gradients of its parameters are cleared before and after; None: no network fills any.
         device: the networks' device.
         generator: the user's generator, if the step draws from one.
 
@@ -67,21 +67,21 @@ def step_guard(
             torch.clear_autocast_cache()  # it may hold casts of weights from before the step
 
 
-def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+def clear_gradients(optimizer: torch.optim.Optimizer | None) -> None:
     """``optimizer.zero_grad(set_to_none=True)`` without its bookkeeping, which would slow down small networks."""
-    for group in optimizer.param_groups:
+    for group in () if optimizer is None else optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
 
 
 @contextmanager
-def types_explained(labeled: Any, unlabeled: Sequence[Any], **networks: nn.Module) -> Iterator[None]:
+def types_explained(labeled: Any, unlabeled: Sequence[Any], **networks: nn.Module | None) -> Iterator[None]:
     """Turn PyTorch's error about inputs of another type than the weights into one that names batch and network.
 
     Args:
         labeled: the outer batch.
         unlabeled: the inner ones.
-        networks: by role.
+        networks: by role; None: no such network.
     """
     try:
         yield
@@ -93,7 +93,7 @@ def types_explained(labeled: Any, unlabeled: Sequence[Any], **networks: nn.Modul
             taken = [checks.types(inputs) for _, inputs in batches[1:]]
             batches = [] if checks.types(batches[0][1]) in taken else batches[:1]
         for role, network in networks.items():
-            weight = next((p for p in network.parameters() if p.is_floating_point()), None)
+            weight = None if network is None else next((p for p in network.parameters() if p.is_floating_point()), None)
             for name, inputs in batches:
                 if isinstance(cause, RuntimeError):
                     checks.explain_type(cause, inputs, weight, f"the {role}", f"{name} inputs")

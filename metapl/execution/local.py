@@ -13,7 +13,15 @@ from torch.autograd import forward_ad
 from metapl import checks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_outputs, coarsest
-from metapl.execution.buffers import Slots, buffers_aside, copies, fresh, inputs_unchanged, stand_ins, swapped
+from metapl.execution.buffers import (
+    Slots,
+    buffers_aside,
+    copies,
+    fresh,
+    inputs_unchanged,
+    stand_ins,
+    swapped,
+)
 from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import (
     checkpoints_without_reentry,
@@ -24,14 +32,10 @@ from metapl.execution.kernels import (
 )
 from metapl.execution.rng import RandomState, replayed
 from metapl.numerics import Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
+from metapl.parts import trainable
 
 Loss = Callable[[Tensor, Tree], Tensor]
 """A scalar of outputs and of the weights that they were computed at."""
-
-
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a module learns, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 class LocalStudent:
@@ -156,7 +160,7 @@ class Pass:
             self._at: Tree = dict(student.parameters)
             self._held: list[Any] = []
         else:
-            _refuse_hooks(student.parameters)
+            refuse_hooks(student.parameters)
             self._at = params if student.double_backward else as_leaves(params)
             self._held = student.held_at(self._at)
         with torch.enable_grad(), student.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
@@ -346,11 +350,12 @@ def _refuse_late_hooks(parameters: dict[str, nn.Parameter]) -> None:
         )
 
 
-def _refuse_hooks(parameters: dict[str, nn.Parameter]) -> None:
+def refuse_hooks(parameters: dict[str, nn.Parameter]) -> None:
     """Refuse hooks of parameters where other tensors stand in for these."""
     hooked = [name for name, p in parameters.items() if p._backward_hooks]
     if hooked:
         raise MetaplError(
-            f"the student's parameter {hooked[0]} has a hook of register_hook, which is not called from the second "
-            "student step on, where other tensors stand in for the parameters; remove the hook, or look one step ahead."
+            f"the student's parameter {hooked[0]} has a hook of register_hook, which is not called where other "
+            "tensors stand in for the parameters: from the second student step on, and in a step that is taken again "
+            "on a revised signal. Remove the hook, or look one step ahead with a problem that revises no signal."
         )

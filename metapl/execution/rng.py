@@ -45,8 +45,10 @@ class RandomState:
         states = [state.numpy().tobytes() for state in (self.cpu, self.accelerator) if state is not None]
         digest = hashlib.blake2b(b"".join(states), digest_size=8).digest()
         seed = int.from_bytes(digest, "little") >> 1  # 63 bits: every generator takes them
-        start = [torch.Generator(kind).manual_seed(seed).get_state() for kind in ("cpu", self.device)]
-        return RandomState(self.device, start[0], None if self.accelerator is None else start[1])
+        start = torch.Generator().manual_seed(seed).get_state()
+        if self.accelerator is None:
+            return RandomState(self.device, start, None)
+        return RandomState(self.device, start, torch.Generator(self.device).manual_seed(seed).get_state())
 
 
 @contextmanager

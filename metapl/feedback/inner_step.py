@@ -34,7 +34,7 @@ from metapl.errors import MetaplError
 from metapl.execution.local import Loss, Pass, as_leaves
 from metapl.numerics import Tree, dot, mean_tree, norm, wide
 from metapl.problems.base import Problem, Signal
-from metapl.updates import Update
+from metapl.updates import Parameters, Update
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class InnerStep:
         grads = [part.gradient_again(params, mean_inner_loss(self.problem, signal, x)) for part, x, signal in pieces]
         return replace(self, grads=mean_tree(grads), state=state, kept=True)
 
+    def on(self, signal: Signal) -> InnerStep:
+        """The same step on another signal; cost: a forward and a backward pass of the student."""
+        step = replace(self, signal=signal, grads={}, kept=False).again(self.params, self.state)
+        return replace(step, inner_loss=self.inner_losses(self.outputs, signal, self.params).mean())
+
     @cached_property
     def outputs(self) -> Tensor:
         """z = S(x; θ), (B, ...), without a graph."""
@@ -95,6 +100,10 @@ class InnerStep:
     def moved(self) -> tuple[Tree, Any]:
         """θ′ and s′, with a graph if the path keeps it."""
         return self.update.update(self.params, self.grads, self.state)
+
+    def commit(self, parameters: Parameters) -> None:
+        """Take the step, from the parameters and the optimizer's state as they are now."""
+        self.update.commit(parameters, self.gradient, lambda: self.moved)
 
     @property
     def learning_rate(self) -> float | None:

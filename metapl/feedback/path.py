@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from metapl import checks
 from metapl.batch import micro_batches
 from metapl.execution.kernels import refuse_checkpoints
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, refuse_hooks
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep, mean_inner_loss
 from metapl.numerics import Tree, mean_tree
@@ -58,7 +58,8 @@ class Path:
     @property
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps, a scalar."""
-        return torch.stack([step.inner_loss for step in self.steps]).mean()
+        losses = [step.inner_loss for step in self.steps]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -150,14 +151,23 @@ class Path:
         gradients = iter(gradient_through(self.student, self.steps[-1].moved[0], self.outer_gradient(), leaves))
         return [(step, {name: next(gradients) for name in step.signal.differentiable()}) for step in counted]
 
+    def revised(self, h: Tensor) -> Path:
+        """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
+        where it makes none."""
+        signal = self.problem.revised_signal(self.steps[-1].signal, h)
+        if signal is None:
+            return self
+        refuse_hooks(self.student.parameters)
+        (step,) = self.steps
+        return replace(self, steps=[step.on(signal.detached())])
+
     def commit(self) -> None:
         """Move the student to θ′, with its optimizer."""
         if not all(step.kept for step in self.steps):
-            self.update.commit(self.student.parameters, None, self.params, self.state)
+            self.update.write(self.student.parameters, self.params, self.state)
             return
         for step in self.steps:
-            new_params, new_state = pytree.tree_map_only(Tensor, Tensor.detach, step.moved)
-            self.update.commit(self.student.parameters, step.gradient, new_params, new_state)
+            step.commit(self.student.parameters)
 
     @cached_property
     def _outer(self) -> tuple[Tensor, Tree]:
@@ -243,7 +253,7 @@ def _step(
         passes,
         batch,
         joined_signals(signals),
-        torch.stack(losses).mean(),
+        losses[0] if len(losses) == 1 else torch.stack(losses).mean(),
         mean_tree(grads),
         state,
     )

@@ -29,7 +29,7 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
             (curvature <= 0) & (rr > 0),
             "the inner loss has no positive curvature along a direction that conjugate gradients take, so the student "
             "is not near an optimum of it; train it longer, add a penalty on its weights to the inner loss, or give "
-            'Implicit a larger damping, or solver="neumann".',
+            'Implicit a larger damping, or solver="neumann" or "identity".',
         )
         alpha = torch.where(curvature > 0, rr / curvature.clamp_min(torch.finfo(rr.dtype).tiny), 0.0)
         x, r = _plus(x, p, alpha), _plus(r, q, -alpha)

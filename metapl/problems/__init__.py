@@ -2,7 +2,7 @@
 
 base            BilevelProblem, its base class Problem, and Signal
 pseudo_labels   Meta Pseudo Labels
-reweighting     weights of examples: MetaWeightNet, ExampleWeights
+reweighting     weights of examples: MetaWeightNet, LearningToReweight, ExampleWeights
 relabeling      labels of examples: ExampleLabels, LabelCorrection, NoiseTransition
 classification  the base class of reweighting and relabeling
 teachers        teachers for reweighting and relabeling: Table, WeightNet
@@ -12,7 +12,7 @@ losses          the teacher's own losses: CrossEntropy, UDA
 from metapl.problems.base import BilevelProblem, Problem, Signal
 from metapl.problems.pseudo_labels import PseudoLabels
 from metapl.problems.relabeling import ExampleLabels, LabelCorrection, NoiseTransition
-from metapl.problems.reweighting import ExampleWeights, MetaWeightNet
+from metapl.problems.reweighting import ExampleWeights, LearningToReweight, MetaWeightNet
 from metapl.problems.teachers import Table, WeightNet
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ExampleLabels",
     "ExampleWeights",
     "LabelCorrection",
+    "LearningToReweight",
     "MetaWeightNet",
     "NoiseTransition",
     "Problem",

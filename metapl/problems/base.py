@@ -119,6 +119,10 @@ class Problem(ABC):
     teacher_classifies: ClassVar[bool] = False
     """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
 
+    has_teacher: ClassVar[bool] = True
+    """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns from the feedback
+    but :meth:`revised_signal`."""
+
     @abstractmethod
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
@@ -153,6 +157,16 @@ class Problem(ABC):
     def exact(self) -> Problem | None:
         """The same problem with a differentiable signal, whose exact gradient other modes are compared with; None: no
         such comparison."""
+        return None
+
+    def revised_signal(self, signal: Signal, h: Tensor) -> Signal | None:
+        """The signal of the student's real step, made from the feedback on a first signal; None: the step that was
+        looked ahead at is the real one. It costs a forward and a backward pass more, and goes with one student step.
+
+        Args:
+            signal: the one that was looked ahead with, without the teacher's graph.
+            h: the feedback on it.
+        """
         return None
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:  # noqa: B027  # a default, not a duty
@@ -228,5 +242,14 @@ class _Completed(Problem):
 
 def has_default_losses(problem: Problem) -> bool:
     """Whether a problem has default teacher losses of its own."""
+    return _has_own(problem, "default_teacher_losses")
+
+
+def revises(problem: Problem) -> bool:
+    """Whether a problem may take the student's step again on another signal."""
+    return _has_own(problem, "revised_signal")
+
+
+def _has_own(problem: Problem, method: str) -> bool:
     own = problem.given if isinstance(problem, _Completed) else problem
-    return getattr(type(own), "default_teacher_losses", None) not in (None, Problem.default_teacher_losses)
+    return getattr(type(own), method, None) not in (None, getattr(Problem, method))

@@ -1,4 +1,4 @@
-r"""Learned weights of training examples: Meta-Weight-Net, and data hyper-cleaning.
+r"""Weights of training examples: Meta-Weight-Net, learning to reweight, and data hyper-cleaning.
 
 Some labels of the inner batch are wrong; a few others are trusted. The student learns
 
@@ -11,13 +11,15 @@ so the feedback on an example is positive if a step on that example lowers the l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from metapl.problems.base import Params, Signal
+from metapl.errors import MetaplError
+from metapl.problems.base import Kind, Params, Signal
 from metapl.problems.classification import Classification, check_rows, example_losses
 
 
@@ -47,6 +49,78 @@ class MetaWeightNet(Classification):
         """a = V(losses), (B,)."""
         losses = example_losses(student_outputs, self.parts_of(batch)["labels"])
         return Signal(check_rows(teacher(losses), student_outputs, "a weight per loss,"))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """a_i CE_i, (B,)."""
+        return signal.value * example_losses(outputs, batch[1])
+
+
+@dataclass(frozen=True)
+class LearningToReweight(Classification):
+    r"""The weights of a batch are what one gradient step on them makes of zero; there is no teacher.
+
+    .. math:: \hat\theta = U(\theta, \nabla_\theta \tfrac1B \textstyle\sum_i \varepsilon_i \mathrm{CE}_i)
+              \text{ at } \varepsilon = 0, \qquad
+              h_i = -\frac{\partial L(\hat\theta)}{\partial \varepsilon_i}, \qquad
+              w_i = \frac{\max(h_i, 0)}{\sum_j \max(h_j, 0)}, \qquad
+              \theta' = U(\theta, \nabla_\theta \textstyle\sum_i w_i \mathrm{CE}_i)
+
+    The student looks ahead with weights of zero; h_i is positive if a little of example i in that step lowers the loss
+    on the trusted labels. Its real step then takes the weights w, which sum to 1. Where no example helps, all w_i are 0
+    and the gradient of the real step is 0, while momentum and weight decay go on. An inner batch is (x, y), the outer
+    one (x, y) with trusted labels.
+
+    Scale: the signal of the real step, in reports too, is a = B·w, so that metapl's mean over the batch of a_i CE_i is
+    the paper's sum of w_i CE_i: the step is as long as on a batch whose labels are all right. The scale of h, and with
+    it the learning rate of the look-ahead, cancels in w.
+
+    Give ``teacher=None``, and a mode with feedback on each example. U is the student's optimizer in its present state,
+    in both steps. The paper looks ahead by plain SGD whatever the optimizer: θ̂ is then θ, and w compares the gradient
+    of each example with that of the trusted ones. That is SGD without momentum here, or, for any optimizer,
+    ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at a gradient of 0 is
+    of the order of 1/eps for weights that have had no gradient yet: these few then decide all.
+
+    The ``outer_loss`` of a step's report is L(θ̂); its ``inner_loss`` is of the real step.
+
+    Cost: one forward and one backward pass of the student beyond those of the mode.
+
+    >>> import metapl
+    >>> student = torch.nn.Linear(4, 3)
+    >>> trainer = metapl.BilevelTrainer(None, student, "forward", problem=LearningToReweight())
+    >>> batch = torch.randn(6, 4), torch.arange(6) % 3
+    >>> report = trainer.step(labeled=batch, unlabeled=batch)
+    >>> report.feedback.shape, round(report.signal.value.mean().item(), 4)
+    (torch.Size([6]), 1.0)
+
+    Raises: :class:`metapl.MetaplError` for batches of other shapes, for a teacher and the options that are for one, for
+    modes without feedback on each example, and for more than one student step.
+    Source: Ren, Zeng, Yang and Urtasun, "Learning to reweight examples for robust deep learning" (ICML 2018), its
+    Algorithm 1 and eqs. (12)-(14).
+    """
+
+    has_teacher: ClassVar[bool] = False
+
+    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> LearningToReweight:
+        """This problem; refuse modes without feedback on each example."""
+        if "soft" not in labels or mode == "none":
+            raise MetaplError(
+                f"mode '{mode}' was given, and LearningToReweight makes its weights from the feedback on each example, "
+                "which this mode does not give; use 'forward', 'difference', 'unrolled' or "
+                'metapl.feedback.Implicit(solver="identity").'
+            )
+        return self
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
+    ) -> Signal:
+        """ε = 0, (B,)."""
+        return Signal(student_outputs.new_zeros(len(student_outputs)))
+
+    def revised_signal(self, signal: Signal, h: Tensor) -> Signal:
+        """a = B·w, (B,)."""
+        helpful = h.clamp_min(0)
+        total = helpful.sum()
+        return Signal(len(h) * helpful / torch.where(total > 0, total, torch.ones_like(total)))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""

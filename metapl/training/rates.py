@@ -19,7 +19,8 @@ class Rates:
 
     def __init__(self, trainer: Stepwise, options: FitOptions) -> None:
         optimizers = trainer.schedulable
-        names = ("student_lr",) if trainer.teacher is None else ("student_lr", "teacher_lr")[-len(optimizers) :]
+        names = ["student_lr"] if trainer.teacher is None else ["student_lr", "teacher_lr"]
+        names = names[len(names) - len(optimizers) :]
         self.options = options
         self.optimizers = dict(zip(names, optimizers, strict=True))
         self.settings = {name: [_settings(group) for group in o.param_groups] for name, o in self.optimizers.items()}

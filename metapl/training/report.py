@@ -82,4 +82,6 @@ class StepReport(Report):
 
 def means(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The scalars of a step: the means over its micro-batches."""
+    if len(scalars) == 1:
+        return dict(scalars[0])
     return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}

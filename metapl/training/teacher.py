@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
+from metapl import checks
 from metapl.errors import MetaplError
-from metapl.execution.agreement import check_recomputed
-from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
-from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
-from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Feedback
-from metapl.problems.base import Problem, Signal
+from metapl.feedback.teacher_pass import TeacherPass
+from metapl.numerics import wide
+from metapl.parts import named_parts
+from metapl.problems.base import Problem
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.training.report import means
 
@@ -43,23 +43,15 @@ class FeedbackScale:
 
 @dataclass(frozen=True)
 class TeacherLosses:
-    """The teacher's objective in its parts.
+    """The teacher's objective in its parts, without a graph.
 
     Args:
-        feedback: weight·(−Σ h·signal), a scalar with the teacher's graph; a sum over the batch.
-        own: the sum of the teacher's own losses, each a mean over its batch.
-        scalars: ``teacher_loss`` = own, and ``teacher_<name>`` for each of them.
-        sizes: the norms of the gradients of ``feedback`` and ``own`` at the teacher's outputs.
+        scalars: ``teacher_loss``, the sum of the teacher's own losses, and ``teacher_<name>`` for each of them.
+        sizes: the norms of the gradients at the teacher's outputs: ``feedback``, and ``own`` losses.
     """
 
-    feedback: Tensor
-    own: Tensor
     scalars: dict[str, Tensor]
     sizes: dict[str, Tensor]
-
-    def without_graph(self) -> TeacherLosses:
-        """The same values, detached."""
-        return replace(self, feedback=self.feedback.detach(), own=self.own.detach())
 
 
 def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int) -> dict[str, Tensor]:
@@ -71,21 +63,28 @@ def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int) -> dict[str
         parts: the number of micro-batches in a batch.
     """
     last = objectives[-parts:]
-    feedback = torch.stack([objective.sizes["feedback"] for objective in objectives]).norm()
-    own = torch.stack([objective.sizes["own"] for objective in last]).norm() / parts
+    feedback = _norm([objective.sizes["feedback"] for objective in objectives])
+    own = _norm([objective.sizes["own"] for objective in last])
     ratio = torch.where(own > 0, feedback / own, torch.nan)
     return {**means([objective.scalars for objective in last]), "feedback_ratio": ratio}
+
+
+def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
+    if not terms:
+        return torch.zeros_like(like)
+    return terms[0] if len(terms) == 1 else torch.stack(list(terms)).sum()
+
+
+def _norm(sizes: Sequence[Tensor]) -> Tensor:
+    return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
 
 
 class TeacherStep:
     """The teacher's passes on one inner batch, all at θ_T from before the step.
 
     Args:
-        teacher, problem: as in the trainer.
-        unlabeled: the inner batch.
-        student_outputs: S(x_u; θ_S), detached; the signal may depend on them.
-        generator: for drawing labels.
-        recompute: make the signal without a graph first, and once more with a graph for the loss.
+        teacher, problem, unlabeled, student_outputs, generator, recompute: see
+            :class:`metapl.feedback.teacher_pass.TeacherPass`.
     """
 
     def __init__(
@@ -97,64 +96,60 @@ class TeacherStep:
         generator: torch.Generator | None,
         recompute: bool,
     ) -> None:
-        self.teacher, self.problem, self.unlabeled = teacher, problem, unlabeled
-        self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
-        self._random = RandomState.now(student_outputs.device)
-        self._buffers = copies(Slots(teacher).all_buffers) if recompute else []
-        self._generator_state = None if generator is None else generator.get_state()
+        self.teacher, self.unlabeled = teacher, unlabeled
         self._outputs: list[Tensor] = []
-
-    def signal(self) -> Signal:
-        """Algorithm 1, line 2: ŷ_u ~ T(x_u), with the teacher's graph unless that is recomputed later."""
-        if self.recompute:
-            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry():
-                self._signal = self._make_signal()
-            return self._signal
+        self._weights = {id(p) for _, part in named_parts(teacher) for p in part._parameters.values()}
         with self._recording():
-            self._signal = self._make_signal()
-        return self._signal
+            self._pass = TeacherPass(teacher, problem, unlabeled, student_outputs, generator, recompute)
+        self.signal = self._pass.signal  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
 
-    def loss(
-        self, feedback: Feedback, scale: FeedbackScale, losses: Sequence[TeacherLoss], labeled: Any, step: int
+    def backward(
+        self,
+        feedback: Feedback,
+        scale: FeedbackScale,
+        losses: Sequence[TeacherLoss],
+        labeled: Any,
+        step: int,
+        parts: int = 1,
     ) -> TeacherLosses:
-        """Algorithm 1, lines 5-7: scale·(−Σ h·signal) and Σ own losses."""
+        """Algorithm 1, lines 5-7: add the gradient of scale·(−Σ h·signal) + Σ own losses / parts to the weights'."""
         with self._recording():
-            if self.recompute:
-                self._signal = self._recomputed_signal()
+            signal = self._pass.with_graph()
             terms = sum_of_terms(
                 self.teacher,
                 losses,
                 labeled=labeled,
                 unlabeled=self.unlabeled,
-                signal=self._signal,
+                signal=signal,
                 step=step,
                 kind="teacher loss",
             )
         own = {f"teacher_{name}": term for name, term in terms.items()}
-        from_feedback = feedback.teacher_loss(self._signal)
-        from_own = torch.stack(list(own.values())).sum() if own else torch.zeros_like(from_feedback)
-        scalars = {name: value.detach() for name, value in own.items()}
-        scalars["teacher_loss"] = from_own.detach()
-        sizes = {"feedback": self._size(from_feedback), "own": self._size(from_own)}
+        from_feedback = feedback.teacher_loss(signal)
+        from_own = _sum(list(own.values()), from_feedback)
+        checks.learns(from_own, "teacher")
+        scalars = {name: value.detach() for name, value in own.items()} | {"teacher_loss": from_own.detach()}
+        return TeacherLosses(scalars, self._descend(from_feedback, from_own / parts if parts > 1 else from_own, scale))
+
+    def _descend(self, from_feedback: Tensor, from_own: Tensor, scale: FeedbackScale) -> dict[str, Tensor]:
+        """Take the gradient of both losses.
+
+        Returns: the norms of their gradients at the teacher's outputs; NaN for a loss that also depends on the
+        teacher's weights other than through these outputs.
+        """
+        reach, own_reach = self._reach(from_feedback), self._reach(from_own)
         if scale.relative:
-            self._refuse_bypass(from_feedback, "the signal")
-            self._refuse_bypass(from_own, "a teacher loss")
+            reach.refuse_bypass("the signal")
+            own_reach.refuse_bypass("a teacher loss")
+        if not scale.relative and reach.outputs.isdisjoint(own_reach.outputs):
+            # Every output gets the gradient of one of the losses, and a common backward pass shows them.
+            with _caught(reach.outputs) as grads, _caught(own_reach.outputs) as own_grads:
+                _backward(scale.value * from_feedback + from_own)
+            return {"feedback": reach.size(grads, from_feedback), "own": own_reach.size(own_grads, from_own)}
+        sizes = {"feedback": reach.measured(from_feedback), "own": own_reach.measured(from_own)}
         factor = scale.factor(sizes["feedback"], sizes["own"])
-        sizes["feedback"] = factor * sizes["feedback"]
-        return TeacherLosses(factor * from_feedback, from_own, scalars, sizes)
-
-    def _make_signal(self) -> Signal:
-        with inputs_unchanged(self.unlabeled, "teacher"):
-            return self.problem.signal(self.teacher, self.unlabeled, self.student_outputs, generator=self.generator)
-
-    def _recomputed_signal(self) -> Signal:
-        """The same signal with a graph: from the masks, draws and buffers of the first pass."""
-        label_draws = _replayed_generator(self.generator, self._generator_state)
-        with replayed(self._random), label_draws, buffers_aside(self.teacher, self._buffers):
-            signal = self._make_signal()
-        name = "value" if signal.outputs is None else "outputs"
-        check_recomputed(getattr(signal, name).detach(), getattr(self._signal, name))
-        return signal
+        _backward(factor * from_feedback + from_own)
+        return {**sizes, "feedback": factor * sizes["feedback"]}
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -170,54 +165,67 @@ class TeacherStep:
         finally:
             handle.remove()
 
-    def _size(self, loss: Tensor) -> Tensor:
-        """‖∂loss/∂(all outputs of the teacher)‖; cost: a backward pass through the head only.
-
-        NaN if the loss also depends on the teacher's weights other than through these outputs.
-        """
-        if not loss.requires_grad:
-            return loss.new_zeros(())
-        if self._bypasses(loss):
-            return loss.new_full((), torch.nan)
-        if not self._outputs:
-            return loss.new_zeros(())
-        grads = torch.autograd.grad(loss, self._outputs, retain_graph=True, allow_unused=True)
-        norms = [g.float().norm() for g in grads if g is not None]
-        return torch.stack(norms).norm() if norms else loss.new_zeros(())
-
-    def _refuse_bypass(self, loss: Tensor, name: str) -> None:
-        if loss.requires_grad and self._bypasses(loss):
-            raise MetaplError(
-                f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends on the "
-                "teacher's weights in another way, such as through another method or an output that is not a tensor, "
-                "tuple or dict. Let forward return what it depends on, or use feedback_weight."
-            )
-
-    def _bypasses(self, loss: Tensor) -> bool:
-        """Whether the loss depends on a weight of the teacher other than through the collected outputs."""
-        weights = {id(p) for p in self.teacher.parameters()}
-        seen: set[tuple[Node | None, int]] = {(t.grad_fn, t.output_nr) for t in self._outputs}
+    def _reach(self, loss: Tensor) -> _Reach:
+        """The collected outputs that a loss depends on, and whether it depends on a weight in another way."""
+        collected = {(t.grad_fn, t.output_nr): t for t in self._outputs}
+        outputs: set[Tensor] = set()
+        bypass = False
+        seen: set[tuple[Node | None, int]] = set()
         edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
         while edges:
             edge = edges.pop()
             if edge in seen or edge[0] is None:
                 continue
             seen.add(edge)
-            if id(getattr(edge[0], "variable", None)) in weights:
-                return True
+            if edge in collected:
+                outputs.add(collected[edge])
+                continue
+            bypass = bypass or id(getattr(edge[0], "variable", None)) in self._weights
             edges.extend(edge[0].next_functions)
-        return False
+        return _Reach(outputs, bypass)
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """The outputs of the teacher that a loss depends on, and whether it depends on a weight in another way."""
+
+    outputs: set[Tensor]
+    bypass: bool
+
+    def refuse_bypass(self, name: str) -> None:
+        if self.bypass:
+            raise MetaplError(
+                f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends on the "
+                "teacher's weights in another way, such as through another method or an output that is not a tensor, "
+                "tuple or dict. Let forward return what it depends on, or use feedback_weight."
+            )
+
+    def measured(self, loss: Tensor) -> Tensor:
+        """The norm of a loss's gradient at the outputs; cost: a backward pass through the head only."""
+        outputs = list(self.outputs)
+        return self.size(torch.autograd.grad(loss, outputs, retain_graph=True) if outputs else (), loss)
+
+    def size(self, grads: Sequence[Tensor], loss: Tensor) -> Tensor:
+        """The norm of the gradients at the outputs, NaN if they are not all; a scalar like the loss."""
+        if self.bypass:
+            return loss.new_full((), torch.nan)
+        if not grads:
+            return loss.new_zeros(())
+        return _norm([torch.linalg.vector_norm(wide(g)) for g in grads]).to(loss.dtype)
 
 
 @contextmanager
-def _replayed_generator(generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
-    """Draw from ``state`` in this block; afterwards the generator is as it was before."""
-    if generator is None or state is None:
-        yield
-        return
-    before = generator.get_state()
-    generator.set_state(state)
+def _caught(outputs: set[Tensor]) -> Iterator[list[Tensor]]:
+    """Collect the gradients of these tensors in a backward pass of this block."""
+    grads: list[Tensor] = []
+    handles = [t.register_hook(grads.append) for t in outputs]
     try:
-        yield
+        yield grads
     finally:
-        generator.set_state(before)
+        for handle in handles:
+            handle.remove()
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:
+        loss.backward()

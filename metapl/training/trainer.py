@@ -15,13 +15,13 @@ from metapl.batch import micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import casts_explained, step_guard, types_explained
-from metapl.execution.local import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
 from metapl.fingerprints import as_values
-from metapl.hypergradient import Hypergradient, check_steps, hypergradient, look_ahead, prepare
+from metapl.hypergradient import Hypergradient, check_steps, check_teacher, hypergradient, look_ahead, prepare
+from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches, starts
 from metapl.training import FitResult, Trainer
@@ -40,7 +40,8 @@ class BilevelTrainer(Trainer):
               \Big[ -\lambda \sum \mathrm{sg}(h)\cdot\mathrm{signal} + \sum_k L_k(\theta_T) \Big]
 
     Args:
-        teacher, student: modules on one device, with weights of their own.
+        teacher, student: modules on one device, with weights of their own. No teacher, None, for a problem that has
+            none, such as :class:`metapl.problems.LearningToReweight`; the options of the teacher are then refused.
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
@@ -85,11 +86,11 @@ class BilevelTrainer(Trainer):
     Source: Meta Pseudo Labels, Algorithm 1.
     """
 
-    teacher: nn.Module
+    teacher: nn.Module | None
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         student: nn.Module,
         mode: str | Estimator = "reinforce",
         *,
@@ -110,24 +111,37 @@ class BilevelTrainer(Trainer):
         checks.no_inference_mode()
         self.mode = estimator(mode)
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
+        check_teacher(
+            teacher,
+            self.problem,
+            outer_optimizer=outer_optimizer is not None,
+            teacher_losses=bool(teacher_losses),
+            feedback_weight=feedback_weight != 1.0,
+            feedback_ratio=feedback_ratio is not None,
+            recompute_teacher=recompute_teacher,
+        )
         self.device = checks.networks(teacher, student)
-        refuse_compiled(teacher=teacher, student=student)
+        networks = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+        refuse_compiled(**networks)
         self.teacher, self.student = teacher, student
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         self.recompute_teacher, self.generator = recompute_teacher, generator
+        self.compile, self.outer_optimizer = compile, outer_optimizer
         self._check_options()
 
         # Double backward has no compiled form: there the student runs as it is.
-        compiled = () if not compile else (teacher,) if self.mode.keep_graph else (teacher, student)
-        self.compile, self.compiled = compile, CompiledPasses(*compiled)
+        eager = {"student"} if self.mode.keep_graph else set()
+        self.compiled = CompiledPasses(*(net for name, net in networks.items() if compile and name not in eager))
         self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, trainable(student))
         self.update = update if clip_norm is None else Clipped(update, clip_norm)
-        self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
-        _check_outer(self.outer_optimizer, teacher)
-        self._teacher_trainer = _TeacherTrainer(self)
+        self._teacher_trainer: _TeacherTrainer | None = None
+        if teacher is not None:
+            self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
+            _check_outer(self.outer_optimizer, teacher)
+            self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done = 0
         self._derivatives_checked = False
@@ -153,13 +167,19 @@ class BilevelTrainer(Trainer):
                 path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                 with casts_explained(self.mode.name):
                     feedback, mode_state = self.mode.feedback(path, self.mode_state)  # line 4: h
+                for step_feedback in feedback:
+                    step_feedback.check_finite()
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
-            self._teacher_trainer.clip()
+                known = path.known_outer_loss()
+                path = path.revised(feedback[-1].h.detach())
+            if self._teacher_trainer is not None:
+                self._teacher_trainer.clip()
             path.commit()  # line 3; before the teacher moves, so that a failing student optimizer leaves it in place
-            self.outer_optimizer.step()  # line 8: θ_T′
+            if self.outer_optimizer is not None:
+                self.outer_optimizer.step()  # line 8: θ_T′
             self.mode_state = mode_state
             self.steps_done += 1
-            return self._report(path, feedback, objectives, unlabeled, fault)
+            return self._report(path, known, feedback, objectives, unlabeled, fault)
 
     def _look_ahead(self, labeled: Any, unlabeled: Any) -> tuple[Path, list[TeacherStep]]:
         """The student's steps, and the teacher's passes that made their signals, one for each micro-batch."""
@@ -167,9 +187,9 @@ class BilevelTrainer(Trainer):
 
         def teach(batch: Any, outputs: Tensor) -> Signal:
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all micro-batches would not fit
-            step = TeacherStep(self.teacher, self.problem, batch, outputs, self.generator, recompute)
+            step = TeacherStep(self._asked, self.problem, batch, outputs, self.generator, recompute)
             teacher_steps.append(step)
-            return step.signal()
+            return step.signal
 
         self.update.follow(trainable(self.student))
         path = look_ahead(
@@ -190,36 +210,34 @@ class BilevelTrainer(Trainer):
         self, teacher_steps: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
     ) -> list[TeacherLosses]:
         """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
+        if self._teacher_trainer is None:
+            return []
         parts = self.accumulate
-        for step_feedback in feedback:
-            step_feedback.check_finite()
         chunks = [chunk for step_feedback in feedback for chunk in step_feedback.chunks(parts)]
         labeled_parts = micro_batches(labeled, parts, "labeled")
         objectives = []
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
             in_last_batch = i >= len(teacher_steps) - parts
             losses = self._teacher_trainer.losses_for(step.unlabeled) if in_last_batch else ()
-            objective = step.loss(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done)
-            checks.learns(objective.own, "teacher")
-            loss = objective.feedback + objective.own / parts
-            if loss.requires_grad:
-                loss.backward()
-            objectives.append(objective.without_graph())
+            objectives.append(
+                step.backward(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done, parts)
+            )
         return objectives
 
     def _report(
         self,
         path: Path,
+        known: dict[str, Tensor],
         feedback: Sequence[Feedback],
         objectives: Sequence[TeacherLosses],
         unlabeled: Any,
         fault: checks.Fault,
     ) -> StepReport:
         h = tuple(step_feedback.h.detach() for step_feedback in feedback)
-        scalars = {"inner_loss": path.inner_loss, **path.known_outer_loss()}
+        scalars = {"inner_loss": path.inner_loss, **known}
         return StepReport(
             self.steps_done - 1,
-            scalars | teacher_scalars(objectives, self.accumulate),
+            scalars | (teacher_scalars(objectives, self.accumulate) if objectives else {}),
             fault,
             feedback=h if isinstance(unlabeled, Lookahead) else h[0],
             signal=path.steps[-1].signal,
@@ -240,6 +258,8 @@ class BilevelTrainer(Trainer):
 
         Raises: :class:`metapl.MetaplError` before anything moves: the batches are wrong, or there are no losses.
         """
+        if self._teacher_trainer is None:
+            return super().teacher_step(labeled, unlabeled)
         if not self._has_losses:
             raise MetaplError(
                 "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback; "
@@ -249,6 +269,11 @@ class BilevelTrainer(Trainer):
         report = self._teacher_trainer.step(labeled, unlabeled)
         self.steps_done += 1
         return report
+
+    @property
+    def _asked(self) -> nn.Module:
+        """The module that the problem's signal is asked of: an empty one for a problem without a teacher."""
+        return nn.Module() if self.teacher is None else self.teacher
 
     @property
     def _feedback_scale(self) -> FeedbackScale:
@@ -268,7 +293,12 @@ class BilevelTrainer(Trainer):
         refuse_split_batches(self.teacher_losses or (), self.accumulate)
         if not isinstance(self.lookahead, int) or self.lookahead < 1:
             raise MetaplError(f"lookahead={self.lookahead!r}: expected a number of student steps, 1 or more.")
-        check_steps(self.mode, self.lookahead)
+        check_steps(self.mode, self.lookahead, self.problem)
+        if self.teacher is None and self.compile and self.mode.keep_graph:
+            raise MetaplError(
+                "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "
+                'nothing would be compiled; leave compile out, or use mode="forward", which is as exact.'
+            )
         if self.feedback_ratio is not None:
             self._check_ratio(self.feedback_ratio)
 
@@ -315,10 +345,10 @@ class BilevelTrainer(Trainer):
     def live_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the copies."""
         return {
-            "teacher": self.teacher.state_dict(),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "student": self.student.state_dict(),
             "inner": self.update.state_dict(),
-            "outer": self.outer_optimizer.state_dict(),
+            "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
             "mode": self.mode.name,
             "lookahead": self.lookahead,
             "mode_state": dict(self.mode_state),
@@ -338,11 +368,19 @@ class BilevelTrainer(Trainer):
                 f"the state is of a trainer with lookahead={state.get('lookahead', 1)}, this one has "
                 f"lookahead={self.lookahead}; build the trainer as it was built before."
             )
-        self.teacher.load_state_dict(state["teacher"])
+        if (state["teacher"] is None) != (self.teacher is None):
+            without, with_one = ("this one", "the state") if self.teacher is None else ("the state", "this one")
+            raise MetaplError(
+                f"{with_one} is of a trainer with a teacher, {without} of one without; build the trainer as it was "
+                "built before."
+            )
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
         self.student.load_state_dict(state["student"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
         self.update.load_state_dict(copy.deepcopy(state["inner"]))
-        self.outer_optimizer.load_state_dict(copy.deepcopy(state["outer"]))
+        if self.outer_optimizer is not None:
+            self.outer_optimizer.load_state_dict(copy.deepcopy(state["outer"]))
         self.mode_state = dict(state["mode_state"])
         self.steps_done = state["steps_done"]
         if self.generator is not None and state["generator"] is not None:
@@ -423,12 +461,12 @@ class BilevelTrainer(Trainer):
     @contextmanager
     def _guard(self, labeled: Any, unlabeled: Any) -> Iterator[checks.Fault]:
         """Check the batches; if the step is refused or fails, restore everything."""
-        networks = self.teacher, self.student
         with step_guard(
-            *networks, optimizer=self.outer_optimizer, device=self.device, generator=self.generator
+            self._asked, self.student, optimizer=self.outer_optimizer, device=self.device, generator=self.generator
         ) as fault:
             checks.batches(labeled, inner_batches(unlabeled), self.device)
-            refuse_missing("outer_optimizer", self.outer_optimizer, trainable(self.teacher), "teacher")
+            if self.outer_optimizer is not None:
+                refuse_missing("outer_optimizer", self.outer_optimizer, trainable(self._asked), "teacher")
             if self.feedback_ratio is not None and len(inner_batches(unlabeled)) > 1:
                 raise MetaplError(
                     "feedback_ratio is measured on one inner batch, and a Lookahead of "
@@ -445,10 +483,10 @@ class _TeacherTrainer(LossTrainer):
     total = "teacher_loss"
     prefix = "teacher"
 
-    def __init__(self, trainer: BilevelTrainer) -> None:
+    def __init__(self, trainer: BilevelTrainer, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         super().__init__(
-            trainer.teacher,
-            optimizer=trainer.outer_optimizer,
+            teacher,
+            optimizer=optimizer,
             clip_norm=trainer.clip_norm,
             precision=trainer.precision,
             accumulate=trainer.accumulate,

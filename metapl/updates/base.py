@@ -12,7 +12,7 @@ For a look-ahead of one step, w = (∂U/∂g)ᵀ v with v = ∇L(θ′) is enoug
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +76,19 @@ class Update(ABC):
         """The adjoint of the whole step, from the cotangents v of θ′ and ``state_cotangent`` of s′ (None: zero)."""
         return self._vjp(params, grads, state, v, state_cotangent, only_gradient=False)
 
-    @abstractmethod
-    def commit(self, parameters: Parameters, grads: Tree | None, new_params: Tree, new_state: Any) -> None:
-        """Take the step: move the parameters, and the optimizer's state.
+    def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
+        """Take one step: move the parameters, and the optimizer's state.
 
         Args:
-            grads: for a step of the optimizer itself; None: θ′ and s′ are written, as after several steps.
+            parameters: the student's.
+            grads: g, for a step of the optimizer itself.
+            moved: returns θ′ and s′, for an update that is a function and no more.
         """
+        self.write(parameters, *moved())
+
+    @abstractmethod
+    def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
+        """Set the parameters and the optimizer's state to these values, such as those after several steps."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,8 +49,11 @@ class Clipped(Update):
         bar = self.inner.vjp(params, self._clip(grads), state, v, state_cotangent)
         return Cotangents(self._through_clip(bar.gradient, grads), bar.params, bar.state)
 
-    def commit(self, parameters: Parameters, grads: Tree | None, new_params: Tree, new_state: Any) -> None:
-        self.inner.commit(parameters, None if grads is None else self._clip(grads), new_params, new_state)
+    def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
+        self.inner.commit(parameters, self._clip(grads), moved)
+
+    def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
+        self.inner.write(parameters, params, state)
 
     def state_dict(self) -> dict[str, Any]:
         return self.inner.state_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,14 +113,14 @@ class TorchUpdate(Update):
             new_state.update(zip(names, states, strict=True))
         return new_params, new_state
 
-    def commit(self, parameters: Parameters, grads: Tree | None, new_params: Tree, new_state: Any) -> None:
-        if grads is None:
-            with torch.no_grad():
-                for name, weight in parameters.items():
-                    weight.copy_(new_params[name])
-                    if new_state[name]:
-                        self.optimizer.state[weight] = dict(new_state[name])
-            return
+    def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
+        with torch.no_grad():
+            for name, weight in parameters.items():
+                weight.copy_(params[name])
+                if state[name]:
+                    self.optimizer.state[weight] = dict(state[name])
+
+    def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         # A leftover gradient of a frozen parameter must not move it.
         own = parameters_of(self.optimizer)
         for p in own:

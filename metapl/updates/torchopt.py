@@ -73,11 +73,11 @@ class TransformUpdate(Update):
         updates, state = self.transform.update(grads, state, params=params, inplace=False)
         return {name: p + updates[name] for name, p in params.items()}, state
 
-    def commit(self, parameters: Parameters, grads: Tree | None, new_params: Tree, new_state: Any) -> None:
+    def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
         with torch.no_grad():
             for name, p in parameters.items():
-                p.copy_(new_params[name])
-        self.state = new_state
+                p.copy_(params[name])
+        self.state = pytree.tree_map_only(Tensor, Tensor.detach, state)
 
     def state_dict(self) -> dict[str, Any]:
         return {"leaves": pytree.tree_leaves(self.state)}

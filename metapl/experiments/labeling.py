@@ -1,0 +1,285 @@
+"""A teacher's labels of many pictures, written to a store: in eval mode, of pictures as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.data.batches import StepBatches, in_unit_range
+from metapl.data.feed import feed
+from metapl.data.images.folders import digest, scan_unlabeled
+from metapl.data.images.store import FileImages, MemoryImages
+from metapl.data.sets.torchvision_sets import load_image_data
+from metapl.errors import MetaplError, few
+from metapl.labels import LabelWriter
+from metapl.labels.layout import DIGEST_BYTES, PAGE_ROWS
+from metapl.metrics.predictions import logits_of
+from metapl.recipes import Digits, ImageRecipe, Recipe
+from metapl.training.progress import progress
+from metapl.words import shown
+
+DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "imagenet", "imagefolder")
+"""What can be labeled by its name: all of the digits, and the training pictures of the others."""
+
+BATCH, PARTS, FEWEST_ROWS = 256, 1000, 1024
+"""Pictures in a pass; the most parts of a store, unless that would make them too large; rows of a part, at least."""
+
+Read = tuple[Tensor, Tensor, Tensor, list[tuple[int, str]]]
+"""Pictures (B, C, H, W); their numbers, int64 (B,); what their files begin with as SHA-256, uint8 (B, 16) or (B, 0);
+and the numbers of files that cannot be read, each with the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class PictureFiles(StepBatches[Read]):
+    """Pictures in files, read like the training data of a run.
+
+    Args:
+        recipe: of the run.
+        path: gives the file of each number.
+        count: how many there are.
+        batch_size: of a batch.
+        first: the batch that item 0 is.
+    """
+
+    recipe: Recipe
+    path: Callable[[int], Path]
+    count: int
+    batch_size: int
+    first: int = 0
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]  # follows from the rest
+        return -(-self.count // self.batch_size) - self.first
+
+    def batch(self, step: int) -> Read:
+        pictures, used, digests, skipped = [], [], [], []
+        for number in _numbers(self, step, self.count):
+            path = self.path(number)
+            try:
+                ((_, picture),) = self.recipe.read(path)
+                content = digest(str(path))[:DIGEST_BYTES]
+            except MetaplError as error:
+                skipped.append((number, str(error)))
+            except OSError as error:  # it was read a moment ago
+                skipped.append((number, f"{shown(path)}: {error.strerror}."))
+            else:
+                pictures.append(picture)
+                used.append(number)
+                digests.append(list(content))
+        x = torch.stack(pictures) if pictures else torch.empty(0, *self.recipe.input_shape)
+        return x, torch.tensor(used, dtype=torch.int64), torch.tensor(digests, dtype=torch.uint8), skipped
+
+
+@dataclass(frozen=True, eq=False)
+class PicturesInMemory(StepBatches[Read]):
+    """Pictures in memory: uint8, or float32 in [0, 1]; see :class:`PictureFiles`."""
+
+    images: Tensor
+    batch_size: int
+    first: int = 0
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]  # follows from the rest
+        return -(-len(self.images) // self.batch_size) - self.first
+
+    def batch(self, step: int) -> Read:
+        numbers = torch.tensor(_numbers(self, step, len(self.images)))
+        x = self.images[numbers]
+        return in_unit_range(x) if x.dtype == torch.uint8 else x, numbers, torch.empty(len(numbers), 0), []
+
+
+def _numbers(pictures: PictureFiles | PicturesInMemory, step: int, count: int) -> range:
+    start = (pictures.first + step) * pictures.batch_size
+    return range(start, min(start + pictures.batch_size, count))
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """What is to be labeled.
+
+    Args:
+        pictures: as batches.
+        ids: of each number, ascending: names of files in their folder, or the numbers themselves.
+        name: of the folder or of the data set.
+    """
+
+    pictures: PictureFiles | PicturesInMemory
+    ids: Sequence[str] | range
+    name: str
+
+    def hash(self) -> str:
+        """SHA-256 over the ids."""
+        whole = hashlib.sha256()
+        for name in self.ids:
+            whole.update(f"{name}\0".encode("utf-8", "surrogateescape"))
+        return whole.hexdigest()
+
+
+def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: str | None = None) -> Labeled:
+    """The pictures of a folder, or of a data set by its name.
+
+    Args:
+        pictures: one of ``DATA_SETS``, or a folder.
+        recipe: of the run whose network labels them.
+        batch_size: pictures in a pass.
+        data_root: where torchvision keeps the data set; None: where the run had it.
+
+    Raises:
+        MetaplError: there is no such folder, no picture in it, or the data set is not for this recipe.
+    """
+    if pictures not in DATA_SETS:
+        return _of_folder(Path(pictures), recipe, batch_size)
+    if pictures == "digits":
+        if not isinstance(recipe, Digits):
+            raise _unfit(pictures, "digits", recipe)
+        from sklearn.datasets import load_digits
+
+        images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
+        return Labeled(PicturesInMemory(images, batch_size), range(len(images)), "digits")
+    if not isinstance(recipe, ImageRecipe):
+        raise _unfit(pictures, "images, torchvision or a protocol", recipe)
+    root = data_root or getattr(recipe, "data_root", None)
+    if root is None:
+        raise MetaplError(
+            f"where {pictures} lies is not known; give the folder that torchvision calls so: --data-root DIR."
+        )
+    side = (recipe.image_size, recipe.image_size)
+    train = load_image_data(pictures, root, side, center=recipe.center, mode="L" if recipe.grey else "RGB").train
+    if train.shape != recipe.input_shape:
+        raise MetaplError(
+            f"the pictures of {pictures} are {_size(train.shape)}, and the run's network takes "
+            f"{_size(recipe.input_shape)}; expected a run on pictures of that size."
+        )
+    batches: PictureFiles | PicturesInMemory
+    if isinstance(train, FileImages):
+        batches = PictureFiles(recipe, train.path, len(train), batch_size)
+    else:
+        assert isinstance(train, MemoryImages)
+        batches = PicturesInMemory(train.data, batch_size)
+    return Labeled(batches, range(len(train)), f"{pictures}, training pictures")
+
+
+def _of_folder(folder: Path, recipe: Recipe, batch_size: int) -> Labeled:
+    if not folder.expanduser().is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
+        raise MetaplError(f"{folder} {state}; expected a folder with pictures, or one of {', '.join(DATA_SETS)}.")
+    files = scan_unlabeled(folder)
+    batches = PictureFiles(recipe, files.path, len(files), batch_size)
+    return Labeled(batches, files.names, str(folder))
+
+
+def _unfit(name: str, runs: str, recipe: Recipe) -> MetaplError:
+    return MetaplError(
+        f"the run is of the recipe {recipe.name}, and {name} can be labeled by a run of {runs} alone; give such a run, "
+        f"or a folder of pictures (./{name} if it is called so)."
+    )
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    channels, height, width = shape
+    return f"{height}x{width} {'grey' if channels == 1 else 'in colors'}"
+
+
+def rows_per_part(examples: int) -> int:
+    """Rows of a part of a store of so many examples: what a kill costs, against the number of files.
+
+    >>> rows_per_part(50_000), rows_per_part(1_281_167), rows_per_part(300_000_000)
+    (1024, 1282, 16384)
+    """
+    return min(max(-(-examples // PARTS), FEWEST_ROWS), PAGE_ROWS)
+
+
+def write_labels(
+    network: nn.Module,
+    labeled: Labeled,
+    writer: LabelWriter,
+    *,
+    temperature: float = 1.0,
+    num_workers: int = 0,
+    skip: Callable[[str], None] = lambda reason: None,
+    tell_progress: bool = False,
+) -> None:
+    """Write softmax(network(x) / temperature) of every picture behind those that the writer has.
+
+    Args:
+        network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
+            of its first parameter. Afterwards it is in the mode that it was in.
+        labeled: which pictures.
+        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes.
+        temperature: above 0.
+        num_workers: processes that read pictures; it changes nothing but the speed.
+        skip: takes the reason of each file that is left out.
+        tell_progress: show how far it is on standard error.
+
+    Raises:
+        MetaplError: the network's outputs are not finite, a worker died, or the disk refused.
+    """
+    if writer.complete:
+        return
+    ids: Sequence[Any] = labeled.ids
+    done = 0 if writer.last is None else ids.index(writer.last) + 1
+    first = done // labeled.pictures.batch_size
+    pictures = replace(labeled.pictures, first=first)
+    steps = len(pictures)
+    every = max(1, (first + steps) // 10)
+    source = feed(pictures, name="the pictures", stop=steps, num_workers=num_workers)
+    with closing(source), progress(tell_progress, name="labels", start=first, steps=first + steps) as bar:
+        for step in range(first, first + steps):
+            x, numbers, digests, skipped = source.next()
+            for number, reason in skipped:
+                if number >= done:
+                    skip(reason)
+            for names, p, contents in _labeled_batch(network, x, numbers, digests, labeled, done, temperature, skip):
+                writer.add(names, p, contents)
+            bar.advance([x], {}, due=(step + 1) % every == 0 or step + 1 == first + steps)
+
+
+def _labeled_batch(
+    network: nn.Module,
+    x: Tensor,
+    numbers: Tensor,
+    digests: Tensor,
+    labeled: Labeled,
+    done: int,
+    temperature: float,
+    skip: Callable[[str], None],
+) -> Iterator[tuple[list[Any], Tensor, list[bytes] | None]]:
+    """The ids and probabilities of a batch, of those from number ``done`` on; nothing where none is left."""
+    if not len(numbers):
+        return
+    # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
+    logits_BC = logits_of(network, [x]).float()
+    ids = [labeled.ids[number] for number in numbers.tolist()]
+    bad = [name for name, fine in zip(ids, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
+    if bad:
+        raise MetaplError(
+            f"the network's outputs are not finite for {few(bad)}; its training diverged: train again with a smaller "
+            "learning rate."
+        )
+    kept = []
+    for row, (name, number) in enumerate(zip(ids, numbers.tolist(), strict=True)):
+        if number < done:
+            continue
+        if isinstance(name, str) and not name.isascii() and not _is_text(name):
+            skip(f"{shown(name)}: its name is not UTF-8; rename it.")
+        else:
+            kept.append(row)
+    if kept:
+        contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
+        yield [ids[row] for row in kept], (logits_BC[kept] / temperature).softmax(dim=1), contents
+
+
+def _is_text(name: str) -> bool:
+    """Whether UTF-8 can hold a name; Python has bytes that it cannot hold as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

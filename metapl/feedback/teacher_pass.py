@@ -1,0 +1,78 @@
+"""The teacher's pass on an inner batch: its signal now, and with a graph when the feedback is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.execution.agreement import check_recomputed
+from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
+from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
+from metapl.execution.rng import RandomState, replayed
+from metapl.problems.base import Problem, Signal
+
+
+class TeacherPass:
+    """The teacher's signal about one inner batch, at θ_T from before the step.
+
+    Args:
+        teacher, problem: the network and the problem.
+        batch: the inner batch.
+        student_outputs: S(x_u; θ_S), detached; the signal may depend on them.
+        generator: for drawing labels.
+        recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
+            more forward pass, and no graph in memory between the two.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        problem: Problem,
+        batch: Any,
+        student_outputs: Tensor,
+        generator: torch.Generator | None,
+        recompute: bool,
+    ) -> None:
+        self.teacher, self.problem, self.batch = teacher, problem, batch
+        self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
+        if recompute:
+            self._random = RandomState.now(student_outputs.device)
+            self._buffers = copies(Slots(teacher).all_buffers)
+            self._generator_state = None if generator is None else generator.get_state()
+            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry():
+                self.signal = self._run()
+        else:
+            self.signal = self._run()
+
+    def with_graph(self) -> Signal:
+        """The signal with the teacher's graph, computed again if it was made without."""
+        if not self.recompute:
+            return self.signal
+        label_draws = _replayed_generator(self.generator, self._generator_state)
+        with replayed(self._random), label_draws, buffers_aside(self.teacher, self._buffers):
+            again = self._run()
+        name = "value" if again.outputs is None else "outputs"
+        check_recomputed(getattr(again, name).detach(), getattr(self.signal, name))
+        return again
+
+    def _run(self) -> Signal:
+        with inputs_unchanged(self.batch, "teacher"):
+            return self.problem.signal(self.teacher, self.batch, self.student_outputs, generator=self.generator)
+
+
+@contextmanager
+def _replayed_generator(generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
+    """Draw from ``state`` in this block; afterwards the generator is as it was before."""
+    if generator is None or state is None:
+        yield
+        return
+    before = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(before)

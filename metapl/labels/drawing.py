@@ -1,0 +1,136 @@
+"""A picture of what is in a store: examples of each class, confidence and entropy."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from metapl.labels.queries import BINS, Statistics
+from metapl.report.canvas import (
+    blank_page,
+    draw_head,
+    drawing,
+    fractions,
+    head_height,
+    png,
+    wrap_head,
+    write_heading,
+    write_note,
+    write_whole,
+)
+from metapl.report.style import ABOVE_PANEL, GRID, MARGIN, PALETTE
+from metapl.report.text import drawable, short_name
+from metapl.words import shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_NAMED = 40
+"""Classes that are drawn by their names; more are drawn by their size."""
+
+# Inches.
+WIDTH, LEFT, BETWEEN, BELOW, BAR, LEAST, HISTOGRAM = 12.0, 1.75, 0.9, 0.5, 0.24, 2.4, 2.9
+
+
+def draw_statistics(path: str | os.PathLike[str], found: Statistics, title: str) -> None:
+    """Draw what is in a store as one PNG file.
+
+    Args:
+        path: the file; its folder exists. It takes this name only when it is whole.
+        found: by :func:`metapl.labels.queries.statistics`.
+        title: of the picture.
+
+    Raises:
+        MetaplError: the file cannot be written.
+    """
+    names = [shown(name) for name in found.classes] if len(found.classes) <= MOST_NAMED else []
+    copies = f", {found.copies:,} with copies" if found.copies != found.rows else ""
+    summary = (
+        f"{found.rows:,} examples{copies}, {len(found.classes):,} classes. Mean confidence "
+        f"{100 * found.mean_confidence:.1f} %, mean entropy {found.mean_entropy:.2f} nats."
+    )
+    with drawing([title, *names]) as explanation:
+        image = png(_figure(drawable(shown(title)), f"{summary} {explanation}", found, names))
+    write_whole(path, image)
+
+
+def _figure(title: str, summary: str, found: Statistics, names: Sequence[str]) -> Figure:
+    title_lines, summary_lines = wrap_head(title, summary, WIDTH)
+    panel = max(LEAST, BAR * len(names))
+    top = MARGIN + BELOW + panel
+    figure = blank_page(WIDTH, top + ABOVE_PANEL + head_height(title_lines, summary_lines) + MARGIN)
+    draw_head(figure, title_lines, summary_lines)
+    wide = WIDTH - LEFT - 2 * (HISTOGRAM + BETWEEN) - MARGIN
+    classes = figure.add_axes(fractions(figure, (LEFT, MARGIN + BELOW, wide, panel)))
+    if names:
+        _draw_named(classes, found, names)
+    else:
+        _draw_by_size(classes, found)
+    most = math.log(len(found.classes)) if len(found.classes) > 1 else 1.0
+    for number, (name, note, counts, upper) in enumerate(
+        (
+            ("Confidence", "probability of the most probable class", found.confidence, 1.0),
+            ("Entropy", f"in nats; evenly spread is {most:.2f}", found.entropy, most),
+        )
+    ):
+        left = LEFT + wide + BETWEEN + number * (HISTOGRAM + BETWEEN)
+        box = (left, top - LEAST, HISTOGRAM, LEAST)
+        _draw_histogram(figure.add_axes(fractions(figure, box)), name, note, counts, upper)
+    return figure
+
+
+def _draw_named(axes: Axes, found: Statistics, names: Sequence[str]) -> None:
+    write_heading(axes, "Examples of each class")
+    _draw_counts_note(axes, found)
+    places = range(len(names))
+    if found.copies != found.rows:
+        axes.barh(places, found.class_copies, color=PALETTE[5], height=0.7)
+    axes.barh(places, found.counts, color=PALETTE[0], height=0.7)
+    axes.set_yticks(places, [short_name(name) for name in names])
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    _dress(axes)
+
+
+def _draw_by_size(axes: Axes, found: Statistics) -> None:
+    write_heading(axes, "Examples of each class")
+    _draw_counts_note(axes, found)
+    order = sorted(range(len(found.counts)), key=lambda label: -found.counts[label])
+    if found.copies != found.rows:
+        axes.plot([found.class_copies[label] for label in order], color=PALETTE[5], linewidth=1.9)
+    axes.plot([found.counts[label] for label in order], color=PALETTE[0], linewidth=1.9)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("classes, the largest first")
+    axes.grid(color=GRID, linewidth=0.8)
+    _dress(axes)
+
+
+def _draw_counts_note(axes: Axes, found: Statistics) -> None:
+    empty = sum(not count for count in found.counts)
+    parts = ["dark: distinct; light: with copies"] if found.copies != found.rows else []
+    parts += [f"{empty:,} of {len(found.counts):,} classes have none"] if empty else []
+    write_note(axes, "; ".join(parts) or "by the most probable class")
+
+
+def _draw_histogram(axes: Axes, name: str, note: str, counts: Sequence[int], upper: float) -> None:
+    write_heading(axes, name)
+    write_note(axes, note)
+    width = upper / BINS
+    axes.bar([width * i for i in range(BINS)], counts, width=width, align="edge", color=PALETTE[0], edgecolor="white")
+    axes.set_xlim(0, upper)
+    axes.set_ylabel("examples")
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    _dress(axes)
+
+
+def _dress(axes: Axes) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.tick_params(which="both", length=0)
+    counted = axes.xaxis if axes.yaxis_inverted() else axes.yaxis
+    counted.set_major_locator(MaxNLocator(5, integer=True))
+    counted.set_major_formatter(EngFormatter(sep=""))

@@ -1,0 +1,265 @@
+"""How a store lies on disk.
+
+A store is a folder:
+
+store.json                         classes, encoding, provenance and, once it is whole, its parts; sealed by a checksum
+part-00000-0123456789abcdef.parquet  rows of the store, with the beginning of the file's SHA-256 in its name
+
+A part is a Parquet file of one row group, which any reader of Parquet understands. Its rows are in the order of their
+ids, and so are the parts. It is written to memory, then to a temporary file, and gets its name when its bytes are on
+disk: a part that has its name is whole, and a writer that was killed goes on behind the last of them.
+
+The numbers of the distributions are neither compressed nor encoded, and those of a part lie in one page. So they stand
+one after another at the end of their column, and are read from there in a memory map, without a decoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metapl.errors import MetaplError
+from metapl.plain_files import read_plain
+from metapl.typed import misfit_entries
+from metapl.words import shown
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = 1
+"""The layout of stores that this version writes and reads."""
+
+DESCRIPTION = "store.json"
+
+SPILL = ".spill-"
+"""What the folder of DuckDB's files begins with, in that of a store that is selected."""
+
+DIGEST_BYTES = 16
+"""Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1 in 10^21."""
+
+PAGE_VALUES = 2**24
+"""Numbers of a part's distributions: pages of Parquet end long before 2^31 bytes, and a part is held in memory."""
+
+PAGE_ROWS = 16_384
+"""Rows of a part: from 20,000 on, pyarrow begins another page."""
+
+_PART = re.compile(r"part-(\d{5,})-([0-9a-f]{16})\.parquet")
+_TEMPORARY = re.compile(r"(store\.json|part-\d{5,}-[0-9a-f]{16}\.parquet)\.[0-9a-f]{8}\.tmp")
+
+_ENTRIES: dict[str, Any] = {
+    "format": int,
+    "complete": bool,
+    "classes": list[str],
+    "top_k": int | None,
+    "rows_per_part": int,
+    "provenance": dict[str, Any],
+    "numbers": bool,
+    "digests": bool,
+    "rows": int,
+    "parts": list[dict[str, Any]],
+}
+"""What the description says, with types; those from ``numbers`` on are there once the store is whole."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a store, as the description has it.
+
+    Args:
+        file: its name.
+        rows: how many it has.
+        first, last: ids, strings or integers.
+        bytes: its size.
+        sha256: of its bytes, in hexadecimal.
+    """
+
+    file: str
+    rows: int
+    first: str | int
+    last: str | int
+    bytes: int
+    sha256: str
+
+
+def require(*modules: str) -> None:
+    """Refuse to go on without the packages of the extra."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MetaplError(
+            f"stored labels need {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            "get it by: pip install 'metapl[labels]'"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ the description
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """A description as the bytes of its file, with a checksum over all that it says."""
+    plain = {name: value for name, value in content.items() if name != "seal"}
+    seal = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**plain, "seal": seal}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What the description of a store says.
+
+    Raises:
+        MetaplError: there is none, it is damaged, or it is of a later format.
+    """
+    file = folder / DESCRIPTION
+    if not folder.is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
+        raise MetaplError(f"{folder} {state}; expected the folder of a store, as metapl label writes it.")
+    if not file.exists():
+        raise MetaplError(f"{folder} is not a store of labels: there is no {DESCRIPTION} in it.")
+    try:
+        written = read_plain(file)
+        content = json.loads(written)
+    except RecursionError as error:
+        raise MetaplError(f"{file} cannot be read: it is nested too deeply.") from error
+    except (OSError, ValueError) as error:
+        raise MetaplError(f"{file} cannot be read: {error}. {AGAIN}") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise MetaplError(f"{file} is not of a store of labels: it does not say its format.")
+    if content["format"] != FORMAT:
+        raise MetaplError(
+            f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}: take the metapl "
+            "that wrote it, or write the labels again."
+        )
+    fault = misfit_entries(content, _ENTRIES)
+    if fault is None and written != sealed(content):
+        fault = "its checksum (seal) is of another content"
+    if fault is not None:
+        raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
+    return content
+
+
+AGAIN = "Put the file back from a copy, or write the labels again to another --out."
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+
+def schema(*, numbers: bool, sparse: bool, digests: bool) -> pa.Schema:
+    """The columns of a part.
+
+    Args:
+        numbers: whether ids are integers; otherwise they are strings.
+        sparse: whether only the most probable classes are kept.
+        digests: whether it says which file an example was.
+    """
+    import pyarrow as pa
+
+    def plain(name: str, kind: pa.DataType) -> pa.Field:
+        return pa.field(name, kind, nullable=False)
+
+    def several(name: str, kind: pa.DataType) -> pa.Field:
+        return plain(name, pa.list_(plain("element", kind)))
+
+    columns = [
+        plain("id", pa.int64() if numbers else pa.string()),
+        plain("label", pa.int32()),
+        plain("confidence", pa.float32()),
+        plain("entropy", pa.float32()),
+        plain("copies", pa.int32()),
+    ]
+    if digests:
+        columns.append(plain("digest", pa.binary(DIGEST_BYTES)))
+    columns.append(several("probabilities", pa.float16()))
+    if sparse:
+        columns.append(several("classes", pa.int32()))
+    return pa.schema(columns)
+
+
+def encoded(table: pa.Table) -> pa.Buffer:
+    """The bytes of a part: the same rows as the same bytes, with the same pyarrow."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = [field.name for field in table.schema]
+    mapped = {"id"} if pa.types.is_integer(table.schema.field("id").type) else set()
+    codecs = {
+        **{name: "none" if name in mapped else "zstd" for name in names},
+        **{f"{name}.list.element": "none" for name in ("probabilities", "classes")},
+    }
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink, table.schema, compression=codecs, use_dictionary=["copies"], data_page_size=2**30, write_batch_size=2**25
+    ) as writer:
+        writer.write_table(table, row_group_size=len(table))
+    buffer = sink.getvalue()
+    for name in (*mapped, "probabilities", *(["classes"] if "classes" in names else [])):
+        values = table[name].combine_chunks()
+        flat = (values if name == "id" else values.flatten()).to_numpy(zero_copy_only=False).reshape(-1)
+        if not np.array_equal(mapped_column(buffer, name, flat.dtype), flat):
+            raise MetaplError(
+                f"this pyarrow, {pa.__version__}, lays out the column {name} of a Parquet file in another way than "
+                "stores are read; expected a version from 21 to 26."
+            )
+    return buffer
+
+
+def mapped_column(buffer: pa.Buffer, name: str, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """The values of an uncompressed column of a part, as they lie there; nothing is copied.
+
+    Args:
+        buffer: the whole file, in memory or mapped.
+        name: of the column; of lists, all their values in a row are given.
+        dtype: of a value.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    group = pq.read_metadata(pa.BufferReader(buffer)).row_group(0)
+    columns = (group.column(i) for i in range(group.num_columns))
+    chunk = next(column for column in columns if column.path_in_schema.partition(".")[0] == name)
+    end = int(chunk.data_page_offset) + int(chunk.total_compressed_size)
+    count = int(chunk.num_values)
+    return np.frombuffer(buffer, dtype, count, end - count * dtype.itemsize)
+
+
+def part_name(number: int, sha256: str) -> str:
+    return f"part-{number:05}-{sha256[:16]}.parquet"
+
+
+def parts_there(folder: Path) -> list[tuple[str, str]]:
+    """The parts in a folder that is being written to, in their order: the name, and the beginning of its SHA-256.
+
+    Raises:
+        MetaplError: one is missing, or there are two of a number.
+    """
+    found = sorted(
+        (int(match[1]), match[0], match[2]) for name in os.listdir(folder) if (match := _PART.fullmatch(name))
+    )
+    for expected, (number, name, _) in enumerate(found):
+        if number != expected:
+            raise MetaplError(
+                f"{folder} has {shown(name)}, and not the part {expected} before it; expected the parts as they were "
+                "written, one of each number. Remove those from there on, then go on with --resume."
+            )
+    return [(name, sha256) for _, name, sha256 in found]
+
+
+def is_own(name: str) -> bool:
+    """Whether a file is one of a store that is not whole yet, or what its killed writer left."""
+    return name == DESCRIPTION or name.startswith(".") or bool(_PART.fullmatch(name) or _TEMPORARY.fullmatch(name))
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what a killed writer left; for whoever owns the folder."""
+    for name in os.listdir(folder):
+        if _TEMPORARY.fullmatch(name):
+            (folder / name).unlink()
+        elif name.startswith(SPILL):
+            shutil.rmtree(folder / name)

@@ -1,0 +1,383 @@
+"""What is in a store, and stores of some of its rows, by DuckDB: in bounded memory, whatever the number of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from metapl.cores import available_cores
+from metapl.data.images.folders import Progress, digest, scan_unlabeled
+from metapl.errors import MetaplError
+from metapl.labels import layout
+from metapl.labels.layout import DESCRIPTION, DIGEST_BYTES
+from metapl.labels.store import LabelStore
+from metapl.labels.writer import LabelWriter
+from metapl.plain_files import read_plain
+from metapl.words import shown
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from duckdb import DuckDBPyConnection
+
+MEMORY = "768MiB"
+"""What DuckDB may hold; what takes more goes to files."""
+
+BINS = 20
+"""Of the histograms of confidence and entropy."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is in a store; :func:`statistics` finds it.
+
+    Args:
+        rows: how many examples.
+        copies: how many, each as often as it counts.
+        classes: their names.
+        counts: examples of each class, by the most probable class of each.
+        class_copies: the same, each as often as it counts.
+        class_confidence: mean of the confidence over these; None where there are none.
+        confidence: examples by confidence, in 20 bins from 0 to 1; of the last, 1 is part.
+        entropy: examples by entropy, in 20 bins from 0 to the logarithm of the number of classes.
+        mean_confidence: over all examples.
+        quartiles_of_confidence: three numbers, of the examples in order of their confidence.
+        mean_entropy: in nats.
+    """
+
+    rows: int
+    copies: int
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]
+    class_copies: tuple[int, ...]
+    class_confidence: tuple[float | None, ...]
+    confidence: tuple[int, ...]
+    entropy: tuple[int, ...]
+    mean_confidence: float
+    quartiles_of_confidence: tuple[float, ...]
+    mean_entropy: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many rows :func:`select` kept, and what became of the others.
+
+    Args:
+        rows: of the store selected from.
+        overlapping: left out because their files stand in the folder.
+        unsure: left out for their confidence.
+        beyond: left out because others of their class are more confident.
+        kept: rows of the new store.
+        copies: how many these are, each as often as it counts.
+        missing: classes of which nothing was kept.
+    """
+
+    rows: int
+    overlapping: int
+    unsure: int
+    beyond: int
+    kept: int
+    copies: int
+    missing: tuple[str, ...]
+
+
+def statistics(store: LabelStore) -> Statistics:
+    """Counts by class, and how confident the labels are.
+
+    Cost: all parts are read once, for their checksums; of the rows, some 20 bytes each.
+
+    Raises:
+        MetaplError: a part is damaged, or DuckDB is not installed.
+    """
+    top = math.log(len(store.classes)) or 1.0
+    with tempfile.TemporaryDirectory() as spill, _database(Path(spill)) as database:
+        _load(database, store, ["label", "confidence", "entropy", "copies"], "label, confidence, entropy, copies")
+        by_class = database.execute(
+            "SELECT label, count(*), sum(copies), avg(confidence::DOUBLE) FROM example GROUP BY label ORDER BY label"
+        ).fetchall()
+        whole = database.execute(
+            "SELECT sum(copies), avg(confidence::DOUBLE), avg(entropy::DOUBLE), "
+            "quantile_cont(confidence::DOUBLE, [0.25, 0.5, 0.75]) FROM example"
+        ).fetchone()
+        histograms = [
+            database.execute(
+                f"SELECT least(greatest(floor({column}::DOUBLE / $top * {BINS}), 0), {BINS - 1})::INTEGER AS bin, "
+                "count(*) FROM example GROUP BY bin",
+                {"top": upper},
+            ).fetchall()
+            for column, upper in (("confidence", 1.0), ("entropy", top))
+        ]
+    assert whole is not None
+    counts, copies = [0] * len(store.classes), [0] * len(store.classes)
+    means: list[float | None] = [None] * len(store.classes)
+    for label, count, counted, mean in by_class:
+        counts[label], copies[label], means[label] = count, int(counted), mean
+    bins = [[dict(found).get(number, 0) for number in range(BINS)] for found in histograms]
+    return Statistics(
+        rows=len(store),
+        copies=int(whole[0]),
+        classes=store.classes,
+        counts=tuple(counts),
+        class_copies=tuple(copies),
+        class_confidence=tuple(means),
+        confidence=tuple(bins[0]),
+        entropy=tuple(bins[1]),
+        mean_confidence=whole[1],
+        quartiles_of_confidence=tuple(whole[3]),
+        mean_entropy=whole[2],
+    )
+
+
+def select(
+    store: LabelStore,
+    out: Path,
+    *,
+    threshold: float | None = None,
+    per_class: int | None = None,
+    balance: bool = False,
+    drop_overlap: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Selection:
+    """Write a store of some of the rows of another one, with their distributions as they are, in the same order.
+
+    The steps of Noisy Student's section 3.4, each where it is asked for, in this order:
+
+    1. examples whose file has the same bytes as one in a folder are dropped, such as those that are validated on;
+    2. examples are kept whose confidence is above a threshold;
+    3. of each class, by the most probable class of each example, the most confident are kept; of examples that are
+       equally confident, those whose ids come first;
+    4. classes that have fewer are filled up by duplication: of a class with n examples and a goal of N, each counts
+       ⌊N / n⌋ times, and N mod n of them once more, which are those with the smallest MD5 of their ids. The rows stay
+       unique; how often each counts is in the column ``copies``, see :meth:`LabelStore.rows_with_copies`.
+
+    Args:
+        store: to select from.
+        out: folder of the new store.
+        threshold: keep what is above it.
+        per_class: the most examples of a class.
+        balance: fill classes up to ``per_class``, or without it to the size of the largest one.
+        drop_overlap: a folder of pictures, in which all folders are searched.
+        resume: go on with a selection that was stopped.
+        progress: called with the number of rows written.
+
+    Cost: memory for DuckDB within 768 MiB (what is more goes to files in ``out``) and a few parts; the parts are read
+    twice.
+
+    Raises:
+        MetaplError: nothing is asked for or nothing is left, an argument is out of its range, the examples have no
+            files to compare, a part is damaged, or the disk refused.
+    """
+    _check(store, threshold, per_class, balance, drop_overlap)
+    overlap = None if drop_overlap is None else _digests(drop_overlap)
+    asked = {
+        "of_rows": len(store),
+        "of_store_sha256": hashlib.sha256(read_plain(store.folder / DESCRIPTION)).hexdigest(),
+        "threshold": threshold,
+        "per_class": per_class,
+        "balance": balance,
+        "dropped_overlap_with": None if overlap is None else _summary(overlap),
+    }
+    provenance = {**store.provenance, "selected": [*store.provenance.get("selected", []), asked]}
+    writer = LabelWriter(
+        out,
+        store.classes,
+        top_k=store.top_k,
+        provenance=provenance,
+        rows_per_part=max(part.rows for part in store.parts),
+        resume=resume,
+    )
+    layout.require("duckdb")
+    with writer, tempfile.TemporaryDirectory(prefix=layout.SPILL, dir=out) as spill, _database(Path(spill)) as database:
+        selection = _choose(database, store, threshold, per_class, balance, overlap)
+        if not writer.complete:
+            _copy(database, store, writer, progress)
+    return selection
+
+
+def _check(
+    store: LabelStore, threshold: float | None, per_class: int | None, balance: bool, drop_overlap: Path | None
+) -> None:
+    if threshold is None and per_class is None and not balance and drop_overlap is None:
+        raise MetaplError(
+            "nothing was asked for; expected one or more of --threshold, --per-class, --balance and --drop-overlap."
+        )
+    if threshold is not None and not 0 <= threshold < 1:
+        raise MetaplError(f"the threshold is {threshold}; expected a confidence in [0, 1).")
+    if per_class is not None and per_class < 1:
+        raise MetaplError(f"{per_class} examples a class were asked for; expected 1 or more.")
+    if drop_overlap is not None and not store.has_digests:
+        raise MetaplError(
+            f"the examples of {store.folder} have no files that could be compared with those in {drop_overlap}; "
+            "expected a store of the pictures in a folder."
+        )
+
+
+def _digests(folder: Path) -> list[bytes]:
+    """What each picture's file of a folder begins with as SHA-256, each once."""
+    files, found = scan_unlabeled(folder), set()
+    for path in files.paths():
+        try:
+            found.add(digest(path)[:DIGEST_BYTES])
+        except OSError as error:
+            raise MetaplError(
+                f"{shown(path)} cannot be compared: {error.strerror}; remove it, or give a folder of readable files."
+            ) from error
+    return sorted(found)
+
+
+def _summary(digests: Sequence[bytes]) -> dict[str, Any]:
+    return {"pictures": len(digests), "sha256": hashlib.sha256(b"".join(digests)).hexdigest()}
+
+
+# ------------------------------------------------------------------------------------------------------------- DuckDB
+
+
+@contextmanager
+def _database(spill: Path) -> Iterator[DuckDBPyConnection]:
+    """A database in memory, with what it says when it fails in a line."""
+    layout.require("duckdb")
+    import duckdb
+
+    settings: dict[str, Any] = {
+        "memory_limit": MEMORY,
+        "threads": available_cores(),
+        "temp_directory": str(spill),
+        "preserve_insertion_order": False,
+    }
+    with duckdb.connect(config=settings) as database:
+        try:
+            yield database
+        except duckdb.InterruptException as error:
+            raise KeyboardInterrupt from error
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+            raise MetaplError(
+                f"DuckDB could not go on: {str(error).splitlines()[0]:.200}; expected room for its files in "
+                f"{spill.parent} beyond {MEMORY} of memory."
+            ) from error
+
+
+def _load(database: DuckDBPyConnection, store: LabelStore, columns: Sequence[str], selected: str) -> None:
+    """Make the table ``example`` of expressions over columns of a store, and ``row``."""
+    import pyarrow as pa
+
+    refusals: list[MetaplError] = []
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        start = 0
+        try:
+            for number in range(len(store.parts)):
+                table = store.table(number, columns)
+                rows = pa.array(np.arange(start, start + len(table)))
+                yield from table.add_column(0, "row", rows).cast(fields).to_batches()
+                start += len(table)
+        except MetaplError as error:  # DuckDB would wrap it in words of its own
+            refusals.append(error)
+            raise
+
+    kinds = layout.schema(
+        numbers=isinstance(store.parts[0].first, int), sparse=store.top_k is not None, digests=store.has_digests
+    )
+    fields = pa.schema([pa.field("row", pa.int64()), *(pa.field(name, kinds.field(name).type) for name in columns)])
+    database.register("incoming", pa.RecordBatchReader.from_batches(fields, batches()))
+    try:
+        database.execute(f"CREATE TEMP TABLE example AS SELECT {selected} FROM incoming")
+    except Exception:
+        if refusals:
+            raise refusals[0] from None
+        raise
+    database.unregister("incoming")
+
+
+def _choose(
+    database: DuckDBPyConnection,
+    store: LabelStore,
+    threshold: float | None,
+    per_class: int | None,
+    balance: bool,
+    overlap: Sequence[bytes] | None,
+) -> Selection:
+    """Make the table ``chosen`` of the rows to be kept and their copies."""
+    import pyarrow as pa
+
+    columns, selected = ["label", "confidence", "copies"], "row, label, confidence, copies"
+    if balance:
+        columns, selected = [*columns, "id"], f"{selected}, md5_number_lower(id::VARCHAR) AS tie"
+    if overlap is not None:
+        database.register("known", pa.table({"digest": pa.array(overlap, pa.binary())}))
+        columns, selected = [*columns, "digest"], f"{selected}, digest::BLOB IN (SELECT digest FROM known) AS is_known"
+    else:
+        selected = f"{selected}, false AS is_known"
+    _load(database, store, columns, selected)
+    # Confidence is stored as float32, in which 0.3 is above 0.3.
+    sure = "true" if threshold is None else f"confidence > {threshold!r}::FLOAT"
+    ranked = "row_number() OVER (PARTITION BY label ORDER BY confidence DESC, row)"
+    limit = "" if per_class is None else f"QUALIFY {ranked} <= {per_class}"
+    database.execute(
+        f"CREATE TEMP TABLE kept AS SELECT * EXCLUDE (confidence, is_known) FROM example "
+        f"WHERE NOT is_known AND {sure} {limit}"
+    )
+    counted = database.execute(
+        f"SELECT count(*) FILTER (is_known), count(*) FILTER (NOT is_known AND NOT {sure}) FROM example"
+    ).fetchone()
+    counts = dict(database.execute("SELECT label, count(*) FROM kept GROUP BY label").fetchall())
+    assert counted is not None
+    database.execute("DROP TABLE example")
+    kept = sum(counts.values())
+    if not kept:
+        raise MetaplError(
+            f"nothing is left of the {len(store):,} examples of {store.folder}: {counted[0]:,} overlap, and "
+            f"{counted[1]:,} are not above the threshold; lower it."
+        )
+    copies = "copies"
+    if balance:
+        goal = per_class or max(counts.values())
+        size, place = "count(*) OVER (PARTITION BY label)", "row_number() OVER (PARTITION BY label ORDER BY tie, row)"
+        copies = f"({goal} // {size} + CASE WHEN {place} <= {goal} % {size} THEN 1 ELSE 0 END)::INTEGER"
+    database.execute(f"CREATE TEMP TABLE chosen AS SELECT row, {copies} AS copies FROM kept ORDER BY row")
+    database.execute("DROP TABLE kept")
+    total = database.execute("SELECT sum(copies) FROM chosen").fetchone()
+    assert total is not None
+    return Selection(
+        rows=len(store),
+        overlapping=counted[0],
+        unsure=counted[1],
+        beyond=len(store) - counted[0] - counted[1] - kept,
+        kept=kept,
+        copies=int(total[0]),
+        missing=tuple(name for label, name in enumerate(store.classes) if label not in counts),
+    )
+
+
+def _copy(database: DuckDBPyConnection, store: LabelStore, writer: LabelWriter, progress: Progress | None) -> None:
+    """Write the chosen rows behind those that the writer has."""
+    import pyarrow as pa
+
+    start, done = 0, 0
+    last: Any = writer.last
+    behind = -1 if last is None else int(store.rows([last])[0])
+    for number, part in enumerate(store.parts):
+        rows = database.execute(
+            "SELECT row, copies FROM chosen WHERE row >= $first AND row < $end AND row > $behind ORDER BY row",
+            {"first": start, "end": start + part.rows, "behind": behind},
+        ).fetchnumpy()
+        if len(rows["row"]):
+            table = store.table(number).take(rows["row"] - start)
+            place = table.schema.get_field_index("copies")
+            column = pa.array(np.asarray(rows["copies"], dtype=np.int32))
+            writer.add_table(table.set_column(place, table.schema.field(place), column))
+            done += len(rows["row"])
+            if progress is not None:
+                progress(done)
+        start += part.rows

@@ -1,0 +1,311 @@
+"""Reading a store, in any order."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metapl.checks import described
+from metapl.errors import MetaplError, few
+from metapl.labels import layout
+from metapl.labels.layout import Part
+from metapl.plain_files import open_plain
+from metapl.typed import misfit
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OPEN_PARTS = 256
+"""Parts whose files are open; each takes a descriptor, of which a process usually has 1,024."""
+
+KNOWN_PARTS = 64
+"""Parts whose names are held in memory."""
+
+
+class LabelStore:
+    """Class distributions of many examples by their ids, in a folder that a :class:`LabelWriter` has sealed.
+
+    Of an example, K float16 numbers s_1, …, s_K are stored, of its K most probable classes; K = C where all are kept.
+    What is read is the distribution
+
+        q_c ∝ s_c for a stored class c, and q_c ∝ max(0, 1 − Σ_j s_j) / (C − K) for every other class,
+
+    divided by its sum, in float32: the remainder is spread evenly. No other class gets more than the least probable
+    stored one, but for rounding, as each had less. Of probabilities above 6·10⁻⁵ float16 keeps 11 bits: they are off by
+    one part in 2,048 at most.
+
+    Args:
+        folder: of the store.
+
+    Cost: to open it, its description is read (some 200 bytes a part), and each part's size is asked for. A part is
+    checked whole by its SHA-256 when something of it is first read (about 1 ms a MB), once in a process; then its
+    numbers are read from a memory map. A row by its number costs its 2 K bytes (6 K with classes) then, in any order.
+    To find a row by its id, the part is found by bisection of the parts' first ids. Within it, integers are found by
+    bisection in the memory map; of strings, those of the whole part are decoded (about 1 ms for 10,000) and kept for
+    the 64 parts that were used last. So ask for the rows of all ids once, by :meth:`rows`, where the same examples are
+    read again and again, and read by :meth:`at`.
+
+    It can be given to worker processes: a copy reads for itself.
+
+    Raises:
+        MetaplError: there is no store, or it is not whole, damaged or of a later format; later, when it is read: a part
+            is damaged, or there is no example of an id. The file is named.
+
+    >>> import tempfile
+    >>> from metapl.labels import LabelWriter
+    >>> folder = Path(tempfile.mkdtemp()) / "store"
+    >>> with LabelWriter(folder, ["ant", "bee", "cat"], top_k=1) as writer:
+    ...     writer.add([7, 9], torch.tensor([[0.5, 0.375, 0.125], [0.0, 0.0, 1.0]]))
+    >>> store = LabelStore(folder)
+    >>> store[[9, 7]]
+    tensor([[0.0000, 0.0000, 1.0000],
+            [0.5000, 0.2500, 0.2500]])
+    >>> store.rows([9]), list(store), len(store)
+    (array([1]), [7, 9], 2)
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        layout.require("pyarrow")
+        self.folder = Path(folder)
+        content = layout.read_description(self.folder)
+        if not content["complete"]:
+            raise MetaplError(
+                f"the store in {self.folder} is not whole: its writer was stopped. Go on with the command that began "
+                "it, and --resume."
+            )
+        for name in ("numbers", "digests", "rows", "parts"):
+            if name not in content:
+                raise MetaplError(f"{self.folder / layout.DESCRIPTION} is damaged: it does not say {name}.")
+        fault = "it has no parts" if not content["parts"] else misfit(content["parts"], list[Part], "parts")
+        if any({*part} != {*Part.__dataclass_fields__} for part in content["parts"]):
+            fault = "it does not say all of a part"
+        if fault is not None:
+            raise MetaplError(f"{self.folder / layout.DESCRIPTION} is damaged: {fault}.")
+        self.classes: tuple[str, ...] = tuple(content["classes"])
+        self.top_k: int | None = content["top_k"]
+        self.provenance: Mapping[str, Any] = content["provenance"]
+        self.has_digests: bool = content["digests"]
+        self.parts = tuple(Part(**part) for part in content["parts"])
+        self._numbers: bool = content["numbers"]
+        self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
+        self._firsts = [part.first for part in self.parts]
+        self._forget()
+        for part in self.parts:
+            self._check_size(part)
+
+    def _forget(self) -> None:
+        """As if nothing had been read yet."""
+        self._sound: set[int] = set()
+        self._columns: OrderedDict[int, dict[str, np.ndarray[Any, Any]]] = OrderedDict()
+        self._names: OrderedDict[int, pa.Array] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Memory maps and what was found sound stay with the process.
+        return {name: value for name, value in vars(self).items() if name not in ("_sound", "_columns", "_names")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __len__(self) -> int:
+        """Number of rows, each of another example."""
+        return int(self._starts[-1])
+
+    def __iter__(self) -> Iterator[str | int]:
+        """The ids, in the order of the rows, a part at a time."""
+        for number in range(len(self.parts)):
+            yield from self.table(number, ["id"]).column(0).to_pylist()
+
+    def __contains__(self, example: object) -> bool:
+        return isinstance(example, int if self._numbers else str) and self._find([example])[0] >= 0
+
+    def __getitem__(self, ids: str | int | Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """The distributions of examples.
+
+        Args:
+            ids: B of them, in any order, or one.
+
+        Returns:
+            float32 (B, C) on the CPU, each row summing to 1; (C,) of one id.
+
+        Raises:
+            MetaplError: there is no such example.
+        """
+        if isinstance(ids, str | int | np.integer):
+            return self.at(self.rows([cast(Any, ids)]))[0]
+        return self.at(self.rows(ids))
+
+    def rows(self, ids: Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> np.ndarray[Any, Any]:
+        """The rows of examples, int64 (B,).
+
+        Raises:
+            MetaplError: there is no such example.
+        """
+        wanted = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        kinds, expected = ((int, np.integer), "integers") if self._numbers else ((str,), "strings")
+        if not all(isinstance(name, kinds) for name in wanted):
+            raise MetaplError(f"the ids are {described(ids)}; expected {expected}, as they are stored.")
+        found = self._find(wanted)
+        missing = [name for name, row in zip(wanted, found.tolist(), strict=True) if row < 0]
+        if missing:
+            raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
+        return found
+
+    def _find(self, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
+        """The rows of examples; −1 where there is none."""
+        found = np.full(len(ids), -1, dtype=np.int64)
+        parts = np.array([bisect.bisect_right(self._firsts, name) - 1 for name in ids], dtype=np.int64)
+        for number in np.unique(parts[parts >= 0]).tolist():
+            (where,) = np.nonzero(parts == number)
+            within = self._within(number, [ids[i] for i in where.tolist()])
+            found[where] = np.where(within >= 0, within + self._starts[number], -1)
+        return found
+
+    def _within(self, number: int, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
+        """The places of ids in a part; −1 where it has none."""
+        if self._numbers:
+            stored = self._mapped(number)["id"]
+            places = np.minimum(np.searchsorted(stored, ids), len(stored) - 1)
+            return np.where(stored[places] == ids, places, -1)
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if number not in self._names:
+            self._names[number] = self.table(number, ["id"]).column(0).combine_chunks()
+            while len(self._names) > KNOWN_PARTS:
+                self._names.popitem(last=False)
+        self._names.move_to_end(number)
+        wanted = pa.array([name if _is_text(name) else None for name in ids], pa.string())
+        places = pc.index_in(wanted, value_set=self._names[number])
+        return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+    def at(self, rows: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """The distributions of rows 0, …, len − 1, in any order: float32 (B, C) on the CPU."""
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        outside = (wanted < 0) | (wanted >= len(self))
+        if outside.any():
+            raise MetaplError(
+                f"{self.folder} has no row {few(wanted[outside].tolist())}; expected 0 to {len(self) - 1:,}."
+            )
+        width = self.top_k or len(self.classes)
+        stored_BK = torch.empty(len(wanted), width, dtype=torch.float32)
+        classes_BK = torch.empty(len(wanted), width, dtype=torch.int64) if self.top_k is not None else None
+        parts = np.searchsorted(self._starts, wanted, side="right") - 1
+        for number in np.unique(parts).tolist():
+            (where,) = np.nonzero(parts == number)
+            columns, places = self._mapped(number), wanted[where] - self._starts[number]
+            stored_BK[where] = torch.from_numpy(columns["probabilities"][places].astype(np.float32))
+            if classes_BK is not None:
+                classes_BK[where] = torch.from_numpy(columns["classes"][places].astype(np.int64))
+        return spread(stored_BK, classes_BK, len(self.classes))
+
+    def rows_with_copies(self) -> np.ndarray[Any, Any]:
+        """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
+        tables = (self.table(number, ["copies"]) for number in range(len(self.parts)))
+        copies = np.concatenate([table.column(0).to_numpy() for table in tables])
+        return np.repeat(np.arange(len(self)), copies)
+
+    def verify(self) -> None:
+        """Check the bytes of all parts, whether or not they were read.
+
+        Raises:
+            MetaplError: one is damaged; it is named.
+        """
+        for number in range(len(self.parts)):
+            self._sound.discard(number)
+            self._check(number)
+
+    def table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a part, as pyarrow reads them: some of their columns, or all."""
+        import pyarrow.parquet as pq
+
+        self._check(number)
+        # Not by its path, in which pyarrow would look for names of columns (a folder a=1).
+        with open_plain(self._path(self.parts[number])) as file, pq.ParquetFile(file) as parquet:
+            return parquet.read(None if columns is None else list(columns))
+
+    # ------------------------------------------------------------------------------------------------------ the files
+
+    def _path(self, part: Part) -> Path:
+        return self.folder / part.file
+
+    def _check_size(self, part: Part) -> None:
+        try:
+            with open_plain(self._path(part)) as file:
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise MetaplError(f"{self._path(part)} cannot be read: {error.strerror}. {layout.AGAIN}") from error
+        if size != part.bytes:
+            state = "truncated" if size < part.bytes else "damaged"
+            raise MetaplError(
+                f"{self._path(part)} is {state}: it has {size:,} bytes, and {part.bytes:,} were written. {layout.AGAIN}"
+            )
+
+    def _check(self, number: int) -> None:
+        """Refuse a part that is not as it was written; asked once."""
+        if number in self._sound:
+            return
+        part = self.parts[number]
+        self._check_size(part)
+        with open_plain(self._path(part)) as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != part.sha256:
+            raise MetaplError(
+                f"{self._path(part)} is damaged: its SHA-256 is not the one in {layout.DESCRIPTION}. {layout.AGAIN}"
+            )
+        self._sound.add(number)
+
+    def _mapped(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
+        """The columns of a part that are read without a decoder."""
+        known = self._columns.get(number)
+        if known is not None:
+            self._columns.move_to_end(number)
+            return known
+        import pyarrow as pa
+
+        self._check(number)
+        part = self.parts[number]
+        with open_plain(self._path(part)) as file:
+            buffer = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        columns = {"probabilities": layout.mapped_column(buffer, "probabilities", np.dtype(np.float16))}
+        if self.top_k is not None:
+            columns["classes"] = layout.mapped_column(buffer, "classes", np.dtype(np.int32))
+        columns = {name: values.reshape(part.rows, -1) for name, values in columns.items()}
+        if self._numbers:
+            columns["id"] = layout.mapped_column(buffer, "id", np.dtype(np.int64))
+        self._columns[number] = columns
+        while len(self._columns) > OPEN_PARTS:
+            self._columns.popitem(last=False)
+        return columns
+
+
+def _is_text(name: str) -> bool:
+    """Whether UTF-8 can hold it; nothing else is stored."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def spread(stored_BK: Tensor, classes_BK: Tensor | None, classes: int) -> Tensor:
+    """Distributions (B, C) of what is stored of them; see :class:`LabelStore`.
+
+    Args:
+        stored_BK: float32, probabilities of some classes, or of all in their order.
+        classes_BK: int64, which these are; None for all.
+        classes: C.
+    """
+    if classes_BK is None:
+        q_BC = stored_BK
+    else:
+        others = classes - stored_BK.shape[1]
+        remainder_B = (1 - stored_BK.sum(dim=1)).clamp(min=0) / max(others, 1)
+        q_BC = remainder_B[:, None].expand(-1, classes).scatter(1, classes_BK, stored_BK)
+    return q_BC / q_BC.sum(dim=1, keepdim=True)
