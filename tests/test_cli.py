@@ -599,6 +599,7 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
     assert len(flags) == len(set(flags))
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(RECIPES[recipe])}
     hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view", "changes"}
+    hidden |= {"teacher-run", "label-store", "labeled-label-store"}  # --teacher, --labels, --labeled-labels
     hidden |= {"data"} if recipe.startswith("cifar") else set()
     assert fields - hidden <= set(flags)
     assert all(len(block) > 0 for block in blocks.values() if block)

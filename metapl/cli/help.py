@@ -21,15 +21,16 @@ INDENT = 26
 """Columns that a flag and its value have before its help."""
 
 GROUPS: dict[str, str] = {
-    "data": "labeled unlabeled clean val test val-fraction data data-root labels-per-class validation split seed",
+    "data": "labeled unlabeled teacher labels labeled-labels clean val test val-fraction data data-root "
+    "labels-per-class validation split seed",
     "network": "network weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth",
     "views": "view.* changes.* pad resized-crop randaugment strong.*",
     "training": "method minutes steps wait warm-start warm-steps labeled-batch unlabeled-batch clean-batch schedule "
     "warmup clip-norm ema-decay validate-every",
     "losses of the teacher, or of the one network": "label-smoothing uda-weight uda-temperature uda-threshold "
     "uda-align uda-prior uda-start uda-ramp",
-    "feedback": "mode labels feedback-weight feedback-ratio normalization baseline temperature pseudo-label-smoothing "
-    "exact-every",
+    "feedback": "mode pseudo-labels feedback-weight feedback-ratio normalization baseline temperature "
+    "pseudo-label-smoothing exact-every",
     "optimizers": "student.* teacher.*",
     "finetuning": "finetune-steps finetune-batch finetune.*",
     "comparison": "compare seeds methods controls jobs modes draws rounds altered stability train-steps "

@@ -24,6 +24,7 @@ from metapl.experiments.compare import compare
 from metapl.experiments.comparison import parse_seeds
 from metapl.experiments.experiment import summary
 from metapl.experiments.jobs import Job, aloud
+from metapl.experiments.labels_given import check_labels_given
 from metapl.experiments.settle import settled
 from metapl.experiments.store import stored
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, NoisyFolders, Vision
@@ -173,6 +174,8 @@ class TrainImages(Train):
                 "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
                 "labeled pictures for it."
             )
+
+        check_labels_given(self.recipe)
 
     def check_flags(self, given: Sequence[str]) -> None:
         refused = explained(given, by_choice(self.recipe, seeds=bool(self.seeds)))
