@@ -36,6 +36,7 @@ from metapl.errors import MetaplError
 from metapl.experiments import compare
 from metapl.metrics import Evaluation, interval
 from metapl.recipes import RECIPES, Digits
+from metapl.recipes.methods import titled
 from metapl.report import Gallery, draw_grid
 from metapl.runs.folder import weights_file
 from metapl.words import wrapped
@@ -402,7 +403,7 @@ def test_finetuning_can_change_which_network_is_delivered(run: Path, capsys: pyt
         text = said(capsys, "finetune", run, "--steps", "5", "--lr", "0.01")
         found = result(run)
         assert found["delivered"] == expected
-        assert f"delivered: {expected} (by validation" in text
+        assert f"delivered: {titled('mpl', expected)} (by validation" in text
         assert found["test_accuracy"] == found["evaluation"]["accuracy"] == found[f"{expected}_test_accuracy"]
         assert found["validation_accuracy"] == found[f"{expected}_validation_accuracy"]
 
