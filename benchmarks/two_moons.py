@@ -114,10 +114,6 @@ REGIMES: dict[str, Regime] = {
     "lookahead_5_full": Regime(
         "UDA, 5 student steps ahead, weight 10, 3,000 teacher steps", _changed(UDA, lookahead=5, feedback_weight=10.0)
     ),
-    "lookahead_20_full": Regime(
-        "UDA, 20 student steps ahead, weight 10, 600 teacher steps",
-        _changed(UDA, lookahead=20, steps=600, feedback_weight=10.0),
-    ),
 }
 """In the order in which they are run."""
 
@@ -163,7 +159,7 @@ def _row(name: str, method: Method, regime: Regime, seeds: Sequence[int], outcom
 # ----------------------------------------------------------------------------------------------- the table, the figure
 
 
-def _found(rows: Sequence[Row], name: str, method: str) -> Row | None:
+def found(rows: Sequence[Row], name: str, method: str) -> Row | None:
     """The row of a method in a regime; of supervised learning and the control also in the regime that shares it."""
     names = [name]
     shared = REGIMES[name].control
@@ -182,7 +178,7 @@ def rate(row: Row | None) -> str:
 
 def difference(rows: Sequence[Row], name: str) -> str:
     """p of McNemar's exact test of Meta Pseudo Labels against the same loop without feedback."""
-    mpl, none = (_found(rows, name, method) for method in ("mpl", "none"))
+    mpl, none = (found(rows, name, method) for method in ("mpl", "none"))
     if mpl is None or none is None:
         return "–"
     return f"{mcnemar(mpl['accuracy'], none['accuracy'])[2]:.2g}"
@@ -196,13 +192,13 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, regime in REGIMES.items():
-        found = {method: _found(rows, name, method) for method in ALL}
+        cells_of = {method: found(rows, name, method) for method in ALL}
         if not any(row["regime"] == name for row in rows):
             continue
-        mpl = found["mpl"]
+        mpl = cells_of["mpl"]
         median = "–" if mpl is None else f"{100 * statistics.median(mpl['accuracy']):.1f}"
-        cells = [rate(mpl), rate(found["none"]), difference(rows, name)]
-        cells += [rate(found["supervised"]), rate(found["pseudo_labels"]), median]
+        cells = [rate(mpl), rate(cells_of["none"]), difference(rows, name)]
+        cells += [rate(cells_of["supervised"]), rate(cells_of["pseudo_labels"]), median]
         lines.append(f"| {regime.title} | " + " | ".join(cells) + " |")
     seeds = {tuple(row["seeds"]) for row in rows}
     runs = "/".join(str(len(group)) for group in seeds)
@@ -236,7 +232,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
     for y, name in enumerate(names):
         for number, (method, color) in enumerate(COLORS.items()):
-            row = _found(rows, name, method)
+            row = found(rows, name, method)
             if row is not None:
                 place = y - 0.22 * (number - 1)
                 axes.plot([100 * end for end in row["interval"]], [place, place], color=color, linewidth=1.6)
