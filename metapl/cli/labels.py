@@ -62,7 +62,7 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """Write a store of some of the examples of another one, as Noisy Student selects and balances its pictures.
+    """Write a store of some of the examples of another one, as the papers select and balance their pictures.
 
     What is asked for is done in this order: pictures that stand in a folder are dropped; those with a confidence above
     a threshold are kept; of each class, the most confident; and classes that have fewer are filled up by duplication.
@@ -74,6 +74,8 @@ class Select:
         out: folder of the new store; made if need be.
         threshold: keep what the teacher gave a probability above this; 0.3 in Noisy Student.
         per_class: the most examples of a class, by the most probable class of each; 130000 in Noisy Student.
+        any_class: of each class, keep the --per-class examples with the greatest probability of it, whatever their most
+            probable class is; with 12800, the filter of Meta Pseudo Labels' ResNet-50.
         balance: duplicate examples of classes that have fewer than --per-class, or without it than the largest class.
         drop_overlap: drop pictures whose file has the same bytes as one in this folder, such as your test pictures.
         resume: go on with a selection that was stopped.
@@ -83,6 +85,7 @@ class Select:
     out: Annotated[Path, tyro.conf.arg(metavar="STORE2")]
     threshold: float | None = None
     per_class: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    any_class: Switch = False
     balance: Switch = False
     drop_overlap: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     resume: Switch = False
@@ -95,6 +98,7 @@ class Select:
                 self.out,
                 threshold=self.threshold,
                 per_class=self.per_class,
+                any_class=self.any_class,
                 balance=self.balance,
                 drop_overlap=self.drop_overlap,
                 resume=self.resume,
@@ -106,7 +110,8 @@ class Select:
         if self.threshold is not None:
             lines.append((f"dropped: confidence not above {self.threshold:g}", found.unsure))
         if self.per_class is not None:
-            lines.append((f"dropped: not among the {self.per_class:,} of its class", found.beyond))
+            whose = "of any class" if self.any_class else "of its class"
+            lines.append((f"dropped: not among the {self.per_class:,} {whose}", found.beyond))
         lines.append(("kept", found.kept))
         if found.copies != found.kept:
             lines.append(("with copies", found.copies))
@@ -144,6 +149,7 @@ def _asked(selected: Mapping[str, Any]) -> str:
     parts = [] if overlap is None else [f"not among {overlap['pictures']:,} others"]
     parts += [] if threshold is None else [f"confidence above {threshold:g}"]
     parts += [] if per_class is None else [f"at most {per_class:,} a class"]
+    parts += ["by the probability of any class"] * selected["any_class"]
     return ", ".join([*parts, *["balanced"] * selected["balance"]])
 
 
