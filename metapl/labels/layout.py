@@ -239,16 +239,16 @@ def parts_there(folder: Path) -> list[tuple[str, str]]:
     Raises:
         MetaplError: one is missing, or there are two of a number.
     """
-    found = sorted(
+    parts = sorted(
         (int(match[1]), match[0], match[2]) for name in os.listdir(folder) if (match := _PART.fullmatch(name))
     )
-    for expected, (number, name, _) in enumerate(found):
+    for expected, (number, name, _) in enumerate(parts):
         if number != expected:
             raise MetaplError(
                 f"{folder} has {shown(name)}, and not the part {expected} before it; expected the parts as they were "
                 "written, one of each number. Remove those from there on, then go on with --resume."
             )
-    return [(name, sha256) for _, name, sha256 in found]
+    return [(name, sha256) for _, name, sha256 in parts]
 
 
 def is_own(name: str) -> bool:

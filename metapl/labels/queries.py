@@ -129,7 +129,7 @@ def statistics(store: LabelStore) -> Statistics:
     means: list[float | None] = [None] * len(store.classes)
     for label, count, counted, mean in by_class:
         counts[label], copies[label], means[label] = count, int(counted), mean
-    bins = [[dict(found).get(number, 0) for number in range(BINS)] for found in histograms]
+    bins = [[dict(histogram).get(number, 0) for number in range(BINS)] for histogram in histograms]
     return Statistics(
         rows=len(store),
         copies=int(whole[0]),
@@ -248,15 +248,15 @@ def _check(
 
 def _digests(folder: Path) -> list[bytes]:
     """What each picture's file of a folder begins with as SHA-256, each once."""
-    files, found = scan_unlabeled(folder), set()
+    files, digests = scan_unlabeled(folder), set()
     for path in files.paths():
         try:
-            found.add(digest(path)[:DIGEST_BYTES])
+            digests.add(digest(path)[:DIGEST_BYTES])
         except OSError as error:
             raise MetaplError(
                 f"{shown(path)} cannot be compared: {error.strerror}; remove it, or give a folder of readable files."
             ) from error
-    return sorted(found)
+    return sorted(digests)
 
 
 def _summary(digests: Sequence[bytes]) -> dict[str, Any]:

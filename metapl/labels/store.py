@@ -127,7 +127,8 @@ class LabelStore:
             yield from self.table(number, ["id"]).column(0).to_pylist()
 
     def __contains__(self, example: object) -> bool:
-        return isinstance(example, int if self._numbers else str) and self._find([example])[0] >= 0
+        kinds = (int, np.integer) if self._numbers else str
+        return isinstance(example, kinds) and bool(self._find([example])[0] >= 0)
 
     def __getitem__(self, ids: str | int | Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
         """The distributions of examples.
@@ -155,21 +156,21 @@ class LabelStore:
         kinds, expected = ((int, np.integer), "integers") if self._numbers else ((str,), "strings")
         if not all(isinstance(name, kinds) for name in wanted):
             raise MetaplError(f"the ids are {described(ids)}; expected {expected}, as they are stored.")
-        found = self._find(wanted)
-        missing = [name for name, row in zip(wanted, found.tolist(), strict=True) if row < 0]
+        rows = self._find(wanted)
+        missing = [name for name, row in zip(wanted, rows.tolist(), strict=True) if row < 0]
         if missing:
             raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
-        return found
+        return rows
 
     def _find(self, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
         """The rows of examples; −1 where there is none."""
-        found = np.full(len(ids), -1, dtype=np.int64)
+        rows = np.full(len(ids), -1, dtype=np.int64)
         parts = np.array([bisect.bisect_right(self._firsts, name) - 1 for name in ids], dtype=np.int64)
         for number in np.unique(parts[parts >= 0]).tolist():
             (where,) = np.nonzero(parts == number)
             within = self._within(number, [ids[i] for i in where.tolist()])
-            found[where] = np.where(within >= 0, within + self._starts[number], -1)
-        return found
+            rows[where] = np.where(within >= 0, within + self._starts[number], -1)
+        return rows
 
     def _within(self, number: int, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
         """The places of ids in a part; −1 where it has none."""
