@@ -150,13 +150,16 @@ def test_numbers_are_read_from_a_memory_map(tmp_path: Path) -> None:
     store = written(tmp_path / "store", list(range(20)), softmax(20), top_k=2)
     store.at([0])
     assert list(store._columns) == [0], "other parts are not touched"
+    opened = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
+    assert not any(path.startswith(str(tmp_path)) for path in opened), "a process may have few open files"
+    assert f"{store.folder}/{store.parts[0].file}" in Path("/proc/self/maps").read_text()
     for column in store._columns[0].values():
         assert not column.flags.owndata
         assert not column.flags.writeable
 
 
-def test_a_store_with_more_parts_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPEN_PARTS", "KNOWN_PARTS"):
+def test_a_store_with_more_parts_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MAPPED_PARTS", "KNOWN_PARTS"):
         monkeypatch.setattr(f"metapl.labels.store.{name}", 2)
     p = softmax(40)
     store = written(tmp_path / "store", names(40), p, rows_per_part=5)

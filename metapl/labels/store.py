@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +24,8 @@ from metapl.typed import misfit
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OPEN_PARTS = 256
-"""Parts whose files are open; each takes a descriptor, of which a process usually has 1,024."""
+MAPPED_PARTS = 16_384
+"""Parts that are mapped; Linux gives a process 65,530 maps."""
 
 KNOWN_PARTS = 64
 """Parts whose names are held in memory."""
@@ -276,16 +275,16 @@ class LabelStore:
 
         self._check(number)
         part = self.parts[number]
-        with open_plain(self._path(part)) as file:
-            buffer = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        columns = {"probabilities": layout.mapped_column(buffer, "probabilities", np.dtype(np.float16))}
-        if self.top_k is not None:
-            columns["classes"] = layout.mapped_column(buffer, "classes", np.dtype(np.int32))
-        columns = {name: values.reshape(part.rows, -1) for name, values in columns.items()}
-        if self._numbers:
-            columns["id"] = layout.mapped_column(buffer, "id", np.dtype(np.int64))
+        # Unlike mmap.mmap, pyarrow's map does not need its file to stay open: a process may have few of these.
+        with pa.memory_map(os.fsencode(self._path(part))) as file:
+            buffer = file.read_buffer()
+        dtypes: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16)}
+        dtypes |= {} if self.top_k is None else {"classes": np.dtype(np.int32)}
+        dtypes |= {"id": np.dtype(np.int64)} if self._numbers else {}
+        columns = layout.mapped_columns(buffer, dtypes)
+        columns |= {name: columns[name].reshape(part.rows, -1) for name in dtypes if name != "id"}
         self._columns[number] = columns
-        while len(self._columns) > OPEN_PARTS:
+        while len(self._columns) > MAPPED_PARTS:
             self._columns.popitem(last=False)
         return columns
 
