@@ -1,9 +1,10 @@
-"""Names and messages as they are shown: what a file is called must not move the cursor, or turn the line around."""
+"""Names, messages and tables as they are shown: what a file is called must not move the cursor, or turn the line."""
 
 from __future__ import annotations
 
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import TextIO
 
 TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff")
@@ -41,6 +42,24 @@ def cell(text: str) -> str:
     ("'=1+1", 'a=1')
     """
     return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows with their columns aligned: the first ``left`` to the left, the others to the right.
+
+    >>> print(table([("class", "right"), ("cat", "97.5%"), ("dog", "8.0%")]))
+    class  right
+    cat    97.5%
+    dog     8.0%
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def _is_escaped(letter: str) -> bool:

@@ -1,11 +1,7 @@
-"""Every mode beside the exact gradient, in code and by the command."""
+"""Every mode beside the exact gradient."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +11,7 @@ from test_right_or_refused import OnceDifferentiable
 
 import metapl
 from metapl import MetaplError
-from metapl.ablation import Ablation, ModeCost, ablate, recommendation
+from metapl.ablation import Ablation, ModeCost, ablate
 from metapl.feedback import Difference
 
 EXACT = ("unrolled", "forward", "difference")
@@ -69,24 +65,6 @@ def test_estimators_with_settings_and_a_clip() -> None:
     assert modes["difference"].relative_error < 1e-3
 
 
-def test_the_recommendation_is_the_cheapest_exact_mode_or_the_nearest() -> None:
-    def cost(error: float, noise: float, passes: float) -> ModeCost:
-        return ModeCost(1.0, error, noise, passes, 0.1, 100)
-
-    modes: dict[str, ModeCost | str] = {
-        "unrolled": "it cannot",
-        "forward": cost(1e-8, 0, 12),
-        "difference": cost(1e-4, 0, 11),
-        "reinforce": cost(2.0, 19.0, 9),
-        "none": cost(1.0, 0, 4),
-    }
-    assert recommendation(modes).startswith("Take difference: its gradient is within 0.0001 of the exact one")
-    assert "reinforce) costs 9.0 and has 19 times as much noise as signal" in recommendation(modes)
-    sampled: dict[str, ModeCost | str] = {"reinforce": cost(2.0, 19.0, 9), "reinforce_per_example": cost(0.1, 1.5, 12)}
-    assert recommendation(sampled).startswith("Take reinforce_per_example: no mode that is exact can run here")
-    assert recommendation({"forward": "it cannot"}).startswith("No mode that gives feedback can run")
-
-
 def test_a_model_without_an_exact_gradient_is_refused_by_name() -> None:
     problem = toy("mlp")
     trainer = metapl.BilevelTrainer(problem.teacher, OnceDifferentiable(16, 3).double(), "reinforce")
@@ -96,72 +74,20 @@ def test_a_model_without_an_exact_gradient_is_refused_by_name() -> None:
         ablate(trainer, problem.labeled, problem.unlabeled)
 
 
-@pytest.mark.parametrize("options", [{"steps": -1}, {"draws": 0}, {"rounds": 0}])
-def test_wrong_numbers_are_refused(options: dict[str, int]) -> None:
-    problem = toy("mlp")
-    trainer = metapl.BilevelTrainer(**problem.networks())
-    with pytest.raises(MetaplError, match=r"expected 0, 1 and 1 or more"):
-        ablate(trainer, problem.labeled, problem.unlabeled, **options)  # type: ignore[arg-type]
-
-
-# ---------------------------------------------------------------------------------------------------------- the command
-
-
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "metapl", "ablate", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_the_command_writes_figures_and_a_picture_and_recommends(tmp_path: Path) -> None:
-    done = run("digits", "--steps", "4", "--draws", "2", "--rounds", "1", "--out", "there", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "there/ablation.json").read_text())
-    assert content["recommendation"] in " ".join(done.stdout.split())
-    assert set(content["modes"]) == set(metapl.MODES)
-    figures = {"cosine", "relative_error", "noise_to_signal", "passes", "seconds", "peak_bytes"}
-    assert set(content["modes"]["forward"]) == figures
-    assert set(content["modes"]["implicit"]) == {"reason"}
-    assert content["points"] == [0, 2, 4]
-    assert (tmp_path / "there/ablation.png").read_bytes().startswith(b"\x89PNG")
-
-
-OWN = """
-import torch, metapl
-
-def build():
-    teacher, student = (torch.nn.Linear(6, 3) for _ in range(2))
-    x = torch.randn(12, 6)
-    return metapl.BilevelTrainer(teacher, student, "forward"), (x, torch.arange(12) % 3), torch.randn(9, 6)
-
-def wrong():
-    return 3
-"""
-
-
-def test_networks_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "my_networks.py").write_text(OWN)
-    done = run("--factory", "my_networks:build", "--modes", "forward", "reinforce", "--rounds", "1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Take forward" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["my_networks.py"]
-
-
 @pytest.mark.parametrize(
-    ("arguments", "text"),
+    ("options", "text"),
     [
-        (("--factory", "my_networks:wrong"), "returned int; expected (trainer, labeled, unlabeled)"),
-        (("--factory", "my_networks:missing"), "has no function missing"),
-        (("--factory", "elsewhere:build"), "No module named 'elsewhere'"),
-        (("--factory", "my_networks"), "expected module:function"),
-        (("digitz",), "there is no recipe 'digitz'; did you mean digits?"),
-        (("digits", "--modes", "forwards"), "mode='forwards' was given; expected one of"),
-        (("digits", "--steps", "2", "--out", "my_networks.py"), "is a file; expected a folder"),
-        ((), "no recipe was named"),
+        ({"steps": -1}, r"steps=-1\): expected 0 or more"),
+        ({"draws": 0}, r"draws=0\): expected 1 or more"),
+        ({"rounds": 0}, r"rounds=0\): expected 1 or more"),
+        ({"train_steps": -1}, r"train_steps=-1\): expected 0 or more"),
+        ({"train_steps": 1, "train_seeds": (1, 1)}, "none twice"),
+        ({"modes": ["forward", metapl.feedback.Forward()]}, "forward more than once"),
+        ({"modes": []}, "no mode"),
     ],
 )
-def test_wrong_input_ends_in_a_sentence(arguments: tuple[str, ...], text: str, tmp_path: Path) -> None:
-    (tmp_path / "my_networks.py").write_text(OWN)
-    done = run(*arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert text in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr
+def test_wrong_numbers_are_refused(options: dict[str, Any], text: str) -> None:
+    problem = toy("mlp")
+    trainer = metapl.BilevelTrainer(**problem.networks())
+    with pytest.raises(MetaplError, match=text):
+        ablate(trainer, problem.labeled, problem.unlabeled, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from metapl.cli.commands import COMMANDS, after_training
@@ -70,6 +70,20 @@ metapl train RECIPE, with RECIPE one of:
   imagenet-10pct-paper  the same with the settings of the paper's table
 
 Each says more with --help: metapl train digits --help.
+"""
+
+ABLATE_HELP = """\
+metapl ablate RECIPE compares the ways to find the teacher's gradient, on the
+networks and data of a recipe: how far each is from the exact gradient, and
+what it costs. It ends with the mode to take. RECIPE is one of:
+
+{recipes}
+For networks of your own: metapl ablate --factory MODULE:FUNCTION.
+
+  metapl ablate digits --steps 200 --out DIR
+  metapl ablate digits --steps 200 --stability --train-steps 500
+
+Each says more with --help: metapl ablate digits --help.
 """
 
 
@@ -210,14 +224,14 @@ def _train(given: list[str]) -> int:
 def _ablate(given: list[str]) -> int:
     from metapl.cli.ablate import COMMANDS as RECIPES
     from metapl.cli.ablate import AblateFactory
-    from metapl.cli.parse import did_you_mean, parse
+    from metapl.cli.idle import given_flags
+    from metapl.cli.parse import did_you_mean, parse, respelled
     from metapl.errors import MetaplError
 
     if any(word.partition("=")[0] == "--factory" for word in given):
         return parse(AblateFactory, "metapl ablate", given)()
     if given and given[0] in ("-h", "--help"):
-        print(RECIPES_HELP.replace("metapl train", "metapl ablate"), end="")
-        print("For networks of your own: metapl ablate --factory MODULE:FUNCTION.")
+        print(ABLATE_HELP.format(recipes=_lines_about(RECIPES)), end="")
         return 0
     if not given or given[0] not in RECIPES:
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
@@ -226,7 +240,14 @@ def _ablate(given: list[str]) -> int:
             f"{named}{meant} Expected one of {', '.join(RECIPES)}: metapl ablate digits --steps 100; or "
             "--factory module:function, for networks of your own."
         )
-    return parse(RECIPES[given[0]], f"metapl ablate {given[0]}", given[1:])()
+    command = parse(RECIPES[given[0]], f"metapl ablate {given[0]}", given[1:])
+    command.check_flags(given_flags(respelled(given[1:])))
+    return command()
+
+
+def _lines_about(names: Collection[str]) -> str:
+    """The lines of the help of ``metapl train`` about some recipes."""
+    return "".join(line for line in RECIPES_HELP.splitlines(keepends=True) if set(line.split()[:1]) & set(names))
 
 
 def _labels(given: list[str]) -> int:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +12,15 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from metapl.ablation import Ablation, ModeCost, ablate
-from metapl.cli.parse import paragraph
+from metapl.ablation import Ablation, ablate
+from metapl.cli.factory import made_by
+from metapl.cli.idle import by_ablation, explained
+from metapl.cli.parse import Switch, paragraph
 from metapl.errors import MetaplError
+from metapl.experiments.comparison import parse_seeds
 from metapl.experiments.methods import bilevel_trainer
 from metapl.experiments.settle import settled
-from metapl.feedback import MODES
+from metapl.feedback import MODES, estimator
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
 from metapl.report.ablation import draw_ablation
 from metapl.runs.atomic import replacing
@@ -31,8 +30,22 @@ from metapl.words import tell
 MOST_TIMES = 10_000
 """Draws, and rounds."""
 
+MOST_TRAINING_STEPS = 10**9
+
 OUT_HELP = "folder for ablation.json and ablation.png; by default neither is written."
 MODES_HELP = f"these modes alone, of {', '.join(MODES)}."
+ROUNDS_HELP = "in which each mode is timed once; by default 5, more for short calls."
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at: the trainer, its sources of batches, and the steps of the training."""
+
+    trainer: BilevelTrainer
+    labeled: Any
+    unlabeled: Any
+    steps: int
+    validation: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +53,11 @@ class Looking(ABC):
     """The options of every ablation.
 
     Args:
-        draws: of labels, for modes that draw them.
-        rounds: in which each mode is timed once.
+        draws: of labels, for modes that draw them, and of alterations.
+        altered: also measure a mode's feedback altered, as a control: permuted, its mean, with random signs.
+        stability: also measure the modes over a few step sizes, temperatures and batch sizes.
+        train_steps: also train by each mode for so many steps, over --train-seeds; 0 does not.
+        train_seeds: seeds of these short trainings, such as 0-4 or 0,3,5.
     """
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help=OUT_HELP, help_behavior_hint="")] = None
@@ -49,18 +65,36 @@ class Looking(ABC):
         tuple[str, ...] | None, tyro.conf.arg(metavar="MODE ...", help=MODES_HELP, help_behavior_hint="")
     ] = None
     draws: int = 8
-    rounds: int = 3
+    rounds: Annotated[int | None, tyro.conf.arg(metavar="INT", help=ROUNDS_HELP, help_behavior_hint="")] = None
+    altered: bool = True
+    stability: Switch = False
+    train_steps: int = 0
+    train_seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS", help_behavior_hint="(default: 0-4)")] = None
 
     def __call__(self) -> int:
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise MetaplError(f"--out {self.out} is a file; expected a folder, which is made if it is not there.")
-        for name in ("draws", "rounds"):
-            if not 1 <= getattr(self, name) <= MOST_TIMES:
-                raise MetaplError(f"--{name} {getattr(self, name)}: expected 1 to {MOST_TIMES:,}.")
-        trainer, labeled, unlabeled, steps = self.subject()
-        found = ablate(trainer, labeled, unlabeled, self.modes, steps=steps, draws=self.draws, rounds=self.rounds)
+        self._check()
+        subject = self.subject()
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+        found = ablate(
+            subject.trainer,
+            subject.labeled,
+            subject.unlabeled,
+            self.modes,
+            steps=subject.steps,
+            draws=self.draws,
+            rounds=self.rounds,
+            altered=self.altered,
+            stability=self.stability,
+            train_steps=self.train_steps,
+            train_seeds=self._seeds(),
+            validation=subject.validation,
+            progress=True,
+        )
         where = f"steps {', '.join(map(str, found.points))}" if len(found.points) > 1 else "the start"
-        tell(f"gradients at {where} of the training, costs at the last of them\n")
+        last = ", costs at the last of them" if len(found.points) > 1 else ""
+        tell(f"gradients at {where} of the training{last};")
+        tell("error and noise are over the length of the exact gradient\n")
         tell(found.table())
         tell()
         tell(paragraph(found.recommendation))
@@ -68,17 +102,42 @@ class Looking(ABC):
             self._write(self.out, found)
         return 0
 
+    def _check(self) -> None:
+        """Refuse wrong options before anything is built."""
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise MetaplError(f"--out {self.out} is a file; expected a folder, which is made if it is not there.")
+        for name in self.modes or ():
+            estimator(name)
+        for name, least, most in (
+            ("draws", 1, MOST_TIMES),
+            ("rounds", 1, MOST_TIMES),
+            ("train_steps", 0, MOST_TRAINING_STEPS),
+        ):
+            given = getattr(self, name)
+            if given is not None and not least <= given <= most:
+                raise MetaplError(f"--{name.replace('_', '-')} {given}: expected {least} to {most:,}.")
+        if self.train_seeds is not None and not self.train_steps:
+            raise MetaplError(
+                f"--train-seeds {self.train_seeds} was given without --train-steps, so nothing would be trained; give "
+                "--train-steps 100 too, or leave it out."
+            )
+
+        self._seeds()
+
+    def _seeds(self) -> tuple[int, ...]:
+        try:
+            return parse_seeds(self.train_seeds or "0-4")
+        except MetaplError as error:
+            raise MetaplError(f"--train-{error}") from error
+
     @abstractmethod
-    def subject(self) -> tuple[BilevelTrainer, Any, Any, int]:
-        """The trainer, its sources of batches, and the steps of training that are looked at."""
+    def subject(self) -> Subject:
+        """What is looked at."""
 
     def _write(self, out: Path, found: Ablation) -> None:
-        out.mkdir(parents=True, exist_ok=True)
         with replacing(out / "ablation.json") as file:
             file.write(found.to_json().encode())
-        ran = {name: dataclasses.asdict(mode) for name, mode in found.modes.items() if isinstance(mode, ModeCost)}
-        if ran:
-            draw_ablation(out / "ablation.png", ran, found.recommendation)
+        draw_ablation(out / "ablation.png", found.as_dict())
         tell(f"\nthe figures are in {out}")
 
 
@@ -94,14 +153,25 @@ class Ablate(Looking):
 
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
 
-    def subject(self) -> tuple[BilevelTrainer, Any, Any, int]:
+    def check_flags(self, given: Sequence[str]) -> None:
+        """Refuse flags that have no effect.
+
+        Args:
+            given: the names of the flags on the command line, without dashes.
+        """
+        idle = explained(given, by_ablation(self.recipe))
+        if idle:
+            raise MetaplError(idle)
+
+    def subject(self) -> Subject:
         """By the recipe, Meta Pseudo Labels."""
         recipe: Any = self.recipe
         recipe = settled(recipe, None, print) if isinstance(recipe, ImageFolders) else recipe.settled()
         torch.manual_seed(recipe.seed)
         task, device = recipe.task(print, True), recipe.torch_device()
         teacher, student = (recipe.network(role).to(device) for role in ("teacher", "student"))
-        return bilevel_trainer(recipe, teacher, student), task.labeled, task.unlabeled, recipe.steps
+        trainer = bilevel_trainer(recipe, teacher, student)
+        return Subject(trainer, task.labeled, task.unlabeled, recipe.steps, task.validation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,50 +180,37 @@ class AblateFactory(Looking):
 
     Args:
         factory: module:function of a module in this folder or installed; the function takes nothing and returns a
-            metapl.BilevelTrainer, a source of labelled and one of unlabelled batches.
+            metapl.BilevelTrainer, a source of labelled and one of unlabelled batches, and validation data if there are
+            any.
         steps: of the training that is looked at, at its beginning, in its middle and at its end.
     """
 
     factory: Annotated[str, tyro.conf.arg(metavar="MODULE:FUNCTION", help_behavior_hint="")]
     steps: int = 0
 
-    def subject(self) -> tuple[BilevelTrainer, Any, Any, int]:
+    def subject(self) -> Subject:
         """By the function."""
-        made = _call(self.factory)
-        if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], BilevelTrainer):
+        if not 0 <= self.steps <= MOST_TRAINING_STEPS:
+            raise MetaplError(f"--steps {self.steps}: expected 0 to {MOST_TRAINING_STEPS:,}.")
+        made = made_by(self.factory)
+        if not isinstance(made, tuple) or len(made) not in (3, 4) or not isinstance(made[0], BilevelTrainer):
             raise MetaplError(
-                f"--factory {self.factory} returned {type(made).__name__}; expected (trainer, labeled, unlabeled), the "
-                "trainer a metapl.BilevelTrainer, the others batches or sources of batches as for its fit."
+                f"--factory {self.factory} returned {_kind(made)}; expected (trainer, labeled, unlabeled) or (trainer, "
+                "labeled, unlabeled, validation), the trainer a metapl.BilevelTrainer, the others batches or sources "
+                "of batches as for its fit."
             )
-        return *made, self.steps
+        trainer, labeled, unlabeled, *validation = made
+        return Subject(trainer, labeled, unlabeled, self.steps, *validation)
 
 
-def _call(name: str) -> Any:
-    """What module:function returns; the module may lie in the current folder."""
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise MetaplError(f"--factory {name}: expected module:function, such as my_networks:build.")
-    with _current_folder_first():
-        try:
-            imported = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise MetaplError(
-                f"--factory {name}: {error}; expected a module in this folder, or an installed one."
-            ) from error
-    build = getattr(imported, function, None)
-    if not callable(build):
-        raise MetaplError(f"--factory {name}: the module {module} has no function {function}.")
-    return build()
-
-
-@contextmanager
-def _current_folder_first() -> Iterator[None]:
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
+def _kind(made: Any) -> str:
+    """
+    >>> _kind(None), _kind((1, "a"))
+    ('None', '(int, str)')
+    """
+    if isinstance(made, tuple):
+        return f"({', '.join(type(part).__name__ for part in made)})"
+    return "None" if made is None else f"a value of type {type(made).__name__}"
 
 
 def _ablate_on(kind: Any) -> type[Ablate]:

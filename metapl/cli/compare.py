@@ -16,11 +16,10 @@ from metapl.errors import MetaplError, few
 from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.store import stored_data, stored_result
-from metapl.experiments.table import table
 from metapl.metrics import Evaluation, paired_test
 from metapl.recipes import ImageFolders, Recipe
 from metapl.runs.folder import RunFolder, flat
-from metapl.words import tell
+from metapl.words import table, tell
 
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
 """Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""

@@ -17,7 +17,6 @@ from metapl.cli.inputs import TestFolder, require_finite
 from metapl.cli.parse import WIDTH, Run, Switch
 from metapl.errors import MetaplError
 from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
-from metapl.experiments.table import table
 from metapl.metrics import (
     Evaluation,
     MultiLabelAccuracy,
@@ -29,7 +28,7 @@ from metapl.metrics import (
 )
 from metapl.metrics.predictions import batches_of
 from metapl.runs.folder import weights_file
-from metapl.words import shown, tell
+from metapl.words import shown, table, tell
 
 HEADINGS = (5, 4, 3)
 """Letters of a class that head a column, as many as there is room for."""

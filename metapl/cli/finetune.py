@@ -20,14 +20,13 @@ from metapl.errors import MetaplError
 from metapl.experiments.experiment import Experiment, Network, delivered
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.store import stored_result
-from metapl.experiments.table import table
 from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
 from metapl.runs.folder import RunFolder
 from metapl.runs.metrics import Metrics
 from metapl.training import FitResult
 from metapl.training.selection import weights_of
-from metapl.words import tell
+from metapl.words import table, tell
 
 SCRATCH = ".finetune-"
 """What the name of the folder begins with, within the run's, in which its records are kept until it has ended."""

@@ -32,7 +32,8 @@ GROUPS: dict[str, str] = {
     "exact-every",
     "optimizers": "student.* teacher.*",
     "finetuning": "finetune-steps finetune-batch finetune.*",
-    "comparison": "compare seeds methods controls jobs modes draws rounds factory",
+    "comparison": "compare seeds methods controls jobs modes draws rounds altered stability train-steps "
+    "train-seeds factory",
     "output": "out resume log-every save-every keep",
     "machine": "device precision accumulate compile channels-last num-workers threads",
 }

@@ -1,4 +1,4 @@
-"""Flags of ``metapl train images`` that change nothing beside the others that are given."""
+"""Flags that change nothing: beside the others that are given, or of a command that does not get so far."""
 
 from __future__ import annotations
 
@@ -138,6 +138,16 @@ def _uda(recipe: ImageFolders, methods: Sequence[str], where: str) -> Iterator[R
     if alone and not of_teacher and "uda" not in methods:
         published = "FixMatch has values of its own; leave it out, or give --method uda"
         yield Rule("uda-temperature uda-threshold uda-align uda-prior", where, published)
+
+
+def by_ablation(recipe: object) -> Iterator[Rule]:
+    """What has no effect in ``metapl ablate``, whose trainings are steps at constant rates, without a run's folder."""
+    of_fit = "schedule warmup wait ema-decay validate-every log-every save-every keep exact-every num-workers"
+    of_run = "method warm-start no-warm-start finetune-steps finetune-batch finetune.*"
+    where = "in metapl ablate, which takes steps of Meta Pseudo Labels at constant rates and keeps no run"
+    yield Rule(f"{of_fit} {of_run}", where, "leave it out")
+    if isinstance(recipe, ImageFolders):
+        yield from by_choice(recipe)
 
 
 def noisy_by_method(recipe: NoisyFolders, methods: Sequence[str]) -> Iterator[Rule]:

@@ -14,12 +14,11 @@ import tyro
 
 from metapl.cli.parse import WIDTH, Switch
 from metapl.errors import MetaplError, few
-from metapl.experiments.table import table
 from metapl.labels import LabelStore
 from metapl.labels.drawing import draw_statistics
 from metapl.labels.queries import BINS, Statistics, select, statistics
 from metapl.training.progress import counting
-from metapl.words import shown, tell
+from metapl.words import shown, table, tell
 
 Store = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE", help_behavior_hint="")]
 """The folder of a store, by its place."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from metapl.errors import MetaplError
-from metapl.experiments.table import table
 from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
 from metapl.recipes.methods import EVERY_METHOD, title
+from metapl.words import table
 
 ReadOuts = Mapping[str, Sequence[float]]
 

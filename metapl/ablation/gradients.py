@@ -1,0 +1,183 @@
+"""A mode's gradients of the teacher beside the exact one, and what a call costs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metapl.ablation.figures import Distance, ModeCost
+from metapl.errors import MetaplError
+from metapl.execution.rng import RandomState, replayed
+from metapl.feedback import Altered, Estimator
+from metapl.feedback.lookahead import inner_batches
+from metapl.memory import out_of_memory
+from metapl.metrics.cost import flops, peak_bytes
+from metapl.problems.base import BilevelProblem
+from metapl.training.trainer import BilevelTrainer
+
+Gradient = Tensor
+"""The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal."""
+
+LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
+"""Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed."""
+
+
+class CannotRun(MetaplError):
+    """A mode, or everything, that cannot run on a model; the message is the whole reason."""
+
+
+@contextmanager
+def reasons_told() -> Iterator[None]:
+    """Refusals, errors of torch in the model's own code, and too little memory, as :class:`CannotRun`."""
+    try:
+        yield
+    except MetaplError as error:
+        raise CannotRun(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        whose = out_of_memory(error)
+        # What torch says may run over many lines; the first says what is wrong.
+        first = str(error).strip().partition("\n")[0]
+        text = f"{type(error).__name__}: {first}" if whose is None else f"the memory {whose} does not suffice for it."
+        raise CannotRun(text) from error
+
+
+def sibling(
+    trainer: BilevelTrainer, mode: str | Estimator | None = None, problem: BilevelProblem | None = None
+) -> BilevelTrainer:
+    """A trainer of the same networks and optimizers, in their state, by another mode or on another problem."""
+    made = BilevelTrainer(
+        trainer.teacher,
+        trainer.student,
+        trainer.mode if mode is None else mode,
+        problem=trainer.given_problem if problem is None else problem,
+        inner_optimizer=trainer.inner_optimizer,
+        outer_optimizer=trainer.outer_optimizer,
+        teacher_losses=trainer.teacher_losses,
+        feedback_weight=trainer.feedback_weight,
+        feedback_ratio=trainer.feedback_ratio,
+        recompute_teacher=trainer.recompute_teacher,
+        generator=trainer.generator,
+        clip_norm=trainer.clip_norm,
+        precision=trainer.precision,  # type: ignore[arg-type]  # checked when the trainer was built
+        accumulate=trainer.accumulate,
+        compile=trainer.compile,
+        lookahead=trainer.lookahead,
+    )
+    made.update.load_state_dict(copy.deepcopy(trainer.update.state_dict()))
+    return made
+
+
+def exact_gradient(trainer: BilevelTrainer, labeled: Any, unlabeled: Any) -> Gradient:
+    """Of the soft step, by double backward, or by forward mode where the student has no second derivative."""
+    problem = trainer.problem.exact()
+    if problem is not None:
+        trainer = sibling(trainer, mode="forward", problem=problem)
+    refusals = []
+    for mode in ("unrolled", "forward"):
+        try:
+            with reasons_told():
+                return _gradient(trainer, mode, labeled, unlabeled)
+        except CannotRun as error:
+            refusals.append(str(error))
+    why = f"by double backward, {refusals[0]}; by forward mode, {refusals[1]}"
+    if refusals[0] == refusals[1]:
+        why = f"by double backward and by forward mode, {refusals[0]}"
+    raise MetaplError(f"there is no exact gradient to compare with: {why}")
+
+
+def distance(
+    trainer: BilevelTrainer, mode: Estimator, labeled: Any, unlabeled: Any, exact: Gradient, draws: int
+) -> Distance:
+    """Of a mode from the exact gradient at one point; :class:`CannotRun` where it cannot run."""
+    gradients: list[Gradient] = []
+    with reasons_told():
+        for seed in range(draws):
+            gradients.append(_gradient(trainer, _drawn(mode, seed), labeled, unlabeled, seed))
+            if seed == 1 and torch.equal(*gradients):  # nothing is drawn
+                break
+    found = torch.stack(gradients)
+    mean, length = found.mean(0), exact.norm().clamp_min(1e-300)
+    # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
+    noise = (found - mean).square().sum(1).mean() * (len(found) / max(1, len(found) - 1))
+    cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
+    return Distance(float(cosine), float((mean - exact).norm() / length), float(noise.sqrt() / length))
+
+
+def _drawn(mode: Estimator, seed: int) -> Estimator:
+    """A mode, or a draw of an alteration."""
+    return replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
+
+
+def _gradient(trainer: BilevelTrainer, mode: str | Estimator, labeled: Any, unlabeled: Any, seed: int = 0) -> Gradient:
+    generator = torch.Generator(trainer.device).manual_seed(seed)
+    found = trainer.hypergradient(labeled, unlabeled, mode, generator=generator)
+    # Without a teacher, the gradient is that in the signal.
+    feedback = found.feedback if isinstance(found.feedback, tuple) else (found.feedback,)
+    parts = found.grads.values() if trainer.teacher is not None else [-h for h in feedback]
+    return torch.cat([part.flatten().double() for part in parts])
+
+
+def costs(
+    trainer: BilevelTrainer, modes: Iterable[Estimator], labeled: Any, unlabeled: Any, rounds: int | None
+) -> dict[str, tuple[float, float, int]]:
+    """Passes, seconds and peak bytes by mode; the modes take turns.
+
+    Args:
+        trainer, labeled, unlabeled: where they are measured.
+        modes: which have run there before.
+        rounds: of timing; None: 5, and more for short calls.
+    """
+
+    def call(mode: Estimator) -> Callable[[], Gradient]:
+        return lambda: _gradient(trainer, mode, labeled, unlabeled)
+
+    def student() -> None:
+        inputs = trainer.problem.student_input(inner_batches(unlabeled)[0])
+        with torch.no_grad(), replayed(RandomState.now(trainer.device)):
+            copy.deepcopy(trainer.student)(inputs)
+
+    one = flops(student)
+    calls = {mode.name: call(mode) for mode in modes}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for done in range(rounds or MOST_ROUNDS):
+        if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - start > TIMED:
+            break
+        for name, run in calls.items():
+            seconds[name].append(_seconds(run, trainer.device))
+    return {
+        name: (
+            flops(run) / one if one else math.nan,
+            min(seconds[name]),  # other work on the machine only ever adds
+            peak_bytes(run, trainer.device),
+        )
+        for name, run in calls.items()
+    }
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def over_points(distances: Sequence[Distance], passes: float, seconds: float, peak: int) -> ModeCost:
+    """The distances at several points as one, with the costs."""
+    cosine = sum(d.cosine for d in distances) / len(distances)
+    squares = [
+        math.sqrt(sum(getattr(d, name) ** 2 for d in distances) / len(distances))
+        for name in ("relative_error", "noise_to_signal")
+    ]
+    return ModeCost(cosine, squares[0], squares[1], passes, seconds, peak)

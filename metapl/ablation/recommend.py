@@ -1,0 +1,149 @@
+"""The mode that an ablation recommends, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from metapl.ablation.figures import ModeCost
+
+EXACT = ("unrolled", "forward")
+"""Modes that are exact but for rounding."""
+
+TRUSTED = 0.1
+"""Distance up to which that is believed. In bfloat16, and where the gradient itself is nearly zero, as in the first
+steps of Adam, two exact modes differ by as much as some hundredths."""
+
+TOLD = 1e-3
+"""Rounding beyond it is told."""
+
+NEAR = 0.01
+"""Distance, noise included, up to which a gradient is near the exact one."""
+
+EQUAL = 0.1
+"""Times, and bytes, that differ by no more than this fraction count as equal: timings are noisy."""
+
+PREFERRED = "forward"
+"""Taken between modes that are equal otherwise: exact, without a second backward pass and its memory."""
+
+
+def recommendation(modes: Mapping[str, ModeCost | str], exact_modes: Collection[str] = EXACT) -> tuple[str | None, str]:
+    """The name of the mode to take, and the sentences that say so and what decided.
+
+    Of the modes that are exact to rounding the fastest is taken; where times are within 10 % the one with the least
+    memory; where that is too, ``forward``. Where none is exact to rounding, the same holds for those within 1 %; where
+    there are none of these either, the nearest in one draw is taken. ``none`` gives no feedback and ``implicit`` is
+    another gradient: neither is recommended.
+
+    Args:
+        modes: as in :class:`metapl.ablation.Ablation`.
+        exact_modes: names of modes that are exact but for rounding.
+
+    Returns: the name, None where no mode ran; and the text.
+    """
+    ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in ("none", "implicit")}
+    if not ran:
+        return None, "No mode that gives feedback can run on this model; the reasons stand beside the modes."
+    exact = {name: mode for name, mode in ran.items() if name in exact_modes and mode.of_one_draw <= TRUSTED}
+    near = {name: mode for name, mode in ran.items() if mode.of_one_draw <= NEAR}
+    if exact:
+        name, decided = _cheapest(exact)
+        rounding = max(mode.of_one_draw for mode in exact.values())
+        told = f" (which is {rounding:.1g} of its length here)" if rounding > TOLD else ""
+        why = f"its gradient is the exact one to rounding{told}, without noise"
+        why += f", {decided}" if decided else "; no other of these modes is exact to rounding"
+    elif near:
+        name, decided = _cheapest(near)
+        why = (
+            "none of these modes is exact to rounding; its gradient is within "
+            f"{near[name].of_one_draw:.1g} of the exact one{f', {decided}' if decided else ''}"
+        )
+    else:
+        name = min(ran, key=lambda name: ran[name].of_one_draw)
+        why = (
+            "none of these modes is exact, or nearly; of one draw of labels its gradient is the nearest to the exact "
+            f"one (error {ran[name].relative_error:.2g}, noise {ran[name].noise_to_signal:.2g} of its length)"
+        )
+    text = [f"Take {name}: {why}. A call takes {duration(ran[name].seconds)} and {size(ran[name].peak_bytes)}."]
+    text += _faster(name, ran[name], {n: m for n, m in near.items() if n not in exact}) if exact else []
+    text += _scalar(name, ran)
+    return name, " ".join(text)
+
+
+def _cheapest(modes: Mapping[str, ModeCost]) -> tuple[str, str]:
+    """The mode that costs least, and what decided, as part of a sentence; nothing where there is one."""
+    if len(modes) == 1:
+        return next(iter(modes)), ""
+    every = _listed(modes)
+    fastest = _least({name: mode.seconds for name, mode in modes.items()})
+    if len(fastest) == 1:
+        name = fastest[0]
+        times = sorted(mode.seconds for other, mode in modes.items() if other != name)
+        return name, f"and of {every} it is the fastest ({duration(modes[name].seconds)}; next {duration(times[0])})"
+    smallest = _least({name: float(modes[name].peak_bytes) for name in fastest})
+    tied = f"{_listed(fastest)} take the same time within {100 * EQUAL:.0f} %"
+    if len(fastest) < len(modes):
+        tied = f"of {every}, {tied}"
+    if len(smallest) == 1:
+        name = smallest[0]
+        sizes = sorted(modes[other].peak_bytes for other in fastest if other != name)
+        needs = f"{size(modes[name].peak_bytes)}; next {size(sizes[0])}"
+        return name, f"and as {tied}, the least memory decided ({needs})"
+    if PREFERRED in smallest:
+        return PREFERRED, f"and as {tied}, and memory too, the choice is {PREFERRED}, which needs no second derivatives"
+    name = min(smallest, key=lambda name: modes[name].of_one_draw)
+    return name, f"and as {tied}, and memory too, the nearest to the exact gradient is taken"
+
+
+def _least(values: Mapping[str, float]) -> list[str]:
+    """The names whose value is the least, or equal to it within the tolerance."""
+    least = min(values.values())
+    return [name for name, value in values.items() if value <= least * (1 + EQUAL)]
+
+
+def _faster(name: str, taken: ModeCost, near: Mapping[str, ModeCost]) -> list[str]:
+    """What to know of a mode that is near the exact gradient and clearly faster."""
+    faster = {n: m for n, m in near.items() if m.seconds * (1 + EQUAL) < taken.seconds}
+    if not faster:
+        return []
+    other = min(faster, key=lambda n: faster[n].seconds)
+    mode = faster[other]
+    return [f"{other} is within {mode.of_one_draw:.1g} of it and takes {duration(mode.seconds)}."]
+
+
+def _scalar(name: str, ran: Mapping[str, ModeCost]) -> list[str]:
+    """What Algorithm 1's scalar would cost instead."""
+    scalar = ran.get("reinforce")
+    if scalar is None or name == "reinforce":
+        return []
+    return [
+        f"Algorithm 1's scalar (reinforce) takes {duration(scalar.seconds)}, and error and noise of one draw are "
+        f"{scalar.of_one_draw:.2g} times the signal."
+    ]
+
+
+def _listed(names: Mapping[str, ModeCost] | list[str]) -> str:
+    """
+    >>> _listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(0.00247), duration(0.74), duration(12.3)
+    ('2.47 ms', '740 ms', '12.3 s')
+    """
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+
+
+def size(count: int) -> str:
+    """
+    >>> size(184_320), size(264_000_000), size(2_640_000_000)
+    ('184 KB', '264 MB', '2.64 GB')
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= 0.9995 * unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count / 1000:.3g} KB"
