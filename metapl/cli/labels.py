@@ -18,13 +18,13 @@ from metapl.labels import LabelStore
 from metapl.labels.drawing import draw_statistics
 from metapl.labels.queries import BINS, Statistics, select, statistics
 from metapl.training.progress import counting
-from metapl.words import shown, table, tell
+from metapl.words import short, shown, table, tell
 
 Store = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE", help_behavior_hint="")]
 """The folder of a store, by its place."""
 
-MOST_CLASSES, LISTED, NAME, BAR = 30, 10, 30, 40
-"""Classes that are all shown; of more, so many of the largest and the smallest. Letters of a name; of a bar."""
+MOST_CLASSES, LISTED, BAR = 30, 10, 40
+"""Classes that are all shown; of more, so many of the largest and the smallest. Letters of a bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,13 +168,8 @@ def _by_class(content: Statistics) -> str:
         copies = [f"{content.class_copies[label]:,}"] * with_copies
         share = f"{content.class_copies[label] / content.copies:.1%}"
         confidence = "-" if mean is None else f"{mean:.1%}"
-        rows.append((_short(content.classes[label]), f"{content.counts[label]:,}", *copies, share, confidence))
+        rows.append((short(content.classes[label]), f"{content.counts[label]:,}", *copies, share, confidence))
     return table(rows) + note
-
-
-def _short(name: str) -> str:
-    name = shown(name)
-    return name if len(name) <= NAME else f"{name[: NAME - 3]}..."
 
 
 def _histograms(content: Statistics) -> str:

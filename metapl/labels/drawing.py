@@ -52,6 +52,9 @@ def draw_statistics(path: str | os.PathLike[str], content: Statistics, title: st
         f"{content.rows:,} examples{copies}, {len(content.classes):,} classes. Mean confidence "
         f"{100 * content.mean_confidence:.1f} %, mean entropy {content.mean_entropy:.2f} nats."
     )
+    empty = sum(not count for count in content.counts)
+    if empty:
+        summary = f"{summary} {empty:,} of the classes {'has' if empty == 1 else 'have'} no example."
     with drawing([title, *names]) as explanation:
         image = png(_figure(drawable(shown(title)), f"{summary} {explanation}", content, names))
     write_whole(path, image)
@@ -110,10 +113,8 @@ def _draw_by_size(axes: Axes, content: Statistics) -> None:
 
 
 def _draw_counts_note(axes: Axes, content: Statistics) -> None:
-    empty = sum(not count for count in content.counts)
-    parts = ["dark: distinct; light: with copies"] if content.copies != content.rows else []
-    parts += [f"{empty:,} of {len(content.counts):,} classes have none"] if empty else []
-    write_note(axes, "; ".join(parts) or "by the most probable class")
+    with_copies = content.copies != content.rows
+    write_note(axes, "dark: distinct; light: with copies" if with_copies else "by the most probable class")
 
 
 def _draw_histogram(axes: Axes, name: str, note: str, counts: Sequence[int], upper: float) -> None:
