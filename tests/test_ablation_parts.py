@@ -61,6 +61,12 @@ def test_the_settings_are_varied_against_the_exact_gradient_with_the_same_settin
     assert isinstance(own, ModeCost)
     for sweep, place in ((epsilon, 2), (temperature, 2), (size, 3)):
         assert swept(sweep, "difference")[place].relative_error == pytest.approx(own.relative_error)
+    # A part of the batch is the batch of its first examples.
+    part = ablate(trainer, problem.labeled, problem.unlabeled[:4], ["difference"], rounds=1, altered=False)
+    four = part.modes["difference"]
+    assert isinstance(four, ModeCost)
+    assert swept(size, "difference")[1].relative_error == pytest.approx(four.relative_error)
+    assert four.relative_error != pytest.approx(own.relative_error)
 
 
 def test_a_temperature_changes_the_gradient_that_is_compared_with() -> None:

@@ -21,6 +21,7 @@ STUDIES = {
     "label_noise": (),
     "pictures_study": ("--jobs", "1"),
     "suspects": (),
+    "two_moons": (),
 }
 MEASUREMENTS = ("augment", "difference_step", "endurance", "labels", "modes", "peers", "step", "throughput")
 
@@ -210,6 +211,45 @@ def test_the_study_of_suspects_goes_through_the_command(module: ModuleType, tmp_
         ("plain", 60, 6),
     ]
     assert printed == f"{module.table(rows)}\n"
+
+
+@pytest.mark.parametrize("module", ["two_moons"], indirect=True)
+def test_the_search_of_the_two_moons_goes_on_where_it_was_stopped_and_fills_in_the_page(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    few = {name: module._miniature()[name] for name in ("uda", "uda_ratio_1", "no_supervised")}
+    module.run(out, few, (0, 1))
+    rows = module.read(out)
+    assert {(row["regime"], row["method"]) for row in rows} == {(n, m) for n, r in few.items() for m in r.methods}
+    assert all(row["runs"] == len(row["accuracy"]) == 2 for row in rows)
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-1]))
+    module.run(out, few, (0, 1))
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    page.write_text("before\n<!-- two_moons:begin -->\n<!-- two_moons:end -->\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["two_moons", "--out", str(out), "--write", str(page), "--table"])
+    module.main()
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("\n| ") == len(few) + 1
+    assert module.table(rows).partition("minutes")[0] in text.partition("minutes")[0] + "minutes"
+    assert page.with_name("rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["two_moons"], indirect=True)
+def test_regimes_of_the_two_moons_that_share_a_control_differ_in_the_feedback_alone(module: ModuleType) -> None:
+    def silent(name: str) -> object:
+        recipe = module.REGIMES[name].recipe
+        return module.dataclasses.replace(recipe, feedback_weight=0.0, feedback_ratio=None)
+
+    sharing = {name: regime.control for name, regime in module.REGIMES.items() if regime.control is not None}
+    assert len(sharing) >= 2
+    for name, control in sharing.items():
+        assert silent(name) == silent(control)
+        assert "none" in module.REGIMES[control].methods
+    alone = [regime for regime in module.REGIMES.values() if regime.control is None and "mpl" in regime.methods]
+    assert all("none" in regime.methods for regime in alone)
 
 
 def test_a_miniature_does_not_take_the_place_of_the_committed_result() -> None:

@@ -30,12 +30,13 @@ from sklearn.datasets import load_digits
 from metapl.cli import COMMANDS, main
 from metapl.cli.ablate import COMMANDS as ABLATED
 from metapl.cli.labels import COMMANDS as LABELS
+from metapl.cli.train import COMMANDS as TRAINED
 from metapl.data.images.reader import gray_image
 from metapl.data.tables import csv_rows
 from metapl.errors import MetaplError
 from metapl.experiments import compare
 from metapl.metrics import Evaluation, interval
-from metapl.recipes import RECIPES, Digits
+from metapl.recipes import RECIPES, Digits, TwoMoons
 from metapl.report import Gallery, draw_grid
 from metapl.runs.folder import weights_file
 
@@ -597,6 +598,7 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
     assert len(flags) == len(set(flags))
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(RECIPES[recipe])}
     hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view", "changes"}
+    hidden |= {"teacher-run", "label-store", "labeled-label-store"}  # --teacher, --labels, --labeled-labels
     hidden |= {"data"} if recipe.startswith("cifar") else set()
     assert fields - hidden <= set(flags)
     assert all(len(block) > 0 for block in blocks.values() if block)
@@ -610,7 +612,7 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     "command",
     [
-        *(f"train {name}" for name in RECIPES),
+        *(f"train {name}" for name in TRAINED),
         *(f"ablate {name}" for name in ABLATED),
         "ablate --factory networks:build",
         *(f"labels {name}" for name in LABELS),
@@ -759,8 +761,7 @@ def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monk
 
 def test_every_recipe_is_told() -> None:
     from metapl.cli import RECIPES_HELP
-    from metapl.recipes import RECIPES
 
     told = [line.split()[0] for line in RECIPES_HELP.splitlines() if line.startswith("  ")]
-    assert told == list(RECIPES)
+    assert told == list(TRAINED) == [*RECIPES, TwoMoons.name]
     assert max(map(len, RECIPES_HELP.splitlines())) <= 80

@@ -40,6 +40,8 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train digits --feedback-", {"--feedback-weight"}),
         ("train digits --mode ", {"forward", "reinforce", "none"}),
         ("train images --changes.mir", {"--changes.mirror"}),
+        ("train two", {"two-moons"}),
+        ("train two-moons --plac", {"--placement"}),
         ("evaluate runs/mine --net", {"--network"}),
         ("evaluate runs/mine --network ", {"delivered", "student", "teacher"}),
     ],

@@ -13,6 +13,9 @@ import pages
 import pytest
 import torch
 
+import metapl
+from metapl.problems.classification import Classification
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -32,8 +35,40 @@ def test_the_code_of_a_page_runs_and_prints_what_stands_beside_it(
     page = ROOT / "docs" / f"{name}.md"
     code = pages.code(page)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
     exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
     pages.check_printed(code, capsys.readouterr().out)
+
+
+def test_the_page_on_problems_quotes_its_example_as_it_stands() -> None:
+    """All of the file but its first lines, which say what was measured, and its last ones, which run it."""
+    example = (ROOT / "examples" / "your_own_method.py").read_text()
+    problem, train, *_ = pages.FENCED.findall((ROOT / "docs" / "write-a-problem.md").read_text())
+    _, _, code = example.split('"""', 2)
+    assert code.partition("\n\nif __name__")[0] == f"\n\n{problem}\n\n{train}"
+
+
+def methods() -> dict[str, list[str]]:
+    """The cells of the table of label methods, by class."""
+    text = (ROOT / "docs" / "label-methods.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "examples/" in line]
+    return {re.findall(r"`(\w+)`", cells[0])[0]: cells for cells in rows if cells[0].startswith("[")}
+
+
+def test_the_table_of_label_methods_has_all_of_them_and_the_figures_of_their_examples() -> None:
+    published = set(metapl.problems.__all__) & {k for k, v in vars(metapl.problems).items() if is_label_method(v)}
+    assert methods().keys() == published
+    for name, cells in methods().items():
+        file = re.findall(r"examples/\w+\.py", cells[4])[0]
+        text = (ROOT / file).read_text()
+        assert f'compare("{name}"' in text
+        assert re.findall(r"([+-]\d+\.\d) ± (\d+\.\d)", " ".join(cells[5:])) == re.findall(
+            r"([+-]\d+\.\d) ± (\d+\.\d)", text
+        )
+
+
+def is_label_method(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Classification) and value is not Classification
 
 
 def test_no_other_page_has_code_that_nothing_runs() -> None:

@@ -1,9 +1,13 @@
 """The examples run as they stand and print what they promise."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 import metapl
 
@@ -56,3 +60,47 @@ def test_tabular_is_no_worse_than_logistic_regression() -> None:
 
 def test_tabular_takes_seeds() -> None:
     assert output("tabular.py", "--seeds", "4").count("over 1 seeds") == 2
+
+
+LABEL_METHODS = {
+    "meta_weight_net": "MetaWeightNet",
+    "learning_to_reweight": "LearningToReweight",
+    "example_weights": "ExampleWeights",
+    "example_labels": "ExampleLabels",
+    "label_correction": "LabelCorrection",
+    "noise_transition": "NoiseTransition",
+    "your_own_method": "trust in pairs",
+}
+
+
+def compared(
+    name: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> dict[str, tuple[float, float, float]]:
+    """By the kind of noise: accuracies of the method and of plain training, and their difference, as printed."""
+    patch.setattr(sys, "argv", [name, *arguments])
+    patch.syspath_prepend(ROOT / "examples")
+    with torch.random.fork_rng():
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    line = rf"(\w+): ([\d.]+) by {LABEL_METHODS[name]}, ([\d.]+) by plain training, difference ([+-][\d.]+) ± [\d.]+ "
+    printed = capsys.readouterr().out
+    return {noise: (float(a), float(b), float(d)) for noise, a, b, d in re.findall(line, printed)}
+
+
+@pytest.mark.parametrize("name", LABEL_METHODS)
+def test_a_label_method_is_compared_with_plain_training_on_two_kinds_of_noise(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = compared(name, monkeypatch, capsys, "3", "--steps", "3")
+    assert list(found) == ["symmetric", "asymmetric"]
+    for own, plain, difference in found.values():
+        assert abs(own - plain - difference) < 0.11  # each is rounded
+        assert min(own, plain) > 40
+
+
+def test_learning_to_reweight_is_better_than_plain_training_on_asymmetric_noise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, plain, difference = compared("learning_to_reweight", monkeypatch, capsys, "0")["asymmetric"]
+    assert difference > 2
+    assert plain > 75
+    assert own > 88

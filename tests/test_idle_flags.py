@@ -19,6 +19,9 @@ def said_of(capsys: pytest.CaptureFixture[str], flags: str) -> str:
     return refused(capsys, *UNREAD, *flags.split()).removeprefix("metapl: ").strip()
 
 
+FED_BACK = "it is for --method mpl or reduced_mpl"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -55,9 +58,15 @@ def said_of(capsys: pytest.CaptureFixture[str], flags: str) -> str:
             "--wait and --no-warm-start have no effect with --method uda: it is for --method m",
         ),
         ("--method pseudo_labels --wait 3", "--wait has no effect with --method pseudo_labels"),
-        ("--mode forward --labels soft", "--mode and --labels have no effect with --method uda"),
-        ("--feedback-weight 2", "--feedback-weight has no effect with --method uda: it is for --method mpl."),
-        ("--method none --exact-every 2", "--exact-every has no effect with --method none: it is for --method mpl."),
+        ("--mode forward --pseudo-labels soft", "--mode and --pseudo-labels have no effect with --method uda"),
+        (
+            "--feedback-weight 2",
+            "--feedback-weight has no effect with --method uda: it is for --method mpl or reduced_mpl.",
+        ),
+        (
+            "--method none --exact-every 2",
+            "--exact-every has no effect with --method none: it is for --method mpl or reduced_mpl.",
+        ),
         ("--method mpl --mode none --feedback-weight 2", "--feedback-weight has no effect with --mode none"),
         ("--method supervised --label-smoothing 0.1", "--label-smoothing has no effect with --method supervised"),
         ("--method supervised --randaugment --strong.cutout 3", "--strong.cutout has no effect with --method superv"),
@@ -85,7 +94,7 @@ USED = (
     "--resized-crop --changes.mirror --changes.hole 0.1",
     "--method fixmatch --uda-weight 2 --uda-start 4",
     "--method mpl --wait 3 --student.lr 0.1 --mode reinforce --baseline 0.9 --exact-every 2 --uda-align 0",
-    "--method none --wait 3 --student.lr 0.1 --labels hard --uda-weight 0 --temperature 2",
+    "--method none --wait 3 --student.lr 0.1 --pseudo-labels hard --uda-weight 0 --temperature 2",
     "--method pseudo_labels --student.lr 0.1 --unlabeled-batch 4 --label-smoothing 0.1",
     "--method supervised --randaugment --pad 1 --strong.writing --labeled-batch 3",
     "--finetune.weight-decay 0.1 --finetune.no-decay-norms",

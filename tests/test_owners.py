@@ -18,7 +18,7 @@ from command import refused
 import metapl as library
 from metapl import MetaplError
 from metapl.cli import main
-from metapl.cli.train import new_default_folder
+from metapl.cli.folders import new_default_folder
 from metapl.runs import ownership
 from metapl.runs.folder import RunFolder
 

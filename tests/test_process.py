@@ -250,7 +250,7 @@ def test_every_methods_options_are_checked_before_the_first_one_runs(
         (("--wait", "6"), "wait"),
         (("--warmup", "7"), "warmup"),
         (("--mode", "none", "--baseline", "0.9"), "baseline"),
-        (("--mode", "reinforce", "--labels", "soft"), "labels"),
+        (("--mode", "reinforce", "--pseudo-labels", "soft"), "labels"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_training(

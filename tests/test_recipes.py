@@ -173,7 +173,7 @@ def test_a_folder_of_another_format_or_recipe_is_refused(tmp_path: Path) -> None
     folder = RunFolder(tmp_path)
 
     def claim(method: str, resume: bool) -> None:
-        with folder.claimed(describe(TINY, method=method), resume=resume):
+        with folder.claimed(describe(TINY.by(method, TINY.seed), method=method), resume=resume):
             pass
 
     claim("mpl", resume=False)

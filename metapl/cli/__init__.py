@@ -68,6 +68,7 @@ metapl train RECIPE, with RECIPE one of:
   svhn-1k               SVHN with 1,000 labels, the paper's table
   imagenet-10pct        ImageNet with 128 labels a class, the authors' code's
   imagenet-10pct-paper  the same with the settings of the paper's table
+  two-moons             the paper's toy experiment, for many seeds at once
 
 Each says more with --help: metapl train digits --help.
 """

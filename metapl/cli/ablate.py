@@ -180,7 +180,7 @@ class AblateFactory(Looking):
 
     Args:
         factory: module:function of a module in this folder or installed; the function takes nothing and returns a
-            metapl.BilevelTrainer, a source of labelled and one of unlabelled batches, and validation data if there are
+            metapl.BilevelTrainer, a source of labeled and one of unlabeled batches, and validation data if there are
             any.
         steps: of the training that is looked at, at its beginning, in its middle and at its end.
     """

@@ -9,13 +9,12 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.cli.parse import Run, Switch
-from metapl.experiments.experiment import TITLED
 from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
 from metapl.experiments.store import describe, stored_data
 from metapl.export import export
 from metapl.export.programs import ONNX, can_run_onnx, require_onnx
 from metapl.metrics import Evaluation
-from metapl.recipes.methods import title
+from metapl.recipes.methods import TITLED, title
 from metapl.runs.folder import RunFolder
 from metapl.words import tell
 

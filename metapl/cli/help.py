@@ -21,16 +21,18 @@ INDENT = 26
 """Columns that a flag and its value have before its help."""
 
 GROUPS: dict[str, str] = {
-    "data": "labeled unlabeled clean val test val-fraction data data-root labels-per-class validation split seed",
-    "network": "network weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth",
-    "views": "view.* changes.* pad resized-crop randaugment strong.*",
+    "data": "labeled unlabeled teacher labels labeled-labels clean val test val-fraction data data-root "
+    "labels-per-class validation split seed points noise placement",
+    "network": "network weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth activation "
+    "init-scale",
+    "views": "view.* changes.* pad resized-crop randaugment strong.* input-noise",
     "training": "method minutes steps wait warm-start warm-steps labeled-batch unlabeled-batch clean-batch schedule "
-    "warmup clip-norm ema-decay validate-every",
-    "losses of the teacher": "label-smoothing uda-weight uda-temperature uda-threshold uda-align uda-prior uda-start "
-    "uda-ramp",
-    "feedback": "mode labels feedback-weight feedback-ratio normalization baseline temperature pseudo-label-smoothing "
-    "exact-every",
-    "optimizers": "student.* teacher.*",
+    "pretrain-steps warmup clip-norm ema-decay validate-every",
+    "losses of the teacher": "supervised-loss label-smoothing uda-weight uda-temperature uda-threshold uda-align "
+    "uda-prior uda-start uda-ramp",
+    "feedback": "mode pseudo-labels lookahead feedback-weight feedback-ratio normalization baseline temperature "
+    "pseudo-label-smoothing exact-every",
+    "optimizers": "student.* teacher.* student-lr teacher-lr",
     "finetuning": "finetune-steps finetune-batch finetune.*",
     "comparison": "compare seeds methods controls jobs modes draws rounds altered stability train-steps "
     "train-seeds factory",

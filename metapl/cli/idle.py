@@ -19,8 +19,11 @@ ANY_STUDENT = tuple(name for name, method in METHODS.items() if method.built_as 
 LABELS_ALONE = ("supervised", "label_smoothing", "supervised_everything")
 """Methods that do not look at unlabeled pictures."""
 
-WITH_FEEDBACK = ("mpl", *CONTROLS)
+WITH_FEEDBACK = ("mpl", "reduced_mpl", *CONTROLS)
 """Methods whose teacher learns from the student's feedback."""
+
+REDUCED = tuple(name for name, method in METHODS.items() if method.reduced)
+"""Methods whose student learns stored labels."""
 
 BY_UDA = ("uda", "fixmatch")
 """Methods that train one network by UDA."""
@@ -87,6 +90,10 @@ def by_choice(recipe: ImageFolders, seeds: bool = False) -> Iterator[Rule]:
         yield Rule(moves, "beside --resized-crop, which cuts out parts of a picture instead", "leave out one of them")
     if recipe.grey:
         yield Rule("changes.saturation changes.hue", "on grey pictures", "leave it out, or give --grey False")
+    if recipe.teacher_run is not None:
+        yield Rule("labels labeled-labels", "beside --teacher", "leave out one of them")
+    elif recipe.label_store is None:
+        yield Rule("labeled-labels", "without --labels", "give the store of --unlabeled too")
     if recipe.val is not None:
         yield Rule("val-fraction", "beside --val", "leave out one of them")
     if recipe.steps is not None:
@@ -110,15 +117,21 @@ def by_method(recipe: ImageFolders, methods: Sequence[str]) -> Iterator[Rule]:
     where = f"with --method{'s' * (len(methods) > 1)} {' '.join(methods)}"
     if not {*methods} & {*ANY_STUDENT}:
         yield Rule("student.*", where, "give --teacher.* instead, which is of the one network that is trained")
-        yield Rule("temperature pseudo-label-smoothing", where, "it is for --method mpl, none or pseudo_labels")
+        yield Rule(
+            "temperature pseudo-label-smoothing", where, "it is for --method mpl, none, reduced_mpl or pseudo_labels"
+        )
         if recipe.teacher_dropout is not None:
             yield Rule("dropout", f"beside --teacher-dropout {where}", "leave out one of them")
     if not {*methods} & {*WITH_STUDENT}:
-        yield Rule("wait warm-start no-warm-start mode labels", where, "it is for --method mpl or none")
+        yield Rule("wait warm-start no-warm-start", where, "it is for --method mpl or none")
+    if not {*methods} & {*WITH_STUDENT, *REDUCED}:
+        yield Rule("mode pseudo-labels", where, "it is for --method mpl, none or reduced_mpl")
     if not {*methods} & {*WITH_FEEDBACK}:
-        yield Rule(FEEDBACK, where, "it is for --method mpl")
+        yield Rule(FEEDBACK, where, "it is for --method mpl or reduced_mpl")
     elif recipe.feedback.mode == "none":
         yield Rule(FEEDBACK, "with --mode none", "leave it out, or take another mode")
+    if not {*methods} & {*REDUCED}:
+        yield Rule("teacher labels labeled-labels", where, "it is for --method reduced_mpl")
     if {*methods} <= {*LABELS_ALONE}:
         yield Rule(f"unlabeled-batch {STRONG}", where, "it is for methods that learn from unlabeled pictures")
     if {*methods} == {"supervised"}:
@@ -128,7 +141,7 @@ def by_method(recipe: ImageFolders, methods: Sequence[str]) -> Iterator[Rule]:
 
 def _uda(recipe: ImageFolders, methods: Sequence[str], where: str) -> Iterator[Rule]:
     """Flags of UDA, which is a loss of the teacher unless its weight is 0, and what uda and fixmatch are."""
-    of_teacher, alone = (not {*methods}.isdisjoint(names) for names in (WITH_STUDENT, BY_UDA))
+    of_teacher, alone = (not {*methods}.isdisjoint(names) for names in ((*WITH_STUDENT, *REDUCED), BY_UDA))
     if not of_teacher and not alone:
         yield Rule("uda-*", where, "it is for --method uda, fixmatch, mpl or none")
     elif not recipe.uda_weight and not alone:

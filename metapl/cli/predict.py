@@ -21,9 +21,9 @@ from metapl.cli.inputs import Inputs, require_finite
 from metapl.cli.parse import Run, Switch
 from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
-from metapl.experiments.experiment import TITLED
 from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
 from metapl.plain_files import irregular
+from metapl.recipes.methods import TITLED
 from metapl.report import SOFTWARE
 from metapl.runs.atomic import replacing
 from metapl.words import cell, shown, tell

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -16,17 +14,20 @@ from typing import Annotated, Any, ClassVar
 import torch
 import tyro
 
+from metapl.cli.folders import run_folder
 from metapl.cli.idle import Rule, by_choice, by_method, explained, noisy_by_method
 from metapl.cli.parse import Switch, paragraph
+from metapl.cli.two_moons import TrainTwoMoons
 from metapl.cores import default_threads
 from metapl.errors import MetaplError
 from metapl.experiments.compare import compare
 from metapl.experiments.comparison import parse_seeds
 from metapl.experiments.experiment import summary
 from metapl.experiments.jobs import Job, aloud
+from metapl.experiments.labels_given import check_labels_given
 from metapl.experiments.settle import settled
 from metapl.experiments.store import stored
-from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, NoisyFolders, Vision
+from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, NoisyFolders, TwoMoons, Vision
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, NOISY_METHODS, Method, title
 from metapl.runs.folder import RunFolder
@@ -69,7 +70,7 @@ class Train:
 
     def __call__(self) -> int:
         self._check()
-        with _run_folder(self.out, self.recipe.name, self.resume) as folder:
+        with run_folder(self.out, self.recipe.name, self.resume) as folder:
             try:
                 return dataclasses.replace(self, recipe=self._settled(folder))._run(folder)
             except KeyboardInterrupt as stopped:
@@ -170,6 +171,8 @@ class TrainImages(Train):
                 "labeled pictures for it."
             )
 
+        check_labels_given(self.recipe)
+
     def check_flags(self, given: Sequence[str]) -> None:
         refused = explained(given, by_choice(self.recipe, seeds=bool(self.seeds)))
         methods = self._methods() if self.compare else (self.recipe.method,)
@@ -236,63 +239,14 @@ def _train_on(kind: type[Vision]) -> type[Train]:
     return command
 
 
-COMMANDS: dict[str, type[Train]] = {
+COMMANDS: dict[str, type[Train] | type[TrainTwoMoons]] = {
     Digits.name: Train,
     ImageFolders.name: TrainImages,
     NoisyFolders.name: TrainNoisy,
     **{kind.name: _train_on(kind) for kind in PROTOCOL_RECIPES},
+    TwoMoons.name: TrainTwoMoons,
 }
 """The recipes that can be trained, by name."""
-
-
-@contextmanager
-def _run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolder]:
-    """The folder of a run, which nobody else writes to until the block ends.
-
-    Args:
-        out: as it was given; None: the next free runs/<recipe>-NNN, with ``resume`` the last one that is there.
-        recipe: its name.
-        resume: go on with the run in it.
-    """
-    is_new = out is None and not resume
-    path = out or (new_default_folder(recipe) if is_new else _last_default_folder(recipe))
-    folder = RunFolder(path)
-    try:
-        folder.check(resume)  # where that is clear already, nobody is waited for
-        with folder.held():
-            folder.check(resume)  # before anything is measured
-            yield folder
-    except Exception:
-        if is_new:
-            with suppress(OSError):  # there is more in it than its name
-                path.rmdir()
-                path.parent.rmdir()
-        raise
-
-
-def new_default_folder(recipe: str) -> Path:
-    """The next free runs/<recipe>-NNN, which is made: who asks for one at the same moment gets another."""
-    while True:
-        path = Path("runs") / f"{recipe}-{max(_default_numbers(recipe), default=0) + 1:03d}"
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            if not path.is_dir():
-                raise
-
-
-def _last_default_folder(recipe: str) -> Path:
-    numbers = _default_numbers(recipe)
-    if not numbers:
-        raise MetaplError(f"there is no run runs/{recipe}-* to resume here; name its folder with --out.")
-    return Path("runs") / f"{recipe}-{max(numbers):03d}"
-
-
-def _default_numbers(recipe: str) -> list[int]:
-    """The numbers of the runs with default names that are there."""
-    matches = (re.fullmatch(rf"{recipe}-(\d+)", path.name) for path in Path("runs").glob(f"{recipe}-*"))
-    return [int(match[1]) for match in matches if match]
 
 
 def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:

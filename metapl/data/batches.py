@@ -219,6 +219,7 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
         seed: of the view's draws, any integer.
         steps: number of steps, or None for an endless stream.
         crop: draws a box of the full image that is then brought to the size of ``images``; these are in files.
+        stored: (n, C) stored class distributions, which items then hold too: (x, y, stored).
 
     Items: x (B, ...) and y (B, ...). An example that a batch holds more than once is augmented anew each time. Where a
     file is broken, both are of the one that replaces it, seen through the view that was drawn for the broken one.
@@ -241,6 +242,7 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
     seed: int
     steps: int | None = None
     crop: RandomBoxes | None = None
+    stored: Tensor | None = None
     roles: ClassVar[tuple[int, ...]] = (_LABELED,)
 
     def __post_init__(self) -> None:
@@ -252,7 +254,7 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        return {"labels": self.labels}
+        return {"labels": self.labels, **_stored(self.stored)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,6 +268,7 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
         weak: the view that the teacher labels.
         strong: the view that the student learns, or None for items of the weak view alone.
         crop: draws a box for each view; files are decoded once.
+        stored: (n, C) stored class distributions, which items then hold too, at their end.
 
     Items: a pair of tensors (B, ...), or one tensor (B, ...) without a strong view.
 
@@ -287,6 +290,7 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
     seed: int
     steps: int | None = None
     crop: RandomBoxes | None = None
+    stored: Tensor | None = None
     roles: ClassVar[tuple[int, ...]] = (_WEAK, _STRONG)
 
     def __post_init__(self) -> None:
@@ -295,6 +299,10 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
     @property
     def views(self) -> tuple[View, ...]:
         return (self.weak,) if self.strong is None else (self.weak, self.strong)
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return _stored(self.stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,6 +350,10 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
 
     def explain(self) -> str | None:
         return _dead_workers(self.images)
+
+
+def _stored(stored: Tensor | None) -> dict[str, Tensor]:
+    return {} if stored is None else {"stored": stored}
 
 
 def in_unit_range(images: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ compare      several methods and seeds side by side
 comparison   their accuracies, and whether they differ
 jobs         runs in processes of their own
 galleries    the pictures of a report
+two_moons    the toy experiment, many seeds at once
+stacked      its networks and steps
 store        recipes and results on disk
 load_run     a finished run
 """

@@ -63,7 +63,7 @@ class Comparison:
     def pair(self) -> tuple[str, str] | None:
         """The first method that was run beside its control, and that control: MPL and the same loop without feedback,
         or what learns about labels and plain training."""
-        for name in self.methods:
+        for name in sorted(self.methods, key=lambda name: name != "mpl"):
             method = EVERY_METHOD.get(name)
             if method is not None and method.control in self.methods:
                 return name, method.control
@@ -203,6 +203,8 @@ def _words(method: str) -> tuple[str, str, str]:
     """A method's network and its control, as the sentence calls them, and what the control is without."""
     if EVERY_METHOD[method].doubting:
         return f"with {title(method)} the finetuned student", "plain training", "what is learned about labels"
+    if EVERY_METHOD[method].reduced:
+        return "reduced MPL's student", "the same loop without feedback", "the student's feedback"
     return "MPL's student", "the same loop without feedback", "the teacher's feedback"
 
 

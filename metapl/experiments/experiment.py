@@ -17,12 +17,14 @@ from metapl.errors import MetaplError
 from metapl.experiments.doubting import ALONE
 from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
+from metapl.experiments.labels_given import labels_given
 from metapl.experiments.methods import train
+from metapl.experiments.reducing import label_by
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
-from metapl.recipes.methods import EVERY_METHOD, title
+from metapl.recipes.methods import EVERY_METHOD, TITLED, title
 from metapl.runs.folder import RunFolder, weights_file
 from metapl.runs.metrics import Metrics
 from metapl.training import FitResult, Say, Trainer
@@ -49,9 +51,12 @@ class Experiment:
         torch.manual_seed(self.recipe.seed)
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
         self.record(task)
+        task = dataclasses.replace(task, label=label_by(self.folder.path, task, self.say))
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
+        if EVERY_METHOD[method].reduced:
+            task = dataclasses.replace(task, stored=labels_given(self.recipe, task, self.folder.path, self.say))
         trained, result = self.train(method, task, teacher, student)
-        labeler = trained.student if trained.teacher is None else trained.teacher
+        labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
         galleries = draw_galleries(task, labeler, trained.student)
         if task.doubtful is not None:
             found = find_suspects(task.doubtful, trained)
@@ -273,7 +278,3 @@ def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = Non
     device = next(network.parameters()).device
     logits, labels = predict_logits(network, batches_of(data, device))
     return evaluate_logits(logits, labels, classes and list(classes))
-
-
-TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
-"""The networks of a run in words."""

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
-from metapl.experiments.experiment import TITLED
 from metapl.experiments.store import stored, stored_result
 from metapl.recipes import ImageRecipe, Recipe
 from metapl.recipes.base import Role
-from metapl.recipes.methods import EVERY_METHOD
+from metapl.recipes.methods import EVERY_METHOD, TITLED
 from metapl.runs.folder import WEIGHTS, RunFolder, weights_file
 
 NetworkName = Literal["delivered", "student", "finetuned", "teacher"]

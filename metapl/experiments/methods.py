@@ -10,7 +10,7 @@ from torch import nn
 
 from metapl.errors import MetaplError
 from metapl.experiments.doubting import ALONE, Fit, train_doubting
-from metapl.feedback import Altered
+from metapl.experiments.reducing import even_labels, feedback_of, train_reduced
 from metapl.problems.losses import UDA, TeacherLoss
 from metapl.recipes.base import ROLES, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD, Method
@@ -38,6 +38,13 @@ def train(
                 "those of the unlabeled ones; leave it out of --methods."
             )
         return _alone(recipe, task, teacher, method.losses(recipe), labeled, fit)
+    if method.reduced:
+        stored = task.stored
+        if stored is None:
+            assert task.label is not None  # every run has a place for them
+            _alone(recipe, task, teacher, recipe.teacher_losses(), task.labeled, fit, phase="teacher")
+            stored = task.label(teacher)
+        return train_reduced(method, recipe, task, stored, student, fit)
     if method.fixed_labels is not None:  # plain pseudo labels, eq. (1): a supervised teacher, then a student of it
         _alone(recipe, task, teacher, recipe.teacher_losses(uda=False), task.labeled, fit, phase="teacher")
         # Without a loss and without feedback the teacher stays as it is.
@@ -56,13 +63,7 @@ def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, feed
         teacher, student: built by it.
         feedback: ``"recipe"``, ``"none"``, or how the recipe's is altered; see :class:`metapl.feedback.Altered`.
     """
-    estimator: Any = recipe.feedback.estimator()
-    kind = recipe.feedback.labels
-    if feedback == "none":  # the labels that the recipe's own mode takes
-        kind = recipe.feedback.problem().for_modes(estimator.labels, recipe.feedback.mode).kind
-        estimator = "none"
-    elif feedback is not None and feedback != "recipe":
-        estimator = Altered(estimator, feedback, seed=recipe.seed)
+    estimator, kind = feedback_of(recipe, feedback)
     options = {"teacher_losses": recipe.teacher_losses(), **recipe.trainer_options(), **recipe.feedback_options()}
     return _bilevel(recipe, teacher, student, mode=estimator, kind=kind, **options)
 
@@ -120,7 +121,8 @@ def check_method(recipe: Recipe, method: str, task: Task) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             teacher, student = (recipe.network(role) for role in ROLES)
-            train(EVERY_METHOD[method], recipe, task, teacher, student, check)
+            rehearsed = dataclasses.replace(task, label=even_labels(task))
+            train(EVERY_METHOD[method], recipe, rehearsed, teacher, student, check)
             steps = {"ema_decay": None, "warmup": 0} | recipe.finetune_options()
             if recipe.finetune_steps:
                 FitOptions(steps=recipe.finetune_steps, **recipe.fit_options() | ALONE | steps)

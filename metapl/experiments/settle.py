@@ -11,7 +11,7 @@ from metapl.experiments import budget
 from metapl.experiments.looking import Look, look
 from metapl.models.pretrained import fetch_imagenet_weights
 from metapl.recipes.base import SELECTED_ON, require
-from metapl.recipes.image_folders import OPEN, Changes, ImageFolders
+from metapl.recipes.image_folders import OPEN, STORED, Changes, ImageFolders
 from metapl.recipes.image_recipe import IMAGENET, whole
 from metapl.recipes.methods import EVERY_METHOD
 from metapl.training import Say
@@ -51,7 +51,7 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
         say: takes what was chosen, and what may be better.
     """
     given, say = recipe, say or (lambda text: None)
-    places: dict[str, Any] = {name: whole(getattr(given, name)) for name in given.places}
+    places: dict[str, Any] = {name: whole(getattr(given, name)) for name in (*given.places, *STORED)}
     labeled, unlabeled = given.trained_on()
     recipe = dataclasses.replace(given, **places, weights=_weights(given), class_names=labeled.classes)
     if before is not None:

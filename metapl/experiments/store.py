@@ -8,7 +8,7 @@ from typing import Any, Literal
 from metapl.errors import MetaplError
 from metapl.experiments.comparison import READOUTS
 from metapl.metrics import Evaluation
-from metapl.recipes import RECIPES, ImageFolders, from_dict
+from metapl.recipes import RECIPES, ImageFolders, TwoMoons, from_dict
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import EVERY_METHOD
 from metapl.runs.folder import PLACES, WEIGHTS, RunFolder
@@ -63,6 +63,11 @@ def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     lacks = [name for name in ("name", "fields") if name not in description]
     if fault or lacks:
         raise MetaplError(f"{file} is damaged: {fault or f'it does not say {lacks[0]}'}.")
+    if description["name"] == TwoMoons.name:
+        raise MetaplError(
+            f"{folder.path} is a run of {TwoMoons.name}, which keeps no networks: what it found is in result.json and "
+            "two_moons.png. Expected a run of another recipe."
+        )
     kind = RECIPES.get(description["name"])
     if kind is None:
         raise MetaplError(

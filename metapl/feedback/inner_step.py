@@ -101,6 +101,13 @@ class InnerStep:
         """θ′ and s′, with a graph if the path keeps it."""
         return self.update.update(self.params, self.grads, self.state)
 
+    @cached_property
+    def new_params(self) -> Tree:
+        """θ′, without a graph. Unlike :attr:`moved`, it does not keep s′, which one step of the student never reads."""
+        kept = "moved" in self.__dict__ or any(g.requires_grad for g in self.grads.values())
+        params = self.moved[0] if kept else self.update.update(self.params, self.grads, self.state)[0]
+        return {name: p.detach() for name, p in params.items()}
+
     def commit(self, parameters: Parameters) -> None:
         """Take the step, from the parameters and the optimizer's state as they are now."""
         self.update.commit(parameters, self.gradient, lambda: self.moved)

@@ -48,7 +48,7 @@ class Path:
     @property
     def params(self) -> Tree:
         """θ′ after the last step, without a graph."""
-        return {name: p.detach() for name, p in self.steps[-1].moved[0].items()}
+        return self.steps[-1].new_params
 
     @property
     def state(self) -> Any:

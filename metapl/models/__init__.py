@@ -2,6 +2,7 @@
 
 from metapl.models.architecture import NAMES, Architecture, create
 from metapl.models.groups import parameter_groups
+from metapl.models.label_adjuster import label_adjuster
 from metapl.models.logits import Logits
 from metapl.models.mlp import mlp
 from metapl.models.normalized import Normalized, normalized
@@ -16,6 +17,7 @@ __all__ = [
     "Logits",
     "Normalized",
     "create",
+    "label_adjuster",
     "load_weights",
     "mlp",
     "normalized",

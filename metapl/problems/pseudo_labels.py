@@ -72,6 +72,10 @@ class PseudoLabels(Problem):
         """The same problem with soft labels."""
         return replace(self, kind="soft")
 
+    def teacher_input(self, batch: Any) -> Any:
+        """The weak view, or the only one."""
+        return views(batch)[0]
+
     def student_input(self, batch: Any) -> Any:
         """The strong view, or the only one."""
         return views(batch)[-1]
@@ -90,7 +94,7 @@ class PseudoLabels(Problem):
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
-        logits = checks.logits(teacher(views(batch)[0]), "teacher")
+        logits = checks.logits(teacher(self.teacher_input(batch)), "teacher")
         checks.same_classes(logits, student_outputs)
         log_q = F.log_softmax(wide(logits) / self.temperature, -1)
         q = log_q.exp()

@@ -14,6 +14,7 @@ from metapl.recipes.protocols import (
     Svhn,
     Vision,
 )
+from metapl.recipes.two_moons import TwoMoons
 
 RECIPES: dict[str, type] = {
     Digits.name: Digits,
@@ -40,6 +41,7 @@ __all__ = [
     "Strong",
     "Svhn",
     "Task",
+    "TwoMoons",
     "Vision",
     "from_dict",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -110,7 +110,7 @@ class Feedback:
     """
 
     mode: Mode = "forward"
-    labels: Literal["soft", "hard"] | None = None
+    labels: Annotated[Literal["soft", "hard"] | None, tyro.conf.arg(name="pseudo-labels")] = None
     feedback_weight: float = 1.0
     normalization: Literal["gradient", "learning_rate", "cosine"] | None = None
     baseline: float | None = None
@@ -152,6 +152,19 @@ class Doubtful:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Class distributions that a teacher gave the examples of a task, in the order of these.
+
+    Args:
+        unlabeled: float32 (n, C), of the unlabeled examples.
+        labeled: of the labeled ones; None where they are not known.
+    """
+
+    unlabeled: Tensor
+    labeled: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What a recipe trains on.
@@ -168,6 +181,8 @@ class Task:
         sample: some unlabeled examples as they are, (inputs, anything) or batches of these, for the report.
         test_names: what the test examples are called, such as their files; None where they have no names.
         doubtful: examples whose labels may be wrong, for the list of suspects; None where labels are right or unknown.
+        stored: labels of a teacher that was trained before; None where there are none.
+        label: stores the labels that a network gives the examples; None where there is no place for them.
         split: how the examples were divided, for the run folder's ``split.json``.
         skipped: files that are left out, each with the reason.
         record: what was found and how it was split, for the run folder's ``data.json``; its ``hash`` says of which
@@ -186,6 +201,8 @@ class Task:
     sample: Any = None
     test_names: tuple[str, ...] | None = None
     doubtful: Doubtful | None = None
+    stored: Stored | None = None
+    label: Callable[[nn.Module], Stored] | None = None
     split: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
 

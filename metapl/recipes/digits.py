@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 from metapl.data import (
@@ -22,7 +24,13 @@ from metapl.data.images.reader import SUFFIXES, gray_image
 from metapl.data.tables import csv_rows
 from metapl.models import mlp
 from metapl.recipes.base import Optimizer, Recipe, Role, Task, require, require_within
+from metapl.recipes.methods import METHODS
 from metapl.training import Say
+
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(METHODS)]  # what the command line offers
 
 MOST_LAYERS, WIDEST, MOST_THREADS = 64, 2**14, 1024
 
@@ -35,6 +43,9 @@ class Digits(Recipe):
     augmented images. The feedback's weight is in units of the true gradient, which carries η/B.
 
     Args:
+        method: how it is trained. mpl trains a teacher and a student with feedback, none does so without feedback.
+            reduced_mpl trains a teacher first and stores its labels, which a small network then adjusts by the
+            student's feedback. Others are supervised, pseudo_labels, uda and fixmatch, and those of --methods.
         labels_per_class: labeled images of each class.
         hidden: widths of the hidden layers of teacher and student.
         view: how the student's, and the teacher's labeled, images are altered.
@@ -47,6 +58,7 @@ class Digits(Recipe):
     input_shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
     input_note: ClassVar[str] = "Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."
 
+    method: Annotated[Method, tyro.conf.arg(metavar="METHOD")] = "mpl"
     labels_per_class: int = 2
     steps: int = 3000
     labeled_batch: int = 64
@@ -68,6 +80,13 @@ class Digits(Recipe):
         require(self, all(width >= 1 for width in self.hidden), "hidden", "widths of 1 or more")
         wide = len(self.hidden) > MOST_LAYERS or max(self.hidden, default=0) > WIDEST
         require(self, not wide, "hidden", f"{MOST_LAYERS} widths at most, of {WIDEST:,} at most")
+
+    @property
+    def own_method(self) -> str:
+        return self.method
+
+    def by(self, method: str, seed: int) -> Digits:
+        return dataclasses.replace(self, method=method, seed=seed)
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         split = load_digits_split(self.labels_per_class, self.seed)

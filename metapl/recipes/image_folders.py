@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.data.views.crops import ResizedCrop
 from metapl.errors import MetaplError
+from metapl.labels.layout import DESCRIPTION
+from metapl.plain_files import read_plain
 from metapl.problems.losses import UDA
 from metapl.recipes.base import Optimizer, Task, require
 from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Views
@@ -71,7 +74,10 @@ if TYPE_CHECKING:
 else:
     Open = Optional
 
-Method = Literal["uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels"]
+STORED = ("teacher_run", "label_store", "labeled_label_store")
+"""Fields of :class:`ImageFolders` that say where the labels of a teacher come from."""
+
+Method = Literal["uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels", "reduced_mpl"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +212,13 @@ class ImageFolders(ImageRecipe):
         method: uda and fixmatch train one network, on the labeled pictures and on its own labels of pictures that it
             is sure of. mpl trains a teacher and a student with feedback; none does so without feedback. supervised uses
             the labeled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
-            labeled pictures alone.
+            labeled pictures alone. reduced_mpl trains a teacher first and stores its labels, which a small network
+            then adjusts by the student's feedback.
+        teacher_run: with --method reduced_mpl: the run whose network labels the pictures, instead of a teacher that is
+            trained first.
+        label_store: with --method reduced_mpl: a store of the labels of --unlabeled, written by metapl label. Without
+            --labeled-labels, the network that adjusts them learns from the student's feedback alone.
+        labeled_label_store: with --labels: a store of the labels of --labeled, likewise.
         minutes: how long training may take: as many steps are taken as fit by a short measurement on this machine. By
             default 5; --steps replaces it. With --compare, every method takes the steps of --method.
         steps: number of training steps; by default as many as fit into --minutes.
@@ -246,6 +258,9 @@ class ImageFolders(ImageRecipe):
     val: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     test: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     method: Method = "uda"
+    teacher_run: Annotated[str | None, tyro.conf.arg(name="teacher", metavar="RUN")] = None
+    label_store: Annotated[str | None, tyro.conf.arg(name="labels", metavar="STORE")] = None
+    labeled_label_store: Annotated[str | None, tyro.conf.arg(name="labeled-labels", metavar="STORE")] = None
     minutes: Open[float] = OPEN
     steps: Open[int] = OPEN
     image_size: Open[int] = OPEN
@@ -321,6 +336,15 @@ class ImageFolders(ImageRecipe):
         shares = self._shares(steps)
         missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
         return dataclasses.replace(self, steps=steps, **missing)
+
+    def _hashes_of_labels(self) -> dict[str, str]:
+        """SHA-256 of what describes the stored labels: it has the hashes of their parts, or of a run's weights."""
+        files = {
+            "teacher": self.teacher_run and Path(self.teacher_run) / "result.json",
+            "labels": self.label_store and Path(self.label_store) / DESCRIPTION,
+            "labeled_labels": self.labeled_label_store and Path(self.labeled_label_store) / DESCRIPTION,
+        }
+        return {name: hashlib.sha256(read_plain(file)).hexdigest() for name, file in files.items() if file}
 
     def _shares(self, steps: int) -> dict[str, int]:
         """What is a share of the steps."""
@@ -408,7 +432,7 @@ class ImageFolders(ImageRecipe):
                 "validation": list(val.names) if val else [],
                 "test": list(test.names) if test else [],
                 "unlabeled": len(unlabeled),
-                "hash": hashes,
+                "hash": hashes | self._hashes_of_labels(),
             },
         )
 

@@ -28,11 +28,11 @@ Doubting = Literal[
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train a recipe, of four kinds.
+    """One way to train a recipe, of five kinds.
 
     A teacher learns beside its student (``feedback``), a student learns from a teacher that was trained before it
-    (``fixed_labels``), one network is trained by itself (``losses``), or it learns from labels that may be wrong
-    (``doubting``).
+    (``fixed_labels``), or from the stored labels of such a teacher as a small network adjusts them (``reduced``), one
+    network is trained by itself (``losses``), or it learns from labels that may be wrong (``doubting``).
 
     Args:
         name: in commands and files.
@@ -40,6 +40,7 @@ class Method:
         feedback: what the teacher learns from beside its own losses: the recipe's feedback, none, or an altered one;
             see :class:`metapl.feedback.Altered`.
         fixed_labels: the kind of the fixed teacher's pseudo-labels.
+        reduced: whether a small network adjusts the stored labels of a teacher that was trained before.
         losses: of the one network, from the recipe.
         doubting: how it learns from labels that may be wrong: what is learned about them, or, without anything, which
             labels are learned from.
@@ -52,6 +53,7 @@ class Method:
     title: str
     feedback: Literal["recipe", "none", "permuted", "class_means", "random_sign"] | None = None
     fixed_labels: Literal["soft", "hard"] | None = None
+    reduced: bool = False
     losses: Callable[[Recipe], Losses] | None = None
     doubting: Doubting | None = None
     place: Literal["compared", "control", "headroom"] | None = None
@@ -65,7 +67,7 @@ class Method:
     @property
     def teaches(self) -> bool:
         """Whether a teacher learns beside the student, which waits for it; it is then one of the run's networks."""
-        return self.feedback is not None and self.doubting is None
+        return self.feedback is not None and self.doubting is None and not self.reduced
 
     @property
     def built_as(self) -> Role:
@@ -117,6 +119,8 @@ _ALL = (
     Method("supervised_everything", "supervised with all true labels (headroom)", losses=_own, place="headroom"),
     Method("pseudo_labels", f"{_FIXED}, soft", fixed_labels="soft", place="compared"),
     Method("pseudo_labels_hard", f"{_FIXED}, hard", fixed_labels="hard"),
+    Method("reduced_mpl", "Reduced MPL: stored labels, adjusted", "recipe", reduced=True, control="reduced_none"),
+    Method("reduced_none", "stored labels, adjusted without feedback", "none", reduced=True),
     Method("uda", "UDA alone", losses=_with_uda, place="compared"),
     Method("fixmatch", "FixMatch alone", losses=_fixmatch),
     Method("permuted", "MPL, feedback permuted over the batch", feedback="permuted", place="control"),
@@ -163,3 +167,7 @@ EVERY_METHOD: dict[str, Method] = METHODS | NOISY_METHODS
 def title(method: str) -> str:
     """A method in words."""
     return EVERY_METHOD[method].title if method in EVERY_METHOD else method
+
+
+TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
+"""The networks of a run in words."""

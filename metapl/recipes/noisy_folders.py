@@ -111,6 +111,9 @@ class NoisyFolders(ImageFolders):
 
     # What nothing here makes use of.
     unlabeled: tyro.conf.Suppress[str] = ""
+    teacher_run: tyro.conf.Suppress[str | None] = None
+    label_store: tyro.conf.Suppress[str | None] = None
+    labeled_label_store: tyro.conf.Suppress[str | None] = None
     val_fraction: tyro.conf.Suppress[float | None] = 0.0
     unlabeled_batch: tyro.conf.Suppress[int] = 1
     feedback: tyro.conf.Suppress[Feedback] = field(default_factory=Feedback)

@@ -53,6 +53,7 @@ def owned(folder: Path, undone: Collection[str] = ()) -> Iterator[None]:
 def _taken(folder: Path) -> tuple[IO[bytes], bool]:
     """The locked file, and whether it was made for this."""
     give_up = time.monotonic() + PATIENCE
+    made: os.stat_result | None = None  # by this call, though another may have locked it first
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,12 +64,14 @@ def _taken(folder: Path) -> tuple[IO[bytes], bool]:
             if gone and time.monotonic() < give_up:
                 continue
             raise MetaplError(f"the run folder {folder} cannot be made or locked: {error.strerror}.") from error
+        found = os.fstat(file.fileno())
+        made = found if is_new else made
         if _is_locked(file, folder):
             # The file may have been removed by its owner before it was locked here; the name is what others look for.
             with suppress(OSError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                if os.path.samestat(found, os.stat(folder / LOCK)):
                     _close_in_forks(file)
-                    return file, is_new
+                    return file, made is not None and os.path.samestat(found, made)
         file.close()
         if time.monotonic() > give_up:
             raise MetaplError(f"another process is running in {folder}; wait for it, or stop it.")

@@ -1,0 +1,97 @@
+"""Labels for Reduced MPL that a user gives: in a store, or by the run of a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from metapl.data.images.store import FileImages
+from metapl.errors import MetaplError, few
+from metapl.experiments.labeling import rows_per_part, to_label, write_labels
+from metapl.experiments.load_run import LoadedRun, load_run
+from metapl.experiments.reducing import FOLDER, rows_of
+from metapl.fingerprints import fingerprint
+from metapl.labels import LabelStore, LabelWriter
+from metapl.recipes import ImageFolders
+from metapl.recipes.base import Recipe, Stored, Task
+from metapl.training import Say
+
+
+def check_labels_given(recipe: ImageFolders) -> None:
+    """Refuse a store or a run that is not of the recipe's classes, or is damaged; nothing is written."""
+    if recipe.teacher_run is not None:
+        _check_classes(recipe, f"the run {recipe.teacher_run}", load_run(Path(recipe.teacher_run)).recipe.classes)
+    for place in (recipe.label_store, recipe.labeled_label_store):
+        if place is not None:
+            _check_classes(recipe, f"the store {place}", LabelStore(place).classes)
+
+
+def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored | None:
+    """The labels that the recipe names; None where its teacher is to be trained first.
+
+    Args:
+        recipe: it may name a run or a store.
+        task: its data.
+        folder: of the run, where the labels of a teacher's run are stored.
+        say: takes what a user should know.
+    """
+    if not isinstance(recipe, ImageFolders) or (recipe.teacher_run is None and recipe.label_store is None):
+        return None
+    check_labels_given(recipe)
+    names = {
+        "unlabeled": _names(task.unlabeled.images, recipe.unlabeled),
+        "labeled": _names(task.labeled.images, recipe.labeled),
+    }
+    stores: dict[str, LabelStore] = {}
+    if recipe.teacher_run is not None:
+        run = load_run(Path(recipe.teacher_run))
+        say(f"labels are those of {run.heading(run.name('delivered'))}")
+        for part in names:
+            stores[part] = _label(run, getattr(recipe, part), folder / FOLDER / part, say)
+    else:
+        given = {"unlabeled": recipe.label_store, "labeled": recipe.labeled_label_store}
+        stores = {part: LabelStore(place) for part, place in given.items() if place is not None}
+        if "labeled" not in stores:
+            say("note: without --labeled-labels, the labels are adjusted by the student's feedback alone.")
+    for part, store in stores.items():
+        missing = [name for name in names[part] if name not in store]
+        if missing:
+            which = f"{len(missing):,} pictures ({few(missing)})"
+            say(f"note: {store.folder} has no labels of {which}: even ones are taken.")
+    return Stored(**{part: rows_of(store, names[part]) for part, store in stores.items()})
+
+
+def _label(run: LoadedRun, pictures: str, place: Path, say: Say) -> LabelStore:
+    """A store of the labels that a run's network gives the pictures of a folder."""
+    network = run.network(run.name("delivered")).to(run.device)
+    labeled = to_label(pictures, run.recipe)
+    writer = LabelWriter(
+        place,
+        run.recipe.classes,
+        provenance={
+            "run": str(run.folder.path),
+            "pictures": pictures,
+            "ids_sha256": labeled.hash(),
+            "weights_sha256": fingerprint(dict(network.state_dict())),
+        },
+        rows_per_part=rows_per_part(len(labeled.ids)),
+        resume=place.exists(),
+    )
+    with writer:
+        write_labels(network, labeled, writer, skip=say)
+    return LabelStore(place)
+
+
+def _names(images: Any, folder: str) -> list[str]:
+    """What the pictures are called in a store: their paths in the folder."""
+    assert isinstance(images, FileImages)
+    root = Path(folder)
+    return [images.path(number).relative_to(root).as_posix() for number in range(len(images))]
+
+
+def _check_classes(recipe: ImageFolders, what: str, classes: tuple[str, ...]) -> None:
+    if classes != recipe.classes:
+        raise MetaplError(
+            f"{what} has the classes {few(classes)}; expected those of {recipe.labeled}, in this order: "
+            f"{few(recipe.classes)}."
+        )

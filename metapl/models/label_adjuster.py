@@ -1,0 +1,71 @@
+"""The small teacher of Reduced Meta Pseudo Labels: from a stored class distribution to an adjusted one."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from metapl.checks import described
+from metapl.errors import MetaplError
+from metapl.numerics import wide
+
+LEAST = 1e-8
+"""A stored probability below this counts as this; a class that was stored as impossible may become possible again."""
+
+
+class LabelAdjuster(nn.Module):
+    r"""Adjusted logits of stored class distributions.
+
+    .. math:: T(q) = \log q + f\big(q, \log q / \log(1/\epsilon)\big)
+
+    f is a network of linear layers with ReLUs, whose last layer begins at zero, so that softmax T(q) = q at first.
+    """
+
+    def __init__(self, num_classes: int, hidden: int = 128, layers: int = 5) -> None:
+        super().__init__()
+        if num_classes < 2 or hidden < 1 or layers < 2:
+            raise MetaplError(
+                f"label_adjuster(num_classes={num_classes}, hidden={hidden}, layers={layers}): expected two classes or "
+                "more, a width of 1 or more, and two layers or more."
+            )
+        widths = [2 * num_classes, *[hidden] * (layers - 1)]
+        parts: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(widths):
+            parts += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        last = nn.Linear(hidden, num_classes)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.num_classes = num_classes
+        self.correction = nn.Sequential(*parts, last)
+
+    def forward(self, stored_BC: Tensor) -> Tensor:
+        """Logits (B, C) of the adjusted distributions."""
+        if stored_BC.ndim != 2 or stored_BC.shape[1] != self.num_classes:
+            raise MetaplError(
+                f"label_adjuster was given {described(stored_BC)}; expected stored distributions of shape (batch, "
+                f"{self.num_classes})."
+            )
+        q = wide(stored_BC)
+        log_q = q.clamp_min(LEAST).log()
+        correction: Tensor = self.correction(torch.cat([q, log_q / -math.log(LEAST)], dim=1))
+        return log_q + correction
+
+
+def label_adjuster(num_classes: int, hidden: int = 128, layers: int = 5) -> LabelAdjuster:
+    """A network that maps stored class distributions (B, C) to logits (B, C) of adjusted ones; first the identity.
+
+    Args:
+        num_classes: C.
+        hidden: the width of the hidden layers.
+        layers: the number of linear layers.
+
+    Cost: 2·C·hidden + (layers − 2)·hidden² + hidden·C weights, and no pass over the inputs.
+
+    >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
+    >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
+    True
+    """
+    return LabelAdjuster(num_classes, hidden, layers)
