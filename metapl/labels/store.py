@@ -165,10 +165,10 @@ class LabelStore:
         """The rows of examples; −1 where there is none."""
         rows = np.full(len(ids), -1, dtype=np.int64)
         parts = np.array([bisect.bisect_right(self._firsts, name) - 1 for name in ids], dtype=np.int64)
-        for number in np.unique(parts[parts >= 0]).tolist():
-            (where,) = np.nonzero(parts == number)
-            within = self._within(number, [ids[i] for i in where.tolist()])
-            rows[where] = np.where(within >= 0, within + self._starts[number], -1)
+        for number, where in _by_part(parts):
+            if number >= 0:  # before the first part there is nothing
+                within = self._within(number, [ids[i] for i in where.tolist()])
+                rows[where] = np.where(within >= 0, within + self._starts[number], -1)
         return rows
 
     def _within(self, number: int, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
@@ -198,16 +198,15 @@ class LabelStore:
                 f"{self.folder} has no row {few(wanted[outside].tolist())}; expected 0 to {len(self) - 1:,}."
             )
         width = self.top_k or len(self.classes)
-        stored_BK = torch.empty(len(wanted), width, dtype=torch.float32)
-        classes_BK = torch.empty(len(wanted), width, dtype=torch.int64) if self.top_k is not None else None
-        parts = np.searchsorted(self._starts, wanted, side="right") - 1
-        for number in np.unique(parts).tolist():
-            (where,) = np.nonzero(parts == number)
+        stored_BK = np.empty((len(wanted), width), np.float16)
+        classes_BK = None if self.top_k is None else np.empty((len(wanted), width), np.int32)
+        for number, where in _by_part(np.searchsorted(self._starts, wanted, side="right") - 1):
             columns, places = self._mapped(number), wanted[where] - self._starts[number]
-            stored_BK[where] = torch.from_numpy(columns["probabilities"][places].astype(np.float32))
+            stored_BK[where] = columns["probabilities"][places]
             if classes_BK is not None:
-                classes_BK[where] = torch.from_numpy(columns["classes"][places].astype(np.int64))
-        return spread(stored_BK, classes_BK, len(self.classes))
+                classes_BK[where] = columns["classes"][places]
+        classes = None if classes_BK is None else torch.from_numpy(classes_BK.astype(np.int64))
+        return spread(torch.from_numpy(stored_BK.astype(np.float32)), classes, len(self.classes))
 
     def rows_with_copies(self) -> np.ndarray[Any, Any]:
         """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
@@ -287,6 +286,14 @@ class LabelStore:
         while len(self._columns) > MAPPED_PARTS:
             self._columns.popitem(last=False)
         return columns
+
+
+def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """Each part that occurs, and where."""
+    order = np.argsort(parts, kind="stable")
+    for where in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
+        if len(where):
+            yield int(parts[where[0]]), where
 
 
 def _is_text(name: str) -> bool:
