@@ -205,8 +205,7 @@ class LabelStore:
             stored_BK[where] = columns["probabilities"][places]
             if classes_BK is not None:
                 classes_BK[where] = columns["classes"][places]
-        classes = None if classes_BK is None else torch.from_numpy(classes_BK.astype(np.int64))
-        return spread(torch.from_numpy(stored_BK.astype(np.float32)), classes, len(self.classes))
+        return spread(stored_BK, classes_BK, len(self.classes))
 
     def rows_with_copies(self) -> np.ndarray[Any, Any]:
         """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
@@ -231,7 +230,8 @@ class LabelStore:
         self._check(number)
         # Not by its path, in which pyarrow would look for names of columns (a folder a=1).
         with open_plain(self._path(self.parts[number])) as file, pq.ParquetFile(file) as parquet:
-            return parquet.read(None if columns is None else list(columns))
+            # In one thread: a part is small, and where others use the cores, threads mostly wait for each other.
+            return parquet.read(None if columns is None else list(columns), use_threads=False)
 
     # ------------------------------------------------------------------------------------------------------ the files
 
@@ -301,18 +301,23 @@ def _is_text(name: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def spread(stored_BK: Tensor, classes_BK: Tensor | None, classes: int) -> Tensor:
-    """Distributions (B, C) of what is stored of them; see :class:`LabelStore`.
+def spread(stored_BK: np.ndarray[Any, Any], classes_BK: np.ndarray[Any, Any] | None, classes: int) -> Tensor:
+    """Distributions, float32 (B, C), of what is stored of them; see :class:`LabelStore`.
+
+    By numpy, in one thread: torch's would wait for each other at every small batch.
 
     Args:
-        stored_BK: float32, probabilities of some classes, or of all in their order.
-        classes_BK: int64, which these are; None for all.
+        stored_BK: probabilities of some classes, or of all in their order.
+        classes_BK: which these are, of each row different ones; None for all.
         classes: C.
     """
+    s_BK = stored_BK.astype(np.float32)
+    sum_B1 = s_BK.sum(axis=1, keepdims=True)
     if classes_BK is None:
-        q_BC = stored_BK
-    else:
-        others = classes - stored_BK.shape[1]
-        remainder_B = (1 - stored_BK.sum(dim=1)).clamp(min=0) / max(others, 1)
-        q_BC = remainder_B[:, None].expand(-1, classes).scatter(1, classes_BK, stored_BK)
-    return q_BC / q_BC.sum(dim=1, keepdim=True)
+        return torch.from_numpy(s_BK / sum_B1)
+    remainder_B1 = np.maximum(0, 1 - sum_B1) if s_BK.shape[1] < classes else np.zeros_like(sum_B1)
+    whole_B1 = sum_B1 + remainder_B1
+    q_BC = np.empty((len(s_BK), classes), np.float32)
+    q_BC[:] = remainder_B1 / whole_B1 / max(classes - s_BK.shape[1], 1)
+    np.put_along_axis(q_BC, classes_BK, s_BK / whole_B1, axis=1)
+    return torch.from_numpy(q_BC)
