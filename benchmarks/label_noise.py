@@ -49,6 +49,7 @@ from metapl.models import mlp
 from metapl.problems import (
     ExampleWeights,
     LabelCorrection,
+    LearningToReweight,
     MetaWeightNet,
     NoiseTransition,
     Signal,
@@ -120,12 +121,14 @@ class Entry:
 STUDENT_LR = (0.05, 0.2)
 GRIDS = {
     "meta_weight_net": _grid(student_lr=STUDENT_LR, teacher_lr=(0.0003, 0.003)),
+    "learning_to_reweight": _grid(student_lr=STUDENT_LR, momentum=(0.0, MOMENTUM)),
     "example_weights": _grid(student_lr=STUDENT_LR, teacher_lr=(0.1, 0.4)),
     "label_correction": _grid(student_lr=STUDENT_LR, teacher_lr=(0.001, 0.01)),
     "noise_transition": _grid(student_lr=STUDENT_LR, teacher_lr=(0.02, 0.1)),
 }
 TITLES = {
     "meta_weight_net": "MetaWeightNet",
+    "learning_to_reweight": "LearningToReweight",
     "example_weights": "ExampleWeights",
     "label_correction": "LabelCorrection",
     "noise_transition": "NoiseTransition",
@@ -266,6 +269,17 @@ class NoiseTransitions(NoiseTransition):
 
 
 @dataclass(frozen=True)
+class Reweighting(LearningToReweight):
+    """:class:`metapl.problems.LearningToReweight` within each block: its weights sum to 1."""
+
+    blocks: int = 1
+
+    def revised_signal(self, signal: Signal, h: Tensor) -> Signal:
+        parts = (super(Reweighting, self).revised_signal(signal, part).value for part in h.chunk(self.blocks))
+        return Signal(torch.cat(list(parts)))
+
+
+@dataclass(frozen=True)
 class AlteredBlocks(Altered):
     """:class:`metapl.feedback.Altered` within each block: rows are examples, or classes of a transition matrix."""
 
@@ -336,9 +350,9 @@ class Run:
         self.student = Blocks([seeded(seed, lambda: mlp([64, HIDDEN, CLASSES])) for seed in self.seeds])
         self.teacher: nn.Module | None = None
 
-    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+    def optimizer(self, lr: float, momentum: float = MOMENTUM) -> torch.optim.Optimizer:
         """Of the student. The loss is a mean over the blocks too, so the rate is as many times larger."""
-        return torch.optim.SGD(self.student.parameters(), lr=lr * len(self.data), momentum=MOMENTUM)
+        return torch.optim.SGD(self.student.parameters(), lr=lr * len(self.data), momentum=momentum)
 
     def outer(self, steps: int, stream: int) -> list[tuple[Tensor, Tensor]]:
         """Batches of the handful."""
@@ -363,25 +377,29 @@ class Run:
         mode: Estimator = Forward()
         if self.entry.how is not None:
             mode = AlteredBlocks(mode, self.entry.how, seeds=tuple(self.seeds))  # type: ignore[arg-type]  # a name
+        of_teacher: dict[str, Any] = {}
+        if self.teacher is not None:
+            optimizer = torch.optim.Adam(self.teacher.parameters(), lr=config["teacher_lr"])
+            of_teacher = {"outer_optimizer": optimizer, "teacher_losses": (), "feedback_weight": len(self.data)}
         trainer = metapl.BilevelTrainer(
             self.teacher,
             self.student,
             mode,
             problem=problem,
-            inner_optimizer=self.optimizer(config["student_lr"]),
-            outer_optimizer=torch.optim.Adam(self.teacher.parameters(), lr=config["teacher_lr"]),
-            teacher_losses=(),
-            feedback_weight=len(self.data),
+            inner_optimizer=self.optimizer(config["student_lr"], config.get("momentum", MOMENTUM)),
+            **of_teacher,
         )
         parts = slice(0, 3 if isinstance(problem, ExampleWeights) else 2)
         inner = [batch[parts] for batch in batches(self.noisy, self.seeds, 0, steps)]
         trainer.fit(self.outer(steps, 1), inner, steps=steps, log_every=steps, progress=False)
 
-    def _problem(self) -> tuple[metapl.BilevelProblem, nn.Module]:
+    def _problem(self) -> tuple[metapl.BilevelProblem, nn.Module | None]:
         """What is learned beside the student, as it is at first."""
         blocks = len(self.data)
         if self.entry.problem == "meta_weight_net":
             return MetaWeightNet(), WeightBlocks(self.seeds)
+        if self.entry.problem == "learning_to_reweight":
+            return Reweighting(blocks), None
         if self.entry.problem == "example_weights":
             return ExampleWeights(), Table(torch.zeros(sum(len(data.x) for data in self.data)))
         if self.entry.problem == "label_correction":

@@ -39,8 +39,9 @@ def plain(batch: Any) -> Any:
     return batch
 
 
-def labeled_pair(batch: Any) -> Any:
-    """A labeled batch as (inputs, labels), or a longer tuple that begins with them.
+def labeled_pair(batch: Any, name: str = "labeled") -> Any:
+    """A labeled batch as (inputs, labels), or a longer tuple that begins with them; ``name`` is that of the batch in
+    errors.
 
     >>> import torch
     >>> inputs, labels = labeled_pair({"ids": torch.tensor([1, 2]), "labels": torch.tensor([0, 1])})
@@ -51,9 +52,9 @@ def labeled_pair(batch: Any) -> Any:
     """
     batch = plain(batch)
     if isinstance(batch, dict):
-        return _from_dict(batch)
+        return _from_dict(batch, name)
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not _holds_tensors(batch[0]):
-        raise MetaplError(f"labeled is {described(batch)}; {_EXPECTED}.")
+        raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}.")
     return batch
 
 
@@ -175,11 +176,11 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
 _REMEDY = "leave the labels out, with metapl.data.without_labels(loader) or a data set of inputs only"
 
 
-def _from_dict(batch: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    label_keys = [name for name in LABEL_KEYS if name in batch]
-    inputs = {name: value for name, value in batch.items() if name not in label_keys}
+def _from_dict(batch: dict[str, Any], name: str) -> tuple[dict[str, Any], Any]:
+    label_keys = [key for key in LABEL_KEYS if key in batch]
+    inputs = {key: value for key, value in batch.items() if key not in label_keys}
     if len(label_keys) != 1 or not _holds_tensors(inputs):
-        raise MetaplError(f"labeled is a dict with the keys {', '.join(map(repr, batch)) or 'none'}; {_EXPECTED}.")
+        raise MetaplError(f"{name} is a dict with the keys {', '.join(map(repr, batch)) or 'none'}; {_EXPECTED}.")
     return inputs, batch[label_keys[0]]
 
 

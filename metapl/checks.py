@@ -8,6 +8,7 @@ read. By then the step has been taken, so it is better to check batches while th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,9 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.parts import named_parts, named_tensors, trainable
+
+OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
+"""What torch says where inputs are of another type than weights."""
 
 
 class Fault:
@@ -110,6 +114,31 @@ def finite_on_host(batch: Any) -> None:
     for t in pytree.tree_leaves(batch):
         if isinstance(t, Tensor) and t.is_floating_point() and not waits(t) and not bool(torch.isfinite(t).all()):
             raise MetaplError("a batch holds NaN or infinite values; clean the inputs first.")
+
+
+def types(inputs: Any) -> set[torch.dtype]:
+    """The types of the tensors in a network's inputs."""
+    return {t.dtype for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)}
+
+
+def explain_type(error: RuntimeError, inputs: Any, weight: Tensor | None, who: str, what: str) -> None:
+    """Say so where a network may have failed because its inputs are of another type than its weights.
+
+    Args:
+        error: what torch raised.
+        inputs: of the network, with any nesting of tensors.
+        weight: one of the network's.
+        who: the network in the message.
+        what: the inputs in the message.
+    """
+    given_types = types(inputs)
+    if not OTHER_TYPE.search(str(error)) or weight is None or not given_types or weight.dtype in given_types:
+        return
+    given = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in given_types))
+    own = str(weight.dtype).removeprefix("torch.")
+    raise MetaplError(
+        f"{who} cannot take {what} of {given}: its weights are {own}; expected inputs of that type: x.to(torch.{own})."
+    ) from error
 
 
 def no_inference_mode() -> None:
@@ -354,6 +383,15 @@ def without_gradient(who: str) -> MetaplError:
         f"the {who}'s loss has no gradient, so nothing would be learned. Likely causes: its outputs are detached "
         "(.detach(), .data, numpy), the parameters that they depend on have requires_grad=False, or this runs under "
         "torch.no_grad() or torch.inference_mode()."
+    )
+
+
+def without_outer_gradient() -> MetaplError:
+    """The error for an outer loss that depends on none of the student's weights."""
+    return MetaplError(
+        "the outer loss has no gradient in any weight of the student, so there is no feedback to learn from. Likely "
+        "causes: outer_loss does not use the student's outputs, or detaches them (.detach(), .data, numpy), or the "
+        "student's weights that they depend on have requires_grad=False; to train without feedback, take mode='none'."
     )
 
 

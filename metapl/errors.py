@@ -15,6 +15,21 @@ class MetaplError(ValueError):
     """
 
 
+class FieldError(MetaplError):
+    """A field of a recipe that is not as expected; a command that has it as a flag says so by the flag.
+
+    Args:
+        text: the message.
+        field: its name.
+        value: what was given.
+        expected: what was not.
+    """
+
+    def __init__(self, text: str, field: str = "", value: object = None, expected: str = "") -> None:
+        super().__init__(text)
+        self.field, self.value, self.expected = field, value, expected
+
+
 def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:
     """The first few names, as an error gives them: each cut where it is too long, and how many there are besides.
 

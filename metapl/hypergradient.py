@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
-from metapl.execution.guards import casts_explained, restored_on_failure, step_lock
+from metapl.execution.guards import casts_explained, restored_on_failure, step_lock, types_explained
 from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator, modes_for
@@ -22,7 +22,7 @@ from metapl.feedback.path import Path, Teach, take_steps
 from metapl.feedback.teacher_pass import TeacherPass
 from metapl.parts import trainable
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, revises
+from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, check_signal, revises
 from metapl.updates import Update, update_of
 
 
@@ -107,7 +107,7 @@ def look_ahead(
     check_steps(mode, len(batches), problem)
 
     def teach_checked(batch: Any, outputs: Tensor) -> Signal:
-        signal = teach(batch, outputs)
+        signal = check_signal(teach(batch, outputs), problem)
         check_kind(signal.sampled, mode)
         return signal
 
@@ -252,6 +252,7 @@ def hypergradient(
         nothing_moved(asked, student, random=RandomState.now(device), on_success=True),
         torch.enable_grad(),
         checkpoints_without_reentry(),
+        types_explained(labeled, inner_batches(unlabeled), student=student, teacher=teacher),
     ):
         path = look_ahead(student, update, problem, estimate, labeled=labeled, unlabeled=unlabeled, teach=teach)
         with casts_explained(estimate.name):

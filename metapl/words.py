@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import shutil
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Sequence
+from functools import partial
 from typing import TextIO
+
+WIDTH, NARROWEST = 80, 40
+"""Columns of text where there is no terminal, and the least of one that is made use of."""
+
+ALIKE = 0.75
+"""How like two words are, of 1, for one to be meant by the other."""
 
 TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff")
 """Characters that change the direction of a line, or end it."""
@@ -43,9 +53,65 @@ def short(name: str, most: int = 30) -> str:
     return f"{name[: most - 3 - tail]}...{name[-tail:]}"
 
 
-def tell(*parts: object, file: TextIO | None = None, end: str = "\n") -> None:
-    """Print a message, with what must not be shown escaped; standard output unless ``file`` is given."""
-    print(*(shown(part, keep="\n") for part in parts), file=file or sys.stdout, end=end, flush=True)
+def tell(*parts: object, file: TextIO | None = None, end: str = "\n", wrap: bool = False) -> None:
+    """Print a message, with what must not be shown escaped; standard output unless ``file`` is given.
+
+    Args:
+        parts: their texts are joined by spaces.
+        file: where it goes.
+        end: what follows it.
+        wrap: break its lines where ``file`` is not so wide; not for tables.
+    """
+    to = file or sys.stdout
+    text = " ".join(shown(part, keep="\n") for part in parts)
+    print(wrapped(text, columns(to)) if wrap else text, file=to, end=end, flush=True)
+
+
+def columns(file: TextIO) -> int:
+    """The width of a terminal, and 80 for everything else."""
+    try:
+        is_terminal = file.isatty()
+    except (AttributeError, ValueError):  # no stream, or one that is closed
+        is_terminal = False
+    return max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROWEST) if is_terminal else WIDTH
+
+
+def wrapped(text: str, width: int = WIDTH) -> str:
+    r"""Each line of a text in lines of this width, broken at spaces alone; what was set in stays so.
+
+    >>> print(wrapped("note: a line that is longer\n  than a screen, which was set in", 20))
+    note: a line that is
+    longer
+      than a screen,
+      which was set in
+    """
+    return "\n".join(map(partial(_broken, width=width), text.split("\n")))
+
+
+def _broken(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip(" ")))
+    pieces = textwrap.wrap(
+        line,
+        width,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+        replace_whitespace=False,
+        expand_tabs=False,
+    )
+    return "\n".join(pieces)
+
+
+def did_you_mean(given: str, known: Sequence[str]) -> str:
+    """A question to append to a refusal, or nothing where nothing known is like what was given.
+
+    >>> did_you_mean("trian", ["train", "evaluate"]), did_you_mean("xyz", ["train"])
+    ('; did you mean train?', '')
+    """
+    close = difflib.get_close_matches(given, known, n=3, cutoff=ALIKE)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def cell(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from metapl.cli import main
+from metapl.words import wrapped
 
 
 def metapl(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -32,10 +33,17 @@ def unprompted(words: str) -> str:
     return "".join(line for line in words.splitlines(keepends=True) if not re.match(r"\w+: step \d", line))
 
 
+def unwrapped(words: str) -> str:
+    """A message of one line that was broken at 80 columns, as that line."""
+    line = words.removesuffix("\n").replace("\n", " ")
+    assert wrapped(line) == words.removesuffix("\n"), f"more than one line: {words}"
+    return line
+
+
 def refusal(finished: subprocess.CompletedProcess[str]) -> str:
     """The one line that a refused command says."""
     assert finished.stdout == ""
-    (line,) = finished.stderr.splitlines()
+    line = unwrapped(finished.stderr)
     assert line.startswith("metapl: ")
     return line
 
@@ -46,8 +54,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert main([str(a) for a in arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.count("\n") == 1
-    return said.err
+    return unwrapped(said.err) + "\n"
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:

@@ -37,8 +37,10 @@ from metapl.errors import MetaplError
 from metapl.experiments import compare
 from metapl.metrics import Evaluation, interval
 from metapl.recipes import RECIPES, Digits, TwoMoons
+from metapl.recipes.methods import titled
 from metapl.report import Gallery, draw_grid
 from metapl.runs.folder import weights_file
+from metapl.words import wrapped
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
 
@@ -170,7 +172,8 @@ def test_evaluate_measures_on_another_folder(
     finished = metapl("evaluate", trained, "--test", other, code=1)
     assert f"\non {other}\n" in finished.stdout
     assert f"test accuracy               {right / len(truth):.2%} of {len(truth)}\n" in finished.stdout
-    assert f"metapl: note: {other} has no picture of 7: nothing is measured there.\n" in finished.stderr
+    note = f"metapl: note: {other} has no picture of 7: nothing is measured there.\n"
+    assert wrapped(note) in finished.stderr
     assert f"{other}/3/torn.png" in finished.stderr
     assert "metapl: 1 file left out" in finished.stderr
     (other / "ten").mkdir()
@@ -401,7 +404,7 @@ def test_finetuning_can_change_which_network_is_delivered(run: Path, capsys: pyt
         text = said(capsys, "finetune", run, "--steps", "5", "--lr", "0.01")
         found = result(run)
         assert found["delivered"] == expected
-        assert f"delivered: {expected} (by validation" in text
+        assert f"delivered: {titled('mpl', expected)} (by validation" in text
         assert found["test_accuracy"] == found["evaluation"]["accuracy"] == found[f"{expected}_test_accuracy"]
         assert found["validation_accuracy"] == found[f"{expected}_validation_accuracy"]
 
@@ -563,7 +566,7 @@ def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.Captu
     assert "there is no recipe 'dgits'; did you mean digits? Expected one of digits" in line
     assert "there is no recipe 'xyz'. Expected one of digits" in refused(capsys, "train", "xyz")
     assert "no recipe was named" in refused(capsys, "train")
-    assert "Digits(steps=0): expected 1 or more" in refused(capsys, "train", "digits", "--steps", "0")
+    assert "--steps 0: expected 1 or more" in refused(capsys, "train", "digits", "--steps", "0")
 
 
 @pytest.mark.parametrize(

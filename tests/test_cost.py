@@ -1,5 +1,6 @@
 """What a step of each mode costs in student forward passes, and the documentation's account of it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,19 @@ def passes(mode: str | Estimator) -> float:
 @pytest.mark.parametrize(("mode", "bound"), BOUNDS, ids=str)
 def test_a_step_costs_no_more_passes_than_stated(mode: str | Estimator, bound: float) -> None:
     assert passes(mode) <= bound
+
+
+def test_the_cost_of_implicit_is_what_the_table_of_the_documentation_says() -> None:
+    page = (ROOT / "docs" / "modes.md").read_text()
+    (fixed, each) = re.findall(r"^\| `implicit` \|.*\| (\d+) \+ (\d+) n \|", page, re.MULTILINE)[0]
+    (alone,) = re.findall(r'and (\d+) with `solver="identity"`', page)
+    assert passes(Implicit(solver="identity")) == pytest.approx(int(alone), abs=0.2)
+    assert passes(Implicit(iterations=2, damping=1e5)) == pytest.approx(int(fixed) + 2 * int(each), abs=0.2)
+
+
+def test_the_table_of_the_documentation_has_every_mode() -> None:
+    page = (ROOT / "docs" / "modes.md").read_text().split(BEGIN)[1].split(END)[0]
+    assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == set(metapl.MODES)
 
 
 def test_every_mode_has_a_bound() -> None:

@@ -92,11 +92,13 @@ def test_an_accuracy_that_guessing_may_reach_is_called_so(right: int, guessing: 
     taken = torch.where(examples < right, labels, (labels + 1) % 10)
     evaluation = evaluate_logits(torch.eye(10)[taken], labels).to_json()
     content = {"delivered": "student", "evaluation": evaluation, "validation_size": 0, "delivered_by": "rule"}
+    content["method"] = "mpl"
     assert any("not shown to be better than guessing" in line for line in summary(content)) == guessing
 
 
 def test_a_result_of_before_chance_was_stored_is_said_without_it() -> None:
     content = {"delivered": "student", "delivered_by": "validation", "validation_size": 80, "validation_accuracy": 0.75}
+    content["method"] = "mpl"
     assert summary(content)[0] == "Validation accuracy: 75.0 % (n = 80, 95 % interval 64.5-83.2)."
     content["validation_chance"] = 0.1
     assert summary(content)[0].endswith("chance 10.0 %).")
@@ -107,7 +109,7 @@ def test_without_validation_and_test_pictures_nothing_says_how_good_it_is(
 ) -> None:
     run = tmp_path / "run"
     text = train(capsys, pictures, run, *FIXED, "--method", "uda")
-    assert "The finetuned student is delivered; without --test and --val nothing says how good it is." in text
+    assert "The finetuned network is delivered; without --test and --val nothing says how good it is." in text
     found = result(run)
     assert accuracies(found) == {}
     assert "evaluation" not in found
@@ -134,8 +136,8 @@ def test_a_model_card_without_accuracies_says_why(
     said(capsys, "export", tmp_path / "run", "--out", tmp_path / "out")
     card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
     assert "- No test set was given." in card
-    assert "- The weights are those of the last student: step 6 of 6." in card
-    assert "(student, finetuned) it delivers this one, by a rule of its method." in card
+    assert "- The weights are those of the last network: step 6 of 6." in card
+    assert "(network, finetuned network) it delivers this one, by a rule of its method." in card
     assert "accuracy |" not in card
     assert "| validation | none |" in card
     assert "| test | none |" in card
@@ -151,7 +153,7 @@ def test_finetuning_again_needs_neither_validation_nor_test_pictures(
     weights = (run / WEIGHTS["finetuned"]).read_bytes()
     text = said(capsys, "finetune", run)
     assert "no validation set; no test set was given" in text
-    assert "delivered: finetuned (by rule)" in text
+    assert "delivered: finetuned student (by rule)" in text
     assert (run / WEIGHTS["finetuned"]).read_bytes() == weights
     assert result(run) == before | {"finetuned_with": {"steps": 2, "lr": 0.01}}
     said(capsys, "finetune", run, "--lr", "0.1")

@@ -156,6 +156,48 @@ def test_classes(tmp_path: Path) -> None:
     assert (alone[0].level, "one class" in alone[0].message) == ("error", True)
 
 
+def test_the_parts_of_a_data_set_are_not_its_classes(tmp_path: Path) -> None:
+    """The folder above that of the classes was given: its subfolders have subfolders, and are called as parts are."""
+    root = tmp_path / "data"
+    pictures(root / "Labelled", cat=[1, 2], dog=[3, 4])
+    pictures(root / "held-out", cat=[5, 6], dog=[7, 8])
+    (finding,) = check_folders(scan_labeled(root))
+    assert finding.level == "error"
+    assert (
+        "Labelled, held-out, which are the parts of a data set; expected one subfolder for each class"
+        in finding.message
+    )
+    assert finding.message.endswith(str(root / "Labelled"))
+    # Classes may be called so: bottles with a label and without.
+    flat = pictures(tmp_path / "bottles", labeled=[1, 2], unlabeled=[3, 4])
+    (finding,) = check_folders(scan_labeled(flat))
+    assert finding.level == "warning"
+    assert "which may be the parts of a data set" in finding.message
+    assert check_folders(scan_labeled(pictures(tmp_path / "vehicles", train=[1, 2], car=[3, 4]))) == []
+
+
+def test_classes_with_pictures_in_deeper_folders_alone_are_noted(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    pictures(root / "first", cat=[1, 2], dog=[3, 4])
+    pictures(root / "second", cat=[5, 6], dog=[7, 8])
+    finding = found(check_folders(scan_labeled(root)), "(first, second)", "first/cat", "rather cat, dog")
+    assert finding.level == "warning"
+    Image.new("L", (4, 4), 9).save(root / "second" / "9.png")  # a class with a picture of its own
+    assert check_folders(scan_labeled(root)) == []
+
+
+def test_no_folder_lies_inside_that_of_the_classes(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "data", cat=[1, 2], more=[3, 4], train=[5, 6])
+    labeled, inside = scan_labeled(root), scan_unlabeled(root / "more")
+    finding = found(check_folders(labeled, inside), "the unlabeled folder", "lies inside", "cat, more, train")
+    assert finding.level == "error"
+    assert finding.message.endswith(f"Did you mean {root / 'train'}?")
+    # All pictures may be in one folder, of which the classes are a part.
+    above = scan_labeled(pictures(tmp_path / "all" / "few", cat=[1, 2], dog=[3, 4]))
+    pictures(tmp_path / "all", other=[7, 8])
+    assert [one for one in check_folders(above, scan_unlabeled(tmp_path / "all")) if one.level == "error"] == []
+
+
 def test_held_out_pictures_in_training(tmp_path: Path) -> None:
     labeled = scan_labeled(pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4]))
     unlabeled = scan_unlabeled(pictures(tmp_path / "u", any=[5, 6, 7]))

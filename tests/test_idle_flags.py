@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command import refused
+from command import refused, unwrapped
 
 from metapl.cli import main
 from metapl.cli.parse import parse
@@ -115,8 +115,8 @@ def test_of_a_comparison_what_no_method_uses_is_noted(capsys: pytest.CaptureFixt
     """The same flags are given to comparisons of other methods; a flag beside another one is refused even so."""
     assert main([*UNREAD, "--compare", "--methods", "supervised", "uda", "--wait", "3", "--uda-align", "0"]) == 2
     printed = capsys.readouterr()
-    assert printed.out == (
-        "note: --wait has no effect with --methods supervised uda: it is for --method mpl or none.\n"
+    assert unwrapped(printed.out) == (
+        "note: --wait has no effect with --methods supervised uda: it is for --method mpl or none."
     )
     assert "nowhere" in printed.err
     assert "--pad has no effect without" in said_of(capsys, "--compare --pad 3")

@@ -382,8 +382,8 @@ def test_a_hole_out_of_range_is_refused_by_its_own_name(value: float) -> None:
     [
         ({"uda_align": 1.5}, r"uda_align=1\.5.*\[0, 1\]"),
         ({"uda_start": -1}, "uda_start=-1.*0 or more"),
-        ({"uda_temperature": -0.5}, "temperature >= 0"),
-        ({"uda_threshold": 1.0}, r"threshold in \[0, 1\)"),
+        ({"uda_temperature": -0.5}, r"uda_temperature=-0\.5.*0 or more"),
+        ({"uda_threshold": 1.0}, r"uda_threshold=1\.0.*\[0, 1\)"),
         ({"uda_ramp": -3}, "0 or more steps"),
     ],
 )

@@ -199,7 +199,7 @@ def test_training_on_many_files_starts_at_once(many: Path) -> None:
     said: list[str] = []
     with opened(many) as before:
         task = recipe.task(said.append)
-    assert said == ["20 labeled pictures of 2 classes, 100,000 unlabeled, none for validation, 20 to test on"]
+    assert said == ["20 labeled pictures of 2 classes (a, b), 100,000 unlabeled, none for validation, 20 to test on"]
     assert [path for path in before if "/unlabeled/" in path] == []
     assert 0 < len(before) <= 3 * 40
     assert task.record["unlabeled"] == 100_000
@@ -321,7 +321,7 @@ def test_the_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
     while not second.startswith("images by "):  # the line before may take two
         second, third, *rest = third, *rest
     assert second.startswith("images by Meta Pseudo Labels, seed 0 -> ")
-    assert third == "20 labeled pictures of 2 classes, 100,000 unlabeled, none for validation, 20 to test on"
+    assert third == "20 labeled pictures of 2 classes (a, b), 100,000 unlabeled, none for validation, 20 to test on"
     assert rest[0].startswith("Test accuracy of the finetuned student: ")  # no line of progress is left
 
 

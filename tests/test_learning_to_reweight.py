@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError
+from metapl.execution.local import Pass
 from metapl.feedback import Altered, Implicit
+from metapl.feedback.path import Path as StudentPath
 from metapl.problems import LearningToReweight, Table
 
 X = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
@@ -360,3 +362,55 @@ def test_a_wait_for_a_teacher_is_refused() -> None:
         trainer.fit([trusted], [batch], steps=4, wait=2, progress=False)
     with pytest.raises(MetaplError, match="has no teacher that could learn"):
         trainer.teacher_step(trusted, batch)
+
+
+# ------------------------------------------------------------------------------------------------------- planted faults
+
+
+def not_taken_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(StudentPath, "revised", lambda self, h: self)
+
+
+def harmful_examples_counted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LearningToReweight, "revised_signal", lambda self, signal, h: metapl.Signal(len(h) * h / h.sum()))
+
+
+def of_the_mean(patch: pytest.MonkeyPatch) -> None:
+    """Weights that sum to 1 under metapl's mean: a step shorter by B."""
+    real = LearningToReweight.revised_signal
+    patch.setattr(
+        LearningToReweight, "revised_signal", lambda self, s, h: metapl.Signal(real(self, s, h).value / len(h))
+    )
+
+
+def statistics_moved_again(patch: pytest.MonkeyPatch) -> None:
+    real = Pass.gradient_again
+
+    def again(self: Pass, *args: Any) -> Any:
+        self.student.module(self.inputs)
+        return real(self, *args)
+
+    patch.setattr(Pass, "gradient_again", again)
+
+
+def formulas() -> None:
+    test_feedback_and_real_step_are_those_of_the_formulas("forward", "mlp", "torch_sgd")
+
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+CAUGHT: dict[Plant, Callable[[], None]] = {
+    not_taken_again: formulas,
+    harmful_examples_counted: formulas,
+    of_the_mean: formulas,
+    statistics_moved_again: test_statistics_move_once_a_step,
+}
+
+
+@pytest.mark.parametrize("fault", CAUGHT, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_caught(
+    fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CAUGHT[fault]()
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        CAUGHT[fault]()

@@ -376,8 +376,8 @@ def test_pooled_cnn_refuses_sizes(fields: dict[str, Any], words: str) -> None:
         ({"name": "resnet18", "in_channels": 0}, "in_channels=0"),
         ({"name": "vit_b_16", "image_size": 100}, "image_size=100.*multiple of its patch, 16"),
         ({"name": "resnet18", "image_size": 0}, "image_size=0"),
-        ({"name": "resnet_50"}, "no network 'resnet_50'; expected one of resnet50, "),
-        ({"name": "wrn28_2"}, "expected one of wide_resnet28_2, "),
+        ({"name": "resnet_50"}, r"no network 'resnet_50'; did you mean resnet50 .*\? Expected one of resnet50, "),
+        ({"name": "wrn28_2"}, "Expected one of wide_resnet28_2, "),
         ({"name": "timm:"}, "no network 'timm:'"),
     ],
 )

@@ -268,12 +268,12 @@ def test_folders_that_would_spoil_it_are_refused_before_anything_is_written(
         ("--method plain --teacher.lr 0.1", "--teacher.lr has no effect with --method plain"),
         ("--method clean --clean-batch 3", "--clean-batch has no effect with --method clean"),
         ("--steps 5 --minutes 2", "--minutes has no effect beside --steps"),
-        ("--steps 5 --warm-steps 5", "warm_steps=5): expected 0 or more, and fewer than steps=5"),
-        ("--clean-batch 0", "clean_batch=0): expected 1 or more"),
-        ("--accumulate 5", "accumulate=5): expected a divisor of labeled_batch and clean_batch"),
+        ("--steps 5 --warm-steps 5", "--warm-steps 5: expected 0 or more, and fewer than steps=5"),
+        ("--clean-batch 0", "--clean-batch 0: expected 1 or more"),
+        ("--accumulate 5", "--accumulate 5: expected a divisor of labeled_batch and clean_batch"),
         ("--controls", "--controls goes with --compare"),
         ("--compare", "--compare reports on pictures that nothing was selected on"),
-        ("--compare --test x --methods mpl", "--methods mpl: expected some of example_weights"),
+        ("--compare --test x --methods mpl", "--methods mpl: there is no mpl. Expected some of example_weights"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(
@@ -285,7 +285,7 @@ def test_flags_that_do_not_fit_are_refused(
 def test_the_other_recipes_do_not_have_these_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert METHODS.keys() & NOISY_METHODS.keys() == set()
     line = refused(capsys, "train", "digits", "--compare", "--methods", "plain")
-    assert "--methods plain: expected some of mpl" in line
+    assert "--methods plain: there is no plain. Expected some of mpl" in line
 
 
 def test_a_teacher_without_a_learning_rate_has_the_method_s_own() -> None:

@@ -18,11 +18,23 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_examples_run_and_print_what_stands_beside_them(tmp_path: Path) -> None:
     code = pages.code(ROOT / "README.md")
-    command = [sys.executable, "-W", "error", "-c", code]
+    # Of the labels that are drawn at random, those that are right by chance are not called wrong.
+    wrong = "assert wrong.any() and torch.equal(wrong, noisy.tensors[1] != y[100:1300])"
+    command = [sys.executable, "-W", "error", "-c", f"{code}\n{wrong}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     pages.check_printed(code, done.stdout)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_control_of_the_first_example_reaches_what_stands_below_it() -> None:
+    first, *_ = pages.FENCED.findall(README)
+    (promise,) = re.findall(r'With `mode="none"`.*\n.*prints (0\.\d+)', README)
+    assert first.count('mode="forward"') == 1
+    control = first.replace('mode="forward"', 'mode="none"').replace("# 0.811", f"# {promise}")
+    command = [sys.executable, "-W", "error", "-c", control]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    pages.check_printed(control, done.stdout)
 
 
 def test_the_first_example_is_short() -> None:

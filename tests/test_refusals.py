@@ -165,8 +165,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (("--minutes", "inf"), "minutes=inf"),
-        (("--minutes", "1e308"), "minutes=1e+308"),
+        (("--minutes", "inf"), "--minutes inf: expected a number above 0"),
+        (("--minutes", "1e308"), "--minutes 1e+308: expected"),
         (("--compare", "--seeds", "²"), "seeds='²': expected numbers and ranges"),
         (("--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"), "expected 1 for grey pictures"),
         (("--grey", "False", "--mean", ".5", "--std", ".2"), "expected 3 for color pictures"),
@@ -191,6 +191,9 @@ def test_what_needs_no_measurement_is_checked_before_it(
     one = next((tmp_path / "few" / "0").iterdir())
     shutil.copy(one, tmp_path / "few" / "1" / "copy.png")
     assert one.name in refused(capsys, *folders, "--out", tmp_path / "new")
+    inside = refused(capsys, *folders, "--val", tmp_path / "few" / "0", "--out", tmp_path / "new")
+    assert "the validation folder" in inside
+    assert "every subfolder of which is a class: 0, 1" in inside
 
 
 def test_an_empty_argument(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,13 @@ def test_a_fit_without_labelled_data() -> None:
         ([(X, Y + 1)], r"run from 1 to 3"),
         ([], "validation has no batches"),
         (5, "validation is of type int; expected tensors, or an iterable of batches"),
+        (X, r"^validation is a tensor of shape \(8, 4\).*a batch of it is a tensor of shape \(4,\).*expected a pair"),
+        ((X,), r"^validation is a tuple of 1 \(Tensor\).*expected a pair"),
+        ((X, Y.tolist()), r"^validation is a tuple of 2 \(Tensor, list\).*expected a pair"),
+        ({"x": X, "y": Y}, r"^validation is a dict with the keys 'x', 'y'; expected a pair"),
+        (torch.utils.data.DataLoader(X, 4), r"^validation is of type DataLoader.*a batch of it is a tensor"),
+        (torch.utils.data.TensorDataset(X, Y), r"^validation is a data set.*DataLoader\(validation, 256\)"),
+        ((X, Y.double()), r"^validation has the labels .* float64.*labels\.long\(\)"),
     ],
 )
 def test_validation_that_cannot_be_used_is_refused_before_the_first_step(validation: Any, text: str) -> None:
@@ -129,6 +136,23 @@ def test_validation_that_cannot_be_used_is_refused_before_the_first_step(validat
     with pytest.raises(MetaplError, match=text):
         fit(one, validation=validation)
     assert one.steps_done == 0
+
+
+def test_validation_that_is_read_twice_and_can_be_read_once_is_named() -> None:
+    with pytest.raises(MetaplError, match=r"validation is of type generator, which can be read only once.*DataLoader"):
+        fit(trainer(nn.Linear(4, 3)), validation=((x, y) for x, y in [(X, Y)]), validate_every=1)
+
+
+def test_truth_is_checked_as_validation_is() -> None:
+    one = metapl.BilevelTrainer(nn.Linear(4, 3), nn.Linear(4, 3))
+    with pytest.raises(MetaplError, match=r"the labels of truth run from 1 to 3"):
+        one.fit([(X, Y)], [X], steps=2, validation=(X, Y), truth=(X, Y + 1), progress=False)
+    assert one.steps_done == 0
+
+
+def test_evaluate_does_not_speak_of_labeled() -> None:
+    with pytest.raises(MetaplError, match=r"^the labeled data is a tensor of shape \(8, 4\)"):
+        trainer(nn.Linear(4, 3)).evaluate(X)
 
 
 def test_the_look_at_validation_changes_nothing() -> None:

@@ -22,9 +22,13 @@ from metapl.report import draw_report
 from metapl.report.canvas import png
 
 KEYS = [key for panel in report.PANELS for key, _ in panel.series]
+ALONE = ["loss_cross_entropy", "loss_uda", "student_validation_accuracy"]
+"""What there is of a network that is trained by itself."""
+OF_TWO = [key for key in KEYS if key not in ALONE[:2]]
+"""What there is of a teacher and its student."""
 
 
-def rows(steps: int, keys: list[str] = KEYS) -> list[dict[str, float]]:
+def rows(steps: int, keys: list[str] = OF_TWO) -> list[dict[str, float]]:
     return [{"step": step, **{key: 1 - 0.9 * math.exp(-step / 20) for key in keys}} for step in range(steps)]
 
 
@@ -98,6 +102,23 @@ def test_a_feedback_that_stays_the_same_has_a_scale_around_it(tmp_path: Path, pa
     ticks = [tick for tick in pages[0].axes[0].get_yticks() if low <= tick <= high]
     assert low < 0.06 < 0.1 < 0.16 < high < 1
     assert ticks == pytest.approx([0.05, 0.1, 0.2])
+
+
+def legends(figure: Figure) -> list[list[str]]:
+    """The words of the legend of each panel."""
+    found = (axes.get_legend() for axes in figure.axes)
+    return [[text.get_text() for text in legend.get_texts()] for legend in found if legend is not None]
+
+
+def test_one_network_has_its_losses_and_no_student(tmp_path: Path, pages: list[Figure]) -> None:
+    draw(tmp_path / "report.png", curves={"uda": rows(90, ALONE)}, confusion=None, classes=None)
+    draw(tmp_path / "report.png", curves={"uda": rows(90, ALONE[:2])}, confusion=None, classes=None)
+    draw(tmp_path / "report.png", curves={"supervised": rows(90, ALONE[:1])}, confusion=None, classes=None)
+    draw(tmp_path / "report.png", confusion=None, classes=None)
+    own = ["labeled", "unlabeled (strong view, own label)"]
+    assert [legends(figure) for figure in pages[:3]] == [[["network"], own], [own], [own[:1]]]
+    assert legends(pages[3])[:2] == [["student", "teacher"], ["inner (student)", "outer (labeled)"]]
+    assert all(line.get_xydata().shape == (90, 2) for axes in pages[0].axes for line in axes.get_lines())
 
 
 def test_the_spread_of_the_feedback_stands_in_for_its_ratio(tmp_path: Path) -> None:

@@ -185,6 +185,12 @@ def test_what_the_page_on_wrong_labels_says_is_what_the_rows_say(tables: object)
     permuted = [against("example_weights", "example_weights_permuted", name) for name in label_noise.CONDITIONS]
     for figure in permuted:
         assert figure in said, figure
+    reweighted = [
+        against("learning_to_reweight", "learning_to_reweight_permuted", name) for name in label_noise.CONDITIONS
+    ]
+    for figure in reweighted:
+        assert figure in said, figure
+    assert against("learning_to_reweight", "plain", "asymmetric_40") in said
     for method in ("label_correction", "noise_transition"):
         assert against(method, f"{method}_permuted", "asymmetric_40") in said
     assert against("noise_transition", "early_stopping", "asymmetric_40", FINETUNED) in said

@@ -132,13 +132,13 @@ def _run(given: list[str]) -> int:
             finally:
                 sys.stdout.flush()
     except MetaplError as error:
-        print(f"metapl: {shown(error, keep=chr(10))}", file=sys.stderr)
+        tell(f"metapl: {error}", file=sys.stderr, wrap=True)
         return 2
     except (MemoryError, RuntimeError, OSError) as error:
         whose = out_of_memory(error)
         if whose is None:
             raise
-        print(f"metapl: the memory {whose} does not suffice; {LESS}.", file=sys.stderr)
+        tell(f"metapl: the memory {whose} does not suffice; {LESS}.", file=sys.stderr, wrap=True)
         return 2
 
 
@@ -157,7 +157,7 @@ class _Messages(logging.Handler):
         text = self.format(record)
         if text not in self.shown:
             self.shown.add(text)
-            tell(f"metapl: {text}", file=sys.stderr)
+            tell(f"metapl: {text}", file=sys.stderr, wrap=True)
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def _dispatch(given: list[str]) -> int:
 
 def _train(given: list[str]) -> int:
     from metapl.cli.idle import given_flags
-    from metapl.cli.parse import did_you_mean, parse, respelled
+    from metapl.cli.parse import did_you_mean, flags_named, parse, respelled
     from metapl.cli.train import COMMANDS as RECIPES
     from metapl.errors import MetaplError
 
@@ -217,16 +217,17 @@ def _train(given: list[str]) -> int:
     if given[0] not in RECIPES:
         print(RECIPES_HELP, end="")
         return 0
-    command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
-    command.check_flags(given_flags(respelled(given[1:])))
-    return command()
+    with flags_named():
+        command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
+        command.check_flags(given_flags(respelled(given[1:])))
+        return command()
 
 
 def _ablate(given: list[str]) -> int:
     from metapl.cli.ablate import COMMANDS as RECIPES
     from metapl.cli.ablate import AblateFactory
     from metapl.cli.idle import given_flags
-    from metapl.cli.parse import did_you_mean, parse, respelled
+    from metapl.cli.parse import did_you_mean, flags_named, parse, respelled
     from metapl.errors import MetaplError
 
     if any(word.partition("=")[0] == "--factory" for word in given):
@@ -241,9 +242,10 @@ def _ablate(given: list[str]) -> int:
             f"{named}{meant} Expected one of {', '.join(RECIPES)}: metapl ablate digits --steps 100; or "
             "--factory module:function, for networks of your own."
         )
-    command = parse(RECIPES[given[0]], f"metapl ablate {given[0]}", given[1:])
-    command.check_flags(given_flags(respelled(given[1:])))
-    return command()
+    with flags_named():
+        command = parse(RECIPES[given[0]], f"metapl ablate {given[0]}", given[1:])
+        command.check_flags(given_flags(respelled(given[1:])))
+        return command()
 
 
 def _lines_about(names: Collection[str]) -> str:

@@ -13,7 +13,14 @@ import tyro
 
 from metapl.cli.parse import paragraph
 from metapl.errors import MetaplError, few
-from metapl.experiments.comparison import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread
+from metapl.experiments.comparison import (
+    ENOUGH_SEEDS,
+    READOUTS,
+    STUDENT,
+    Comparison,
+    spread,
+    where_one_network,
+)
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.store import stored_data, stored_result
 from metapl.metrics import Evaluation, paired_test
@@ -176,7 +183,10 @@ def _refuse_other_classes(first: Entry, entry: Entry) -> None:
 def _caption(entries: Sequence[Entry]) -> str:
     """What the table shows, with the number of test examples and the chance level."""
     chance = statistics.fmean(entry.evaluation.chance for entry in entries)
-    return f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * chance:.1f})"
+    return (
+        f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * chance:.1f})"
+        + where_one_network(entry.method for entry in entries)
+    )
 
 
 def _table(by_run: Sequence[tuple[LoadedRun, list[Entry]]]) -> str:

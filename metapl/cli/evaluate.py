@@ -30,8 +30,11 @@ from metapl.metrics.predictions import batches_of
 from metapl.runs.folder import weights_file
 from metapl.words import short, shown, table, tell
 
-HEADINGS = (5, 4, 3)
-"""Letters of a class that head a column, as many as there is room for."""
+MOST_LETTERS, LEAST_LETTERS = 16, 3
+"""Letters of a class that head a column, as many as there is room for, and that head a row."""
+
+LEAST_WITH_DOTS = 9
+"""Letters from which on a name loses its middle, not its end."""
 
 MOST_IN_A_MATRIX = 20
 """Classes of which a terminal shows the confusion matrix."""
@@ -63,7 +66,7 @@ class Evaluate:
         run: the run folder.
         test: folder with one folder a class, to measure on instead of the run's own test set.
         network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labeled data, or the teacher.
+            labeled data, or the teacher. Of a method that trains one network, such as uda, that is the student.
         label_sets: file with all the right labels of each test example.
         json: print JSON.
     """
@@ -215,7 +218,7 @@ def _as_recorded(evaluation: Evaluation, recorded: float | None) -> str:
 def _confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     """The confusion matrix, or what matters most of it where a terminal has no room for the whole."""
     if len(classes) <= MOST_IN_A_MATRIX:
-        for letters in HEADINGS:
+        for letters in range(MOST_LETTERS, LEAST_LETTERS - 1, -1):
             matrix = _matrix(evaluation, classes, letters)
             if len(matrix.partition("\n")[0]) <= WIDTH:
                 head = "how many of a class (row) were taken for which (column), and how many rightly"
@@ -226,10 +229,18 @@ def _confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
 def _matrix(evaluation: Evaluation, classes: tuple[str, ...], letters: int) -> str:
     """The confusion matrix with the accuracy of each class; a dot is 0."""
     width = max(len(str(n)) for counts in evaluation.confusion for n in counts)
-    rows = [("class", *(shown(name)[:letters].rjust(width) for name in classes), "right")]
+    rows = [("class", *(_heading(name, letters).rjust(width) for name in classes), "right")]
     for name, counts, right in zip(classes, evaluation.confusion, evaluation.per_class, strict=True):
-        rows.append((short(name, 16), *(str(n) if n else "." for n in counts), _share(right)))
+        rows.append((short(name, MOST_LETTERS), *(str(n) if n else "." for n in counts), _share(right)))
     return table(rows)
+
+
+def _heading(name: str, letters: int) -> str:
+    """
+    >>> _heading("triangle_pointing_up", 12), _heading("triangle", 5)
+    ('trian...g_up', 'trian')
+    """
+    return short(name, letters) if letters >= LEAST_WITH_DOTS else shown(name)[:letters]
 
 
 def _most(evaluation: Evaluation, classes: tuple[str, ...]) -> str:

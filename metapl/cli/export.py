@@ -14,7 +14,7 @@ from metapl.experiments.store import describe, stored_data
 from metapl.export import export
 from metapl.export.programs import ONNX, can_run_onnx, require_onnx
 from metapl.metrics import Evaluation
-from metapl.recipes.methods import TITLED, title
+from metapl.recipes.methods import title
 from metapl.runs.folder import RunFolder
 from metapl.words import tell
 
@@ -40,7 +40,7 @@ class Export:
         run: the run folder; of a comparison, the run that it delivers.
         out: the folder to write them to; made if need be.
         network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labeled data, or the teacher.
+            labeled data, or the teacher. Of a method that trains one network, such as uda, that is the student.
         onnx: model.onnx too; needs pip install 'metapl[onnx]'.
     """
 
@@ -106,7 +106,7 @@ class _Card:
         """What :func:`metapl.export.export` writes on the card."""
         method = self.run.result["method"]
         return {
-            "title": f"{self.run.recipe.name}: {title(method)}, {TITLED[self.name]}",
+            "title": f"{self.run.recipe.name}: {title(method)}, {self.run.titled(self.name)}",
             "classes": self.run.recipe.classes,
             "metrics": self.metrics(),
             "data_hash": self.examples(),
@@ -173,7 +173,8 @@ class _Card:
         if self.name == "teacher":
             return f"The weights are those of the teacher after the last step, {steps:,}."
         chosen = self.run.result["delivered_by"] == "validation"
-        kept = "best student by validation" if chosen else "last student"
+        student = self.run.titled("student")
+        kept = f"best {student} by validation" if chosen else f"last {student}"
         which = f"The weights are those of the {kept}: step {step:,} of {steps:,}."
         unless = ", unless that lowered the validation accuracy" if chosen else ""
         return which + f" They were finetuned on the labeled examples{unless}." * (self.name == "finetuned")
@@ -183,5 +184,6 @@ class _Card:
         result = self.run.result
         why = "as the best by validation" if result["delivered_by"] == "validation" else "by a rule of its method"
         if self.name == result["delivered"]:
-            return f"Of the networks of the run ({', '.join(self.run.networks)}) it delivers this one, {why}."
-        return f"The run delivers another of its networks, {why}: {TITLED[result['delivered']]}."
+            names = ", ".join(map(self.run.titled, self.run.networks))
+            return f"Of the networks of the run ({names}) it delivers this one, {why}."
+        return f"The run delivers another of its networks, {why}: {self.run.titled(result['delivered'])}."

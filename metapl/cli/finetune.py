@@ -22,6 +22,7 @@ from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.store import stored_result
 from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
+from metapl.recipes.methods import titled
 from metapl.runs.folder import RunFolder
 from metapl.runs.metrics import Metrics
 from metapl.training import FitResult
@@ -37,10 +38,10 @@ ORDER = ("student", "teacher", "finetuned")
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """Finetune a run's student on its labeled data again.
+    """Finetune a run's student, or its one network, on its labeled data again.
 
-    Without options it repeats what train did. The finetuned student and its numbers in result.json are replaced when
-    the new ones are there; the student before finetuning stays as it is. Which network the run delivers is decided
+    Without options it repeats what train did. The finetuned network and its numbers in result.json are replaced when
+    the new ones are there; the network before finetuning stays as it is. Which network the run delivers is decided
     anew. Choose options by the validation accuracy: the test set is to report on. A comparison that the run is part of
     keeps the networks and numbers that it was made with.
 
@@ -72,9 +73,10 @@ class Finetune:
         tell(_before_and_after(run.result, result, run.recipe))
         tell(f"\n{_measured_on(result)}")
         by = "by validation" if result["delivered_by"] == "validation" else "by rule"
-        changed = "" if result["delivered"] == run.result["delivered"] else f"; before: {run.result['delivered']}"
-        tell(f"\nthe finetuned student and its numbers in {self.run} are new")
-        tell(f"delivered: {result['delivered']} ({by}{changed})")
+        name, before = (run.titled(one["delivered"]) for one in (result, run.result))
+        changed = "" if name == before else f"; before: {before}"
+        tell(f"\nthe {run.titled('finetuned')} and its numbers in {self.run} are new")
+        tell(f"delivered: {name} ({by}{changed})")
         return 0
 
     def _recipe(self, run: LoadedRun) -> Recipe:
@@ -150,7 +152,7 @@ def _before_and_after(before: dict[str, Any], after: dict[str, Any], recipe: Rec
     return table(
         [
             ("", "validation", "test", "steps", "learning rate"),
-            ("student", *_accuracies(before, "student"), "", ""),
+            (titled(before["method"], "student"), *_accuracies(before, "student"), "", ""),
             ("finetuned, before", *_row(before, tuned_before)),
             ("finetuned, now", *_row(after, after["finetuned_with"])),
         ]

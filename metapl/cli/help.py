@@ -28,8 +28,8 @@ GROUPS: dict[str, str] = {
     "views": "view.* changes.* pad resized-crop randaugment strong.* input-noise",
     "training": "method minutes steps wait warm-start warm-steps labeled-batch unlabeled-batch clean-batch schedule "
     "pretrain-steps warmup clip-norm ema-decay validate-every",
-    "losses of the teacher": "supervised-loss label-smoothing uda-weight uda-temperature uda-threshold uda-align "
-    "uda-prior uda-start uda-ramp",
+    "losses of the teacher, or of the one network": "supervised-loss label-smoothing uda-weight uda-temperature "
+    "uda-threshold uda-align uda-prior uda-start uda-ramp",
     "feedback": "mode pseudo-labels lookahead feedback-weight feedback-ratio normalization baseline temperature "
     "pseudo-label-smoothing exact-every",
     "optimizers": "student.* teacher.* student-lr teacher-lr",

@@ -116,7 +116,7 @@ class TestFolder:
         self._inputs = Inputs(recipe, [Path(path) for path in self.files.paths()])
         self.names: list[str] = []
         for note in self._notes(recipe):
-            tell(f"metapl: note: {note}", file=sys.stderr)
+            tell(f"metapl: note: {note}", file=sys.stderr, wrap=True)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pictures and labels; ``names`` then has the readable files, relative to the folder."""

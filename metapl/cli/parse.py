@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import os
 import re
@@ -14,8 +13,9 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from metapl.cli.help import WIDE, WIDTH, entries_in, readable
-from metapl.errors import MetaplError
+from metapl import words
+from metapl.cli.help import GROUPS, WIDE, WIDTH, entries_in, readable
+from metapl.errors import FieldError, MetaplError
 
 __all__ = ["WIDTH", "Run", "Switch", "paragraph", "parse"]
 
@@ -58,8 +58,54 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
         return parse(kind, program, completed)
     flags = [entry.name for entry in entries]
     unknown = unknown_flags(arguments, flags)
-    why = _one_line(message) if not unknown else f"there is no {unknown[0]}{did_you_mean(unknown[0], flags) or '.'}"
+    why = (
+        _by_flag(_choice(_one_line(message)), flags)
+        if not unknown
+        else f"there is no {unknown[0]}{did_you_mean(unknown[0], flags) or '.'}"
+    )
     raise MetaplError(f"{why} See {program} --help.")
+
+
+def _choice(text: str) -> str:
+    """tyro's refusal of a value that is none of those there are, with the one that may be meant.
+
+    >>> _choice("invalid choice 'fixmach' for argument '--method'. Expected one of ('uda', 'None', 'fixmatch').")
+    '--method fixmach: there is no such value; did you mean fixmatch? Expected one of uda, fixmatch.'
+    """
+    match = re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\.$", text)
+    if match is None:
+        return text
+    given, flag, listed = match.groups()
+    values = [value for value in re.findall(r"'([^']*)'", listed) if value != "None"]
+    meant = words.did_you_mean(given, values) or "."
+    return f"{flag} {given}: there is no such value{meant} Expected one of {', '.join(values)}."
+
+
+def _by_flag(text: str, flags: Sequence[str]) -> str:
+    """tyro's refusal of a group of flags, by the flag that is wrong in it.
+
+    >>> _by_flag("Error parsing recipe.changes: Changes(zoom=0.5): expected 1 or more.", ["--changes.zoom"])
+    '--changes.zoom 0.5: expected 1 or more.'
+    """
+    match = re.match(r"Error parsing recipe\.([\w.]+): \w+\((\w+)=(.*?)\): (expected .*)$", text)
+    flag = "" if match is None else f"--{match[1]}.{match[2]}".replace("_", "-")
+    return text if match is None or flag not in flags else f"{flag} {match[3]}: {match[4]}"
+
+
+FLAGS = {"network_name": "network"}
+"""Fields of recipes whose flag has another name."""
+
+
+@contextlib.contextmanager
+def flags_named() -> Iterator[None]:
+    """Name the flag where a field of a recipe is wrong."""
+    try:
+        yield
+    except FieldError as error:
+        name = FLAGS.get(error.field, error.field).replace("_", "-")
+        if not any(name in known.split() for known in GROUPS.values()):
+            raise
+        raise MetaplError(f"--{name} {error.value}: expected {error.expected}.") from error
 
 
 def _with_true(arguments: list[str], switches: list[str]) -> list[str]:
@@ -134,16 +180,13 @@ SPELLINGS = {
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """A question to append to a refusal, or nothing where nothing known is like what was given.
+    """As :func:`metapl.words.did_you_mean`, for flags too: the end of one is enough.
 
-    >>> did_you_mean("trian", ["train", "evaluate"]), did_you_mean("xyz", ["train"])
-    ('; did you mean train?', '')
     >>> did_you_mean("--lr", ["--student.lr", "--teacher.lr", "--seed"])
     '; did you mean --student.lr or --teacher.lr?'
     """
     nested = [name for name in known if name.endswith(f".{given.removeprefix('--')}")]
-    close = nested or difflib.get_close_matches(given, known, n=3, cutoff=0.75)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"; did you mean {' or '.join(nested)}?" if nested else words.did_you_mean(given, known)
 
 
 def respelled(arguments: Sequence[str]) -> list[str]:

@@ -23,7 +23,6 @@ from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
 from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
 from metapl.plain_files import irregular
-from metapl.recipes.methods import TITLED
 from metapl.report import SOFTWARE
 from metapl.runs.atomic import replacing
 from metapl.words import cell, shown, tell
@@ -77,7 +76,7 @@ class Predict:
         probabilities: give the probability of every class.
         grid: draw a PNG file with each class that was predicted: how many pictures, the most and the least probable.
         network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labeled data, or the teacher.
+            labeled data, or the teacher. Of a method that trains one network, such as uda, that is the student.
     """
 
     run: Run
@@ -109,7 +108,7 @@ class Predict:
         if self.out is not None:
             tell(f"{count} prediction{'s' * (count != 1)} in {self.out}")
         if self.grid is not None:
-            grid.draw(self.grid, f"{run.title}, {TITLED[name]}")
+            grid.draw(self.grid, f"{run.title}, {run.titled(name)}")
         if inputs.skipped:
             tell(f"metapl: {inputs.skipped} of {inputs.seen} files left out", file=sys.stderr)
         return 1 if inputs.skipped else 0

@@ -16,7 +16,7 @@ import tyro
 
 from metapl.cli.folders import run_folder
 from metapl.cli.idle import Rule, by_choice, by_method, explained, noisy_by_method
-from metapl.cli.parse import Switch, paragraph
+from metapl.cli.parse import Switch, did_you_mean, paragraph
 from metapl.cli.two_moons import TrainTwoMoons
 from metapl.cores import default_threads
 from metapl.errors import MetaplError
@@ -104,7 +104,11 @@ class Train:
             raise MetaplError(f"--controls has no effect beside --methods: add {controls} to the methods.")
         unknown = [name for name in self.methods or () if name not in self.known]
         if unknown:
-            raise MetaplError(f"--methods {' '.join(unknown)}: expected some of {', '.join(self.known)}.")
+            meant = did_you_mean(unknown[0], [*self.known]) or "."
+            raise MetaplError(
+                f"--methods {' '.join(unknown)}: there is no {unknown[0]}{meant} "
+                f"Expected some of {', '.join(self.known)}."
+            )
         if self.seeds:
             parse_seeds(self.seeds)
         if self.jobs is not None and self.jobs < 1:
@@ -117,15 +121,15 @@ class Train:
         finished = self.resume and (out / "result.json").exists()
         method = self.recipe.own_method
         if not finished:
-            tell(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}")
+            tell(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", wrap=True)
         result = Job(self.recipe, method, out, self.resume).run(progress=True, quiet=False, within=folder)
         if finished:
             tell(f"{out} is finished already.")
         for line in summary(result):
             tell(paragraph(line))
-        tell(f"the networks, the report and the figures are in {out}")
+        tell(f"the networks, the report and the figures are in {out}", wrap=True)
         if method == "mpl":
-            tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4")
+            tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4", wrap=True)
         return 0
 
     # --------------------------------------------------------------------------------------------------- a comparison
@@ -180,7 +184,7 @@ class TrainImages(Train):
         if refused or (unused and not self.compare):
             raise MetaplError(" ".join(filter(None, (refused, unused))))
         if unused:  # comparisons of other methods are run with the same flags
-            tell(f"note: {unused}")
+            tell(f"note: {unused}", wrap=True)
 
     def _rules(self, methods: Sequence[str]) -> Iterator[Rule]:
         """What none of the methods makes use of."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import nn
 
 from metapl import checks
+from metapl.batch import inputs_of
 from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
 from metapl.execution.rng import RandomState
@@ -70,6 +72,32 @@ def clear_gradients(optimizer: torch.optim.Optimizer | None) -> None:
     for group in () if optimizer is None else optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
+
+
+@contextmanager
+def types_explained(labeled: Any, unlabeled: Sequence[Any], **networks: nn.Module | None) -> Iterator[None]:
+    """Turn PyTorch's error about inputs of another type than the weights into one that names batch and network.
+
+    Args:
+        labeled: the outer batch.
+        unlabeled: the inner ones.
+        networks: by role; None: no such network.
+    """
+    try:
+        yield
+    except (MetaplError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, MetaplError) else error
+        batches = [("labeled", inputs_of(labeled)), *(("unlabeled", inputs_of(batch)) for batch in unlabeled)]
+        if cause is not error:
+            # Of a feedback pass: the student's own pass has taken the unlabeled batch, and inputs like it.
+            taken = [checks.types(inputs) for _, inputs in batches[1:]]
+            batches = [] if checks.types(batches[0][1]) in taken else batches[:1]
+        for role, network in networks.items():
+            weight = None if network is None else next((p for p in network.parameters() if p.is_floating_point()), None)
+            for name, inputs in batches:
+                if isinstance(cause, RuntimeError):
+                    checks.explain_type(cause, inputs, weight, f"the {role}", f"{name} inputs")
+        raise
 
 
 _DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (?:bias|weight) type", re.IGNORECASE)

@@ -90,13 +90,17 @@ class LocalStudent:
         math = only_math_attention() if self.double_backward else nullcontext()
         values: list[Tensor] = []
         gradients: list[Tree] = []
+        reached = False
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with torch.enable_grad(), checkpoints_without_reentry(), math, self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
                 value = loss(self.forward(x), at)
-                v = self.gradient(value, at)
+                v = self.gradient(value, at) if value.requires_grad else {}
+                reached = reached or bool(v)
                 gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
                 values.append(value.detach())
+        if not reached:
+            raise checks.without_outer_gradient()
         return _mean(values), mean_tree(gradients)
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
@@ -177,6 +181,8 @@ class Pass:
         keep = self.student.double_backward
         with self.student.as_trained(), swapped(self._held):
             grads = self.student.gradient(value, self._at, create_graph=keep)
+        if not grads:
+            raise checks.without_gradient("student")
         self.graph = None
         if not keep:
             self._at, self._held = {}, []

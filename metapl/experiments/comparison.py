@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
-from metapl.recipes.methods import EVERY_METHOD, title
+from metapl.recipes.methods import EVERY_METHOD, title, titled
 from metapl.words import table
 
 ReadOuts = Mapping[str, Sequence[float]]
@@ -120,7 +120,7 @@ class Comparison:
     def caption(self) -> str:
         """What the table shows."""
         over = f", mean ± standard deviation over {_seeds(len(self.seeds))}" if len(self.seeds) > 1 else ""
-        return f"test accuracy in % on {self.examples:,} examples{over}"
+        return f"test accuracy in % on {self.examples:,} examples{over}{where_one_network(self.methods)}"
 
     def sentence(self) -> str:
         """Whether the teacher's feedback helped, with its statistics, and which method is the best.
@@ -136,7 +136,7 @@ class Comparison:
         subject, of_control, what = _words(name)
         own = statistics.fmean(self.methods[name][_own_readout(name)])
         other = statistics.fmean(self.methods[control][readout])
-        which = "finetuned student" if readout.startswith("finetuned") else "student"
+        which = titled(control, "finetuned" if readout.startswith("finetuned") else "student")
         start = (
             f"{subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), "
             f"{of_control} {other:.1%} (its {which}, the better of its two read-outs): "
@@ -173,6 +173,16 @@ class Comparison:
         if difference is not None:
             content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
         return content
+
+
+def where_one_network(methods: Iterable[str]) -> str:
+    """A remark on the columns of a table, where some of the methods have no student.
+
+    >>> where_one_network(["mpl", "uda"]), where_one_network(["mpl", "none"])
+    ('; student: where one network is trained, that network', '')
+    """
+    alone = any(name in EVERY_METHOD and EVERY_METHOD[name].one_network for name in methods)
+    return "; student: where one network is trained, that network" if alone else ""
 
 
 def spread(values: Sequence[float], digits: int) -> str:

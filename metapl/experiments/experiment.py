@@ -24,7 +24,7 @@ from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_galler
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
-from metapl.recipes.methods import EVERY_METHOD, TITLED, title
+from metapl.recipes.methods import EVERY_METHOD, title, titled
 from metapl.runs.folder import RunFolder, weights_file
 from metapl.runs.metrics import Metrics
 from metapl.training import FitResult, Say, Trainer
@@ -57,7 +57,7 @@ class Experiment:
             task = dataclasses.replace(task, stored=labels_given(self.recipe, task, self.folder.path, self.say))
         trained, result = self.train(method, task, teacher, student)
         labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
-        galleries = draw_galleries(task, labeler, trained.student)
+        galleries = draw_galleries(task, labeler, trained.student, titled(method, "student"))
         if task.doubtful is not None:
             found = find_suspects(task.doubtful, trained)
             galleries.append(suspects_gallery(found, task))
@@ -252,24 +252,24 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
 
 def summary(content: Mapping[str, Any]) -> list[str]:
     """What a run reached, in sentences: ``result.json`` in words."""
-    name, lines = content["delivered"], []
+    name, words, lines = content["delivered"], EVERY_METHOD[content["method"]].networks, []
     tested, n = content.get("evaluation"), content["validation_size"]
     why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
     if tested is not None:
         chance = Evaluation(**tested).chance
-        lines.append(f"Test accuracy of the {TITLED[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
+        lines.append(f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
         if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
             lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
     if content.get("validation_accuracy") is not None:
         guessed = content.get("validation_chance")  # older runs did not store it
         lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, guessed)}.")
     if not lines:
-        lines.append(f"The {TITLED[name]} is delivered; without --test and --val nothing says how good it is.")
+        lines.append(f"The {words[name]} is delivered; without --test and --val nothing says how good it is.")
     part = "test" if tested is not None else "validation"
-    others = {name: content.get(f"{name}_{part}_accuracy") for name in TITLED}
-    shown = ", ".join(f"{TITLED[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
+    others = {name: content.get(f"{name}_{part}_accuracy") for name in words}
+    shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
     if shown:
-        lines.append(f"On {part}: {shown}; delivered is the {TITLED[name]} ({why}).")
+        lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
     return lines
 
 

@@ -41,13 +41,14 @@ class _Seen:
         return f"{100 * self.confidence:.0f} %"
 
 
-def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module) -> list[Gallery]:
+def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module, name: str = "student") -> list[Gallery]:
     """The most and the least confident pseudo-labels, and the most confident mistakes on validation.
 
     Args:
         task: ``sample`` and ``validation``, where there are any, are looked at as they are, without augmentation.
         labeler: who makes the pseudo-labels.
         student: who is validated.
+        name: of the one who is validated, in words.
 
     Returns: galleries of at most ``SHOWN`` pictures; none of examples that are not pictures of 1 or 3 channels.
 
@@ -65,7 +66,7 @@ def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module) -> list[G
     if task.validation is not None:
         seen = _look(student, task.validation)
         wrong = [example for example in seen if example.taken_for != example.label]
-        note = f"of the student on validation: {len(wrong):,} of {len(seen):,} are wrong"
+        note = f"of the {name} on validation: {len(wrong):,} of {len(seen):,} are wrong"
         shown = wrong[:SHOWN]
         captions = [f"{names[example.taken_for]} {example.percent}\nis {names[example.label]}" for example in shown]
         galleries.append(_gallery("Most confident mistakes", note, shown, captions, [None] * len(shown)))

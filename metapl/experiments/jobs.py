@@ -73,7 +73,7 @@ def _silent(text: str) -> None:
 
 def aloud(text: str) -> None:
     """Show a message on standard output."""
-    tell(text)
+    tell(text, wrap=True)
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any], float], None, None]:

@@ -14,7 +14,7 @@ from metapl.errors import MetaplError
 from metapl.experiments.store import stored, stored_result
 from metapl.recipes import ImageRecipe, Recipe
 from metapl.recipes.base import Role
-from metapl.recipes.methods import EVERY_METHOD, TITLED
+from metapl.recipes.methods import EVERY_METHOD, titled
 from metapl.runs.folder import WEIGHTS, RunFolder, weights_file
 
 NetworkName = Literal["delivered", "student", "finetuned", "teacher"]
@@ -104,11 +104,15 @@ class LoadedRun:
         network.load_state_dict(weights)
         return network
 
+    def titled(self, name: str) -> str:
+        """One of its networks in words."""
+        return titled(self.result["method"], name)
+
     def heading(self, name: str) -> str:
         """The run and one of its networks in words."""
         by = {"validation": "by validation", "rule": "by rule"}[self.result["delivered_by"]]
         which = f", delivered {by}" if name == self.result["delivered"] else ""
-        return f"{self.title}, {TITLED[name]} ({weights_file(name)}{which})"
+        return f"{self.title}, {self.titled(name)} ({weights_file(name)}{which})"
 
 
 def load_run(path: Path) -> LoadedRun:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
@@ -19,9 +17,6 @@ from metapl.errors import MetaplError
 
 ROWS = 1024
 """Examples in a pass, where data comes as a whole."""
-
-OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
-"""What torch says where inputs are of another type than weights."""
 
 
 def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -66,8 +61,7 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
             try:
                 outputs = checks.logits(model(given), "network")
             except RuntimeError as error:
-                if OTHER_TYPE.search(str(error)):
-                    _explain_type(given, first)
+                checks.explain_type(error, given, first, "the network", "inputs")
                 raise
             logits.append(outputs.cpu())
     if not logits:
@@ -76,11 +70,14 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     return torch.cat(logits)
 
 
-def batches_of(data: Any, device: torch.device, size: int = ROWS) -> Iterator[tuple[Any, Tensor]]:
-    """(inputs, labels) in batches on the device, from one labelled batch or an iterable of such."""
+def batches_of(
+    data: Any, device: torch.device, size: int = ROWS, name: str = "the labeled data"
+) -> Iterator[tuple[Any, Tensor]]:
+    """(inputs, labels) in batches on the device, from one labeled batch or an iterable of such; ``name`` is that of the
+    data in errors."""
     whole = is_whole(data)
-    for batch in [data] if whole else iterated(data, "the labelled data"):
-        inputs, labels = labeled_pair(batch)[:2]
+    for batch in [data] if whole else iterated(data, name):
+        inputs, labels = labeled_pair(batch, batch_name(data, name))[:2]
         yield from _pieces((to_device(inputs, device), to_device(labels, device)), size if whole else None)
 
 
@@ -106,6 +103,13 @@ def _pieces(batch: Any, size: int | None) -> Iterator[Any]:
         yield rows(batch, start, start + size)
 
 
+def batch_name(data: Any, name: str) -> str:
+    """A batch of data in errors: data that is not one pair is read as batches, and who gave it may not know that."""
+    return (
+        name if is_whole(data) else f"{name} is {checks.described(data)}, which is read as batches, and a batch of it"
+    )
+
+
 def iterated(data: Any, name: str) -> Iterator[Any]:
     """The batches of an iterable, or of what has them by position; other data are refused."""
     try:
@@ -115,18 +119,6 @@ def iterated(data: Any, name: str) -> Iterator[Any]:
             f"{name} is {checks.described(data)}; expected tensors, or an iterable of batches of them."
         ) from error
     return batches
-
-
-def _explain_type(inputs: Any, weight: Tensor | None) -> None:
-    """Say so where a network may have failed because its inputs are of another type than its weights."""
-    types = {t.dtype for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)}
-    if weight is not None and types and weight.dtype not in types:
-        given = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
-        own = str(weight.dtype).removeprefix("torch.")
-        raise MetaplError(
-            f"the network cannot take inputs of {given}: its weights are {own}; expected inputs as it was trained on, "
-            f"such as x.to(torch.{own})."
-        )
 
 
 def _is_array(data: Any) -> bool:

@@ -13,6 +13,7 @@ from metapl.errors import MetaplError
 from metapl.models import own, timm_models, torchvision_models
 from metapl.models.family import Family
 from metapl.models.weights import load_weights
+from metapl.words import did_you_mean
 
 FAMILIES: dict[str, Family] = {**own.FAMILIES, **torchvision_models.FAMILIES}
 """The networks by name; beside them, ``timm:NAME`` stands for every network of timm."""
@@ -79,7 +80,10 @@ class Architecture:
         if self.name not in FAMILIES:
             # With a cutoff of 0 every name comes back, in the order of likeness.
             known = difflib.get_close_matches(self.name, NAMES, n=len(NAMES), cutoff=0.0)
-            raise MetaplError(f"there is no network {self.name!r}; expected one of {', '.join(known)}, or timm:NAME.")
+            meant = did_you_mean(self.name, NAMES) or "."
+            raise MetaplError(
+                f"there is no network {self.name!r}{meant} Expected one of {', '.join(known)}, or timm:NAME."
+            )
         return FAMILIES[self.name]
 
     def create(self, weights: str | os.PathLike[str] | None = None) -> nn.Module:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from metapl.batch import first_input, joined, labeled_pair
+from metapl.checks import described
+from metapl.errors import MetaplError
 from metapl.numerics import wide
 
 Params = Mapping[str, Tensor]
@@ -60,6 +62,23 @@ class Signal:
         """The same signal without the teacher's graph, for the student and the estimators."""
         fields = {name: t.detach() for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **fields)
+
+
+def check_signal(signal: Any, problem: Any) -> Signal:
+    """What a problem's ``signal`` returned, refused if it is not a signal of tensors."""
+    name = type(problem.given if isinstance(problem, _Completed) else problem).__name__
+    if not isinstance(signal, Signal):
+        given = described(signal) if isinstance(signal, Tensor | tuple | list | dict) else f"a {type(signal).__name__}"
+        raise MetaplError(
+            f"{name}.signal returned {given}; expected a metapl.Signal: return metapl.Signal(value), or "
+            "metapl.Signal(value, log_prob=...) where it was sampled."
+        )
+    if not isinstance(signal.value, Tensor):
+        raise MetaplError(
+            f"{name}.signal returned a Signal whose value is {described(signal.value)}; expected a tensor with a row "
+            "for each example: metapl.Signal(tensor)."
+        )
+    return signal
 
 
 def joined_signals(signals: Sequence[Signal]) -> Signal:

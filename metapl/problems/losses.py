@@ -205,6 +205,15 @@ def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss,
     return tuple(given)
 
 
+def starts(losses: Sequence[TeacherLoss], done: int) -> list[int]:
+    """How many steps after ``done`` each loss begins that costs nothing before.
+
+    >>> starts((CrossEntropy(), UDA(start=9)), done=2)
+    [7]
+    """
+    return [loss.start - done for loss in losses if isinstance(loss, UDA) and loss.start > done]
+
+
 @lru_cache(maxsize=16)
 def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     # Cached, because a copy to a device makes the host wait.

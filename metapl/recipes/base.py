@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from metapl import feedback
 from metapl.data.splits import Split
-from metapl.errors import MetaplError
+from metapl.errors import FieldError, MetaplError
 from metapl.metrics import chance_level
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
@@ -48,7 +49,9 @@ MOST_IN_A_BATCH = 2**20
 def require(recipe: object, condition: bool, field: str, expected: str) -> None:
     """Refuse a recipe whose ``field`` is not as ``expected``."""
     if not condition:
-        raise MetaplError(f"{type(recipe).__name__}({field}={getattr(recipe, field)!r}): expected {expected}.")
+        value = getattr(recipe, field)
+        text = f"{type(recipe).__name__}({field}={value!r}): expected {expected}."
+        raise FieldError(text, field, value, expected)
 
 
 def require_within(recipe: object, field: str, least: int, most: int) -> None:
@@ -291,7 +294,10 @@ class Recipe(ABC):
         require_within(self, "finetune_steps", 0, MOST_STEPS)
         require(self, 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
         require(self, 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
+        require(self, 0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1)")
         require(self, self.uda_weight >= 0, "uda_weight", "0 or more")
+        require(self, 0 <= self.uda_temperature < math.inf, "uda_temperature", "a number of 0 or more")
+        require(self, 0 <= self.uda_threshold < 1, "uda_threshold", "a number in [0, 1)")
         self.teacher_losses(uda=True)
         if self.complete:
             FitOptions(steps=self.steps, **self.checked_options())

@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from metapl.data.fingerprint import hash_files
-from metapl.data.images.check import Finding, check_folders
+from metapl.data.images.check import Finding, check_folders, find_inside
 from metapl.data.images.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
 from metapl.data.images.store import FileImages, Images
 from metapl.data.images.verify import verify_files
@@ -22,7 +22,7 @@ from metapl.data.splits import stratified_split
 from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.data.views.crops import ResizedCrop
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.labels.layout import DESCRIPTION
 from metapl.plain_files import read_plain
 from metapl.problems.losses import UDA
@@ -294,8 +294,8 @@ class ImageFolders(ImageRecipe):
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        few = self.minutes is None or 0 < self.minutes <= MOST_MINUTES
-        require(self, few, "minutes", f"a number above 0, {MOST_MINUTES:,} at most")
+        possible = self.minutes is None or 0 < self.minutes <= MOST_MINUTES
+        require(self, possible, "minutes", f"a number above 0, {MOST_MINUTES:,} at most")
         clip = self.clip_norm
         require(self, clip is None or 0 <= clip < math.inf, "clip_norm", "a number above 0, or 0 for no clipping")
         fraction = self.val_fraction
@@ -327,7 +327,10 @@ class ImageFolders(ImageRecipe):
 
     def check_first(self) -> None:
         """Refuse what can be seen of the folders at once, before anything is measured."""
-        labeled, _ = self.trained_on()
+        labeled, unlabeled = self.trained_on()
+        others = {"unlabeled": unlabeled.root}
+        others |= {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
+        refuse_errors([*find_inside(labeled, others)])
         if not verify_files(labeled).skipped:  # else the files that are left out are listed first
             refuse_errors(check_folders(labeled))
 
@@ -419,7 +422,7 @@ class ImageFolders(ImageRecipe):
             train, aside = stratified_split(labeled.targets(), fraction, self.seed)
             labeled, val = labeled.keep(train.tolist()), labeled.keep(aside.tolist())
         tell(
-            f"{len(labeled):,} labeled pictures of {len(self.classes)} classes, {len(unlabeled):,} unlabeled, "
+            f"{len(labeled):,} labeled pictures of {spoken_classes(self.classes)}, {len(unlabeled):,} unlabeled, "
             f"{len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
         )
         return Task(
@@ -501,6 +504,15 @@ class Look:
         refuse_errors(findings)
         for finding in findings:
             self.tell(f"note: {finding.message}")
+
+
+def spoken_classes(classes: Sequence[str]) -> str:
+    """How many classes there are, and what the first few are called.
+
+    >>> spoken_classes(["cat", "dog"])
+    '2 classes (cat, dog)'
+    """
+    return f"{len(classes)} classes ({few(classes, most=6, longest=24)})"
 
 
 def _word(folder: str) -> str:

@@ -70,6 +70,18 @@ class Method:
         return self.feedback is not None and self.doubting is None and not self.reduced
 
     @property
+    def one_network(self) -> bool:
+        """Whether there is neither teacher nor student, but a network that is trained by itself."""
+        return self.losses is not None or self.doubting in ("given and clean labels", "clean labels")
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """The networks of a run in words, by their names in files."""
+        if self.one_network:
+            return {"student": "network", "finetuned": "finetuned network", "teacher": "teacher"}
+        return {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
+
+    @property
     def built_as(self) -> Role:
         """Which of the recipe's two networks the trained one is built as, and whose optimizer trains it."""
         return "teacher" if self.losses is not None else "student"
@@ -164,10 +176,15 @@ NOISY_METHODS: dict[str, Method] = {method.name: method for method in _DOUBTING}
 EVERY_METHOD: dict[str, Method] = METHODS | NOISY_METHODS
 
 
+def titled(method: str, network: str) -> str:
+    """A network of a run by a method in words.
+
+    >>> titled("mpl", "finetuned"), titled("uda", "finetuned"), titled("uda", "student")
+    ('finetuned student', 'finetuned network', 'network')
+    """
+    return EVERY_METHOD[method].networks[network]
+
+
 def title(method: str) -> str:
     """A method in words."""
     return EVERY_METHOD[method].title if method in EVERY_METHOD else method
-
-
-TITLED = {"student": "student", "finetuned": "finetuned student", "teacher": "teacher"}
-"""The networks of a run in words."""

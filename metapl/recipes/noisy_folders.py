@@ -29,6 +29,7 @@ from metapl.recipes.image_folders import (
     Open,
     OpenOptimizer,
     refuse_errors,
+    spoken_classes,
 )
 from metapl.recipes.image_recipe import EVALUATED_AT_ONCE, ImageParts, Strong
 from metapl.recipes.methods import Doubting
@@ -182,7 +183,7 @@ class NoisyFolders(ImageFolders):
         look.compare(clean, noisy, held_out)
         val, test = held_out.get("val"), held_out.get("test")
         tell(
-            f"{len(noisy):,} pictures of {len(self.classes)} classes with labels that may be wrong, {len(clean):,} "
+            f"{len(noisy):,} pictures of {spoken_classes(self.classes)} with labels that may be wrong, {len(clean):,} "
             f"with clean ones, {len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} "
             "to test on"
         )

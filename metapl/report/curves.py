@@ -30,6 +30,7 @@ class Panel:
     noisy: bool = True
     last_values: bool = False
     otherwise: Panel | None = None  # drawn in its place where there are no figures for it
+    alone: str = ""  # what the first quantity is called where there are no figures of the others
 
 
 PANELS = (
@@ -39,8 +40,13 @@ PANELS = (
         percent=True,
         noisy=False,
         last_values=True,
+        alone="network",
     ),
-    Panel("Losses", (("inner_loss", "inner (student)"), ("outer_loss", "outer (labelled)"))),
+    Panel("Losses", (("inner_loss", "inner (student)"), ("outer_loss", "outer (labeled)"))),
+    Panel(
+        "Losses of the network",
+        (("loss_cross_entropy", "labeled"), ("loss_uda", "unlabeled (strong view, own label)")),
+    ),
     Panel(
         "Feedback to the teacher",
         (("feedback_ratio", "its gradient ÷ that of the teacher's own losses"),),
@@ -160,6 +166,8 @@ def _draw_note(axes: Axes, panel: Panel, curves: Curves) -> None:
         for rank, (key, name) in enumerate(panel.series)
         if any(_points(rows, key) for rows in curves.values())
     ]
+    if panel.alone and present == [(0, panel.series[0][1])]:
+        present = [(0, panel.alone)]
     handles = [
         Line2D([], [], color=color_of(rank) if len(curves) == 1 else QUIET, linestyle=DASHES[rank], linewidth=1.9)
         for rank, _ in present

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ class Stepwise(ABC):
     def teacher_classifies(self) -> bool:
         """Whether the teacher maps a student's inputs to class logits, so that its accuracy can be measured."""
         return self.teacher is not None
+
+    @property
+    def late_starts(self) -> Sequence[int]:
+        """How many steps from now a loss begins that costs nothing before, such as UDA's."""
+        return ()
 
     @property
     @abstractmethod

@@ -116,7 +116,7 @@ class FitRun:
             )
         if not resume:
             self.records.refuse_another_run()
-        self.selection.check(self.trainer.student)
+        self.selection.check(self.trainer.student, self.trainer.teacher)
         try:
             for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
                 if source is not None:
@@ -154,7 +154,8 @@ class FitRun:
     def _steps(self, start: int) -> None:
         options = self.options
         with stop_requests() as stop:
-            bar = progress(self.shown, name=options.phase, start=start, steps=options.steps)
+            dearer = [options.wait, *(start + later for later in self.trainer.late_starts)]
+            bar = progress(self.shown, name=options.phase, start=start, steps=options.steps, dearer=dearer)
             with bar as progressing, self.records.opened(start, self.say):
                 for t in range(start, options.steps if self.ended is None else start):
                     with self._first_after_resuming(t):

@@ -13,10 +13,10 @@ from metapl import checks
 from metapl.batch import labeled_pair, micro_batches, plain
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.guards import step_guard
+from metapl.execution.guards import step_guard, types_explained
 from metapl.fingerprints import as_values
 from metapl.problems.base import Signal
-from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, sum_of_terms
+from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, starts, sum_of_terms
 from metapl.training import Trainer
 from metapl.training.report import Report, means
 
@@ -75,6 +75,10 @@ class LossTrainer(Trainer):
         self._optimizer_checked = False
 
     @property
+    def late_starts(self) -> list[int]:
+        return starts(self.losses, self.steps_done)
+
+    @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
         return [self.optimizer]
 
@@ -91,13 +95,14 @@ class LossTrainer(Trainer):
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True
         with step_guard(self.student, optimizer=self.optimizer, device=self.device) as fault:
-            checks.batches(labeled, () if unlabeled is None else (unlabeled,), self.device)
+            others = () if unlabeled is None else (unlabeled,)
+            checks.batches(labeled, others, self.device)
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),
                 strict=True,
             )
-            with self._autocast(), self.compiled():
+            with types_explained(labeled, others, **{self.role: self.student}), self._autocast(), self.compiled():
                 parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
             self.clip()
             self.optimizer.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 """What matters most comes first: what a narrow terminal has no room for is cut off at the end."""
+
+AT_LEAST = BAR.replace("{remaining} left", "at least {remaining} left")
+"""While steps are cheaper than those to come."""
 
 EVERY = 0.1
 """Seconds between two updates of a count."""
@@ -26,12 +29,19 @@ class Progress:
         start, steps: the step it stands at, of how many.
         bar: of tqdm, on a terminal.
         lines: write a line at each step at which is validated: for pipes, files and notebooks.
+        dearer: steps from which on each costs more than those before, such as the first one with UDA. The time that is
+            left is told by the steps since the last of these, and until the last one has come as a lower bound.
     """
 
-    def __init__(self, name: str, start: int, steps: int, bar: Any = None, lines: bool = False) -> None:
+    def __init__(
+        self, name: str, start: int, steps: int, bar: Any = None, lines: bool = False, dearer: Sequence[int] = ()
+    ) -> None:
         self.name, self.start, self.steps, self.bar, self.lines = name, start, steps, bar, lines
         self.done, self.examples, self.since = start, 0, time.monotonic()
+        self.dearer = sorted(step for step in {*dearer} if start < step < steps)
+        self.timed = start, self.since  # from which step on the time of a step is measured, and when that was
         self.accuracy = ""
+        self._show_bound()
 
     def advance(
         self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, examples: int = 0
@@ -59,25 +69,38 @@ class Progress:
                 )
         elif self.lines and due:
             validated = "" if accuracy is None else f", validation accuracy {self.accuracy}"
-            left = (self.steps - self.done) * seconds / (self.done - self.start)
-            when = f"about {duration(left)} left" if self.done < self.steps else f"after {duration(seconds)}"
+            when = self._left() if self.done < self.steps else f"after {duration(seconds)}"
             line = f"{self.name}: step {self.done:,} of {self.steps:,}{validated}, {when}"
             print(line, file=sys.stderr, flush=True)
+        if self.done in self.dearer:
+            self.dearer.remove(self.done)
+            self.timed = self.done, time.monotonic()
+            self._show_bound()
+
+    def _left(self) -> str:
+        """The time that is left, in words."""
+        step, moment = self.timed
+        seconds = (self.steps - self.done) * (time.monotonic() - moment) / (self.done - step)
+        return f"{'at least' if self.dearer else 'about'} {duration(seconds)} left"
+
+    def _show_bound(self) -> None:
+        if self.bar is not None:
+            self.bar.bar_format = AT_LEAST if self.dearer else BAR
 
 
 @contextmanager
-def progress(shown: bool, *, name: str, start: int, steps: int) -> Iterator[Progress]:
-    """What shows each step, if ``shown``; where standard error is not a terminal, in lines."""
+def progress(shown: bool, *, name: str, start: int, steps: int, dearer: Sequence[int] = ()) -> Iterator[Progress]:
+    """What shows each step, if ``shown``; where standard error is not a terminal, in lines. See :class:`Progress`."""
     # Not tqdm's disable=True: it makes locks between processes even so, which a killed worker would leave behind.
     if not shown or not sys.stderr.isatty():
-        yield Progress(name, start, steps, lines=shown)
+        yield Progress(name, start, steps, lines=shown, dearer=dearer)
         return
     from tqdm import tqdm
 
     with tqdm(
         total=steps, initial=start, desc=name, leave=False, bar_format=BAR, dynamic_ncols=True, file=sys.stderr
     ) as bar:
-        yield Progress(name, start, steps, bar)
+        yield Progress(name, start, steps, bar, dearer=dearer)
 
 
 def duration(seconds: float) -> str:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from metapl.batch import is_whole, labeled_pair, length, rows
 from metapl.checks import described
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, replayed
 from metapl.metrics import evaluate_logits, predict_logits
-from metapl.metrics.predictions import batches_of, iterated, logits_of
+from metapl.metrics.predictions import batch_name, batches_of, iterated, logits_of
 from metapl.training.contract import Say
 
 
@@ -49,31 +50,44 @@ class Selection:
         self.examples = 0
         """On how many the last accuracy was measured."""
 
-    def check(self, student: nn.Module) -> None:
-        """Refuse validation data that could not be used later; it costs the student's pass on two examples.
+    def check(self, student: nn.Module, labeler: nn.Module | None = None) -> None:
+        """Refuse validation data, and truth, that could not be used later; it costs a pass on two examples of each.
 
         Of data in batches the first batch is looked at, and nothing of what can be read only once.
         """
-        data = self.validation
+        self._check(self.validation, "validation", student)
+        if labeler is not None:
+            self._check(self.truth, "truth", labeler)
+
+    def _check(self, data: Any, name: str, network: nn.Module) -> None:
         if data is None or isinstance(data, Iterator):
             return
         with replayed(RandomState.now(self.device)):
-            first = data if is_whole(data) else next(iterated(data, "validation"), None)
+            first = data if is_whole(data) else next(iterated(data, name), None)
             if first is None:
-                raise MetaplError("validation has no batches; expected at least one example, or None.")
-            inputs, labels = labeled_pair(first)[:2]
+                raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
+            inputs, labels = labeled_pair(first, batch_name(data, name))[:2]
             count = length(inputs)
+            if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
+                raise MetaplError(
+                    f"{name} is a data set of single examples; expected batches: DataLoader({name}, 256)."
+                )
             if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) != count or count == 0:
                 raise MetaplError(
-                    f"validation has the labels {described(labels)} for {count:,} examples; expected one class index "
+                    f"{name} has the labels {described(labels)} for {count:,} examples; expected one class index "
                     "for each, and at least one example."
                 )
-            logits = logits_of(student, [rows(inputs, 0, 2)])
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                raise MetaplError(
+                    f"{name} has the labels {described(labels)}; expected integers, one class index for each example: "
+                    "labels.long()."
+                )
+            logits = logits_of(network, [rows(inputs, 0, 2)])
         classes = logits.shape[-1]
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= classes:
             raise MetaplError(
-                f"the labels of validation run from {low} to {high}; the network has {classes} classes: expected "
+                f"the labels of {name} run from {low} to {high}; the network has {classes} classes: expected "
                 f"0..{classes - 1}."
             )
 
@@ -91,27 +105,39 @@ class Selection:
             return {}
         accuracies = {}
         if student is not None:
-            accuracy, self.examples = self._accuracy(student, self.validation)
+            accuracy, self.examples = self._accuracy(student, self.validation, "validation")
             accuracies["student_validation_accuracy"] = accuracy
             if self.select and accuracy >= (self.best.accuracy or 0.0):
                 self.best = Best(accuracy, step, weights_of(student))
         if teacher is not None:
-            accuracies["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation)[0]
+            accuracies["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation, "validation")[0]
         if labeler is not None and self.truth is not None:
-            accuracies["pseudo_label_accuracy"] = self._accuracy(labeler, self.truth)[0]
+            accuracies["pseudo_label_accuracy"] = self._accuracy(labeler, self.truth, "truth")[0]
         return accuracies
 
-    def _accuracy(self, model: nn.Module, data: Any) -> tuple[float, int]:
+    def _accuracy(self, model: nn.Module, data: Any, name: str) -> tuple[float, int]:
         from metapl.data.batches import EvaluationBatches  # needed for fitting only
 
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
         with replayed(RandomState.now(self.device)):
-            logits, labels = predict_logits(model, batches_of(data, self.device))
+            logits, labels = predict_logits(model, self._batches(data, name))
         expected = len(data.labels) if isinstance(data, EvaluationBatches) else len(labels)
         if len(labels) < expected:
             self._note_lost(expected - len(labels), expected)
         evaluation = evaluate_logits(logits, labels)
         return evaluation.accuracy, evaluation.n
+
+    def _batches(self, data: Any, name: str) -> Iterator[tuple[Any, Tensor]]:
+        """Batches of data; an iterator that an earlier look has used up is refused by name."""
+        empty = True
+        for batch in batches_of(data, self.device, name=name):
+            empty = False
+            yield batch
+        if empty and isinstance(data, Iterator):
+            raise MetaplError(
+                f"{name} is {described(data)}, which can be read only once, and was read before; expected a pair "
+                "(inputs, labels), a list of batches or a DataLoader."
+            )
 
     def _note_lost(self, lost: int, expected: int) -> None:
         """Say that validation files are not read any more, or stop where none is left."""

@@ -14,7 +14,7 @@ from metapl import checks
 from metapl.batch import micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.guards import casts_explained, step_guard
+from metapl.execution.guards import casts_explained, step_guard, types_explained
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
@@ -23,7 +23,7 @@ from metapl.fingerprints import as_values
 from metapl.hypergradient import Hypergradient, check_steps, check_teacher, hypergradient, look_ahead, prepare
 from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
-from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches
+from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches, starts
 from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
@@ -325,6 +325,10 @@ class BilevelTrainer(Trainer):
         return has_default_losses(self.problem) if given is None else bool(given)
 
     @property
+    def late_starts(self) -> list[int]:
+        return starts(self.teacher_losses or (), self.steps_done)
+
+    @property
     def teacher_classifies(self) -> bool:
         """As the problem says."""
         return self.problem.teacher_classifies
@@ -468,7 +472,8 @@ class BilevelTrainer(Trainer):
                     "feedback_ratio is measured on one inner batch, and a Lookahead of "
                     f"{len(inner_batches(unlabeled))} was given; use feedback_weight."
                 )
-            yield fault
+            with types_explained(labeled, inner_batches(unlabeled), student=self.student, teacher=self.teacher):
+                yield fault
 
 
 class _TeacherTrainer(LossTrainer):

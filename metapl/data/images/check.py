@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,6 +18,22 @@ from metapl.words import shown
 Kind = Literal["classes", "test copies", "validation copies", "labeled copies", "contradiction"]
 
 _PIECE = 4096
+
+LAYOUT = {
+    "labeled": "labeled",
+    "labelled": "labeled",
+    "train": "labeled",
+    "training": "labeled",
+    "unlabeled": "unlabeled",
+    "unlabelled": "unlabeled",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+    "heldout": "test",
+}
+"""What folders are called that hold the parts of a data set, and the part."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +63,13 @@ def check_folders(
 ) -> list[Finding]:
     """Find what would spoil a training with these folders.
 
-    Errors: fewer than two classes; a class without pictures; a class of validation or test that training does not
+    Errors: fewer than two classes; classes that are the parts of a data set, such as labeled and test; another of these
+    folders inside that of the classes; a class without pictures; a class of validation or test that training does not
     know; a picture of test or validation, by its bytes, among the labelled or unlabelled ones (the result would be too
-    good), or in two classes. Warnings: a class with one picture; classes whose names differ by case only; pictures
-    beside the class folders; a picture of test in validation; a class that validation or test lacks; all labelled
-    pictures among the unlabelled ones.
+    good), or in two classes. Warnings: a class with one picture; classes that are called like parts of a data set, or
+    that hold pictures in deeper folders alone; classes whose names differ by case only; pictures beside the class
+    folders; a picture of test in validation; a class that validation or test lacks; all labelled pictures among the
+    unlabelled ones.
 
     Args:
         labeled, unlabeled: the folders trained on.
@@ -67,7 +85,10 @@ def check_folders(
     Raises:
         MetaplError: a file is gone or cannot be read.
     """
-    findings = [*_class_findings(labeled), *find_copies(labeled, unlabeled, validation, test, progress)]
+    others = {"unlabeled": unlabeled, "validation": validation, "test": test}
+    roots = {name: files.root for name, files in others.items() if files is not None}
+    findings = [*_class_findings(labeled), *find_inside(labeled, roots)]
+    findings += find_copies(labeled, unlabeled, validation, test, progress)
     for name, held_out in (("validation", validation), ("test", test)):
         if held_out is not None:
             findings += _other_classes(labeled, held_out, name)
@@ -112,6 +133,67 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
             "warning",
             f"{labeled.loose} pictures lie in {labeled.root} beside the class folders and are not used; move them into "
             "the folder of their class.",
+        )
+
+    yield from _layout_findings(labeled)
+
+
+def _layout_findings(labeled: LabeledFiles) -> Iterator[Finding]:
+    """What tells that the folder is the one above that of the classes."""
+    pictures: defaultdict[str, list[str]] = defaultdict(list)
+    for file in labeled.names:
+        name, _, below = file.partition("/")
+        pictures[name].append(below)
+    deep = {name for name, files in pictures.items() if all("/" in file for file in files)}
+    parts = {name: LAYOUT[plain] for name in labeled.classes if (plain := _plain(name)) in LAYOUT}
+    if len({*parts.values()}) > 1:
+        above = next((name for name, part in parts.items() if part == "labeled"), None)
+        instead = "" if above is None else f": {shown(labeled.root / above)}"
+        is_layout = not deep.isdisjoint(parts)
+        verb = "are" if is_layout else "may be"
+        yield Finding(
+            "error" if is_layout else "warning",
+            f"the classes in {labeled.root} are {few(labeled.classes)}, which {verb} the parts of a data set; expected "
+            f"one subfolder for each class. Name the folder with the classes{instead}",
+            tuple(labeled.root / name for name in parts),
+        )
+    elif deep and deep == {*pictures}:
+        name = min(deep)
+        inside = sorted({file.partition("/")[0] for file in pictures[name]})
+        yield Finding(
+            "warning",
+            f"the pictures of all classes ({few(labeled.classes)}) lie in deeper folders, such as "
+            f"{shown(f'{name}/{inside[0]}')}, whose names are not used; if the classes are rather {few(inside)}, name "
+            f"the folder above these: {shown(labeled.root / name)}",
+            tuple(labeled.root / name for name in sorted(deep)),
+        )
+
+
+def _plain(name: str) -> str:
+    """
+    >>> _plain("Held-out")
+    'heldout'
+    """
+    return "".join(filter(str.isalpha, name.casefold()))
+
+
+def find_inside(labeled: LabeledFiles, others: Mapping[str, Path]) -> Iterator[Finding]:
+    """The folders that lie inside that of the classes, where they would count as classes, or as pictures of one.
+
+    Args:
+        others: unlabeled, validation and test folders by name.
+    """
+    root = labeled.root.resolve()
+    for name, other in others.items():
+        if root not in other.resolve().parents:
+            continue
+        above = next((one for one in labeled.classes if LAYOUT.get(_plain(one)) == "labeled"), None)
+        instead = "" if above is None else f" Did you mean {shown(labeled.root / above)}?"
+        yield Finding(
+            "error",
+            f"the {name} folder {shown(other)} lies inside {shown(labeled.root)}, every subfolder of which is a class: "
+            f"{few(labeled.classes)}; expected a folder for the classes, and another one beside it.{instead}",
+            (other,),
         )
 
 

@@ -1,0 +1,182 @@
+"""What someone who writes a first problem gets wrong: each is refused by name, and nothing has moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError
+
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(8) % 3
+MODES = [mode for mode in metapl.MODES if mode != "none"]
+SAMPLED = ("reinforce", "reinforce_per_example", "loss_difference")
+BY_GRADIENT = [mode for mode in MODES if mode != "loss_difference"]
+"""Modes that take the gradient of the outer loss."""
+
+
+class Own(metapl.problems.Problem):
+    """Labels by the teacher, sampled or soft; its parts are replaced by wrong ones."""
+
+    def __init__(self, sampled: bool) -> None:
+        self.sampled = sampled
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Any:
+        log_q = teacher(batch).log_softmax(-1)
+        if not self.sampled:
+            return metapl.Signal(log_q.exp())
+        value = log_q.detach().argmax(-1)
+        return metapl.Signal(value, log_prob=log_q.gather(1, value[:, None])[:, 0])
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        return F.cross_entropy(outputs, signal.value, reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+class TensorSignal(Own):
+    def signal(self, *args: Any, **named: Any) -> Any:
+        return super().signal(*args, **named).value
+
+
+class NoSignal(Own):
+    def signal(self, *args: Any, **named: Any) -> Any:
+        return None
+
+
+class ListSignal(Own):
+    def signal(self, *args: Any, **named: Any) -> Any:
+        return metapl.Signal([0, 1])  # type: ignore[arg-type]
+
+
+class ConstantOuter(Own):
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return torch.tensor(1.0)
+
+
+class DetachedOuter(Own):
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return super().outer_loss(outputs.detach(), batch)
+
+
+ELSEWHERE = nn.Parameter(torch.ones(3))
+
+
+class OuterOfOthers(Own):
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return ELSEWHERE.sum()
+
+
+class InnerOfOthers(Own):
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        return (
+            (ELSEWHERE.sum() * signal.value.double()).flatten(1).sum(1)
+            if signal.value.ndim > 1
+            else (ELSEWHERE.sum() * signal.value.double())
+        )
+
+
+class WithoutBase:
+    """Three methods are a problem: its class is named, not what completes it."""
+
+    def __init__(self) -> None:
+        right = Own(sampled=False)
+        self.inner_loss, self.outer_loss = right.inner_loss, right.outer_loss
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Any:
+        return teacher(batch).softmax(-1)
+
+
+def networks(dtype: torch.dtype = torch.float32) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(4, 3).to(dtype) for _ in range(2)]
+
+
+def refuse(text: str, mode: str, problem: Any, accumulate: int = 1) -> None:
+    """A step, and a hypergradient, are refused with this text, and nothing moves."""
+    teacher, student = networks()
+    before = [p.clone() for p in (*teacher.parameters(), *student.parameters())]
+    trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem, teacher_losses=(), accumulate=accumulate)
+    with pytest.raises(MetaplError, match=text):
+        trainer.step((X, Y), X)
+    with pytest.raises(MetaplError, match=text):
+        trainer.hypergradient((X, Y), X)
+    assert trainer.steps_done == 0
+    assert all(map(torch.equal, before, (*teacher.parameters(), *student.parameters())))
+
+
+@pytest.mark.parametrize("mode", metapl.MODES)
+def test_a_signal_that_is_none(mode: str) -> None:
+    sampled = mode in SAMPLED
+    refuse(r"^TensorSignal\.signal returned a tensor of shape .*metapl\.Signal\(value\)", mode, TensorSignal(sampled))
+    refuse(r"^NoSignal\.signal returned a NoneType; expected a metapl\.Signal", mode, NoSignal(sampled))
+    refuse(r"^ListSignal\.signal returned a Signal whose value is a list", mode, ListSignal(sampled))
+
+
+def test_a_problem_without_the_base_class_is_named() -> None:
+    refuse(r"^WithoutBase\.signal returned a tensor of shape \(8, 3\)", "forward", WithoutBase())
+
+
+@pytest.mark.parametrize("kind", [ConstantOuter, DetachedOuter, OuterOfOthers])
+@pytest.mark.parametrize("mode", BY_GRADIENT)
+def test_an_outer_loss_that_depends_on_no_weight(mode: str, kind: type[Own]) -> None:
+    refuse("the outer loss has no gradient in any weight of the student", mode, kind(mode in SAMPLED))
+
+
+def test_an_outer_loss_that_depends_on_no_weight_in_any_part() -> None:
+    refuse("the outer loss has no gradient in any weight", "forward", ConstantOuter(sampled=False), accumulate=2)
+
+
+def test_a_part_of_a_batch_may_have_no_outer_gradient() -> None:
+    class FirstPartOnly(Own):
+        calls = 0
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            self.calls += 1
+            return super().outer_loss(outputs, batch) if self.calls % 2 else torch.tensor(0.0)
+
+    teacher, student = networks()
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "forward", problem=FirstPartOnly(sampled=False), teacher_losses=(), accumulate=2
+    )
+    assert trainer.step((X, Y), X).feedback.abs().max() > 0
+
+
+@pytest.mark.parametrize("mode", metapl.MODES)
+def test_an_inner_loss_that_depends_on_no_weight(mode: str) -> None:
+    refuse("the student's loss has no gradient", mode, InnerOfOthers(mode in SAMPLED))
+
+
+@pytest.mark.parametrize("mode", metapl.MODES)
+@pytest.mark.parametrize(("own", "given"), [("float32", "float64"), ("float64", "float32")])
+def test_batches_of_another_type_than_the_weights(mode: str, own: str, given: str) -> None:
+    teacher, student = networks(getattr(torch, own))
+    right, wrong = X.to(getattr(torch, own)), X.to(getattr(torch, given))
+    trainer = metapl.BilevelTrainer(teacher, student, mode)
+    with pytest.raises(MetaplError, match=rf"cannot take unlabeled inputs of {given}.* {own}.*x\.to\(torch\.{own}\)"):
+        trainer.step((right, Y), wrong)
+    with pytest.raises(MetaplError, match=rf"cannot take labeled inputs of {given}"):
+        trainer.step((wrong, Y), right)
+    with pytest.raises(MetaplError, match=rf"the student cannot take unlabeled inputs of {given}"):
+        trainer.hypergradient((right, Y), wrong)
+    assert trainer.steps_done == 0
+    trainer.step((right, Y), right)
+
+
+def test_one_network_and_batches_of_another_type() -> None:
+    model = nn.Linear(4, 3)
+    trainer = metapl.LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(MetaplError, match="the network cannot take labeled inputs of float64: its weights are float32"):
+        trainer.step((X.double(), Y))
+
+
+def test_another_error_of_the_network_stays_as_it_is() -> None:
+    teacher, student = networks()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        metapl.BilevelTrainer(teacher, student).step((X, Y), torch.randn(8, 5))

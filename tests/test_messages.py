@@ -1,0 +1,125 @@
+"""Refusals and notes as a newcomer reads them: by the flag, with what may be meant, in lines that fit."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from command import refused, unwrapped
+
+import metapl
+from metapl.cli import main
+from metapl.errors import FieldError
+from metapl.recipes import ImageFolders
+from metapl.words import columns, tell, wrapped
+
+IMAGES = ("train", "images", "--labeled", "few", "--unlabeled", "many")
+"""Of folders that there are not: what is refused needs none."""
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--minutes", "-1"), "--minutes -1.0: expected a number above 0"),
+        (("--minutes", "0"), "--minutes 0.0: expected a number above 0"),
+        (("--minutes", "nan"), "--minutes nan: expected a number above 0"),
+        (("--labeled-batch", "0"), "--labeled-batch 0: expected 1 or more"),
+        (("--val-fraction", "2"), "--val-fraction 2.0: expected a number in [0, 1)"),
+        (("--uda-threshold", "3"), "--uda-threshold 3.0: expected a number in [0, 1)"),
+        (("--uda-temperature", "-1"), "--uda-temperature -1.0: expected a number of 0 or more"),
+        (("--label-smoothing", "1"), "--label-smoothing 1.0: expected a number in [0, 1)"),
+        (("--changes.zoom", "0.5"), "--changes.zoom 0.5: expected a factor of 1 or more"),
+        (("--student.weight-decay", "-1"), "--student.weight-decay -1.0: expected a number of 0 or more"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_flag(
+    flags: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, *IMAGES, *flags).startswith(f"metapl: {text}")
+
+
+def test_in_code_a_wrong_value_is_refused_by_its_field() -> None:
+    with pytest.raises(FieldError, match=r"ImageFolders\(minutes=-1\): expected a number above 0") as caught:
+        ImageFolders(labeled="few", unlabeled="many", minutes=-1)
+    assert caught.value.field == "minutes"
+    again = pickle.loads(pickle.dumps(caught.value))  # as it comes out of a process
+    assert (str(again), again.field, again.value) == (str(caught.value), "minutes", -1)
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ((*IMAGES, "--method", "fixmach"), "--method fixmach: there is no such value; did you mean fixmatch? Expected"),
+        ((*IMAGES, "--precision", "bloat16"), "did you mean bfloat16? Expected one of "),
+        ((*IMAGES, "--compare", "--methods", "udda"), "there is no udda; did you mean uda? Expected some of mpl, "),
+        (("evaluate", "run", "--network", "techer"), "did you mean teacher? Expected one of delivered, student, "),
+        (("train", "digits", "--mode", "forwad"), "--mode forwad: there is no such value; did you mean forward? "),
+        (("train", "digits", "--mode", "xyz"), "--mode xyz: there is no such value. Expected one of unrolled, "),
+    ],
+)
+def test_a_value_that_is_nearly_right(command: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert text in refused(capsys, *command)
+    assert "None" not in refused(capsys, *command)
+
+
+def test_a_network_that_is_nearly_right() -> None:
+    with pytest.raises(
+        metapl.MetaplError, match=r"no network 'effnet_b0'; did you mean efficientnet_b0\? Expected one"
+    ):
+        metapl.models.create("effnet_b0", 10)
+    with pytest.raises(metapl.MetaplError, match=r"no network 'xyz'\. Expected one of .*, or timm:NAME"):
+        metapl.models.create("xyz", 10)
+
+
+# ---------------------------------------------------------------------------------------------------- lines that fit
+
+
+def test_what_is_piped_has_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")  # of a terminal, which this is not
+    assert main([*IMAGES, "--network", "effnet_b0", "--steps", "2", "--precision", "float32"]) == 2
+    assert main(["train", "digits", "--mode", "forwad"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) > 3
+
+
+def test_a_terminal_has_its_own_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for given, expected in ((100, 100), (20, 40)):
+        monkeypatch.setattr("shutil.get_terminal_size", lambda fallback, given=given: os.terminal_size((given, 24)))
+        assert columns(Terminal()) == expected
+        assert columns(io.StringIO()) == 80
+        terminal = Terminal()
+        tell("word " * 60, file=terminal, wrap=True)
+        assert max(map(len, terminal.getvalue().splitlines())) <= expected
+
+
+def test_what_is_broken_can_be_put_together_again() -> None:
+    message = "note: " + " ".join(f"/some/folder/{number}.png" for number in range(40)) + " " + "x" * 100
+    broken = wrapped(message)
+    assert len(broken.splitlines()[0]) <= 80
+    assert unwrapped(broken) == message
+    assert "x" * 100 in broken, "a path is not broken"
+    assert wrapped("a\n  b\n") == "a\n  b\n", "lines stay lines"
+    assert wrapped("short") == "short"
+
+
+def test_a_table_is_not_broken() -> None:
+    text = io.StringIO()
+    tell("cell " * 40, file=text)
+    assert text.getvalue().count("\n") == 1
+
+
+def test_the_notes_of_a_training_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from metapl.experiments.jobs import aloud
+
+    aloud(f"note: all labelled pictures are in the unlabelled folder {tmp_path} too, and " + "more " * 20)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 1
+    assert all(len(line) <= 80 or " " not in line.strip() for line in lines)
