@@ -40,6 +40,19 @@ def shown(text: object, keep: str = "") -> str:
     return "".join(letter if letter in keep or not _is_escaped(letter) else _escape(letter) for letter in text)
 
 
+def short(name: str, most: int = 30) -> str:
+    """A name that fits, without its middle where need be: ends tell classes apart too.
+
+    >>> short("crane (n02012849)", 12)
+    'crane...849)'
+    """
+    name = shown(name)
+    if len(name) <= most:
+        return name
+    tail = (most - 3) // 2
+    return f"{name[: most - 3 - tail]}...{name[-tail:]}"
+
+
 def tell(*parts: object, file: TextIO | None = None, end: str = "\n", wrap: bool = False) -> None:
     """Print a message, with what must not be shown escaped; standard output unless ``file`` is given.
 

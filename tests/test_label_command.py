@@ -8,8 +8,9 @@ import os
 import shutil
 import signal
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,24 +101,38 @@ def test_temperature_and_top_k(tiny: Path, tmp_path: Path) -> None:  # noqa: F81
 # ------------------------------------------------------------------------------------------------- kills
 
 
+def killed_after(moments: int, command: list[str]) -> None:
+    """Run the command, and kill it with -9 at the given moment: before or after a file is synced, or gets its name."""
+    passed = 0
+
+    def counted(call: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(*given: Any) -> None:
+            nonlocal passed
+            for step in (lambda: None, lambda: call(*given)):
+                step()
+                passed += 1
+                if passed == moments:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return wrapped
+
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    sys.exit(main(command))
+
+
 def test_however_often_it_is_killed_nothing_is_there_twice_and_nothing_is_missing(
     tiny: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """The command in a process of its own, with the modules of this one, so that it is killed while it writes."""
     command = ["label", str(tiny), "digits", "--batch", "16", "--resume", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     out, context = tmp_path / "killed", multiprocessing.get_context("fork")
     kills, rng = 0, np.random.default_rng(0)
     while True:
-        process = context.Process(target=lambda: sys.exit(main([*command, str(out)])))
+        # A part passes six such moments; in the last one before the store is whole, and in the first, it is killed too.
+        moments = 1 if kills == 0 else int(rng.integers(2, 130))
+        process = context.Process(target=killed_after, args=(moments, [*command, str(out)]))
         process.start()
-        # Some parts later, at another moment each time: between two parts, within one, or behind its name.
-        wanted = (len(files(out)) if out.exists() else 0) + int(rng.integers(1, 12))
-        while process.is_alive() and (not out.exists() or len(files(out)) < wanted):
-            time.sleep(0.001)
-        time.sleep(float(rng.uniform(0, 0.01)))
-        process.kill()
         process.join()
         if process.exitcode == 0:
             break
@@ -131,6 +146,32 @@ def test_however_often_it_is_killed_nothing_is_there_twice_and_nothing_is_missin
     killed, whole = LabelStore(out), LabelStore(tmp_path / "whole")
     assert list(killed) == list(range(1797))
     assert torch.equal(killed.at(range(1797)), whole.at(range(1797)))
+
+
+@pytest.mark.parametrize("moments", range(1, 7))
+def test_killed_at_any_moment_of_a_part_and_of_the_seal(
+    moments: int,
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a store of one part: the description, the part and the sealed description pass six moments each."""
+    monkeypatch.setattr(labeling, "FEWEST_ROWS", 4096)
+    context = multiprocessing.get_context("fork")
+    for write in range(3):
+        out = tmp_path / f"{write}"
+        command = ["label", str(tiny), "digits", "--resume", "--out", str(out)]
+        process = context.Process(target=killed_after, args=(6 * write + moments, command))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        has_its_name = moments > 3
+        assert len(list(out.glob("*.tmp"))) == (not has_its_name)
+        assert len(files(out)) == (write + has_its_name >= 2)
+        assert main(command) == 0
+        assert list(LabelStore(out)) == list(range(1797))
+        assert len(files(out)) == 1
+        assert not list(out.glob("*.tmp"))
 
 
 def test_ctrl_c_says_how_to_go_on_and_files_that_cannot_be_read_are_left_out_again(

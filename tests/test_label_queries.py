@@ -125,6 +125,38 @@ def test_the_threshold_is_not_kept_itself(tmp_path: Path) -> None:
     assert list(LabelStore(tmp_path / "out")) == ["just above"]
 
 
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(("threshold", "held_out"), [(None, []), (0.4, [5, 6, 7])])
+def test_of_any_class_the_most_probable_are_kept(
+    top_k: int | None, threshold: float | None, held_out: list[int], tmp_path: Path
+) -> None:
+    import pyarrow as pa
+
+    store = made(tmp_path / "store", top_k=top_k)
+    folder = tmp_path / "held out"
+    folder.mkdir()
+    for number in held_out:
+        (folder / f"{number}.png").write_bytes(f"{number}".encode())
+    table = pa.concat_tables([store.table(number) for number in range(len(store.parts))])
+    p = np.zeros((400, 6))
+    for row, values in enumerate(table["probabilities"].to_pylist()):
+        p[row, table["classes"][row].as_py() if top_k else slice(None)] = values
+    sure = [
+        row
+        for row in range(400)
+        if row not in held_out and table["confidence"][row].as_py() > np.float32(threshold or 0)
+    ]
+    expected = set()
+    for label in range(6):
+        known = [row for row in sure if top_k is None or label in table["classes"][row].as_py()]
+        expected |= set(sorted(known, key=lambda row, label=label: (-p[row, label], row))[:15])
+    dropped = folder if held_out else None
+    found = select(store, tmp_path / "out", per_class=15, any_class=True, threshold=threshold, drop_overlap=dropped)
+    assert store.rows(list(LabelStore(tmp_path / "out"))).tolist() == sorted(expected)
+    assert found.kept == len(expected) < 6 * 15
+    assert found.overlapping == len(held_out)
+
+
 def test_of_equally_confident_examples_those_come_first_whose_ids_do(tmp_path: Path) -> None:
     p = torch.tensor([[0.75, 0.25]]).expand(7, 2)
     with LabelWriter(tmp_path / "store", ["a", "b"], rows_per_part=2) as writer:
@@ -202,6 +234,9 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
         ({"threshold": math.nan}, "the threshold is nan"),
         ({"threshold": -0.1}, "the threshold is -0.1"),
         ({"per_class": 0}, "0 examples a class were asked for"),
+        ({"any_class": True, "threshold": 0.1}, "expected --per-class with it, below 1,000,000, and no --balance"),
+        ({"any_class": True, "per_class": 10**6}, "expected --per-class with it, below 1,000,000"),
+        ({"any_class": True, "per_class": 10, "balance": True}, "and no --balance"),
         ({"threshold": 0.99}, "nothing is left of the 400 examples .*: 0 overlap, and 400 are not above the threshold"),
         ({"drop_overlap": Path("nowhere")}, "nowhere does not exist"),
     ],
@@ -234,6 +269,13 @@ def test_what_duckdb_has_no_room_for_is_one_line(tmp_path: Path, monkeypatch: py
     with pytest.raises(MetaplError, match=r"DuckDB could not go on: .*failed to offload; expected room for its files"):
         select(made(tmp_path / "store"), tmp_path / "out", threshold=0.3)
     assert not (tmp_path / "out").exists()
+
+
+def test_duckdb_stays_within_its_memory_and_out_of_the_output(tmp_path: Path) -> None:
+    names = ("memory_limit", "temp_directory", "enable_progress_bar")
+    with queries._database(tmp_path) as database:
+        found = [database.execute(f"SELECT current_setting('{name}')").fetchone() for name in names]
+    assert found == [("768.0 MiB",), (str(tmp_path),), (False,)]
 
 
 # ------------------------------------------------------------------------------------------------- statistics

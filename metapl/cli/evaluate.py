@@ -28,7 +28,7 @@ from metapl.metrics import (
 )
 from metapl.metrics.predictions import batches_of
 from metapl.runs.folder import weights_file
-from metapl.words import shown, table, tell
+from metapl.words import short, shown, table, tell
 
 MOST_LETTERS, LEAST_LETTERS = 16, 3
 """Letters of a class that head a column, as many as there is room for, and that head a row."""
@@ -41,9 +41,6 @@ MOST_IN_A_MATRIX = 20
 
 LISTED = 10
 """Confusions, and classes, that are listed where there are more."""
-
-NAME = 30
-"""Letters of a class in a list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +231,7 @@ def _matrix(evaluation: Evaluation, classes: tuple[str, ...], letters: int) -> s
     width = max(len(str(n)) for counts in evaluation.confusion for n in counts)
     rows = [("class", *(_heading(name, letters).rjust(width) for name in classes), "right")]
     for name, counts, right in zip(classes, evaluation.confusion, evaluation.per_class, strict=True):
-        rows.append((_short(name, MOST_LETTERS), *(str(n) if n else "." for n in counts), _share(right)))
+        rows.append((short(name, MOST_LETTERS), *(str(n) if n else "." for n in counts), _share(right)))
     return table(rows)
 
 
@@ -243,7 +240,7 @@ def _heading(name: str, letters: int) -> str:
     >>> _heading("triangle_pointing_up", 12), _heading("triangle", 5)
     ('trian...g_up', 'trian')
     """
-    return _short(name, letters) if letters >= LEAST_WITH_DOTS else shown(name)[:letters]
+    return short(name, letters) if letters >= LEAST_WITH_DOTS else shown(name)[:letters]
 
 
 def _most(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
@@ -252,7 +249,7 @@ def _most(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     pairs = [cell for cell in cells if cell[0] and cell[1] != cell[2]]
     rows = [("class", "taken for", "times", "of")]
     for n, true, taken in sorted(pairs, key=lambda pair: -pair[0])[:LISTED]:
-        rows.append((_short(classes[true]), _short(classes[taken]), f"{n:,}", f"{sum(evaluation.confusion[true]):,}"))
+        rows.append((short(classes[true]), short(classes[taken]), f"{n:,}", f"{sum(evaluation.confusion[true]):,}"))
     return table(rows, left=2) if len(rows) > 1 else "nothing is taken for anything else"
 
 
@@ -261,23 +258,10 @@ def _worst(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     known = [(right, index) for index, right in enumerate(evaluation.per_class) if right is not None]
     rows = [("class", "right", "of")]
     for right, index in sorted(known)[:LISTED]:
-        rows.append((_short(classes[index]), _share(right), f"{sum(evaluation.confusion[index]):,}"))
+        rows.append((short(classes[index]), _share(right), f"{sum(evaluation.confusion[index]):,}"))
     least = f"the {len(rows) - 1} of {len(classes):,} classes that are right least often"
     return f"{least}\n\n{table(rows)}"
 
 
 def _share(right: float | None) -> str:
     return "-" if right is None else f"{right:.1%}"
-
-
-def _short(name: str, most: int = NAME) -> str:
-    """A name that fits, without its middle where need be: ends tell classes apart too.
-
-    >>> _short("crane (n02012849)", 12)
-    'crane...849)'
-    """
-    name = shown(name)
-    if len(name) <= most:
-        return name
-    tail = (most - 3) // 2
-    return f"{name[: most - 3 - tail]}...{name[-tail:]}"

@@ -18,13 +18,13 @@ from metapl.labels import LabelStore
 from metapl.labels.drawing import draw_statistics
 from metapl.labels.queries import BINS, Statistics, select, statistics
 from metapl.training.progress import counting
-from metapl.words import shown, table, tell
+from metapl.words import short, shown, table, tell
 
 Store = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE", help_behavior_hint="")]
 """The folder of a store, by its place."""
 
-MOST_CLASSES, LISTED, NAME, BAR = 30, 10, 30, 40
-"""Classes that are all shown; of more, so many of the largest and the smallest. Letters of a name; of a bar."""
+MOST_CLASSES, LISTED, BAR = 30, 10, 40
+"""Classes that are all shown; of more, so many of the largest and the smallest. Letters of a bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +47,21 @@ class Stats:
         if self.png is not None and self.png.suffix.lower() != ".png":
             raise MetaplError(f"--png {self.png} is to be a PNG file; expected a name that ends with .png.")
         store = LabelStore(self.store)
-        found = statistics(store)
+        content = statistics(store)
         if self.json:
             about = {"store": str(self.store), "top_k": store.top_k, "provenance": dict(store.provenance)}
-            tell(json.dumps({**about, **found.to_json()}, indent=2))
+            tell(json.dumps({**about, **content.to_json()}, indent=2))
         else:
-            tell(f"{_heading(store, found)}\n\n{_by_class(found)}\n\n{_histograms(found)}")
+            tell(f"{_heading(store, content)}\n\n{_by_class(content)}\n\n{_histograms(content)}")
         if self.png is not None:
-            draw_statistics(self.png, found, str(self.store))
+            draw_statistics(self.png, content, str(self.store))
             tell(f"metapl: drawn in {self.png}", file=sys.stderr)
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """Write a store of some of the examples of another one, as Noisy Student selects and balances its pictures.
+    """Write a store of some of the examples of another one, as the papers select and balance their pictures.
 
     What is asked for is done in this order: pictures that stand in a folder are dropped; those with a confidence above
     a threshold are kept; of each class, the most confident; and classes that have fewer are filled up by duplication.
@@ -73,6 +73,8 @@ class Select:
         out: folder of the new store; made if need be.
         threshold: keep what the teacher gave a probability above this; 0.3 in Noisy Student.
         per_class: the most examples of a class, by the most probable class of each; 130000 in Noisy Student.
+        any_class: of each class, keep the --per-class examples with the greatest probability of it, whatever their most
+            probable class is; with 12800, the filter of Meta Pseudo Labels' ResNet-50.
         balance: duplicate examples of classes that have fewer than --per-class, or without it than the largest class.
         drop_overlap: drop pictures whose file has the same bytes as one in this folder, such as your test pictures.
         resume: go on with a selection that was stopped.
@@ -82,6 +84,7 @@ class Select:
     out: Annotated[Path, tyro.conf.arg(metavar="STORE2")]
     threshold: float | None = None
     per_class: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    any_class: Switch = False
     balance: Switch = False
     drop_overlap: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     resume: Switch = False
@@ -89,30 +92,32 @@ class Select:
     def __call__(self) -> int:
         store = LabelStore(self.store)
         with counting("examples", shown=True) as update:
-            found = select(
+            selection = select(
                 store,
                 self.out,
                 threshold=self.threshold,
                 per_class=self.per_class,
+                any_class=self.any_class,
                 balance=self.balance,
                 drop_overlap=self.drop_overlap,
                 resume=self.resume,
                 progress=update,
             )
-        lines = [("examples in the store", found.rows)]
+        lines = [("examples in the store", selection.rows)]
         if self.drop_overlap is not None:
-            lines.append((f"dropped: in {shown(self.drop_overlap)}", found.overlapping))
+            lines.append((f"dropped: in {shown(self.drop_overlap)}", selection.overlapping))
         if self.threshold is not None:
-            lines.append((f"dropped: confidence not above {self.threshold:g}", found.unsure))
+            lines.append((f"dropped: confidence not above {self.threshold:g}", selection.unsure))
         if self.per_class is not None:
-            lines.append((f"dropped: not among the {self.per_class:,} of its class", found.beyond))
-        lines.append(("kept", found.kept))
-        if found.copies != found.kept:
-            lines.append(("with copies", found.copies))
+            whose = "of any class" if self.any_class else "of its class"
+            lines.append((f"dropped: not among the {self.per_class:,} {whose}", selection.beyond))
+        lines.append(("kept", selection.kept))
+        if selection.copies != selection.kept:
+            lines.append(("with copies", selection.copies))
         width = max(len(f"{number:,}") for _, number in lines)
         tell("\n".join(f"{number:>{width},}  {text}" for text, number in lines))
-        if found.missing:
-            tell(f"metapl: note: nothing is left of {few(found.missing)}.", file=sys.stderr)
+        if selection.missing:
+            tell(f"metapl: note: nothing is left of {few(selection.missing)}.", file=sys.stderr)
         tell(f"what is in it: metapl labels stats {self.out}")
         return 0
 
@@ -123,10 +128,10 @@ COMMANDS: dict[str, type[Callable[[], int]]] = {"stats": Stats, "select": Select
 # ------------------------------------------------------------------------------------------------------- what is shown
 
 
-def _heading(store: LabelStore, found: Statistics) -> str:
+def _heading(store: LabelStore, content: Statistics) -> str:
     kept = "all probabilities" if store.top_k is None else f"the {store.top_k} greatest probabilities"
-    copies = f", {found.copies:,} with copies" * (found.copies != found.rows)
-    lines = [f"{store.folder}: {found.rows:,} examples{copies}, {len(found.classes):,} classes, {kept}"]
+    copies = f", {content.copies:,} with copies" * (content.copies != content.rows)
+    lines = [f"{store.folder}: {content.rows:,} examples{copies}, {len(content.classes):,} classes, {kept}"]
     about = store.provenance
     model = about.get("model")
     if isinstance(model, dict):
@@ -143,42 +148,38 @@ def _asked(selected: Mapping[str, Any]) -> str:
     parts = [] if overlap is None else [f"not among {overlap['pictures']:,} others"]
     parts += [] if threshold is None else [f"confidence above {threshold:g}"]
     parts += [] if per_class is None else [f"at most {per_class:,} a class"]
+    parts += ["by the probability of any class"] * selected["any_class"]
     return ", ".join([*parts, *["balanced"] * selected["balance"]])
 
 
-def _by_class(found: Statistics) -> str:
-    order: Sequence[int] = range(len(found.classes))
+def _by_class(content: Statistics) -> str:
+    order: Sequence[int] = range(len(content.classes))
     note = ""
-    if len(found.classes) > MOST_CLASSES:
-        by_size = sorted(order, key=lambda label: (-found.counts[label], label))
+    if len(content.classes) > MOST_CLASSES:
+        by_size = sorted(order, key=lambda label: (-content.counts[label], label))
         order = [*by_size[:LISTED], *by_size[-LISTED:]]
-        empty = sum(not count for count in found.counts)
-        note = f"\n(the {LISTED} largest and the {LISTED} smallest of {len(found.classes):,} classes"
+        empty = sum(not count for count in content.counts)
+        note = f"\n(the {LISTED} largest and the {LISTED} smallest of {len(content.classes):,} classes"
         note += f"; {empty:,} have no example)" if empty else ")"
-    with_copies = found.copies != found.rows
+    with_copies = content.copies != content.rows
     rows: list[tuple[str, ...]] = [("class", "examples", *["with copies"] * with_copies, "share", "mean confidence")]
     for label in order:
-        mean = found.class_confidence[label]
-        copies = [f"{found.class_copies[label]:,}"] * with_copies
-        share = f"{found.class_copies[label] / found.copies:.1%}"
+        mean = content.class_confidence[label]
+        copies = [f"{content.class_copies[label]:,}"] * with_copies
+        share = f"{content.class_copies[label] / content.copies:.1%}"
         confidence = "-" if mean is None else f"{mean:.1%}"
-        rows.append((_short(found.classes[label]), f"{found.counts[label]:,}", *copies, share, confidence))
+        rows.append((short(content.classes[label]), f"{content.counts[label]:,}", *copies, share, confidence))
     return table(rows) + note
 
 
-def _short(name: str) -> str:
-    name = shown(name)
-    return name if len(name) <= NAME else f"{name[: NAME - 3]}..."
-
-
-def _histograms(found: Statistics) -> str:
-    low, middle, high = found.quartiles_of_confidence
-    most = math.log(len(found.classes)) if len(found.classes) > 1 else 1.0
+def _histograms(content: Statistics) -> str:
+    low, middle, high = content.quartiles_of_confidence
+    most = math.log(len(content.classes)) if len(content.classes) > 1 else 1.0
     parts = [
-        f"confidence: mean {found.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}",
-        _bars(found.confidence, 1.0),
-        f"\nentropy: mean {found.mean_entropy:.2f} of at most {most:.2f} nats",
-        _bars(found.entropy, most),
+        f"confidence: mean {content.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}",
+        _bars(content.confidence, 1.0),
+        f"\nentropy: mean {content.mean_entropy:.2f} of at most {most:.2f} nats",
+        _bars(content.entropy, most),
     ]
     return "\n".join(parts)
 

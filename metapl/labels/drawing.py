@@ -35,29 +35,32 @@ MOST_NAMED = 40
 WIDTH, LEFT, BETWEEN, BELOW, BAR, LEAST, HISTOGRAM = 12.0, 1.75, 0.9, 0.5, 0.24, 2.4, 2.9
 
 
-def draw_statistics(path: str | os.PathLike[str], found: Statistics, title: str) -> None:
+def draw_statistics(path: str | os.PathLike[str], content: Statistics, title: str) -> None:
     """Draw what is in a store as one PNG file.
 
     Args:
         path: the file; its folder exists. It takes this name only when it is whole.
-        found: by :func:`metapl.labels.queries.statistics`.
+        content: by :func:`metapl.labels.queries.statistics`.
         title: of the picture.
 
     Raises:
         MetaplError: the file cannot be written.
     """
-    names = [shown(name) for name in found.classes] if len(found.classes) <= MOST_NAMED else []
-    copies = f", {found.copies:,} with copies" if found.copies != found.rows else ""
+    names = [shown(name) for name in content.classes] if len(content.classes) <= MOST_NAMED else []
+    copies = f", {content.copies:,} with copies" if content.copies != content.rows else ""
     summary = (
-        f"{found.rows:,} examples{copies}, {len(found.classes):,} classes. Mean confidence "
-        f"{100 * found.mean_confidence:.1f} %, mean entropy {found.mean_entropy:.2f} nats."
+        f"{content.rows:,} examples{copies}, {len(content.classes):,} classes. Mean confidence "
+        f"{100 * content.mean_confidence:.1f} %, mean entropy {content.mean_entropy:.2f} nats."
     )
+    empty = sum(not count for count in content.counts)
+    if empty:
+        summary = f"{summary} {empty:,} of the classes {'has' if empty == 1 else 'have'} no example."
     with drawing([title, *names]) as explanation:
-        image = png(_figure(drawable(shown(title)), f"{summary} {explanation}", found, names))
+        image = png(_figure(drawable(shown(title)), f"{summary} {explanation}", content, names))
     write_whole(path, image)
 
 
-def _figure(title: str, summary: str, found: Statistics, names: Sequence[str]) -> Figure:
+def _figure(title: str, summary: str, content: Statistics, names: Sequence[str]) -> Figure:
     title_lines, summary_lines = wrap_head(title, summary, WIDTH)
     panel = max(LEAST, BAR * len(names))
     top = MARGIN + BELOW + panel
@@ -66,14 +69,14 @@ def _figure(title: str, summary: str, found: Statistics, names: Sequence[str]) -
     wide = WIDTH - LEFT - 2 * (HISTOGRAM + BETWEEN) - MARGIN
     classes = figure.add_axes(fractions(figure, (LEFT, MARGIN + BELOW, wide, panel)))
     if names:
-        _draw_named(classes, found, names)
+        _draw_named(classes, content, names)
     else:
-        _draw_by_size(classes, found)
-    most = math.log(len(found.classes)) if len(found.classes) > 1 else 1.0
+        _draw_by_size(classes, content)
+    most = math.log(len(content.classes)) if len(content.classes) > 1 else 1.0
     for number, (name, note, counts, upper) in enumerate(
         (
-            ("Confidence", "probability of the most probable class", found.confidence, 1.0),
-            ("Entropy", f"in nats; evenly spread is {most:.2f}", found.entropy, most),
+            ("Confidence", "probability of the most probable class", content.confidence, 1.0),
+            ("Entropy", f"in nats; evenly spread is {most:.2f}", content.entropy, most),
         )
     ):
         left = LEFT + wide + BETWEEN + number * (HISTOGRAM + BETWEEN)
@@ -82,13 +85,13 @@ def _figure(title: str, summary: str, found: Statistics, names: Sequence[str]) -
     return figure
 
 
-def _draw_named(axes: Axes, found: Statistics, names: Sequence[str]) -> None:
+def _draw_named(axes: Axes, content: Statistics, names: Sequence[str]) -> None:
     write_heading(axes, "Examples of each class")
-    _draw_counts_note(axes, found)
+    _draw_counts_note(axes, content)
     places = range(len(names))
-    if found.copies != found.rows:
-        axes.barh(places, found.class_copies, color=PALETTE[5], height=0.7)
-    axes.barh(places, found.counts, color=PALETTE[0], height=0.7)
+    if content.copies != content.rows:
+        axes.barh(places, content.class_copies, color=PALETTE[5], height=0.7)
+    axes.barh(places, content.counts, color=PALETTE[0], height=0.7)
     axes.set_yticks(places, [short_name(name) for name in names])
     axes.invert_yaxis()
     axes.margins(y=0.01)
@@ -96,24 +99,22 @@ def _draw_named(axes: Axes, found: Statistics, names: Sequence[str]) -> None:
     _dress(axes)
 
 
-def _draw_by_size(axes: Axes, found: Statistics) -> None:
+def _draw_by_size(axes: Axes, content: Statistics) -> None:
     write_heading(axes, "Examples of each class")
-    _draw_counts_note(axes, found)
-    order = sorted(range(len(found.counts)), key=lambda label: -found.counts[label])
-    if found.copies != found.rows:
-        axes.plot([found.class_copies[label] for label in order], color=PALETTE[5], linewidth=1.9)
-    axes.plot([found.counts[label] for label in order], color=PALETTE[0], linewidth=1.9)
+    _draw_counts_note(axes, content)
+    order = sorted(range(len(content.counts)), key=lambda label: -content.counts[label])
+    if content.copies != content.rows:
+        axes.plot([content.class_copies[label] for label in order], color=PALETTE[5], linewidth=1.9)
+    axes.plot([content.counts[label] for label in order], color=PALETTE[0], linewidth=1.9)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("classes, the largest first")
     axes.grid(color=GRID, linewidth=0.8)
     _dress(axes)
 
 
-def _draw_counts_note(axes: Axes, found: Statistics) -> None:
-    empty = sum(not count for count in found.counts)
-    parts = ["dark: distinct; light: with copies"] if found.copies != found.rows else []
-    parts += [f"{empty:,} of {len(found.counts):,} classes have none"] if empty else []
-    write_note(axes, "; ".join(parts) or "by the most probable class")
+def _draw_counts_note(axes: Axes, content: Statistics) -> None:
+    with_copies = content.copies != content.rows
+    write_note(axes, "dark: distinct; light: with copies" if with_copies else "by the most probable class")
 
 
 def _draw_histogram(axes: Axes, name: str, note: str, counts: Sequence[int], upper: float) -> None:

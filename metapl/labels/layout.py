@@ -202,7 +202,7 @@ def encoded(table: pa.Table) -> pa.Buffer:
     for name in (*mapped, "probabilities", *(["classes"] if "classes" in names else [])):
         values = table[name].combine_chunks()
         flat = (values if name == "id" else values.flatten()).to_numpy(zero_copy_only=False).reshape(-1)
-        if not np.array_equal(mapped_column(buffer, name, flat.dtype), flat):
+        if not np.array_equal(mapped_columns(buffer, {name: flat.dtype})[name], flat):
             raise MetaplError(
                 f"this pyarrow, {pa.__version__}, lays out the column {name} of a Parquet file in another way than "
                 "stores are read; expected a version from 21 to 26."
@@ -210,23 +210,24 @@ def encoded(table: pa.Table) -> pa.Buffer:
     return buffer
 
 
-def mapped_column(buffer: pa.Buffer, name: str, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """The values of an uncompressed column of a part, as they lie there; nothing is copied.
+def mapped_columns(buffer: pa.Buffer, dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """The values of uncompressed columns of a part, as they lie there; nothing is copied.
 
     Args:
         buffer: the whole file, in memory or mapped.
-        name: of the column; of lists, all their values in a row are given.
-        dtype: of a value.
+        dtypes: of a value, by the names of the columns; of lists, all their values in a row are given.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     group = pq.read_metadata(pa.BufferReader(buffer)).row_group(0)
-    columns = (group.column(i) for i in range(group.num_columns))
-    chunk = next(column for column in columns if column.path_in_schema.partition(".")[0] == name)
-    end = int(chunk.data_page_offset) + int(chunk.total_compressed_size)
-    count = int(chunk.num_values)
-    return np.frombuffer(buffer, dtype, count, end - count * dtype.itemsize)
+    chunks = {(chunk := group.column(i)).path_in_schema.partition(".")[0]: chunk for i in range(group.num_columns)}
+    columns = {}
+    for name, dtype in dtypes.items():
+        end = int(chunks[name].data_page_offset) + int(chunks[name].total_compressed_size)
+        count = int(chunks[name].num_values)
+        columns[name] = np.frombuffer(buffer, dtype, count, end - count * dtype.itemsize)
+    return columns
 
 
 def part_name(number: int, sha256: str) -> str:
@@ -239,16 +240,16 @@ def parts_there(folder: Path) -> list[tuple[str, str]]:
     Raises:
         MetaplError: one is missing, or there are two of a number.
     """
-    found = sorted(
+    parts = sorted(
         (int(match[1]), match[0], match[2]) for name in os.listdir(folder) if (match := _PART.fullmatch(name))
     )
-    for expected, (number, name, _) in enumerate(found):
+    for expected, (number, name, _) in enumerate(parts):
         if number != expected:
             raise MetaplError(
                 f"{folder} has {shown(name)}, and not the part {expected} before it; expected the parts as they were "
                 "written, one of each number. Remove those from there on, then go on with --resume."
             )
-    return [(name, sha256) for _, name, sha256 in found]
+    return [(name, sha256) for _, name, sha256 in parts]
 
 
 def is_own(name: str) -> bool:

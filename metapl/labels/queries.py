@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 MEMORY = "768MiB"
 """What DuckDB may hold; what takes more goes to files."""
+
+MOST_OF_ANY_CLASS = 1_000_000
+"""DuckDB takes fewer of the greatest values."""
+
+_LAST_ROW = 2**32 - 1
 
 BINS = 20
 """Of the histograms of confidence and entropy."""
@@ -102,7 +107,8 @@ def statistics(store: LabelStore) -> Statistics:
     """
     top = math.log(len(store.classes)) or 1.0
     with tempfile.TemporaryDirectory() as spill, _database(Path(spill)) as database:
-        _load(database, store, ["label", "confidence", "entropy", "copies"], "label, confidence, entropy, copies")
+        columns = ["label", "confidence", "entropy", "copies"]
+        _load(database, store, "CREATE TEMP TABLE example AS SELECT * FROM incoming", columns, _numbered)
         by_class = database.execute(
             "SELECT label, count(*), sum(copies), avg(confidence::DOUBLE) FROM example GROUP BY label ORDER BY label"
         ).fetchall()
@@ -123,7 +129,7 @@ def statistics(store: LabelStore) -> Statistics:
     means: list[float | None] = [None] * len(store.classes)
     for label, count, counted, mean in by_class:
         counts[label], copies[label], means[label] = count, int(counted), mean
-    bins = [[dict(found).get(number, 0) for number in range(BINS)] for found in histograms]
+    bins = [[dict(histogram).get(number, 0) for number in range(BINS)] for histogram in histograms]
     return Statistics(
         rows=len(store),
         copies=int(whole[0]),
@@ -145,6 +151,7 @@ def select(
     *,
     threshold: float | None = None,
     per_class: int | None = None,
+    any_class: bool = False,
     balance: bool = False,
     drop_overlap: Path | None = None,
     resume: bool = False,
@@ -152,12 +159,15 @@ def select(
 ) -> Selection:
     """Write a store of some of the rows of another one, with their distributions as they are, in the same order.
 
-    The steps of Noisy Student's section 3.4, each where it is asked for, in this order:
+    The steps of Noisy Student's section 3.4, and with ``any_class`` that of Meta Pseudo Labels' section 3.3, each where
+    it is asked for, in this order:
 
     1. examples whose file has the same bytes as one in a folder are dropped, such as those that are validated on;
     2. examples are kept whose confidence is above a threshold;
     3. of each class, by the most probable class of each example, the most confident are kept; of examples that are
-       equally confident, those whose ids come first;
+       equally confident, those whose ids come first. With ``any_class``, of each class those are kept of which the
+       stored probability of this class is greatest, whatever their most probable class is; an example can be kept for
+       several classes, and is kept once;
     4. classes that have fewer are filled up by duplication: of a class with n examples and a goal of N, each counts
        ⌊N / n⌋ times, and N mod n of them once more, which are those with the smallest MD5 of their ids. The rows stay
        unique; how often each counts is in the column ``copies``, see :meth:`LabelStore.rows_with_copies`.
@@ -167,6 +177,7 @@ def select(
         out: folder of the new store.
         threshold: keep what is above it.
         per_class: the most examples of a class.
+        any_class: count an example for every class that a probability is stored of; needs ``per_class``.
         balance: fill classes up to ``per_class``, or without it to the size of the largest one.
         drop_overlap: a folder of pictures, in which all folders are searched.
         resume: go on with a selection that was stopped.
@@ -179,13 +190,14 @@ def select(
         MetaplError: nothing is asked for or nothing is left, an argument is out of its range, the examples have no
             files to compare, a part is damaged, or the disk refused.
     """
-    _check(store, threshold, per_class, balance, drop_overlap)
+    _check(store, threshold, per_class, any_class, balance, drop_overlap)
     overlap = None if drop_overlap is None else _digests(drop_overlap)
     asked = {
         "of_rows": len(store),
         "of_store_sha256": hashlib.sha256(read_plain(store.folder / DESCRIPTION)).hexdigest(),
         "threshold": threshold,
         "per_class": per_class,
+        "any_class": any_class,
         "balance": balance,
         "dropped_overlap_with": None if overlap is None else _summary(overlap),
     }
@@ -200,14 +212,19 @@ def select(
     )
     layout.require("duckdb")
     with writer, tempfile.TemporaryDirectory(prefix=layout.SPILL, dir=out) as spill, _database(Path(spill)) as database:
-        selection = _choose(database, store, threshold, per_class, balance, overlap)
+        selection = _choose(database, store, threshold, per_class, any_class, balance, overlap)
         if not writer.complete:
             _copy(database, store, writer, progress)
     return selection
 
 
 def _check(
-    store: LabelStore, threshold: float | None, per_class: int | None, balance: bool, drop_overlap: Path | None
+    store: LabelStore,
+    threshold: float | None,
+    per_class: int | None,
+    any_class: bool,
+    balance: bool,
+    drop_overlap: Path | None,
 ) -> None:
     if threshold is None and per_class is None and not balance and drop_overlap is None:
         raise MetaplError(
@@ -217,6 +234,11 @@ def _check(
         raise MetaplError(f"the threshold is {threshold}; expected a confidence in [0, 1).")
     if per_class is not None and per_class < 1:
         raise MetaplError(f"{per_class} examples a class were asked for; expected 1 or more.")
+    if any_class and (per_class is None or balance or not per_class < MOST_OF_ANY_CLASS):
+        raise MetaplError(
+            f"--any-class was asked for; expected --per-class with it, below {MOST_OF_ANY_CLASS:,}, and no --balance: "
+            "an example can be of several classes."
+        )
     if drop_overlap is not None and not store.has_digests:
         raise MetaplError(
             f"the examples of {store.folder} have no files that could be compared with those in {drop_overlap}; "
@@ -226,15 +248,15 @@ def _check(
 
 def _digests(folder: Path) -> list[bytes]:
     """What each picture's file of a folder begins with as SHA-256, each once."""
-    files, found = scan_unlabeled(folder), set()
+    files, digests = scan_unlabeled(folder), set()
     for path in files.paths():
         try:
-            found.add(digest(path)[:DIGEST_BYTES])
+            digests.add(digest(path)[:DIGEST_BYTES])
         except OSError as error:
             raise MetaplError(
                 f"{shown(path)} cannot be compared: {error.strerror}; remove it, or give a folder of readable files."
             ) from error
-    return sorted(found)
+    return sorted(digests)
 
 
 def _summary(digests: Sequence[bytes]) -> dict[str, Any]:
@@ -257,6 +279,7 @@ def _database(spill: Path) -> Iterator[DuckDBPyConnection]:
         "preserve_insertion_order": False,
     }
     with duckdb.connect(config=settings) as database:
+        database.execute("SET enable_progress_bar = false")  # it would be written to standard output
         try:
             yield database
         except duckdb.InterruptException as error:
@@ -268,31 +291,40 @@ def _database(spill: Path) -> Iterator[DuckDBPyConnection]:
             ) from error
 
 
-def _load(database: DuckDBPyConnection, store: LabelStore, columns: Sequence[str], selected: str) -> None:
-    """Make the table ``example`` of expressions over columns of a store, and ``row``."""
+def _load(
+    database: DuckDBPyConnection,
+    store: LabelStore,
+    sql: str,
+    columns: Sequence[str],
+    rows_of: Callable[[pa.Table, int], pa.Table],
+) -> None:
+    """Run a statement that reads the table ``incoming`` once, which is made of the parts as it is read.
+
+    Args:
+        sql: the statement.
+        columns: of the parts.
+        rows_of: makes rows of ``incoming`` of those of a part, and the number of its first row.
+    """
     import pyarrow as pa
 
     refusals: list[MetaplError] = []
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        start = 0
+    def batches(first: pa.Table) -> Iterator[pa.RecordBatch]:
+        yield from first.to_batches()
+        start = store.parts[0].rows
         try:
-            for number in range(len(store.parts)):
+            for number in range(1, len(store.parts)):
                 table = store.table(number, columns)
-                rows = pa.array(np.arange(start, start + len(table)))
-                yield from table.add_column(0, "row", rows).cast(fields).to_batches()
+                yield from rows_of(table, start).to_batches()
                 start += len(table)
         except MetaplError as error:  # DuckDB would wrap it in words of its own
             refusals.append(error)
             raise
 
-    kinds = layout.schema(
-        numbers=isinstance(store.parts[0].first, int), sparse=store.top_k is not None, digests=store.has_digests
-    )
-    fields = pa.schema([pa.field("row", pa.int64()), *(pa.field(name, kinds.field(name).type) for name in columns)])
-    database.register("incoming", pa.RecordBatchReader.from_batches(fields, batches()))
+    first = rows_of(store.table(0, columns), 0)
+    database.register("incoming", pa.RecordBatchReader.from_batches(first.schema, batches(first)))
     try:
-        database.execute(f"CREATE TEMP TABLE example AS SELECT {selected} FROM incoming")
+        database.execute(sql)
     except Exception:
         if refusals:
             raise refusals[0] from None
@@ -300,11 +332,38 @@ def _load(database: DuckDBPyConnection, store: LabelStore, columns: Sequence[str
     database.unregister("incoming")
 
 
+def _numbered(table: pa.Table, start: int) -> pa.Table:
+    """With the numbers of the rows as the column ``row``."""
+    import pyarrow as pa
+
+    return table.add_column(0, "row", pa.array(np.arange(start, start + len(table))))
+
+
+def _by_class(table: pa.Table, start: int) -> pa.Table:
+    """A row for each stored probability: its class and a key, which is greater for a more probable example.
+
+    Probabilities are not negative, so their bits as float32 are in their order. Behind these stands the number of the
+    row, counted backwards: of equals, the first is the greatest.
+    """
+    import pyarrow as pa
+
+    p = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    width = len(p) // len(table)
+    rows = np.repeat(np.arange(start, start + len(table), dtype=np.uint64), width)
+    key = (p.view(np.uint32).astype(np.uint64) << np.uint64(32)) | (np.uint64(_LAST_ROW) - rows)
+    if "classes" in table.schema.names:
+        classes = table["classes"].combine_chunks().flatten()
+    else:
+        classes = pa.array(np.tile(np.arange(width, dtype=np.int32), len(table)))
+    return pa.table({"class": classes, "key": pa.array(key), "row": pa.array(rows.astype(np.int64))})
+
+
 def _choose(
     database: DuckDBPyConnection,
     store: LabelStore,
     threshold: float | None,
     per_class: int | None,
+    any_class: bool,
     balance: bool,
     overlap: Sequence[bytes] | None,
 ) -> Selection:
@@ -319,11 +378,19 @@ def _choose(
         columns, selected = [*columns, "digest"], f"{selected}, digest::BLOB IN (SELECT digest FROM known) AS is_known"
     else:
         selected = f"{selected}, false AS is_known"
-    _load(database, store, columns, selected)
+    _load(database, store, f"CREATE TEMP TABLE example AS SELECT {selected} FROM incoming", columns, _numbered)
     # Confidence is stored as float32, in which 0.3 is above 0.3.
     sure = "true" if threshold is None else f"confidence > {threshold!r}::FLOAT"
-    ranked = "row_number() OVER (PARTITION BY label ORDER BY confidence DESC, row)"
-    limit = "" if per_class is None else f"QUALIFY {ranked} <= {per_class}"
+    limit = ""
+    if any_class:
+        database.execute(f"CREATE TEMP TABLE sure AS SELECT row FROM example WHERE NOT is_known AND {sure}")
+        best = f"SELECT unnest(max(key, {per_class})) AS key FROM incoming WHERE row IN (FROM sure) GROUP BY class"
+        columns = ["probabilities", *(["classes"] if store.top_k is not None else [])]
+        sql = f"CREATE TEMP TABLE best AS SELECT DISTINCT {_LAST_ROW} - (key & {_LAST_ROW}) AS row FROM ({best})"
+        _load(database, store, sql, columns, _by_class)
+        limit = "AND row IN (FROM best)"
+    elif per_class is not None:
+        limit = f"QUALIFY row_number() OVER (PARTITION BY label ORDER BY confidence DESC, row) <= {per_class}"
     database.execute(
         f"CREATE TEMP TABLE kept AS SELECT * EXCLUDE (confidence, is_known) FROM example "
         f"WHERE NOT is_known AND {sure} {limit}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +24,8 @@ from metapl.typed import misfit
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OPEN_PARTS = 256
-"""Parts whose files are open; each takes a descriptor, of which a process usually has 1,024."""
+MAPPED_PARTS = 16_384
+"""Parts that are mapped; Linux gives a process 65,530 maps."""
 
 KNOWN_PARTS = 64
 """Parts whose names are held in memory."""
@@ -127,7 +126,8 @@ class LabelStore:
             yield from self.table(number, ["id"]).column(0).to_pylist()
 
     def __contains__(self, example: object) -> bool:
-        return isinstance(example, int if self._numbers else str) and self._find([example])[0] >= 0
+        kinds = (int, np.integer) if self._numbers else str
+        return isinstance(example, kinds) and bool(self._find([example])[0] >= 0)
 
     def __getitem__(self, ids: str | int | Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
         """The distributions of examples.
@@ -155,21 +155,21 @@ class LabelStore:
         kinds, expected = ((int, np.integer), "integers") if self._numbers else ((str,), "strings")
         if not all(isinstance(name, kinds) for name in wanted):
             raise MetaplError(f"the ids are {described(ids)}; expected {expected}, as they are stored.")
-        found = self._find(wanted)
-        missing = [name for name, row in zip(wanted, found.tolist(), strict=True) if row < 0]
+        rows = self._find(wanted)
+        missing = [name for name, row in zip(wanted, rows.tolist(), strict=True) if row < 0]
         if missing:
             raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
-        return found
+        return rows
 
     def _find(self, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
         """The rows of examples; −1 where there is none."""
-        found = np.full(len(ids), -1, dtype=np.int64)
+        rows = np.full(len(ids), -1, dtype=np.int64)
         parts = np.array([bisect.bisect_right(self._firsts, name) - 1 for name in ids], dtype=np.int64)
-        for number in np.unique(parts[parts >= 0]).tolist():
-            (where,) = np.nonzero(parts == number)
-            within = self._within(number, [ids[i] for i in where.tolist()])
-            found[where] = np.where(within >= 0, within + self._starts[number], -1)
-        return found
+        for number, where in _by_part(parts):
+            if number >= 0:  # before the first part there is nothing
+                within = self._within(number, [ids[i] for i in where.tolist()])
+                rows[where] = np.where(within >= 0, within + self._starts[number], -1)
+        return rows
 
     def _within(self, number: int, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
         """The places of ids in a part; −1 where it has none."""
@@ -198,15 +198,13 @@ class LabelStore:
                 f"{self.folder} has no row {few(wanted[outside].tolist())}; expected 0 to {len(self) - 1:,}."
             )
         width = self.top_k or len(self.classes)
-        stored_BK = torch.empty(len(wanted), width, dtype=torch.float32)
-        classes_BK = torch.empty(len(wanted), width, dtype=torch.int64) if self.top_k is not None else None
-        parts = np.searchsorted(self._starts, wanted, side="right") - 1
-        for number in np.unique(parts).tolist():
-            (where,) = np.nonzero(parts == number)
+        stored_BK = np.empty((len(wanted), width), np.float16)
+        classes_BK = None if self.top_k is None else np.empty((len(wanted), width), np.int32)
+        for number, where in _by_part(np.searchsorted(self._starts, wanted, side="right") - 1):
             columns, places = self._mapped(number), wanted[where] - self._starts[number]
-            stored_BK[where] = torch.from_numpy(columns["probabilities"][places].astype(np.float32))
+            stored_BK[where] = columns["probabilities"][places]
             if classes_BK is not None:
-                classes_BK[where] = torch.from_numpy(columns["classes"][places].astype(np.int64))
+                classes_BK[where] = columns["classes"][places]
         return spread(stored_BK, classes_BK, len(self.classes))
 
     def rows_with_copies(self) -> np.ndarray[Any, Any]:
@@ -232,7 +230,8 @@ class LabelStore:
         self._check(number)
         # Not by its path, in which pyarrow would look for names of columns (a folder a=1).
         with open_plain(self._path(self.parts[number])) as file, pq.ParquetFile(file) as parquet:
-            return parquet.read(None if columns is None else list(columns))
+            # In one thread: a part is small, and where others use the cores, threads mostly wait for each other.
+            return parquet.read(None if columns is None else list(columns), use_threads=False)
 
     # ------------------------------------------------------------------------------------------------------ the files
 
@@ -275,18 +274,26 @@ class LabelStore:
 
         self._check(number)
         part = self.parts[number]
-        with open_plain(self._path(part)) as file:
-            buffer = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        columns = {"probabilities": layout.mapped_column(buffer, "probabilities", np.dtype(np.float16))}
-        if self.top_k is not None:
-            columns["classes"] = layout.mapped_column(buffer, "classes", np.dtype(np.int32))
-        columns = {name: values.reshape(part.rows, -1) for name, values in columns.items()}
-        if self._numbers:
-            columns["id"] = layout.mapped_column(buffer, "id", np.dtype(np.int64))
+        # Unlike mmap.mmap, pyarrow's map does not need its file to stay open: a process may have few of these.
+        with pa.memory_map(os.fsencode(self._path(part))) as file:
+            buffer = file.read_buffer()
+        dtypes: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16)}
+        dtypes |= {} if self.top_k is None else {"classes": np.dtype(np.int32)}
+        dtypes |= {"id": np.dtype(np.int64)} if self._numbers else {}
+        columns = layout.mapped_columns(buffer, dtypes)
+        columns |= {name: columns[name].reshape(part.rows, -1) for name in dtypes if name != "id"}
         self._columns[number] = columns
-        while len(self._columns) > OPEN_PARTS:
+        while len(self._columns) > MAPPED_PARTS:
             self._columns.popitem(last=False)
         return columns
+
+
+def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """Each part that occurs, and where."""
+    order = np.argsort(parts, kind="stable")
+    for where in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
+        if len(where):
+            yield int(parts[where[0]]), where
 
 
 def _is_text(name: str) -> bool:
@@ -294,18 +301,23 @@ def _is_text(name: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def spread(stored_BK: Tensor, classes_BK: Tensor | None, classes: int) -> Tensor:
-    """Distributions (B, C) of what is stored of them; see :class:`LabelStore`.
+def spread(stored_BK: np.ndarray[Any, Any], classes_BK: np.ndarray[Any, Any] | None, classes: int) -> Tensor:
+    """Distributions, float32 (B, C), of what is stored of them; see :class:`LabelStore`.
+
+    By numpy, in one thread: torch's would wait for each other at every small batch.
 
     Args:
-        stored_BK: float32, probabilities of some classes, or of all in their order.
-        classes_BK: int64, which these are; None for all.
+        stored_BK: probabilities of some classes, or of all in their order.
+        classes_BK: which these are, of each row different ones; None for all.
         classes: C.
     """
+    s_BK = stored_BK.astype(np.float32)
+    sum_B1 = s_BK.sum(axis=1, keepdims=True)
     if classes_BK is None:
-        q_BC = stored_BK
-    else:
-        others = classes - stored_BK.shape[1]
-        remainder_B = (1 - stored_BK.sum(dim=1)).clamp(min=0) / max(others, 1)
-        q_BC = remainder_B[:, None].expand(-1, classes).scatter(1, classes_BK, stored_BK)
-    return q_BC / q_BC.sum(dim=1, keepdim=True)
+        return torch.from_numpy(s_BK / sum_B1)
+    remainder_B1 = np.maximum(0, 1 - sum_B1) if s_BK.shape[1] < classes else np.zeros_like(sum_B1)
+    whole_B1 = sum_B1 + remainder_B1
+    q_BC = np.empty((len(s_BK), classes), np.float32)
+    q_BC[:] = remainder_B1 / whole_B1 / max(classes - s_BK.shape[1], 1)
+    np.put_along_axis(q_BC, classes_BK, s_BK / whole_B1, axis=1)
+    return torch.from_numpy(q_BC)

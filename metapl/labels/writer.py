@@ -146,6 +146,8 @@ class LabelWriter:
                 f"{self.folder} has parts of a store and no {DESCRIPTION}; put it back from a copy, or give another "
                 "--out."
             )
+        else:
+            layout.remove_temporary(self.folder)
 
     def _go_on(self, before: Mapping[str, Any]) -> None:
         if not self.resume:
