@@ -63,7 +63,7 @@ QUICK = TwoMoons(activation="tanh", init_scale=0.5, student_lr=0.3, teacher_lr=0
 """The same without the plateau on which sigmoid networks with small weights spend thousands of steps."""
 
 UDA = dataclasses.replace(QUICK, uda_weight=1.0, input_noise=0.2)
-"""With the consistency term, whose noise is about half the distance between the moons."""
+"""With the consistency term, whose noise has two fifths of the distance between the moons as its standard deviation."""
 
 
 def _changed(recipe: TwoMoons, **fields: Any) -> TwoMoons:
@@ -87,12 +87,13 @@ REGIMES: dict[str, Regime] = {
         _changed(STATED, pretrain_steps=6000, steps=3000, feedback_weight=10.0, supervised_loss=False),
     ),
     "lookahead_5": Regime(
-        "UDA, 5 student steps ahead, weight 10", _changed(UDA, lookahead=5, steps=600, feedback_weight=10.0)
+        "UDA, 5 student steps ahead, weight 10, 600 teacher steps",
+        _changed(UDA, lookahead=5, steps=600, feedback_weight=10.0),
     ),
-    "uda_weight_10": Regime("UDA, feedback weight 10", _changed(UDA, feedback_weight=10.0), ("mpl",), "uda"),
     "quick_ratio_1": Regime("quick, feedback ratio 1", _changed(QUICK, feedback_ratio=1.0), ("mpl",), "quick"),
     "lookahead_20": Regime(
-        "UDA, 20 student steps ahead, weight 10", _changed(UDA, lookahead=20, steps=150, feedback_weight=10.0)
+        "UDA, 20 student steps ahead, weight 10, 150 teacher steps",
+        _changed(UDA, lookahead=20, steps=150, feedback_weight=10.0),
     ),
     "spread": Regime("UDA, labels spread, feedback ratio 0.3", _changed(UDA, placement="spread", feedback_ratio=0.3)),
     "uda_unlabeled_teacher": Regime(
@@ -103,8 +104,15 @@ REGIMES: dict[str, Regime] = {
         "quick, Algorithm 1's scalar, ratio 1", _changed(QUICK, mode="reinforce", feedback_ratio=1.0)
     ),
     "longer": Regime("UDA, feedback ratio 0.3, three times as long", _changed(UDA, feedback_ratio=0.3, steps=9000)),
+    # Added after those before it had been seen.
+    "uda_weight_10": Regime("UDA, feedback weight 10", _changed(UDA, feedback_weight=10.0), ("mpl",), "uda"),
+    "quick_spread": Regime(
+        "quick, labels spread, feedback ratio 0.3",
+        _changed(QUICK, placement="spread", feedback_ratio=0.3),
+        ("mpl", "none", "supervised"),
+    ),
 }
-"""In the order in which they are run; ``uda_weight_10`` was added after those before it had been seen."""
+"""In the order in which they are run."""
 
 
 def read(path: Path = RAW) -> list[Row]:
@@ -148,7 +156,7 @@ def _row(name: str, method: Method, regime: Regime, seeds: Sequence[int], outcom
 # ----------------------------------------------------------------------------------------------- the table, the figure
 
 
-def _found(rows: Sequence[Row], name: str, method: str) -> Row | None:
+def found(rows: Sequence[Row], name: str, method: str) -> Row | None:
     """The row of a method in a regime; of supervised learning and the control also in the regime that shares it."""
     names = [name]
     shared = REGIMES[name].control
@@ -167,7 +175,7 @@ def rate(row: Row | None) -> str:
 
 def difference(rows: Sequence[Row], name: str) -> str:
     """p of McNemar's exact test of Meta Pseudo Labels against the same loop without feedback."""
-    mpl, none = (_found(rows, name, method) for method in ("mpl", "none"))
+    mpl, none = (found(rows, name, method) for method in ("mpl", "none"))
     if mpl is None or none is None:
         return "–"
     return f"{mcnemar(mpl['accuracy'], none['accuracy'])[2]:.2g}"
@@ -181,13 +189,13 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, regime in REGIMES.items():
-        found = {method: _found(rows, name, method) for method in ALL}
+        cells_of = {method: found(rows, name, method) for method in ALL}
         if not any(row["regime"] == name for row in rows):
             continue
-        mpl = found["mpl"]
+        mpl = cells_of["mpl"]
         median = "–" if mpl is None else f"{100 * statistics.median(mpl['accuracy']):.1f}"
-        cells = [rate(mpl), rate(found["none"]), difference(rows, name)]
-        cells += [rate(found["supervised"]), rate(found["pseudo_labels"]), median]
+        cells = [rate(mpl), rate(cells_of["none"]), difference(rows, name)]
+        cells += [rate(cells_of["supervised"]), rate(cells_of["pseudo_labels"]), median]
         lines.append(f"| {regime.title} | " + " | ".join(cells) + " |")
     seeds = {tuple(row["seeds"]) for row in rows}
     runs = "/".join(str(len(group)) for group in seeds)
@@ -221,7 +229,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     axes = figure.subplots()
     for y, name in enumerate(names):
         for number, (method, color) in enumerate(COLORS.items()):
-            row = _found(rows, name, method)
+            row = found(rows, name, method)
             if row is not None:
                 place = y - 0.22 * (number - 1)
                 axes.plot([100 * end for end in row["interval"]], [place, place], color=color, linewidth=1.6)

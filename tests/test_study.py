@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from metapl.metrics import interval
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -25,6 +29,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "label_noise",
         "label_noise_tables",
         "suspects",
+        "two_moons",
         "figures",
         "machine",
     ):
@@ -218,3 +223,58 @@ def test_every_table_that_is_marked_is_compared_with_its_raw_file() -> None:
     marked = set(re.findall(r"<!-- (\w+):begin -->", pages))
     tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_study.py", "test_cost.py"))
     assert all(f'shown("{name}")' in tests or f"<!-- {name}:begin -->" in tests for name in marked)
+
+
+def test_the_page_on_the_two_moons_shows_the_table_of_the_raw_rows(tables: object) -> None:
+    import two_moons
+
+    rows = two_moons.read()
+    assert shown("two_moons") == two_moons.table(rows)
+    ran = [(row["regime"], row["method"]) for row in rows]
+    assert sorted(ran) == sorted((name, m) for name, regime in two_moons.REGIMES.items() for m in regime.methods)
+    for row in rows:
+        recipe = dataclasses.asdict(two_moons.REGIMES[row["regime"]].recipe)
+        assert row["recipe"] == json.loads(json.dumps(recipe))
+        assert tuple(row["seeds"]) == two_moons.SEEDS
+        assert row["success"] == sum(accuracy > 0.95 for accuracy in row["accuracy"])
+        assert row["interval"] == [round(end, 4) for end in interval(row["success"], row["runs"])]
+
+
+def test_the_rates_on_two_moons_that_the_page_speaks_of_are_those_of_the_rows(tables: object) -> None:
+    import two_moons
+
+    rows = two_moons.read()
+    words = " ".join((PAGE.parent / "two-moons.md").read_text().split())
+
+    def successes(regime: str, method: str) -> int:
+        (row,) = [row for row in rows if (row["regime"], row["method"]) == (regime, method)]
+        assert row["runs"] == 64
+        return int(row["success"])
+
+    def against_control(regime: str) -> tuple[int, int, float]:
+        accuracies = [two_moons.found(rows, regime, method)["accuracy"] for method in ("mpl", "none")]
+        return two_moons.mcnemar(*accuracies)
+
+    def p(regime: str) -> str:
+        return f"(p = {against_control(regime)[2]:.2g})"
+
+    stated = [successes("stated", method) for method in two_moons.ALL]
+    assert (
+        f"in {stated[0]} of 64 runs (95 % interval 0 to 6 %), the same loop without feedback in {stated[1]}, "
+        f"supervised learning in {stated[2]} and pseudo-labels in {stated[3]}."
+    ) in words
+    assert f"with UDA, {successes('uda', 'none')} of 64 runs of the loop without feedback succeed" in words
+    assert f"and {successes('longer', 'none')} of 64 after three times as many steps" in words
+    assert (
+        f"{successes('uda', 'mpl')} of 64 {p('uda')} at the ratio 0.3, {successes('uda_ratio_1', 'mpl')} of 64 "
+        f"{p('uda_ratio_1')} at the ratio 1, and {successes('longer', 'mpl')} of 64 {p('longer')} after three times"
+    ) in words
+    assert (
+        f"let {successes('spread', 'mpl')} of 64 runs of MPL succeed, and {successes('spread', 'none')} of 64 of the "
+        "control. Without UDA, spread labels do not suffice: "
+        f"{successes('quick_spread', 'mpl')} and {successes('quick_spread', 'none')} of 64."
+    ) in words
+    compared = [name for name, regime in two_moons.REGIMES.items() if "mpl" in regime.methods]
+    better = [name for name in compared if against_control(name)[0] > against_control(name)[1]]
+    assert all(against_control(name)[2] >= 0.05 for name in better)
+    assert successes("many_labels", "supervised") == 64

@@ -194,6 +194,11 @@ def test_the_control_is_the_loop_without_feedback_and_each_method_ends_elsewhere
     assert torch.equal(silent.run("mpl").networks["0.weight"], ends[list(METHODS).index("none")])
 
 
+def test_runs_that_diverge_are_refused() -> None:
+    with pytest.raises(metapl.MetaplError, match="supervised: the weights of 3 of 3 runs are not finite"):
+        TwoMoonsRuns(TwoMoons(**TINY, activation="relu", teacher_lr=1e30), SEEDS).run("supervised")
+
+
 def test_both_networks_are_trained_on_the_labeled_points_before(monkeypatch: pytest.MonkeyPatch) -> None:
     warm, cold = (
         TwoMoonsRuns(

@@ -120,8 +120,18 @@ class TwoMoonsRuns:
 
     @torch.no_grad()
     def run(self, method: Method) -> Outcome:
-        """Train all runs by a method."""
-        networks = getattr(self, f"_{method}_networks")()
+        """Train all runs by a method.
+
+        Raises:
+            MetaplError: the weights of some runs are not finite.
+        """
+        networks: Tree = getattr(self, f"_{method}_networks")()
+        finite = torch.stack([t.isfinite().flatten(1).all(1) for t in networks.values()]).all(0)
+        if not finite.all():
+            raise MetaplError(
+                f"{METHODS[method]}: the weights of {int((~finite).sum())} of {len(self.seeds)} runs are not finite "
+                "after training; expected lower learning rates, or less weight on the feedback or UDA."
+            )
         right = self.network.classes(networks, self.points) == self.classes
         return Outcome(tuple(right.double().mean(1).tolist()), networks)
 
