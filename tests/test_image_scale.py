@@ -316,13 +316,13 @@ def test_the_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
         "\rfinetune: ",
     ):
         assert words in terminal.shown
-    first, second, third, *rest = terminal.screen()
-    assert first.startswith("chosen: small_cnn on 8x8 color pictures (shrunk from about 20), ")
-    while not second.startswith("images by "):  # the line before may take two
-        second, third, *rest = third, *rest
-    assert second.startswith("images by Meta Pseudo Labels, seed 0 -> ")
-    assert third == "20 labeled pictures of 2 classes (a, b), 100,000 unlabeled, none for validation, 20 to test on"
-    assert rest[0].startswith("Test accuracy of the finetuned student: ")  # no line of progress is left
+    # Lines are broken at the terminal's width.
+    words = " ".join(terminal.screen())
+    chosen, by, rest = words.partition(f"images by Meta Pseudo Labels, seed 0 -> {tmp_path / 'run'} ")
+    assert chosen.startswith("chosen: small_cnn on 8x8 color pictures (shrunk from about 20), ")
+    assert by
+    listed = "20 labeled pictures of 2 classes (a, b), 100,000 unlabeled, none for validation, 20 to test on"
+    assert rest.startswith(f"{listed} Test accuracy of the finetuned student: ")  # no line of progress is left
 
 
 @pytest.mark.slow
