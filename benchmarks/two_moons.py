@@ -111,6 +111,9 @@ REGIMES: dict[str, Regime] = {
         _changed(QUICK, placement="spread", feedback_ratio=0.3),
         ("mpl", "none", "supervised"),
     ),
+    "lookahead_5_full": Regime(
+        "UDA, 5 student steps ahead, weight 10, 3,000 teacher steps", _changed(UDA, lookahead=5, feedback_weight=10.0)
+    ),
 }
 """In the order in which they are run."""
 

@@ -270,6 +270,10 @@ def test_the_rates_on_two_moons_that_the_page_speaks_of_are_those_of_the_rows(ta
         f"{p('uda_ratio_1')} at the ratio 1, and {successes('longer', 'mpl')} of 64 {p('longer')} after three times"
     ) in words
     assert (
+        f"{successes('lookahead_5_full', 'mpl')} of 64 against {successes('lookahead_5_full', 'none')} of its control "
+        f"{p('lookahead_5_full')}"
+    ) in words
+    assert (
         f"let {successes('spread', 'mpl')} of 64 runs of MPL succeed, and {successes('spread', 'none')} of 64 of the "
         "control. Without UDA, spread labels do not suffice: "
         f"{successes('quick_spread', 'mpl')} and {successes('quick_spread', 'none')} of 64."
