@@ -105,6 +105,11 @@ def look_ahead(
     """
     batches = inner_batches(unlabeled)
     check_steps(mode, len(batches), problem)
+    if revises(problem) and getattr(mode, "normalization", None) == "cosine":
+        raise MetaplError(
+            'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '
+            'of the feedback; leave it at "gradient".'
+        )
 
     def teach_checked(batch: Any, outputs: Tensor) -> Signal:
         signal = check_signal(teach(batch, outputs), problem)

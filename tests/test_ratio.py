@@ -101,3 +101,75 @@ def test_hooks_on_a_table_that_is_the_teachers_output_do_not_stay() -> None:
     batch = x.float(), y
     trainer.step(batch, (u.float(), y, torch.arange(6)))
     assert not any(p._backward_hooks for p in table.parameters())
+
+
+class _Nested(nn.Module):
+    """A teacher one of whose outputs is computed from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 8).double(), nn.Linear(8, 3).double()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.body(x).tanh()
+        return {"features": features, "logits": self.head(features)}
+
+
+class _OfLogits(metapl.problems.Problem):
+    def signal(self, teacher: nn.Module, batch: torch.Tensor, *_: object, **__: object) -> metapl.Signal:
+        outputs = teacher(batch)
+        return metapl.Signal(outputs["logits"].softmax(-1), outputs=outputs["features"])
+
+    def inner_loss(self, outputs: torch.Tensor, signal: metapl.Signal, *_: object) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, signal.value, reduction="none")
+
+    def outer_loss(self, outputs: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def test_the_ratio_of_outputs_that_are_computed_from_each_other() -> None:
+    """The loss in the features does not get the feedback that flows through them."""
+    torch.manual_seed(0)
+    teacher, student = _Nested(), nn.Linear(5, 3).double()
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=_OfLogits(), teacher_losses=(_OutputsTwice(),))
+    labeled, u = _batch()
+    h = trainer.hypergradient(labeled, u).feedback
+    outputs = {name: t.detach().requires_grad_() for name, t in teacher(u).items()}
+    (from_feedback,) = torch.autograd.grad(-(h * outputs["logits"].softmax(-1)).sum(), outputs["logits"])
+    (own,) = torch.autograd.grad(outputs["features"].square().mean(), outputs["features"])
+    found = trainer.step(labeled, u).feedback_ratio
+    assert found == pytest.approx(float(from_feedback.norm() / own.norm()), rel=1e-9)
+
+
+class _Diagonal:
+    """A loss of a teacher that is a table."""
+
+    name = "diagonal"
+
+    def __call__(self, teacher: nn.Module, **batches: object) -> torch.Tensor:
+        return -teacher().log_softmax(-1).diagonal().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"feedback_ratio": 0.5}], ids=str)
+def test_the_ratio_where_the_output_is_the_weight_itself(options: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    table, student = metapl.problems.Table(4 * torch.eye(3)), nn.Linear(5, 3)
+    trainer = metapl.BilevelTrainer(
+        table,
+        student,
+        "forward",
+        problem=metapl.problems.NoiseTransition(),
+        teacher_losses=(_Diagonal(),),
+        outer_optimizer=torch.optim.SGD(table.parameters(), lr=1.0),
+        **options,
+    )
+    (x, y), u = _batch()
+    ratio = trainer.step((x.float(), y), (u.float(), y)).feedback_ratio
+    assert ratio == pytest.approx(options["feedback_ratio"]) if options else 0 < ratio < 1
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-12, 1e-16])
+def test_the_size_does_not_depend_on_how_small_the_students_rate_is(rate: float) -> None:
+    trainer = _trainer(feedback_ratio=0.7)
+    trainer.inner_optimizer.param_groups[0]["lr"] = rate
+    assert trainer.step(*_batch()).feedback_ratio == pytest.approx(0.7, rel=1e-5)

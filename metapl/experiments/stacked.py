@@ -33,8 +33,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
 }
 
-TINY = 1e-12
-
 
 @dataclass(frozen=True)
 class Stack:
@@ -256,8 +254,9 @@ class Steps:
         if self.recipe.feedback_ratio is None:
             return self.recipe.feedback_weight
         size = torch.linalg.vector_norm(torch.cat(list(own)))
-        factor: Tensor = self.recipe.feedback_ratio * size / torch.linalg.vector_norm(from_feedback).clamp_min(TINY)
-        return factor
+        norm = torch.linalg.vector_norm(from_feedback)
+        factor = self.recipe.feedback_ratio * size / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return torch.where(norm > 0, factor, 0.0)
 
 
 def stacked(step: Callable[..., Any], *networks: Tree, batch: Batch) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from metapl import checks
@@ -38,7 +38,10 @@ class FeedbackScale:
 
     def factor(self, feedback: Tensor, own: Tensor) -> Tensor | float:
         """The factor of the feedback, from the two norms, which stay on the device."""
-        return self.value * own / feedback.clamp_min(1e-12) if self.relative else self.value
+        if not self.relative:
+            return self.value
+        factor = self.value * own / feedback.clamp_min(torch.finfo(feedback.dtype).tiny)
+        return torch.where(feedback > 0, factor, 0.0)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class TeacherStep:
     ) -> None:
         self.teacher, self.unlabeled = teacher, unlabeled
         self._outputs: list[Tensor] = []
+        self._is_nested = False
         self._weights = {id(p) for _, part in named_parts(teacher) for p in part._parameters.values()}
         with self._recording():
             self._pass = TeacherPass(teacher, problem, unlabeled, student_outputs, generator, recompute)
@@ -141,7 +145,7 @@ class TeacherStep:
         if scale.relative:
             reach.refuse_bypass("the signal")
             own_reach.refuse_bypass("a teacher loss")
-        if not scale.relative and reach.outputs.isdisjoint(own_reach.outputs):
+        if not scale.relative and not self._is_nested and reach.outputs.isdisjoint(own_reach.outputs):
             # Every output gets the gradient of one of the losses, and a common backward pass shows them.
             with _caught(reach.outputs) as grads, _caught(own_reach.outputs) as own_grads:
                 _backward(scale.value * from_feedback + from_own)
@@ -156,8 +160,13 @@ class TeacherStep:
         """Collect the outputs of the teacher in this block: the gradients of its losses are measured at these."""
 
         def collect(module: nn.Module, args: Any, output: Any) -> None:
-            tensors = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
-            self._outputs.extend(t for t in tensors if t.requires_grad)
+            given, returned = (
+                [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)] for tree in (args, output)
+            )
+            found = [t for t in returned if t.requires_grad]
+            # One output may be computed from another: then each would get the gradient of the other's losses too.
+            self._is_nested = self._is_nested or len(found) > 1 or any(t.requires_grad for t in given)
+            self._outputs.extend(found)
 
         handle = self.teacher.register_forward_hook(collect)
         try:
@@ -167,7 +176,8 @@ class TeacherStep:
 
     def _reach(self, loss: Tensor) -> _Reach:
         """The collected outputs that a loss depends on, and whether it depends on a weight in another way."""
-        collected = {(t.grad_fn, t.output_nr): t for t in self._outputs}
+        # The edge of an output that is a weight itself, such as a table, is its accumulation.
+        collected = {(edge.node, edge.output_nr): t for t in self._outputs for edge in [get_gradient_edge(t)]}
         outputs: set[Tensor] = set()
         bypass = False
         seen: set[tuple[Node | None, int]] = set()
