@@ -234,6 +234,11 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
         ({"threshold": math.nan}, "the threshold is nan"),
         ({"threshold": -0.1}, "the threshold is -0.1"),
         ({"per_class": 0}, "0 examples a class were asked for"),
+        ({"per_class": 10**30, "balance": True}, "examples a class were asked for; expected 1 to 1,000,000,000"),
+        (
+            {"per_class": 10**9, "balance": True},
+            "would count 5,000,000,000 examples .*, 5 classes of .* smaller --per-",
+        ),
         ({"any_class": True, "threshold": 0.1}, "expected --per-class with it, below 1,000,000, and no --balance"),
         ({"any_class": True, "per_class": 10**6}, "expected --per-class with it, below 1,000,000"),
         ({"any_class": True, "per_class": 10, "balance": True}, "and no --balance"),
@@ -269,6 +274,25 @@ def test_what_duckdb_has_no_room_for_is_one_line(tmp_path: Path, monkeypatch: py
     with pytest.raises(MetaplError, match=r"DuckDB could not go on: .*failed to offload; expected room for its files"):
         select(made(tmp_path / "store"), tmp_path / "out", threshold=0.3)
     assert not (tmp_path / "out").exists()
+
+
+def test_whatever_else_duckdb_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import duckdb
+
+    def refuse(*given: Any) -> Any:
+        raise duckdb.ConversionException("Conversion Error: out of range\nmore words")
+
+    monkeypatch.setattr(queries, "_choose", refuse)
+    with pytest.raises(MetaplError, match=r"DuckDB could not go on: Conversion Error: out of range; expected a store"):
+        select(made(tmp_path / "store"), tmp_path / "out", threshold=0.3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_duckdb_cannot_name_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(MetaplError, match=r"caf\\xe9: the name is not UTF-8; expected another --out"):
+        select(made(tmp_path / "store"), out, balance=True)
+    assert os.listdir(tmp_path) == ["store"]
 
 
 def test_duckdb_stays_within_its_memory_and_out_of_the_output(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from metapl.data.images.folders import Progress, digest, scan_unlabeled
 from metapl.errors import MetaplError
 from metapl.labels import layout
 from metapl.labels.layout import DESCRIPTION, DIGEST_BYTES
-from metapl.labels.store import LabelStore
+from metapl.labels.store import LabelStore, is_text
 from metapl.labels.writer import LabelWriter
 from metapl.plain_files import read_plain
 from metapl.words import shown
@@ -32,6 +32,9 @@ MEMORY = "768MiB"
 
 MOST_OF_ANY_CLASS = 1_000_000
 """DuckDB takes fewer of the greatest values."""
+
+MOST_COPIES = 1_000_000_000
+"""Examples with their copies: :meth:`LabelStore.rows_with_copies` takes 8 bytes for each, and some memory on top."""
 
 _LAST_ROW = 2**32 - 1
 
@@ -232,8 +235,8 @@ def _check(
         )
     if threshold is not None and not 0 <= threshold < 1:
         raise MetaplError(f"the threshold is {threshold}; expected a confidence in [0, 1).")
-    if per_class is not None and per_class < 1:
-        raise MetaplError(f"{per_class} examples a class were asked for; expected 1 or more.")
+    if per_class is not None and not 1 <= per_class <= MOST_COPIES:
+        raise MetaplError(f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}.")
     if any_class and (per_class is None or balance or not per_class < MOST_OF_ANY_CLASS):
         raise MetaplError(
             f"--any-class was asked for; expected --per-class with it, below {MOST_OF_ANY_CLASS:,}, and no --balance: "
@@ -272,6 +275,11 @@ def _database(spill: Path) -> Iterator[DuckDBPyConnection]:
     layout.require("duckdb")
     import duckdb
 
+    if not is_text(str(spill)):  # DuckDB would say std::bad_cast
+        raise MetaplError(
+            f"DuckDB cannot keep its files in {shown(spill.parent)}: the name is not UTF-8; expected another --out, or "
+            "rename the folder."
+        )
     settings: dict[str, Any] = {
         "memory_limit": MEMORY,
         "threads": available_cores(),
@@ -286,9 +294,18 @@ def _database(spill: Path) -> Iterator[DuckDBPyConnection]:
             raise KeyboardInterrupt from error
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
             raise MetaplError(
-                f"DuckDB could not go on: {str(error).splitlines()[0]:.200}; expected room for its files in "
-                f"{spill.parent} beyond {MEMORY} of memory."
+                f"DuckDB could not go on: {_first_line(error)}; expected room for its files in {spill.parent} beyond "
+                f"{MEMORY} of memory."
             ) from error
+        except duckdb.Error as error:
+            raise MetaplError(
+                f"DuckDB could not go on: {_first_line(error)}; expected a store as metapl label writes it, and a "
+                "version of DuckDB that pip install 'metapl[labels]' takes."
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return shown(f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}")
 
 
 def _load(
@@ -410,12 +427,14 @@ def _choose(
     copies = "copies"
     if balance:
         goal = per_class or max(counts.values())
+        _refuse_many_copies(goal * len(counts), f"{len(counts):,} classes of {goal:,} each")
         size, place = "count(*) OVER (PARTITION BY label)", "row_number() OVER (PARTITION BY label ORDER BY tie, row)"
         copies = f"({goal} // {size} + CASE WHEN {place} <= {goal} % {size} THEN 1 ELSE 0 END)::INTEGER"
     database.execute(f"CREATE TEMP TABLE chosen AS SELECT row, {copies} AS copies FROM kept ORDER BY row")
     database.execute("DROP TABLE kept")
     total = database.execute("SELECT sum(copies) FROM chosen").fetchone()
     assert total is not None
+    _refuse_many_copies(int(total[0]), "those of the store")
     return Selection(
         rows=len(store),
         overlapping=counted[0],
@@ -425,6 +444,14 @@ def _choose(
         copies=int(total[0]),
         missing=tuple(name for label, name in enumerate(store.classes) if label not in counts),
     )
+
+
+def _refuse_many_copies(copies: int, made_of: str) -> None:
+    if copies > MOST_COPIES:
+        raise MetaplError(
+            f"the new store would count {copies:,} examples with their copies, {made_of}; expected at most "
+            f"{MOST_COPIES:,}: give a smaller --per-class."
+        )
 
 
 def _copy(database: DuckDBPyConnection, store: LabelStore, writer: LabelWriter, progress: Progress | None) -> None:

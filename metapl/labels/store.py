@@ -185,7 +185,7 @@ class LabelStore:
             while len(self._names) > KNOWN_PARTS:
                 self._names.popitem(last=False)
         self._names.move_to_end(number)
-        wanted = pa.array([name if _is_text(name) else None for name in ids], pa.string())
+        wanted = pa.array([name if is_text(name) else None for name in ids], pa.string())
         places = pc.index_in(wanted, value_set=self._names[number])
         return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
 
@@ -296,7 +296,7 @@ def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any,
             yield int(parts[where[0]]), where
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """Whether UTF-8 can hold it; nothing else is stored."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
