@@ -6,7 +6,12 @@ import errno
 import re
 import sys
 
-_SAID = re.compile(r"can't allocate memory|not enough memory|out of memory|cannot allocate memory", re.IGNORECASE)
+_SAID = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|"
+    r"cannot allocate memory(?! in static TLS block)|"  # the loader's own limit, whatever memory there is
+    r"failed to map segment from shared object",  # a library that is loaded
+    re.IGNORECASE,
+)
 
 LESS = (
     "lower the batch sizes (--labeled-batch, --unlabeled-batch), --image-size or --num-workers, raise --accumulate, or "
@@ -40,6 +45,6 @@ def _where(error: BaseException) -> str | None:
         return "of this machine"
     if isinstance(error, OSError):
         return "of this machine" if error.errno == errno.ENOMEM else None
-    if isinstance(error, RuntimeError) and _SAID.search(str(error)):
+    if isinstance(error, RuntimeError | ImportError) and _SAID.search(str(error)):
         return "of the GPU" if "CUDA" in str(error) else "of this machine"
     return None

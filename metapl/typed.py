@@ -53,10 +53,17 @@ def _fits_plainly(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
     if hint in (int, str, bool):
         return type(value) is hint
     return get_origin(hint) is Literal and any(type(value) is type(one) and value == one for one in get_args(hint))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float reaches
+        return False
 
 
 def _first_of_list(values: list[Any] | tuple[Any, ...], parts: tuple[Any, ...], hint: Any, where: str) -> str | None:

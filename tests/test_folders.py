@@ -227,10 +227,10 @@ def test_the_same_folder_twice(tmp_path: Path) -> None:
 def test_labelled_pictures_that_are_all_unlabelled_too_are_noted(tmp_path: Path) -> None:
     root = pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4])
     labeled = scan_labeled(root)
-    same = found(check_folders(labeled, scan_unlabeled(root)), "all labelled pictures", "no others", "more pictures")
+    same = found(check_folders(labeled, scan_unlabeled(root)), "all labeled pictures", "no others", "more pictures")
     assert (same.level, same.kind) == ("warning", "labeled copies")
     copies = scan_unlabeled(pictures(tmp_path / "u", any=[4, 3, 2, 1, 5, 6]))
-    found(check_folders(labeled, copies), "all labelled pictures", "4 of its 6", "no harm")
+    found(check_folders(labeled, copies), "all labeled pictures", "4 of its 6", "no harm")
     test = scan_labeled(pictures(tmp_path / "t", cat=[11], dog=[12]))
     assert len(check_folders(labeled, copies, test=test)) == 1
     fewer = scan_unlabeled(pictures(tmp_path / "fewer", any=[4, 3, 2, 5, 6]))

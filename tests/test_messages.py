@@ -131,7 +131,7 @@ def test_a_table_is_not_broken() -> None:
 def test_the_notes_of_a_training_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from metapl.experiments.jobs import aloud
 
-    aloud(f"note: all labelled pictures are in the unlabelled folder {tmp_path} too, and " + "more " * 20)
+    aloud(f"note: all labeled pictures are in the unlabeled folder {tmp_path} too, and " + "more " * 20)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 1
     assert all(len(line) <= 80 or " " not in line.strip() for line in lines)

@@ -134,7 +134,7 @@ def _run(given: list[str]) -> int:
     except MetaplError as error:
         tell(f"metapl: {error}", file=sys.stderr, wrap=True)
         return 2
-    except (MemoryError, RuntimeError, OSError) as error:
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
         whose = out_of_memory(error)
         if whose is None:
             raise

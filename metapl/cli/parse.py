@@ -103,7 +103,7 @@ def flags_named() -> Iterator[None]:
         yield
     except FieldError as error:
         name = FLAGS.get(error.field, error.field).replace("_", "-")
-        if not any(name in known.split() for known in GROUPS.values()):
+        if not any({name, f"{name.partition('.')[0]}.*"} & {*known.split()} for known in GROUPS.values()):
             raise
         raise MetaplError(f"--{name} {error.value}: expected {error.expected}.") from error
 

@@ -1,4 +1,4 @@
-"""Labelled data as unlabelled data."""
+"""Labeled data as unlabeled data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class WithoutLabels:
 
 
 def without_labels(source: Any) -> WithoutLabels:
-    """Leave out the labels of a source of batches, to be the unlabelled one.
+    """Leave out the labels of a source of batches, to be the unlabeled one.
 
     Args:
         source: a DataLoader, or anything else that :func:`feed` takes. Of a batch that is a tuple or list the first

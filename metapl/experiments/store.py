@@ -17,6 +17,9 @@ from metapl.typed import misfit, misfit_entries
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method", "steps", "best_step")
 """What every ``result.json`` says of the networks in its folder."""
 
+COUNTS = ("validation_size", "seed", "steps", "best_step")
+"""Which of these are whole numbers of 0 or more."""
+
 RESULT: dict[str, Any] = {
     "recipe": str,
     "method": Literal[tuple(EVERY_METHOD)],
@@ -97,6 +100,7 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
         raise MetaplError(f"{file} is damaged: it does not say {', '.join(TOLD)}.")
     accuracies = [name for name in result if name.endswith("_accuracy")]
     fault = misfit_entries(result, {**RESULT, **dict.fromkeys(accuracies, float)}, "its content")
+    fault = fault or _counts_fault(result)
     outside = [name for name in accuracies if fault is None and not 0 <= result[name] <= 1]
     if outside:
         fault = f"{outside[0]} is {result[outside[0]]}; expected a fraction"
@@ -109,6 +113,18 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
         if fault is not None:
             raise MetaplError(f"{file} is damaged or of another version: its evaluation {fault}.")
     return result
+
+
+def _counts_fault(result: dict[str, Any]) -> str | None:
+    """What is wrong with the whole numbers of a ``result.json``, and with what its student was finetuned with."""
+    negative = [name for name in COUNTS if result[name] < 0]
+    if negative:
+        return f"{negative[0]} is {result[negative[0]]}; expected 0 or more"
+    tuned = result.get("finetuned_with")
+    if tuned is None:
+        return None
+    wrong = [name for name in ("steps", "lr") if not tuned.get(name, -1) >= 0]
+    return f"finetuned_with does not say {wrong[0]}, a number of 0 or more" if wrong else None
 
 
 def _comparison_fault(result: dict[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one classifier on one labelled set of n examples.
+    """The figures of one classifier on one labeled set of n examples.
 
     Accuracies are fractions between 0 and 1. `top5` is None for 5 classes or fewer, a class without examples has None
     in `per_class`, `confusion[t][p]` counts the examples of class t that were taken for class p, and `classes` are the

@@ -20,7 +20,7 @@ ROWS = 1024
 
 
 def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Runs a classifier over labelled batches in eval mode and without gradients.
+    """Runs a classifier over labeled batches in eval mode and without gradients.
 
     Args:
         model: gives logits (B, C); the batches are moved to the device of its first parameter.

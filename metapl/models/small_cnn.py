@@ -42,7 +42,7 @@ def small_cnn(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0)
 
     Convolutions with 32, 48, 64 and 64 channels, each with group norm and ReLU, the second and third halve the
     resolution; then the mean over positions, dropout and a linear layer. Group norm keeps the examples of a batch
-    apart, so the labelled and the unlabelled batch may differ in size and make-up.
+    apart, so the labeled and the unlabeled batch may differ in size and make-up.
 
     Args:
         num_classes: number of outputs, 1 or more.

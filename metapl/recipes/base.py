@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -47,9 +48,9 @@ MOST_IN_A_BATCH = 2**20
 
 
 def require(recipe: object, condition: bool, field: str, expected: str) -> None:
-    """Refuse a recipe whose ``field`` is not as ``expected``."""
+    """Refuse a recipe whose ``field``, which may be one of a field, is not as ``expected``."""
     if not condition:
-        value = getattr(recipe, field)
+        value = operator.attrgetter(field)(recipe)
         text = f"{type(recipe).__name__}({field}={value!r}): expected {expected}."
         raise FieldError(text, field, value, expected)
 
@@ -121,6 +122,7 @@ class Feedback:
     pseudo_label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        require(self, math.isfinite(self.feedback_weight), "feedback_weight", "a finite number")
         self.problem().for_modes(self.estimator().labels, self.mode)
 
     def estimator(self) -> feedback.Estimator:

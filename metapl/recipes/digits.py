@@ -77,6 +77,11 @@ class Digits(Recipe):
         super().__post_init__()
         require(self, self.labels_per_class >= 1, "labels_per_class", "1 or more")
         require_within(self, "threads", 1, MOST_THREADS)
+        # A square, or a shift, of the picture's side would leave nothing of it.
+        side = min(self.input_shape[1:])
+        for name in ("shift", "cutout"):
+            fits = getattr(self.view, name) < side
+            require(self, fits, f"view.{name}", f"fewer pixels than the pictures' {side} a side")
         require(self, all(width >= 1 for width in self.hidden), "hidden", "widths of 1 or more")
         wide = len(self.hidden) > MOST_LAYERS or max(self.hidden, default=0) > WIDEST
         require(self, not wide, "hidden", f"{MOST_LAYERS} widths at most, of {WIDEST:,} at most")

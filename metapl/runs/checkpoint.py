@@ -215,7 +215,8 @@ class CheckpointFolder:
             except ClosedCheckpointError:
                 raise
             except CheckpointError as error:
-                skipped.append(Skipped(path, str(error)))
+                # Going back to an older one is what happens here.
+                skipped.append(Skipped(path, str(error).removesuffix(f"; {_USE_AN_OLDER_ONE}")))
         if not skipped:
             return None
         reasons = "; ".join(unusable.reason for unusable in skipped)

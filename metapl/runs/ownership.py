@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -26,13 +27,13 @@ _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 @contextmanager
-def owned(folder: Path, undone: Collection[str] = ()) -> Iterator[None]:
+def owned(folder: Path, undone: Callable[[Collection[str]], Collection[str]] = lambda there: ()) -> Iterator[None]:
     """Own a folder until the block ends; it is made where it is missing.
 
     Args:
         folder: against other processes, and other threads of this one.
-        undone: names of files. Where the block fails and has made nothing else in the folder, what it has made is
-            removed, and the folder too if it was made here.
+        undone: called where the block fails, with the names that were in the folder before; names of files and folders.
+            Where the block has made nothing else, what it has made is removed, and the folder too if it was made here.
 
     Raises:
         MetaplError: somebody else owns the folder; it cannot be made or locked.
@@ -44,7 +45,7 @@ def owned(folder: Path, undone: Collection[str] = ()) -> Iterator[None]:
         try:
             yield
         except Exception:
-            _undo(folder, there, made, {*undone, LOCK})
+            _undo(folder, there, made, {*undone(there), LOCK})
             raise
     finally:
         file.close()
@@ -112,9 +113,16 @@ def _undo(folder: Path, there: Collection[str], made: Collection[Path], undone: 
         if new <= {*undone}:
             # The lock last: from then on another may own the folder, which keeps it from being removed.
             for name in sorted(new, key=lambda name: name == LOCK):
-                (folder / name).unlink()
+                _remove(folder / name)
             for place in made:
                 place.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _close_in_forks(file: IO[bytes]) -> None:

@@ -65,11 +65,11 @@ def check_folders(
 
     Errors: fewer than two classes; classes that are the parts of a data set, such as labeled and test; another of these
     folders inside that of the classes; a class without pictures; a class of validation or test that training does not
-    know; a picture of test or validation, by its bytes, among the labelled or unlabelled ones (the result would be too
+    know; a picture of test or validation, by its bytes, among the labeled or unlabeled ones (the result would be too
     good), or in two classes. Warnings: a class with one picture; classes that are called like parts of a data set, or
     that hold pictures in deeper folders alone; classes whose names differ by case only; pictures beside the class
-    folders; a picture of test in validation; a class that validation or test lacks; all labelled pictures among the
-    unlabelled ones.
+    folders; a picture of test in validation; a class that validation or test lacks; all labeled pictures among the
+    unlabeled ones.
 
     Args:
         labeled, unlabeled: the folders trained on.
@@ -217,7 +217,7 @@ def _other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> 
 
 
 class _File(NamedTuple):
-    """A file of one side: labelled, unlabelled, validation or test."""
+    """A file of one side: labeled, unlabeled, validation or test."""
 
     side: str
     label: str | None
@@ -272,12 +272,12 @@ def find_copies(
 
 
 def _used_twice(labeled: LabeledFiles, unlabeled: Files) -> Finding:
-    """All labelled pictures are unlabelled too: usual in the papers, and of no use where there are no others."""
+    """All labeled pictures are unlabeled too: usual in the papers, and of no use where there are no others."""
     if len(unlabeled) > len(labeled):
         note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
     else:
         note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
-    message = f"all labelled pictures are in the unlabelled folder {unlabeled.root} too: {note}"
+    message = f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: {note}"
     return Finding("warning", message, kind="labeled copies")
 
 
@@ -306,7 +306,7 @@ def _leak(held_out: str, other: str, pairs: Sequence[tuple[_File, _File]], mende
 
 
 def _same_bytes(files: list[_File], count: Count) -> list[list[_File]]:
-    """Groups of files with the same bytes that matter: on several sides, or labelled in two ways.
+    """Groups of files with the same bytes that matter: on several sides, or labeled in two ways.
 
     Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one size, so a piece
     of them is compared before all their bytes.
@@ -323,14 +323,14 @@ def _same_bytes(files: list[_File], count: Count) -> list[list[_File]]:
                     raise unreadable(file.path, error) from error
                 count.add(counted)
             alike += (same for same in by_key.values() if len(same) > 1)
-        # That some labelled pictures are unlabelled too is usual; it is a finding where all of them might be.
+        # That some labeled pictures are unlabeled too is usual; it is a finding where all of them might be.
         all_copied = sum(map(_labeled_copies, alike)) == labeled
         groups = [matter for same in alike if (matter := _that_matter(same, all_copied))]
     return groups
 
 
 def _labeled_copies(files: Sequence[_File]) -> int:
-    """How many labelled files have the same bytes as an unlabelled one."""
+    """How many labeled files have the same bytes as an unlabeled one."""
     sides = [file.side for file in files]
     return sides.count("labeled") if "unlabeled" in sides else 0
 

@@ -223,32 +223,31 @@ def _images(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Each folder once, with the folders and the files in it; hidden ones are left out."""
-    seen: set[tuple[int, int]] = set()
     for folder, inside, files in walk(root, _refuse):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            inside.clear()  # a link can lead back to a folder above it
-            continue
-        seen.add((status.st_dev, status.st_ino))
         inside[:] = filter(_is_visible, inside)
         yield Path(folder), inside, [name for name in files if _is_visible(name)]
 
 
 def walk(root: str | Path, refuse: Callable[[OSError], None]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Folders with the names of the folders and of the files in them, sorted, however deep they are.
+    """Folders, each once, with the names of the folders and of the files in them, sorted, however deep they are.
 
     Args:
-        root: where to begin; links to folders are followed. What is taken from the list of a folder's folders before
-            the next one is asked for is not gone into.
+        root: where to begin; links to folders are followed, also one that leads back to a folder above it. What is
+            taken from the list of a folder's folders before the next one is asked for is not gone into.
         refuse: called with the error where a folder cannot be listed.
     """
     # Not os.walk, which calls itself for every folder in a folder.
     waiting = [os.fspath(root)]
+    seen: set[tuple[int, int]] = set()
     while waiting:
         folder = waiting.pop()
         inside: list[str] = []
         files: list[str] = []
         try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
                 for entry in entries:
                     (inside if _is_folder(entry) else files).append(entry.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,8 @@ class ShiftNoiseCutout:
     def __post_init__(self) -> None:
         if min(self.shift, self.noise, self.cutout) < 0:
             raise MetaplError(f"{self} has a negative field; expected each to be 0 or more, and 0 to switch it off")
+        if not math.isfinite(self.noise):
+            raise MetaplError(f"{self} has a noise of {self.noise}; expected a finite number, and 0 to switch it off")
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
         check_images(self, images, examples, FLOATING)
