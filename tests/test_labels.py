@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -451,6 +453,63 @@ def test_a_part_that_was_spoiled_meanwhile_is_not_gone_on_with(spoil: str, tmp_p
     expected = "and not the part 0 before it" if spoil == "missing" else f"{path.name} is damaged"
     with pytest.raises(MetaplError, match=expected), LabelWriter(tmp_path, CLASSES, rows_per_part=10, resume=True):
         pass
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_part_of_another_store_is_not_gone_on_with(whole: bool, tmp_path: Path) -> None:
+    """Two temperatures: the part that is copied has the number, the columns and the ids of the next one."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    stop_after(here, 15, softmax(35), provenance={"temperature": 1})
+    if whole:
+        written(there, names(35), softmax(35, seed=1), provenance={"temperature": 2})
+    else:
+        stop_after(there, 35, softmax(35, seed=1), provenance={"temperature": 2})
+    shutil.copy(there / files(there)[1], here)
+    again = LabelWriter(here, CLASSES, rows_per_part=10, provenance={"temperature": 1}, resume=True)
+    with pytest.raises(MetaplError, match=f"{files(there)[1]} is not a part of this store: it was written to another"):
+        again.__enter__()
+    (here / files(there)[1]).unlink()
+    with again:
+        assert again.rows == 10
+
+
+def another(folder: Path, ids: list[Any], **options: Any) -> bytes:
+    """A part of a store that is begun in the same way."""
+    store = written(folder, ids, softmax(len(ids)), **options)
+    return (folder / store.parts[0].file).read_bytes()
+
+
+def parquet(**columns: Any) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (lambda folder: b"hello", "it is not a Parquet file"),
+        (lambda folder: b"", "it is not a Parquet file"),
+        (lambda folder: parquet(label=[1]), "its columns are label; expected id as "),
+        (lambda folder: parquet(id=["a"]), "its columns are id; expected id as "),
+        (lambda folder: parquet(id=[]), "its columns are id; expected id as "),
+        (lambda folder: another(folder, names(10)), "its first id is sub/0000.png, and the part before it ends with"),
+        (lambda folder: another(folder, [*range(10)]), "of other types or names than in the parts before it"),
+        (lambda folder: another(folder, names(10), top_k=2), "expected only id, label, "),
+    ],
+    ids=["text", "empty", "no ids", "only ids", "no rows", "earlier ids", "numbers", "fewer classes"],
+)
+def test_a_foreign_part_is_not_gone_on_with(content: Any, expected: str, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    stop_after(folder, 15, softmax(35))
+    there = content(tmp_path / "other")
+    path = folder / layout.part_name(1, hashlib.sha256(there).hexdigest())
+    path.write_bytes(there)
+    with pytest.raises(MetaplError, match=f"{path.name} is not a part of this store: .*{expected}"):
+        LabelWriter(folder, CLASSES, rows_per_part=10, resume=True).__enter__()
 
 
 def test_a_disk_that_is_full_costs_nothing_that_is_there(tmp_path: Path) -> None:

@@ -21,20 +21,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.plain_files import read_plain
 from metapl.typed import misfit_entries
 from metapl.words import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 FORMAT = 1
 """The layout of stores that this version writes and reads."""
@@ -49,6 +50,12 @@ DIGEST_BYTES = 16
 
 PAGE_VALUES = 2**24
 """Numbers of a part's distributions: pages of Parquet end long before 2^31 bytes, and a part is held in memory."""
+
+STORE = b"metapl.store"
+"""In the metadata of a part: which store it is of, by the hash of :func:`identity`."""
+
+FREE = ("begun", "made_with", "run", "pictures")
+"""What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are."""
 
 PAGE_ROWS = 16_384
 """Rows of a part: from 20,000 on, pyarrow begins another page."""
@@ -232,6 +239,52 @@ def mapped_columns(buffer: pa.Buffer, dtypes: Mapping[str, np.dtype[Any]]) -> di
 
 def part_name(number: int, sha256: str) -> str:
     return f"part-{number:05}-{sha256[:16]}.parquet"
+
+
+def identity(classes: Sequence[str], top_k: int | None, rows_per_part: int, provenance: Mapping[str, Any]) -> bytes:
+    """A hash of what a store is of; writers that may go on with each other's store have the same one."""
+    plain = {name: value for name, value in provenance.items() if name not in FREE}
+    whole = json.dumps([list(classes), top_k, rows_per_part, plain], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest().encode()
+
+
+def part_fault(
+    metadata: pq.FileMetaData, *, numbers: bool, digests: bool, top_k: int | None, classes: int
+) -> str | None:
+    """What is wrong with a part's columns, by what Parquet says of them; None where they are as they are written.
+
+    Args:
+        metadata: of the file.
+        numbers: whether ids are integers.
+        digests: whether it says which file an example was.
+        top_k: how many probabilities of an example are kept; None for all.
+        classes: how many there are.
+    """
+    expected = schema(numbers=numbers, sparse=top_k is not None, digests=digests)
+    found = metadata.schema.to_arrow_schema()
+    if not found.equals(expected):
+        differing = [field for field in expected if field.name not in found.names or found.field(field.name) != field]
+        what = f"{differing[0].name} as {differing[0].type}" if differing else f"only {', '.join(expected.names)}"
+        return f"its columns are {few(found.names, 10, 30)}; expected {what}"
+    if metadata.num_row_groups != 1 or not metadata.num_rows:
+        return (
+            f"it has {metadata.num_rows:,} rows in {metadata.num_row_groups} groups; expected one or more in one group"
+        )
+    group, width = metadata.row_group(0), top_k or classes
+    for chunk in map(group.column, range(group.num_columns)):
+        name = chunk.path_in_schema.partition(".")[0]
+        is_list = name in ("probabilities", "classes")
+        if is_list and chunk.num_values != metadata.num_rows * width:
+            return f"it has {chunk.num_values:,} {name} in {metadata.num_rows:,} rows; expected {width:,} in each"
+        if (is_list or (name == "id" and numbers)) and (
+            chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page
+        ):
+            return f"its column {name} is compressed or encoded; expected plain numbers"
+        known = chunk.statistics
+        is_known = name in ("label", "classes") and known is not None and known.has_min_max
+        if is_known and not 0 <= known.min <= known.max < classes:
+            return f"its column {name} has {known.min} to {known.max}; expected numbers of {classes:,} classes"
+    return None
 
 
 def parts_there(folder: Path) -> list[tuple[str, str]]:
