@@ -355,6 +355,11 @@ def edited(path: Path, **changes: Any) -> None:
     path.write_bytes(layout.sealed(json.loads(path.read_text()) | changes))
 
 
+def edited_part(path: Path, **changes: Any) -> None:
+    first, *others = json.loads(path.read_text())["parts"]
+    edited(path, parts=[first | changes, *others])
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
@@ -369,12 +374,62 @@ def edited(path: Path, **changes: Any) -> None:
         (lambda path: edited(path, parts=[]), "is damaged: it has no parts"),
         (lambda path: edited(path, parts=[{"file": "x"}]), "is damaged: "),
         (lambda path: edited(path, classes="ab"), "is damaged: it.classes is 'ab'"),
+        (lambda path: edited(path, classes=[]), "its classes are ; expected one or more"),
+        (
+            lambda path: edited(path, classes=[*CLASSES[:4]]),
+            "its column label has 0 to 4; expected numbers of 4 classes",
+        ),
+        (lambda path: edited(path, classes=[*CLASSES, "f"]), "it has 50 probabilities in 10 rows; expected 6 in each"),
+        (lambda path: edited(path, top_k=9), "its top_k is 9; expected 1 to 5"),
+        (lambda path: edited(path, top_k=2), "its columns are id, .*; expected classes as list"),
+        (lambda path: edited(path, digests=True), "its columns are id, .*; expected digest as"),
+        (
+            lambda path: edited(path, numbers=True),
+            r"the ids of its part 0 are not all of the type that numbers \(True\)",
+        ),
+        (lambda path: edited(path, rows=10**30), "it has 10+ rows; expected 30, those of its parts"),
+        (lambda path: edited_part(path, rows=10**30), "its part 0 has 10+ rows; expected 1 to 16,384"),
+        (lambda path: edited_part(path, rows=9), "expected 29, those of its parts"),
+        (
+            lambda path: edited_part(path, file="../x.parquet"),
+            "its part 0 is the file ../x.parquet; expected part-00000",
+        ),
+        (lambda path: edited(path, provenance={"selected": "x"}), "provenance.selected is 'x'; expected list"),
+        (lambda path: edited(path, provenance={"selected": [{}]}), "provenance.selected does not say all of of_rows"),
         (lambda path: edited(path, complete=False), "is not whole: its writer was stopped"),
     ],
 )
 def test_a_spoiled_description_is_named(spoil: Any, expected: str, store: LabelStore) -> None:
     spoil(store.folder / layout.DESCRIPTION)
     with pytest.raises(MetaplError, match=expected):
+        read_everything(store.folder)
+
+
+def parquet(**columns: Any) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"hello", "it is not a Parquet file"),
+        (parquet(id=["a"] * 10), "its columns are id; expected id as string"),
+        (parquet(id=["a"]), "it has 1 rows; expected 10"),
+    ],
+    ids=["text", "only ids", "fewer rows"],
+)
+def test_a_foreign_part_with_its_own_description_is_named(content: bytes, expected: str, store: LabelStore) -> None:
+    sha256 = hashlib.sha256(content).hexdigest()
+    path = store.folder / layout.part_name(0, sha256)
+    path.write_bytes(content)
+    changes = {"file": path.name, "bytes": len(content), "sha256": sha256}
+    edited_part(store.folder / layout.DESCRIPTION, **changes)
+    with pytest.raises(MetaplError, match=f"{path.name} is not a part as store.json describes it: {expected}"):
         read_everything(store.folder)
 
 
@@ -477,15 +532,6 @@ def another(folder: Path, ids: list[Any], **options: Any) -> bytes:
     """A part of a store that is begun in the same way."""
     store = written(folder, ids, softmax(len(ids)), **options)
     return (folder / store.parts[0].file).read_bytes()
-
-
-def parquet(**columns: Any) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    return bytes(sink.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ import numpy as np
 
 from metapl.errors import MetaplError, few
 from metapl.plain_files import read_plain
-from metapl.typed import misfit_entries
+from metapl.typed import misfit, misfit_entries
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ _ENTRIES: dict[str, Any] = {
     "parts": list[dict[str, Any]],
 }
 """What the description says, with types; those from ``numbers`` on are there once the store is whole."""
+
+_WHOLE = ("numbers", "digests", "rows", "parts")
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,82 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}: take the metapl "
             "that wrote it, or write the labels again."
         )
-    fault = misfit_entries(content, _ENTRIES)
+    fault = misfit_entries(content, _ENTRIES) or _missing(content, _ENTRIES, whole=content.get("complete") is True)
     if fault is None and written != sealed(content):
         fault = "its checksum (seal) is of another content"
+    fault = fault or _contradiction(content)
     if fault is not None:
         raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
     return content
+
+
+def _missing(content: Mapping[str, Any], names: Mapping[str, Any], *, whole: bool) -> str | None:
+    missing = [name for name in names if name not in content and (whole or name not in _WHOLE)]
+    return f"it does not say {missing[0]}" if missing else None
+
+
+def _contradiction(content: Mapping[str, Any]) -> str | None:
+    """What in a description, whose types are as they should be, cannot be."""
+    classes, top_k, parts = content["classes"], content["top_k"], content.get("parts", [])
+    if not classes or len({*classes}) < len(classes):
+        return f"its classes are {few(classes, 10, 30)}; expected one or more names, each once"
+    if top_k is not None and not 1 <= top_k <= len(classes):
+        return f"its top_k is {top_k!s:.30}; expected 1 to {len(classes)}, the number of classes"
+    fault = selected_fault(content["provenance"])
+    if fault is not None or not content["complete"]:
+        return fault
+    if not parts:
+        return "it has no parts"
+    fault = misfit(parts, list[Part], "parts")
+    if fault is not None:
+        return fault
+    if any({*part} != {*Part.__dataclass_fields__} for part in parts):
+        return "it does not say all of a part"
+    kind = int if content["numbers"] else str
+    for number, part in enumerate(parts):
+        if part["file"] != part_name(number, part["sha256"]) or not _PART.fullmatch(part["file"]):
+            name = few([part["file"]], longest=60)
+            return f"its part {number} is the file {name}; expected part-{number:05} and the beginning of its SHA-256"
+        if not 1 <= part["rows"] <= PAGE_ROWS:
+            return f"its part {number} has {part['rows']!s:.30} rows; expected 1 to {PAGE_ROWS:,}"
+        if type(part["first"]) is not kind or type(part["last"]) is not kind:
+            return f"the ids of its part {number} are not all of the type that numbers ({content['numbers']}) says"
+    if content["rows"] != sum(part["rows"] for part in parts):
+        return (
+            f"it has {content['rows']!s:.30} rows; expected {sum(part['rows'] for part in parts):,}, those of its parts"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class _Overlap:
+    pictures: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """What a selection was asked for, as its provenance says it."""
+
+    of_rows: int
+    of_store_sha256: str
+    threshold: float | None
+    per_class: int | None
+    any_class: bool
+    balance: bool
+    dropped_overlap_with: _Overlap | None
+
+
+def selected_fault(provenance: Mapping[str, Any]) -> str | None:
+    """What is wrong with the selections that a store says it was made by; None where nothing is."""
+    selected = provenance.get("selected", [])
+    fault = misfit(selected, list[_Selected], "provenance.selected")
+    if fault is None and any({*_Selected.__dataclass_fields__} - {*asked} for asked in selected):
+        fault = f"provenance.selected does not say all of {', '.join(_Selected.__dataclass_fields__)}"
+    overlaps = [] if fault is not None else [asked["dropped_overlap_with"] for asked in selected]
+    if any(overlap is not None and {*overlap} != {"pictures", "sha256"} for overlap in overlaps):
+        fault = "provenance.selected does not say all of dropped_overlap_with"
+    return fault
 
 
 AGAIN = "Put the file back from a copy, or write the labels again to another --out."

@@ -86,6 +86,9 @@ class LabelWriter:
             )
         if not 1 <= rows_per_part <= PAGE_ROWS:
             raise MetaplError(f"rows_per_part is {rows_per_part}; expected 1 to {PAGE_ROWS:,}.")
+        fault = layout.selected_fault(provenance or {})
+        if fault is not None:
+            raise MetaplError(f"{fault}: this entry is written by metapl labels select; give yours another name.")
         self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
         self.rows_per_part = max(1, min(rows_per_part, PAGE_VALUES // (top_k or len(classes))))
         self.provenance = {"begun": _now(), "made_with": environment(), **(provenance or {})}
