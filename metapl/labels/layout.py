@@ -377,6 +377,14 @@ def parts_there(folder: Path) -> list[tuple[str, str]]:
     return [(name, sha256) for _, name, sha256 in parts]
 
 
+def store_around(path: Path) -> Path | None:
+    """The store in whose folder a file or a folder would lie, at any depth; None where there is none."""
+    for folder in path.resolve().parents:
+        if (folder / DESCRIPTION).is_file() and any(map(_PART.fullmatch, os.listdir(folder))):
+            return folder
+    return None
+
+
 def is_own(name: str) -> bool:
     """Whether a file is one of a store that is not whole yet, or what its killed writer left."""
     return name == DESCRIPTION or name.startswith(".") or bool(_PART.fullmatch(name) or _TEMPORARY.fullmatch(name))

@@ -113,6 +113,15 @@ class LabelWriter:
 
     def __enter__(self) -> Self:
         layout.require("pyarrow")
+        around = layout.store_around(self.folder)
+        if around is not None:
+            raise MetaplError(
+                f"{self.folder} lies in the store {around}; expected a folder elsewhere: give another --out."
+            )
+        if self.folder.exists() and not self.folder.is_dir():
+            raise MetaplError(
+                f"{self.folder} is not a folder; expected the folder of a store, or a new one: give another --out."
+            )
         with ExitStack() as stack:
             stack.enter_context(owned(self.folder))
             self._claim()
