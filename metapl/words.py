@@ -60,20 +60,25 @@ def tell(*parts: object, file: TextIO | None = None, end: str = "\n", wrap: bool
         parts: their texts are joined by spaces.
         file: where it goes.
         end: what follows it.
-        wrap: break its lines where ``file`` is not so wide; not for tables.
+        wrap: break its lines where ``file`` is not so wide; not for tables. What goes to standard error is broken on a
+            terminal only: who reads it from a pipe or a log looks for one line.
     """
     to = file or sys.stdout
     text = " ".join(shown(part, keep="\n") for part in parts)
-    print(wrapped(text, columns(to)) if wrap else text, file=to, end=end, flush=True)
+    breaks = wrap and (to is not sys.stderr or _is_terminal(to))
+    print(wrapped(text, columns(to)) if breaks else text, file=to, end=end, flush=True)
 
 
 def columns(file: TextIO) -> int:
     """The width of a terminal, and 80 for everything else."""
+    return max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROWEST) if _is_terminal(file) else WIDTH
+
+
+def _is_terminal(file: TextIO) -> bool:
     try:
-        is_terminal = file.isatty()
+        return file.isatty()
     except (AttributeError, ValueError):  # no stream, or one that is closed
-        is_terminal = False
-    return max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROWEST) if is_terminal else WIDTH
+        return False
 
 
 def wrapped(text: str, width: int = WIDTH) -> str:

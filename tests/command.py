@@ -43,7 +43,7 @@ def unwrapped(words: str) -> str:
 def refusal(finished: subprocess.CompletedProcess[str]) -> str:
     """The one line that a refused command says."""
     assert finished.stdout == ""
-    line = unwrapped(finished.stderr)
+    (line,) = finished.stderr.splitlines()
     assert line.startswith("metapl: ")
     return line
 
@@ -54,7 +54,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert main([str(a) for a in arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    return unwrapped(said.err) + "\n"
+    assert len(said.err.splitlines()) == 1, said.err
+    return said.err
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:

@@ -77,20 +77,32 @@ def test_a_network_that_is_nearly_right() -> None:
 # ---------------------------------------------------------------------------------------------------- lines that fit
 
 
-def test_what_is_piped_has_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "30")  # of a terminal, which this is not
-    assert main([*IMAGES, "--network", "effnet_b0", "--steps", "2", "--precision", "float32"]) == 2
+def test_an_error_that_is_piped_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads it from a log looks for one; a terminal has it broken at its width."""
+    for command in (("images", "--labeled", "few", "--unlabeled", "many"), ("digits", "--mode", "forwad")):
+        assert main(["train", *command]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) > 80
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
     assert main(["train", "digits", "--mode", "forwad"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert max(map(len, lines)) <= 80
-    assert len(lines) > 3
+    broken = terminal.getvalue().splitlines()
+    assert max(map(len, broken)) <= 80
+    assert " ".join(broken) == line
+
+
+def test_other_lines_that_are_piped_have_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    tell("word " * 60, wrap=True)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_a_terminal_has_its_own_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     for given, expected in ((100, 100), (20, 40)):
         monkeypatch.setattr("shutil.get_terminal_size", lambda fallback, given=given: os.terminal_size((given, 24)))
         assert columns(Terminal()) == expected
