@@ -295,6 +295,23 @@ def test_a_folder_that_duckdb_cannot_name_is_refused_and_nothing_is_left(tmp_pat
     assert os.listdir(tmp_path) == ["store"]
 
 
+def test_nothing_is_written_into_a_store_or_to_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made(tmp_path / "store").folder
+    there = sorted(os.listdir(folder))
+    os.mkfifo(tmp_path / "pipe.png")
+    for arguments, expected in (
+        (["select", "--balance", "--out", str(folder / "sub" / "deeper")], f"deeper lies in the store {folder}"),
+        (["select", "--balance", "--out", str(tmp_path / "pipe.png")], "pipe.png is not a folder; expected the folder"),
+        (["stats", "--png", str(folder / "x.png")], f"x.png lies in the store {folder}"),
+        (["stats", "--png", str(tmp_path / "pipe.png")], "pipe.png cannot be written: it is a pipe"),
+    ):
+        assert main(["labels", arguments[0], str(folder), *arguments[1:]]) != 0
+        told = capsys.readouterr()
+        assert expected in " ".join(told.err.split())
+        assert not told.out
+    assert sorted(os.listdir(folder)) == there
+
+
 def test_duckdb_stays_within_its_memory_and_out_of_the_output(tmp_path: Path) -> None:
     names = ("memory_limit", "temp_directory", "enable_progress_bar")
     with queries._database(tmp_path) as database:

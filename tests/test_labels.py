@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -353,6 +355,11 @@ def edited(path: Path, **changes: Any) -> None:
     path.write_bytes(layout.sealed(json.loads(path.read_text()) | changes))
 
 
+def edited_part(path: Path, **changes: Any) -> None:
+    first, *others = json.loads(path.read_text())["parts"]
+    edited(path, parts=[first | changes, *others])
+
+
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
@@ -367,12 +374,62 @@ def edited(path: Path, **changes: Any) -> None:
         (lambda path: edited(path, parts=[]), "is damaged: it has no parts"),
         (lambda path: edited(path, parts=[{"file": "x"}]), "is damaged: "),
         (lambda path: edited(path, classes="ab"), "is damaged: it.classes is 'ab'"),
+        (lambda path: edited(path, classes=[]), "its classes are ; expected one or more"),
+        (
+            lambda path: edited(path, classes=[*CLASSES[:4]]),
+            "its column label has 0 to 4; expected numbers of 4 classes",
+        ),
+        (lambda path: edited(path, classes=[*CLASSES, "f"]), "it has 50 probabilities in 10 rows; expected 6 in each"),
+        (lambda path: edited(path, top_k=9), "its top_k is 9; expected 1 to 5"),
+        (lambda path: edited(path, top_k=2), "its columns are id, .*; expected classes as list"),
+        (lambda path: edited(path, digests=True), "its columns are id, .*; expected digest as"),
+        (
+            lambda path: edited(path, numbers=True),
+            r"the ids of its part 0 are not all of the type that numbers \(True\)",
+        ),
+        (lambda path: edited(path, rows=10**30), "it has 10+ rows; expected 30, those of its parts"),
+        (lambda path: edited_part(path, rows=10**30), "its part 0 has 10+ rows; expected 1 to 16,384"),
+        (lambda path: edited_part(path, rows=9), "expected 29, those of its parts"),
+        (
+            lambda path: edited_part(path, file="../x.parquet"),
+            "its part 0 is the file ../x.parquet; expected part-00000",
+        ),
+        (lambda path: edited(path, provenance={"selected": "x"}), "provenance.selected is 'x'; expected list"),
+        (lambda path: edited(path, provenance={"selected": [{}]}), "provenance.selected does not say all of of_rows"),
         (lambda path: edited(path, complete=False), "is not whole: its writer was stopped"),
     ],
 )
 def test_a_spoiled_description_is_named(spoil: Any, expected: str, store: LabelStore) -> None:
     spoil(store.folder / layout.DESCRIPTION)
     with pytest.raises(MetaplError, match=expected):
+        read_everything(store.folder)
+
+
+def parquet(**columns: Any) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"hello", "it is not a Parquet file"),
+        (parquet(id=["a"] * 10), "its columns are id; expected id as string"),
+        (parquet(id=["a"]), "it has 1 rows; expected 10"),
+    ],
+    ids=["text", "only ids", "fewer rows"],
+)
+def test_a_foreign_part_with_its_own_description_is_named(content: bytes, expected: str, store: LabelStore) -> None:
+    sha256 = hashlib.sha256(content).hexdigest()
+    path = store.folder / layout.part_name(0, sha256)
+    path.write_bytes(content)
+    changes = {"file": path.name, "bytes": len(content), "sha256": sha256}
+    edited_part(store.folder / layout.DESCRIPTION, **changes)
+    with pytest.raises(MetaplError, match=f"{path.name} is not a part as store.json describes it: {expected}"):
         read_everything(store.folder)
 
 
@@ -451,6 +508,54 @@ def test_a_part_that_was_spoiled_meanwhile_is_not_gone_on_with(spoil: str, tmp_p
     expected = "and not the part 0 before it" if spoil == "missing" else f"{path.name} is damaged"
     with pytest.raises(MetaplError, match=expected), LabelWriter(tmp_path, CLASSES, rows_per_part=10, resume=True):
         pass
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_part_of_another_store_is_not_gone_on_with(whole: bool, tmp_path: Path) -> None:
+    """Two temperatures: the part that is copied has the number, the columns and the ids of the next one."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    stop_after(here, 15, softmax(35), provenance={"temperature": 1})
+    if whole:
+        written(there, names(35), softmax(35, seed=1), provenance={"temperature": 2})
+    else:
+        stop_after(there, 35, softmax(35, seed=1), provenance={"temperature": 2})
+    shutil.copy(there / files(there)[1], here)
+    again = LabelWriter(here, CLASSES, rows_per_part=10, provenance={"temperature": 1}, resume=True)
+    with pytest.raises(MetaplError, match=f"{files(there)[1]} is not a part of this store: it was written to another"):
+        again.__enter__()
+    (here / files(there)[1]).unlink()
+    with again:
+        assert again.rows == 10
+
+
+def another(folder: Path, ids: list[Any], **options: Any) -> bytes:
+    """A part of a store that is begun in the same way."""
+    store = written(folder, ids, softmax(len(ids)), **options)
+    return (folder / store.parts[0].file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (lambda folder: b"hello", "it is not a Parquet file"),
+        (lambda folder: b"", "it is not a Parquet file"),
+        (lambda folder: parquet(label=[1]), "its columns are label; expected id as "),
+        (lambda folder: parquet(id=["a"]), "its columns are id; expected id as "),
+        (lambda folder: parquet(id=[]), "its columns are id; expected id as "),
+        (lambda folder: another(folder, names(10)), "its first id is sub/0000.png, and the part before it ends with"),
+        (lambda folder: another(folder, [*range(10)]), "of other types or names than in the parts before it"),
+        (lambda folder: another(folder, names(10), top_k=2), "expected only id, label, "),
+    ],
+    ids=["text", "empty", "no ids", "only ids", "no rows", "earlier ids", "numbers", "fewer classes"],
+)
+def test_a_foreign_part_is_not_gone_on_with(content: Any, expected: str, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    stop_after(folder, 15, softmax(35))
+    there = content(tmp_path / "other")
+    path = folder / layout.part_name(1, hashlib.sha256(there).hexdigest())
+    path.write_bytes(there)
+    with pytest.raises(MetaplError, match=f"{path.name} is not a part of this store: .*{expected}"):
+        LabelWriter(folder, CLASSES, rows_per_part=10, resume=True).__enter__()
 
 
 def test_a_disk_that_is_full_costs_nothing_that_is_there(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from metapl.cli.parse import WIDTH, Switch
 from metapl.errors import MetaplError, few
 from metapl.labels import LabelStore
 from metapl.labels.drawing import draw_statistics
+from metapl.labels.layout import store_around
 from metapl.labels.queries import BINS, Statistics, select, statistics
+from metapl.plain_files import refuse_irregular
 from metapl.training.progress import counting
 from metapl.words import short, shown, table, tell
 
@@ -46,6 +48,8 @@ class Stats:
     def __call__(self) -> int:
         if self.png is not None and self.png.suffix.lower() != ".png":
             raise MetaplError(f"--png {self.png} is to be a PNG file; expected a name that ends with .png.")
+        if self.png is not None:
+            _check_picture(self.png)
         store = LabelStore(self.store)
         content = statistics(store)
         if self.json:
@@ -57,6 +61,17 @@ class Stats:
             draw_statistics(self.png, content, str(self.store))
             tell(f"metapl: drawn in {self.png}", file=sys.stderr)
         return 0
+
+
+def _check_picture(png: Path) -> None:
+    """Refuse what cannot be drawn to, before a store is read."""
+    around = store_around(png)
+    if around is not None:
+        raise MetaplError(f"--png {png} lies in the store {around}; expected a file elsewhere.")
+    try:
+        refuse_irregular(png)
+    except OSError as error:
+        raise MetaplError(f"--png {png} cannot be written: {error.strerror}; expected the name of a file.") from error
 
 
 @dataclass(frozen=True, kw_only=True)

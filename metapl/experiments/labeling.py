@@ -273,7 +273,13 @@ def _labeled_batch(
             kept.append(row)
     if kept:
         contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
-        yield [ids[row] for row in kept], (logits_BC[kept] / temperature).softmax(dim=1), contents
+        scaled_BC = logits_BC[kept] / temperature
+        if not bool(scaled_BC.isfinite().all()):
+            raise MetaplError(
+                f"the temperature is {temperature}: the network's outputs divided by it are beyond float32; expected a "
+                "greater one."
+            )
+        yield [ids[row] for row in kept], scaled_BC.softmax(dim=1), contents
 
 
 def _is_text(name: str) -> bool:

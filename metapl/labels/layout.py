@@ -21,20 +21,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.plain_files import read_plain
-from metapl.typed import misfit_entries
+from metapl.typed import misfit, misfit_entries
 from metapl.words import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 FORMAT = 1
 """The layout of stores that this version writes and reads."""
@@ -49,6 +50,12 @@ DIGEST_BYTES = 16
 
 PAGE_VALUES = 2**24
 """Numbers of a part's distributions: pages of Parquet end long before 2^31 bytes, and a part is held in memory."""
+
+STORE = b"metapl.store"
+"""In the metadata of a part: which store it is of, by the hash of :func:`identity`."""
+
+FREE = ("begun", "made_with", "run", "pictures")
+"""What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are."""
 
 PAGE_ROWS = 16_384
 """Rows of a part: from 20,000 on, pyarrow begins another page."""
@@ -69,6 +76,8 @@ _ENTRIES: dict[str, Any] = {
     "parts": list[dict[str, Any]],
 }
 """What the description says, with types; those from ``numbers`` on are there once the store is whole."""
+
+_WHOLE = ("numbers", "digests", "rows", "parts")
 
 
 @dataclass(frozen=True)
@@ -137,12 +146,82 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}: take the metapl "
             "that wrote it, or write the labels again."
         )
-    fault = misfit_entries(content, _ENTRIES)
+    fault = misfit_entries(content, _ENTRIES) or _missing(content, _ENTRIES, whole=content.get("complete") is True)
     if fault is None and written != sealed(content):
         fault = "its checksum (seal) is of another content"
+    fault = fault or _contradiction(content)
     if fault is not None:
         raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
     return content
+
+
+def _missing(content: Mapping[str, Any], names: Mapping[str, Any], *, whole: bool) -> str | None:
+    missing = [name for name in names if name not in content and (whole or name not in _WHOLE)]
+    return f"it does not say {missing[0]}" if missing else None
+
+
+def _contradiction(content: Mapping[str, Any]) -> str | None:
+    """What in a description, whose types are as they should be, cannot be."""
+    classes, top_k, parts = content["classes"], content["top_k"], content.get("parts", [])
+    if not classes or len({*classes}) < len(classes):
+        return f"its classes are {few(classes, 10, 30)}; expected one or more names, each once"
+    if top_k is not None and not 1 <= top_k <= len(classes):
+        return f"its top_k is {top_k!s:.30}; expected 1 to {len(classes)}, the number of classes"
+    fault = selected_fault(content["provenance"])
+    if fault is not None or not content["complete"]:
+        return fault
+    if not parts:
+        return "it has no parts"
+    fault = misfit(parts, list[Part], "parts")
+    if fault is not None:
+        return fault
+    if any({*part} != {*Part.__dataclass_fields__} for part in parts):
+        return "it does not say all of a part"
+    kind = int if content["numbers"] else str
+    for number, part in enumerate(parts):
+        if part["file"] != part_name(number, part["sha256"]) or not _PART.fullmatch(part["file"]):
+            name = few([part["file"]], longest=60)
+            return f"its part {number} is the file {name}; expected part-{number:05} and the beginning of its SHA-256"
+        if not 1 <= part["rows"] <= PAGE_ROWS:
+            return f"its part {number} has {part['rows']!s:.30} rows; expected 1 to {PAGE_ROWS:,}"
+        if type(part["first"]) is not kind or type(part["last"]) is not kind:
+            return f"the ids of its part {number} are not all of the type that numbers ({content['numbers']}) says"
+    if content["rows"] != sum(part["rows"] for part in parts):
+        return (
+            f"it has {content['rows']!s:.30} rows; expected {sum(part['rows'] for part in parts):,}, those of its parts"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class _Overlap:
+    pictures: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """What a selection was asked for, as its provenance says it."""
+
+    of_rows: int
+    of_store_sha256: str
+    threshold: float | None
+    per_class: int | None
+    any_class: bool
+    balance: bool
+    dropped_overlap_with: _Overlap | None
+
+
+def selected_fault(provenance: Mapping[str, Any]) -> str | None:
+    """What is wrong with the selections that a store says it was made by; None where nothing is."""
+    selected = provenance.get("selected", [])
+    fault = misfit(selected, list[_Selected], "provenance.selected")
+    if fault is None and any({*_Selected.__dataclass_fields__} - {*asked} for asked in selected):
+        fault = f"provenance.selected does not say all of {', '.join(_Selected.__dataclass_fields__)}"
+    overlaps = [] if fault is not None else [asked["dropped_overlap_with"] for asked in selected]
+    if any(overlap is not None and {*overlap} != {"pictures", "sha256"} for overlap in overlaps):
+        fault = "provenance.selected does not say all of dropped_overlap_with"
+    return fault
 
 
 AGAIN = "Put the file back from a copy, or write the labels again to another --out."
@@ -234,6 +313,52 @@ def part_name(number: int, sha256: str) -> str:
     return f"part-{number:05}-{sha256[:16]}.parquet"
 
 
+def identity(classes: Sequence[str], top_k: int | None, rows_per_part: int, provenance: Mapping[str, Any]) -> bytes:
+    """A hash of what a store is of; writers that may go on with each other's store have the same one."""
+    plain = {name: value for name, value in provenance.items() if name not in FREE}
+    whole = json.dumps([list(classes), top_k, rows_per_part, plain], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest().encode()
+
+
+def part_fault(
+    metadata: pq.FileMetaData, *, numbers: bool, digests: bool, top_k: int | None, classes: int
+) -> str | None:
+    """What is wrong with a part's columns, by what Parquet says of them; None where they are as they are written.
+
+    Args:
+        metadata: of the file.
+        numbers: whether ids are integers.
+        digests: whether it says which file an example was.
+        top_k: how many probabilities of an example are kept; None for all.
+        classes: how many there are.
+    """
+    expected = schema(numbers=numbers, sparse=top_k is not None, digests=digests)
+    found = metadata.schema.to_arrow_schema()
+    if not found.equals(expected):
+        differing = [field for field in expected if field.name not in found.names or found.field(field.name) != field]
+        what = f"{differing[0].name} as {differing[0].type}" if differing else f"only {', '.join(expected.names)}"
+        return f"its columns are {few(found.names, 10, 30)}; expected {what}"
+    if metadata.num_row_groups != 1 or not metadata.num_rows:
+        return (
+            f"it has {metadata.num_rows:,} rows in {metadata.num_row_groups} groups; expected one or more in one group"
+        )
+    group, width = metadata.row_group(0), top_k or classes
+    for chunk in map(group.column, range(group.num_columns)):
+        name = chunk.path_in_schema.partition(".")[0]
+        is_list = name in ("probabilities", "classes")
+        if is_list and chunk.num_values != metadata.num_rows * width:
+            return f"it has {chunk.num_values:,} {name} in {metadata.num_rows:,} rows; expected {width:,} in each"
+        if (is_list or (name == "id" and numbers)) and (
+            chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page
+        ):
+            return f"its column {name} is compressed or encoded; expected plain numbers"
+        known = chunk.statistics
+        is_known = name in ("label", "classes") and known is not None and known.has_min_max
+        if is_known and not 0 <= known.min <= known.max < classes:
+            return f"its column {name} has {known.min} to {known.max}; expected numbers of {classes:,} classes"
+    return None
+
+
 def parts_there(folder: Path) -> list[tuple[str, str]]:
     """The parts in a folder that is being written to, in their order: the name, and the beginning of its SHA-256.
 
@@ -250,6 +375,14 @@ def parts_there(folder: Path) -> list[tuple[str, str]]:
                 "written, one of each number. Remove those from there on, then go on with --resume."
             )
     return [(name, sha256) for _, name, sha256 in parts]
+
+
+def store_around(path: Path) -> Path | None:
+    """The store in whose folder a file or a folder would lie, at any depth; None where there is none."""
+    for folder in path.resolve().parents:
+        if (folder / DESCRIPTION).is_file() and any(map(_PART.fullmatch, os.listdir(folder))):
+            return folder
+    return None
 
 
 def is_own(name: str) -> bool:

@@ -19,7 +19,6 @@ from metapl.errors import MetaplError, few
 from metapl.labels import layout
 from metapl.labels.layout import Part
 from metapl.plain_files import open_plain
-from metapl.typed import misfit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,14 +81,6 @@ class LabelStore:
                 f"the store in {self.folder} is not whole: its writer was stopped. Go on with the command that began "
                 "it, and --resume."
             )
-        for name in ("numbers", "digests", "rows", "parts"):
-            if name not in content:
-                raise MetaplError(f"{self.folder / layout.DESCRIPTION} is damaged: it does not say {name}.")
-        fault = "it has no parts" if not content["parts"] else misfit(content["parts"], list[Part], "parts")
-        if any({*part} != {*Part.__dataclass_fields__} for part in content["parts"]):
-            fault = "it does not say all of a part"
-        if fault is not None:
-            raise MetaplError(f"{self.folder / layout.DESCRIPTION} is damaged: {fault}.")
         self.classes: tuple[str, ...] = tuple(content["classes"])
         self.top_k: int | None = content["top_k"]
         self.provenance: Mapping[str, Any] = content["provenance"]
@@ -262,7 +253,32 @@ class LabelStore:
             raise MetaplError(
                 f"{self._path(part)} is damaged: its SHA-256 is not the one in {layout.DESCRIPTION}. {layout.AGAIN}"
             )
+        fault = self._fault(part)
+        if fault is not None:
+            raise MetaplError(
+                f"{self._path(part)} is not a part as {layout.DESCRIPTION} describes it: {fault}. {layout.AGAIN}"
+            )
         self._sound.add(number)
+
+    def _fault(self, part: Part) -> str | None:
+        """What is wrong with a part whose bytes are those that the description has."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with open_plain(self._path(part)) as file:
+                metadata = pq.read_metadata(file)
+                if metadata.num_rows != part.rows:
+                    return f"it has {metadata.num_rows:,} rows; expected {part.rows:,}"
+                return layout.part_fault(
+                    metadata,
+                    numbers=self._numbers,
+                    digests=self.has_digests,
+                    top_k=self.top_k,
+                    classes=len(self.classes),
+                )
+        except (pa.ArrowException, OSError) as error:
+            return f"it is not a Parquet file ({few([error], longest=120)})"
 
     def _mapped(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
         """The columns of a part that are read without a decoder."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from metapl.checks import described
 from metapl.errors import MetaplError, few
 from metapl.labels import layout
-from metapl.labels.layout import DESCRIPTION, DIGEST_BYTES, FORMAT, PAGE_ROWS, PAGE_VALUES, Part
+from metapl.labels.layout import DESCRIPTION, DIGEST_BYTES, FORMAT, FREE, PAGE_ROWS, PAGE_VALUES, STORE, Part
 from metapl.plain_files import read_plain
 from metapl.runs.atomic import replacing
 from metapl.runs.environment import environment
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Ids = Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor
-
-FREE = ("begun", "made_with", "run", "pictures")
-"""What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are."""
 
 TOLERANCE = 1e-3
 """How far the sum of an example's probabilities may be from 1; those of a softmax are within a few 1e-6."""
@@ -89,6 +86,9 @@ class LabelWriter:
             )
         if not 1 <= rows_per_part <= PAGE_ROWS:
             raise MetaplError(f"rows_per_part is {rows_per_part}; expected 1 to {PAGE_ROWS:,}.")
+        fault = layout.selected_fault(provenance or {})
+        if fault is not None:
+            raise MetaplError(f"{fault}: this entry is written by metapl labels select; give yours another name.")
         self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
         self.rows_per_part = max(1, min(rows_per_part, PAGE_VALUES // (top_k or len(classes))))
         self.provenance = {"begun": _now(), "made_with": environment(), **(provenance or {})}
@@ -113,6 +113,15 @@ class LabelWriter:
 
     def __enter__(self) -> Self:
         layout.require("pyarrow")
+        around = layout.store_around(self.folder)
+        if around is not None:
+            raise MetaplError(
+                f"{self.folder} lies in the store {around}; expected a folder elsewhere: give another --out."
+            )
+        if self.folder.exists() and not self.folder.is_dir():
+            raise MetaplError(
+                f"{self.folder} is not a folder; expected the folder of a store, or a new one: give another --out."
+            )
         with ExitStack() as stack:
             stack.enter_context(owned(self.folder))
             self._claim()
@@ -160,6 +169,7 @@ class LabelWriter:
             "provenance.", of_before, of_now, sorted(name for name in {*of_before, *of_now} if name not in FREE)
         )
         self.provenance, self.complete, self._is_begun = dict(of_before), before["complete"], True
+        self._schema, self._last = None, None
         layout.remove_temporary(self.folder)
         if self.complete:
             self._parts = [Part(**part) for part in before["parts"]]
@@ -192,10 +202,42 @@ class LabelWriter:
                 f"{self.folder / name} is damaged: its SHA-256 does not begin as its name says. Remove it and the "
                 "parts after it, then go on with --resume."
             )
-        file = pq.ParquetFile(pa.BufferReader(content))
-        ids = file.read(["id"]).column(0)
-        self._schema = file.schema_arrow
-        return Part(name, len(ids), ids[0].as_py(), ids[-1].as_py(), len(content), sha256)
+        try:
+            file = pq.ParquetFile(pa.BufferReader(content))
+            names = file.schema_arrow.names
+            numbers = "id" in names and pa.types.is_integer(file.schema_arrow.field("id").type)
+            fault = layout.part_fault(
+                file.metadata,
+                numbers=numbers,
+                digests="digest" in names,
+                top_k=self.top_k,
+                classes=len(self.classes),
+            )
+            ids = [] if fault is not None else file.read(["id"]).column(0).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            fault = f"it is not a Parquet file ({few([error], longest=120)})"
+        if fault is None:
+            fault = self._other(file.schema_arrow, ids)
+        if fault is not None:
+            raise MetaplError(
+                f"{self.folder / name} is not a part of this store: {fault}. Remove it and the parts after it, then go "
+                "on with --resume."
+            )
+        self._schema, self._last = file.schema_arrow.remove_metadata(), ids[-1]
+        return Part(name, len(ids), ids[0], ids[-1], len(content), sha256)
+
+    def _other(self, found: pa.Schema, ids: Sequence[Any]) -> str | None:
+        """What makes a sound part one of another store."""
+        if (found.metadata or {}).get(STORE) != self._identity():
+            return "it was written to another store, or by an earlier metapl"
+        if self._schema is not None and not self._schema.equals(found):
+            return f"its columns are {', '.join(found.names)}, of other types or names than in the parts before it"
+        if self._last is not None and not self._last < ids[0]:
+            return f"its first id is {few([ids[0]])}, and the part before it ends with {few([self._last])}"
+        return None
+
+    def _identity(self) -> bytes:
+        return layout.identity(self.classes, self.top_k, self.rows_per_part, self.provenance)
 
     # ------------------------------------------------------------------------------------------------------ new rows
 
@@ -283,6 +325,7 @@ class LabelWriter:
                 f"the store in {self.folder} has the columns {', '.join(self._schema.names)}; expected the same, of "
                 "the same types, in all that is added: either all with digests or none."
             )
+        table = table.replace_schema_metadata(None)  # it says of which store it was
         self._schema, self._last = table.schema, table["id"][-1].as_py()
         self._waiting.append(table)
         waiting = sum(map(len, self._waiting))
@@ -295,7 +338,8 @@ class LabelWriter:
         import pyarrow as pa
 
         together = pa.concat_tables(self._waiting).combine_chunks()
-        table = together.slice(0, rows).combine_chunks()
+        # Else a part of another store, which was copied here, would be gone on with.
+        table = together.slice(0, rows).combine_chunks().replace_schema_metadata({STORE: self._identity()})
         content = layout.encoded(table)
         sha256 = hashlib.sha256(content).hexdigest()
         if not self._is_begun:
