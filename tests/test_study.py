@@ -203,6 +203,15 @@ def test_what_the_page_on_wrong_labels_says_is_what_the_rows_say(tables: object)
     assert against("example_weights", "plain", "asymmetric_40") in said
 
 
+def test_the_page_on_stored_labels_shows_the_table_of_the_raw_file(tables: object) -> None:
+    import json
+
+    import labels
+
+    assert shown("labels") == labels.table(json.loads(labels.RESULT.read_text()))
+    sys.modules.pop("labels")
+
+
 def test_the_pages_on_peers_and_endurance_show_the_tables_of_the_raw_files(tables: object) -> None:
     import json
 
