@@ -129,3 +129,13 @@ def test_predict_writes_through_a_link(
     assert (tmp_path / "table.csv").read_text().startswith("file,class,probability\n")
     with Image.open(tmp_path / "grid.png") as image:
         assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_predict_does_not_replace_the_file_behind_a_stream(
+    name: str,
+    tiny: Path,  # noqa: F811
+    digit: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert f"--out {name} is a stream; expected a file" in refused(capsys, "predict", tiny, digit, "--out", name)

@@ -220,8 +220,15 @@ def check_outputs(
         raise MetaplError(f"{' and '.join(given)} are the same file; expected one for each.")
 
 
+STREAMS = ("/dev/std", "/dev/fd/", "/proc/")
+"""Names of open files of a process: to replace the file behind one would lose what else is written to it."""
+
+
 def _check_kind(flag: str, file: Path) -> None:
     """Links are followed: the file that one leads to is replaced."""
+    if str(file) == "-" or os.path.abspath(file).startswith(STREAMS):
+        instead = " Without --out the table goes to standard output." if flag == "--out" else ""
+        raise MetaplError(f"{flag} {file} is a stream; expected a file.{instead}")
     where = Path(os.path.realpath(file))
     if where.is_dir():
         why = "is a folder"
