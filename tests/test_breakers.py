@@ -73,13 +73,6 @@ def failed(folder: RunFolder, *, resume: bool = False, after: Callable[[Path], o
         raise MetaplError("refused")
 
 
-def test_a_first_step_that_fails_leaves_no_run(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    with pytest.raises(MetaplError, match="refused"):
-        failed(folder)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     "after",
     [
@@ -161,21 +154,3 @@ def test_a_library_that_memory_does_not_suffice_for(
     for text in ("no module named x", "x.so: cannot allocate memory in static TLS block"):
         with pytest.raises(ImportError, match=text):
             cli.main(["predict"])
-
-
-def test_checkpoints_that_cannot_be_used_are_told_shortly(
-    run: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for name in ("result.json", "student.safetensors", "teacher.safetensors", "finetuned_student.safetensors"):
-        (run / name).unlink()
-    files = list((run / "checkpoints").rglob("*.ckpt"))
-    for file in files:
-        file.write_bytes(file.read_bytes()[:-1])
-    capsys.readouterr()
-    assert cli.main([*TINY, "--out", str(run), "--resume"]) == 2
-    words = " ".join(capsys.readouterr().err.split())
-    assert "none can be used; to start anew, move them away" in words
-    assert "is truncated" in words
-    assert "CheckpointFolder" not in words
-    assert "older checkpoint" not in words

@@ -215,8 +215,7 @@ class CheckpointFolder:
             except ClosedCheckpointError:
                 raise
             except CheckpointError as error:
-                # Going back to an older one is what happens here.
-                skipped.append(Skipped(path, str(error).removesuffix(f"; {_USE_AN_OLDER_ONE}")))
+                skipped.append(Skipped(path, str(error)))
         if not skipped:
             return None
         reasons = "; ".join(unusable.reason for unusable in skipped)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -86,22 +86,12 @@ class RunFolder:
         if self._is_held:
             yield
             return
-        with owned(self.path, self._undone):
+        with owned(self.path, BEFORE_TRAINING):
             self._is_held = True
             try:
                 yield
             finally:
                 self._is_held = False
-
-    def _undone(self, there: Collection[str]) -> Collection[str]:
-        """What a block that fails leaves nothing of, if it has made nothing else; ``there`` was there before it.
-
-        The first row ends that: rows may say why a training failed. So does a run that was here before.
-        """
-        metrics = self.path / "metrics.jsonl"
-        has_rows = metrics.is_file() and metrics.stat().st_size > 0
-        is_new = all(name.startswith(".") for name in there)
-        return {*BEFORE_TRAINING, *(RECORDS if is_new and not has_rows else ())}
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
@@ -266,9 +256,6 @@ def refuse_other_bytes(file: Path, content: bytes, sha256: str | None) -> None:
 
 BEFORE_TRAINING = ("recipe.json", LOCK, "data.json", "split.json", "skipped.jsonl")
 """What a run writes before its first step."""
-
-RECORDS = ("metrics.jsonl", "tensorboard")
-"""What a run opens before its first step, and writes its rows to."""
 
 
 def _is_left_over(name: str) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -27,13 +26,13 @@ _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 @contextmanager
-def owned(folder: Path, undone: Callable[[Collection[str]], Collection[str]] = lambda there: ()) -> Iterator[None]:
+def owned(folder: Path, undone: Collection[str] = ()) -> Iterator[None]:
     """Own a folder until the block ends; it is made where it is missing.
 
     Args:
         folder: against other processes, and other threads of this one.
-        undone: called where the block fails, with the names that were in the folder before; names of files and folders.
-            Where the block has made nothing else, what it has made is removed, and the folder too if it was made here.
+        undone: names of files. Where the block fails and has made nothing else in the folder, what it has made is
+            removed, and the folder too if it was made here.
 
     Raises:
         MetaplError: somebody else owns the folder; it cannot be made or locked.
@@ -45,7 +44,7 @@ def owned(folder: Path, undone: Callable[[Collection[str]], Collection[str]] = l
         try:
             yield
         except Exception:
-            _undo(folder, there, made, {*undone(there), LOCK})
+            _undo(folder, there, made, {*undone, LOCK})
             raise
     finally:
         file.close()
@@ -113,16 +112,9 @@ def _undo(folder: Path, there: Collection[str], made: Collection[Path], undone: 
         if new <= {*undone}:
             # The lock last: from then on another may own the folder, which keeps it from being removed.
             for name in sorted(new, key=lambda name: name == LOCK):
-                _remove(folder / name)
+                (folder / name).unlink()
             for place in made:
                 place.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _close_in_forks(file: IO[bytes]) -> None:
