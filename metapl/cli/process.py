@@ -32,7 +32,8 @@ def stoppable(*, for_good: bool) -> Iterator[None]:
     def unwind(number: int, frame: Any) -> None:
         nonlocal stopping
         # Who stops a group of processes may reach one of them twice; a second Ctrl-C is meant.
-        if stopping and number == signal.SIGTERM:
+        # A fit that was stopped has saved its step already, and says so when this has unwound.
+        if number == signal.SIGTERM and (stopping or isinstance(sys.exc_info()[1], KeyboardInterrupt)):
             return
         stopping = True
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
