@@ -59,7 +59,7 @@ SIZES, BATCH, EMA_DECAY, FINETUNE_LR = [64, 32, 32, 10], 64, 0.995, 0.02
 TEACHER_LR, MOMENTUM = 0.06, 0.9
 """Of the training on wrong labels that comes before, and of the recipe."""
 
-BESIDE = 8
+BESIDE = 9
 """Arms that are trained side by side at most; what is stopped before it has rows begins again."""
 
 LABELED, UNLABELED, FINETUNING, BEFORE = range(4)
@@ -135,15 +135,12 @@ WRONG: dict[str, tuple[Rule, ...]] = {
 }
 """Four configurations of each, after a teacher has learned wrong labels."""
 
-LENGTHS, TUNED_AT = (1500, 6000, 24000), (1500, 6000)
+STEPS, LENGTHS = 1500, (1500, 6000, 24000)
+"""Of tuning and of most arms, and those that are compared."""
+
 GRIDS: dict[str, Grid] = {
-    **{f"{name} {steps}": Grid("right", 2, steps, rules) for steps in TUNED_AT for name, rules in METHODS.items()},
-    **{
-        f"{name} {condition}": Grid(condition, 4, 6000, rules)
-        for condition in CONDITIONS
-        if condition != "right"
-        for name, rules in WRONG.items()
-    },
+    **{name: Grid("right", 2, STEPS, rules) for name, rules in METHODS.items()},
+    **{name: Grid("style", 4, STEPS, rules) for name, rules in WRONG.items()},
 }
 
 
@@ -166,7 +163,7 @@ class Arm:
     tuned: str
     condition: Condition = "right"
     labels: int = 2
-    steps: int = 6000
+    steps: int = STEPS
     outer: int = BATCH
     alteration: Alteration | None = None
     lookahead: int = 1
@@ -188,36 +185,44 @@ ALTERATIONS: tuple[Alteration, ...] = (
     "random_sign",
     "negated",
 )
+ALTERATIONS_OF_WRONG: tuple[Alteration, ...] = (
+    "permuted",
+    "class_means",
+    "own_class_means",
+    "within_class",
+    "negated",
+)
 OUTER, AHEAD = (16, 256), (2, 5, 10)
 
 
+def _lengths(steps: int, labels: int) -> list[Arm]:
+    return [Arm("length", method, method, labels=labels, steps=steps) for method in METHODS]
+
+
+def _wrong(condition: Condition) -> list[Arm]:
+    arms = [Arm("wrong", method, method, condition, labels=4) for method in WRONG]
+    return arms + [
+        Arm("wrong", f"alone {how}", "alone", condition, labels=4, alteration=how) for how in ALTERATIONS_OF_WRONG
+    ]
+
+
 def _arms() -> list[Arm]:
-    arms = [
-        Arm("length", method, f"{method} {min(steps, 6000)}", labels=labels, steps=steps)
-        for steps in LENGTHS[:2]
-        for labels in (2, 4)
-        for method in METHODS
-    ]
+    arms = [*_lengths(STEPS, 4), *_lengths(STEPS, 2)]
     # The weight keeps what a part of h has; the ratio gives every part the same size.
-    arms += [Arm("part", f"gradient {how}", "gradient 6000", alteration=how) for how in ALTERATIONS]
-    arms += [Arm("part", f"ratio {how}", "ratio 6000", alteration=how) for how in (*ALTERATIONS, "balance")]
-    for condition in CONDITIONS:
-        if condition != "right":
-            arms += [Arm("wrong", method, f"{method} {condition}", condition, labels=4) for method in WRONG]
-            arms += [
-                Arm("wrong", f"alone {how}", f"alone {condition}", condition, labels=4, alteration=how)
-                for how in ("permuted", "class_means", "own_class_means", "within_class", "negated")
-            ]
-    arms += [Arm("outer", method, f"{method} 6000", outer=outer) for outer in OUTER for method in ("none", "gradient")]
+    arms += [Arm("part", f"gradient {how}", "gradient", alteration=how) for how in ALTERATIONS]
+    arms += [*_wrong("style"), *_lengths(LENGTHS[1], 2), *_wrong("asymmetric"), *_wrong("half")]
+    arms += [Arm("part", f"ratio {how}", "ratio", alteration=how) for how in (*ALTERATIONS, "balance")]
     for K in AHEAD:
-        for method in ("none", "gradient"):
-            arms.append(Arm("ahead", f"{method} as many student steps", f"{method} 6000", steps=6000 // K, lookahead=K))
-            arms.append(Arm("ahead", f"{method} as many teacher steps", f"{method} 1500", steps=1500, lookahead=K))
-    arms += [
-        Arm("length", method, f"{method} 6000", labels=labels, steps=LENGTHS[2])
-        for labels in (2, 4)
-        for method in METHODS
-    ]
+        arms += [
+            Arm("ahead", f"{method} as many student steps", method, steps=STEPS // K, lookahead=K)
+            for method in ("none", "gradient")
+        ]
+    arms += [Arm("outer", method, method, outer=outer) for outer in OUTER for method in ("none", "gradient")]
+    arms += [*_lengths(LENGTHS[1], 4), *_lengths(LENGTHS[2], 2), *_lengths(LENGTHS[2], 4)]
+    for K in AHEAD:
+        arms += [
+            Arm("ahead", f"{method} as many teacher steps", method, lookahead=K) for method in ("none", "gradient")
+        ]
     return arms
 
 
@@ -435,10 +440,11 @@ def run_missing(jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: 
     raw.parent.mkdir(parents=True, exist_ok=True)
     with raw.open("a") as file:
         file.write(json.dumps({"made_with": environment(), **dataclasses.asdict(size)}) + "\n")
-    same: dict[tuple[Any, ...], list[tuple[Arm, Rule]]] = {}
-    for arm, rule in missing:
-        same.setdefault(arm.group, []).append((arm, rule))
-    groups = [jobs[first : first + BESIDE] for jobs in same.values() for first in range(0, len(jobs), BESIDE)]
+    groups = [
+        jobs[first : first + BESIDE]
+        for jobs in (list(same) for _, same in itertools.groupby(missing, key=lambda job: job[0].group))
+        for first in range(0, len(jobs), BESIDE)
+    ]
     seeds = size.seeds if final else size.tuning_seeds
     for number, group in enumerate(groups, 1):
         began = time.process_time()

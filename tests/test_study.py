@@ -30,6 +30,9 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "label_noise_tables",
         "suspects",
         "two_moons",
+        "when",
+        "when_stack",
+        "when_tables",
         "figures",
         "machine",
     ):
@@ -291,3 +294,31 @@ def test_the_rates_on_two_moons_that_the_page_speaks_of_are_those_of_the_rows(ta
     better = [name for name in compared if against_control(name)[0] > against_control(name)[1]]
     assert all(against_control(name)[2] >= 0.05 for name in better)
     assert successes("many_labels", "supervised") == 64
+
+
+def test_the_page_on_when_feedback_helps_shows_the_tables_of_the_raw_rows(tables: object) -> None:
+    import when
+    import when_tables
+
+    assert shown("when") == when_tables.block(when.read())
+
+
+def test_the_study_of_when_feedback_helps_was_run_as_it_says(tables: object) -> None:
+    import when
+
+    rows = when.read()
+    names = [field.name for field in dataclasses.fields(when.Arm)]
+    final = {when.Arm(**{name: row[name] for name in names}): row for row in rows if row["final"]}
+    assert set(final) == set(when.ARMS)
+    assert len(final) == sum(row["final"] for row in rows)
+    for arm, row in final.items():
+        assert row["rule"] == dataclasses.asdict(when.rule_of(arm, rows))
+    for name, grid in when.GRIDS.items():
+        tuning = [row["rule"] for row in rows if row["tuned"] == name and not row["final"]]
+        assert sorted(map(str, tuning)) == sorted(str(dataclasses.asdict(rule)) for rule in grid.rules)
+    for row in rows:
+        seeds = when.FULL.seeds if row["final"] else when.FULL.tuning_seeds
+        assert tuple(row["seeds"]) == seeds
+        assert row["steps_run"] == row["steps"]
+        assert len(row["student"]) == len(row["finetuned"]) == len(seeds)
+        assert ("teacher" in row) == row["final"]
