@@ -156,7 +156,7 @@ def scan_labeled(folder: str | Path, progress: Progress | None = None) -> Labele
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        below, others = _images(root / name, count)
+        below, others = _images(root / name, count, above=root)
         names += (f"{name}/{image}" for image in below)
         labels += [label] * len(below)
         passed_over.update(others)
@@ -208,11 +208,15 @@ def unreadable(path: str, error: OSError) -> MetaplError:
     return MetaplError(f"{shown(path)} cannot be read: {error.strerror}; was it removed just now?")
 
 
-def _images(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
-    """The images below a folder, relative to it and sorted, and the suffixes of what else there is."""
+def _images(root: Path, count: Count, above: Path | None = None) -> tuple[tuple[str, ...], Counter[str]]:
+    """The images below a folder, relative to it and sorted, and the suffixes of what else there is.
+
+    Args:
+        above: a folder that a link inside does not lead back into: its other folders are other classes.
+    """
     names: list[str] = []
     passed_over: Counter[str] = Counter()
-    for folder, _, files in _walk(root):
+    for folder, _, files in _walk(root, above):
         images, others = _by_suffix(files)
         prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         names += (prefix + name for name in images)
@@ -221,33 +225,36 @@ def _images(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
     return tuple(sorted(names)), passed_over
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def _walk(root: Path, above: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Each folder once, with the folders and the files in it; hidden ones are left out."""
-    for folder, inside, files in walk(root, _refuse):
+    for folder, inside, files in walk(root, _refuse, above):
         inside[:] = filter(_is_visible, inside)
         yield Path(folder), inside, [name for name in files if _is_visible(name)]
 
 
-def walk(root: str | Path, refuse: Callable[[OSError], None]) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk(
+    root: str | Path, refuse: Callable[[OSError], None], above: str | Path | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
     """Folders, each once, with the names of the folders and of the files in them, sorted, however deep they are.
 
     Args:
         root: where to begin; links to folders are followed, also one that leads back to a folder above it. What is
             taken from the list of a folder's folders before the next one is asked for is not gone into.
         refuse: called with the error where a folder cannot be listed.
+        above: a folder that counts as listed already.
     """
     # Not os.walk, which calls itself for every folder in a folder.
     waiting = [os.fspath(root)]
-    seen: set[tuple[int, int]] = set()
+    seen = set() if above is None else {_identity(above)}
     while waiting:
         folder = waiting.pop()
         inside: list[str] = []
         files: list[str] = []
         try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
+            identity = _identity(folder)
+            if identity in seen:
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(identity)
             with os.scandir(folder) as entries:
                 for entry in entries:
                     (inside if _is_folder(entry) else files).append(entry.name)
@@ -257,6 +264,12 @@ def walk(root: str | Path, refuse: Callable[[OSError], None]) -> Iterator[tuple[
         inside.sort()
         yield folder, inside, sorted(files)
         waiting += [os.path.join(folder, name) for name in reversed(inside)]
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """What a folder and a link to it have in common."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
