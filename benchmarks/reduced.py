@@ -192,26 +192,33 @@ def column_of(rows: list[Row], column: str, **which: Any) -> list[float]:
 
 
 def table(result: Row) -> str:
-    """The costs of a step, and the accuracies on the digits."""
-    from metapl.recipes.methods import title
+    """The costs of a step, and the accuracies on the digits; of what has been measured."""
+    parts = [made(result[name]) for name, made in (("steps", _costs), ("digits", _accuracies)) if name in result]
+    return "\n\n".join(parts)
 
-    plain = {row["case"]: row for row in result["steps"] if row["name"] == PLAIN}
+
+def _costs(rows: list[Row]) -> str:
+    plain = {row["case"]: row for row in rows if row["name"] == PLAIN}
     lines = [
         "| network | step | time / plain | memory / plain | ms | MB | million weights |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for case in plain:
         for name in STEPS:
-            for row in (row for row in result["steps"] if (row["case"], row["name"]) == (case, name)):
+            for row in (row for row in rows if (row["case"], row["name"]) == (case, name)):
                 time_, memory = (row[key] / plain[case][key] for key in ("seconds", "bytes"))
                 size = f"{1e3 * row['seconds']:.0f} | {row['bytes'] / 1e6:.0f} | {row['weights'] / 1e6:.2f}"
                 lines.append(f"| {case} | {name} | {time_:.2f} | {memory:.2f} | {size} |")
-    digits = result["digits"]
+    return "\n".join(lines)
+
+
+def _accuracies(digits: Row) -> str:
+    from metapl.recipes.methods import title
+
     final = digits["final"]
     methods = list(dict.fromkeys(row["method"] for row in final))
     seeds = len({row["seed"] for row in final})
-    lines += [
-        "",
+    lines = [
         f"Test accuracy on the digits in %, {seeds} seeds, {digits['steps']:,} steps. The difference: Reduced MPL's "
         "student minus this one.",
         "",

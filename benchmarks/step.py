@@ -3,6 +3,7 @@
     python benchmarks/step.py                              # a tiny network, every mode, and the steps looked ahead
     python benchmarks/step.py --against ../other-checkout  # and the same by the metapl of that checkout
     python benchmarks/step.py --table benchmarks/results/step.json
+    python benchmarks/step.py --write docs/modes.md
 
 Times are of the processor, on one thread, the median over turns of the mean over some steps. Figures of one run are
 comparable, those of two runs are not.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_json
+from machine import arguments, described, parsed, write_between_marks, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -161,7 +162,11 @@ def main() -> None:
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of metapl")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result, and measure nothing")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
     given = parsed(parser)
+    if given.write:
+        write_between_marks(given.write, "step", table(json.loads(given.out.read_text())))
+        return
     if given.table:
         print(table(json.loads(given.table.read_text())))
         return

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from metapl.data.images.reader import SUFFIXES
+from metapl.data.images.shards import SUFFIX, Manifest, members, open_picture
 from metapl.errors import MetaplError, few
-from metapl.plain_files import open_plain
 from metapl.words import shown
 
 Progress = Callable[[int], None]
@@ -97,7 +97,8 @@ def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> File
     """List the pictures of a folder and all folders in it.
 
     Files are known by their suffix. Hidden files and folders (``.name``, ``__MACOSX``) are left out; links are
-    followed, and a folder that can be reached in several ways is listed once.
+    followed, and a folder that can be reached in several ways is listed once. Where there is no picture but tar files,
+    as ``metapl shards`` and WebDataset write them, the pictures in these are listed: ``000000.tar/deep/er/a.png``.
 
     Args:
         folder: any folder.
@@ -121,6 +122,8 @@ def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> File
     root = _folder(folder)
     count = Count(progress)
     names, passed_over = _images(root, count)
+    if not names and passed_over[SUFFIX]:
+        names, passed_over = _in_shards(root, count)
     count.end()
     if not names:
         raise _no_image(root, passed_over)
@@ -199,7 +202,7 @@ class Count:
 
 def digest(path: str) -> bytes:
     """SHA-256 of a file's bytes."""
-    with open_plain(path) as file:
+    with open_picture(path) as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
@@ -222,6 +225,26 @@ def _images(root: Path, count: Count, above: Path | None = None) -> tuple[tuple[
         names += (prefix + name for name in images)
         passed_over.update(others)
         count.add(len(images))
+    return tuple(sorted(names)), passed_over
+
+
+def _in_shards(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
+    """As :func:`_images`, of the members of the tar files below a folder."""
+    manifest = Manifest.read(root)
+    if manifest is not None:
+        manifest.check_files(root, whole=True)
+    names: list[str] = []
+    passed_over: Counter[str] = Counter()
+    for folder, _, files in _walk(root):
+        for tar in (folder / name for name in files if name.endswith(SUFFIX)):
+            inside = [m.name for m in members(tar) if all(map(_is_visible, m.name.split("/")))]
+            twice = [name for name, times in Counter(inside).items() if times > 1]
+            if twice:
+                raise MetaplError(f"{shown(tar)} has {few(twice)} more than once; expected each name once.")
+            images, others = _by_suffix(inside)
+            names += (f"{tar.relative_to(root).as_posix()}/{name}" for name in images)
+            passed_over.update(others)
+            count.add(len(images))
     return tuple(sorted(names)), passed_over
 
 
