@@ -50,11 +50,11 @@ class _Sum(torch.autograd.Function):
         ctx.group = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]  # of one output
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return sum_over(gradient, ctx.group), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]  # of these inputs
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return _summed(tangent, ctx.group)
 
 
@@ -68,11 +68,11 @@ class _Halo(torch.autograd.Function):
         ctx.sides = inputs[1:]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]  # of one output
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return _HaloAdjoint.apply(gradient, *ctx.sides), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]  # of these inputs
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return _gathered(tangent, *ctx.sides)
 
 
@@ -88,11 +88,11 @@ class _HaloAdjoint(torch.autograd.Function):
         ctx.sides = inputs[1:]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]  # of one output
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return with_halo(gradient, *ctx.sides), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[override]  # of these inputs
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return _returned(tangent, *ctx.sides)
 
 

@@ -133,7 +133,7 @@ def _split_layer(name: str, layer: nn.Module, group: dist.ProcessGroup) -> nn.Mo
 class SpatialConv2d(nn.Conv2d):
     """A convolution of this process's columns, with those of its neighbors that it needs."""
 
-    group: Any
+    group: dist.ProcessGroup
     name: str
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class SpatialConv2d(nn.Conv2d):
 class SpatialMaxPool2d(nn.MaxPool2d):
     """The greatest values of windows that may reach into the neighbors' columns."""
 
-    group: Any
+    group: dist.ProcessGroup
     name: str
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class SpatialMaxPool2d(nn.MaxPool2d):
 class SpatialAvgPool2d(nn.AvgPool2d):
     """The means of windows that may reach into the neighbors' columns."""
 
-    group: Any
+    group: dist.ProcessGroup
     name: str
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class SpatialAvgPool2d(nn.AvgPool2d):
 class SpatialGlobalPool2d(nn.AdaptiveAvgPool2d):
     """The mean over all columns of all processes."""
 
-    group: Any
+    group: dist.ProcessGroup
 
     def forward(self, x: Tensor) -> Tensor:
         return sum_over(x.mean(dim=(-2, -1), keepdim=True), self.group) / self.group.size()
@@ -200,7 +200,7 @@ class SpatialDropout(nn.Dropout):
 class SpatialBatchNorm2d(nn.BatchNorm2d):
     """Batch norm by the statistics of all columns: those of the whole images in this group's share of the batch."""
 
-    group: Any
+    group: dist.ProcessGroup
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
@@ -219,16 +219,20 @@ class SpatialBatchNorm2d(nn.BatchNorm2d):
     def _follow(self, mean: Tensor, variance: Tensor, n: int) -> None:
         """Move the running statistics, as PyTorch does: by the unbiased variance."""
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)  # type: ignore[operator]  # it is there with track_running_stats
-            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, share)  # type: ignore[union-attr]  # as above
-            self.running_var.lerp_(variance * (n / max(n - 1, 1)), share)  # type: ignore[union-attr]
+            count, means, variances = self.num_batches_tracked, self.running_mean, self.running_var
+            assert count is not None
+            assert means is not None
+            assert variances is not None
+            count.add_(1)
+            share = 1 / float(count) if self.momentum is None else self.momentum
+            means.lerp_(mean, share)
+            variances.lerp_(variance * (n / max(n - 1, 1)), share)
 
 
 class SpatialGroupNorm(nn.GroupNorm):
     """Group norm by the statistics of all columns of an image."""
 
-    group: Any
+    group: dist.ProcessGroup
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.reshape(len(x), self.num_groups, -1)
