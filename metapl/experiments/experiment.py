@@ -51,7 +51,7 @@ class Experiment:
         torch.manual_seed(self.recipe.seed)
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
         self.record(task)
-        task = dataclasses.replace(task, label=label_by(self.folder.path, task, self.say))
+        task = dataclasses.replace(task, label=label_by(self.recipe, self.folder.path, task, self.say))
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         if EVERY_METHOD[method].reduced:
             task = dataclasses.replace(task, stored=labels_given(self.recipe, task, self.folder.path, self.say))
