@@ -159,7 +159,8 @@ class BilevelTrainer(Trainer):
         if teacher is not None:
             self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
             _check_outer(self.outer_optimizer, teacher)
-            self._teacher_trainer = _TeacherTrainer(self, self.given[0], self.outer_optimizer)
+            wrapped = teacher if self.given[0] is None else self.given[0]
+            self._teacher_trainer = _TeacherTrainer(self, wrapped, self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done = 0
         self._derivatives_checked = False
