@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "sharded_cases"]
+PRELOADED = ["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "sharded_cases", "metapl.cli.train"]
 SECONDS = 60.0
 
 
