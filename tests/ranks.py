@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "sharded_cases", "metapl.cli.train"]
+PRELOADED = ["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "metapl.cli.train"]
 SECONDS = 60.0
 
 
@@ -26,10 +26,11 @@ class Ranks:
 
     Args:
         number: of them.
+        cases: the module whose functions they run.
         joined: whether they have joined the group; else they find what ``torchrun`` tells its processes.
     """
 
-    def __init__(self, number: int, *, joined: bool = True) -> None:
+    def __init__(self, number: int, cases: str = "sharded_cases", *, joined: bool = True) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.folder = tempfile.TemporaryDirectory()
@@ -38,14 +39,14 @@ class Ranks:
         self.processes = []
         for rank in range(number):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, number, meeting), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, number, meeting, cases), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
     def run(self, name: str, **arguments: Any) -> list[Any]:
-        """What a function of ``sharded_cases`` returns on every rank."""
+        """What a function of that module returns on every rank."""
         for pipe in self.pipes:
             pipe.send((name, arguments))
         answers = []
@@ -76,11 +77,13 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _serve(pipe: Connection, rank: int, number: int, meeting: str | int) -> None:
+def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module: str) -> None:
     """What a process does: join the group, and run what it is sent.
 
     Args:
+        pipe, rank, number: to whom it answers, and which of how many it is.
         meeting: a file to meet in, or the port of ``torchrun``.
+        module: whose functions it runs.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
@@ -92,7 +95,7 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int) -> None
     else:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}
-    cases = importlib.import_module("sharded_cases")
+    cases = importlib.import_module(module)
     while (task := pipe.recv()) is not None:
         name, arguments = task
         try:

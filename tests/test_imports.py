@@ -21,7 +21,7 @@ LEVELS = (
     ("feedback",),
     ("hypergradient",),
     ("data", "metrics", "report", "export"),
-    ("labels",),
+    ("labels", "robustness"),
     ("training",),
     ("ablation",),
     ("recipes",),

@@ -333,7 +333,7 @@ class BilevelTrainer(Trainer):
             self._check_ratio(self.feedback_ratio)
 
     def _check_ratio(self, ratio: float) -> None:
-        if not ratio >= 0:
+        if not 0 <= ratio < float("inf"):
             raise MetaplError(f"feedback_ratio={ratio}: expected a number of 0 or more, or None.")
         if self.feedback_weight != 1.0:
             raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
