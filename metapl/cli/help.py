@@ -37,7 +37,7 @@ GROUPS: dict[str, str] = {
     "comparison": "compare seeds methods controls jobs modes draws rounds altered stability train-steps "
     "train-seeds factory",
     "output": "out resume log-every save-every keep",
-    "machine": "device precision accumulate compile channels-last num-workers threads",
+    "machine": "device precision accumulate compile channels-last num-workers threads mesh.*",
 }
 """Flags by group, each without its dashes and the no- of a switch; ``x.*`` are all that begin with ``x.``."""
 

@@ -1,0 +1,12 @@
+"""Training in several processes: how networks are laid out over them, and what has to be exchanged.
+
+ranks     the processes that share a batch: means, sums and agreement over them
+shards    weights of which this process holds a part: norms and products over all parts
+layout    how a network that was handed over is laid out, found by looking at it
+mesh      :class:`Mesh` and :func:`shard`, which lay a network out
+launch    processes that ``torchrun`` has started
+"""
+
+from metapl.distributed.mesh import Mesh, shard
+
+__all__ = ["Mesh", "shard"]
