@@ -190,7 +190,6 @@ ALTERATIONS_OF_WRONG: tuple[Alteration, ...] = (
     "class_means",
     "own_class_means",
     "within_class",
-    "negated",
 )
 OUTER, AHEAD = (16, 256), (2, 5, 10)
 
@@ -208,17 +207,22 @@ def _wrong(condition: Condition) -> list[Arm]:
 
 def _arms() -> list[Arm]:
     arms = [*_lengths(STEPS, 4), *_lengths(STEPS, 2)]
+    # The control is tuned by itself; this one has the rates of the feedback.
+    arms += [Arm("part", "gradient zero", "gradient", alteration="zero")]
     # The weight keeps what a part of h has; the ratio gives every part the same size.
     arms += [Arm("part", f"gradient {how}", "gradient", alteration=how) for how in ALTERATIONS]
-    arms += [*_wrong("style"), *_lengths(LENGTHS[1], 2), *_wrong("asymmetric"), *_wrong("half")]
-    arms += [Arm("part", f"ratio {how}", "ratio", alteration=how) for how in (*ALTERATIONS, "balance")]
+    arms += [Arm("part", f"ratio {how}", "ratio", alteration=how) for how in ("balance", "rest")]
+    arms += [*_wrong("style"), *_lengths(LENGTHS[1], 2)[:3]]
     for K in AHEAD:
         arms += [
             Arm("ahead", f"{method} as many student steps", method, steps=STEPS // K, lookahead=K)
             for method in ("none", "gradient")
         ]
     arms += [Arm("outer", method, method, outer=outer) for outer in OUTER for method in ("none", "gradient")]
-    arms += [*_lengths(LENGTHS[1], 4), *_lengths(LENGTHS[2], 2), *_lengths(LENGTHS[2], 4)]
+    arms += [*_wrong("asymmetric"), *_wrong("half")]
+    more = [how for how in ALTERATIONS if how != "rest"]
+    arms += [Arm("part", f"ratio {how}", "ratio", alteration=how) for how in more]
+    arms += [*_lengths(LENGTHS[1], 2)[3:], *_lengths(LENGTHS[1], 4), *_lengths(LENGTHS[2], 2), *_lengths(LENGTHS[2], 4)]
     for K in AHEAD:
         arms += [
             Arm("ahead", f"{method} as many teacher steps", method, lookahead=K) for method in ("none", "gradient")

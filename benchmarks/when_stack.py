@@ -135,22 +135,24 @@ Alteration = Literal[
     "sign",
     "one_number",
     "negated",
+    "zero",
     "balance",
 ]
 
 
 def altered(h: Tensor, q: Tensor, alteration: Alteration, rows: Tensor, coins: Tensor) -> Tensor:
-    """The feedback as the controls have it; the first three are those of :class:`metapl.feedback.Altered`.
+    """The feedback as the controls have it; three of them are those of :class:`metapl.feedback.Altered`.
 
     Args:
         h: (S, B, C), whose mean over the classes by the student's probabilities is 0.
         q: (S, B, C), what the teacher said.
-        alteration: ``"permuted"``: rows of other examples. ``"class_means"``: every row is their mean over the batch.
-            ``"rest"``: what this leaves. ``"own_class_means"``: the mean over the examples for which the teacher's most
-            probable class is the same. ``"within_class"``: what this leaves. ``"random_sign"``: each row times ±1.
-            ``"sign"``: ± the mean size in the batch. ``"one_number"``: the entry of the teacher's most probable class
-            alone, the others 0. ``"negated"``: −h. ``"balance"``: no feedback at all, but the same for every example,
-            1/(BC q̄_k), which descends the cross-entropy of the batch's mean label q̄ against equal frequencies.
+        alteration: of Altered: ``"permuted"``: rows of other examples; ``"class_means"``: every row is their mean over
+            the batch; ``"random_sign"``: each row times ±1. ``"rest"``: what that mean leaves. ``"own_class_means"``:
+            the mean over the examples for which the teacher's most probable class is the same; ``"within_class"``: what
+            these leave. ``"sign"``: ± the mean size in the batch. ``"one_number"``: the entry of the teacher's most
+            probable class alone, the others 0. ``"negated"``: −h. ``"zero"``: 0. ``"balance"``: no feedback at all, but
+            1/(BC q̄_k) for every example, which descends the cross-entropy of the batch's mean label q̄ against equal
+            frequencies.
         rows: (S, B), the permutations.
         coins: (S, B), the signs.
     """
@@ -161,8 +163,8 @@ def altered(h: Tensor, q: Tensor, alteration: Alteration, rows: Tensor, coins: T
     if alteration in ("class_means", "rest"):
         mean = h.mean(1, keepdim=True).expand_as(h)
         return mean if alteration == "class_means" else h - mean
-    if alteration == "negated":
-        return -h
+    if alteration in ("negated", "zero"):
+        return -h if alteration == "negated" else torch.zeros_like(h)
     if alteration == "sign":
         return h.sign() * h.abs().mean((1, 2), keepdim=True)
     if alteration == "balance":

@@ -35,13 +35,14 @@ ALTERED = {
     "sign": "its signs",
     "random_sign": "with random signs",
     "negated": "negated",
+    "zero": "none, at the feedback's rates",
     "balance": "equal class frequencies instead",
 }
 HEADINGS = {
     "length": "Length, labels, and what becomes of the size",
-    "part": "What part of the feedback acts (2 labels a class, 6,000 steps)",
-    "wrong": "A teacher that has learned wrong labels (4 right labels a class, 6,000 steps)",
-    "outer": "Size of the outer batch (2 labels a class, 6,000 steps; 64 is above)",
+    "part": "What part of the feedback acts (2 labels a class, 1,500 steps)",
+    "wrong": "A teacher that has learned wrong labels (4 right labels a class, 1,500 steps)",
+    "outer": "Size of the outer batch (2 labels a class, 1,500 steps; 64 is above)",
     "ahead": "Student steps a teacher step, K (2 labels a class; K = 1 is above)",
 }
 
@@ -190,6 +191,17 @@ def settings(rows: Sequence[Row]) -> str:
     return "; ".join(said)
 
 
+def not_run(found: dict[Arm, Found]) -> str:
+    """The arms of the list that have no row."""
+    left: dict[str, list[str]] = {}
+    for arm in ARMS:
+        if arm not in found:
+            place = f" ({where(arm)})" if where(arm) else ""
+            left.setdefault(f"{arm.part}{place}", []).append(title(arm))
+    said = "; ".join(f"{place}: {', '.join(titles)}" for place, titles in left.items())
+    return f"In the list, and not run: {said}." if said else "All arms of the list were run."
+
+
 def block(rows: Sequence[Row]) -> str:
     """All tables, and what they were made with."""
     found = collected(rows)
@@ -207,6 +219,7 @@ def block(rows: Sequence[Row]) -> str:
         "`benchmarks/results/when.jsonl`."
     )
     parts.append(f"Settings that were chosen on the tuning seeds (rates of student and teacher): {settings(rows)}.")
+    parts.append(not_run(found))
     return "\n\n".join(parts)
 
 

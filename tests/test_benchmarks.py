@@ -284,6 +284,8 @@ def test_the_study_of_when_feedback_helps_goes_on_where_it_was_stopped_and_fills
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert text.count("| feedback, ratio to the own loss |") == 2 * 3 + 1
+    assert text.count("\n| feedback alone |") == 3
+    assert "All arms of the list were run." in text
     assert page.with_name("when.png").read_bytes().startswith(b"\x89PNG")
 
 

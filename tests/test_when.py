@@ -166,6 +166,7 @@ def test_altered_feedback_is_what_it_is_called(stack: ModuleType) -> None:
     assert torch.allclose(of("class_means") + of("rest"), h)
     assert torch.allclose(of("own_class_means") + of("within_class"), h)
     assert torch.allclose(of("negated"), -h)
+    assert not of("zero").any()
     assert torch.equal(of("sign").sign(), h.sign())
     assert torch.allclose(of("sign").abs(), h.abs().mean((1, 2), keepdim=True).expand_as(h))
     for s in range(2):
