@@ -126,7 +126,7 @@ def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, high
     from matplotlib.ticker import MaxNLocator
 
     parts = [[value for value in accuracy if (value > success) == succeeded] for succeeded in (True, False)]
-    axes.hist(parts, BINS, (0.0, 1.0), stacked=True, rwidth=0.9, color=[SUCCESS_COLOR, QUIET], zorder=2)
+    axes.hist(parts, bins=BINS, range=(0.0, 1.0), stacked=True, rwidth=0.9, color=[SUCCESS_COLOR, QUIET], zorder=2)
     axes.axvline(success, color=INK, linewidth=1.0, linestyle=(0, (3, 2)), zorder=4)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.tick_params(which="both", length=0)
