@@ -126,6 +126,11 @@ class Train:
         return self._compare(folder) if self.compare else self._train(folder)
 
     def _check(self) -> None:
+        if self.mesh.spatial > 1:
+            raise MetaplError(
+                f"--mesh.spatial {self.mesh.spatial}: images are cut along their width in code alone so far "
+                "(metapl.distributed.Mesh); expected 1."
+            )
         check_started(self.mesh)
         alone = [name for name in ("compare", "resume") if getattr(self, name) and self.mesh.size > 1]
         if alone:
