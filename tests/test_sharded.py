@@ -265,7 +265,7 @@ def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
     ("wrong", "text"),
     [
         (lambda: Mesh(tensor=2), r"Mesh\(tensor=2\): tensor parallelism is not built yet"),
-        (lambda: Mesh(spatial=2), r"Mesh\(spatial=2\): splitting images along their width is not built yet"),
+        (lambda: shard(multilayer([4, 3]), Mesh(spatial=2)), "shard was given mesh.spatial=2 and no example"),
         (lambda: Mesh(shard=0), r"Mesh\(shard=0\): expected a number of processes"),
         (lambda: shard(multilayer([4, 3]), Mesh(shard=2)), "torchrun --nproc-per-node=2"),
         (lambda: shard(multilayer([4, 3]), Mesh(), precision="bfloat16"), "expected mesh.shard above 1"),
