@@ -208,7 +208,7 @@ def _wrong(condition: Condition) -> list[Arm]:
 def _arms() -> list[Arm]:
     arms = [*_lengths(STEPS, 4), *_lengths(STEPS, 2)]
     # The control is tuned by itself; this one has the rates of the feedback.
-    arms += [Arm("part", "gradient zero", "gradient", alteration="zero")]
+    arms += [Arm("length", "gradient zero", "gradient", steps=steps, alteration="zero") for steps in LENGTHS[1::-1]]
     # The weight keeps what a part of h has; the ratio gives every part the same size.
     arms += [Arm("part", f"gradient {how}", "gradient", alteration=how) for how in ALTERATIONS]
     arms += [Arm("part", f"ratio {how}", "ratio", alteration=how) for how in ("balance", "rest")]

@@ -35,7 +35,7 @@ ALTERED = {
     "sign": "its signs",
     "random_sign": "with random signs",
     "negated": "negated",
-    "zero": "none, at the feedback's rates",
+    "zero": "no feedback, at the weight's rates",
     "balance": "equal class frequencies instead",
 }
 HEADINGS = {
@@ -121,6 +121,8 @@ def against(first: Found, second: Found | None) -> tuple[str, str, str]:
 def title(arm: Arm) -> str:
     """An arm in words, without what its table says of all."""
     method = arm.method.split()[0]
+    if arm.alteration == "zero":
+        return ALTERED["zero"]
     if arm.alteration is not None:
         kind = "" if method == "alone" else "weight: " if method == "gradient" else "ratio: "
         return f"{kind}{ALTERED[arm.alteration]}"
@@ -146,7 +148,9 @@ def table(found: dict[Arm, Found], part: str) -> str:
     if part == "part":
         # Whose parts they are, and the control of them all.
         whole = [arm for arm in found if arm.part == "length" and arm.group == mine[0].group] if mine else []
-        mine = [arm for arm in whole if arm.method in ("none", "gradient", "ratio")] + mine
+        mine = [arm for arm in whole if arm.method in ("none", "gradient zero", "gradient", "ratio")] + mine
+    # The two without feedback side by side.
+    mine.sort(key=lambda arm: (arm.method != "none", arm.alteration != "zero"))
     mine.sort(key=lambda arm: (list(CONDITIONS).index(arm.condition), arm.labels, arm.outer))
     if part in ("length", "ahead"):
         mine.sort(

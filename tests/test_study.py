@@ -365,27 +365,27 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
     def share(each: when_tables.Found, name: str) -> str:
         return f"{points(each.row[name]):.1f} %"
 
-    true, none, ratio = arm("gradient"), arm("none"), arm("ratio")
+    true, none, zero, ratio = arm("gradient"), arm("none"), arm("gradient zero"), arm("ratio")
     assert f"raises the student by {of(true, none, STUDENT)}, and is {of(true, none)} above the control's" in said
     four = arm("gradient", labels=4), arm("none", labels=4)
     assert f"At 4 labels a class these are {of(*four, STUDENT)} and {of(*four)}." in said
+    assert f"the feedback is then {of(true, zero)} above it" in said
     parts = {how: arm(f"gradient {how}") for how in when.ALTERATIONS}
-    assert f"the mean of h over the batch, is {of(parts['class_means'], none)} above it" in said
+    assert f"the mean of h over the batch, is {of(parts['class_means'], none)} above the control" in said
     assert f"rows of other examples {of(parts['permuted'], none)}, and the signs {of(parts['sign'], none)}" in said
     assert f"without that mean is {of(none, parts['rest'])} below the control and {of(true, parts['rest'])}" in said
     assert f"With random signs it is {of(true, parts['random_sign'])} below the true feedback" in said
     assert f"negated it leaves {share(parts['negated'], STUDENT)} right" in said
-    assert f"{share(none, 'frequency_error')} of the unlabeled images without feedback" in said
-    assert f"{share(true, 'frequency_error')} with it" in said
+    errors = [share(each, "frequency_error") for each in (none, zero, true)]
+    assert f"{errors[0]} of the unlabeled images in the control, for {errors[1]} without feedback" in said
+    assert f"and for {errors[2]} with it" in said
     balance = arm("ratio balance")
     assert f"raises the student by {of(balance, none, STUDENT)}; feedback of that size is {of(ratio, balance)}" in said
-    assert (
-        f"{share(balance, 'labels_right')} of the teacher's labels right, the feedback {share(ratio, 'labels_right')}"
-        in said
-    )
+    rights = [share(each, "labels_right") for each in (balance, ratio)]
+    assert f"the push leaves {rights[0]} of the teacher's labels right, the feedback {rights[1]}" in said
 
     fixed, alone, own, both = (arm(method, "style", 4) for method in when.WRONG)
-    assert f"from {share(fixed, 'labels_right')} right labels to {share(alone, 'labels_right')}" in said
+    assert f"from {share(fixed, 'labels_right')} right to {share(alone, 'labels_right')}" in said
     assert f"its student gains {of(alone, fixed, STUDENT)}" in said
     altered = {how: arm(f"alone {how}", "style", 4) for how in when.ALTERATIONS_OF_WRONG}
     assert f"rows of other examples it is {of(alone, altered['permuted'])} worse" in said
@@ -393,5 +393,29 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
     assert f"does as well ({of(altered['own_class_means'], alone)} better)" in said
     assert f"what these means leave is {of(alone, altered['within_class'])} worse" in said
     assert f"finetuned student, the feedback alone gains {of(alone, fixed)}" in said
-    assert f"the teacher's own loss on the same labels is {of(own, alone)} better" in said
+    assert f"The teacher's own loss on the same labels is {of(own, alone)} better" in said
     assert f"Both together are {of(both, own)} better than that loss alone, and {of(both, fixed)}" in said
+
+    methods = ("none", "gradient zero", "gradient", "learning_rate")
+    none, zero, dying, alive = (arm(method, steps=6000) for method in methods)
+    assert f"its student is {of(dying, none, STUDENT)} above the control's student, and {of(dying, none)}" in said
+    assert f"{of(dying, zero)} above what the same rates do without feedback" in said
+    assert f"it is {of(alive, none)} above the control, and {of(alive, dying)} above feedback that dies" in said
+
+    def apart(method: str, outer: int = 64, K: int = 1) -> when_tables.Found:
+        (one,) = [
+            found[a]
+            for a in found
+            if a.part in ("outer", "ahead") and a.method.split()[0] == method and (a.outer, a.lookahead) == (outer, K)
+        ]
+        return one
+
+    outer = {size: of(apart("gradient", size), apart("none", size)) for size in when.OUTER}
+    assert f"With 16 labeled images in a batch the feedback is {outer[16]}" in said
+    assert f"with 64 it was {of(true, arm('none'))}, with 256 it is {outer[256]}" in said
+    ahead = {K: of(apart("none", K=K), apart("gradient", K=K)) for K in when.AHEAD}
+    assert (
+        f"the feedback is {ahead[2]} below the control at K = 2, {ahead[5]} at K = 5 and {ahead[10]} at K = 10" in said
+    )
+    chosen = when.chosen(when.read(), "gradient")
+    assert (chosen.student_lr, chosen.teacher_lr, chosen.size) == (1.0, 0.06, 1.0)
