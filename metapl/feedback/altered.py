@@ -101,7 +101,7 @@ class Altered(Estimator):
 
 
 def _class_means(h: Tensor, step: InnerStep) -> Tensor:
-    if h.ndim > 1:
+    if h.ndim > 1 or not step.signal.sampled:  # the values of a differentiable signal, such as weights, are no classes
         return h.mean(0, keepdim=True).expand_as(h)
     same = (step.signal.value[:, None] == step.signal.value[None, :]).to(h)
     return (same @ h) / same.sum(1)
