@@ -292,7 +292,12 @@ def hypergradient(
         nothing_moved(asked, student, random=RandomState.now(device), on_success=True),
         torch.enable_grad(),
         checkpoints_without_reentry(),
-        types_explained(labeled, inner_batches(unlabeled), student=student, teacher=teacher),
+        types_explained(
+            labeled,
+            inner_batches(unlabeled),
+            student=student,
+            teacher=teacher if problem.teacher_reads_inputs else None,
+        ),
     ):
         path = look_ahead(
             of_student,

@@ -119,7 +119,7 @@ def _tried(
     trainer: BilevelTrainer, mode: Estimator, labeled: Any, unlabeled: Any, exact: Tensor, draws: int
 ) -> Distance | str:
     try:
-        return distance(trainer, mode, labeled, unlabeled, exact, draws)
+        return distance(trainer, mode, labeled, unlabeled, exact, draws)[0]
     except CannotRun as error:
         return str(error)
 

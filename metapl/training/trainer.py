@@ -507,7 +507,8 @@ class BilevelTrainer(Trainer):
                     "feedback_ratio is measured on one inner batch, and a Lookahead of "
                     f"{len(inner_batches(unlabeled))} was given; use feedback_weight."
                 )
-            with types_explained(labeled, inner_batches(unlabeled), student=self.student, teacher=self.teacher):
+            reader = self.teacher if self.problem.teacher_reads_inputs else None
+            with types_explained(labeled, inner_batches(unlabeled), student=self.student, teacher=reader):
                 yield fault
 
 
