@@ -1,0 +1,259 @@
+"""A step of training rehearsed: run by the trainer itself, on tensors without values and ranks that are not there.
+
+The networks, their optimizers and the batches are fake tensors, which have shapes and storages but no memory; the
+collective operations of one rank are those of a process group that only pretends. So what a step holds, computes and
+sends is counted from the code that will run, without any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils.flop_counter import FlopCounterMode
+
+from metapl import checks
+from metapl.distributed.mesh import Mesh, shard
+from metapl.errors import MetaplError
+from metapl.execution.rng import RandomState
+from metapl.feedback.path import Path
+from metapl.parts import trainable
+from metapl.planning.held import OTHER, Held, Peak
+from metapl.training.trainer import BilevelTrainer
+
+STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = (
+    "student step",
+    "labeled gradient",
+    "feedback",
+    "teacher step",
+    "update",
+)
+"""The phases: the teacher's labels and the student's gradient; the gradient of the labeled loss at the student's new
+weights; what follows from it for the labels; the teacher's gradient; both optimizers."""
+
+PHASES = (STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE)
+
+Batches = tuple[Any, Any]
+"""A labeled and an unlabeled batch."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank does in a step.
+
+    Args:
+        peaks: what is held where the most is, by phase.
+        flops: floating-point operations of products and convolutions.
+        sent: bytes to other ranks, by collective operation.
+    """
+
+    peaks: dict[str, Peak]
+    flops: int
+    sent: dict[str, int]
+
+    @property
+    def peak(self) -> Peak:
+        """That of the phase which holds the most."""
+        return max(self.peaks.values(), key=lambda peak: peak.total)
+
+    @property
+    def fullest(self) -> str:
+        """The phase which holds the most."""
+        return max(self.peaks, key=lambda name: self.peaks[name].total)
+
+
+@contextmanager
+def stage(mesh: Mesh) -> Iterator[None]:
+    """In this block tensors have no values, and this process is rank 0 of a mesh."""
+    with ExitStack() as stack:
+        if mesh.size > 1:
+            stack.enter_context(_pretended_ranks(mesh.size))
+            mesh.devices("cpu")  # while tensors have values
+        stack.enter_context(_values_unread())
+        # A tangent may be wider than the weight that it meets; only this way such a product is let through, as it is.
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+def without_values(module: nn.Module) -> nn.Module:
+    """A network of the meta device as one of tensors without values, on the host by name."""
+    return module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
+
+
+def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
+    """A network over the ranks of a mesh; this rank alone keeps it as it is."""
+    return module if mesh.size == 1 else shard(module, mesh)
+
+
+def rehearsed(trainer: BilevelTrainer, batches: Batches, averages: Sequence[nn.Module] = ()) -> Rehearsal:
+    """A step of a trainer, the second: optimizers then have their states.
+
+    Args:
+        trainer: built inside a :func:`stage`.
+        batches: of this rank.
+        averages: moving averages of the weights, which are held beside the networks.
+    """
+    networks = [net for net in (trainer.teacher, trainer.student) if net is not None]
+    _optimizers_filled(trainer)
+    held, counter = Held(), FlopCounterMode(display=False)
+    with held, counter, _phases(trainer, held), _gradients_named(networks, held):
+        held.name([*_tensors([*networks, *averages])], "weights")
+        held.name(_states(trainer), "optimizer")
+        held.name([t for t in torch.utils._pytree.tree_leaves(batches) if isinstance(t, Tensor)], OTHER)
+        with held.phase(UPDATE):
+            trainer.step(*batches)
+    peaks = {name: held.peaks[name] for name in PHASES if name in held.peaks}
+    return Rehearsal(peaks, int(counter.get_total_flops()), dict(held.sent))
+
+
+# ---------------------------------------------------------------------------------------------------------- the states
+
+
+def _optimizers_filled(trainer: BilevelTrainer) -> None:
+    """Let the optimizers make their states, by a step on gradients of zero."""
+    for optimizer in trainer.schedulable:
+        own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for p in own:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for p in own:
+            p.grad = None
+
+
+def _states(trainer: BilevelTrainer) -> list[Tensor]:
+    return [
+        t
+        for optimizer in trainer.schedulable
+        for state in optimizer.state.values()
+        for t in state.values()
+        if isinstance(t, Tensor)
+    ]
+
+
+def _tensors(networks: Sequence[nn.Module]) -> Iterator[Tensor]:
+    for network in networks:
+        yield from network.parameters()
+        yield from network.buffers()
+
+
+# ---------------------------------------------------------------------------------------------------------- the phases
+
+
+@contextmanager
+def _phases(trainer: BilevelTrainer, held: Held) -> Iterator[None]:
+    """Tell the phases of a step apart by the methods that they are in."""
+    seams: list[tuple[type, str, str]] = [
+        (BilevelTrainer, "_look_ahead", STUDENT),
+        (Path, "outer_gradient", LABELED),
+        (Path, "_outer_loss_at", LABELED),
+        (type(trainer.mode), "feedback", FEEDBACK),
+        (BilevelTrainer, "_teacher_backward", TEACHER),
+    ]
+
+    def within(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with held.phase(phase):
+                return method(*args, **kwargs)
+
+        return called
+
+    with replaced((owner, name, within(getattr(owner, name), phase)) for owner, name, phase in seams):
+        yield
+
+
+@contextmanager
+def _gradients_named(networks: Sequence[nn.Module], held: Held) -> Iterator[None]:
+    """Count the gradients of the weights as such."""
+
+    def named(p: Tensor) -> None:
+        if p.grad is not None:
+            held.name([p.grad], "gradients")
+
+    handles = [p.register_post_accumulate_grad_hook(named) for net in networks[:-1] for p in trainable(net).values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ----------------------------------------------------------------------------------------------------------- the stage
+
+
+@contextmanager
+def replaced(attributes: Any) -> Iterator[None]:
+    """Other attributes of classes and modules in this block: (owner, name, value) of each."""
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for owner, name, value in attributes:
+            before.append((owner, name, vars(owner)[name]))
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+
+@contextmanager
+def _values_unread() -> Iterator[None]:
+    """Nothing reads a value of a tensor that has none; generators, which have one, work as ever."""
+    waits = checks.waits
+
+    def waits_or_has_none(t: Tensor) -> bool:
+        return isinstance(t, FakeTensor) or waits(t)
+
+    def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+
+        return called
+
+    with replaced(
+        [
+            (checks, "waits", waits_or_has_none),
+            (RandomState, "now", staticmethod(outside(RandomState.now))),
+            *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "same", "branch")),
+        ]
+    ):
+        yield
+
+
+@contextmanager
+def _pretended_ranks(number: int) -> Iterator[None]:
+    """A process group of so many ranks, of which this process is the first and the only one."""
+    if dist.is_available() and dist.is_initialized():
+        raise MetaplError("a plan pretends the ranks of a mesh, and this process is in a process group already.")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
+    try:
+        with _agreement_assumed():
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _agreement_assumed() -> Iterator[None]:
+    """The ranks that are not there say what this one says."""
+    from metapl.distributed.ranks import Ranks
+
+    @contextmanager
+    def agreed(_ranks: Ranks) -> Iterator[None]:
+        yield
+
+    def equal(_ranks: Ranks, *_: Any) -> None:
+        pass
+
+    def gathered(ranks: Ranks, value: Any) -> list[Any]:
+        return [value] * ranks.size
+
+    with replaced([(Ranks, "agreed", agreed), (Ranks, "equal", equal), (Ranks, "gathered", gathered)]):
+        yield
