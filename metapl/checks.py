@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -296,10 +296,9 @@ def finite_feedback(h: Tensor) -> None:
 
 
 _WRAPPERS = {
-    "DistributedDataParallel": "averages gradients over processes, and metapl does not yet average the gradients "
-    "that the feedback is computed from",
-    "FullyShardedDataParallel": "shards the weights, which metapl does not support yet",
-    "FSDPModule": "shards the weights, which metapl does not support yet",
+    "DistributedDataParallel": "averages gradients over processes only where it is around the whole network",
+    "FullyShardedDataParallel": "shards the weights in a way that they cannot be replaced in (use fully_shard)",
+    "FSDPModule": "shards the weights of a network inside another wrapper",
     "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
     "ScriptModule": "has weights that cannot be replaced for a pass",
 }
@@ -312,14 +311,21 @@ def _wrapper(classes: tuple[type, ...]) -> str | None:
     return next((name for name in _WRAPPERS if name in names), None)
 
 
-def plain(name: str, network: nn.Module) -> None:
-    """Refuse a network that cannot be run again at other weights, naming the obstacle."""
+def plain(name: str, network: nn.Module, *, sharded: bool = False) -> None:
+    """Refuse a network that cannot be run again at other weights, naming the obstacle.
+
+    Args:
+        name: its role.
+        network: without a wrapper around it.
+        sharded: whether it is sharded by ``fully_shard``, and so may be.
+    """
     for prefix, part in named_parts(network):
         wrapper = _wrapper(type(part).__mro__)
-        if wrapper is not None:
+        if wrapper is not None and not (sharded and wrapper == "FSDPModule"):
             where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
             raise MetaplError(
-                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, in one process."
+                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, or one that is as a whole "
+                "in DistributedDataParallel or sharded by fully_shard."
             )
     for path, t in named_tensors(network):
         if nn.parameter.is_lazy(t):
@@ -332,19 +338,21 @@ def plain(name: str, network: nn.Module) -> None:
                 f"the {name}'s {path} was made inside torch.inference_mode(), and cannot be trained; build the {name} "
                 "outside of that block."
             )
-        if type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor":
+        if not sharded and (type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor"):
             raise MetaplError(
-                f"the {name}'s {path} is a DTensor, spread over several devices, which metapl does not support yet; "
-                "expected the plain module, in one process."
+                f"the {name}'s {path} is a DTensor although fully_shard was not called on the {name}: tensor "
+                "parallelism (parallelize_module) is not built yet. Expected the plain module, or one that is sharded "
+                "by fully_shard."
             )
 
 
-def networks(teacher: nn.Module | None, student: nn.Module) -> torch.device:
+def networks(teacher: nn.Module | None, student: nn.Module, *, sharded: Collection[str] = ()) -> torch.device:
     """Refuse networks that cannot be run, have no trainable parameters, share weights or are on several devices.
 
     Args:
         teacher: None: there is none.
         student: the student.
+        sharded: which of the two are sharded by ``fully_shard``, by role.
 
     Returns: the device.
     """
@@ -353,7 +361,7 @@ def networks(teacher: nn.Module | None, student: nn.Module) -> torch.device:
     for name, module in given.items():
         if not isinstance(module, nn.Module):
             raise MetaplError(f"{name} is {described(module)}; expected a torch.nn.Module.")
-        plain(name, module)
+        plain(name, module, sharded=name in sharded)
         owned[name] = list(trainable(module).values())
         if not owned[name]:
             raise MetaplError(

@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metapl import checks
+from metapl.distributed.layout import Layout, layouts
+from metapl.distributed.ranks import Ranks
 from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
 from metapl.execution.guards import casts_explained, restored_on_failure, step_lock, types_explained
 from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.sharded import by_backward
 from metapl.feedback import Estimator, Feedback, estimator, modes_for
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path, Teach, take_steps
 from metapl.feedback.teacher_pass import TeacherPass
-from metapl.parts import trainable
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, check_signal, revises
 from metapl.updates import Update, update_of
@@ -82,7 +85,7 @@ def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) ->
 
 
 def look_ahead(
-    student: nn.Module,
+    student: Layout,
     update: Update,
     problem: Problem,
     mode: Estimator,
@@ -105,6 +108,7 @@ def look_ahead(
     """
     batches = inner_batches(unlabeled)
     check_steps(mode, len(batches), problem)
+    check_layout(mode, len(batches), problem, student)
     if revises(problem) and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError(
             'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '
@@ -149,6 +153,27 @@ def check_steps(mode: Estimator, steps: int, problem: Problem) -> None:
         )
 
 
+def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
+    """Refuse what takes the student's weights and batch as a whole, where several processes share them."""
+    if student.kind == "plain":
+        return
+    taken = (
+        f"mode {mode.name!r}"
+        if mode.keep_graph or mode.name == "implicit"
+        else f"a look-ahead of {steps} student steps"
+        if steps > 1
+        else f"{type(getattr(problem, 'given', problem)).__name__}, which makes its signal of the feedback,"
+        if revises(problem)
+        else None
+    )
+    if taken is not None:
+        how = "sharded" if student.is_sharded else "in DistributedDataParallel"
+        raise MetaplError(
+            f"{taken} does not run on a student that is {how}. With one student step, mode 'forward' is as exact as "
+            "'unrolled' and runs there, as do 'difference' and the sampled modes; else train in one process."
+        )
+
+
 def check_kind(sampled: bool, mode: Estimator) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate."""
     if ("hard" if sampled else "soft") not in mode.labels:
@@ -169,7 +194,7 @@ def refuse_other_fields(step: InnerStep) -> None:
     leaves = {n: t.detach().requires_grad_() for n, t in fields.items() if t is not None and t.is_floating_point()}
     if not leaves:
         return
-    params = {name: p.detach() for name, p in step.params.items()}
+    params = step.student.for_loss({name: p.detach() for name, p in step.params.items()})
     with replayed(RandomState.now(step.outputs.device)), torch.enable_grad():
         losses = step.problem.inner_loss(step.outputs, replace(signal.detached(), **leaves), step.batch, params)
     if not losses.requires_grad:
@@ -203,8 +228,10 @@ def hypergradient(
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
 
     Args:
-        teacher, student: modules on one device; they run in the mode (train or eval) that they are in. No teacher,
-            None, for a problem that has none, such as :class:`metapl.problems.LearningToReweight`.
+        teacher, student: modules on one device; they run in the mode (train or eval) that they are in. In several
+            processes, both in ``DistributedDataParallel`` or sharded by ``fully_shard``: the batches are then this
+            rank's equal share, and the results of sharded networks DTensors. No teacher, None, for a problem that has
+            none, such as :class:`metapl.problems.LearningToReweight`.
         labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
             also holds the labels, under ``labels``, is such a pair. For other
             batches see :meth:`metapl.problems.Problem.outer_batch`.
@@ -240,15 +267,17 @@ def hypergradient(
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     checks.no_inference_mode()
-    device = checks.networks(teacher, student)
+    of_teacher, of_student, device = layouts(teacher, student)
+    student = of_student.network
+    teacher = None if of_teacher is None else of_teacher.network
     asked = nn.Module() if teacher is None else teacher  # a problem without a teacher is given an empty module
-    update = update_of(inner_optimizer, trainable(student), inner_state)
+    update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     labeled, unlabeled = problem.outer_batch(labeled), plain_inner(unlabeled)
-    checks.batches(labeled, inner_batches(unlabeled), device)
+    check_batches(labeled, inner_batches(unlabeled), device, of_student.ranks)
     passes: list[TeacherPass] = []
 
     def teach(batch: Any, outputs: Tensor) -> Signal:
-        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute_teacher))
+        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute_teacher, of_student.ranks))
         return passes[-1].signal
 
     with (
@@ -259,40 +288,57 @@ def hypergradient(
         checkpoints_without_reentry(),
         types_explained(labeled, inner_batches(unlabeled), student=student, teacher=teacher),
     ):
-        path = look_ahead(student, update, problem, estimate, labeled=labeled, unlabeled=unlabeled, teach=teach)
+        path = look_ahead(of_student, update, problem, estimate, labeled=labeled, unlabeled=unlabeled, teach=teach)
         with casts_explained(estimate.name):
             feedback, _ = estimate.feedback(path, estimate.init())
-        for step_feedback in feedback:
-            step_feedback.check_finite()
-        parameters = trainable(asked)
-        grads = [] if teacher is None else _teacher_gradient(list(parameters.values()), feedback, passes)
+        with of_student.ranks.agreed():
+            for step_feedback in feedback:
+                step_feedback.check_finite()
+        grads = {} if of_teacher is None else _teacher_gradient(of_teacher, feedback, passes)
         path = path.revised(feedback[-1].h.detach())
         h = tuple(step_feedback.h.detach() for step_feedback in feedback)
         return Hypergradient(
-            grads=dict(zip(parameters, grads, strict=True)),
+            grads=grads,
             feedback=h if isinstance(unlabeled, Lookahead) else h[0],
             inner_loss=path.inner_loss,
             outer_loss=path.outer_loss,
-            student_params=path.params,
+            student_params=of_student.as_parameters(path.params),
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
         )
 
 
-def _teacher_gradient(
-    parameters: Sequence[Tensor], feedback: Sequence[Feedback], passes: Sequence[TeacherPass]
-) -> list[Tensor]:
-    """The gradient of −Σ h·signal over the teacher's passes, in its parameters."""
+def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, ranks: Ranks) -> None:
+    """Refuse batches that are wrong, on one rank or on all, and ranks with unequal shares of a batch."""
+    with ranks.agreed():
+        checks.batches(labeled, unlabeled, device)
+    if not ranks.alone:
+        lengths = [len(next(t for t in pytree.tree_leaves(b) if isinstance(t, Tensor))) for b in (labeled, *unlabeled)]
+        ranks.equal(
+            lengths,
+            "the ranks have unequal shares of a batch (rows of the labeled batch, then of the unlabeled: {counts}); "
+            "expected the same number of rows on every rank, since a loss is the mean of the ranks' means.",
+        )
+
+
+def _teacher_gradient(layout: Layout, feedback: Sequence[Feedback], passes: Sequence[TeacherPass]) -> dict[str, Tensor]:
+    """The gradient of −Σ h·signal over the teacher's passes and the ranks, by parameter name."""
     if not passes[0].recompute:
         losses = [h.teacher_loss(step.signal) for h, step in zip(feedback, passes, strict=True)]
-        return _gradient_in(parameters, torch.stack(losses).sum())
-    grads = [torch.zeros_like(p) for p in parameters]
+        return _gradient(layout, torch.stack(losses).sum())
+    total: dict[str, Tensor] = {}
     for h, step in zip(feedback, passes, strict=True):  # one graph at a time
-        found = _gradient_in(parameters, h.teacher_loss(step.with_graph()))
-        grads = [total + g for total, g in zip(grads, found, strict=True)]
-    return grads
+        found = _gradient(layout, h.teacher_loss(step.with_graph()))
+        total = {name: total[name] + g for name, g in found.items()} if total else found
+    return total
 
 
-def _gradient_in(parameters: Sequence[Tensor], loss: Tensor) -> list[Tensor]:
+def _gradient(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of a loss of which each rank has the terms of its rows."""
+    parameters = layout.parameters()
     if not loss.requires_grad:
-        return [torch.zeros_like(p) for p in parameters]
-    return list(torch.autograd.grad(loss, list(parameters), materialize_grads=True))
+        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+    if layout.is_sharded:
+        found = by_backward(layout.ranks.size * loss, parameters)
+        return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}
+    grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    return {name: layout.ranks.sum(g) for name, g in zip(parameters, grads, strict=True)}

@@ -42,6 +42,31 @@ def norm(a: Tree) -> Tensor:
     return total
 
 
+class Space:
+    """Products of trees of weights, here of trees that this process holds whole."""
+
+    def dot(self, a: Tree, b: Tree) -> Tensor:
+        """⟨a, b⟩ over the parameters that both have, a scalar."""
+        return dot(a, b)
+
+    def norm(self, a: Tree) -> Tensor:
+        """‖a‖ over all parameters, a scalar."""
+        return norm(a)
+
+    def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
+        """⟨a, b⟩, and the norm of its terms, to which its rounding is proportional."""
+        terms = products(a, b)
+        return terms.sum(), torch.linalg.vector_norm(terms)
+
+    def count(self, a: Tree) -> int:
+        """The number of weights."""
+        return sum(t.numel() for t in a.values())
+
+
+WHOLE = Space()
+"""Trees that this process holds whole."""
+
+
 def mean_tree(trees: Sequence[Tree]) -> Tree:
     """The mean of trees, in which a parameter that is missing counts as zero."""
     if len(trees) == 1:

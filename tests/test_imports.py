@@ -16,7 +16,7 @@ PACKAGE = Path(metapl.__file__).parent
 LEVELS = (
     ("errors", "cores", "fingerprints", "memory", "parts", "plain_files", "typed", "words"),
     ("runs",),
-    ("batch", "checks", "device", "numerics", "models"),
+    ("batch", "checks", "device", "distributed", "numerics", "models"),
     ("execution", "problems", "updates"),
     ("feedback",),
     ("hypergradient",),

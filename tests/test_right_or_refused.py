@@ -246,21 +246,24 @@ def one_process() -> Iterator[None]:
 @pytest.mark.parametrize("where", ["whole", "part"])
 @pytest.mark.parametrize("wrapper", [nn.parallel.DistributedDataParallel, nn.DataParallel])
 def test_networks_spread_over_devices_are_refused(wrapper: Any, where: str, who: str) -> None:
+    """But for those that are as a whole in DistributedDataParallel, both of them: see test_sharded.py."""
     case = toy("mlp")
     plain = case.networks()[who]
     network = wrapper(plain) if where == "whole" else nn.Sequential(wrapper(plain))
     text = rf"the {who} {'is a' if where == 'whole' else 'has a'} {wrapper.__name__}.*expected the plain module"
+    if wrapper is nn.parallel.DistributedDataParallel and where == "whole":
+        text = rf"the {who} (is )?in DistributedDataParallel over the processes 0"
     refused(lambda: trainer_for(case, **{who: network}), text, *case.networks().values())
 
 
 @pytest.mark.usefixtures("one_process")
-def test_sharded_networks_are_refused() -> None:
+def test_a_sharded_network_beside_a_plain_one_is_refused() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     case = toy("mlp")
     fully_shard(case.student, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(MetaplError, match="the student is a FSDPModule, which shards the weights"):
+    with pytest.raises(MetaplError, match="the teacher is a plain module, the student sharded over the processes 0"):
         trainer_for(case)
 
 
@@ -271,7 +274,7 @@ def test_tensor_parallel_networks_are_refused() -> None:
 
     case = toy("mlp")
     parallelize_module(case.student, init_device_mesh("cpu", (1,)), {"1": ColwiseParallel()})
-    with pytest.raises(MetaplError, match=r"the student's 1\.weight is a DTensor"):
+    with pytest.raises(MetaplError, match=r"the student's 1\.weight is a DTensor.*tensor parallelism"):
         trainer_for(case)
 
 

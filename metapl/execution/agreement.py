@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from metapl import checks
+from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
 from metapl.numerics import reduced_float32
 
@@ -75,12 +76,12 @@ def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype
     return next((dtype for dtype in _FORMATS if dtype in formats), torch.float64)
 
 
-def check_outputs(replay: Tensor, inner: Tensor, tolerance: float) -> None:
-    """Refuse a replay whose outputs differ from those of the inner pass."""
-    gap, size = torch.linalg.vector_norm(replay - inner), torch.linalg.vector_norm(inner)
+def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks = ALONE) -> None:
+    """Refuse, on all ranks, a replay whose outputs differ from those of the inner pass."""
+    gap, size, again = ranks.norm(replay - inner), ranks.norm(inner), ranks.norm(replay)
     _refuse(
         gap,
-        tolerance * (size + torch.linalg.vector_norm(replay)),
+        tolerance * (size + again),
         "the student does not return the same outputs when the inner pass is repeated with the same batch, weights, "
         "buffers and default random generators (the difference has norm {gap:.2g}, the outputs {size:.2g}), so the "
         "feedback would be wrong. Usual causes: random numbers from Python's random, from numpy or from a generator "
@@ -110,12 +111,12 @@ def check_recomputed(second: Tensor, first: Tensor) -> None:
     )
 
 
-def check_linear(drawn: Tensor, expected: Tensor) -> None:
+def check_linear(drawn: Tensor, expected: Tensor, ranks: Ranks = ALONE) -> None:
     """Refuse feedback that differs between the labels drawn and the probabilities that they were drawn from."""
-    gap, size = torch.linalg.vector_norm(drawn - expected), torch.linalg.vector_norm(drawn)
+    gap, size, told = ranks.norm(drawn - expected), ranks.norm(drawn), ranks.norm(expected)
     _refuse(
         gap,
-        1e-3 * (size + torch.linalg.vector_norm(expected)),
+        1e-3 * (size + told),
         "the problem's inner_loss is not linear in its target: the feedback at the labels drawn and at their "
         "probabilities differ (by norm {gap:.2g}, of {size:.2g}), so for sampled labels the expectation would be "
         'wrong. Use mode="reinforce_per_example", which makes no such assumption, or a differentiable signal.',
@@ -148,8 +149,8 @@ def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: f
     )
 
 
-def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor) -> None:
-    """Refuse outputs at θ ± δ that differ by little more than their bend over θ.
+def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor, ranks: Ranks = ALONE) -> None:
+    """Refuse, on all ranks, outputs at θ ± δ that differ by little more than their bend over θ.
 
     Outputs that jump on the way differ by the jump, however short the way, and all of it is bend. The slopes may agree
     nevertheless: they weigh an output by the loss's derivative in it, which is small where the label is met.
@@ -158,10 +159,10 @@ def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor) ->
         ahead, here, behind: the outputs.
         rounding: of them, the norm.
     """
-    bend, moved = torch.linalg.vector_norm(ahead - 2 * here + behind), torch.linalg.vector_norm(ahead - behind)
+    bend, moved = ranks.norm(ahead - 2 * here + behind), ranks.norm(ahead - behind)
     _refuse(
         bend,
-        0.5 * moved + rounding,
+        0.5 * moved + ranks.pooled(rounding),
         "the student's outputs jump, or bend sharply, however little its weights are moved (a move changes them by "
         "{moved:.2g}, of which {bend:.2g} is bend), so a difference of them is no derivative and the feedback would be "
         'wrong. Usual causes: rounding and other steps in the student\'s forward. Use mode="unrolled", which '

@@ -1,4 +1,8 @@
-"""A network on one device: passes of record, passes at other weights that leave nothing behind, and replays."""
+"""A network on one device: passes of record, passes at other weights that leave nothing behind, and replays.
+
+Several processes may each hold the whole network and take a share of every batch: losses and gradients are then the
+means over these ranks, and outputs are those of this rank's rows.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from metapl import checks
+from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_outputs, coarsest
 from metapl.execution.buffers import (
@@ -31,7 +36,7 @@ from metapl.execution.kernels import (
     only_math_attention,
 )
 from metapl.execution.rng import RandomState, replayed
-from metapl.numerics import Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
+from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
 from metapl.parts import trainable
 
 Loss = Callable[[Tensor, Tree], Tensor]
@@ -45,6 +50,8 @@ class LocalStudent:
         module: the network, in the mode (train or eval) that its owner left it in.
         parameters: those that it learns, where they are known.
         double_backward: keep the gradients of its passes of record differentiable.
+        ranks: the processes that share its batches.
+        space: products of trees of its weights.
     """
 
     def __init__(
@@ -53,8 +60,11 @@ class LocalStudent:
         parameters: dict[str, nn.Parameter] | None = None,
         *,
         double_backward: bool = False,
+        ranks: Ranks = ALONE,
+        space: Space = WHOLE,
     ) -> None:
         self.module, self.double_backward = module, double_backward
+        self.ranks, self.space = ranks, space
         self.parameters = trainable(module) if parameters is None else parameters
         _refuse_late_hooks(self.parameters)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
@@ -77,10 +87,10 @@ class LocalStudent:
         # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
         with torch.enable_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
             values = [loss(self.forward(x), params) for x, loss in zip(batches, losses, strict=True)]
-            value = _mean(values)
+            value = mean_of(values)
             if value.requires_grad:
                 self.gradient(value, params)
-        return value.detach()
+        return self.ranks.mean(value.detach())
 
     def loss_and_gradient(
         self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState
@@ -94,18 +104,18 @@ class LocalStudent:
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with torch.enable_grad(), checkpoints_without_reentry(), math, self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
-                value = loss(self.forward(x), at)
+                value = loss(self.forward(x), self.for_loss(at))
                 v = self.gradient(value, at) if value.requires_grad else {}
                 reached = reached or bool(v)
                 gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
                 values.append(value.detach())
         if not reached:
             raise checks.without_outer_gradient()
-        return _mean(values), mean_tree(gradients)
+        return self.ranks.mean(mean_of(values)), mean_tree(gradients)
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
-        """The gradient of a scalar in the weights that it reaches, refused where it reaches the student's own although
-        others stand in for them."""
+        """The gradient of a scalar in the weights that it reaches, the mean over the ranks; refused where it reaches
+        the student's own although others stand in for them."""
         wanted = {name: p for name, p in at.items() if p.requires_grad}
         own = {name: p for name, p in self.parameters.items() if at.get(name) is not p}
         tensors = [*wanted.values(), *own.values()]
@@ -118,7 +128,15 @@ class LocalStudent:
                     "weights and the feedback would be wrong. In a module, hold a weight that is used twice as a "
                     "parameter in both places (self.weight = other.weight); in inner_loss, read it from params."
                 )
-        return {name: g for name, g in zip(wanted, found, strict=False) if g is not None}
+        return self.ranks.mean_tree({n: g for n, g in zip(wanted, found, strict=False) if g is not None}, wanted)
+
+    def for_loss(self, at: Tree) -> Tree:
+        """The weights as a loss of the problem may read them."""
+        return at
+
+    def formats(self) -> list[torch.dtype]:
+        """The types that it computes in, by its weights."""
+        return [p.dtype for p in self.params.values()]
 
     def forward(self, inputs: Any) -> Tensor:
         """The outputs as the student is now, in float32 or wider."""
@@ -166,7 +184,7 @@ class Pass:
         with torch.enable_grad(), student.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
             outputs = checks.logits(student.module(inputs), "student")
         self.after = RandomState.now(student.device)
-        self.rounded_to = coarsest([outputs.dtype, *(p.dtype for p in params.values())], student.device)
+        self.rounded_to = coarsest([outputs.dtype, *student.formats()], student.device)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
 
@@ -175,7 +193,7 @@ class Pass:
         if self.graph is None:
             raise RuntimeError("a pass learns once")
         with torch.enable_grad():
-            value = loss(self.graph, self._at)
+            value = loss(self.graph, self.student.for_loss(self._at))
         if not value.requires_grad:
             raise checks.without_gradient("student")
         keep = self.student.double_backward
@@ -186,7 +204,7 @@ class Pass:
         self.graph = None
         if not keep:
             self._at, self._held = {}, []
-        return value.detach(), grads
+        return self.student.ranks.mean(value.detach()), grads
 
     def forget(self) -> None:
         """Drop θ, until :meth:`gradient_again` gives it back."""
@@ -194,6 +212,7 @@ class Pass:
 
     def gradient_again(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
+        self._refuse_ranks()
         self.params, at = params, as_leaves(params)
         with torch.enable_grad(), uncompiled(), checkpoints_without_reentry(), self._again(self.student.held_at(at)):
             outputs = self.student.forward(self.inputs)
@@ -214,7 +233,7 @@ class Pass:
             duals = {name: forward_ad.make_dual(p, w[name]) for name, p in self.params.items() if name in w}
             with self._again(self.student.held_at(duals)):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
-            check_outputs(outputs, self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            check_outputs(outputs, self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs, self.student.ranks)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
@@ -235,7 +254,7 @@ class Pass:
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
-        check_outputs(outputs, self.outputs, BY_DIFFERENCE[self.rounded_to].outputs)
+        check_outputs(outputs, self.outputs, BY_DIFFERENCE[self.rounded_to].outputs, self.student.ranks)
 
     @contextmanager
     def hessian(self, loss: Loss) -> Iterator[Callable[[Tree], Tree]]:
@@ -281,6 +300,7 @@ class Pass:
     def _differentiable_gradient(self, loss: Loss, mode: str) -> Iterator[tuple[Tree, Tree]]:
         """θ as leaves, and the gradient of a loss of this pass in them, with its graph; entries that do not depend on
         θ or on the loss's own leaves are left out. The mode is named in errors."""
+        self._refuse_ranks()
         at = as_leaves(self.params)
         with (
             torch.enable_grad(),
@@ -294,6 +314,13 @@ class Pass:
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
             g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
             yield at, {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
+
+    def _refuse_ranks(self) -> None:
+        if not self.student.ranks.alone:
+            raise MetaplError(
+                "second derivatives of the inner loss, and steps that are computed again, are not built for students "
+                'in several processes; use an estimator that needs neither, such as mode="forward" with one step.'
+            )
 
     def ran_in_full_precision(self) -> bool:
         """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""
@@ -335,7 +362,8 @@ def as_leaves(params: Tree) -> Tree:
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
-def _mean(values: Sequence[Tensor]) -> Tensor:
+def mean_of(values: Sequence[Tensor]) -> Tensor:
+    """The mean of scalars."""
     return values[0] if len(values) == 1 else torch.stack(list(values)).mean(0)
 
 

@@ -25,7 +25,7 @@ from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_linear, check_slopes
 from metapl.feedback.base import Feedback
 from metapl.feedback.inner_step import InnerStep
-from metapl.numerics import Tree, products
+from metapl.numerics import Tree
 from metapl.problems.base import Signal
 
 
@@ -47,7 +47,7 @@ def signal_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
     h = feedback_from_gradients(signal, _mixed_derivative(step, credited_fields(signal), w, tangent, check=True))
     if signal.probs is not None and signal.sampled:
         at_probs = _mixed_derivative(step, {"value": signal.probs}, w, tangent, check=False)
-        check_linear(h.h, feedback_from_gradients(signal, at_probs).h)
+        check_linear(h.h, feedback_from_gradients(signal, at_probs).h, step.student.ranks)
     return h
 
 
@@ -85,7 +85,7 @@ def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
     losses, inputs = _head(step, step.signal)
     # ⟨u, d/dε ℓ⟩ is linear in u, so its gradient is d/dε ℓ itself: forward mode by two reverse passes.
     u = torch.ones_like(losses, requires_grad=True)
-    terms, steepness = _along((u * losses).mean(), inputs, _directions(step, w, tangent))
+    terms, steepness = _along(step.mean_over_batch(u * losses), inputs, _directions(step, w, tangent))
     slope = _total(terms)
     _check_slopes(step, slope, terms, steepness, w, tangent)
     return Feedback(-torch.autograd.grad(slope, u, materialize_grads=True)[0], "log_prob")
@@ -102,7 +102,7 @@ def _mixed_derivative(
     """∂/∂(field) d/dε ℓ of each field, at the given values; None for a field that the inner loss does not depend on."""
     leaves = {name: t.detach().requires_grad_() for name, t in fields.items()}
     losses, inputs = _head(step, replace(step.signal, **leaves))
-    terms, steepness = _along(losses.mean(), inputs, _directions(step, w, tangent))
+    terms, steepness = _along(step.mean_over_batch(losses), inputs, _directions(step, w, tangent))
     slope = _total(terms)
     if check:
         _check_slopes(step, slope, terms, steepness, w, tangent)
@@ -117,7 +117,7 @@ def _head(step: InnerStep, signal: Signal) -> tuple[Tensor, list[Tensor]]:
     z = step.outputs.clone().requires_grad_()
     theta = {name: p.detach().requires_grad_() for name, p in step.params.items()}
     with torch.enable_grad():
-        return step.inner_losses(z, signal, theta), [z, *theta.values()]
+        return step.inner_losses(z, signal, step.student.for_loss(theta)), [z, *theta.values()]
 
 
 def _directions(step: InnerStep, w: Tree, tangent: Tangent) -> list[Tensor]:
@@ -139,12 +139,13 @@ def _check_slopes(
     step: InnerStep, slope: Tensor, terms: list[Tensor], steepness: Tensor, w: Tree, tangent: Tangent
 ) -> None:
     """Refuse ż if the derivative of the inner loss along w differs between the outputs and the gradient."""
-    by_gradient = products(step.gradient, w)
-    spread = torch.stack([torch.linalg.vector_norm(t.detach()) for t in [*terms, by_gradient]]).sum()
+    ranks = step.student.ranks
+    by_gradient, of_gradient = step.student.space.slope(step.gradient, w)
+    spread = torch.stack([*(ranks.norm(t.detach()) for t in terms), of_gradient]).sum()
     if tangent.rounding is None:
         tolerance, rounding = BY_FORWARD_MODE[step.rounded_to].slope, slope.new_zeros(())
     elif checks.waits(slope):  # no second try at a smaller step: units that switch may spoil a difference by all of it
         tolerance, rounding = 1.0, steepness * tangent.rounding
     else:
         tolerance, rounding = BY_DIFFERENCE[step.rounded_to].slope, steepness * tangent.rounding
-    check_slopes(slope.detach(), by_gradient.sum(), spread, tolerance, rounding)
+    check_slopes(ranks.sum(slope.detach()), by_gradient, spread, tolerance, ranks.sum(rounding))

@@ -98,7 +98,7 @@ class Difference(Estimator):
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
         if not self.one_sided and step.in_full_precision and not checks.waits(moved):
-            check_bend(ahead, step.outputs, behind, rounding)
+            check_bend(ahead, step.outputs, behind, rounding, step.student.ranks)
         return Tangent(moved / factors, rounding / (reduction * factors))
 
     def step_size(self, step: InnerStep) -> Tensor:

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from metapl.batch import joined, micro_batches
 from metapl.errors import MetaplError
-from metapl.execution.local import Loss, Pass, as_leaves
-from metapl.numerics import Tree, dot, mean_tree, norm, wide
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
+from metapl.numerics import Tree, mean_tree, wide
 from metapl.problems.base import Problem, Signal
 from metapl.updates import Parameters, Update
 
@@ -113,25 +113,30 @@ class InnerStep:
         self.update.commit(parameters, self.gradient, lambda: self.moved)
 
     @property
+    def student(self) -> LocalStudent:
+        """The student whose step this is."""
+        return self.passes[0].student
+
+    @property
     def learning_rate(self) -> float | None:
         """η, or None if the optimizer does not expose it."""
         return self.update.learning_rate
 
     def along_gradient(self, w: Tree) -> Tensor:
         """⟨w, g⟩, a scalar."""
-        return dot(w, self.gradient)
+        return self.student.space.dot(w, self.gradient)
 
     def length(self, w: Tree) -> Tensor:
         """‖w‖, a scalar."""
-        return norm(w)
+        return self.student.space.norm(w)
 
     def size(self, w: Tree) -> Tensor:
         """‖w‖·‖g‖, a scalar."""
-        return norm(w) * norm(self.gradient)
+        return self.length(w) * self.length(self.gradient)
 
     def typical_weight(self) -> Tensor:
         """‖θ‖/√n, the root mean square of the n weights, a scalar."""
-        return norm(self.params) / math.sqrt(sum(t.numel() for t in self.params.values()))
+        return self.length(self.params) / math.sqrt(self.student.space.count(self.params))
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
@@ -151,6 +156,11 @@ class InnerStep:
         parts = len(self.passes)
         pieces = zip(outputs.chunk(parts), signal.chunks(parts), self._batches, strict=True)
         return joined([self.problem.inner_loss(z, part, x, params) for z, part, x in pieces])
+
+    def mean_over_batch(self, losses: Tensor) -> Tensor:
+        """This rank's share of (1/B) Σ ℓ_i, B being the rows of all ranks: the shares add up to the mean."""
+        ranks = self.student.ranks
+        return losses.mean() if ranks.alone else losses.mean() / ranks.size
 
     @property
     def rounded_to(self) -> torch.dtype:

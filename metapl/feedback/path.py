@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.batch import micro_batches
+from metapl.distributed.layout import Layout
+from metapl.execution.choice import student_of
 from metapl.execution.kernels import refuse_checkpoints
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, refuse_hooks
 from metapl.execution.rng import RandomState
@@ -187,7 +189,7 @@ class Path:
 
 
 def take_steps(
-    student: nn.Module,
+    student: nn.Module | Layout,
     update: Update,
     problem: Problem,
     *,
@@ -203,7 +205,7 @@ def take_steps(
     Buffers and generators advance as in training; the weights do not move.
 
     Args:
-        student, update, problem: the network, U and the losses.
+        student, update, problem: the network as it is laid out, U and the losses.
         labeled: the outer batch.
         batches: the inner batches, one for each step.
         teach: called once for each micro-batch, after the student's pass on it.
@@ -211,7 +213,7 @@ def take_steps(
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
     """
-    own = LocalStudent(student, update.parameters, double_backward=keep_graph)
+    own = student_of(student, update.parameters, double_backward=keep_graph)
     path = Path(problem, own, update, micro_batches(labeled, parts, "labeled"), keep_every=keep_every)
     several = keep_graph and len(batches) > 1
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
@@ -235,9 +237,11 @@ def _step(
     for x, labeled in zip(micro_batches(batch, len(path.labeled), "unlabeled"), path.labeled, strict=True):
         with around():
             record = path.student.run(params, path.problem.student_input(x))
-        path.problem.check(record.outputs, labeled, x)
-        checks.finite_student(record.outputs)
-        signal = teach(x, record.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
+        with path.student.ranks.agreed():
+            path.problem.check(record.outputs, labeled, x)
+            checks.finite_student(record.outputs)
+        with path.student.ranks.agreed():
+            signal = teach(x, record.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
         if path.student.double_backward:
             for t in signal.differentiable().values():
                 t.requires_grad_()

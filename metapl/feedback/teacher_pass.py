@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.distributed.ranks import ALONE, Ranks, rows_shared
 from metapl.execution.agreement import check_recomputed
 from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
@@ -24,6 +25,7 @@ class TeacherPass:
         batch: the inner batch.
         student_outputs: S(x_u; θ_S), detached; the signal may depend on them.
         generator: for drawing labels.
+        ranks: the processes that share the batch.
         recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
             more forward pass, and no graph in memory between the two.
     """
@@ -36,7 +38,9 @@ class TeacherPass:
         student_outputs: Tensor,
         generator: torch.Generator | None,
         recompute: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.teacher, self.problem, self.batch = teacher, problem, batch
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
         if recompute:
@@ -60,7 +64,7 @@ class TeacherPass:
         return again
 
     def _run(self) -> Signal:
-        with inputs_unchanged(self.batch, "teacher"):
+        with inputs_unchanged(self.batch, "teacher"), rows_shared(self.ranks):
             return self.problem.signal(self.teacher, self.batch, self.student_outputs, generator=self.generator)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from metapl import checks
 from metapl.batch import views
+from metapl.distributed.ranks import draw_classes
 from metapl.errors import MetaplError
 from metapl.numerics import wide
 from metapl.problems.base import Kind, Params, Problem, Signal
@@ -100,7 +101,7 @@ class PseudoLabels(Problem):
         q = log_q.exp()
         if self.kind != "hard":
             return Signal(q, outputs=logits)
-        drawn = torch.multinomial(checks.safe_probabilities(q.detach()), 1, generator=generator)
+        drawn = draw_classes(checks.safe_probabilities(q.detach()), generator)
         return Signal(drawn.squeeze(-1), log_q.gather(-1, drawn).squeeze(-1), q, logits)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:

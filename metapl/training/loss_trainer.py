@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.batch import labeled_pair, micro_batches, plain
+from metapl.distributed.layout import layout_of
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
 from metapl.fingerprints import as_values
+from metapl.hypergradient import check_batches
 from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, starts, sum_of_terms
 from metapl.training import Trainer
@@ -31,7 +33,8 @@ class LossTrainer(Trainer):
     small learning rate, finetuning; ``(CrossEntropy(), UDA())`` is UDA.
 
     Args:
-        model: the network.
+        model: the network; in several processes in ``DistributedDataParallel`` or sharded, as for
+            :class:`~metapl.BilevelTrainer`.
         losses: the terms, each a mean over its batch.
         optimizer: any ``torch.optim`` optimizer over the model's parameters.
         clip_norm: the greatest global norm of the gradient; None: no clipping.
@@ -60,6 +63,8 @@ class LossTrainer(Trainer):
         accumulate: int = 1,
         compile: bool = False,
     ) -> None:
+        self.layout = layout_of("network", model)
+        model = self.layout.network
         refuse_compiled(model=model)
         self.student = model
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
@@ -91,12 +96,13 @@ class LossTrainer(Trainer):
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
+        self.layout.settle()
         if not self._optimizer_checked:
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True
         with step_guard(self.student, optimizer=self.optimizer, device=self.device) as fault:
             others = () if unlabeled is None else (unlabeled,)
-            checks.batches(labeled, others, self.device)
+            check_batches(labeled, others, self.device, self.layout.ranks)
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),
@@ -106,8 +112,9 @@ class LossTrainer(Trainer):
                 parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
             self.clip()
             self.optimizer.step()
+            self.layout.mean_statistics()
             self.steps_done += 1
-            return Report(self.steps_done - 1, means(parts), fault)
+            return Report(self.steps_done - 1, self.layout.ranks.mean_scalars(means(parts)), fault)
 
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
         """The losses on a micro-batch; its share of the gradient is accumulated in ``.grad``."""
@@ -129,7 +136,8 @@ class LossTrainer(Trainer):
         return {self.total: loss.detach(), **named}
 
     def clip(self) -> None:
-        """Clip the gradient in ``.grad``, and refuse one that the optimizer cannot use."""
+        """Average the gradient in ``.grad`` over the ranks, clip it, and refuse one that the optimizer cannot use."""
+        self.layout.mean_gradients()
         checks.sparse_gradients(self.optimizer, self.student)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)

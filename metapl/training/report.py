@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metapl import checks
+from metapl.distributed.ranks import ALONE, Ranks
 from metapl.problems.base import Problem, Signal
 
 
@@ -61,19 +62,33 @@ class StepReport(Report):
         signal: the teacher's signal about the last inner batch, without its graph.
         student_outputs: S(x_u; θ) on that batch.
         problem: it gives the report its columns.
+        ranks: the processes that share the batch: the scalars are means over them, on whichever rank they are read;
+            ``feedback``, ``signal``, ``student_outputs`` and ``counts`` are of this rank's rows.
     """
 
     feedback: Tensor | tuple[Tensor, ...]
     signal: Signal = field(repr=False)
     student_outputs: Tensor = field(repr=False)
     problem: Problem = field(repr=False)
+    ranks: Ranks = field(default=ALONE, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.ranks.alone:  # all ranks are here now; later one may read the report alone
+            self.__dict__["_exchanged"] = self._columns()
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The ``scalars``, ``feedback_mean`` and ``feedback_std`` of h over its entries, and the problem's columns."""
+        return {**self.scalars, **(self._columns() if self.ranks.alone else self.__dict__["_exchanged"])}
+
+    def _columns(self) -> dict[str, Tensor]:
+        """``feedback_mean`` and ``feedback_std`` of h over its entries, and the problem's columns."""
         parts = self.feedback if isinstance(self.feedback, tuple) else (self.feedback,)
         h = torch.cat([part.double().flatten() for part in parts])
         columns = self.problem.columns(self.signal, self.student_outputs)
-        return {**self.scalars, "feedback_mean": h.mean(), "feedback_std": h.std(correction=0), **columns}
+        if self.ranks.alone:
+            return {"feedback_mean": h.mean(), "feedback_std": h.std(correction=0), **columns}
+        means = self.ranks.mean_scalars({"feedback_mean": h.mean(), **columns})
+        spread = self.ranks.mean((h - means["feedback_mean"]).square().mean()).sqrt()
+        return {"feedback_mean": means.pop("feedback_mean"), "feedback_std": spread, **means}
 
     def counts(self) -> dict[str, list[int]]:
         """The counts of the problem."""

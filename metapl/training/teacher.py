@@ -13,6 +13,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from metapl import checks
+from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
 from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
@@ -86,7 +87,7 @@ class TeacherStep:
     """The teacher's passes on one inner batch, all at θ_T from before the step.
 
     Args:
-        teacher, problem, unlabeled, student_outputs, generator, recompute: see
+        teacher, problem, unlabeled, student_outputs, generator, recompute, ranks: see
             :class:`metapl.feedback.teacher_pass.TeacherPass`.
     """
 
@@ -98,13 +99,15 @@ class TeacherStep:
         student_outputs: Tensor,
         generator: torch.Generator | None,
         recompute: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.teacher, self.unlabeled = teacher, unlabeled
         self._outputs: list[Tensor] = []
         self._is_nested = False
         self._weights = {id(p) for _, part in named_parts(teacher) for p in part._parameters.values()}
         with self._recording():
-            self._pass = TeacherPass(teacher, problem, unlabeled, student_outputs, generator, recompute)
+            self._pass = TeacherPass(teacher, problem, unlabeled, student_outputs, generator, recompute, ranks)
         self.signal = self._pass.signal  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
 
     def backward(
@@ -130,6 +133,8 @@ class TeacherStep:
             )
         own = {f"teacher_{name}": term for name, term in terms.items()}
         from_feedback = feedback.teacher_loss(signal)
+        if not self.ranks.alone:  # a sum over all rows, of a gradient that is averaged over the ranks
+            from_feedback = self.ranks.size * from_feedback
         from_own = _sum(list(own.values()), from_feedback)
         checks.learns(from_own, "teacher")
         scalars = {name: value.detach() for name, value in own.items()} | {"teacher_loss": from_own.detach()}
@@ -149,11 +154,15 @@ class TeacherStep:
             # Every output gets the gradient of one of the losses, and a common backward pass shows them.
             with _caught(reach.outputs) as grads, _caught(own_reach.outputs) as own_grads:
                 _backward(scale.value * from_feedback + from_own)
-            return {"feedback": reach.size(grads, from_feedback), "own": own_reach.size(own_grads, from_own)}
-        sizes = {"feedback": reach.measured(from_feedback), "own": own_reach.measured(from_own)}
+            return self._pooled(reach.size(grads, from_feedback), own_reach.size(own_grads, from_own))
+        sizes = self._pooled(reach.measured(from_feedback), own_reach.measured(from_own))
         factor = scale.factor(sizes["feedback"], sizes["own"])
         _backward(factor * from_feedback + from_own)
         return {**sizes, "feedback": factor * sizes["feedback"]}
+
+    def _pooled(self, feedback: Tensor, own: Tensor) -> dict[str, Tensor]:
+        """The norms over the rows of all ranks; both are in units of a mean over the ranks."""
+        return {"feedback": self.ranks.pooled(feedback), "own": self.ranks.pooled(own)}
 
     @contextmanager
     def _recording(self) -> Iterator[None]:

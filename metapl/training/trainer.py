@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.batch import micro_batches
+from metapl.distributed.layout import Layout, layouts
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import casts_explained, step_guard, types_explained
@@ -20,7 +21,16 @@ from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
 from metapl.fingerprints import as_values
-from metapl.hypergradient import Hypergradient, check_steps, check_teacher, hypergradient, look_ahead, prepare
+from metapl.hypergradient import (
+    Hypergradient,
+    check_batches,
+    check_layout,
+    check_steps,
+    check_teacher,
+    hypergradient,
+    look_ahead,
+    prepare,
+)
 from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches, starts
@@ -40,8 +50,11 @@ class BilevelTrainer(Trainer):
               \Big[ -\lambda \sum \mathrm{sg}(h)\cdot\mathrm{signal} + \sum_k L_k(\theta_T) \Big]
 
     Args:
-        teacher, student: modules on one device, with weights of their own. No teacher, None, for a problem that has
-            none, such as :class:`metapl.problems.LearningToReweight`; the options of the teacher are then refused.
+        teacher, student: modules on one device, with weights of their own. In several processes, both in
+            ``DistributedDataParallel`` or sharded by ``fully_shard`` (docs/scale.md): every rank then gives its equal
+            share of each batch, and the report's scalars are means over the ranks. No teacher, None, for a problem
+            that has none, such as :class:`metapl.problems.LearningToReweight`; the options of the teacher are then
+            refused.
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
@@ -120,7 +133,10 @@ class BilevelTrainer(Trainer):
             feedback_ratio=feedback_ratio is not None,
             recompute_teacher=recompute_teacher,
         )
-        self.device = checks.networks(teacher, student)
+        self.given = teacher, student  # perhaps in DistributedDataParallel
+        self.teacher_layout, self.layout, self.device = layouts(teacher, student)
+        student = self.layout.network
+        teacher = None if self.teacher_layout is None else self.teacher_layout.network
         networks = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
         refuse_compiled(**networks)
         self.teacher, self.student = teacher, student
@@ -135,13 +151,13 @@ class BilevelTrainer(Trainer):
         eager = {"student"} if self.mode.keep_graph else set()
         self.compiled = CompiledPasses(*(net for name, net in networks.items() if compile and name not in eager))
         self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
-        update = update_of(self.inner_optimizer, trainable(student))
-        self.update = update if clip_norm is None else Clipped(update, clip_norm)
+        update = update_of(self.inner_optimizer, self.layout.parameters())
+        self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self._teacher_trainer: _TeacherTrainer | None = None
         if teacher is not None:
             self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
             _check_outer(self.outer_optimizer, teacher)
-            self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
+            self._teacher_trainer = _TeacherTrainer(self, self.given[0], self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done = 0
         self._derivatives_checked = False
@@ -167,8 +183,9 @@ class BilevelTrainer(Trainer):
                 path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                 with casts_explained(self.mode.name):
                     feedback, mode_state = self.mode.feedback(path, self.mode_state)  # line 4: h
-                for step_feedback in feedback:
-                    step_feedback.check_finite()
+                with self.layout.ranks.agreed():
+                    for step_feedback in feedback:
+                        step_feedback.check_finite()
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())
@@ -177,6 +194,8 @@ class BilevelTrainer(Trainer):
             path.commit()  # line 3; before the teacher moves, so that a failing student optimizer leaves it in place
             if self.outer_optimizer is not None:
                 self.outer_optimizer.step()  # line 8: θ_T′
+            for layout in self._layouts:
+                layout.mean_statistics()
             self.mode_state = mode_state
             self.steps_done += 1
             return self._report(path, known, feedback, objectives, unlabeled, fault)
@@ -187,13 +206,13 @@ class BilevelTrainer(Trainer):
 
         def teach(batch: Any, outputs: Tensor) -> Signal:
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all micro-batches would not fit
-            step = TeacherStep(self._asked, self.problem, batch, outputs, self.generator, recompute)
+            step = TeacherStep(self._asked, self.problem, batch, outputs, self.generator, recompute, self.layout.ranks)
             teacher_steps.append(step)
             return step.signal
 
-        self.update.follow(trainable(self.student))
+        self.update.follow(self.layout.parameters())
         path = look_ahead(
-            self.student,
+            self.layout,
             self.update,
             self.problem,
             self.mode,
@@ -234,11 +253,13 @@ class BilevelTrainer(Trainer):
         fault: checks.Fault,
     ) -> StepReport:
         h = tuple(step_feedback.h.detach() for step_feedback in feedback)
+        ranks = self.layout.ranks
         scalars = {"inner_loss": path.inner_loss, **known}
         return StepReport(
             self.steps_done - 1,
-            scalars | (teacher_scalars(objectives, self.accumulate) if objectives else {}),
+            scalars | ranks.mean_scalars(teacher_scalars(objectives, self.accumulate) if objectives else {}),
             fault,
+            ranks=ranks,
             feedback=h if isinstance(unlabeled, Lookahead) else h[0],
             signal=path.steps[-1].signal,
             student_outputs=path.steps[-1].outputs,
@@ -271,6 +292,10 @@ class BilevelTrainer(Trainer):
         return report
 
     @property
+    def _layouts(self) -> list[Layout]:
+        return [layout for layout in (self.teacher_layout, self.layout) if layout is not None]
+
+    @property
     def _asked(self) -> nn.Module:
         """The module that the problem's signal is asked of: an empty one for a problem without a teacher."""
         return nn.Module() if self.teacher is None else self.teacher
@@ -294,6 +319,9 @@ class BilevelTrainer(Trainer):
         if not isinstance(self.lookahead, int) or self.lookahead < 1:
             raise MetaplError(f"lookahead={self.lookahead!r}: expected a number of student steps, 1 or more.")
         check_steps(self.mode, self.lookahead, self.problem)
+        check_layout(self.mode, self.lookahead, self.problem, self.layout)
+        if self.compile and any(layout is not None and layout.is_sharded for layout in self._layouts):
+            raise MetaplError("compile=True does not run on networks that are sharded; leave compile out.")
         if self.teacher is None and self.compile and self.mode.keep_graph:
             raise MetaplError(
                 "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "
@@ -400,7 +428,7 @@ class BilevelTrainer(Trainer):
         Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
         """
         own = {name: getattr(self, name) for name in ("precision", "accumulate", "compile", "clip_norm")}
-        return finetune(self.student, labeled, steps=steps, optimizer=optimizer, **own, **options)
+        return finetune(self.given[1], labeled, steps=steps, optimizer=optimizer, **own, **options)
 
     def hypergradient(
         self,
@@ -445,11 +473,13 @@ class BilevelTrainer(Trainer):
         generator: torch.Generator | None = None,
     ) -> Hypergradient:
         """The teacher's gradient from the state as it is, which does not change."""
-        self.update.follow(trainable(self.student))
+        for layout in self._layouts:
+            layout.settle()
+        self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
             return hypergradient(
-                self.teacher,
-                self.student,
+                self.given[0],
+                self.given[1],
                 labeled=labeled,
                 unlabeled=unlabeled,
                 mode=mode,
@@ -464,7 +494,9 @@ class BilevelTrainer(Trainer):
         with step_guard(
             self._asked, self.student, optimizer=self.outer_optimizer, device=self.device, generator=self.generator
         ) as fault:
-            checks.batches(labeled, inner_batches(unlabeled), self.device)
+            for layout in self._layouts:
+                layout.settle()
+            check_batches(labeled, inner_batches(unlabeled), self.device, self.layout.ranks)
             if self.outer_optimizer is not None:
                 refuse_missing("outer_optimizer", self.outer_optimizer, trainable(self._asked), "teacher")
             if self.feedback_ratio is not None and len(inner_batches(unlabeled)) > 1:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from metapl.distributed.shards import is_sharded
 from metapl.errors import MetaplError
 from metapl.updates.adam import Adam
 from metapl.updates.base import Cotangents, Parameters, Update, described
@@ -35,6 +36,11 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
     if isinstance(optimizer, Update):
         return optimizer
     if is_transform(optimizer):
+        if any(is_sharded(p) for p in parameters.values()):
+            raise MetaplError(
+                "inner_optimizer is a TorchOpt transform, whose update may mix weights of which this process holds a "
+                "part only; for a sharded student expected torch.optim.SGD, Adam or AdamW."
+            )
         return TransformUpdate(optimizer, parameters, state)
     kind = _UPDATES.get(type(optimizer))
     if kind is None:

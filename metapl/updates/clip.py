@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.numerics import Tree, dot, norm
+from metapl.numerics import WHOLE, Space, Tree
 from metapl.updates.base import Cotangents, Parameters, Update
 
 
@@ -20,10 +20,10 @@ class Clipped(Update):
               , \qquad \tilde w = (\partial U/\partial g)^\top v \text{ at } c\,g
     """
 
-    def __init__(self, inner: Update, max_norm: float) -> None:
+    def __init__(self, inner: Update, max_norm: float, space: Space = WHOLE) -> None:
         if not max_norm > 0:
             raise MetaplError(f"clip_norm={max_norm}: expected a number above 0, or None.")
-        self.inner, self.max_norm = inner, max_norm
+        self.inner, self.max_norm, self.space = inner, max_norm, space
 
     @property
     def learning_rate(self) -> float | None:
@@ -62,7 +62,7 @@ class Clipped(Update):
         self.inner.load_state_dict(state)
 
     def _scale(self, grads: Tree) -> tuple[Tensor, Tensor]:
-        length = norm(grads)
+        length = self.space.norm(grads)
         return (self.max_norm / (length + 1e-6)).clamp(max=1.0), length
 
     def _clip(self, grads: Tree) -> Tree:
@@ -71,6 +71,8 @@ class Clipped(Update):
 
     def _through_clip(self, w: Tree, grads: Tree) -> Tree:
         scale, length = self._scale(grads)
-        along = torch.where(scale < 1, scale / (length + 1e-6) * dot(w, grads) / length, torch.zeros_like(scale))
+        along = torch.where(
+            scale < 1, scale / (length + 1e-6) * self.space.dot(w, grads) / length, torch.zeros_like(scale)
+        )
         clipped = {name: scale.to(t.dtype) * t for name, t in w.items()}
         return {n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.distributed.shards import as_sharded, is_sharded, local
 from metapl.errors import MetaplError
 from metapl.numerics import Tree
 from metapl.updates.base import Parameters, Update
@@ -55,6 +56,8 @@ class TorchUpdate(Update):
 
     A subclass gives the rule of one param group. Lists go through PyTorch's fused operations on lists: a few kernels
     for all parameters, where their number would keep a GPU waiting for the host.
+
+    Of sharded parameters, the trees and states hold this process's parts; the optimizer holds DTensors.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
@@ -91,6 +94,7 @@ class TorchUpdate(Update):
         group_of = {id(p): number for number, group in groups for p in group["params"]}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
         self._parameters = dict(parameters)
+        self._sharded = any(is_sharded(p) for p in parameters.values())
 
     @property
     def learning_rate(self) -> float | None:
@@ -101,7 +105,10 @@ class TorchUpdate(Update):
         return self._parameters
 
     def read_state(self) -> States:
-        return {name: dict(self.optimizer.state.get(p, {})) for name, p in self._parameters.items()}
+        states = {name: dict(self.optimizer.state.get(p, {})) for name, p in self._parameters.items()}
+        if self._sharded:
+            return {name: {key: local(value) for key, value in state.items()} for name, state in states.items()}
+        return states
 
     def update(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
@@ -127,7 +134,8 @@ class TorchUpdate(Update):
             p.grad = None
         try:
             for name, p in parameters.items():
-                p.grad = grads.get(name)
+                g = grads.get(name)
+                p.grad = as_sharded(g, p) if self._sharded and g is not None else g
             self.optimizer.step()
         finally:
             for p in own:

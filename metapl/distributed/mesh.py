@@ -1,0 +1,221 @@
+"""Laying networks out over processes: a mesh of them, and ``fully_shard`` or ``DistributedDataParallel`` over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metapl.errors import MetaplError
+from metapl.parts import named_parts, named_tensors
+
+Blocks = Callable[[nn.Module], Iterable[nn.Module]]
+"""The submodules of a network that gather their weights one after another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How many processes there are, and what each kind of them shares.
+
+    Args:
+        replicate: copies of the weights; each copy takes a share of every batch.
+        shard: processes that hold a copy together, each a part of every weight; they too share the batches.
+        tensor, spatial: tensor parallelism, and images cut along their width: not built yet, so 1.
+
+    The number of processes is the product. ``Mesh(replicate=R)`` is plain data parallelism, ``Mesh(shard=S)`` is
+    FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines.
+
+    >>> Mesh(replicate=16, shard=8).size
+    128
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+    spatial: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise MetaplError(f"Mesh({name}={value!r}): expected a number of processes, 1 or more.")
+        for name, what in (("tensor", "tensor parallelism"), ("spatial", "splitting images along their width")):
+            if getattr(self, name) > 1:
+                raise MetaplError(
+                    f"Mesh({name}={getattr(self, name)}): {what} is not built yet; expected {name}=1. Share the "
+                    "network and the batches with replicate= and shard=."
+                )
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return self.replicate * self.shard
+
+    def devices(self, kind: str) -> Any:
+        """The mesh of devices of a kind, ``"cpu"`` or ``"cuda"``; built once, since every mesh has its own groups."""
+        built: dict[str, Any] = self.__dict__.setdefault("_built", {})
+        if kind not in built:
+            self.check_processes()
+            from torch.distributed.device_mesh import init_device_mesh
+
+            names = ("replicate", "shard")
+            whole = self.replicate > 1
+            shape = (self.replicate, self.shard) if whole else (self.shard,)
+            built[kind] = init_device_mesh(kind, shape, mesh_dim_names=names if whole else names[1:])
+        return built[kind]
+
+    def check_processes(self) -> None:
+        """Refuse a mesh that is not of all processes of this job."""
+        if not (dist.is_available() and dist.is_initialized()):
+            raise MetaplError(
+                f"a mesh of {self.size} processes was given, and this process knows of no others; start the script "
+                f"with torchrun --nproc-per-node={self.size} and call torch.distributed.init_process_group() first."
+            )
+        if dist.get_world_size() != self.size:
+            raise MetaplError(
+                f"the mesh is of {self.size} processes (replicate={self.replicate} x shard={self.shard}), and "
+                f"{dist.get_world_size()} were started; expected a product of {dist.get_world_size()}."
+            )
+
+
+def shard(
+    module: nn.Module,
+    mesh: Mesh,
+    *,
+    blocks: Blocks | None = None,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    checkpoint: bool = False,
+) -> nn.Module:
+    """Lay a network out over a mesh, for :class:`metapl.BilevelTrainer`: what a user of PyTorch would do by hand.
+
+    Call it before the optimizer is built, on equal weights in every process (the same seed, or a loaded file).
+
+    Args:
+        module: the network; its parameters become sharded where they are. With ``mesh.shard == 1`` it stays as it is,
+            inside ``DistributedDataParallel``.
+        mesh: of all processes.
+        blocks: the submodules that gather their weights one after another, so that one of them is whole at a time; by
+            default those of :func:`blocks_of`.
+        precision: ``"bfloat16"`` gathers weights and computes in it, and keeps weights, gradients and their averages in
+            float32; batch norms stay in float32. Not with ``mesh.shard == 1``, where ``BilevelTrainer(precision=...)``
+            computes under autocast.
+        checkpoint: run each block again in the backward pass instead of keeping what it computed.
+
+    Returns: the network to train: ``module`` itself, or the wrapper around it.
+
+    Raises: :class:`metapl.MetaplError` before anything is sharded.
+    """
+    _check(module, mesh, precision, checkpoint)
+    chosen = list(blocks_of(module) if blocks is None else blocks(module))
+    _check_blocks(module, chosen)
+    if checkpoint:
+        _checkpoint(chosen)
+    if mesh.shard == 1:
+        mesh.check_processes()
+        return nn.parallel.DistributedDataParallel(module)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    half = precision == "bfloat16"
+    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+    options = {"mesh": mesh.devices(_device(module).type), "shard_placement_fn": _placement(mesh.shard)}
+    if half:
+        for norm in [part for _, part in named_parts(module) if isinstance(part, _BatchNorm) and part.affine]:
+            if not any(part is norm for part in chosen):
+                fully_shard(norm, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), **options)
+    for block in chosen:
+        fully_shard(block, mp_policy=policy, **options)
+    fully_shard(module, mp_policy=policy, **options)
+    return module
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a network, by rule: the modules that its ``Sequential``, ``ModuleList`` and ``ModuleDict`` hold.
+
+    Of these the innermost ones that hold more than a layer, such as the residual blocks of a ResNet, the inverted
+    bottlenecks of an EfficientNet or the encoder layers of a ViT; in a network of plain layers, its layers.
+
+    >>> import metapl
+    >>> len(blocks_of(metapl.models.wide_resnet28_2())), len(blocks_of(metapl.models.mlp([4, 8, 3])))
+    (12, 2)
+    """
+    composite: list[nn.Module] = []
+    layers: list[nn.Module] = []
+    _collect(module, composite, layers)
+    found = composite or layers
+    return [part for part in found if part is not module]
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _collect(part: nn.Module, composite: list[nn.Module], layers: list[nn.Module]) -> None:
+    for child in part.children():
+        if isinstance(part, _CONTAINERS) and _learns(child):
+            if not list(child.children()):
+                layers.append(child)
+                continue
+            if not (isinstance(child, _CONTAINERS) and any(list(inner.children()) for inner in child.children())):
+                composite.append(child)
+                continue
+        _collect(child, composite, layers)
+
+
+def _learns(part: nn.Module) -> bool:
+    return any(True for _ in part.parameters())
+
+
+def _placement(shards: int) -> Callable[[nn.Parameter], Any]:
+    """Along which dimension a parameter is split: one that the shards divide, so that nothing is padded."""
+    from torch.distributed.tensor import Shard
+
+    def placement(p: nn.Parameter) -> Any:
+        fitting = [dim for dim, length in enumerate(p.shape) if length and length % shards == 0]
+        return Shard(fitting[0]) if fitting else Shard(0)
+
+    return placement
+
+
+def _checkpoint(blocks: Iterable[nn.Module]) -> None:
+    from torch.distributed._composable import checkpoint
+
+    for block in blocks:
+        checkpoint(block)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _check(module: nn.Module, mesh: Mesh, precision: str, checkpoint: bool) -> None:
+    if not isinstance(module, nn.Module):
+        raise MetaplError(f"shard was given {type(module).__name__}; expected a torch.nn.Module.")
+    if not isinstance(mesh, Mesh):
+        raise MetaplError(f"mesh is of type {type(mesh).__name__}; expected metapl.distributed.Mesh(shard=...).")
+    if not _learns(module):
+        raise MetaplError("shard was given a module without parameters; expected a network.")
+    if precision not in ("float32", "bfloat16"):
+        raise MetaplError(f"precision={precision!r}: expected 'float32' or 'bfloat16'.")
+    if precision == "bfloat16" and mesh.shard == 1:
+        raise MetaplError(
+            "precision='bfloat16' gathers the parts of weights in bfloat16, and with mesh.shard=1 every process holds "
+            "them whole; expected mesh.shard above 1, or BilevelTrainer(precision='bfloat16')."
+        )
+    for path, t in named_tensors(module):
+        if hasattr(t, "device_mesh"):
+            raise MetaplError(f"{path} is sharded already; expected a module on one device.")
+    if checkpoint and any(isinstance(part, _BatchNorm) for _, part in named_parts(module)):
+        raise MetaplError(
+            "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice in their "
+            "running statistics; leave checkpoint out, or take a network without batch norm."
+        )
+
+
+def _check_blocks(module: nn.Module, blocks: list[nn.Module]) -> None:
+    own = {id(part) for _, part in named_parts(module)}
+    if any(id(block) not in own or block is module for block in blocks):
+        raise MetaplError("blocks returned a module that is not inside the network; expected its submodules.")

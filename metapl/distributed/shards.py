@@ -1,0 +1,82 @@
+"""Weights of which this process holds a part: a DTensor's part as a plain tensor, and products over all parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from metapl.numerics import Space, Tree, wide
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether a tensor is a DTensor, of which this process holds a part."""
+    kind = type(t)  # asked of every parameter in every step, and nearly all are plain
+    return kind is not nn.Parameter and kind is not Tensor and hasattr(t, "device_mesh") and hasattr(t, "to_local")
+
+
+def local(t: Any) -> Any:
+    """This process's part of a DTensor, sharing its memory, without a graph; anything else as it is."""
+    return t.detach().to_local() if is_sharded(t) else t
+
+
+def as_sharded(part: Tensor, like: Any) -> Tensor:
+    """The DTensor laid out like ``like`` of which this is this process's part."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def copies_of(t: Any) -> int:
+    """How many processes hold each part of a DTensor."""
+    count = 1
+    for size, placement in zip(t.device_mesh.shape, t.placements, strict=True):
+        count *= int(size) if placement.is_replicate() else 1
+    return count
+
+
+class ShardedSpace(Space):
+    """Products of trees that hold this process's parts, over the parts of all processes: one exchange each.
+
+    Args:
+        parameters: by name; the tensors of a tree are parts like those of these.
+        groups: the process groups that hold the parts together, as the dimensions of a mesh.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup]) -> None:
+        self.groups = tuple(groups)
+        self.copies = {name: copies_of(p) for name, p in parameters.items()}
+        self.sizes = {name: p.numel() for name, p in parameters.items()}
+
+    def dot(self, a: Tree, b: Tree) -> Tensor:
+        return self._total([self._dot(a, b)])[0]
+
+    def norm(self, a: Tree) -> Tensor:
+        return self._total([self._dot(a, a)])[0].sqrt()
+
+    def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
+        names = [name for name in a if name in b]
+        products = {name: wide(a[name]) * wide(b[name]) for name in names}
+        total = self._total([self._dot(a, b), self._dot(products, products)])
+        return total[0], total[1].sqrt()
+
+    def count(self, a: Tree) -> int:
+        return sum(self.sizes[name] for name in a)
+
+    def _dot(self, a: Tree, b: Tree) -> Tensor:
+        """This process's share of ⟨a, b⟩; a part that several processes hold counts once in all."""
+        terms = [(wide(a[name]) * wide(b[name])).sum() / self.copies[name] for name in a if name in b]
+        return torch.stack(terms).sum()
+
+    def _total(self, shares: list[Tensor]) -> Tensor:
+        total = torch.stack(shares)
+        for group in self.groups:
+            dist.all_reduce(total, group=group)
+        return total

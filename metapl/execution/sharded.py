@@ -1,0 +1,307 @@
+"""A sharded network: ``fully_shard`` gathers the weights of a block while it runs, over one mesh or replicas of one.
+
+The trees of weights hold this rank's parts, plain tensors; what a pass returns is of this rank's rows. Four things
+would be silently wrong here and are kept in this file:
+
+- ``torch.func.functional_call`` has no effect on gathered weights, so other weights are written into the parts in
+  place, and put back from copies bit for bit;
+- a root keeps its gathered weights after a pass without a backward pass, so every block gives them up before and after
+  the parts are written; autocast keeps its casts of them, so these are dropped too;
+- ``torch.autograd.grad`` returns gradients of this rank's rows, so the backward pass is ``.backward()``, whose hooks
+  average over the ranks, and the gradient is taken out of ``.grad``;
+- forward mode has no rules for collectives, so a pass along w is taken block by block: where a block has gathered its
+  weights, w is gathered too, and the weights are replaced by dual numbers until the block has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd import forward_ad
+
+from metapl.distributed.layout import Layout, compute_dtype, parts_of
+from metapl.distributed.shards import local
+from metapl.errors import MetaplError
+from metapl.execution.agreement import BY_FORWARD_MODE, check_outputs
+from metapl.execution.buffers import copies, swapped
+from metapl.execution.compiled import uncompiled
+from metapl.execution.kernels import (
+    checkpoints_without_reentry,
+    explained,
+    load_forward_mode,
+    no_fast_path,
+    only_math_attention,
+)
+from metapl.execution.local import LocalStudent, Loss, Pass, mean_of
+from metapl.execution.rng import RandomState, replayed
+from metapl.numerics import Tree, full_float32, wide_tree
+
+
+class ShardedStudent(LocalStudent):
+    """A student that is sharded; for its arguments see :class:`metapl.execution.local.LocalStudent`."""
+
+    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter] | None = None) -> None:
+        layout.settle()
+        super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space)
+        self.layout = layout
+        self.params: Tree = parts_of(self.parameters)
+
+    def run(self, params: Tree, inputs: Any) -> Pass:
+        if params is not self.params:
+            raise RuntimeError("a pass of record of a sharded student is at its own weights")
+        return ShardedPass(self, params, inputs)
+
+    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState) -> Tensor:
+        with torch.no_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
+            value = mean_of([loss(self.forward(x), UNREADABLE) for x, loss in zip(batches, losses, strict=True)])
+        return self.ranks.mean(value)
+
+    def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
+        return {name: local(g) for name, g in by_backward(value, self.parameters).items()}
+
+    def for_loss(self, at: Tree) -> Tree:
+        return UNREADABLE
+
+    def formats(self) -> list[torch.dtype]:
+        policies = [compute_dtype(block) for block in self.layout.blocks]
+        return [*super().formats(), *(dtype for dtype in policies if dtype is not None)]
+
+    @contextmanager
+    def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
+        buffers = copies(self.slots.loose_buffers)
+        with replayed(start), self.slots.frozen(), self.moved_to(params), swapped(buffers):
+            yield
+
+    @contextmanager
+    def moved_to(self, params: Mapping[str, Tensor]) -> Iterator[None]:
+        """The weights at these values in this block, and bit for bit as they were afterwards."""
+        kept = {name: t.clone() for name, t in self.params.items()}
+        try:
+            self._write(params)
+            yield
+        finally:
+            self._write(kept)
+
+    def _write(self, params: Mapping[str, Tensor]) -> None:
+        self.layout.settle()
+        torch.clear_autocast_cache()
+        with torch.no_grad():
+            for name, part in self.params.items():
+                part.copy_(params[name])
+
+    @contextmanager
+    def along(self, w: Tree) -> Iterator[None]:
+        """In this block, the weights of each submodule are dual numbers with their part of w while it runs."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        self.layout.settle()
+        held = _slots_by_block(self.module, self.layout.blocks, names)
+        groups = [_Group(block, slots, w) for block, slots in held.items()]
+        with _hooked(groups):
+            try:
+                yield
+            finally:
+                for group in groups:
+                    group.put_back()
+                self.layout.settle()
+
+
+class ShardedPass(Pass):
+    """One pass of record of a sharded student, and its replays."""
+
+    student: ShardedStudent
+
+    def tangent(self, w: Tree) -> Tensor:
+        load_forward_mode()
+        with (
+            torch.no_grad(),
+            uncompiled(),
+            forward_ad.dual_level(),
+            only_math_attention(),
+            checkpoints_without_reentry(),
+            explained("forward"),
+        ):
+            with self._again([]), self.student.along(w):
+                outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
+            tolerance = BY_FORWARD_MODE[self.rounded_to].outputs
+            check_outputs(outputs, self.outputs, tolerance, self.student.ranks)
+            return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
+
+    def shifted(self, step: Tensor, direction: Tree) -> Tensor:
+        student = self.student
+        narrow = [dtype for dtype in student.formats() if dtype in (torch.float16, torch.bfloat16)]
+        if narrow:
+            raise MetaplError(
+                f"the student is sharded with weights or a mixed-precision policy of {narrow[0]}, and a difference of "
+                'its outputs would be noise; use mode="forward", or shard it without param_dtype and give '
+                'precision="bfloat16".'
+            )
+        moved = {n: p + step * direction[n] if n in direction else p for n, p in self.params.items()}
+        with (
+            torch.no_grad(),
+            torch.autocast(student.device.type, enabled=False),
+            full_float32(student.device),
+            no_fast_path(),
+            checkpoints_without_reentry(),
+            self._again([], upcast=True),
+            student.moved_to(moved),
+        ):
+            return student.forward(wide_tree(self.inputs))
+
+    def ran_in_full_precision(self) -> bool:
+        half = any(dtype in (torch.float16, torch.bfloat16) for dtype in self.student.formats())
+        return not half and super().ran_in_full_precision()
+
+
+class _Unreadable(dict[str, Tensor]):
+    """The ``params`` of an inner loss where no process holds the weights."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise MetaplError(
+            f"the problem's inner_loss reads the student's weights (params[{name!r}]), of which a sharded student "
+            "holds a part only; expected a loss of the student's outputs. With weights in the inner loss, wrap the "
+            "student in DistributedDataParallel."
+        )
+
+    def _refuse(self, *_: Any) -> Any:
+        return self["..."]
+
+    get = items = values = keys = __iter__ = __len__ = __contains__ = _refuse
+
+
+UNREADABLE: Tree = _Unreadable()
+
+
+def by_backward(value: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks; ``.grad`` stays as it is."""
+    kept = {name: p.grad for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.grad = None
+        value.backward()
+        return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    finally:
+        for name, p in parameters.items():
+            p.grad = kept[name]
+
+
+# ------------------------------------------------------------------------------------------------------ forward mode
+
+_Slot = tuple[dict[str, Any], str, str]
+"""A place that holds a parameter, as its dictionary and name there, and the parameter's name."""
+
+
+def _slots_by_block(network: nn.Module, blocks: Sequence[Any], names: Mapping[int, str]) -> dict[Any, list[_Slot]]:
+    """The places that hold the learned parameters, by the submodule that gathers them."""
+    found: dict[Any, list[_Slot]] = {}
+    seen: set[int] = set()
+    own = set(blocks)
+
+    def collect(part: nn.Module, block: nn.Module) -> None:
+        if id(part) in seen:
+            return
+        seen.add(id(part))
+        block = part if part in own else block
+        for attribute, p in part._parameters.items():
+            if id(p) in names:
+                found.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
+        for child in part._modules.values():
+            if child is not None:
+                collect(child, block)
+
+    collect(network, network)
+    return found
+
+
+class _Group:
+    """The weights that one submodule gathers, and how they become dual numbers while it runs."""
+
+    def __init__(self, block: Any, slots: list[_Slot], w: Tree) -> None:
+        self.block, self.slots, self.w = block, slots, w
+        self.like = {name: tensors[attribute] for tensors, attribute, name in slots}  # the sharded parameters
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def enter(self, *_: Any) -> None:
+        """After the weights are gathered: put dual numbers in their places."""
+        if self._before:
+            return
+        direction = gathered({name: self.w[name] for name in self.like if name in self.w}, self.like)
+        duals: dict[str, Tensor] = {}
+        for tensors, attribute, name in self.slots:
+            weight = tensors[attribute]
+            self._before.append((tensors, attribute, weight))
+            if name in direction:
+                if name not in duals:
+                    duals[name] = forward_ad.make_dual(weight.detach(), direction[name].to(weight.dtype))
+                tensors[attribute] = duals[name]
+
+    def leave(self, *_: Any) -> None:
+        """Before the gathered weights are given up: put them back."""
+        self.put_back()
+
+    def put_back(self) -> None:
+        for tensors, attribute, weight in self._before:
+            tensors[attribute] = weight
+        self._before = []
+
+
+@contextmanager
+def _hooked(groups: Sequence[_Group]) -> Iterator[None]:
+    """Enter and leave the groups as their submodules run: after ``fully_shard``'s own hook, and before its other."""
+    handles = [group.block.register_forward_pre_hook(group.enter) for group in groups]
+    handles += [group.block.register_forward_hook(group.leave, prepend=True) for group in groups]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gathered(parts: Tree, like: Mapping[str, Any]) -> Tree:
+    """The whole tensors of which these are the ranks' parts, in one exchange for each type of number.
+
+    Args:
+        parts: this rank's.
+        like: the sharded parameters, by name.
+    """
+    whole: Tree = {}
+    for dtype in dict.fromkeys(t.dtype for t in parts.values()):
+        names = [name for name in parts if parts[name].dtype == dtype]
+        pieces = [_Piece(parts[name], like[name]) for name in names]
+        mine = torch.cat([piece.padded() for piece in pieces])
+        every = mine.new_empty(pieces[0].ranks * mine.numel())
+        dist.all_gather_into_tensor(every, mine, group=pieces[0].group)
+        columns = every.view(pieces[0].ranks, -1).split([piece.length for piece in pieces], dim=1)
+        whole |= {name: piece.joined(c) for name, piece, c in zip(names, pieces, columns, strict=True)}
+    return whole
+
+
+class _Piece:
+    """A part of a tensor that is split along one dimension, as ``torch.chunk`` splits it."""
+
+    def __init__(self, part: Tensor, like: Any) -> None:
+        number = next(i for i, placement in enumerate(like.placements) if placement.is_shard())
+        self.part, self.shape, self.dim = part, list(like.shape), like.placements[number].dim
+        self.group, self.ranks = like.device_mesh.get_group(number), like.device_mesh.size(number)
+        self.chunk = [*self.shape]
+        self.chunk[self.dim] = -(-self.shape[self.dim] // self.ranks)
+        self.length = 1
+        for n in self.chunk:
+            self.length *= n
+
+    def padded(self) -> Tensor:
+        """The part as a row of the length that every rank's has."""
+        if list(self.part.shape) == self.chunk:
+            return self.part.reshape(-1)
+        row = self.part.new_zeros(self.chunk)
+        row.narrow(self.dim, 0, self.part.shape[self.dim]).copy_(self.part)
+        return row.reshape(-1)
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """The whole tensor, from the ranks' rows."""
+        chunks = [row.reshape(self.chunk) for row in rows]
+        return torch.cat(chunks, self.dim).narrow(self.dim, 0, self.shape[self.dim])

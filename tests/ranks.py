@@ -1,0 +1,86 @@
+"""Processes that stand for the ranks of a distributed run: started once, they run one function after another."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import tempfile
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "sharded_cases"]
+SECONDS = 60.0
+
+
+class Hung(AssertionError):
+    """A rank did not answer in time: it waits for another one that exchanges something else, or nothing."""
+
+
+class Ranks:
+    """Processes in one process group.
+
+    Args:
+        number: of them.
+    """
+
+    def __init__(self, number: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.folder = tempfile.TemporaryDirectory()
+        meeting = Path(self.folder.name) / "meeting"
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(number):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, number, str(meeting)), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, name: str, **arguments: Any) -> list[Any]:
+        """What a function of ``sharded_cases`` returns on every rank."""
+        for pipe in self.pipes:
+            pipe.send((name, arguments))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(SECONDS):
+                self.close()
+                raise Hung(f"rank {rank} of {len(self.pipes)} did not answer to {name}({arguments}) in {SECONDS:.0f} s")
+            answers.append(pipe.recv())
+        failed = [text for text, _ in answers if text is not None]
+        assert not failed, "\n".join(failed)
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            with suppress(OSError):
+                pipe.send(None)
+        for process in self.processes:
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.folder.cleanup()
+
+
+def _serve(pipe: Connection, rank: int, number: int, meeting: str) -> None:
+    """What a process does: join the group, and run what it is sent."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    import torch
+    from torch import distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
+    cases = importlib.import_module("sharded_cases")
+    while (task := pipe.recv()) is not None:
+        name, arguments = task
+        try:
+            pipe.send((None, getattr(cases, name)(**arguments)))
+        except Exception:
+            pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
+    dist.destroy_process_group()

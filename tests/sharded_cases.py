@@ -1,0 +1,367 @@
+"""What the ranks of the sharded tests run, and what one process with the whole batch runs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchopt
+from torch import Tensor, nn
+from torch import distributed as dist
+
+import metapl
+from metapl.distributed.layout import Layout
+from metapl.distributed.ranks import Ranks
+from metapl.distributed.shards import ShardedSpace
+from metapl.errors import MetaplError
+from metapl.execution import sharded
+from metapl.feedback.inner_step import InnerStep
+from metapl.problems import LearningToReweight
+
+CLASSES, ROWS, LABELED = 3, 8, 12
+
+
+class Block(nn.Module):
+    """A residual block with a width that two processes do not divide."""
+
+    def __init__(self, width: int, inside: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.inside, self.outer = nn.Linear(width, 9), inside, nn.Linear(9, width)
+        self.scale = nn.Parameter(torch.full((1,), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.outer(torch.tanh(self.inside(self.inner(x))))
+
+
+INSIDE: dict[str, Callable[[], nn.Module]] = {
+    "plain": nn.Identity,
+    "norm": lambda: nn.BatchNorm1d(9),
+    "dropout": lambda: nn.Dropout(0.3),
+}
+
+
+class Network(nn.Module):
+    """An embedding, blocks, and a head; the embedding and the head belong to the root."""
+
+    def __init__(self, blocks: int = 2, width: int = 5, inside: str = "plain") -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, width)
+        self.blocks = nn.ModuleList(Block(width, INSIDE[inside]()) for _ in range(blocks))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1),
+}
+
+
+def networks(inside: str = "plain", dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return Network().to(dtype), Network(3, inside=inside).to(dtype)
+
+
+def batches(steps: int, views: bool = False, dtype: torch.dtype = torch.float64) -> list[tuple[Any, Any]]:
+    draw = torch.Generator().manual_seed(1)
+
+    def inputs(rows: int) -> Tensor:
+        return torch.randn(rows, 4, generator=draw, dtype=torch.float64).to(dtype)
+
+    return [
+        (
+            (inputs(LABELED), torch.randint(CLASSES, (LABELED,), generator=draw)),
+            (inputs(ROWS), inputs(ROWS)) if views else inputs(ROWS),
+        )
+        for _ in range(steps)
+    ]
+
+
+def share(batch: Any) -> Any:
+    """This rank's rows of a batch."""
+    if not dist.is_initialized():
+        return batch
+    if isinstance(batch, tuple):
+        return tuple(share(t) for t in batch)
+    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
+    """A network as a user lays it out, by hand or with metapl's own function."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from metapl.distributed import Mesh, shard
+
+    if layout is None:
+        return network
+    if layout == "ddp":
+        return nn.parallel.DistributedDataParallel(network)
+    world = dist.get_world_size()
+    if layout.startswith("shard"):
+        return shard(network, Mesh(shard=world), checkpoint=layout == "shard_checkpoint")
+    if layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(network, mesh=mesh)
+
+
+def whole(t: Any) -> Tensor:
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+
+
+def built(
+    mode: Any,
+    layout: str | None,
+    optimizer: str = "sgd",
+    *,
+    inside: str = "plain",
+    dtype: torch.dtype = torch.float64,
+    teacher_layout: str | None = "same",
+    inner: Any = None,
+    **options: Any,
+) -> metapl.BilevelTrainer:
+    teacher, student = networks(inside, dtype)
+    teacher = laid_out(teacher, layout if teacher_layout == "same" else teacher_layout)
+    student = laid_out(student, layout)
+    build = OPTIMIZERS[optimizer]
+    return metapl.BilevelTrainer(
+        teacher,
+        student,
+        mode=mode,
+        inner_optimizer=build(student.parameters()) if inner is None else inner,
+        outer_optimizer=build(teacher.parameters()),
+        generator=torch.Generator().manual_seed(5),
+        **options,
+    )
+
+
+def train(
+    mode: Any,
+    layout: str | None = None,
+    optimizer: str = "sgd",
+    *,
+    steps: int = 3,
+    views: bool = False,
+    gradients: bool = True,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> dict[str, Any]:
+    """Some steps, on this rank's share of each batch; one process alone has all of it."""
+    trainer = built(mode, layout, optimizer, dtype=dtype, **options)
+    found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
+    torch.manual_seed(3)
+    for labeled, unlabeled in batches(steps, views, dtype):
+        labeled, unlabeled = share(labeled), share(unlabeled)
+        if gradients:
+            gradient = trainer.hypergradient(labeled, unlabeled, generator=torch.Generator().manual_seed(6))
+            found["gradients"].append({name: whole(g) for name, g in gradient.grads.items()})
+            found["moved"].append({name: whole(p) for name, p in gradient.student_params.items()})
+        report = trainer.step(labeled, unlabeled)
+        found["scalars"].append(report.as_dict())
+        found["feedback"].append(report.feedback)
+    for layout_of_one in trainer._layouts:
+        layout_of_one.settle()
+    for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
+        found[name] = {path: whole(p) for path, p in network.named_parameters()}
+        found[f"{name}_buffers"] = {path: b.clone() for path, b in network.named_buffers()}
+    return found
+
+
+def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several of these, one after another."""
+    return [train(**case) for case in cases]
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(how: str) -> str:
+    """The text with which something is refused on this rank, before anything moved."""
+    try:
+        REFUSED[how]()
+    except MetaplError as error:
+        return str(error)
+    return "not refused"
+
+
+def _unequal() -> None:
+    trainer = built("forward", "fsdp")
+    labeled, unlabeled = share(batches(1)[0])
+    before = [whole(p) for p in trainer.student.parameters()]
+    try:
+        trainer.step(labeled, unlabeled[: 4 - dist.get_rank()])
+    finally:
+        assert all(torch.equal(a, whole(p)) for a, p in zip(before, trainer.student.parameters(), strict=True))
+
+
+def _not_finite_on_one() -> None:
+    trainer = built("reinforce", "ddp")
+    labeled, unlabeled = share(batches(1)[0])
+    trainer.step(labeled, unlabeled * torch.nan if dist.get_rank() == 1 else unlabeled)
+
+
+def _wrong_label_on_one() -> None:
+    trainer = built("reinforce", "fsdp")
+    (x, y), unlabeled = share(batches(1)[0])
+    trainer.step((x, y + 7 if dist.get_rank() == 1 else y), unlabeled)
+
+
+class WeightDecay(metapl.PseudoLabels):
+    """An inner loss that reads the student's weights."""
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch) + params["head.weight"].square().sum()
+
+
+def _reads_weights() -> None:
+    built("forward", "fsdp", problem=WeightDecay()).step(*share(batches(1)[0]))
+
+
+def _root_forgotten() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    teacher, student = networks()
+    fully_shard(student.blocks[0])
+    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
+
+
+def _divided_otherwise() -> None:
+    teacher, student = (laid_out(network, "fsdp") for network in networks())
+    student.set_gradient_divide_factor(1.0)
+    metapl.BilevelTrainer(teacher, student)
+
+
+def _part_left_out() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    teacher, student = networks()
+    fully_shard(student, ignored_params={student.head.weight})
+    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
+
+
+def _tensor_parallel() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    teacher, student = networks()
+    parallelize_module(student, init_device_mesh("cpu", (2,)), {"embed": ColwiseParallel()})
+    metapl.BilevelTrainer(teacher, student)
+
+
+def _mesh_of_others() -> None:
+    from metapl.distributed import Mesh, shard
+
+    shard(networks()[0], Mesh(replicate=3, shard=2))
+
+
+def _reweight() -> None:
+    student = laid_out(networks()[1], "ddp")
+    metapl.BilevelTrainer(None, student, mode="forward", problem=LearningToReweight())
+
+
+REFUSED: dict[str, Callable[[], Any]] = {
+    "unrolled": lambda: built("unrolled", "ddp"),
+    "implicit": lambda: built("implicit", "fsdp"),
+    "lookahead": lambda: built("forward", "fsdp", lookahead=2),
+    "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
+    "compile": lambda: built("forward", "fsdp", compile=True),
+    "one_plain": lambda: built("forward", "fsdp", teacher_layout=None),
+    "reweight": _reweight,
+    "unequal": _unequal,
+    "not_finite_on_one": _not_finite_on_one,
+    "wrong_label_on_one": _wrong_label_on_one,
+    "reads_weights": _reads_weights,
+    "root_forgotten": _root_forgotten,
+    "divided_otherwise": _divided_otherwise,
+    "part_left_out": _part_left_out,
+    "tensor_parallel": _tensor_parallel,
+    "mesh_of_others": _mesh_of_others,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+def _stale_root(patch: pytest.MonkeyPatch) -> None:
+    """The root keeps its gathered weights while the parts are moved."""
+    patch.setattr(Layout, "settle", lambda self: None)
+
+
+def _weights_swapped(patch: pytest.MonkeyPatch) -> None:
+    """θ′ is swapped in, as on one device, where sharded modules read their gathered weights."""
+    patch.setattr(sharded.ShardedStudent, "moved_to", lambda self, params: sharded.swapped(self.held_at(dict(params))))
+
+
+def _direction_not_gathered(patch: pytest.MonkeyPatch) -> None:
+    """Every rank goes along its own part of w only."""
+    real = sharded.gathered
+
+    def gathered(parts: Any, like: Any) -> Any:
+        lone = {name: part if dist.get_rank() == 0 else torch.zeros_like(part) for name, part in parts.items()}
+        return real(lone, like)
+
+    patch.setattr(sharded, "gathered", gathered)
+
+
+def _gradient_not_averaged(patch: pytest.MonkeyPatch) -> None:
+    """As ``torch.autograd.grad`` on gathered weights, or hooks of DistributedDataParallel that are bypassed."""
+    patch.setattr(Ranks, "mean_tree", lambda self, tree, like: tree)
+
+
+def _products_of_parts(patch: pytest.MonkeyPatch) -> None:
+    """Norms and products of this rank's parts only."""
+    patch.setattr(ShardedSpace, "_total", lambda self, shares: torch.stack(shares))
+
+
+def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
+    """1/B with the B of this rank."""
+    patch.setattr(InnerStep, "mean_over_batch", lambda self, losses: losses.mean())
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "stale_root": _stale_root,
+    "weights_swapped": _weights_swapped,
+    "direction_not_gathered": _direction_not_gathered,
+    "gradient_not_averaged": _gradient_not_averaged,
+    "products_of_parts": _products_of_parts,
+    "mean_over_own_rows": _mean_over_own_rows,
+}
+
+
+def faulty(fault: str, case: dict[str, Any]) -> dict[str, Any] | str:
+    """A case with a planted fault: what it finds, or the error that it ends with."""
+    with pytest.MonkeyPatch.context() as patch:
+        FAULTS[fault](patch)
+        try:
+            return train(**case)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+# -------------------------------------------------------------------------------------------------------- other ways
+
+
+def placements() -> dict[str, Any]:
+    """How metapl's own function splits a network of widths that two processes divide, some of them."""
+    from metapl.distributed import Mesh, shard
+
+    network = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 4))
+    shard(network, Mesh(shard=2))
+    return {name: (str(p.placements), tuple(p.to_local().shape)) for name, p in network.named_parameters()}
+
+
+def hang() -> None:
+    """Rank 1 waits for rank 0, which has left."""
+    if dist.get_rank() == 1:
+        dist.barrier()

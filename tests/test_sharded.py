@@ -1,0 +1,252 @@
+"""Networks in several processes: the same numbers as one process with the whole batch, every mode, every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import reference
+import sharded_cases
+import torch
+from ranks import Hung, Ranks
+from reference import error
+
+from metapl.feedback import Reinforce
+
+MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
+LAYOUTS = ("ddp", "fsdp", "hsdp")
+RULES = {
+    "sgd": reference.sgd(lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": reference.adamw(lr=0.05, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1),
+}
+KINDS = {"forward": "soft", "difference": "soft", "reinforce": "batch_score", "reinforce_per_example": "score"}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+@cache
+def alone(**case: Any) -> dict[str, Any]:
+    """The same in this process, with the whole batch."""
+    return sharded_cases.train(**case)
+
+
+def tolerance(mode: Any) -> float:
+    return 1e-6 if mode == "difference" else 1e-10
+
+
+def compare(found: list[dict[str, Any]], expected: dict[str, Any], limit: float) -> None:
+    """What every rank found, with what one process found."""
+    steps = len(expected["scalars"])
+    for rank, own in enumerate(found):
+        for name in ("teacher", "student"):
+            assert error(own[name], expected[name]) < limit, (name, rank)
+        for step in range(steps):
+            for name, value in expected["scalars"][step].items():
+                given = own["scalars"][step][name]
+                assert given == pytest.approx(value, rel=limit, abs=limit, nan_ok=True), (name, step, rank)
+                assert given == pytest.approx(found[0]["scalars"][step][name], rel=0, abs=0, nan_ok=True), (name, step)
+        for a, b in zip(own["gradients"], expected["gradients"], strict=True):
+            gap = (reference.flat(a) - reference.flat(b)).norm()
+            assert gap <= limit * reference.flat(b).norm()
+        for a, b in zip(own["moved"], expected["moved"], strict=True):
+            assert error(a, b) < limit
+    for step, h in enumerate(expected["feedback"]):
+        parts = [own["feedback"][step] for own in found]
+        if h.ndim == 0:
+            assert all(torch.equal(part, parts[0]) for part in parts)  # Algorithm 1's h is one number
+            parts = [parts[0][None]]
+        together = torch.cat(parts).reshape(h.shape)
+        assert float((together - h).norm()) <= limit * float(h.norm()), step
+
+
+def check(ranks: Ranks, cases: list[dict[str, Any]], limit: float | None = None) -> None:
+    found = ranks.run("many", cases=cases)
+    for i, case in enumerate(cases):
+        plain = {name: value for name, value in case.items() if name not in ("layout", "teacher_layout")}
+        compare([own[i] for own in found], alone(**plain), tolerance(case["mode"]) if limit is None else limit)
+
+
+# ------------------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_mode_is_as_in_one_process(two: Ranks, layout: str, optimizer: str) -> None:
+    """HSDP of two processes is two replicas of one shard each; of four, see below."""
+    check(two, [{"mode": mode, "layout": layout, "optimizer": optimizer} for mode in MODES])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_hybrid_sharding_of_two_by_two(four: Ranks, optimizer: str) -> None:
+    check(four, [{"mode": mode, "layout": "hsdp", "optimizer": optimizer, "steps": 2} for mode in MODES])
+
+
+def test_uneven_shards(four: Ranks) -> None:
+    """Widths of 3, 5 and 9 over four processes: some hold nothing of a bias."""
+    check(four, [{"mode": mode, "layout": "fsdp", "optimizer": "sgd", "steps": 2} for mode in ("forward", "reinforce")])
+
+
+@pytest.mark.parametrize("mode", list(KINDS))
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_the_hypergradient_is_that_of_double_backward(two: Ranks, layout: str, mode: str) -> None:
+    for optimizer, rule in RULES.items():
+        found = two.run("train", mode=mode, layout=layout, optimizer=optimizer, steps=1)
+        teacher, student = sharded_cases.networks()
+        labeled, unlabeled = sharded_cases.batches(1)[0]
+        q = teacher(unlabeled).softmax(-1).detach()
+        labels = torch.multinomial(q, 1, generator=torch.Generator().manual_seed(6)).squeeze(-1)
+        hard = {} if KINDS[mode] == "soft" else {"labels": labels}
+        expected = reference.pseudo_labels(teacher, student, labeled, unlabeled, rule, kind=KINDS[mode], **hard)
+        for own in found:
+            assert error(own["gradients"][0], expected.grads) < tolerance(mode)
+            assert error(own["moved"][0], expected.student_params) < tolerance(mode)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_options_of_the_trainer(two: Ranks, layout: str) -> None:
+    case: dict[str, Any] = {"mode": "forward", "layout": layout, "optimizer": "sgd", "steps": 2}
+    cosine = Reinforce(similarity="cosine", baseline=0.9)
+    check(
+        two,
+        [
+            {**case, "clip_norm": 0.05},
+            {**case, "clip_norm": 0.05, "optimizer": "adamw", "mode": "reinforce"},
+            {**case, "views": True},  # UDA
+            {**case, "recompute_teacher": True},
+            {**case, "accumulate": 2, "gradients": False},
+            {**case, "feedback_ratio": 0.5},
+            {**case, "mode": cosine},
+        ],
+    )
+
+
+def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
+    check(two, [{"mode": "forward", "layout": "fsdp", "teacher_layout": "ddp", "optimizer": "adamw", "steps": 2}])
+
+
+@pytest.mark.parametrize("layout", ["shard", "shard_checkpoint"])
+def test_metapls_own_function(two: Ranks, layout: str) -> None:
+    check(two, [{"mode": mode, "layout": layout, "optimizer": "sgd", "steps": 2} for mode in ("forward", "difference")])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_batch_norms_have_the_statistics_of_their_ranks(two: Ranks, layout: str) -> None:
+    """So the numbers are those of one process that takes each batch in two parts; the running statistics are means."""
+    case: dict[str, Any] = {"mode": "forward", "optimizer": "sgd", "steps": 2, "inside": "norm", "gradients": False}
+    found = two.run("train", layout=layout, **case)
+    expected = alone(**case, accumulate=2)
+    for own in found:
+        assert error(own["student"], expected["student"]) < 1e-10
+        assert error(own["teacher"], expected["teacher"]) < 1e-10
+    buffers = [own["student_buffers"] for own in found]
+    assert buffers[0].keys() == expected["student_buffers"].keys()
+    assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
+
+
+def test_dropout_has_the_masks_of_the_inner_pass(two: Ranks) -> None:
+    """Forward mode and a difference of outputs agree, which they would not with other masks."""
+    case: dict[str, Any] = {"layout": "fsdp", "optimizer": "sgd", "steps": 1, "inside": "dropout"}
+    forward, difference = (two.run("train", mode=mode, **case)[0] for mode in ("forward", "difference"))
+    assert error(forward["gradients"][0], difference["gradients"][0]) < 1e-6
+
+
+def test_bfloat16_by_autocast(two: Ranks) -> None:
+    """Autocast keeps casts of weights, which must not survive a move of them."""
+    case: dict[str, Any] = {"optimizer": "sgd", "steps": 1, "dtype": torch.float32, "precision": "bfloat16"}
+    for mode in ("loss_difference", "forward"):
+        found = two.run("train", mode=mode, layout="fsdp", **case)
+        expected = alone(mode=mode, **case)
+        for own in found:
+            assert error(own["student"], expected["student"]) < 1e-2
+            assert error(own["gradients"][0], expected["gradients"][0]) < 5e-2
+            assert own["scalars"][0]["outer_loss"] == pytest.approx(expected["scalars"][0]["outer_loss"], rel=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout", "mode"),
+    [
+        ("stale_root", "fsdp", "loss_difference"),
+        ("stale_root", "fsdp", "difference"),
+        ("stale_root", "fsdp", "reinforce"),
+        ("weights_swapped", "fsdp", "reinforce"),
+        ("direction_not_gathered", "fsdp", "forward"),
+        ("direction_not_gathered", "hsdp", "forward"),
+        ("gradient_not_averaged", "ddp", "reinforce"),
+        ("products_of_parts", "fsdp", "reinforce"),
+        ("mean_over_own_rows", "fsdp", "forward"),
+        ("mean_over_own_rows", "ddp", "reinforce_per_example"),
+    ],
+)
+def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: str) -> None:
+    """By the comparison with one process, or by the library's own checks, and by all ranks alike."""
+    case: dict[str, Any] = {"mode": mode, "layout": layout, "optimizer": "sgd", "steps": 1}
+    found = two.run("faulty", fault=fault, case=case)
+    if isinstance(found[0], str):
+        assert found[0] == found[1]
+        return
+    with pytest.raises(AssertionError):
+        compare(found, alone(mode=mode, optimizer="sgd", steps=1), 1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("unrolled", "mode 'unrolled' does not run on a student that is in DistributedDataParallel.*mode 'forward'"),
+        ("implicit", "mode 'implicit' does not run on a student that is sharded"),
+        ("lookahead", "a look-ahead of 2 student steps does not run on a student that is sharded"),
+        ("reweight", "LearningToReweight, which makes its signal of the feedback, does not run"),
+        ("torchopt", "TorchOpt transform.*for a sharded student expected torch.optim.SGD"),
+        ("compile", "compile=True does not run on networks that are sharded"),
+        ("one_plain", "the teacher is a plain module, the student sharded over the processes 0, 1"),
+        ("unequal", r"unequal shares of a batch .*rank 0: \[6, 4\]; rank 1: \[6, 3\]"),
+        ("not_finite_on_one", "rank 1: the unlabeled batch holds NaN"),
+        ("wrong_label_on_one", r"rank 1: the labels run from 7 to 9"),
+        ("reads_weights", r"inner_loss reads the student's weights \(params\['head.weight'\]\)"),
+        ("root_forgotten", "fully_shard was called on parts of the student and not on the student itself"),
+        ("divided_otherwise", "set_gradient_divide_factor was called on the student"),
+        ("part_left_out", "the student's head.weight is not sharded although"),
+        ("tensor_parallel", "the student's embed.weight is a DTensor although.*tensor parallelism"),
+        ("mesh_of_others", r"mesh is of 6 processes \(replicate=3 x shard=2\), and 2 were started"),
+    ],
+)
+def test_what_does_not_run_is_refused_on_every_rank_with_one_message(two: Ranks, how: str, text: str) -> None:
+    said = two.run("refused", how=how)
+    with pytest.raises(ValueError, match=text):
+        raise ValueError(said[0])
+    assert said[0] == said[1]
+
+
+def test_nothing_is_padded_where_a_dimension_divides(two: Ranks) -> None:
+    assert two.run("placements")[0] == {
+        "0.weight": ("(Shard(dim=1),)", (3, 3)),
+        "0.bias": ("(Shard(dim=0),)", (2,)),
+        "1.weight": ("(Shard(dim=0),)", (2, 3)),
+        "1.bias": ("(Shard(dim=0),)", (2,)),
+    }
+
+
+def test_a_rank_that_hangs_ends_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ranks.SECONDS", 3.0)
+    ranks = Ranks(2)
+    with pytest.raises(Hung, match=r"rank 1 of 2 did not answer to hang\(\{\}\) in 3 s"):
+        ranks.run("hang")
