@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 OTHER = "activations"
 """What no name was given to: activations, gathered weights, and what operations need for a moment."""
+
+FOR_FEEDBACK = "feedback"
+"""What is held for the feedback alone."""
 
 
 @dataclass
@@ -32,6 +37,19 @@ class Peak:
     by_name: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass
+class Phase:
+    """A phase of a step.
+
+    Args:
+        peak: where the most is held.
+        plain: where the most is held that the feedback is no part of.
+    """
+
+    peak: Peak = field(default_factory=Peak)
+    plain: Peak = field(default_factory=Peak)
+
+
 class Held(TorchDispatchMode):
     """Counts the bytes of all storages that operations in this block make, for as long as each is alive.
 
@@ -39,32 +57,43 @@ class Held(TorchDispatchMode):
 
     Attributes:
         bytes: held now, by name.
-        peaks: of each phase, in their order.
+        phases: by name, in their order.
         sent: bytes that this rank sends to others, by collective operation, if these run in rings.
+        flops: floating-point operations of products and convolutions; the rest is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
         self.total = 0
-        self.peaks: dict[str, Peak] = {}
+        self.phases: dict[str, Phase] = {}
         self.sent: Counter[str] = Counter()
+        self.flops = 0
         self._entries: dict[int, tuple[str, int]] = {}
-        self._phase = Peak()
+        self._phase = Phase()
 
     def name(self, tensors: Iterable[Any], name: str) -> None:
         """Say what tensors are for, whether or not an operation of this block made them."""
         for t in tensors:
-            storage = _local(t).untyped_storage()
-            self._count(storage)
-            _, size = self._entries[id(storage)]
+            self._rename(t, name)
+
+    def name_others(self, tensors: Iterable[Any], name: str) -> None:
+        """The same of those that have no name yet."""
+        for t in tensors:
+            self._rename(t, name, only=OTHER)
+
+    def _rename(self, t: Any, name: str, only: str | None = None) -> None:
+        storage = _local(t).untyped_storage()
+        self._count(storage)
+        before, size = self._entries[id(storage)]
+        if only in (None, before):
             self._change(id(storage), name, size)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A phase of the step, which may go on later; one inside another counts for the inner one."""
         before = self._phase
-        self._phase = self.peaks.setdefault(name, Peak())
+        self._phase = self.phases.setdefault(name, Phase())
         self._look()
         try:
             yield
@@ -85,12 +114,18 @@ class Held(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "redistribute") for kind in types):
             return NotImplemented  # a DTensor: what it does with its parts is seen afterwards
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # half of all calls
+        kwargs = kwargs or {}
         if func.namespace == "c10d":
             self._count_sent(func, args)
-        result = func(*args, **(kwargs or {}))
-        for t in pytree.tree_leaves(result):
+        result = func(*args, **kwargs)
+        for t in (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result):
             if isinstance(t, Tensor):
                 self._count(t.untyped_storage())
+        flops = flop_registry.get(func.overloadpacket)
+        if flops is not None:
+            self.flops += flops(*args, **kwargs, out_val=result)
         self._look()
         return result
 
@@ -116,8 +151,11 @@ class Held(TorchDispatchMode):
         self.total -= size
 
     def _look(self) -> None:
-        if self.total > self._phase.total:
-            self._phase.total, self._phase.by_name = self.total, dict(self.bytes)
+        plain = self.total - self.bytes[FOR_FEEDBACK]
+        if self.total > self._phase.peak.total:
+            self._phase.peak = Peak(self.total, dict(self.bytes))
+        if plain > self._phase.plain.total:
+            self._phase.plain = Peak(plain, dict(self.bytes))
 
     def _resizing(self, resize: Callable[[UntypedStorage, int], Any]) -> Any:
         def resized(storage: UntypedStorage, size: int) -> Any:

@@ -8,7 +8,7 @@ sends is counted from the code that will run, without any device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.distributed.mesh import Mesh, shard
 from metapl.errors import MetaplError
+from metapl.execution.local import Pass
 from metapl.execution.rng import RandomState
+from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.parts import trainable
-from metapl.planning.held import OTHER, Held, Peak
+from metapl.planning.held import FOR_FEEDBACK, OTHER, Held
 from metapl.training.trainer import BilevelTrainer
 
 STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = (
@@ -38,6 +41,8 @@ STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = (
 weights; what follows from it for the labels; the teacher's gradient; both optimizers."""
 
 PHASES = (STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE)
+WITHOUT_FEEDBACK = (STUDENT, TEACHER, UPDATE)
+"""The phases of any step, and of one without feedback."""
 
 Batches = tuple[Any, Any]
 """A labeled and an unlabeled batch."""
@@ -48,24 +53,31 @@ class Rehearsal:
     """What one rank does in a step.
 
     Args:
-        peaks: what is held where the most is, by phase.
+        peaks: the most that is held, in bytes, by phase.
+        plain: what is held, by what it is for, where a step without feedback holds the most.
         flops: floating-point operations of products and convolutions.
         sent: bytes to other ranks, by collective operation.
     """
 
-    peaks: dict[str, Peak]
+    peaks: dict[str, int]
+    plain: dict[str, int]
     flops: int
     sent: dict[str, int]
 
     @property
-    def peak(self) -> Peak:
-        """That of the phase which holds the most."""
-        return max(self.peaks.values(), key=lambda peak: peak.total)
+    def peak(self) -> int:
+        """Bytes of the phase which holds the most."""
+        return max(self.peaks.values())
 
     @property
     def fullest(self) -> str:
         """The phase which holds the most."""
-        return max(self.peaks, key=lambda name: self.peaks[name].total)
+        return max(self.peaks, key=lambda name: self.peaks[name])
+
+    @property
+    def feedback(self) -> int:
+        """What the feedback adds to the peak of a step, in bytes."""
+        return self.peak - sum(self.plain.values())
 
 
 @contextmanager
@@ -86,30 +98,51 @@ def without_values(module: nn.Module) -> nn.Module:
     return module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
 
 
+class Replicated(DistributedDataParallel):
+    """``DistributedDataParallel`` without its start, in which ranks compare weights; its buckets are held here too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module, self.process_group = module, dist.group.WORLD
+        self.buckets = [torch.empty_like(p) for p in module.parameters() if p.requires_grad]
+
+    def __del__(self) -> None:
+        pass
+
+
 def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
-    """A network over the ranks of a mesh; this rank alone keeps it as it is."""
-    return module if mesh.size == 1 else shard(module, mesh)
+    """A network over the ranks of a mesh, as :func:`metapl.distributed.shard` lays it out."""
+    if mesh.size == 1:
+        return module
+    return Replicated(module) if mesh.shard == 1 else shard(module, mesh)
 
 
-def rehearsed(trainer: BilevelTrainer, batches: Batches, averages: Sequence[nn.Module] = ()) -> Rehearsal:
+def rehearsed(trainer: BilevelTrainer, batches: Batches, average: Sequence[Tensor] = ()) -> Rehearsal:
     """A step of a trainer, the second: optimizers then have their states.
 
     Args:
         trainer: built inside a :func:`stage`.
         batches: of this rank.
-        averages: moving averages of the weights, which are held beside the networks.
+        average: a moving average of weights, which is held beside the networks.
     """
     networks = [net for net in (trainer.teacher, trainer.student) if net is not None]
     _optimizers_filled(trainer)
-    held, counter = Held(), FlopCounterMode(display=False)
-    with held, counter, _phases(trainer, held), _gradients_named(networks, held):
-        held.name([*_tensors([*networks, *averages])], "weights")
+    held = Held()
+    with held, _phases(trainer, held):
+        held.name([*_tensors(networks), *average], "weights")
+        held.name([t for net in trainer.given if isinstance(net, Replicated) for t in net.buckets], "gradients")
         held.name(_states(trainer), "optimizer")
-        held.name([t for t in torch.utils._pytree.tree_leaves(batches) if isinstance(t, Tensor)], OTHER)
+        held.name([t for t in pytree.tree_leaves(batches) if isinstance(t, Tensor)], OTHER)
         with held.phase(UPDATE):
             trainer.step(*batches)
-    peaks = {name: held.peaks[name] for name in PHASES if name in held.peaks}
-    return Rehearsal(peaks, int(counter.get_total_flops()), dict(held.sent))
+    phases = {name: held.phases[name] for name in PHASES if name in held.phases}
+    plain = max((phases[name].plain for name in WITHOUT_FEEDBACK), key=lambda peak: peak.total)
+    return Rehearsal(
+        peaks={name: phase.peak.total for name, phase in phases.items()},
+        plain={name: size for name, size in plain.by_name.items() if name != FOR_FEEDBACK},
+        flops=held.flops,
+        sent=dict(held.sent),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the states
@@ -147,37 +180,40 @@ def _tensors(networks: Sequence[nn.Module]) -> Iterator[Tensor]:
 
 @contextmanager
 def _phases(trainer: BilevelTrainer, held: Held) -> Iterator[None]:
-    """Tell the phases of a step apart by the methods that they are in."""
-    seams: list[tuple[type, str, str]] = [
-        (BilevelTrainer, "_look_ahead", STUDENT),
-        (Path, "outer_gradient", LABELED),
-        (Path, "_outer_loss_at", LABELED),
-        (type(trainer.mode), "feedback", FEEDBACK),
-        (BilevelTrainer, "_teacher_backward", TEACHER),
+    """Tell the phases of a step apart by the methods that they are in, and name what these return."""
+    seams: list[tuple[type, str, str | None, str | None]] = [
+        (BilevelTrainer, "_look_ahead", STUDENT, None),
+        (Pass, "gradient", None, "gradients"),
+        (Path, "outer_gradient", LABELED, FOR_FEEDBACK),
+        (Path, "_outer_loss_at", LABELED, None),
+        (type(trainer.mode), "feedback", FEEDBACK, None),
+        (InnerStep, "pullback", None, FOR_FEEDBACK),
+        (InnerStep, "tangent", None, FOR_FEEDBACK),
+        (type(trainer.update), "update", None, FOR_FEEDBACK),
+        (BilevelTrainer, "_teacher_backward", TEACHER, None),
     ]
 
-    def within(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
+    def seen(method: Callable[..., Any], phase: str | None, name: str | None) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
-            with held.phase(phase):
-                return method(*args, **kwargs)
+            with nullcontext() if phase is None else held.phase(phase):
+                result = method(*args, **kwargs)
+            if phase == FEEDBACK:
+                held.name_others([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK)
+            elif name is not None:
+                held.name_others([t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)], name)
+            return result
 
         return called
 
-    with replaced((owner, name, within(getattr(owner, name), phase)) for owner, name, phase in seams):
-        yield
-
-
-@contextmanager
-def _gradients_named(networks: Sequence[nn.Module], held: Held) -> Iterator[None]:
-    """Count the gradients of the weights as such."""
-
     def named(p: Tensor) -> None:
         if p.grad is not None:
-            held.name([p.grad], "gradients")
+            held.name_others([p.grad], "gradients")
 
-    handles = [p.register_post_accumulate_grad_hook(named) for net in networks[:-1] for p in trainable(net).values()]
+    of_teacher = [] if trainer.teacher is None else trainable(trainer.teacher).values()
+    handles = [p.register_post_accumulate_grad_hook(named) for p in of_teacher]
     try:
-        yield
+        with replaced([(kind, name, seen(getattr(kind, name), phase, of)) for kind, name, phase, of in seams]):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -186,18 +222,24 @@ def _gradients_named(networks: Sequence[nn.Module], held: Held) -> Iterator[None
 # ----------------------------------------------------------------------------------------------------------- the stage
 
 
+_INHERITED = object()
+
+
 @contextmanager
 def replaced(attributes: Any) -> Iterator[None]:
     """Other attributes of classes and modules in this block: (owner, name, value) of each."""
     before: list[tuple[Any, str, Any]] = []
     try:
         for owner, name, value in attributes:
-            before.append((owner, name, vars(owner)[name]))
+            before.append((owner, name, vars(owner).get(name, _INHERITED)))
             setattr(owner, name, value)
         yield
     finally:
         for owner, name, value in reversed(before):
-            setattr(owner, name, value)
+            if value is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
 
 @contextmanager
