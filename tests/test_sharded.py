@@ -124,7 +124,7 @@ def test_options_of_the_trainer(two: Ranks, layout: str) -> None:
         two,
         [
             {**case, "clip_norm": 0.05},
-            {**case, "clip_norm": 0.05, "optimizer": "adamw", "mode": "reinforce"},
+            {**case, "clip_norm": 0.05, "optimizer": "adamw", "mode": "reinforce_per_example"},
             {**case, "views": True},  # UDA
             {**case, "recompute_teacher": True},
             {**case, "accumulate": 2, "gradients": False},
@@ -184,7 +184,6 @@ def test_bfloat16_by_autocast(two: Ranks) -> None:
     [
         ("stale_root", "fsdp", "loss_difference"),
         ("stale_root", "fsdp", "difference"),
-        ("stale_root", "fsdp", "reinforce"),
         ("weights_swapped", "fsdp", "reinforce"),
         ("direction_not_gathered", "fsdp", "forward"),
         ("direction_not_gathered", "hsdp", "forward"),

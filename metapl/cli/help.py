@@ -23,7 +23,6 @@ INDENT = 26
 GROUPS: dict[str, str] = {
     "data": "labeled unlabeled teacher labels labeled-labels clean val test val-fraction data data-root "
     "labels-per-class validation split seed points noise placement",
-    "ranks": "mesh.* ranks memory flops-per-second",
     "network": "network classes weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth activation "
     "init-scale",
     "views": "view.* changes.* pad resized-crop randaugment strong.* input-noise",
@@ -38,7 +37,8 @@ GROUPS: dict[str, str] = {
     "comparison": "compare seeds methods controls jobs modes draws rounds altered stability train-steps "
     "train-seeds factory",
     "output": "out json resume log-every save-every keep",
-    "machine": "device precision accumulate compile channels-last num-workers threads",
+    "machine": "device precision accumulate compile channels-last num-workers threads mesh.* ranks memory "
+    "flops-per-second",
 }
 """Flags by group, each without its dashes and the no- of a switch; ``x.*`` are all that begin with ``x.``."""
 

@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from metapl.cli.idle import Rule, by_choice, by_method, explained, noisy_by_meth
 from metapl.cli.parse import Switch, did_you_mean, paragraph
 from metapl.cli.two_moons import TrainTwoMoons
 from metapl.cores import default_threads
+from metapl.distributed.launch import check_started, from_first, is_first, joined
+from metapl.distributed.mesh import Mesh
+from metapl.distributed.ranks import Agreed
 from metapl.errors import MetaplError
 from metapl.experiments.compare import compare
 from metapl.experiments.comparison import parse_seeds
@@ -52,6 +56,7 @@ class Train:
         seeds: with --compare: seeds, such as 0-9 or 0,3,5; by default the recipe's own.
         controls: with --compare: train with altered feedback too.
         jobs: with --compare: number of runs at a time; by default one for each core, and one on a GPU.
+        mesh: processes that train together, started by torchrun.
     """
 
     known: ClassVar[Mapping[str, Method]] = METHODS
@@ -67,14 +72,39 @@ class Train:
         tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD ...", help=METHODS_HELP, help_behavior_hint="")
     ] = None
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    mesh: Mesh = field(default_factory=Mesh)
 
     def __call__(self) -> int:
-        self._check()
-        with run_folder(self.out, self.recipe.name, self.resume) as folder:
+        try:
+            self._check()
+        except MetaplError:
+            if is_first():
+                raise
+            return 2
+        with joined(self.mesh, self.recipe.torch_device()) as rank:
+            if rank:
+                return self._beside(rank)
+            with run_folder(self.out, self.recipe.name, self.resume) as folder:
+                try:
+                    recipe = from_first(self._settled(folder))
+                    return dataclasses.replace(self, recipe=recipe)._run(folder)
+                except KeyboardInterrupt as stopped:
+                    return _say_how_to_go_on(stopped, folder.path)
+
+    def _beside(self, rank: int) -> int:
+        """The share of another process than the first, which shows nothing and whose folder is not kept."""
+        with tempfile.TemporaryDirectory() as place:
+            folder = RunFolder(Path(place) / "run")
+            recipe = from_first(None)
             try:
-                return dataclasses.replace(self, recipe=self._settled(folder))._run(folder)
+                Job(recipe, recipe.own_method, folder.path, resume=False).run(mesh=self.mesh)
+            except Agreed:  # the first process says so
+                return 2
             except KeyboardInterrupt as stopped:
-                return _say_how_to_go_on(stopped, folder.path)
+                return 128 + getattr(stopped, "signal_number", signal.SIGINT)
+            except MetaplError as error:
+                raise MetaplError(f"process {rank}: {error}") from error
+        return 0
 
     def check_flags(self, given: Sequence[str]) -> None:
         """Refuse flags that are given and change nothing.
@@ -96,6 +126,13 @@ class Train:
         return self._compare(folder) if self.compare else self._train(folder)
 
     def _check(self) -> None:
+        check_started(self.mesh)
+        alone = [name for name in ("compare", "resume") if getattr(self, name) and self.mesh.size > 1]
+        if alone:
+            raise MetaplError(
+                f"--{alone[0]} is not built yet for several processes; leave it out, or leave out --mesh.replicate "
+                "and --mesh.shard."
+            )
         for name in ("seeds", "methods", "jobs", "controls"):
             if getattr(self, name) and not self.compare:
                 raise MetaplError(f"--{name} goes with --compare.")
@@ -122,7 +159,9 @@ class Train:
         method = self.recipe.own_method
         if not finished:
             tell(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", wrap=True)
-        result = Job(self.recipe, method, out, self.resume).run(progress=True, quiet=False, within=folder)
+        result = Job(self.recipe, method, out, self.resume).run(
+            progress=True, quiet=False, within=folder, mesh=self.mesh
+        )
         if finished:
             tell(f"{out} is finished already.")
         for line in summary(result):

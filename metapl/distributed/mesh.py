@@ -25,7 +25,8 @@ class Mesh:
     Args:
         replicate: copies of the weights; each copy takes a share of every batch.
         shard: processes that hold a copy together, each a part of every weight; they too share the batches.
-        tensor, spatial: tensor parallelism, and images cut along their width: not built yet, so 1.
+        tensor: tensor parallelism: not built yet, so 1.
+        spatial: parts that images are cut into along their width: not built yet, so 1.
 
     The number of processes is the product. ``Mesh(replicate=R)`` is plain data parallelism, ``Mesh(shard=S)`` is
     FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines.

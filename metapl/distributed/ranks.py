@@ -20,6 +20,10 @@ from metapl.errors import MetaplError
 from metapl.numerics import Tree
 
 
+class Agreed(MetaplError):
+    """An error that every rank raises, with one message."""
+
+
 class Ranks:
     """The ranks that share a batch.
 
@@ -114,7 +118,7 @@ class Ranks:
             checks.refuse(bad, text.format(counts="not read here"))
         elif bad:
             every = enumerate(self.gathered(list(counts)))
-            raise MetaplError(text.format(counts="; ".join(f"rank {i}: {n}" for i, n in every)))
+            raise Agreed(text.format(counts="; ".join(f"rank {i}: {n}" for i, n in every)))
 
     def gathered(self, value: Any) -> list[Any]:
         """A small value of every rank, in their order."""
@@ -125,15 +129,22 @@ class Ranks:
             values = [v for part in found for v in part]
         return values
 
+    def any(self, here: bool) -> bool:
+        """Whether something is so on any rank; the host waits for the answer."""
+        return here if self.alone else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
+
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def agreed(self, *, waiting: bool = False) -> Iterator[None]:
         """If this block fails on one rank, fail on all of them, with the message of the first that failed.
 
         The ranks must have exchanged the same in it before the error: a rank that waits for another inside the block
-        waits on. On an accelerator the host does not wait for an answer, as little as for other checks there: an error
-        ends its own rank, and whoever started the ranks ends the others.
+        waits on.
+
+        Args:
+            waiting: also on an accelerator, where the host would wait for the answer. Without it an error there ends
+                its own rank, and whoever started the ranks ends the others.
         """
-        if self.alone or self.device.type != "cpu":
+        if self.alone or not (waiting or self.device.type == "cpu"):
             yield
             return
         failed: Exception | None = None
@@ -141,15 +152,13 @@ class Ranks:
             yield
         except Exception as error:
             failed = error
-        flag = torch.tensor(float(failed is not None), device=self.device)
-        if bool(self.sum(flag) > 0):
-            texts = self.gathered(None if failed is None else f"{type(failed).__name__}: {failed}")
+        if self.any(failed is not None):
+            texts = self.gathered(None if failed is None else str(failed) or type(failed).__name__)
             if failed is not None and not isinstance(failed, MetaplError):
                 raise failed
             rank, text = next((i, text) for i, text in enumerate(texts) if text is not None)
-            text = text.removeprefix("MetaplError: ")
-            same = all(t is not None and t.removeprefix("MetaplError: ") == text for t in texts)
-            raise MetaplError(text if same else f"rank {rank}: {text}") from failed
+            same = all(t == text for t in texts)
+            raise Agreed(text if same else f"rank {rank}: {text}") from failed
 
 
 _sharing: ContextVar[Ranks | None] = ContextVar("sharing", default=None)

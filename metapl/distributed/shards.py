@@ -34,6 +34,29 @@ def as_sharded(part: Tensor, like: Any) -> Tensor:
     )
 
 
+def whole(t: Any) -> Any:
+    """All of a DTensor, gathered from the processes that hold its parts; anything else as it is."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load whole weights, of which a sharded network takes this process's parts."""
+    held = network.state_dict()
+    if not any(is_sharded(t) for t in held.values()):
+        network.load_state_dict(dict(weights))
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    split: dict[str, Any] = {}
+    for name, t in weights.items():
+        like: Any = held.get(name)
+        if like is not None and is_sharded(like):
+            # Every process has all of it, so nothing is sent.
+            t = distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        split[name] = t
+    network.load_state_dict(split)
+
+
 def copies_of(t: Any) -> int:
     """How many processes hold each part of a DTensor."""
     count = 1

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from metapl.data.images.record import record_files, replaced_files
+from metapl.distributed.mesh import Mesh, shard
+from metapl.distributed.shards import load_whole
 from metapl.errors import MetaplError
 from metapl.experiments.doubting import ALONE
 from metapl.experiments.galleries import FILE as GALLERIES
@@ -40,6 +43,7 @@ class Experiment:
     resume: bool = False
     progress: bool = True
     say: Say = print
+    mesh: Mesh = field(default_factory=Mesh)
 
     def run(self, method: str) -> dict[str, Any]:
         """Train by ``method``, finetune, evaluate on the test set once, and write the folder's files.
@@ -53,6 +57,8 @@ class Experiment:
         self.record(task)
         task = dataclasses.replace(task, label=label_by(self.folder.path, task, self.say))
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
+        if self.mesh.size > 1:
+            teacher, student = self.laid_out(teacher, student)
         if EVERY_METHOD[method].reduced:
             task = dataclasses.replace(task, stored=labels_given(self.recipe, task, self.folder.path, self.say))
         trained, result = self.train(method, task, teacher, student)
@@ -89,6 +95,13 @@ class Experiment:
         if unread:
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
+
+    def laid_out(self, *networks: nn.Module) -> list[nn.Module]:
+        """Networks over the processes that train together; with dropout, each process draws masks of its own."""
+        parts = [part for network in networks for part in network.modules()]
+        if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in parts):
+            torch.manual_seed(self.recipe.seed + 2**32 * (1 + dist.get_rank()))
+        return [shard(network, self.mesh) for network in networks]
 
     def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
         """Train by ``method``; the returned trainer's student is the network that is kept."""
@@ -162,6 +175,7 @@ class Experiment:
             "say": self.say,
             **self.recipe.fit_options(),
             "select": self.selects(task),
+            "split_batches": self.mesh.size > 1,
         }
 
     def selects(self, task: Task) -> bool:
@@ -184,7 +198,7 @@ class Experiment:
             **self.options(task) | {"truth": None} | alone,
         )
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
-            student.load_state_dict(before.weights)
+            load_whole(student, before.weights)
             return before
         return result
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import Experiment
 from metapl.experiments.store import describe, places, stored_result
@@ -46,19 +47,27 @@ class Job:
     resume: bool
     threads: int | None = None
 
-    def run(self, *, progress: bool = False, quiet: bool = True, within: RunFolder | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        *,
+        progress: bool = False,
+        quiet: bool = True,
+        within: RunFolder | None = None,
+        mesh: Mesh | None = None,
+    ) -> dict[str, Any]:
         """Run it here; a run that is finished already only gives its result.
 
         Args:
             progress: show how far it is.
             quiet: show no messages.
             within: the folder, where the caller holds it already.
+            mesh: processes that train together, of which this is one.
         """
         folder = within or RunFolder(self.folder)
         torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))
         with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
             say = _silent if quiet else aloud
-            experiment = Experiment(self.recipe, folder, self.resume and folder.exists, progress, say)
+            experiment = Experiment(self.recipe, folder, self.resume and folder.exists, progress, say, mesh or Mesh())
             if (self.folder / "result.json").exists():
                 result = stored_result(folder)
                 if folder.places() != places(self.recipe):  # the data have moved: are they the same?

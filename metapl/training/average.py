@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from metapl.distributed.shards import is_sharded
 from metapl.errors import MetaplError
 
 
@@ -40,6 +41,11 @@ class Average:
             raise MetaplError(
                 "the average of 16-bit weights does not move: its steps are below their resolution; expected "
                 "ema_decay=None, or 32-bit weights with precision='bfloat16'."
+            )
+        if any(is_sharded(p) for p in network.parameters()):
+            raise MetaplError(
+                "ema_decay was given, and an average of sharded weights is not built yet; leave ema_decay out, or wrap "
+                "the networks in DistributedDataParallel."
             )
         self.module = copy.deepcopy(network)
         self.decay, self.steps = decay, 0

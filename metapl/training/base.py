@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metapl import checks
+from metapl.distributed.shards import is_sharded
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of, input_batches, logits_of
@@ -135,10 +136,12 @@ class Trainer(Stepwise):
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all."""
+        self._refuse_parts("save")
         checkpoint.save(path, {"trainer": self.live_state(), "rng": rng_state()})
 
     def load(self, path: str | Path) -> None:
         """Go on from :meth:`save`."""
+        self._refuse_parts("load")
         state = checkpoint.load(path)
         if not state.keys() >= {"trainer", "rng"}:
             raise MetaplError(f"{path} is not a trainer's file; expected one written by save().")
@@ -155,6 +158,14 @@ class Trainer(Stepwise):
                 f"{path} is whole, but is not of such a trainer ({type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."
             ) from error
+
+    def _refuse_parts(self, name: str) -> None:
+        networks = [network for network in (self.student, self.teacher) if network is not None]
+        if any(is_sharded(p) for network in networks for p in network.parameters()):
+            raise MetaplError(
+                f"{name}() is not built yet for sharded networks, of which this process holds a part; write the "
+                "networks and optimizers with torch.distributed.checkpoint."
+            )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

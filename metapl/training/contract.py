@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
 from metapl.training.report import Report
 
@@ -24,6 +25,8 @@ class Stepwise(ABC):
     teacher: nn.Module | None = None
     """The network that makes the labels, where there is one."""
     device: torch.device
+    ranks: Ranks = ALONE
+    """The processes that share its batches."""
     lookahead: int = 1
     """Unlabeled batches that the loop draws for a step; more than one are given as a :class:`metapl.Lookahead`."""
 

@@ -6,6 +6,7 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from metapl.batch import length, micro_batches
+from metapl.distributed.shards import load_whole
 from metapl.errors import MetaplError
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.memory import LESS, out_of_memory
@@ -83,8 +86,10 @@ class FitRun:
                 "truth was given, to measure how many of the teacher's labels are right, and the problem's teacher "
                 "gives no class logits; leave truth out, or set teacher_classifies = True on the problem."
             )
-        self.trainer, self.options, self.say = trainer, options, say
-        self.shown = shown
+        # One of several processes shows and writes.
+        self.first = trainer.ranks.rank == 0
+        self.trainer, self.options, self.say = trainer, options, say if self.first else _unsaid
+        self.shown, out = shown and self.first, out if self.first else None
         self.rates = Rates(trainer, options)
         self.allow_changes = allow_changes
         self.made_of = made_of(trainer, self.rates)  # before a callback moves anything
@@ -114,8 +119,17 @@ class FitRun:
             raise MetaplError(
                 "labeled is None; expected a source of labeled batches (inputs, labels): a DataLoader, or a list."
             )
-        if not resume:
-            self.records.refuse_another_run()
+        ranks = self.trainer.ranks
+        if resume and not ranks.alone:
+            raise MetaplError(
+                "resume=True was given to a fit in several processes, which write no checkpoints yet; leave it out, or "
+                "train in one process."
+            )
+        with ranks.agreed(waiting=True):
+            if not resume:
+                self.records.refuse_another_run()
+            if not ranks.alone and self.records.kept:
+                self.say("note: no checkpoints are written, which is not built yet for several processes")
         self.selection.check(self.trainer.student, self.trainer.teacher)
         try:
             for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
@@ -164,12 +178,19 @@ class FitRun:
                         self._record(t + 1, {"step": t + 1, **row})
                     if self.ended or options.due(options.save_every, t):
                         self._save(t + 1)
-                    if stop:
-                        raise Interrupted(t + 1, stop[0], self._save(t + 1))
+                    if self._stops(t, stop):
+                        raise Interrupted(t + 1, (*stop, signal.SIGTERM)[0], self._save(t + 1))
                     if self.ended:
                         break
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(options.steps, stop[0], self.records.saved_at)
+
+    def _stops(self, t: int, stop: Sequence[int]) -> bool:
+        """Whether a stop was asked for; several processes agree on it where numbers are read anyway."""
+        ranks = self.trainer.ranks
+        if ranks.alone:
+            return bool(stop)
+        return self.options.due(self.options.log_every, t) and ranks.any(bool(stop))
 
     @contextmanager
     def _first_after_resuming(self, t: int) -> Iterator[None]:
@@ -188,7 +209,7 @@ class FitRun:
         """Step t; the numbers to record, if this step is one that is recorded."""
         self.under_way = t
         options = self.options
-        labeled, unlabeled = self.feeds["labeled"].next(), self._unlabeled(t)
+        labeled, unlabeled = self._own_rows(self.feeds["labeled"].next()), self._own_rows(self._unlabeled(t))
         self.rates.move(t)
         row: dict[str, float] = {}
         if options.due(options.exact_every, t) and not options.waits(t):
@@ -214,6 +235,18 @@ class FitRun:
         if source is None or several == 1 or self.options.waits(t):
             return None if source is None else source.next()
         return Lookahead([source.next() for _ in range(several)])
+
+    def _own_rows(self, batch: Any) -> Any:
+        """This process's share of a batch, where the sources serve whole ones."""
+        ranks = self.trainer.ranks
+        if ranks.alone or not self.options.split_batches or batch is None:
+            return batch
+        if length(batch) % ranks.size:
+            raise MetaplError(
+                f"a batch has {length(batch)} examples, which {ranks.size} processes cannot share equally; expected a "
+                f"multiple of {ranks.size}."
+            )
+        return micro_batches(batch, ranks.size, "whole")[ranks.rank]
 
     def _record(self, step: int, row: dict[str, float]) -> None:
         try:
@@ -254,7 +287,7 @@ class FitRun:
         teacher = self._kept_teacher()
         if teacher is None:
             return
-        self.trainer.student.load_state_dict(teacher.state_dict())
+        load_whole(self.trainer.student, weights_of(teacher))
         self.average = self._average(self.trainer.student)
 
     def _average(self, network: nn.Module | None) -> Average | None:
@@ -284,9 +317,12 @@ class FitRun:
     # ------------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self, step: int) -> Path | None:
-        if not self.records.kept:
+        ranks = self.trainer.ranks
+        if not self.records.kept and ranks.alone:
             return None
         self._refuse_bad(step - 1)
+        if not ranks.alone:
+            return None
         return self.records.save(step, self._state(step))
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -368,14 +404,18 @@ class FitRun:
         teacher, taught = self.trainer.teacher, None
         if teacher is not None:
             taught = weights_of(self._kept_teacher() or teacher)
-            teacher.load_state_dict(taught)
+            load_whole(teacher, taught)
         best = self.selection.best
         if not best.weights:
             accuracy = self.seen.get("student_validation_accuracy")
             step = self.ended[0] if self.ended else self.options.steps
             best = Best(accuracy, step, weights_of(self._candidate()))
-        self.trainer.student.load_state_dict(best.weights)
+        load_whole(self.trainer.student, best.weights)
         return FitResult(best.accuracy, best.step, best.weights, taught, self.records.history)
+
+
+def _unsaid(text: str) -> None:
+    """What another process says already."""
 
 
 def _refuse_other_shapes(student: nn.Module, teacher: nn.Module) -> None:

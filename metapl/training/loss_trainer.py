@@ -64,6 +64,7 @@ class LossTrainer(Trainer):
         compile: bool = False,
     ) -> None:
         self.layout = layout_of("network", model)
+        self.ranks = self.layout.ranks
         model = self.layout.network
         refuse_compiled(model=model)
         self.student = model
@@ -102,7 +103,7 @@ class LossTrainer(Trainer):
             self._optimizer_checked = True
         with step_guard(self.student, optimizer=self.optimizer, device=self.device) as fault:
             others = () if unlabeled is None else (unlabeled,)
-            check_batches(labeled, others, self.device, self.layout.ranks)
+            check_batches(labeled, others, self.device, self.ranks)
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),
@@ -114,7 +115,7 @@ class LossTrainer(Trainer):
             self.optimizer.step()
             self.layout.mean_statistics()
             self.steps_done += 1
-            return Report(self.steps_done - 1, self.layout.ranks.mean_scalars(means(parts)), fault)
+            return Report(self.steps_done - 1, self.ranks.mean_scalars(means(parts)), fault)
 
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
         """The losses on a micro-batch; its share of the gradient is accumulated in ``.grad``."""

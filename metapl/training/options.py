@@ -40,6 +40,8 @@ class FitOptions:
         exact_every: every so many steps also compute the cosine between the mode's teacher gradient and the exact one;
             None: never. It costs two hypergradients and changes nothing else.
         keep: checkpoints kept.
+        split_batches: in several processes, the sources serve whole batches, the same in every process, of which each
+            takes its own rows; by default they serve this process's share.
         num_workers: of the loaders of metapl's own batches; changes nothing but speed.
         phase: the name under which checkpoints and rows are kept.
     """
@@ -56,6 +58,7 @@ class FitOptions:
     save_every: int = 500
     exact_every: int | None = None
     keep: int = 2
+    split_batches: bool = False
     num_workers: int = 0
     phase: str = "fit"
 

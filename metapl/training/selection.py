@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from metapl.batch import is_whole, labeled_pair, length, rows
 from metapl.checks import described
+from metapl.distributed.shards import whole
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, replayed
 from metapl.metrics import evaluate_logits, predict_logits
@@ -155,5 +156,5 @@ class Selection:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a network's weights and buffers on the host."""
-    return {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+    """A copy of a network's weights and buffers on the host; of a sharded one every process has all of them."""
+    return {name: whole(t).detach().cpu().clone() for name, t in model.state_dict().items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import micro_batches
 from metapl.distributed.layout import Layout, layouts
+from metapl.distributed.shards import whole
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import casts_explained, step_guard, types_explained
@@ -135,6 +136,7 @@ class BilevelTrainer(Trainer):
         )
         self.given = teacher, student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
+        self.ranks = self.layout.ranks
         student = self.layout.network
         teacher = None if self.teacher_layout is None else self.teacher_layout.network
         networks = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
@@ -183,7 +185,7 @@ class BilevelTrainer(Trainer):
                 path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                 with casts_explained(self.mode.name):
                     feedback, mode_state = self.mode.feedback(path, self.mode_state)  # line 4: h
-                with self.layout.ranks.agreed():
+                with self.ranks.agreed():
                     for step_feedback in feedback:
                         step_feedback.check_finite()
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
@@ -206,7 +208,7 @@ class BilevelTrainer(Trainer):
 
         def teach(batch: Any, outputs: Tensor) -> Signal:
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all micro-batches would not fit
-            step = TeacherStep(self._asked, self.problem, batch, outputs, self.generator, recompute, self.layout.ranks)
+            step = TeacherStep(self._asked, self.problem, batch, outputs, self.generator, recompute, self.ranks)
             teacher_steps.append(step)
             return step.signal
 
@@ -253,13 +255,12 @@ class BilevelTrainer(Trainer):
         fault: checks.Fault,
     ) -> StepReport:
         h = tuple(step_feedback.h.detach() for step_feedback in feedback)
-        ranks = self.layout.ranks
         scalars = {"inner_loss": path.inner_loss, **known}
         return StepReport(
             self.steps_done - 1,
-            scalars | ranks.mean_scalars(teacher_scalars(objectives, self.accumulate) if objectives else {}),
+            scalars | self.ranks.mean_scalars(teacher_scalars(objectives, self.accumulate) if objectives else {}),
             fault,
-            ranks=ranks,
+            ranks=self.ranks,
             feedback=h if isinstance(unlabeled, Lookahead) else h[0],
             signal=path.steps[-1].signal,
             student_outputs=path.steps[-1].outputs,
@@ -461,7 +462,7 @@ class BilevelTrainer(Trainer):
             self._gradient(labeled, unlabeled, self.mode, self.problem),
             self._gradient(labeled, unlabeled, estimator("forward"), exact),
         )
-        a, b = (torch.cat([g.flatten().double() for g in gradient.grads.values()]) for gradient in found)
+        a, b = (torch.cat([whole(g).flatten().double() for g in gradient.grads.values()]) for gradient in found)
         return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
     def _gradient(
@@ -496,7 +497,7 @@ class BilevelTrainer(Trainer):
         ) as fault:
             for layout in self._layouts:
                 layout.settle()
-            check_batches(labeled, inner_batches(unlabeled), self.device, self.layout.ranks)
+            check_batches(labeled, inner_batches(unlabeled), self.device, self.ranks)
             if self.outer_optimizer is not None:
                 refuse_missing("outer_optimizer", self.outer_optimizer, trainable(self._asked), "teacher")
             if self.feedback_ratio is not None and len(inner_batches(unlabeled)) > 1:

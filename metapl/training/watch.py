@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from metapl.checks import Fault
+from metapl.distributed.shards import local
 from metapl.errors import MetaplError
 from metapl.training.contract import Stepwise
 from metapl.training.report import Report
@@ -48,7 +49,7 @@ class Watch:
         first = float(self.first_bad)
         if math.isfinite(first):
             what = f"a loss was NaN or infinite at step {int(first)}"
-        elif not _all_finite([self.trainer.student, self.trainer.teacher]):
+        elif self.trainer.ranks.any(not _all_finite([self.trainer.student, self.trainer.teacher])):
             what = f"weights were NaN or infinite after step {t + 1}, and the losses were not yet"
         else:
             return
@@ -59,5 +60,5 @@ class Watch:
 
 
 def _all_finite(modules: Sequence[nn.Module | None]) -> bool:
-    weights = [p.detach() for module in modules if module is not None for p in module.parameters()]
+    weights = [local(p.detach()) for module in modules if module is not None for p in module.parameters()]
     return bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())
