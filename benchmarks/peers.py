@@ -41,6 +41,8 @@ RESULT = HERE / "results" / "peers.json"
 LEARNING_RATE = 0.1
 TRUTH = "double backward by hand, float64"
 FORWARD, UNROLLED = "metapl, forward", "metapl, unrolled"
+RECOMPUTED = f"{FORWARD}, teacher recomputed"
+OWN = (FORWARD, RECOMPUTED, UNROLLED)
 
 Row = dict[str, Any]
 Gradient = Sequence[Tensor]
@@ -100,7 +102,7 @@ def by_hand(teacher: nn.Module, student: nn.Module, labeled: tuple[Tensor, Tenso
     return torch.autograd.grad(outer, list(teacher.parameters()))
 
 
-def by_metapl(mode: Any) -> Any:
+def by_metapl(mode: Any, recompute_teacher: bool = False) -> Any:
     """``metapl.hypergradient`` in a mode."""
     import metapl
 
@@ -108,7 +110,13 @@ def by_metapl(mode: Any) -> Any:
         unlabeled = u if steps == 1 else metapl.Lookahead([u] * steps)
         inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
         found = metapl.hypergradient(
-            teacher, student, labeled=labeled, unlabeled=unlabeled, mode=mode, inner_optimizer=inner
+            teacher,
+            student,
+            labeled=labeled,
+            unlabeled=unlabeled,
+            mode=mode,
+            inner_optimizer=inner,
+            recompute_teacher=recompute_teacher,
         )
         return list(found.grads.values())
 
@@ -204,7 +212,7 @@ def gradient_of(library: str) -> Any:
     """A library's function of (teacher, student, labelled batch, unlabelled batch, steps)."""
     if library == TRUTH:
         return by_hand
-    return by_metapl(library.split(", ")[1]) if library.startswith("metapl") else PEERS[library][1]
+    return by_metapl(library.split(", ")[1], library == RECOMPUTED) if library in OWN else PEERS[library][1]
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
@@ -288,7 +296,7 @@ def run(given: Any) -> Row:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     networks = ("MLP",) if given.miniature else ("MLP", "transformer", "WRN-28-2")
     ahead, rounds = ((1, 2), 1) if given.miniature else ((1, 10), given.rounds)
-    pythons, reasons = {FORWARD: sys.executable, UNROLLED: sys.executable}, {}
+    pythons, reasons = dict.fromkeys(OWN, sys.executable), {}
     rows: dict[tuple[str, str, int], list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for library, python, reason in _installed(Path(folder), given.miniature):
@@ -353,7 +361,7 @@ def _joined(rows: Sequence[Row]) -> Row:
 def table(result: Row) -> str:
     """Errors, and times and memory relative to metapl's ``forward``."""
     rows = {(row["network"], row["steps"], row["library"]): row for row in result["rows"]}
-    libraries = [FORWARD, UNROLLED, *PEERS]
+    libraries = [*OWN, *PEERS]
     lines = [
         "| network | K | library | relative error | time / forward | memory / forward | ms | MB |",
         "|---|---:|---|---:|---:|---:|---:|---:|",

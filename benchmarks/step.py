@@ -1,8 +1,9 @@
 """What a step costs beside another checkout and beside Algorithm 1 written by hand, taking turns in one run.
 
-    python benchmarks/step.py                              # a tiny network, every mode, and the steps looked ahead
+    python benchmarks/step.py                              # every mode on a tiny network and on WRN-28-2
     python benchmarks/step.py --against ../other-checkout  # and the same by the metapl of that checkout
     python benchmarks/step.py --table benchmarks/results/step.json
+    python benchmarks/step.py --write docs/modes.md
 
 Times are of the processor, on one thread, the median over turns of the mean over some steps. Figures of one run are
 comparable, those of two runs are not.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_json
+from machine import arguments, described, parsed, write_between_marks, write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,13 +90,16 @@ def measure(miniature: bool) -> list[Row]:
                 built = {"inner_optimizer": optimizer(kind, student), "outer_optimizer": optimizer(kind, teacher)}
                 step = metapl.BilevelTrainer(teacher, student, mode, **built).step
             rows.append({"case": "mlp", "mode": mode, "optimizer": kind} | timed(step, labeled, unlabeled, 5, 40))
-    if not miniature and hasattr(metapl, "Lookahead"):
-        for mode in ("forward", "unrolled"):
-            for ahead in AHEAD:
-                teacher, student, labeled, unlabeled = networks("wrn")
-                trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=())
-                batches = metapl.Lookahead([unlabeled] * ahead)
-                rows.append({"case": "wrn", "mode": mode, "ahead": ahead} | timed(trainer.step, labeled, batches, 0, 1))
+    if miniature:
+        return rows
+    for mode in modes:
+        for ahead in AHEAD if mode in ("forward", "unrolled") and hasattr(metapl, "Lookahead") else (1,):
+            teacher, student, labeled, unlabeled = networks("wrn")
+            trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=())
+            batches = unlabeled if ahead == 1 else metapl.Lookahead([unlabeled] * ahead)
+            warm, steps = (1, 3) if ahead == 1 else (0, 1)
+            row = {"case": "wrn", "mode": mode, "ahead": ahead}
+            rows.append(row | timed(trainer.step, labeled, batches, warm, steps))
     return rows
 
 
@@ -161,7 +165,11 @@ def main() -> None:
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of metapl")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result, and measure nothing")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
     given = parsed(parser)
+    if given.write:
+        write_between_marks(given.write, "step", table(json.loads(given.out.read_text())))
+        return
     if given.table:
         print(table(json.loads(given.table.read_text())))
         return

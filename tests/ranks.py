@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import socket
 import tempfile
 import traceback
 from contextlib import suppress
@@ -12,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "sharded_cases"]
+PRELOADED = ["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "metapl.cli.train"]
 SECONDS = 60.0
 
 
@@ -25,25 +26,27 @@ class Ranks:
 
     Args:
         number: of them.
+        cases: the module whose functions they run.
+        joined: whether they have joined the group; else they find what ``torchrun`` tells its processes.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, cases: str = "sharded_cases", *, joined: bool = True) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.folder = tempfile.TemporaryDirectory()
-        meeting = Path(self.folder.name) / "meeting"
+        meeting = str(Path(self.folder.name) / "meeting") if joined else _free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(number):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, number, str(meeting)), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, number, meeting, cases), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
     def run(self, name: str, **arguments: Any) -> list[Any]:
-        """What a function of ``sharded_cases`` returns on every rank."""
+        """What a function of that module returns on every rank."""
         for pipe in self.pipes:
             pipe.send((name, arguments))
         answers = []
@@ -68,19 +71,36 @@ class Ranks:
         self.folder.cleanup()
 
 
-def _serve(pipe: Connection, rank: int, number: int, meeting: str) -> None:
-    """What a process does: join the group, and run what it is sent."""
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module: str) -> None:
+    """What a process does: join the group, and run what it is sent.
+
+    Args:
+        pipe, rank, number: to whom it answers, and which of how many it is.
+        meeting: a file to meet in, or the port of ``torchrun``.
+        module: whose functions it runs.
+    """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
     from torch import distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
-    cases = importlib.import_module("sharded_cases")
+    if isinstance(meeting, str):
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
+    else:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}
+    cases = importlib.import_module(module)
     while (task := pipe.recv()) is not None:
         name, arguments = task
         try:
             pipe.send((None, getattr(cases, name)(**arguments)))
         except Exception:
             pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

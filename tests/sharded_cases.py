@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 import torchopt
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import metapl
+from metapl.cli import main
 from metapl.distributed.layout import Layout
 from metapl.distributed.ranks import Ranks
 from metapl.distributed.shards import ShardedSpace
@@ -151,7 +156,7 @@ def train(
     layout: str | None = None,
     optimizer: str = "sgd",
     *,
-    steps: int = 3,
+    steps: int = 2,
     views: bool = False,
     gradients: bool = True,
     dtype: torch.dtype = torch.float64,
@@ -161,9 +166,9 @@ def train(
     trainer = built(mode, layout, optimizer, dtype=dtype, **options)
     found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
     torch.manual_seed(3)
-    for labeled, unlabeled in batches(steps, views, dtype):
+    for step, (labeled, unlabeled) in enumerate(batches(steps, views, dtype)):
         labeled, unlabeled = share(labeled), share(unlabeled)
-        if gradients:
+        if gradients and step == 0:
             gradient = trainer.hypergradient(labeled, unlabeled, generator=torch.Generator().manual_seed(6))
             found["gradients"].append({name: whole(g) for name, g in gradient.grads.items()})
             found["moved"].append({name: whole(p) for name, p in gradient.student_params.items()})
@@ -365,3 +370,39 @@ def hang() -> None:
     """Rank 1 waits for rank 0, which has left."""
     if dist.get_rank() == 1:
         dist.barrier()
+
+
+def fitted(layout: str | None, out: str | None = None) -> dict[str, Any]:
+    """A short fit on the same whole batches everywhere, with validation."""
+    trainer = built("forward", layout, "adamw")
+    drawn = batches(4)
+    (x, y), _ = batches(5)[4]
+    result = trainer.fit(
+        [labeled for labeled, _ in drawn],
+        [unlabeled for _, unlabeled in drawn],
+        steps=4,
+        wait=1,
+        validation=(x, y),
+        validate_every=2,
+        log_every=2,
+        save_every=2,
+        split_batches=True,
+        progress=False,
+        out=out,
+        say=lambda text: None,
+    )
+    tuned = trainer.finetune([labeled for labeled, _ in drawn], steps=2, split_batches=True, progress=False)
+    return {"history": result.history, "weights": result.weights, "tuned": tuned.weights, "step": result.step}
+
+
+def script(page: str) -> None:
+    """The code of a page of the documentation."""
+    exec(compile(pages.code(Path(page)), page, "exec"), {"__name__": "__main__"})
+
+
+def command(arguments: list[str]) -> tuple[int, str, str]:
+    """The exit code of the command on this rank, and what it showed."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()

@@ -23,7 +23,7 @@ STUDIES = {
     "suspects": (),
     "two_moons": (),
 }
-MEASUREMENTS = ("augment", "difference_step", "endurance", "labels", "modes", "peers", "step", "throughput")
+MEASUREMENTS = ("augment", "difference_step", "endurance", "labels", "modes", "peers", "reduced", "step", "throughput")
 
 
 def run(name: str, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -78,6 +78,18 @@ def test_one_folder_a_class(tmp_path: Path) -> None:
     assert kept.classes == files.classes
 
 
+def test_a_link_in_a_class_folder_to_the_folder_above_brings_no_pictures_of_other_classes(tmp_path: Path) -> None:
+    fill(tmp_path, "cat/1.png", "cat/more/2.png", "dog/3.png")
+    (tmp_path / "cat" / "up").symlink_to(tmp_path)
+    (tmp_path / "dog" / "up").symlink_to(tmp_path)
+    found = scan_labeled(tmp_path)
+    assert list(zip(found.names, found.labels, strict=True)) == [
+        ("cat/1.png", 0),
+        ("cat/more/2.png", 0),
+        ("dog/3.png", 1),
+    ]
+
+
 def test_links_are_followed_and_end(tmp_path: Path) -> None:
     root = fill(tmp_path / "data", "a/1.png")
     fill(tmp_path / "elsewhere", "2.png")

@@ -21,11 +21,12 @@ LEVELS = (
     ("feedback",),
     ("hypergradient",),
     ("data", "metrics", "report", "export"),
-    ("labels",),
+    ("labels", "robustness"),
     ("training",),
     ("ablation",),
     ("recipes",),
     ("experiments",),
+    ("planning",),
     ("cli", "__main__"),
 )
 """Rooms of the package, the lowest first: each imports from its own level and from those before it. Of the core:

@@ -212,6 +212,24 @@ def test_the_page_on_stored_labels_shows_the_table_of_the_raw_file(tables: objec
     sys.modules.pop("labels")
 
 
+def test_the_page_on_modes_shows_the_table_of_a_step(tables: object) -> None:
+    import json
+
+    import step
+
+    assert shown("step") == step.table(json.loads(step.RESULT.read_text()))
+    sys.modules.pop("step")
+
+
+def test_the_page_on_reduced_mpl_shows_the_table_of_the_raw_file(tables: object) -> None:
+    import json
+
+    import reduced
+
+    assert shown("reduced") == reduced.table(json.loads(reduced.RESULT.read_text()))
+    sys.modules.pop("reduced")
+
+
 def test_the_pages_on_peers_and_endurance_show_the_tables_of_the_raw_files(tables: object) -> None:
     import json
 

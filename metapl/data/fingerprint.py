@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.data.images.folders import Files, LabeledFiles, digest, unreadable
+from metapl.data.images.shards import size_of
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def hash_files(files: Files) -> str:
     Raises:
         MetaplError: a file is gone or cannot be read.
     """
-    sizes = [_ask(path, os.path.getsize) for path in files.paths()]
+    sizes = [_ask(path, size_of) for path in files.paths()]
     whole = len(sizes) <= WHOLE_UP_TO and sum(sizes) <= WHOLE_BYTES
     whole_hash = hashlib.sha256()
     labels: Iterable[object] = files.labels if isinstance(files, LabeledFiles) else (None for _ in files.names)

@@ -7,7 +7,8 @@ sharded     by ``fully_shard``: every rank holds a part of each weight, and gath
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -137,6 +138,19 @@ def _is_block(part: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in type(part).__mro__)
 
 
+@contextmanager
+def passes_only(network: nn.Module) -> Iterator[None]:
+    """Passes without gradients in this block.
+
+    In inference mode; a sharded network would then gather its weights into tensors that no later pass could fill again.
+    """
+    blocks: list[Any] = [part for _, part in named_parts(network) if _is_block(part)]
+    with torch.no_grad() if blocks else torch.inference_mode():
+        yield
+    for block in blocks:
+        block.reshard()
+
+
 def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:
     if getattr(wrapper, "_comm_hooks", None):
         raise MetaplError(
@@ -151,7 +165,7 @@ def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:
 
 
 def _sharded(name: str, network: nn.Module) -> Layout:
-    blocks = tuple(part for _, part in named_parts(network) if _is_block(part))
+    blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if _is_block(part))
     if not _is_block(network):
         raise MetaplError(
             f"fully_shard was called on parts of the {name} and not on the {name} itself, so the rest of it would "

@@ -182,7 +182,7 @@ def _placement(shards: int) -> Callable[[nn.Parameter], Any]:
 
 
 def _checkpoint(blocks: Iterable[nn.Module]) -> None:
-    from torch.distributed._composable import checkpoint
+    from torch.distributed._composable.checkpoint_activation import checkpoint
 
     for block in blocks:
         checkpoint(block)

@@ -286,7 +286,7 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> tuple[int, int, 
     >>> mcnemar([1.0, 1.0, 1.0, 0.8], [0.8, 0.8, 1.0, 0.8])
     (2, 0, 0.5)
     """
-    import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
+    import scipy.stats
 
     pairs = [(a > SUCCESS, b > SUCCESS) for a, b in zip(first, second, strict=True)]
     alone, other_alone = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)

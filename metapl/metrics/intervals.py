@@ -27,7 +27,7 @@ def interval(correct: int, n: int) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= correct <= n:
         raise MetaplError(f"{correct} right of {n} examples were given; expected 0 to n right, of at least one example")
-    import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
+    import scipy.stats
 
     ends = scipy.stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
     return float(ends.low), float(ends.high)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
 from metapl.device import to_device
+from metapl.distributed.layout import passes_only
 from metapl.errors import MetaplError
 
 ROWS = 1024
@@ -55,7 +56,7 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     """The logits (N, C) of batches of inputs, on the CPU; the rest is as in :func:`predict_logits`."""
     first = next(model.parameters(), None)
     logits: list[Tensor] = []
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), passes_only(model):
         for x in inputs:
             given = x if first is None else to_device(x, first.device)
             try:
@@ -147,7 +148,8 @@ def _tensors(inputs: Any, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; afterwards every submodule is in the mode that it had."""
     # Each flag for itself: `model.train()` afterwards would wake the layers that a user has frozen in eval mode.
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -69,7 +69,7 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     # 0.3 − 0.2 and 0.2 − 0.1 differ by rounding alone; a spread of that size is none.
     interval, p = None, None
     if std > 4e-16 * max(abs(float(score)) for score in (*a, *b)):
-        import scipy.stats  # type: ignore[import-untyped]  # scipy ships no types
+        import scipy.stats
 
         test = scipy.stats.ttest_rel(a, b)
         ends, p = test.confidence_interval(0.95), float(test.pvalue)

@@ -41,11 +41,12 @@ class _PooledCNN(nn.Module):
         self.features = nn.Sequential(
             *(_Stage(into, out, stride=stride, pool=pool) for into, out, (stride, pool) in channels)
         )
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.dropout(self.features(images).mean(dim=(2, 3))))
+        logits: Tensor = self.head(self.dropout(self.pool(self.features(images)).flatten(1)))
         return logits
 
 

@@ -26,6 +26,7 @@ class _SmallCNN(nn.Module):
         self.features = nn.Sequential(
             _ConvNorm(in_channels, 32, 1), _ConvNorm(32, 48, 2), _ConvNorm(48, 64, 2), _ConvNorm(64, 64, 1)
         )
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(64, num_classes)
         for module in self.modules():
@@ -33,7 +34,7 @@ class _SmallCNN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.dropout(self.features(images).mean(dim=(2, 3))))
+        logits: Tensor = self.head(self.dropout(self.pool(self.features(images)).flatten(1)))
         return logits
 
 

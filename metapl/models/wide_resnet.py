@@ -45,12 +45,13 @@ class _WideResNet(nn.Module):
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm2d(channels)
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, num_classes)
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         features = functional.relu(self.norm(self.blocks(self.stem(images))))
-        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        logits: Tensor = self.head(self.pool(features).flatten(1))
         return logits
 
 

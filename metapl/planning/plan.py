@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,13 +122,28 @@ def _planned(
     recipe: Recipe, networks: dict[Any, nn.Module], mesh: Mesh, memory: int, flops_per_second: float | None
 ) -> Plan:
     parameters = {role: sum(p.numel() for p in network.parameters()) for role, network in networks.items()}
-    with stage(mesh):
+    with stage(mesh), _explained(recipe, mesh):
         teacher, student = (laid_out(without_values(networks[role]), mesh) for role in ROLES)
         with unset_fake_temporarily():
             trainer = bilevel_trainer(recipe, teacher, student)
         average = [torch.empty_like(local(t)) for t in _tensors(student)] if recipe.ema_decay is not None else []
         step = rehearsed(trainer, _batches(recipe, mesh), average)
     return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
+
+
+@contextmanager
+def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
+    """Errors of the networks' own code in a step, such as a batch norm's of a share of one example."""
+    try:
+        yield
+    except MetaplError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        share = f"{recipe.labeled_batch // mesh.size:,} labeled and {recipe.unlabeled_batch // mesh.size:,} unlabeled"
+        text = str(error).strip().partition("\n")[0].rstrip(".")
+        raise MetaplError(
+            f"a step of {recipe.name} on {mesh.size:,} ranks, with {share} examples on each, does not run: {text}."
+        ) from error
 
 
 def propose(recipe: Recipe, ranks: int, *, memory: int, flops_per_second: float | None = None) -> Plan:

@@ -62,6 +62,13 @@ def require_within(recipe: object, field: str, least: int, most: int) -> None:
     require(recipe, value is None or value <= most, field, f"{most:,} at most")
 
 
+def require_finite(recipe: object) -> None:
+    """Refuse a recipe with a field that is infinite or not a number."""
+    for name in [each.name for each in dataclasses.fields(recipe)]:  # type: ignore[arg-type]  # a recipe, or a part
+        value = getattr(recipe, name)
+        require(recipe, not isinstance(value, float) or math.isfinite(value), name, "a finite number")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """An optimizer of ``torch.optim``.
@@ -83,6 +90,7 @@ class Optimizer:
     decay_norms: bool = True
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(self, self.lr > 0, "lr", "a number above 0")
         require(self, 0 <= self.momentum < 1, "momentum", "a number in [0, 1)")
         require(self, self.momentum > 0 or not self.nesterov, "momentum", "a number above 0 beside nesterov")
@@ -122,7 +130,7 @@ class Feedback:
     pseudo_label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self, math.isfinite(self.feedback_weight), "feedback_weight", "a finite number")
+        require_finite(self)
         self.problem().for_modes(self.estimator().labels, self.mode)
 
     def estimator(self) -> feedback.Estimator:
@@ -287,6 +295,7 @@ class Recipe(ABC):
     keep: int = 2
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name, most in (
             ("steps", MOST_STEPS),
             ("labeled_batch", MOST_IN_A_BATCH),
@@ -298,7 +307,7 @@ class Recipe(ABC):
         require(self, 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
         require(self, 0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1)")
         require(self, self.uda_weight >= 0, "uda_weight", "0 or more")
-        require(self, 0 <= self.uda_temperature < math.inf, "uda_temperature", "a number of 0 or more")
+        require(self, self.uda_temperature >= 0, "uda_temperature", "a number of 0 or more")
         require(self, 0 <= self.uda_threshold < 1, "uda_threshold", "a number in [0, 1)")
         self.teacher_losses(uda=True)
         if self.complete:

@@ -191,10 +191,13 @@ class ImageRecipe(Recipe):
         }
         for name, (least, most) in bounds.items():
             require_within(self, name, least, most)
+        ratio = self.feedback_ratio
+        require(self, ratio is None or ratio >= 0, "feedback_ratio", "a number of 0 or more")
         whole = self.finetune_batch is None or self.finetune_batch % self.accumulate == 0
         require(self, whole, "finetune_batch", f"a multiple of accumulate={self.accumulate}")
         self.strong.view(Identity())
         if self.complete:
+            require(self, self.pad < self.image_size, "pad", f"less than the side of a picture, {self.image_size}")
             for role in ("teacher", "student"):
                 self._architecture(role, num_classes=2)
 

@@ -159,7 +159,8 @@ class BilevelTrainer(Trainer):
         if teacher is not None:
             self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
             _check_outer(self.outer_optimizer, teacher)
-            self._teacher_trainer = _TeacherTrainer(self, self.given[0], self.outer_optimizer)
+            wrapped = teacher if self.given[0] is None else self.given[0]
+            self._teacher_trainer = _TeacherTrainer(self, wrapped, self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done = 0
         self._derivatives_checked = False
@@ -332,7 +333,7 @@ class BilevelTrainer(Trainer):
             self._check_ratio(self.feedback_ratio)
 
     def _check_ratio(self, ratio: float) -> None:
-        if not ratio >= 0:
+        if not 0 <= ratio < float("inf"):
             raise MetaplError(f"feedback_ratio={ratio}: expected a number of 0 or more, or None.")
         if self.feedback_weight != 1.0:
             raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from metapl.data.images.folders import Count, Files, LabeledFiles, Progress, digest, unreadable
+from metapl.data.images.shards import open_picture, size_of
 from metapl.errors import few
-from metapl.plain_files import open_plain
 from metapl.words import shown
 
 Kind = Literal["classes", "test copies", "validation copies", "labeled copies", "contradiction"]
@@ -312,7 +312,7 @@ def _same_bytes(files: list[_File], count: Count) -> list[list[_File]]:
     of them is compared before all their bytes.
     """
     groups, labeled = [files], sum(file.side == "labeled" for file in files)
-    for key, counted in ((os.path.getsize, 0), (_middle, 1), (digest, 0)):
+    for key, counted in ((size_of, 0), (_middle, 1), (digest, 0)):
         alike: list[list[_File]] = []
         for group in groups:
             by_key: defaultdict[Hashable, list[_File]] = defaultdict(list)
@@ -350,7 +350,7 @@ def _contradict(labeled: Sequence[_File]) -> bool:
 
 def _middle(path: str) -> bytes:
     """4 KiB from the middle: the beginning is often a header that all files share."""
-    with open_plain(path) as file:
+    with open_picture(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size // 2 - _PIECE // 2))
         return hashlib.sha256(file.read(_PIECE)).digest()

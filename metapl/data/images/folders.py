@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from metapl.data.images.reader import SUFFIXES
+from metapl.data.images.shards import SUFFIX, Manifest, members, open_picture
 from metapl.errors import MetaplError, few
-from metapl.plain_files import open_plain
 from metapl.words import shown
 
 Progress = Callable[[int], None]
@@ -97,7 +97,8 @@ def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> File
     """List the pictures of a folder and all folders in it.
 
     Files are known by their suffix. Hidden files and folders (``.name``, ``__MACOSX``) are left out; links are
-    followed, and a folder that can be reached in several ways is listed once.
+    followed, and a folder that can be reached in several ways is listed once. Where there is no picture but tar files,
+    as ``metapl shards`` and WebDataset write them, the pictures in these are listed: ``000000.tar/deep/er/a.png``.
 
     Args:
         folder: any folder.
@@ -121,6 +122,8 @@ def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> File
     root = _folder(folder)
     count = Count(progress)
     names, passed_over = _images(root, count)
+    if not names and passed_over[SUFFIX]:
+        names, passed_over = _in_shards(root, count)
     count.end()
     if not names:
         raise _no_image(root, passed_over)
@@ -156,7 +159,7 @@ def scan_labeled(folder: str | Path, progress: Progress | None = None) -> Labele
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        below, others = _images(root / name, count)
+        below, others = _images(root / name, count, above=root)
         names += (f"{name}/{image}" for image in below)
         labels += [label] * len(below)
         passed_over.update(others)
@@ -199,7 +202,7 @@ class Count:
 
 def digest(path: str) -> bytes:
     """SHA-256 of a file's bytes."""
-    with open_plain(path) as file:
+    with open_picture(path) as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
@@ -208,11 +211,15 @@ def unreadable(path: str, error: OSError) -> MetaplError:
     return MetaplError(f"{shown(path)} cannot be read: {error.strerror}; was it removed just now?")
 
 
-def _images(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
-    """The images below a folder, relative to it and sorted, and the suffixes of what else there is."""
+def _images(root: Path, count: Count, above: Path | None = None) -> tuple[tuple[str, ...], Counter[str]]:
+    """The images below a folder, relative to it and sorted, and the suffixes of what else there is.
+
+    Args:
+        above: a folder that a link inside does not lead back into: its other folders are other classes.
+    """
     names: list[str] = []
     passed_over: Counter[str] = Counter()
-    for folder, _, files in _walk(root):
+    for folder, _, files in _walk(root, above):
         images, others = _by_suffix(files)
         prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         names += (prefix + name for name in images)
@@ -221,33 +228,56 @@ def _images(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
     return tuple(sorted(names)), passed_over
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def _in_shards(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
+    """As :func:`_images`, of the members of the tar files below a folder."""
+    manifest = Manifest.read(root)
+    if manifest is not None:
+        manifest.check_files(root, whole=True)
+    names: list[str] = []
+    passed_over: Counter[str] = Counter()
+    for folder, _, files in _walk(root):
+        for tar in (folder / name for name in files if name.endswith(SUFFIX)):
+            inside = [m.name for m in members(tar) if all(map(_is_visible, m.name.split("/")))]
+            twice = [name for name, times in Counter(inside).items() if times > 1]
+            if twice:
+                raise MetaplError(f"{shown(tar)} has {few(twice)} more than once; expected each name once.")
+            images, others = _by_suffix(inside)
+            names += (f"{tar.relative_to(root).as_posix()}/{name}" for name in images)
+            passed_over.update(others)
+            count.add(len(images))
+    return tuple(sorted(names)), passed_over
+
+
+def _walk(root: Path, above: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Each folder once, with the folders and the files in it; hidden ones are left out."""
-    for folder, inside, files in walk(root, _refuse):
+    for folder, inside, files in walk(root, _refuse, above):
         inside[:] = filter(_is_visible, inside)
         yield Path(folder), inside, [name for name in files if _is_visible(name)]
 
 
-def walk(root: str | Path, refuse: Callable[[OSError], None]) -> Iterator[tuple[str, list[str], list[str]]]:
+def walk(
+    root: str | Path, refuse: Callable[[OSError], None], above: str | Path | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
     """Folders, each once, with the names of the folders and of the files in them, sorted, however deep they are.
 
     Args:
         root: where to begin; links to folders are followed, also one that leads back to a folder above it. What is
             taken from the list of a folder's folders before the next one is asked for is not gone into.
         refuse: called with the error where a folder cannot be listed.
+        above: a folder that counts as listed already.
     """
     # Not os.walk, which calls itself for every folder in a folder.
     waiting = [os.fspath(root)]
-    seen: set[tuple[int, int]] = set()
+    seen = set() if above is None else {_identity(above)}
     while waiting:
         folder = waiting.pop()
         inside: list[str] = []
         files: list[str] = []
         try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
+            identity = _identity(folder)
+            if identity in seen:
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(identity)
             with os.scandir(folder) as entries:
                 for entry in entries:
                     (inside if _is_folder(entry) else files).append(entry.name)
@@ -257,6 +287,12 @@ def walk(root: str | Path, refuse: Callable[[OSError], None]) -> Iterator[tuple[
         inside.sort()
         yield folder, inside, sorted(files)
         waiting += [os.path.join(folder, name) for name in reversed(inside)]
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """What a folder and a link to it have in common."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

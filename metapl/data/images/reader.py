@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from metapl.data.images.shards import open_picture, size_of
 from metapl.errors import MetaplError
-from metapl.plain_files import refuse_irregular
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -200,8 +199,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
             # Pillow warns of oddities in files that read well. The one about size is a refusal here.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            refuse_irregular(path)
-            with Image.open(path, formats=_FORMATS) as image:
+            with open_picture(path) as file, Image.open(file, formats=_FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise UnreadableImage(path, _too_large(max_pixels, f"{image.width}x{image.height}"))
                 yield image
@@ -213,7 +211,7 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
             "lower max_pixels, or use fewer workers"
         ) from error
     except UnidentifiedImageError:
-        empty = os.path.getsize(path) == 0
+        empty = size_of(path) == 0
         raise UnreadableImage(path, "the file is empty" if empty else "not a picture of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(path, _too_large(max_pixels, str(error))) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Literal
 
 from metapl.data.images.folders import Count, Files, Progress
 from metapl.data.images.reader import MAX_PIXELS, UnreadableImage, image_size, read_image
+from metapl.data.images.shards import status_of
 from metapl.errors import MetaplError, few
 from metapl.plain_files import irregular
 from metapl.runs.atomic import replacing
@@ -116,9 +116,9 @@ def _statuses(files: Files, progress: Progress | None) -> list[tuple[int, int] |
     statuses: list[tuple[int, int] | str] = []
     for path in files.paths():
         try:
-            status = os.stat(path)
-            kind = irregular(status.st_mode)
-            statuses.append((status.st_size, status.st_mtime_ns) if kind is None else f"it is {kind}")
+            mode, size, changed = status_of(path)
+            kind = irregular(mode)
+            statuses.append((size, changed) if kind is None else f"it is {kind}")
         except OSError as error:
             statuses.append(error.strerror or type(error).__name__)
         count.add()

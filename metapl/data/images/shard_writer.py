@@ -1,0 +1,179 @@
+"""Writing a folder of pictures as tar files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from metapl.data.images.folders import Files, Progress, digest, scan_unlabeled
+from metapl.data.images.shards import FORMAT, MANIFEST, SUFFIX, Manifest, ShardFile, open_picture, size_of
+from metapl.errors import MetaplError, few
+from metapl.runs.atomic import replacing
+from metapl.words import shown
+
+PER_SHARD = 10_000
+
+
+def write_shards(
+    folder: str | Path, out: str | Path, per_shard: int = PER_SHARD, progress: Progress | None = None
+) -> Manifest:
+    """Write the pictures of a folder as tar files that WebDataset reads too, and that stand for the folder in training.
+
+    Args:
+        folder: of pictures, as for ``scan_unlabeled``: any tree.
+        out: folder of the shards; made if need be. Those that were written before a stop are kept.
+        per_shard: pictures of a shard.
+        progress: called with the number of pictures done.
+
+    Returns: the manifest, which stands in ``out`` as ``shards.json``.
+
+    The pictures are copied byte by byte in the order of their names, and a shard has no time or owner in it: the same
+    pictures give the same bytes. A shard gets its name when it is whole.
+
+    Cost: one reading and one writing of every picture, and no more memory than the largest of them.
+
+    Raises:
+        MetaplError: a picture cannot be read; ``out`` holds something else, lies in the folder, or cannot be written.
+    """
+    folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    if per_shard < 1:
+        raise MetaplError(f"write_shards got per_shard={per_shard}; expected 1 picture or more.")
+    files = scan_unlabeled(folder)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise MetaplError(
+            f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected a folder elsewhere."
+        )
+    wanted = Manifest(_listing(files), len(files), per_shard)
+    manifest = _begun(out, wanted)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for number in range(len(manifest.shards), manifest.total):
+            rows = range(number * per_shard, min((number + 1) * per_shard, len(files)))
+            shard = _write_one(files, rows, out / f"{number:06d}{SUFFIX}")
+            manifest = dataclasses.replace(manifest, shards=(*manifest.shards, shard))
+            _write_manifest(out, manifest)
+            if progress is not None:
+                progress(rows.stop)
+    except OSError as error:
+        raise MetaplError(
+            f"{shown(out)} cannot be written: {error.strerror or error}; expected a folder with room for "
+            f"{shown(folder)}. Given once more, the command goes on."
+        ) from error
+    return manifest
+
+
+def check_shards(folder: str | Path, progress: Progress | None = None) -> Manifest:
+    """Compare the bytes of all shards with their checksums.
+
+    Raises:
+        MetaplError: there is no manifest, or a shard is not as it was written.
+    """
+    folder = Path(folder).expanduser()
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise MetaplError(f"{shown(folder)} has no {MANIFEST}; expected a folder that `metapl shards` wrote.")
+    manifest.check_files(folder, whole=True)
+    done, wrong = 0, []
+    for shard in manifest.shards:
+        if digest(str(folder / shard.file)).hex() != shard.sha256:
+            wrong.append(shard.file)
+        done += shard.pictures
+        if progress is not None:
+            progress(done)
+    if wrong:
+        raise MetaplError(
+            f"{shown(folder)}: the bytes of {few(wrong)} are not as they were written; copy the folder again, or write "
+            "the shards again."
+        )
+    return manifest
+
+
+def _begun(out: Path, wanted: Manifest) -> Manifest:
+    """The manifest to go on from."""
+    if out.exists() and not out.is_dir():
+        raise MetaplError(f"{shown(out)} is a file; expected a folder for the shards.")
+    if not out.is_dir():
+        return wanted
+    found = Manifest.read(out)
+    if found is None:
+        others = [entry.name for entry in sorted(out.iterdir()) if not entry.name.endswith(".tmp")]
+        if others:
+            raise MetaplError(
+                f"{shown(out)} has {few(others)} in it; expected a new or an empty folder, or shards begun before."
+            )
+        return wanted
+    if dataclasses.replace(found, shards=()) != wanted:
+        raise MetaplError(
+            f"{shown(out)} holds shards of {found.pictures:,} other pictures, or of another size ({found.per_shard:,} "
+            "pictures each); expected a new folder, or the same command as before."
+        )
+    found.check_files(out, whole=False)
+    return found
+
+
+def _listing(files: Files) -> str:
+    whole = hashlib.sha256()
+    for name, path in zip(files.names, files.paths(), strict=True):
+        whole.update(f"{name}\0{_asked(path)}\0".encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()
+
+
+def _asked(path: str) -> int:
+    try:
+        return size_of(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> MetaplError:
+    return MetaplError(f"{shown(path)} cannot be read: {error.strerror}; remove it, or make it readable.")
+
+
+def _write_one(files: Files, rows: range, path: Path) -> ShardFile:
+    with replacing(path) as file:
+        hashed = _Hashed(file)
+        with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
+            for row in rows:
+                _add(tar, files.names[row], str(files.path(row)))
+    return ShardFile(path.name, len(rows), hashed.written, hashed.digest.hexdigest())
+
+
+def _add(tar: tarfile.TarFile, name: str, path: str) -> None:
+    try:
+        picture = open_picture(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    with picture:
+        member = tarfile.TarInfo(name)
+        member.size = picture.seek(0, os.SEEK_END)
+        picture.seek(0)
+        tar.addfile(member, picture)
+
+
+def _write_manifest(out: Path, manifest: Manifest) -> None:
+    with replacing(out / MANIFEST) as file:
+        file.write(json.dumps({"format": FORMAT} | dataclasses.asdict(manifest), indent=1).encode())
+
+
+@dataclass
+class _Hashed:
+    """A file for writing that hashes what it is given."""
+
+    file: BinaryIO
+
+    def __post_init__(self) -> None:
+        self.digest, self.written = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.written += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.written

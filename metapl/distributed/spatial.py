@@ -1,0 +1,334 @@
+r"""Images cut along their width: each process runs a convolutional network on its columns of every image.
+
+A convolution reads a few columns beside those that it computes, the halo, which the neighbors send; batch and group
+norms take their statistics, and global pooling its mean, over the columns of all processes. What comes after the
+pooling is small, and every process computes it whole. The paper trains EfficientNet-L2 in this layout.
+
+With output column j of a convolution at input columns :math:`js - p, \dots, js - p + d(k - 1)` (kernel k, stride s,
+padding p, dilation d), a process with W columns needs p columns on the left and d(k − 1) − p − s + 1 on the right.
+
+DTensor's own sharding of convolutions is not used: it drops the halo without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from metapl.distributed.exchange import sum_over, with_halo
+from metapl.errors import MetaplError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def split_width(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This process's columns of images.
+
+    Args:
+        x: (..., W), the whole images, the same on every process of the group.
+
+    Raises:
+        MetaplError: the processes do not divide the width.
+    """
+    width, size = x.shape[-1], group.size()
+    if width % size:
+        raise MetaplError(f"images of width {width} cannot be cut for {size} processes; expected a multiple of {size}.")
+    own = width // size
+    return x[..., group.rank() * own : (group.rank() + 1) * own]
+
+
+def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> ModuleT:
+    """Let a convolutional network run on this process's columns of images.
+
+    .. math:: S_{\\mathrm{split}}(x_r; \\theta) = S(x; \\theta) \\text{ on every process } r
+
+    The parameters, the buffers and their names stay; layers are replaced in place, and the network is then run on whole
+    images and on their parts, in evaluation mode, and the outputs are compared: what its own code does with the
+    columns, such as ``x.mean((2, 3))``, cannot be seen otherwise. Outputs, and so the loss, are whole and the same on
+    every process. A backward pass gives every process a gradient whose *mean* over the processes is that of the network
+    on whole images; ``fully_shard`` and ``DistributedDataParallel`` take this mean.
+
+    Args:
+        module: a network of convolutions, pooling, batch and group norms, layers that work on each pixel (activations,
+            dropout of whole channels or examples), global average pooling, and anything after it.
+        group: the processes that hold parts of the same images, from left to right. Their default generators are to be
+            seeded alike, so that they drop the same examples.
+        example: whole images (B, C, H, W), the same on every process, to compare on.
+
+    Cost: a message to each neighbor for each convolution and pooling wider than its stride, two sums of a vector for
+    each norm, and one for the global pooling.
+
+    Raises:
+        MetaplError: a layer that would need other columns and cannot get them, by name; columns that a stride does not
+            divide, or fewer columns than a halo; other outputs on the parts than on the whole. The network is then as
+            it was.
+    """
+    if type(module) in _MADE:
+        raise MetaplError(f"spatial was given a {type(module).__name__} alone; expected a network around it.")
+    with _evaluated(module):
+        layers = [(name, layer, _split_layer(name, layer, group)) for name, layer in module.named_modules()]
+        replaced = {name: (layer, new) for name, layer, new in layers if new is not None}
+        expected = module(example)
+        try:
+            for name, (_, new) in replaced.items():
+                _put(module, name, new)
+            _check_same(module(split_width(example, group)), expected, group)
+        except BaseException:
+            for name, (layer, _) in replaced.items():
+                _put(module, name, layer)
+            raise
+    return module
+
+
+def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, layer)
+
+
+@contextmanager
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        # Layers that have taken another's place share its tensors and not its mode.
+        for part, (_, training) in zip(module.modules(), modes, strict=True):
+            part.training = training
+
+
+def _check_same(found: Tensor, expected: Tensor, group: dist.ProcessGroup) -> None:
+    """Refuse, on every process, outputs that differ on one of them."""
+    same = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    flag = torch.tensor(float(not same), device=found.device)
+    dist.all_reduce(flag, group=group)
+    if flag:
+        raise MetaplError(
+            "the network makes other outputs of the columns of its processes than of whole images: its own code reads "
+            "across the width (x.mean((2, 3)), flatten, an upsampling). Expected layers for it, such as "
+            "torch.nn.AdaptiveAvgPool2d(1), or Mesh(shard=...) instead."
+        )
+
+
+def _split_layer(name: str, layer: nn.Module, group: dist.ProcessGroup) -> nn.Module | None:
+    """What takes a layer's place; None for one that works as it is."""
+    if type(layer) in _MADE:
+        return _MADE[type(layer)](name, layer, group)
+    if isinstance(layer, _REFUSED) or type(layer).__module__.startswith("torch.nn.modules.conv"):
+        raise MetaplError(
+            f"{name or 'the module'} is a {type(layer).__name__}, which has no form for images cut along their width; "
+            "expected Conv2d, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d(1), BatchNorm2d, GroupNorm and layers that work "
+            "on each pixel. Share the network with Mesh(shard=...) instead."
+        )
+    return None
+
+
+class SpatialConv2d(nn.Conv2d):
+    """A convolution of this process's columns, with those of its neighbors that it needs."""
+
+    group: dist.ProcessGroup
+    name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _extended(
+            x,
+            self.name,
+            self.kernel_size[1],
+            self.stride[1],
+            _side(self.padding, 1),
+            self.group,
+            dilation=self.dilation[1],
+        )
+        padding = (_side(self.padding, 0), 0)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class SpatialMaxPool2d(nn.MaxPool2d):
+    """The greatest values of windows that may reach into the neighbors' columns."""
+
+    group: dist.ProcessGroup
+    name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
+        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.group, fill=-torch.inf)
+        return F.max_pool2d(x, kernel, stride, (padding[0], 0))
+
+
+class SpatialAvgPool2d(nn.AvgPool2d):
+    """The means of windows that may reach into the neighbors' columns."""
+
+    group: dist.ProcessGroup
+    name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
+        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.group)
+        return F.avg_pool2d(x, kernel, stride, (padding[0], 0), False, True, self.divisor_override)
+
+
+class SpatialGlobalPool2d(nn.AdaptiveAvgPool2d):
+    """The mean over all columns of all processes."""
+
+    group: dist.ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum_over(x.mean(dim=(-2, -1), keepdim=True), self.group) / self.group.size()
+
+
+class SpatialDropout(nn.Dropout):
+    """Dropout of what every process holds whole; of parts of images it is refused, as all would drop alike."""
+
+    name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.p and x.ndim == 4 and x.shape[-1] > 1:
+            raise MetaplError(
+                f"{self.name} drops single pixels of images that are cut along their width, and every process would "
+                "drop the same; expected nn.Dropout2d, which drops channels, or dropout after the global pooling."
+            )
+        return super().forward(x)
+
+
+class SpatialBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm by the statistics of all columns: those of the whole images in this group's share of the batch."""
+
+    group: dist.ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and self.running_mean is not None:
+            return super().forward(x)
+        n = x.numel() // x.shape[1] * self.group.size()
+        mean = sum_over(x.sum(dim=(0, 2, 3)), self.group) / n
+        centered = x - mean[:, None, None]
+        variance = sum_over(centered.square().sum(dim=(0, 2, 3)), self.group) / n
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            self._follow(mean.detach(), variance.detach(), n)
+        scale = (variance + self.eps).rsqrt()
+        scale = scale if self.weight is None else scale * self.weight
+        y = centered * scale[:, None, None]
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _follow(self, mean: Tensor, variance: Tensor, n: int) -> None:
+        """Move the running statistics, as PyTorch does: by the unbiased variance."""
+        with torch.no_grad():
+            count, means, variances = self.num_batches_tracked, self.running_mean, self.running_var
+            assert count is not None
+            assert means is not None
+            assert variances is not None
+            count.add_(1)
+            share = 1 / float(count) if self.momentum is None else self.momentum
+            means.lerp_(mean, share)
+            variances.lerp_(variance * (n / max(n - 1, 1)), share)
+
+
+class SpatialGroupNorm(nn.GroupNorm):
+    """Group norm by the statistics of all columns of an image."""
+
+    group: dist.ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.reshape(len(x), self.num_groups, -1)
+        n = grouped.shape[-1] * self.group.size()
+        centered = grouped - sum_over(grouped.sum(-1, keepdim=True), self.group) / n
+        variance = sum_over(centered.square().sum(-1, keepdim=True), self.group) / n
+        y = (centered * (variance + self.eps).rsqrt()).reshape(x.shape)
+        return y if self.weight is None else y * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def _extended(
+    x: Tensor,
+    name: str,
+    kernel: int,
+    stride: int,
+    padding: int,
+    group: dist.ProcessGroup,
+    *,
+    dilation: int = 1,
+    fill: float = 0.0,
+) -> Tensor:
+    """The columns that a window of this shape reads, for the output columns of this process."""
+    width = x.shape[-1]
+    left, right = padding, dilation * (kernel - 1) - padding - stride + 1
+    whole, size = width * group.size(), group.size()
+    if width % stride or (whole + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 != whole // stride:
+        raise MetaplError(
+            f"{name} (kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation}) makes of {whole} "
+            f"columns a number that {size} processes with {width} each do not share evenly; expected a width of the "
+            "images that every stride divides on every process, and paddings that keep it: a larger image, or fewer "
+            "processes."
+        )
+    if max(left, right) > width:
+        raise MetaplError(
+            f"{name} needs {max(left, right)} columns beside its own, and each process has {width}; expected larger "
+            "images, or fewer processes."
+        )
+    if right < 0:
+        left, right, x = left, 0, x[..., : width + right]
+    x = with_halo(x, left, right, group)
+    if fill and group.rank() == 0 and left:
+        x = torch.cat([torch.full_like(x[..., :left], fill), x[..., left:]], dim=-1)
+    if fill and group.rank() == size - 1 and right:
+        x = torch.cat([x[..., : x.shape[-1] - right], torch.full_like(x[..., :right], fill)], dim=-1)
+    return x
+
+
+def _made(kind: type[nn.Module], *check: Callable[[Any], bool]) -> Callable[[str, Any, Any], nn.Module]:
+    """A layer of another class with the same tensors and settings."""
+
+    def make(name: str, layer: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+        if not all(passes(layer) for passes in check):
+            raise MetaplError(
+                f"{name}, {layer}, has no form for images cut along their width; expected zeros for padding, no "
+                "dilation or ceil_mode in pooling, and AdaptiveAvgPool2d(1)."
+            )
+        made = kind.__new__(kind)
+        made.__dict__.update(layer.__dict__)
+        made.__dict__.update(group=group, name=name)
+        return made
+
+    return make
+
+
+def _side(padding: Any, dimension: int) -> int:
+    return int(padding[dimension])
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+_MADE: dict[type[nn.Module], Callable[[str, Any, Any], nn.Module]] = {
+    nn.Conv2d: _made(SpatialConv2d, lambda c: c.padding_mode == "zeros" and not isinstance(c.padding, str)),
+    nn.MaxPool2d: _made(
+        SpatialMaxPool2d, lambda p: not p.ceil_mode and p.dilation in (1, (1, 1)) and not p.return_indices
+    ),
+    nn.AvgPool2d: _made(
+        SpatialAvgPool2d, lambda p: not p.ceil_mode and (p.count_include_pad or _pair(p.padding)[1] == 0)
+    ),
+    nn.AdaptiveAvgPool2d: _made(SpatialGlobalPool2d, lambda p: p.output_size in (1, (1, 1))),
+    nn.BatchNorm2d: _made(SpatialBatchNorm2d),
+    nn.GroupNorm: _made(SpatialGroupNorm),
+    nn.Dropout: _made(SpatialDropout),
+}
+
+_REFUSED = (
+    nn.modules.conv._ConvNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.MultiheadAttention,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+)

@@ -1,0 +1,6 @@
+"""How a classifier does on pictures that are damaged, or made to mislead it.
+
+corruptions  fifteen kinds of damage in five severities each, as in ImageNet-C
+attacks      pictures that are moved against the network: FGSM and PGD
+errors       corruption errors, and rates of flipped predictions
+"""

@@ -1,0 +1,214 @@
+"""What the ranks of tests/test_spatial.py do: a network on their columns, beside the same network on whole images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from metapl.distributed import exchange
+from metapl.distributed.exchange import sum_over, with_halo
+from metapl.distributed.spatial import spatial, split_width
+from metapl.errors import MetaplError
+from metapl.models import create, small_cnn
+
+CLASSES = 5
+
+
+class _Squeezed(nn.Module):
+    """A depthwise convolution whose channels are weighted by a pooled network, as in EfficientNet."""
+
+    def __init__(self, channels: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels)
+        self.pool, self.squeeze = nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * torch.sigmoid(self.squeeze(self.pool(x)))
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(1)
+    if name == "layers":
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 7, 2, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 6, 3, 1, 2, 2),
+            nn.GroupNorm(2, 6), nn.Tanh(), _Squeezed(6, 5, 2), nn.AvgPool2d(2), nn.Conv2d(6, 6, 1, 1),
+            nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.0), nn.Linear(6, CLASSES),
+        )  # fmt: skip
+    if name == "small_cnn":
+        return small_cnn(CLASSES)
+    return create(name, CLASSES)
+
+
+def images(rows: int = 6, side: int = 64) -> Tensor:
+    return torch.randn(rows, 3, side, side, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def error(a: Any, b: Any) -> float:
+    """The relative difference of tensors, or of lists of them."""
+    a, b = ([a], [b]) if isinstance(a, Tensor) else (list(a), list(b))
+    a, b = (torch.cat([t.detach().flatten() for t in tensors]) for tensors in (a, b))
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def mean(t: Tensor) -> Tensor:
+    total = t.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def passes(
+    kind: str, side: int = 64, training: bool = True, rows: int = 6, fault: str | None = None
+) -> dict[str, float]:
+    """Outputs, running statistics, gradients, tangents and second derivatives, each beside those of whole images."""
+    with _planted(fault):
+        return _passes(kind, side, training, rows)
+
+
+@contextmanager
+def _planted(fault: str | None) -> Iterator[None]:
+    """A fault of the exchanges that leaves the outputs right."""
+    faults: dict[str, tuple[Any, str, Any]] = {
+        "columns that are not given back": (exchange, "_returned", lambda t, left, right, _: _own(t, left, right)),
+        "a sum that is not summed backwards": (exchange._Sum, "backward", staticmethod(lambda ctx, g: (g, None))),
+        "a tangent without halo": (
+            exchange._Halo,
+            "jvp",
+            staticmethod(lambda ctx, t, *_: F.pad(t, (ctx.sides[0], ctx.sides[1]))),
+        ),
+        "a tangent that is not summed": (exchange._Sum, "jvp", staticmethod(lambda ctx, t, _: t.clone())),
+    }
+    if fault is None:
+        yield
+        return
+    where, name, wrong = faults[fault]
+    with mock.patch.object(where, name, wrong):
+        yield
+
+
+def _own(t: Tensor, left: int, right: int) -> Tensor:
+    return t[..., left : t.shape[-1] - right].clone()
+
+
+def _passes(kind: str, side: int, training: bool, rows: int) -> dict[str, float]:
+    group = dist.group.WORLD
+    x = images(rows, side)
+    whole = network(kind).double()
+    parts = spatial(copy.deepcopy(whole), group, x)
+    for net in (whole, parts):
+        net.train(training)
+    y = torch.arange(rows) % CLASSES
+    own = split_width(x, group)
+    found = {}
+
+    def second(net: nn.Module, x: Tensor, averaged: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradient, and its product with the Hessian."""
+        params = list(net.parameters())
+        grads = torch.autograd.grad(F.cross_entropy(net(x), y), params, create_graph=True)
+        # The processes' gradients are averaged before any product is taken, as a trainer does.
+        grads_mean = [mean(g) if averaged else g.detach() for g in grads]
+        dot = torch.stack([(g * w).sum() for g, w in zip(grads, grads_mean, strict=True)]).sum()
+        products = torch.autograd.grad(dot, params)
+        return grads_mean, [mean(p) if averaged else p for p in products]
+
+    z, expected = parts(own), whole(x)
+    found["outputs"] = error(z, expected)
+    buffers = [b for b in whole.buffers() if b.is_floating_point()]
+    if buffers:
+        found["statistics"] = error([b for b in parts.buffers() if b.is_floating_point()], buffers)
+    (g, hg), (g_whole, hg_whole) = second(parts, own, True), second(whole, x, False)
+    found["gradient"], found["hessian product"] = error(g, g_whole), error(hg, hg_whole)
+    with torch.no_grad(), forward_ad.dual_level():
+        tangents = []
+        for net, at in ((parts, own), (whole, x)):
+            duals = {n: forward_ad.make_dual(p, w) for (n, p), w in zip(net.named_parameters(), g_whole, strict=True)}
+            tangents.append(forward_ad.unpack_dual(torch.func.functional_call(net, duals, (at,))).tangent.clone())
+        found["tangent"] = error(*tangents)
+    return found
+
+
+def training(kind: str, steps: int = 3) -> float:
+    """SGD with momentum on averaged gradients: the weights beside those of whole images, relative to the update."""
+    x = images()
+    whole = network(kind).double()
+    parts = spatial(copy.deepcopy(whole), dist.group.WORLD, x)
+    start = [p.detach().clone() for p in whole.parameters()]
+    y = torch.arange(len(x)) % CLASSES
+    for net, at in ((whole, x), (parts, split_width(x, dist.group.WORLD))):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(net(at), y).backward()
+            for p in net.parameters() if net is parts else ():
+                p.grad = mean(p.grad)
+            optimizer.step()
+    moved = [a.detach() - b for a, b in zip(whole.parameters(), start, strict=True)]
+    return error([a.detach() - b for a, b in zip(parts.parameters(), start, strict=True)], moved)
+
+
+def adjoint(left: int, right: int) -> list[float]:
+    """⟨Ax, y⟩ − ⟨x, Aᵀy⟩ over all processes, of the halo exchange and of the sum."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    differences = []
+    for run in (lambda t: with_halo(t, left, right, dist.group.WORLD), lambda t: sum_over(t, dist.group.WORLD)):
+        out = run(x)
+        y = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        (back,) = torch.autograd.grad(out, x, y)
+        differences.append(float(mean((out.detach() * y).sum() - (x.detach() * back).sum())))
+    return differences
+
+
+def refused(case: str) -> str:
+    """The message of what is refused."""
+    group, x = dist.group.WORLD, images(2, 16)
+    cut: dict[str, tuple[nn.Module, Tensor]] = {
+        "width": (network("small_cnn"), images(2, 17)),
+        "stride": (nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.AdaptiveAvgPool2d(1)), images(2, 10)),
+        "halo": (nn.Sequential(nn.Conv2d(3, 4, 21, 1, 10), nn.AdaptiveAvgPool2d(1)), x),
+        "no padding": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)), x),
+        "mean": (_Mean(), x),
+        "upsampling": (nn.Sequential(nn.Upsample(scale_factor=2)), x),
+        "pool": (nn.Sequential(nn.AdaptiveAvgPool2d(2)), x),
+        "reflect": (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), x),
+        "alone": (nn.Conv2d(3, 4, 3), x),
+    }
+    net, example = cut[case]
+    before = [(name, type(part)) for name, part in net.named_modules()]
+    try:
+        spatial(net.double(), group, example)
+    except MetaplError as refusal:
+        assert [(name, type(part)) for name, part in net.named_modules()] == before
+        assert all(part.training for part in net.modules())
+        return str(refusal)
+    return ""
+
+
+def dropped() -> str:
+    """Dropout of single pixels of parts of images."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
+    spatial(net.double(), dist.group.WORLD, images(2, 16))
+    try:
+        net(split_width(images(2, 16), dist.group.WORLD))
+    except MetaplError as refusal:
+        return str(refusal)
+    return ""
+
+
+class _Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.conv(x).mean((2, 3)))
+        return logits

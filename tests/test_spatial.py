@@ -1,0 +1,90 @@
+"""Images cut along their width: the numbers of whole images, in every pass, on two and on four processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2, "spatial_cases")
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    ranks = Ranks(4, "spatial_cases")
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["layers", "small_cnn"])
+def test_every_pass_on_two_processes(two: Ranks, name: str, training: bool) -> None:
+    for found in two.run("passes", kind=name, training=training):
+        assert found.keys() >= {"outputs", "gradient", "hessian product", "tangent"}
+        assert max(found.values()) < 1e-12, found
+
+
+def test_every_pass_on_four_processes(four: Ranks) -> None:
+    for found in four.run("passes", kind="layers", side=128, rows=3):
+        assert max(found.values()) < 1e-12, found
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ("columns that are not given back", "gradient"),
+        ("a sum that is not summed backwards", "gradient"),
+        ("a tangent without halo", "tangent"),
+        ("a tangent that is not summed", "tangent"),
+    ],
+)
+def test_planted_faults_are_found(two: Ranks, fault: str, what: str) -> None:
+    for found in two.run("passes", kind="layers", fault=fault):
+        assert found[what] > 1e-3
+        assert found["outputs"] < 1e-12
+
+
+def test_a_network_of_torchvision(two: Ranks) -> None:
+    for found in two.run("passes", kind="resnet18", side=64, rows=2):
+        assert max(found.values()) < 1e-9, found
+
+
+@pytest.mark.parametrize("name", ["layers", "small_cnn"])
+def test_a_training(two: Ranks, name: str) -> None:
+    assert max(two.run("training", kind=name)) < 1e-11
+
+
+@pytest.mark.parametrize(("left", "right"), [(1, 1), (2, 0), (0, 3), (8, 5)])
+def test_the_backward_pass_is_the_adjoint(four: Ranks, left: int, right: int) -> None:
+    for differences in four.run("adjoint", left=left, right=right):
+        assert max(map(abs, differences)) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("width", "images of width 17 cannot be cut for 2 processes"),
+        ("stride", "0 (kernel 3, stride 2, padding 1, dilation 1) makes of 10 columns a number that 2 processes"),
+        ("halo", "0 needs 10 columns beside its own, and each process has 8"),
+        ("no padding", "makes of 16 columns a number that 2 processes with 8 each do not share evenly"),
+        ("mean", "its own code reads across the width (x.mean((2, 3))"),
+        ("upsampling", "0 is a Upsample, which has no form for images cut along their width"),
+        ("pool", "0, AdaptiveAvgPool2d(output_size=2), has no form"),
+        ("reflect", "expected zeros for padding"),
+        ("alone", "spatial was given a Conv2d alone; expected a network around it"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_on_every_process_and_stays(two: Ranks, case: str, words: str) -> None:
+    for text in two.run("refused", case=case):
+        assert words in text
+
+
+def test_dropout_of_pixels_is_refused(two: Ranks) -> None:
+    for text in two.run("dropped"):
+        assert text.startswith("1 drops single pixels of images that are cut along their width")
