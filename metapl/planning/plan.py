@@ -16,7 +16,7 @@ from metapl.distributed.mesh import Mesh
 from metapl.distributed.shards import local
 from metapl.errors import MetaplError
 from metapl.experiments.methods import bilevel_trainer
-from metapl.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, stage, without_values
+from metapl.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, stage
 from metapl.recipes.base import ROLES, Recipe
 
 WIDEST = 128
@@ -123,7 +123,7 @@ def _planned(
 ) -> Plan:
     parameters = {role: sum(p.numel() for p in network.parameters()) for role, network in networks.items()}
     with stage(mesh), _explained(recipe, mesh):
-        teacher, student = (laid_out(without_values(networks[role]), mesh) for role in ROLES)
+        teacher, student = (laid_out(networks[role], mesh) for role in ROLES)
         with unset_fake_temporarily():
             trainer = bilevel_trainer(recipe, teacher, student)
         average = [torch.empty_like(local(t)) for t in _tensors(student)] if recipe.ema_decay is not None else []

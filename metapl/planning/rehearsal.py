@@ -28,6 +28,7 @@ from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.parts import trainable
 from metapl.planning.held import FOR_FEEDBACK, OTHER, Held
+from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
 STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = (
@@ -86,16 +87,11 @@ def stage(mesh: Mesh) -> Iterator[None]:
     with ExitStack() as stack:
         if mesh.size > 1:
             stack.enter_context(_pretended_ranks(mesh.size))
-            mesh.devices("cpu")  # while tensors have values
+            vars(mesh).setdefault("_built", {})["meta"] = mesh.devices("cpu")
         stack.enter_context(_values_unread())
         # A tangent may be wider than the weight that it meets; only this way such a product is let through, as it is.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
-
-
-def without_values(module: nn.Module) -> nn.Module:
-    """A network of the meta device as one of tensors without values, on the host by name."""
-    return module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"))
 
 
 class Replicated(DistributedDataParallel):
@@ -111,10 +107,17 @@ class Replicated(DistributedDataParallel):
 
 
 def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
-    """A network over the ranks of a mesh, as :func:`metapl.distributed.shard` lays it out."""
-    if mesh.size == 1:
-        return module
-    return Replicated(module) if mesh.shard == 1 else shard(module, mesh)
+    """A network over the ranks of a mesh, as :func:`metapl.distributed.shard` lays it out, without values.
+
+    Args:
+        module: on the meta device.
+        mesh: of the :func:`stage`.
+    """
+    if mesh.shard > 1:
+        with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
+            module = shard(module, mesh)
+    module = module.to_empty(device="cpu")
+    return Replicated(module) if mesh.size > 1 and mesh.shard == 1 else module
 
 
 def rehearsed(trainer: BilevelTrainer, batches: Batches, average: Sequence[Tensor] = ()) -> Rehearsal:
@@ -133,8 +136,7 @@ def rehearsed(trainer: BilevelTrainer, batches: Batches, average: Sequence[Tenso
         held.name([t for net in trainer.given if isinstance(net, Replicated) for t in net.buckets], "gradients")
         held.name(_states(trainer), "optimizer")
         held.name([t for t in pytree.tree_leaves(batches) if isinstance(t, Tensor)], OTHER)
-        with held.phase(UPDATE):
-            trainer.step(*batches)
+        trainer.step(*batches)
     phases = {name: held.phases[name] for name in PHASES if name in held.phases}
     plain = max((phases[name].plain for name in WITHOUT_FEEDBACK), key=lambda peak: peak.total)
     return Rehearsal(
@@ -191,6 +193,9 @@ def _phases(trainer: BilevelTrainer, held: Held) -> Iterator[None]:
         (InnerStep, "tangent", None, FOR_FEEDBACK),
         (type(trainer.update), "update", None, FOR_FEEDBACK),
         (BilevelTrainer, "_teacher_backward", TEACHER, None),
+        (LossTrainer, "clip", UPDATE, None),
+        (Path, "commit", UPDATE, None),
+        *((type(optimizer), "step", UPDATE, None) for optimizer in trainer.schedulable[1:]),
     ]
 
     def seen(method: Callable[..., Any], phase: str | None, name: str | None) -> Callable[..., Any]:
