@@ -39,6 +39,7 @@ __all__ = [
     "Signal",
     "StepReport",
     "StopFit",
+    "ablate",
     "feedback",
     "hypergradient",
     "models",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 
-_ON_FIRST_USE = ("data", "evaluate", "export", "labels", "recipes")
+_ON_FIRST_USE = ("ablation", "data", "export", "labels", "metrics", "recipes")
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+import metapl
 from metapl.distributed import exchange
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.distributed.spatial import spatial, split_width
@@ -212,3 +213,71 @@ class _Mean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.conv(x).mean((2, 3)))
         return logits
+
+
+# ------------------------------------------------------------------------------------------------------ the trainer
+
+
+def _trained(mode: Any, mesh: Any, optimizer: str, steps: int, **options: Any) -> metapl.BilevelTrainer:
+    """A trainer after some steps, on this process's rows and columns; without a mesh, on everything."""
+    from metapl.distributed import shard
+
+    torch.manual_seed(4)
+    nets = [small_cnn(CLASSES).double(), network("layers").double()]
+    for norm in [part for net in nets for part in net.modules() if isinstance(part, nn.BatchNorm2d)]:
+        norm.eval()  # each share of rows has statistics of its own
+    example = images(2, 64)
+    if mesh is not None:
+        nets = [shard(net, mesh, example=example if mesh.spatial > 1 else None) for net in nets]
+    build = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-2),
+    }[optimizer]
+    trainer = metapl.BilevelTrainer(
+        *nets,
+        mode=mode,
+        inner_optimizer=build(nets[1].parameters()),
+        outer_optimizer=build(nets[0].parameters()),
+        generator=torch.Generator().manual_seed(5),
+        **options,
+    )
+    draw = torch.Generator().manual_seed(6)
+    trainer.scalars = []  # type: ignore[attr-defined]  # for this test
+    for _ in range(steps):
+        x, u = (torch.randn(4, 3, 64, 64, generator=draw, dtype=torch.float64) for _ in range(2))
+        y = torch.randint(CLASSES, (4,), generator=draw)
+        if mesh is not None:
+            x, u, y = mesh.part(x), mesh.part(u), y.chunk(mesh.shares)[dist.get_rank() // mesh.spatial]
+        trainer.scalars.append(trainer.step((x, y), u).as_dict())  # type: ignore[attr-defined]  # as above
+    return trainer
+
+
+def parity(
+    mode: Any, optimizer: str, steps: int = 2, replicate: int = 1, shards: int = 1, spatial: int = 2, **options: Any
+) -> dict[str, float]:
+    """Weights after some steps on a mesh, and the reports' scalars, beside those of one process."""
+    from metapl.distributed import Mesh
+
+    mesh = Mesh(replicate=replicate, shard=shards, spatial=spatial)
+    trainer, alone = (_trained(mode, m, optimizer, steps, **options) for m in (mesh, None))
+    found = {}
+    for role in ("teacher", "student"):
+        parts, whole = getattr(trainer, role), getattr(alone, role)
+        for layout in trainer._layouts:
+            layout.settle()
+        held = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parts.parameters()]
+        found[role] = error(held, whole.parameters())
+    scalars = zip(trainer.scalars, alone.scalars, strict=True)  # type: ignore[attr-defined]  # as above
+    pairs = [(row[name], value) for row, other in scalars for name, value in other.items() if value == value]
+    found["scalars"] = max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs)
+    return found
+
+
+def unwrapped() -> str:
+    """A network whose images are cut, and whose gradients nothing averages."""
+    net = spatial(small_cnn(CLASSES).double(), dist.group.WORLD, images(2, 64))
+    try:
+        metapl.BilevelTrainer(small_cnn(CLASSES).double(), net, "forward")
+    except MetaplError as refusal:
+        return str(refusal)
+    return ""

@@ -126,7 +126,7 @@ def test_networks_of_ones_own(folder: Path) -> None:
         ("digits --modes forwards", "mode='forwards' was given; expected one of"),
         ("digits --modes forward forward", "forward more than once"),
         ("digits --steps 2 --out my_networks.py", "is a file; expected a folder"),
-        ("digits --draws 0", "--draws 0: expected 1 to 10,000"),
+        ("digits --draws 1", "--draws 1: expected 2 to 10,000"),
         ("digits --rounds 0", "--rounds 0: expected 1 to 10,000"),
         ("digits --train-steps -3", "--train-steps -3: expected 0 to"),
         ("digits --train-seeds 0-4", "without --train-steps, so nothing would be trained"),

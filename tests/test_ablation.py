@@ -78,7 +78,7 @@ def test_a_model_without_an_exact_gradient_is_refused_by_name() -> None:
     ("options", "text"),
     [
         ({"steps": -1}, r"steps=-1\): expected 0 or more"),
-        ({"draws": 0}, r"draws=0\): expected 1 or more"),
+        ({"draws": 1}, r"draws=1\): expected 2 or more"),
         ({"rounds": 0}, r"rounds=0\): expected 1 or more"),
         ({"train_steps": -1}, r"train_steps=-1\): expected 0 or more"),
         ({"train_steps": 1, "train_seeds": (1, 1)}, "none twice"),

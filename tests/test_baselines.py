@@ -117,7 +117,7 @@ def test_finetune_is_the_baseline_on_the_trainers_own_student(tmp_path: Path) ->
 class Steps:
     """An estimator whose feedback is known."""
 
-    name, labels, keep_graph = "known", ("soft",), False
+    name, labels, keep_graph, credits = "known", ("soft",), False, "signal"
 
     def __init__(self, h: Tensor, part: Any = "value") -> None:
         self.h, self.part = h, part
@@ -179,8 +179,9 @@ def test_alterations_leave_the_default_generator_alone() -> None:
 
 
 def test_a_feedback_for_the_whole_batch_cannot_be_altered() -> None:
-    with pytest.raises(MetaplError, match="per example"):
-        Altered(metapl.feedback.Reinforce())
+    for base, credits in ((metapl.feedback.Reinforce(), "batch"), (metapl.feedback.NoFeedback(), "nothing")):
+        with pytest.raises(MetaplError, match=f'feedback on each example.*is "{credits}"'):
+            Altered(base)
 
 
 # ---------------------------------------------------------------------------------------------------------- methods

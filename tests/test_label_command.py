@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from small_data import write_cifar, write_imagenet
 from test_labels import files
-from tiny_runs import TINY, color_folders, images_command, tiny  # noqa: F401 - fixtures
+from tiny_runs import PROVENANCE, TINY, color_folders, images_command, tiny  # noqa: F401 - fixtures
 from torchvision import datasets
 
 from metapl import MetaplError
@@ -78,6 +78,7 @@ def test_labels_are_what_predict_says_whatever_the_number_of_workers(
         expected = torch.tensor([float(row[f"p({digit})"]) for digit in range(10)])
         assert torch.allclose(store[name], expected, atol=2e-3)
     about = store.provenance
+    assert {*PROVENANCE, "run", "model"} <= {*about}
     assert about["examples"] == 61
     assert about["temperature"] == 1.0
     assert about["views"].startswith("as they are, not augmented.")
@@ -195,7 +196,7 @@ def test_ctrl_c_says_how_to_go_on_and_files_that_cannot_be_read_are_left_out_aga
     assert f"metapl: 32 labels are in {out}; go on with --resume.\n" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(labeling, "FEWEST_ROWS", 16)
-    assert f"{out} holds an unfinished store of labels; give --resume" in refused(
+    assert f"{out} holds an unfinished store of labels; go on with resume=True (--resume)" in refused(
         capsys, "label", *command, "--out", out
     )
     assert label(*command, "--out", out, "--resume", "--num-workers", 1) == 1

@@ -19,8 +19,8 @@ from test_labels import files
 
 from metapl import MetaplError
 from metapl.cli import main
-from metapl.labels import LabelStore, LabelWriter, layout, queries
-from metapl.labels.queries import BINS, select, statistics
+from metapl.labels import LabelStore, LabelWriter, layout, queries, select, statistics
+from metapl.labels.queries import BINS
 
 CLASSES = tuple(f"class {index}" for index in range(6))
 
@@ -216,7 +216,7 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
     monkeypatch.undo()
     (tmp_path / "stopped" / f"{layout.SPILL}killed").mkdir()
     assert len(files(tmp_path / "stopped")) == 2
-    with pytest.raises(MetaplError, match="holds an unfinished store of labels; give --resume"):
+    with pytest.raises(MetaplError, match=r"holds an unfinished store of labels; go on with resume=True \(--resume\)"):
         select(store, tmp_path / "stopped", **asked)
     with pytest.raises(MetaplError, match=r"was begun with provenance\.selected"):
         select(store, tmp_path / "stopped", **(asked | {"per_class": 71}), resume=True)
@@ -229,7 +229,7 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ({}, "nothing was asked for; expected one or more of --threshold"),
+        ({}, "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap"),
         ({"threshold": 1.0}, r"the threshold is 1.0; expected a confidence in \[0, 1\)"),
         ({"threshold": math.nan}, "the threshold is nan"),
         ({"threshold": -0.1}, "the threshold is -0.1"),
@@ -237,11 +237,11 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
         ({"per_class": 10**30, "balance": True}, "examples a class were asked for; expected 1 to 1,000,000,000"),
         (
             {"per_class": 10**9, "balance": True},
-            "would count 5,000,000,000 examples .*, 5 classes of .* smaller --per-",
+            "would count 5,000,000,000 examples .*, 5 classes of .* smaller per_class",
         ),
-        ({"any_class": True, "threshold": 0.1}, "expected --per-class with it, below 1,000,000, and no --balance"),
-        ({"any_class": True, "per_class": 10**6}, "expected --per-class with it, below 1,000,000"),
-        ({"any_class": True, "per_class": 10, "balance": True}, "and no --balance"),
+        ({"any_class": True, "threshold": 0.1}, "expected per_class with it, below 1,000,000, and no balance"),
+        ({"any_class": True, "per_class": 10**6}, "expected per_class with it, below 1,000,000"),
+        ({"any_class": True, "per_class": 10, "balance": True}, "and no balance"),
         ({"threshold": 0.99}, "nothing is left of the 400 examples .*: 0 overlap, and 400 are not above the threshold"),
         ({"drop_overlap": Path("nowhere")}, "nowhere does not exist"),
     ],
@@ -290,7 +290,7 @@ def test_whatever_else_duckdb_refuses_is_one_line(tmp_path: Path, monkeypatch: p
 
 def test_a_folder_that_duckdb_cannot_name_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
-    with pytest.raises(MetaplError, match=r"caf\\xe9: the name is not UTF-8; expected another --out"):
+    with pytest.raises(MetaplError, match=r"caf\\xe9: the name is not UTF-8; expected another folder \(--out\)"):
         select(made(tmp_path / "store"), out, balance=True)
     assert os.listdir(tmp_path) == ["store"]
 
@@ -396,8 +396,14 @@ def test_the_command_selects_and_says_what_became_of_the_examples(
     assert "selected from 400: confidence above 0.3, at most 50 a class, balanced\n" in stats
     assert max(map(len, stats.splitlines()[1:])) <= 80
     for arguments, words in (
-        (("select", store.folder, "--out", store.folder, *flags), "holds a store of labels; give another --out"),
-        (("select", store.folder, "--out", tmp_path / "out", *flags), "holds a store of labels; give another --out"),
+        (
+            ("select", store.folder, "--out", store.folder, *flags),
+            "holds a store of labels; give another folder",
+        ),
+        (
+            ("select", store.folder, "--out", tmp_path / "out", *flags),
+            "holds a store of labels; give another folder",
+        ),
         (("stats", tmp_path), "is not a store of labels"),
         (("stats", store.folder, "--png", tmp_path / "x.jpg"), "expected a name that ends with .png"),
         (("stat", store.folder), "metapl labels cannot 'stat'; did you mean stats? Expected one of stats, select"),

@@ -460,7 +460,7 @@ def test_a_stopped_writer_goes_on_behind_its_last_part(tmp_path: Path) -> None:
     stop_after(folder, 25, p)
     with pytest.raises(MetaplError, match=r"is not whole: its writer was stopped.*--resume"):
         LabelStore(folder)
-    with pytest.raises(MetaplError, match="holds an unfinished store of labels; give --resume"):
+    with pytest.raises(MetaplError, match=r"holds an unfinished store of labels; go on with resume=True \(--resume\)"):
         add(folder, ["a"], softmax(1))
     (folder / f"part-00002-{'0' * 16}.parquet.01234567.tmp").write_bytes(b"torn")
     with LabelWriter(folder, CLASSES, rows_per_part=10, resume=True) as writer:
@@ -475,7 +475,7 @@ def test_a_stopped_writer_goes_on_behind_its_last_part(tmp_path: Path) -> None:
         assert (writer.rows, writer.complete) == (35, True)
         with pytest.raises(MetaplError, match="is whole; expected nothing more"):
             writer.add(["zzz"], softmax(1))
-    with pytest.raises(MetaplError, match="holds a store of labels; give another --out"):
+    with pytest.raises(MetaplError, match=r"holds a store of labels; give another folder \(--out\)"):
         add(folder, ["a"], softmax(1))
 
 

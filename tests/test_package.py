@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import metapl
 import metapl.runs.locks
 from metapl.runs.locks import BEHIND_CONTENT, lock
 
@@ -50,6 +51,12 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     extras = PROJECT["optional-dependencies"]
     optional = declared(extras["labels"] + extras["onnx"] + extras["timm"])
     assert imported() == (declared(PROJECT["dependencies"]) | optional) - INDIRECT
+
+
+def test_every_name_that_the_package_promises_is_there() -> None:
+    lazy = metapl._ON_FIRST_USE
+    assert all(hasattr(metapl, name) for name in (*metapl.__all__, *lazy))
+    assert {"ablate", "ablation", "metrics"} <= {*metapl.__all__, *lazy}
 
 
 @pytest.fixture(scope="module")

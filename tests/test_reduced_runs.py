@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TINY, color_folders, images_command
+from tiny_runs import PROVENANCE, TINY, color_folders, images_command
 
 from metapl.cli import main
 from metapl.data import load_digits_split
 from metapl.experiments import experiment
 from metapl.experiments.reducing import rows_of
+from metapl.fingerprints import fingerprint
 from metapl.labels import LabelStore, LabelWriter
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
@@ -62,6 +63,10 @@ def test_the_store_has_the_labels_of_the_trained_teacher(whole: Path, monkeypatc
     split = load_digits_split(2, 0)
     (teacher,) = teachers
     teacher.eval()
+    for part, about in ((part, LabelStore(run / "labels" / part).provenance) for part in ("unlabeled", "labeled")):
+        assert {*PROVENANCE} <= {*about}
+        assert about["pictures"] == part
+        assert about["weights_fingerprint"] == fingerprint(dict(teacher.state_dict()))
     with torch.no_grad():
         for part, images in (("unlabeled", split.unlabeled), ("labeled", split.labeled[0])):
             found = stored(run)[part]
@@ -153,6 +158,10 @@ def test_pictures_by_another_run_and_by_its_stores_are_labeled_alike(
     assert (tmp_path / "run" / "student.safetensors").read_bytes() == (
         tmp_path / "stores" / "student.safetensors"
     ).read_bytes()
+    for part, store in stores.items():
+        of_command, of_run = (LabelStore(place).provenance for place in (store, tmp_path / "run" / "labels" / part))
+        assert {name: of_command[name] for name in PROVENANCE} == {name: of_run[name] for name in PROVENANCE}
+        assert of_command["run"] == of_run["run"] == str(teacher)
     assert "labels are those of" in (said := " ".join(capsys.readouterr().out.split()))
     assert "adjusted by the student's feedback alone" in said
     rows = [json.loads(line) for line in (tmp_path / "one store" / "metrics.jsonl").read_text().splitlines()]

@@ -88,3 +88,34 @@ def test_what_cannot_be_cut_is_refused_on_every_process_and_stays(two: Ranks, ca
 def test_dropout_of_pixels_is_refused(two: Ranks) -> None:
     for text in two.run("dropped"):
         assert text.startswith("1 drops single pixels of images that are cut along their width")
+
+
+MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trainer_takes_the_steps_of_one_process(two: Ranks, mode: str) -> None:
+    """Images in two parts, weights in two copies, every mode."""
+    for found in two.run("parity", mode=mode, optimizer="sgd"):
+        assert max(found.values()) < (1e-6 if mode == "difference" else 1e-10), found
+
+
+@pytest.mark.parametrize(
+    ("mode", "optimizer", "mesh"),
+    [
+        ("forward", "adamw", {"shards": 2}),
+        ("reinforce", "sgd", {"shards": 2}),
+        ("difference", "sgd", {"shards": 2}),
+        ("forward", "sgd", {"replicate": 2}),
+        ("forward", "adamw", {"spatial": 4}),
+    ],
+)
+def test_rows_in_two_shares_and_images_in_parts(four: Ranks, mode: str, optimizer: str, mesh: dict[str, int]) -> None:
+    """Batch norm counts each share's rows alone, so the networks normalize by running statistics here."""
+    for found in four.run("parity", mode=mode, optimizer=optimizer, **mesh):
+        assert max(found.values()) < (1e-6 if mode == "difference" else 1e-10), found
+
+
+def test_a_network_that_nothing_averages_is_refused(two: Ranks) -> None:
+    for text in two.run("unwrapped"):
+        assert "nothing averages its gradients over the processes that hold the parts" in text

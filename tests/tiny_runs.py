@@ -19,6 +19,10 @@ TINY = (
 """A run of a second, all of whose files are there."""
 
 
+PROVENANCE = ("pictures", "examples", "ids_sha256", "weights_fingerprint", "temperature", "views", "batch")
+"""What every store of labels says of itself, whoever wrote it."""
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, which tests leave as it is."""

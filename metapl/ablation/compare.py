@@ -9,21 +9,21 @@ from typing import Any, Literal, get_args
 from metapl.ablation.batches import pairs, refuse_single_use
 from metapl.ablation.figures import Distance, ModeCost
 from metapl.ablation.gradients import CannotRun, costs, distance, exact_gradient, over_points
-from metapl.ablation.recommend import recommendation
+from metapl.ablation.recommend import PREFERRED, gives_the_gradient_of_a_step, recommendation
 from metapl.ablation.results import Ablation
 from metapl.ablation.stability import sweeps
 from metapl.ablation.trainings import short_trainings
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
-from metapl.feedback import MODES, Altered, Estimator, Forward, Unrolled, estimator
+from metapl.feedback import MODES, Altered, Estimator, estimator
 from metapl.training.progress import counting
 from metapl.training.trainer import BilevelTrainer
 
 Alteration = Literal["permuted", "class_means", "random_sign"]
 ALTERATIONS: tuple[Alteration, ...] = get_args(Alteration)
 
-PER_EXAMPLE = ("forward", "difference", "unrolled", "reinforce_per_example")
-"""Modes whose feedback can be altered; the first of them that runs is."""
+LEAST = {"steps": 0, "train_steps": 0, "draws": 2}
+"""Of the numbers that are given; 1 of the others. Of one draw no noise can be seen."""
 
 
 def ablate(
@@ -45,7 +45,7 @@ def ablate(
     r"""Compare the modes on a model: their gradients with the exact one, and what they cost.
 
     .. math:: \text{relative error} = \frac{\|\bar g - g^*\|}{\|g^*\|}, \qquad
-              \text{noise to signal} = \frac{\sqrt{\tfrac1n \sum_i \|g_i - \bar g\|^2}}{\|g^*\|}
+              \text{noise to signal} = \frac{\sqrt{\tfrac1{n-1} \sum_i \|g_i - \bar g\|^2}}{\|g^*\|}
 
     with :math:`g^*` the exact gradient of the soft step, by double backward (by forward mode where the student has no
     second derivative), and :math:`\bar g` the mean of n draws of labels.
@@ -55,12 +55,12 @@ def ablate(
             ``lookahead=K`` the gradients are those through K steps.
         labeled, unlabeled: a batch each, as for ``trainer.step``, or sources of batches, as for ``trainer.fit``.
         modes: names or estimators; default: all.
-        steps: the training in which is looked: at its beginning, in its middle and at its end, by copies of the
-            trainer's state, which is put back. 0: at the trainer's state alone.
-        draws: of labels, for modes that draw them, and of alterations.
-        rounds: in which each mode is timed once, and the least counts; None: 5, and more for short calls, for a second.
-        altered: also measure the feedback of a mode altered in three ways (:class:`metapl.feedback.Altered`), of the
-            first that runs of ``forward``, ``difference``, ``unrolled`` and ``reinforce_per_example``. These are
+        steps: number of training steps; the modes are compared before the first, in the middle and after the last.
+            0: at the trainer's state alone.
+        draws: of labels, for modes that draw them, and of alterations; 2 or more.
+        rounds: rounds of timing; the least time of a mode counts. None: 5, and more for short calls, for a second.
+        altered: also measure the feedback of a mode altered in three ways (:class:`metapl.feedback.Altered`): of
+            ``forward``, or else of the first of the modes that runs and gives feedback on each example. These are
             controls: what a training gains by them is not due to the feedback on each example.
         stability: also measure the modes over a few step sizes of finite differences (``epsilon``), temperatures and
             sizes of the unlabeled batch, at the last point.
@@ -68,6 +68,9 @@ def ablate(
         train_seeds: of the short trainings: of drawn labels, dropout and the order of batches.
         validation: (inputs, labels) or an iterable of such batches, on which short trainings are measured.
         progress: show on a terminal how far it is.
+
+    Returns: an :class:`metapl.ablation.Ablation`: ``modes`` and ``altered`` by name, ``recommended`` and the sentences
+    ``recommendation``, and what else was asked for. The trainer and the default generators are left as they were.
 
     Cost: some ``draws`` + ``rounds`` + 3 calls of each mode at each point, and the training between the points;
     stability: up to 12 × ``draws`` calls of each mode more; short trainings: ``train_steps`` steps for each mode and
@@ -87,36 +90,24 @@ def ablate(
     if train_steps:
         _check_seeds(train_seeds)
         refuse_single_use(labeled, unlabeled)
-    estimates = _by_name(modes)
-    look = _Look(trainer, draws)
     points = tuple(sorted({0, steps // 2, steps}))
     with _put_back(trainer) as start:
         with _counted("steps looked at", progress, len(points)) as done:
-            for t, (x_l, x_u) in enumerate(pairs(trainer, labeled, unlabeled, steps + 1)):
-                if t in points:
-                    look.at(x_l, x_u, estimates)
-                    if altered and t == 0:
-                        estimates |= _altered(estimates, look.reasons)
-                        look.at(x_l, x_u, {n: e for n, e in estimates.items() if isinstance(e, Altered)})
-                    done()
-                if t < steps:
-                    trainer.step(x_l, x_u)
-                    continue
-                running = [estimate for name, estimate in estimates.items() if name not in look.reasons]
-                cost = costs(trainer, running, x_l, x_u, rounds)
-        measured = look.figures(estimates, cost)
+            look = _looked(trainer, labeled, unlabeled, _by_name(modes), points, draws, altered, done)
+            cost = costs(trainer, look.running, look.labeled, look.unlabeled, rounds)
+        measured = look.figures(cost)
         sweep = {}
         if stability:
             with _counted("settings varied", progress, 3) as done:
-                true = [estimate for estimate in running if not isinstance(estimate, Altered)]
-                sweep = sweeps(trainer, true, x_l, x_u, draws, done)
+                true = [estimate for estimate in look.running if not isinstance(estimate, Altered)]
+                sweep = sweeps(trainer, true, look.labeled, look.unlabeled, draws, done)
         trainings = None
         if train_steps:
-            with _counted("trainings", progress, len(running) * len(train_seeds)) as done:
+            with _counted("trainings", progress, len(look.running) * len(train_seeds)) as done:
                 trainings = short_trainings(
                     trainer,
                     start,
-                    running,
+                    look.running,
                     labeled,
                     unlabeled,
                     steps=train_steps,
@@ -124,22 +115,34 @@ def ablate(
                     validation=validation,
                     done=done,
                 )
-    controls = {name: mode for name, mode in measured.items() if isinstance(estimates[name], Altered)}
+    controls = {name: mode for name, mode in measured.items() if isinstance(look.estimates[name], Altered)}
     compared = {name: mode for name, mode in measured.items() if name not in controls}
-    name, text = recommendation(compared, [name for name in compared if _is_exact(estimates[name])])
+    exact = [name for name in compared if look.estimates[name].exact]
+    never = [name for name in compared if not gives_the_gradient_of_a_step(look.estimates[name])]
+    name, text = recommendation(compared, exact, never)
     return Ablation(compared, text, points, controls, sweep, trainings, name)
 
 
 class _Look:
-    """The distances of the modes at several points, or why they cannot run."""
+    """The distances of the modes at several points, or why they cannot run; and the batches of the last point."""
 
     def __init__(self, trainer: BilevelTrainer, draws: int) -> None:
         self.trainer, self.draws = trainer, draws
+        self.estimates: dict[str, Estimator] = {}
         self.distances: dict[str, list[Distance]] = {}
         self.reasons: dict[str, str] = {}
+        self.labeled: Any = None
+        self.unlabeled: Any = None
+
+    @property
+    def running(self) -> list[Estimator]:
+        """The modes that ran at every point."""
+        return [estimate for name, estimate in self.estimates.items() if name not in self.reasons]
 
     def at(self, labeled: Any, unlabeled: Any, estimates: Mapping[str, Estimator]) -> None:
         """Look with the trainer as it stands."""
+        self.labeled, self.unlabeled = labeled, unlabeled
+        self.estimates |= estimates
         exact = exact_gradient(self.trainer, labeled, unlabeled)
         for name, estimate in estimates.items():
             if name in self.reasons:
@@ -151,14 +154,35 @@ class _Look:
             else:
                 self.distances.setdefault(name, []).append(found)
 
-    def figures(
-        self, names: Mapping[str, Estimator], cost: Mapping[str, tuple[float, float, int]]
-    ) -> dict[str, ModeCost | str]:
+    def figures(self, cost: Mapping[str, tuple[float, float, int]]) -> dict[str, ModeCost | str]:
         """By name, with the costs."""
         return {
             name: self.reasons[name] if name in self.reasons else over_points(self.distances[name], *cost[name])
-            for name in names
+            for name in self.estimates
         }
+
+
+def _looked(
+    trainer: BilevelTrainer,
+    labeled: Any,
+    unlabeled: Any,
+    estimates: Mapping[str, Estimator],
+    points: Sequence[int],
+    draws: int,
+    altered: bool,
+    done: Callable[[], None],
+) -> _Look:
+    """Train to the last of the points, and look at each of them."""
+    look = _Look(trainer, draws)
+    for t, (x_l, x_u) in enumerate(pairs(trainer, labeled, unlabeled, points[-1] + 1)):
+        if t in points:
+            look.at(x_l, x_u, look.estimates or estimates)
+            if altered and t == 0:
+                look.at(x_l, x_u, _altered(look))
+            done()
+        if t < points[-1]:
+            trainer.step(x_l, x_u)
+    return look
 
 
 def _by_name(modes: Sequence[str | Estimator] | None) -> dict[str, Estimator]:
@@ -171,25 +195,18 @@ def _by_name(modes: Sequence[str | Estimator] | None) -> dict[str, Estimator]:
     return dict(zip(names, estimates, strict=True))
 
 
-def _altered(estimates: Mapping[str, Estimator], reasons: Mapping[str, str]) -> dict[str, Estimator]:
-    """The alterations of the first mode that they can be made of."""
-    base = next((estimates[name] for name in PER_EXAMPLE if name in estimates and name not in reasons), None)
+def _altered(look: _Look) -> dict[str, Estimator]:
+    """The alterations of the first mode that runs and that they can be made of, best of the preferred one."""
+    fit = [mode for mode in look.running if mode.credits in ("signal", "example") and not isinstance(mode, Altered)]
+    base = next((mode for mode in fit if mode.name == PREFERRED), fit[0] if fit else None)
     made = [] if base is None else [Altered(base, alteration) for alteration in ALTERATIONS]
-    return {one.name: one for one in made if one.name not in estimates}
-
-
-def _is_exact(mode: Estimator) -> bool:
-    """Whether a mode gives the whole gradient, but for rounding."""
-    if not isinstance(mode, Unrolled | Forward) or mode.truncate is not None:
-        return False
-    return isinstance(mode, Unrolled) or mode.normalization == "gradient"
+    return {one.name: one for one in made if one.name not in look.estimates}
 
 
 def _check_numbers(**numbers: int | None) -> None:
-    least = {"steps": 0, "train_steps": 0}
     for name, number in numbers.items():
-        if number is not None and number < least.get(name, 1):
-            raise MetaplError(f"ablate({name}={number}): expected {least.get(name, 1)} or more.")
+        if number is not None and number < LEAST.get(name, 1):
+            raise MetaplError(f"ablate({name}={number}): expected {LEAST.get(name, 1)} or more.")
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ class Distance:
     Args:
         cosine: of its gradient, averaged over the draws, with the exact one.
         relative_error: ‖mean − exact‖/‖exact‖.
-        noise_to_signal: √(mean ‖draw − mean‖²)/‖exact‖; 0 for a mode that draws nothing.
+        noise_to_signal: √(Σ ‖draw − mean‖² / (n − 1))/‖exact‖ of n draws; 0 for a mode that draws nothing.
     """
 
     cosine: float
@@ -25,7 +25,8 @@ class Distance:
 
     @property
     def of_one_draw(self) -> float:
-        """Error and noise together: the root mean square distance of one draw from the exact gradient."""
+        """Error and noise together, the distance of one draw; the error holds 1/n of the noise already, so it is at
+        most √(1 + 1/n) times too large."""
         return math.hypot(self.relative_error, self.noise_to_signal)
 
 

@@ -96,7 +96,7 @@ def exact_gradient(trainer: BilevelTrainer, labeled: Any, unlabeled: Any) -> Gra
 def distance(
     trainer: BilevelTrainer, mode: Estimator, labeled: Any, unlabeled: Any, exact: Gradient, draws: int
 ) -> Distance:
-    """Of a mode from the exact gradient at one point; :class:`CannotRun` where it cannot run."""
+    """Of a mode from the exact gradient at one point, by two or more draws; :class:`CannotRun` where it cannot run."""
     gradients: list[Gradient] = []
     with reasons_told():
         for seed in range(draws):
@@ -106,7 +106,7 @@ def distance(
     found = torch.stack(gradients)
     mean, length = found.mean(0), exact.norm().clamp_min(1e-300)
     # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
-    noise = (found - mean).square().sum(1).mean() * (len(found) / max(1, len(found) - 1))
+    noise = (found - mean).square().sum(1).mean() * (len(found) / (len(found) - 1))
     cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
     return Distance(float(cosine), float((mean - exact).norm() / length), float(noise.sqrt() / length))
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from metapl.ablation.figures import ModeCost
-
-EXACT = ("unrolled", "forward")
-"""Modes that are exact but for rounding."""
+from metapl.feedback import MODES, Estimator, Implicit, estimator
 
 TRUSTED = 0.1
-"""Distance up to which that is believed. In bfloat16, and where the gradient itself is nearly zero, as in the first
-steps of Adam, two exact modes differ by as much as some hundredths."""
+"""A mode that should be exact is taken for it up to this distance. In bfloat16, and where the gradient itself is nearly
+zero, as in the first steps of Adam, two exact modes differ by as much as some hundredths."""
 
 TOLD = 1e-3
 """Rounding beyond it is told."""
@@ -26,7 +24,23 @@ PREFERRED = "forward"
 """Taken between modes that are equal otherwise: exact, without a second backward pass and its memory."""
 
 
-def recommendation(modes: Mapping[str, ModeCost | str], exact_modes: Collection[str] = EXACT) -> tuple[str | None, str]:
+def gives_the_gradient_of_a_step(mode: Estimator) -> bool:
+    """Whether a mode gives feedback, and that through the student's step, which is what it is compared with."""
+    return mode.credits != "nothing" and not isinstance(mode, Implicit)
+
+
+_BY_NAME = {name: estimator(name) for name in MODES}
+
+EXACT = tuple(name for name, mode in _BY_NAME.items() if mode.exact)
+"""Modes that are exact but for rounding."""
+
+NEVER = tuple(name for name, mode in _BY_NAME.items() if not gives_the_gradient_of_a_step(mode))
+"""Modes that are never recommended: one gives no feedback, and one is another gradient."""
+
+
+def recommendation(
+    modes: Mapping[str, ModeCost | str], exact_modes: Collection[str] = EXACT, never: Collection[str] = NEVER
+) -> tuple[str | None, str]:
     """The name of the mode to take, and the sentences that say so and what decided.
 
     Of the modes that are exact to rounding the fastest is taken; where times are within 10 % the one with the least
@@ -37,10 +51,11 @@ def recommendation(modes: Mapping[str, ModeCost | str], exact_modes: Collection[
     Args:
         modes: as in :class:`metapl.ablation.Ablation`.
         exact_modes: names of modes that are exact but for rounding.
+        never: names of modes that are not recommended.
 
     Returns: the name, None where no mode ran; and the text.
     """
-    ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in ("none", "implicit")}
+    ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in never}
     if not ran:
         return None, "No mode that gives feedback can run on this model; the reasons stand beside the modes."
     exact = {name: mode for name, mode in ran.items() if name in exact_modes and mode.of_one_draw <= TRUSTED}

@@ -6,17 +6,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from metapl.ablation.figures import Distance, ModeCost, Outcome, Sweep, Trainings, spread
+from metapl.report.ablation import SETTINGS
 from metapl.words import table
 
 WIDTH = 80
 """Columns of a terminal."""
-
-SETTINGS = {
-    "epsilon": "step size of the finite difference, over a typical weight",
-    "temperature": "temperature of the pseudo-labels",
-    "batch_size": "examples in the unlabeled batch",
-}
-"""What is varied, by its key in the results."""
 
 CONTROLS = "altered feedback, as a control:"
 

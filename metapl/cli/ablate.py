@@ -109,7 +109,7 @@ class Looking(ABC):
         for name in self.modes or ():
             estimator(name)
         for name, least, most in (
-            ("draws", 1, MOST_TIMES),
+            ("draws", 2, MOST_TIMES),
             ("rounds", 1, MOST_TIMES),
             ("train_steps", 0, MOST_TRAINING_STEPS),
         ):

@@ -13,7 +13,7 @@ import tyro
 
 from metapl.cli.parse import Run, Switch
 from metapl.errors import MetaplError
-from metapl.experiments.labeling import BATCH, Labeled, rows_per_part, to_label, write_labels
+from metapl.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
 from metapl.labels import LabelStore, LabelWriter
 from metapl.plain_files import read_plain
@@ -75,7 +75,11 @@ class Label:
             self.out,
             run.recipe.classes,
             top_k=self.top_k,
-            provenance=self._provenance(run, name, labeled),
+            provenance={
+                "run": str(self.run),
+                "model": _model(run, name),
+                **provenance(network, labeled, run.recipe, temperature=self.temperature),
+            },
             rows_per_part=rows_per_part(len(labeled.ids)),
             resume=self.resume,
         )
@@ -111,24 +115,17 @@ class Label:
             if not least <= given <= most:
                 raise MetaplError(f"{flag} {given} was given; expected {least} to {most:,}.")
 
-    def _provenance(self, run: LoadedRun, name: str, labeled: Labeled) -> dict[str, Any]:
-        file = weights_file(name)
-        return {
-            "run": str(self.run),
-            "model": {
-                "recipe": run.recipe.name,
-                "method": run.result["method"],
-                "seed": run.result["seed"],
-                "network": name,
-                "weights_sha256": hashlib.sha256(read_plain(run.folder.path / file)).hexdigest(),
-            },
-            "pictures": labeled.name,
-            "examples": len(labeled.ids),
-            "ids_sha256": labeled.hash(),
-            "views": f"as they are, not augmented. {run.recipe.input_note}",
-            "temperature": self.temperature,
-            "batch": self.batch,
-        }
+
+def _model(run: LoadedRun, name: str) -> dict[str, Any]:
+    """Which network, and the SHA-256 of its file."""
+    file = run.folder.path / weights_file(name)
+    return {
+        "recipe": run.recipe.name,
+        "method": run.result["method"],
+        "seed": run.result["seed"],
+        "network": name,
+        "weights_sha256": hashlib.sha256(read_plain(file)).hexdigest(),
+    }
 
 
 def _kept(top_k: int | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,7 +188,7 @@ def _by_class(content: Statistics) -> str:
 
 def _histograms(content: Statistics) -> str:
     low, middle, high = content.quartiles_of_confidence
-    most = math.log(len(content.classes)) if len(content.classes) > 1 else 1.0
+    most = content.greatest_entropy
     parts = [
         f"confidence: mean {content.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}",
         _bars(content.confidence, 1.0),

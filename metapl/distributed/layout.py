@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl import checks
+from metapl.distributed.columns import columns_of
 from metapl.distributed.ranks import ALONE, Ranks
 from metapl.distributed.shards import ShardedSpace, as_sharded, is_sharded, local
 from metapl.errors import MetaplError
@@ -114,6 +115,11 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
             "their batches with the same processes: wrap both in DistributedDataParallel, or shard both with "
             "fully_shard over meshes of the same processes, in the same order."
         )
+    if of_teacher is not None and of_teacher.ranks.copies != of_student.ranks.copies:
+        raise MetaplError(
+            f"images are split into {of_teacher.ranks.copies} parts for the teacher and {of_student.ranks.copies} for "
+            "the student; expected the same number for both, which get the same images."
+        )
     return of_teacher, of_student, device
 
 
@@ -130,6 +136,12 @@ def layout_of(name: str, network: Any) -> Layout:
         return _replicated(name, network)
     if any(_is_block(part) for _, part in named_parts(network)):
         return _sharded(name, network)
+    if columns_of(network) is not None:
+        raise MetaplError(
+            f"the {name} is split along the width of its images, and nothing averages its gradients over the processes "
+            f"that hold the parts; expected it in DistributedDataParallel, or in fully_shard, over these: "
+            f"shard({name}, Mesh(spatial=...), example=...) does both."
+        )
     return Layout(network)
 
 
@@ -160,7 +172,7 @@ def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:
     group = wrapper.process_group
     processes = tuple(dist.get_process_group_ranks(group))
     device = next(wrapper.module.parameters()).device
-    ranks = Ranks([group], processes.index(dist.get_rank()), device)
+    ranks = _ranks(name, wrapper.module, [group], processes, device)
     return Layout(wrapper.module, "replicated", ranks, processes=processes)
 
 
@@ -197,8 +209,26 @@ def _sharded(name: str, network: nn.Module) -> Layout:
     mesh = first.device_mesh
     processes = tuple(int(i) for i in mesh.mesh.flatten().tolist())
     groups = _groups(mesh, processes)
-    ranks = Ranks(groups, processes.index(dist.get_rank()), local(first).device)
+    ranks = _ranks(name, network, groups, processes, local(first).device)
     return Layout(network, "sharded", ranks, ShardedSpace(parameters, groups), processes, blocks, parameters)
+
+
+def _ranks(
+    name: str, network: nn.Module, groups: Sequence[Any], processes: tuple[int, ...], device: torch.device
+) -> Ranks:
+    """The ranks over which a network is laid out; those that hold parts of the same images share their rows."""
+    number = processes.index(dist.get_rank())
+    columns = columns_of(network)
+    if columns is None:
+        return Ranks(groups, number, device, first=number == 0)
+    members = tuple(dist.get_process_group_ranks(columns.group))
+    start = number - number % len(members)
+    if processes[start : start + len(members)] != members:
+        raise MetaplError(
+            f"the {name}'s images are split over the processes {', '.join(map(str, members))}, which do not follow "
+            f"each other among those that share the batch, {', '.join(map(str, processes))}; expected neighbors."
+        )
+    return Ranks(groups, number // len(members), device, len(members), first=number == 0)
 
 
 def _groups(mesh: Any, processes: Sequence[int]) -> list[Any]:

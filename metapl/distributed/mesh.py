@@ -7,10 +7,11 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metapl.distributed.spatial import spatial
 from metapl.errors import MetaplError
 from metapl.parts import named_parts, named_tensors
 
@@ -26,10 +27,12 @@ class Mesh:
         replicate: copies of the weights; each copy takes a share of every batch.
         shard: processes that hold a copy together, each a part of every weight; they too share the batches.
         tensor: tensor parallelism: not built yet, so 1.
-        spatial: parts that images are cut into along their width: not built yet, so 1.
+        spatial: parts that images are cut into along their width; the processes that hold parts of the same images have
+            the same rows of a batch, and follow each other.
 
     The number of processes is the product. ``Mesh(replicate=R)`` is plain data parallelism, ``Mesh(shard=S)`` is
-    FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines.
+    FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines. With ``spatial=P``,
+    each copy of the weights is held by S · P processes together.
 
     >>> Mesh(replicate=16, shard=8).size
     128
@@ -45,17 +48,46 @@ class Mesh:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise MetaplError(f"Mesh({name}={value!r}): expected a number of processes, 1 or more.")
-        for name, what in (("tensor", "tensor parallelism"), ("spatial", "splitting images along their width")):
-            if getattr(self, name) > 1:
-                raise MetaplError(
-                    f"Mesh({name}={getattr(self, name)}): {what} is not built yet; expected {name}=1. Share the "
-                    "network and the batches with replicate= and shard=."
-                )
+        if self.tensor > 1:
+            raise MetaplError(
+                f"Mesh(tensor={self.tensor}): tensor parallelism is not built yet; expected tensor=1. Share the "
+                "network and the batches with replicate= and shard=."
+            )
 
     @property
     def size(self) -> int:
         """The number of processes."""
+        return self.replicate * self.shard * self.spatial
+
+    @property
+    def shares(self) -> int:
+        """How many shares a batch has: processes that hold parts of the same images have one together."""
         return self.replicate * self.shard
+
+    def part(self, images: Tensor) -> Tensor:
+        """This process's rows and columns of the images of a whole batch, (B, ..., W).
+
+        Raises: :class:`metapl.MetaplError`: the shares do not divide B, or the parts do not divide W.
+        """
+        self.check_processes()
+        if len(images) % self.shares or images.shape[-1] % self.spatial:
+            raise MetaplError(
+                f"a batch of shape {tuple(images.shape)} cannot be cut for {self.shares} shares of rows and "
+                f"{self.spatial} parts of columns; expected multiples of these."
+            )
+        share, number = divmod(dist.get_rank(), self.spatial)
+        return images.chunk(self.shares)[share].chunk(self.spatial, dim=-1)[number]
+
+    def columns(self, kind: str) -> Any:
+        """The group of the processes that hold parts of the same images as this one."""
+        built: dict[str, Any] = self.__dict__.setdefault("_columns", {})
+        if kind not in built:
+            self.check_processes()
+            from torch.distributed.device_mesh import init_device_mesh
+
+            names = ("share", "spatial")
+            built[kind] = init_device_mesh(kind, (self.shares, self.spatial), mesh_dim_names=names).get_group("spatial")
+        return built[kind]
 
     def devices(self, kind: str) -> Any:
         """The mesh of devices of a kind, ``"cpu"`` or ``"cuda"``; built once, since every mesh has its own groups."""
@@ -66,9 +98,15 @@ class Mesh:
 
             names = ("replicate", "shard")
             whole = self.replicate > 1
-            shape = (self.replicate, self.shard) if whole else (self.shard,)
+            inside = self.shard * self.spatial
+            shape = (self.replicate, inside) if whole else (inside,)
             built[kind] = init_device_mesh(kind, shape, mesh_dim_names=names if whole else names[1:])
         return built[kind]
+
+    def _product(self) -> str:
+        sizes = {"replicate": self.replicate, "shard": self.shard}
+        sizes |= {"spatial": self.spatial} if self.spatial > 1 else {}
+        return " x ".join(f"{name}={size}" for name, size in sizes.items())
 
     def check_processes(self) -> None:
         """Refuse a mesh that is not of all processes of this job."""
@@ -79,7 +117,7 @@ class Mesh:
             )
         if dist.get_world_size() != self.size:
             raise MetaplError(
-                f"the mesh is of {self.size} processes (replicate={self.replicate} x shard={self.shard}), and "
+                f"the mesh is of {self.size} processes ({self._product()}), and "
                 f"{dist.get_world_size()} were started; expected a product of {dist.get_world_size()}."
             )
 
@@ -91,6 +129,7 @@ def shard(
     blocks: Blocks | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
     checkpoint: bool = False,
+    example: Tensor | None = None,
 ) -> nn.Module:
     """Lay a network out over a mesh, for :class:`metapl.BilevelTrainer`: what a user of PyTorch would do by hand.
 
@@ -106,12 +145,22 @@ def shard(
             float32; batch norms stay in float32. Not with ``mesh.shard == 1``, where ``BilevelTrainer(precision=...)``
             computes under autocast.
         checkpoint: run each block again in the backward pass instead of keeping what it computed.
+        example: with ``mesh.spatial`` above 1, whole images (B, C, H, W), the same in every process: on these the
+            network is compared with itself on parts of them (:func:`metapl.distributed.spatial.spatial`).
 
     Returns: the network to train: ``module`` itself, or the wrapper around it.
 
     Raises: :class:`metapl.MetaplError` before anything is sharded.
     """
     _check(module, mesh, precision, checkpoint)
+    if (mesh.spatial > 1) != (example is not None):
+        given = "and no example" if example is None else "and an example"
+        raise MetaplError(
+            f"shard was given mesh.spatial={mesh.spatial} {given}; expected example= with whole images where they are "
+            "cut along their width, and only there."
+        )
+    if example is not None:
+        spatial(module, mesh.columns(_device(module).type), example)
     chosen = list(blocks_of(module) if blocks is None else blocks(module))
     _check_blocks(module, chosen)
     if checkpoint:
@@ -123,7 +172,7 @@ def shard(
 
     half = precision == "bfloat16"
     policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
-    options = {"mesh": mesh.devices(_device(module).type), "shard_placement_fn": _placement(mesh.shard)}
+    options = {"mesh": mesh.devices(_device(module).type), "shard_placement_fn": _placement(mesh.shard * mesh.spatial)}
     if half:
         for norm in [part for _, part in named_parts(module) if isinstance(part, _BatchNorm) and part.affine]:
             if not any(part is norm for part in chosen):

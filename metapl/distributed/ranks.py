@@ -6,6 +6,7 @@ losses, and a gradient the mean of their gradients. With one rank nothing is com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,31 +30,39 @@ class Ranks:
 
     Args:
         groups: process groups whose product they are, as the dimensions of a mesh; none: this process alone.
-        rank: this process's number among them, in the order of the rows of the whole batch.
+        rank: the number of this process's share of the rows, in the order of the rows of the whole batch.
         device: where tensors can be exchanged.
+        copies: how many processes hold the same rows, and parts of the same images (:mod:`metapl.distributed.spatial`).
+        first: whether this is the process that shows and writes.
+
+    Attributes:
+        size: how many shares of rows there are; each of them counts once, however many processes hold it.
     """
 
     def __init__(
-        self, groups: Sequence[dist.ProcessGroup] = (), rank: int = 0, device: torch.device | None = None
+        self,
+        groups: Sequence[dist.ProcessGroup] = (),
+        rank: int = 0,
+        device: torch.device | None = None,
+        copies: int = 1,
+        first: bool = True,
     ) -> None:
-        self.groups, self.rank = tuple(groups), rank
+        self.groups, self.rank, self.copies, self.first = tuple(groups), rank, copies, first
         self.device = torch.device("cpu") if device is None else device
-        self.size = 1
-        for group in self.groups:
-            self.size *= group.size()
+        self.size = math.prod(group.size() for group in self.groups) // copies
 
     @property
     def alone(self) -> bool:
-        return self.size == 1
+        return self.size == self.copies == 1
 
     def sum(self, t: Tensor) -> Tensor:
-        """The sum over the ranks, the same number on every one."""
+        """The sum over the shares, the same number on every rank."""
         if self.alone:
             return t
         total = t.detach().clone(memory_format=torch.contiguous_format)
         for group in self.groups:
             dist.all_reduce(total, group=group)
-        return total
+        return total if self.copies == 1 else total / self.copies
 
     def mean(self, t: Tensor) -> Tensor:
         """The mean over the ranks."""

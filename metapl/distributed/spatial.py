@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from metapl.distributed.columns import Columns, columns_of, set_columns
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
 
@@ -69,10 +70,13 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> Modul
             divide, or fewer columns than a halo; other outputs on the parts than on the whole. The network is then as
             it was.
     """
+    if columns_of(module) is not None:
+        raise MetaplError("spatial was given a network whose images are split already; expected a whole one.")
     if type(module) in _MADE:
         raise MetaplError(f"spatial was given a {type(module).__name__} alone; expected a network around it.")
+    columns = Columns(group)
     with _evaluated(module):
-        layers = [(name, layer, _split_layer(name, layer, group)) for name, layer in module.named_modules()]
+        layers = [(name, layer, _split_layer(name, layer, columns)) for name, layer in module.named_modules()]
         replaced = {name: (layer, new) for name, layer, new in layers if new is not None}
         expected = module(example)
         try:
@@ -83,6 +87,7 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> Modul
             for name, (layer, _) in replaced.items():
                 _put(module, name, layer)
             raise
+    set_columns(module, columns)
     return module
 
 
@@ -117,10 +122,10 @@ def _check_same(found: Tensor, expected: Tensor, group: dist.ProcessGroup) -> No
         )
 
 
-def _split_layer(name: str, layer: nn.Module, group: dist.ProcessGroup) -> nn.Module | None:
+def _split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | None:
     """What takes a layer's place; None for one that works as it is."""
     if type(layer) in _MADE:
-        return _MADE[type(layer)](name, layer, group)
+        return _MADE[type(layer)](name, layer, columns)
     if isinstance(layer, _REFUSED) or type(layer).__module__.startswith("torch.nn.modules.conv"):
         raise MetaplError(
             f"{name or 'the module'} is a {type(layer).__name__}, which has no form for images cut along their width; "
@@ -133,7 +138,7 @@ def _split_layer(name: str, layer: nn.Module, group: dist.ProcessGroup) -> nn.Mo
 class SpatialConv2d(nn.Conv2d):
     """A convolution of this process's columns, with those of its neighbors that it needs."""
 
-    group: dist.ProcessGroup
+    columns: Columns
     name: str
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +148,7 @@ class SpatialConv2d(nn.Conv2d):
             self.kernel_size[1],
             self.stride[1],
             _side(self.padding, 1),
-            self.group,
+            self.columns.group,
             dilation=self.dilation[1],
         )
         padding = (_side(self.padding, 0), 0)
@@ -153,34 +158,34 @@ class SpatialConv2d(nn.Conv2d):
 class SpatialMaxPool2d(nn.MaxPool2d):
     """The greatest values of windows that may reach into the neighbors' columns."""
 
-    group: dist.ProcessGroup
+    columns: Columns
     name: str
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
-        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.group, fill=-torch.inf)
+        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.columns.group, fill=-torch.inf)
         return F.max_pool2d(x, kernel, stride, (padding[0], 0))
 
 
 class SpatialAvgPool2d(nn.AvgPool2d):
     """The means of windows that may reach into the neighbors' columns."""
 
-    group: dist.ProcessGroup
+    columns: Columns
     name: str
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
-        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.group)
+        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.columns.group)
         return F.avg_pool2d(x, kernel, stride, (padding[0], 0), False, True, self.divisor_override)
 
 
 class SpatialGlobalPool2d(nn.AdaptiveAvgPool2d):
     """The mean over all columns of all processes."""
 
-    group: dist.ProcessGroup
+    columns: Columns
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum_over(x.mean(dim=(-2, -1), keepdim=True), self.group) / self.group.size()
+        return sum_over(x.mean(dim=(-2, -1), keepdim=True), self.columns.group) / self.columns.count
 
 
 class SpatialDropout(nn.Dropout):
@@ -200,15 +205,15 @@ class SpatialDropout(nn.Dropout):
 class SpatialBatchNorm2d(nn.BatchNorm2d):
     """Batch norm by the statistics of all columns: those of the whole images in this group's share of the batch."""
 
-    group: dist.ProcessGroup
+    columns: Columns
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
             return super().forward(x)
-        n = x.numel() // x.shape[1] * self.group.size()
-        mean = sum_over(x.sum(dim=(0, 2, 3)), self.group) / n
+        n = x.numel() // x.shape[1] * self.columns.count
+        mean = sum_over(x.sum(dim=(0, 2, 3)), self.columns.group) / n
         centered = x - mean[:, None, None]
-        variance = sum_over(centered.square().sum(dim=(0, 2, 3)), self.group) / n
+        variance = sum_over(centered.square().sum(dim=(0, 2, 3)), self.columns.group) / n
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._follow(mean.detach(), variance.detach(), n)
         scale = (variance + self.eps).rsqrt()
@@ -232,13 +237,13 @@ class SpatialBatchNorm2d(nn.BatchNorm2d):
 class SpatialGroupNorm(nn.GroupNorm):
     """Group norm by the statistics of all columns of an image."""
 
-    group: dist.ProcessGroup
+    columns: Columns
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.reshape(len(x), self.num_groups, -1)
-        n = grouped.shape[-1] * self.group.size()
-        centered = grouped - sum_over(grouped.sum(-1, keepdim=True), self.group) / n
-        variance = sum_over(centered.square().sum(-1, keepdim=True), self.group) / n
+        n = grouped.shape[-1] * self.columns.count
+        centered = grouped - sum_over(grouped.sum(-1, keepdim=True), self.columns.group) / n
+        variance = sum_over(centered.square().sum(-1, keepdim=True), self.columns.group) / n
         y = (centered * (variance + self.eps).rsqrt()).reshape(x.shape)
         return y if self.weight is None else y * self.weight[:, None, None] + self.bias[:, None, None]
 
@@ -283,7 +288,7 @@ def _extended(
 def _made(kind: type[nn.Module], *check: Callable[[Any], bool]) -> Callable[[str, Any, Any], nn.Module]:
     """A layer of another class with the same tensors and settings."""
 
-    def make(name: str, layer: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+    def make(name: str, layer: nn.Module, columns: Columns) -> nn.Module:
         if not all(passes(layer) for passes in check):
             raise MetaplError(
                 f"{name}, {layer}, has no form for images cut along their width; expected zeros for padding, no "
@@ -291,7 +296,7 @@ def _made(kind: type[nn.Module], *check: Callable[[Any], bool]) -> Callable[[str
             )
         made = kind.__new__(kind)
         made.__dict__.update(layer.__dict__)
-        made.__dict__.update(group=group, name=name)
+        made.__dict__.update(columns=columns, name=name)
         return made
 
     return make

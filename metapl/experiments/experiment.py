@@ -55,7 +55,7 @@ class Experiment:
         torch.manual_seed(self.recipe.seed)
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
         self.record(task)
-        task = dataclasses.replace(task, label=label_by(self.folder.path, task, self.say))
+        task = dataclasses.replace(task, label=label_by(self.recipe, self.folder.path, task, self.say))
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         if self.mesh.size > 1:
             teacher, student = self.laid_out(teacher, student)

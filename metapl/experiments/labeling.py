@@ -18,8 +18,10 @@ from metapl.data.images.folders import digest, scan_unlabeled
 from metapl.data.images.store import FileImages, MemoryImages
 from metapl.data.sets.torchvision_sets import load_image_data
 from metapl.errors import MetaplError, few
+from metapl.fingerprints import fingerprint
 from metapl.labels import LabelWriter
 from metapl.labels.layout import DIGEST_BYTES, PAGE_ROWS
+from metapl.labels.store import is_text
 from metapl.metrics.predictions import logits_of
 from metapl.recipes import Digits, ImageRecipe, Recipe
 from metapl.training.progress import progress
@@ -187,6 +189,26 @@ def _size(shape: tuple[int, int, int]) -> str:
     return f"{height}x{width} {'grey' if channels == 1 else 'in colors'}"
 
 
+def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperature: float = 1.0) -> dict[str, Any]:
+    """What a store says of its labels; what is gone on with must say the same.
+
+    Args:
+        network: that labels.
+        labeled: which pictures.
+        recipe: of the run that reads them.
+        temperature: of the softmax.
+    """
+    return {
+        "pictures": labeled.name,
+        "examples": len(labeled.ids),
+        "ids_sha256": labeled.hash(),
+        "weights_fingerprint": fingerprint(dict(network.state_dict())),
+        "temperature": temperature,
+        "views": f"as they are, not augmented. {recipe.input_note}",
+        "batch": labeled.pictures.batch_size,
+    }
+
+
 def rows_per_part(examples: int) -> int:
     """Rows of a part of a store of so many examples: what a kill costs, against the number of files.
 
@@ -267,7 +289,7 @@ def _labeled_batch(
     for row, (name, number) in enumerate(zip(ids, numbers.tolist(), strict=True)):
         if number < done:
             continue
-        if isinstance(name, str) and not name.isascii() and not _is_text(name):
+        if isinstance(name, str) and not name.isascii() and not is_text(name):
             skip(f"{shown(name)}: its name is not UTF-8; rename it.")
         else:
             kept.append(row)
@@ -280,12 +302,3 @@ def _labeled_batch(
                 "greater one."
             )
         yield [ids[row] for row in kept], scaled_BC.softmax(dim=1), contents
-
-
-def _is_text(name: str) -> bool:
-    """Whether UTF-8 can hold a name; Python has bytes that it cannot hold as surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

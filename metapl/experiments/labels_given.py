@@ -7,10 +7,9 @@ from typing import Any
 
 from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError, few
-from metapl.experiments.labeling import rows_per_part, to_label, write_labels
+from metapl.experiments.labeling import provenance, rows_per_part, to_label, write_labels
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.reducing import FOLDER, rows_of
-from metapl.fingerprints import fingerprint
 from metapl.labels import LabelStore, LabelWriter
 from metapl.recipes import ImageFolders
 from metapl.recipes.base import Recipe, Stored, Task
@@ -68,12 +67,7 @@ def _label(run: LoadedRun, pictures: str, place: Path, say: Say) -> LabelStore:
     writer = LabelWriter(
         place,
         run.recipe.classes,
-        provenance={
-            "run": str(run.folder.path),
-            "pictures": pictures,
-            "ids_sha256": labeled.hash(),
-            "weights_sha256": fingerprint(dict(network.state_dict())),
-        },
+        provenance={"run": str(run.folder.path), **provenance(network, labeled, run.recipe)},
         rows_per_part=rows_per_part(len(labeled.ids)),
         resume=place.exists(),
     )

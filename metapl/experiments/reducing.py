@@ -15,9 +15,8 @@ from metapl.data.batches import in_unit_range
 from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError
 from metapl.experiments.doubting import Fit
-from metapl.experiments.labeling import BATCH, Labeled, PicturesInMemory, Read, rows_per_part, write_labels
+from metapl.experiments.labeling import BATCH, Labeled, PicturesInMemory, Read, provenance, rows_per_part, write_labels
 from metapl.feedback import Altered
-from metapl.fingerprints import fingerprint
 from metapl.labels import LabelStore, LabelWriter
 from metapl.models import label_adjuster
 from metapl.problems import ReducedLabels, StoredCrossEntropy
@@ -91,7 +90,7 @@ def feedback_of(recipe: Recipe, feedback: Any) -> tuple[Any, Kind | None]:
 # ----------------------------------------------------------------------------------------------------- labels of a run
 
 
-def label_by(folder: Path, task: Task, say: Say) -> Callable[[nn.Module], Stored]:
+def label_by(recipe: Recipe, folder: Path, task: Task, say: Say) -> Callable[[nn.Module], Stored]:
     """A function that stores the labels of a task's examples in a run folder, and reads them.
 
     A run that resumes goes on with the stores that are there; a teacher with other weights is refused.
@@ -101,16 +100,16 @@ def label_by(folder: Path, task: Task, say: Say) -> Callable[[nn.Module], Stored
         stored = {}
         for name, batches in (("unlabeled", task.unlabeled), ("labeled", task.labeled)):
             images, place = batches.images, folder / FOLDER / name
-            pictures = AsTheyAre(images, BATCH)
+            labeled = Labeled(AsTheyAre(images, BATCH), range(len(images)), name)
             writer = LabelWriter(
                 place,
                 task.classes,
-                provenance={"examples": len(images), "weights_sha256": fingerprint(dict(teacher.state_dict()))},
+                provenance=provenance(teacher, labeled, recipe),
                 rows_per_part=rows_per_part(len(images)),
                 resume=place.exists(),
             )
             with writer:
-                write_labels(teacher, Labeled(pictures, range(len(images)), name), writer, skip=say)
+                write_labels(teacher, labeled, writer, skip=say)
             stored[name] = rows_of(LabelStore(place), range(len(images)))
         say(f"the teacher's labels are in {folder / FOLDER}")
         return Stored(**stored)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Estimator, Feedback, State, check_choice
+from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice
 from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
@@ -39,10 +39,10 @@ class Altered(Estimator):
 
     def __post_init__(self) -> None:
         check_choice(self, "alteration", ("permuted", "class_means", "random_sign"))
-        if self.base.name in ("none", "reinforce", "loss_difference"):
+        if self.base.credits not in ("signal", "example"):
             raise MetaplError(
-                f"Altered(base={self.base!r}): expected an estimator with feedback per example: forward, difference, "
-                "unrolled or reinforce_per_example."
+                f"Altered(base={self.base!r}): expected an estimator with feedback on each example, whose `credits` is "
+                f'"signal" or "example", such as Forward(); that of {self.base.name} is "{self.base.credits}".'
             )
 
     @property
@@ -58,8 +58,21 @@ class Altered(Estimator):
         return self.base.keep_graph
 
     @property
+    def keep_every(self) -> int:
+        return self.base.keep_every
+
+    @property
     def looks_ahead(self) -> bool:
         return self.base.looks_ahead
+
+    @property
+    def credits(self) -> Credits:
+        return self.base.credits
+
+    @property
+    def normalization(self) -> Normalization:
+        """What the base divides its feedback by; ``"gradient"``, nothing, where it does not say so."""
+        return getattr(self.base, "normalization", "gradient")
 
     def init(self) -> State:
         return {**self.base.init(), "altered": torch.zeros((), dtype=torch.int64)}

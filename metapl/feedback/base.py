@@ -26,6 +26,7 @@ from metapl.problems.base import Kind, Signal
 
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
+Credits = Literal["signal", "example", "batch", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,17 @@ class Estimator(ABC):
     @abstractmethod
     def labels(self) -> tuple[Kind, ...]:
         """The kinds of signal that it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled), by preference."""
+
+    @property
+    def credits(self) -> Credits:
+        """What gets a number of its own: each entry of the ``"signal"``, each ``"example"``, the ``"batch"``, or
+        ``"nothing"``."""
+        return "signal"
+
+    @property
+    def exact(self) -> bool:
+        """Whether the feedback on a differentiable signal is the whole gradient, but for rounding."""
+        return False
 
     @property
     def keep_graph(self) -> bool:

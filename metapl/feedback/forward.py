@@ -79,6 +79,10 @@ class Forward(Estimator):
         if not isinstance(self.keep_every, int) or self.keep_every < 1:
             raise MetaplError(f"Forward(keep_every={self.keep_every!r}): expected a number of steps, 1 or more.")
 
+    @property
+    def exact(self) -> bool:
+        return self.truncate is None and self.normalization == "gradient"
+
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         feedback = []
         for step, w, gradients in path.adjoints(credited_fields, self.truncate):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Estimator, Feedback, State, check_choice, divisor
+from metapl.feedback.base import Credits, Estimator, Feedback, State, check_choice, divisor
 from metapl.feedback.path import Path
 from metapl.feedback.reinforce import check_baseline, init_baseline, subtract_baseline
 from metapl.problems.base import Kind
@@ -33,6 +33,7 @@ class LossDifference(Estimator):
 
     name: ClassVar[str] = "loss_difference"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
+    credits: ClassVar[Credits] = "batch"
 
     def __post_init__(self) -> None:
         check_choice(self, "normalization", ("gradient", "learning_rate"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.feedback.base import Estimator, Feedback, State
+from metapl.feedback.base import Credits, Estimator, Feedback, State
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
@@ -20,6 +20,7 @@ class NoFeedback(Estimator):
 
     name: ClassVar[str] = "none"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
+    credits: ClassVar[Credits] = "nothing"
     looks_ahead: ClassVar[bool] = True
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Estimator, Feedback, State, check_choice, divisor
+from metapl.feedback.base import Credits, Estimator, Feedback, State, check_choice, divisor
 from metapl.feedback.credit import batch_feedback
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
@@ -45,6 +45,7 @@ class Reinforce(Estimator):
 
     name: ClassVar[str] = "reinforce"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
+    credits: ClassVar[Credits] = "batch"
 
     def __post_init__(self) -> None:
         check_choice(self, "similarity", ("dot", "cosine"))

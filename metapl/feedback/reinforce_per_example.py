@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
+from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice, divisor
 from metapl.feedback.credit import Tangent, example_feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.path import Path
@@ -39,6 +39,7 @@ class ReinforcePerExample(Estimator):
 
     name: ClassVar[str] = "reinforce_per_example"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
+    credits: ClassVar[Credits] = "example"
 
     def __post_init__(self) -> None:
         check_choice(self, "tangent", ("forward", "difference"))

@@ -39,6 +39,10 @@ class Unrolled(Estimator):
     def __post_init__(self) -> None:
         check_truncate(self)
 
+    @property
+    def exact(self) -> bool:
+        return self.truncate is None
+
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         with explained(self.name):
             gradients = path.gradients_in_signals(self.truncate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -72,7 +71,7 @@ def _figure(title: str, summary: str, content: Statistics, names: Sequence[str])
         _draw_named(classes, content, names)
     else:
         _draw_by_size(classes, content)
-    most = math.log(len(content.classes)) if len(content.classes) > 1 else 1.0
+    most = content.greatest_entropy
     for number, (name, note, counts, upper) in enumerate(
         (
             ("Confidence", "probability of the most probable class", content.confidence, 1.0),

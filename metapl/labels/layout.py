@@ -224,7 +224,7 @@ def selected_fault(provenance: Mapping[str, Any]) -> str | None:
     return fault
 
 
-AGAIN = "Put the file back from a copy, or write the labels again to another --out."
+AGAIN = "Put the file back from a copy, or write the labels again to another folder (--out)."
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -284,7 +284,7 @@ def encoded(table: pa.Table) -> pa.Buffer:
         if not np.array_equal(mapped_columns(buffer, {name: flat.dtype})[name], flat):
             raise MetaplError(
                 f"this pyarrow, {pa.__version__}, lays out the column {name} of a Parquet file in another way than "
-                "stores are read; expected a version from 21 to 26."
+                "stores are read; expected a version that pip install 'metapl[labels]' takes (21 to 26 were tried)."
             )
     return buffer
 
@@ -372,7 +372,7 @@ def parts_there(folder: Path) -> list[tuple[str, str]]:
         if number != expected:
             raise MetaplError(
                 f"{folder} has {shown(name)}, and not the part {expected} before it; expected the parts as they were "
-                "written, one of each number. Remove those from there on, then go on with --resume."
+                "written, one of each number. Remove those from there on, then go on with resume=True (--resume)."
             )
     return [(name, sha256) for _, name, sha256 in parts]
 

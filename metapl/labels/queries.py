@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +42,15 @@ BINS = 20
 """Of the histograms of confidence and entropy."""
 
 
+def greatest_entropy(classes: int) -> float:
+    """That of evenly spread probabilities, in nats; 1 for a single class, so that a histogram has a width.
+
+    >>> greatest_entropy(1), round(greatest_entropy(10), 3)
+    (1.0, 2.303)
+    """
+    return math.log(classes) if classes > 1 else 1.0
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What is in a store; :func:`statistics` finds it.
@@ -72,6 +81,11 @@ class Statistics:
     quartiles_of_confidence: tuple[float, ...]
     mean_entropy: float
 
+    @property
+    def greatest_entropy(self) -> float:
+        """The end of the last bin of ``entropy``, in nats."""
+        return greatest_entropy(len(self.classes))
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
@@ -79,7 +93,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Selection:
-    """How many rows :func:`select` kept, and what became of the others.
+    """How many rows :func:`select` kept, and why others were dropped.
 
     Args:
         rows: of the store selected from.
@@ -108,7 +122,7 @@ def statistics(store: LabelStore) -> Statistics:
     Raises:
         MetaplError: a part is damaged, or DuckDB is not installed.
     """
-    top = math.log(len(store.classes)) or 1.0
+    top = greatest_entropy(len(store.classes))
     with tempfile.TemporaryDirectory() as spill, _database(Path(spill)) as database:
         columns = ["label", "confidence", "entropy", "copies"]
         _load(database, store, "CREATE TEMP TABLE example AS SELECT * FROM incoming", columns, _numbered)
@@ -178,7 +192,7 @@ def select(
     Args:
         store: to select from.
         out: folder of the new store.
-        threshold: keep what is above it.
+        threshold: keep examples of a confidence above it, in [0, 1).
         per_class: the most examples of a class.
         any_class: count an example for every class that a probability is stored of; needs ``per_class``.
         balance: fill classes up to ``per_class``, or without it to the size of the largest one.
@@ -231,7 +245,7 @@ def _check(
 ) -> None:
     if threshold is None and per_class is None and not balance and drop_overlap is None:
         raise MetaplError(
-            "nothing was asked for; expected one or more of --threshold, --per-class, --balance and --drop-overlap."
+            "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap."
         )
     if threshold is not None and not 0 <= threshold < 1:
         raise MetaplError(f"the threshold is {threshold}; expected a confidence in [0, 1).")
@@ -239,8 +253,8 @@ def _check(
         raise MetaplError(f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}.")
     if any_class and (per_class is None or balance or not per_class < MOST_OF_ANY_CLASS):
         raise MetaplError(
-            f"--any-class was asked for; expected --per-class with it, below {MOST_OF_ANY_CLASS:,}, and no --balance: "
-            "an example can be of several classes."
+            f"any_class was asked for; expected per_class with it, below {MOST_OF_ANY_CLASS:,}, and no balance: an "
+            "example can be of several classes."
         )
     if drop_overlap is not None and not store.has_digests:
         raise MetaplError(
@@ -277,8 +291,8 @@ def _database(spill: Path) -> Iterator[DuckDBPyConnection]:
 
     if not is_text(str(spill)):  # DuckDB would say std::bad_cast
         raise MetaplError(
-            f"DuckDB cannot keep its files in {shown(spill.parent)}: the name is not UTF-8; expected another --out, or "
-            "rename the folder."
+            f"DuckDB cannot keep its files in {shown(spill.parent)}: the name is not UTF-8; expected another "
+            "folder (--out), or rename it."
         )
     settings: dict[str, Any] = {
         "memory_limit": MEMORY,
@@ -385,6 +399,32 @@ def _choose(
     overlap: Sequence[bytes] | None,
 ) -> Selection:
     """Make the table ``chosen`` of the rows to be kept and their copies."""
+    # Confidence is stored as float32, in which 0.3 is above 0.3.
+    sure = "true" if threshold is None else f"confidence > {threshold!r}::FLOAT"
+    _load_examples(database, store, balance, overlap)
+    overlapping, unsure = _keep(database, store, sure, per_class, any_class)
+    counts = dict(database.execute("SELECT label, count(*) FROM kept GROUP BY label").fetchall())
+    kept = sum(counts.values())
+    if not kept:
+        raise MetaplError(
+            f"nothing is left of the {len(store):,} examples of {store.folder}: {overlapping:,} overlap, and "
+            f"{unsure:,} are not above the threshold; lower it."
+        )
+    return Selection(
+        rows=len(store),
+        overlapping=overlapping,
+        unsure=unsure,
+        beyond=len(store) - overlapping - unsure - kept,
+        kept=kept,
+        copies=_count_copies(database, counts, (per_class or max(counts.values())) if balance else None),
+        missing=tuple(name for label, name in enumerate(store.classes) if label not in counts),
+    )
+
+
+def _load_examples(
+    database: DuckDBPyConnection, store: LabelStore, balance: bool, overlap: Sequence[bytes] | None
+) -> None:
+    """Make the table ``example`` of all rows: what is selected by, and whether their files are known."""
     import pyarrow as pa
 
     columns, selected = ["label", "confidence", "copies"], "row, label, confidence, copies"
@@ -396,8 +436,17 @@ def _choose(
     else:
         selected = f"{selected}, false AS is_known"
     _load(database, store, f"CREATE TEMP TABLE example AS SELECT {selected} FROM incoming", columns, _numbered)
-    # Confidence is stored as float32, in which 0.3 is above 0.3.
-    sure = "true" if threshold is None else f"confidence > {threshold!r}::FLOAT"
+
+
+def _keep(
+    database: DuckDBPyConnection, store: LabelStore, sure: str, per_class: int | None, any_class: bool
+) -> tuple[int, int]:
+    """Make the table ``kept`` of ``example``, which is dropped; how many overlap, and how many others are not sure.
+
+    Args:
+        sure: what holds for an example of enough confidence.
+        per_class, any_class: as of :func:`select`.
+    """
     limit = ""
     if any_class:
         database.execute(f"CREATE TEMP TABLE sure AS SELECT row FROM example WHERE NOT is_known AND {sure}")
@@ -415,18 +464,20 @@ def _choose(
     counted = database.execute(
         f"SELECT count(*) FILTER (is_known), count(*) FILTER (NOT is_known AND NOT {sure}) FROM example"
     ).fetchone()
-    counts = dict(database.execute("SELECT label, count(*) FROM kept GROUP BY label").fetchall())
     assert counted is not None
     database.execute("DROP TABLE example")
-    kept = sum(counts.values())
-    if not kept:
-        raise MetaplError(
-            f"nothing is left of the {len(store):,} examples of {store.folder}: {counted[0]:,} overlap, and "
-            f"{counted[1]:,} are not above the threshold; lower it."
-        )
+    return counted[0], counted[1]
+
+
+def _count_copies(database: DuckDBPyConnection, counts: Mapping[int, int], goal: int | None) -> int:
+    """Make the table ``chosen`` of ``kept``, which is dropped; how many examples it counts.
+
+    Args:
+        counts: rows of each class that is left.
+        goal: of each class, with copies; None: each row counts as often as it did.
+    """
     copies = "copies"
-    if balance:
-        goal = per_class or max(counts.values())
+    if goal is not None:
         _refuse_many_copies(goal * len(counts), f"{len(counts):,} classes of {goal:,} each")
         size, place = "count(*) OVER (PARTITION BY label)", "row_number() OVER (PARTITION BY label ORDER BY tie, row)"
         copies = f"({goal} // {size} + CASE WHEN {place} <= {goal} % {size} THEN 1 ELSE 0 END)::INTEGER"
@@ -435,22 +486,14 @@ def _choose(
     total = database.execute("SELECT sum(copies) FROM chosen").fetchone()
     assert total is not None
     _refuse_many_copies(int(total[0]), "those of the store")
-    return Selection(
-        rows=len(store),
-        overlapping=counted[0],
-        unsure=counted[1],
-        beyond=len(store) - counted[0] - counted[1] - kept,
-        kept=kept,
-        copies=int(total[0]),
-        missing=tuple(name for label, name in enumerate(store.classes) if label not in counts),
-    )
+    return int(total[0])
 
 
 def _refuse_many_copies(copies: int, made_of: str) -> None:
     if copies > MOST_COPIES:
         raise MetaplError(
             f"the new store would count {copies:,} examples with their copies, {made_of}; expected at most "
-            f"{MOST_COPIES:,}: give a smaller --per-class."
+            f"{MOST_COPIES:,}: give a smaller per_class."
         )
 
 

@@ -79,7 +79,7 @@ class LabelStore:
         if not content["complete"]:
             raise MetaplError(
                 f"the store in {self.folder} is not whole: its writer was stopped. Go on with the command that began "
-                "it, and --resume."
+                "it, and resume=True (--resume)."
             )
         self.classes: tuple[str, ...] = tuple(content["classes"])
         self.top_k: int | None = content["top_k"]
@@ -181,7 +181,17 @@ class LabelStore:
         return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def at(self, rows: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """The distributions of rows 0, …, len − 1, in any order: float32 (B, C) on the CPU."""
+        """The distributions of rows, read from memory maps.
+
+        Args:
+            rows: B of 0, …, len − 1, in any order.
+
+        Returns:
+            float32 (B, C) on the CPU, each row summing to 1.
+
+        Raises:
+            MetaplError: there is no such row, or a part is damaged.
+        """
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
         outside = (wanted < 0) | (wanted >= len(self))
         if outside.any():
@@ -215,7 +225,15 @@ class LabelStore:
             self._check(number)
 
     def table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of a part, as pyarrow reads them: some of their columns, or all."""
+        """The rows of a part, as pyarrow reads them.
+
+        Args:
+            number: of the part.
+            columns: their names; None: all.
+
+        Raises:
+            MetaplError: the part is damaged.
+        """
         import pyarrow.parquet as pq
 
         self._check(number)

@@ -55,8 +55,8 @@ class LabelWriter:
     Cost: the rows of a part in memory, twice while it is written.
 
     Raises:
-        MetaplError: when the block is entered: pyarrow is not installed, the folder holds something else or a store
-            that is to stay, somebody else writes to it, or what is resumed was begun otherwise. Later: see :meth:`add`;
+        MetaplError: when the block is entered: pyarrow is not installed; the folder holds other files, or a finished
+            store; another process is writing to it; or what is resumed was begun otherwise. Later: see :meth:`add`;
             the disk refused, or nothing was added.
 
     >>> import tempfile
@@ -116,11 +116,12 @@ class LabelWriter:
         around = layout.store_around(self.folder)
         if around is not None:
             raise MetaplError(
-                f"{self.folder} lies in the store {around}; expected a folder elsewhere: give another --out."
+                f"{self.folder} lies in the store {around}; expected a folder elsewhere: give another folder (--out)."
             )
         if self.folder.exists() and not self.folder.is_dir():
             raise MetaplError(
-                f"{self.folder} is not a folder; expected the folder of a store, or a new one: give another --out."
+                f"{self.folder} is not a folder; expected the folder of a store, or a new one: give another folder "
+                "(--out)."
             )
         with ExitStack() as stack:
             stack.enter_context(owned(self.folder))
@@ -146,21 +147,23 @@ class LabelWriter:
         if others:
             raise MetaplError(
                 f"{self.folder} holds files that are not a store's ({few(others)}); expected an empty folder, or a new "
-                "one: give another --out."
+                "one: give another folder (--out)."
             )
         if (self.folder / DESCRIPTION).exists():
             self._go_on(layout.read_description(self.folder))
         elif layout.parts_there(self.folder):
             raise MetaplError(
                 f"{self.folder} has parts of a store and no {DESCRIPTION}; put it back from a copy, or give another "
-                "--out."
+                "folder (--out)."
             )
         else:
             layout.remove_temporary(self.folder)
 
     def _go_on(self, before: Mapping[str, Any]) -> None:
         if not self.resume:
-            state, mend = ("a", "give another --out") if before["complete"] else ("an unfinished", "give --resume")
+            finished = ("a", "give another folder (--out)")
+            unfinished = ("an unfinished", "go on with resume=True (--resume)")
+            state, mend = finished if before["complete"] else unfinished
             raise MetaplError(f"{self.folder} holds {state} store of labels; {mend}.")
         now = self._description(complete=False)
         self._refuse_other("", before, now, ("classes", "top_k", "rows_per_part"))
@@ -184,7 +187,7 @@ class LabelWriter:
             if before.get(name) != now.get(name):
                 raise MetaplError(
                     f"the store in {self.folder} was begun with {above}{name} {_short(before.get(name))}, and now it "
-                    f"is {_short(now.get(name))}; go on as it was begun, or give another --out."
+                    f"is {_short(now.get(name))}; go on as it was begun, or give another folder (--out)."
                 )
 
     def _part_there(self, name: str, beginning: str) -> Part:
@@ -200,7 +203,7 @@ class LabelWriter:
         if not sha256.startswith(beginning):
             raise MetaplError(
                 f"{self.folder / name} is damaged: its SHA-256 does not begin as its name says. Remove it and the "
-                "parts after it, then go on with --resume."
+                "parts after it, then go on with resume=True (--resume)."
             )
         try:
             file = pq.ParquetFile(pa.BufferReader(content))
@@ -221,7 +224,7 @@ class LabelWriter:
         if fault is not None:
             raise MetaplError(
                 f"{self.folder / name} is not a part of this store: {fault}. Remove it and the parts after it, then go "
-                "on with --resume."
+                "on with resume=True (--resume)."
             )
         self._schema, self._last = file.schema_arrow.remove_metadata(), ids[-1]
         return Part(name, len(ids), ids[0], ids[-1], len(content), sha256)
@@ -381,7 +384,7 @@ class LabelWriter:
         except OSError as error:
             raise MetaplError(
                 f"{self.folder / name} could not be written: {error.strerror or error}; the {self.rows:,} rows that "
-                "are there are whole. Mend that (is the disk full?), then go on with --resume."
+                "are there are whole. Mend that (is the disk full?), then go on with resume=True (--resume)."
             ) from error
 
 

@@ -24,10 +24,11 @@ TAKEN, OTHER, CONTROL = PALETTE[0], "#9DB8CC", "#D0D0D0"
 """The mode that is recommended, the other modes, altered feedback."""
 
 SETTINGS = {
-    "epsilon": "step size of the finite difference",
+    "epsilon": "step size of the finite difference, over a typical weight",
     "temperature": "temperature of the pseudo-labels",
     "batch_size": "examples in the unlabeled batch",
 }
+"""What is varied, by its key in the results."""
 
 Figures = Mapping[str, Any]
 

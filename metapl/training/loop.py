@@ -87,7 +87,7 @@ class FitRun:
                 "gives no class logits; leave truth out, or set teacher_classifies = True on the problem."
             )
         # One of several processes shows and writes.
-        self.first = trainer.ranks.rank == 0
+        self.first = trainer.ranks.first
         self.trainer, self.options, self.say = trainer, options, say if self.first else _unsaid
         self.shown, out = shown and self.first, out if self.first else None
         self.rates = Rates(trainer, options)

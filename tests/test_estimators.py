@@ -1,0 +1,103 @@
+"""What estimators say of themselves, and that alterations say the same as what they alter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from problems_zoo import toy
+from reference import error
+
+import metapl
+import metapl.hypergradient
+from metapl import Lookahead, MetaplError
+from metapl.ablation import recommendation
+from metapl.ablation.figures import ModeCost
+from metapl.feedback import Altered, Difference, Estimator, Forward, Reinforce, Unrolled, estimator
+from metapl.problems import LearningToReweight
+
+
+def gradient(mode: str | Estimator, kind: Any) -> metapl.Hypergradient:
+    problem = toy("mlp")
+    optimizer = torch.optim.SGD(problem.student.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(0)
+    pseudo = metapl.PseudoLabels(kind=kind)
+    return metapl.hypergradient(
+        **problem.networks(),
+        **problem.data(),
+        mode=mode,
+        problem=pseudo,
+        inner_optimizer=optimizer,
+        generator=generator,
+    )
+
+
+@pytest.mark.parametrize("mode", [mode for mode in metapl.MODES if mode != "implicit"])
+def test_what_gets_a_number_of_its_own(mode: str) -> None:
+    kind = estimator(mode).labels[0]
+    shape = gradient(mode, kind).feedback.shape
+    rows, classes = len(toy("mlp").unlabeled), 3
+    expected = {"signal": (rows, classes), "example": (rows,), "batch": (), "nothing": ()}
+    assert shape == expected[estimator(mode).credits]
+
+
+def test_exact_modes_are_those_that_say_so() -> None:
+    exact = gradient(Unrolled(), "soft").grads
+    modes = [Forward(), Forward(normalization="cosine"), Difference(), estimator("none")]
+    for mode in modes:
+        assert mode.exact == (error(gradient(mode, "soft").grads, exact) < 1e-10)
+    assert [name for name in metapl.MODES if estimator(name).exact] == ["unrolled", "forward"]
+    assert not Unrolled(truncate=1).exact
+    assert not Forward(truncate=2).exact
+    assert not Altered().exact
+
+
+@pytest.mark.parametrize(
+    "base", [Forward(keep_every=2, normalization="cosine"), Unrolled()], ids=["forward", "unrolled"]
+)
+def test_an_altered_mode_says_what_its_base_does(base: Estimator) -> None:
+    altered = Altered(base)
+    for name in ("labels", "keep_graph", "keep_every", "looks_ahead", "credits"):
+        assert getattr(altered, name) == getattr(base, name)
+    assert altered.normalization == getattr(base, "normalization", "gradient")
+
+
+def test_an_altered_mode_keeps_as_few_steps_as_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[list[bool]] = []
+    adjoints = metapl.feedback.path.Path.adjoints
+
+    def seen(path: metapl.feedback.path.Path, *arguments: Any) -> Any:
+        kept.append([step.kept for step in path.steps])
+        return adjoints(path, *arguments)
+
+    monkeypatch.setattr(metapl.feedback.path.Path, "adjoints", seen)
+    problem = toy("mlp")
+    for mode in (Forward(keep_every=2), Altered(Forward(keep_every=2)), Altered()):
+        optimizer = torch.optim.SGD(problem.student.parameters(), lr=0.05)
+        ahead = Lookahead([problem.unlabeled] * 4)
+        metapl.hypergradient(
+            **problem.networks(), labeled=problem.labeled, unlabeled=ahead, mode=mode, inner_optimizer=optimizer
+        )
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_a_cosine_is_refused_behind_an_alteration_too() -> None:
+    """It would divide by the student's gradient, which is zero where the problem makes its signal of the feedback."""
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    for mode in (Forward(normalization="cosine"), Altered(Forward(normalization="cosine"))):
+        trainer = metapl.BilevelTrainer(None, torch.nn.Linear(4, 3), mode, problem=LearningToReweight())
+        with pytest.raises(MetaplError, match='normalization="cosine" divides by the student'):
+            trainer.step(batch, batch)
+
+
+class Own(Reinforce):
+    """An estimator under another name."""
+
+    name = "own"  # type: ignore[misc]
+
+
+def test_which_modes_are_never_recommended_can_be_said() -> None:
+    modes: dict[str, ModeCost | str] = {"own": ModeCost(1.0, 0.5, 1.0, 9.0, 0.01, 1000)}
+    assert recommendation(modes)[0] == "own"
+    assert recommendation(modes, never=("own",))[0] is None
