@@ -56,10 +56,8 @@ def gap(found: Plan, measured: int) -> float:
 ALONE = {
     "forward": digits(),
     "none": digits("none"),
-    "unrolled": digits("unrolled"),
     "reinforce, adamw": digits("reinforce", student=ADAMW, teacher=ADAMW),
     "small_cnn": pictures("small_cnn", dropout=0.2),
-    "small_cnn, accumulated": pictures("small_cnn", accumulate=2),
 }
 
 
@@ -94,9 +92,10 @@ def test_a_plan_for_two_processes_is_what_each_holds(two: Ranks, case: str) -> N
 
 def test_the_feedback_is_what_a_step_without_it_does_not_hold() -> None:
     found, without = (planned(digits(mode, 512, unlabeled_batch=8)) for mode in ("forward", "none"))
-    assert found.per_rank["feedback"] > found.per_rank["weights"]  # θ′, v, w and the difference of two passes
+    assert found.per_rank["feedback"] > found.per_rank["weights"]  # v and θ′ at least, each as large as a network
     assert without.per_rank["feedback"] < 0.001 * without.per_rank["peak"]
-    assert found.per_rank["peak"] - found.per_rank["feedback"] == pytest.approx(without.per_rank["peak"], rel=0.1)
+    # Without feedback, the teacher has no backward pass through its labels either.
+    assert without.per_rank["peak"] < found.per_rank["peak"] - found.per_rank["feedback"]
 
 
 def test_more_shards_hold_less_and_send_more() -> None:
@@ -175,7 +174,7 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
         (("digits", "--mesh.shard", "0"), r"--mesh.shard 0: expected a number of ranks"),
         (("digits", "--mesh.shard", "3"), "labeled_batch of 64, which 3 ranks do not share equally"),
         (("digits", "--mesh.tensor", "2"), r"tensor.* not built yet"),
-        (("digits", "--mesh.spatial", "2"), r"spatial.* not built yet"),
+        (("digits", "--mesh.spatial", "3"), "pictures of 8 pixels, which cannot be cut into 3"),
         (("digits", "--mesh.shard", "2", "--ranks", "2"), "--ranks 2 has no effect beside --mesh"),
         (("digits", "--ranks", "0"), "--ranks 0: expected 1 to"),
         (("digits", "--memory", "lots"), "--memory lots: expected a size"),
@@ -187,12 +186,13 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
         (("images",), "give their number by --classes"),
         (("images", "--classes", "5", "--network", "resnet-18"), "did you mean resnet18"),
         (("digits", "--mode", "unrolled", "--mesh.shard", "2"), "'unrolled' does not run on a student that is sharded"),
-        (("cifar10-4k", "--labeled-batch", "2", "--mesh.shard", "2", "--network", "resnet18"), "does not run: Expected"),
+        (
+            ("cifar10-4k", "--labeled-batch", "2", "--mesh.shard", "2", "--network", "resnet18"),
+            "does not run: Expected",
+        ),
     ],
 )
-def test_wrong_input_is_refused(
-    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_input_is_refused(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(words, refused(capsys, "plan", *arguments))
 
 
@@ -200,8 +200,8 @@ def test_every_recipe_is_built_without_data() -> None:
     for name, build in PLANNED.items():
         recipe = build({}, 3 if name == "images" else None, None)
         assert recipe.name == name
-        changed = build({"steps": 7}, 3 if name == "images" else None, "none")
-        assert changed.steps == 7
+        changed = build({"steps": 100_000}, 3 if name == "images" else None, "none")
+        assert changed.steps == 100_000
         assert changed.feedback.mode == "none"
         with torch.device("meta"):
             network = recipe.network()
@@ -241,8 +241,10 @@ def test_storages_are_counted_while_they_live() -> None:
             held.name_others([given], "gradients")  # it has a name
             d = given + 1
             held.name_others([d], "feedback")
+            torch.zeros(1)
     assert held.phases["first"].peak.total == 800
     second = held.phases["second"]
+    assert second.peak.total == 804
     assert second.peak.by_name["weights"] == second.peak.by_name["feedback"] == 400
     assert second.plain.total == 800  # while the sum had no name
     assert held.bytes["feedback"] == 400

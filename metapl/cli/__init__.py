@@ -96,7 +96,7 @@ them: the memory of a rank, operations, bytes on the wire, hours. RECIPE is one
 of:
 
   images                your own pictures; give --classes and --network
-{recipes}  imagenet-l2           EfficientNet-L2 twice, the paper's largest experiment
+{recipes}  imagenet-l2           two EfficientNet-L2, the paper's largest experiment
   imagenet-b6-wide      the same with EfficientNet-B6-Wide
   vit-1b                two vision transformers of 1.2 billion weights
 

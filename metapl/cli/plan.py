@@ -101,7 +101,7 @@ class PlanRecipe:
     def __call__(self) -> int:
         memory, mesh = self._checked()
         recipe = self.planned_recipe()
-        given = {"memory": memory, "flops_per_second": self.flops_per_second}
+        given: dict[str, Any] = {"memory": memory, "flops_per_second": self.flops_per_second}
         found = propose(recipe, self.ranks or 1, **given) if mesh is None else plan(recipe, mesh, **given)
         for line in lines(found, proposed=mesh is None):
             tell(line, wrap=not line.startswith(" "))
@@ -143,19 +143,26 @@ def lines(found: Plan, proposed: bool) -> list[str]:
     """A plan as lines of a terminal."""
     recipe, mesh, step, held = found.recipe, found.mesh, found.step, found.per_rank
     ranks = "1 rank" if mesh.size == 1 else f"{mesh.size:,} ranks"
-    layout = f"{mesh.replicate:,} replicas of {mesh.shard:,} shards"
+    layout = f"{mesh.replicate:,} x {mesh.shard:,} (replicate x shard)"
+    if mesh.spatial > 1:
+        layout = f"{mesh.replicate:,} x {mesh.shard:,} x {mesh.spatial} (replicate x shard x spatial)"
     how = f" (--mesh.replicate {mesh.replicate} --mesh.shard {mesh.shard})" if proposed else ""
     teacher, student = (f"{found.parameters[role]:,}" for role in ("teacher", "student"))
-    share = f"{recipe.labeled_batch // mesh.size:,} labeled and {recipe.unlabeled_batch // mesh.size:,} unlabeled"
+    share = f"{recipe.labeled_batch // mesh.shares:,} labeled and {recipe.unlabeled_batch // mesh.shares:,} unlabeled"
+    share += " examples a rank" if mesh.spatial == 1 else f" pictures for {mesh.spatial} ranks together"
     verdict = "fits" if found.fits else "does not fit"
-    rows = [("memory of a rank", "peak"), *((name, size(held[name])) for name in NAMES), ("together", size(held["peak"]))]
+    rows = [
+        ("memory of a rank", "peak"),
+        *((name, size(held[name])) for name in NAMES),
+        ("together", size(held["peak"])),
+    ]
     phases = [("phase", "peak"), *((name, size(peak)) for name, peak in step.peaks.items())]
     side = [" " * 2 + a + " " * 8 + b for a, b in _side_by_side(table(rows), table(phases))]
     hours = "" if found.hours is None else f"; {_duration(found.hours)} for {recipe.steps:,} steps at that rate"
     rate = "" if found.flops_per_second is None else f" ({found.flops_per_second:.3g} a second)"
     return [
         f"{recipe.name} on {ranks}{f', {layout}' if mesh.size > 1 else ''}{how}, mode {recipe.feedback.mode}",
-        f"{teacher} weights in the teacher, {student} in the student; {share} examples a rank",
+        f"{teacher} weights in the teacher, {student} in the student; {share}",
         "",
         *side,
         "",
@@ -177,7 +184,7 @@ def _mend(found: Plan) -> str:
     """What takes less memory."""
     held = found.per_rank
     if held["activations"] > found.memory / 2:
-        return "Activations are most of it: give smaller batches, more ranks or --accumulate."
+        return "Activations are most of it: give smaller batches, --accumulate, or --mesh.spatial for convolutions."
     return "Cut the weights over more ranks: give a greater --mesh.shard."
 
 
@@ -222,7 +229,7 @@ def _built(kind: type[Any], given: Given, mode: str | None, **needed: Any) -> An
 
 def _by(recipe: Recipe, mode: str) -> Any:
     """The recipe's feedback by another mode, without what is of its own mode alone."""
-    plain = {"labels": None, "normalization": None, "baseline": None}
+    plain: dict[str, Any] = {"labels": None, "normalization": None, "baseline": None}
     return dataclasses.replace(recipe.feedback, mode=mode, **plain if mode != recipe.feedback.mode else {})
 
 

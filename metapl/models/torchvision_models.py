@@ -100,9 +100,11 @@ def _make(name: str, **fields: Any) -> nn.Module:
         width, depth = _SCALES[name]
         stages = [MBConvConfig(*stage, width_mult=width, depth_mult=depth) for stage in _STAGES]
         # The batch norm of B5 to B7.
-        return EfficientNet(stages, norm_layer=partial(nn.BatchNorm2d, eps=0.001, momentum=0.01), **fields)
+        large: nn.Module = EfficientNet(stages, norm_layer=partial(nn.BatchNorm2d, eps=0.001, momentum=0.01), **fields)
+        return large
     if name == "vit_1b_14":
-        return models.VisionTransformer(**{"image_size": 224, **_LARGE_VIT, **fields})
+        transformer: nn.Module = models.VisionTransformer(**{"image_size": 224, **_LARGE_VIT, **fields})
+        return transformer
     module: nn.Module = models.get_model(name, weights=None, **fields)
     return module
 
@@ -199,5 +201,7 @@ FAMILIES: dict[str, Family] = {
     **{f"efficientnet_b{scale}": _EFFICIENTNET for scale in range(8)},
     "efficientnet_b0_svhn": _EFFICIENTNET,
     **dict.fromkeys(_SCALES, _EFFICIENTNET),
-    **{f"vit_{size}": replace(_VIT, patch=int(size[-2:])) for size in ("b_16", "b_32", "l_16", "l_32", "h_14", "1b_14")},
+    **{
+        f"vit_{size}": replace(_VIT, patch=int(size[-2:])) for size in ("b_16", "b_32", "l_16", "l_32", "h_14", "1b_14")
+    },
 }

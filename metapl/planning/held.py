@@ -63,7 +63,7 @@ class Held(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.bytes: Counter[str] = Counter()
         self.total = 0
         self.phases: dict[str, Phase] = {}
@@ -104,11 +104,11 @@ class Held(TorchDispatchMode):
         # Sharded networks free and allocate storages in place, past the dispatcher.
         self._resize = UntypedStorage.resize_
         UntypedStorage.resize_ = self._resizing(self._resize)  # type: ignore[method-assign]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]  # of torch
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
         UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

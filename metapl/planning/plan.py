@@ -139,7 +139,9 @@ def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
     except MetaplError:
         raise
     except (RuntimeError, ValueError) as error:
-        share = f"{recipe.labeled_batch // mesh.size:,} labeled and {recipe.unlabeled_batch // mesh.size:,} unlabeled"
+        share = (
+            f"{recipe.labeled_batch // mesh.shares:,} labeled and {recipe.unlabeled_batch // mesh.shares:,} unlabeled"
+        )
         text = str(error).strip().partition("\n")[0].rstrip(".")
         raise MetaplError(
             f"a step of {recipe.name} on {mesh.size:,} ranks, with {share} examples on each, does not run: {text}."
@@ -155,7 +157,9 @@ def propose(recipe: Recipe, ranks: int, *, memory: int, flops_per_second: float 
     sizes = [size for size in range(1, min(ranks, WIDEST) + 1) if ranks % size == 0]
     found: Plan | None = None
     for size in _worth_a_rehearsal(recipe, sizes, memory):
-        found = plan(recipe, Mesh(replicate=ranks // size, shard=size), memory=memory, flops_per_second=flops_per_second)
+        found = plan(
+            recipe, Mesh(replicate=ranks // size, shard=size), memory=memory, flops_per_second=flops_per_second
+        )
         if found.fits:
             return found
     assert found is not None  # the last size is always tried
@@ -171,23 +175,30 @@ def _worth_a_rehearsal(recipe: Recipe, sizes: list[int], memory: int) -> Iterato
 
 
 def check_shares(recipe: Recipe, mesh: Mesh) -> None:
-    """Refuse batches that the ranks do not share equally."""
+    """Refuse batches that the ranks do not share equally, and pictures that they do not cut into equal parts."""
     parts = getattr(recipe, "accumulate", 1)
     for name in ("labeled_batch", "unlabeled_batch"):
         size = getattr(recipe, name)
-        if size % (mesh.size * parts):
+        if size % (mesh.shares * parts):
             each = f" in {parts} parts" if parts > 1 else ""
             raise MetaplError(
-                f"{recipe.name} has a {name} of {size:,}, which {mesh.size:,} ranks do not share equally{each}; expected "
-                f"a multiple of {mesh.size * parts:,}: give --{name.replace('_', '-')}, or another mesh."
+                f"{recipe.name} has a {name} of {size:,}, which {mesh.shares:,} ranks do not share equally{each}; "
+                f"expected a multiple of {mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
             )
+    if recipe.input_shape[-1] % mesh.spatial:
+        raise MetaplError(
+            f"{recipe.name} has pictures of {recipe.input_shape[-1]} pixels, which cannot be cut into {mesh.spatial} "
+            f"parts; expected a multiple of {mesh.spatial}: give --image-size, or another --mesh.spatial."
+        )
 
 
 def _batches(recipe: Recipe, mesh: Mesh) -> Batches:
     """A rank's share of the batches of a step: pictures in float32, as they come from the views."""
-    labeled, unlabeled = recipe.labeled_batch // mesh.size, recipe.unlabeled_batch // mesh.size
-    weak, strong = (torch.empty(unlabeled, *recipe.input_shape) for _ in range(2))
-    return (torch.empty(labeled, *recipe.input_shape), torch.empty(labeled, dtype=torch.int64)), (weak, strong)
+    labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
+    *sides, width = recipe.input_shape
+    shape = (*sides, width // mesh.spatial)
+    weak, strong = (torch.empty(unlabeled, *shape) for _ in range(2))
+    return (torch.empty(labeled, *shape), torch.empty(labeled, dtype=torch.int64)), (weak, strong)
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:

@@ -20,7 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from metapl import checks
+from metapl.distributed.columns import Columns, set_columns
 from metapl.distributed.mesh import Mesh, shard
+from metapl.distributed.ranks import Ranks
+from metapl.distributed.spatial import _split_layer
 from metapl.errors import MetaplError
 from metapl.execution.local import Pass
 from metapl.execution.rng import RandomState
@@ -87,7 +90,7 @@ def stage(mesh: Mesh) -> Iterator[None]:
     with ExitStack() as stack:
         if mesh.size > 1:
             stack.enter_context(_pretended_ranks(mesh.size))
-            vars(mesh).setdefault("_built", {})["meta"] = mesh.devices("cpu")
+            mesh.devices("cpu")  # while tensors have values
         stack.enter_context(_values_unread())
         # A tangent may be wider than the weight that it meets; only this way such a product is let through, as it is.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -99,7 +102,8 @@ class Replicated(DistributedDataParallel):
 
     def __init__(self, module: nn.Module) -> None:
         nn.Module.__init__(self)
-        self.module, self.process_group = module, dist.group.WORLD
+        self.module: Any = module
+        self.process_group: Any = dist.group.WORLD
         self.buckets = [torch.empty_like(p) for p in module.parameters() if p.requires_grad]
 
     def __del__(self) -> None:
@@ -113,11 +117,31 @@ def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
         module: on the meta device.
         mesh: of the :func:`stage`.
     """
-    if mesh.shard > 1:
-        with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
-            module = shard(module, mesh)
+    with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
+        if mesh.spatial > 1:
+            _cut_along_width(module, mesh)
+        if mesh.shard > 1:
+            module = shard(module, _without_columns(mesh))
     module = module.to_empty(device="cpu")
     return Replicated(module) if mesh.size > 1 and mesh.shard == 1 else module
+
+
+def _cut_along_width(module: nn.Module, mesh: Mesh) -> None:
+    """As :func:`metapl.distributed.spatial.spatial`, but for its comparison of outputs, which have no values here."""
+    columns = Columns(mesh.columns("cpu"))
+    for name, layer in list(module.named_modules()):
+        split = _split_layer(name, layer, columns)
+        if split is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, split)
+    set_columns(module, columns)
+
+
+def _without_columns(mesh: Mesh) -> Mesh:
+    """A mesh that cuts weights over the same ranks, and images no more."""
+    plain = Mesh(replicate=mesh.replicate, shard=mesh.shard * mesh.spatial)
+    vars(plain)["_built"] = {"meta": mesh.devices("cpu")}
+    return plain
 
 
 def rehearsed(trainer: BilevelTrainer, batches: Batches, average: Sequence[Tensor] = ()) -> Rehearsal:
@@ -290,10 +314,9 @@ def _pretended_ranks(number: int) -> Iterator[None]:
 @contextmanager
 def _agreement_assumed() -> Iterator[None]:
     """The ranks that are not there say what this one says."""
-    from metapl.distributed.ranks import Ranks
 
     @contextmanager
-    def agreed(_ranks: Ranks) -> Iterator[None]:
+    def agreed(_ranks: Ranks, **_: Any) -> Iterator[None]:
         yield
 
     def equal(_ranks: Ranks, *_: Any) -> None:
@@ -302,5 +325,9 @@ def _agreement_assumed() -> Iterator[None]:
     def gathered(ranks: Ranks, value: Any) -> list[Any]:
         return [value] * ranks.size
 
-    with replaced([(Ranks, "agreed", agreed), (Ranks, "equal", equal), (Ranks, "gathered", gathered)]):
+    def any_of_them(_ranks: Ranks, here: bool) -> bool:
+        return here
+
+    instead = {"agreed": agreed, "equal": equal, "gathered": gathered, "any": any_of_them}
+    with replaced([(Ranks, name, function) for name, function in instead.items()]):
         yield

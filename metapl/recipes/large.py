@@ -22,11 +22,12 @@ IMAGENET_CLASSES = tuple(map(str, range(1000)))
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetL2(ImageRecipe):
-    """EfficientNet-L2 twice, on ImageNet and as many unlabeled pictures as there are: the paper's largest experiment.
+    """EfficientNet-L2 as teacher and student, on ImageNet and unlabeled pictures: the paper's largest experiment.
 
-    Of the paper: the network, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures a step, 1,000,000 steps and 20,000
-    of finetuning. Of Noisy Student: dropout and stochastic depth. Neither tells the optimizer, the losses and the average
-    of the weights, which are those of imagenet-10pct, nor the precision. The feedback is the exact gradient.
+    Of the paper: the network, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures a step, 1,000,000 steps, and
+    20,000 of finetuning. Of Noisy Student: dropout and stochastic depth. Neither tells the optimizer, the losses and
+    the average of the weights, which are those of imagenet-10pct, nor the precision. The feedback is the exact
+    gradient.
     """
 
     name: ClassVar[str] = "imagenet-l2"
@@ -55,14 +56,14 @@ class ImagenetL2(ImageRecipe):
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         raise MetaplError(
-            f"{self.name} is for metapl plan: its unlabeled pictures, of JFT-300M, are not public. Train on your own by: "
-            f"metapl train images --method mpl --network {self.network_name} --image-size {self.image_size}."
+            f"{self.name} is for metapl plan: its unlabeled pictures, of JFT-300M, are not public. Train on your own "
+            f"by: metapl train images --method mpl --network {self.network_name} --image-size {self.image_size}."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetB6Wide(ImagenetL2):
-    """EfficientNet-B6-Wide twice; everything else as imagenet-l2, as the paper has it."""
+    """EfficientNet-B6-Wide as teacher and student; everything else as imagenet-l2, as the paper has it."""
 
     name: ClassVar[str] = "imagenet-b6-wide"
 
