@@ -137,7 +137,7 @@ def test_the_command_says_and_writes_the_plan(tmp_path: Path, capsys: pytest.Cap
     assert found["communication_bytes_per_step"] == sum(found["communication"].values()) > 0
     assert found["hours"] == pytest.approx(3000 * found["flops_per_step"] / 2 / 1e9 / 3600)
     assert found["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1, "spatial": 1}
-    assert "2 ranks" in text
+    assert "on 2 ranks: --mesh.shard 2\n" in text
     assert "3,466 weights" in text
     assert "fits into 80 GB" in text
     assert max(map(len, text.splitlines())) <= 80
@@ -163,7 +163,7 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
     assert not nowhere.fits
     assert nowhere.mesh.shard == 4
     text = said(capsys, "plan", "digits", "--ranks", "2")
-    assert "(--mesh.replicate 2 --mesh.shard 1)" in text
+    assert "on 2 ranks: --mesh.replicate 2\n" in text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -103,7 +104,7 @@ class PlanRecipe:
         recipe = self.planned_recipe()
         given: dict[str, Any] = {"memory": memory, "flops_per_second": self.flops_per_second}
         found = propose(recipe, self.ranks or 1, **given) if mesh is None else plan(recipe, mesh, **given)
-        for line in lines(found, proposed=mesh is None):
+        for line in lines(found):
             tell(line, wrap=not line.startswith(" "))
         if self.json is not None:
             with replacing(self.json) as file:
@@ -139,53 +140,65 @@ class PlanRecipe:
         return PLANNED[self.recipe](given, self.classes, self.mode)
 
 
-def lines(found: Plan, proposed: bool) -> list[str]:
+def lines(found: Plan) -> list[str]:
     """A plan as lines of a terminal."""
-    recipe, mesh, step, held = found.recipe, found.mesh, found.step, found.per_rank
-    ranks = "1 rank" if mesh.size == 1 else f"{mesh.size:,} ranks"
-    layout = f"{mesh.replicate:,} x {mesh.shard:,} (replicate x shard)"
-    if mesh.spatial > 1:
-        layout = f"{mesh.replicate:,} x {mesh.shard:,} x {mesh.spatial} (replicate x shard x spatial)"
-    how = f" (--mesh.replicate {mesh.replicate} --mesh.shard {mesh.shard})" if proposed else ""
+    recipe, mesh, held = found.recipe, found.mesh, found.per_rank
     teacher, student = (f"{found.parameters[role]:,}" for role in ("teacher", "student"))
-    share = f"{recipe.labeled_batch // mesh.shares:,} labeled and {recipe.unlabeled_batch // mesh.shares:,} unlabeled"
-    share += " examples a rank" if mesh.spatial == 1 else f" pictures for {mesh.spatial} ranks together"
-    verdict = "fits" if found.fits else "does not fit"
-    rows = [
-        ("memory of a rank", "peak"),
-        *((name, size(held[name])) for name in NAMES),
-        ("together", size(held["peak"])),
-    ]
-    phases = [("phase", "peak"), *((name, size(peak)) for name, peak in step.peaks.items())]
-    side = [" " * 2 + a + " " * 8 + b for a, b in _side_by_side(table(rows), table(phases))]
-    hours = "" if found.hours is None else f"; {_duration(found.hours)} for {recipe.steps:,} steps at that rate"
-    rate = "" if found.flops_per_second is None else f" ({found.flops_per_second:.3g} a second)"
+    labeled, unlabeled = (f"{count // mesh.shares:,}" for count in (recipe.labeled_batch, recipe.unlabeled_batch))
+    share = "a rank" if mesh.spatial == 1 else f"{mesh.spatial} ranks, each with a part of every picture"
+    parts = [("memory of a rank", "peak"), *((name, size(held[name])) for name in NAMES), ("sum", size(held["peak"]))]
+    phases = [("phase", "peak"), *((name, size(peak)) for name, peak in found.step.peaks.items())]
     return [
-        f"{recipe.name} on {ranks}{f', {layout}' if mesh.size > 1 else ''}{how}, mode {recipe.feedback.mode}",
-        f"{teacher} weights in the teacher, {student} in the student; {share}",
+        f"{recipe.name}, mode {recipe.feedback.mode}, on {_ranks(mesh)}",
+        f"{teacher} weights in the teacher, {student} in the student",
+        f"{labeled} labeled and {unlabeled} unlabeled examples for {share}",
         "",
-        *side,
+        *_side_by_side(table(parts), table(phases)),
         "",
-        f"It {verdict} into {size(found.memory)}; the most is held in the {step.fullest}."
-        + ("" if found.fits else " " + _mend(found)),
-        f"A rank computes {_operations(step.flops)} a step{rate} and sends {size(found.communication_bytes_per_step)}"
-        f"{hours}.",
+        _verdict(found),
+        _costs(found),
+        "Not counted: what kernels and libraries take for themselves, and memory that lies in pieces.",
     ]
 
 
-def _side_by_side(left: str, right: str) -> list[tuple[str, str]]:
-    first, second = left.splitlines(), right.splitlines()
-    width = max(map(len, first))
-    second += [""] * (len(first) - len(second))
-    return [(a.ljust(width), b) for a, b in zip(first, second, strict=True)]
+def _ranks(mesh: Mesh) -> str:
+    """
+    >>> _ranks(Mesh()), _ranks(Mesh(replicate=16, shard=128))
+    ('1 rank', '2,048 ranks: --mesh.replicate 16 --mesh.shard 128')
+    """
+    if mesh.size == 1:
+        return "1 rank"
+    sizes = {name: value for name, value in dataclasses.asdict(mesh).items() if value > 1}
+    return f"{mesh.size:,} ranks: {' '.join(f'--mesh.{name} {value}' for name, value in sizes.items())}"
 
 
-def _mend(found: Plan) -> str:
-    """What takes less memory."""
-    held = found.per_rank
-    if held["activations"] > found.memory / 2:
-        return "Activations are most of it: give smaller batches, --accumulate, or --mesh.spatial for convolutions."
-    return "Cut the weights over more ranks: give a greater --mesh.shard."
+def _verdict(found: Plan) -> str:
+    """Whether it fits, and otherwise what takes less memory."""
+    if found.fits:
+        return f"It fits into {size(found.memory)}; the most is held in the {found.step.fullest}."
+    by_activations = found.per_rank["activations"] > found.memory / 2
+    mend = (
+        "Activations are most of it: give smaller batches, --accumulate, or --mesh.spatial for convolutions"
+        if by_activations
+        else "Give a greater --mesh.shard"
+    )
+    return f"It does not fit into {size(found.memory)}; the most is held in the {found.step.fullest}. {mend}."
+
+
+def _costs(found: Plan) -> str:
+    step = (
+        f"A rank computes {_operations(found.step.flops)} a step and sends {size(found.communication_bytes_per_step)}."
+    )
+    if found.hours is None or found.flops_per_second is None:
+        return step
+    rate = _operations(int(found.flops_per_second))
+    return f"{step} At {rate} a second, {found.recipe.steps:,} steps take {_duration(found.hours)}."
+
+
+def _side_by_side(left: str, right: str) -> list[str]:
+    pairs = list(zip_longest(left.splitlines(), right.splitlines(), fillvalue=""))
+    width = max(len(first) for first, _ in pairs)
+    return [f"  {first:{width}}        {second}".rstrip() for first, second in pairs]
 
 
 def _operations(flops: int) -> str:
