@@ -20,12 +20,15 @@ def measured(recipe: Recipe, mesh: Mesh) -> int:
     torch.manual_seed(0)
     networks = [recipe.network(role) for role in ROLES]
     if mesh.size > 1:
-        networks = [shard(network, mesh) for network in networks]
+        example = torch.rand(2, *recipe.input_shape) if mesh.spatial > 1 else None
+        networks = [shard(network, mesh, example=example) for network in networks]
     trainer = bilevel_trainer(recipe, *networks)
-    labeled, unlabeled = recipe.labeled_batch // mesh.size, recipe.unlabeled_batch // mesh.size
-    weak, strong = (torch.rand(unlabeled, *recipe.input_shape) for _ in range(2))
+    labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
+    *sides, width = recipe.input_shape
+    shape = (*sides, width // mesh.spatial)
+    weak, strong = (torch.rand(unlabeled, *shape) for _ in range(2))
     labels = torch.arange(labeled) % len(recipe.classes)
-    batches: Any = ((torch.rand(labeled, *recipe.input_shape), labels), (weak, strong))
+    batches: Any = ((torch.rand(labeled, *shape), labels), (weak, strong))
     for _ in range(2):  # with the second, the states of the optimizers are there
         trainer.step(*batches)
     before = [t for network in networks for t in held(network)]

@@ -79,6 +79,7 @@ SHARED = {
     "difference, adamw": (digits("difference", student=ADAMW, teacher=ADAMW), {"shard": 2}),
     "replicas": (digits(), {"replicate": 2}),
     "small_cnn": (pictures("small_cnn"), {"shard": 2}),
+    "small_cnn, cut": (pictures("small_cnn"), {"spatial": 2}),
 }
 
 
