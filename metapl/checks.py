@@ -226,6 +226,25 @@ def safe_labels(labels: Tensor, classes: int) -> Tensor:
     return labels.clamp(0, classes - 1) if waits(labels) else labels
 
 
+def row_indices(index: Tensor, rows: int, who: str) -> Tensor:
+    """Indices of rows; refuse what is no integer, or outside 0..rows - 1 (Python counts -1 from the end).
+
+    Returns: the indices, within the range on a device, for the reason that :func:`safe_labels` gives.
+    """
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise MetaplError(f"the index of {who} is {described(index)}; expected integers: index.long().")
+    if not index.numel():
+        return index
+    low, high = index.aminmax()
+    expected = f"{who} has {rows:,} rows: expected 0..{rows - 1}."
+    if waits(index):
+        refuse((low < 0) | (high >= rows), f"the index holds a value outside 0..{rows - 1}; {expected}")
+        return index.clamp(0, rows - 1)
+    if low < 0 or high >= rows:
+        raise MetaplError(f"the index runs from {int(low)} to {int(high)}; {expected}")
+    return index
+
+
 def safe_probabilities(probabilities: Tensor) -> Tensor:
     """Probabilities without NaN, for ``torch.multinomial``: as :func:`safe_labels`."""
     return probabilities.nan_to_num(nan=1.0) if waits(probabilities) else probabilities

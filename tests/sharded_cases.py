@@ -366,6 +366,31 @@ def placements() -> dict[str, Any]:
     return {name: (str(p.placements), tuple(p.to_local().shape)) for name, p in network.named_parameters()}
 
 
+def in_bfloat16(inside: str) -> dict[str, Any]:
+    """The teacher's gradient with weights gathered in bfloat16, and in float32; and what ``difference`` says to it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    from metapl.distributed import Mesh, shard
+
+    found: dict[str, Any] = {}
+    labeled, unlabeled = share(batches(1, dtype=torch.float32)[0])
+    for precision in ("float32", "bfloat16"):
+        teacher, student = networks(inside, torch.float32)
+        mesh = Mesh(shard=dist.get_world_size())
+        teacher, student = shard(teacher, mesh), shard(student, mesh, precision=precision, blocks=lambda n: n.blocks)
+        trainer = metapl.BilevelTrainer(teacher, student, mode="forward")
+        gradient = trainer.hypergradient(labeled, unlabeled)
+        found[precision] = {name: whole(g) for name, g in gradient.grads.items()}
+        trainer.step(labeled, unlabeled)
+    found["dtypes"] = {str(p.dtype) for p in student.parameters()}
+    found["blocks"] = [name for name, part in student.named_modules() if isinstance(part, FSDPModule)]
+    try:
+        trainer.hypergradient(labeled, unlabeled, mode="difference")
+    except MetaplError as error:
+        found["difference"] = str(error)
+    return found
+
+
 def hang() -> None:
     """Rank 1 waits for rank 0, which has left."""
     if dist.get_rank() == 1:

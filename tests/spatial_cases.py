@@ -281,3 +281,17 @@ def unwrapped() -> str:
     except MetaplError as refusal:
         return str(refusal)
     return ""
+
+
+def seeded_apart() -> str:
+    """Labels drawn by generators in different states, for the same rows."""
+    from metapl.distributed import Mesh, shard
+
+    mesh, example = Mesh(spatial=2), images(2, 64)
+    nets = [shard(network("layers").double(), mesh, example=example) for _ in range(2)]
+    trainer = metapl.BilevelTrainer(*nets, mode="reinforce", generator=torch.Generator().manual_seed(dist.get_rank()))
+    try:
+        trainer.step((mesh.part(images(8)), torch.arange(8) % CLASSES), mesh.part(images(8)))
+    except MetaplError as refusal:
+        return str(refusal)
+    return ""

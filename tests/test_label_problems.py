@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl import MetaplError
+from metapl import MetaplError, checks
+from metapl.models import corrector
 from metapl.problems import (
     ExampleLabels,
     ExampleWeights,
@@ -220,6 +221,18 @@ WRONG: dict[str, tuple[str, Any, nn.Module, str]] = {
     "a label too large": ("meta_weight_net", (X, Y + 2), WeightNet(), "labels run from"),
     "a teacher of another shape": ("example_weights", (X, Y, INDEX), Table(torch.zeros(20, 2)), r"shape \(5,\)"),
     "a matrix of another shape": ("noise_transition", (X, Y), Table(torch.eye(4)), r"shape \(3, 3\)"),
+    "an index below 0": (
+        "example_weights",
+        (X, Y, INDEX - INDEX.max() - 1),
+        Table(torch.zeros(20)),
+        "index runs from -",
+    ),
+    "an index too large": (
+        "example_labels",
+        (X, INDEX + 20),
+        Table(torch.zeros(20, 3)),
+        r"has 20 rows: expected 0\.\.19",
+    ),
     "float indices": ("example_weights", (X, Y, INDEX.double()), Table(torch.zeros(20)), "expected integers"),
 }
 
@@ -239,3 +252,21 @@ def test_wrong_batches_and_teachers_are_refused_and_nothing_moves(kind: str) -> 
 def test_a_table_of_anything_but_rows_of_numbers_is_refused(initial: Any) -> None:
     with pytest.raises(MetaplError, match="Table was given"):
         Table(initial)
+
+
+def test_a_row_that_is_not_there_is_told_later_where_reading_it_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "waits", lambda t: True)
+    table, fault = Table(torch.arange(3.0)), checks.Fault()
+    with checks.deferred_to(fault):
+        assert table(torch.tensor([-1, 7])).tolist() == [0.0, 2.0]
+    with pytest.raises(MetaplError, match=r"outside 0\.\.2; Table has 3 rows"):
+        fault.raise_if_found()
+    monkeypatch.undo()
+    assert table(torch.tensor([], dtype=torch.int64)).shape == (0,)
+
+
+def test_a_corrector_refuses_a_label_that_is_not_a_class() -> None:
+    network = corrector.Corrector(nn.Linear(4, 3), classes=3)
+    for given, text in ((torch.tensor([0, -1]), "runs from -1 to 0"), (torch.zeros(2), "expected integers")):
+        with pytest.raises(MetaplError, match=text):
+            network(torch.zeros(2, 4), given)

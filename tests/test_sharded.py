@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,18 @@ from typing import Any
 import pytest
 import reference
 import sharded_cases
+import timm
 import torch
+import torchvision
 from ranks import Hung, Ranks
 from reference import error
+from torch import nn
 
+from metapl.distributed import Mesh, shard
+from metapl.distributed.mesh import blocks_of
+from metapl.errors import MetaplError
 from metapl.feedback import Reinforce
+from metapl.models import mlp as multilayer
 
 MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
 RULES = {
@@ -241,6 +248,52 @@ def test_nothing_is_padded_where_a_dimension_divides(two: Ranks) -> None:
         "1.weight": ("(Shard(dim=0),)", (2, 3)),
         "1.bias": ("(Shard(dim=0),)", (2,)),
     }
+
+
+@pytest.mark.parametrize("inside", ["plain", "norm"])
+def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
+    """Forward mode goes along; a difference of outputs would be noise. Batch norms stay in float32, on their own."""
+    for found in two.run("in_bfloat16", inside=inside):
+        assert 1e-6 < error(found["bfloat16"], found["float32"]) < 0.1
+        assert found["dtypes"] == {"torch.float32"}
+        norms = [f"blocks.{i}.inside" for i in range(3)] if inside == "norm" else []
+        assert sorted(found["blocks"]) == sorted(["", "blocks.0", "blocks.1", "blocks.2", *norms])
+        assert "mixed-precision policy of torch.bfloat16" in found["difference"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda: Mesh(tensor=2), r"Mesh\(tensor=2\): tensor parallelism is not built yet"),
+        (lambda: shard(multilayer([4, 3]), Mesh(spatial=2)), "shard was given mesh.spatial=2 and no example"),
+        (lambda: Mesh(shard=0), r"Mesh\(shard=0\): expected a number of processes"),
+        (lambda: shard(multilayer([4, 3]), Mesh(shard=2)), "torchrun --nproc-per-node=2"),
+        (lambda: shard(multilayer([4, 3]), Mesh(), precision="bfloat16"), "expected mesh.shard above 1"),
+        (lambda: shard(multilayer([4, 3]), Mesh(shard=2), precision="half"), "precision='half': expected"),
+        (
+            lambda: shard(multilayer([4, 3]), Mesh(shard=2), blocks=lambda n: [n]),
+            "a module that is not inside the network",
+        ),
+        (lambda: shard(nn.Flatten(), Mesh(shard=2)), "a module without parameters"),
+        (lambda: shard(nn.Sequential(nn.BatchNorm1d(3)), Mesh(shard=2), checkpoint=True), "count each batch twice"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(wrong: Callable[[], Any], text: str) -> None:
+    with pytest.raises(MetaplError, match=text):
+        wrong()
+
+
+def test_the_blocks_of_known_families() -> None:
+    with torch.device("meta"):
+        found = {
+            "BasicBlock": blocks_of(torchvision.models.resnet18()),
+            "EncoderBlock": blocks_of(torchvision.models.vit_b_16()),
+            "Block": blocks_of(timm.create_model("vit_tiny_patch16_224")),
+            "InvertedResidual": blocks_of(timm.create_model("tf_efficientnet_b0"))[1:],
+        }
+    kinds = {name: ({type(block).__name__ for block in blocks}, len(blocks)) for name, blocks in found.items()}
+    numbers = {"BasicBlock": 8, "EncoderBlock": 12, "Block": 12, "InvertedResidual": 15}
+    assert kinds == {name: ({name}, number) for name, number in numbers.items()}
 
 
 def test_a_rank_that_hangs_ends_the_test(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,3 +119,8 @@ def test_rows_in_two_shares_and_images_in_parts(four: Ranks, mode: str, optimize
 def test_a_network_that_nothing_averages_is_refused(two: Ranks) -> None:
     for text in two.run("unwrapped"):
         assert "nothing averages its gradients over the processes that hold the parts" in text
+
+
+def test_different_labels_for_parts_of_the_same_images_are_refused(two: Ranks) -> None:
+    for text in two.run("seeded_apart"):
+        assert "have drawn different labels for them; seed their default generators alike" in text

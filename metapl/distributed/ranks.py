@@ -191,6 +191,8 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
 
     Where a batch is shared by several ranks, every rank draws for all rows of it and takes its own: with equal
     generators the labels are those that one process would draw, and with any generators they are independent.
+
+    Raises: :class:`metapl.MetaplError`: processes that hold parts of the same images have drawn different labels.
     """
     ranks = _sharing.get()
     if ranks is None:
@@ -199,7 +201,17 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
     own = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
     every = probabilities.new_ones(ranks.size * rows, probabilities.shape[1])  # other ranks' rows do not matter here
     every[own] = probabilities
-    return torch.multinomial(every, 1, generator=generator)[own]
+    drawn = torch.multinomial(every, 1, generator=generator)[own]
+    if ranks.copies > 1:
+        held = every.new_zeros(len(every))
+        held[own] = drawn.squeeze(-1).to(held.dtype)
+        differ = (ranks.sum(held)[own] != held[own]).any()  # a mean over those that hold the same rows
+        checks.refuse(
+            differ,
+            "processes that hold parts of the same images have drawn different labels for them; seed their default "
+            "generators alike, or give all of them a generator in the same state (generator=).",
+        )
+    return drawn
 
 
 ALONE = Ranks()

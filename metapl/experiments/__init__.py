@@ -9,6 +9,11 @@ compare      several methods and seeds side by side
 comparison   their accuracies, and whether they differ
 jobs         runs in processes of their own
 galleries    the pictures of a report
+labeling     a network's labels of many pictures, written to a store
+labels_given labels for Reduced MPL that a user gives
+reducing     Reduced MPL
+noisy_labels training on labels that may be wrong
+suspects     the labels that are most likely wrong
 two_moons    the toy experiment, many seeds at once
 stacked      its networks and steps
 store        recipes and results on disk

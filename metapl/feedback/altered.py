@@ -20,6 +20,10 @@ from metapl.problems.base import Kind
 class Altered(Estimator):
     r"""The feedback of another estimator, altered within the batch.
 
+    .. math:: h'_i = h_{\pi(i)} \ \text{(permuted)}, \qquad
+              h'_i = \tfrac1B \sum_j h_j \ \text{(class means)}, \qquad
+              h'_i = \pm h_i \ \text{(random sign)}
+
     Args:
         base: the estimator whose h, with a row per example, is altered.
         alteration: ``"permuted"``: rows assigned to other examples, h_π(i); ``"class_means"``: every row replaced by
@@ -28,6 +32,7 @@ class Altered(Estimator):
         seed: of the permutations and signs, which are drawn from a separate generator.
 
     Takes, cost: as ``base``; on an accelerator the host waits for the device once a step. Bias: intended.
+    Raises: :class:`metapl.MetaplError` for a base without feedback on each example, and as ``base``.
 
     >>> Altered(alteration="permuted").name
     'forward_permuted'

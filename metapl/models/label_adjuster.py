@@ -62,10 +62,17 @@ def label_adjuster(num_classes: int, hidden: int = 128, layers: int = 5) -> Labe
         hidden: the width of the hidden layers.
         layers: the number of linear layers.
 
+    Returns: the network, a :class:`LabelAdjuster`.
+
     Cost: 2·C·hidden + (layers − 2)·hidden² + hidden·C weights, and no pass over the inputs.
+
+    Raises: :class:`metapl.MetaplError` for sizes that are no network, and for inputs of another number of classes.
 
     >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
     >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
     True
+
+    Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels", a network of five layers and width 128; the
+    identity at the start is ours.
     """
     return LabelAdjuster(num_classes, hidden, layers)

@@ -32,6 +32,8 @@ from metapl.problems.pseudo_labels import PseudoLabels
 class ReducedLabels(PseudoLabels):
     r"""The student learns stored labels as a small network adjusts them.
 
+    .. math:: \ell_i = \mathrm{CE}\big(\mathrm{softmax}(T(q_i)/\tau), S(x_i; \theta)\big)
+
     An inner batch is (x, stored), the outer one (x, y, stored), with the stored distributions (B, C) of the same
     examples; without the teacher's supervised loss the outer one may be (x, y). The teacher maps stored distributions
     to logits (B, C): :func:`metapl.models.label_adjuster`, which begins as the identity, so that the first steps are
@@ -51,6 +53,7 @@ class ReducedLabels(PseudoLabels):
         kind, temperature, label_smoothing: as for :class:`metapl.PseudoLabels`.
 
     Cost: a step of plain training of the student on stored labels, the student's labeled pass, and what the mode adds.
+    Bias: that of the mode.
     Raises: :class:`metapl.MetaplError` for batches without stored distributions, or with other classes.
     Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels"; the network and its supervised term are known
     from accounts of it, its identity at the start is ours.
@@ -85,6 +88,15 @@ class StoredCrossEntropy:
     Args:
         label_smoothing: α in [0, 1).
         weight: the factor of this term.
+
+    Raises: :class:`metapl.MetaplError` for a smoothing out of its range, a labeled batch without stored distributions,
+    and labels that are not classes.
+
+    >>> import metapl
+    >>> loss, labeled = StoredCrossEntropy(), (torch.randn(2, 4), torch.tensor([0, 1]), torch.full((2, 3), 1 / 3))
+    >>> teacher, signal = metapl.models.label_adjuster(3), Signal(torch.zeros(2, 3))
+    >>> round(loss(teacher, labeled=labeled, unlabeled=None, signal=signal, step=0).item(), 4)  # ln 3
+    1.0986
     """
 
     label_smoothing: float = 0.0

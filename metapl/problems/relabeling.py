@@ -24,6 +24,17 @@ class ExampleLabels(Classification):
     An inner batch is (x, index), the outer one (x, y) with trusted labels. The teacher maps indices (B,) to logits
     (B, C), such as ``Table(2 * one_hot(given_labels))``.
 
+    Cost: a step of the student, and what the mode adds; the table's part is nothing. Bias: that of the mode.
+
+    >>> import metapl
+    >>> from metapl.problems import Table
+    >>> given = torch.arange(20) % 3
+    >>> labels, student = Table(2.0 * F.one_hot(given)), torch.nn.Linear(4, 3)
+    >>> trainer = metapl.BilevelTrainer(labels, student, "forward", problem=ExampleLabels())
+    >>> x, y, index = torch.randn(6, 4), torch.arange(6) % 3, torch.tensor([3, 0, 19, 7, 8, 5])
+    >>> trainer.step(labeled=(x, y), unlabeled=(x, index)).feedback.shape
+    torch.Size([6, 3])
+
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Vyas, Saxena and Voice, "Learning soft labels via meta learning" (2020).
     """
@@ -50,7 +61,18 @@ class LabelCorrection(Classification):
     .. math:: q_i = \mathrm{softmax}(T(x_i, y_i)), \qquad \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
 
     An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher maps (x, y) to
-    logits (B, C).
+    logits (B, C), such as a :class:`metapl.models.corrector.Corrector`.
+
+    Cost: a step of the student, a forward and a backward pass of the corrector, and what the mode adds. Bias: that of
+    the mode.
+
+    >>> import metapl
+    >>> from metapl.models.corrector import Corrector
+    >>> teacher, student = Corrector(torch.nn.Linear(4, 3), classes=3), torch.nn.Linear(4, 3)
+    >>> trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=LabelCorrection())
+    >>> batch = torch.randn(6, 4), torch.arange(6) % 3
+    >>> trainer.step(labeled=batch, unlabeled=batch).feedback.shape
+    torch.Size([6, 3])
 
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
@@ -80,6 +102,16 @@ class NoiseTransition(Classification):
     An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher takes no argument
     and returns logits (C, C), whose rows become the distributions of the given label; ``Table(4 * torch.eye(C))``
     begins near the identity, "no noise".
+
+    Cost: a step of the student, and what the mode adds; the table's part is nothing. Bias: that of the mode.
+
+    >>> import metapl
+    >>> from metapl.problems import Table
+    >>> matrix, student = Table(4 * torch.eye(3)), torch.nn.Linear(4, 3)
+    >>> trainer = metapl.BilevelTrainer(matrix, student, "forward", problem=NoiseTransition())
+    >>> batch = torch.randn(6, 4), torch.arange(6) % 3
+    >>> trainer.step(labeled=batch, unlabeled=batch).feedback.shape
+    torch.Size([3, 3])
 
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in Wang, Hu and Hu,

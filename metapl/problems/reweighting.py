@@ -32,6 +32,9 @@ class MetaWeightNet(Classification):
     An inner batch is (x, y), the outer one (x, y) with trusted labels. The teacher V maps losses (B,) to weights (B,);
     :class:`WeightNet` is the paper's. Its input losses are detached: no gradient flows through them.
 
+    Cost: a step of the student, and what the mode adds; V's part is nothing. Bias: that of the mode; the dependence of
+    the weight on θ, through the loss, is left out, as in the paper.
+
     >>> import metapl
     >>> from metapl.problems import WeightNet
     >>> trainer = metapl.BilevelTrainer(WeightNet(), torch.nn.Linear(4, 3), "forward", problem=MetaWeightNet())
@@ -135,6 +138,16 @@ class ExampleWeights(Classification):
 
     An inner batch is (x, y, index), the outer one (x, y) with trusted labels. The teacher maps indices (B,) to numbers
     (B,), whose sigmoid is the weight; ``Table(torch.zeros(n))`` holds one for each of n examples, all at weight 1/2.
+
+    Cost: a step of the student, and what the mode adds; the table's part is nothing. Bias: that of the mode.
+
+    >>> import metapl
+    >>> from metapl.problems import Table
+    >>> weights, student = Table(torch.zeros(20)), torch.nn.Linear(4, 3)
+    >>> trainer = metapl.BilevelTrainer(weights, student, "forward", problem=ExampleWeights())
+    >>> x, y, index = torch.randn(6, 4), torch.arange(6) % 3, torch.tensor([3, 0, 19, 7, 8, 5])
+    >>> trainer.step(labeled=(x, y), unlabeled=(x, y, index)).feedback.shape
+    torch.Size([6])
 
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Franceschi et al., "Bilevel programming for hyperparameter optimization" (ICML 2018), data hyper-cleaning.

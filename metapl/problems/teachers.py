@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from metapl.checks import described
+from metapl.checks import described, row_indices
 from metapl.errors import MetaplError
 
 
@@ -15,6 +14,9 @@ class Table(nn.Module):
     Args:
         initial: the initial values, (n, ...), floating point.
 
+    Raises: :class:`metapl.MetaplError` for initial values without rows, and for indices outside 0..n − 1.
+
+    >>> import torch
     >>> Table(torch.zeros(5, 3))(torch.tensor([4, 0])).shape, Table(torch.zeros(5))().shape
     (torch.Size([2, 3]), torch.Size([5]))
     """
@@ -32,9 +34,7 @@ class Table(nn.Module):
         """The rows of ``index``, (B, ...)."""
         if index is None:
             return self.values
-        if index.is_floating_point() or index.dtype == torch.bool:
-            raise MetaplError(f"the index of Table is {described(index)}; expected integers: index.long().")
-        return self.values[index]
+        return self.values[row_indices(index, len(self.values), "Table")]
 
 
 class WeightNet(nn.Module):
@@ -43,6 +43,7 @@ class WeightNet(nn.Module):
     Args:
         hidden: the width of the hidden layer.
 
+    >>> import torch
     >>> WeightNet()(torch.tensor([0.1, 2.0])).shape
     torch.Size([2])
     """

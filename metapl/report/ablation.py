@@ -120,7 +120,7 @@ def _draw_sweeps(figure: Any, sweeps: Figures) -> None:
             axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter(lambda v, _: f"{v:.3g}")
         axes[1][column].set_yscale("log")
-        axes[1][column].set_xlabel(SETTINGS.get(setting, setting), loc="left")
+        axes[1][column].set_xlabel(SETTINGS.get(setting, setting).partition(",")[0], loc="left")
     rows = [row for sweep in sweeps.values() for row in sweep["modes"].values()]
     lowest = min((one["cosine"] for row in rows for one in row if "reason" not in one), default=0.0)
     axes[0][0].set_ylim(min(-0.05, lowest - 0.05), 1.05)  # shared by the row

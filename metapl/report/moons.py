@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from metapl.report.canvas import (
     blank_page,
     draw_head,
@@ -82,7 +84,7 @@ def _page(title: str, note: str, methods: Sequence[Regions], success: float) -> 
     below = REGION_HEIGHT + BELOW_REGION + STRIP_HEIGHT + BELOW
     figure = blank_page(width, 2 * MARGIN + head_height(title_lines, note_lines) + ABOVE + below)
     top = draw_head(figure, title_lines, note_lines) - ABOVE
-    highest = max(max(_counts(method.accuracy)) for method in methods)
+    highest = max(int(np.histogram(method.accuracy, BINS, (0.0, 1.0))[0].max()) for method in methods)
     for number, method in enumerate(methods):
         left = MARGIN + number * (PANEL + BETWEEN)
         region = figure.add_axes(fractions(figure, (left, top - REGION_HEIGHT, PANEL, REGION_HEIGHT)))
@@ -123,13 +125,8 @@ def _draw_region(axes: Axes, method: Regions) -> None:
 def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, highest: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    counts = _counts(accuracy)
-    succeeded = [0] * BINS
-    for value in accuracy:
-        succeeded[_bin(value)] += value > success
-    places = [(i + 0.5) / BINS for i in range(BINS)]
-    axes.bar(places, counts, width=0.9 / BINS, color=QUIET, zorder=2)
-    axes.bar(places, succeeded, width=0.9 / BINS, color=SUCCESS_COLOR, zorder=3)
+    parts = [[value for value in accuracy if (value > success) == succeeded] for succeeded in (True, False)]
+    axes.hist(parts, bins=BINS, range=(0.0, 1.0), stacked=True, rwidth=0.9, color=[SUCCESS_COLOR, QUIET], zorder=2)
     axes.axvline(success, color=INK, linewidth=1.0, linestyle=(0, (3, 2)), zorder=4)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.tick_params(which="both", length=0)
@@ -138,19 +135,3 @@ def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, high
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.set_xlabel("accuracy on all points", loc="right", labelpad=1, fontsize=NOTE_SIZE)
-
-
-def _bin(value: float) -> int:
-    return min(int(value * BINS), BINS - 1)
-
-
-def _counts(accuracy: Sequence[float]) -> list[int]:
-    """Runs in each bin.
-
-    >>> [number for number, count in enumerate(_counts([0.0, 0.99, 1.0])) if count]
-    [0, 39]
-    """
-    counts = [0] * BINS
-    for value in accuracy:
-        counts[_bin(value)] += 1
-    return counts
