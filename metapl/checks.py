@@ -171,8 +171,8 @@ def logits(outputs: Any, who: str) -> Tensor:
     if isinstance(outputs, Tensor):
         if type(outputs) is not Tensor and hasattr(outputs, "device_mesh"):
             raise MetaplError(
-                f"the {who} returned a DTensor laid out as {getattr(outputs, 'placements', '')}; expected a plain tensor "
-                "with the logits of this process's rows: give the last layer output_layouts=Replicate() and "
+                f"the {who} returned a DTensor laid out as {getattr(outputs, 'placements', '')}; expected a plain "
+                "tensor with the logits of this process's rows: give the last layer output_layouts=Replicate() and "
                 "use_local_output=True, or call .full_tensor() at the end of forward."
             )
         return outputs

@@ -459,3 +459,41 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
     with redirect_stdout(out), redirect_stderr(err):
         code = main(arguments)
     return code, out.getvalue(), err.getvalue()
+
+
+class Stopped(Exception):
+    """What ends a fit in the middle."""
+
+
+def resumed(
+    layout: str | None, out: str, stop: int | None = None, resume: bool = False, inside: str = "dropout"
+) -> dict[str, Any]:
+    """A fit of six steps, from the beginning or on from where it was stopped."""
+    trainer = built("forward", layout, "adamw", inside=inside)
+    torch.manual_seed(7 + (dist.get_rank() if dist.is_initialized() else 0))
+    drawn = batches(6)
+    (x, y), _ = batches(7)[6]
+
+    def end(step: int, row: Any, trainer: Any) -> None:
+        if stop is not None and step >= stop:
+            raise Stopped
+
+    try:
+        result = trainer.fit(
+            [labeled for labeled, _ in drawn],
+            [unlabeled for _, unlabeled in drawn],
+            steps=6,
+            validation=(x, y),
+            validate_every=3,
+            log_every=1,
+            save_every=2,
+            split_batches=True,
+            progress=False,
+            out=out,
+            resume=resume,
+            callbacks=[end],
+            say=lambda text: None,
+        )
+    except Stopped:
+        return {}
+    return {"history": result.history, "weights": result.weights, "teacher": result.teacher_weights}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import metapl
 from metapl import MetaplError
 from metapl.ablation import Distance, ModeCost, Outcome, Sweep, ablate
+from metapl.ablation.gradients import sibling
 from metapl.feedback import Altered, Difference, Forward
 
 QUICK: dict[str, Any] = {"rounds": 1, "draws": 2}
@@ -317,3 +319,34 @@ def test_a_problem_without_a_teacher_is_compared_and_trained_too() -> None:
     assert found.trainings is not None
     ran = {name for name, mode in found.trainings.modes.items() if isinstance(mode, Outcome)}
     assert ran >= {"forward", "difference"}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "weight": {"feedback_weight": 2.0, "lookahead": 2, "recompute_teacher": True, "clip_norm": 0.5},
+    "ratio": {"feedback_ratio": 0.5, "precision": "bfloat16", "compile": True},
+    "parts": {"accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_sibling_has_every_setting_of_its_trainer(kind: str) -> None:
+    problem = toy("mlp", dtype=torch.float32)
+    networks = {"teacher": problem.teacher, "student": problem.student}
+    optimizers = {
+        "inner_optimizer": torch.optim.SGD(problem.student.parameters(), lr=0.3),
+        "outer_optimizer": torch.optim.SGD(problem.teacher.parameters(), lr=0.2),
+    }
+    values: dict[str, Any] = {
+        "problem": metapl.PseudoLabels(temperature=2.0),
+        "teacher_losses": (metapl.CrossEntropy(),),
+    }
+    options = {**optimizers, **values, "generator": torch.Generator(), **OPTIONS[kind]}
+    trainer = metapl.BilevelTrainer(**networks, mode=Forward(truncate=1), **options)
+    made = sibling(trainer)
+    arguments = {*inspect.signature(metapl.BilevelTrainer).parameters}
+    assert arguments == {*networks, "mode", *options}.union(*OPTIONS.values())
+    for name in arguments - {"problem"}:
+        assert getattr(made, name) == getattr(trainer, name), name
+    assert made.given_problem is trainer.given_problem
+    other = sibling(trainer, mode="none", problem=metapl.PseudoLabels())
+    assert (other.mode.name, other.given_problem) == ("none", metapl.PseudoLabels())

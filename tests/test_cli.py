@@ -618,7 +618,8 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
         *(f"ablate {name}" for name in ABLATED),
         "ablate --factory networks:build",
         *(f"labels {name}" for name in LABELS),
-        *(command for command in COMMANDS if command not in ("train", "ablate", "labels")),
+        "plan images",
+        *(command for command in COMMANDS if command not in ("train", "ablate", "labels", "plan")),
     ],
 )
 def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -343,21 +344,79 @@ def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout
     assert [row["step"] for row in written if row["phase"] == "fit"] == [row["step"] for row in expected["history"]]
 
 
-def test_a_fit_of_parallel_products(two: Ranks) -> None:
+@pytest.mark.parametrize("layout", ["tensor", "tensor_shard"])
+def test_a_fit_of_parallel_products(two: Ranks, four: Ranks, layout: str) -> None:
     case: dict[str, Any] = {"mode": "difference", "hidden": 8}
     expected = sharded_cases.fitted(None, **case)
-    for own in two.run("fitted", layout="tensor", **case):
+    for own in (two if layout == "tensor" else four).run("fitted", layout=layout, **case):
         assert error(own["weights"], expected["weights"]) < 1e-6
         assert error(own["tuned"], expected["tuned"]) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
+    two: Ranks, layout: str, tmp_path: Path
+) -> None:
+    """With dropout, whose masks are of the generators of each process."""
+    whole = two.run("resumed", layout=layout, out=str(tmp_path / "whole"))
+    two.run("resumed", layout=layout, out=str(tmp_path / "run"), stop=5)
+    names = [path.name for path in sorted((tmp_path / "run" / "checkpoints" / "fit").iterdir())]
+    assert names == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    gone_on = two.run("resumed", layout=layout, out=str(tmp_path / "run"), resume=True)
+    for own, expected in zip(gone_on, whole, strict=True):
+        for part in ("weights", "teacher"):
+            assert all(torch.equal(own[part][name], t) for name, t in expected[part].items())
+    assert gone_on[0]["history"] == whole[0]["history"]
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "hsdp"), ("fsdp", None), (None, "fsdp"), ("ddp", "fsdp")])
+def test_a_fit_goes_on_in_another_layout(
+    two: Ranks, four: Ranks, before: str | None, after: str | None, tmp_path: Path
+) -> None:
+    """Without dropout, the same numbers as one process."""
+    expected = sharded_cases.resumed(None, str(tmp_path / "whole"), inside="plain")
+    run = {"out": str(tmp_path / "run"), "inside": "plain"}
+    begin, go_on = run | {"layout": before, "stop": 4}, run | {"layout": after, "resume": True}
+    two.run("resumed", **begin) if before else sharded_cases.resumed(**begin)
+    ranks = four if after == "hsdp" else two
+    for own in ranks.run("resumed", **go_on) if after else [sharded_cases.resumed(**go_on)]:
+        for part in ("weights", "teacher"):
+            assert error(own[part], expected[part]) < 1e-10
+        for row, other in zip(own["history"], expected["history"], strict=True):
+            assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
 
 
 def test_the_page_on_scale_runs(two: Ranks) -> None:
     two.run("script", page=str(Path(__file__).parent.parent / "docs" / "scale.md"))
 
 
+def as_if_killed(run: Path, copy: Path) -> Path:
+    """A finished run as it was after its second step."""
+    shutil.copytree(run, copy)
+    for path in [*copy.glob("*.safetensors"), *copy.glob("*.png"), copy / "result.json"]:
+        path.unlink()
+    shutil.rmtree(copy / "checkpoints" / "finetune")
+    newest = max((copy / "checkpoints" / "fit").iterdir())
+    if newest.name != "step-00000002.ckpt":
+        newest.unlink()
+    assert [path.name for path in (copy / "checkpoints" / "fit").iterdir()] == ["step-00000002.ckpt"]
+    return copy
+
+
 def test_the_command_trains_in_several_processes(tmp_path: Path) -> None:
     run = ["train", "digits", "--steps", "3", "--finetune-steps", "2", "--hidden", "8", "--validate-every", "2"]
-    run += ["--log-every", "1", "--labeled-batch", "8", "--unlabeled-batch", "8", "--student.lr", "0.1"]
+    run += [
+        "--log-every",
+        "1",
+        "--labeled-batch",
+        "8",
+        "--unlabeled-batch",
+        "8",
+        "--student.lr",
+        "0.1",
+        "--save-every",
+        "2",
+    ]
     meshes = {"replicate": ["--mesh.replicate", "2"], "shard": ["--mesh.shard", "2"], "none": []}
     ranks = Ranks(2, joined=False)
     try:
@@ -365,6 +424,10 @@ def test_the_command_trains_in_several_processes(tmp_path: Path) -> None:
             name: ranks.run("command", arguments=[*run, *flags, "--out", f"{tmp_path}/{name}"])
             for name, flags in meshes.items()
         }
+        again = as_if_killed(tmp_path / "shard", tmp_path / "again")
+        for _ in range(2):  # the second time, the run is finished
+            gone_on = ranks.run("command", arguments=[*run, *meshes["shard"], "--out", str(again), "--resume"])
+            assert [code for code, _, _ in gone_on] == [0, 0]
     finally:
         ranks.close()
     assert sharded_cases.command([*run, "--out", f"{tmp_path}/one"])[0] == 0
@@ -378,6 +441,8 @@ def test_the_command_trains_in_several_processes(tmp_path: Path) -> None:
             if row["phase"] == "fit":
                 numbers = ({k: v for k, v in r.items() if k != "phase"} for r in (row, other))
                 assert next(numbers) == pytest.approx(next(numbers), rel=1e-3, abs=1e-6, nan_ok=True)
+    for name in ("student.safetensors", "finetuned_student.safetensors", "teacher.safetensors"):
+        assert (again / name).read_bytes() == (tmp_path / "shard" / name).read_bytes()
     assert said["none"][0][0] == said["none"][1][0] == 2
     assert "the mesh is of 1 processes" in said["none"][0][2]
     assert said["none"][1][2] == ""

@@ -130,6 +130,16 @@ class Ranks:
             every = enumerate(self.gathered(list(counts)))
             raise Agreed(text.format(counts="; ".join(f"rank {i}: {n}" for i, n in every)))
 
+    @property
+    def processes(self) -> int:
+        """How many processes there are."""
+        return self.size * self.copies
+
+    @property
+    def number(self) -> int:
+        """This process's number among all of them, as in :meth:`gathered`."""
+        return self.gathered(dist.get_rank()).index(dist.get_rank()) if not self.alone else 0
+
     def gathered(self, value: Any) -> list[Any]:
         """A small value of every rank, in their order."""
         values = [value]

@@ -316,5 +316,5 @@ class _Piece:
 
     def joined(self, rows: Tensor) -> Tensor:
         """The whole tensor, from the ranks' rows."""
-        chunks = [row.reshape(self.chunk) for row in rows]
-        return torch.cat(chunks, self.dim).narrow(self.dim, 0, self.shape[self.dim])
+        chunks = rows.reshape(self.ranks, *self.chunk).movedim(0, self.dim)
+        return chunks.flatten(self.dim, self.dim + 1).narrow(self.dim, 0, self.shape[self.dim])

@@ -12,7 +12,7 @@ galleries    the pictures of a report
 labeling     a network's labels of many pictures, written to a store
 labels_given labels for Reduced MPL that a user gives
 reducing     Reduced MPL
-doubting     training on labels that may be wrong
+noisy_labels training on labels that may be wrong
 suspects     the labels that are most likely wrong
 two_moons    the toy experiment, many seeds at once
 stacked      its networks and steps

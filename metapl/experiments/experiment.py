@@ -17,11 +17,11 @@ from metapl.data.images.record import record_files, replaced_files
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.shards import load_whole
 from metapl.errors import MetaplError
-from metapl.experiments.doubting import ALONE
 from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.labels_given import labels_given
 from metapl.experiments.methods import train
+from metapl.experiments.noisy_labels import ALONE
 from metapl.experiments.reducing import label_by
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
-from metapl.experiments.doubting import ALONE, Fit, train_doubting
+from metapl.experiments.noisy_labels import ALONE, Fit, train_on_noisy
 from metapl.experiments.reducing import even_labels, feedback_of, train_reduced
 from metapl.problems.losses import UDA, TeacherLoss
 from metapl.recipes.base import ROLES, Recipe, Task
@@ -29,7 +29,7 @@ def train(
     """
     if method.doubting is not None:
         assert isinstance(recipe, NoisyFolders)  # the only recipe with these methods
-        return train_doubting(method, recipe, task, student, fit)
+        return train_on_noisy(method, recipe, task, student, fit)
     if method.losses is not None:
         labeled = task.everything if method.place == "headroom" else task.labeled
         if labeled is None:

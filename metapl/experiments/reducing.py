@@ -14,8 +14,8 @@ from metapl.data import LabeledBatches, UnlabeledBatches
 from metapl.data.batches import in_unit_range
 from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError
-from metapl.experiments.doubting import Fit
 from metapl.experiments.labeling import BATCH, Labeled, PicturesInMemory, Read, provenance, rows_per_part, write_labels
+from metapl.experiments.noisy_labels import Fit
 from metapl.feedback import Altered
 from metapl.labels import LabelStore, LabelWriter
 from metapl.models import label_adjuster
@@ -41,7 +41,7 @@ def train_reduced(
         task: its batches.
         stored: class distributions of the unlabeled examples and, for the supervised term, of the labeled ones.
         student: the network.
-        fit: see :data:`metapl.experiments.doubting.Fit`.
+        fit: see :data:`metapl.experiments.noisy_labels.Fit`.
     """
     labeled, unlabeled = task.labeled, task.unlabeled
     assert isinstance(labeled, LabeledBatches)

@@ -10,8 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import nn
+
+from metapl.models.corrector import Corrector
+from metapl.problems import (
+    BilevelProblem,
+    ExampleWeights,
+    LabelCorrection,
+    MetaWeightNet,
+    NoiseTransition,
+    Table,
+    WeightNet,
+)
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.recipes.base import Recipe, Role
+from metapl.recipes.base import Recipe, Role, Task
 
 Losses = tuple[TeacherLoss, ...]
 
@@ -146,26 +159,60 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 COMPARED = tuple(method.name for method in _ALL if method.place == "compared")
 CONTROLS = tuple(method.name for method in _ALL if method.place == "control")
 
-LEARNED: dict[Doubting, str] = {
-    "example_weights": "learned weights of examples",
-    "meta_weight_net": "weights learned from losses",
-    "label_correction": "learned corrections of labels",
-    "noise_transition": "a learned matrix of label noise",
+TRUSTED = 4.0
+"""Logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is learned about labels that may be wrong.
+
+    Args:
+        words: that name it.
+        rate: its learning rate, where the recipe leaves that open.
+        problem: the losses.
+        teacher: what is learned, as it is at first, of a recipe and its data.
+    """
+
+    words: str
+    rate: float
+    problem: Callable[[], BilevelProblem]
+    teacher: Callable[[Recipe, Task], nn.Module]
+
+
+def _weight_each(recipe: Recipe, task: Task) -> nn.Module:
+    assert task.doubtful is not None
+    return Table(torch.zeros(len(task.doubtful.given)))
+
+
+def _corrector(recipe: Recipe, task: Task) -> nn.Module:
+    return Corrector(recipe.network("teacher"), len(task.classes), TRUSTED)
+
+
+def _matrix(recipe: Recipe, task: Task) -> nn.Module:
+    return Table(TRUSTED * torch.eye(len(task.classes)))
+
+
+LEARNED: dict[Doubting, Learned] = {
+    "example_weights": Learned("learned weights of examples", 0.1, ExampleWeights, _weight_each),
+    "meta_weight_net": Learned("weights learned from losses", 1e-3, MetaWeightNet, lambda recipe, task: WeightNet()),
+    "label_correction": Learned("learned corrections of labels", 1e-3, LabelCorrection, _corrector),
+    "noise_transition": Learned("a learned matrix of label noise", 0.05, NoiseTransition, _matrix),
 }
-"""What is learned about labels that may be wrong."""
+"""What is learned about labels that may be wrong, by the name of the method."""
 
 _ALTERED: dict[Literal["permuted", "random_sign"], str] = {"permuted": "permuted", "random_sign": "with random signs"}
 
 _DOUBTING = (
     *(
-        Method(name, words, feedback="recipe", doubting=name, place="compared", control="plain")
-        for name, words in LEARNED.items()
+        Method(name, learned.words, feedback="recipe", doubting=name, place="compared", control="plain")
+        for name, learned in LEARNED.items()
     ),
     Method("plain", "plain, given and clean labels", doubting="given and clean labels", place="compared"),
     Method("clean", "plain, clean labels alone", doubting="clean labels", place="compared"),
     *(
-        Method(f"{name}_{how}", f"{words}, feedback {altered}", feedback=how, doubting=name, place="control")
-        for name, words in LEARNED.items()
+        Method(f"{name}_{how}", f"{learned.words}, feedback {altered}", feedback=how, doubting=name, place="control")
+        for name, learned in LEARNED.items()
         for how, altered in _ALTERED.items()
     ),
 )

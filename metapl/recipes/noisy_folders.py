@@ -32,21 +32,13 @@ from metapl.recipes.image_folders import (
     spoken_classes,
 )
 from metapl.recipes.image_recipe import EVALUATED_AT_ONCE, ImageParts, Strong
-from metapl.recipes.methods import Doubting
+from metapl.recipes.methods import LEARNED, Doubting
 from metapl.training import Say
 
 NoisyMethod = Literal["example_weights", "meta_weight_net", "label_correction", "noise_transition", "plain", "clean"]
 
 WARM = 0.2
 """Share of the steps on the labels as they are given, before anything is learned about them."""
-
-RATES: dict[Doubting, float] = {
-    "example_weights": 0.1,
-    "meta_weight_net": 1e-3,
-    "label_correction": 1e-3,
-    "noise_transition": 0.05,
-}
-"""Learning rate of what is learned about labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +87,11 @@ class NoisyFolders(ImageFolders):
             that forward-mode differentiation does not know.
         student: the network's optimizer.
         teacher: the optimizer of what is learned about labels.
+
+    Raises:
+        MetaplError: a value out of its range; later, folders that cannot be read, that overlap, or of other classes.
+
+    Source: the papers that the problems of :data:`metapl.recipes.methods.LEARNED` name.
     """
 
     name: ClassVar[str] = "noisy"
@@ -149,7 +146,7 @@ class NoisyFolders(ImageFolders):
 
     def beside(self, what: Doubting) -> Optimizer:
         """The optimizer of what is learned about labels; a comparison has one recipe for all methods."""
-        return self.teacher if self.teacher.lr is not None else dataclasses.replace(self.teacher, lr=RATES[what])
+        return self.teacher if self.teacher.lr is not None else dataclasses.replace(self.teacher, lr=LEARNED[what].rate)
 
     def for_network(self, name: str) -> ImageFolders:
         return dataclasses.replace(super().for_network(name), teacher=self.teacher)

@@ -47,6 +47,11 @@ class TwoMoons:
         uda_temperature: temperature of UDA's targets; a value below 1 sharpens them.
         input_noise: standard deviation of noise that is added to the unlabeled points that a student learns from, and
             that UDA compares with the points as they are.
+
+    Raises:
+        MetaplError: a value out of its range, or values that do not go together.
+
+    Source: Meta Pseudo Labels, its experiment with two moons; ``docs/two-moons.md`` says what it leaves open.
     """
 
     name: ClassVar[str] = "two-moons"

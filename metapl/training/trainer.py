@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import micro_batches
 from metapl.distributed.layout import Layout, layouts
-from metapl.distributed.shards import whole
+from metapl.distributed.shards import as_held, load_whole, whole
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import casts_explained, step_guard, types_explained
@@ -407,12 +407,12 @@ class BilevelTrainer(Trainer):
                 "built before."
             )
         if self.teacher is not None:
-            self.teacher.load_state_dict(state["teacher"])
-        self.student.load_state_dict(state["student"])
+            load_whole(self.teacher, state["teacher"])
+        load_whole(self.student, state["student"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
-        self.update.load_state_dict(copy.deepcopy(state["inner"]))
+        self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
         if self.outer_optimizer is not None:
-            self.outer_optimizer.load_state_dict(copy.deepcopy(state["outer"]))
+            self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
         self.mode_state = dict(state["mode_state"])
         self.steps_done = state["steps_done"]
         if self.generator is not None and state["generator"] is not None:

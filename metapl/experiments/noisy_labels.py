@@ -5,23 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from metapl.feedback import Altered, Estimator, estimator
-from metapl.models.corrector import Corrector
-from metapl.problems import (
-    BilevelProblem,
-    ExampleWeights,
-    LabelCorrection,
-    MetaWeightNet,
-    NoiseTransition,
-    Table,
-    WeightNet,
-)
 from metapl.problems.losses import CrossEntropy
 from metapl.recipes.base import Task
-from metapl.recipes.methods import Doubting, Method
+from metapl.recipes.methods import LEARNED, Method
 from metapl.recipes.noisy_folders import NoisyFolders
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
@@ -34,11 +23,8 @@ does."""
 ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
 """Options of a fit without a teacher that learns."""
 
-TRUSTED = 4.0
-"""Logit of "no noise" in a matrix of label noise, at first."""
 
-
-def train_doubting(
+def train_on_noisy(
     method: Method, recipe: NoisyFolders, task: Task, student: nn.Module, fit: Fit
 ) -> tuple[Trainer, FitResult]:
     """Train a network on given labels, of which some may be wrong, and on the clean ones.
@@ -61,7 +47,8 @@ def train_doubting(
         return plain, fit(plain, source, None, task, **ALONE)
     assert method.doubting is not None
     device = next(student.parameters()).device
-    problem, teacher = beside(method.doubting, recipe, task)
+    learned = LEARNED[method.doubting]
+    teacher = learned.teacher(recipe, task)
     if recipe.warm_steps:
         first = {"phase": "warm", "steps": recipe.warm_steps, "schedule": "constant", "select": False}
         fit(plain, task.everything, None, task, **ALONE, **first, warmup=min(recipe.warmup, recipe.warm_steps))
@@ -72,7 +59,7 @@ def train_doubting(
         teacher.to(device),
         student,
         mode,
-        problem=problem,
+        problem=learned.problem(),
         inner_optimizer=recipe.student.build(student),
         outer_optimizer=recipe.beside(method.doubting).build(teacher),
         teacher_losses=(),
@@ -81,16 +68,3 @@ def train_doubting(
     steps = recipe.steps - recipe.warm_steps
     rest = {"steps": steps, "warmup": 0 if recipe.warm_steps else recipe.warmup}
     return trainer, fit(trainer, task.labeled, task.unlabeled, task, **ALONE, **rest)
-
-
-def beside(what: Doubting, recipe: NoisyFolders, task: Task) -> tuple[BilevelProblem, nn.Module]:
-    """The problem, and what is learned beside the network, as it is at first."""
-    classes = len(task.classes)
-    assert task.doubtful is not None
-    if what == "meta_weight_net":
-        return MetaWeightNet(), WeightNet()
-    if what == "label_correction":
-        return LabelCorrection(), Corrector(recipe.network("teacher"), classes, TRUSTED)
-    if what == "noise_transition":
-        return NoiseTransition(), Table(TRUSTED * torch.eye(classes))
-    return ExampleWeights(), Table(torch.zeros(len(task.doubtful.given)))
