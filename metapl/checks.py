@@ -233,12 +233,13 @@ def safe_labels(labels: Tensor, classes: int) -> Tensor:
 
 
 def row_indices(index: Tensor, rows: int, who: str) -> Tensor:
-    """Indices of rows; refuse what is no integer, or outside 0..rows - 1 (Python counts -1 from the end).
+    """Indices of rows, int64 or int32 (PyTorch takes uint8 for a mask); refuse values outside 0..rows - 1 (Python
+    counts -1 from the end).
 
     Returns: the indices, within the range on a device, for the reason that :func:`safe_labels` gives.
     """
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise MetaplError(f"the index of {who} is {described(index)}; expected integers: index.long().")
+    if index.dtype not in (torch.int64, torch.int32):
+        raise MetaplError(f"the index of {who} is {described(index)}; expected integers, int64 or int32: index.long().")
     if not index.numel():
         return index
     low, high = index.aminmax()

@@ -232,6 +232,7 @@ def hypergradient(
     inner_state: Any = None,
     generator: torch.Generator | None = None,
     recompute_teacher: bool = False,
+    accumulate: int = 1,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after one student step, in the teacher's weights.
 
@@ -257,6 +258,8 @@ def hypergradient(
         recompute_teacher: run the teacher on each inner batch without a graph first, and once more with a graph at the
             end. Cost: one more teacher forward pass per inner batch, and one graph of the teacher in memory instead of
             K.
+        accumulate: the number of micro-batches that each batch is split into, as by
+            :class:`metapl.BilevelTrainer`. Above 1 the teacher's pass is recomputed too.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
@@ -277,6 +280,8 @@ def hypergradient(
     estimate = estimator(mode)
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise MetaplError(f"accumulate={accumulate!r}: expected a number of micro-batches, 1 or more.")
     checks.no_inference_mode()
     of_teacher, of_student, device = layouts(teacher, student)
     student = of_student.network
@@ -288,7 +293,8 @@ def hypergradient(
     passes: list[TeacherPass] = []
 
     def teach(batch: Any, outputs: Tensor) -> Signal:
-        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute_teacher, of_student.ranks))
+        recompute = recompute_teacher or accumulate > 1
+        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks))
         return passes[-1].signal
 
     with (
@@ -297,15 +303,30 @@ def hypergradient(
         nothing_moved(asked, student, random=RandomState.now(device), on_success=True),
         torch.enable_grad(),
         checkpoints_without_reentry(),
-        types_explained(labeled, inner_batches(unlabeled), student=student, teacher=teacher),
+        types_explained(
+            labeled,
+            inner_batches(unlabeled),
+            student=student,
+            teacher=teacher if problem.teacher_reads_inputs else None,
+        ),
     ):
-        path = look_ahead(of_student, update, problem, estimate, labeled=labeled, unlabeled=unlabeled, teach=teach)
+        path = look_ahead(
+            of_student,
+            update,
+            problem,
+            estimate,
+            labeled=labeled,
+            unlabeled=unlabeled,
+            teach=teach,
+            parts=accumulate,
+        )
         with casts_explained(estimate.name):
             feedback, _ = estimate.feedback(path, estimate.init())
         with of_student.ranks.agreed():
             for step_feedback in feedback:
                 step_feedback.check_finite()
-        grads = {} if of_teacher is None else _teacher_gradient(of_teacher, feedback, passes)
+        pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
+        grads = {} if of_teacher is None else _teacher_gradient(of_teacher, pieces, passes)
         path = path.revised(feedback[-1].h.detach())
         h = tuple(step_feedback.h.detach() for step_feedback in feedback)
         return Hypergradient(

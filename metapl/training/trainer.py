@@ -444,8 +444,8 @@ class BilevelTrainer(Trainer):
     ) -> Hypergradient:
         """The teacher's gradient through the student's step as it stands, by this mode or another; nothing moves.
 
-        The student's clip counts, and the baseline so far does not. The default generators stay as they are, so that
-        every call sees the same dropout masks.
+        The student's clip and the micro-batches (``accumulate``) count, and the baseline so far does not. The default
+        generators stay as they are, so that every call sees the same dropout masks.
 
         Args:
             labeled, unlabeled: as for :meth:`step`.
@@ -490,6 +490,7 @@ class BilevelTrainer(Trainer):
                 problem=problem,
                 inner_optimizer=self.update,
                 generator=generator,
+                accumulate=self.accumulate,
             )
 
     @contextmanager
@@ -508,7 +509,8 @@ class BilevelTrainer(Trainer):
                     "feedback_ratio is measured on one inner batch, and a Lookahead of "
                     f"{len(inner_batches(unlabeled))} was given; use feedback_weight."
                 )
-            with types_explained(labeled, inner_batches(unlabeled), student=self.student, teacher=self.teacher):
+            reader = self.teacher if self.problem.teacher_reads_inputs else None
+            with types_explained(labeled, inner_batches(unlabeled), student=self.student, teacher=reader):
                 yield fault
 
 
