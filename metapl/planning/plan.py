@@ -24,7 +24,7 @@ WIDEST = 128
 small already."""
 
 STAYS = 0.8
-"""The share of what is called activations that stays when weights are cut over more ranks; some are copies of weights."""
+"""The share of what is called activations that stays when weights are cut over more ranks; the rest may be weights."""
 
 NAMES = ("weights", "gradients", "optimizer", "activations", "feedback")
 
