@@ -109,6 +109,7 @@ def look_ahead(
     batches = inner_batches(unlabeled)
     check_steps(mode, len(batches), problem)
     check_layout(mode, len(batches), problem, student)
+    check_tangent(mode, student)
     if revises(problem) and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError(
             'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '
@@ -171,6 +172,16 @@ def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout)
         raise MetaplError(
             f"{taken} does not run on a student that is {how}. With one student step, mode 'forward' is as exact as "
             "'unrolled' and runs there, as do 'difference' and the sampled modes; else train in one process."
+        )
+
+
+def check_tangent(mode: Estimator, student: Layout) -> None:
+    """Refuse forward mode where PyTorch has none, through the exchanges of tensor parallelism."""
+    if student.tensor > 1 and (mode.name == "forward" or getattr(mode, "tangent", None) == "forward"):
+        raise MetaplError(
+            f"mode {mode.name!r} takes a pass in forward mode, which PyTorch does not have through the exchanges of "
+            'parallelize_module; use mode="difference", or '
+            'metapl.feedback.ReinforcePerExample(tangent="difference").'
         )
 
 

@@ -83,12 +83,13 @@ def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     network.load_state_dict({name: _split(t, held.get(name)) for name, t in weights.items()})
 
 
-def copies_of(t: Any) -> int:
-    """How many processes hold each part of a DTensor."""
-    count = 1
+def copies_of(t: Any, processes: int) -> int:
+    """How many of all processes hold each part of a DTensor; of a plain tensor, all of them."""
+    if not is_sharded(t):
+        return processes
     for size, placement in zip(t.device_mesh.shape, t.placements, strict=True):
-        count *= int(size) if placement.is_replicate() else 1
-    return count
+        processes //= 1 if placement.is_replicate() else int(size)
+    return processes
 
 
 class ShardedSpace(Space):
@@ -97,11 +98,12 @@ class ShardedSpace(Space):
     Args:
         parameters: by name; the tensors of a tree are parts like those of these.
         groups: the process groups that hold the parts together, as the dimensions of a mesh.
+        processes: how many they are in all.
     """
 
-    def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup]) -> None:
+    def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup], processes: int) -> None:
         self.groups = tuple(groups)
-        self.copies = {name: copies_of(p) for name, p in parameters.items()}
+        self.copies = {name: copies_of(p, processes) for name, p in parameters.items()}
         self.sizes = {name: p.numel() for name, p in parameters.items()}
 
     def dot(self, a: Tree, b: Tree) -> Tensor:

@@ -23,6 +23,9 @@ WIDEST = 128
 """Ranks over which weights are cut at most: with more, gathering them takes longer, and what a rank holds of them is
 small already."""
 
+STAYS = 0.8
+"""The share of what is called activations that stays when weights are cut over more ranks; the rest may be weights."""
+
 NAMES = ("weights", "gradients", "optimizer", "activations", "feedback")
 
 
@@ -151,26 +154,31 @@ def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
 def propose(recipe: Recipe, ranks: int, *, memory: int, flops_per_second: float | None = None) -> Plan:
     """The mesh of so many ranks that cuts weights over the fewest on which a step fits, as a plan.
 
-    Raises:
-        MetaplError: no mesh of so many ranks fits.
+    Where none fits, it is that which cuts them over the most.
     """
     sizes = [size for size in range(1, min(ranks, WIDEST) + 1) if ranks % size == 0]
-    found: Plan | None = None
-    for size in _worth_a_rehearsal(recipe, sizes, memory):
-        found = plan(
-            recipe, Mesh(replicate=ranks // size, shard=size), memory=memory, flops_per_second=flops_per_second
-        )
-        if found.fits:
+    sizes = list(_worth_a_rehearsal(recipe, sizes, memory))
+    while True:
+        size = sizes.pop(0)
+        mesh = Mesh(replicate=ranks // size, shard=size)
+        found = plan(recipe, mesh, memory=memory, flops_per_second=flops_per_second)
+        if found.fits or not sizes:
             return found
-    assert found is not None  # the last size is always tried
-    return found
+        sizes = [larger for larger in sizes if _at_best(found, larger) < memory] or sizes[-1:]
+
+
+def _at_best(found: Plan, size: int) -> float:
+    """Bytes at the peak with weights cut over more ranks, at the least: activations stay, or most of them."""
+    held = found.per_rank
+    stays = STAYS * held["activations"]
+    return stays + (held["peak"] - held["activations"]) * found.mesh.shard / size
 
 
 def _worth_a_rehearsal(recipe: Recipe, sizes: list[int], memory: int) -> Iterator[int]:
-    """The sizes on which weights, gradients and optimizers alone fit, and the greatest."""
+    """The sizes on which weights and gradients alone fit, or else the greatest."""
     with torch.device("meta"):
         weights = sum(p.numel() * p.element_size() for role in ROLES for p in recipe.network(role).parameters())
-    least = [size for size in sizes if 3 * weights / size < memory]
+    least = [size for size in sizes if 2 * weights / size < memory]
     yield from least or sizes[-1:]
 
 

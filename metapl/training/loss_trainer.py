@@ -142,7 +142,7 @@ class LossTrainer(Trainer):
         self.layout.mean_gradients()
         checks.sparse_gradients(self.optimizer, self.student)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
+            self.layout.clip_gradients(self.clip_norm)
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         """The losses on an unlabeled batch."""

@@ -27,6 +27,7 @@ from metapl.hypergradient import (
     check_batches,
     check_layout,
     check_steps,
+    check_tangent,
     check_teacher,
     hypergradient,
     look_ahead,
@@ -322,6 +323,7 @@ class BilevelTrainer(Trainer):
             raise MetaplError(f"lookahead={self.lookahead!r}: expected a number of student steps, 1 or more.")
         check_steps(self.mode, self.lookahead, self.problem)
         check_layout(self.mode, self.lookahead, self.problem, self.layout)
+        check_tangent(self.mode, self.layout)
         if self.compile and any(layout is not None and layout.is_sharded for layout in self._layouts):
             raise MetaplError("compile=True does not run on networks that are sharded; leave compile out.")
         if self.teacher is None and self.compile and self.mode.keep_graph:
