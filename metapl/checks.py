@@ -169,6 +169,12 @@ def _tensor(name: str, t: Tensor, device: torch.device) -> None:
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a tensor."""
     if isinstance(outputs, Tensor):
+        if type(outputs) is not Tensor and hasattr(outputs, "device_mesh"):
+            raise MetaplError(
+                f"the {who} returned a DTensor laid out as {getattr(outputs, 'placements', '')}; expected a plain "
+                "tensor with the logits of this process's rows: give the last layer output_layouts=Replicate() and "
+                "use_local_output=True, or call .full_tensor() at the end of forward."
+            )
         return outputs
     raise MetaplError(
         f"the {who} returned {described(outputs)}; expected a tensor of logits. Wrap a network that returns an object "
@@ -227,12 +233,13 @@ def safe_labels(labels: Tensor, classes: int) -> Tensor:
 
 
 def row_indices(index: Tensor, rows: int, who: str) -> Tensor:
-    """Indices of rows; refuse what is no integer, or outside 0..rows - 1 (Python counts -1 from the end).
+    """Indices of rows, int64 or int32 (PyTorch takes uint8 for a mask); refuse values outside 0..rows - 1 (Python
+    counts -1 from the end).
 
     Returns: the indices, within the range on a device, for the reason that :func:`safe_labels` gives.
     """
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise MetaplError(f"the index of {who} is {described(index)}; expected integers: index.long().")
+    if index.dtype not in (torch.int64, torch.int32):
+        raise MetaplError(f"the index of {who} is {described(index)}; expected integers, int64 or int32: index.long().")
     if not index.numel():
         return index
     low, high = index.aminmax()
@@ -359,9 +366,8 @@ def plain(name: str, network: nn.Module, *, sharded: bool = False) -> None:
             )
         if not sharded and (type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor"):
             raise MetaplError(
-                f"the {name}'s {path} is a DTensor although fully_shard was not called on the {name}: tensor "
-                "parallelism (parallelize_module) is not built yet. Expected the plain module, or one that is sharded "
-                "by fully_shard."
+                f"the {name}'s {path} is a DTensor inside another wrapper; expected the plain module, or one that is "
+                "as a whole sharded by fully_shard or parallelize_module."
             )
 
 

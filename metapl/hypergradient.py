@@ -109,6 +109,7 @@ def look_ahead(
     batches = inner_batches(unlabeled)
     check_steps(mode, len(batches), problem)
     check_layout(mode, len(batches), problem, student)
+    check_tangent(mode, student)
     if revises(problem) and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError(
             'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '
@@ -174,6 +175,16 @@ def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout)
         )
 
 
+def check_tangent(mode: Estimator, student: Layout) -> None:
+    """Refuse forward mode where PyTorch has none, through the exchanges of tensor parallelism."""
+    if student.tensor > 1 and (mode.name == "forward" or getattr(mode, "tangent", None) == "forward"):
+        raise MetaplError(
+            f"mode {mode.name!r} takes a pass in forward mode, which PyTorch does not have through the exchanges of "
+            'parallelize_module; use mode="difference", or '
+            'metapl.feedback.ReinforcePerExample(tangent="difference").'
+        )
+
+
 def check_kind(sampled: bool, mode: Estimator) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate."""
     if ("hard" if sampled else "soft") not in mode.labels:
@@ -221,6 +232,7 @@ def hypergradient(
     inner_state: Any = None,
     generator: torch.Generator | None = None,
     recompute_teacher: bool = False,
+    accumulate: int = 1,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after one student step, in the teacher's weights.
 
@@ -246,6 +258,8 @@ def hypergradient(
         recompute_teacher: run the teacher on each inner batch without a graph first, and once more with a graph at the
             end. Cost: one more teacher forward pass per inner batch, and one graph of the teacher in memory instead of
             K.
+        accumulate: the number of micro-batches that each batch is split into, as by
+            :class:`metapl.BilevelTrainer`. Above 1 the teacher's pass is recomputed too.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
@@ -266,6 +280,8 @@ def hypergradient(
     estimate = estimator(mode)
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise MetaplError(f"accumulate={accumulate!r}: expected a number of micro-batches, 1 or more.")
     checks.no_inference_mode()
     of_teacher, of_student, device = layouts(teacher, student)
     student = of_student.network
@@ -277,7 +293,8 @@ def hypergradient(
     passes: list[TeacherPass] = []
 
     def teach(batch: Any, outputs: Tensor) -> Signal:
-        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute_teacher, of_student.ranks))
+        recompute = recompute_teacher or accumulate > 1
+        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks))
         return passes[-1].signal
 
     with (
@@ -286,15 +303,30 @@ def hypergradient(
         nothing_moved(asked, student, random=RandomState.now(device), on_success=True),
         torch.enable_grad(),
         checkpoints_without_reentry(),
-        types_explained(labeled, inner_batches(unlabeled), student=student, teacher=teacher),
+        types_explained(
+            labeled,
+            inner_batches(unlabeled),
+            student=student,
+            teacher=teacher if problem.teacher_reads_inputs else None,
+        ),
     ):
-        path = look_ahead(of_student, update, problem, estimate, labeled=labeled, unlabeled=unlabeled, teach=teach)
+        path = look_ahead(
+            of_student,
+            update,
+            problem,
+            estimate,
+            labeled=labeled,
+            unlabeled=unlabeled,
+            teach=teach,
+            parts=accumulate,
+        )
         with casts_explained(estimate.name):
             feedback, _ = estimate.feedback(path, estimate.init())
         with of_student.ranks.agreed():
             for step_feedback in feedback:
                 step_feedback.check_finite()
-        grads = {} if of_teacher is None else _teacher_gradient(of_teacher, feedback, passes)
+        pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
+        grads = {} if of_teacher is None else _teacher_gradient(of_teacher, pieces, passes)
         path = path.revised(feedback[-1].h.detach())
         h = tuple(step_feedback.h.detach() for step_feedback in feedback)
         return Hypergradient(

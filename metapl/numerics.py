@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Tree = dict[str, Tensor]
@@ -16,6 +16,12 @@ Tree = dict[str, Tensor]
 def wide(t: Tensor) -> Tensor:
     """float32 or wider: losses and products are not taken in half precision."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def in_type_of(network: nn.Module, t: Tensor) -> Tensor:
+    """A tensor in the type of a network's weights, which is that of the first; as it is where there is none."""
+    weight = next((p for p in network.parameters() if p.is_floating_point()), None)
+    return t if weight is None else t.to(weight.dtype)
 
 
 def wide_tree(tree: Any) -> Any:

@@ -47,8 +47,10 @@ class Ranks:
 
     def run(self, name: str, **arguments: Any) -> list[Any]:
         """What a function of that module returns on every rank."""
+        # Of processes that meet anew each time, one might find the meeting place of the last time still open.
+        port = _free_port()
         for pipe in self.pipes:
-            pipe.send((name, arguments))
+            pipe.send((name, arguments, port))
         answers = []
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(SECONDS):
@@ -97,7 +99,9 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}
     cases = importlib.import_module(module)
     while (task := pipe.recv()) is not None:
-        name, arguments = task
+        name, arguments, port = task
+        if not isinstance(meeting, str):
+            os.environ["MASTER_PORT"] = str(port)
         try:
             pipe.send((None, getattr(cases, name)(**arguments)))
         except Exception:

@@ -31,9 +31,9 @@ CLASSES, ROWS, LABELED = 3, 8, 12
 class Block(nn.Module):
     """A residual block with a width that two processes do not divide."""
 
-    def __init__(self, width: int, inside: nn.Module) -> None:
+    def __init__(self, width: int, inside: nn.Module, hidden: int = 9) -> None:
         super().__init__()
-        self.inner, self.inside, self.outer = nn.Linear(width, 9), inside, nn.Linear(9, width)
+        self.inner, self.inside, self.outer = nn.Linear(width, hidden), inside, nn.Linear(hidden, width)
         self.scale = nn.Parameter(torch.full((1,), 0.7))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,10 +50,10 @@ INSIDE: dict[str, Callable[[], nn.Module]] = {
 class Network(nn.Module):
     """An embedding, blocks, and a head; the embedding and the head belong to the root."""
 
-    def __init__(self, blocks: int = 2, width: int = 5, inside: str = "plain") -> None:
+    def __init__(self, blocks: int = 2, width: int = 5, inside: str = "plain", hidden: int = 9) -> None:
         super().__init__()
         self.embed = nn.Linear(4, width)
-        self.blocks = nn.ModuleList(Block(width, INSIDE[inside]()) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width, INSIDE[inside](), hidden) for _ in range(blocks))
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-def networks(inside: str = "plain", dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+def networks(inside: str = "plain", dtype: torch.dtype = torch.float64, hidden: int = 9) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    return Network().to(dtype), Network(3, inside=inside).to(dtype)
+    return Network(hidden=hidden).to(dtype), Network(3, inside=inside, hidden=hidden).to(dtype)
 
 
 def batches(steps: int, views: bool = False, dtype: torch.dtype = torch.float64) -> list[tuple[Any, Any]]:
@@ -89,13 +89,13 @@ def batches(steps: int, views: bool = False, dtype: torch.dtype = torch.float64)
     ]
 
 
-def share(batch: Any) -> Any:
-    """This rank's rows of a batch."""
+def share(batch: Any, together: int = 1) -> Any:
+    """This rank's rows of a batch, which ``together`` ranks have in common."""
     if not dist.is_initialized():
         return batch
     if isinstance(batch, tuple):
-        return tuple(share(t) for t in batch)
-    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+        return tuple(share(t, together) for t in batch)
+    return batch.chunk(dist.get_world_size() // together)[dist.get_rank() // together]
 
 
 def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
@@ -110,6 +110,8 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
     if layout == "ddp":
         return nn.parallel.DistributedDataParallel(network)
     world = dist.get_world_size()
+    if layout.startswith("tensor"):
+        return _parallel(network, layout)
     if layout.startswith("shard"):
         return shard(network, Mesh(shard=world), checkpoint=layout == "shard_checkpoint")
     if layout == "hsdp":
@@ -119,6 +121,20 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(network, mesh=mesh)
+
+
+def _parallel(network: nn.Module, layout: str) -> nn.Module:
+    """Products shared by two processes, and the batch by the others."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("batch", "tensor"))
+    for block in network.blocks:
+        parallelize_module(block, mesh["tensor"], {"inner": ColwiseParallel(), "outer": RowwiseParallel()})
+        if layout == "tensor_shard":
+            fully_shard(block, mesh=mesh["batch"])
+    return fully_shard(network, mesh=mesh["batch"]) if layout == "tensor_shard" else network
 
 
 def whole(t: Any) -> Tensor:
@@ -131,12 +147,13 @@ def built(
     optimizer: str = "sgd",
     *,
     inside: str = "plain",
+    hidden: int = 9,
     dtype: torch.dtype = torch.float64,
     teacher_layout: str | None = "same",
     inner: Any = None,
     **options: Any,
 ) -> metapl.BilevelTrainer:
-    teacher, student = networks(inside, dtype)
+    teacher, student = networks(inside, dtype, hidden)
     teacher = laid_out(teacher, layout if teacher_layout == "same" else teacher_layout)
     student = laid_out(student, layout)
     build = OPTIMIZERS[optimizer]
@@ -167,7 +184,8 @@ def train(
     found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
     torch.manual_seed(3)
     for step, (labeled, unlabeled) in enumerate(batches(steps, views, dtype)):
-        labeled, unlabeled = share(labeled), share(unlabeled)
+        together = 2 if layout is not None and layout.startswith("tensor") else 1
+        labeled, unlabeled = share(labeled, together), share(unlabeled, together)
         if gradients and step == 0:
             gradient = trainer.hypergradient(labeled, unlabeled, generator=torch.Generator().manual_seed(6))
             found["gradients"].append({name: whole(g) for name, g in gradient.grads.items()})
@@ -255,13 +273,9 @@ def _part_left_out() -> None:
     metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
 
 
-def _tensor_parallel() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    teacher, student = networks()
-    parallelize_module(student, init_device_mesh("cpu", (2,)), {"embed": ColwiseParallel()})
-    metapl.BilevelTrainer(teacher, student)
+def _tensor_parallel_beside_sharded() -> None:
+    teacher, student = networks(hidden=8)
+    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), laid_out(student, "tensor"))
 
 
 def _mesh_of_others() -> None:
@@ -273,6 +287,18 @@ def _mesh_of_others() -> None:
 def _reweight() -> None:
     student = laid_out(networks()[1], "ddp")
     metapl.BilevelTrainer(None, student, mode="forward", problem=LearningToReweight())
+
+
+def _outputs_in_parts() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    both = networks()
+    for network in both:
+        plan = {"head": ColwiseParallel(output_layouts=Replicate(), use_local_output=False)}
+        parallelize_module(network, init_device_mesh("cpu", (2,)), plan)
+    metapl.BilevelTrainer(*both, mode="reinforce").step(*batches(1)[0])
 
 
 REFUSED: dict[str, Callable[[], Any]] = {
@@ -290,7 +316,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "root_forgotten": _root_forgotten,
     "divided_otherwise": _divided_otherwise,
     "part_left_out": _part_left_out,
-    "tensor_parallel": _tensor_parallel,
+    "outputs_in_parts": _outputs_in_parts,
+    "tensor_parallel_forward": lambda: built("forward", "tensor", hidden=8),
+    "tensor_parallel_beside_sharded": _tensor_parallel_beside_sharded,
     "mesh_of_others": _mesh_of_others,
 }
 
@@ -334,11 +362,17 @@ def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InnerStep, "mean_over_batch", lambda self, losses: losses.mean())
 
 
+def _casts_kept(patch: pytest.MonkeyPatch) -> None:
+    """Autocast's casts of the weights stay while these are moved."""
+    patch.setattr(torch, "clear_autocast_cache", lambda: None)
+
+
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "stale_root": _stale_root,
     "weights_swapped": _weights_swapped,
     "direction_not_gathered": _direction_not_gathered,
     "gradient_not_averaged": _gradient_not_averaged,
+    "casts_kept": _casts_kept,
     "products_of_parts": _products_of_parts,
     "mean_over_own_rows": _mean_over_own_rows,
 }
@@ -397,9 +431,9 @@ def hang() -> None:
         dist.barrier()
 
 
-def fitted(layout: str | None, out: str | None = None) -> dict[str, Any]:
+def fitted(layout: str | None, out: str | None = None, mode: str = "forward", **options: Any) -> dict[str, Any]:
     """A short fit on the same whole batches everywhere, with validation."""
-    trainer = built("forward", layout, "adamw")
+    trainer = built(mode, layout, "adamw", **options)
     drawn = batches(4)
     (x, y), _ = batches(5)[4]
     result = trainer.fit(
@@ -431,3 +465,41 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
     with redirect_stdout(out), redirect_stderr(err):
         code = main(arguments)
     return code, out.getvalue(), err.getvalue()
+
+
+class Stopped(Exception):
+    """What ends a fit in the middle."""
+
+
+def resumed(
+    layout: str | None, out: str, stop: int | None = None, resume: bool = False, inside: str = "dropout"
+) -> dict[str, Any]:
+    """A fit of six steps, from the beginning or on from where it was stopped."""
+    trainer = built("forward", layout, "adamw", inside=inside)
+    torch.manual_seed(7 + (dist.get_rank() if dist.is_initialized() else 0))
+    drawn = batches(6)
+    (x, y), _ = batches(7)[6]
+
+    def end(step: int, row: Any, trainer: Any) -> None:
+        if stop is not None and step >= stop:
+            raise Stopped
+
+    try:
+        result = trainer.fit(
+            [labeled for labeled, _ in drawn],
+            [unlabeled for _, unlabeled in drawn],
+            steps=6,
+            validation=(x, y),
+            validate_every=3,
+            log_every=1,
+            save_every=2,
+            split_batches=True,
+            progress=False,
+            out=out,
+            resume=resume,
+            callbacks=[end],
+            say=lambda text: None,
+        )
+    except Stopped:
+        return {}
+    return {"history": result.history, "weights": result.weights, "teacher": result.teacher_weights}

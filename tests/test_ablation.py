@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems_zoo import everything, same, toy
 from test_right_or_refused import OnceDifferentiable
+from torch import nn
 
 import metapl
 from metapl import MetaplError
@@ -63,6 +64,51 @@ def test_estimators_with_settings_and_a_clip() -> None:
     modes = ablate(trainer, problem.labeled, problem.unlabeled, [Difference(one_sided=True)], rounds=1).modes
     assert isinstance(modes["difference"], ModeCost)
     assert modes["difference"].relative_error < 1e-3
+
+
+def test_two_equal_draws_are_not_taken_for_none() -> None:
+    """A confident teacher's first draws agree, and later ones do not."""
+    torch.manual_seed(27)
+    teacher, student = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    with torch.no_grad():
+        teacher.weight.mul_(12)
+    labeled, unlabeled = (torch.randn(6, 4).double(), torch.arange(6) % 3), torch.randn(8, 4).double()
+    trainer = metapl.BilevelTrainer(teacher, student, "reinforce", teacher_losses=())
+    first, second = (
+        trainer.hypergradient(
+            labeled, unlabeled, "reinforce_per_example", generator=torch.Generator().manual_seed(seed)
+        ).grads["weight"]
+        for seed in (0, 1)
+    )
+    assert torch.equal(first, second)
+    modes = ablate(
+        trainer, labeled, unlabeled, ["reinforce_per_example", "unrolled"], draws=16, rounds=1, altered=False
+    ).modes
+    assert isinstance(modes["reinforce_per_example"], ModeCost)
+    assert isinstance(modes["unrolled"], ModeCost)
+    assert modes["reinforce_per_example"].noise_to_signal > 0.01
+    assert modes["unrolled"].noise_to_signal == 0
+
+
+@pytest.mark.parametrize("lr", [0.1, 1e-4])
+def test_an_exact_mode_of_drawn_labels_is_not_called_exact(lr: float) -> None:
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 3).double(), nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        "forward",
+        problem=metapl.PseudoLabels(kind="hard"),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=lr),
+        teacher_losses=(),
+    )
+    labeled = torch.randn(6, 4).double(), torch.arange(6) % 3
+    result = ablate(trainer, labeled, torch.randn(64, 4).double(), ["forward", "none"], rounds=1, altered=False)
+    forward = result.modes["forward"]
+    assert isinstance(forward, ModeCost)
+    assert 0 < forward.of_one_draw < 0.1  # near enough to be taken for exact
+    assert "without noise" not in result.recommendation
+    assert "none of these modes is exact" in result.recommendation
 
 
 def test_a_model_without_an_exact_gradient_is_refused_by_name() -> None:

@@ -69,6 +69,56 @@ def test_micro_batches_change_nothing_but_memory(mode: object, accumulate: int) 
         assert same[name] == pytest.approx(value, rel=1e-5, abs=1e-9, nan_ok=True), name
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mode", ["forward", "difference", "reinforce", "reinforce_per_example"])
+def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(mode: str, recompute: bool) -> None:
+    """With batch norm in both networks, where micro-batches do change the numbers."""
+    torch.manual_seed(0)
+    teacher, student = (
+        nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double() for _ in range(2)
+    )
+    labeled, unlabeled = (torch.randn(8, 5).double(), torch.arange(8) % 3), torch.randn(12, 5).double()
+    found = {}
+    for parts in (1, 2, 4):
+        networks = copy.deepcopy(teacher), copy.deepcopy(student)
+        trainer = metapl.BilevelTrainer(
+            *networks,
+            mode,
+            inner_optimizer=torch.optim.SGD(networks[1].parameters(), lr=0.3, momentum=0.9),
+            outer_optimizer=torch.optim.SGD(networks[0].parameters(), lr=1.0),
+            teacher_losses=(),
+            recompute_teacher=recompute,
+            accumulate=parts,
+            generator=torch.Generator().manual_seed(3),
+        )
+        seen = trainer.hypergradient(labeled, unlabeled, generator=torch.Generator().manual_seed(3)).grads
+        before = {name: p.detach().clone() for name, p in networks[0].named_parameters()}
+        trainer.step(labeled, unlabeled)
+        found[parts] = torch.cat([g.flatten() for g in seen.values()])
+        moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in networks[0].named_parameters()])
+        torch.testing.assert_close(found[parts], moved, rtol=1e-6, atol=1e-9)
+        if mode == "forward":
+            assert trainer.exact_cosine(labeled, unlabeled) == pytest.approx(1, abs=1e-9)
+            exact = trainer.hypergradient(labeled, unlabeled, "unrolled").grads  # which a trainer does not split
+            again = trainer.hypergradient(labeled, unlabeled).grads
+            for name, g in again.items():
+                torch.testing.assert_close(g, exact[name], rtol=1e-7, atol=1e-10)
+    assert not torch.allclose(found[1], found[2], rtol=1e-2)
+
+
+def test_a_number_of_micro_batches_is_checked() -> None:
+    teacher, student = _networks()
+    with pytest.raises(metapl.MetaplError, match="accumulate=0: expected a number of micro-batches"):
+        metapl.hypergradient(
+            teacher,
+            student,
+            labeled=(torch.randn(8, 5).double(), torch.arange(8) % 3),
+            unlabeled=torch.randn(8, 5).double(),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.3),
+            accumulate=0,
+        )
+
+
 class Halved(metapl.PseudoLabels):
     """An inner loss of the problem's own, linear in its target."""
 

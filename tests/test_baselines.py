@@ -129,10 +129,13 @@ class Steps:
         return [metapl.feedback.base.Feedback(self.h, self.part)], state
 
 
-def altered(h: Tensor, how: Any, seed: int = 0, labels: Tensor | None = None) -> list[Tensor]:
-    """h as it is altered in four steps."""
-    value = torch.zeros(len(h)) if labels is None else labels
-    step = type("Step", (), {"signal": metapl.problems.base.Signal(value)})
+def altered(
+    h: Tensor, how: Any, seed: int = 0, labels: Tensor | None = None, weights: Tensor | None = None
+) -> list[Tensor]:
+    """h as it is altered in four steps, on sampled labels or on a differentiable signal."""
+    soft = torch.zeros(len(h)) if weights is None else weights
+    signal = metapl.Signal(soft) if labels is None else metapl.Signal(labels, log_prob=torch.zeros(len(h)))
+    step = type("Step", (), {"signal": signal})
     estimator = Altered(Steps(h), how, seed)  # type: ignore[arg-type]
     state, found = estimator.init(), []
     for _ in range(4):
@@ -161,6 +164,9 @@ def test_class_means_leave_nothing_of_the_single_example() -> None:
     labels = torch.tensor([0, 1, 0, 1])
     for one in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", labels=labels):
         assert one.tolist() == [3, 5, 3, 5]
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.3])  # equal weights are no class
+    for one in altered(torch.tensor([1.0, 2.0, 5.0, 8.0]), "class_means", weights=weights):
+        assert one.tolist() == [4, 4, 4, 4]
 
 
 def test_random_sign_flips_whole_rows() -> None:

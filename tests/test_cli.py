@@ -560,7 +560,7 @@ def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
 
 def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "trian")
-    assert "there is no command 'trian'; did you mean train? Expected one of train, ablate, evaluate," in line
+    assert "there is no command 'trian'; did you mean train? Expected one of train, ablate, plan, evaluate," in line
     line = refused(capsys, "train", "dgits")
     assert "there is no recipe 'dgits'; did you mean digits? Expected one of digits" in line
     assert "there is no recipe 'xyz'. Expected one of digits" in refused(capsys, "train", "xyz")
@@ -618,7 +618,8 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
         *(f"ablate {name}" for name in ABLATED),
         "ablate --factory networks:build",
         *(f"labels {name}" for name in LABELS),
-        *(command for command in COMMANDS if command not in ("train", "ablate", "labels")),
+        "plan images",
+        *(command for command in COMMANDS if command not in ("train", "ablate", "labels", "plan")),
     ],
 )
 def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:

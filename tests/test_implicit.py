@@ -122,6 +122,83 @@ def test_damping_and_the_identity_are_what_they_say() -> None:
     assert error(found(short).grads["log_penalty"], series) < 1e-10
 
 
+def by_pseudo_inverse(network: nn.Linear, table: nn.Module, labeled: Any, inner: Any) -> Tensor:
+    """h of a linear student on learned labels, in float64, through the Hessian as a matrix."""
+    x, index = inner
+    theta = torch.cat([p.detach().flatten() for p in network.parameters()]).double()
+    q = table(index).detach().double().softmax(-1).requires_grad_()
+
+    def logits(flat: Tensor, inputs: Tensor) -> Tensor:
+        return inputs.double() @ flat[: 4 * D].reshape(4, D).T + flat[4 * D :]
+
+    def inner_loss(flat: Tensor) -> Tensor:
+        return -(q * logits(flat, x).log_softmax(-1)).sum(-1).mean()
+
+    hessian = torch.autograd.functional.hessian(inner_loss, theta)
+    at = theta.clone().requires_grad_()
+    (v,) = torch.autograd.grad(nn.functional.cross_entropy(logits(at, labeled[0]), labeled[1]), at)
+    (g,) = torch.autograd.grad(inner_loss(at), at, create_graph=True)
+    w = -torch.linalg.pinv(hessian, rtol=1e-10) @ v
+    return -torch.autograd.grad(g @ w, q)[0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-9)], ids=str)
+@pytest.mark.parametrize("rows", [60, 6])
+@pytest.mark.parametrize("iterations", [60, 100])
+def test_conjugate_gradients_end_where_they_have_converged(
+    dtype: torch.dtype, tolerance: float, rows: int, iterations: int
+) -> None:
+    """The softmax makes H singular, and of 6 examples v has a part outside its range."""
+    draw = torch.Generator().manual_seed(3)
+    x, z = (torch.randn(n, D, generator=draw, dtype=dtype) for n in (rows, 8))
+    table = metapl.problems.Table(torch.randn(40, 4, generator=draw, dtype=dtype))
+    y, index = torch.randint(4, (8,), generator=draw), torch.randint(40, (rows,), generator=draw)
+    torch.manual_seed(3)
+    network = nn.Linear(D, 4).to(dtype)
+    found = metapl.hypergradient(
+        table,
+        network,
+        labeled=(z, y),
+        unlabeled=(x, index),
+        mode=Implicit(iterations=iterations),
+        problem=metapl.problems.ExampleLabels(),
+        inner_optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+    )
+    assert error(found.feedback.double(), by_pseudo_inverse(network, table, (z, y), (x, index))) < tolerance
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, waits: bool, v: Tensor) -> tuple[int, Tensor]:
+    """The number of products with diag(1, 2, 3, 0) in 50 iterations, and the solution."""
+    monkeypatch.setattr(solvers.checks, "waits", lambda t: waits)
+    calls: list[dict[str, Tensor]] = []
+
+    def product(tree: dict[str, Tensor]) -> dict[str, Tensor]:
+        calls.append(tree)
+        return {"x": torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=v.dtype) * tree["x"]}
+
+    solution = solvers.conjugate_gradient(product, {"x": v}, 50, 0.0)["x"]
+    return len(calls), solution
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_accelerator_goes_on_with_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the host does not look whether they have ended."""
+    monkeypatch.setattr(solvers.checks, "refuse", lambda bad, text: None)
+    v = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=dtype)
+    few, here = counted(monkeypatch, False, v)
+    all_of_them, there = counted(monkeypatch, True, v)
+    assert few <= 5 < all_of_them == 50
+    assert torch.equal(here, there)
+    assert error(here, torch.tensor([1.0, 1 / 2, 1 / 3, 0.0], dtype=dtype)) < 3e-6
+
+
+def test_a_loss_without_any_curvature_is_refused() -> None:
+    with pytest.raises(MetaplError, match="no positive curvature"):
+        solvers.conjugate_gradient(lambda p: {"x": 0 * p["x"]}, {"x": torch.ones(3)}, 5, 0.0)
+    still = solvers.conjugate_gradient(lambda p: {"x": 0 * p["x"]}, {"x": torch.zeros(3)}, 5, 0.0)
+    assert not still["x"].any()
+
+
 class Decayed(metapl.PseudoLabels):
     """Pseudo-labels with a penalty on the student's weights, so that the inner loss has one optimum."""
 

@@ -26,6 +26,7 @@ LEVELS = (
     ("ablation",),
     ("recipes",),
     ("experiments",),
+    ("planning",),
     ("cli", "__main__"),
 )
 """Rooms of the package, the lowest first: each imports from its own level and from those before it. Of the core:

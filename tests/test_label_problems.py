@@ -270,3 +270,95 @@ def test_a_corrector_refuses_a_label_that_is_not_a_class() -> None:
     for given, text in ((torch.tensor([0, -1]), "runs from -1 to 0"), (torch.zeros(2), "expected integers")):
         with pytest.raises(MetaplError, match=text):
             network(torch.zeros(2, 4), given)
+
+
+def test_an_index_that_would_be_a_mask_is_refused() -> None:
+    """PyTorch takes uint8 for a mask, and gives other rows than the ones asked for."""
+    table = Table(torch.arange(9.0))
+    assert table(torch.tensor([5, 1, 1], dtype=torch.int32)).tolist() == [5, 1, 1]
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.bool):
+        with pytest.raises(MetaplError, match=r"expected integers, int64 or int32: index\.long\(\)"):
+            table(torch.tensor([1, 1, 0]).to(dtype))
+
+
+def gradient_of(method: Method, teacher: nn.Module, student: nn.Module, dtype: torch.dtype) -> metapl.Hypergradient:
+    def cast(batch: Any) -> Any:
+        return tuple(t.to(dtype) if t.is_floating_point() else t for t in batch)
+
+    return metapl.hypergradient(
+        teacher,
+        student,
+        labeled=cast((X, Y)),
+        unlabeled=cast(method.batch),
+        problem=method.problem,
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=1e-5),
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_teacher_in_half_precision_has_its_feedback_in_float32(name: str) -> None:
+    """In float16, whose least number is 6e-8, little would be left of this feedback."""
+    method, case = METHODS[name], toy("mlp", dtype=torch.float32)
+    torch.manual_seed(4)
+    half, whole = method.teacher().half(), method.teacher().float()
+    whole.load_state_dict(half.state_dict())
+    if name == "label_correction":  # the one that reads x
+        half.forward = lambda x, y, of=half.forward: of(x.half(), y)
+    found, expected = (gradient_of(method, teacher, case.student, torch.float32) for teacher in (half, whole))
+    assert found.feedback.dtype == torch.float32
+    assert expected.feedback.abs().max() < 5e-6
+    assert error(found.feedback, expected.feedback) < 5e-3
+
+
+class DoubleHead(nn.Module):
+    """Logits in float64 from a body in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 6), nn.Linear(6, CLASSES).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.flatten(1)).tanh().double())
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(torch.float64, torch.float32), (torch.float32, torch.float64), ("head", torch.float32), ("head", torch.float16)],
+    ids=str,
+)
+def test_losses_are_given_to_a_weight_net_in_its_own_type(student: Any, teacher: torch.dtype) -> None:
+    torch.manual_seed(4)
+    method, narrow = METHODS["meta_weight_net"], WeightNet(8).to(teacher)
+    network = DoubleHead() if student == "head" else toy("mlp", dtype=student).student
+    found = gradient_of(method, narrow, network, torch.float32 if student == "head" else student)
+    wide = WeightNet(8).double()
+    wide.load_state_dict(narrow.state_dict())
+    double = DoubleHead().double() if student == "head" else toy("mlp").student
+    double.load_state_dict(network.state_dict())
+    expected = gradient_of(method, wide, double, torch.float64)
+    assert all(g.dtype == teacher for g in found.grads.values())
+    assert error(found.feedback.double(), expected.feedback) < 1e-4
+    if teacher != torch.float16:  # whose own gradient may vanish
+        grads = {name: g.double() for name, g in found.grads.items()}
+        assert error(grads, expected.grads) < 1e-4
+
+
+class Narrow(nn.Module):
+    """Fails on types within itself, whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(1, 4).double(), nn.Linear(4, 1)
+
+    def forward(self, losses: Tensor) -> Tensor:
+        return self.last(self.first(losses[:, None]))[:, 0]
+
+
+def test_inputs_that_a_teacher_never_sees_are_not_blamed() -> None:
+    case = toy("mlp", dtype=torch.float32)
+    trainer = metapl.BilevelTrainer(Narrow(), case.student, "forward", problem=MetaWeightNet())
+    batch = X.float(), Y
+    for call in (lambda: trainer.step(batch, batch), lambda: trainer.hypergradient(batch, batch)):
+        with pytest.raises(RuntimeError, match="dtype") as caught:
+            call()
+        assert "inputs" not in str(caught.value)

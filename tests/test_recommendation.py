@@ -74,6 +74,14 @@ def test_an_exact_mode_that_is_not_exact_here_is_not_believed() -> None:
     assert text.startswith("Take difference: none of these modes is exact to rounding; its gradient is within 0.0001")
 
 
+def test_a_mode_with_noise_is_not_exact() -> None:
+    name, text = recommendation({"forward": cost(0.03, error=1e-5, noise=2e-3), "unrolled": cost(0.05)})
+    assert name == "unrolled"
+    assert "without noise; no other of these modes is exact to rounding" in text
+    alone = recommendation({"forward": cost(0.03, error=1e-5, noise=2e-3)})[1]
+    assert alone.startswith("Take forward: none of these modes is exact to rounding; its gradient is within 0.002")
+
+
 def test_a_truncated_mode_is_not_exact() -> None:
     modes: dict[str, ModeCost | str] = {"forward": cost(0.03, error=0.005), "difference": cost(0.04, error=1e-4)}
     assert "within 0.005 of the exact one, and of forward and difference" in recommendation(modes, ())[1]

@@ -120,6 +120,24 @@ def test_its_gradient_is_that_of_double_backward() -> None:
         assert error(one, other) < 1e-10
 
 
+@pytest.mark.parametrize("student", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("teacher", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("of_store", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_stored_labels_are_given_to_the_teacher_in_its_own_type(
+    of_store: torch.dtype, teacher: torch.dtype, student: torch.dtype
+) -> None:
+    found = []
+    for types in ((of_store, teacher, student), (torch.float64,) * 3):
+        case = toy("mlp")
+        network = adjuster().to(teacher).to(types[1])
+        trainer = metapl.BilevelTrainer(network, case.student.to(types[2]), "forward", problem=ReducedLabels())
+        labeled = case.labeled[0].to(types[2]), case.labeled[1], stored(5, 6).to(of_store).to(types[0])
+        inner = case.unlabeled.to(types[2]), stored(4).to(of_store).to(types[0])
+        found.append(trainer.hypergradient(labeled, inner).feedback.double())
+        assert trainer.step(labeled, inner).feedback.any()
+    assert error(*found) < (2e-2 if torch.float16 in (of_store, teacher) else 1e-4)
+
+
 def test_the_supervised_term_reads_the_stored_labels_of_labeled_examples() -> None:
     problem, network = toy("mlp"), adjuster()
     (x, y), q = problem.labeled, stored(5, 6)

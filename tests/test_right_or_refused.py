@@ -267,17 +267,6 @@ def test_a_sharded_network_beside_a_plain_one_is_refused() -> None:
         trainer_for(case)
 
 
-@pytest.mark.usefixtures("one_process")
-def test_tensor_parallel_networks_are_refused() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    case = toy("mlp")
-    parallelize_module(case.student, init_device_mesh("cpu", (1,)), {"1": ColwiseParallel()})
-    with pytest.raises(MetaplError, match=r"the student's 1\.weight is a DTensor.*tensor parallelism"):
-        trainer_for(case)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("who", ["teacher", "student"])
 @pytest.mark.parametrize("how", ["scripted", "traced", "part"])

@@ -117,7 +117,7 @@ def ablate(
                 )
     controls = {name: mode for name, mode in measured.items() if isinstance(look.estimates[name], Altered)}
     compared = {name: mode for name, mode in measured.items() if name not in controls}
-    exact = [name for name in compared if look.estimates[name].exact]
+    exact = [name for name in compared if look.estimates[name].exact and name not in look.drawing]
     never = [name for name in compared if not gives_the_gradient_of_a_step(look.estimates[name])]
     name, text = recommendation(compared, exact, never)
     return Ablation(compared, text, points, controls, sweep, trainings, name)
@@ -131,6 +131,7 @@ class _Look:
         self.estimates: dict[str, Estimator] = {}
         self.distances: dict[str, list[Distance]] = {}
         self.reasons: dict[str, str] = {}
+        self.drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
         self.labeled: Any = None
         self.unlabeled: Any = None
 
@@ -148,11 +149,12 @@ class _Look:
             if name in self.reasons:
                 continue
             try:
-                found = distance(self.trainer, estimate, labeled, unlabeled, exact, self.draws)
+                found, draws_any = distance(self.trainer, estimate, labeled, unlabeled, exact, self.draws)
             except CannotRun as error:
                 self.reasons[name] = str(error)
             else:
                 self.distances.setdefault(name, []).append(found)
+                self.drawing |= {name} if draws_any else set()
 
     def figures(self, cost: Mapping[str, tuple[float, float, int]]) -> dict[str, ModeCost | str]:
         """By name, with the costs."""

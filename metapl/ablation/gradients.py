@@ -95,20 +95,29 @@ def exact_gradient(trainer: BilevelTrainer, labeled: Any, unlabeled: Any) -> Gra
 
 def distance(
     trainer: BilevelTrainer, mode: Estimator, labeled: Any, unlabeled: Any, exact: Gradient, draws: int
-) -> Distance:
-    """Of a mode from the exact gradient at one point, by two or more draws; :class:`CannotRun` where it cannot run."""
+) -> tuple[Distance, bool]:
+    """Of a mode from the exact gradient at one point, by that many draws, and whether anything is drawn at all;
+    :class:`CannotRun` where it cannot run.
+
+    Labels are drawn from the generator that is given, so whether they are is seen by its state: draws of a confident
+    teacher may well be equal.
+    """
+    altered = isinstance(mode, Altered) and mode.alteration != "class_means"
     gradients: list[Gradient] = []
     with reasons_told():
         for seed in range(draws):
-            gradients.append(_gradient(trainer, _drawn(mode, seed), labeled, unlabeled, seed))
-            if seed == 1 and torch.equal(*gradients):  # nothing is drawn
+            generator = torch.Generator(trainer.device).manual_seed(seed)
+            start = generator.get_state()
+            gradients.append(_gradient(trainer, _drawn(mode, seed), labeled, unlabeled, generator))
+            draws_any = altered or not torch.equal(start, generator.get_state())
+            if not draws_any:
                 break
     found = torch.stack(gradients)
     mean, length = found.mean(0), exact.norm().clamp_min(1e-300)
     # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
-    noise = (found - mean).square().sum(1).mean() * (len(found) / (len(found) - 1))
+    noise = (found - mean).square().sum() / max(1, len(found) - 1)
     cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
-    return Distance(float(cosine), float((mean - exact).norm() / length), float(noise.sqrt() / length))
+    return Distance(float(cosine), float((mean - exact).norm() / length), float(noise.sqrt() / length)), draws_any
 
 
 def _drawn(mode: Estimator, seed: int) -> Estimator:
@@ -116,8 +125,15 @@ def _drawn(mode: Estimator, seed: int) -> Estimator:
     return replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
 
 
-def _gradient(trainer: BilevelTrainer, mode: str | Estimator, labeled: Any, unlabeled: Any, seed: int = 0) -> Gradient:
-    generator = torch.Generator(trainer.device).manual_seed(seed)
+def _gradient(
+    trainer: BilevelTrainer,
+    mode: str | Estimator,
+    labeled: Any,
+    unlabeled: Any,
+    generator: torch.Generator | None = None,
+) -> Gradient:
+    """Of labels drawn from a generator, the first of its seed where none is given."""
+    generator = torch.Generator(trainer.device).manual_seed(0) if generator is None else generator
     found = trainer.hypergradient(labeled, unlabeled, mode, generator=generator)
     # Without a teacher, the gradient is that in the signal.
     feedback = found.feedback if isinstance(found.feedback, tuple) else (found.feedback,)

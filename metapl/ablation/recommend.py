@@ -43,14 +43,14 @@ def recommendation(
 ) -> tuple[str | None, str]:
     """The name of the mode to take, and the sentences that say so and what decided.
 
-    Of the modes that are exact to rounding the fastest is taken; where times are within 10 % the one with the least
-    memory; where that is too, ``forward``. Where none is exact to rounding, the same holds for those within 1 %; where
-    there are none of these either, the nearest in one draw is taken. ``none`` gives no feedback and ``implicit`` is
-    another gradient: neither is recommended.
+    Of the modes that are exact to rounding, and without noise, the fastest is taken; where times are within 10 % the
+    one with the least memory; where that is too, ``forward``. Where none is exact to rounding, the same holds for those
+    within 1 %; where there are none of these either, the nearest in one draw is taken. ``none`` gives no feedback and
+    ``implicit`` is another gradient: neither is recommended.
 
     Args:
         modes: as in :class:`metapl.ablation.Ablation`.
-        exact_modes: names of modes that are exact but for rounding.
+        exact_modes: names of modes that are exact but for rounding; of labels that are drawn none is.
         never: names of modes that are not recommended.
 
     Returns: the name, None where no mode ran; and the text.
@@ -58,7 +58,8 @@ def recommendation(
     ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in never}
     if not ran:
         return None, "No mode that gives feedback can run on this model; the reasons stand beside the modes."
-    exact = {name: mode for name, mode in ran.items() if name in exact_modes and mode.of_one_draw <= TRUSTED}
+    without_noise = {name: mode for name, mode in ran.items() if mode.noise_to_signal == 0}
+    exact = {n: mode for n, mode in without_noise.items() if n in exact_modes and mode.relative_error <= TRUSTED}
     near = {name: mode for name, mode in ran.items() if mode.of_one_draw <= NEAR}
     if exact:
         name, decided = _cheapest(exact)

@@ -94,13 +94,15 @@ def _over_sizes(
     batches = inner_batches(unlabeled)
     whole = length(batches[0])
     leaves = [leaf for leaf in pytree.tree_leaves(batches) if isinstance(leaf, Tensor)]
-    if whole < 4 or any(leaf.ndim == 0 or len(leaf) != whole for leaf in leaves):
-        return "the unlabeled batch has fewer than four examples, or tensors without a row for each example."
-    values = sorted({whole // part for part in PARTS if whole // part >= 2})
+    parts = trainer.accumulate
+    if whole < 4 * parts or any(leaf.ndim == 0 or len(leaf) != whole for leaf in leaves):
+        of = "" if parts == 1 else f" in each of its {parts} micro-batches"
+        return f"the unlabeled batch has fewer than four examples{of}, or tensors without a row for each example."
+    values = sorted({n for n in (whole // part for part in PARTS) if n % parts == 0 and n // parts >= 2})
     columns = []
     for size in values:
-        parts = [rows(batch, 0, size) for batch in batches]
-        part = Lookahead(parts) if isinstance(unlabeled, Lookahead) else parts[0]
+        first = [rows(batch, 0, size) for batch in batches]
+        part = Lookahead(first) if isinstance(unlabeled, Lookahead) else first[0]
         columns.append(_column(trainer, modes, labeled, part, draws))
     return _sweep(tuple(map(float, values)), modes, columns)
 
@@ -117,7 +119,7 @@ def _tried(
     trainer: BilevelTrainer, mode: Estimator, labeled: Any, unlabeled: Any, exact: Tensor, draws: int
 ) -> Distance | str:
     try:
-        return distance(trainer, mode, labeled, unlabeled, exact, draws)
+        return distance(trainer, mode, labeled, unlabeled, exact, draws)[0]
     except CannotRun as error:
         return str(error)
 

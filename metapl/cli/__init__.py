@@ -21,6 +21,7 @@ own labels of pictures that it is sure of.
 
   metapl train RECIPE           train a classifier; it goes to a folder (RUN)
   metapl ablate RECIPE          compare the modes: which gradient to take
+  metapl plan RECIPE            memory and hours on many ranks, without any
   metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
   metapl finetune RUN           finetune it on the labeled examples again
@@ -88,6 +89,22 @@ For networks of your own: metapl ablate --factory MODULE:FUNCTION.
 Each says more with --help: metapl ablate digits --help.
 """
 
+
+PLAN_HELP = """\
+metapl plan RECIPE says what a training takes on many ranks, without any of
+them: the memory of a rank, operations, bytes on the wire, hours. RECIPE is one
+of:
+
+  images                your own pictures; give --classes and --network
+{recipes}  imagenet-l2           two EfficientNet-L2, the paper's largest experiment
+  imagenet-b6-wide      the same with EfficientNet-B6-Wide
+  vit-1b                two vision transformers of 1.2 billion weights
+
+  metapl plan imagenet-l2 --mesh.replicate 16 --mesh.shard 128
+  metapl plan vit-1b --ranks 2048 --memory 80GB --flops-per-second 4e14
+
+Each says more with --help: metapl plan digits --help.
+"""
 
 LABELS_HELP = """\
 metapl labels DO STORE, with DO one of:
@@ -200,6 +217,8 @@ def _dispatch(given: list[str]) -> int:
         )
     if command == "ablate":
         return _ablate(rest)
+    if command == "plan":
+        return _plan(rest)
     if command == "labels":
         return _labels(rest)
     return _train(rest) if command == "train" else _after_training(command, rest)
@@ -247,6 +266,22 @@ def _ablate(given: list[str]) -> int:
         command = parse(RECIPES[given[0]], f"metapl ablate {given[0]}", given[1:])
         command.check_flags(given_flags(respelled(given[1:])))
         return command()
+
+
+def _plan(given: list[str]) -> int:
+    from metapl.cli.parse import did_you_mean, flags_named, parse
+    from metapl.cli.plan import COMMANDS as RECIPES
+    from metapl.errors import MetaplError
+
+    if given and given[0] in ("-h", "--help"):
+        print(PLAN_HELP.format(recipes=_lines_about(set(RECIPES) - {"images"})), end="")
+        return 0
+    if not given or given[0] not in RECIPES:
+        named = f"there is no plan for {given[0]!r}" if given else "no recipe was named"
+        meant = (did_you_mean(given[0], list(RECIPES)) if given else "") or "."
+        raise MetaplError(f"{named}{meant} Expected one of {', '.join(RECIPES)}: metapl plan digits --mesh.shard 2.")
+    with flags_named():
+        return parse(RECIPES[given[0]], f"metapl plan {given[0]}", given[1:])()
 
 
 def _lines_about(names: Collection[str]) -> str:

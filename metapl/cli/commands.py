@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-COMMANDS = ("train", "ablate", "evaluate", "predict", "finetune", "compare", "export", "label", "labels", "shards")
+COMMANDS = (
+    "train",
+    "ablate",
+    "plan",
+    "evaluate",
+    "predict",
+    "finetune",
+    "compare",
+    "export",
+    "label",
+    "labels",
+    "shards",
+)
 
 
 def after_training(command: str) -> type[Callable[[], int]]:

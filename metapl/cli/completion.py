@@ -10,6 +10,7 @@ import tyro
 from metapl.cli.ablate import COMMANDS as ABLATIONS
 from metapl.cli.commands import COMMANDS, after_training
 from metapl.cli.labels import COMMANDS as LABELS
+from metapl.cli.plan import COMMANDS as PLANS
 from metapl.cli.train import COMMANDS as RECIPES
 from metapl.errors import MetaplError
 
@@ -30,10 +31,13 @@ def print_completion(given: Sequence[str]) -> int:
     def ablate(recipe: Annotated[_one_of(ABLATIONS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Compare the modes."""
 
+    def plan(recipe: Annotated[_one_of(PLANS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
+        """Say what a training takes on many ranks."""
+
     def labels(do: Annotated[_one_of(LABELS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Look at stored labels, or select from them."""
 
-    of_choices = {"train": train, "ablate": ablate, "labels": labels}
+    of_choices = {"train": train, "ablate": ablate, "plan": plan, "labels": labels}
     commands = of_choices | {name: after_training(name) for name in COMMANDS if name not in of_choices}
     try:
         tyro.cli(

@@ -23,8 +23,8 @@ INDENT = 26
 GROUPS: dict[str, str] = {
     "data": "labeled unlabeled teacher labels labeled-labels clean val test val-fraction data data-root "
     "labels-per-class validation split seed points noise placement",
-    "network": "network weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth activation "
-    "init-scale",
+    "network": "network classes weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth "
+    "activation init-scale",
     "views": "view.* changes.* pad resized-crop randaugment strong.* input-noise",
     "training": "method minutes steps wait warm-start warm-steps labeled-batch unlabeled-batch clean-batch schedule "
     "pretrain-steps warmup clip-norm ema-decay validate-every",
@@ -36,8 +36,9 @@ GROUPS: dict[str, str] = {
     "finetuning": "finetune-steps finetune-batch finetune.*",
     "comparison": "compare seeds methods controls jobs modes draws rounds altered stability train-steps "
     "train-seeds factory",
-    "output": "out resume log-every save-every keep",
-    "machine": "device precision accumulate compile channels-last num-workers threads mesh.*",
+    "output": "out json resume log-every save-every keep",
+    "machine": "device precision accumulate compile channels-last num-workers threads mesh.* ranks memory "
+    "flops-per-second",
 }
 """Flags by group, each without its dashes and the no- of a switch; ``x.*`` are all that begin with ``x.``."""
 

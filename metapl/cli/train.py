@@ -86,7 +86,8 @@ class Train:
                 return self._beside(rank)
             with run_folder(self.out, self.recipe.name, self.resume) as folder:
                 try:
-                    recipe = from_first(self._settled(folder))
+                    recipe = self._settled(folder)
+                    from_first(None if (folder.path / "result.json").exists() else recipe)
                     return dataclasses.replace(self, recipe=recipe)._run(folder)
                 except KeyboardInterrupt as stopped:
                     return _say_how_to_go_on(stopped, folder.path)
@@ -96,6 +97,8 @@ class Train:
         with tempfile.TemporaryDirectory() as place:
             folder = RunFolder(Path(place) / "run")
             recipe = from_first(None)
+            if recipe is None:  # the run is finished
+                return 0
             try:
                 Job(recipe, recipe.own_method, folder.path, resume=False).run(mesh=self.mesh)
             except Agreed:  # the first process says so
@@ -132,11 +135,10 @@ class Train:
                 "(metapl.distributed.Mesh); expected 1."
             )
         check_started(self.mesh)
-        alone = [name for name in ("compare", "resume") if getattr(self, name) and self.mesh.size > 1]
-        if alone:
+        if self.compare and self.mesh.size > 1:
             raise MetaplError(
-                f"--{alone[0]} is not built yet for several processes; leave it out, or leave out --mesh.replicate "
-                "and --mesh.shard."
+                "--compare is not built yet for several processes; leave it out, or leave out --mesh.replicate and "
+                "--mesh.shard."
             )
         for name in ("seeds", "methods", "jobs", "controls"):
             if getattr(self, name) and not self.compare:

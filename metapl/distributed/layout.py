@@ -2,7 +2,8 @@
 
 plain       one process, or a part of a network that knows nothing of others
 replicated  in ``DistributedDataParallel``: every rank holds the whole network
-sharded     by ``fully_shard``: every rank holds a part of each weight, and gathers a block while it runs
+sharded     by ``fully_shard``: every rank holds a part of each weight, and gathers a block while it runs; or by
+            ``parallelize_module``: several ranks compute each product together, with or without ``fully_shard``
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Layout:
         ranks: those that share a batch.
         space: products of trees of its weights.
         processes: the ranks' numbers in the whole job.
+        tensor: how many processes compute each product together.
         blocks: the submodules that gather their weights while they run, the network itself among them.
         sharded: the sharded parameters by name: while the root has gathered its weights, the network holds others.
     """
@@ -46,6 +48,7 @@ class Layout:
     ranks: Ranks = ALONE
     space: Space = WHOLE
     processes: tuple[int, ...] = ()
+    tensor: int = 1
     blocks: tuple[Any, ...] = ()
     sharded: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
 
@@ -98,6 +101,17 @@ class Layout:
             return tree
         return {name: as_sharded(part, self.sharded[name]) for name, part in tree.items()}
 
+    def clip_gradients(self, most: float) -> None:
+        """Clip ``.grad`` to a global norm, as ``torch.nn.utils.clip_grad_norm_``, which takes one mesh only."""
+        grads = {name: p.grad for name, p in self.parameters().items() if p.grad is not None}
+        if not self.is_sharded:
+            nn.utils.clip_grad_norm_(self.network.parameters(), most)
+        elif grads:
+            parts = {name: local(g) for name, g in grads.items()}
+            scale = (most / (self.space.norm(parts) + 1e-6)).clamp(max=1.0)
+            for part in parts.values():
+                part.mul_(scale.to(part.dtype))
+
 
 def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | None, Layout, torch.device]:
     """The layouts of two networks and their device; refuse networks that cannot be trained together."""
@@ -114,6 +128,11 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
             f"the teacher is {_described(of_teacher)}, the student {_described(of_student)}; expected both to share "
             "their batches with the same processes: wrap both in DistributedDataParallel, or shard both with "
             "fully_shard over meshes of the same processes, in the same order."
+        )
+    if of_teacher is not None and of_teacher.tensor != of_student.tensor:
+        raise MetaplError(
+            f"products are shared by {of_teacher.tensor} processes in the teacher and {of_student.tensor} in the "
+            "student (parallelize_module); expected the same number in both, which get the same batches."
         )
     if of_teacher is not None and of_teacher.ranks.copies != of_student.ranks.copies:
         raise MetaplError(
@@ -136,6 +155,8 @@ def layout_of(name: str, network: Any) -> Layout:
         return _replicated(name, network)
     if any(_is_block(part) for _, part in named_parts(network)):
         return _sharded(name, network)
+    if any(is_sharded(t) for _, t in named_tensors(network)):
+        return _parallel(name, network, (), _parameters(network))
     if columns_of(network) is not None:
         raise MetaplError(
             f"the {name} is split along the width of its images, and nothing averages its gradients over the processes "
@@ -157,7 +178,8 @@ def passes_only(network: nn.Module) -> Iterator[None]:
     In inference mode; a sharded network would then gather its weights into tensors that no later pass could fill again.
     """
     blocks: list[Any] = [part for _, part in named_parts(network) if _is_block(part)]
-    with torch.no_grad() if blocks else torch.inference_mode():
+    spread = bool(blocks) or any(is_sharded(t) for _, t in named_tensors(network))
+    with torch.no_grad() if spread else torch.inference_mode():
         yield
     for block in blocks:
         block.reshard()
@@ -193,16 +215,13 @@ def _sharded(name: str, network: nn.Module) -> Layout:
                 "so it would learn from this rank's share of the batch alone; expected every parameter with "
                 "requires_grad=True to be sharded."
             )
-    parameters: dict[str, Any] = {}
-    known: set[int] = set()
-    for path, t in named_tensors(network):
-        if isinstance(t, nn.Parameter) and is_sharded(t) and id(t) not in known:
-            known.add(id(t))
-            parameters[path] = t
+    parameters = {path: p for path, p in _parameters(network).items() if is_sharded(p)}
     if not any(p.requires_grad for p in parameters.values()):
         raise MetaplError(
             f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
         )
+    if _shared_products(blocks, parameters) > 1:
+        return _parallel(name, network, blocks, parameters)
     first = next(iter(parameters.values()))
     for path, p in parameters.items():
         _check_placements(name, path, p, first)
@@ -210,7 +229,67 @@ def _sharded(name: str, network: nn.Module) -> Layout:
     processes = tuple(int(i) for i in mesh.mesh.flatten().tolist())
     groups = _groups(mesh, processes)
     ranks = _ranks(name, network, groups, processes, local(first).device)
-    return Layout(network, "sharded", ranks, ShardedSpace(parameters, groups), processes, blocks, parameters)
+    space = ShardedSpace(parameters, groups, len(processes))
+    return Layout(network, "sharded", ranks, space, processes, blocks=blocks, sharded=parameters)
+
+
+def _parameters(network: nn.Module) -> dict[str, Any]:
+    """All parameters, each with its first name."""
+    found: dict[int, tuple[str, Any]] = {}
+    for path, t in named_tensors(network):
+        if isinstance(t, nn.Parameter):
+            found.setdefault(id(t), (path, t))
+    return dict(found.values())
+
+
+def _widest(parameters: Mapping[str, Any]) -> Any:
+    """The mesh of all processes, which some parameters are laid out over."""
+    return max((p.device_mesh for p in parameters.values() if is_sharded(p)), key=lambda mesh: int(mesh.size()))
+
+
+def _shared_products(blocks: Sequence[Any], parameters: Mapping[str, Any]) -> int:
+    """How many processes compute each product together: of all processes, those that do not share the batch."""
+    size = int(_widest(parameters).size())
+    return size // int(_batch_mesh(blocks).size()) if blocks else size
+
+
+def _batch_mesh(blocks: Sequence[Any]) -> Any:
+    """The mesh of the processes that share the batch, among which ``fully_shard`` averages."""
+    gathered = (group for block in blocks for group in _param_groups(block))
+    return next(gathered).mesh_info.mesh
+
+
+def _param_groups(block: Any) -> list[Any]:
+    """What a block gathers; nothing where all of its weights belong to blocks inside it."""
+    state = block._get_fsdp_state()
+    groups: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _parallel(name: str, network: nn.Module, blocks: tuple[Any, ...], parameters: dict[str, Any]) -> Layout:
+    """A network whose products several processes compute together, by ``parallelize_module``."""
+    if columns_of(network) is not None:
+        raise MetaplError(
+            f"the {name} runs on columns of images and was given to parallelize_module too, which is not built yet; "
+            "expected one of the two."
+        )
+    mesh = _widest(parameters)
+    processes = tuple(int(i) for i in mesh.mesh.flatten().tolist())
+    for path, p in parameters.items():
+        inside = not is_sharded(p) or {int(i) for i in p.device_mesh.mesh.flatten().tolist()} <= {*processes}
+        if not inside or any(placement.is_partial() for placement in getattr(p, "placements", ())):
+            raise MetaplError(
+                f"the {name}'s {path} is laid out as {getattr(p, 'placements', ())} over {p.device_mesh}, beside "
+                f"parameters over {mesh}; expected one mesh whose dimensions parallelize_module and fully_shard share."
+            )
+    tensor = _shared_products(blocks, parameters)
+    own = [int(i) for i in _batch_mesh(blocks).mesh.flatten().tolist()] if blocks else [dist.get_rank()]
+    groups = _groups(mesh, processes)
+    device = local(next(iter(parameters.values()))).device
+    first = processes[0] == dist.get_rank()
+    ranks = Ranks(groups, own.index(dist.get_rank()), device, tensor, first)
+    space = ShardedSpace(parameters, groups, len(processes))
+    return Layout(network, "sharded", ranks, space, processes, tensor, blocks, parameters)
 
 
 def _ranks(
@@ -248,16 +327,14 @@ def _check_placements(name: str, path: str, p: Any, first: Any) -> None:
     if kinds not in (["Shard"], ["Replicate", "Shard"]):
         raise MetaplError(
             f"the {name}'s {path} has the placements {tuple(p.placements)}; expected those of fully_shard over a mesh "
-            "of one dimension, or of two: replicas, and the shards of each. Tensor parallelism (parallelize_module) is "
-            "not built yet."
+            "of one dimension, or of two: replicas, and the shards of each."
         )
 
 
 def _check_reduction(name: str, block: Any) -> None:
     """Refuse a block whose gradients are not the mean over the ranks."""
-    state = block._get_fsdp_state()
-    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-        if group is not None and getattr(group, "gradient_divide_factor", None) is not None:
+    for group in _param_groups(block):
+        if getattr(group, "gradient_divide_factor", None) is not None:
             raise MetaplError(
                 f"set_gradient_divide_factor was called on the {name}, so its gradients are not the mean over the "
                 "ranks, as the feedback takes them to be; leave it out, and scale the loss."

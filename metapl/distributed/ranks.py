@@ -32,7 +32,8 @@ class Ranks:
         groups: process groups whose product they are, as the dimensions of a mesh; none: this process alone.
         rank: the number of this process's share of the rows, in the order of the rows of the whole batch.
         device: where tensors can be exchanged.
-        copies: how many processes hold the same rows, and parts of the same images (:mod:`metapl.distributed.spatial`).
+        copies: how many processes hold the same rows: parts of the same images (:mod:`metapl.distributed.spatial`), or
+            of the same products (``parallelize_module``).
         first: whether this is the process that shows and writes.
 
     Attributes:
@@ -129,6 +130,16 @@ class Ranks:
             every = enumerate(self.gathered(list(counts)))
             raise Agreed(text.format(counts="; ".join(f"rank {i}: {n}" for i, n in every)))
 
+    @property
+    def processes(self) -> int:
+        """How many processes there are."""
+        return self.size * self.copies
+
+    @property
+    def number(self) -> int:
+        """This process's number among all of them, as in :meth:`gathered`."""
+        return self.gathered(dist.get_rank()).index(dist.get_rank()) if not self.alone else 0
+
     def gathered(self, value: Any) -> list[Any]:
         """A small value of every rank, in their order."""
         values = [value]
@@ -192,7 +203,7 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
     Where a batch is shared by several ranks, every rank draws for all rows of it and takes its own: with equal
     generators the labels are those that one process would draw, and with any generators they are independent.
 
-    Raises: :class:`metapl.MetaplError`: processes that hold parts of the same images have drawn different labels.
+    Raises: :class:`metapl.MetaplError`: processes that have the same rows have drawn different labels for them.
     """
     ranks = _sharing.get()
     if ranks is None:
@@ -208,8 +219,9 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
         differ = (ranks.sum(held)[own] != held[own]).any()  # a mean over those that hold the same rows
         checks.refuse(
             differ,
-            "processes that hold parts of the same images have drawn different labels for them; seed their default "
-            "generators alike, or give all of them a generator in the same state (generator=).",
+            "processes that have the same rows, such as those that hold parts of the same images, have drawn different "
+            "labels for them; seed their default generators alike, or give all of them a generator in the same state "
+            "(generator=).",
         )
     return drawn
 

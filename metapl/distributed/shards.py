@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils import _pytree as pytree
 
 from metapl.numerics import Space, Tree, wide
 
@@ -39,30 +40,56 @@ def whole(t: Any) -> Any:
     return t.full_tensor() if is_sharded(t) else t
 
 
+def gathered(tree: Any) -> Any:
+    """A tree whose DTensors are whole, on the host; every process has to call this, as each holds a part of them."""
+    return pytree.tree_map(lambda t: whole(t).cpu() if is_sharded(t) else t, tree)
+
+
+def as_held(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The whole state of an optimizer laid out as its parameters are: DTensors where these are.
+
+    Args:
+        state: what ``optimizer.state_dict()`` gave, gathered.
+        optimizer: of ``torch.optim``; a state of anything else is returned as it is.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return state
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(is_sharded(p) for p in parameters):
+        return state
+    held = {
+        number: {name: _split(value, parameters[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": held}
+
+
+def _split(value: Any, like: Any) -> Any:
+    """This process's part of what is laid out as a parameter is; a count of steps is whole everywhere."""
+    if not isinstance(value, Tensor) or not is_sharded(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has all of it, so nothing is sent.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load whole weights, of which a sharded network takes this process's parts."""
     held = network.state_dict()
     if not any(is_sharded(t) for t in held.values()):
         network.load_state_dict(dict(weights))
         return
-    from torch.distributed.tensor import distribute_tensor
-
-    split: dict[str, Any] = {}
-    for name, t in weights.items():
-        like: Any = held.get(name)
-        if like is not None and is_sharded(like):
-            # Every process has all of it, so nothing is sent.
-            t = distribute_tensor(t.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-        split[name] = t
-    network.load_state_dict(split)
+    network.load_state_dict({name: _split(t, held.get(name)) for name, t in weights.items()})
 
 
-def copies_of(t: Any) -> int:
-    """How many processes hold each part of a DTensor."""
-    count = 1
+def copies_of(t: Any, processes: int) -> int:
+    """How many of all processes hold each part of a DTensor; of a plain tensor, all of them."""
+    if not is_sharded(t):
+        return processes
     for size, placement in zip(t.device_mesh.shape, t.placements, strict=True):
-        count *= int(size) if placement.is_replicate() else 1
-    return count
+        processes //= 1 if placement.is_replicate() else int(size)
+    return processes
 
 
 class ShardedSpace(Space):
@@ -71,11 +98,12 @@ class ShardedSpace(Space):
     Args:
         parameters: by name; the tensors of a tree are parts like those of these.
         groups: the process groups that hold the parts together, as the dimensions of a mesh.
+        processes: how many they are in all.
     """
 
-    def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup]) -> None:
+    def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup], processes: int) -> None:
         self.groups = tuple(groups)
-        self.copies = {name: copies_of(p) for name, p in parameters.items()}
+        self.copies = {name: copies_of(p, processes) for name, p in parameters.items()}
         self.sizes = {name: p.numel() for name, p in parameters.items()}
 
     def dot(self, a: Tree, b: Tree) -> Tensor:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from metapl.distributed.columns import Columns, columns_of, set_columns
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
+from metapl.numerics import wide
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -211,15 +212,16 @@ class SpatialBatchNorm2d(nn.BatchNorm2d):
         if not self.training and self.running_mean is not None:
             return super().forward(x)
         n = x.numel() // x.shape[1] * self.columns.count
-        mean = sum_over(x.sum(dim=(0, 2, 3)), self.columns.group) / n
-        centered = x - mean[:, None, None]
+        values = wide(x)  # sums over so many pixels are not taken in half precision
+        mean = sum_over(values.sum(dim=(0, 2, 3)), self.columns.group) / n
+        centered = values - mean[:, None, None]
         variance = sum_over(centered.square().sum(dim=(0, 2, 3)), self.columns.group) / n
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._follow(mean.detach(), variance.detach(), n)
         scale = (variance + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight
         y = centered * scale[:, None, None]
-        return y if self.bias is None else y + self.bias[:, None, None]
+        return (y if self.bias is None else y + self.bias[:, None, None]).to(x.dtype)
 
     def _follow(self, mean: Tensor, variance: Tensor, n: int) -> None:
         """Move the running statistics, as PyTorch does: by the unbiased variance."""
@@ -240,12 +242,13 @@ class SpatialGroupNorm(nn.GroupNorm):
     columns: Columns
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = x.reshape(len(x), self.num_groups, -1)
+        grouped = wide(x).reshape(len(x), self.num_groups, -1)
         n = grouped.shape[-1] * self.columns.count
         centered = grouped - sum_over(grouped.sum(-1, keepdim=True), self.columns.group) / n
         variance = sum_over(centered.square().sum(-1, keepdim=True), self.columns.group) / n
         y = (centered * (variance + self.eps).rsqrt()).reshape(x.shape)
-        return y if self.weight is None else y * self.weight[:, None, None] + self.bias[:, None, None]
+        y = y if self.weight is None else y * self.weight[:, None, None] + self.bias[:, None, None]
+        return y.to(x.dtype)
 
 
 def _extended(

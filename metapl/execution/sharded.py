@@ -25,7 +25,7 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 
 from metapl.distributed.layout import Layout, compute_dtype, parts_of
-from metapl.distributed.shards import local
+from metapl.distributed.shards import is_sharded, local
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_FORWARD_MODE, check_outputs
 from metapl.execution.buffers import copies, swapped
@@ -62,7 +62,8 @@ class ShardedStudent(LocalStudent):
         return self.ranks.mean(value)
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
-        return {name: local(g) for name, g in by_backward(value, self.parameters).items()}
+        found = by_backward(value, self.parameters)
+        return {name: local(laid_out_as(g, self.parameters[name])) for name, g in found.items()}
 
     def for_loss(self, at: Tree) -> Tree:
         return UNREADABLE
@@ -116,6 +117,11 @@ class ShardedPass(Pass):
     student: ShardedStudent
 
     def tangent(self, w: Tree) -> Tensor:
+        if self.student.layout.tensor > 1:
+            raise MetaplError(
+                "PyTorch has no forward mode through the exchanges of parallelize_module; use "
+                'mode="difference", or metapl.feedback.ReinforcePerExample(tangent="difference").'
+            )
         load_forward_mode()
         with (
             torch.no_grad(),
@@ -174,6 +180,13 @@ class _Unreadable(dict[str, Tensor]):
 
 
 UNREADABLE: Tree = _Unreadable()
+
+
+def laid_out_as(g: Any, p: Any) -> Any:
+    """A gradient in the layout of its parameter: ``parallelize_module`` may leave sums that are still to be taken."""
+    if is_sharded(g) and g.placements != p.placements:
+        return g.redistribute(p.device_mesh, p.placements)
+    return g
 
 
 def by_backward(value: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
@@ -303,5 +316,5 @@ class _Piece:
 
     def joined(self, rows: Tensor) -> Tensor:
         """The whole tensor, from the ranks' rows."""
-        chunks = [row.reshape(self.chunk) for row in rows]
-        return torch.cat(chunks, self.dim).narrow(self.dim, 0, self.shape[self.dim])
+        chunks = rows.reshape(self.ranks, *self.chunk).movedim(0, self.dim)
+        return chunks.flatten(self.dim, self.dim + 1).narrow(self.dim, 0, self.shape[self.dim])

@@ -135,13 +135,13 @@ class Steps:
         q = self.network(teacher, batch.weak).softmax(-1)
         return self._path(student, batch, self._targets(q, batch))[-1]
 
-    def network_alone(self, params: Tree, batch: Batch, lr: float, uda_weight: float) -> Tree:
-        """A step of one network on the labeled points and, unless its weight is 0, on UDA."""
-        inputs = [batch.labeled, *(self._pair(batch) if uda_weight else ())]
+    def network_alone(self, params: Tree, batch: Batch, lr: float, *, uda: bool) -> Tree:
+        """A step of one network on the labeled points and, with ``uda``, on UDA with the recipe's weight."""
+        inputs = [batch.labeled, *(self._pair(batch) if uda else ())]
         logits, pullback = _vjp(lambda p: self.network(p, torch.cat(inputs)), params)
         parts = logits.split([len(x) for x in inputs])
         gradients = [self._at_labeled(parts[0], batch)]
-        if uda_weight:
+        if uda:
             gradients += [torch.zeros_like(parts[1]), self._at_strong(parts[1], parts[2])]
         (gradient,) = pullback(torch.cat(gradients))
         return descend(params, gradient, lr)

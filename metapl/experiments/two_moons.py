@@ -163,7 +163,7 @@ class TwoMoonsRuns:
 
     @cached_property
     def _supervised(self) -> Tree:
-        return self._alone("teacher", self.recipe.steps, self.recipe.uda_weight, METHODS["supervised"])
+        return self._alone("teacher", self.recipe.steps, METHODS["supervised"], uda=self.recipe.uda_weight != 0)
 
     def _supervised_networks(self) -> Tree:
         return self._supervised
@@ -197,19 +197,19 @@ class TwoMoonsRuns:
         """The teachers and students that the loop begins with."""
         steps = self.recipe.pretrain_steps
         return (
-            self._alone("teacher", steps, 0.0, "first steps, teachers"),
-            self._alone("student", steps, 0.0, "first steps, students"),
+            self._alone("teacher", steps, "first steps, teachers", uda=False),
+            self._alone("student", steps, "first steps, students", uda=False),
         )
 
-    def _alone(self, role: Literal["teacher", "student"], steps: int, uda_weight: float, title: str) -> Tree:
+    def _alone(self, role: Literal["teacher", "student"], steps: int, title: str, *, uda: bool) -> Tree:
         """Networks that learn from the labeled points and, with UDA, from the others too."""
         lr = self.recipe.teacher_lr if role == "teacher" else self.recipe.student_lr
 
         def step(params: Tree, batch: Batch) -> tuple[Tree]:
-            return (self.steps.network_alone(params, batch, lr, uda_weight),)
+            return (self.steps.network_alone(params, batch, lr, uda=uda),)
 
         # Without UDA only the labeled points count, and no others are drawn.
-        batches = None if uda_weight else itertools.repeat(Batch(self.labeled, self.targets, self.labeled), steps)
+        batches = None if uda else itertools.repeat(Batch(self.labeled, self.targets, self.labeled), steps)
         (params,) = self._trained(step, (self.initial(role),), steps, title, batches)
         return params
 

@@ -27,8 +27,10 @@ class Altered(Estimator):
     Args:
         base: the estimator whose h, with a row per example, is altered.
         alteration: ``"permuted"``: rows assigned to other examples, h_π(i); ``"class_means"``: every row replaced by
-            the mean over the batch (for sampled labels: over the rows with the same label), which removes what is
-            specific to the example; ``"random_sign"``: each row times ±1 with equal probability.
+            the mean over the batch (for sampled labels, whose h is a number for each: over the rows with the same
+            label), which removes what is specific to the example; ``"random_sign"``: each row times ±1 with equal
+            probability. Where h has other rows than the batch, such as the true classes j of the matrix of
+            :class:`metapl.problems.NoiseTransition`, "examples" are these rows.
         seed: of the permutations and signs, which are drawn from a separate generator.
 
     Takes, cost: as ``base``; on an accelerator the host waits for the device once a step. Bias: intended.
@@ -106,7 +108,7 @@ class Altered(Estimator):
 
 
 def _class_means(h: Tensor, step: InnerStep) -> Tensor:
-    if h.ndim > 1:
+    if h.ndim > 1 or not step.signal.sampled:  # the values of a differentiable signal, such as weights, are no classes
         return h.mean(0, keepdim=True).expand_as(h)
     same = (step.signal.value[:, None] == step.signal.value[None, :]).to(h)
     return (same @ h) / same.sum(1)

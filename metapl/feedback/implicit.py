@@ -39,7 +39,10 @@ class Implicit(Estimator):
     Args:
         solver: ``"cg"``, conjugate gradients; ``"neumann"``, the series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v;
             ``"identity"``, w = −step_size·v.
-        iterations: of the solver, a product with H each.
+        iterations: of the solver, a product with H each. Conjugate gradients end before, where the residual is within
+            rounding. Too few leave errors in the directions of the least eigenvalues, which count the most in
+            w = −(H + damping)⁻¹ v: h then lies between that of the identity and the right one, up to its whole length
+            away. Compare with a run of twice as many.
         step_size: of the series and of the identity; None: the student's learning rate, and 1 for the identity.
         damping: a number added to the eigenvalues of H, in their unit (the inner loss over weights squared).
 
@@ -47,7 +50,8 @@ class Implicit(Estimator):
     Cost: 12 student passes a step with the teacher's 3, and for a solver 3 more once and 6 an iteration; the graph of a
     backward pass stays in memory meanwhile.
     Bias: none at an optimum with a solver that has converged; else of the order of the gradient that is left, of
-    damping over the eigenvalues, and of what the solver leaves: the series leaves (1 − step_size·λ)ⁿ of eigenvalue λ.
+    damping over the eigenvalues, and of what the solver leaves: n iterations of the series leave
+    (1 − step_size·λ)ⁿ⁺¹ of eigenvalue λ.
     Raises: :class:`metapl.MetaplError` for operations without a second derivative or without forward-mode AD, by name;
     for negative curvature under ``"cg"`` and for a series that diverges.
     Source: the implicit function theorem; the series by Lorraine, Vicol and Duvenaud (AISTATS 2020).

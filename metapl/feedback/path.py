@@ -234,7 +234,15 @@ def _step(
     signals: list[Signal] = []
     losses: list[Tensor] = []
     grads: list[Tree] = []
-    for x, labeled in zip(micro_batches(batch, len(path.labeled), "unlabeled"), path.labeled, strict=True):
+    batches = micro_batches(batch, len(path.labeled), "unlabeled")
+
+    def learn(record: Pass, signal: Signal, x: Any) -> None:
+        loss, gradient = record.gradient(mean_inner_loss(path.problem, signal, x))  # line 3: g
+        checks.dense_gradients(gradient)
+        losses.append(loss)
+        grads.append(gradient)
+
+    for x, labeled in zip(batches, path.labeled, strict=True):
         with around():
             record = path.student.run(params, path.problem.student_input(x))
         with path.student.ranks.agreed():
@@ -242,21 +250,23 @@ def _step(
             checks.finite_student(record.outputs)
         with path.student.ranks.agreed():
             signal = teach(x, record.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
-        if path.student.double_backward:
-            for t in signal.differentiable().values():
-                t.requires_grad_()
-        loss, gradient = record.gradient(mean_inner_loss(path.problem, signal, x))  # line 3: g
-        checks.dense_gradients(gradient)
         passes.append(record)
         signals.append(signal)
-        losses.append(loss)
-        grads.append(gradient)
+        if not path.student.double_backward:
+            learn(record, signal, x)
+    signal = joined_signals(signals)
+    if path.student.double_backward:
+        # The whole signal is the leaf that the path is differentiated with respect to; no graph is freed before anyway.
+        for t in signal.differentiable().values():
+            t.requires_grad_()
+        for record, part, x in zip(passes, signal.chunks(len(passes)), batches, strict=True):
+            learn(record, part, x)
     return InnerStep(
         path.problem,
         path.update,
         passes,
         batch,
-        joined_signals(signals),
+        signal,
         losses[0] if len(losses) == 1 else torch.stack(losses).mean(),
         mean_tree(grads),
         state,

@@ -14,32 +14,49 @@ Product = Callable[[Tree], Tree]
 
 
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
-    """Conjugate gradients, for a positive definite H + damping: exact after as many iterations as H has distinct
+    """Conjugate gradients, for a positive H + damping: exact to rounding after as many iterations as H has distinct
     eigenvalues.
 
-    Cost: one product per iteration. Raises: :class:`metapl.MetaplError` for negative curvature along a direction.
+    They end where the residual is within rounding of zero, ten times the precision of v relative to its length, or
+    where a direction has no curvature beyond rounding: what is left is then rounding, or outside the range of H, and
+    further iterations would only enlarge it. Too few iterations leave the directions of the least eigenvalues out.
+
+    Cost: one product per iteration; on an accelerator those after the end too, so that the host need not wait. Raises:
+    :class:`metapl.MetaplError` for negative curvature along a direction.
     """
+    rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
     x = _scaled(v, 0.0)
     r, p = v, v
-    rr = dot(r, r)
-    for _ in range(iterations):
+    rr = first = dot(r, r)
+    tiny = torch.finfo(rr.dtype).tiny
+    largest = torch.zeros_like(rr)
+    ended = rr <= 0
+    for number in range(iterations):
+        if not checks.waits(ended) and bool(ended):
+            break
         q = _plus(product(p), p, damping)
-        curvature = dot(p, q)
+        curvature, p_norm, q_norm = dot(p, q), norm(p), norm(q)
+        largest = torch.maximum(largest, q_norm / p_norm.clamp_min(tiny))  # at most the greatest eigenvalue
+        flat = curvature <= rounding * p_norm * q_norm
+        negative = flat if number == 0 else curvature < -rounding * largest * p_norm**2  # v itself must be curved
         checks.refuse(
-            (curvature <= 0) & (rr > 0),
+            negative & ~ended,
             "the inner loss has no positive curvature along a direction that conjugate gradients take, so the student "
             "is not near an optimum of it; train it longer, add a penalty on its weights to the inner loss, or give "
             'Implicit a larger damping, or solver="neumann" or "identity".',
         )
-        alpha = torch.where(curvature > 0, rr / curvature.clamp_min(torch.finfo(rr.dtype).tiny), 0.0)
+        ended = ended | flat
+        alpha = torch.where(ended, 0.0, rr / curvature.clamp_min(tiny))
         x, r = _plus(x, p, alpha), _plus(r, q, -alpha)
         rr, before = dot(r, r), rr
-        p = _plus(r, p, torch.where(before > 0, rr / before.clamp_min(torch.finfo(rr.dtype).tiny), 0.0))
+        ended = ended | (rr <= rounding**2 * first)
+        p = _plus(r, p, torch.where(ended, 0.0, rr / before.clamp_min(tiny)))
     return x
 
 
 def neumann(product: Product, v: Tree, iterations: int, step_size: float, damping: float) -> Tree:
-    """The Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, for step_size below 2/λ_max.
+    """The Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …, iterations, for step_size below
+    2/λ_max.
 
     Cost: one product per iteration. Raises: :class:`metapl.MetaplError` where the series diverges.
     """

@@ -186,8 +186,9 @@ def select(
        stored probability of this class is greatest, whatever their most probable class is; an example can be kept for
        several classes, and is kept once;
     4. classes that have fewer are filled up by duplication: of a class with n examples and a goal of N, each counts
-       ⌊N / n⌋ times, and N mod n of them once more, which are those with the smallest MD5 of their ids. The rows stay
-       unique; how often each counts is in the column ``copies``, see :meth:`LabelStore.rows_with_copies`.
+       ⌊N / n⌋ times, and N mod n of them once more: the first in the order of the number that the last eight bytes of
+       the MD5 of an id (as UTF-8 text, numbers in decimal) make in little-endian order. The rows stay unique; how often
+       each counts is in the column ``copies``, see :meth:`LabelStore.rows_with_copies`.
 
     Args:
         store: to select from.

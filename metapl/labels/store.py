@@ -40,7 +40,7 @@ class LabelStore:
 
     divided by its sum, in float32: the remainder is spread evenly. No other class gets more than the least probable
     stored one, but for rounding, as each had less. Of probabilities above 6·10⁻⁵ float16 keeps 11 bits: they are off by
-    one part in 2,048 at most.
+    two parts in 2,048 at most, one of their own and one of the sum that is divided by.
 
     Args:
         folder: of the store.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metapl.checks import described
 from metapl.errors import MetaplError
-from metapl.numerics import wide
+from metapl.numerics import in_type_of, wide
 
 LEAST = 1e-8
 """A stored probability below this counts as this; a class that was stored as impossible may become possible again."""
@@ -50,7 +50,8 @@ class LabelAdjuster(nn.Module):
             )
         q = wide(stored_BC)
         log_q = q.clamp_min(LEAST).log()
-        correction: Tensor = self.correction(torch.cat([q, log_q / -math.log(LEAST)], dim=1))
+        read = torch.cat([q, log_q / -math.log(LEAST)], dim=1)
+        correction: Tensor = self.correction(in_type_of(self.correction, read))
         return log_q + correction
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,27 @@ _KEEPING_STAGES = (2, 3)
 _IMAGENET_CLASSES = 1000
 """The head of an EfficientNet is drawn from ±1/sqrt(classes). For three classes that makes logits of ten, which takes
 long to unlearn; so it is drawn as for these many classes at least."""
+
+
+_STAGES = (
+    (1, 3, 1, 32, 16, 1),
+    (6, 3, 2, 16, 24, 2),
+    (6, 5, 2, 24, 40, 2),
+    (6, 3, 2, 40, 80, 3),
+    (6, 5, 1, 80, 112, 3),
+    (6, 5, 2, 112, 192, 4),
+    (6, 3, 1, 192, 320, 1),
+)
+"""The stages of EfficientNet-B0: expansion, kernel, stride, channels before and after, blocks. torchvision scales them
+up to B7 by name; further than that it has the parts alone."""
+
+_SCALES = {"efficientnet_b6_wide": (5.0, 2.6), "efficientnet_l2": (4.3, 5.3)}
+"""The factors of width and depth beyond B7. L2: Noisy Student, Table 8. B6-Wide: Meta Pseudo Labels, section 4, which
+says the depth of B6 and a width of 5.0; that makes 317 million weights, and the 390 million that it prints follow from
+no depth at this width."""
+
+_LARGE_VIT = {"patch_size": 14, "num_layers": 24, "num_heads": 16, "hidden_dim": 2048, "mlp_dim": 8192}
+"""A vision transformer of 1.2 billion weights, of the usual shape: twice the width of ViT-L at its depth."""
 
 
 class _DroppedLinear(nn.Linear):
@@ -72,7 +94,17 @@ def _build_vit(a: Architecture) -> nn.Module:
 
 def _make(name: str, **fields: Any) -> nn.Module:
     from torchvision import models
+    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 
+    if name in _SCALES:
+        width, depth = _SCALES[name]
+        stages = [MBConvConfig(*stage, width_mult=width, depth_mult=depth) for stage in _STAGES]
+        # The batch norm of B5 to B7.
+        large: nn.Module = EfficientNet(stages, norm_layer=partial(nn.BatchNorm2d, eps=0.001, momentum=0.01), **fields)
+        return large
+    if name == "vit_1b_14":
+        transformer: nn.Module = models.VisionTransformer(**{"image_size": 224, **_LARGE_VIT, **fields})
+        return transformer
     module: nn.Module = models.get_model(name, weights=None, **fields)
     return module
 
@@ -107,7 +139,21 @@ def _code(a: Architecture, stem: str) -> list[str]:
     """Lines that need torchvision alone; noise is left out, for it acts in training only and has no weights."""
     sized = a.image_size is not None and a.name.startswith("vit_")
     size = f", image_size={a.image_size}" * sized
-    lines = [f"model = torchvision.models.{a.name.removesuffix('_svhn')}(num_classes={a.num_classes}{size})"]
+    if a.name in _SCALES:
+        width, depth = _SCALES[a.name]
+        lines = [
+            "nets = torchvision.models.efficientnet",
+            f"stages = {_STAGES}",
+            f"stages = [nets.MBConvConfig(*s, width_mult={width}, depth_mult={depth}) for s in stages]",
+            f"model = nets.EfficientNet(stages, dropout=0.0, num_classes={a.num_classes}, "
+            "norm_layer=lambda c: torch.nn.BatchNorm2d(c, eps=0.001, momentum=0.01))",
+        ]
+    elif a.name == "vit_1b_14":
+        shape = "".join(f", {name}={value}" for name, value in _LARGE_VIT.items())
+        side = f"image_size={a.image_size or 224}"
+        lines = [f"model = torchvision.models.VisionTransformer({side}{shape}, num_classes={a.num_classes})"]
+    else:
+        lines = [f"model = torchvision.models.{a.name.removesuffix('_svhn')}(num_classes={a.num_classes}{size})"]
     if a.name.endswith("_svhn"):
         lines += [f"for stage in {_KEEPING_STAGES}:", "    model.features[stage][0].block[1][0].stride = (1, 1)"]
     if a.in_channels != 3:
@@ -154,5 +200,8 @@ FAMILIES: dict[str, Family] = {
     **{f"resnet{depth}": _RESNET for depth in (18, 34, 50, 101, 152)},
     **{f"efficientnet_b{scale}": _EFFICIENTNET for scale in range(8)},
     "efficientnet_b0_svhn": _EFFICIENTNET,
-    **{f"vit_{size}": replace(_VIT, patch=int(size[2:])) for size in ("b_16", "b_32", "l_16", "l_32", "h_14")},
+    **dict.fromkeys(_SCALES, _EFFICIENTNET),
+    **{
+        f"vit_{size}": replace(_VIT, patch=int(size[-2:])) for size in ("b_16", "b_32", "l_16", "l_32", "h_14", "1b_14")
+    },
 }

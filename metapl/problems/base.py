@@ -119,6 +119,9 @@ class Problem(ABC):
     teacher_classifies: ClassVar[bool] = False
     """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
 
+    teacher_reads_inputs: ClassVar[bool] = True
+    """Whether the teacher is given the student's inputs, so that their type must be that of its weights."""
+
     has_teacher: ClassVar[bool] = True
     """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns from the feedback
     but :meth:`revised_signal`."""

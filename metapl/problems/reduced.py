@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from metapl import checks
 from metapl.errors import MetaplError
-from metapl.numerics import wide
+from metapl.numerics import in_type_of, wide
 from metapl.problems.base import Signal
 from metapl.problems.losses import TeacherLoss
 from metapl.problems.pseudo_labels import PseudoLabels
@@ -60,6 +60,7 @@ class ReducedLabels(PseudoLabels):
     """
 
     teacher_classifies: ClassVar[bool] = False
+    teacher_reads_inputs: ClassVar[bool] = False
 
     def teacher_input(self, batch: Any) -> Tensor:
         """The stored distributions."""
@@ -68,6 +69,13 @@ class ReducedLabels(PseudoLabels):
     def student_input(self, batch: Any) -> Any:
         """x."""
         return _pair(batch)[0]
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
+    ) -> Signal:
+        """As of :class:`metapl.PseudoLabels`, of the stored distributions in the type of the teacher's weights."""
+        inputs, stored = _pair(batch)
+        return super().signal(teacher, (inputs, in_type_of(teacher, stored)), student_outputs, generator=generator)
 
     def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
         """Cross-entropy on the stored distributions of the labeled batch."""
@@ -116,7 +124,7 @@ class StoredCrossEntropy:
                 f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored), with the stored class "
                 "distributions of the labeled examples, for the teacher's supervised loss; or teacher_losses=()."
             )
-        logits = wide(checks.logits(teacher(labeled[2]), "teacher"))
+        logits = wide(checks.logits(teacher(in_type_of(teacher, labeled[2])), "teacher"))
         checks.class_labels(labeled[1], logits.shape[1])
         labels = checks.safe_labels(labeled[1], logits.shape[1])
         return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)

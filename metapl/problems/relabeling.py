@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from metapl import checks
 from metapl.errors import MetaplError
+from metapl.numerics import wide
 from metapl.problems.base import Params, Signal
 from metapl.problems.classification import Classification, check_rows
 
@@ -40,6 +41,7 @@ class ExampleLabels(Classification):
     """
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "indices")
+    teacher_reads_inputs: ClassVar[bool] = False
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
@@ -47,7 +49,7 @@ class ExampleLabels(Classification):
         """q = softmax(t), (B, C)."""
         classes, indices = student_outputs.shape[1], self.parts_of(batch)["indices"]
         logits = check_rows(teacher(indices), student_outputs, "logits of a label per index,", classes)
-        return Signal(logits.softmax(-1), outputs=logits)
+        return Signal(wide(logits).softmax(-1), outputs=logits)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """CE against the soft label, (B,)."""
@@ -85,7 +87,7 @@ class LabelCorrection(Classification):
         classes, parts = student_outputs.shape[1], self.parts_of(batch)
         logits = teacher(parts["inputs"], parts["labels"])
         check_rows(logits, student_outputs, "logits of a label per example,", classes)
-        return Signal(logits.softmax(-1), outputs=logits)
+        return Signal(wide(logits).softmax(-1), outputs=logits)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """CE against the corrected distribution, (B,)."""
@@ -118,6 +120,8 @@ class NoiseTransition(Classification):
     "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).
     """
 
+    teacher_reads_inputs: ClassVar[bool] = False
+
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
@@ -128,7 +132,7 @@ class NoiseTransition(Classification):
                 f"the teacher returned {checks.described(logits)}; expected logits of a transition matrix of shape "
                 f"{(classes, classes)} from a call without arguments."
             )
-        return Signal(logits.softmax(-1))
+        return Signal(wide(logits).softmax(-1))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """−log of the probability of the given label, (B,)."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
+from metapl.numerics import in_type_of, wide
 from metapl.problems.base import Kind, Params, Signal
 from metapl.problems.classification import Classification, check_rows, example_losses
 
@@ -46,12 +47,14 @@ class MetaWeightNet(Classification):
     Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), its eqs. (1)-(4).
     """
 
+    teacher_reads_inputs: ClassVar[bool] = False
+
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """a = V(losses), (B,)."""
-        losses = example_losses(student_outputs, self.parts_of(batch)["labels"])
-        return Signal(check_rows(teacher(losses), student_outputs, "a weight per loss,"))
+        losses = in_type_of(teacher, example_losses(student_outputs, self.parts_of(batch)["labels"]))
+        return Signal(wide(check_rows(teacher(losses), student_outputs, "a weight per loss,")))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""
@@ -154,13 +157,14 @@ class ExampleWeights(Classification):
     """
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels", "indices")
+    teacher_reads_inputs: ClassVar[bool] = False
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """a = σ(t), (B,)."""
         indices = self.parts_of(batch)["indices"]
-        return Signal(check_rows(teacher(indices), student_outputs, "a number per index,").sigmoid())
+        return Signal(wide(check_rows(teacher(indices), student_outputs, "a number per index,")).sigmoid())
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.report.style import DOTS_PER_INCH, GRID, INK, PALETTE, QUIET, STYLE
+from metapl.report.canvas import blank_page, drawing, png, write_whole
+from metapl.report.style import GRID, INK, PALETTE, QUIET
 from metapl.report.text import wrap
-from metapl.runs.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,20 +36,15 @@ def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
         found: what ``evaluation.json`` holds.
         title: a line above.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     corruptions, attacks = found.get("corruptions", {}), found.get("attacks", {})
     groups = {group: [name for name in names if name in corruptions] for group, names in GROUPS.items()}
     groups = {group: names for group, names in groups.items() if names}
     columns = len(groups) + bool(attacks)
     width = max(PANEL * columns, 2 * PANEL)
     lines = wrap(title, width - 0.5, 11)
-    style: Any = STYLE  # matplotlib types its keys
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(width, HEIGHT + 0.25 * len(lines)), dpi=DOTS_PER_INCH, layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(lines):
+        figure = blank_page(width, HEIGHT + 0.25 * len(lines))
+        figure.set_layout_engine("constrained")
         panels = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
         for axes, (group, names) in zip(panels, groups.items(), strict=False):
             by_kind: Curves = {name: _by_severity(corruptions[name]) for name in names}
@@ -63,8 +58,7 @@ def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
         panels[0].set_ylabel("accuracy, %")
         panels[0].set_ylim(0, 100)
         figure.suptitle("\n".join(lines), fontsize=11, x=0.01, ha="left")
-        with replacing(path) as file:
-            figure.savefig(file, format="png")
+        write_whole(path, png(figure))
 
 
 def _by_severity(kind: Mapping[str, Any]) -> dict[float, float]:

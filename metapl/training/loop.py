@@ -20,12 +20,15 @@ from metapl.distributed.shards import load_whole
 from metapl.errors import MetaplError
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.memory import LESS, out_of_memory
+from metapl.runs.checkpoint import Found
+from metapl.runs.checkpoint import load as load_checkpoint
 from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.average import Average
 from metapl.training.callbacks import Callback, Callbacks
 from metapl.training.contract import Say, Stepwise
 from metapl.training.options import FitOptions
+from metapl.training.processes import of_all, of_this
 from metapl.training.progress import Progress, progress
 from metapl.training.rates import Rates
 from metapl.training.records import Records
@@ -107,6 +110,7 @@ class FitRun:
         # The last step, and why it is, once a callback has said so.
         self.ended: tuple[int, str] | None = None
         self.feeds: dict[str, Feed] = {}
+        self.saves = False  # whether there is a folder, perhaps that of another process
         self.under_way = 0  # the number of the step
         self.seen: dict[str, float] = {}  # the last accuracies on validation data
 
@@ -120,16 +124,11 @@ class FitRun:
                 "labeled is None; expected a source of labeled batches (inputs, labels): a DataLoader, or a list."
             )
         ranks = self.trainer.ranks
-        if resume and not ranks.alone:
-            raise MetaplError(
-                "resume=True was given to a fit in several processes, which write no checkpoints yet; leave it out, or "
-                "train in one process."
-            )
+        resume = ranks.any(resume)  # the first of several processes knows of the run
+        self.saves = ranks.any(self.records.kept)
         with ranks.agreed(waiting=True):
             if not resume:
                 self.records.refuse_another_run()
-            if not ranks.alone and self.records.kept:
-                self.say("note: no checkpoints are written, which is not built yet for several processes")
         self.selection.check(self.trainer.student, self.trainer.teacher)
         try:
             for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
@@ -317,13 +316,18 @@ class FitRun:
     # ------------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self, step: int) -> Path | None:
-        ranks = self.trainer.ranks
-        if not self.records.kept and ranks.alone:
+        if not self.saves:
             return None
         self._refuse_bad(step - 1)
-        if not ranks.alone:
-            return None
-        return self.records.save(step, self._state(step))
+        state = self._state(step)
+        ranks = self.trainer.ranks
+        if ranks.alone:
+            return self.records.save(step, state)
+        state = of_all(state, ranks)
+        path: Path | None = None
+        with ranks.agreed(waiting=True):
+            path = self.records.save(step, state)  # by the first one
+        return path  # noqa: RET504 - a return inside would look to mypy as if the block could end without one
 
     def _state(self, step: int) -> dict[str, Any]:
         best = self.selection.best
@@ -345,13 +349,23 @@ class FitRun:
 
     def _restore(self) -> int:
         """Go on from the newest whole checkpoint; the step to go on with."""
-        checkpoint = self.records.newest(self.say)
+        checkpoint = self._newest()
         if checkpoint is None:
             return 0
         state, file = checkpoint.state, checkpoint.path
+        whole_batches = self.options.split_batches
+        state = of_this(state, self.trainer.ranks, file, whole_batches=whole_batches, say=self.say)
+        with self.trainer.ranks.agreed(waiting=True):
+            self._go_on_from(state, file)
+        step: int = state["step"]
+        return step
+
+    def _go_on_from(self, state: dict[str, Any], file: Path) -> None:
+        """Put everything to where a checkpoint of a fit that was made alike has it."""
         check_state(file, state, self.trainer.student, self.options.steps)
         self._refuse_other_options(file, state)
-        refuse_changes(file, state.get("made_of", {}), self.made_of | self.data_of, self.allow_changes)
+        if self.first:  # the others keep no record of the data
+            refuse_changes(file, state.get("made_of", {}), self.made_of | self.data_of, self.allow_changes)
         note = version_note(state.get("versions"))
         if note is not None:
             self.say(note)
@@ -368,10 +382,23 @@ class FitRun:
                 f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."
             ) from error
         self.records.saved_at = file
-        step: int = state["step"]
-        self.resumed_from = step, file
-        self.say(f"resumed at step {step}" + ("" if self.options.phase == "fit" else f" of phase {self.options.phase}"))
-        return step
+        self.resumed_from = state["step"], file
+        of_phase = "" if self.options.phase == "fit" else f" of phase {self.options.phase}"
+        self.say(f"resumed at step {state['step']}{of_phase}")
+
+    def _newest(self) -> Found | None:
+        """The newest whole checkpoint: the first of several processes finds it, and all read it."""
+        ranks = self.trainer.ranks
+        if ranks.alone:
+            return self.records.newest(self.say)
+        with ranks.agreed(waiting=True):
+            found = self.records.newest(self.say) if self.first else None
+        path = ranks.gathered(None if found is None else str(found.path))[0]
+        if path is None:
+            return None
+        with ranks.agreed(waiting=True):
+            state = load_checkpoint(path) if found is None else found.state
+        return Found(Path(path), state)
 
     def _take(self, state: dict[str, Any]) -> None:
         """Put everything to where a checkpoint has it."""
@@ -411,7 +438,10 @@ class FitRun:
             step = self.ended[0] if self.ended else self.options.steps
             best = Best(accuracy, step, weights_of(self._candidate()))
         load_whole(self.trainer.student, best.weights)
-        return FitResult(best.accuracy, best.step, best.weights, taught, self.records.history)
+        ranks, history = self.trainer.ranks, self.records.history
+        # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
+        history = history if ranks.alone else ranks.gathered(history)[0]
+        return FitResult(best.accuracy, best.step, best.weights, taught, history)
 
 
 def _unsaid(text: str) -> None:

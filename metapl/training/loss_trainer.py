@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import labeled_pair, micro_batches, plain
 from metapl.distributed.layout import layout_of
+from metapl.distributed.shards import as_held, load_whole
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
@@ -141,7 +142,7 @@ class LossTrainer(Trainer):
         self.layout.mean_gradients()
         checks.sparse_gradients(self.optimizer, self.student)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
+            self.layout.clip_gradients(self.clip_norm)
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         """The losses on an unlabeled batch."""
@@ -160,6 +161,6 @@ class LossTrainer(Trainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        load_whole(self.student, state["student"])
+        self.optimizer.load_state_dict(as_held(copy.deepcopy(state["optimizer"]), self.optimizer))
         self.steps_done = state["steps_done"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import micro_batches
 from metapl.distributed.layout import Layout, layouts
-from metapl.distributed.shards import whole
+from metapl.distributed.shards import as_held, load_whole, whole
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import casts_explained, step_guard, types_explained
@@ -27,6 +27,7 @@ from metapl.hypergradient import (
     check_batches,
     check_layout,
     check_steps,
+    check_tangent,
     check_teacher,
     hypergradient,
     look_ahead,
@@ -322,6 +323,7 @@ class BilevelTrainer(Trainer):
             raise MetaplError(f"lookahead={self.lookahead!r}: expected a number of student steps, 1 or more.")
         check_steps(self.mode, self.lookahead, self.problem)
         check_layout(self.mode, self.lookahead, self.problem, self.layout)
+        check_tangent(self.mode, self.layout)
         if self.compile and any(layout is not None and layout.is_sharded for layout in self._layouts):
             raise MetaplError("compile=True does not run on networks that are sharded; leave compile out.")
         if self.teacher is None and self.compile and self.mode.keep_graph:
@@ -405,12 +407,12 @@ class BilevelTrainer(Trainer):
                 "built before."
             )
         if self.teacher is not None:
-            self.teacher.load_state_dict(state["teacher"])
-        self.student.load_state_dict(state["student"])
+            load_whole(self.teacher, state["teacher"])
+        load_whole(self.student, state["student"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
-        self.update.load_state_dict(copy.deepcopy(state["inner"]))
+        self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
         if self.outer_optimizer is not None:
-            self.outer_optimizer.load_state_dict(copy.deepcopy(state["outer"]))
+            self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
         self.mode_state = dict(state["mode_state"])
         self.steps_done = state["steps_done"]
         if self.generator is not None and state["generator"] is not None:
@@ -442,8 +444,8 @@ class BilevelTrainer(Trainer):
     ) -> Hypergradient:
         """The teacher's gradient through the student's step as it stands, by this mode or another; nothing moves.
 
-        The student's clip counts, and the baseline so far does not. The default generators stay as they are, so that
-        every call sees the same dropout masks.
+        The student's clip and the micro-batches (``accumulate``) count, and the baseline so far does not. The default
+        generators stay as they are, so that every call sees the same dropout masks.
 
         Args:
             labeled, unlabeled: as for :meth:`step`.
@@ -488,6 +490,7 @@ class BilevelTrainer(Trainer):
                 problem=problem,
                 inner_optimizer=self.update,
                 generator=generator,
+                accumulate=self.accumulate,
             )
 
     @contextmanager
@@ -506,7 +509,8 @@ class BilevelTrainer(Trainer):
                     "feedback_ratio is measured on one inner batch, and a Lookahead of "
                     f"{len(inner_batches(unlabeled))} was given; use feedback_weight."
                 )
-            with types_explained(labeled, inner_batches(unlabeled), student=self.student, teacher=self.teacher):
+            reader = self.teacher if self.problem.teacher_reads_inputs else None
+            with types_explained(labeled, inner_batches(unlabeled), student=self.student, teacher=reader):
                 yield fault
 
 

@@ -1,0 +1,183 @@
+"""The memory that tensors hold, by what they are for, as a step goes on."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import ProcessGroup
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+OTHER = "activations"
+"""What no name was given to: activations, gathered weights, and what operations need for a moment."""
+
+FOR_FEEDBACK = "feedback"
+"""What is held for the feedback alone."""
+
+
+@dataclass
+class Peak:
+    """What is held where the most is.
+
+    Args:
+        total: bytes.
+        by_name: bytes by what they are for.
+    """
+
+    total: int = 0
+    by_name: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Phase:
+    """A phase of a step.
+
+    Args:
+        peak: where the most is held.
+        plain: where the most is held that the feedback is no part of.
+    """
+
+    peak: Peak = field(default_factory=Peak)
+    plain: Peak = field(default_factory=Peak)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all storages that operations in this block make, for as long as each is alive.
+
+    It works on tensors without values too. What an operation uses within itself is not seen.
+
+    Attributes:
+        bytes: held now, by name.
+        phases: by name, in their order.
+        sent: bytes that this rank sends to others, by collective operation, if these run in rings.
+        flops: floating-point operations of products and convolutions; the rest is not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self.bytes: Counter[str] = Counter()
+        self.total = 0
+        self.phases: dict[str, Phase] = {}
+        self.sent: Counter[str] = Counter()
+        self.flops = 0
+        self._entries: dict[int, tuple[str, int]] = {}
+        self._phase = Phase()
+
+    def name(self, tensors: Iterable[Any], name: str) -> None:
+        """Say what tensors are for, whether or not an operation of this block made them."""
+        for t in tensors:
+            self._rename(t, name)
+
+    def name_others(self, tensors: Iterable[Any], name: str) -> None:
+        """The same of those that have no name yet."""
+        for t in tensors:
+            self._rename(t, name, only=OTHER)
+
+    def _rename(self, t: Any, name: str, only: str | None = None) -> None:
+        storage = _local(t).untyped_storage()
+        self._count(storage)
+        before, size = self._entries[id(storage)]
+        if only in (None, before):
+            self._change(id(storage), name, size)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase of the step, which may go on later; one inside another counts for the inner one."""
+        before = self._phase
+        self._phase = self.phases.setdefault(name, Phase())
+        self._look()
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def __enter__(self) -> Held:
+        # Sharded networks free and allocate storages in place, past the dispatcher.
+        self._resize = UntypedStorage.resize_
+        UntypedStorage.resize_ = self._resizing(self._resize)  # type: ignore[method-assign]
+        super().__enter__()  # type: ignore[no-untyped-call]  # of torch
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
+        UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "redistribute") for kind in types):
+            return NotImplemented  # a DTensor: what it does with its parts is seen afterwards
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # half of all calls
+        kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            self._count_sent(func, args)
+        result = func(*args, **kwargs)
+        for t in (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result):
+            if isinstance(t, Tensor):
+                self._count(t.untyped_storage())
+        flops = flop_registry.get(func.overloadpacket)
+        if flops is not None:
+            self.flops += flops(*args, **kwargs, out_val=result)
+        self._look()
+        return result
+
+    def _count(self, storage: UntypedStorage) -> None:
+        key = id(storage)
+        if key not in self._entries:
+            self._entries[key] = (OTHER, 0)
+            weakref.finalize(storage, self._gone, key)
+        name, size = self._entries[key]
+        if size != storage.nbytes():
+            self._change(key, name, storage.nbytes())
+
+    def _change(self, key: int, name: str, size: int) -> None:
+        old_name, old_size = self._entries[key]
+        self._entries[key] = (name, size)
+        self.bytes[old_name] -= old_size
+        self.bytes[name] += size
+        self.total += size - old_size
+
+    def _gone(self, key: int) -> None:
+        name, size = self._entries.pop(key)
+        self.bytes[name] -= size
+        self.total -= size
+
+    def _look(self) -> None:
+        plain = self.total - self.bytes[FOR_FEEDBACK]
+        if self.total > self._phase.peak.total:
+            self._phase.peak = Peak(self.total, dict(self.bytes))
+        if plain > self._phase.plain.total:
+            self._phase.plain = Peak(plain, dict(self.bytes))
+
+    def _resizing(self, resize: Callable[[UntypedStorage, int], Any]) -> Any:
+        def resized(storage: UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._count(storage)
+            self._look()
+            return result
+
+        return resized
+
+    def _count_sent(self, func: Any, args: Any) -> None:
+        """In a ring over n ranks each sends (n − 1)/n of what is gathered or scattered, twice that in a reduction."""
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+        tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        if "process_group" not in given or not tensors:  # a barrier, say
+            return
+        name = func.overloadpacket.__name__.strip("_")
+        ranks = ProcessGroup.unbox(given["process_group"]).size()
+        whole = max(t.numel() * t.element_size() for t in tensors)
+        self.sent[name] += (2 if name.startswith("allreduce") else 1) * whole * (ranks - 1) // ranks
+
+
+def _local(t: Any) -> Tensor:
+    part: Tensor = t.detach().to_local() if hasattr(t, "to_local") else t
+    return part

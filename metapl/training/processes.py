@@ -1,0 +1,67 @@
+"""What of a checkpoint is of one process, where several train together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metapl.distributed.ranks import Ranks
+from metapl.distributed.shards import gathered
+from metapl.errors import MetaplError
+from metapl.runs.generators import rng_state, set_rng_state
+from metapl.training.contract import Say
+
+
+def of_all(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The state of a fit with whole weights, and under ``ranks`` what differs between processes; all have to call it.
+
+    Cost: every weight and optimizer state is gathered, one after another, and kept on the host.
+    """
+    every = ranks.gathered(_own(state))
+    whole: dict[str, Any] = gathered(state)
+    return whole | {"ranks": every}
+
+
+def of_this(state: dict[str, Any], ranks: Ranks, file: Path, *, whole_batches: bool, say: Say) -> dict[str, Any]:
+    """The state of a fit with the generators and the places in the sources of this process.
+
+    On another number of processes, each seeds its default generators anew, from the state and its number.
+
+    Args:
+        state: of a checkpoint, by one process or several.
+        ranks: that train now.
+        file: the checkpoint, for errors.
+        whole_batches: every process reads the same batches and takes its share.
+        say: takes what a user should know.
+
+    Raises:
+        MetaplError: the processes are as many as before no longer, and have sources of their own.
+    """
+    every = state.get("ranks", [_own(state)])
+    count, number = ranks.processes, ranks.number
+    if len(every) == count:
+        return _with(state, every[number])
+    if not whole_batches and ranks.size > 1:
+        raise MetaplError(
+            f"{file} is of a run in {len(every)} processes, each with sources of its own, and now there are {count}, "
+            "so their places in these are not known; resume it in as many, or give all of them the same whole batches, "
+            "with split_batches=True."
+        )
+    say(f"the run was in {len(every)} processes and goes on in {count}: dropout masks are others than they would be")
+    set_rng_state(every[0]["rng"])
+    drawn = torch.get_rng_state().numpy().tobytes() + number.to_bytes(4, "little")
+    torch.manual_seed(int.from_bytes(hashlib.sha256(drawn).digest()[:8], "little"))
+    return _with(state, every[0] | {"rng": rng_state()})
+
+
+def _own(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rng": state["rng"], "generator": state["trainer"].get("generator"), "feeds": state["feeds"]}
+
+
+def _with(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    trainer = state["trainer"] | ({"generator": own["generator"]} if "generator" in state["trainer"] else {})
+    return state | {"rng": own["rng"], "feeds": own["feeds"], "trainer": trainer}
