@@ -366,27 +366,29 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
         return f"{points(each.row[name]):.1f} %"
 
     true, none, zero, ratio = arm("gradient"), arm("none"), arm("gradient zero"), arm("ratio")
-    assert f"raises the student by {of(true, none, STUDENT)}, and is {of(true, none)} above the control's" in said
+    assert f"raises the student by {of(true, none, 'student')}, and is {of(true, none)} above the control's" in said
     four = arm("gradient", labels=4), arm("none", labels=4)
-    assert f"At 4 labels a class these are {of(*four, STUDENT)} and {of(*four)}." in said
+    assert f"At 4 labels a class these are {of(*four, 'student')} and {of(*four)}." in said
     assert f"the feedback is then {of(true, zero)} above it" in said
     parts = {how: arm(f"gradient {how}") for how in when.ALTERATIONS}
     assert f"the mean of h over the batch, is {of(parts['class_means'], none)} above the control" in said
     assert f"rows of other examples {of(parts['permuted'], none)}, and the signs {of(parts['sign'], none)}" in said
     assert f"without that mean is {of(none, parts['rest'])} below the control and {of(true, parts['rest'])}" in said
     assert f"With random signs it is {of(true, parts['random_sign'])} below the true feedback" in said
-    assert f"negated it leaves {share(parts['negated'], STUDENT)} right" in said
+    assert f"negated it leaves {share(parts['negated'], 'student')} right" in said
     errors = [share(each, "frequency_error") for each in (none, zero, true)]
     assert f"{errors[0]} of the unlabeled images in the control, for {errors[1]} without feedback" in said
     assert f"and for {errors[2]} with it" in said
     balance = arm("ratio balance")
-    assert f"raises the student by {of(balance, none, STUDENT)}; feedback of that size is {of(ratio, balance)}" in said
+    assert (
+        f"raises the student by {of(balance, none, 'student')}; feedback of that size is {of(ratio, balance)}" in said
+    )
     rights = [share(each, "labels_right") for each in (balance, ratio)]
     assert f"the push leaves {rights[0]} of the teacher's labels right, the feedback {rights[1]}" in said
 
     fixed, alone, own, both = (arm(method, "style", 4) for method in when.WRONG)
     assert f"from {share(fixed, 'labels_right')} right to {share(alone, 'labels_right')}" in said
-    assert f"its student gains {of(alone, fixed, STUDENT)}" in said
+    assert f"its student gains {of(alone, fixed, 'student')}" in said
     altered = {how: arm(f"alone {how}", "style", 4) for how in when.ALTERATIONS_OF_WRONG}
     assert f"rows of other examples it is {of(alone, altered['permuted'])} worse" in said
     assert f"mean over the batch {of(alone, altered['class_means'])}" in said
@@ -398,7 +400,7 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
 
     methods = ("none", "gradient zero", "gradient", "learning_rate")
     none, zero, dying, alive = (arm(method, steps=6000) for method in methods)
-    assert f"its student is {of(dying, none, STUDENT)} above the control's student, and {of(dying, none)}" in said
+    assert f"its student is {of(dying, none, 'student')} above the control's student, and {of(dying, none)}" in said
     assert f"{of(dying, zero)} above what the same rates do without feedback" in said
     assert f"it is {of(alive, none)} above the control, and {of(alive, dying)} above feedback that dies" in said
 
