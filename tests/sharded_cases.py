@@ -362,11 +362,17 @@ def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InnerStep, "mean_over_batch", lambda self, losses: losses.mean())
 
 
+def _casts_kept(patch: pytest.MonkeyPatch) -> None:
+    """Autocast's casts of the weights stay while these are moved."""
+    patch.setattr(torch, "clear_autocast_cache", lambda: None)
+
+
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "stale_root": _stale_root,
     "weights_swapped": _weights_swapped,
     "direction_not_gathered": _direction_not_gathered,
     "gradient_not_averaged": _gradient_not_averaged,
+    "casts_kept": _casts_kept,
     "products_of_parts": _products_of_parts,
     "mean_over_own_rows": _mean_over_own_rows,
 }

@@ -65,6 +65,15 @@ def read_by_hand(p: Tensor, k: int | None) -> Any:
 # ------------------------------------------------------------------------------------------------- what is read
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_what_is_read_is_off_by_two_parts_in_2048_at_most(classes: int, tmp_path: Path) -> None:
+    """One part is the number's own, and one that of the sum that is divided by."""
+    p = softmax(16_000, classes)
+    store = written(tmp_path / "store", list(range(len(p))), p, batch=len(p), rows_per_part=len(p))
+    off = (store.at(range(len(p))).double() / p.double() - 1).abs()[p > 6.2e-5].max() * 2048
+    assert 1.1 < off < 2.001
+
+
 @pytest.mark.parametrize("top_k", [None, 1, 3, 5])
 @pytest.mark.parametrize("kind", ["names", "numbers"])
 def test_what_is_read_follows_the_equation_in_any_order(top_k: int | None, kind: str, tmp_path: Path) -> None:

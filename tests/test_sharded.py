@@ -232,6 +232,15 @@ def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: st
         compare(found, alone(mode=mode, optimizer="sgd", steps=1), 1e-3)
 
 
+def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
+    """By the loss after the step, which test_bfloat16_by_autocast compares to 2e-3."""
+    case: dict[str, Any] = {"mode": "loss_difference", "optimizer": "sgd", "steps": 1, "gradients": False}
+    case |= {"dtype": torch.float32, "precision": "bfloat16"}
+    expected = alone(**case)["scalars"][0]["outer_loss"]
+    for own in two.run("faulty", fault="casts_kept", case={**case, "layout": "fsdp"}):
+        assert own["scalars"][0]["outer_loss"] != pytest.approx(expected, rel=1e-2)
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
