@@ -22,6 +22,7 @@ STUDIES = {
     "pictures_study": ("--jobs", "1"),
     "suspects": (),
     "two_moons": (),
+    "when": (),
 }
 MEASUREMENTS = ("augment", "difference_step", "endurance", "labels", "modes", "peers", "reduced", "step", "throughput")
 
@@ -254,6 +255,68 @@ def test_regimes_of_the_two_moons_that_share_a_control_differ_in_the_feedback_al
         assert "none" in module.REGIMES[control].methods
     alone = [regime for regime in module.REGIMES.values() if regime.control is None and "mpl" in regime.methods]
     assert all("none" in regime.methods for regime in alone)
+
+
+@pytest.mark.parametrize("module", ["when"], indirect=True)
+def test_the_study_of_when_feedback_helps_goes_on_where_it_was_stopped_and_fills_in_the_page(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "when.jsonl", tmp_path / "page.md"
+    page.write_text("before\n<!-- when:begin -->\n<!-- when:end -->\nafter\n")
+
+    def command(*options: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["when", "--out", str(out), *map(str, options)])
+        module.main()
+
+    command("--miniature")
+    rows = module.read(out)
+    assert [row["part"] for row in rows].count("tuning") == len(module.GRIDS)
+    assert sum(row["final"] for row in rows) == len(module.ARMS)
+    for row in rows:
+        assert ("teacher" in row) == ("labels_right" in row) == row["final"]
+        assert len(row["student"]) == len(row["finetuned"]) == len(row["seeds"]) == (2 if row["final"] else 1)
+        assert bool(row["ratio"]) == (row["rule"]["own_loss"] and row["rule"]["feedback"] != "none")
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
+    command("--miniature")
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    command("--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("| feedback, ratio to the own loss |") == 2 * 3 + 1
+    assert text.count("\n| feedback alone |") == 3
+    assert "All arms of the list were run." in text
+    assert page.with_name("when.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["when"], indirect=True)
+def test_every_arm_of_that_study_has_a_control_that_saw_the_same(module: ModuleType) -> None:
+    silent = {arm.group: arm for arm in module.ARMS if arm.method.split()[0] in ("none", "fixed")}
+    for arm in module.ARMS:
+        assert arm.group in silent
+        grid = module.GRIDS[arm.tuned]
+        assert (grid.condition == "right") == (arm.condition == "right")
+        assert {len(module.GRIDS[other.tuned].rules) for other in (arm, silent[arm.group])} <= {len(grid.rules)}
+        assert all(rule.alteration is None for rule in grid.rules)
+    assert not set(module.FULL.seeds) & {*module.FULL.tuning_seeds, *range(20)}
+
+
+@pytest.mark.parametrize("module", ["when"], indirect=True)
+def test_the_labels_that_a_teacher_learns_before_are_as_wrong_as_they_are_called(module: ModuleType) -> None:
+    data = module.drawn(4, (100, 101))
+    for x, y, seed in zip(*data.unlabeled, (100, 101), strict=True):
+        for condition in ("asymmetric", "style"):
+            pictures, given = module.wrongly_labeled(condition, x, y, seed)
+            assert pictures is x
+            for c in range(10):
+                wrong = given[y == c] != c
+                assert abs(float(wrong.double().mean()) - 0.3) < 0.01
+                assert set(given[y == c][wrong].tolist()) == {(c + 1) % 10}
+        pictures, given = module.wrongly_labeled("half", x, y, seed)
+        assert given.bincount().tolist() == [50] * 10
+        # One end of a class: its pictures are nearer to each other than those of the class are.
+        kept, all_of_it = pictures[given == 3], x[y == 3]
+        assert float(kept.var(0).sum()) < 0.95 * float(all_of_it.var(0).sum())
 
 
 def test_a_miniature_does_not_take_the_place_of_the_committed_result() -> None:

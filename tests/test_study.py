@@ -30,6 +30,9 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "label_noise_tables",
         "suspects",
         "two_moons",
+        "when",
+        "when_stack",
+        "when_tables",
         "figures",
         "machine",
     ):
@@ -309,3 +312,112 @@ def test_the_rates_on_two_moons_that_the_page_speaks_of_are_those_of_the_rows(ta
     better = [name for name in compared if against_control(name)[0] > against_control(name)[1]]
     assert all(against_control(name)[2] >= 0.05 for name in better)
     assert successes("many_labels", "supervised") == 64
+
+
+def test_the_page_on_when_feedback_helps_shows_the_tables_of_the_raw_rows(tables: object) -> None:
+    import when
+    import when_tables
+
+    assert shown("when") == when_tables.block(when.read())
+
+
+def test_the_study_of_when_feedback_helps_was_run_as_it_says(tables: object) -> None:
+    import when
+
+    rows = when.read()
+    names = [field.name for field in dataclasses.fields(when.Arm)]
+    final = {when.Arm(**{name: row[name] for name in names}): row for row in rows if row["final"]}
+    assert set(final) <= set(when.ARMS)
+    assert len(final) == sum(row["final"] for row in rows)
+    for arm, row in final.items():
+        assert row["rule"] == dataclasses.asdict(when.rule_of(arm, rows))
+    for name, grid in when.GRIDS.items():
+        tuning = [row["rule"] for row in rows if row["tuned"] == name and not row["final"]]
+        assert sorted(map(str, tuning)) == sorted(str(dataclasses.asdict(rule)) for rule in grid.rules)
+    for row in rows:
+        seeds = when.FULL.seeds if row["final"] else when.FULL.tuning_seeds
+        assert tuple(row["seeds"]) == seeds
+        assert row["steps_run"] == row["steps"]
+        assert len(row["student"]) == len(row["finetuned"]) == len(seeds)
+        assert ("teacher" in row) == row["final"]
+
+
+def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: object) -> None:
+    import when
+    import when_tables
+    from figures import difference, points
+
+    found = when_tables.collected(when.read())
+    said = " ".join((PAGE.parent / "when.md").read_text().split()).partition("<!-- when:begin -->")[0]
+
+    def arm(method: str, condition: str = "right", labels: int = 2, steps: int = 1500) -> when_tables.Found:
+        place = (condition, labels, steps, 64, 1)
+        (one,) = [found[a] for a in found if a.method == method and a.group == place]
+        return one
+
+    def of(first: when_tables.Found, second: when_tables.Found, read_out: str | None = None) -> str:
+        """By how much the first is above the second, by their better read-outs or by the one that is named."""
+        pair = [each.accuracy if read_out is None else each.row[read_out] for each in (first, second)]
+        gain, p = difference(*pair)
+        assert gain.startswith("+")
+        return f"{gain[1:]} points (p = {p})"
+
+    def share(each: when_tables.Found, name: str) -> str:
+        return f"{points(each.row[name]):.1f} %"
+
+    true, none, zero, ratio = arm("gradient"), arm("none"), arm("gradient zero"), arm("ratio")
+    assert f"raises the student by {of(true, none, 'student')}, and is {of(true, none)} above the control's" in said
+    four = arm("gradient", labels=4), arm("none", labels=4)
+    assert f"At 4 labels a class these are {of(*four, 'student')} and {of(*four)}." in said
+    assert f"the feedback is then {of(true, zero)} above it" in said
+    parts = {how: arm(f"gradient {how}") for how in when.ALTERATIONS}
+    assert f"the mean of h over the batch, is {of(parts['class_means'], none)} above the control" in said
+    assert f"rows of other examples {of(parts['permuted'], none)}, and the signs {of(parts['sign'], none)}" in said
+    assert f"without that mean is {of(none, parts['rest'])} below the control and {of(true, parts['rest'])}" in said
+    assert f"With random signs it is {of(true, parts['random_sign'])} below the true feedback" in said
+    assert f"negated it leaves {share(parts['negated'], 'student')} right" in said
+    errors = [share(each, "frequency_error") for each in (none, zero, true)]
+    assert f"{errors[0]} of the unlabeled images in the control, for {errors[1]} without feedback" in said
+    assert f"and for {errors[2]} with it" in said
+    balance = arm("ratio balance")
+    assert (
+        f"raises the student by {of(balance, none, 'student')}; feedback of that size is {of(ratio, balance)}" in said
+    )
+    rights = [share(each, "labels_right") for each in (balance, ratio)]
+    assert f"the push leaves {rights[0]} of the teacher's labels right, the feedback {rights[1]}" in said
+
+    fixed, alone, own, both = (arm(method, "style", 4) for method in when.WRONG)
+    assert f"from {share(fixed, 'labels_right')} right to {share(alone, 'labels_right')}" in said
+    assert f"its student gains {of(alone, fixed, 'student')}" in said
+    altered = {how: arm(f"alone {how}", "style", 4) for how in when.ALTERATIONS_OF_WRONG}
+    assert f"rows of other examples it is {of(alone, altered['permuted'])} worse" in said
+    assert f"mean over the batch {of(alone, altered['class_means'])}" in said
+    assert f"does as well ({of(altered['own_class_means'], alone)} better)" in said
+    assert f"what these means leave is {of(alone, altered['within_class'])} worse" in said
+    assert f"finetuned student, the feedback alone gains {of(alone, fixed)}" in said
+    assert f"The teacher's own loss on the same labels is {of(own, alone)} better" in said
+    assert f"Both together are {of(both, own)} better than that loss alone, and {of(both, fixed)}" in said
+
+    methods = ("none", "gradient zero", "gradient", "learning_rate")
+    none, zero, dying, alive = (arm(method, steps=6000) for method in methods)
+    assert f"its student is {of(dying, none, 'student')} above the control's student, and {of(dying, none)}" in said
+    assert f"{of(dying, zero)} above what the same rates do without feedback" in said
+    assert f"it is {of(alive, none)} above the control, and {of(alive, dying)} above feedback that dies" in said
+
+    def apart(method: str, outer: int = 64, K: int = 1) -> when_tables.Found:
+        (one,) = [
+            found[a]
+            for a in found
+            if a.part in ("outer", "ahead") and a.method.split()[0] == method and (a.outer, a.lookahead) == (outer, K)
+        ]
+        return one
+
+    outer = {size: of(apart("gradient", size), apart("none", size)) for size in when.OUTER}
+    assert f"With 16 labeled images in a batch the feedback is {outer[16]}" in said
+    assert f"with 64 it was {of(true, arm('none'))}, with 256 it is {outer[256]}" in said
+    ahead = {K: of(apart("none", K=K), apart("gradient", K=K)) for K in when.AHEAD}
+    assert (
+        f"the feedback is {ahead[2]} below the control at K = 2, {ahead[5]} at K = 5 and {ahead[10]} at K = 10" in said
+    )
+    chosen = when.chosen(when.read(), "gradient")
+    assert (chosen.student_lr, chosen.teacher_lr, chosen.size) == (1.0, 0.06, 1.0)
