@@ -6,8 +6,7 @@
 
 Five questions: how long training lasts and whether the feedback's size dies with the schedule (``length``), which part
 of the feedback acts (``part``), what it does for a teacher whose labels are wrong (``wrong``), the size of the outer
-batch (``outer``), and how many student steps it looks ahead (``ahead``). The list of arms was written before any was
-run.
+batch (``outer``), and how many student steps it looks ahead (``ahead``).
 
 Data, networks and views are those of ``digits_study.py``. Tuning: the settings of :data:`GRIDS`, equally many for each
 method of a comparison, on 5 seeds; those with the best mean accuracy on 197 labeled validation images are taken, by

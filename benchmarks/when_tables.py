@@ -197,13 +197,13 @@ def settings(rows: Sequence[Row]) -> str:
 
 def not_run(found: dict[Arm, Found]) -> str:
     """The arms of the list that have no row."""
-    left: dict[str, list[str]] = {}
+    left: dict[str, int] = {}
     for arm in ARMS:
         if arm not in found:
-            place = f" ({where(arm)})" if where(arm) else ""
-            left.setdefault(f"{arm.part}{place}", []).append(title(arm))
-    said = "; ".join(f"{place}: {', '.join(titles)}" for place, titles in left.items())
-    return f"In the list, and not run: {said}." if said else "All arms of the list were run."
+            place = f"{arm.part} ({where(arm) or arm.method.split()[0]})"
+            left[place] = left.get(place, 0) + 1
+    said = "; ".join(f"{place}: {count}" for place, count in left.items())
+    return f"Arms in the list that were not run: {said}." if said else "All arms of the list were run."
 
 
 def block(rows: Sequence[Row]) -> str:
@@ -217,7 +217,7 @@ def block(rows: Sequence[Row]) -> str:
         f"Test accuracy in %, mean ± standard deviation over {seeds} seeds (400 test images each, drawn anew per seed "
         "from the same 1,797). *Labels right*: the teacher's accuracy on the unlabeled images at the end. *Frequency "
         "error*: the share of the unlabeled images that the student would have to call otherwise for its class "
-        "frequencies to be right. Differences are between the better read-outs, student or finetuned student, of the "
+        "frequencies to be right. Differences are between the better read-outs, by these means, of the "
         "two; intervals and p are of the paired t-test, not corrected for the number of rows. "
         f"{runs:,} runs in {minutes:.0f} minutes of one core. `python benchmarks/when.py`; raw rows: "
         "`benchmarks/results/when.jsonl`."
@@ -229,6 +229,8 @@ def block(rows: Sequence[Row]) -> str:
 
 COLORS = {"gradient": "#0072B2", "learning_rate": "#009E73", "ratio": "#D55E00", "alone": "#0072B2"}
 OTHER = "#555555"
+LEAST = -14
+"""Of the axis, in points; what is below is written there."""
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
@@ -242,40 +244,35 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         for part in PARTS
     }
     compared = {part: arms for part, arms in compared.items() if arms}
-    columns = [
-        [part for part in compared if part in names] for names in (("length", "outer", "ahead"), ("part", "wrong"))
-    ]
-    heights = [sum(len(compared[part]) + 3 for part in column) for column in columns]
-    figure = Figure(figsize=(15, 1 + 0.235 * max(heights)), layout="constrained")
+    heights = [len(arms) + 2 for arms in compared.values()]
+    figure = Figure(figsize=(9.5, 0.6 + 0.25 * sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    for side, column in zip(figure.subfigures(1, 2), columns, strict=True):
-        if not column:
-            continue
-        panels = side.subplots(
-            len(column), 1, squeeze=False, height_ratios=[len(compared[part]) + 3 for part in column]
-        )[:, 0]
-        for axes, part in zip(panels, column, strict=True):
-            arms = compared[part][::-1]
-            for y, arm in enumerate(arms):
-                base = control(found, arm)
-                assert base is not None
-                test = paired_test(found[arm].accuracy, base.accuracy)
-                color = COLORS.get(arm.method.split()[0], OTHER)
-                if test.interval is not None:
-                    axes.plot([100 * end for end in test.interval], [y, y], color=color, linewidth=1.6)
-                axes.plot(100 * test.mean, y, "o", color=color, markersize=5)
-            names = [f"{where(arm)}: {title(arm)}".removeprefix(": ") for arm in arms]
-            axes.set_yticks(range(len(arms)), names, fontsize=7.5)
-            axes.axvline(0, color="0.6", linewidth=1)
-            axes.set_xlim(-15, 15)
-            axes.set_ylim(-0.7, len(arms) - 0.3)
-            axes.set_title(HEADINGS[part], fontsize=9.5, loc="left")
-            axes.grid(axis="x", color="0.92")
-            axes.set_axisbelow(True)
-            for edge in ("top", "right", "left"):
-                axes.spines[edge].set_visible(False)
-            axes.tick_params(left=False)
-        panels[-1].set_xlabel("test accuracy against the same loop without feedback, points, better read-outs; 95 %")
+    panels = figure.subplots(len(compared), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
+    for axes, (part, arms) in zip(panels, compared.items(), strict=True):
+        for y, arm in enumerate(arms[::-1]):
+            base = control(found, arm)
+            assert base is not None
+            test = paired_test(found[arm].accuracy, base.accuracy)
+            color = COLORS.get(arm.method.split()[0], OTHER)
+            if 100 * test.mean < LEAST:
+                axes.annotate(f"\u2190 {100 * test.mean:+.1f}", (LEAST, y), fontsize=8, va="center", color=color)
+                continue
+            if test.interval is not None:
+                axes.plot([100 * end for end in test.interval], [y, y], color=color, linewidth=1.6)
+            axes.plot(100 * test.mean, y, "o", color=color, markersize=5)
+        places = [arm.condition if part == "wrong" else where(arm) for arm in arms[::-1]]
+        names = [f"{place}: {title(arm)}".removeprefix(": ") for place, arm in zip(places, arms[::-1], strict=True)]
+        axes.set_yticks(range(len(arms)), names, fontsize=8)
+        axes.axvline(0, color="0.6", linewidth=1)
+        axes.set_xlim(LEAST, -LEAST)
+        axes.set_ylim(-0.7, len(arms) - 0.3)
+        axes.set_title(HEADINGS[part], fontsize=9.5)
+        axes.grid(axis="x", color="0.92")
+        axes.set_axisbelow(True)
+        for edge in ("top", "right", "left"):
+            axes.spines[edge].set_visible(False)
+        axes.tick_params(left=False)
+    panels[-1].set_xlabel("points against the loop without feedback, 95 %")
     figure.savefig(path, dpi=120)
 
 
