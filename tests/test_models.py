@@ -635,6 +635,16 @@ def test_normalized_takes_pictures_as_they_are() -> None:
         model((images * 255).to(torch.uint8))
 
 
+def test_a_normalized_network_of_bfloat16_weights_takes_bfloat16_pictures() -> None:
+    """As a sharded network does that gathers its weights in bfloat16: the mean and std stay in float32."""
+    network = normalized(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), [0.5] * 3, [0.25] * 3)
+    network.module.bfloat16()
+    images = torch.rand(2, 3, 2, 2).bfloat16()
+    found = network(images)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), network.float()(images.float()), atol=0.05)
+
+
 @pytest.mark.parametrize("mode", ["forward", "difference"])
 def test_feedback_through_a_normalized_network_is_that_on_normalised_pictures(mode: str) -> None:
     torch.manual_seed(0)

@@ -29,7 +29,8 @@ class Normalized(nn.Module):
                 f"a normalized network got {images.dtype} pictures; expected floating-point values in [0, 1]: "
                 "images / 255."
             )
-        logits: Tensor = self.module((images - self.mean) / self.std)
+        # Mean and std are float32; in a network of bfloat16 weights, the pictures stay as they came.
+        logits: Tensor = self.module(((images - self.mean) / self.std).to(images.dtype))
         return logits
 
     def extra_repr(self) -> str:
