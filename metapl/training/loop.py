@@ -354,7 +354,10 @@ class FitRun:
             return 0
         state, file = checkpoint.state, checkpoint.path
         whole_batches = self.options.split_batches
-        state = of_this(state, self.trainer.ranks, file, whole_batches=whole_batches, say=self.say)
+        try:
+            state = of_this(state, self.trainer.ranks, file, whole_batches=whole_batches, say=self.say)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise _unfit(file, error) from error
         with self.trainer.ranks.agreed(waiting=True):
             self._go_on_from(state, file)
         step: int = state["step"]
@@ -377,10 +380,7 @@ class FitRun:
                 self.trainer.load_state_dict(before)
             if isinstance(error, MetaplError):
                 raise
-            raise MetaplError(
-                f"{file} is whole, but this fit cannot go on with it ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."
-            ) from error
+            raise _unfit(file, error) from error
         self.records.saved_at = file
         self.resumed_from = state["step"], file
         of_phase = "" if self.options.phase == "fit" else f" of phase {self.options.phase}"
@@ -446,6 +446,13 @@ class FitRun:
 
 def _unsaid(text: str) -> None:
     """What another process says already."""
+
+
+def _unfit(file: Path, error: Exception) -> MetaplError:
+    return MetaplError(
+        f"{file} is whole, but this fit cannot go on with it ({type(error).__name__}: "
+        f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."
+    )
 
 
 def _refuse_other_shapes(student: nn.Module, teacher: nn.Module) -> None:

@@ -41,7 +41,9 @@ def of_this(state: dict[str, Any], ranks: Ranks, file: Path, *, whole_batches: b
     Raises:
         MetaplError: the processes are as many as before no longer, and have sources of their own.
     """
-    every = state.get("ranks", [_own(state)])
+    if ranks.alone and "ranks" not in state:
+        return state
+    every = state.get("ranks") or [_own(state)]
     count, number = ranks.processes, ranks.number
     if len(every) == count:
         return _with(state, every[number])
