@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test docs bench endurance clean
+.PHONY: help demo test test-long docs bench endurance clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,10 @@ test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not long" $(TEST_ARGS)
+
+test-long: $(STAMP) ## The tests that take twenty seconds or more, which make test leaves out.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m long $(TEST_ARGS)
 
 docs: $(STAMP) ## Build the documentation into site/, with warnings as errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

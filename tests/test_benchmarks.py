@@ -61,7 +61,11 @@ def test_every_command_is_run_here() -> None:
     assert found == {*STUDIES, *MEASUREMENTS}
 
 
-@pytest.mark.parametrize("module", MEASUREMENTS, indirect=True)
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(name, marks=pytest.mark.long) if name == "endurance" else name for name in MEASUREMENTS],
+    indirect=True,
+)
 def test_a_measurement_prints_the_table_of_the_file_that_it_writes(module: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     printed = miniature(module.__name__, out)
@@ -123,6 +127,7 @@ def test_a_final_run_of_the_digits_study_is_blind_to_the_validation_images(
 
 
 @pytest.mark.parametrize("module", ["pictures_study"], indirect=True)
+@pytest.mark.long
 def test_the_pictures_study_goes_through_the_command(module: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     printed = miniature("pictures_study", out)
@@ -133,6 +138,7 @@ def test_the_pictures_study_goes_through_the_command(module: ModuleType, tmp_pat
 
 
 @pytest.mark.parametrize("module", ["label_noise"], indirect=True)
+@pytest.mark.long
 def test_the_study_of_label_noise_goes_on_where_it_was_stopped_and_fills_in_the_page(
     module: ModuleType, tmp_path: Path
 ) -> None:
@@ -207,6 +213,7 @@ def test_the_planted_noise_is_as_it_is_called(module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("module", ["suspects"], indirect=True)
+@pytest.mark.long
 def test_the_study_of_suspects_goes_through_the_command(module: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     printed = miniature("suspects", out)

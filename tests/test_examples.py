@@ -33,6 +33,7 @@ def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient() -> No
     assert cosines["none"] == [0, 0]
 
 
+@pytest.mark.long
 def test_own_networks_learns_with_feedback_and_without() -> None:
     """One seed says nothing of the difference, and that is printed."""
     found = re.fullmatch(
@@ -45,6 +46,7 @@ def test_own_networks_learns_with_feedback_and_without() -> None:
     assert found[1] != found[2]
 
 
+@pytest.mark.long
 def test_tabular_is_no_worse_than_logistic_regression() -> None:
     """On the mean of its seeds, less a point; the figures of twelve seeds are in the example's own text."""
     printed = output("tabular.py")
@@ -58,6 +60,7 @@ def test_tabular_is_no_worse_than_logistic_regression() -> None:
         assert float(found["MPL"]) > max(80, float(found["logistic regression"]) - 1)
 
 
+@pytest.mark.long
 def test_tabular_takes_seeds() -> None:
     assert output("tabular.py", "--seeds", "4").count("over 1 seeds") == 2
 

@@ -805,6 +805,7 @@ print(seen[1] - seen[0])
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.long
 def test_memory_stays_flat_over_a_thousand_steps(tmp_path: Path) -> None:
     """Less than 8 MB more after 1,200 steps than after 200; a step's graph kept by mistake would be above 20 kB."""
     program = MEMORY.format(tests=str(Path(__file__).parent), out=str(tmp_path))

@@ -129,6 +129,7 @@ for number, line in enumerate(sys.stdin):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc as Linux has it")
+@pytest.mark.long
 def test_memory_is_flat(tmp_path: Path) -> None:
     """Over 1,000 steps, and a leak of 10 kB a step shows, in the process that trains and in those that read."""
     pictures(tmp_path, any=24)

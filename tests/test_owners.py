@@ -215,6 +215,7 @@ def test_a_refused_command_leaves_no_folder(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_starts_of_the_command_at_once(tmp_path: Path) -> None:
     """With one name, one of them trains; with the default name, each has a folder of its own."""
     with ThreadPoolExecutor(3) as pool:

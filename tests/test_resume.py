@@ -228,6 +228,7 @@ def lived(nursery: Nursery, recipe: str, out: Path, moments: Iterator[Moment]) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments(nurseries: list[Nursery], whole: dict[str, tuple[Path, float]]) -> None:
     """At least 24 kills -9 anywhere between the first line and the report."""
 
@@ -428,6 +429,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(nurseries: list[Nursery], folder: Path) -> None:
     """A kill of the parent alone while the first runs train; Ctrl-C, which a terminal sends to all, when one is
     finished; a SIGTERM to the parent alone before the last is."""
