@@ -13,8 +13,10 @@ from __future__ import annotations
 import signal
 import sys
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -362,7 +364,11 @@ def in_unit_range(images: Tensor) -> Tensor:
 
 
 def _dead_workers(images: object) -> str | None:
-    files = images.dead_readers() if isinstance(images, FileImages) else []
+    files: list[Path] = []
+    for _ in range(3):  # torch's handler raises once for a worker that died, wherever this process is at
+        with suppress(RuntimeError):
+            files = images.dead_readers() if isinstance(images, FileImages) else []
+            break
     return f"a worker died while reading {' or '.join(map(str, files))}; remove or replace it" if files else None
 
 
