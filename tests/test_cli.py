@@ -552,9 +552,7 @@ def test_what_the_library_logs_is_shown_once(
         (["evaluate", "none", "--netwrok"], "there is no --netwrok; did you mean --network?"),
     ],
 )
-def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
-    arguments: list[str], expected: str
-) -> None:
+def test_a_wrong_command_line_gives_one_line_and_exit_code_2(arguments: list[str], expected: str) -> None:
     assert expected in refusal(process(*arguments, code=2))
 
 

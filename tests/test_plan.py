@@ -61,7 +61,9 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long) if case in ("forward", "none") else case for case in ALONE]
+)
 def test_a_plan_for_one_process_is_what_it_holds(case: str) -> None:
     assert gap(planned(ALONE[case]), plan_cases.measured(ALONE[case], Mesh())) < NEAR
 
