@@ -16,7 +16,7 @@ from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.self_training import networks_of
 from metapl.recipes import Digits
-from metapl.recipes.base import Recipe, Unasked
+from metapl.recipes.base import Optimizer, Recipe, Unasked
 from metapl.recipes.methods import METHODS, SELF_TRAINING_METHODS, Method
 from metapl.recipes.self_training import SelfTraining
 from metapl.runs.folder import RunFolder
@@ -53,6 +53,7 @@ class _Digits(Digits):
 
     method: Unasked[str] = "noisy_student"
     steps: int = 1000
+    teacher: Optimizer = field(default_factory=lambda: Optimizer(lr=0.2, momentum=0.9))
     schedule: Literal["cosine", "constant", "exponential"] = "exponential"
 
 

@@ -108,9 +108,7 @@ def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int]
     from metapl.report import draw_report
 
     curves = {
-        method: mean_rows(
-            [last_fit(folder / method / f"seed-{s}", results[method, s]) for s in comparison.seeds]
-        )
+        method: mean_rows([last_fit(folder / method / f"seed-{s}", results[method, s]) for s in comparison.seeds])
         for method in list(comparison.methods)[:SHOWN]
     }
     first, _ = comparison.delivered()

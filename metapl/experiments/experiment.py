@@ -23,12 +23,13 @@ from metapl.experiments.labels_given import labels_given
 from metapl.experiments.methods import train
 from metapl.experiments.noisy_labels import ALONE
 from metapl.experiments.reducing import label_by
-from metapl.experiments.self_training import Rounds
+from metapl.experiments.self_training import Rounds, spoken_rounds
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD, title, titled
+from metapl.report import Gallery
 from metapl.runs.folder import RunFolder, weights_file
 from metapl.runs.metrics import Metrics
 from metapl.training import FitResult, Say, Trainer
@@ -75,8 +76,7 @@ class Experiment:
             galleries.append(suspects_gallery(found, task))
             write_suspects(self.folder.path, found, task)
             self.say(f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first")
-        if task.rounds is not None:
-            galleries += task.rounds.galleries()
+        changed = [] if task.rounds is None else task.rounds.galleries()
         sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
         networks = self.networks(method, task, trained, result)
         name = delivered(method, networks, self.selects(task))
@@ -99,6 +99,8 @@ class Experiment:
         for network in networks.values():
             content |= network.accuracies(f"{network.name}_")
         self.report(content, chosen.evaluation, task)
+        if task.rounds is not None:
+            self.report_rounds(content, changed)
         self.folder.write_json("result.json", content)
         unread = replaced_files(self.skipped)
         if unread:
@@ -149,9 +151,7 @@ class Experiment:
             return {name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None}
 
         settings = EVERY_METHOD[method].settings(self.recipe)
-        return Rounds(
-            self.recipe, self.folder.path, task, settings, EVERY_METHOD[method].filtered, measure, self.say
-        )
+        return Rounds(self.recipe, self.folder.path, task, settings, EVERY_METHOD[method].filtered, measure, self.say)
 
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
         """:meth:`finetune`, and what the student then reaches."""
@@ -250,6 +250,18 @@ class Experiment:
             classes=list(task.classes),
             summary=" ".join(summary(content)),
             galleries=read_galleries(self.folder.path, content.get("sha256", {}).get(GALLERIES)),
+        )
+
+    def report_rounds(self, content: Mapping[str, Any], galleries: Sequence[Gallery]) -> None:
+        """Draw ``rounds.png`` from what ``result.json`` says of the rounds."""
+        from metapl.report.rounds import draw_rounds
+
+        draw_rounds(
+            self.folder.path / "rounds.png",
+            content["rounds"],
+            title=f"{self.recipe.name}: rounds of {title(content['method'])}, seed {self.recipe.seed}",
+            summary=" ".join(spoken_rounds(content["rounds"])),
+            galleries=galleries,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,7 @@ from metapl.experiments.noisy_labels import ALONE, Fit
 from metapl.experiments.reducing import AsTheyAre
 from metapl.fingerprints import fingerprint
 from metapl.labels import LabelStore, LabelWriter
-from metapl.labels.layout import DESCRIPTION
 from metapl.labels.queries import Selection, select, statistics
-from metapl.plain_files import read_plain
 from metapl.problems.losses import CrossEntropy, TeacherLoss
 from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss, with_model_noise
 from metapl.recipes.base import Recipe, Task
@@ -142,7 +140,7 @@ class Rounds:
         rows = torch.from_numpy(chosen.rows_with_copies())
         ids = torch.from_numpy(np.fromiter(chosen, dtype=np.int64, count=len(chosen)))
         before, after = statistics(labels), statistics(chosen)
-        names, same = self.task.classes, None if number == 1 else self._unchanged(number)
+        names, changed = self.task.classes, None if number == 1 else len(self.changed(number)[0])
         self.records.append(
             {
                 "round": number,
@@ -152,7 +150,8 @@ class Rounds:
                     **self._measured(number - 1, teacher),
                 },
                 "store": (place / LABELS).relative_to(self.folder).as_posix(),
-                "store_sha256": hashlib.sha256(read_plain(place / LABELS / DESCRIPTION)).hexdigest(),
+                "store_sha256": _content(labels),
+                "threshold": None if self.any_class else self.threshold(labels),
                 "unlabeled": selection.rows,
                 "unsure": selection.unsure,
                 "kept": selection.kept,
@@ -160,7 +159,7 @@ class Rounds:
                 "labeled_per_class": dict(zip(names, before.class_copies, strict=True)),
                 "kept_per_class": dict(zip(names, after.counts, strict=True)),
                 "copies_per_class": dict(zip(names, after.class_copies, strict=True)),
-                "changed_labels": None if same is None else int((~same).sum()),
+                "changed_labels": changed,
             }
         )
         self._tell(number, selection)
@@ -203,14 +202,18 @@ class Rounds:
 
         The most confident ones, by the later labels, come first.
         """
-        before, after = (_stored_labels(LabelStore(self.folder / FOLDER / str(n) / LABELS)) for n in (number - 1, number))
-        which = (before[1] != after[1]).nonzero()[:, 0]
-        which = which[after[2][which].argsort(descending=True, stable=True)]
-        return after[0][which], before[1][which], after[1][which]
+        before, after = self._both(number)
+        # A file that became unreadable is in one of them alone.
+        _, old, new = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)
+        which, labels, labels_now, confidence = after[0][new], before[1][old], after[1][new], after[2][new]
+        order = confidence.argsort(descending=True, stable=True)
+        order = order[labels[order] != labels_now[order]]
+        return which[order], labels[order], labels_now[order]
 
-    def _unchanged(self, number: int) -> Tensor:
-        before, after = (_stored_labels(LabelStore(self.folder / FOLDER / str(n) / LABELS)) for n in (number - 1, number))
-        return before[1] == after[1]
+    def _both(self, number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What the stores of the round before and of this one hold."""
+        folder = self.folder / FOLDER
+        return [_stored_labels(LabelStore(folder / str(each) / LABELS)) for each in (number - 1, number)]
 
     def _labeled(self, teacher: nn.Module, place: Path) -> LabelStore:
         """The labels of all unlabeled examples."""
@@ -242,11 +245,16 @@ class Rounds:
         return select(
             labels,
             place,
-            threshold=settings.threshold,
+            threshold=self.threshold(labels),
             per_class=settings.per_class,
             balance=settings.balance,
             resume=place.exists(),
         )
+
+    def threshold(self, labels: LabelStore) -> float:
+        """The confidence above which examples are kept: 0 where the teacher is not as confident of a single one."""
+        most = float(_stored_labels(labels)[2].max())
+        return self.settings.threshold if most > self.settings.threshold else 0.0
 
     def _tell(self, number: int, selection: Selection) -> None:
         copies = f", {selection.copies:,} with copies" if selection.copies != selection.kept else ""
@@ -256,9 +264,31 @@ class Rounds:
             f"round {number}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned from{copies}, by "
             f"labels of the network of round {number - 1}{tested}"
         )
+        if self.records[-1]["threshold"] not in (None, self.settings.threshold):
+            self.say(
+                f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are kept; "
+                "it may need more --steps"
+            )
         if selection.missing:
             missing = ", ".join(selection.missing[:5]) + (" ..." if len(selection.missing) > 5 else "")
-            self.say(f"note: no unlabeled example was kept of {len(selection.missing)} classes: {missing}")
+            self.say(f"note: of these classes no unlabeled example is kept: {missing}")
+
+
+def _content(store: LabelStore) -> str:
+    """SHA-256 of what is in a store, by those of its parts; its description says when it was begun, too."""
+    return hashlib.sha256("".join(part.sha256 for part in store.parts).encode()).hexdigest()
+
+
+def spoken_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the rounds reached and kept, in sentences."""
+    last, lines = rounds[-1], []
+    if "weights_fingerprint" in last and "test_accuracy" in last:
+        reached = [rounds[0]["teacher"]["test_accuracy"], *(each["test_accuracy"] for each in rounds)]
+        lines.append(f"Test accuracy by round: {', '.join(f'{100 * each:.1f} %' for each in reached)}.")
+    kept = f"{last['kept']:,} of {last['unlabeled']:,}"
+    copies = f", which count as {last['copies']:,}" if last["copies"] != last["kept"] else ""
+    lines.append(f"In round {last['round']}, {kept} unlabeled examples were learned from{copies}.")
+    return lines
 
 
 def _stored_labels(store: LabelStore) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,8 +384,8 @@ def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
         )
     if settings.warm_start and len(set(names)) > 1:
         raise MetaplError(
-            f"--warm-start begins with the weights of the teacher, and --networks {' '.join(settings.networks)} are not "
-            "the same; expected one network, or students from scratch."
+            f"--warm-start begins with the weights of the teacher, and --networks {' '.join(settings.networks)} are "
+            "not the same; expected one network, or students from scratch."
         )
     if settings.warm_start and recipe.schedule != "exponential":
         raise MetaplError(
@@ -466,9 +496,7 @@ def _pseudo_labeled(
     )
 
 
-def _finetuned(
-    recipe: Recipe, network: nn.Module, task: Task, number: int, fit: Fit
-) -> tuple[Trainer, FitResult]:
+def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int, fit: Fit) -> tuple[Trainer, FitResult]:
     """A student that learned from pseudo-labels alone, finetuned on labeled examples."""
     optimizer = recipe.finetune.build(network)
     trainer = LossTrainer(network, (CrossEntropy(),), optimizer=optimizer, **recipe.trainer_options())

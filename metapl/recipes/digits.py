@@ -122,7 +122,9 @@ class Digits(Recipe):
     def with_network(self, name: str) -> Digits:
         widths = name.split("x")
         if not all(width.isascii() and width.isdigit() for width in widths):
-            raise MetaplError(f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one layer.")
+            raise MetaplError(
+                f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one layer."
+            )
         return dataclasses.replace(self, hidden=tuple(map(int, widths)))
 
     def read(self, path: Path) -> list[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import tyro
@@ -69,7 +70,9 @@ class SelfTraining:
         self._require(self.warm_steps is None or self.warm_steps >= 1, "warm_steps", "1 or more")
         self._require(self.warm_steps is None or self.warm_start, "warm_steps", "None without warm_start")
         most = self.rounds + 1
-        self._require(len(self.networks) <= most, "networks", f"{most} names at most: the first teacher's, then one a round")
+        self._require(
+            len(self.networks) <= most, "networks", f"{most} names at most: the first teacher's, then one a round"
+        )
 
     def _require(self, condition: bool, field: str, expected: str) -> None:
         if not condition:
@@ -86,5 +89,5 @@ class SelfTraining:
 
     def smaller(self, parameters: Sequence[int]) -> int | None:
         """The first round whose network has fewer parameters than that of the round before it; None: none has."""
-        pairs = zip(parameters, parameters[1:], strict=False)
+        pairs = pairwise(parameters)
         return next((number for number, (teacher, student) in enumerate(pairs, 1) if student < teacher), None)
