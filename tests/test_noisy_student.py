@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from metapl.cli import main
 from metapl.experiments import self_training

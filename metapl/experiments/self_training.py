@@ -266,8 +266,8 @@ class Rounds:
         )
         if self.records[-1]["threshold"] not in (None, self.settings.threshold):
             self.say(
-                f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are kept; "
-                "it may need more --steps"
+                f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are "
+                "kept; it may need more --steps"
             )
         if selection.missing:
             missing = ", ".join(selection.missing[:5]) + (" ..." if len(selection.missing) > 5 else "")

@@ -149,7 +149,7 @@ def _draw_classes(axes: Axes, last: Mapping[str, Any], names: Sequence[str]) -> 
         axes.invert_yaxis()
         axes.margins(y=0.01)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
-        counted = axes.xaxis
+        counted: Any = axes.xaxis
     else:
         order = sorted(range(len(before)), key=lambda label: -before[label])
         for values, color in ((before, PALETTE[5]), (kept, PALETTE[0]), (after, PALETTE[1])):
