@@ -53,6 +53,7 @@ class _Digits(Digits):
 
     method: Unasked[str] = "noisy_student"
     steps: int = 1000
+    hidden: tuple[int, ...] = (64, 64)
     teacher: Optimizer = field(default_factory=lambda: Optimizer(lr=0.2, momentum=0.9))
     schedule: Literal["cosine", "constant", "exponential"] = "exponential"
 
