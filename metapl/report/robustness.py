@@ -29,6 +29,9 @@ Curves = dict[str, dict[float, float]]
 PANEL, HEIGHT, IN_A_ROW = 3.0, 4.0, 5
 """Inches of a panel with its legend, and how many stand beside each other."""
 
+MOST_NUMBERS, LEAST_ROWS = 24, 6
+"""Bars that have room for their numbers; rows below which bars would be thick."""
+
 SUMMARY = {
     "top-1": ("accuracy",),
     "top-5": ("top5",),
@@ -44,9 +47,9 @@ SUMMARY = {
 """Shares that an evaluation may have, each with its place in ``evaluation.json``."""
 
 RELATIVE = {
-    "mCE, % of AlexNet's": ("mean_corruption_error",),
-    "ImageNet-C mCE, %": ("imagenet_c", "mean_corruption_error"),
-    "ImageNet-P mFR, %": ("imagenet_p", "mean_flip_rate"),
+    "mCE, damaged pictures": ("mean_corruption_error",),
+    "mCE, ImageNet-C": ("imagenet_c", "mean_corruption_error"),
+    "mFR, ImageNet-P": ("imagenet_p", "mean_flip_rate"),
 }
 """Figures in % of AlexNet's, likewise."""
 
@@ -75,23 +78,26 @@ def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
         found: what ``evaluation.json`` holds.
         title: a line above.
     """
-    panels = [_Panel("in %", lambda axes: _bars(axes, {"": found}, SUMMARY | RELATIVE))]
+    panels = [
+        _Panel("in %", _bars_of({"": found}, SUMMARY)),
+        _Panel("in % of AlexNet's", _bars_of({"": found}, RELATIVE)),
+    ]
     for prefix, part in (("", found), ("ImageNet-C: ", found.get("imagenet_c", {}))):
         corruptions = part.get("corruptions", {})
         for group, names in GROUPS.items():
             curves: Curves = {name: _by_severity(corruptions[name]) for name in names if name in corruptions}
             if curves:
                 # The pictures of ImageNet-C are not the test pictures, so their curves do not begin there.
-                clean = None if prefix else found.get("accuracy")
-                panels.append(_Panel(prefix + group, _curves(curves, "severity", clean, found.get("chance"))))
+                clean, chance = (None, None) if prefix else (found.get("accuracy"), found.get("chance"))
+                panels.append(_Panel(prefix + group, _curves(curves, "severity", clean, chance)))
     attacks: Curves = {
         name.upper(): {float(eps): accuracy for eps, accuracy in by_eps.items()}
         for name, by_eps in found.get("attacks", {}).items()
     }
     if attacks:
         panels.append(_Panel("attack", _curves(attacks, "ε, in 1/255", found.get("accuracy"), found.get("chance"))))
-    if flips := _flips(found):
-        panels.append(_Panel("ImageNet-P: flips, %", lambda axes: _bars(axes, {"": flips}, {n: (n,) for n in flips})))
+    flips = _flips(found)
+    panels.append(_Panel("ImageNet-P: flips, %", _bars_of({"": flips}, {name: (name,) for name in flips})))
     _page(path, panels, title)
 
 
@@ -103,7 +109,10 @@ def draw_evaluations(path: Path, evaluations: Mapping[str, Mapping[str, Any]], t
         evaluations: what ``evaluation.json`` holds, by a name.
         title: a line above.
     """
-    panels = [_Panel("in %", lambda axes: _bars(axes, evaluations, SUMMARY | RELATIVE))]
+    panels = [
+        _Panel("in %", _bars_of(evaluations, SUMMARY)),
+        _Panel("in % of AlexNet's", _bars_of(evaluations, RELATIVE)),
+    ]
     for name, place in (("damaged pictures", ("corruptions",)), ("ImageNet-C", ("imagenet_c", "corruptions"))):
         kinds = {kind: (*place, kind, "error") for names in GROUPS.values() for kind in names}
         panels.append(_Panel(f"{name}: error, %", _bars_of(evaluations, kinds)))
@@ -118,8 +127,7 @@ def draw_evaluations(path: Path, evaluations: Mapping[str, Mapping[str, Any]], t
     flips = {name: _flips(found) for name, found in evaluations.items()}
     named = {name: (name,) for found in flips.values() for name in found}
     panels.append(_Panel("ImageNet-P: flips, %", _bars_of(flips, named)))
-    shown = [panel for panel in panels if not isinstance(panel.draw, _Nothing)]
-    _page(path, shown, title, legend=tuple(evaluations))
+    _page(path, panels, title, legend=tuple(evaluations))
 
 
 class _Nothing:
@@ -137,6 +145,7 @@ def _bars_of(
 
 
 def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str] = ()) -> None:
+    panels = [panel for panel in panels if not isinstance(panel.draw, _Nothing)]
     columns = min(len(panels), IN_A_ROW)
     rows = math.ceil(len(panels) / columns)
     # The names of bars stand beside them, in the first column and in others that have bars.
@@ -182,6 +191,9 @@ def _curves(curves: Curves, label: str, clean: float | None, chance: float | Non
             axes.plot(places, [100 * points[x] for x in places], "o-", ms=3.5, lw=1.6, color=color, label=name)
         if chance is not None:
             axes.axhline(100 * chance, color=QUIET, lw=0.8, ls=":", label="chance")
+        axes.set_xticks(
+            sorted({x for curve in curves.values() for x in curve} | ({0.0} if clean is not None else set()))
+        )
         axes.set_ylim(0, 100)
         axes.set_ylabel("accuracy, %")
         axes.set_xlabel(label, loc="left")
@@ -200,7 +212,8 @@ def _bars(axes: Axes, evaluations: Mapping[str, Mapping[str, Any]], places: Mapp
         for name, place in places.items()
         if any(value_at(found, place) is not None for found in evaluations.values())
     }
-    thick, many = 0.8 / len(evaluations), len(evaluations) > 1
+    thick = 0.8 / len(evaluations)
+    look: dict[str, Any] = {"fontsize": 8.5 if len(evaluations) == 1 else 7.0, "color": INK}
     largest = 0.0
     for row, (name, values) in enumerate(rows.items()):
         scale = 1 if name in RELATIVE else 100
@@ -210,9 +223,9 @@ def _bars(axes: Axes, evaluations: Mapping[str, Mapping[str, Any]], places: Mapp
             y, x = row + (bar - (len(evaluations) - 1) / 2) * thick, scale * value
             largest = max(largest, x)
             axes.barh(y, x, height=0.9 * thick, color=color)
-            size = 7.0 if many else 8.5
-            axes.annotate(f"{x:.1f}", (x, y), (3, 0), textcoords="offset points", va="center", fontsize=size, color=INK)
+            if len(rows) * len(evaluations) <= MOST_NUMBERS:
+                axes.annotate(f"{x:.1f}", (x, y), (3, 0), textcoords="offset points", va="center", **look)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_ylim(max(len(rows), LEAST_ROWS) - 0.4, -0.6)
     axes.set_xlim(0, 1.2 * max(largest, 1e-9))
     axes.grid(visible=False, axis="y")
