@@ -102,7 +102,7 @@ class Compare:
                 f"{lacking} --out {lacking}."
             )
         self._runs()
-        if len(evaluated) == len(self.runs) > 1:
+        if len(evaluated) == len(self.runs) and (len(self.runs) > 1 or self.out is not None):
             tell("")
             self._evaluations()
         return 0
