@@ -343,4 +343,8 @@ def _labels(given: list[str]) -> int:
 def _after_training(command: str, given: list[str]) -> int:
     from metapl.cli.parse import parse
 
+    if command == "evaluate" and any(word.partition("=")[0] == "--weights" for word in given):
+        from metapl.cli.evaluate_weights import EvaluateWeights
+
+        return parse(EvaluateWeights, "metapl evaluate", given)()
     return parse(after_training(command), f"metapl {command}", given)()
