@@ -81,7 +81,8 @@ metapl noisy-student RECIPE trains a teacher on the labeled examples, and then
 students, one after another: each learns with noise from the labels that the
 network before it gives the unlabeled examples. RECIPE is one of:
 
-{recipes}
+{recipes}  imagenet              ImageNet and a folder of other pictures: the paper's
+
   metapl noisy-student digits --rounds 3 --out DIR
   metapl noisy-student digits --networks 32x32 64x64
   metapl noisy-student digits --compare --seeds 0-4
@@ -266,7 +267,7 @@ def _noisy_student(given: list[str]) -> int:
     from metapl.errors import MetaplError
 
     if given and given[0] in ("-h", "--help"):
-        print(NOISY_STUDENT_HELP.format(recipes=_lines_about(RECIPES)), end="")
+        print(NOISY_STUDENT_HELP.format(recipes=_lines_about(set(RECIPES))), end="")
         return 0
     if not given or given[0] not in RECIPES:
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
