@@ -61,6 +61,8 @@ class Train:
 
     known: ClassVar[Mapping[str, Method]] = METHODS
     """The methods that the recipes can be trained by."""
+    equal_cost: ClassVar[bool] = False
+    """Whether compared methods take as many steps as cost the same; otherwise they take as many steps."""
 
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
@@ -163,7 +165,7 @@ class Train:
     def _train(self, folder: RunFolder) -> int:
         out = folder.path
         finished = self.resume and (out / "result.json").exists()
-        method = self.recipe.own_method
+        method = self._own_method()
         if not finished:
             tell(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", wrap=True)
         result = Job(self.recipe, method, out, self.resume).run(
@@ -178,11 +180,16 @@ class Train:
             tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4", wrap=True)
         return 0
 
+    def _own_method(self) -> str:
+        """That of a single run."""
+        return self.recipe.own_method
+
     # --------------------------------------------------------------------------------------------------- a comparison
 
     def _compare(self, folder: RunFolder) -> int:
         seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
-        comparison = compare(self.recipe, folder, self._methods(), seeds, resume=self.resume, jobs=self.jobs)
+        options: dict[str, Any] = {"resume": self.resume, "jobs": self.jobs, "equal_cost": self.equal_cost}
+        comparison = compare(self.recipe, folder, self._methods(), seeds, **options)
         tell(f"figures, report and the delivered networks are in {folder.path}")
         tell(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
         tell(paragraph(comparison.sentence()))

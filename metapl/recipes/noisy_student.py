@@ -1,0 +1,147 @@
+"""The protocols of Noisy Student, and any split of the data sets that torchvision knows, trained by it.
+
+Every field can be changed. What the paper does not tell, the optimizer beside its learning rate among it, is that of
+``imagenet-10pct``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from metapl.data.fingerprint import hash_files, hashes
+from metapl.data.images.folders import scan_unlabeled
+from metapl.data.images.store import FileImages
+from metapl.data.sampler import StepSampler
+from metapl.recipes.base import Optimizer, Task, require
+from metapl.recipes.image_recipe import ImageParts, Strong, whole
+from metapl.recipes.protocols import Names, Vision
+from metapl.training import Say
+
+SCALE = 10 / 30
+"""Of RandAugment's magnitudes: the paper's 27 and 9 are taken to be of 30, ours are of 10."""
+
+IMAGENET_TRAIN, LABELED_BATCH, EPOCHS = 1_281_167, 2_048, 350
+
+
+def steps_of(epochs: int, examples: int = IMAGENET_TRAIN, batch: int = LABELED_BATCH) -> int:
+    """Steps of so many passes over the labeled examples.
+
+    >>> steps_of(350)
+    218950
+    """
+    return round(epochs * examples / batch)
+
+
+def noise(magnitude: float) -> Strong:
+    """RandAugment with two operations, of a magnitude in the paper's scale."""
+    return Strong(operations=2, magnitude=SCALE * magnitude, cutout=0, translate=100 / 224)
+
+
+def _sgd(labeled_batch: int) -> Optimizer:
+    """0.128 for 2,048 labeled examples."""
+    rate = 0.128 * labeled_batch / LABELED_BATCH
+    return Optimizer(lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-5, decay_norms=False)
+
+
+Schedule = Literal["cosine", "constant", "exponential"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyVision(Vision):
+    """A data set that torchvision loads, of which a few training pictures keep their labels, by Noisy Student."""
+
+    name: ClassVar[str] = "torchvision"
+
+    schedule: Schedule = "exponential"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyImagenet(Vision):
+    """ImageNet and other pictures without labels by Noisy Student: EfficientNet-B0, 700 epochs of the labeled pictures.
+
+    Of the paper: 2,048 labeled pictures a batch, a learning rate of 0.128 that is multiplied by 0.97 every 4.8 epochs,
+    dropout 0.5, the last block kept with a probability of 0.8, RandAugment of two operations with magnitude 27 (taken
+    to be of 30), one unlabeled picture for each labeled one, and 130,000 of each class. Its 130 million unlabeled
+    pictures are not public, and YFCC100M is what it takes beside them; give their folder, or leave it out to take the
+    labels off most of ImageNet instead.
+
+    Args:
+        unlabeled: unlabeled pictures: a folder, with or without subfolders. All of ImageNet then keeps its labels.
+    """
+
+    name: ClassVar[str] = "imagenet"
+    protocol: ClassVar[str] = "imagenet-10pct"
+
+    data: tyro.conf.Suppress[Names] = "imagenet"
+    unlabeled: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    labels_per_class: int = 128
+    validation: int = 25_000
+    image_size: int = 224
+    resized_crop: bool = True
+    network_name: Annotated[str, tyro.conf.arg(name="network")] = "efficientnet_b0"
+    dropout: float = 0.5
+    stochastic_depth: float = 0.2
+    channels_last: bool = True
+    schedule: Schedule = "exponential"
+    steps: int = steps_of(2 * EPOCHS)
+    labeled_batch: int = LABELED_BATCH
+    unlabeled_batch: int = LABELED_BATCH
+    strong: Strong = field(default_factory=lambda: noise(27))
+    student: Optimizer = field(default_factory=lambda: _sgd(LABELED_BATCH))
+    teacher: Optimizer = field(default_factory=lambda: _sgd(LABELED_BATCH))
+    ema_decay: float | None = 0.999
+    validate_every: int = 5_000
+    log_every: int = 100
+    save_every: int = 5_000
+    num_workers: int = 8
+
+    def settled(self) -> NoisyImagenet:
+        changed: dict[str, Any] = {**vars(super().settled()), "unlabeled": whole(self.unlabeled)}
+        return type(self)(**changed)
+
+    def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
+        if self.unlabeled is None:
+            return super().task(say, progress, log)
+        data, files = self._data(), scan_unlabeled(self.unlabeled)
+        assert isinstance(data.train, FileImages)  # ImageNet's
+        assert isinstance(data.test, FileImages)
+        train, test = data.train.logged(log), data.test.logged(log)
+        side = (self.image_size, self.image_size)
+        many = FileImages(files.paths(), size=side, mode="L" if self.grey else "RGB", center=self.center, log=log)
+        require(self, self.validation < len(train), "validation", f"fewer than the {len(train):,} training pictures")
+        order = StepSampler(len(train), len(train), seed=self.seed, stream=3).indices(0)
+        held_out, few = order[: self.validation].sort().values, order[self.validation :].sort().values
+        pictures = ImageParts(
+            few=train.select(few),
+            labels=data.train_labels[few],
+            many=many,
+            val=(train.select(held_out), data.train_labels[held_out]),
+            test=(test, data.test_labels),
+        )
+        if say is not None:
+            say(
+                f"{self.data}: {len(few):,} labeled pictures of {len(self.classes)} classes, {len(files):,} unlabeled "
+                f"in {self.unlabeled}, {len(held_out):,} to select on, {len(test):,} to report on"
+            )
+        return Task(
+            **self.batches(pictures),
+            classes=self.classes,
+            test_names=data.test_names,
+            record={
+                "data": self.data,
+                "counts": {
+                    "labeled": len(few),
+                    "unlabeled": len(files),
+                    "validation": len(held_out),
+                    "test": len(test),
+                },
+                "hash": {"unlabeled": hash_files(files), **hashes(labels=data.train_labels, validation=held_out)},
+            },
+        )
+
+
+NOISY_STUDENT_RECIPES: tuple[type[Vision], ...] = (NoisyVision, NoisyImagenet)
