@@ -119,6 +119,13 @@ def test_tensor_parallelism(two: Ranks, optimizer: str) -> None:
     )
 
 
+@pytest.mark.parametrize("layout", [pytest.param("tensor_by_shard", marks=pytest.mark.long), "tensor_by_replicate"])
+def test_products_by_a_mesh(four: Ranks, layout: str) -> None:
+    case: dict[str, Any] = {"layout": layout, "hidden": 8}
+    pairs = (("reinforce", "sgd"), ("difference", "adamw"))
+    check(four, [{**case, "mode": mode, "optimizer": optimizer} for mode, optimizer in pairs], alike=2)
+
+
 def test_tensor_parallelism_and_shards(four: Ranks) -> None:
     case: dict[str, Any] = {"layout": "tensor_shard", "hidden": 8}
     cases = [
@@ -161,6 +168,10 @@ def test_options_of_the_trainer(two: Ranks, layout: str) -> None:
             {**case, "mode": cosine},
         ],
     )
+
+
+def test_uda_aligns_the_labels_of_all_rows(two: Ranks) -> None:
+    assert max(two.run("aligned")) < 1e-14
 
 
 def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
@@ -297,7 +308,8 @@ def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (lambda: Mesh(tensor=2), r"Mesh\(tensor=2\): tensor parallelism is not built yet"),
+        (lambda: Mesh(tensor=2, spatial=2), r"Mesh\(tensor=2, spatial=2\): a network is cut either in its products"),
+        (lambda: shard(multilayer([4, 3]), Mesh(shard=2), plan={}), "shard was given a plan and mesh.tensor=1"),
         (lambda: shard(multilayer([4, 3]), Mesh(spatial=2)), "shard was given mesh.spatial=2 and no example"),
         (lambda: Mesh(shard=0), r"Mesh\(shard=0\): expected a number of processes"),
         (lambda: shard(multilayer([4, 3]), Mesh(shard=2)), "torchrun --nproc-per-node=2"),
@@ -341,8 +353,9 @@ def test_a_rank_that_hangs_ends_the_test(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout: str, tmp_path: Path) -> None:
-    found = two.run("fitted", layout=layout, out=str(tmp_path / "run"))
-    expected = sharded_cases.fitted(None)
+    """With averaged weights, which are validated and kept."""
+    found = two.run("fitted", layout=layout, out=str(tmp_path / "run"), ema_decay=0.7)
+    expected = sharded_cases.fitted(None, ema_decay=0.7)
     for own in found:
         assert error(own["weights"], expected["weights"]) < 1e-10
         assert error(own["tuned"], expected["tuned"]) < 1e-10
@@ -353,9 +366,9 @@ def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout
     assert [row["step"] for row in written if row["phase"] == "fit"] == [row["step"] for row in expected["history"]]
 
 
-@pytest.mark.parametrize("layout", ["tensor", "tensor_shard"])
+@pytest.mark.parametrize("layout", ["tensor", "tensor_shard", "tensor_by_replicate"])
 def test_a_fit_of_parallel_products(two: Ranks, four: Ranks, layout: str) -> None:
-    case: dict[str, Any] = {"mode": "difference", "hidden": 8}
+    case: dict[str, Any] = {"mode": "difference", "hidden": 8, "ema_decay": None if layout == "tensor" else 0.7}
     expected = sharded_cases.fitted(None, **case)
     for own in (two if layout == "tensor" else four).run("fitted", layout=layout, **case):
         assert error(own["weights"], expected["weights"]) < 1e-6

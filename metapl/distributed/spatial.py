@@ -83,13 +83,30 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> Modul
         try:
             for name, (_, new) in replaced.items():
                 _put(module, name, new)
-            _check_same(module(split_width(example, group)), expected, group)
+            try:
+                found = module(split_width(example, group))
+            except RuntimeError as error:
+                if isinstance(error, dist.DistError):
+                    raise
+                raise MetaplError(_OTHER_OUTPUTS + f" It failed with: {error}") from error
+            _check_same(found, expected, group)
         except BaseException:
             for name, (layer, _) in replaced.items():
                 _put(module, name, layer)
             raise
     set_columns(module, columns)
     return module
+
+
+def takes_whole_images(network: nn.Module) -> None:
+    """Let a network that is split take whole images, the same in every process, and cut out its own columns."""
+    network.register_forward_pre_hook(_own_columns)
+
+
+def _own_columns(network: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    columns = columns_of(network)
+    assert columns is not None
+    return (split_width(inputs[0], columns.group),)
 
 
 def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -116,11 +133,14 @@ def _check_same(found: Tensor, expected: Tensor, group: dist.ProcessGroup) -> No
     flag = torch.tensor(float(not same), device=found.device)
     dist.all_reduce(flag, group=group)
     if flag:
-        raise MetaplError(
-            "the network makes other outputs of the columns of its processes than of whole images: its own code reads "
-            "across the width (x.mean((2, 3)), flatten, an upsampling). Expected layers for it, such as "
-            "torch.nn.AdaptiveAvgPool2d(1), or Mesh(shard=...) instead."
-        )
+        raise MetaplError(_OTHER_OUTPUTS)
+
+
+_OTHER_OUTPUTS = (
+    "the network makes other outputs of the columns of its processes than of whole images: its own code reads across "
+    "the width (x.mean((2, 3)), flatten, an upsampling). Expected layers for it, such as "
+    "torch.nn.AdaptiveAvgPool2d(1), or Mesh(shard=...) instead."
+)
 
 
 def _split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | None:

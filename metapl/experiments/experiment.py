@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from metapl.data.images.record import record_files, replaced_files
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.shards import load_whole
+from metapl.distributed.spatial import takes_whole_images
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
@@ -97,11 +98,21 @@ class Experiment:
         return content
 
     def laid_out(self, *networks: nn.Module) -> list[nn.Module]:
-        """Networks over the processes that train together; with dropout, each process draws masks of its own."""
-        parts = [part for network in networks for part in network.modules()]
-        if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in parts):
-            torch.manual_seed(self.recipe.seed + 2**32 * (1 + dist.get_rank()))
-        return [shard(network, self.mesh) for network in networks]
+        """Networks over the processes that train together."""
+        options: dict[str, Any] = {}
+        if self.mesh.spatial > 1:
+            draw = torch.Generator().manual_seed(self.recipe.seed)
+            options["example"] = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
+        found = [shard(network, self.mesh, **options) for network in networks]
+        for network in networks if self.mesh.spatial > 1 else ():
+            takes_whole_images(network)
+        self.seed_shares(*networks)
+        return found
+
+    def seed_shares(self, *networks: nn.Module) -> None:
+        """Where networks drop something, let each share of a batch have masks of its own."""
+        if self.mesh.size > 1 and any(_drops(part) for network in networks for part in network.modules()):
+            torch.manual_seed(self.recipe.seed + 2**32 * (1 + self.mesh.share))
 
     def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
         """Train by ``method``; the returned trainer's student is the network that is kept."""
@@ -114,13 +125,14 @@ class Experiment:
         if result.teacher_weights is not None and EVERY_METHOD[method].teaches and teacher is not None:
             accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
             networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))
-        networks.append(self.finetuned(task, trained.student, result))
+        networks.append(self.finetuned(task, trained.as_given, result))
         return {network.name: network for network in networks}
 
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
         """:meth:`finetune`, and what the student then reaches."""
         tuned = self.finetune(task, student, before)
-        return self.network("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
+        inside = student.module if isinstance(student, DistributedDataParallel) else student
+        return self.network("finetuned", task, inside, tuned.validation_accuracy, tuned.weights)
 
     def network(
         self,
@@ -185,6 +197,7 @@ class Experiment:
     def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
         """The student finetuned on the labeled data, or unchanged where validation shows that to be better."""
         torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
+        self.seed_shares(student)
         if not self.recipe.finetune_steps:
             return before
         every = max(1, self.recipe.finetune_steps // 10)
@@ -198,7 +211,7 @@ class Experiment:
             **self.options(task) | {"truth": None} | alone,
         )
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
-            load_whole(student, before.weights)
+            load_whole(student.module if isinstance(student, DistributedDataParallel) else student, before.weights)
             return before
         return result
 
@@ -285,6 +298,12 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
     return lines
+
+
+def _drops(part: nn.Module) -> bool:
+    """Whether a layer drops numbers, channels or examples, by its name in torch, torchvision or timm."""
+    named = any(word in type(part).__name__.lower() for word in ("drop", "stochasticdepth"))
+    return named and bool(getattr(part, "p", getattr(part, "drop_prob", 0.0)))
 
 
 def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:

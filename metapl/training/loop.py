@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -283,10 +283,11 @@ class FitRun:
 
     def _warm_start(self) -> None:
         """The student begins as the teacher is."""
-        teacher = self._kept_teacher()
-        if teacher is None:
+        if self.trainer.teacher is None:
             return
-        load_whole(self.trainer.student, weights_of(teacher))
+        with self._kept_teacher() as teacher:
+            weights = weights_of(teacher)
+        load_whole(self.trainer.student, weights)
         self.average = self._average(self.trainer.student)
 
     def _average(self, network: nn.Module | None) -> Average | None:
@@ -298,20 +299,21 @@ class FitRun:
 
     def _look(self, t: int) -> dict[str, float]:
         """The accuracies on validation data after step t."""
-        student = None if self.options.waits(t) else self._candidate()
+        student = None if self.options.waits(t) else self._candidate
         # A teacher that weighs examples, say, has no accuracy.
-        kept, labeler = self._kept_teacher(), self.trainer.teacher
-        teachers = (kept, labeler) if self.trainer.teacher_classifies else (None, None)
-        self.seen = self.selection.look(student, *teachers, t + 1)
+        labeler = self.trainer.teacher if self.trainer.teacher_classifies else None
+        kept = None if labeler is None else self._kept_teacher
+        self.seen = self.selection.look(student, kept, labeler, t + 1)
         return self.seen
 
-    def _candidate(self) -> nn.Module:
+    def _candidate(self) -> AbstractContextManager[nn.Module]:
         """What is validated and kept: the averaged student, or the student."""
-        return self.trainer.student if self.average is None else self.average.module
+        return nullcontext(self.trainer.student) if self.average is None else self.average.held()
 
-    def _kept_teacher(self) -> nn.Module | None:
+    def _kept_teacher(self) -> AbstractContextManager[Any]:
         """What is validated and kept of the teacher: its average, or the teacher."""
-        return self.trainer.teacher if self.teacher_average is None else self.teacher_average.module
+        average = self.teacher_average
+        return nullcontext(self.trainer.teacher) if average is None else average.held()
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
@@ -430,13 +432,15 @@ class FitRun:
         """Put the student that is kept in place, and the teacher."""
         teacher, taught = self.trainer.teacher, None
         if teacher is not None:
-            taught = weights_of(self._kept_teacher() or teacher)
+            with self._kept_teacher() as kept:
+                taught = weights_of(kept)
             load_whole(teacher, taught)
         best = self.selection.best
         if not best.weights:
             accuracy = self.seen.get("student_validation_accuracy")
             step = self.ended[0] if self.ended else self.options.steps
-            best = Best(accuracy, step, weights_of(self._candidate()))
+            with self._candidate() as candidate:
+                best = Best(accuracy, step, weights_of(candidate))
         load_whole(self.trainer.student, best.weights)
         ranks, history = self.trainer.ranks, self.records.history
         # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
