@@ -101,6 +101,7 @@ def test_products_of_layers(two: Ranks, tmp_path: Path) -> None:
         assert (left / name).read_bytes() == (tmp_path / "tensor" / name).read_bytes()
 
 
+@pytest.mark.long
 def test_a_comparison(two: Ranks, tmp_path: Path) -> None:
     command = [*TINY, "--compare", "--methods", "mpl", "pseudo_labels"]
     trained(None, [*command, "--jobs", "1"], tmp_path / "alone")
