@@ -24,11 +24,12 @@ from metapl.runs.checkpoint import Found
 from metapl.runs.checkpoint import load as load_checkpoint
 from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
+from metapl.runs.parts import PartsWriter, check_parts, load_parts
 from metapl.training.average import Average
 from metapl.training.callbacks import Callback, Callbacks
 from metapl.training.contract import Say, Stepwise
 from metapl.training.options import FitOptions
-from metapl.training.processes import of_all, of_this
+from metapl.training.processes import in_parts, layouts_of, of_all, of_this, parts_writer
 from metapl.training.progress import Progress, progress
 from metapl.training.rates import Rates
 from metapl.training.records import Records
@@ -110,6 +111,7 @@ class FitRun:
         # The last step, and why it is, once a callback has said so.
         self.ended: tuple[int, str] | None = None
         self.feeds: dict[str, Feed] = {}
+        self.parts: PartsWriter | None = None  # of checkpoints that every process writes its part of
         self.saves = False  # whether there is a folder, perhaps that of another process
         self.under_way = 0  # the number of the step
         self.seen: dict[str, float] = {}  # the last accuracies on validation data
@@ -131,6 +133,9 @@ class FitRun:
                 self.records.refuse_another_run()
         self.selection.check(self.trainer.student, self.trainer.teacher)
         try:
+            if self.saves:
+                known = self.records.checkpoints
+                self.parts = parts_writer(self.trainer, None if known is None else known.folder, self.options.keep)
             for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
                 if source is not None:
                     self.feeds[name] = self._feed(source, name)
@@ -155,6 +160,8 @@ class FitRun:
             self.rates.put_back()
             for feed in self.feeds.values():
                 feed.close()
+            if self.parts is not None:
+                self.parts.close()
         return self._finish()
 
     def _feed(self, source: Any, name: str) -> Feed:
@@ -178,9 +185,10 @@ class FitRun:
                     if self.ended or options.due(options.save_every, t):
                         self._save(t + 1)
                     if self._stops(t, stop):
-                        raise Interrupted(t + 1, (*stop, signal.SIGTERM)[0], self._save(t + 1))
+                        raise Interrupted(t + 1, (*stop, signal.SIGTERM)[0], self._save(t + 1) or self._settle())
                     if self.ended:
                         break
+                self._settle()
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(options.steps, stop[0], self.records.saved_at)
 
@@ -318,6 +326,7 @@ class FitRun:
     # ------------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self, step: int) -> Path | None:
+        """Write a checkpoint; None where it is written beside the training, until :meth:`_settle`."""
         if not self.saves:
             return None
         self._refuse_bad(step - 1)
@@ -325,11 +334,23 @@ class FitRun:
         ranks = self.trainer.ranks
         if ranks.alone:
             return self.records.save(step, state)
+        if self.parts is not None:
+            self._settle()
+            with ranks.agreed(waiting=True):
+                self.records.flush()
+            self.parts.write(step, *in_parts(state, ranks))
+            return None
         state = of_all(state, ranks)
         path: Path | None = None
         with ranks.agreed(waiting=True):
             path = self.records.save(step, state)  # by the first one
         return path  # noqa: RET504 - a return inside would look to mypy as if the block could end without one
+
+    def _settle(self) -> Path | None:
+        """Wait for the checkpoint that is written beside the training; the last one that was."""
+        if self.parts is not None:
+            self.records.saved_at = self.parts.settle() or self.records.saved_at
+        return self.records.saved_at
 
     def _state(self, step: int) -> dict[str, Any]:
         best = self.selection.best
@@ -392,15 +413,24 @@ class FitRun:
         """The newest whole checkpoint: the first of several processes finds it, and all read it."""
         ranks = self.trainer.ranks
         if ranks.alone:
-            return self.records.newest(self.say)
+            return self.records.newest(self.say, load_parts)
         with ranks.agreed(waiting=True):
-            found = self.records.newest(self.say) if self.first else None
+            found = self.records.newest(self.say, check_parts) if self.first else None
         path = ranks.gathered(None if found is None else str(found.path))[0]
         if path is None:
             return None
         with ranks.agreed(waiting=True):
+            if Path(path).is_dir():
+                return Found(Path(path), self._read(Path(path)))
             state = load_checkpoint(path) if found is None else found.state
         return Found(Path(path), state)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A checkpoint in parts: as the networks are laid out, where they are sharded."""
+        if self.parts is None:
+            return load_parts(path, checked=True)
+        like = layouts_of(self._state(0), self.trainer)
+        return load_parts(path, like, self.parts.group, checked=True)
 
     def _take(self, state: dict[str, Any]) -> None:
         """Put everything to where a checkpoint has it."""
