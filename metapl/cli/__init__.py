@@ -20,6 +20,7 @@ examples. On your own pictures the default is UDA: one network that learns its
 own labels of pictures that it is sure of.
 
   metapl train RECIPE           train a classifier; it goes to a folder (RUN)
+  metapl noisy-student RECIPE   train students on the labels of their teachers
   metapl ablate RECIPE          compare the modes: which gradient to take
   metapl plan RECIPE            memory and hours on many ranks, without any
   metapl evaluate RUN           measure it on the test set again
@@ -73,6 +74,19 @@ metapl train RECIPE, with RECIPE one of:
   two-moons             the paper's toy experiment, for many seeds at once
 
 Each says more with --help: metapl train digits --help.
+"""
+
+NOISY_STUDENT_HELP = """\
+metapl noisy-student RECIPE trains a teacher on the labeled examples, and then
+students, one after another: each learns with noise from the labels that the
+network before it gives the unlabeled examples. RECIPE is one of:
+
+{recipes}
+  metapl noisy-student digits --rounds 3 --out DIR
+  metapl noisy-student digits --networks 32x32 64x64
+  metapl noisy-student digits --compare --seeds 0-4
+
+Each says more with --help: metapl noisy-student digits --help.
 """
 
 ABLATE_HELP = """\
@@ -217,6 +231,8 @@ def _dispatch(given: list[str]) -> int:
         )
     if command == "ablate":
         return _ablate(rest)
+    if command == "noisy-student":
+        return _noisy_student(rest)
     if command == "plan":
         return _plan(rest)
     if command == "labels":
@@ -239,6 +255,25 @@ def _train(given: list[str]) -> int:
         return 0
     with flags_named():
         command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
+        command.check_flags(given_flags(respelled(given[1:])))
+        return command()
+
+
+def _noisy_student(given: list[str]) -> int:
+    from metapl.cli.idle import given_flags
+    from metapl.cli.noisy_student import COMMANDS as RECIPES
+    from metapl.cli.parse import did_you_mean, flags_named, parse, respelled
+    from metapl.errors import MetaplError
+
+    if given and given[0] in ("-h", "--help"):
+        print(NOISY_STUDENT_HELP.format(recipes=_lines_about(RECIPES)), end="")
+        return 0
+    if not given or given[0] not in RECIPES:
+        named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"
+        meant = (did_you_mean(given[0], list(RECIPES)) if given else "") or "."
+        raise MetaplError(f"{named}{meant} Expected one of {', '.join(RECIPES)}: metapl noisy-student digits.")
+    with flags_named():
+        command = parse(RECIPES[given[0]], f"metapl noisy-student {given[0]}", given[1:])
         command.check_flags(given_flags(respelled(given[1:])))
         return command()
 

@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = (
     "train",
+    "noisy-student",
     "ablate",
     "plan",
     "evaluate",

@@ -137,7 +137,7 @@ def _entry(run: LoadedRun, folder: RunFolder, numbers: dict[str, Any], fields: d
         numbers["seed"],
         result["steps"],
         fields,
-        {readout: numbers[readout] for readout in READOUTS},
+        {readout: numbers.get(readout, numbers[STUDENT]) for readout in READOUTS},
         folder.path,
         stored_data(folder)["hash"],
         tuple(str((fields | {"seed": numbers["seed"]}).get(name)) for name in drawn_by),

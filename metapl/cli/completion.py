@@ -10,6 +10,7 @@ import tyro
 from metapl.cli.ablate import COMMANDS as ABLATIONS
 from metapl.cli.commands import COMMANDS, after_training
 from metapl.cli.labels import COMMANDS as LABELS
+from metapl.cli.noisy_student import COMMANDS as NOISY
 from metapl.cli.plan import COMMANDS as PLANS
 from metapl.cli.train import COMMANDS as RECIPES
 from metapl.errors import MetaplError
@@ -28,6 +29,9 @@ def print_completion(given: Sequence[str]) -> int:
     def train(recipe: Annotated[_one_of(RECIPES), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Train a student; it goes to a run folder."""
 
+    def noisy(recipe: Annotated[_one_of(NOISY), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
+        """Train students on the labels of their teachers."""
+
     def ablate(recipe: Annotated[_one_of(ABLATIONS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Compare the modes."""
 
@@ -37,7 +41,7 @@ def print_completion(given: Sequence[str]) -> int:
     def labels(do: Annotated[_one_of(LABELS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
         """Look at stored labels, or select from them."""
 
-    of_choices = {"train": train, "ablate": ablate, "plan": plan, "labels": labels}
+    of_choices = {"train": train, "noisy-student": noisy, "ablate": ablate, "plan": plan, "labels": labels}
     commands = of_choices | {name: after_training(name) for name in COMMANDS if name not in of_choices}
     try:
         tyro.cli(

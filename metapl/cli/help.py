@@ -28,14 +28,15 @@ GROUPS: dict[str, str] = {
     "views": "view.* changes.* pad resized-crop randaugment strong.* input-noise",
     "training": "method minutes steps wait warm-start warm-steps labeled-batch unlabeled-batch clean-batch schedule "
     "pretrain-steps warmup clip-norm ema-decay validate-every",
+    "rounds": "rounds networks allow-smaller threshold per-class balance ratio loss training unlabeled-noise "
+    "noisy-teacher",
     "losses of the teacher, or of the one network": "supervised-loss label-smoothing uda-weight uda-temperature "
     "uda-threshold uda-align uda-prior uda-start uda-ramp",
     "feedback": "mode pseudo-labels lookahead feedback-weight feedback-ratio normalization baseline temperature "
     "pseudo-label-smoothing exact-every",
     "optimizers": "student.* teacher.* student-lr teacher-lr",
     "finetuning": "finetune-steps finetune-batch finetune.*",
-    "comparison": "compare seeds methods controls jobs modes draws rounds altered stability train-steps "
-    "train-seeds factory",
+    "comparison": "compare seeds methods controls jobs modes draws altered stability train-steps train-seeds factory",
     "output": "out json resume log-every save-every keep",
     "machine": "device precision accumulate compile channels-last num-workers threads mesh.* ranks memory "
     "flops-per-second",

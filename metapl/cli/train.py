@@ -170,7 +170,7 @@ class Train:
     def _train(self, folder: RunFolder, lead: Lead) -> int:
         out = folder.path
         finished = self.resume and (out / "result.json").exists()
-        method = self.recipe.own_method
+        method = self._own_method()
         if not finished:
             tell(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", wrap=True)
         job = Job(self.recipe, method, out, self.resume)
@@ -184,6 +184,10 @@ class Train:
         if method == "mpl":
             tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4", wrap=True)
         return 0
+
+    def _own_method(self) -> str:
+        """That of a single run."""
+        return self.recipe.own_method
 
     # --------------------------------------------------------------------------------------------------- a comparison
 

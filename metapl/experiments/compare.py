@@ -11,6 +11,7 @@ from typing import Any
 
 from metapl.cores import available_cores, default_threads
 from metapl.experiments.comparison import Comparison
+from metapl.experiments.experiment import last_fit
 from metapl.experiments.jobs import Job, Pace, aloud, run_all
 from metapl.experiments.methods import check_method
 from metapl.experiments.store import describe
@@ -19,7 +20,6 @@ from metapl.metrics import Evaluation, with_chance
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import title
 from metapl.runs.folder import WEIGHTS, RunFolder
-from metapl.runs.metrics import Metrics
 from metapl.training.progress import duration
 
 SHOWN = 7
@@ -124,9 +124,7 @@ def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int]
     from metapl.report import draw_report
 
     curves = {
-        method: mean_rows(
-            [Metrics(folder / method / f"seed-{s}" / "metrics.jsonl").rows("fit") for s in comparison.seeds]
-        )
+        method: mean_rows([last_fit(folder / method / f"seed-{s}", results[method, s]) for s in comparison.seeds])
         for method in list(comparison.methods)[:SHOWN]
     }
     first, _ = comparison.delivered()

@@ -56,7 +56,7 @@ class Comparison:
             by_seed = [results[method, seed] for seed in seeds]
             validated = all(result["delivered_by"] == "validation" for result in by_seed)
             readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
-            accuracies[method] = {readout: [result[readout] for result in by_seed] for readout in readouts}
+            accuracies[method] = {readout: [_read(result, readout) for result in by_seed] for readout in readouts}
         evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
         return cls(seeds, accuracies, evaluations[0].n, statistics.fmean(result.chance for result in evaluations))
 
@@ -173,6 +173,12 @@ class Comparison:
         if difference is not None:
             content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
         return content
+
+
+def _read(result: Mapping[str, Any], readout: str) -> float:
+    """An accuracy of a run; a student that is not finetuned, as in Noisy Student, stands for the finetuned one."""
+    found: float = result.get(readout, result[STUDENT])
+    return found
 
 
 def where_one_network(methods: Iterable[str]) -> str:

@@ -24,15 +24,18 @@ from metapl.experiments.labels_given import labels_given
 from metapl.experiments.methods import train
 from metapl.experiments.noisy_labels import ALONE
 from metapl.experiments.reducing import label_by
+from metapl.experiments.self_training import Rounds, spoken_rounds
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD, title, titled
+from metapl.report import Gallery
 from metapl.runs.folder import RunFolder, weights_file
 from metapl.runs.metrics import Metrics
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.finetuning import finetune
+from metapl.training.selection import weights_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,11 @@ class Experiment:
         task = dataclasses.replace(task, label=label_by(self.recipe, self.folder.path, task, self.say))
         teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         if self.mesh.size > 1:
+            if EVERY_METHOD[method].selects:
+                raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
             teacher, student = self.laid_out(teacher, student)
+        if EVERY_METHOD[method].selects:
+            task = dataclasses.replace(task, rounds=self.rounds(method, task))
         if EVERY_METHOD[method].reduced:
             task = dataclasses.replace(task, stored=labels_given(self.recipe, task, self.folder.path, self.say))
         trained, result = self.train(method, task, teacher, student)
@@ -70,6 +77,7 @@ class Experiment:
             galleries.append(suspects_gallery(found, task))
             write_suspects(self.folder.path, found, task)
             self.say(f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first")
+        changed = [] if task.rounds is None else task.rounds.galleries()
         sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
         networks = self.networks(method, task, trained, result)
         name = delivered(method, networks, self.selects(task))
@@ -85,12 +93,15 @@ class Experiment:
             "validation_size": task.validation_size,
             "validation_chance": task.validation_chance,
             "delivered_by": "validation" if self.selects(task) else "rule",
+            **({} if task.rounds is None else {"rounds": task.rounds.records}),
             "sha256": sealed,
             **chosen.as_delivered(),
         }
         for network in networks.values():
             content |= network.accuracies(f"{network.name}_")
         self.report(content, chosen.evaluation, task)
+        if task.rounds is not None:
+            self.report_rounds(content, changed)
         self.folder.write_json("result.json", content)
         unread = replaced_files(self.skipped)
         if unread:
@@ -119,7 +130,12 @@ class Experiment:
         return train(EVERY_METHOD[method], self.recipe, task, teacher, student, self.fit)
 
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
-        """The student, the student finetuned and, where one was trained beside it, the teacher."""
+        """The student, the student finetuned and, where one was trained beside it, the teacher.
+
+        Of Noisy Student, the last student and its teacher.
+        """
+        if EVERY_METHOD[method].self_training is not None:
+            return self.last_round(task, trained, result)
         networks = [self.network("student", task, trained.student, result.validation_accuracy, result.weights)]
         teacher = trained.teacher
         if result.teacher_weights is not None and EVERY_METHOD[method].teaches and teacher is not None:
@@ -127,6 +143,26 @@ class Experiment:
             networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))
         networks.append(self.finetuned(task, trained.as_given, result))
         return {network.name: network for network in networks}
+
+    def last_round(self, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
+        """The student of the last round, and its teacher."""
+        (teacher,) = task.rounds.teachers
+        accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
+        networks = (
+            self.network("student", task, trained.student, result.validation_accuracy, result.weights),
+            self.network("teacher", task, teacher, accuracy, weights_of(teacher)),
+        )
+        return {network.name: network for network in networks}
+
+    def rounds(self, method: str, task: Task) -> Rounds:
+        """What labels and selects the unlabeled examples, in the run's folder."""
+
+        def measure(network: nn.Module) -> dict[str, float]:
+            parts = {"validation_accuracy": task.validation, "test_accuracy": task.test}
+            return {name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None}
+
+        settings = EVERY_METHOD[method].settings(self.recipe)
+        return Rounds(self.recipe, self.folder.path, task, settings, EVERY_METHOD[method].filtered, measure, self.say)
 
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
         """:meth:`finetune`, and what the student then reaches."""
@@ -222,12 +258,31 @@ class Experiment:
         draw_report(
             self.folder.path / "report.png",
             title=f"{self.recipe.name}: {title(content['method'])}, seed {self.recipe.seed}",
-            curves={content["method"]: Metrics(self.folder.path / "metrics.jsonl").rows("fit")},
+            curves={content["method"]: last_fit(self.folder.path, content)},
             confusion=None if evaluation is None else evaluation.confusion,
             classes=list(task.classes),
             summary=" ".join(summary(content)),
             galleries=read_galleries(self.folder.path, content.get("sha256", {}).get(GALLERIES)),
         )
+
+    def report_rounds(self, content: Mapping[str, Any], galleries: Sequence[Gallery]) -> None:
+        """Draw ``rounds.png`` from what ``result.json`` says of the rounds."""
+        from metapl.report.rounds import draw_rounds
+
+        draw_rounds(
+            self.folder.path / "rounds.png",
+            content["rounds"],
+            title=f"{self.recipe.name}: rounds of {title(content['method'])}, seed {self.recipe.seed}",
+            summary=" ".join(spoken_rounds(content["rounds"])),
+            galleries=galleries,
+        )
+
+
+def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the main phase of a run, which of Noisy Student is the last round."""
+    last = EVERY_METHOD[content["method"]].self_training is not None
+    phase = f"round-{len(content['rounds'])}" if last else "fit"
+    return Metrics(folder / "metrics.jsonl").rows(phase)
 
 
 @dataclass(frozen=True)
@@ -269,9 +324,12 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
     Args:
         method: of :data:`EVERY_METHOD`.
         networks: by name.
-        select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``.
+        select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``. Of
+            Noisy Student it is the last student, of which the best step is selected.
             Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
     """
+    if EVERY_METHOD[method].self_training is not None:
+        return EVERY_METHOD[method].delivers
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
     return EVERY_METHOD[method].delivers

@@ -88,9 +88,17 @@ def _gallery(
     title: str, note: str, seen: Sequence[_Seen], captions: Sequence[str], marks: Sequence[bool | None]
 ) -> Gallery | None:
     pictures = [example.picture for example in seen]
-    if not pictures or pictures[0].ndim != 3 or pictures[0].shape[0] not in (1, 3):
+    return gallery_of(title, note, torch.stack(pictures) if pictures else torch.empty(0), captions, marks)
+
+
+def gallery_of(
+    title: str, note: str, pictures: Tensor, captions: Sequence[str], marks: Sequence[bool | None]
+) -> Gallery | None:
+    """Examples (n, C, H, W) in [0, 1] as a gallery; None where there are none, or they are not pictures of 1 or 3
+    channels."""
+    if not len(pictures) or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
         return None
-    levels = (torch.stack(pictures).clamp(0, 1) * 255).round().to(torch.uint8)
+    levels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
     return Gallery(title, note, levels, tuple(captions), tuple(marks))
 
 

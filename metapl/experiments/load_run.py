@@ -88,7 +88,7 @@ class LoadedRun:
         torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
         role: Role = "teacher" if name == "teacher" else EVERY_METHOD[self.result["method"]].built_as
         # What it was started from need not be there any more.
-        fresh = self.recipe
+        fresh = self.recipe_of(name)
         if isinstance(fresh, ImageRecipe):
             fresh = dataclasses.replace(fresh, weights=None)
         file = weights_file(name)
@@ -103,6 +103,15 @@ class LoadedRun:
                 )
         network.load_state_dict(weights)
         return network
+
+    def recipe_of(self, name: str) -> Recipe:
+        """The recipe with the architecture of one of its networks, which Noisy Student can change between rounds."""
+        method = EVERY_METHOD[self.result["method"]]
+        if method.self_training is None or name != "teacher":
+            return self.recipe
+        sized: Recipe = stored(self.folder)[0]
+        named = method.settings(sized).network(len(self.result["rounds"]) - 1)
+        return sized if named is None else sized.with_network(named)
 
     def titled(self, name: str) -> str:
         """One of its networks in words."""
@@ -134,6 +143,10 @@ def load_run(path: Path) -> LoadedRun:
         )
     result = stored_result(folder)
     delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])
+    method = EVERY_METHOD[result["method"]]
+    if method.self_training is not None:
+        last = method.settings(recipe).network(len(result["rounds"]))
+        delivered = delivered if last is None else delivered.with_network(last)
     return LoadedRun(folder, delivered, description, result)
 
 

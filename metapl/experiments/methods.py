@@ -11,6 +11,7 @@ from torch import nn
 from metapl.errors import MetaplError
 from metapl.experiments.noisy_labels import ALONE, Fit, train_on_noisy
 from metapl.experiments.reducing import even_labels, feedback_of, train_reduced
+from metapl.experiments.self_training import Rehearsed, filtered, train_noisy_student
 from metapl.problems.losses import UDA, TeacherLoss
 from metapl.recipes.base import ROLES, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD, Method
@@ -30,6 +31,8 @@ def train(
     if method.doubting is not None:
         assert isinstance(recipe, NoisyFolders)  # the only recipe with these methods
         return train_on_noisy(method, recipe, task, student, fit)
+    if method.self_training is not None:
+        return train_noisy_student(method, recipe, task, fit)
     if method.losses is not None:
         labeled = task.everything if method.place == "headroom" else task.labeled
         if labeled is None:
@@ -51,6 +54,9 @@ def train(
         changed = {"mode": "none", "kind": method.fixed_labels, "teacher_losses": (), **recipe.trainer_options()}
         trainer = _bilevel(recipe, teacher, student, **changed)
         return trainer, fit(trainer, task.labeled, task.unlabeled, task, **ALONE)
+    if method.filtered:
+        task = filtered(recipe, task, fit)
+        torch.manual_seed(recipe.seed)  # whatever was drawn for the labels
     trainer = bilevel_trainer(recipe, teacher, student, method.feedback)
     return trainer, fit(trainer, task.labeled, task.unlabeled, task)
 
@@ -121,7 +127,8 @@ def check_method(recipe: Recipe, method: str, task: Task) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             teacher, student = (recipe.network(role) for role in ROLES)
-            rehearsed = dataclasses.replace(task, label=even_labels(task))
+            rounds = Rehearsed(task, EVERY_METHOD[method].settings(recipe))
+            rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=rounds)
             train(EVERY_METHOD[method], recipe, rehearsed, teacher, student, check)
             steps = {"ema_decay": None, "warmup": 0} | recipe.finetune_options()
             if recipe.finetune_steps:

@@ -33,6 +33,7 @@ RESULT: dict[str, Any] = {
     "evaluation": dict[str, Any],
     "sha256": dict[str, str],
     "finetuned_with": dict[str, float],
+    "rounds": list[dict[str, Any]],
     "seeds": list[int],
     "methods": dict[str, dict[str, list[float]]],
     "delivery": str,

@@ -22,6 +22,7 @@ from metapl.metrics import chance_level
 from metapl.models import Architecture, parameter_groups
 from metapl.problems import PseudoLabels
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.recipes.self_training import SelfTraining
 from metapl.training import FitOptions, Say
 from metapl.typed import misfit_entries
 
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     Mode = str
 else:
     Mode = Literal[feedback.MODES]  # what the command line offers
+
+Asked = TypeVar("Asked")
+Unasked = tyro.conf.Suppress[tyro.conf.Fixed[Asked]]
+"""A field that is no flag of the commands that make the recipe."""
 
 
 FIT_OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions) if field.name not in ("steps", "phase"))
@@ -196,6 +201,7 @@ class Task:
         doubtful: examples whose labels may be wrong, for the list of suspects; None where labels are right or unknown.
         stored: labels of a teacher that was trained before; None where there are none.
         label: stores the labels that a network gives the examples; None where there is no place for them.
+        rounds: label and select the unlabeled examples, see :mod:`metapl.experiments.self_training`; None likewise.
         split: how the examples were divided, for the run folder's ``split.json``.
         skipped: files that are left out, each with the reason.
         record: what was found and how it was split, for the run folder's ``data.json``; its ``hash`` says of which
@@ -216,6 +222,7 @@ class Task:
     doubtful: Doubtful | None = None
     stored: Stored | None = None
     label: Callable[[nn.Module], Stored] | None = None
+    rounds: Any = None
     split: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -253,7 +260,8 @@ class Recipe(ABC):
         feedback: how the teacher learns from the student.
         student: its optimizer.
         teacher: its optimizer.
-        schedule: how both learning rates change over the steps.
+        schedule: how both learning rates change over the steps: to 0 (cosine), not at all (constant), or by 0.97 for
+            every 145th part of the steps, as in Noisy Student (exponential).
         warmup: steps over which both learning rates grow from 0.
         ema_decay: decay of the moving average of the weights. The average is what is kept; with None, the weights
             themselves are.
@@ -265,6 +273,7 @@ class Recipe(ABC):
         exact_every: steps between measurements of the cosine between the mode's gradient and the exact one; by default
             it is not measured.
         keep: number of checkpoints to keep.
+        self_training: how Noisy Student goes from a teacher to its students.
     """
 
     name: ClassVar[str]
@@ -283,7 +292,7 @@ class Recipe(ABC):
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
     student: Optimizer = field(default_factory=Optimizer)
     teacher: Optimizer = field(default_factory=Optimizer)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "exponential"] = "cosine"
     warmup: int = 0
     ema_decay: float | None = None
     finetune_steps: int = 200
@@ -293,6 +302,7 @@ class Recipe(ABC):
     save_every: int = 500
     exact_every: int | None = None
     keep: int = 2
+    self_training: Unasked[SelfTraining] = field(default_factory=SelfTraining)
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -336,6 +346,14 @@ class Recipe(ABC):
     @abstractmethod
     def network(self, role: Role = "student") -> nn.Module:
         """The teacher or the student with fresh weights, from the default generator."""
+
+    @abstractmethod
+    def with_network(self, name: str) -> Self:
+        """The recipe with another network.
+
+        Args:
+            name: as ``--networks`` of ``metapl noisy-student`` takes it.
+        """
 
     def architecture(self) -> Architecture | None:
         """What builds the student without metapl's wrappers; None for a network that has no name."""

@@ -22,15 +22,16 @@ from metapl.data import (
 from metapl.data.fingerprint import hashes
 from metapl.data.images.reader import SUFFIXES, gray_image
 from metapl.data.tables import csv_rows
+from metapl.errors import MetaplError
 from metapl.models import mlp
 from metapl.recipes.base import Optimizer, Recipe, Role, Task, require, require_within
-from metapl.recipes.methods import METHODS
+from metapl.recipes.methods import METHODS, SELF_TRAINING_METHODS
 from metapl.training import Say
 
 if TYPE_CHECKING:
     Method = str
 else:
-    Method = Literal[tuple(METHODS)]  # what the command line offers
+    Method = Literal[(*METHODS, *SELF_TRAINING_METHODS)]  # what the command line offers
 
 MOST_LAYERS, WIDEST, MOST_THREADS = 64, 2**14, 1024
 
@@ -45,7 +46,8 @@ class Digits(Recipe):
     Args:
         method: how it is trained. mpl trains a teacher and a student with feedback, none does so without feedback.
             reduced_mpl trains a teacher first and stores its labels, which a small network then adjusts by the
-            student's feedback. Others are supervised, pseudo_labels, uda and fixmatch, and those of --methods.
+            student's feedback. Others are supervised, pseudo_labels, uda and fixmatch, those of --methods, and
+            noisy_student, whose settings are flags of metapl noisy-student.
         labels_per_class: labeled images of each class.
         hidden: widths of the hidden layers of teacher and student.
         view: how the student's, and the teacher's labeled, images are altered.
@@ -116,6 +118,14 @@ class Digits(Recipe):
 
     def network(self, role: Role = "student") -> nn.Module:
         return mlp([64, *self.hidden, 10], dropout=self.dropout)
+
+    def with_network(self, name: str) -> Digits:
+        widths = name.split("x")
+        if not all(width.isascii() and width.isdigit() for width in widths):
+            raise MetaplError(
+                f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one layer."
+            )
+        return dataclasses.replace(self, hidden=tuple(map(int, widths)))
 
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
         if path.suffix.lower() == ".csv":

@@ -28,7 +28,7 @@ from metapl.plain_files import read_plain
 from metapl.problems.losses import UDA
 from metapl.recipes.base import Optimizer, Task, require
 from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Views
-from metapl.recipes.methods import EVERY_METHOD
+from metapl.recipes.methods import EVERY_METHOD, SELF_TRAINING_METHODS
 from metapl.training import Say
 from metapl.training.progress import counting
 
@@ -77,7 +77,11 @@ else:
 STORED = ("teacher_run", "label_store", "labeled_label_store")
 """Fields of :class:`ImageFolders` that say where the labels of a teacher come from."""
 
-Method = Literal["uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels", "reduced_mpl"]
+if TYPE_CHECKING:
+    Method = str
+else:
+    OFFERED = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels", "reduced_mpl")
+    Method = Literal[(*OFFERED, *SELF_TRAINING_METHODS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +217,8 @@ class ImageFolders(ImageRecipe):
             is sure of. mpl trains a teacher and a student with feedback; none does so without feedback. supervised uses
             the labeled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
             labeled pictures alone. reduced_mpl trains a teacher first and stores its labels, which a small network
-            then adjusts by the student's feedback.
+            then adjusts by the student's feedback. noisy_student and those after it are for metapl noisy-student,
+            which has their flags.
         teacher_run: with --method reduced_mpl: the run whose network labels the pictures, instead of a teacher that is
             trained first.
         label_store: with --method reduced_mpl: a store of the labels of --unlabeled, written by metapl label. Without
@@ -403,7 +408,7 @@ class ImageFolders(ImageRecipe):
         return super().trainer_options() | {"clip_norm": self.clip_norm or None}
 
     def checked_options(self) -> dict[str, Any]:
-        alone = {} if self.method in ("mpl", "none") else {"wait": 0, "warm_start": False}
+        alone = {} if EVERY_METHOD[self.method].teaches else {"wait": 0, "warm_start": False}
         return super().checked_options() | alone
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:

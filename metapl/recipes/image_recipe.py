@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import tyro
@@ -290,6 +290,12 @@ class ImageRecipe(Recipe):
         network = self._architecture(role, len(self.classes)).create(self.weights)
         normalized = models.normalized(network, *self.normalization())
         return normalized.to(memory_format=torch.channels_last) if self.channels_last else normalized
+
+    def with_network(self, name: str) -> Self:
+        if name == self.network_name:
+            return self
+        changed: dict[str, Any] = {"network_name": name, "weights": None}  # a file is of one network
+        return dataclasses.replace(self, **changed)
 
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
         """Mean and standard deviation that pictures are normalized by, of each channel in [0, 1]."""

@@ -6,9 +6,9 @@ To add one, write an entry; :mod:`metapl.experiments.methods` trains by it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from metapl.problems import (
 )
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.recipes.base import Recipe, Role, Task
+from metapl.recipes.self_training import SelfTraining
 
 Losses = tuple[TeacherLoss, ...]
 
@@ -41,11 +42,12 @@ Doubting = Literal[
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train a recipe, of five kinds.
+    """One way to train a recipe, of six kinds.
 
     A teacher learns beside its student (``feedback``), a student learns from a teacher that was trained before it
     (``fixed_labels``), or from the stored labels of such a teacher as a small network adjusts them (``reduced``), one
-    network is trained by itself (``losses``), or it learns from labels that may be wrong (``doubting``).
+    network is trained by itself (``losses``), it learns from labels that may be wrong (``doubting``), or students learn
+    from stored labels one after another, and each labels the examples for the next one (``self_training``).
 
     Args:
         name: in commands and files.
@@ -57,6 +59,8 @@ class Method:
         losses: of the one network, from the recipe.
         doubting: how it learns from labels that may be wrong: what is learned about them, or, without anything, which
             labels are learned from.
+        self_training: fields in which Noisy Student differs from the recipe's own; None: it is not Noisy Student.
+        filtered: whether the unlabeled examples are first selected by the stored labels of a supervised network.
         place: in a comparison: "compared" by default, a "control" of the feedback, or the "headroom", which trains on
             the true labels of all examples. None: only if it is named.
         control: the method that it is tested against.
@@ -69,13 +73,16 @@ class Method:
     reduced: bool = False
     losses: Callable[[Recipe], Losses] | None = None
     doubting: Doubting | None = None
+    self_training: Mapping[str, Any] | None = None
+    filtered: bool = False
     place: Literal["compared", "control", "headroom"] | None = None
     control: str | None = None
 
     @property
     def delivers(self) -> Literal["student", "finetuned"]:
         """The network that is delivered where validation cannot tell them apart."""
-        return "student" if self.place in ("control", "headroom") else "finetuned"
+        alone = self.place in ("control", "headroom") or self.self_training is not None
+        return "student" if alone else "finetuned"
 
     @property
     def teaches(self) -> bool:
@@ -97,7 +104,16 @@ class Method:
     @property
     def built_as(self) -> Role:
         """Which of the recipe's two networks the trained one is built as, and whose optimizer trains it."""
-        return "teacher" if self.losses is not None else "student"
+        return "teacher" if self.losses is not None or self.self_training is not None else "student"
+
+    @property
+    def selects(self) -> bool:
+        """Whether a network's stored labels decide which unlabeled examples are learned from."""
+        return self.filtered or self.self_training is not None
+
+    def settings(self, recipe: Recipe) -> SelfTraining:
+        """How Noisy Student is run by this method."""
+        return dataclasses.replace(recipe.self_training, **(self.self_training or {}))
 
 
 FIXMATCH_THRESHOLD = 0.85
@@ -220,7 +236,21 @@ _DOUBTING = (
 NOISY_METHODS: dict[str, Method] = {method.name: method for method in _DOUBTING}
 """Methods for labels that may be wrong, by name."""
 
-EVERY_METHOD: dict[str, Method] = METHODS | NOISY_METHODS
+_RIVAL, _FILTERED = "mpl_filtered", ", unlabeled examples selected"
+
+_SELF_TRAINING = (
+    Method("noisy_student", "Noisy Student", self_training={}, control=_RIVAL),
+    Method("noisy_student_clean", "Noisy Student, no noise on unlabeled", self_training={"unlabeled_noise": "none"}),
+    Method("noisy_student_uneven", "Noisy Student, not balanced", self_training={"balance": False, "per_class": None}),
+    Method("noisy_student_once", "Noisy Student, one round", self_training={"rounds": 1}),
+    Method(_RIVAL, f"Meta Pseudo Labels{_FILTERED}", feedback="recipe", filtered=True, control="none_filtered"),
+    Method("none_filtered", f"same loop, no feedback{_FILTERED}", feedback="none", filtered=True),
+)
+
+SELF_TRAINING_METHODS: dict[str, Method] = {method.name: method for method in _SELF_TRAINING}
+"""Noisy Student, its controls, and Meta Pseudo Labels on examples that are selected in its way, by name."""
+
+EVERY_METHOD: dict[str, Method] = METHODS | NOISY_METHODS | SELF_TRAINING_METHODS
 
 
 def titled(method: str, network: str) -> str:

@@ -100,7 +100,7 @@ class NoisyFolders(ImageFolders):
 
     labeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     clean: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    method: NoisyMethod = "example_weights"  # type: ignore[assignment]  # other methods
+    method: NoisyMethod = "example_weights"
     warm_steps: Open[int] = OPEN
     labeled_batch: int = 64
     clean_batch: int = 32

@@ -1,0 +1,157 @@
+r"""The student's loss in Noisy Student: labels of people on some examples, stored labels of a teacher on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metapl import checks
+from metapl.errors import MetaplError
+from metapl.numerics import wide
+from metapl.problems.base import Signal
+from metapl.problems.reduced import check_stored
+
+DROPS = ("StochasticDepth", "DropPath")
+"""Modules of torchvision and timm that leave out blocks, by the names of their classes."""
+
+
+def model_noise(network: nn.Module) -> list[nn.Module]:
+    """The modules of a network that draw at random while it is trained: dropout and stochastic depth.
+
+    >>> [type(part).__name__ for part in model_noise(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))]
+    ['Dropout']
+    """
+    kinds = nn.modules.dropout._DropoutNd
+    return [part for part in network.modules() if isinstance(part, kinds) or type(part).__name__ in DROPS]
+
+
+@contextmanager
+def with_model_noise(network: nn.Module, on: bool) -> Iterator[None]:
+    """In this block dropout and stochastic depth are on, or off; all else is in the mode that it was in.
+
+    >>> network = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2))
+    >>> with with_model_noise(network, on=False):
+    ...     [part.training for part in network]
+    [False, True]
+    """
+    parts = model_noise(network)
+    before = [part.training for part in parts]
+    try:
+        for part in parts:
+            part.training = on
+        yield
+    finally:
+        for part, mode in zip(parts, before, strict=True):
+            part.training = mode
+
+
+@dataclass(frozen=True)
+class NoisyStudentLoss:
+    r"""Cross-entropy on labeled and pseudo-labeled examples together.
+
+    .. math:: \frac{1}{B_l + B_u} \Big( \sum_j \mathrm{CE}(y_j, S(x_j)) + \sum_i \mathrm{CE}(\tilde q_i, S(x_i)) \Big)
+              = \frac{1}{1+r} \ell_l + \frac{r}{1+r} \ell_u, \qquad r = B_u / B_l
+
+    The two parts of the batch run in one pass, so that batch statistics are of both. Noise is what the views and the
+    network in training mode add.
+
+    Args:
+        form: ``"mean"`` is the mean over the concatenated batch; ``"two_means"`` adds the means of the two parts with
+            the same weight, as Algorithm 1 has it.
+        hard: learn the most probable class of a stored distribution, not the distribution.
+        model_noise: whether dropout and stochastic depth act on pseudo-labeled examples too. Without, the two parts
+            run in passes of their own, whose batch statistics are their own.
+        label_smoothing: of the labels of labeled examples, α in [0, 1).
+
+    Needs: unlabeled batches that are pairs (x, stored), with the stored distributions (B, C).
+    Raises: :class:`metapl.MetaplError` for a smoothing out of its range, batches without stored distributions, and
+        labels that are not classes.
+    Source: Noisy Student, Algorithm 1, line 3 (``"two_means"``), and its section on training (``"mean"``).
+
+    >>> network, x = nn.Linear(2, 2), torch.ones(1, 2)
+    >>> batches = {"labeled": (x, torch.tensor([0])), "unlabeled": (x.repeat(3, 1), torch.full((3, 2), 0.5))}
+    >>> one, two = (
+    ...     NoisyStudentLoss(form)(network, **batches, signal=Signal(torch.zeros(0)), step=0)
+    ...     for form in ("mean", "two_means")
+    ... )
+    >>> labeled = F.cross_entropy(network(x), torch.tensor([0]))
+    >>> torch.allclose(4 * one, labeled + 3 * (two - labeled))
+    True
+    """
+
+    form: Literal["mean", "two_means"] = "mean"
+    hard: bool = False
+    model_noise: bool = True
+    label_smoothing: float = 0.0
+
+    name: ClassVar[str] = "noisy_student"
+
+    def __post_init__(self) -> None:
+        if self.form not in ("mean", "two_means"):
+            raise MetaplError(f"NoisyStudentLoss(form={self.form!r}): expected 'mean' or 'two_means'.")
+        if not 0 <= self.label_smoothing < 1:
+            raise MetaplError(f"NoisyStudentLoss(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+        (x_l, y), (x_u, stored) = labeled[:2], _pair(unlabeled)
+        if self.model_noise:
+            logits_l, logits_u = teacher(torch.cat([x_l, x_u])).split([len(x_l), len(x_u)])
+        else:
+            logits_l = teacher(x_l)
+            with with_model_noise(teacher, on=False):
+                logits_u = teacher(x_u)
+        logits_l, logits_u = (wide(checks.logits(logits, "network")) for logits in (logits_l, logits_u))
+        checks.class_labels(y, logits_l.shape[1])
+        y = checks.safe_labels(y, logits_l.shape[1])
+        on_labeled = F.cross_entropy(logits_l, y, label_smoothing=self.label_smoothing)
+        on_unlabeled = _against_stored(logits_u, stored, self.hard)
+        if self.form == "two_means":
+            return on_labeled + on_unlabeled
+        n_l, n_u = len(x_l), len(x_u)
+        return (n_l * on_labeled + n_u * on_unlabeled) / (n_l + n_u)
+
+
+@dataclass(frozen=True)
+class StoredLabelLoss:
+    r"""Cross-entropy on pseudo-labeled examples alone, (1/B) Σ_i CE(stored_i, S(x_i)).
+
+    Args:
+        hard, model_noise: as for :class:`NoisyStudentLoss`.
+
+    Needs: labeled batches that are pairs (x, stored).
+    """
+
+    hard: bool = False
+    model_noise: bool = True
+
+    name: ClassVar[str] = "pseudo_labeled"
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+        inputs, stored = _pair(labeled)
+        if self.model_noise:
+            logits = teacher(inputs)
+        else:
+            with with_model_noise(teacher, on=False):
+                logits = teacher(inputs)
+        return _against_stored(wide(checks.logits(logits, "network")), stored, self.hard)
+
+
+def _against_stored(logits: Tensor, stored: Tensor, hard: bool) -> Tensor:
+    check_stored(stored, logits, "unlabeled")
+    target = stored.argmax(1) if hard else wide(stored)
+    return F.cross_entropy(logits, target)
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        raise MetaplError(
+            f"the pseudo-labeled batch is {checks.described(batch)}; expected (inputs, stored), with the stored class "
+            "distributions of the inputs."
+        )
+    return batch[0], batch[1]

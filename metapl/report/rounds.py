@@ -1,0 +1,163 @@
+"""The page of a run of Noisy Student: accuracy by round, classes before and after selection, labels that changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from metapl.report.canvas import (
+    blank_page,
+    draw_head,
+    drawing,
+    fractions,
+    head_height,
+    png,
+    wrap_head,
+    write_heading,
+    write_note,
+    write_whole,
+)
+from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
+from metapl.report.style import ABOVE_PANEL, GRID, MARGIN, PALETTE
+from metapl.report.text import drawable, short_name
+from metapl.words import shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_NAMED = 40
+"""Classes that are drawn by their names; more are drawn by their size."""
+
+# Inches.
+WIDTH, LEFT, PANEL, BETWEEN, BELOW, BAR, LEAST = 12.5, 0.7, 4.4, 1.75, 0.5, 0.3, 2.6
+
+ACCURACIES = {"test_accuracy": ("test", "-"), "validation_accuracy": ("validation", (0, (4, 1.8)))}
+"""What is drawn of each round, with its name and dashes."""
+
+
+def draw_rounds(
+    path: str | os.PathLike[str],
+    rounds: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    summary: str,
+    galleries: Sequence[Gallery] = (),
+) -> None:
+    """Draw the rounds of Noisy Student as one PNG file.
+
+    Args:
+        path: the file; its folder exists. It takes this name only when it is whole.
+        rounds: as ``result.json`` has them, one or more.
+        title, summary: stand above.
+        galleries: pictures below.
+
+    Raises:
+        MetaplError: the file cannot be written.
+    """
+    names = [shown(name) for name in rounds[-1]["labeled_per_class"]]
+    galleries = [gallery for gallery in galleries if len(gallery)]
+    texts = [title, summary, *names, *(text for gallery in galleries for text in gallery.texts)]
+    with drawing(texts) as explanation:
+        image = png(_figure(rounds, drawable(shown(title)), f"{shown(summary)} {explanation}", names, galleries))
+    write_whole(path, image)
+
+
+def _figure(
+    rounds: Sequence[Mapping[str, Any]],
+    title: str,
+    summary: str,
+    names: Sequence[str],
+    galleries: Sequence[Gallery],
+) -> Figure:
+    title_lines, summary_lines = wrap_head(title, summary, WIDTH)
+    panel = max(LEAST, BAR * len(names) if len(names) <= MOST_NAMED else 0.0)
+    room = WIDTH - MARGIN - LEFT - MARGIN
+    columns = Columns.across(room, max(map(len, galleries))) if galleries else None
+    hangings = [Hanging.under_title(gallery, columns, room) for gallery in galleries if columns is not None]
+    low = MARGIN + sum(hanging.height for hanging in hangings)
+    top = low + BELOW + panel
+    figure = blank_page(WIDTH, top + ABOVE_PANEL + head_height(title_lines, summary_lines) + MARGIN)
+    draw_head(figure, title_lines, summary_lines)
+    left = MARGIN + LEFT
+    wide = WIDTH - left - PANEL - BETWEEN - MARGIN
+    _draw_accuracies(figure.add_axes(fractions(figure, (left, top - LEAST, PANEL, LEAST))), rounds)
+    classes = figure.add_axes(fractions(figure, (left + PANEL + BETWEEN, top - panel, wide, panel)))
+    _draw_classes(classes, rounds[-1], names)
+    y = low
+    for hanging in hangings:
+        draw_gallery(figure, hanging, left, y)
+        y -= hanging.height
+    return figure
+
+
+def accuracies(rounds: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """Of the network of each round, that of the first teacher first; nothing where it was not measured.
+
+    >>> accuracies([{"test_accuracy": 0.8, "teacher": {"test_accuracy": 0.7}}], "test_accuracy")
+    [0.7, 0.8]
+    """
+    found = [rounds[0]["teacher"].get(name), *(each.get(name) for each in rounds)]
+    return [] if None in found else found
+
+
+def _draw_accuracies(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    write_heading(axes, "Accuracy by round")
+    drawn = []
+    for (name, (words, dashes)), color in zip(ACCURACIES.items(), PALETTE, strict=False):
+        values = accuracies(rounds, name)
+        if values:
+            axes.plot(
+                range(len(values)), values, color=color, linestyle=dashes, marker="o", markersize=5, linewidth=1.9
+            )
+            axes.annotate(
+                f"{100 * values[-1]:.1f} %",
+                (len(values) - 1, values[-1]),
+                (6, -3),
+                textcoords="offset points",
+                color=color,
+            )
+            drawn.append(f"{words} ({'solid' if dashes == '-' else 'dashed'})")
+    write_note(axes, f"{', '.join(drawn)}; round 0 is the first teacher" if drawn else "there is nothing to measure on")
+    axes.set_xlabel("round", loc="right", labelpad=1)
+    axes.set_xlim(-0.2, len(rounds) + 0.45)
+    axes.xaxis.set_major_locator(MaxNLocator(min(len(rounds) + 2, 10), integer=True))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    axes.margins(y=0.15)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.tick_params(which="both", length=0)
+
+
+def _draw_classes(axes: Axes, last: Mapping[str, Any], names: Sequence[str]) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    before, kept, after = (
+        list(last[key].values()) for key in ("labeled_per_class", "kept_per_class", "copies_per_class")
+    )
+    write_heading(axes, f"Unlabeled examples in round {last['round']}")
+    write_note(axes, "by class. Light: all; dark: those kept; line: kept, with copies")
+    if len(names) <= MOST_NAMED:
+        places = range(len(names))
+        axes.barh(places, before, color=PALETTE[5], alpha=0.45, height=0.8)
+        axes.barh(places, kept, color=PALETTE[0], height=0.5)
+        for place, count in zip(places, after, strict=True):
+            axes.plot([count, count], [place - 0.4, place + 0.4], color=PALETTE[1], linewidth=2.2)
+        axes.set_yticks(places, [short_name(name) for name in names])
+        axes.invert_yaxis()
+        axes.margins(y=0.01)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        counted: Any = axes.xaxis
+    else:
+        order = sorted(range(len(before)), key=lambda label: -before[label])
+        for values, color in ((before, PALETTE[5]), (kept, PALETTE[0]), (after, PALETTE[1])):
+            axes.plot([values[label] for label in order], color=color, linewidth=1.9)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("classes, the largest first")
+        axes.grid(color=GRID, linewidth=0.8)
+        counted = axes.yaxis
+    axes.tick_params(which="both", length=0)
+    counted.set_major_locator(MaxNLocator(5, integer=True))
+    counted.set_major_formatter(EngFormatter(sep=""))
