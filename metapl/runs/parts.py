@@ -12,6 +12,7 @@ any layout, on any number of processes or in one.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import pickle
@@ -57,7 +58,7 @@ class PartsWriter:
         self.folder, self.keep = folder, keep
         self.first = dist.get_rank() == 0
         # Exchanges in another thread must not come between those of the training.
-        self.group = dist.new_group(backend="gloo")
+        self.group: Any = dist.new_group(backend="gloo")
         self._under_way: threading.Thread | None = None
         self._path: Path | None = None
         self._failed: BaseException | None = None
@@ -73,7 +74,8 @@ class PartsWriter:
         Raises:
             CheckpointError: the checkpoint before this one could not be written; on every process.
         """
-        from torch.distributed.checkpoint import FileSystemWriter, async_save
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         self.settle()
         path, place = (self.folder / name for name in self._names(step))
@@ -81,7 +83,7 @@ class PartsWriter:
         skeleton = _apart(shared, "", tensors)
         with _own_warnings():
             future: Any = async_save(tensors, storage_writer=FileSystemWriter(place), process_group=self.group)
-        content = {"format": FORMAT, "shared": skeleton, **rest}
+        content = {"format": FORMAT, "shared": skeleton, **copy.deepcopy(rest)}  # the training goes on with it
         content["tensors"] = {name: [list(t.shape), t.dtype] for name, t in tensors.items()}
         job = threading.Thread(target=self._finish, args=(future, place, path, step, content), daemon=True)
         self._under_way = job
@@ -198,7 +200,8 @@ def load_parts(path: Path, like: Like | None = None, group: Any = None, *, check
 
     Cost: each process reads its parts; without ``checked`` it also reads everything for the checksums.
     """
-    from torch.distributed.checkpoint import CheckpointException, load
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     rest = checkpoint.load(path / REST) if checked else check_parts(path)
     tensors = {}
@@ -281,7 +284,7 @@ def _why(error: BaseException) -> str:
 
 
 def _reader(path: Path, files: Mapping[str, str]) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import StorageMeta
 
     class Reader(FileSystemReader):
