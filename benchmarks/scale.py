@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -186,7 +186,7 @@ def measured(miniature: bool) -> Row:
 # ------------------------------------------------------------------------------------------------------------ simulated
 
 
-def simulated(miniature: bool) -> list[Row]:
+def simulated(miniature: bool) -> Iterator[Row]:
     """Plans for the paper's largest experiment, by mode."""
     from metapl.cli.plan import PLANNED
     from metapl.distributed import Mesh
@@ -194,16 +194,14 @@ def simulated(miniature: bool) -> list[Row]:
 
     recipe = "digits" if miniature else "imagenet-l2"
     meshes = {"4 x 2": {"replicate": 4, "shard": 2}} if miniature else SIMULATED
-    rows = []
     for name, sizes in meshes.items():
-        for mode in ("none", "reinforce", "forward"):
+        for mode in ("forward", "none", "reinforce"):
             given: dict[str, Any] = {"accumulate": 2} if "spatial" in sizes else {}
             found = plan(PLANNED[recipe](given, None, mode), Mesh(**sizes), memory=bytes_of("80GB"))
             row = {"recipe": recipe, "layout": name, "mesh": asdict(found.mesh), "mode": mode, **given}
             per_rank = {"per_rank": found.per_rank, "flops": found.step.flops, "sent": sum(found.step.sent.values())}
-            rows.append(row | per_rank)
             print(f"{recipe}, {name}, {mode}: {found.per_rank}", file=sys.stderr, flush=True)
-    return rows
+            yield row | per_rank
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -270,6 +268,12 @@ def _simulated_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def keep(file: Path, name: str, part: Any) -> None:
+    """Write a part of the result; the other stays."""
+    result = json.loads(file.read_text()) if file.exists() else {}
+    write_json(file, {**result, name: part})
+
+
 def main() -> None:
     parser = arguments(__doc__, RESULT)
     parser.add_argument("--only", choices=("measured", "simulated"), help="one part; the other stays as it is")
@@ -278,11 +282,13 @@ def main() -> None:
     if given.write:
         write_between_marks(given.write, "scale", table(json.loads(given.out.read_text())))
         return
-    result: Row = json.loads(given.out.read_text()) if given.only and given.out.exists() else {}
-    for name, part in (("measured", measured), ("simulated", simulated)):
-        if given.only in (None, name):
-            result[name] = part(given.miniature)
-    write_json(given.out, result)
+    if given.only in (None, "measured"):
+        keep(given.out, "measured", measured(given.miniature))
+    if given.only in (None, "simulated"):
+        rows: list[Row] = []
+        for row in simulated(given.miniature):  # each takes minutes
+            rows.append(row)
+            keep(given.out, "simulated", rows)
     print(table(json.loads(given.out.read_text())))
 
 

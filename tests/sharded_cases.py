@@ -20,6 +20,7 @@ from torch import distributed as dist
 
 import metapl
 from metapl.cli import main
+from metapl.distributed.dropout import KeyedDropout
 from metapl.distributed.layout import Layout
 from metapl.distributed.ranks import Ranks, rows_shared
 from metapl.distributed.shards import ShardedSpace
@@ -47,6 +48,7 @@ INSIDE: dict[str, Callable[[], nn.Module]] = {
     "plain": nn.Identity,
     "norm": lambda: nn.BatchNorm1d(9),
     "dropout": lambda: nn.Dropout(0.3),
+    "keyed": lambda: KeyedDropout(0.3, dist.get_rank() if dist.is_initialized() else 0),
 }
 
 
@@ -522,7 +524,7 @@ def resumed(
 ) -> dict[str, Any]:
     """A fit of six steps, from the beginning or on from where it was stopped."""
     trainer = built("forward", layout, "adamw", inside=inside)
-    torch.manual_seed(7 + (dist.get_rank() if dist.is_initialized() else 0))
+    torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
     drawn = batches(6)
     (x, y), _ = batches(7)[6]
 

@@ -91,10 +91,11 @@ def test_pictures_by_every_mesh(two: Ranks, pictures: Path, tmp_path: Path) -> N
 
 
 def test_products_of_layers(two: Ranks, tmp_path: Path) -> None:
-    command = [*TINY, "--mode", "difference", "--ema-decay", "0.9"]
-    trained(None, command, tmp_path / "alone")
+    """The numbers of two processes that share the rows, dropout included."""
+    command = [*TINY, "--mode", "difference", "--ema-decay", "0.9", "--dropout", "0.2"]
+    trained(two, [*command, "--mesh.replicate", "2"], tmp_path / "replicas")
     trained(two, [*command, "--mesh.tensor", "2"], tmp_path / "tensor")
-    same(tmp_path / "tensor", tmp_path / "alone")
+    same(tmp_path / "tensor", tmp_path / "replicas")
     left = as_if_killed(tmp_path / "tensor", tmp_path / "again", step=4)
     trained(two, [*command, "--mesh.tensor", "2", "--resume"], left)
     for name in ("student.safetensors", "finetuned_student.safetensors", "teacher.safetensors"):

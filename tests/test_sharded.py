@@ -197,6 +197,12 @@ def test_batch_norms_have_the_statistics_of_their_ranks(two: Ranks, layout: str)
     assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
 
 
+def test_masks_by_keys_are_those_of_the_whole_batch(two: Ranks, four: Ranks) -> None:
+    case: dict[str, Any] = {"mode": "forward", "optimizer": "sgd", "inside": "keyed"}
+    check(two, [{**case, "layout": layout} for layout in ("ddp", "fsdp")])
+    check(four, [{**case, "layout": "hsdp", "gradients": False}])
+
+
 def test_dropout_has_the_masks_of_the_inner_pass(two: Ranks) -> None:
     """Forward mode and a difference of outputs agree, which they would not with other masks."""
     case: dict[str, Any] = {"layout": "fsdp", "optimizer": "sgd", "steps": 1, "inside": "dropout"}
@@ -396,9 +402,9 @@ def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
 def test_a_fit_goes_on_in_another_layout(
     two: Ranks, four: Ranks, before: str | None, after: str | None, tmp_path: Path
 ) -> None:
-    """Without dropout, the same numbers as one process."""
-    expected = sharded_cases.resumed(None, str(tmp_path / "whole"), inside="plain")
-    run = {"out": str(tmp_path / "run"), "inside": "plain"}
+    """The same numbers as one process, with dropout by keys too."""
+    expected = sharded_cases.resumed(None, str(tmp_path / "whole"), inside="keyed")
+    run = {"out": str(tmp_path / "run"), "inside": "keyed"}
     begin, go_on = run | {"layout": before, "stop": 4}, run | {"layout": after, "resume": True}
     two.run("resumed", **begin) if before else sharded_cases.resumed(**begin)
     ranks = four if after == "hsdp" else two

@@ -22,6 +22,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from metapl.distributed.columns import Columns, columns_of, set_columns
+from metapl.distributed.dropout import KeyedDropout
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
 from metapl.numerics import wide
@@ -218,7 +219,8 @@ class SpatialDropout(nn.Dropout):
         if self.training and self.p and x.ndim == 4 and x.shape[-1] > 1:
             raise MetaplError(
                 f"{self.name} drops single pixels of images that are cut along their width, and every process would "
-                "drop the same; expected nn.Dropout2d, which drops channels, or dropout after the global pooling."
+                "drop the same; expected nn.Dropout2d, which drops channels, dropout after the global pooling, or "
+                "metapl.distributed.keyed_dropout(network) before the network is laid out."
             )
         return super().forward(x)
 
@@ -333,6 +335,14 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def _keyed_columns(name: str, layer: Any, columns: Columns) -> nn.Module:
+    """Dropout by the places in whole images."""
+    made = KeyedDropout(layer.p, layer.share, layer.shared_from, layer.scaled)
+    if layer.shared_from is None:
+        made.part, made.parts, made.of_images = columns.number, columns.count, True
+    return made
+
+
 _MADE: dict[type[nn.Module], Callable[[str, Any, Any], nn.Module]] = {
     nn.Conv2d: _made(SpatialConv2d, lambda c: c.padding_mode == "zeros" and not isinstance(c.padding, str)),
     nn.MaxPool2d: _made(
@@ -345,6 +355,7 @@ _MADE: dict[type[nn.Module], Callable[[str, Any, Any], nn.Module]] = {
     nn.BatchNorm2d: _made(SpatialBatchNorm2d),
     nn.GroupNorm: _made(SpatialGroupNorm),
     nn.Dropout: _made(SpatialDropout),
+    KeyedDropout: _keyed_columns,
 }
 
 _REFUSED = (

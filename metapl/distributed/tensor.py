@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from metapl.distributed.dropout import KeyedDropout
 from metapl.errors import MetaplError, few
 from metapl.parts import named_parts
 
@@ -59,8 +60,8 @@ def parallel(module: nn.Module, mesh: Any, plan: Plan | None = None) -> nn.Modul
     """
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+    pairs = list(_pairs(module))
     if plan is None:
-        pairs = list(_pairs(module))
         _check_pairs(module, pairs, mesh.size())
         plan = {pair.first[0]: ColwiseParallel() for pair in pairs}
         plan |= {pair.second[0]: RowwiseParallel() for pair in pairs}
@@ -68,6 +69,10 @@ def parallel(module: nn.Module, mesh: Any, plan: Plan | None = None) -> nn.Modul
     unknown = [key for key in plan if not any(fnmatchcase(name, key) for name in names)]
     if unknown:
         raise MetaplError(f"plan names {few(unknown)}, and the network has no such layer; expected names of its own.")
+    for pair in pairs:
+        if all(any(fnmatchcase(name, key) for key in plan) for name, _ in (pair.first, pair.second)):
+            for part in [part for _, part in pair.between if isinstance(part, KeyedDropout)]:
+                part.part, part.parts = mesh.get_local_rank(), mesh.size()
     return parallelize_module(module, mesh, dict(plan))
 
 
@@ -92,7 +97,7 @@ def _in_a_row(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[Pair]:
             else:
                 yield Pair(first, between, (name, linear))
                 first = None
-        elif type(layer) is nn.Dropout or type(layer) in _ACTIVATIONS:
+        elif type(layer) in (nn.Dropout, KeyedDropout) or type(layer) in _ACTIVATIONS:
             between.append((name, layer))
         else:
             first = None
@@ -117,5 +122,6 @@ def _check_pairs(module: nn.Module, pairs: Sequence[Pair], processes: int) -> No
             if isinstance(part, nn.Dropout) and part.p:
                 raise MetaplError(
                     f"{inside} drops some of what {processes} processes compute together, and all would drop alike; "
-                    "expected no dropout between the layers of a pair: mesh.tensor=1, or a network without dropout."
+                    "call metapl.distributed.keyed_dropout(network, mesh.share) before the network is laid out, or "
+                    "leave dropout out."
                 )

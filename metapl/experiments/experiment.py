@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.data.images.record import record_files, replaced_files
+from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.shards import load_whole
 from metapl.distributed.spatial import takes_whole_images
@@ -114,6 +115,10 @@ class Experiment:
         if self.mesh.spatial > 1:
             draw = torch.Generator().manual_seed(self.recipe.seed)
             options["example"] = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
+        # Compiled passes would wait for each key.
+        if all(map(can_be_keyed, networks)) and not self.recipe.trainer_options().get("compile"):
+            for network in networks:
+                keyed_dropout(network, self.mesh.share)
         found = [shard(network, self.mesh, **options) for network in networks]
         for network in networks if self.mesh.spatial > 1 else ():
             takes_whole_images(network)
@@ -121,8 +126,8 @@ class Experiment:
         return found
 
     def seed_shares(self, *networks: nn.Module) -> None:
-        """Where networks drop something, let each share of a batch have masks of its own."""
-        if self.mesh.size > 1 and any(_drops(part) for network in networks for part in network.modules()):
+        """Where networks drop something row after row, let each share of a batch have masks of its own."""
+        if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
             torch.manual_seed(self.recipe.seed + 2**32 * (1 + self.mesh.share))
 
     def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
@@ -356,12 +361,6 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
     return lines
-
-
-def _drops(part: nn.Module) -> bool:
-    """Whether a layer drops numbers, channels or examples, by its name in torch, torchvision or timm."""
-    named = any(word in type(part).__name__.lower() for word in ("drop", "stochasticdepth"))
-    return named and bool(getattr(part, "p", getattr(part, "drop_prob", 0.0)))
 
 
 def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from metapl.batch import length, micro_batches
+from metapl.distributed.dropout import drops_by_itself
 from metapl.distributed.shards import load_whole
 from metapl.errors import MetaplError
 from metapl.feedback.lookahead import Lookahead, inner_batches
@@ -378,7 +379,11 @@ class FitRun:
         state, file = checkpoint.state, checkpoint.path
         whole_batches = self.options.split_batches
         try:
-            state = of_this(state, self.trainer.ranks, file, whole_batches=whole_batches, say=self.say)
+            apart = any(
+                net is not None and drops_by_itself(net) for net in (self.trainer.student, self.trainer.teacher)
+            )
+            how: dict[str, Any] = {"whole_batches": whole_batches, "apart": apart, "say": self.say}
+            state = of_this(state, self.trainer.ranks, file, **how)
         except (LookupError, TypeError, AttributeError) as error:
             raise _unfit(file, error) from error
         with self.trainer.ranks.agreed(waiting=True):

@@ -77,16 +77,20 @@ def layouts_of(state: Mapping[str, Any], trainer: Stepwise) -> Like:
     return like
 
 
-def of_this(state: dict[str, Any], ranks: Ranks, file: Path, *, whole_batches: bool, say: Say) -> dict[str, Any]:
+def of_this(
+    state: dict[str, Any], ranks: Ranks, file: Path, *, whole_batches: bool, apart: bool, say: Say
+) -> dict[str, Any]:
     """The state of a fit with the generators and the places in the sources of this process.
 
-    On another number of processes, each seeds its default generators anew, from the state and its number.
+    On another number of processes, each takes the default generators of the first one; where the networks drop row
+    after row, each share seeds them anew, from that state and its number.
 
     Args:
         state: of a checkpoint, by one process or several.
         ranks: that train now.
         file: the checkpoint, for errors.
         whole_batches: every process reads the same batches and takes its share.
+        apart: whether networks drop something by the default generators of their processes.
         say: takes what a user should know.
 
     Raises:
@@ -104,9 +108,11 @@ def of_this(state: dict[str, Any], ranks: Ranks, file: Path, *, whole_batches: b
             "so their places in these are not known; resume it in as many, or give all of them the same whole batches, "
             "with split_batches=True."
         )
+    if not apart:
+        return _with(state, every[0])
     say(f"the run was in {len(every)} processes and goes on in {count}: dropout masks are others than they would be")
     set_rng_state(every[0]["rng"])
-    drawn = torch.get_rng_state().numpy().tobytes() + number.to_bytes(4, "little")
+    drawn = torch.get_rng_state().numpy().tobytes() + ranks.rank.to_bytes(4, "little")
     torch.manual_seed(int.from_bytes(hashlib.sha256(drawn).digest()[:8], "little"))
     return _with(state, every[0] | {"rng": rng_state()})
 
