@@ -270,7 +270,7 @@ def _protocol(kind: type[Vision]) -> Build:
     def build(given: Given, classes: int | None, mode: str | None) -> Recipe:
         _refuse_classes(kind, classes)
         if issubclass(kind, NoisyImagenet):
-            given = _of_ratio(kind, given, mode)
+            _refuse_idle(kind, given, mode)
         data = next(f.default for f in dataclasses.fields(kind) if f.name == "data")
         names = tuple(map(str, range(CLASSES[str(data)])))
         recipe: Recipe = _built(kind, given, mode, data_root="", class_names=names)
@@ -279,17 +279,14 @@ def _protocol(kind: type[Vision]) -> Build:
     return build
 
 
-def _of_ratio(kind: type[NoisyImagenet], given: Given, mode: str | None) -> Given:
-    """With as many unlabeled examples in a batch as Noisy Student's ratio asks for."""
+def _refuse_idle(kind: type[NoisyImagenet], given: Given, mode: str | None) -> None:
+    """A step of Noisy Student has no feedback, and its unlabeled batch follows from the labeled one."""
     for flag, value in (("mode", mode), ("unlabeled-batch", given.get("unlabeled_batch"))):
         if value is not None:
             raise MetaplError(
                 f"--{flag} {value} has no effect on {kind.name}: its students learn stored labels, and its unlabeled "
                 "batch follows from the labeled one; leave it out."
             )
-    standing = kind(data_root="", class_names=("0",))
-    labeled = given.get("labeled_batch", standing.labeled_batch)
-    return {**given, "unlabeled_batch": standing.self_training.ratio * labeled}
 
 
 def _folders(given: Given, classes: int | None, mode: str | None) -> Recipe:

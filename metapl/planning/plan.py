@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,6 +124,9 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
     Raises:
         MetaplError: a batch that the ranks do not share equally, or a mesh or mode that does not run.
     """
+    if self_trained(recipe):
+        changed: dict[str, Any] = {"unlabeled_batch": recipe.self_training.ratio * recipe.labeled_batch}
+        recipe = dataclasses.replace(recipe, **changed)
     check_shares(recipe, mesh)
     with torch.device("meta"):
         networks = {role: recipe.network(role) for role in roles(recipe)}

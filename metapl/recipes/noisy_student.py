@@ -33,7 +33,7 @@ def steps_of(epochs: int, examples: int = IMAGENET_TRAIN, batch: int = LABELED_B
     """Steps of so many passes over the labeled examples.
 
     >>> steps_of(350)
-    218950
+    218949
     """
     return round(epochs * examples / batch)
 
