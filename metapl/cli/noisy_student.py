@@ -18,7 +18,7 @@ from metapl.experiments.self_training import networks_of
 from metapl.recipes import Digits, ImageFolders, Vision
 from metapl.recipes.base import Optimizer, Recipe, Unasked
 from metapl.recipes.methods import METHODS, SELF_TRAINING_METHODS, Method
-from metapl.recipes.noisy_student import NOISY_STUDENT_RECIPES, NoisyImagenet
+from metapl.recipes.noisy_student import NOISY_STUDENT_RECIPES
 from metapl.recipes.self_training import SelfTraining
 from metapl.runs.folder import RunFolder
 
@@ -182,7 +182,8 @@ class NoisyStudentImages(NoisyStudent):
 def _trained_on(kind: type[Vision]) -> type[NoisyStudent]:
     """The command for a data set that torchvision loads."""
 
-    settings = SelfTraining(per_class=130_000, ratio=1) if kind is NoisyImagenet else SelfTraining()
+    given = next(each for each in dataclasses.fields(kind) if each.name == "self_training")
+    settings = given.default if given.default_factory is dataclasses.MISSING else given.default_factory()
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
         ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
         ("self_training", Annotated[SelfTraining, tyro.conf.arg(name="")], settings),
