@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from metapl.cli.evaluations import evaluations_table, has_evaluation, read_evaluations, write_comparison
+from metapl.cli.evaluators import check_folder
 from metapl.cli.parse import paragraph
 from metapl.errors import MetaplError, few
 from metapl.experiments.comparison import (
@@ -75,13 +77,44 @@ class Compare:
     paired even if the numbers of steps differ; the table then has them. Runs of different recipes, on different data or
     of different classes are refused: their test sets differ.
 
+    Folders that metapl evaluate --out wrote to are put side by side too, with every figure that they have: metapl
+    compare robust/a robust/b. Where all of several run folders have such an evaluation, it follows.
+
     Args:
-        runs: run folders, of single runs or of comparisons.
+        runs: run folders, of single runs or of comparisons; or folders with an evaluation.json.
+        out: folder for compared.json and compared.png, of evaluations; made if need be.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
 
     def __call__(self) -> int:
+        if self.out is not None:
+            check_folder(self.out)
+        evaluated = [path for path in self.runs if has_evaluation(path)]
+        if any(not RunFolder(path).exists for path in evaluated):
+            self._evaluations()
+            return 0
+        if self.out is not None and not (self.runs and len(evaluated) == len(self.runs)):
+            lacking = next((path for path in self.runs if path not in evaluated), Path("RUN"))
+            raise MetaplError(
+                f"--out is for evaluations, and {lacking} has no evaluation.json; write it by: metapl evaluate "
+                f"{lacking} --out {lacking}."
+            )
+        self._runs()
+        if len(evaluated) == len(self.runs) and (len(self.runs) > 1 or self.out is not None):
+            tell("")
+            self._evaluations()
+        return 0
+
+    def _evaluations(self) -> None:
+        self._refuse_twice()
+        found = read_evaluations(self.runs)
+        tell(evaluations_table(found))
+        if self.out is not None:
+            write_comparison(self.out, found)
+
+    def _runs(self) -> None:
         runs = [load_run(path) for path in self.runs]
         self._check(runs)
         by_run = [(run, list(_entries(run))) for run in runs]
@@ -91,20 +124,22 @@ class Compare:
         if _steps_differ(entries):
             tell(paragraph("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
         tell(_verdict(entries))
-        return 0
 
     def _check(self, runs: list[LoadedRun]) -> None:
         if not runs:
             raise MetaplError(
                 "no runs were named; expected run folders: metapl compare runs/digits-001 runs/digits-002"
             )
-        paths = [path.resolve() for path in self.runs]
-        if len(set(paths)) < len(paths):
-            raise MetaplError(f"{next(p for p in self.runs if paths.count(p.resolve()) > 1)} was given twice.")
+        self._refuse_twice()
         names = {run.recipe.name: run.folder.path for run in runs}
         if len(names) > 1:
             which = ", ".join(f"{path} is of {name}" for name, path in names.items())
             raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
+
+    def _refuse_twice(self) -> None:
+        paths = [path.resolve() for path in self.runs]
+        if len(set(paths)) < len(paths):
+            raise MetaplError(f"{next(p for p in self.runs if paths.count(p.resolve()) > 1)} was given twice.")
 
 
 def _entries(run: LoadedRun) -> Iterator[Entry]:

@@ -112,6 +112,7 @@ class _Card:
             "data_hash": self.examples(),
             "recipe": self.recipe(),
             "notes": "\n".join(f"- {note}" for note in self.notes()),
+            "center": getattr(self.run.recipe, "center", 1.0),
         }
 
     def metrics(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,13 +16,25 @@ from metapl.data.images.check import find_copies
 from metapl.data.images.folders import FilesT, scan_labeled, walk
 from metapl.data.images.verify import verify_files
 from metapl.errors import MetaplError, few
-from metapl.recipes import ImageFolders, Recipe
+from metapl.recipes import ImageFolders
 from metapl.words import shown, tell
 
 BATCH = 256
 
 NAMED = 5
 """Files that an error names."""
+
+
+class Reads(Protocol):
+    """What reads examples from files: a recipe, or what stands for one."""
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def read(self, path: Path) -> list[tuple[str, Tensor]]: ...
 
 
 class Inputs:
@@ -33,7 +46,7 @@ class Inputs:
         leave: files that are not read though they lie in one of the folders.
     """
 
-    def __init__(self, recipe: Recipe, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
+    def __init__(self, recipe: Reads, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
         self.recipe, self.seen, self.skipped = recipe, 0, 0
         self.leave = {os.path.realpath(file) for file in leave}
         self.files = [file for path in paths for file in (self._within(path) if path.is_dir() else [path])]
@@ -101,7 +114,7 @@ class TestFolder:
 
     __test__ = False  # pytest takes classes with such names for tests
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Reads, folder: Path) -> None:
         self.files = scan_labeled(folder)
         counts = self.files.counts()
         unknown = [name for name, count in counts.items() if count and name not in recipe.classes]
@@ -133,7 +146,7 @@ class TestFolder:
         """How many files could not be read."""
         return self._inputs.skipped
 
-    def _notes(self, recipe: Recipe) -> Iterator[str]:
+    def _notes(self, recipe: Reads) -> Iterator[str]:
         if self.missing:
             yield f"{self.files.root} has no picture of {few(self.missing)}: nothing is measured there."
         if self.files.loose:

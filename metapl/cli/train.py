@@ -62,6 +62,8 @@ class Train:
 
     known: ClassVar[Mapping[str, Method]] = METHODS
     """The methods that the recipes can be trained by."""
+    equal_cost: ClassVar[bool] = False
+    """Whether compared methods take as many steps as cost the same; otherwise they take as many steps."""
 
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
@@ -198,7 +200,8 @@ class Train:
 
         seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
         together = run if self.mesh.size > 1 else None
-        options: dict[str, Any] = {"resume": self.resume, "jobs": self.jobs, "together": together}
+        options: dict[str, Any] = {"resume": self.resume, "jobs": self.jobs, "equal_cost": self.equal_cost}
+        options["together"] = together
         comparison = compare(self.recipe, folder, self._methods(), seeds, **options)
         tell(f"figures, report and the delivered networks are in {folder.path}")
         tell(f"\n{comparison.caption()}\n\n{comparison.table()}\n")

@@ -11,6 +11,7 @@ from typing import Any
 
 from metapl.cores import available_cores, default_threads
 from metapl.experiments.comparison import Comparison
+from metapl.experiments.equal_cost import equal_steps, with_steps
 from metapl.experiments.experiment import last_fit
 from metapl.experiments.jobs import Job, Pace, aloud, run_all
 from metapl.experiments.methods import check_method
@@ -37,6 +38,7 @@ def compare(
     *,
     resume: bool,
     jobs: int | None,
+    equal_cost: bool = False,
     together: Callable[[Job], dict[str, Any]] | None = None,
 ) -> Comparison:
     """Train by each method with each seed, and compare.
@@ -48,15 +50,21 @@ def compare(
         resume: go on with the comparison in the folder.
         jobs: runs at a time; None: one for each core, and one on a GPU.
         together: runs a job in all processes of a mesh; None: each job is of one process.
+        equal_cost: give each method as many steps as cost what the first method costs; see
+            :func:`metapl.experiments.equal_cost.equal_steps`.
     """
     out = folder.path
     description = describe(recipe, compare=list(methods), seeds=list(seeds))
     with folder.claimed(description, resume=resume):
-        if not (out / "result.json").exists():
+        steps: dict[str, int] = {}
+        if equal_cost or not (out / "result.json").exists():
             task = recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
             for method in methods:
                 check_method(recipe.by(method, seeds[0]), method, task)
-        results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs, together=together)
+            if equal_cost:
+                steps = equal_steps(recipe, methods, task)
+                aloud(f"steps at equal cost: {', '.join(f'{method} {count:,}' for method, count in steps.items())}")
+        results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs, steps=steps, together=together)
         folder.relocate(description["fields"])  # each run has compared the data
         comparison = Comparison.of(tuple(seeds), methods, results)
         method, seed = comparison.delivered()
@@ -82,9 +90,14 @@ def run_jobs(
     *,
     resume: bool,
     jobs: int | None,
+    steps: Mapping[str, int] | None = None,
     together: Callable[[Job], dict[str, Any]] | None = None,
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """The result of each method and seed, from runs side by side; finished ones are not run again."""
+    """The result of each method and seed, from runs side by side; finished ones are not run again.
+
+    ``steps`` has those of methods that take another number of steps than the recipe.
+    """
+    sized = {method: with_steps(recipe, count) for method, count in (steps or {}).items()}
     on_gpu = recipe.torch_device().type == "cuda"
     at_once = 1 if on_gpu or together is not None else available_cores()
     workers = min(jobs or at_once, len(methods) * len(seeds))
@@ -96,7 +109,7 @@ def run_jobs(
         for method in methods:
             place = out / method / f"seed-{seed}"
             begun = resume or (place / "recipe.json").exists()
-            to_compare.append(Job(recipe.by(method, seed), method, place, begun, threads=threads))
+            to_compare.append(Job(sized.get(method, recipe).by(method, seed), method, place, begun, threads=threads))
     aloud(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}")
     results = {}
     to_run = [job for job in to_compare if not (job.folder / "result.json").exists()]

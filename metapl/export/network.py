@@ -26,7 +26,7 @@ from metapl.models import Architecture, Normalized, normalized
 from metapl.runs.atomic import replacing
 
 _REQUIRED = ("recipe", "data_hash", "metrics")
-_OPTIONAL = ("title", "classes", "notes")
+_OPTIONAL = ("title", "classes", "notes", "center")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def export(
         path: the folder; made if need be. Files of an earlier export in it are replaced, each whole or not at all, the
             card last; it states the files' SHA-256.
         card: what the card says: ``recipe`` (a mapping), ``data_hash`` (text, or a mapping of texts), ``metrics`` (a
-            mapping from name to number); if wanted ``title``, ``classes`` (their names in the order of the outputs)
-            and ``notes`` (text in Markdown).
+            mapping from name to number); if wanted ``title``, ``classes`` (their names in the order of the outputs),
+            ``notes`` (text in Markdown), and ``center``, the share of a picture's sides that the network is evaluated
+            on, for the file's metadata.
         architecture: what builds the network; checked against the weights. None, for a network of your own: the card's
             code spells out a plain sequence of layers, such as :func:`metapl.models.mlp` makes, and leaves the building
             of any other to you.
@@ -102,7 +103,7 @@ def export(
     module, normalization = _unwrapped(model)
     state = module.state_dict()
     _check_weights(state, architecture)
-    files = {WEIGHTS: _safetensors(state, _metadata(architecture, normalization, card.get("classes")))}
+    files = {WEIGHTS: _safetensors(state, _metadata(architecture, normalization, card))}
     if shape is not None:
         whole = module if normalization is None else normalized(module, **normalization)
         files |= programs(whole, shape, onnx)
@@ -192,9 +193,11 @@ def _check_weights(state: Mapping[str, Tensor], architecture: Architecture | Non
 
 
 def _metadata(
-    architecture: Architecture | None, normalization: Mapping[str, Any] | None, classes: Sequence[str] | None
+    architecture: Architecture | None, normalization: Mapping[str, Any] | None, card: Mapping[str, Any]
 ) -> dict[str, Any]:
-    return {
+    classes = card.get("classes")
+    center = {} if card.get("center", 1.0) == 1.0 else {"center": card["center"]}
+    return center | {
         "architecture": None if architecture is None else asdict(architecture),
         "normalization": normalization,
         "classes": None if classes is None else list(classes),
@@ -209,3 +212,36 @@ def _safetensors(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> by
     # One entry, for safetensors writes several in an order that changes from call to call.
     data: bytes = save(plain, {"metapl": json.dumps(metadata, sort_keys=True)})
     return data
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """What :func:`export` wrote into a file of weights about them; empty for a file that others wrote.
+
+    Returns:
+        ``architecture`` (the fields of :class:`metapl.models.Architecture`, or None), ``normalization`` (mean and std,
+        or None), ``classes`` (their names, or None) and, where it is not 1, ``center``.
+
+    Raises:
+        MetaplError: there is no such file, it is damaged, or it is of an export that is not understood.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise MetaplError(f"there is no file of weights {file}; expected a .safetensors or .pt file on this machine.")
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, "pt") as stored:
+            text = (stored.metadata() or {}).get("metapl")
+        content = {} if text is None else json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"the metadata is {type(content).__name__}")
+        if content.get("architecture") is not None:
+            Architecture(**content["architecture"])
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise MetaplError(
+            f"{file} cannot be read as weights: {reason}. Expected .safetensors as metapl export writes it, or tensors "
+            "alone."
+        ) from error
+    return content

@@ -7,7 +7,7 @@ from metapl.models.logits import Logits
 from metapl.models.mlp import mlp
 from metapl.models.normalized import Normalized, normalized
 from metapl.models.small_cnn import small_cnn
-from metapl.models.weights import LoadedWeights, load_weights
+from metapl.models.weights import LoadedWeights, head_outputs, load_weights
 from metapl.models.wide_resnet import wide_resnet, wide_resnet28_2, wide_resnet28_10
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Logits",
     "Normalized",
     "create",
+    "head_outputs",
     "label_adjuster",
     "load_weights",
     "mlp",

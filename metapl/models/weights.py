@@ -85,6 +85,24 @@ def load_weights(
     return LoadedWeights(path, tuple(fits), fresh, interpolated)
 
 
+def head_outputs(file: str | os.PathLike[str], heads: Iterable[str]) -> int | None:
+    """The number of classes of the weights in a file.
+
+    Args:
+        file: as in :func:`load_weights`.
+        heads: names of the layers that give the classes.
+
+    Returns:
+        The outputs of the first of these layers that the file has; None: it has none of them.
+
+    Raises:
+        MetaplError: the file is missing, damaged, or holds something else than tensors.
+    """
+    state = _without_prefixes(_state_dict(Path(file)), ())
+    names = [f"{head}.{part}" for head in heads for part in ("bias", "weight")]
+    return next((len(state[name]) for name in names if name in state and state[name].ndim), None)
+
+
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors in a file, by name."""
     if not path.is_file():

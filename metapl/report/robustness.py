@@ -1,8 +1,10 @@
-"""The picture of an evaluation under corruption and attack."""
+"""The picture of an evaluation, and of several evaluations side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,45 +21,154 @@ GROUPS = {
     "weather": ("snow", "frost", "fog", "brightness"),
     "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
-"""The kinds of ImageNet-C; a column of panels each."""
+"""The kinds of ImageNet-C; a panel each."""
 
 Curves = dict[str, dict[float, float]]
 """Accuracies by severity or ε, by name."""
 
-PANEL, HEIGHT = 3.0, 4.0
-"""Inches."""
+PANEL, HEIGHT, IN_A_ROW = 3.0, 4.0, 5
+"""Inches of a panel with its legend, and how many stand beside each other."""
+
+MOST_NUMBERS, LEAST_ROWS = 24, 6
+"""Bars that have room for their numbers; rows below which bars would be thick."""
+
+SUMMARY = {
+    "top-1": ("accuracy",),
+    "top-5": ("top5",),
+    "ReaL, several labels": ("multi_label", "accuracy"),
+    "ImageNet-A, top-1": ("imagenet_a", "accuracy"),
+    "ImageNet-A, top-5": ("imagenet_a", "top5"),
+    "damaged pictures, mean": ("mean_corrupted_accuracy",),
+    "ImageNet-C, mean": ("imagenet_c", "mean_corrupted_accuracy"),
+    "ImageNet-P frames": ("imagenet_p", "accuracy"),
+    "calibration error": ("expected_calibration_error",),
+    "ImageNet-A calibration error": ("imagenet_a", "expected_calibration_error"),
+}
+"""Shares that an evaluation may have, each with its place in ``evaluation.json``."""
+
+RELATIVE = {
+    "mCE, damaged pictures": ("mean_corruption_error",),
+    "mCE, ImageNet-C": ("imagenet_c", "mean_corruption_error"),
+    "mFR, ImageNet-P": ("imagenet_p", "mean_flip_rate"),
+}
+"""Figures in % of AlexNet's, likewise."""
+
+
+def value_at(found: Mapping[str, Any], place: Sequence[str]) -> float | None:
+    """A figure of an evaluation; None where it has none."""
+    value: Any = found
+    for key in place:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A part of the page: its title and what draws it."""
+
+    title: str
+    draw: Callable[[Axes], None]
 
 
 def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
-    """Draw accuracy over the severity of each kind of corruption, and over the ε of each attack.
+    """Draw what an evaluation found: its figures, accuracy over the severity of each damage and over ε, and flips.
 
     Args:
         path: of the PNG, replaced as a whole.
         found: what ``evaluation.json`` holds.
         title: a line above.
     """
-    corruptions, attacks = found.get("corruptions", {}), found.get("attacks", {})
-    groups = {group: [name for name in names if name in corruptions] for group, names in GROUPS.items()}
-    groups = {group: names for group, names in groups.items() if names}
-    columns = len(groups) + bool(attacks)
-    width = max(PANEL * columns, 2 * PANEL)
+    panels = [
+        _Panel("in %", _bars_of({"": found}, SUMMARY)),
+        _Panel("in % of AlexNet's", _bars_of({"": found}, RELATIVE)),
+    ]
+    for prefix, part in (("", found), ("ImageNet-C: ", found.get("imagenet_c", {}))):
+        corruptions = part.get("corruptions", {})
+        for group, names in GROUPS.items():
+            curves: Curves = {name: _by_severity(corruptions[name]) for name in names if name in corruptions}
+            if curves:
+                # The pictures of ImageNet-C are not the test pictures, so their curves do not begin there.
+                clean, chance = (None, None) if prefix else (found.get("accuracy"), found.get("chance"))
+                panels.append(_Panel(prefix + group, _curves(curves, "severity", clean, chance)))
+    attacks: Curves = {
+        name.upper(): {float(eps): accuracy for eps, accuracy in by_eps.items()}
+        for name, by_eps in found.get("attacks", {}).items()
+    }
+    if attacks:
+        panels.append(_Panel("attack", _curves(attacks, "ε, in 1/255", found.get("accuracy"), found.get("chance"))))
+    flips = _flips(found)
+    panels.append(_Panel("ImageNet-P: flips, %", _bars_of({"": flips}, {name: (name,) for name in flips})))
+    _page(path, panels, title)
+
+
+def draw_evaluations(path: Path, evaluations: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """Draw several evaluations side by side: their figures, the mean error of each damage, accuracy over ε, and flips.
+
+    Args:
+        path: of the PNG, replaced as a whole.
+        evaluations: what ``evaluation.json`` holds, by a name.
+        title: a line above.
+    """
+    panels = [
+        _Panel("in %", _bars_of(evaluations, SUMMARY)),
+        _Panel("in % of AlexNet's", _bars_of(evaluations, RELATIVE)),
+    ]
+    for name, place in (("damaged pictures", ("corruptions",)), ("ImageNet-C", ("imagenet_c", "corruptions"))):
+        kinds = {kind: (*place, kind, "error") for names in GROUPS.values() for kind in names}
+        panels.append(_Panel(f"{name}: error, %", _bars_of(evaluations, kinds)))
+    attacks = sorted({attack for found in evaluations.values() for attack in found.get("attacks", {})})
+    for attack in attacks:
+        curves: Curves = {
+            name: {0.0: found["accuracy"]} | {float(eps): value for eps, value in found["attacks"][attack].items()}
+            for name, found in evaluations.items()
+            if attack in found.get("attacks", {})
+        }
+        panels.append(_Panel(attack.upper(), _curves(curves, "ε, in 1/255", None, None)))
+    flips = {name: _flips(found) for name, found in evaluations.items()}
+    named = {name: (name,) for found in flips.values() for name in found}
+    panels.append(_Panel("ImageNet-P: flips, %", _bars_of(flips, named)))
+    _page(path, panels, title, legend=tuple(evaluations))
+
+
+class _Nothing:
+    """Stands for a panel that has nothing to show."""
+
+    def __call__(self, axes: Axes) -> None: ...
+
+
+def _bars_of(
+    evaluations: Mapping[str, Mapping[str, Any]], places: Mapping[str, Sequence[str]]
+) -> Callable[[Axes], None]:
+    if all(value_at(found, place) is None for found in evaluations.values() for place in places.values()):
+        return _Nothing()
+    return lambda axes: _bars(axes, evaluations, places)
+
+
+def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str] = ()) -> None:
+    panels = [panel for panel in panels if not isinstance(panel.draw, _Nothing)]
+    columns = min(len(panels), IN_A_ROW)
+    rows = math.ceil(len(panels) / columns)
+    # The names of bars stand beside them, in the first column and in others that have bars.
+    width = max(PANEL * columns, 2 * PANEL) + 1.2
     lines = wrap(title, width - 0.5, 11)
-    with drawing(lines):
-        figure = blank_page(width, HEIGHT + 0.25 * len(lines))
+    with drawing([*lines, *legend]):
+        figure = blank_page(width, HEIGHT * rows + 0.25 * (len(lines) + len(legend)))
         figure.set_layout_engine("constrained")
-        panels = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
-        for axes, (group, names) in zip(panels, groups.items(), strict=False):
-            by_kind: Curves = {name: _by_severity(corruptions[name]) for name in names}
-            _draw(axes, group, "severity", by_kind, found)
-        if attacks:
-            by_attack: Curves = {
-                name.upper(): {float(eps): accuracy for eps, accuracy in by_eps.items()}
-                for name, by_eps in attacks.items()
-            }
-            _draw(panels[-1], "attack", "ε, in 1/255", by_attack, found)
-        panels[0].set_ylabel("accuracy, %")
-        panels[0].set_ylim(0, 100)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        places = [axes for row in grid for axes in row]
+        for axes, panel in zip(places, panels, strict=False):
+            axes.set_title(panel.title, fontsize=10.5, loc="left", color=INK)
+            axes.grid(color=GRID)
+            axes.tick_params(length=0)
+            panel.draw(axes)
+        for axes in places[len(panels) :]:
+            axes.set_visible(False)
         figure.suptitle("\n".join(lines), fontsize=11, x=0.01, ha="left")
+        if legend:
+            from matplotlib.patches import Patch
+
+            marks = [Patch(color=color, label=name) for name, color in zip(legend, PALETTE, strict=False)]
+            figure.legend(handles=marks, frameon=False, fontsize=9.5, loc="outside lower left", labelcolor=INK)
         write_whole(path, png(figure))
 
 
@@ -65,17 +176,56 @@ def _by_severity(kind: Mapping[str, Any]) -> dict[float, float]:
     return {float(severity): accuracy for severity, accuracy in enumerate(kind["accuracy_by_severity"], 1)}
 
 
-def _draw(axes: Axes, title: str, label: str, curves: Curves, found: Mapping[str, Any]) -> None:
-    for (name, curve), color in zip(curves.items(), PALETTE, strict=False):
-        points = {0: found["accuracy"], **curve}
-        places = sorted(points)
-        axes.plot(places, [100 * points[x] for x in places], "o-", ms=3.5, lw=1.6, color=color, label=name)
-    axes.axhline(100 * found["chance"], color=QUIET, lw=0.8, ls=":", label="chance")
-    axes.set_title(title, fontsize=10.5, loc="left", color=INK)
-    axes.set_xlabel(label, loc="left")
-    axes.grid(color=GRID)
-    axes.tick_params(length=0)
-    # Below the panel, where no curve can run through it.
-    axes.legend(
-        frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(-0.02, -0.2), labelcolor=INK, borderaxespad=0
-    )
+def _flips(found: Mapping[str, Any]) -> dict[str, float]:
+    kinds = found.get("imagenet_p", {}).get("perturbations", {})
+    return {name: kind["flip_probability"] for name, kind in kinds.items()}
+
+
+def _curves(curves: Curves, label: str, clean: float | None, chance: float | None) -> Callable[[Axes], None]:
+    """Accuracies over a severity or ε, from that of the pictures as they are, where it is known."""
+
+    def draw(axes: Axes) -> None:
+        for (name, curve), color in zip(curves.items(), PALETTE, strict=False):
+            points = curve if clean is None else {0: clean, **curve}
+            places = sorted(points)
+            axes.plot(places, [100 * points[x] for x in places], "o-", ms=3.5, lw=1.6, color=color, label=name)
+        if chance is not None:
+            axes.axhline(100 * chance, color=QUIET, lw=0.8, ls=":", label="chance")
+        axes.set_xticks(
+            sorted({x for curve in curves.values() for x in curve} | ({0.0} if clean is not None else set()))
+        )
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("accuracy, %")
+        axes.set_xlabel(label, loc="left")
+        # Below the panel, where no curve can run through it.
+        axes.legend(
+            frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(-0.02, -0.2), labelcolor=INK, borderaxespad=0
+        )
+
+    return draw
+
+
+def _bars(axes: Axes, evaluations: Mapping[str, Mapping[str, Any]], places: Mapping[str, Sequence[str]]) -> None:
+    """Figures in %, a row for each and a bar for each evaluation that has it."""
+    rows = {
+        name: [value_at(found, place) for found in evaluations.values()]
+        for name, place in places.items()
+        if any(value_at(found, place) is not None for found in evaluations.values())
+    }
+    thick = 0.8 / len(evaluations)
+    look: dict[str, Any] = {"fontsize": 8.5 if len(evaluations) == 1 else 7.0, "color": INK}
+    largest = 0.0
+    for row, (name, values) in enumerate(rows.items()):
+        scale = 1 if name in RELATIVE else 100
+        for bar, (value, color) in enumerate(zip(values, PALETTE, strict=False)):
+            if value is None:
+                continue
+            y, x = row + (bar - (len(evaluations) - 1) / 2) * thick, scale * value
+            largest = max(largest, x)
+            axes.barh(y, x, height=0.9 * thick, color=color)
+            if len(rows) * len(evaluations) <= MOST_NUMBERS:
+                axes.annotate(f"{x:.1f}", (x, y), (3, 0), textcoords="offset points", va="center", **look)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(max(len(rows), LEAST_ROWS) - 0.4, -0.6)
+    axes.set_xlim(0, 1.2 * max(largest, 1e-9))
+    axes.grid(visible=False, axis="y")

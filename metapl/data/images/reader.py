@@ -152,9 +152,26 @@ def _read(
             f"read_image got size {size} and max_pixels {max_pixels}; expected sides of 1 or more and 1 to {MAX_PIXELS}"
         )
     with _opened(path, max_pixels) as image:
-        images = _decoded(image, mode, size, crops, center)
-        values = [torch.from_numpy(numpy.atleast_3d(numpy.array(x, dtype=numpy.uint8))) for x in images]
-    return [rearrange(x, "h w c -> c h w").contiguous() for x in values]
+        return [_as_tensor(x) for x in _decoded(image, mode, size, crops, center)]
+
+
+def _as_tensor(image: Image) -> Tensor:
+    levels = torch.from_numpy(numpy.atleast_3d(numpy.array(image, dtype=numpy.uint8)))
+    return rearrange(levels, "h w c -> c h w").contiguous()
+
+
+def fitted(image: Image, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, int], center: float = 1.0) -> Tensor:
+    """A picture that is decoded already, such as a frame of a video, brought to a size as :func:`read_image` does.
+
+    Args:
+        image: Pillow's.
+        mode, size, center: as in :func:`read_image`.
+
+    Returns:
+        uint8 (3, H, W) or (1, H, W).
+    """
+    plain = _plain(image, mode)
+    return _as_tensor(_resized(plain, size, _part(plain.size, size, None, center), plain.size))
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:

@@ -1,0 +1,123 @@
+"""Evaluations side by side, for ``metapl compare``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metapl.cli.evaluators import EVALUATION, check_folder
+from metapl.errors import MetaplError, few
+from metapl.plain_files import read_plain
+from metapl.report.robustness import GROUPS, RELATIVE, SUMMARY, draw_evaluations, value_at
+from metapl.report.style import PALETTE
+from metapl.runs.atomic import replacing
+from metapl.words import short, table
+
+COMPARED, PICTURE = "compared.json", "compared.png"
+
+Evaluations = dict[str, dict[str, Any]]
+
+
+def has_evaluation(folder: Path) -> bool:
+    """Whether ``metapl evaluate --out`` wrote there."""
+    return (folder / EVALUATION).is_file()
+
+
+def read_evaluations(folders: Sequence[Path]) -> Evaluations:
+    """What the folders' ``evaluation.json`` hold, by folder.
+
+    Raises:
+        MetaplError: one is missing or damaged, there are too many, or they are of different classes.
+    """
+    if not 2 <= len(folders) <= len(PALETTE):
+        raise MetaplError(
+            f"{len(folders)} evaluation{'s' * (len(folders) != 1)} to compare; expected 2 to {len(PALETTE)}: "
+            "metapl compare robust/a robust/b."
+        )
+    found = {str(folder): _read(folder) for folder in folders}
+    (first, one), *others = found.items()
+    for name, other in others:
+        a, b = one.get("classes"), other.get("classes")
+        if a is not None and b is not None and a != b:
+            differing = [c for c in (*a, *b) if c not in a or c not in b]
+            what = f"only one of them has {few(differing)}" if differing else "the order of the classes differs"
+            raise MetaplError(
+                f"{name} and {first} are of different classes: {what}. Evaluate both on pictures of the same classes."
+            )
+        if _figures(one).keys().isdisjoint(_figures(other)):
+            raise MetaplError(
+                f"{name} and {first} have no figure in common: {few(_figures(other))} and {few(_figures(one))}. "
+                "Evaluate both by the same flags."
+            )
+    return found
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / EVALUATION
+    if not file.is_file():
+        raise MetaplError(f"{folder} has no {EVALUATION}; write it by: metapl evaluate ... --out {folder}.")
+    try:
+        content = json.loads(read_plain(file))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        _figures(content)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise MetaplError(
+            f"{file} cannot be read: {error}; expected what metapl evaluate --out writes: write it again."
+        ) from error
+    return content
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, float]:
+    """All figures of an evaluation by what they are called: shares in [0, 1], and those in % of AlexNet's."""
+    figures = {name: value_at(found, place) for name, place in (SUMMARY | RELATIVE).items()}
+    for prefix, corruptions in (
+        ("error, ", found.get("corruptions", {})),
+        ("ImageNet-C error, ", found.get("imagenet_c", {}).get("corruptions", {})),
+    ):
+        kinds = [kind for names in GROUPS.values() for kind in names if kind in corruptions]
+        figures |= {f"{prefix}{kind}": float(corruptions[kind]["error"]) for kind in kinds}
+    for attack, by_eps in found.get("attacks", {}).items():
+        figures |= {f"{attack.upper()}, ε = {eps}/255": float(value) for eps, value in by_eps.items()}
+    for name, kind in found.get("imagenet_p", {}).get("perturbations", {}).items():
+        figures[f"flips, {name}"] = float(kind["flip_probability"])
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def evaluations_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every figure, a column for each evaluation; of two, their difference too."""
+    figures = [_figures(found) for found in evaluations.values()]
+    two = len(figures) == 2
+    letters = list("ABCDEFG"[: len(figures)])
+    rows = [("in %", *letters, *(["B - A"] * two))]
+    for name in dict.fromkeys(name for found in figures for name in found):
+        scale = 1 if name in RELATIVE else 100
+        values = [None if name not in found else scale * found[name] for found in figures]
+        cells = ["-" if value is None else f"{value:.1f}" for value in values]
+        a, b = values[0], values[1]
+        rows.append((name, *cells, *(["-" if a is None or b is None else f"{b - a:+.1f}"] * two)))
+    counts = [found.get("n") for found in evaluations.values()]
+    named = [
+        f"{letter}  {short(name, 70)}" + ("" if n is None else f"\n   {n:,} test pictures")
+        for letter, name, n in zip(letters, evaluations, counts, strict=True)
+    ]
+    known = {n for n in counts if n is not None}
+    note = "\n\nnote: the numbers of test pictures differ, so these are not the same pictures" * (len(known) > 1)
+    return "\n".join(named) + f"\n\n{table(rows)}{note}"
+
+
+def write_comparison(folder: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
+    """``compared.json`` and ``compared.png``."""
+    check_folder(folder)
+    content = {"evaluations": {name: _figures(found) for name, found in evaluations.items()}}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / COMPARED) as file:
+            file.write(f"{json.dumps(content, indent=1)}\n".encode())
+        draw_evaluations(folder / PICTURE, evaluations, "evaluations side by side")
+    except OSError as error:
+        raise MetaplError(
+            f"--out {folder} cannot be written: {error.strerror}; expected a folder with room."
+        ) from error
