@@ -122,8 +122,13 @@ def test_a_comparison(two: Ranks, tmp_path: Path) -> None:
         (["--mesh.shard", "2", "--mode", "unrolled"], "mode 'unrolled' does not run on a student that is sharded"),
         (["--mesh.spatial", "2"], "its own code reads across the width"),
         (["--mesh.replicate", "2", "--compare", "--jobs", "2"], "--jobs 2 has no effect beside --mesh"),
+        (
+            ["--mesh.replicate", "2", "--compare", "--methods", "noisy_student"],
+            "noisy_student trains one network after",
+        ),
         (["--mesh.replicate", "2", "--resume", "--out", "{there}", "--steps", "7"], "holds a run of another recipe"),
         (["--mesh.replicate", "2", "--out", "{there}"], "holds a run already"),
+        (["--mesh.replicate", "2", "--stpes", "3"], "there is no --stpes; did you mean --steps"),
         (
             ["--mesh.replicate", "3"],
             "the mesh is of 3 processes (--mesh.replicate 3 x --mesh.shard 1) and 2 were started",
@@ -145,11 +150,23 @@ def test_what_does_not_run_is_said_once(
     assert others == [(2, "", "")]
 
 
-def test_a_network_without_such_products_is_refused(two: Ranks, pictures: Path, tmp_path: Path) -> None:
-    given = images_command(pictures, *IMAGES, "--mode", "difference", "--mesh.tensor", "2", "--out", str(tmp_path))
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            [*IMAGES, "--mode", "difference", "--mesh.tensor", "2"],
+            "mesh.tensor=2: a Normalized has no two linear layers",
+        ),
+        (["--method", "noisy_student", "--mesh.shard", "2"], "noisy_student trains one network after another"),
+    ],
+)
+def test_what_pictures_do_not_run_on_is_said_once(
+    two: Ranks, pictures: Path, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    given = images_command(pictures, *arguments, "--out", str(tmp_path))
     (code, _, said), *others = two.run("command", arguments=given)
     assert code == 2
-    assert "mesh.tensor=2: a Normalized has no two linear layers" in " ".join(said.split())
+    assert text in " ".join(said.split())
     assert others == [(2, "", "")]
 
 

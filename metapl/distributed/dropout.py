@@ -128,7 +128,7 @@ def _rate(layer: nn.Module) -> float:
     """How much a layer drops, by its name in torch, torchvision and timm; 0 for any other layer."""
     kind = type(layer).__name__.lower()
     if isinstance(layer, nn.MultiheadAttention):
-        return layer.dropout
+        return float(layer.dropout)
     if "drop" not in kind and "stochasticdepth" not in kind:
         return 0.0
     return float(getattr(layer, "p", getattr(layer, "drop_prob", 0.0)) or 0.0)
