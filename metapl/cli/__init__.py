@@ -272,7 +272,6 @@ def _noisy_student(given: list[str]) -> int:
     from metapl.cli.idle import given_flags
     from metapl.cli.noisy_student import COMMANDS as RECIPES
     from metapl.cli.parse import did_you_mean, flags_named, parse, respelled
-    from metapl.distributed.launch import is_first
     from metapl.errors import MetaplError
 
     if given and given[0] in ("-h", "--help"):

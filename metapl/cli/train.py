@@ -149,13 +149,6 @@ class Train:
             raise MetaplError(
                 f"--jobs {self.jobs} has no effect beside --mesh: all processes train one run after another together."
             )
-        methods = self._methods() if self.compare else (self.recipe.own_method,)
-        rounds = [name for name in methods if name in self.known and self.known[name].self_training is not None]
-        if rounds and self.mesh.size > 1:
-            raise MetaplError(
-                f"{rounds[0]} trains one network after another, which is not built yet for several processes; leave "
-                "--mesh out, or take another method."
-            )
         for name in ("seeds", "methods", "jobs", "controls"):
             if getattr(self, name) and not self.compare:
                 raise MetaplError(f"--{name} goes with --compare.")
