@@ -22,15 +22,17 @@ from metapl.errors import MetaplError
 from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.labels_given import labels_given
+from metapl.experiments.larger import at_larger_size, finetuned_larger
 from metapl.experiments.methods import train
 from metapl.experiments.noisy_labels import ALONE
 from metapl.experiments.reducing import label_by
-from metapl.experiments.self_training import Rounds, spoken_rounds
+from metapl.experiments.self_training import Rounds, networks_of, spoken_rounds
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD, title, titled
+from metapl.recipes.self_training import SelfTraining
 from metapl.report import Gallery
 from metapl.runs.folder import RunFolder, weights_file
 from metapl.runs.metrics import Metrics
@@ -150,13 +152,19 @@ class Experiment:
         return {network.name: network for network in networks}
 
     def last_round(self, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
-        """The student of the last round, and its teacher."""
+        """The student of the last round, its teacher, and the student finetuned at a larger size if it is."""
         (teacher,) = task.rounds.teachers
         accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
-        networks = (
+        networks = [
             self.network("student", task, trained.student, result.validation_accuracy, result.weights),
             self.network("teacher", task, teacher, accuracy, weights_of(teacher)),
-        )
+        ]
+        settings: SelfTraining = task.rounds.settings
+        if settings.finetune_size is not None:
+            larger = at_larger_size(networks_of(self.recipe, settings)[-1], settings)
+            seen = larger.task(None, self.progress, self.skipped)
+            tuned = finetuned_larger(larger, settings, trained.student, seen, self.fit)
+            networks.append(self.network("finetuned", seen, trained.student, tuned.validation_accuracy, tuned.weights))
         return {network.name: network for network in networks}
 
     def rounds(self, method: str, task: Task) -> Rounds:
@@ -330,11 +338,13 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
         method: of :data:`EVERY_METHOD`.
         networks: by name.
         select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``. Of
-            Noisy Student it is the last student, of which the best step is selected.
+            Noisy Student it is the last student, finetuned or not, and never its teacher.
             Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
     """
     if EVERY_METHOD[method].self_training is not None:
-        return EVERY_METHOD[method].delivers
+        networks = {name: network for name, network in networks.items() if name != "teacher"}
+        if not select:
+            return [*networks][-1]
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
     return EVERY_METHOD[method].delivers
@@ -346,7 +356,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     tested, n = content.get("evaluation"), content["validation_size"]
     why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
     if EVERY_METHOD[content["method"]].self_training is not None:
-        why = "it is of the last round" + ", at its best step by validation" * (why == "by validation")
+        why = "of the last round" + ", at its best step by validation" * (why == "by validation")
     if tested is not None:
         chance = Evaluation(**tested).chance
         lines.append(f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
