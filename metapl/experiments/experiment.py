@@ -63,7 +63,7 @@ class Experiment:
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
         self.record(task)
         task = dataclasses.replace(task, label=label_by(self.recipe, self.folder.path, task, self.say))
-        teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
+        teacher, student = self.built(method, place)
         if self.mesh.size > 1:
             if EVERY_METHOD[method].selects:
                 raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
@@ -110,6 +110,12 @@ class Experiment:
         if unread:
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
+
+    def built(self, method: str, place: torch.device) -> list[nn.Module]:
+        """The teacher and the student with fresh weights; Noisy Student builds a network when its round begins."""
+        if EVERY_METHOD[method].self_training is not None:
+            return [nn.Identity(), nn.Identity()]
+        return [self.recipe.network(role).to(place) for role in ROLES]
 
     def laid_out(self, *networks: nn.Module) -> list[nn.Module]:
         """Networks over the processes that train together."""
