@@ -28,6 +28,8 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "digits_study",
         "label_noise",
         "label_noise_tables",
+        "noisy_student",
+        "noisy_student_tables",
         "suspects",
         "two_moons",
         "when",
@@ -421,3 +423,44 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
     )
     chosen = when.chosen(when.read(), "gradient")
     assert (chosen.student_lr, chosen.teacher_lr, chosen.size) == (1.0, 0.06, 1.0)
+
+
+def test_the_page_on_the_studies_of_noisy_student_shows_the_tables_of_the_raw_rows(tables: object) -> None:
+    import noisy_student
+    import noisy_student_tables
+
+    assert shown("noisy-student-studies") == noisy_student_tables.block(noisy_student.read())
+
+
+def test_the_studies_of_noisy_student_were_run_as_they_say(tables: object) -> None:
+    import noisy_student
+
+    rows = noisy_student.read()
+    final = [row for row in rows if row["final"]]
+    assert [row["arm"] for row in final] == [dataclasses.asdict(arm) for arm in noisy_student.ARMS]
+    grid = {(row["lr"], row["dropout"]) for row in rows if not row["final"]}
+    assert grid == {(lr, dropout) for lr in noisy_student.RATES for dropout in noisy_student.DROPOUTS}
+    for row in rows:
+        seeds = noisy_student.FULL.seeds if row["final"] else noisy_student.FULL.tuning_seeds
+        assert tuple(row["seeds"]) == seeds
+        if row["final"]:
+            assert (row["lr"], row["dropout"]) == noisy_student.tuned(rows)
+            assert len(row["test"]) == len(seeds) >= 10
+
+
+def test_the_papers_figures_beside_the_studies_of_noisy_student(tables: object) -> None:
+    """Each has an arm here, and each arm but those that are marked has a figure."""
+    import noisy_student
+    import noisy_student_tables
+
+    for study, printed in noisy_student_tables.PAPER.items():
+        arms = noisy_student.STUDIES[study]
+        assert printed.keys() <= arms.keys()
+        without = {name for name in arms if name not in printed}
+        # Curves that are lost, supervised networks that a table leaves out, and ratios that it does not have.
+        expected = {"3": {*arms}, "4": {f"supervised {width}" for width in (16, 32, 64, 128)}}
+        expected["7"] = {"width 16: 7:1", "width 128: 7:1"}
+        assert without == expected.get(study, set())
+        for name in arms:
+            other = noisy_student_tables.reference(study, name)
+            assert other is None or other in arms
