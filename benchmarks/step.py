@@ -174,7 +174,7 @@ def main() -> None:
         print(table(json.loads(given.table.read_text())))
         return
     turns: dict[str, list[list[Row]]] = {"rows": [], "against": []}
-    for _ in range(2 if given.miniature else given.turns):
+    for _ in range(1 if given.miniature else given.turns):
         turns["rows"].append(turn(HERE.parent, given.miniature))
         if given.against:
             turns["against"].append(turn(given.against.resolve(), given.miniature))

@@ -255,7 +255,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             test = paired_test(found[arm].accuracy, base.accuracy)
             color = COLORS.get(arm.method.split()[0], OTHER)
             if 100 * test.mean < LEAST:
-                axes.annotate(f"\u2190 {100 * test.mean:+.1f}", (LEAST, y), fontsize=8, va="center", color=color)
+                gain, _ = difference(found[arm].accuracy, base.accuracy)
+                axes.annotate(f"\u2190 {gain}", (LEAST, y), fontsize=8, va="center", color=color)
                 continue
             if test.interval is not None:
                 axes.plot([100 * end for end in test.interval], [y, y], color=color, linewidth=1.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -19,13 +20,22 @@ from metapl.cli import main
 from metapl.words import wrapped
 
 
-def metapl(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "metapl", *map(str, arguments)]
-    finished = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == code, finished.stderr
     assert "Traceback" not in finished.stderr
     return finished
+
+
+def metapl(*arguments: str | Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """The same without the cost of a process."""
+    words, out, err = [str(a) for a in arguments], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        found = main(words)
+    assert code in (found, None), err.getvalue()
+    return subprocess.CompletedProcess(words, found, out.getvalue(), err.getvalue())
 
 
 def unprompted(words: str) -> str:

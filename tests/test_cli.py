@@ -22,7 +22,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from command import loaded_elsewhere, metapl, refusal, refused, reseal, result, rows, said
+from command import loaded_elsewhere, metapl, process, refusal, refused, reseal, result, rows, said
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -48,7 +48,7 @@ SHORT = ("--steps", "300", "--finetune-steps", "20")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, which tests leave as it is."""
     run = tmp_path_factory.mktemp("runs") / "one"
-    metapl("train", "digits", *SHORT, "--out", run)
+    process("train", "digits", *SHORT, "--out", run)
     return run
 
 
@@ -552,10 +552,8 @@ def test_what_the_library_logs_is_shown_once(
         (["evaluate", "none", "--netwrok"], "there is no --netwrok; did you mean --network?"),
     ],
 )
-def test_a_wrong_command_line_gives_one_line_and_exit_code_2(
-    arguments: list[str], expected: str, tmp_path: Path
-) -> None:
-    assert expected in refusal(metapl(*arguments, code=2, cwd=tmp_path))
+def test_a_wrong_command_line_gives_one_line_and_exit_code_2(arguments: list[str], expected: str) -> None:
+    assert expected in refusal(process(*arguments, code=2))
 
 
 def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

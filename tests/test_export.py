@@ -143,7 +143,12 @@ def trained_like(architecture: Architecture, size: int) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("name", "size", "channels", "onnx"),
-    [("pooled_cnn", 24, 1, True), ("resnet18", 32, 3, False), ("timm:resnet10t", 32, 3, True), ("vit", 8, 3, False)],
+    [
+        ("pooled_cnn", 24, 1, True),
+        pytest.param("resnet18", 32, 3, False, marks=pytest.mark.long),
+        ("timm:resnet10t", 32, 3, True),
+        pytest.param("vit", 8, 3, False, marks=pytest.mark.long),
+    ],
 )
 def test_the_cards_code_runs_the_programs(
     name: str, size: int, channels: int, onnx: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

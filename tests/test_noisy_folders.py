@@ -126,7 +126,7 @@ def test_the_run_is_evaluated_predicted_with_finetuned_and_exported(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux has them")
-@pytest.mark.parametrize("method", ["example_weights", "label_correction"])
+@pytest.mark.parametrize("method", ["example_weights", pytest.param("label_correction", marks=pytest.mark.long)])
 def test_a_run_that_is_killed_goes_on_bit_for_bit(method: str, folders: tuple[Path, set[str]], tmp_path: Path) -> None:
     root, _ = folders
     command = shlex.join(["train", "noisy", *given(root), "--method", method, *FLAGS.split()])

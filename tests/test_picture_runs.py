@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ SETTINGS = ("--set", "steps=3", "precision=float32", "finetune_steps=1", "image_
 
 def command(module: str, *arguments: str | Path, code: int = 0) -> str:
     """What ``python -m benchmarks.pictures.MODULE`` prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.pictures.{module}", *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    printed, said, found = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(said):
+        patch.setattr(sys, "argv", [module, *map(str, arguments)])
+        try:
+            {"run": run, "tables": tables}[module].main()
+        except SystemExit as ended:  # with a message, which Python prints
+            found = 1
+            said.write(str(ended.code))
+    assert found == code, said.getvalue()
+    return printed.getvalue() if code == 0 else said.getvalue()
 
 
 def test_a_run_leaves_a_row_and_is_not_repeated(tmp_path: Path) -> None:

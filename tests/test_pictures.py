@@ -253,7 +253,9 @@ def test_long_names_run_into_nothing(
     check_texts(pages[0])
 
 
-@pytest.mark.parametrize(("groups", "number"), [(1, 1), (2, 70), (5, 3), (7, 1), (101, 2)])
+@pytest.mark.parametrize(
+    ("groups", "number"), [(1, 1), (2, 70), (5, 3), (7, 1), pytest.param(101, 2, marks=pytest.mark.long)]
+)
 def test_long_names_in_a_grid(tmp_path: Path, pages: list[Figure], groups: int, number: int) -> None:
     captions = tuple(f"{LONG[index % 6]}\n{LONG[(index + 1) % 6]}" for index in range(number))
     some = [

@@ -61,7 +61,9 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long) if case in ("forward", "none") else case for case in ALONE]
+)
 def test_a_plan_for_one_process_is_what_it_holds(case: str) -> None:
     assert gap(planned(ALONE[case]), plan_cases.measured(ALONE[case], Mesh())) < NEAR
 
@@ -136,7 +138,7 @@ def test_the_command_says_and_writes_the_plan(tmp_path: Path, capsys: pytest.Cap
     assert found["teacher_parameters"] == found["student_parameters"] == 3466
     assert found["fits"] is True
     assert found["communication_bytes_per_step"] == sum(found["communication"].values()) > 0
-    assert found["hours"] == pytest.approx(3000 * found["flops_per_step"] / 2 / 1e9 / 3600)
+    assert found["hours"] == pytest.approx(Digits().steps * found["flops_per_step"] / 2 / 1e9 / 3600)
     assert found["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1, "spatial": 1}
     assert "on 2 ranks: --mesh.shard 2\n" in text
     assert "3,466 weights" in text
@@ -201,9 +203,10 @@ def test_every_recipe_is_built_without_data() -> None:
     for name, build in PLANNED.items():
         recipe = build({}, 3 if name == "images" else None, None)
         assert recipe.name == name
-        changed = build({"steps": 100_000}, 3 if name == "images" else None, "none")
+        with_feedback = not name.startswith("noisy-")
+        changed = build({"steps": 100_000}, 3 if name == "images" else None, "none" if with_feedback else None)
         assert changed.steps == 100_000
-        assert changed.feedback.mode == "none"
+        assert not with_feedback or changed.feedback.mode == "none"
         with torch.device("meta"):
             network = recipe.network()
         assert sum(p.numel() for p in network.parameters()) > 1000

@@ -84,7 +84,9 @@ CASES: dict[str, tuple[Callable[..., None], str, tuple[str, ...]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.long) if name.endswith("-paper") else name for name in CASES]
+)
 def test_it_runs_from_end_to_end(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -406,11 +406,35 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
     assert f"{of(dying, zero)} above what the same rates do without feedback" in said
     assert f"it is {of(alive, none)} above the control, and {of(alive, dying)} above feedback that dies" in said
 
-    def apart(method: str, outer: int = 64, K: int = 1) -> when_tables.Found:
+    long = [arm(method, steps=24000) for method in ("none", "gradient", "learning_rate")]
+    assert f"these are {of(long[1], long[0], 'student')} and {of(long[1], long[0])}. So" in said
+    assert difference(long[0].accuracy, none.accuracy)[0].startswith("-")
+    assert f"after 24,000 it is {of(long[2], long[1])} above it" in said
+    four = {steps: [arm(m, labels=4, steps=steps) for m in ("gradient", "none", "ratio")] for steps in (6000, 24000)}
+    assert f"is {of(*four[6000][:2])} above the control's better read-out after 6,000 steps" in said
+    assert f"and {of(*four[24000][:2])} after 24,000: there" in said
+    dying, none, kept = four[24000]
+    assert f"own loss is {of(kept, dying)} above the one that dies, and {of(kept, none)} above the control" in said
+
+    fixed, alone, own, both = (arm(method, "asymmetric", 4) for method in when.WRONG)
+    altered = {how: arm(f"alone {how}", "asymmetric", 4) for how in when.ALTERATIONS_OF_WRONG}
+    assert f"student gains {of(alone, fixed, 'student')} from the feedback alone, and it is {of(alone, fixed)}" in said
+    others = [of(alone, altered[how]) for how in ("permuted", "class_means")]
+    assert f"Rows of other examples are {others[0]} worse and the mean over the batch {others[1]};" in said
+    assert f"the means by the teacher's class are {of(altered['own_class_means'], alone)} better" in said
+    assert f"Own loss and feedback together are {of(both, own)} better" in said
+    fixed, alone, own, both = (arm(method, "half", 4) for method in when.WRONG)
+    assert f"its labels go from {share(fixed, 'labels_right')} right to {share(alone, 'labels_right')}" in said
+    assert f"the student gains {of(alone, fixed, 'student')}, but" in said
+    assert f"the feedback alone is {of(alone, fixed)} above it, both together {of(both, fixed)}" in said
+
+    def apart(method: str, outer: int = 64, K: int = 1, steps: str = "student steps") -> when_tables.Found:
         (one,) = [
             found[a]
             for a in found
-            if a.part in ("outer", "ahead") and a.method.split()[0] == method and (a.outer, a.lookahead) == (outer, K)
+            if a.method in (method, f"{method} as many {steps}")
+            and a.part in ("outer", "ahead")
+            and (a.outer, a.lookahead) == (outer, K)
         ]
         return one
 
@@ -421,6 +445,10 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
     assert (
         f"the feedback is {ahead[2]} below the control at K = 2, {ahead[5]} at K = 5 and {ahead[10]} at K = 10" in said
     )
+    kept = {K: [apart(m, K=K, steps="teacher steps") for m in ("gradient", "none")] for K in when.AHEAD}
+    more = {K: of(*pair) for K, pair in kept.items()}
+    assert f"it is {more[2]} above the control at K = 2, {more[5]} at K = 5 and {more[10]} at K = 10" in said
+    assert f"at K = 5 the student is {of(arm('gradient', steps=6000), kept[5][0])} below that one" in said
     chosen = when.chosen(when.read(), "gradient")
     assert (chosen.student_lr, chosen.teacher_lr, chosen.size) == (1.0, 0.06, 1.0)
 

@@ -81,7 +81,9 @@ metapl noisy-student RECIPE trains a teacher on the labeled examples, and then
 students, one after another: each learns with noise from the labels that the
 network before it gives the unlabeled examples. RECIPE is one of:
 
-{recipes}
+{recipes}  imagenet              ImageNet and a folder of other pictures
+  noisy-imagenet-b0     the same by the paper's protocol; likewise -b1 to -b7, -l2
+
   metapl noisy-student digits --rounds 3 --out DIR
   metapl noisy-student digits --networks 32x32 64x64
   metapl noisy-student digits --compare --seeds 0-4
@@ -112,6 +114,7 @@ of:
   images                your own pictures; give --classes and --network
 {recipes}  imagenet-l2           two EfficientNet-L2, the paper's largest experiment
   imagenet-b6-wide      the same with EfficientNet-B6-Wide
+  noisy-imagenet-b0     a student of Noisy Student; likewise -b1 to -b7 and -l2
   vit-1b                two vision transformers of 1.2 billion weights
 
   metapl plan imagenet-l2 --mesh.replicate 16 --mesh.shard 128
@@ -266,7 +269,7 @@ def _noisy_student(given: list[str]) -> int:
     from metapl.errors import MetaplError
 
     if given and given[0] in ("-h", "--help"):
-        print(NOISY_STUDENT_HELP.format(recipes=_lines_about(RECIPES)), end="")
+        print(NOISY_STUDENT_HELP.format(recipes=_lines_about(set(RECIPES))), end="")
         return 0
     if not given or given[0] not in RECIPES:
         named = f"there is no recipe {given[0]!r}" if given else "no recipe was named"

@@ -9,15 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from metapl.cli.idle import Rule, explained
+from metapl.cli.idle import Rule, by_choice, explained
 from metapl.cli.parse import Switch
 from metapl.cli.train import Train
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.self_training import networks_of
-from metapl.recipes import Digits
+from metapl.recipes import Digits, ImageFolders, Vision
 from metapl.recipes.base import Optimizer, Recipe, Unasked
 from metapl.recipes.methods import METHODS, SELF_TRAINING_METHODS, Method
+from metapl.recipes.noisy_student import NOISY_STUDENT_RECIPES
 from metapl.recipes.self_training import SelfTraining
 from metapl.runs.folder import RunFolder
 
@@ -43,7 +44,8 @@ OF_STUDENTS += "unlabeled-noise noisy-teacher rounds"
 """Flags of Noisy Student alone; --per-class is of the selection for MPL too."""
 
 OF_MPL = "unlabeled-batch uda-* mode pseudo-labels feedback-weight feedback-ratio normalization baseline temperature "
-OF_MPL += "pseudo-label-smoothing exact-every student.* wait finetune-steps finetune.*"
+OF_MPL += "pseudo-label-smoothing exact-every student.* wait finetune-steps finetune-batch "
+OF_MPL += "finetune.*"
 """Flags of Meta Pseudo Labels and of UDA, which --method mpl and --compare have."""
 
 
@@ -80,6 +82,7 @@ class NoisyStudent(Train):
     """
 
     known: ClassVar[Mapping[str, Method]] = {**SELF_TRAINING_METHODS, **METHODS}
+    equal_cost: ClassVar[bool] = True
 
     recipe: Annotated[_Digits, tyro.conf.arg(name="")] = field(default_factory=_Digits)
     self_training: Annotated[SelfTraining, tyro.conf.arg(name="")] = field(default_factory=SelfTraining)
@@ -110,7 +113,7 @@ class NoisyStudent(Train):
         if not self.compare and self.method == "noisy_student":
             flags = OF_MPL
             if settings.training == "pretrain_finetune":
-                flags = flags.replace("finetune-steps finetune.*", "")
+                flags = flags.replace("finetune-steps finetune-batch finetune.*", "")
             yield Rule(flags, "with --method noisy_student", "it is for --method mpl; batches have --ratio")
         if not self.compare and settings.training != "joint":
             yield Rule("loss", f"with --training {settings.training}", "it is for --training joint")
@@ -136,5 +139,65 @@ class NoisyStudent(Train):
         return self.methods or COMPARED
 
 
-COMMANDS: dict[str, type[NoisyStudent]] = {Digits.name: NoisyStudent}
+@dataclass(frozen=True, kw_only=True)
+class _Images(ImageFolders):
+    """A user's own pictures, with the defaults of Noisy Student."""
+
+    method: Unasked[str] = "noisy_student"
+    teacher_run: Unasked[str | None] = None
+    label_store: Unasked[str | None] = None
+    labeled_label_store: Unasked[str | None] = None
+    warm_start: Unasked[bool] = True
+    schedule: Literal["cosine", "constant", "exponential"] = "exponential"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyStudentImages(NoisyStudent):
+    """Train a classifier on your own pictures by Noisy Student: each student learns the labels of the one before it.
+
+    Round 0 trains the first teacher on the labeled pictures. In each later round the last network labels the unlabeled
+    pictures without noise; those it is confident of are kept, as many of each class; and a new network of the same
+    size, or larger, learns from both with changed pictures, dropout and stochastic depth. --minutes are those of all
+    rounds together, --steps those of each.
+
+    Args:
+        recipe: what is trained, and how.
+    """
+
+    recipe: Annotated[_Images, tyro.conf.arg(name="")]  # type: ignore[assignment]  # another recipe, run alike
+
+    def _check(self) -> None:
+        super()._check()
+        if self.compare and self.recipe.test is None:
+            raise MetaplError(
+                "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
+                "labeled pictures for it."
+            )
+
+    def _rules(self) -> Iterator[Rule]:
+        yield from by_choice(self.recipe, seeds=bool(self.seeds))
+        yield from super()._rules()
+
+
+def _trained_on(kind: type[Vision]) -> type[NoisyStudent]:
+    """The command for a data set that torchvision loads."""
+
+    given = next(each for each in dataclasses.fields(kind) if each.name == "self_training")
+    settings = given.default if given.default_factory is dataclasses.MISSING else given.default_factory()
+    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
+        ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
+        ("self_training", Annotated[SelfTraining, tyro.conf.arg(name="")], settings),
+    ]
+    name = f"NoisyStudent{kind.__name__}"
+    command = dataclasses.make_dataclass(name, fields, bases=(NoisyStudent,), frozen=True, kw_only=True)
+    about, _, rest = (NoisyStudent.__doc__ or "").partition("    Args:")
+    command.__doc__ = f"{about}    Args:{rest}"
+    return command
+
+
+COMMANDS: dict[str, type[NoisyStudent]] = {
+    Digits.name: NoisyStudent,
+    ImageFolders.name: NoisyStudentImages,
+    **{kind.name: _trained_on(kind) for kind in NOISY_STUDENT_RECIPES},
+}
 """The recipes that Noisy Student trains, by name."""

@@ -61,6 +61,8 @@ class Train:
 
     known: ClassVar[Mapping[str, Method]] = METHODS
     """The methods that the recipes can be trained by."""
+    equal_cost: ClassVar[bool] = False
+    """Whether compared methods take as many steps as cost the same; otherwise they take as many steps."""
 
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
@@ -186,7 +188,8 @@ class Train:
 
     def _compare(self, folder: RunFolder) -> int:
         seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
-        comparison = compare(self.recipe, folder, self._methods(), seeds, resume=self.resume, jobs=self.jobs)
+        options: dict[str, Any] = {"resume": self.resume, "jobs": self.jobs, "equal_cost": self.equal_cost}
+        comparison = compare(self.recipe, folder, self._methods(), seeds, **options)
         tell(f"figures, report and the delivered networks are in {folder.path}")
         tell(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
         tell(paragraph(comparison.sentence()))

@@ -20,6 +20,7 @@ from metapl.data.feed import feed
 from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.experiments.methods import train
 from metapl.experiments.reducing import even_labels
+from metapl.experiments.self_training import Rehearsed
 from metapl.recipes.base import ROLES, Task
 from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.image_recipe import ImageParts
@@ -114,7 +115,9 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
         )
         even = even_labels(task)
         given = recipe.teacher_run is not None or recipe.label_store is not None
-        task = dataclasses.replace(task, label=even, stored=even(nn.Identity()) if given else None)
+        task = dataclasses.replace(
+            task, label=even, rounds=Rehearsed(task), stored=even(nn.Identity()) if given else None
+        )
         teacher, student = (recipe.network(role).to(recipe.torch_device()) for role in ROLES)
         train(EVERY_METHOD[recipe.method], recipe, task, teacher, student, rehearse)
     return sum(seconds)

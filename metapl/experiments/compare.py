@@ -11,6 +11,7 @@ from typing import Any
 
 from metapl.cores import available_cores, default_threads
 from metapl.experiments.comparison import Comparison
+from metapl.experiments.equal_cost import equal_steps, with_steps
 from metapl.experiments.experiment import last_fit
 from metapl.experiments.jobs import Job, Pace, aloud, run_all
 from metapl.experiments.methods import check_method
@@ -30,7 +31,14 @@ Results = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 def compare(
-    recipe: Recipe, folder: RunFolder, methods: Sequence[str], seeds: Sequence[int], *, resume: bool, jobs: int | None
+    recipe: Recipe,
+    folder: RunFolder,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    resume: bool,
+    jobs: int | None,
+    equal_cost: bool = False,
 ) -> Comparison:
     """Train by each method with each seed, and compare.
 
@@ -40,15 +48,21 @@ def compare(
         methods, seeds: which are run.
         resume: go on with the comparison in the folder.
         jobs: runs at a time; None: one for each core, and one on a GPU.
+        equal_cost: give each method as many steps as cost what the first method costs; see
+            :func:`metapl.experiments.equal_cost.equal_steps`.
     """
     out = folder.path
     description = describe(recipe, compare=list(methods), seeds=list(seeds))
     with folder.claimed(description, resume=resume):
-        if not (out / "result.json").exists():
+        steps: dict[str, int] = {}
+        if equal_cost or not (out / "result.json").exists():
             task = recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
             for method in methods:
                 check_method(recipe.by(method, seeds[0]), method, task)
-        results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs)
+            if equal_cost:
+                steps = equal_steps(recipe, methods, task)
+                aloud(f"steps at equal cost: {', '.join(f'{method} {count:,}' for method, count in steps.items())}")
+        results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs, steps=steps)
         folder.relocate(description["fields"])  # each run has compared the data
         comparison = Comparison.of(tuple(seeds), methods, results)
         method, seed = comparison.delivered()
@@ -67,9 +81,20 @@ def compare(
 
 
 def run_jobs(
-    recipe: Recipe, out: Path, methods: Sequence[str], seeds: Sequence[int], *, resume: bool, jobs: int | None
+    recipe: Recipe,
+    out: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    resume: bool,
+    jobs: int | None,
+    steps: Mapping[str, int] | None = None,
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """The result of each method and seed, from runs side by side; finished ones are not run again."""
+    """The result of each method and seed, from runs side by side; finished ones are not run again.
+
+    ``steps`` has those of methods that take another number of steps than the recipe.
+    """
+    sized = {method: with_steps(recipe, count) for method, count in (steps or {}).items()}
     on_gpu = recipe.torch_device().type == "cuda"
     workers = min(jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
     # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn the
@@ -80,7 +105,7 @@ def run_jobs(
         for method in methods:
             place = out / method / f"seed-{seed}"
             begun = resume or (place / "recipe.json").exists()
-            to_compare.append(Job(recipe.by(method, seed), method, place, begun, threads=threads))
+            to_compare.append(Job(sized.get(method, recipe).by(method, seed), method, place, begun, threads=threads))
     aloud(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}")
     results = {}
     to_run = [job for job in to_compare if not (job.folder / "result.json").exists()]

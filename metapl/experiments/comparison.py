@@ -143,7 +143,8 @@ class Comparison:
             f"{100 * test.mean:+.1f} points over {_seeds(test.n)}"
         )
         best = "" if self.best() == name else f"; {self._best_of_all()}"
-        return f"{start[0].upper()}{start[1:]}{_verdict(test, what)}{best}."
+        verdict = _between(test) if EVERY_METHOD[name].self_training is not None else _verdict(test, what)
+        return f"{start[0].upper()}{start[1:]}{verdict}{best}."
 
     def _best_of_all(self) -> str:
         best = self.best()
@@ -217,6 +218,8 @@ def _own_readout(method: str) -> str:
 
 def _words(method: str) -> tuple[str, str, str]:
     """A method's network and its control, as the sentence calls them, and what the control is without."""
+    if EVERY_METHOD[method].self_training is not None:
+        return "Noisy Student's student", "that of Meta Pseudo Labels", "which of the two is better"
     if EVERY_METHOD[method].doubting:
         return f"with {title(method)} the finetuned student", "plain training", "what is learned about labels"
     if EVERY_METHOD[method].reduced:
@@ -231,6 +234,17 @@ def _verdict(test: PairedTest, what: str) -> str:
         return f", with every seed the same: too little to tell whether {what} helped"
     unknown = f"these seeds do not show whether {what} helped"
     return f", paired t-test p = {_p(test.p)}: {f'{what} {HELPED[test.mean > 0]}' if test.p < 0.05 else unknown}"
+
+
+def _between(test: PairedTest) -> str:
+    """Which of Noisy Student and Meta Pseudo Labels did better, if either did."""
+    if test.n < ENOUGH_SEEDS:
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell which of the two is better"
+    if test.p is None:
+        return ", with every seed the same: too little to tell which of the two is better"
+    better = "Noisy Student" if test.mean > 0 else "Meta Pseudo Labels"
+    found = f"{better} is better" if test.p < 0.05 else "these seeds do not show which of the two is better"
+    return f", paired t-test p = {_p(test.p)}: {found}"
 
 
 HELPED = {True: "helped", False: "hurt"}

@@ -327,6 +327,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     name, words, lines = content["delivered"], EVERY_METHOD[content["method"]].networks, []
     tested, n = content.get("evaluation"), content["validation_size"]
     why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
+    if EVERY_METHOD[content["method"]].self_training is not None:
+        why = "it is of the last round" + ", at its best step by validation" * (why == "by validation")
     if tested is not None:
         chance = Evaluation(**tested).chance
         lines.append(f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")

@@ -127,8 +127,7 @@ def check_method(recipe: Recipe, method: str, task: Task) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             teacher, student = (recipe.network(role) for role in ROLES)
-            rounds = Rehearsed(task, EVERY_METHOD[method].settings(recipe))
-            rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=rounds)
+            rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
             train(EVERY_METHOD[method], recipe, rehearsed, teacher, student, check)
             steps = {"ema_decay": None, "warmup": 0} | recipe.finetune_options()
             if recipe.finetune_steps:

@@ -304,10 +304,9 @@ def _stored_labels(store: LabelStore) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Rounds without a teacher's labels: each keeps all examples, with even labels."""
+    """Rounds without a teacher's labels, for a rehearsal of the training: each keeps all examples, with even labels."""
 
     task: Task
-    settings: SelfTraining
 
     def choose(self, number: int, teacher: nn.Module) -> Chosen:
         count = torch.arange(len(self.task.unlabeled.images))
@@ -396,6 +395,7 @@ def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
 
 
 def _parameters(recipe: Recipe) -> int:
+    _ = recipe.classes  # some recipes read their data for them, which must not be done on the meta device
     with torch.device("meta"):
         return sum(p.numel() for p in recipe.network("teacher").parameters())
 

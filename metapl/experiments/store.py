@@ -11,6 +11,7 @@ from metapl.metrics import Evaluation
 from metapl.recipes import RECIPES, ImageFolders, TwoMoons, from_dict
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import EVERY_METHOD
+from metapl.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
 from metapl.runs.folder import PLACES, WEIGHTS, RunFolder
 from metapl.typed import misfit, misfit_entries
 
@@ -72,11 +73,12 @@ def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
             f"{folder.path} is a run of {TwoMoons.name}, which keeps no networks: what it found is in result.json and "
             "two_moons.png. Expected a run of another recipe."
         )
-    kind = RECIPES.get(description["name"])
+    known: dict[str, type[Recipe]] = {**RECIPES, NoisyImagenet.name: NoisyImagenet, **PAPER_RECIPES}
+    kind = known.get(description["name"])
     if kind is None:
         raise MetaplError(
             f"{folder.path} is a run of the recipe {description['name']!r}, which this metapl does not have; it "
-            f"has {', '.join(RECIPES)}."
+            f"has {', '.join(known)}."
         )
     try:
         recipe: Recipe = from_dict(kind, description["fields"])

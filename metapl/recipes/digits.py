@@ -62,7 +62,7 @@ class Digits(Recipe):
 
     method: Annotated[Method, tyro.conf.arg(metavar="METHOD")] = "mpl"
     labels_per_class: int = 2
-    steps: int = 3000
+    steps: int = 6000
     labeled_batch: int = 64
     hidden: tuple[int, ...] = (32, 32)
     view: ShiftNoiseCutout = field(default_factory=ShiftNoiseCutout)

@@ -1,0 +1,91 @@
+"""Methods at equal cost: as many steps each as take the same number of operations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from metapl.device import to_device
+from metapl.errors import MetaplError
+from metapl.experiments.methods import train
+from metapl.experiments.reducing import even_labels
+from metapl.experiments.self_training import Rehearsed
+from metapl.metrics.cost import flops
+from metapl.recipes.base import ROLES, Recipe, Task
+from metapl.recipes.methods import EVERY_METHOD
+from metapl.training import FitResult, Trainer
+
+SHARES = ("wait", "warmup", "uda_ramp", "uda_start")
+"""Fields of recipes that count steps, and become more or fewer with them."""
+
+
+def operations(recipe: Recipe, method: str, task: Task) -> float:
+    """Floating-point operations of products and convolutions in all steps of a method, its earlier phases included.
+
+    Args:
+        recipe: settled.
+        method: of :data:`metapl.recipes.methods.EVERY_METHOD`.
+        task: the recipe's data.
+
+    Cost: a step or two of each phase; the default generator is put back. Passes that label, validate and test are not
+    counted, and neither is finetuning, which all have alike.
+    """
+    total = 0.0
+
+    def count(
+        trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+    ) -> FitResult:
+        nonlocal total
+        batches = [None if source is None else _on(source[0], trainer.device) for source in (labeled, unlabeled)]
+        steps, wait = over.get("steps", recipe.steps), over.get("wait", getattr(recipe, "wait", 0))
+        waits = min(wait, steps) if trainer.teacher is not None else 0
+        trainer.steps_done = steps  # losses that begin late have begun
+        if waits:
+            total += waits * flops(lambda: trainer.teacher_step(*batches))
+        if steps > waits:
+            total += (steps - waits) * flops(lambda: trainer.step(*batches))
+        return FitResult(None, 0, {})
+
+    with torch.random.fork_rng():
+        teacher, student = (recipe.by(method, recipe.seed).network(role).to(recipe.torch_device()) for role in ROLES)
+        rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
+        train(EVERY_METHOD[method], recipe.by(method, recipe.seed), rehearsed, teacher, student, count)
+    return total
+
+
+def _on(batch: Any, device: torch.device) -> Any:
+    return torch.utils._pytree.tree_map(lambda t: to_device(t, device) if isinstance(t, torch.Tensor) else t, batch)
+
+
+def equal_steps(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[str, int]:
+    """The steps of each method with which it costs what the first one costs with the recipe's steps.
+
+    Args:
+        recipe: settled.
+        methods: the first is that which the others are held against.
+        task: the recipe's data.
+
+    Raises:
+        MetaplError: a method cannot be trained on the recipe's data.
+    """
+    costs = {}
+    for method in methods:
+        try:
+            costs[method] = operations(recipe, method, task)
+        except MetaplError as error:
+            raise MetaplError(f"{method}: {error}") from error
+    return {method: max(1, round(recipe.steps * costs[methods[0]] / cost)) for method, cost in costs.items()}
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with another number of steps, and its phases and validations in proportion."""
+    share = steps / recipe.steps
+    given = {name: getattr(recipe, name, None) for name in SHARES}
+    changed: dict[str, Any] = {name: round(share * value) for name, value in given.items() if value}
+    if "wait" in changed:
+        changed["wait"] = min(changed["wait"], steps - 1)
+    every = max(1, round(share * recipe.validate_every))
+    return dataclasses.replace(recipe, steps=steps, validate_every=every, **changed)

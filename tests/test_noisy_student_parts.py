@@ -1,0 +1,248 @@
+"""What Noisy Student is made of: its loss, its noise, its settings, its schedule, and steps at equal cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+from metapl.cli import main
+from metapl.distributed import Mesh
+from metapl.errors import MetaplError
+from metapl.experiments.equal_cost import equal_steps, operations, with_steps
+from metapl.experiments.self_training import Noised, end_matched, networks_of
+from metapl.planning.plan import plan
+from metapl.problems.base import Signal
+from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss, model_noise
+from metapl.recipes import Digits
+from metapl.recipes.noisy_student import PAPER_RECIPES
+from metapl.recipes.self_training import SelfTraining
+from metapl.training import FitOptions
+
+NOTHING = Signal(torch.zeros(0))
+
+
+def batches(labeled: int = 2, ratio: int = 3) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    x_l, x_u = (torch.randn(n, 4, generator=generator) for n in (labeled, ratio * labeled))
+    stored = torch.rand(ratio * labeled, 3, generator=generator).softmax(1)
+    return {"labeled": (x_l, torch.arange(labeled) % 3), "unlabeled": (x_u, stored)}
+
+
+@pytest.mark.parametrize("ratio", [1, 3, 14])
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_loss_weighs_the_two_parts_as_the_paper_does(ratio: int, hard: bool) -> None:
+    """1/(1+r) and r/(1+r) over the concatenated batch; 1 and 1 as Algorithm 1 is written."""
+    network, data = nn.Linear(4, 3), batches(ratio=ratio)
+    (x_l, y), (x_u, stored) = data["labeled"], data["unlabeled"]
+    labels = stored.argmax(1) if hard else stored
+    labeled, unlabeled = F.cross_entropy(network(x_l), y), F.cross_entropy(network(x_u), labels)
+    found = {
+        form: NoisyStudentLoss(form, hard)(network, **data, signal=NOTHING, step=0)  # type: ignore[arg-type]  # both forms
+        for form in ("mean", "two_means")
+    }
+    torch.testing.assert_close(found["mean"], labeled / (1 + ratio) + unlabeled * ratio / (1 + ratio))
+    torch.testing.assert_close(found["two_means"], labeled + unlabeled)
+    alone = StoredLabelLoss(hard)(network, labeled=data["unlabeled"], unlabeled=None, signal=NOTHING, step=0)
+    torch.testing.assert_close(alone, unlabeled)
+
+
+def test_without_noise_on_unlabeled_examples_dropout_acts_on_labeled_ones_alone() -> None:
+    seen: dict[int, bool] = {}
+
+    class Watched(nn.Dropout):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen[len(x)] = self.training
+            return super().forward(x)
+
+    network, data = nn.Sequential(Watched(0.5), nn.Linear(4, 3)), batches()
+    NoisyStudentLoss(model_noise=False)(network, **data, signal=NOTHING, step=0)
+    assert seen == {2: True, 6: False}
+    assert network[0].training
+    seen.clear()
+    NoisyStudentLoss()(network, **data, signal=NOTHING, step=0)
+    assert seen == {8: True}
+
+
+def test_a_noisy_teacher_draws_the_same_masks_for_the_same_batch_and_leaves_the_generator() -> None:
+    network = nn.Sequential(StochasticDepth(0.5, "row"), nn.Dropout(0.5), nn.Linear(4, 3)).eval()
+    assert len(model_noise(network)) == 2
+    x = torch.randn(64, 4)
+    state = torch.get_rng_state()
+    first, again, other = Noised(network, 0)(x), Noised(network, 0)(x), Noised(network, 1)(x)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, network(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(part.training for part in network.modules())
+
+
+def test_the_exponential_schedule_ends_where_the_papers_does() -> None:
+    """0.128, times 0.97 every 2.4 of 350 epochs or every 4.8 of 700; a warm start of fewer epochs ends there too."""
+    for epochs in (350, 700):
+        options = FitOptions(steps=epochs, schedule="exponential")
+        assert 0.128 * options.rate(epochs) == pytest.approx(0.001507, rel=1e-3)
+    for epochs, start in ((35, 0.00235), (70, 0.00366), (140, 0.00891), (280, 0.0526)):
+        assert 0.128 * end_matched(epochs, 350) == pytest.approx(start, rel=2e-3)
+        options = FitOptions(steps=epochs, schedule="exponential", decay_every=2.4)
+        assert start * options.rate(epochs) == pytest.approx(0.001507, rel=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rounds": 0}, "rounds=0"),
+        ({"threshold": 1.0}, "threshold=1.0"),
+        ({"ratio": 0}, "ratio=0"),
+        ({"per_class": 0}, "per_class=0"),
+        ({"warm_steps": 5}, "None without warm_start"),
+        ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names at most"),
+    ],
+)
+def test_settings_out_of_their_range_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(MetaplError, match=words):
+        SelfTraining(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"networks": ("16x16", "8")}, "the student of round 1 is 8 with .* parameters, and its teacher 16x16"),
+        ({"networks": ("8", "16"), "warm_start": True}, "are not the same"),
+        ({"warm_start": True}, "expected --schedule exponential"),
+        ({"networks": ("8y8",)}, "expected widths of hidden layers"),
+    ],
+)
+def test_networks_that_do_not_follow_each_other_are_refused(fields: dict[str, Any], words: str) -> None:
+    settings = SelfTraining(**fields)
+    with pytest.raises(MetaplError, match=words):
+        networks_of(Digits(self_training=settings), settings)
+
+
+def test_methods_at_equal_cost_take_the_same_number_of_operations() -> None:
+    """Against the closed form for a network of products alone: three passes, but one less in the first layer."""
+    recipe = Digits(steps=10, labeled_batch=8, hidden=(16,), self_training=SelfTraining(rounds=2, ratio=3))
+    task = recipe.task()
+    inputs, outputs = 2 * 64 * 16, 2 * 16 * 10
+    per_example = 2 * inputs + 3 * outputs
+    assert operations(recipe, "supervised", task) == 10 * 8 * per_example
+    assert operations(recipe, "noisy_student", task) == 10 * 8 * per_example * (1 + 2 * 4)
+    steps = equal_steps(recipe, ["noisy_student", "supervised", "mpl_filtered"], task)
+    assert (steps["noisy_student"], steps["supervised"]) == (10, 90)
+    for method, count in steps.items():
+        cost = operations(with_steps(recipe, count), method, task)
+        assert cost == pytest.approx(operations(recipe, "noisy_student", task), rel=0.1)
+
+
+def test_phases_and_validations_follow_the_number_of_steps() -> None:
+    recipe = dataclasses.replace(Digits(), steps=100, warmup=10, validate_every=20)
+    longer = with_steps(recipe, 250)
+    assert (longer.steps, longer.warmup, longer.validate_every) == (250, 25, 50)
+
+
+def test_a_step_of_a_student_is_planned_without_a_teacher() -> None:
+    """Of a network of products alone, against the closed form; its batch of unlabeled examples follows the ratio."""
+    recipe = Digits(method="noisy_student", labeled_batch=8, hidden=(16,), self_training=SelfTraining(ratio=3))
+    found = plan(recipe, Mesh(), memory=10**9)
+    assert found.step.flops == 8 * (1 + 3) * (2 * 2 * 64 * 16 + 3 * 2 * 16 * 10)
+    assert found.parameters == {"teacher": 0, "student": 64 * 16 + 16 + 16 * 10 + 10}
+    assert found.per_rank["weights"] == found.per_rank["optimizer"] == 4 * 1210
+    assert (found.as_dict()["mode"], found.as_dict()["unlabeled_batch"]) == (None, 24)
+
+
+def test_the_papers_protocols_are_recipes() -> None:
+    recipes = {name: kind(data_root="", class_names=("a", "b")) for name, kind in PAPER_RECIPES.items()}
+    assert len(recipes) == 9
+    b7, l2 = recipes["noisy-imagenet-b7"], recipes["noisy-imagenet-l2"]
+    assert (b7.network_name, b7.image_size, b7.steps, b7.unlabeled_batch) == ("efficientnet_b7", 600, 218_949, 6_144)
+    assert [l2.self_training.network(number) for number in range(4)] == ["efficientnet_b7"] + ["efficientnet_l2"] * 3
+    assert (l2.image_size, l2.self_training.ratio, l2.unlabeled_batch) == (475, 14, 28_672)
+    assert b7.teacher.lr == 0.128
+    assert recipes["noisy-imagenet-b2"].steps == 437_899
+    with pytest.raises(SystemExit):
+        main(["noisy-student", "noisy-imagenet-l2", "--help"])
+
+
+def test_a_plan_refuses_what_a_student_has_no_use_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in (("--mode", "none"), ("--unlabeled-batch", "8")):
+        assert main(["plan", "noisy-imagenet-b0", *flag]) == 2
+        assert f"{flag[0]} {flag[1]} has no effect on noisy-imagenet-b0" in " ".join(capsys.readouterr().err.split())
+
+
+TINY = ("noisy-student", "digits", "--steps", "4", "--hidden", "4", "--labeled-batch", "8")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--training", "pretrain"),
+        ("--training", "pretrain_finetune", "--finetune-steps", "3", "--unlabeled-noise", "none"),
+        ("--warm-start", "--warm-steps", "2", "--loss", "two_means"),
+        ("--noisy-teacher", "--dropout", "0.2", "--labels", "hard", "--no-balance", "--unlabeled-noise", "model"),
+        ("--method", "mpl", "--finetune-steps", "2", "--per-class", "20"),
+        ("--networks", "4", "8x8", "--per-class", "9"),
+    ],
+    ids=lambda flags: flags[0] + flags[1],
+)
+def test_each_way_of_training_leaves_a_run(flags: tuple[str, ...], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    rounds = () if "mpl" in flags else ("--rounds", "1")
+    assert main([*TINY, *rounds, *flags, "--out", str(run)]) == 0
+    result = json.loads((run / "result.json").read_text())
+    (only,) = result["rounds"]
+    assert 0 < only["kept"] <= only["unlabeled"] == 1180
+    phases = {row["phase"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    if "pretrain_finetune" in flags:
+        assert phases == {"round-0", "round-1", "round-1-finetune"}
+    if "mpl" in flags:
+        assert result["method"] == "mpl_filtered"
+        assert only["kept"] <= 20 * 10
+        assert only["copies"] == only["kept"]
+    if "--no-balance" in flags:
+        assert only["copies"] == only["kept"]
+    if "--per-class" in flags and "mpl" not in flags:
+        assert {*only["copies_per_class"].values()} <= {0, 9}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--uda-weight", "2"), "--uda-weight has no effect with --method noisy_student"),
+        (("--method", "mpl", "--ratio", "2"), "--ratio has no effect with --method mpl"),
+        (("--training", "pretrain", "--loss", "two_means"), "--loss has no effect with --training pretrain"),
+        (("--networks", "16x16", "8"), "Noisy Student's students are equal or larger"),
+        (("--rounds", "0"), "--rounds 0: expected 1 to"),
+        (("--seeds", "0-4"), "--seeds goes with --compare"),
+        (("--compare", "--method", "mpl"), "--method has no effect beside --compare"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_flags_that_do_nothing_are_refused_before_anything_is_written(
+    flags: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY[:2], *flags, "--out", str(tmp_path / "run")]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_comparison_pairs_noisy_student_with_mpl_and_says_the_outcome(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "compared"
+    methods = ("noisy_student", "mpl_filtered", "noisy_student_once")
+    given = ("--finetune-steps", "2", "--compare", "--methods", *methods, "--seeds", "0-1", "--jobs", "1")
+    assert main([*TINY, *given, "--rounds", "2", "--out", str(out)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "steps at equal cost: noisy_student 4, mpl_filtered" in said
+    assert "at least 5 seeds are needed to tell which of the two is better" in said
+    found = json.loads((out / "result.json").read_text())
+    assert {*found["methods"]} == {*methods}
+    assert "noisy_student_against_mpl_filtered" in found
+    assert main(["evaluate", str(out)]) == 0
