@@ -214,6 +214,8 @@ def table(study: str, rows: Sequence[Row]) -> str:
 
 def _short(each: Compared) -> str:
     """What an arm is compared with, without what both have."""
+    if each.study == "8":
+        return "no warm start"
     return each.other.partition(": ")[2] or each.other.partition(", ")[0]
 
 
@@ -222,8 +224,9 @@ def counted(rows: Sequence[Row]) -> str:
     counts = Counter(each.verdict for each in comparisons(rows) if each.paper not in (None, 0))
     total = sum(counts.values())
     return (
-        f"Of the {total} differences of these tables that the paper prints, {counts['yes']} are seen here with the "
-        f"same sign (p < {SURE}), {counts['the reverse']} with the other sign, and {counts['not shown']} are not shown."
+        f"Of the {total} differences that the paper prints and these tables have (some rows share their arms), "
+        f"{counts['yes']} are seen here with the same sign (p < {SURE}), {counts['the reverse']} with the other sign, "
+        f"and {counts['not shown']} are not shown."
     )
 
 
@@ -237,9 +240,9 @@ def block(rows: Sequence[Row]) -> str:
     parts.append(
         f"Test accuracy in %, mean ± standard deviation over {seeds} seeds (400 test images each, drawn anew per seed "
         "from the same 1,797); differences in points, with the paired t-test's interval and p, not corrected for the "
-        f"number of rows. Paper: top-1 on ImageNet. {arms} arms, {STEPS:,} steps each, learning rate {lr:g} and dropout "
-        f"{dropout:g} by validation on other seeds; {minutes:.0f} minutes, on a machine with other work. `python "
-        "benchmarks/noisy_student.py`; raw rows: `benchmarks/results/noisy_student.jsonl`."
+        f"number of rows. Paper: top-1 on ImageNet. {arms} arms, {STEPS:,} steps each, learning rate {lr:g} and "
+        f"dropout {dropout:g} by validation on other seeds; {minutes:.0f} minutes, on a machine with other work. "
+        "`python benchmarks/noisy_student.py`; raw rows: `benchmarks/results/noisy_student.jsonl`."
     )
     return "\n\n".join(parts)
 
@@ -269,7 +272,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                 axes.plot(100 * test.mean, y, "o", color=OURS, markersize=5)
                 if each.paper is not None:
                     axes.plot(each.paper, y, "D", color=THEIRS, markersize=4)
-                labels.append(f"{each.name} − {_short(each)}")
+                name_here = each.name.replace("augmentation", "aug.").replace(" of the unlabeled", "")
+                labels.append(f"{name_here} − {_short(each)}")
             axes.set_yticks(range(len(labels)), labels, fontsize=7)
             axes.axvline(0, color="0.6", linewidth=1)
             axes.set_ylim(-0.7, len(labels) - 0.3)

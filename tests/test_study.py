@@ -492,3 +492,73 @@ def test_the_papers_figures_beside_the_studies_of_noisy_student(tables: object) 
         for name in arms:
             other = noisy_student_tables.reference(study, name)
             assert other is None or other in arms
+
+
+def test_what_the_page_on_the_studies_of_noisy_student_says_is_what_the_rows_say(tables: object) -> None:
+    import noisy_student
+    import noisy_student_tables
+    from figures import difference
+
+    found = noisy_student_tables.accuracies(noisy_student.read())
+    verdicts = {
+        (each.study, each.name): each.verdict for each in noisy_student_tables.comparisons(noisy_student.read())
+    }
+    said = " ".join((PAGE.parent / "noisy-student-studies.md").read_text().split()).partition("## What differs")[0]
+
+    def of(study: str, first: str, second: str) -> tuple[str, str]:
+        return difference(found[study][first], found[study][second])
+
+    def with_p(pair: tuple[str, str]) -> str:
+        return f"{pair[0]} (p = {pair[1]})"
+
+    widths = noisy_student.WIDTHS
+    best = {width: of("1", f"width {width}: best teacher", f"width {width}: same teacher") for width in widths}
+    assert all(float(gain) > 0 and float(p) < 0.05 for gain, p in best.values())
+    for width in (8, 128):
+        assert f"{best[width][0]} at width {width} (p = {best[width][1]})" in said
+    assert (
+        f"over labels alone (p = {of('2', '1/1', 'supervised')[1]}) and {of('2', '1/1', '1/4')[0]} over a quarter"
+        in said
+    )
+    assert f"(p = {of('2', '1/1', '1/4')[1]}); with a quarter or fewer no gain" in said
+    assert {verdicts["2", share] for share in ("1/128", "1/64", "1/32", "1/16", "1/4")} == {"not shown"}
+    fifths = [of("3", f"soft, fifth {fifth}", f"hard, fifth {fifth}") for fifth in range(1, 6)]
+    assert f"soft labels are {fifths[0][0]} above hard ones (p = {fifths[0][1]}); of the other fifths" in said
+    assert all(float(p) > 0.05 for _, p in fifths[1:])
+    larger = [of("4", f"teacher {w}, student {2 * w}", f"teacher {w}, student {w}") for w in widths[:4]]
+    gains = [gain for gain, _ in larger]
+    assert f"own width by {', '.join(gains[:3])} and {gains[3]}, the last with p = {larger[3][1]}" in said
+    assert all(float(p) < 0.05 for _, p in larger[:3])
+    beyond = [of("4", f"teacher {w}, student {2 * w}", f"supervised {2 * w}") for w in (32, 64)]
+    assert f"these students are {with_p(beyond[0])} and {with_p(beyond[1])} above" in said
+    for width in widths[:4]:
+        assert verdicts["6", f"width {width}: pretraining only"] == "yes"
+        shown_too = "not shown" if width == 8 else "yes"
+        assert verdicts["6", f"width {width}: pretraining + finetuning"] == shown_too
+        assert verdicts["5", f"width {width}: without balancing"] == "not shown"
+    balancing = [of("5", f"width {w}: without balancing", f"width {w}: Noisy Student")[0] for w in widths[:4]]
+    least, *_, most = sorted(-float(gain) for gain in balancing)
+    assert f"at every width, by {least} to {most} points" in said
+    whole = "of the unlabeled"
+    noisy, without, neither = (
+        of("noise", f"{name}, all {whole}", f"Noisy Student, all {whole}")
+        for name in (
+            "teacher with augmentation and dropout",
+            "student without augmentation",
+            "student without augmentation and dropout",
+        )
+    )
+    assert f"{with_p(noisy)} with all unlabeled examples" in said
+    assert f"the student is {without[0]}, and without dropout too {neither[0]}" in said
+    assert f"(p = {without[1]} and {neither[1]})" in said
+    for name in ("student without augmentation", "student without augmentation and dropout"):
+        gain, p = of("noise", f"{name}, a sixteenth {whole}", f"Noisy Student, a sixteenth {whole}")
+        assert float(gain) > 0
+        assert float(p) > 0.05
+    narrow = of("1", "width 8: same teacher", "width 8: supervised")
+    assert f"the student is {narrow[0]} against labels alone (p = {narrow[1]})" in said
+    assert verdicts["4", "teacher 32, student 32"] == "yes" != verdicts["4", "teacher 16, student 16"]
+    ratios = [of("7", f"width {width}: 3:1", f"width {width}: 1:1") for width in (128, 16)]
+    assert f"the ratio 3 is {with_p(ratios[0])}" in said
+    assert f"it is {with_p(ratios[1])}" in said
+    assert {verdicts["8", f"{percent} %, warm"] for percent in (10, 20, 40, 80)} == {"not shown"}
