@@ -40,7 +40,7 @@ COMPARED = (
 METHODS_HELP = f"with --compare: these methods alone, of {', '.join({**SELF_TRAINING_METHODS, **METHODS})}."
 
 OF_STUDENTS = "networks allow-smaller labels threshold balance no-balance ratio loss training warm-start warm-steps "
-OF_STUDENTS += "unlabeled-noise noisy-teacher rounds"
+OF_STUDENTS += "unlabeled-noise noisy-teacher rounds finetune-size frozen"
 """Flags of Noisy Student alone; --per-class is of the selection for MPL too."""
 
 OF_MPL = "unlabeled-batch uda-* mode pseudo-labels feedback-weight feedback-ratio normalization baseline temperature "
@@ -112,11 +112,13 @@ class NoisyStudent(Train):
             yield Rule(OF_STUDENTS, "with --method mpl", "it is for --method noisy_student")
         if not self.compare and self.method == "noisy_student":
             flags = OF_MPL
-            if settings.training == "pretrain_finetune":
+            if settings.training == "pretrain_finetune" or settings.finetune_size is not None:
                 flags = flags.replace("finetune-steps finetune-batch finetune.*", "")
             yield Rule(flags, "with --method noisy_student", "it is for --method mpl; batches have --ratio")
         if not self.compare and settings.training != "joint":
             yield Rule("loss", f"with --training {settings.training}", "it is for --training joint")
+        if settings.finetune_size is None:
+            yield Rule("frozen", "without --finetune-size", "give both, or neither")
         if self.compare:
             yield Rule("method", "beside --compare", "name --methods instead")
 
