@@ -26,7 +26,18 @@ STUDIES = {
     "two_moons": (),
     "when": (),
 }
-MEASUREMENTS = ("augment", "difference_step", "endurance", "labels", "modes", "peers", "reduced", "step", "throughput")
+MEASUREMENTS = (
+    "augment",
+    "difference_step",
+    "endurance",
+    "labels",
+    "modes",
+    "peers",
+    "reduced",
+    "scale",
+    "step",
+    "throughput",
+)
 
 
 def run(name: str, *arguments: str | Path) -> str:

@@ -247,6 +247,7 @@ def _train(given: list[str]) -> int:
     from metapl.cli.idle import given_flags
     from metapl.cli.parse import did_you_mean, flags_named, parse, respelled
     from metapl.cli.train import COMMANDS as RECIPES
+    from metapl.distributed.launch import is_first
     from metapl.errors import MetaplError
 
     if not given or given[0] not in (*RECIPES, "-h", "--help"):
@@ -257,8 +258,13 @@ def _train(given: list[str]) -> int:
         print(RECIPES_HELP, end="")
         return 0
     with flags_named():
-        command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
-        command.check_flags(given_flags(respelled(given[1:])))
+        try:
+            command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
+            command.check_flags(given_flags(respelled(given[1:])))
+        except MetaplError:
+            if is_first():
+                raise
+            return 2  # every process has the same flags
         return command()
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from metapl.data.images.record import record_files, replaced_files
+from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.shards import load_whole
+from metapl.distributed.spatial import takes_whole_images
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
@@ -116,11 +118,25 @@ class Experiment:
         return [self.recipe.network(role).to(place) for role in ROLES]
 
     def laid_out(self, *networks: nn.Module) -> list[nn.Module]:
-        """Networks over the processes that train together; with dropout, each process draws masks of its own."""
-        parts = [part for network in networks for part in network.modules()]
-        if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in parts):
-            torch.manual_seed(self.recipe.seed + 2**32 * (1 + dist.get_rank()))
-        return [shard(network, self.mesh) for network in networks]
+        """Networks over the processes that train together."""
+        options: dict[str, Any] = {}
+        if self.mesh.spatial > 1:
+            draw = torch.Generator().manual_seed(self.recipe.seed)
+            options["example"] = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
+        # Compiled passes would wait for each key.
+        if all(map(can_be_keyed, networks)) and not self.recipe.trainer_options().get("compile"):
+            for network in networks:
+                keyed_dropout(network, self.mesh.share)
+        found = [shard(network, self.mesh, **options) for network in networks]
+        for network in networks if self.mesh.spatial > 1 else ():
+            takes_whole_images(network)
+        self.seed_shares(*networks)
+        return found
+
+    def seed_shares(self, *networks: nn.Module) -> None:
+        """Where networks drop something row after row, let each share of a batch have masks of its own."""
+        if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
+            torch.manual_seed(self.recipe.seed + 2**32 * (1 + self.mesh.share))
 
     def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
         """Train by ``method``; the returned trainer's student is the network that is kept."""
@@ -138,7 +154,7 @@ class Experiment:
         if result.teacher_weights is not None and EVERY_METHOD[method].teaches and teacher is not None:
             accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
             networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))
-        networks.append(self.finetuned(task, trained.student, result))
+        networks.append(self.finetuned(task, trained.as_given, result))
         return {network.name: network for network in networks}
 
     def last_round(self, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
@@ -170,7 +186,8 @@ class Experiment:
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
         """:meth:`finetune`, and what the student then reaches."""
         tuned = self.finetune(task, student, before)
-        return self.network("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
+        inside = student.module if isinstance(student, DistributedDataParallel) else student
+        return self.network("finetuned", task, inside, tuned.validation_accuracy, tuned.weights)
 
     def network(
         self,
@@ -235,6 +252,7 @@ class Experiment:
     def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
         """The student finetuned on the labeled data, or unchanged where validation shows that to be better."""
         torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
+        self.seed_shares(student)
         if not self.recipe.finetune_steps:
             return before
         every = max(1, self.recipe.finetune_steps // 10)
@@ -248,7 +266,7 @@ class Experiment:
             **self.options(task) | {"truth": None} | alone,
         )
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
-            load_whole(student, before.weights)
+            load_whole(student.module if isinstance(student, DistributedDataParallel) else student, before.weights)
             return before
         return result
 

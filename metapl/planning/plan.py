@@ -17,6 +17,7 @@ from metapl.distributed.mesh import Mesh
 from metapl.distributed.shards import local
 from metapl.errors import MetaplError
 from metapl.experiments.methods import bilevel_trainer
+from metapl.experiments.shares import check_shares
 from metapl.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, rehearsed_alone, stage
 from metapl.problems.self_training import NoisyStudentLoss
 from metapl.recipes.base import ROLES, Recipe, Role
@@ -128,6 +129,10 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
         changed: dict[str, Any] = {"unlabeled_batch": recipe.self_training.ratio * recipe.labeled_batch}
         recipe = dataclasses.replace(recipe, **changed)
     check_shares(recipe, mesh)
+    if mesh.tensor > 1:
+        raise MetaplError(
+            f"--mesh.tensor {mesh.tensor}: a plan of products that ranks compute together is not built yet; expected 1."
+        )
     with torch.device("meta"):
         networks = {role: recipe.network(role) for role in roles(recipe)}
     if self_trained(recipe):
@@ -221,24 +226,6 @@ def _worth_a_rehearsal(recipe: Recipe, sizes: list[int], memory: int) -> Iterato
         weights = sum(p.numel() * p.element_size() for role in roles(recipe) for p in recipe.network(role).parameters())
     least = [size for size in sizes if 2 * weights / size < memory]
     yield from least or sizes[-1:]
-
-
-def check_shares(recipe: Recipe, mesh: Mesh) -> None:
-    """Refuse batches that the ranks do not share equally, and pictures that they do not cut into equal parts."""
-    parts = getattr(recipe, "accumulate", 1)
-    for name in ("labeled_batch", "unlabeled_batch"):
-        size = getattr(recipe, name)
-        if size % (mesh.shares * parts):
-            each = f" in {parts} parts" if parts > 1 else ""
-            raise MetaplError(
-                f"{recipe.name} has a {name} of {size:,}, which {mesh.shares:,} ranks do not share equally{each}; "
-                f"expected a multiple of {mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
-            )
-    if recipe.input_shape[-1] % mesh.spatial:
-        raise MetaplError(
-            f"{recipe.name} has pictures of {recipe.input_shape[-1]} pixels, which cannot be cut into {mesh.spatial} "
-            f"parts; expected a multiple of {mesh.spatial}: give --image-size, or another --mesh.spatial."
-        )
 
 
 def _batches(recipe: Recipe, mesh: Mesh) -> Batches:
