@@ -82,7 +82,7 @@ students, one after another: each learns with noise from the labels that the
 network before it gives the unlabeled examples. RECIPE is one of:
 
 {recipes}  imagenet              ImageNet and a folder of other pictures
-  noisy-imagenet-b0     the same by the paper's protocol; likewise -b1 to -b7, -l2
+  noisy-imagenet-b0     the same as in the paper; likewise -b1 to -b7 and -l2
 
   metapl noisy-student digits --rounds 3 --out DIR
   metapl noisy-student digits --networks 32x32 64x64
