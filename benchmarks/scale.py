@@ -160,7 +160,7 @@ def counted(step: Callable[[], Any], held: Callable[[], int]) -> Row:
 def measured(miniature: bool) -> Row:
     names = ("one process", "2 shards") if miniature else tuple(LAYOUTS)
     modes = ("none", "forward") if miniature else MODES
-    turns, steps, widths = (1, 1, (8, 8, 4)) if miniature else (5, 5, WIDTHS)
+    turns, steps, widths = (1, 1, (8, 8, 4)) if miniature else (3, 3, WIDTHS)
     load = os.getloadavg()[0]
     groups = {name: Group(LAYOUTS[name]) for name in names}
     found: dict[tuple[str, str], list[list[Row]]] = {}
@@ -220,28 +220,35 @@ def table(result: Row) -> str:
 def _measured_table(result: Row) -> str:
     rows = {(row["mode"], row["layout"]): row for row in result["rows"]}
     names = [name for name in LAYOUTS if name != ALONE and any(layout == name for _, layout in rows)]
-    heads = ["mode", "alone, ms", *(f"{name}: time" for name in names), "FLOP", *(f"{name}: MB sent" for name in names)]
-    heads += [f"{name}: MB held" for name in (ALONE, *names)]
-    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    for mode in dict.fromkeys(mode for mode, _ in rows):
-        alone = rows[mode, ALONE]
-        operations = [rows[mode, name]["flops"] / alone["flops"] for name in names]
-        cells = [f"`{mode}`", f"{1e3 * alone['seconds']:.1f}"]
-        cells += [f"{rows[mode, name]['seconds'] / alone['seconds']:.2f}" for name in names]
-        cells += [f"{max(operations):.2f}"]
-        cells += [f"{rows[mode, name]['sent'] / 1e6:.1f}" for name in names]
-        cells += [f"{rows[mode, name]['bytes'] / 1e6:.1f}" for name in (ALONE, *names)]
-        lines.append(f"| {' | '.join(cells)} |")
+    modes = list(dict.fromkeys(mode for mode, _ in rows))
+    times: list[list[str]] = [["mode", "alone, ms", *names, "FLOP"]]
+    amounts = [["mode", *(f"sent: {name}" for name in names), *(f"held: {name}" for name in (ALONE, *names))]]
+    for mode in modes:
+        alone, others = rows[mode, ALONE], [rows[mode, name] for name in names]
+        ratios = [f"{row['seconds'] / alone['seconds']:.2f}" for row in others]
+        operations = max(row["flops"] / alone["flops"] for row in others)
+        times.append([f"`{mode}`", f"{1e3 * alone['seconds']:.1f}", *ratios, f"{operations:.2f}"])
+        sent = [f"{row['sent'] / 1e6:.1f}" for row in others]
+        amounts.append([f"`{mode}`", *sent, *(f"{row['bytes'] / 1e6:.1f}" for row in (alone, *others))])
+    lines = [*_lines(times), "", *_lines(amounts)]
     on, widths = result["measured_on"], "-".join(map(str, result["widths"]))
     lines += [
         "",
         f"A step of an MLP {widths} and its teacher, {result['batch']} labeled and as many unlabeled rows in each "
-        "process: processor time of the slowest process and its operations over those of one process alone, bytes that "
-        f"it sends, and bytes that it holds at the peak. Median of {len(result['rows'][0]['turns'])} turns; "
+        "process: processor time of the slowest process and its operations over those of one process alone, the MB "
+        f"that it sends, and the MB that it holds at the peak. Median of {len(result['rows'][0]['turns'])} turns; "
         f"{on['cpu']}, {on['cores']} cores, one thread a process, load {result['load']:.1f} when it began; torch "
         f"{on['torch']}, gloo.",
     ]
     return "\n".join(lines)
+
+
+def _lines(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table in Markdown: numbers to the right of names."""
+    for number, row in enumerate(cells):
+        yield f"| {' | '.join(row)} |"
+        if number == 0:
+            yield "|---" + "|---:" * (len(row) - 1) + "|"
 
 
 def _simulated_table(rows: Sequence[Row]) -> str:
