@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from torch import distributed as dist
 
 import metapl
 from metapl.cli import main
+from metapl.distributed.dropout import KeyedDropout
 from metapl.distributed.layout import Layout
-from metapl.distributed.ranks import Ranks
+from metapl.distributed.ranks import Ranks, rows_shared
 from metapl.distributed.shards import ShardedSpace
 from metapl.errors import MetaplError
 from metapl.execution import sharded
@@ -44,6 +48,7 @@ INSIDE: dict[str, Callable[[], nn.Module]] = {
     "plain": nn.Identity,
     "norm": lambda: nn.BatchNorm1d(9),
     "dropout": lambda: nn.Dropout(0.3),
+    "keyed": lambda: KeyedDropout(0.3, dist.get_rank() if dist.is_initialized() else 0),
 }
 
 
@@ -124,12 +129,18 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
 
 
 def _parallel(network: nn.Module, layout: str) -> nn.Module:
-    """Products shared by two processes, and the batch by the others."""
+    """Products shared by two processes, and the batch by the others: by hand, or by metapl's own function."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("batch", "tensor"))
+    from metapl.distributed import Mesh, shard
+
+    others = dist.get_world_size() // 2
+    if layout.startswith("tensor_by"):
+        plan = {"blocks.*.inner": ColwiseParallel(), "blocks.*.outer": RowwiseParallel()}
+        return shard(network, Mesh(tensor=2, **{layout.removeprefix("tensor_by_"): others}), plan=plan)
+    mesh = init_device_mesh("cpu", (others, 2), mesh_dim_names=("batch", "tensor"))
     for block in network.blocks:
         parallelize_module(block, mesh["tensor"], {"inner": ColwiseParallel(), "outer": RowwiseParallel()})
         if layout == "tensor_shard":
@@ -425,13 +436,25 @@ def in_bfloat16(inside: str) -> dict[str, Any]:
     return found
 
 
+def aligned() -> float:
+    """How far UDA's targets for this rank's rows are from those for the same rows in the whole batch."""
+    logits = 9 * torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logits[:, 2] = -torch.inf  # an impossible class is not aligned
+    loss, ranks = metapl.UDA(align=0.7, temperature=0.5), Ranks([dist.group.WORLD], dist.get_rank())
+    with rows_shared(ranks):
+        own = loss.target(share(logits))
+    return float((own - share(loss.target(logits))).abs().max())
+
+
 def hang() -> None:
     """Rank 1 waits for rank 0, which has left."""
     if dist.get_rank() == 1:
         dist.barrier()
 
 
-def fitted(layout: str | None, out: str | None = None, mode: str = "forward", **options: Any) -> dict[str, Any]:
+def fitted(
+    layout: str | None, out: str | None = None, mode: str = "forward", ema_decay: float | None = None, **options: Any
+) -> dict[str, Any]:
     """A short fit on the same whole batches everywhere, with validation."""
     trainer = built(mode, layout, "adamw", **options)
     drawn = batches(4)
@@ -445,6 +468,7 @@ def fitted(layout: str | None, out: str | None = None, mode: str = "forward", **
         validate_every=2,
         log_every=2,
         save_every=2,
+        ema_decay=ema_decay,
         split_batches=True,
         progress=False,
         out=out,
@@ -467,6 +491,30 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:
+    """The same where the third step of one process fails in some way, and the others do not."""
+    from metapl.distributed import launch
+
+    real, mine = metapl.BilevelTrainer.step, os.environ["RANK"] == str(rank)
+
+    def step(self: metapl.BilevelTrainer, labeled: Any, unlabeled: Any = None) -> Any:
+        if mine and self.steps_done == 2:
+            if how == "refuses":
+                raise MetaplError("the third")
+            if how == "breaks":
+                raise ZeroDivisionError
+            time.sleep(6)  # beyond the others' patience
+        return real(self, labeled, unlabeled)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metapl.BilevelTrainer, "step", step)
+        patch.setattr(launch, "PATIENCE", timedelta(seconds=3))
+        try:
+            return command(arguments)
+        except ZeroDivisionError:
+            return -1, "", ""
+
+
 class Stopped(Exception):
     """What ends a fit in the middle."""
 
@@ -476,7 +524,7 @@ def resumed(
 ) -> dict[str, Any]:
     """A fit of six steps, from the beginning or on from where it was stopped."""
     trainer = built("forward", layout, "adamw", inside=inside)
-    torch.manual_seed(7 + (dist.get_rank() if dist.is_initialized() else 0))
+    torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
     drawn = batches(6)
     (x, y), _ = batches(7)[6]
 

@@ -21,12 +21,24 @@ STUDIES = {
     "digits_study": ("--workers", "1"),
     "feedback_size": ("--workers", "1"),
     "label_noise": (),
+    "noisy_student": (),
     "pictures_study": ("--jobs", "1"),
     "suspects": (),
     "two_moons": (),
     "when": (),
 }
-MEASUREMENTS = ("augment", "difference_step", "endurance", "labels", "modes", "peers", "reduced", "step", "throughput")
+MEASUREMENTS = (
+    "augment",
+    "difference_step",
+    "endurance",
+    "labels",
+    "modes",
+    "peers",
+    "reduced",
+    "scale",
+    "step",
+    "throughput",
+)
 
 
 def run(name: str, *arguments: str | Path) -> str:
@@ -330,6 +342,37 @@ def test_the_labels_that_a_teacher_learns_before_are_as_wrong_as_they_are_called
         # One end of a class: its pictures are nearer to each other than those of the class are.
         kept, all_of_it = pictures[given == 3], x[y == 3]
         assert float(kept.var(0).sum()) < 0.95 * float(all_of_it.var(0).sum())
+
+
+@pytest.mark.parametrize("module", ["noisy_student"], indirect=True)
+def test_the_studies_of_noisy_student_go_on_where_they_were_stopped_and_fill_in_the_page(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "noisy_student.jsonl", tmp_path / "page.md"
+    page.write_text("before\n<!-- noisy-student-studies:begin -->\n<!-- noisy-student-studies:end -->\nafter\n")
+
+    def command(*options: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["noisy_student", "--out", str(out), *map(str, options)])
+        module.main()
+
+    command("--miniature")
+    rows = module.read(out)
+    assert sum(row["final"] for row in rows) == len(module.ARMS)
+    assert len(rows) - len(module.ARMS) == len(module.RATES) * len(module.DROPOUTS)
+    for row in rows:
+        assert ("test" in row) == row["final"] != ("validation" in row)
+        assert len(row["test" if row["final"] else "validation"]) == len(row["seeds"]) == (2 if row["final"] else 1)
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
+    command("--miniature")
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    command("--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    for study, arms in module.STUDIES.items():
+        assert f"**{'Noise' if study == 'noise' else f'Study {study}'}" in text
+        assert all(f"\n| {name} |" in text for name in arms)
+    assert page.with_name("noisy_student.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_miniature_does_not_take_the_place_of_the_committed_result() -> None:

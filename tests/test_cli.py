@@ -558,7 +558,9 @@ def test_a_wrong_command_line_gives_one_line_and_exit_code_2(arguments: list[str
 
 def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "trian")
-    assert "there is no command 'trian'; did you mean train? Expected one of train, ablate, plan, evaluate," in line
+    assert (
+        "there is no command 'trian'; did you mean train? Expected one of train, noisy-student, ablate, plan," in line
+    )
     line = refused(capsys, "train", "dgits")
     assert "there is no recipe 'dgits'; did you mean digits? Expected one of digits" in line
     assert "there is no recipe 'xyz'. Expected one of digits" in refused(capsys, "train", "xyz")
@@ -599,6 +601,7 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(RECIPES[recipe])}
     hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view", "changes"}
     hidden |= {"teacher-run", "label-store", "labeled-label-store"}  # --teacher, --labels, --labeled-labels
+    hidden |= {"self-training"}  # whose fields are flags of metapl noisy-student
     hidden |= {"data"} if recipe.startswith("cifar") else set()
     assert fields - hidden <= set(flags)
     assert all(len(block) > 0 for block in blocks.values() if block)
@@ -616,8 +619,9 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
         *(f"ablate {name}" for name in ABLATED),
         "ablate --factory networks:build",
         *(f"labels {name}" for name in LABELS),
+        *(f"noisy-student {name}" for name in ("digits", "images", "torchvision", "noisy-imagenet-l2")),
         "plan images",
-        *(command for command in COMMANDS if command not in ("train", "ablate", "labels", "plan")),
+        *(command for command in COMMANDS if command not in ("train", "ablate", "labels", "plan", "noisy-student")),
     ],
 )
 def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -746,7 +750,7 @@ def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monk
     monkeypatch.setattr(compare, "available_cores", lambda: 8)
     monkeypatch.setattr(compare, "default_threads", lambda: 8)
 
-    def stop(jobs: Any, workers: int) -> Any:
+    def stop(jobs: Any, workers: int, here: Any) -> Any:
         seen.append((workers, {job.threads for job in jobs}))
         raise KeyboardInterrupt
 

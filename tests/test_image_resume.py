@@ -58,7 +58,7 @@ MOMENTS = [
     ("metapl.recipes.image_folders", "hash_files", 2),
     (*WAITING, 3),
     ("os", "replace", 2),  # a checkpoint is written and has no name yet
-    ("metapl.runs.atomic", "_sync_folder", 2),  # it has
+    ("metapl.runs.atomic", "sync_folder", 2),  # it has
     (*STEP, 7),
     ("metapl.training.selection", "predict_logits", 1),
     (*TUNING, 3),

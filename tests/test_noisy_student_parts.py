@@ -14,12 +14,15 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl.cli import main
+from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.equal_cost import equal_steps, operations, with_steps
 from metapl.experiments.self_training import Noised, end_matched, networks_of
+from metapl.planning.plan import plan
 from metapl.problems.base import Signal
 from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss, model_noise
 from metapl.recipes import Digits
+from metapl.recipes.noisy_student import PAPER_RECIPES
 from metapl.recipes.self_training import SelfTraining
 from metapl.training import FitOptions
 
@@ -142,6 +145,35 @@ def test_phases_and_validations_follow_the_number_of_steps() -> None:
     recipe = dataclasses.replace(Digits(), steps=100, warmup=10, validate_every=20)
     longer = with_steps(recipe, 250)
     assert (longer.steps, longer.warmup, longer.validate_every) == (250, 25, 50)
+
+
+def test_a_step_of_a_student_is_planned_without_a_teacher() -> None:
+    """Of a network of products alone, against the closed form; its batch of unlabeled examples follows the ratio."""
+    recipe = Digits(method="noisy_student", labeled_batch=8, hidden=(16,), self_training=SelfTraining(ratio=3))
+    found = plan(recipe, Mesh(), memory=10**9)
+    assert found.step.flops == 8 * (1 + 3) * (2 * 2 * 64 * 16 + 3 * 2 * 16 * 10)
+    assert found.parameters == {"teacher": 0, "student": 64 * 16 + 16 + 16 * 10 + 10}
+    assert found.per_rank["weights"] == found.per_rank["optimizer"] == 4 * 1210
+    assert (found.as_dict()["mode"], found.as_dict()["unlabeled_batch"]) == (None, 24)
+
+
+def test_the_papers_protocols_are_recipes() -> None:
+    recipes = {name: kind(data_root="", class_names=("a", "b")) for name, kind in PAPER_RECIPES.items()}
+    assert len(recipes) == 9
+    b7, l2 = recipes["noisy-imagenet-b7"], recipes["noisy-imagenet-l2"]
+    assert (b7.network_name, b7.image_size, b7.steps, b7.unlabeled_batch) == ("efficientnet_b7", 600, 218_949, 6_144)
+    assert [l2.self_training.network(number) for number in range(4)] == ["efficientnet_b7"] + ["efficientnet_l2"] * 3
+    assert (l2.image_size, l2.self_training.ratio, l2.unlabeled_batch) == (475, 14, 28_672)
+    assert b7.teacher.lr == 0.128
+    assert recipes["noisy-imagenet-b2"].steps == 437_899
+    with pytest.raises(SystemExit):
+        main(["noisy-student", "noisy-imagenet-l2", "--help"])
+
+
+def test_a_plan_refuses_what_a_student_has_no_use_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in (("--mode", "none"), ("--unlabeled-batch", "8")):
+        assert main(["plan", "noisy-imagenet-b0", *flag]) == 2
+        assert f"{flag[0]} {flag[1]} has no effect on noisy-imagenet-b0" in " ".join(capsys.readouterr().err.split())
 
 
 TINY = ("noisy-student", "digits", "--steps", "4", "--hidden", "4", "--labeled-batch", "8")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from small_data import write_cifar, write_imagenet
 from tiny_runs import IMAGES, color_folders
 from torchvision import datasets
@@ -14,6 +18,7 @@ from torchvision import datasets
 from metapl.cli import main
 from metapl.experiments.load_run import load_run
 from metapl.labels import LabelStore
+from metapl.training.loss_trainer import LossTrainer
 
 NOISY = ("--rounds", "2", "--ratio", "2", "--threshold", "0", "--label-smoothing", "0.1")
 
@@ -93,3 +98,62 @@ def test_imagenet_keeps_all_labels_beside_a_folder_of_other_pictures(
     assert {*only["copies_per_class"].values()} <= {0, 5}
     recipe = load_run(run).recipe
     assert (recipe.dropout, recipe.self_training.ratio) == (0.5, 1)
+
+
+def test_the_last_student_is_finetuned_at_a_larger_size_with_its_first_layers_frozen(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is measured and used at that size, and a run that was stopped there ends as one that was not."""
+    larger = ("--finetune-size", "16", "--finetune-steps", "4", "--finetune.lr", "0.05", "--rounds", "1")
+    runs = tmp_path / "whole", tmp_path / "stopped"
+    assert main(command(pictures, runs[0], *larger)) == 0
+    step, steps = LossTrainer.step, []
+
+    def stopped(*given: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 10:  # two rounds of four, and the second step after them
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LossTrainer, "step", stopped)
+        assert main(command(pictures, runs[1], *larger)) == 130
+    assert main([*command(pictures, runs[1], *larger), "--resume"]) == 0
+    for name in ("finetuned_student.safetensors", "result.json"):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+    result = json.loads((runs[0] / "result.json").read_text())
+    before, after = (load_file(runs[0] / f"{name}.safetensors") for name in ("student", "finetuned_student"))
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved
+    assert len(moved) < len(before)
+    assert next(iter(before)) not in moved
+    assert result["delivered"] == "finetuned"
+    assert load_run(runs[0]).recipe.input_shape == (3, 16, 16)
+    capsys.readouterr()
+    assert main(["evaluate", str(runs[0]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == found["recorded_accuracy"]
+    for refused in (["evaluate", str(runs[0]), "--network", "student"], ["finetune", str(runs[0])]):
+        assert main(refused) == 2
+    assert "size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--finetune-size", "8"), "expected more pixels than the 8 of --image-size"),
+        (("--finetune-size", "16", "--finetune-steps", "0"), "expected 1 step or more"),
+        (
+            ("--finetune-size", "32", "--network", "pooled_cnn", "--image-size", "16"),
+            "is built for pictures of one size",
+        ),
+        (("--frozen", "0.2"), "--frozen has no effect without --finetune-size"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_larger_size_that_cannot_be_is_refused(
+    flags: tuple[str, ...], words: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(pictures, tmp_path / "run", *flags)) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "recipe.json").exists()

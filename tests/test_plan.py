@@ -203,9 +203,10 @@ def test_every_recipe_is_built_without_data() -> None:
     for name, build in PLANNED.items():
         recipe = build({}, 3 if name == "images" else None, None)
         assert recipe.name == name
-        changed = build({"steps": 100_000}, 3 if name == "images" else None, "none")
+        with_feedback = not name.startswith("noisy-")
+        changed = build({"steps": 100_000}, 3 if name == "images" else None, "none" if with_feedback else None)
         assert changed.steps == 100_000
-        assert changed.feedback.mode == "none"
+        assert not with_feedback or changed.feedback.mode == "none"
         with torch.device("meta"):
             network = recipe.network()
         assert sum(p.numel() for p in network.parameters()) > 1000

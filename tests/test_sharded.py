@@ -119,6 +119,13 @@ def test_tensor_parallelism(two: Ranks, optimizer: str) -> None:
     )
 
 
+@pytest.mark.parametrize("layout", [pytest.param("tensor_by_shard", marks=pytest.mark.long), "tensor_by_replicate"])
+def test_products_by_a_mesh(four: Ranks, layout: str) -> None:
+    case: dict[str, Any] = {"layout": layout, "hidden": 8}
+    pairs = (("reinforce", "sgd"), ("difference", "adamw"))
+    check(four, [{**case, "mode": mode, "optimizer": optimizer} for mode, optimizer in pairs], alike=2)
+
+
 def test_tensor_parallelism_and_shards(four: Ranks) -> None:
     case: dict[str, Any] = {"layout": "tensor_shard", "hidden": 8}
     cases = [
@@ -163,6 +170,10 @@ def test_options_of_the_trainer(two: Ranks, layout: str) -> None:
     )
 
 
+def test_uda_aligns_the_labels_of_all_rows(two: Ranks) -> None:
+    assert max(two.run("aligned")) < 1e-14
+
+
 def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
     check(two, [{"mode": "forward", "layout": "fsdp", "teacher_layout": "ddp", "optimizer": "adamw"}])
 
@@ -184,6 +195,12 @@ def test_batch_norms_have_the_statistics_of_their_ranks(two: Ranks, layout: str)
     buffers = [own["student_buffers"] for own in found]
     assert buffers[0].keys() == expected["student_buffers"].keys()
     assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
+
+
+def test_masks_by_keys_are_those_of_the_whole_batch(two: Ranks, four: Ranks) -> None:
+    case: dict[str, Any] = {"mode": "forward", "optimizer": "sgd", "inside": "keyed"}
+    check(two, [{**case, "layout": layout} for layout in ("ddp", "fsdp")])
+    check(four, [{**case, "layout": "hsdp", "gradients": False}])
 
 
 def test_dropout_has_the_masks_of_the_inner_pass(two: Ranks) -> None:
@@ -297,7 +314,8 @@ def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (lambda: Mesh(tensor=2), r"Mesh\(tensor=2\): tensor parallelism is not built yet"),
+        (lambda: Mesh(tensor=2, spatial=2), r"Mesh\(tensor=2, spatial=2\): a network is cut either in its products"),
+        (lambda: shard(multilayer([4, 3]), Mesh(shard=2), plan={}), "shard was given a plan and mesh.tensor=1"),
         (lambda: shard(multilayer([4, 3]), Mesh(spatial=2)), "shard was given mesh.spatial=2 and no example"),
         (lambda: Mesh(shard=0), r"Mesh\(shard=0\): expected a number of processes"),
         (lambda: shard(multilayer([4, 3]), Mesh(shard=2)), "torchrun --nproc-per-node=2"),
@@ -341,8 +359,9 @@ def test_a_rank_that_hangs_ends_the_test(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout: str, tmp_path: Path) -> None:
-    found = two.run("fitted", layout=layout, out=str(tmp_path / "run"))
-    expected = sharded_cases.fitted(None)
+    """With averaged weights, which are validated and kept."""
+    found = two.run("fitted", layout=layout, out=str(tmp_path / "run"), ema_decay=0.7)
+    expected = sharded_cases.fitted(None, ema_decay=0.7)
     for own in found:
         assert error(own["weights"], expected["weights"]) < 1e-10
         assert error(own["tuned"], expected["tuned"]) < 1e-10
@@ -353,9 +372,9 @@ def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout
     assert [row["step"] for row in written if row["phase"] == "fit"] == [row["step"] for row in expected["history"]]
 
 
-@pytest.mark.parametrize("layout", ["tensor", "tensor_shard"])
+@pytest.mark.parametrize("layout", ["tensor", "tensor_shard", "tensor_by_replicate"])
 def test_a_fit_of_parallel_products(two: Ranks, four: Ranks, layout: str) -> None:
-    case: dict[str, Any] = {"mode": "difference", "hidden": 8}
+    case: dict[str, Any] = {"mode": "difference", "hidden": 8, "ema_decay": None if layout == "tensor" else 0.7}
     expected = sharded_cases.fitted(None, **case)
     for own in (two if layout == "tensor" else four).run("fitted", layout=layout, **case):
         assert error(own["weights"], expected["weights"]) < 1e-6
@@ -370,7 +389,8 @@ def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
     whole = two.run("resumed", layout=layout, out=str(tmp_path / "whole"))
     two.run("resumed", layout=layout, out=str(tmp_path / "run"), stop=5)
     names = [path.name for path in sorted((tmp_path / "run" / "checkpoints" / "fit").iterdir())]
-    assert names == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    suffix = "ckpt" if layout == "ddp" else "parts"  # every process writes its part of what is sharded
+    assert names == [f"step-00000002.{suffix}", f"step-00000004.{suffix}"]
     gone_on = two.run("resumed", layout=layout, out=str(tmp_path / "run"), resume=True)
     for own, expected in zip(gone_on, whole, strict=True):
         for part in ("weights", "teacher"):
@@ -382,9 +402,9 @@ def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
 def test_a_fit_goes_on_in_another_layout(
     two: Ranks, four: Ranks, before: str | None, after: str | None, tmp_path: Path
 ) -> None:
-    """Without dropout, the same numbers as one process."""
-    expected = sharded_cases.resumed(None, str(tmp_path / "whole"), inside="plain")
-    run = {"out": str(tmp_path / "run"), "inside": "plain"}
+    """The same numbers as one process, with dropout by keys too."""
+    expected = sharded_cases.resumed(None, str(tmp_path / "whole"), inside="keyed")
+    run = {"out": str(tmp_path / "run"), "inside": "keyed"}
     begin, go_on = run | {"layout": before, "stop": 4}, run | {"layout": after, "resume": True}
     two.run("resumed", **begin) if before else sharded_cases.resumed(**begin)
     ranks = four if after == "hsdp" else two
@@ -406,9 +426,9 @@ def as_if_killed(run: Path, copy: Path) -> Path:
         path.unlink()
     shutil.rmtree(copy / "checkpoints" / "finetune")
     newest = max((copy / "checkpoints" / "fit").iterdir())
-    if newest.name != "step-00000002.ckpt":
-        newest.unlink()
-    assert [path.name for path in (copy / "checkpoints" / "fit").iterdir()] == ["step-00000002.ckpt"]
+    if newest.name != "step-00000002.parts":
+        shutil.rmtree(newest)
+    assert [path.name for path in (copy / "checkpoints" / "fit").iterdir()] == ["step-00000002.parts"]
     return copy
 
 

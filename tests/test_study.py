@@ -28,6 +28,8 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "digits_study",
         "label_noise",
         "label_noise_tables",
+        "noisy_student",
+        "noisy_student_tables",
         "suspects",
         "two_moons",
         "when",
@@ -449,3 +451,114 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
     assert f"at K = 5 the student is {of(arm('gradient', steps=6000), kept[5][0])} below that one" in said
     chosen = when.chosen(when.read(), "gradient")
     assert (chosen.student_lr, chosen.teacher_lr, chosen.size) == (1.0, 0.06, 1.0)
+
+
+def test_the_page_on_the_studies_of_noisy_student_shows_the_tables_of_the_raw_rows(tables: object) -> None:
+    import noisy_student
+    import noisy_student_tables
+
+    assert shown("noisy-student-studies") == noisy_student_tables.block(noisy_student.read())
+
+
+def test_the_studies_of_noisy_student_were_run_as_they_say(tables: object) -> None:
+    import noisy_student
+
+    rows = noisy_student.read()
+    final = [row for row in rows if row["final"]]
+    assert [row["arm"] for row in final] == [dataclasses.asdict(arm) for arm in noisy_student.ARMS]
+    grid = {(row["lr"], row["dropout"]) for row in rows if not row["final"]}
+    assert grid == {(lr, dropout) for lr in noisy_student.RATES for dropout in noisy_student.DROPOUTS}
+    for row in rows:
+        seeds = noisy_student.FULL.seeds if row["final"] else noisy_student.FULL.tuning_seeds
+        assert tuple(row["seeds"]) == seeds
+        if row["final"]:
+            assert (row["lr"], row["dropout"]) == noisy_student.tuned(rows)
+            assert len(row["test"]) == len(seeds) >= 10
+
+
+def test_the_papers_figures_beside_the_studies_of_noisy_student(tables: object) -> None:
+    """Each has an arm here, and each arm but those that are marked has a figure."""
+    import noisy_student
+    import noisy_student_tables
+
+    for study, printed in noisy_student_tables.PAPER.items():
+        arms = noisy_student.STUDIES[study]
+        assert printed.keys() <= arms.keys()
+        without = {name for name in arms if name not in printed}
+        # Curves that are lost, supervised networks that a table leaves out, and ratios that it does not have.
+        expected = {"3": {*arms}, "4": {f"supervised {width}" for width in (16, 32, 64, 128)}}
+        expected["7"] = {"width 16: 7:1", "width 128: 7:1"}
+        assert without == expected.get(study, set())
+        for name in arms:
+            other = noisy_student_tables.reference(study, name)
+            assert other is None or other in arms
+
+
+def test_what_the_page_on_the_studies_of_noisy_student_says_is_what_the_rows_say(tables: object) -> None:
+    import noisy_student
+    import noisy_student_tables
+    from figures import difference
+
+    found = noisy_student_tables.accuracies(noisy_student.read())
+    verdicts = {
+        (each.study, each.name): each.verdict for each in noisy_student_tables.comparisons(noisy_student.read())
+    }
+    said = " ".join((PAGE.parent / "noisy-student-studies.md").read_text().split()).partition("## What differs")[0]
+
+    def of(study: str, first: str, second: str) -> tuple[str, str]:
+        return difference(found[study][first], found[study][second])
+
+    def with_p(pair: tuple[str, str]) -> str:
+        return f"{pair[0]} (p = {pair[1]})"
+
+    widths = noisy_student.WIDTHS
+    best = {width: of("1", f"width {width}: best teacher", f"width {width}: same teacher") for width in widths}
+    assert all(float(gain) > 0 and float(p) < 0.05 for gain, p in best.values())
+    for width in (8, 128):
+        assert f"{best[width][0]} at width {width} (p = {best[width][1]})" in said
+    assert (
+        f"over labels alone (p = {of('2', '1/1', 'supervised')[1]}) and {of('2', '1/1', '1/4')[0]} over a quarter"
+        in said
+    )
+    assert f"(p = {of('2', '1/1', '1/4')[1]}); with a quarter or fewer no gain" in said
+    assert {verdicts["2", share] for share in ("1/128", "1/64", "1/32", "1/16", "1/4")} == {"not shown"}
+    fifths = [of("3", f"soft, fifth {fifth}", f"hard, fifth {fifth}") for fifth in range(1, 6)]
+    assert f"soft labels are {fifths[0][0]} above hard ones (p = {fifths[0][1]}); of the other fifths" in said
+    assert all(float(p) > 0.05 for _, p in fifths[1:])
+    larger = [of("4", f"teacher {w}, student {2 * w}", f"teacher {w}, student {w}") for w in widths[:4]]
+    gains = [gain for gain, _ in larger]
+    assert f"own width by {', '.join(gains[:3])} and {gains[3]}, the last with p = {larger[3][1]}" in said
+    assert all(float(p) < 0.05 for _, p in larger[:3])
+    beyond = [of("4", f"teacher {w}, student {2 * w}", f"supervised {2 * w}") for w in (32, 64)]
+    assert f"these students are {with_p(beyond[0])} and {with_p(beyond[1])} above" in said
+    for width in widths[:4]:
+        assert verdicts["6", f"width {width}: pretraining only"] == "yes"
+        shown_too = "not shown" if width == 8 else "yes"
+        assert verdicts["6", f"width {width}: pretraining + finetuning"] == shown_too
+        assert verdicts["5", f"width {width}: without balancing"] == "not shown"
+    balancing = [of("5", f"width {w}: without balancing", f"width {w}: Noisy Student")[0] for w in widths[:4]]
+    least, *_, most = sorted(-float(gain) for gain in balancing)
+    assert f"at every width, by {least} to {most} points" in said
+    whole = "of the unlabeled"
+    noisy, without, neither = (
+        of("noise", f"{name}, all {whole}", f"Noisy Student, all {whole}")
+        for name in (
+            "teacher with augmentation and dropout",
+            "student without augmentation",
+            "student without augmentation and dropout",
+        )
+    )
+    assert f"{with_p(noisy)} with all unlabeled examples" in said
+    assert f"the student is {without[0]}, and without dropout too {neither[0]}" in said
+    assert f"(p = {without[1]} and {neither[1]})" in said
+    for name in ("student without augmentation", "student without augmentation and dropout"):
+        gain, p = of("noise", f"{name}, a sixteenth {whole}", f"Noisy Student, a sixteenth {whole}")
+        assert float(gain) > 0
+        assert float(p) > 0.05
+    narrow = of("1", "width 8: same teacher", "width 8: supervised")
+    assert f"the student is {narrow[0]} against labels alone (p = {narrow[1]})" in said
+    assert verdicts["4", "teacher 32, student 32"] == "yes" != verdicts["4", "teacher 16, student 16"]
+    ratios = [of("7", f"width {width}: 3:1", f"width {width}: 1:1") for width in (128, 16)]
+    assert f"the ratio 3 is {with_p(ratios[0])}" in said
+    assert f"it is {with_p(ratios[1])}" in said
+    assert {verdicts["8", f"{percent} %, warm"] for percent in (10, 20, 40, 80)} == {"not shown"}

@@ -81,7 +81,8 @@ metapl noisy-student RECIPE trains a teacher on the labeled examples, and then
 students, one after another: each learns with noise from the labels that the
 network before it gives the unlabeled examples. RECIPE is one of:
 
-{recipes}  imagenet              ImageNet and a folder of other pictures: the paper's
+{recipes}  imagenet              ImageNet and a folder of other pictures
+  noisy-imagenet-b0     the same as in the paper; likewise -b1 to -b7 and -l2
 
   metapl noisy-student digits --rounds 3 --out DIR
   metapl noisy-student digits --networks 32x32 64x64
@@ -113,6 +114,7 @@ of:
   images                your own pictures; give --classes and --network
 {recipes}  imagenet-l2           two EfficientNet-L2, the paper's largest experiment
   imagenet-b6-wide      the same with EfficientNet-B6-Wide
+  noisy-imagenet-b0     a student of Noisy Student; likewise -b1 to -b7 and -l2
   vit-1b                two vision transformers of 1.2 billion weights
 
   metapl plan imagenet-l2 --mesh.replicate 16 --mesh.shard 128
@@ -245,6 +247,7 @@ def _train(given: list[str]) -> int:
     from metapl.cli.idle import given_flags
     from metapl.cli.parse import did_you_mean, flags_named, parse, respelled
     from metapl.cli.train import COMMANDS as RECIPES
+    from metapl.distributed.launch import is_first
     from metapl.errors import MetaplError
 
     if not given or given[0] not in (*RECIPES, "-h", "--help"):
@@ -255,8 +258,13 @@ def _train(given: list[str]) -> int:
         print(RECIPES_HELP, end="")
         return 0
     with flags_named():
-        command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
-        command.check_flags(given_flags(respelled(given[1:])))
+        try:
+            command = parse(RECIPES[given[0]], f"metapl train {given[0]}", given[1:])
+            command.check_flags(given_flags(respelled(given[1:])))
+        except MetaplError:
+            if is_first():
+                raise
+            return 2  # every process has the same flags
         return command()
 
 

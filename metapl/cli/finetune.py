@@ -22,7 +22,7 @@ from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.store import stored_result
 from metapl.metrics import Evaluation
 from metapl.recipes.base import Recipe
-from metapl.recipes.methods import titled
+from metapl.recipes.methods import EVERY_METHOD, titled
 from metapl.runs.folder import RunFolder
 from metapl.runs.metrics import Metrics
 from metapl.training import FitResult
@@ -60,6 +60,11 @@ class Finetune:
         if run.is_comparison:
             run_folder = self.run / run.result["method"] / f"seed-{run.result['seed']}"
             raise MetaplError(f"{self.run} is a comparison; finetune one of its runs: metapl finetune {run_folder}")
+        if EVERY_METHOD[run.result["method"]].settings(run.recipe).finetune_size is not None:
+            raise MetaplError(
+                f"{self.run} was finetuned at a larger size, which is a part of its training; expected another run: "
+                "metapl noisy-student with other --finetune-steps or --finetune.lr."
+            )
         recipe = self._recipe(run)
         try:
             with run.folder.claimed(run.description, resume=True):

@@ -35,7 +35,7 @@ GROUPS: dict[str, str] = {
     "feedback": "mode pseudo-labels lookahead feedback-weight feedback-ratio normalization baseline temperature "
     "pseudo-label-smoothing exact-every",
     "optimizers": "student.* teacher.* student-lr teacher-lr",
-    "finetuning": "finetune-steps finetune-batch finetune.*",
+    "finetuning": "finetune-steps finetune-batch finetune-size frozen finetune.*",
     "comparison": "compare seeds methods controls jobs modes draws altered stability train-steps train-seeds factory",
     "output": "out json resume log-every save-every keep",
     "machine": "device precision accumulate compile channels-last num-workers threads mesh.* ranks memory "

@@ -18,7 +18,7 @@ from metapl.experiments.self_training import networks_of
 from metapl.recipes import Digits, ImageFolders, Vision
 from metapl.recipes.base import Optimizer, Recipe, Unasked
 from metapl.recipes.methods import METHODS, SELF_TRAINING_METHODS, Method
-from metapl.recipes.noisy_student import NOISY_STUDENT_RECIPES, NoisyImagenet
+from metapl.recipes.noisy_student import NOISY_STUDENT_RECIPES
 from metapl.recipes.self_training import SelfTraining
 from metapl.runs.folder import RunFolder
 
@@ -40,7 +40,7 @@ COMPARED = (
 METHODS_HELP = f"with --compare: these methods alone, of {', '.join({**SELF_TRAINING_METHODS, **METHODS})}."
 
 OF_STUDENTS = "networks allow-smaller labels threshold balance no-balance ratio loss training warm-start warm-steps "
-OF_STUDENTS += "unlabeled-noise noisy-teacher rounds"
+OF_STUDENTS += "unlabeled-noise noisy-teacher rounds finetune-size frozen"
 """Flags of Noisy Student alone; --per-class is of the selection for MPL too."""
 
 OF_MPL = "unlabeled-batch uda-* mode pseudo-labels feedback-weight feedback-ratio normalization baseline temperature "
@@ -112,11 +112,13 @@ class NoisyStudent(Train):
             yield Rule(OF_STUDENTS, "with --method mpl", "it is for --method noisy_student")
         if not self.compare and self.method == "noisy_student":
             flags = OF_MPL
-            if settings.training == "pretrain_finetune":
+            if settings.training == "pretrain_finetune" or settings.finetune_size is not None:
                 flags = flags.replace("finetune-steps finetune-batch finetune.*", "")
             yield Rule(flags, "with --method noisy_student", "it is for --method mpl; batches have --ratio")
         if not self.compare and settings.training != "joint":
             yield Rule("loss", f"with --training {settings.training}", "it is for --training joint")
+        if settings.finetune_size is None:
+            yield Rule("frozen", "without --finetune-size", "give both, or neither")
         if self.compare:
             yield Rule("method", "beside --compare", "name --methods instead")
 
@@ -182,7 +184,8 @@ class NoisyStudentImages(NoisyStudent):
 def _trained_on(kind: type[Vision]) -> type[NoisyStudent]:
     """The command for a data set that torchvision loads."""
 
-    settings = SelfTraining(per_class=130_000, ratio=1) if kind is NoisyImagenet else SelfTraining()
+    given = next(each for each in dataclasses.fields(kind) if each.name == "self_training")
+    settings = given.default if given.default_factory is dataclasses.MISSING else given.default_factory()
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
         ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
         ("self_training", Annotated[SelfTraining, tyro.conf.arg(name="")], settings),

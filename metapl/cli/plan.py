@@ -20,6 +20,7 @@ from metapl.planning.plan import NAMES, Plan, bytes_of, plan, propose
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.recipes.base import MOST_STEPS, Mode, Recipe
 from metapl.recipes.large import IMAGENET_CLASSES, LARGE_RECIPES
+from metapl.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
 from metapl.runs.atomic import replacing
 from metapl.words import table, tell
 
@@ -148,9 +149,14 @@ def lines(found: Plan) -> list[str]:
     share = "a rank" if mesh.spatial == 1 else f"{mesh.spatial} ranks, each with a part of every picture"
     parts = [("memory of a rank", "peak"), *((name, size(held[name])) for name in NAMES), ("sum", size(held["peak"]))]
     phases = [("phase", "peak"), *((name, size(peak)) for name, peak in found.step.peaks.items())]
+    if found.by_stored_labels:
+        head = [f"{recipe.name}, a step of Noisy Student, on {_ranks(mesh)}"]
+        head += [f"{student} weights in the student; the teacher's labels are stored"]
+    else:
+        head = [f"{recipe.name}, mode {recipe.feedback.mode}, on {_ranks(mesh)}"]
+        head += [f"{teacher} weights in the teacher, {student} in the student"]
     return [
-        f"{recipe.name}, mode {recipe.feedback.mode}, on {_ranks(mesh)}",
-        f"{teacher} weights in the teacher, {student} in the student",
+        *head,
         f"{labeled} labeled and {unlabeled} unlabeled examples for {share}",
         "",
         *_side_by_side(table(parts), table(phases)),
@@ -263,12 +269,24 @@ def _plain(kind: type[Recipe]) -> Build:
 def _protocol(kind: type[Vision]) -> Build:
     def build(given: Given, classes: int | None, mode: str | None) -> Recipe:
         _refuse_classes(kind, classes)
+        if issubclass(kind, NoisyImagenet):
+            _refuse_idle(kind, given, mode)
         data = next(f.default for f in dataclasses.fields(kind) if f.name == "data")
         names = tuple(map(str, range(CLASSES[str(data)])))
         recipe: Recipe = _built(kind, given, mode, data_root="", class_names=names)
         return recipe
 
     return build
+
+
+def _refuse_idle(kind: type[NoisyImagenet], given: Given, mode: str | None) -> None:
+    """A step of Noisy Student has no feedback, and its unlabeled batch follows from the labeled one."""
+    for flag, value in (("mode", mode), ("unlabeled-batch", given.get("unlabeled_batch"))):
+        if value is not None:
+            raise MetaplError(
+                f"--{flag} {value} has no effect on {kind.name}: its students learn stored labels, and its unlabeled "
+                "batch follows from the labeled one; leave it out."
+            )
 
 
 def _folders(given: Given, classes: int | None, mode: str | None) -> Recipe:
@@ -303,6 +321,7 @@ PLANNED: dict[str, Build] = {
     ImageFolders.name: _folders,
     **{kind.name: _protocol(kind) for kind in PROTOCOL_RECIPES if kind is not Vision},
     **{kind.name: _plain(kind) for kind in LARGE_RECIPES},
+    **{name: _protocol(kind) for name, kind in PAPER_RECIPES.items()},
 }
 """What builds each recipe that can be planned, by name."""
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -20,9 +21,8 @@ from metapl.cli.idle import Rule, by_choice, by_method, explained, noisy_by_meth
 from metapl.cli.parse import Switch, did_you_mean, paragraph
 from metapl.cli.two_moons import TrainTwoMoons
 from metapl.cores import default_threads
-from metapl.distributed.launch import check_started, from_first, is_first, joined
+from metapl.distributed.launch import Lead, check_started, from_first, is_first, joined, losses_named, said_by_another
 from metapl.distributed.mesh import Mesh
-from metapl.distributed.ranks import Agreed
 from metapl.errors import MetaplError
 from metapl.experiments.compare import compare
 from metapl.experiments.comparison import parse_seeds
@@ -30,6 +30,7 @@ from metapl.experiments.experiment import summary
 from metapl.experiments.jobs import Job, aloud
 from metapl.experiments.labels_given import check_labels_given
 from metapl.experiments.settle import settled
+from metapl.experiments.shares import check_shares
 from metapl.experiments.store import stored
 from metapl.recipes import RECIPES, Digits, ImageFolders, NoisyFolders, TwoMoons
 from metapl.recipes.base import Recipe
@@ -79,37 +80,49 @@ class Train:
     def __call__(self) -> int:
         try:
             self._check()
+            device = self.recipe.torch_device()
         except MetaplError:
             if is_first():
                 raise
             return 2
-        with joined(self.mesh, self.recipe.torch_device()) as rank:
-            if rank:
-                return self._beside(rank)
+        with joined(self.mesh, device) as rank:
+            try:
+                with losses_named():
+                    return self._beside() if rank else self._lead()
+            except MetaplError as error:
+                if said_by_another(error):
+                    return 2
+                if rank:
+                    raise MetaplError(f"process {rank}: {error}") from error
+                raise
+
+    def _lead(self) -> int:
+        """The share of the first process, which shows and writes."""
+        lead, code = Lead(), 2
+        try:
             with run_folder(self.out, self.recipe.name, self.resume) as folder:
                 try:
                     recipe = self._settled(folder)
-                    from_first(None if (folder.path / "result.json").exists() else recipe)
-                    return dataclasses.replace(self, recipe=recipe)._run(folder)
+                    if self.mesh.size > 1:
+                        check_shares(recipe, self.mesh)
+                    code = dataclasses.replace(self, recipe=recipe)._run(folder, lead)
                 except KeyboardInterrupt as stopped:
-                    return _say_how_to_go_on(stopped, folder.path)
+                    code = _say_how_to_go_on(stopped, folder.path)
+        finally:
+            lead.end(code)
+        return code
 
-    def _beside(self, rank: int) -> int:
-        """The share of another process than the first, which shows nothing and whose folder is not kept."""
-        with tempfile.TemporaryDirectory() as place:
-            folder = RunFolder(Path(place) / "run")
-            recipe = from_first(None)
-            if recipe is None:  # the run is finished
-                return 0
-            try:
-                Job(recipe, recipe.own_method, folder.path, resume=False).run(mesh=self.mesh)
-            except Agreed:  # the first process says so
-                return 2
-            except KeyboardInterrupt as stopped:
-                return 128 + getattr(stopped, "signal_number", signal.SIGINT)
-            except MetaplError as error:
-                raise MetaplError(f"process {rank}: {error}") from error
-        return 0
+    def _beside(self) -> int:
+        """The share of another process than the first, which shows nothing and whose folders are not kept."""
+        while isinstance(job := from_first(None), Job):
+            with tempfile.TemporaryDirectory() as place:
+                own = dataclasses.replace(job, folder=Path(place) / "run", resume=False)
+                try:
+                    own.run(mesh=self.mesh)
+                except KeyboardInterrupt as stopped:
+                    return 128 + getattr(stopped, "signal_number", signal.SIGINT)
+        code: int = job
+        return code
 
     def check_flags(self, given: Sequence[str]) -> None:
         """Refuse flags that are given and change nothing.
@@ -127,20 +140,14 @@ class Train:
         before = stored(folder)[0] if self.resume and folder.exists else None
         return settled(recipe, before if isinstance(before, ImageFolders) else None, aloud)
 
-    def _run(self, folder: RunFolder) -> int:
-        return self._compare(folder) if self.compare else self._train(folder)
+    def _run(self, folder: RunFolder, lead: Lead) -> int:
+        return self._compare(folder, lead) if self.compare else self._train(folder, lead)
 
     def _check(self) -> None:
-        if self.mesh.spatial > 1:
-            raise MetaplError(
-                f"--mesh.spatial {self.mesh.spatial}: images are cut along their width in code alone so far "
-                "(metapl.distributed.Mesh); expected 1."
-            )
         check_started(self.mesh)
-        if self.compare and self.mesh.size > 1:
+        if self.jobs is not None and self.mesh.size > 1:
             raise MetaplError(
-                "--compare is not built yet for several processes; leave it out, or leave out --mesh.replicate and "
-                "--mesh.shard."
+                f"--jobs {self.jobs} has no effect beside --mesh: all processes train one run after another together."
             )
         for name in ("seeds", "methods", "jobs", "controls"):
             if getattr(self, name) and not self.compare:
@@ -162,15 +169,15 @@ class Train:
 
     # ------------------------------------------------------------------------------------------------------ one run
 
-    def _train(self, folder: RunFolder) -> int:
+    def _train(self, folder: RunFolder, lead: Lead) -> int:
         out = folder.path
         finished = self.resume and (out / "result.json").exists()
         method = self._own_method()
         if not finished:
             tell(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", wrap=True)
-        result = Job(self.recipe, method, out, self.resume).run(
-            progress=True, quiet=False, within=folder, mesh=self.mesh
-        )
+        job = Job(self.recipe, method, out, self.resume)
+        with nullcontext() if finished else lead.together(job):
+            result = job.run(progress=True, quiet=False, within=folder, mesh=self.mesh)
         if finished:
             tell(f"{out} is finished already.")
         for line in summary(result):
@@ -186,9 +193,15 @@ class Train:
 
     # --------------------------------------------------------------------------------------------------- a comparison
 
-    def _compare(self, folder: RunFolder) -> int:
+    def _compare(self, folder: RunFolder, lead: Lead) -> int:
+        def run(job: Job) -> dict[str, Any]:
+            with nullcontext() if job.finished else lead.together(job):
+                return job.run(mesh=self.mesh)
+
         seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
+        together = run if self.mesh.size > 1 else None
         options: dict[str, Any] = {"resume": self.resume, "jobs": self.jobs, "equal_cost": self.equal_cost}
+        options["together"] = together
         comparison = compare(self.recipe, folder, self._methods(), seeds, **options)
         tell(f"figures, report and the delivered networks are in {folder.path}")
         tell(f"\n{comparison.caption()}\n\n{comparison.table()}\n")

@@ -1,8 +1,9 @@
-"""Processes that ``torchrun`` has started, as the command joins them."""
+"""Processes that ``torchrun`` has started, as the command joins them: who leads, and who says what went wrong."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,10 +13,18 @@ import torch
 from torch import distributed as dist
 
 from metapl.distributed.mesh import Mesh
+from metapl.distributed.ranks import Agreed
 from metapl.errors import MetaplError
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for another one before it gives up."""
+
+HEARD_WITHIN = 3.0
+"""Seconds in which processes that fail together hear of each other."""
+
+
+class Lost(MetaplError):
+    """Another process has ended, or does not answer."""
 
 
 def started() -> int:
@@ -55,9 +64,12 @@ def check_started(mesh: Mesh) -> None:
     """Refuse a mesh that is not of the processes that were started."""
     if mesh.size != started():
         how = f"torchrun --nproc-per-node={mesh.size} -m metapl train ..."
+        flags = {"replicate": mesh.replicate, "shard": mesh.shard}
+        flags |= {name: getattr(mesh, name) for name in ("tensor", "spatial") if getattr(mesh, name) > 1}
+        product = " x ".join(f"--mesh.{name} {size}" for name, size in flags.items())
         raise MetaplError(
-            f"the mesh is of {mesh.size} processes (--mesh.replicate {mesh.replicate} x --mesh.shard {mesh.shard}) and "
-            f"{started()} were started; expected as many. Start them with: {how}"
+            f"the mesh is of {mesh.size} processes ({product}) and {started()} were started; expected as many. Start "
+            f"them with: {how}"
         )
 
 
@@ -68,3 +80,93 @@ def from_first(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+class Lead:
+    """The first process's word to the others, which wait for what they run together with it."""
+
+    def __init__(self) -> None:
+        self._others_wait = dist.is_initialized()
+
+    @contextmanager
+    def together(self, work: Any) -> Iterator[None]:
+        """The others get ``work``, and run it while this block runs; they leave where it fails."""
+        if not dist.is_initialized():
+            yield
+            return
+        self._others_wait = False
+        from_first(work)
+        yield
+        self._others_wait = True
+
+    def end(self, code: int) -> None:
+        """Let the others go, if they wait, with this exit code."""
+        if self._others_wait:
+            self._others_wait = False
+            from_first(code)
+
+
+@contextmanager
+def losses_named() -> Iterator[None]:
+    """Say in words that an exchange failed because another process has ended, or does not answer.
+
+    Raises:
+        Lost: that.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        why = why_lost(error)
+        if why is None:
+            raise
+        raise Lost(f"{why} Go on with --resume.") from error
+
+
+def why_lost(error: BaseException) -> str | None:
+    """What an error of an exchange says of another process; None for any other error."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or "gloo" in text):
+        return None
+    if "imed out" in text or "imeout" in text:
+        minutes = PATIENCE.total_seconds() / 60
+        return (
+            f"another process has not answered for {minutes:g} minutes, so the run was ended: does it hang, or read "
+            "from a slow disk?"
+        )
+    return "another process of this run has ended; its own message, or that of torchrun, says why."
+
+
+def said_by_another(error: MetaplError) -> bool:
+    """Whether another process shows this error, or the one that ended this process; called by each that fails.
+
+    An error of one process is shown by that one; one of several, by the first of them.
+    """
+    if not dist.is_initialized():
+        return False
+    rank, lost = dist.get_rank(), isinstance(error, Lost)
+    if isinstance(error, Agreed) and rank:
+        return True
+    store, processes = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+    own = "" if lost else str(error)
+    until = time.monotonic() + HEARD_WITHIN
+    elsewhere = False
+    try:
+        store.set(_key("error", rank), own)
+        while time.monotonic() < until:
+            others = [r for r in processes if r != rank and store.check([_key("error", r)])]
+            said = {r: store.get(_key("error", r)).decode() for r in others}
+            elsewhere = any(text == own for r, text in said.items() if r < rank) or (lost and any(said.values()))
+            # The first process, which may keep the store, leaves last.
+            if (elsewhere and rank) or (
+                len(others) == len(processes) - 1 and (rank or all(store.check([_key("left", r)]) for r in others))
+            ):
+                break
+            time.sleep(0.02)
+        store.set(_key("left", rank), "")
+    except RuntimeError:  # the process that kept the store has ended
+        return elsewhere or lost
+    return elsewhere
+
+
+def _key(kind: str, rank: int) -> str:
+    return f"metapl/{kind}/{rank}"

@@ -171,18 +171,23 @@ def _is_block(part: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in type(part).__mro__)
 
 
+def settle(network: nn.Module) -> None:
+    """Let every block of a network give up its gathered weights; see :meth:`Layout.settle`."""
+    blocks: list[Any] = [part for _, part in named_parts(network) if _is_block(part)]
+    for block in blocks:
+        block.reshard()
+
+
 @contextmanager
 def passes_only(network: nn.Module) -> Iterator[None]:
     """Passes without gradients in this block.
 
     In inference mode; a sharded network would then gather its weights into tensors that no later pass could fill again.
     """
-    blocks: list[Any] = [part for _, part in named_parts(network) if _is_block(part)]
-    spread = bool(blocks) or any(is_sharded(t) for _, t in named_tensors(network))
+    spread = any(_is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
     with torch.no_grad() if spread else torch.inference_mode():
         yield
-    for block in blocks:
-        block.reshard()
+    settle(network)
 
 
 def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metapl.distributed.shards import local
 from metapl.distributed.spatial import spatial
+from metapl.distributed.tensor import Plan, parallel
 from metapl.errors import MetaplError
 from metapl.parts import named_parts, named_tensors
 
@@ -26,16 +28,19 @@ class Mesh:
     Args:
         replicate: copies of the weights; each copy takes a share of every batch.
         shard: processes that hold a copy together, each a part of every weight; they too share the batches.
-        tensor: tensor parallelism: not built yet, so 1.
+        tensor: processes that compute the products of a layer together, each with a part of its weights; they have the
+            same rows of a batch, and follow each other.
         spatial: parts that images are cut into along their width; the processes that hold parts of the same images have
             the same rows of a batch, and follow each other.
 
     The number of processes is the product. ``Mesh(replicate=R)`` is plain data parallelism, ``Mesh(shard=S)`` is
     FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines. With ``spatial=P``,
-    each copy of the weights is held by S · P processes together.
+    each copy of the weights is held by S · P processes together; with ``tensor=T``, by S · T.
 
     >>> Mesh(replicate=16, shard=8).size
     128
+    >>> Mesh(shard=2, tensor=4).shares  # how many shares a batch has
+    2
     """
 
     replicate: int = 1
@@ -48,21 +53,31 @@ class Mesh:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise MetaplError(f"Mesh({name}={value!r}): expected a number of processes, 1 or more.")
-        if self.tensor > 1:
+        if self.tensor > 1 and self.spatial > 1:
             raise MetaplError(
-                f"Mesh(tensor={self.tensor}): tensor parallelism is not built yet; expected tensor=1. Share the "
-                "network and the batches with replicate= and shard=."
+                f"Mesh(tensor={self.tensor}, spatial={self.spatial}): a network is cut either in its products or along "
+                "the width of its images; expected one of the two to be 1."
             )
 
     @property
     def size(self) -> int:
         """The number of processes."""
-        return self.replicate * self.shard * self.spatial
+        return self.shares * self.together
 
     @property
     def shares(self) -> int:
-        """How many shares a batch has: processes that hold parts of the same images have one together."""
+        """How many shares a batch has."""
         return self.replicate * self.shard
+
+    @property
+    def together(self) -> int:
+        """How many processes have each share: they hold parts of the same images, or of the same products."""
+        return self.tensor * self.spatial
+
+    @property
+    def share(self) -> int:
+        """The number of this process's share."""
+        return dist.get_rank() // self.together
 
     def part(self, images: Tensor) -> Tensor:
         """This process's rows and columns of the images of a whole batch, (B, ..., W).
@@ -90,22 +105,35 @@ class Mesh:
         return built[kind]
 
     def devices(self, kind: str) -> Any:
-        """The mesh of devices of a kind, ``"cpu"`` or ``"cuda"``; built once, since every mesh has its own groups."""
+        """The mesh of the devices among which ``fully_shard`` cuts weights; built once, for every mesh has its groups.
+
+        Args:
+            kind: ``"cpu"`` or ``"cuda"``.
+        """
+        mesh = self._all_devices(kind)
+        if self.tensor == 1:
+            return mesh
+        return mesh["replicate", "shard"] if self.replicate > 1 else mesh["shard"]
+
+    def products(self, kind: str) -> Any:
+        """The mesh of the devices that compute products together with this one."""
+        return self._all_devices(kind)["tensor"]
+
+    def _all_devices(self, kind: str) -> Any:
         built: dict[str, Any] = self.__dict__.setdefault("_built", {})
         if kind not in built:
             self.check_processes()
             from torch.distributed.device_mesh import init_device_mesh
 
-            names = ("replicate", "shard")
-            whole = self.replicate > 1
-            inside = self.shard * self.spatial
-            shape = (self.replicate, inside) if whole else (inside,)
-            built[kind] = init_device_mesh(kind, shape, mesh_dim_names=names if whole else names[1:])
+            sizes = {"replicate": self.replicate} if self.replicate > 1 else {}
+            sizes |= {"shard": self.shard * self.spatial}
+            sizes |= {"tensor": self.tensor} if self.tensor > 1 else {}
+            built[kind] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         return built[kind]
 
     def _product(self) -> str:
         sizes = {"replicate": self.replicate, "shard": self.shard}
-        sizes |= {"spatial": self.spatial} if self.spatial > 1 else {}
+        sizes |= {name: getattr(self, name) for name in ("tensor", "spatial") if getattr(self, name) > 1}
         return " x ".join(f"{name}={size}" for name, size in sizes.items())
 
     def check_processes(self) -> None:
@@ -130,6 +158,7 @@ def shard(
     precision: Literal["float32", "bfloat16"] = "float32",
     checkpoint: bool = False,
     example: Tensor | None = None,
+    plan: Plan | None = None,
 ) -> nn.Module:
     """Lay a network out over a mesh, for :class:`metapl.BilevelTrainer`: what a user of PyTorch would do by hand.
 
@@ -147,6 +176,9 @@ def shard(
         checkpoint: run each block again in the backward pass instead of keeping what it computed.
         example: with ``mesh.spatial`` above 1, whole images (B, C, H, W), the same in every process: on these the
             network is compared with itself on parts of them (:func:`metapl.distributed.spatial.spatial`).
+        plan: with ``mesh.tensor`` above 1, how the products of layers are shared, by their names, as
+            ``parallelize_module`` takes it; by default, pairs of linear layers with activations between them
+            (:func:`metapl.distributed.tensor.pairs_of`).
 
     Returns: the network to train: ``module`` itself, or the wrapper around it.
 
@@ -159,17 +191,25 @@ def shard(
             f"shard was given mesh.spatial={mesh.spatial} {given}; expected example= with whole images where they are "
             "cut along their width, and only there."
         )
+    if plan is not None and mesh.tensor == 1:
+        raise MetaplError("shard was given a plan and mesh.tensor=1; expected mesh.tensor above 1, or no plan.")
     if example is not None:
         spatial(module, mesh.columns(_device(module).type), example)
     chosen = list(blocks_of(module) if blocks is None else blocks(module))
     _check_blocks(module, chosen)
     if checkpoint:
         _checkpoint(chosen)
-    if mesh.shard == 1:
+    if mesh.tensor > 1:
+        mesh.check_processes()
+        parallel(module, mesh.products(_device(module).type), plan)
+        if mesh.shares == 1:
+            return module
+    elif mesh.shard == 1:
         mesh.check_processes()
         return nn.parallel.DistributedDataParallel(module)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
     half = precision == "bfloat16"
     policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
     options = {"mesh": mesh.devices(_device(module).type), "shard_placement_fn": _placement(mesh.shard * mesh.spatial)}
@@ -224,7 +264,7 @@ def _placement(shards: int) -> Callable[[nn.Parameter], Any]:
     from torch.distributed.tensor import Shard
 
     def placement(p: nn.Parameter) -> Any:
-        fitting = [dim for dim, length in enumerate(p.shape) if length and length % shards == 0]
+        fitting = [dim for dim, length in enumerate(local(p).shape) if length and length % shards == 0]
         return Shard(fitting[0]) if fitting else Shard(0)
 
     return placement

@@ -226,5 +226,22 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
     return drawn
 
 
+def log_mean_of_rows(log_p: Tensor) -> Tensor:
+    """The logarithms of the means of probabilities over the rows of all ranks that share a batch.
+
+    Args:
+        log_p: (B, C), of this rank's rows.
+    """
+    log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))
+    ranks = _sharing.get()
+    if ranks is None:
+        return log_mean_C
+    greatest = log_mean_C.detach().clone()
+    for group in ranks.groups:
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=group)
+    greatest = greatest.masked_fill(greatest == -math.inf, 0)  # of a class that is impossible everywhere
+    return ranks.mean((log_mean_C - greatest).exp()).log() + greatest
+
+
 ALONE = Ranks()
 """This process alone."""

@@ -58,15 +58,15 @@ def as_held(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     if not any(is_sharded(p) for p in parameters):
         return state
     held = {
-        number: {name: _split(value, parameters[number]) for name, value in values.items()}
+        number: {name: laid_out_like(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     return {**state, "state": held}
 
 
-def _split(value: Any, like: Any) -> Any:
+def laid_out_like(value: Any, like: Any) -> Any:
     """This process's part of what is laid out as a parameter is; a count of steps is whole everywhere."""
-    if not isinstance(value, Tensor) or not is_sharded(like) or value.shape != like.shape:
+    if not isinstance(value, Tensor) or not is_sharded(like) or value.shape != like.shape or is_sharded(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -80,7 +80,7 @@ def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if not any(is_sharded(t) for t in held.values()):
         network.load_state_dict(dict(weights))
         return
-    network.load_state_dict({name: _split(t, held.get(name)) for name, t in weights.items()})
+    network.load_state_dict({name: laid_out_like(t, held.get(name)) for name, t in weights.items()})
 
 
 def copies_of(t: Any, processes: int) -> int:

@@ -22,6 +22,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from metapl.distributed.columns import Columns, columns_of, set_columns
+from metapl.distributed.dropout import KeyedDropout
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
 from metapl.numerics import wide
@@ -83,13 +84,30 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> Modul
         try:
             for name, (_, new) in replaced.items():
                 _put(module, name, new)
-            _check_same(module(split_width(example, group)), expected, group)
+            try:
+                found = module(split_width(example, group))
+            except RuntimeError as error:
+                if isinstance(error, dist.DistError):
+                    raise
+                raise MetaplError(_OTHER_OUTPUTS + f" It failed with: {error}") from error
+            _check_same(found, expected, group)
         except BaseException:
             for name, (layer, _) in replaced.items():
                 _put(module, name, layer)
             raise
     set_columns(module, columns)
     return module
+
+
+def takes_whole_images(network: nn.Module) -> None:
+    """Let a network that is split take whole images, the same in every process, and cut out its own columns."""
+    network.register_forward_pre_hook(_own_columns)
+
+
+def _own_columns(network: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    columns = columns_of(network)
+    assert columns is not None
+    return (split_width(inputs[0], columns.group),)
 
 
 def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -116,11 +134,14 @@ def _check_same(found: Tensor, expected: Tensor, group: dist.ProcessGroup) -> No
     flag = torch.tensor(float(not same), device=found.device)
     dist.all_reduce(flag, group=group)
     if flag:
-        raise MetaplError(
-            "the network makes other outputs of the columns of its processes than of whole images: its own code reads "
-            "across the width (x.mean((2, 3)), flatten, an upsampling). Expected layers for it, such as "
-            "torch.nn.AdaptiveAvgPool2d(1), or Mesh(shard=...) instead."
-        )
+        raise MetaplError(_OTHER_OUTPUTS)
+
+
+_OTHER_OUTPUTS = (
+    "the network makes other outputs of the columns of its processes than of whole images: its own code reads across "
+    "the width (x.mean((2, 3)), flatten, an upsampling). Expected layers for it, such as "
+    "torch.nn.AdaptiveAvgPool2d(1), or Mesh(shard=...) instead."
+)
 
 
 def _split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | None:
@@ -198,7 +219,8 @@ class SpatialDropout(nn.Dropout):
         if self.training and self.p and x.ndim == 4 and x.shape[-1] > 1:
             raise MetaplError(
                 f"{self.name} drops single pixels of images that are cut along their width, and every process would "
-                "drop the same; expected nn.Dropout2d, which drops channels, or dropout after the global pooling."
+                "drop the same; expected nn.Dropout2d, which drops channels, dropout after the global pooling, or "
+                "metapl.distributed.keyed_dropout(network) before the network is laid out."
             )
         return super().forward(x)
 
@@ -313,6 +335,14 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def _keyed_columns(name: str, layer: Any, columns: Columns) -> nn.Module:
+    """Dropout by the places in whole images."""
+    made = KeyedDropout(layer.p, layer.share, layer.shared_from, layer.scaled)
+    if layer.shared_from is None:
+        made.part, made.parts, made.of_images = columns.number, columns.count, True
+    return made
+
+
 _MADE: dict[type[nn.Module], Callable[[str, Any, Any], nn.Module]] = {
     nn.Conv2d: _made(SpatialConv2d, lambda c: c.padding_mode == "zeros" and not isinstance(c.padding, str)),
     nn.MaxPool2d: _made(
@@ -325,6 +355,7 @@ _MADE: dict[type[nn.Module], Callable[[str, Any, Any], nn.Module]] = {
     nn.BatchNorm2d: _made(SpatialBatchNorm2d),
     nn.GroupNorm: _made(SpatialGroupNorm),
     nn.Dropout: _made(SpatialDropout),
+    KeyedDropout: _keyed_columns,
 }
 
 _REFUSED = (

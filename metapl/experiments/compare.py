@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ def compare(
     resume: bool,
     jobs: int | None,
     equal_cost: bool = False,
+    together: Callable[[Job], dict[str, Any]] | None = None,
 ) -> Comparison:
     """Train by each method with each seed, and compare.
 
@@ -48,6 +49,7 @@ def compare(
         methods, seeds: which are run.
         resume: go on with the comparison in the folder.
         jobs: runs at a time; None: one for each core, and one on a GPU.
+        together: runs a job in all processes of a mesh; None: each job is of one process.
         equal_cost: give each method as many steps as cost what the first method costs; see
             :func:`metapl.experiments.equal_cost.equal_steps`.
     """
@@ -62,7 +64,7 @@ def compare(
             if equal_cost:
                 steps = equal_steps(recipe, methods, task)
                 aloud(f"steps at equal cost: {', '.join(f'{method} {count:,}' for method, count in steps.items())}")
-        results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs, steps=steps)
+        results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs, steps=steps, together=together)
         folder.relocate(description["fields"])  # each run has compared the data
         comparison = Comparison.of(tuple(seeds), methods, results)
         method, seed = comparison.delivered()
@@ -89,6 +91,7 @@ def run_jobs(
     resume: bool,
     jobs: int | None,
     steps: Mapping[str, int] | None = None,
+    together: Callable[[Job], dict[str, Any]] | None = None,
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """The result of each method and seed, from runs side by side; finished ones are not run again.
 
@@ -96,7 +99,8 @@ def run_jobs(
     """
     sized = {method: with_steps(recipe, count) for method, count in (steps or {}).items()}
     on_gpu = recipe.torch_device().type == "cuda"
-    workers = min(jobs or (1 if on_gpu else available_cores()), len(methods) * len(seeds))
+    at_once = 1 if on_gpu or together is not None else available_cores()
+    workers = min(jobs or at_once, len(methods) * len(seeds))
     # Two threads add up a sum in another order than one does, and round it otherwise: after one step of small_cnn the
     # weights differ already. So a job has as many threads whatever --jobs is, and when it is resumed.
     threads = default_threads() if on_gpu else 1
@@ -110,7 +114,7 @@ def run_jobs(
     results = {}
     to_run = [job for job in to_compare if not (job.folder / "result.json").exists()]
     pace, total = Pace([job.method for job in to_run], workers), len(to_compare)
-    with closing(run_all(to_compare, workers)) as running:  # the workers end before the command says that it stopped
+    with closing(run_all(to_compare, workers, together)) as running:  # the workers end before the command does
         for number, (job, result, seconds) in enumerate(running, 1):
             results[job.method, job.recipe.seed] = result
             if job in to_run:

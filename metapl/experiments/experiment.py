@@ -11,24 +11,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from metapl.data.images.record import record_files, replaced_files
+from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.shards import load_whole
+from metapl.distributed.spatial import takes_whole_images
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.labels_given import labels_given
+from metapl.experiments.larger import at_larger_size, finetuned_larger
 from metapl.experiments.methods import train
 from metapl.experiments.noisy_labels import ALONE
 from metapl.experiments.reducing import label_by
-from metapl.experiments.self_training import Rounds, spoken_rounds
+from metapl.experiments.self_training import Rounds, networks_of, spoken_rounds
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD, title, titled
+from metapl.recipes.self_training import SelfTraining
 from metapl.report import Gallery
 from metapl.runs.folder import RunFolder, weights_file
 from metapl.runs.metrics import Metrics
@@ -59,7 +63,7 @@ class Experiment:
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
         self.record(task)
         task = dataclasses.replace(task, label=label_by(self.recipe, self.folder.path, task, self.say))
-        teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
+        teacher, student = self.built(method, place)
         if self.mesh.size > 1:
             if EVERY_METHOD[method].selects:
                 raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
@@ -107,12 +111,32 @@ class Experiment:
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
 
+    def built(self, method: str, place: torch.device) -> list[nn.Module]:
+        """The teacher and the student with fresh weights; Noisy Student builds a network when its round begins."""
+        if EVERY_METHOD[method].self_training is not None:
+            return [nn.Identity(), nn.Identity()]
+        return [self.recipe.network(role).to(place) for role in ROLES]
+
     def laid_out(self, *networks: nn.Module) -> list[nn.Module]:
-        """Networks over the processes that train together; with dropout, each process draws masks of its own."""
-        parts = [part for network in networks for part in network.modules()]
-        if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in parts):
-            torch.manual_seed(self.recipe.seed + 2**32 * (1 + dist.get_rank()))
-        return [shard(network, self.mesh) for network in networks]
+        """Networks over the processes that train together."""
+        options: dict[str, Any] = {}
+        if self.mesh.spatial > 1:
+            draw = torch.Generator().manual_seed(self.recipe.seed)
+            options["example"] = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
+        # Compiled passes would wait for each key.
+        if all(map(can_be_keyed, networks)) and not self.recipe.trainer_options().get("compile"):
+            for network in networks:
+                keyed_dropout(network, self.mesh.share)
+        found = [shard(network, self.mesh, **options) for network in networks]
+        for network in networks if self.mesh.spatial > 1 else ():
+            takes_whole_images(network)
+        self.seed_shares(*networks)
+        return found
+
+    def seed_shares(self, *networks: nn.Module) -> None:
+        """Where networks drop something row after row, let each share of a batch have masks of its own."""
+        if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
+            torch.manual_seed(self.recipe.seed + 2**32 * (1 + self.mesh.share))
 
     def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
         """Train by ``method``; the returned trainer's student is the network that is kept."""
@@ -130,17 +154,23 @@ class Experiment:
         if result.teacher_weights is not None and EVERY_METHOD[method].teaches and teacher is not None:
             accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
             networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))
-        networks.append(self.finetuned(task, trained.student, result))
+        networks.append(self.finetuned(task, trained.as_given, result))
         return {network.name: network for network in networks}
 
     def last_round(self, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
-        """The student of the last round, and its teacher."""
+        """The student of the last round, its teacher, and the student finetuned at a larger size if it is."""
         (teacher,) = task.rounds.teachers
         accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
-        networks = (
+        networks = [
             self.network("student", task, trained.student, result.validation_accuracy, result.weights),
             self.network("teacher", task, teacher, accuracy, weights_of(teacher)),
-        )
+        ]
+        settings: SelfTraining = task.rounds.settings
+        if settings.finetune_size is not None:
+            larger = at_larger_size(networks_of(self.recipe, settings)[-1], settings)
+            seen = larger.task(None, self.progress, self.skipped)
+            tuned = finetuned_larger(larger, settings, trained.student, seen, self.fit)
+            networks.append(self.network("finetuned", seen, trained.student, tuned.validation_accuracy, tuned.weights))
         return {network.name: network for network in networks}
 
     def rounds(self, method: str, task: Task) -> Rounds:
@@ -156,7 +186,8 @@ class Experiment:
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
         """:meth:`finetune`, and what the student then reaches."""
         tuned = self.finetune(task, student, before)
-        return self.network("finetuned", task, student, tuned.validation_accuracy, tuned.weights)
+        inside = student.module if isinstance(student, DistributedDataParallel) else student
+        return self.network("finetuned", task, inside, tuned.validation_accuracy, tuned.weights)
 
     def network(
         self,
@@ -221,6 +252,7 @@ class Experiment:
     def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
         """The student finetuned on the labeled data, or unchanged where validation shows that to be better."""
         torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
+        self.seed_shares(student)
         if not self.recipe.finetune_steps:
             return before
         every = max(1, self.recipe.finetune_steps // 10)
@@ -234,7 +266,7 @@ class Experiment:
             **self.options(task) | {"truth": None} | alone,
         )
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
-            load_whole(student, before.weights)
+            load_whole(student.module if isinstance(student, DistributedDataParallel) else student, before.weights)
             return before
         return result
 
@@ -312,11 +344,13 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
         method: of :data:`EVERY_METHOD`.
         networks: by name.
         select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``. Of
-            Noisy Student it is the last student, of which the best step is selected.
+            Noisy Student it is the last student, finetuned or not, and never its teacher.
             Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
     """
     if EVERY_METHOD[method].self_training is not None:
-        return EVERY_METHOD[method].delivers
+        networks = {name: network for name, network in networks.items() if name != "teacher"}
+        if not select:
+            return [*networks][-1]
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
     return EVERY_METHOD[method].delivers
@@ -327,6 +361,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     name, words, lines = content["delivered"], EVERY_METHOD[content["method"]].networks, []
     tested, n = content.get("evaluation"), content["validation_size"]
     why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
+    if EVERY_METHOD[content["method"]].self_training is not None:
+        why = "of the last round" + ", at its best step by validation" * (why == "by validation")
     if tested is not None:
         chance = Evaluation(**tested).chance
         lines.append(f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")

@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -47,6 +47,11 @@ class Job:
     resume: bool
     threads: int | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether its result is there."""
+        return (self.folder / "result.json").exists()
+
     def run(
         self,
         *,
@@ -68,7 +73,7 @@ class Job:
         with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
             say = _silent if quiet else aloud
             experiment = Experiment(self.recipe, folder, self.resume and folder.exists, progress, say, mesh or Mesh())
-            if (self.folder / "result.json").exists():
+            if self.finished:
                 result = stored_result(folder)
                 if folder.places() != places(self.recipe):  # the data have moved: are they the same?
                     experiment.record(self.recipe.task())
@@ -85,8 +90,15 @@ def aloud(text: str) -> None:
     tell(text, wrap=True)
 
 
-def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
+def run_all(
+    jobs: Sequence[Job], workers: int, here: Callable[[Job], dict[str, Any]] | None = None
+) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
     """Run the jobs, ``workers`` at a time, and give each with its result and the seconds it took as it ends.
+
+    Args:
+        jobs: as they are to be run.
+        workers: processes; one is this one.
+        here: runs a job where there is one worker; None: :meth:`Job.run`.
 
     However this ends, no worker is left: where it is stopped, or a job fails, the others save the step under way and
     go; and a worker whose parent was killed ends itself, so that nobody goes on writing to the folders.
@@ -98,7 +110,7 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str,
         for job in jobs:
             since = time.monotonic()
             with _named(job):
-                result = job.run()
+                result = job.run() if here is None else here(job)
             yield job, result, time.monotonic() - since
         return
     others = {*multiprocessing.active_children()}

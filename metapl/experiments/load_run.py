@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
+from metapl.experiments.larger import at_larger_size
 from metapl.experiments.store import stored, stored_result
 from metapl.recipes import ImageRecipe, Recipe
 from metapl.recipes.base import Role
@@ -73,6 +74,13 @@ class LoadedRun:
             raise MetaplError(
                 f"--network {asked}: {self.folder.path} has no {weights_file(asked)}; expected one of its networks: "
                 f"{', '.join(self.networks)}."
+            )
+        settings = EVERY_METHOD[self.result["method"]].settings(self.recipe)
+        other = "finetuned" in (asked, self.result["delivered"]) and asked != self.result["delivered"]
+        if other and settings.finetune_size is not None:
+            raise MetaplError(
+                f"--network {asked}: it takes pictures of another size than the network that {self.folder.path} "
+                f"delivers; expected --network {self.result['delivered']}, or none."
             )
         return asked
 
@@ -147,6 +155,8 @@ def load_run(path: Path) -> LoadedRun:
     if method.self_training is not None:
         last = method.settings(recipe).network(len(result["rounds"]))
         delivered = delivered if last is None else delivered.with_network(last)
+        if result["delivered"] == "finetuned" and method.settings(recipe).finetune_size is not None:
+            delivered = at_larger_size(delivered, method.settings(recipe))
     return LoadedRun(folder, delivered, description, result)
 
 

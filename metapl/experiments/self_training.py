@@ -27,6 +27,7 @@ from metapl.data.views.base import Identity, View
 from metapl.errors import MetaplError
 from metapl.experiments.galleries import SHOWN, gallery_of
 from metapl.experiments.labeling import BATCH, Labeled, Read, provenance, rows_per_part, write_labels
+from metapl.experiments.larger import at_larger_size
 from metapl.experiments.noisy_labels import ALONE, Fit
 from metapl.experiments.reducing import AsTheyAre
 from metapl.fingerprints import fingerprint
@@ -391,6 +392,8 @@ def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
             f"--warm-start takes a learning rate that ends where that of a student from scratch would end, and "
             f"--schedule {recipe.schedule} ends where it does whatever it begins with; expected --schedule exponential."
         )
+    if settings.finetune_size is not None:
+        at_larger_size(recipes[-1], settings)
     return recipes
 
 
@@ -452,8 +455,8 @@ def _of_steps(recipe: Recipe, steps: int) -> dict[str, Any]:
 def end_matched(steps: int, usual: int) -> float:
     """The factor of a learning rate with which so many steps of the exponential schedule end as the usual number does.
 
-    >>> [round(0.128 * end_matched(epochs, 350), 5) for epochs in (35, 70, 140, 280, 350)]  # study 8
-    [0.00235, 0.00366, 0.00891, 0.0526, 0.128]
+    >>> [f"{0.128 * end_matched(epochs, 350):.3g}" for epochs in (35, 70, 140, 280, 350)]  # study 8
+    ['0.00235', '0.00366', '0.00891', '0.0526', '0.128']
     """
     return float(DECAY ** ((usual - steps) / decay_interval(usual)))
 

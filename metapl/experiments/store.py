@@ -11,7 +11,7 @@ from metapl.metrics import Evaluation
 from metapl.recipes import RECIPES, ImageFolders, TwoMoons, from_dict
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import EVERY_METHOD
-from metapl.recipes.noisy_student import NoisyImagenet
+from metapl.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
 from metapl.runs.folder import PLACES, WEIGHTS, RunFolder
 from metapl.typed import misfit, misfit_entries
 
@@ -73,7 +73,7 @@ def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
             f"{folder.path} is a run of {TwoMoons.name}, which keeps no networks: what it found is in result.json and "
             "two_moons.png. Expected a run of another recipe."
         )
-    known: dict[str, type[Recipe]] = {**RECIPES, NoisyImagenet.name: NoisyImagenet}
+    known: dict[str, type[Recipe]] = {**RECIPES, NoisyImagenet.name: NoisyImagenet, **PAPER_RECIPES}
     kind = known.get(description["name"])
     if kind is None:
         raise MetaplError(

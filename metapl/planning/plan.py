@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,12 @@ from metapl.distributed.mesh import Mesh
 from metapl.distributed.shards import local
 from metapl.errors import MetaplError
 from metapl.experiments.methods import bilevel_trainer
-from metapl.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, stage
-from metapl.recipes.base import ROLES, Recipe
+from metapl.experiments.shares import check_shares
+from metapl.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, rehearsed_alone, stage
+from metapl.problems.self_training import NoisyStudentLoss
+from metapl.recipes.base import ROLES, Recipe, Role
+from metapl.recipes.methods import EVERY_METHOD
+from metapl.training.loss_trainer import LossTrainer
 
 WIDEST = 128
 """Ranks over which weights are cut at most: with more, gathering them takes longer, and what a rank holds of them is
@@ -56,6 +61,11 @@ class Plan:
         return {**{name: found.get(name, 0) for name in NAMES}, "peak": self.step.peak}
 
     @property
+    def by_stored_labels(self) -> bool:
+        """Whether a step is that of Noisy Student's students, which learn stored labels; no teacher is held."""
+        return self_trained(self.recipe)
+
+    @property
     def fits(self) -> bool:
         """Whether the peak is less than the memory."""
         return self.step.peak <= self.memory
@@ -84,7 +94,7 @@ class Plan:
             "recipe": recipe.name,
             "mesh": asdict(self.mesh),
             "ranks": self.mesh.size,
-            "mode": recipe.feedback.mode,
+            "mode": None if self.by_stored_labels else recipe.feedback.mode,
             "labeled_batch": recipe.labeled_batch,
             "unlabeled_batch": recipe.unlabeled_batch,
             "teacher_parameters": self.parameters["teacher"],
@@ -115,9 +125,18 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
     Raises:
         MetaplError: a batch that the ranks do not share equally, or a mesh or mode that does not run.
     """
+    if self_trained(recipe):
+        changed: dict[str, Any] = {"unlabeled_batch": recipe.self_training.ratio * recipe.labeled_batch}
+        recipe = dataclasses.replace(recipe, **changed)
     check_shares(recipe, mesh)
+    if mesh.tensor > 1:
+        raise MetaplError(
+            f"--mesh.tensor {mesh.tensor}: a plan of products that ranks compute together is not built yet; expected 1."
+        )
     with torch.device("meta"):
-        networks = {role: recipe.network(role) for role in ROLES}
+        networks = {role: recipe.network(role) for role in roles(recipe)}
+    if self_trained(recipe):
+        return _planned_alone(recipe, networks["teacher"], mesh, memory, flops_per_second)
     return _planned(recipe, networks, mesh, memory, flops_per_second)
 
 
@@ -132,6 +151,33 @@ def _planned(
         average = [torch.empty_like(local(t)) for t in _tensors(student)] if recipe.ema_decay is not None else []
         step = rehearsed(trainer, _batches(recipe, mesh), average)
     return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
+
+
+def _planned_alone(recipe: Recipe, network: nn.Module, mesh: Mesh, memory: int, flops_per_second: float | None) -> Plan:
+    """A step of a student of Noisy Student, whose teacher's labels are stored."""
+    parameters = {"teacher": 0, "student": sum(p.numel() for p in network.parameters())}
+    settings = recipe.self_training
+    with stage(mesh), _explained(recipe, mesh):
+        student = laid_out(network, mesh)
+        with unset_fake_temporarily():
+            loss = NoisyStudentLoss(settings.loss, settings.labels == "hard", label_smoothing=recipe.label_smoothing)
+            optimizer = recipe.teacher.build(student)
+            trainer = LossTrainer(student, (loss,), optimizer=optimizer, **recipe.trainer_options())
+        average = [torch.empty_like(local(t)) for t in _tensors(student)] if recipe.ema_decay is not None else []
+        labeled, (_, strong) = _batches(recipe, mesh)
+        stored = torch.empty(len(strong), len(recipe.classes))
+        step = rehearsed_alone(trainer, student, (labeled, (strong, stored)), average)
+    return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
+
+
+def self_trained(recipe: Recipe) -> bool:
+    """Whether the recipe's own method is Noisy Student."""
+    return EVERY_METHOD[recipe.own_method].self_training is not None
+
+
+def roles(recipe: Recipe) -> tuple[Role, ...]:
+    """The networks that are held in a step, as the recipe builds them."""
+    return ("teacher",) if self_trained(recipe) else ROLES
 
 
 @contextmanager
@@ -177,27 +223,9 @@ def _at_best(found: Plan, size: int) -> float:
 def _worth_a_rehearsal(recipe: Recipe, sizes: list[int], memory: int) -> Iterator[int]:
     """The sizes on which weights and gradients alone fit, or else the greatest."""
     with torch.device("meta"):
-        weights = sum(p.numel() * p.element_size() for role in ROLES for p in recipe.network(role).parameters())
+        weights = sum(p.numel() * p.element_size() for role in roles(recipe) for p in recipe.network(role).parameters())
     least = [size for size in sizes if 2 * weights / size < memory]
     yield from least or sizes[-1:]
-
-
-def check_shares(recipe: Recipe, mesh: Mesh) -> None:
-    """Refuse batches that the ranks do not share equally, and pictures that they do not cut into equal parts."""
-    parts = getattr(recipe, "accumulate", 1)
-    for name in ("labeled_batch", "unlabeled_batch"):
-        size = getattr(recipe, name)
-        if size % (mesh.shares * parts):
-            each = f" in {parts} parts" if parts > 1 else ""
-            raise MetaplError(
-                f"{recipe.name} has a {name} of {size:,}, which {mesh.shares:,} ranks do not share equally{each}; "
-                f"expected a multiple of {mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
-            )
-    if recipe.input_shape[-1] % mesh.spatial:
-        raise MetaplError(
-            f"{recipe.name} has pictures of {recipe.input_shape[-1]} pixels, which cannot be cut into {mesh.spatial} "
-            f"parts; expected a multiple of {mesh.spatial}: give --image-size, or another --mesh.spatial."
-        )
 
 
 def _batches(recipe: Recipe, mesh: Mesh) -> Batches:

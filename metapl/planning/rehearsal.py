@@ -171,10 +171,49 @@ def rehearsed(trainer: BilevelTrainer, batches: Batches, average: Sequence[Tenso
     )
 
 
+def rehearsed_alone(
+    trainer: LossTrainer, given: nn.Module, batches: Batches, average: Sequence[Tensor] = ()
+) -> Rehearsal:
+    """The same for a trainer of one network.
+
+    Args:
+        trainer: built inside a :func:`stage`.
+        given: its network as it is laid out.
+        batches, average: as for :func:`rehearsed`.
+    """
+    _optimizers_filled(trainer)
+    held = Held()
+    seams = [
+        (LossTrainer, "_backward", STUDENT),
+        (LossTrainer, "clip", UPDATE),
+        (type(trainer.optimizer), "step", UPDATE),
+    ]
+
+    def seen(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with held.phase(phase):
+                return method(*args, **kwargs)
+
+        return called
+
+    named = [(kind, name, seen(getattr(kind, name), phase)) for kind, name, phase in seams]
+    with held, replaced(named), _gradients_named([trainer.student], held):
+        held.name([*_tensors([trainer.student]), *average], "weights")
+        held.name(given.buckets if isinstance(given, Replicated) else [], "gradients")
+        held.name(_states(trainer), "optimizer")
+        held.name([t for t in pytree.tree_leaves(batches) if isinstance(t, Tensor)], OTHER)
+        trainer.step(*batches)
+    phases = {name: held.phases[name] for name in (STUDENT, UPDATE)}
+    plain = max((phase.plain for phase in phases.values()), key=lambda peak: peak.total)
+    return Rehearsal(
+        {name: phase.peak.total for name, phase in phases.items()}, plain.by_name, held.flops, dict(held.sent)
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------- the states
 
 
-def _optimizers_filled(trainer: BilevelTrainer) -> None:
+def _optimizers_filled(trainer: BilevelTrainer | LossTrainer) -> None:
     """Let the optimizers make their states, by a step on gradients of zero."""
     for optimizer in trainer.schedulable:
         own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -185,7 +224,7 @@ def _optimizers_filled(trainer: BilevelTrainer) -> None:
             p.grad = None
 
 
-def _states(trainer: BilevelTrainer) -> list[Tensor]:
+def _states(trainer: BilevelTrainer | LossTrainer) -> list[Tensor]:
     return [
         t
         for optimizer in trainer.schedulable
@@ -234,15 +273,26 @@ def _phases(trainer: BilevelTrainer, held: Held) -> Iterator[None]:
 
         return called
 
+    of_teacher = [] if trainer.teacher is None else [trainer.teacher]
+    with (
+        _gradients_named(of_teacher, held),
+        replaced([(kind, name, seen(getattr(kind, name), phase, of)) for kind, name, phase, of in seams]),
+    ):
+        yield
+
+
+@contextmanager
+def _gradients_named(networks: Sequence[nn.Module], held: Held) -> Iterator[None]:
+    """Name what the backward pass leaves in the parameters' ``.grad``."""
+
     def named(p: Tensor) -> None:
         if p.grad is not None:
             held.name_others([p.grad], "gradients")
 
-    of_teacher = [] if trainer.teacher is None else trainable(trainer.teacher).values()
-    handles = [p.register_post_accumulate_grad_hook(named) for p in of_teacher]
+    parameters = [p for network in networks for p in trainable(network).values()]
+    handles = [p.register_post_accumulate_grad_hook(named) for p in parameters]
     try:
-        with replaced([(kind, name, seen(getattr(kind, name), phase, of)) for kind, name, phase, of in seams]):
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()

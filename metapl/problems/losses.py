@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from metapl import checks
 from metapl.batch import views
+from metapl.distributed.ranks import log_mean_of_rows
 from metapl.errors import MetaplError
 from metapl.numerics import wide
 from metapl.problems.base import Signal
@@ -119,7 +120,7 @@ class UDA:
         if self.align:
             # In logarithms, because the mean of an improbable class would be rounded to 0. The mean of an impossible
             # class is 0; such a class is not aligned.
-            log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))
+            log_mean_C = log_mean_of_rows(log_p)
             log_ratio_C = self._log_prior(log_p) - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
             log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)
         p = log_p.exp()

@@ -77,10 +77,12 @@ else:
 STORED = ("teacher_run", "label_store", "labeled_label_store")
 """Fields of :class:`ImageFolders` that say where the labels of a teacher come from."""
 
+OFFERED = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels", "reduced_mpl")
+"""What ``metapl train images`` names; it takes those of Noisy Student too, whose flags metapl noisy-student has."""
+
 if TYPE_CHECKING:
     Method = str
 else:
-    OFFERED = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels", "reduced_mpl")
     Method = Literal[(*OFFERED, *SELF_TRAINING_METHODS)]
 
 
@@ -217,8 +219,7 @@ class ImageFolders(ImageRecipe):
             is sure of. mpl trains a teacher and a student with feedback; none does so without feedback. supervised uses
             the labeled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
             labeled pictures alone. reduced_mpl trains a teacher first and stores its labels, which a small network
-            then adjusts by the student's feedback. noisy_student and those after it are for metapl noisy-student,
-            which has their flags.
+            then adjusts by the student's feedback.
         teacher_run: with --method reduced_mpl: the run whose network labels the pictures, instead of a teacher that is
             trained first.
         label_store: with --method reduced_mpl: a store of the labels of --unlabeled, written by metapl label. Without
@@ -262,7 +263,7 @@ class ImageFolders(ImageRecipe):
     unlabeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     val: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     test: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    method: Method = "uda"
+    method: Annotated[Method, tyro.conf.arg(metavar=f"{{{','.join(OFFERED)}}}")] = "uda"
     teacher_run: Annotated[str | None, tyro.conf.arg(name="teacher", metavar="RUN")] = None
     label_store: Annotated[str | None, tyro.conf.arg(name="labels", metavar="STORE")] = None
     labeled_label_store: Annotated[str | None, tyro.conf.arg(name="labeled-labels", metavar="STORE")] = None

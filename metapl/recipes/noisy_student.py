@@ -6,6 +6,7 @@ Every field can be changed. What the paper does not tell, the optimizer beside i
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,9 +17,10 @@ from metapl.data.fingerprint import hash_files, hashes
 from metapl.data.images.folders import scan_unlabeled
 from metapl.data.images.store import FileImages
 from metapl.data.sampler import StepSampler
-from metapl.recipes.base import Optimizer, Task, require
+from metapl.recipes.base import Optimizer, Task, Unasked, require
 from metapl.recipes.image_recipe import ImageParts, Strong, whole
 from metapl.recipes.protocols import Names, Vision
+from metapl.recipes.self_training import SelfTraining
 from metapl.training import Say
 
 SCALE = 10 / 30
@@ -31,7 +33,7 @@ def steps_of(epochs: int, examples: int = IMAGENET_TRAIN, batch: int = LABELED_B
     """Steps of so many passes over the labeled examples.
 
     >>> steps_of(350)
-    218950
+    218949
     """
     return round(epochs * examples / batch)
 
@@ -85,7 +87,6 @@ class NoisyImagenet(Vision):
     network_name: Annotated[str, tyro.conf.arg(name="network")] = "efficientnet_b0"
     dropout: float = 0.5
     stochastic_depth: float = 0.2
-    channels_last: bool = True
     schedule: Schedule = "exponential"
     steps: int = steps_of(2 * EPOCHS)
     labeled_batch: int = LABELED_BATCH
@@ -98,6 +99,11 @@ class NoisyImagenet(Vision):
     log_every: int = 100
     save_every: int = 5_000
     num_workers: int = 8
+    self_training: Unasked[SelfTraining] = field(default_factory=lambda: SelfTraining(per_class=130_000, ratio=1))
+
+    @property
+    def own_method(self) -> str:
+        return "noisy_student"
 
     def settled(self) -> NoisyImagenet:
         changed: dict[str, Any] = {**vars(super().settled()), "unlabeled": whole(self.unlabeled)}
@@ -144,4 +150,67 @@ class NoisyImagenet(Vision):
         )
 
 
-NOISY_STUDENT_RECIPES: tuple[type[Vision], ...] = (NoisyVision, NoisyImagenet)
+@dataclass(frozen=True)
+class Protocol:
+    """A row of the paper's study of model sizes (its Figure 2 and Table 9), or of its Table 7.
+
+    Args:
+        image_size: side of the pictures in training; of B0 to B6 that of EfficientNet's paper.
+        epochs: passes over the labeled pictures: 700, and 350 for models larger than B4.
+        ratio: unlabeled pictures for each labeled one.
+        networks: of the rounds; none: the protocol's own in each.
+        rounds: students, one after another.
+    """
+
+    image_size: int
+    epochs: int = EPOCHS
+    ratio: int = 3
+    networks: tuple[str, ...] = ()
+    rounds: int = 1
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "b0": Protocol(224, 2 * EPOCHS, ratio=1),
+    "b1": Protocol(240, 2 * EPOCHS),
+    "b2": Protocol(260, 2 * EPOCHS),
+    "b3": Protocol(300, 2 * EPOCHS),
+    "b4": Protocol(380, 2 * EPOCHS),
+    "b5": Protocol(456),
+    "b6": Protocol(528),
+    "b7": Protocol(600),
+    "l2": Protocol(475, ratio=14, networks=("efficientnet_b7", "efficientnet_l2"), rounds=3),
+}
+"""The paper's protocols on ImageNet by the name of the EfficientNet. B0 to B7 are teacher and student, once; L2 learns
+from B7, and then twice from itself (its last round took a ratio of 28, and its teacher pictures of 600 pixels)."""
+
+
+def _protocol(model: str, protocol: Protocol) -> type[NoisyImagenet]:
+    """The recipe of a protocol."""
+    settings = SelfTraining(rounds=protocol.rounds, networks=protocol.networks, per_class=130_000, ratio=protocol.ratio)
+    network = Annotated[str, tyro.conf.arg(name="network")]
+    fields: list[tuple[str, Any, Any]] = [
+        ("network_name", network, f"efficientnet_{model}"),
+        ("image_size", int, protocol.image_size),
+        ("steps", int, steps_of(protocol.epochs)),
+        ("unlabeled_batch", int, protocol.ratio * LABELED_BATCH),
+        ("self_training", Unasked[SelfTraining], settings),
+    ]
+    name = f"noisy-imagenet-{model}"
+    return dataclasses.make_dataclass(
+        f"NoisyImagenet{model.upper()}",
+        fields,
+        bases=(NoisyImagenet,),
+        frozen=True,
+        kw_only=True,
+        namespace={"name": name, "__module__": __name__, "__doc__": NoisyImagenet.__doc__},
+    )
+
+
+PAPER_RECIPES: dict[str, type[NoisyImagenet]] = {
+    f"noisy-imagenet-{model}": _protocol(model, protocol) for model, protocol in PROTOCOLS.items()
+}
+"""The protocols as recipes, by name."""
+
+globals().update({kind.__name__: kind for kind in PAPER_RECIPES.values()})  # a worker process finds them by name
+
+NOISY_STUDENT_RECIPES: tuple[type[Vision], ...] = (NoisyVision, NoisyImagenet, *PAPER_RECIPES.values())

@@ -45,6 +45,10 @@ class SelfTraining:
         unlabeled_noise: what the student meets on unlabeled examples: augmentation, dropout and stochastic depth
             (all), dropout and stochastic depth (model), or nothing (none). On labeled ones it always meets all.
         noisy_teacher: let the teacher label augmented examples, with dropout and stochastic depth.
+        finetune_size: side in pixels, larger than in training, of the pictures that the last student is finetuned on
+            for --finetune-steps: labeled ones, not augmented, with its first layers frozen. It is then measured and
+            used at this size (FixRes). By default it is not.
+        frozen: share of the layers that are frozen then, the first ones.
     """
 
     rounds: int = 3
@@ -61,6 +65,8 @@ class SelfTraining:
     warm_steps: int | None = None
     unlabeled_noise: Literal["all", "model", "none"] = "all"
     noisy_teacher: bool = False
+    finetune_size: int | None = None
+    frozen: float = 0.5
 
     def __post_init__(self) -> None:
         self._require(1 <= self.rounds <= MOST_ROUNDS, "rounds", f"1 to {MOST_ROUNDS:,}")
@@ -69,6 +75,8 @@ class SelfTraining:
         self._require(1 <= self.ratio <= MOST_RATIO, "ratio", f"1 to {MOST_RATIO:,}")
         self._require(self.warm_steps is None or self.warm_steps >= 1, "warm_steps", "1 or more")
         self._require(self.warm_steps is None or self.warm_start, "warm_steps", "None without warm_start")
+        self._require(self.finetune_size is None or self.finetune_size >= 1, "finetune_size", "1 or more")
+        self._require(0 <= self.frozen < 1, "frozen", "a share in [0, 1)")
         most = self.rounds + 1
         self._require(
             len(self.networks) <= most, "networks", f"{most} names at most: the first teacher's, then one a round"

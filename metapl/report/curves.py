@@ -45,7 +45,11 @@ PANELS = (
     Panel("Losses", (("inner_loss", "inner (student)"), ("outer_loss", "outer (labeled)"))),
     Panel(
         "Losses of the network",
-        (("loss_cross_entropy", "labeled"), ("loss_uda", "unlabeled (strong view, own label)")),
+        (
+            ("loss_cross_entropy", "labeled"),
+            ("loss_uda", "unlabeled (strong view, own label)"),
+            ("loss_noisy_student", "labeled and pseudo-labeled"),
+        ),
     ),
     Panel(
         "Feedback to the teacher",

@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import re
+import secrets
 import shutil
 import stat
 import warnings
@@ -192,14 +193,17 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(_could_not_write(path, error, None, self._last_whole())) from error
         _save(path, state, last_whole=self._last_whole)
-        self._remove_oldest(step)
+        self.remove_oldest(step)
         return path
 
-    def newest(self, map_location: str | torch.device = "cpu") -> Found | None:
+    def newest(
+        self, map_location: str | torch.device = "cpu", read_folder: Callable[[Path], dict[str, Any]] | None = None
+    ) -> Found | None:
         """Load the checkpoint of the latest step that is whole.
 
         Args:
             map_location: as in :func:`load`.
+            read_folder: reads checkpoints that are folders (:mod:`metapl.runs.parts`).
 
         Returns: it, with what was passed over; None where the folder holds no checkpoint at all.
 
@@ -211,7 +215,9 @@ class CheckpointFolder:
         skipped: list[Skipped] = []
         for path in self.paths():
             try:
-                return Found(path, load(path, map_location), tuple(skipped))
+                in_parts = read_folder is not None and path.is_dir()
+                state = read_folder(path) if read_folder and in_parts else load(path, map_location)
+                return Found(path, state, tuple(skipped))
             except ClosedCheckpointError:
                 raise
             except CheckpointError as error:
@@ -237,8 +243,9 @@ class CheckpointFolder:
             raise CheckpointError(
                 f"{self.folder} cannot be listed: {error.strerror}; give a folder that you may read"
             ) from error
-        matches = ((re.fullmatch(r"step-(\d{8,})\.ckpt", path.name), path) for path in files)
-        return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+        matches = ((re.fullmatch(r"step-(\d{8,})(?:\.ckpt|(?:-(\d+))?\.parts)", path.name), path) for path in files)
+        found = [((int(match[1]), int(match[2] or 0)), path) for match, path in matches if match]
+        return [(step, path) for (step, _), path in sorted(found, reverse=True)]
 
     def _last_whole(self) -> Path | None:
         try:
@@ -246,14 +253,25 @@ class CheckpointFolder:
         except CheckpointError:  # the folder cannot be listed; what failed before this is the better message
             return None
 
-    def _remove_oldest(self, step: int) -> None:
+    def remove_oldest(self, step: int) -> None:
+        """Delete the oldest checkpoints before ``step`` beyond ``keep``, of which that one counts."""
         earlier = [path for number, path in self._numbered() if number < step]
         for path in earlier[self.keep - 1 :]:
             try:
-                path.unlink(missing_ok=True)
+                remove(path)
             except OSError as error:
                 # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
                 _LOG.warning("the old checkpoint %s could not be deleted: %s", path, error.strerror)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; a folder loses its name first, so that no half of it is taken for the whole."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    left = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    os.replace(path, left)
+    shutil.rmtree(left)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from metapl.distributed.shards import is_sharded
+from metapl.distributed.beside import Beside, is_cut, parts_held
 from metapl.errors import MetaplError
 
 
@@ -25,7 +27,8 @@ class Average:
         network: is copied.
         decay: in [0, 1).
 
-    Cost: a copy of the network; one fused pass over its weights an update, and no wait for the device.
+    Cost: a copy of the network, of a sharded one of this process's parts; one fused pass over its weights an update,
+    and no wait for the device.
 
     >>> network = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(network.weight)
@@ -42,28 +45,47 @@ class Average:
                 "the average of 16-bit weights does not move: its steps are below their resolution; expected "
                 "ema_decay=None, or 32-bit weights with precision='bfloat16'."
             )
-        if any(is_sharded(p) for p in network.parameters()):
-            raise MetaplError(
-                "ema_decay was given, and an average of sharded weights is not built yet; leave ema_decay out, or wrap "
-                "the networks in DistributedDataParallel."
-            )
-        self.module = copy.deepcopy(network)
         self.decay, self.steps = decay, 0
+        self.network = network
+        # Sharded modules cannot be copied: the average of one lies beside its weights, and takes turns with them.
+        self.beside = Beside(network) if is_cut(network) else None
+        self.module = copy.deepcopy(network) if self.beside is None else network
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Follow the network by one step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1 - decay)
-        for averaged, current in zip(self.module.buffers(), network.buffers(), strict=True):
-            averaged.copy_(current)
+        if self.beside is None:
+            averaged: list[Tensor] = [*self.module.parameters()]
+            weights: list[Tensor] = [*network.parameters()]
+            buffers = [*zip(self.module.buffers(), network.buffers(), strict=True)]
+        else:
+            learned, current = parts_held(network)
+            averaged, weights = [self.beside.learned[name] for name in learned], [*learned.values()]
+            buffers = [(self.beside.buffers[name], b) for name, b in current.items()]
+        torch._foreach_lerp_(averaged, weights, 1 - decay)
+        for kept, buffer in buffers:
+            kept.copy_(buffer)
         self.steps += 1
+
+    @contextmanager
+    def held(self) -> Iterator[nn.Module]:
+        """The network with the averaged weights, in this block; a sharded one has its own again afterwards."""
+        if self.beside is None:
+            yield self.module
+            return
+        with self.beside.swapped(self.network):
+            yield self.network
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and how many steps they have followed."""
-        return {"module": self.module.state_dict(), "steps": self.steps}
+        module = self.module.state_dict() if self.beside is None else self.beside.state_dict(self.network)
+        return {"module": module, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self.module.load_state_dict(state["module"])
+        if self.beside is None:
+            self.module.load_state_dict(state["module"])
+        else:
+            self.beside.load_state_dict(self.network, state["module"])
         self.steps = state["steps"]

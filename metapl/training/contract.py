@@ -24,6 +24,8 @@ class Stepwise(ABC):
     """The network that is trained, evaluated and kept."""
     teacher: nn.Module | None = None
     """The network that makes the labels, where there is one."""
+    as_given: nn.Module
+    """The same as it was handed over, perhaps in ``DistributedDataParallel``."""
     device: torch.device
     ranks: Ranks = ALONE
     """The processes that share its batches."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from metapl.batch import length, micro_batches
+from metapl.distributed.dropout import drops_by_itself
 from metapl.distributed.shards import load_whole
 from metapl.errors import MetaplError
 from metapl.feedback.lookahead import Lookahead, inner_batches
@@ -24,11 +25,12 @@ from metapl.runs.checkpoint import Found
 from metapl.runs.checkpoint import load as load_checkpoint
 from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
+from metapl.runs.parts import PartsWriter, check_parts, load_parts
 from metapl.training.average import Average
 from metapl.training.callbacks import Callback, Callbacks
 from metapl.training.contract import Say, Stepwise
 from metapl.training.options import FitOptions
-from metapl.training.processes import of_all, of_this
+from metapl.training.processes import in_parts, layouts_of, of_all, of_this, parts_writer
 from metapl.training.progress import Progress, progress
 from metapl.training.rates import Rates
 from metapl.training.records import Records
@@ -110,6 +112,7 @@ class FitRun:
         # The last step, and why it is, once a callback has said so.
         self.ended: tuple[int, str] | None = None
         self.feeds: dict[str, Feed] = {}
+        self.parts: PartsWriter | None = None  # of checkpoints that every process writes its part of
         self.saves = False  # whether there is a folder, perhaps that of another process
         self.under_way = 0  # the number of the step
         self.seen: dict[str, float] = {}  # the last accuracies on validation data
@@ -131,6 +134,9 @@ class FitRun:
                 self.records.refuse_another_run()
         self.selection.check(self.trainer.student, self.trainer.teacher)
         try:
+            if self.saves:
+                known = self.records.checkpoints
+                self.parts = parts_writer(self.trainer, None if known is None else known.folder, self.options.keep)
             for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
                 if source is not None:
                     self.feeds[name] = self._feed(source, name)
@@ -155,6 +161,8 @@ class FitRun:
             self.rates.put_back()
             for feed in self.feeds.values():
                 feed.close()
+            if self.parts is not None:
+                self.parts.close()
         return self._finish()
 
     def _feed(self, source: Any, name: str) -> Feed:
@@ -178,9 +186,10 @@ class FitRun:
                     if self.ended or options.due(options.save_every, t):
                         self._save(t + 1)
                     if self._stops(t, stop):
-                        raise Interrupted(t + 1, (*stop, signal.SIGTERM)[0], self._save(t + 1))
+                        raise Interrupted(t + 1, (*stop, signal.SIGTERM)[0], self._save(t + 1) or self._settle())
                     if self.ended:
                         break
+                self._settle()
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(options.steps, stop[0], self.records.saved_at)
 
@@ -283,10 +292,11 @@ class FitRun:
 
     def _warm_start(self) -> None:
         """The student begins as the teacher is."""
-        teacher = self._kept_teacher()
-        if teacher is None:
+        if self.trainer.teacher is None:
             return
-        load_whole(self.trainer.student, weights_of(teacher))
+        with self._kept_teacher() as teacher:
+            weights = weights_of(teacher)
+        load_whole(self.trainer.student, weights)
         self.average = self._average(self.trainer.student)
 
     def _average(self, network: nn.Module | None) -> Average | None:
@@ -298,24 +308,26 @@ class FitRun:
 
     def _look(self, t: int) -> dict[str, float]:
         """The accuracies on validation data after step t."""
-        student = None if self.options.waits(t) else self._candidate()
+        student = None if self.options.waits(t) else self._candidate
         # A teacher that weighs examples, say, has no accuracy.
-        kept, labeler = self._kept_teacher(), self.trainer.teacher
-        teachers = (kept, labeler) if self.trainer.teacher_classifies else (None, None)
-        self.seen = self.selection.look(student, *teachers, t + 1)
+        labeler = self.trainer.teacher if self.trainer.teacher_classifies else None
+        kept = None if labeler is None else self._kept_teacher
+        self.seen = self.selection.look(student, kept, labeler, t + 1)
         return self.seen
 
-    def _candidate(self) -> nn.Module:
+    def _candidate(self) -> AbstractContextManager[nn.Module]:
         """What is validated and kept: the averaged student, or the student."""
-        return self.trainer.student if self.average is None else self.average.module
+        return nullcontext(self.trainer.student) if self.average is None else self.average.held()
 
-    def _kept_teacher(self) -> nn.Module | None:
+    def _kept_teacher(self) -> AbstractContextManager[Any]:
         """What is validated and kept of the teacher: its average, or the teacher."""
-        return self.trainer.teacher if self.teacher_average is None else self.teacher_average.module
+        average = self.teacher_average
+        return nullcontext(self.trainer.teacher) if average is None else average.held()
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self, step: int) -> Path | None:
+        """Write a checkpoint; None where it is written beside the training, until :meth:`_settle`."""
         if not self.saves:
             return None
         self._refuse_bad(step - 1)
@@ -323,11 +335,23 @@ class FitRun:
         ranks = self.trainer.ranks
         if ranks.alone:
             return self.records.save(step, state)
+        if self.parts is not None:
+            self._settle()
+            with ranks.agreed(waiting=True):
+                self.records.flush()
+            self.parts.write(step, *in_parts(state, ranks))
+            return None
         state = of_all(state, ranks)
         path: Path | None = None
         with ranks.agreed(waiting=True):
             path = self.records.save(step, state)  # by the first one
         return path  # noqa: RET504 - a return inside would look to mypy as if the block could end without one
+
+    def _settle(self) -> Path | None:
+        """Wait for the checkpoint that is written beside the training; the last one that was."""
+        if self.parts is not None:
+            self.records.saved_at = self.parts.settle() or self.records.saved_at
+        return self.records.saved_at
 
     def _state(self, step: int) -> dict[str, Any]:
         best = self.selection.best
@@ -355,7 +379,11 @@ class FitRun:
         state, file = checkpoint.state, checkpoint.path
         whole_batches = self.options.split_batches
         try:
-            state = of_this(state, self.trainer.ranks, file, whole_batches=whole_batches, say=self.say)
+            apart = any(
+                net is not None and drops_by_itself(net) for net in (self.trainer.student, self.trainer.teacher)
+            )
+            how: dict[str, Any] = {"whole_batches": whole_batches, "apart": apart, "say": self.say}
+            state = of_this(state, self.trainer.ranks, file, **how)
         except (LookupError, TypeError, AttributeError) as error:
             raise _unfit(file, error) from error
         with self.trainer.ranks.agreed(waiting=True):
@@ -390,15 +418,24 @@ class FitRun:
         """The newest whole checkpoint: the first of several processes finds it, and all read it."""
         ranks = self.trainer.ranks
         if ranks.alone:
-            return self.records.newest(self.say)
+            return self.records.newest(self.say, load_parts)
         with ranks.agreed(waiting=True):
-            found = self.records.newest(self.say) if self.first else None
+            found = self.records.newest(self.say, check_parts) if self.first else None
         path = ranks.gathered(None if found is None else str(found.path))[0]
         if path is None:
             return None
         with ranks.agreed(waiting=True):
+            if Path(path).is_dir():
+                return Found(Path(path), self._read(Path(path)))
             state = load_checkpoint(path) if found is None else found.state
         return Found(Path(path), state)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A checkpoint in parts: as the networks are laid out, where they are sharded."""
+        if self.parts is None:
+            return load_parts(path, checked=True)
+        like = layouts_of(self._state(0), self.trainer)
+        return load_parts(path, like, self.parts.group, checked=True)
 
     def _take(self, state: dict[str, Any]) -> None:
         """Put everything to where a checkpoint has it."""
@@ -430,13 +467,15 @@ class FitRun:
         """Put the student that is kept in place, and the teacher."""
         teacher, taught = self.trainer.teacher, None
         if teacher is not None:
-            taught = weights_of(self._kept_teacher() or teacher)
+            with self._kept_teacher() as kept:
+                taught = weights_of(kept)
             load_whole(teacher, taught)
         best = self.selection.best
         if not best.weights:
             accuracy = self.seen.get("student_validation_accuracy")
             step = self.ended[0] if self.ended else self.options.steps
-            best = Best(accuracy, step, weights_of(self._candidate()))
+            with self._candidate() as candidate:
+                best = Best(accuracy, step, weights_of(candidate))
         load_whole(self.trainer.student, best.weights)
         ranks, history = self.trainer.ranks, self.records.history
         # The first of several processes knows the rows of the earlier parts of a fit that was resumed.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import labeled_pair, micro_batches, plain
 from metapl.distributed.layout import layout_of
+from metapl.distributed.ranks import rows_shared
 from metapl.distributed.shards import as_held, load_whole
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
@@ -64,6 +65,7 @@ class LossTrainer(Trainer):
         accumulate: int = 1,
         compile: bool = False,
     ) -> None:
+        self.as_given = model
         self.layout = layout_of("network", model)
         self.ranks = self.layout.ranks
         model = self.layout.network
@@ -121,15 +123,16 @@ class LossTrainer(Trainer):
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
         """The losses on a micro-batch; its share of the gradient is accumulated in ``.grad``."""
         no_signal = Signal(torch.empty(0, device=self.device))  # a loss that needs the teacher's outputs computes them
-        terms = sum_of_terms(
-            self.student,
-            self.losses_for(unlabeled),
-            labeled=labeled,
-            unlabeled=unlabeled,
-            signal=no_signal,
-            step=self.steps_done,
-            kind="teacher loss" if self.role == "teacher" else "loss",
-        )
+        with rows_shared(self.ranks):
+            terms = sum_of_terms(
+                self.student,
+                self.losses_for(unlabeled),
+                labeled=labeled,
+                unlabeled=unlabeled,
+                signal=no_signal,
+                step=self.steps_done,
+                kind="teacher loss" if self.role == "teacher" else "loss",
+            )
         loss = torch.stack(list(terms.values())).sum()
         checks.learns(loss, self.role)
         if loss.requires_grad:  # UDA alone is a plain 0 before its start

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
+from metapl.distributed.beside import is_cut
 from metapl.distributed.ranks import Ranks
-from metapl.distributed.shards import gathered
+from metapl.distributed.shards import gathered, is_sharded
 from metapl.errors import MetaplError
 from metapl.runs.generators import rng_state, set_rng_state
-from metapl.training.contract import Say
+from metapl.runs.parts import Like, PartsWriter, named
+from metapl.training.contract import Say, Stepwise
 
 
 def of_all(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -26,16 +29,68 @@ def of_all(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return whole | {"ranks": every}
 
 
-def of_this(state: dict[str, Any], ranks: Ranks, file: Path, *, whole_batches: bool, say: Say) -> dict[str, Any]:
+SHARED = ("trainer", "average", "teacher_average", "best")
+"""What of a checkpoint is the same in every process, or a part of the same."""
+
+
+def in_parts(state: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state of a fit as what every process writes its part of, and the rest; all have to call it."""
+    every = ranks.gathered(_own(state))
+    shared = {name: state[name] for name in SHARED}
+    return shared, {name: value for name, value in state.items() if name not in SHARED} | {"ranks": every}
+
+
+def parts_writer(trainer: Stepwise, folder: Path | None, keep: int) -> PartsWriter | None:
+    """What writes checkpoints in parts: where networks are sharded over all processes of the job.
+
+    Elsewhere the first process has everything, or could not say who else writes.
+
+    Args:
+        trainer: of the fit.
+        folder: of the checkpoints; known to the first process.
+        keep: how many of them stay.
+    """
+    networks = [network for network in (trainer.student, trainer.teacher) if network is not None]
+    if trainer.ranks.alone or not any(map(is_cut, networks)) or trainer.ranks.processes != dist.get_world_size():
+        return None
+    path = trainer.ranks.gathered(None if folder is None else str(folder.resolve()))[0]
+    return PartsWriter(Path(path), keep)
+
+
+def layouts_of(state: Mapping[str, Any], trainer: Stepwise) -> Like:
+    """The layouts of the tensors of a fit's state, by their names; those of optimizers may not be there yet.
+
+    Args:
+        state: of the fit as it is.
+        trainer: of the fit.
+    """
+    known = {name: t for name, t in named({key: state[key] for key in SHARED}).items() if is_sharded(t)}
+    optimizers = [key for key, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
+    for key, optimizer in zip(optimizers, trainer.schedulable, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        known |= {f"trainer/{key}/state/{i}": p for i, p in enumerate(parameters) if is_sharded(p)}
+
+    def like(name: str, shape: torch.Size) -> Any:
+        layout = known.get(name, known.get(name.rpartition("/")[0]))
+        return layout if layout is not None and layout.shape == shape else None
+
+    return like
+
+
+def of_this(
+    state: dict[str, Any], ranks: Ranks, file: Path, *, whole_batches: bool, apart: bool, say: Say
+) -> dict[str, Any]:
     """The state of a fit with the generators and the places in the sources of this process.
 
-    On another number of processes, each seeds its default generators anew, from the state and its number.
+    On another number of processes, each takes the default generators of the first one; where the networks drop row
+    after row, each share seeds them anew, from that state and its number.
 
     Args:
         state: of a checkpoint, by one process or several.
         ranks: that train now.
         file: the checkpoint, for errors.
         whole_batches: every process reads the same batches and takes its share.
+        apart: whether networks drop something by the default generators of their processes.
         say: takes what a user should know.
 
     Raises:
@@ -53,9 +108,11 @@ def of_this(state: dict[str, Any], ranks: Ranks, file: Path, *, whole_batches: b
             "so their places in these are not known; resume it in as many, or give all of them the same whole batches, "
             "with split_batches=True."
         )
+    if not apart:
+        return _with(state, every[0])
     say(f"the run was in {len(every)} processes and goes on in {count}: dropout masks are others than they would be")
     set_rng_state(every[0]["rng"])
-    drawn = torch.get_rng_state().numpy().tobytes() + number.to_bytes(4, "little")
+    drawn = torch.get_rng_state().numpy().tobytes() + ranks.rank.to_bytes(4, "little")
     torch.manual_seed(int.from_bytes(hashlib.sha256(drawn).digest()[:8], "little"))
     return _with(state, every[0] | {"rng": rng_state()})
 

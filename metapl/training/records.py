@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -76,24 +76,33 @@ class Records:
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
         """Write a checkpoint, after the rows and events before it; its path, or None without a folder."""
-        if self.checkpoints is None or self.metrics is None or self.events is None:
+        if self.checkpoints is None:
             return None
-        with self._writing():
-            # What is older than the checkpoint is not written again, so it must be on the disk first.
-            self.events.flush()
-            self.metrics.sync()
+        self.flush()
         self.saved_at = self.checkpoints.write(step, state)
         return self.saved_at
 
-    def newest(self, say: Say) -> checkpoint.Found | None:
+    def flush(self) -> None:
+        """Bring rows and events to the disk: what is older than a checkpoint is not written again."""
+        if self.metrics is None or self.events is None:
+            return
+        with self._writing():
+            self.events.flush()
+            self.metrics.sync()
+
+    def newest(self, say: Say, read_folder: Callable[[Path], dict[str, Any]]) -> checkpoint.Found | None:
         """The newest whole checkpoint; None, with a word on it, where there are none.
+
+        Args:
+            say: takes what a user should know.
+            read_folder: reads a checkpoint in parts.
 
         Raises:
             CheckpointError: there are checkpoints, and none can be read. To train anew would replace them in time.
         """
         if self.checkpoints is None:
             raise MetaplError("resume=True was given without out; expected the folder of the run to go on with.")
-        newest = self.checkpoints.newest()
+        newest = self.checkpoints.newest(read_folder=read_folder)
         if newest is None:
             say(f"no checkpoint of phase {self.phase} yet: starting anew")
             return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,9 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.metrics.predictions import batch_name, batches_of, iterated, logits_of
 from metapl.training.contract import Say
+
+Kept = Callable[[], AbstractContextManager[nn.Module]]
+"""A network in a block."""
 
 
 @dataclass
@@ -93,12 +97,13 @@ class Selection:
             )
 
     def look(
-        self, student: nn.Module | None, teacher: nn.Module | None, labeler: nn.Module | None, step: int
+        self, student: Kept | None, teacher: Kept | None, labeler: nn.Module | None, step: int
     ) -> dict[str, float]:
         """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun.
 
         Args:
-            student, teacher: the networks that are kept, such as the averages.
+            student, teacher: the networks that are kept, such as the averages, each in a block of its own: averages of
+                sharded networks take the place of these.
             labeler: the network that makes the pseudo-labels.
             step: number of steps done.
         """
@@ -106,12 +111,14 @@ class Selection:
             return {}
         accuracies = {}
         if student is not None:
-            accuracy, self.examples = self._accuracy(student, self.validation, "validation")
+            with student() as network:
+                accuracy, self.examples = self._accuracy(network, self.validation, "validation")
+                if self.select and accuracy >= (self.best.accuracy or 0.0):
+                    self.best = Best(accuracy, step, weights_of(network))
             accuracies["student_validation_accuracy"] = accuracy
-            if self.select and accuracy >= (self.best.accuracy or 0.0):
-                self.best = Best(accuracy, step, weights_of(student))
         if teacher is not None:
-            accuracies["teacher_validation_accuracy"] = self._accuracy(teacher, self.validation, "validation")[0]
+            with teacher() as network:
+                accuracies["teacher_validation_accuracy"] = self._accuracy(network, self.validation, "validation")[0]
         if labeler is not None and self.truth is not None:
             accuracies["pseudo_label_accuracy"] = self._accuracy(labeler, self.truth, "truth")[0]
         return accuracies

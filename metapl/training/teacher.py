@@ -13,7 +13,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from metapl import checks
-from metapl.distributed.ranks import ALONE, Ranks
+from metapl.distributed.ranks import ALONE, Ranks, rows_shared
 from metapl.errors import MetaplError
 from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
@@ -120,7 +120,7 @@ class TeacherStep:
         parts: int = 1,
     ) -> TeacherLosses:
         """Algorithm 1, lines 5-7: add the gradient of scale·(−Σ h·signal) + Σ own losses / parts to the weights'."""
-        with self._recording():
+        with self._recording(), rows_shared(self.ranks):
             signal = self._pass.with_graph()
             terms = sum_of_terms(
                 self.teacher,

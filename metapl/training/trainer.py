@@ -136,6 +136,7 @@ class BilevelTrainer(Trainer):
             recompute_teacher=recompute_teacher,
         )
         self.given = teacher, student  # perhaps in DistributedDataParallel
+        self.as_given = student
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
         self.ranks = self.layout.ranks
         student = self.layout.network

@@ -1,0 +1,580 @@
+"""The eight studies of Noisy Student's appendix and its table of noise, on digits, paired over seeds.
+
+    python benchmarks/noisy_student.py                                 # tune, then run; goes on where it was stopped
+    python benchmarks/noisy_student.py --write docs/noisy-student-studies.md   # tables into the page, figure beside it
+    python benchmarks/noisy_student.py --miniature --out FILE          # all of it in seconds, to see that it runs
+
+A teacher learns from the labeled digits with noise and labels the unlabeled ones without; they are selected as
+``metapl labels select`` does; a student learns from both by the mean over the batch, as ``metapl noisy-student`` does.
+A test holds a step and a selection against the library's. All seeds of an arm are trained at once, a network a seed, by
+the matrix products of ``when_stack.py``.
+
+Data: the splits of ``when.py``, 4 labels a class. Networks: two hidden layers of a width of 8 to 128, in the place of
+EfficientNet-B0 to L2. Noise: the digits' shift, noise and hole in the place of RandAugment, and dropout; there is no
+stochastic depth, for these networks have no blocks to drop. Tuning: the learning rate and the dropout, on 3 other
+seeds, by the validation accuracy of a student of width 32. Nothing else is chosen but the length of study 6's
+finetuning, by validation. The test images are read once, after the last step of each network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from machine import arguments, parsed
+from torch import Tensor
+from torch.nn import functional as F
+from when import drawn
+from when_stack import CLASSES, Views, Weights, _layers, _where_positive, copied, product, softmax, stacked
+
+from metapl.models import mlp
+from metapl.runs.environment import environment
+from metapl.training.options import DECAY, decay_interval
+
+RAW = Path(__file__).parent / "results" / "noisy_student.jsonl"
+LABELS, LABELED_BATCH, STEPS, MOMENTUM, FINETUNE_LR = 4, 32, 1500, 0.9, 0.02
+THRESHOLD = 0.3
+"""Confidence above which unlabeled examples are kept: Noisy Student's."""
+
+WIDTHS = (8, 16, 32, 64, 128)
+RATES, DROPOUTS = (0.1, 0.2), (0.05, 0.1)
+"""What is tuned: the learning rate, and the probability of dropping a hidden unit."""
+
+FINETUNINGS = (50, 150, 500)
+"""Lengths of study 6's finetuning, of which the best by validation is taken."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run."""
+
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+    divisor: int = 1
+    """Of all numbers of steps."""
+
+    def steps(self, steps: int) -> int:
+        """So many."""
+        return max(2, steps // self.divisor)
+
+
+FULL = Size(tuple(range(300, 312)), (320, 321, 322))
+MINIATURE = Size((300, 301), (320,), divisor=10**9)
+
+
+# ------------------------------------------------------------------------------------------------------------ the arms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A network and how it is trained.
+
+    Args:
+        width: of its hidden layers.
+        teacher: width of the network that labels; None: it learns from the labeled examples alone.
+        rounds: students that the teacher itself is the last of, each of its width.
+        ratio: unlabeled examples in a batch for each labeled one.
+        share: of the unlabeled examples that there are, drawn evenly.
+        fifth: of the unlabeled examples by the teacher's confidence, the least confident first; None: by the threshold.
+        hard: learn the most probable class, not the distribution.
+        balanced: as many of each class, the most confident ones, and copies where there are fewer; else all above the
+            threshold.
+        augment, dropout: on unlabeled examples; labeled ones always have both.
+        noisy_teacher: the teacher labels augmented examples, with dropout.
+        training: on labeled and unlabeled examples together; or on the unlabeled ones, and then on the labeled ones.
+        steps: of all, in percent of the usual.
+        warm: begin with the teacher's weights, at a rate that ends as usual.
+    """
+
+    width: int
+    teacher: int | None = None
+    rounds: int = 0
+    ratio: int = 1
+    share: float = 1.0
+    fifth: int | None = None
+    hard: bool = False
+    balanced: bool = True
+    augment: bool = True
+    dropout: bool = True
+    noisy_teacher: bool = False
+    training: Literal["joint", "pretrain", "pretrain_finetune"] = "joint"
+    steps: float = 100.0
+    warm: bool = False
+
+
+def _same(width: int, **changes: Any) -> Arm:
+    return Arm(width=width, teacher=width, **changes)
+
+
+SMALL = WIDTHS[:4]
+SHARES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 4, 1.0)
+BEST = {"teacher": WIDTHS[-1], "rounds": 2}
+"""The largest network after two rounds, in the place of the iterated L2."""
+
+STUDIES: dict[str, dict[str, Arm]] = {
+    "noise": {
+        f"{name}, {spoken} of the unlabeled": arm
+        for share, spoken in ((1 / 16, "a sixteenth"), (1.0, "all"))
+        for name, arm in {
+            "supervised": Arm(width=32),
+            "Noisy Student": _same(32, share=share),
+            "student without augmentation": _same(32, share=share, augment=False),
+            "student without augmentation and dropout": _same(32, share=share, augment=False, dropout=False),
+            "teacher with augmentation and dropout": _same(32, share=share, noisy_teacher=True),
+        }.items()
+    },
+    "1": {
+        f"width {width}: {name}": arm
+        for width in WIDTHS
+        for name, arm in {
+            "supervised": Arm(width=width),
+            "same teacher": _same(width, ratio=3),
+            "best teacher": Arm(width=width, **BEST, ratio=3),
+        }.items()
+    },
+    "2": {"supervised": Arm(width=32), **{f"1/{round(1 / share)}": _same(32, share=share) for share in SHARES}},
+    "3": {
+        "supervised": Arm(width=16),
+        **{
+            f"{name}, fifth {fifth + 1}": _same(16, fifth=fifth, hard=name == "hard", balanced=False)
+            for fifth in range(5)
+            for name in ("soft", "hard")
+        },
+    },
+    "4": {
+        name: arm
+        for teacher in SMALL
+        for name, arm in {
+            f"teacher {teacher}": Arm(width=teacher),
+            f"teacher {teacher}, student {teacher}": _same(teacher),
+            f"teacher {teacher}, student {2 * teacher}": Arm(width=2 * teacher, teacher=teacher),
+            f"supervised {2 * teacher}": Arm(width=2 * teacher),
+        }.items()
+    },
+    "5": {
+        f"width {width}: {name}": arm
+        for width in SMALL
+        for name, arm in {
+            "supervised": Arm(width=width),
+            "Noisy Student": _same(width),
+            "without balancing": _same(width, balanced=False),
+        }.items()
+    },
+    "6": {
+        f"width {width}: {name}": arm
+        for width in SMALL
+        for name, arm in {
+            "supervised": Arm(width=width),
+            "pretraining only": _same(width, training="pretrain"),
+            "pretraining + finetuning": _same(width, training="pretrain_finetune"),
+            "joint": _same(width),
+        }.items()
+    },
+    "7": {f"width {width}: {ratio}:1": _same(width, ratio=ratio) for width in (16, WIDTHS[-1]) for ratio in (1, 3, 7)},
+    "8": {
+        "supervised": Arm(width=16),
+        **{f"{percent} %, warm": _same(16, steps=percent, warm=True) for percent in (10, 20, 40, 80)},
+        "100 %, no warm start": _same(16),
+    },
+}
+"""By study, the arms by their names; an arm that several studies have is run once."""
+
+ARMS: tuple[Arm, ...] = tuple(dict.fromkeys(arm for arms in STUDIES.values() for arm in arms.values()))
+
+
+# -------------------------------------------------------------------------------------------------------- the networks
+
+
+def passed(weights: Weights, x: Tensor, masks: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
+    """The input of every layer, and the outputs, (S, B, C).
+
+    Args:
+        masks: for each hidden layer, what its values are multiplied by; None: they stay.
+    """
+    inputs = [x]
+    *hidden, (last, bias) = _layers(weights)
+    for (weight, b), mask in zip(hidden, masks, strict=True):
+        h = torch.baddbmm(b, inputs[-1], weight).relu_()
+        inputs.append(h if mask is None else h.mul_(mask))
+    return inputs, product(inputs[-1], last).add_(bias)
+
+
+def pulled_back(weights: Weights, inputs: list[Tensor], at_outputs: Tensor, masks: Sequence[Tensor | None]) -> Weights:
+    """The gradient in the weights, from that in the outputs."""
+    layers, gradient = _layers(weights), at_outputs
+    found: Weights = []
+    for i in reversed(range(len(layers))):
+        found += [gradient.sum(1, keepdim=True), product(inputs[i].transpose(1, 2), gradient)]
+        if i:
+            # Where a unit is dropped its value is 0 too.
+            gradient = _where_positive(gradient @ layers[i][0].transpose(1, 2), inputs[i], 0)
+            mask = masks[i - 1]
+            gradient = gradient if mask is None else gradient * mask
+    return found[::-1]
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Drops hidden units of a stack of networks.
+
+    Args:
+        p: the probability.
+        generator: draws.
+        whole: the first so many rows alone; None: all.
+    """
+
+    p: float
+    generator: torch.Generator
+    whole: int | None = None
+
+    def masks(self, weights: Weights, batch: int) -> list[Tensor | None]:
+        """For each hidden layer, (S, B, H)."""
+        if not self.p:
+            return [None] * (len(weights) // 2 - 1)
+        masks: list[Tensor | None] = []
+        for bias in weights[1:-1:2]:
+            mask = torch.ones(len(bias), batch, bias.shape[-1])
+            part = mask[:, : self.whole]
+            part.copy_((torch.rand(part.shape, generator=self.generator) >= self.p).float() / (1 - self.p))
+            masks.append(mask)
+        return masks
+
+
+@dataclass
+class Learner:
+    """A stack of networks that SGD with momentum trains.
+
+    Args:
+        weights: theirs, changed in place.
+        lr: learning rate.
+    """
+
+    weights: Weights
+    lr: float
+    velocity: Weights | None = None
+
+    def step(self, x: Tensor, targets: Tensor, masks: Sequence[Tensor | None], factor: float) -> None:
+        """One on the mean cross-entropy of the batch, at this factor of the rate."""
+        inputs, logits = passed(self.weights, x, masks)
+        gradient = pulled_back(self.weights, inputs, (softmax(logits) - targets) / x.shape[1], masks)
+        if self.velocity is not None:
+            gradient = list(torch._foreach_add(gradient, self.velocity, alpha=MOMENTUM))
+        self.velocity = gradient
+        torch._foreach_add_(self.weights, gradient, alpha=-self.lr * factor)
+
+
+def first_weights(width: int, seeds: Sequence[int], student: int) -> Weights:
+    """Networks as they begin; ``student``: 0 for the first teacher, then the number of the round."""
+    networks = []
+    for seed in seeds:
+        torch.manual_seed(10 * seed + student)
+        networks.append(mlp([64, width, width, CLASSES]))
+    return stacked(networks)
+
+
+# --------------------------------------------------------------------------------------------------------- the batches
+
+
+def selected(q: Tensor, *, threshold: float, per_class: int | None, balanced: bool) -> Tensor:
+    """Examples that are kept, each as often as it counts: what ``metapl.labels.queries.select`` keeps of a store.
+
+    Args:
+        q: (n, C), their labels.
+        threshold: of the confidence; 0 where none is above it.
+        per_class: the most of a class, and with ``balanced`` how many of each count.
+        balanced: fill up classes that have fewer.
+    """
+    confidence, label = q.max(1)
+    kept = confidence > (threshold if float(confidence.max()) > threshold else 0.0)
+    chosen: list[int] = []
+    groups: list[list[int]] = []
+    for c in range(q.shape[1]):
+        mine = (kept & (label == c)).nonzero()[:, 0]
+        order = mine[confidence[mine].argsort(descending=True, stable=True)]
+        groups.append(sorted(order[:per_class].tolist()))
+    goal = (per_class or max(map(len, groups))) if balanced else 0
+    for group in groups:
+        times, more = divmod(goal, len(group)) if group and balanced else (1, 0)
+        once_more = set(sorted(group, key=_number)[:more])
+        for example in group:
+            chosen += [example] * (times + (example in once_more))
+    return torch.tensor(sorted(chosen))
+
+
+def _number(example: int) -> int:
+    """What duplicates are drawn by: the last eight bytes of the MD5 of an id."""
+    return int.from_bytes(hashlib.md5(str(example).encode()).digest()[8:], "little")
+
+
+def shuffled(positions: Tensor, length: int, seed: int, stream: int) -> Tensor:
+    """The first so many of an endless stream of shuffled epochs of some examples."""
+    generator = torch.Generator().manual_seed(1_000 * seed + 500 + stream)
+    epochs = -(-length // len(positions))
+    return torch.cat([positions[torch.randperm(len(positions), generator=generator)] for _ in range(epochs)])[:length]
+
+
+def batches(
+    x: Tensor,
+    kept: Sequence[Tensor],
+    targets: Tensor,
+    seeds: Sequence[int],
+    stream: int,
+    batch: int,
+    steps: int,
+    seen: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pictures and targets.
+
+    Args:
+        x, targets: (S, n, 64) and (S, n, C).
+        kept: of each seed, the examples that are drawn.
+        stream: keeps apart what is drawn for different purposes.
+        seen: augmented.
+    """
+    views = Views(x, seeds, stream, batch, steps)
+    orders = [shuffled(positions, batch * steps, seed, stream) for positions, seed in zip(kept, seeds, strict=True)]
+    views.order = torch.stack(orders).unflatten(1, (steps, batch))
+    rows = torch.arange(len(seeds))[:, None]
+    done = 0
+    while done < steps:
+        which, altered = views.chunk()
+        for one, picture in zip(which, altered, strict=True):
+            yield (picture if seen else x[rows, one]), targets[rows, one]
+        done += len(which)
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What was tuned, and how much is run."""
+
+    lr: float
+    dropout: float
+    seeds: tuple[int, ...]
+    size: Size
+
+    @property
+    def steps(self) -> int:
+        return self.size.steps(STEPS)
+
+
+def trained(arm: Arm, setting: Setting) -> Weights:
+    """The networks of an arm, one a seed."""
+    if arm.teacher is None:
+        return supervised(arm.width, setting)
+    teacher = labeler(arm.teacher, arm.rounds, setting)
+    return student(arm, teacher, setting, arm.rounds + 1)
+
+
+@lru_cache(maxsize=64)
+def supervised(width: int, setting: Setting) -> Weights:
+    """Networks that learn from the labeled examples alone, with noise."""
+    learner = Learner(first_weights(width, setting.seeds, 0), setting.lr)
+    _learn_labels(learner, setting, setting.steps, stream=0, exponential=True)
+    return learner.weights
+
+
+@lru_cache(maxsize=16)
+def labeler(width: int, rounds: int, setting: Setting) -> Weights:
+    """The networks that label: the first teachers, or the students after so many rounds."""
+    if not rounds:
+        return supervised(width, setting)
+    return student(_same(width, ratio=3), labeler(width, rounds - 1, setting), setting, rounds)
+
+
+def _learn_labels(learner: Learner, setting: Setting, steps: int, stream: int, exponential: bool) -> None:
+    x, y = drawn(LABELS, setting.seeds).labeled
+    targets = F.one_hot(y, CLASSES).to(x)
+    everything = [torch.arange(x.shape[1])] * len(setting.seeds)
+    dropout = Dropout(setting.dropout, torch.Generator().manual_seed(stream))
+    source = batches(x, everything, targets, setting.seeds, stream, LABELED_BATCH, steps, seen=True)
+    for step, (seen, right) in enumerate(source):
+        factor = decayed(step, steps) if exponential else 1.0
+        learner.step(seen, right, dropout.masks(learner.weights, seen.shape[1]), factor)
+
+
+def decayed(step: int, steps: int) -> float:
+    """The factor of the rate: Noisy Student's schedule for so many steps."""
+    return float(DECAY ** (step / decay_interval(steps)))
+
+
+def labels_of(arm: Arm, teacher: Weights, setting: Setting) -> Tensor:
+    """The teacher's distributions on the unlabeled examples, (S, n, C)."""
+    x, _ = drawn(LABELS, setting.seeds).unlabeled
+    if not arm.noisy_teacher:
+        return softmax(passed(teacher, x, [None, None])[1])
+    everything = [torch.arange(x.shape[1])] * len(setting.seeds)
+    views = Views(x, setting.seeds, 7, x.shape[1], 1)
+    views.order = torch.stack(everything)[:, None]
+    seen = views.chunk()[1][0]
+    masks = Dropout(setting.dropout, torch.Generator().manual_seed(7)).masks(teacher, x.shape[1])
+    return softmax(passed(teacher, seen, masks)[1])
+
+
+def kept_of(arm: Arm, q: Tensor, seeds: Sequence[int]) -> list[Tensor]:
+    """The examples that each seed's student learns from, each as often as it counts."""
+    kept = []
+    for labels, seed in zip(q, seeds, strict=True):
+        pool = torch.arange(len(labels))
+        if arm.share < 1:
+            drawn_evenly = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+            pool = drawn_evenly[: round(arm.share * len(labels))].sort().values
+        mine = labels[pool]
+        if arm.fifth is not None:
+            parts = mine.max(1).values.argsort().tensor_split(5)
+            kept.append(pool[parts[arm.fifth]])
+            continue
+        most = -(-len(mine) // CLASSES) if arm.balanced else None
+        kept.append(pool[selected(mine, threshold=THRESHOLD, per_class=most, balanced=arm.balanced)])
+    return kept
+
+
+def student(arm: Arm, teacher: Weights, setting: Setting, number: int) -> Weights:
+    """Networks that learn from the labels of their teachers."""
+    seeds, data = setting.seeds, drawn(LABELS, setting.seeds)
+    q = labels_of(arm, teacher, setting)
+    kept = kept_of(arm, q, seeds)
+    targets = F.one_hot(q.argmax(-1), CLASSES).to(q) if arm.hard else q
+    weights = copied(teacher) if arm.warm else first_weights(arm.width, seeds, number)
+    steps = setting.size.steps(round(STEPS * arm.steps / 100))
+    # A run that is shorter ends at the rate of a usual one: study 8.
+    lr = setting.lr * DECAY ** ((setting.steps - steps) / decay_interval(setting.steps))
+    learner = Learner(weights, float(lr))
+    size = arm.ratio * LABELED_BATCH
+    unlabeled = batches(data.unlabeled[0], kept, targets, seeds, 1, size, steps, arm.augment)
+    x, y = data.labeled
+    every, right = [torch.arange(x.shape[1])] * len(seeds), F.one_hot(y, CLASSES).to(x)
+    labeled = batches(x, every, right, seeds, 2, LABELED_BATCH, steps, seen=True)
+    joint = arm.training == "joint"
+    generator = torch.Generator().manual_seed(number)
+    whole = None if arm.dropout else (LABELED_BATCH if joint else 0)
+    dropout = Dropout(setting.dropout, generator, whole)
+    for step, ((x_l, y_l), (x_u, q_u)) in enumerate(zip(labeled, unlabeled, strict=True)):
+        seen, target = (torch.cat([x_l, x_u], 1), torch.cat([y_l, q_u], 1)) if joint else (x_u, q_u)
+        factor = DECAY ** (step / decay_interval(setting.steps))
+        learner.step(seen, target, dropout.masks(learner.weights, seen.shape[1]), float(factor))
+    if arm.training != "pretrain_finetune":
+        return learner.weights
+    return _finetuned(learner.weights, setting)
+
+
+def _finetuned(weights: Weights, setting: Setting) -> Weights:
+    """The networks after finetuning on the labeled examples, for as many steps as validate best."""
+    found = []
+    for steps in FINETUNINGS:
+        learner = Learner(copied(weights), FINETUNE_LR)
+        _learn_labels(learner, setting, setting.size.steps(steps), stream=3, exponential=False)
+        found.append((statistics.fmean(right(learner.weights, "validation", setting)), learner.weights))
+    return max(found, key=lambda pair: pair[0])[1]
+
+
+def right(weights: Weights, part: Literal["validation", "test", "unlabeled"], setting: Setting) -> list[float]:
+    """The share of a part that each network is right on."""
+    x, y = getattr(drawn(LABELS, setting.seeds), part)
+    shares: list[float] = (passed(weights, x, [None, None])[1].argmax(-1) == y).double().mean(1).tolist()
+    return shares
+
+
+# ----------------------------------------------------------------------------------------------------------- the study
+
+
+def tune(size: Size, done: Sequence[Row]) -> Iterator[Row]:
+    """The validation accuracy of every configuration that has no row yet."""
+    known = {(row["lr"], row["dropout"]) for row in done if not row["final"]}
+    for lr, dropout in itertools.product(RATES, DROPOUTS):
+        if (lr, dropout) not in known:
+            began = time.perf_counter()
+            setting = Setting(lr, dropout, size.tuning_seeds, size)
+            accuracy = right(trained(_same(32), setting), "validation", setting)
+            yield {"final": False, "seeds": list(size.tuning_seeds), "lr": lr, "dropout": dropout} | {
+                "validation": accuracy,
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+
+
+def tuned(rows: Sequence[Row]) -> tuple[float, float]:
+    """The learning rate and the dropout with the best mean accuracy on validation examples."""
+    best = max((row for row in rows if not row["final"]), key=lambda row: statistics.fmean(row["validation"]))
+    return best["lr"], best["dropout"]
+
+
+def run_arms(size: Size, rows: Sequence[Row]) -> Iterator[Row]:
+    """Every arm that has no row yet."""
+    lr, dropout = tuned(rows)
+    setting = Setting(lr, dropout, size.seeds, size)
+    known = {json.dumps(row["arm"], sort_keys=True) for row in rows if row["final"]}
+    for arm in ARMS:
+        fields = dataclasses.asdict(arm)
+        if json.dumps(fields, sort_keys=True) not in known:
+            began = time.perf_counter()
+            weights = trained(arm, setting)
+            yield {"final": True, "arm": fields, "seeds": list(size.seeds), "lr": lr, "dropout": dropout} | {
+                "test": right(weights, "test", setting),
+                "unlabeled": right(weights, "unlabeled", setting),
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+
+
+def study(size: Size, out: Path) -> None:
+    """Tune and run what has no row yet; each row is written when it is there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.exists():
+        out.write_text(json.dumps({"about": environment()}) + "\n")
+    for what in (tune, run_arms):
+        for row in what(size, read(out)):
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            if row["final"]:
+                names = [
+                    f"{number}: {name}" for number, arms in STUDIES.items() for name in arms if _is(arms[name], row)
+                ]
+                print(f"{100 * statistics.fmean(row['test']):5.1f}  {'; '.join(names)}", flush=True)
+            else:
+                mean = 100 * statistics.fmean(row["validation"])
+                print(f"{mean:5.1f}  rate {row['lr']}, dropout {row['dropout']} (validation)", flush=True)
+
+
+def _is(arm: Arm, row: Row) -> bool:
+    return dataclasses.asdict(arm) == row["arm"]
+
+
+def read(raw: Path = RAW) -> list[Row]:
+    """The rows of runs so far."""
+    if not raw.exists():
+        return []
+    return [row for line in raw.read_text().splitlines() if "final" in (row := json.loads(line))]
+
+
+def main() -> None:
+    parser = arguments(__doc__, RAW)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there, draw the figure, and stop")
+    parser.add_argument("--table", action="store_true", help="print the tables of the file's rows, and run nothing")
+    given = parsed(parser)
+    torch.set_num_threads(1)
+    if not given.table and given.write is None:
+        study(MINIATURE if given.miniature else FULL, given.out)
+        return
+    from noisy_student_tables import block, write
+
+    if given.write is not None:
+        write(given.write, given.out)
+    else:
+        print(block(read(given.out)))
+
+
+if __name__ == "__main__":
+    main()

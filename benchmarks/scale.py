@@ -1,0 +1,303 @@
+"""Sharded steps beside unsharded ones, on this machine over gloo; and the paper's layout on ranks that are not there.
+
+    python benchmarks/scale.py                        # measures, then simulates, and writes results/scale.json
+    python benchmarks/scale.py --only measured        # or simulated; the other part of the file stays
+    python benchmarks/scale.py --write docs/scale.md
+
+A multi-layer perceptron with its teacher, SGD with Nesterov momentum. Every process has a batch of the same size, so a
+process of several computes as much as one alone. Each layout has processes of its own, on one thread each, which start
+once and take turns; times are of the processor, so that processes that share a core do not count twice, and of the
+slowest process. Operations and bytes are counted as they are dispatched; memory is what lies there before a step and
+what the allocator adds.
+
+Simulated are EfficientNet-L2 twice on 2,048 ranks, by ``metapl.planning``: 128 replicas of 16 ranks, as the paper has
+it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import arguments, described, parsed, write_between_marks, write_json
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "scale.json"
+
+MODES = ("none", "loss_difference", "reinforce", "reinforce_per_example", "difference", "forward")
+LAYOUTS: dict[str, dict[str, int]] = {
+    "one process": {},
+    "2 replicas": {"replicate": 2},
+    "2 shards": {"shard": 2},
+    "4 shards": {"shard": 4},
+    "2 x 2": {"replicate": 2, "shard": 2},
+}
+ALONE = "one process"
+WIDTHS, ROWS = (128, 512, 512, 512, 10), 64
+SIMULATED = {"128 x 16": {"replicate": 128, "shard": 16}, "128 x 2 x 8": {"replicate": 128, "shard": 2, "spatial": 8}}
+
+Row = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------- measured
+
+
+class Group:
+    """Processes of one layout, which measure one case after another."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        number = 1
+        for size in sizes.values():
+            number *= size
+        self.folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor"])
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(number):
+            ours, theirs = context.Pipe()
+            meeting = str(Path(self.folder.name) / "meeting")
+            process = context.Process(target=serve, args=(theirs, rank, number, meeting, sizes), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, **case: Any) -> list[Row]:
+        """What each process measures."""
+        for pipe in self.pipes:
+            pipe.send(case)
+        return [pipe.recv() for pipe in self.pipes]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join()
+        self.folder.cleanup()
+
+
+def serve(pipe: Connection, rank: int, number: int, meeting: str, sizes: dict[str, int]) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    from torch import distributed as dist
+
+    torch.set_num_threads(1)
+    if number > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
+    while (case := pipe.recv()) is not None:
+        pipe.send(measure(rank, sizes, **case))
+    if number > 1:
+        dist.destroy_process_group()
+
+
+def measure(rank: int, sizes: dict[str, int], mode: str, widths: Sequence[int], steps: int, count: bool) -> Row:
+    """Seconds of a step of this process; with ``count``, what it computes, sends and holds too."""
+    step, held = step_of(rank, sizes, mode, widths)
+    for _ in range(2):
+        step()
+    before = time.process_time()
+    for _ in range(steps):
+        step()
+    row: Row = {"seconds": (time.process_time() - before) / steps}
+    return row | counted(step, held) if count else row
+
+
+def step_of(
+    rank: int, sizes: dict[str, int], mode: str, widths: Sequence[int]
+) -> tuple[Callable[[], Any], Callable[[], int]]:
+    """A step of this process, and the bytes that lie there before it."""
+    import metapl
+    from metapl.distributed import Mesh, shard
+    from metapl.distributed.shards import local
+
+    torch.manual_seed(0)
+    teacher, student = (metapl.models.mlp(widths) for _ in range(2))
+    own: list[nn.Module] = [teacher, student]
+    if sizes:
+        teacher, student = (shard(network, Mesh(**sizes)) for network in own)  # type: ignore[assignment]
+    trainer = metapl.BilevelTrainer(teacher, student, mode)
+    draw = torch.Generator().manual_seed(rank)
+    x, u = (torch.randn(ROWS, widths[0], generator=draw) for _ in range(2))
+    labeled = x, torch.arange(ROWS) % widths[-1]
+
+    def held() -> int:
+        states = [state for optimizer in trainer.schedulable for state in optimizer.state.values()]
+        tensors = [t for network in own for t in (*network.parameters(), *network.buffers())]
+        tensors += [t for t in pytree.tree_leaves([states, labeled, u]) if isinstance(t, Tensor)]
+        buckets = [p for network in own for p in network.parameters()] if set(sizes) == {"replicate"} else []
+        return sum(t.numel() * t.element_size() for t in map(local, [*tensors, *buckets]))
+
+    return lambda: trainer.step(labeled, u), held
+
+
+def counted(step: Callable[[], Any], held: Callable[[], int]) -> Row:
+    from metapl.metrics.cost import peak_bytes
+    from metapl.planning.held import Held
+
+    with Held() as seen:
+        step()
+    peaks = []
+    for _ in range(3):
+        gc.collect()
+        peaks.append(peak_bytes(step, torch.device("cpu")))
+    return {"flops": seen.flops, "sent": sum(seen.sent.values()), "bytes": held() + min(peaks)}
+
+
+def measured(miniature: bool) -> Row:
+    names = ("one process", "2 shards") if miniature else tuple(LAYOUTS)
+    modes = ("none", "forward") if miniature else MODES
+    turns, steps, widths = (1, 1, (8, 8, 4)) if miniature else (3, 3, WIDTHS)
+    load = os.getloadavg()[0]
+    groups = {name: Group(LAYOUTS[name]) for name in names}
+    found: dict[tuple[str, str], list[list[Row]]] = {}
+    try:
+        for turn in range(turns):
+            for mode in modes:
+                for name, group in groups.items():
+                    case = {"mode": mode, "widths": widths, "steps": steps, "count": turn == 0}
+                    found.setdefault((mode, name), []).append(group.run(**case))
+            print(f"turn {turn + 1} of {turns}", file=sys.stderr, flush=True)
+    finally:
+        for group in groups.values():
+            group.close()
+    rows = []
+    for (mode, name), by_turn in found.items():
+        seconds = [max(rank["seconds"] for rank in ranks) for ranks in by_turn]
+        most = {key: max(rank[key] for rank in by_turn[0]) for key in ("flops", "sent", "bytes")}
+        times = {"seconds": statistics.median(seconds), "turns": seconds}
+        rows.append({"mode": mode, "layout": name, **times, **most})
+    return {"rows": rows, "widths": widths, "batch": ROWS, "load": load, "measured_on": described("cpu")}
+
+
+# ------------------------------------------------------------------------------------------------------------ simulated
+
+
+def simulated(miniature: bool) -> Iterator[Row]:
+    """Plans for the paper's largest experiment, by mode."""
+    from metapl.cli.plan import PLANNED
+    from metapl.distributed import Mesh
+    from metapl.planning.plan import bytes_of, plan
+
+    recipe = "digits" if miniature else "imagenet-l2"
+    meshes = {"4 x 2": {"replicate": 4, "shard": 2}} if miniature else SIMULATED
+    for name, sizes in meshes.items():
+        for mode in ("forward", "none", "reinforce"):
+            given: dict[str, Any] = {"accumulate": 2} if "spatial" in sizes else {}
+            found = plan(PLANNED[recipe](given, None, mode), Mesh(**sizes), memory=bytes_of("80GB"))
+            row = {"recipe": recipe, "layout": name, "mesh": asdict(found.mesh), "mode": mode, **given}
+            per_rank = {"per_rank": found.per_rank, "flops": found.step.flops, "sent": sum(found.step.sent.values())}
+            print(f"{recipe}, {name}, {mode}: {found.per_rank}", file=sys.stderr, flush=True)
+            yield row | per_rank
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(result: Row) -> str:
+    """What was measured, then what was simulated."""
+    parts = []
+    if "measured" in result:
+        parts.append(_measured_table(result["measured"]))
+    if "simulated" in result:
+        parts.append(_simulated_table(result["simulated"]))
+    return "\n\n".join(parts)
+
+
+def _measured_table(result: Row) -> str:
+    rows = {(row["mode"], row["layout"]): row for row in result["rows"]}
+    names = [name for name in LAYOUTS if name != ALONE and any(layout == name for _, layout in rows)]
+    modes = list(dict.fromkeys(mode for mode, _ in rows))
+    times: list[list[str]] = [["mode", "alone, ms", *names, "FLOP"]]
+    amounts = [["mode", *(f"sent: {name}" for name in names), *(f"held: {name}" for name in (ALONE, *names))]]
+    for mode in modes:
+        alone, others = rows[mode, ALONE], [rows[mode, name] for name in names]
+        ratios = [f"{row['seconds'] / alone['seconds']:.2f}" for row in others]
+        operations = max(row["flops"] / alone["flops"] for row in others)
+        times.append([f"`{mode}`", f"{1e3 * alone['seconds']:.1f}", *ratios, f"{operations:.2f}"])
+        sent = [f"{row['sent'] / 1e6:.1f}" for row in others]
+        amounts.append([f"`{mode}`", *sent, *(f"{row['bytes'] / 1e6:.1f}" for row in (alone, *others))])
+    lines = [*_lines(times), "", *_lines(amounts)]
+    on, widths = result["measured_on"], "-".join(map(str, result["widths"]))
+    lines += [
+        "",
+        f"A step of an MLP {widths} and its teacher, {result['batch']} labeled and as many unlabeled rows in each "
+        "process: processor time of the slowest process and its operations over those of one process alone, the MB "
+        f"that it sends, and the MB that it holds at the peak. Median of {len(result['rows'][0]['turns'])} turns; "
+        f"{on['cpu']}, {on['cores']} cores, one thread a process, load {result['load']:.1f} when it began; torch "
+        f"{on['torch']}, gloo.",
+    ]
+    return "\n".join(lines)
+
+
+def _lines(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table in Markdown: numbers to the right of names."""
+    for number, row in enumerate(cells):
+        yield f"| {' | '.join(row)} |"
+        if number == 0:
+            yield "|---" + "|---:" * (len(row) - 1) + "|"
+
+
+def _simulated_table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| layout | mode | weights, gradients, optimizers | activations | feedback | peak | TFLOP | GB sent |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        held = row["per_rank"]
+        states = sum(held[name] for name in ("weights", "gradients", "optimizer"))
+        cells = [row["layout"], f"`{row['mode']}`", f"{states / 1e9:.3g} GB"]
+        cells += [f"{held[name] / 1e9:.3g} GB" for name in ("activations", "feedback", "peak")]
+        cells += [f"{row['flops'] / 1e12:.3g}", f"{row['sent'] / 1e9:.3g}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    ranks = 1
+    for size in rows[0]["mesh"].values():
+        ranks *= size
+    halves = " Images cut in 8 are taken in two micro-batches." if any("accumulate" in row for row in rows) else ""
+    lines += [
+        "",
+        f"Simulated: a step of `{rows[0]['recipe']}` on {ranks:,} ranks, what one of them holds, computes and sends; a "
+        f"layout is replicas x shards, x parts of images where they are cut.{halves}",
+    ]
+    return "\n".join(lines)
+
+
+def keep(file: Path, name: str, part: Any) -> None:
+    """Write a part of the result; the other stays."""
+    result = json.loads(file.read_text()) if file.exists() else {}
+    write_json(file, {**result, name: part})
+
+
+def main() -> None:
+    parser = arguments(__doc__, RESULT)
+    parser.add_argument("--only", choices=("measured", "simulated"), help="one part; the other stays as it is")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
+    given = parsed(parser)
+    if given.write:
+        write_between_marks(given.write, "scale", table(json.loads(given.out.read_text())))
+        return
+    if given.only in (None, "measured"):
+        keep(given.out, "measured", measured(given.miniature))
+    if given.only in (None, "simulated"):
+        rows: list[Row] = []
+        for row in simulated(given.miniature):  # each takes minutes
+            rows.append(row)
+            keep(given.out, "simulated", rows)
+    print(table(json.loads(given.out.read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+r"""Dropout whose masks are those of the whole batch, whoever computes which of its rows.
+
+A mask is a function of a key, which is drawn from the default generator, and of the place of a number in the whole
+batch: its row there, its channel, its pixel. So processes whose default generators are in the same state drop what one
+process would drop, however rows, products or weights are shared among them:
+
+.. math:: m_{ik} = \mathbb 1[\mathrm{hash}(\mathrm{key}, i, k) \ge p], \quad i \text{ the row in the whole batch}
+
+With micro-batches a key is drawn for each of them, so that their number changes the masks, as it does those of PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.parts import named_parts
+
+_BITS = 31
+"""Of the numbers that a probability is compared with."""
+
+
+def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
+    """Let the masks of a network's dropout not depend on how it is laid out.
+
+    Replaced, where they are, are ``nn.Dropout``, ``Dropout1d``, ``Dropout2d``, ``Dropout3d``, torchvision's
+    ``StochasticDepth`` of rows and timm's ``DropPath``. Call it before :func:`metapl.distributed.shard`, and seed the
+    default generators of all processes alike.
+
+    Args:
+        network: changed where it is.
+        share: the number of this process's share of each batch, ``mesh.share``; one process alone has share 0, and
+            drops what several would.
+
+    Cost: some ten passes over 64-bit numbers, one for each that may be dropped.
+
+    >>> network = keyed_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+    >>> network[1]
+    KeyedDropout(p=0.5)
+    """
+    for _, part in named_parts(network):
+        for name, layer in part._modules.items():
+            if layer is not None and (keyed := _keyed(layer, share)) is not None:
+                part._modules[name] = keyed
+    return network
+
+
+def drops_by_itself(network: nn.Module) -> bool:
+    """Whether a network drops something by the default generator of its process, row after row."""
+    return any(_rate(part) and not isinstance(part, KeyedDropout) for _, part in named_parts(network))
+
+
+def can_be_keyed(network: nn.Module) -> bool:
+    """Whether :func:`keyed_dropout` has a form for everything that a network drops."""
+    layers = [part for _, part in named_parts(network) if _rate(part) and not isinstance(part, KeyedDropout)]
+    return all(_keyed(layer, 0) is not None for layer in layers)
+
+
+class KeyedDropout(nn.Module):
+    """Dropout by a key and the places of numbers in the whole batch.
+
+    Args:
+        p: the probability of dropping.
+        share: the number of this process's share of the rows; shares are equal.
+        shared_from: the dimension from which on all numbers share a mask: None for each its own, 2 for whole channels,
+            1 for whole rows.
+        scaled: whether what is kept is divided by 1 - p.
+
+    Attributes:
+        part, parts: which part of the last dimension this process has, and of how many; where images are cut, of images
+            alone.
+    """
+
+    part: int = 0
+    parts: int = 1
+    of_images: bool = False
+
+    def __init__(self, p: float, share: int = 0, shared_from: int | None = None, scaled: bool = True) -> None:
+        super().__init__()
+        self.p, self.share, self.shared_from, self.scaled = p, share, shared_from, scaled
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        shape = list(x.shape)
+        if self.shared_from is not None:
+            shape[self.shared_from :] = [1] * (x.ndim - self.shared_from)
+        key = int(torch.randint(2**62, ()))
+        cut = not self.of_images or (x.ndim == 4 and x.shape[-1] > 1)
+        kept = _hashed(self._places(shape, x.device, *((self.part, self.parts) if cut else (0, 1))), key)
+        mask = (kept >= int(self.p * 2**_BITS)).to(x.dtype)
+        return x * (mask / (1 - self.p) if self.scaled and self.p < 1 else mask)
+
+    def _places(self, shape: list[int], device: torch.device, part: int, parts: int) -> Tensor:
+        """The numbers of the whole batch's entries that this process has, as a tensor of this shape."""
+        *outer, last = shape
+        rows = 1
+        for length in outer:
+            rows *= length
+        row = torch.arange(rows, device=device) + self.share * rows
+        column = torch.arange(last, device=device) + part * last
+        return (row[:, None] * (last * parts) + column).view(shape)
+
+
+def _hashed(places: Tensor, key: int) -> Tensor:
+    """Numbers of 31 bits that look drawn, by SplitMix64's finalizer; overflow is meant."""
+    z = places * _signed(0x9E3779B97F4A7C15) + key
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shifted(z, shift)) * _signed(factor)
+    return _shifted(z ^ _shifted(z, 31), 64 - _BITS)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """A shift to the right of numbers without a sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _rate(layer: nn.Module) -> float:
+    """How much a layer drops, by its name in torch, torchvision and timm; 0 for any other layer."""
+    kind = type(layer).__name__.lower()
+    if isinstance(layer, nn.MultiheadAttention):
+        return float(layer.dropout)
+    if "drop" not in kind and "stochasticdepth" not in kind:
+        return 0.0
+    return float(getattr(layer, "p", getattr(layer, "drop_prob", 0.0)) or 0.0)
+
+
+_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def _keyed(layer: Any, share: int) -> KeyedDropout | None:
+    """What drops the same share as a layer, by places; None for one that drops nothing, or in another way."""
+    kind, rate = type(layer), _rate(layer)
+    if not rate:
+        return None
+    if kind is nn.Dropout:
+        return KeyedDropout(rate, share)
+    if kind in _CHANNELS:
+        return KeyedDropout(rate, share, shared_from=2)
+    if kind.__name__ == "StochasticDepth" and getattr(layer, "mode", None) == "row":
+        return KeyedDropout(rate, share, shared_from=1)
+    if kind.__name__ == "DropPath" and hasattr(layer, "scale_by_keep"):
+        return KeyedDropout(rate, share, shared_from=1, scaled=layer.scale_by_keep)
+    return None

@@ -1,0 +1,185 @@
+"""``torchrun -m metapl train``: every recipe over several processes, and one message where something fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharded_cases
+from ranks import Ranks
+from tiny_runs import TINY, color_folders, images_command, tiny  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2, joined=False)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return color_folders(tmp_path_factory.mktemp("pictures"), many=8)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def as_if_killed(run: Path, copy: Path, step: int) -> Path:
+    """A finished run as it was after so many steps."""
+    shutil.copytree(run, copy)
+    for path in [*copy.glob("*.safetensors"), *copy.glob("*.png"), copy / "result.json"]:
+        path.unlink()
+    shutil.rmtree(copy / "checkpoints" / "finetune")
+    for path in (copy / "checkpoints" / "fit").iterdir():
+        if f"{step:08}" not in path.name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert [path.stem for path in (copy / "checkpoints" / "fit").iterdir()] == [f"step-{step:08}"]
+    return copy
+
+
+def trained(ranks: Ranks | None, arguments: list[str], out: Path) -> str:
+    """What the command shows, in several processes or in this one."""
+    given = [*arguments, "--out", str(out)]
+    said = [sharded_cases.command(given)] if ranks is None else ranks.run("command", arguments=given)
+    assert [code for code, _, _ in said] == [0] * len(said), said
+    assert [(out, err) for _, out, err in said[1:]] == [("", "")] * (len(said) - 1)
+    return said[0][1]
+
+
+def same(run: Path, other: Path, phases: tuple[str, ...] = ("fit", "finetune"), limit: float = 1e-3) -> None:
+    """The rows of two runs, but for rounding."""
+    pairs = [pair for pair in zip(rows(run), rows(other), strict=True) if pair[0]["phase"] in phases]
+    assert pairs
+    for a, b in pairs:
+        assert a.pop("phase") == b.pop("phase")
+        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
+            {k: v for k, v in b.items() if v is not None}, rel=limit, abs=1e-5
+        )
+
+
+SGD = [word for role in ("student", "teacher") for word in (f"--{role}.algorithm", "sgd", f"--{role}.lr", "0.05")]
+IMAGES = (
+    "--method",
+    "mpl",
+    "--mode",
+    "forward",
+    "--pseudo-labels",
+    "soft",
+    "--ema-decay",
+    "0.9",
+    "--uda-align",
+    "0",
+    *SGD,
+)
+
+
+def test_pictures_by_every_mesh(two: Ranks, pictures: Path, tmp_path: Path) -> None:
+    """With averaged weights and finetuning. Batch norms see a share of the rows, as in one process that takes each
+    batch in two parts; pictures that are cut along their width are normalized whole."""
+    command = images_command(pictures, *IMAGES)
+    trained(None, command, tmp_path / "alone")
+    trained(None, [*command, "--accumulate", "2"], tmp_path / "parts")
+    for name, expected in (("replicate", "parts"), ("shard", "parts"), ("spatial", "alone")):
+        trained(two, [*command, f"--mesh.{name}", "2"], tmp_path / name)
+        same(tmp_path / name, tmp_path / expected)
+
+
+def test_products_of_layers(two: Ranks, tmp_path: Path) -> None:
+    """The numbers of two processes that share the rows, dropout included."""
+    command = [*TINY, "--mode", "difference", "--ema-decay", "0.9", "--dropout", "0.2"]
+    trained(two, [*command, "--mesh.replicate", "2"], tmp_path / "replicas")
+    trained(two, [*command, "--mesh.tensor", "2"], tmp_path / "tensor")
+    same(tmp_path / "tensor", tmp_path / "replicas")
+    left = as_if_killed(tmp_path / "tensor", tmp_path / "again", step=4)
+    trained(two, [*command, "--mesh.tensor", "2", "--resume"], left)
+    for name in ("student.safetensors", "finetuned_student.safetensors", "teacher.safetensors"):
+        assert (left / name).read_bytes() == (tmp_path / "tensor" / name).read_bytes()
+
+
+@pytest.mark.long
+def test_a_comparison(two: Ranks, tmp_path: Path) -> None:
+    command = [*TINY, "--compare", "--methods", "mpl", "pseudo_labels"]
+    trained(None, [*command, "--jobs", "1"], tmp_path / "alone")
+    command += ["--mesh.replicate", "2"]
+    assert "mpl" in trained(two, command, tmp_path / "two")
+    for method in ("mpl", "pseudo_labels"):
+        same(tmp_path / "two" / method / "seed-0", tmp_path / "alone" / method / "seed-0", ("fit", "teacher"))
+    assert "2 methods" in trained(two, [*command, "--resume"], tmp_path / "two")  # nothing is left to run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--mesh.shard", "2", "--labeled-batch", "9"], "labeled_batch of 9, which 2 ranks do not share equally"),
+        (["--mesh.tensor", "2", "--mode", "forward"], "mode 'forward' takes a pass in forward mode"),
+        (["--mesh.tensor", "2", "--hidden", "5", "--mode", "none"], "mesh.tensor=2 does not divide the 5 outputs of 1"),
+        (["--mesh.shard", "2", "--mode", "unrolled"], "mode 'unrolled' does not run on a student that is sharded"),
+        (["--mesh.spatial", "2"], "its own code reads across the width"),
+        (["--mesh.replicate", "2", "--compare", "--jobs", "2"], "--jobs 2 has no effect beside --mesh"),
+        (["--mesh.replicate", "2", "--resume", "--out", "{there}", "--steps", "7"], "holds a run of another recipe"),
+        (["--mesh.replicate", "2", "--out", "{there}"], "holds a run already"),
+        (["--mesh.replicate", "2", "--stpes", "3"], "there is no --stpes; did you mean --steps"),
+        (
+            ["--mesh.replicate", "3"],
+            "the mesh is of 3 processes (--mesh.replicate 3 x --mesh.shard 1) and 2 were started",
+        ),
+    ],
+)
+def test_what_does_not_run_is_said_once(
+    two: Ranks,
+    tmp_path: Path,
+    tiny: Path,  # noqa: F811
+    arguments: list[str],
+    text: str,
+) -> None:
+    """What the first process alone finds, before the others have heard of it, does not leave them waiting."""
+    given = [*TINY, "--out", str(tmp_path / "run"), *(word.format(there=tiny) for word in arguments)]
+    (code, _, said), *others = two.run("command", arguments=given)
+    assert code == 2
+    assert text in " ".join(said.split())
+    assert others == [(2, "", "")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            [*IMAGES, "--mode", "difference", "--mesh.tensor", "2"],
+            "mesh.tensor=2: a Normalized has no two linear layers",
+        ),
+        (["--method", "noisy_student", "--mesh.shard", "2"], "Noisy Student is not built yet for several processes"),
+    ],
+)
+def test_what_pictures_do_not_run_on_is_said_once(
+    two: Ranks, pictures: Path, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    given = images_command(pictures, *arguments, "--out", str(tmp_path))
+    (code, _, said), *others = two.run("command", arguments=given)
+    assert code == 2
+    assert text in " ".join(said.split())
+    assert others == [(2, "", "")]
+
+
+@pytest.mark.parametrize(("how", "text"), [("refuses", "process 1: step 3: the third"), ("breaks", "another process")])
+def test_an_error_of_one_process_ends_all_with_its_message_once(
+    two: Ranks, tmp_path: Path, how: str, text: str
+) -> None:
+    given = [*TINY, "--mesh.shard", "2", "--out", str(tmp_path / "run")]
+    found = two.run("failing", arguments=given, rank=1, how=how)
+    said = [" ".join((out + err).split()) for _, out, err in found]
+    assert sum(text in each for each in said) == 1, said
+    assert [code for code, _, _ in found] == ([2, 2] if how == "refuses" else [2, -1])
+    assert "go on with" not in said[1].lower()
+
+
+def test_a_process_that_hangs_ends_the_run(two: Ranks, tmp_path: Path) -> None:
+    given = [*TINY, "--mesh.shard", "2", "--out", str(tmp_path / "run")]
+    found = two.run("failing", arguments=given, rank=1, how="hangs")
+    assert found[0][0] == 2
+    assert "another process has not answered for 0.05 minutes" in " ".join(found[0][2].split())
