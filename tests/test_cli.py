@@ -750,7 +750,7 @@ def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monk
     monkeypatch.setattr(compare, "available_cores", lambda: 8)
     monkeypatch.setattr(compare, "default_threads", lambda: 8)
 
-    def stop(jobs: Any, workers: int) -> Any:
+    def stop(jobs: Any, workers: int, here: Any) -> Any:
         seen.append((workers, {job.threads for job in jobs}))
         raise KeyboardInterrupt
 
