@@ -503,12 +503,13 @@ def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:
                 raise MetaplError("the third")
             if how == "breaks":
                 raise ZeroDivisionError
-            time.sleep(6)  # beyond the others' patience
+            time.sleep(4)  # beyond the others' patience
         return real(self, labeled, unlabeled)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metapl.BilevelTrainer, "step", step)
         patch.setattr(launch, "PATIENCE", timedelta(seconds=3))
+        patch.setattr(launch, "HEARD_WITHIN", 1.0)
         try:
             return command(arguments)
         except ZeroDivisionError:
