@@ -361,7 +361,8 @@ def _frames(path: Path, pictures: Pictures) -> Iterator[Tensor]:
         ) from error
     try:
         with av.open(str(path)) as video:
-            for frame in video.decode(video=0):
+            frames: Iterator[Any] = video.decode(video=0)  # PyAV's types are there in some environments only
+            for frame in frames:
                 fit = fitted(frame.to_image(), mode=pictures.mode, size=(pictures.side, pictures.side))
                 yield in_unit_range(fit)
     except (av.FFmpegError, IndexError, OSError) as error:
