@@ -24,7 +24,7 @@ from metapl.report.canvas import png
 KEYS = [key for panel in report.PANELS for key, _ in panel.series]
 ALONE = ["loss_cross_entropy", "loss_uda", "student_validation_accuracy"]
 """What there is of a network that is trained by itself."""
-OF_TWO = [key for key in KEYS if key not in ALONE[:2]]
+OF_TWO = [key for key in KEYS if key not in (*ALONE[:2], "loss_noisy_student")]
 """What there is of a teacher and its student."""
 
 

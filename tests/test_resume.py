@@ -103,7 +103,7 @@ POINTS: list[Point] = [
     ("os", "fsync", 7, KILL),
     ("os", "replace", 3, KILL),  # before a checkpoint has its name
     ("metapl.runs.atomic", "sync_folder", 3, KILL),  # after it has
-    ("metapl.runs.checkpoint:CheckpointFolder", "_remove_oldest", 2, KILL),  # before the oldest one goes
+    ("metapl.runs.checkpoint:CheckpointFolder", "remove_oldest", 2, KILL),  # before the oldest one goes
     ("metapl.runs.metrics:Metrics", "cut", 2, KILL),  # between training and finetuning
     ("metapl.training.loss_trainer:LossTrainer", "step", 23, KILL),  # while finetuning
     ("metapl.runs.folder:RunFolder", "write_weights", 1, KILL),

@@ -247,6 +247,15 @@ def test_the_pages_on_peers_and_endurance_show_the_tables_of_the_raw_files(table
         sys.modules.pop(name)
 
 
+def test_the_page_on_several_processes_shows_the_tables_of_the_raw_file(tables: object) -> None:
+    import json
+
+    import scale
+
+    assert shown("scale") == scale.table(json.loads(scale.RESULT.read_text()))
+    sys.modules.pop("scale")
+
+
 def test_every_table_that_is_marked_is_compared_with_its_raw_file() -> None:
     others = [
         page for page in (ROOT / "docs").rglob("*.md") if page.name != "pictures.md"
