@@ -144,8 +144,10 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
     else:
         colors = f"{'light and dark' if recipe.grey else 'colors'} {'exchanged' if recipe.changes.recolor else 'kept'}"
         changed = f"{colors}, {'mirrored' if recipe.changes.mirror else 'not mirrored'}"
+    of_rounds = recipe.self_training.networks if EVERY_METHOD[recipe.method].self_training is not None else ()
+    networks = ", then ".join(of_rounds) or recipe.network_name
     return (
-        f"chosen: {recipe.network_name} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "
+        f"chosen: {networks} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "
         f"{optimizer.algorithm} at {optimizer.lr:g}, {recipe.precision}, {recipe.steps:,} steps"
     )
 
