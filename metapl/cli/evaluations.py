@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,30 @@ def evaluations_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append((name, *cells, *(["-" if a is None or b is None else f"{b - a:+.1f}"] * two)))
     counts = [found.get("n") for found in evaluations.values()]
     named = [
-        f"{letter}  {short(name, 70)}" + ("" if n is None else f"\n   {n:,} test pictures")
-        for letter, name, n in zip(letters, evaluations, counts, strict=True)
+        "\n   ".join([f"{letter}  {short(name, 70)}", *_measured(found)])
+        for letter, (name, found) in zip(letters, evaluations.items(), strict=True)
     ]
-    known = {n for n in counts if n is not None}
-    note = "\n\nnote: the numbers of test pictures differ, so these are not the same pictures" * (len(known) > 1)
+    note = ""
+    if len({n for n in counts if n is not None}) > 1:
+        note = "\n\nnote: the numbers of test pictures differ, so these are not the same pictures"
+    elif len({found["test"] for found in evaluations.values() if found.get("test") is not None}) > 1:
+        note = "\n\nnote: the folders of test pictures differ; differences count where the pictures are the same"
     return "\n".join(named) + f"\n\n{table(rows)}{note}"
+
+
+def _measured(found: Mapping[str, Any]) -> Iterator[str]:
+    """What was measured, on what, and how far the top-1 accuracy is known, where the evaluation says so."""
+    if found.get("run") is not None:
+        yield f"network {found.get('network')} of {short(str(found['run']), 50)}"
+    elif found.get("weights") is not None:
+        yield short(str(found["weights"]), 70)
+    n, folder, interval = found.get("n"), found.get("test"), found.get("interval")
+    if n is not None:
+        of_folder = "" if folder is None else f" of {short(str(folder), 50)}"
+        yield f"{n:,} test pictures{of_folder}"
+    if interval is not None:
+        low, high = interval
+        yield f"95 % interval of top-1: {100 * low:.1f} to {100 * high:.1f}"
 
 
 def write_comparison(folder: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
