@@ -288,7 +288,7 @@ def test_two_evaluations_side_by_side(colors: Path, tmp_path: Path, capsys: pyte
     assert max(map(len, text.splitlines())) <= 80
     low, high = (100 * end for end in one["interval"])
     assert f"95 % interval of top-1: {low:.1f} to {high:.1f}" in text
-    assert "   network student of " in text
+    assert "   finetuned network of " in text
     assert "test pictures of " in text
     assert "note: the folders of test pictures differ" not in text
     (tmp_path / "b" / "evaluation.json").write_text(json.dumps(other | {"test": "elsewhere"}))

@@ -10,6 +10,7 @@ from typing import Any
 from metapl.cli.evaluators import EVALUATION, check_folder
 from metapl.errors import MetaplError, few
 from metapl.plain_files import read_plain
+from metapl.recipes.methods import EVERY_METHOD
 from metapl.report.robustness import GROUPS, RELATIVE, SUMMARY, draw_evaluations, value_at
 from metapl.report.style import PALETTE
 from metapl.runs.atomic import replacing
@@ -114,7 +115,9 @@ def evaluations_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
 def _measured(found: Mapping[str, Any]) -> Iterator[str]:
     """What was measured, on what, and how far the top-1 accuracy is known, where the evaluation says so."""
     if found.get("run") is not None:
-        yield f"network {found.get('network')} of {short(str(found['run']), 50)}"
+        method, name = EVERY_METHOD.get(str(found.get("method"))), str(found.get("network"))
+        said = name if method is None else method.networks.get(name, name)
+        yield f"{said} of {short(str(found['run']), 50)}"
     elif found.get("weights") is not None:
         yield short(str(found["weights"]), 70)
     n, folder, interval = found.get("n"), found.get("test"), found.get("interval")
