@@ -18,7 +18,7 @@ def _convolution_backward(
     _output_padding: Any, _groups: int, wanted: Any, **_: Any,
 ) -> int:  # fmt: skip
     """Either gradient takes as many as the pass forward; PyTorch's own formula does not divide by the groups."""
-    return sum(wanted[:2]) * conv_flop_count(x, weight, grad_out, transposed)
+    return int(sum(wanted[:2]) * conv_flop_count(x, weight, grad_out, transposed))
 
 
 _OWN = {torch.ops.aten.convolution_backward: _convolution_backward}

@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -178,8 +177,8 @@ class Held(TorchDispatchMode):
         if "process_group" in given:
             ranks = ProcessGroup.unbox(given["process_group"]).size()
         elif "group_name" in given:  # the operations of DTensors
-            group = given["group_name"]
-            ranks = (_resolve_process_group(group) if isinstance(group, str) else group).size()
+            group, named = given["group_name"], cast(Any, distributed_c10d)
+            ranks = (named._resolve_process_group(group) if isinstance(group, str) else group).size()
         else:
             return
         whole = max(t.numel() * t.element_size() for t in tensors)
