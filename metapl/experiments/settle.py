@@ -70,7 +70,8 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
     if seen.colors.may_tell and given.changes.recolor is None and not (recipe.grey or recipe.randaugment):
         say(
             f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told apart, and by "
-            f"chance {seen.colors.chance:.0%}, so colors may matter, and are exchanged; if they do: --changes.recolor False"
+            f"chance {seen.colors.chance:.0%}, so colors may matter, and are exchanged: if they do, give "
+            "--changes.recolor False"
         )
     if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
         say("for photographs a network that was trained on photographs is better: --weights imagenet")
