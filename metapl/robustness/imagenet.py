@@ -418,7 +418,7 @@ def _filled(files: LabeledFiles) -> LabeledFiles:
     empty = [name for label, name in enumerate(files.classes) if label not in labels]
     if empty:
         raise MetaplError(
-            f"{files.root} has {len(empty):,} class folders without a picture: {few(empty)}; unpack the set again, or "
+            f"{files.root} has {len(empty):,} class folder{"s" * (len(empty) != 1)} without a picture: {few(empty)}; unpack the set again, or "
             "remove them."
         )
     return files
