@@ -417,9 +417,9 @@ def _filled(files: LabeledFiles) -> LabeledFiles:
     labels = {*files.labels}
     empty = [name for label, name in enumerate(files.classes) if label not in labels]
     if empty:
+        folders = f"{len(empty):,} class folder{'s' * (len(empty) != 1)}"
         raise MetaplError(
-            f"{files.root} has {len(empty):,} class folder{"s" * (len(empty) != 1)} without a picture: {few(empty)}; unpack the set again, or "
-            "remove them."
+            f"{files.root} has {folders} without a picture: {few(empty)}; unpack the set again, or remove what is empty."
         )
     return files
 
