@@ -419,7 +419,7 @@ def _filled(files: LabeledFiles) -> LabeledFiles:
     if empty:
         folders = f"{len(empty):,} class folder{'s' * (len(empty) != 1)}"
         raise MetaplError(
-            f"{files.root} has {folders} without a picture: {few(empty)}; unpack the set again, or remove what is empty."
+            f"{files.root} has {folders} without a picture: {few(empty)}; unpack the set again, or remove them."
         )
     return files
 
