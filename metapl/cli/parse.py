@@ -179,6 +179,9 @@ def _one_line(box: str) -> str:
     sentences = [re.sub(r"\s+", " ", part).strip().rstrip(".") for part in kept]
     text = ". ".join(sentences).replace("{None}|", "") + "."
     text = re.sub(r"^Missing from [^:]*:", "missing:", text)
+    whole, real = r"invalid literal for int\(\) with base 10", r"could not convert string to float"
+    text = re.sub(rf"^Error parsing (\S+): {whole}: (.*)", r"\1: expected a whole number, got \2", text)
+    text = re.sub(rf"^Error parsing (\S+): {real}: (.*)", r"\1: expected a number, got \2", text)
     return re.sub(r"^Error parsing (\S+): no type matching (\S+) .* from \[(.*)\]", r"\1: expected \2, got \3", text)
 
 
