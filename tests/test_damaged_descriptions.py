@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,22 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from command import refused, said
 from imagenet_sets import WNIDS, write_a
 from safetensors.torch import save_file
-from tiny_runs import color_folders, tiny  # noqa: F401 - a fixture
+from tiny_runs import TINY, color_folders, run, tiny  # noqa: F401 - fixtures
 
 from metapl.cli import main
 from metapl.data.images.reader import UnreadableImage
 from metapl.errors import MetaplError
 from metapl.experiments.self_training import networks_of
+from metapl.labels import LabelStore, LabelWriter, layout
 from metapl.metrics import read_label_sets
 from metapl.models import Architecture, load_weights
 from metapl.recipes import Digits
 from metapl.recipes.self_training import SelfTraining
 from metapl.robustness.imagenet import IMAGENET_A, Pictures, Subject, _frames, imagenet_a
+from metapl.runs.folder import RunFolder
 
 TOLD: dict[str, Any] = {
     "architecture": {"name": "small_cnn", "num_classes": 2, "in_channels": 3, "image_size": 16},
@@ -180,6 +184,43 @@ def test_label_sets_of_endless_numbers_and_cells(content: str, words: str, tmp_p
         read_label_sets(tmp_path / "sets", ("a", "b"), ["0.png"])
 
 
+# ------------------------------------------------------------------------------------------------------ stored labels
+
+
+def _resealed(store: Path, column: str, change: Callable[[list[Any]], list[Any]]) -> LabelStore:
+    """The store with another column, and checksums that fit."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    description = json.loads((store / "store.json").read_text())
+    (part,) = description["parts"]
+    table = pq.read_table(store / part["file"])
+    place = table.schema.get_field_index(column)
+    values = pa.array(change(table.column(column).to_pylist()), table.schema.field(place).type)
+    written = layout.encoded(table.set_column(place, table.schema.field(place), values)).to_pybytes()
+    part["sha256"] = hashlib.sha256(written).hexdigest()
+    part |= {"file": layout.part_name(0, part["sha256"]), "bytes": len(written)}
+    (store / part["file"]).write_bytes(written)
+    (store / "store.json").write_bytes(layout.sealed(description))
+    return LabelStore(store)
+
+
+@pytest.mark.parametrize("values", [[0.0] * 2, [-1.0, 2.0], [float("inf")] * 2])
+def test_stored_numbers_that_are_not_distributions(values: list[float], tmp_path: Path) -> None:
+    with LabelWriter(tmp_path / "store", ["a", "b"]) as writer:
+        writer.add([1, 2], torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    odd = [numpy.float16(value) for value in values]
+    store = _resealed(tmp_path / "store", "probabilities", lambda column: [column[0], odd])
+    with pytest.raises(MetaplError, match="expected distributions"):
+        store.at([0, 1])
+    assert store.at([0]).tolist() == [[0.5, 0.5]]
+
+
+def test_examples_that_do_not_count(tmp_path: Path) -> None:
+    with LabelWriter(tmp_path / "store", ["a", "b"]) as writer:
+        writer.add([1, 2], torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    with pytest.raises(MetaplError, match="its column copies has -1; expected 1 or more"):
+        _resealed(tmp_path / "store", "copies", lambda column: [1, -1]).rows_with_copies()
+
+
 # ------------------------------------------------------------------------------------------------- ImageNet's test sets
 
 
@@ -222,18 +263,36 @@ def test_more_warm_steps_than_steps() -> None:
 
 
 def test_a_noisy_student_whose_result_was_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, other = tmp_path / "run", tmp_path / "other"
+    edited, other = tmp_path / "run", tmp_path / "other"
     flags = ("--rounds", "1", "--steps", "2", "--hidden", "4", "--labeled-batch", "4")
-    assert main(["noisy-student", "digits", *flags, "--out", str(run)]) == 0
-    shutil.copytree(run, other)
-    file = run / "result.json"
+    assert main(["noisy-student", "digits", *flags, "--out", str(edited)]) == 0
+    shutil.copytree(edited, other)
+    file = edited / "result.json"
     content = json.loads(file.read_text())
     for rounds in ([], None):
-        edited = content | {"rounds": rounds}
+        changed = content | {"rounds": rounds}
         if rounds is None:
-            del edited["rounds"]
-        file.write_text(json.dumps(edited))
-        assert "is damaged: it tells of 0 rounds, and recipe.json of 1" in refused(capsys, "evaluate", run)
+            del changed["rounds"]
+        file.write_text(json.dumps(changed))
+        assert "is damaged: it tells of 0 rounds, and recipe.json of 1" in refused(capsys, "evaluate", edited)
     del content["student_test_accuracy"]
     file.write_text(json.dumps(content))
-    assert "is damaged: it does not say student_test_accuracy" in refused(capsys, "compare", run, other)
+    assert "is damaged: it does not say student_test_accuracy" in refused(capsys, "compare", edited, other)
+
+
+def test_what_a_killed_process_began_to_write_goes_with_resume(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with folder.claimed({"name": "x"}, resume=False):
+        pass
+    for name in ("report.png.0123abcd.tmp", "notes.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    with folder.claimed({"name": "x"}, resume=True):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "recipe.json", "notes.tmp"}
+
+
+def test_a_log_that_is_missing_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    for name in ("result.json", "metrics.jsonl"):
+        (run / name).unlink()
+    assert main([*TINY, "--out", str(run), "--resume"]) == 0
+    shown = capsys.readouterr()
+    assert "metrics.jsonl is missing: it begins again after step 6" in " ".join((shown.out + shown.err).split())
