@@ -166,6 +166,19 @@ def test_an_evaluation_of_brackets(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "write it again" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
 
 
+def test_a_place_that_nothing_can_be_written_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused at once, and not after all has been measured."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "odd" / "evaluation.json").mkdir(parents=True)
+    for out, words in (("file/x", "file is not a folder"), ("loop", "loop is not a folder"), ("odd", "it is a folder")):
+        assert words in refused(capsys, "evaluate", tmp_path / "no run", "--out", tmp_path / out)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "may not be written to" in refused(capsys, "evaluate", tmp_path / "no run", "--out", tmp_path / "new" / "x")
+
+
 # ---------------------------------------------------------------------------------------------------------- label sets
 
 
