@@ -64,7 +64,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise MetaplError(f"{folder} has no {EVALUATION}; write it by: metapl evaluate ... --out {folder}.")
     try:
-        content = json.loads(read_plain(file))
+        content: dict[str, Any] = json.loads(read_plain(file))
         fault = _fault(content) if isinstance(content, dict) else "it is not a JSON object"
         if fault is not None:
             raise ValueError(fault)
