@@ -22,10 +22,11 @@ from metapl.cli import main
 from metapl.data.images.reader import UnreadableImage
 from metapl.errors import MetaplError
 from metapl.experiments.self_training import networks_of
+from metapl.experiments.two_moons import TwoMoonsRuns
 from metapl.labels import LabelStore, LabelWriter, layout
 from metapl.metrics import read_label_sets
 from metapl.models import Architecture, load_weights
-from metapl.recipes import Digits
+from metapl.recipes import Digits, TwoMoons
 from metapl.recipes.self_training import SelfTraining
 from metapl.robustness.imagenet import IMAGENET_A, Pictures, Subject, _frames, imagenet_a
 from metapl.runs.folder import RunFolder
@@ -266,6 +267,19 @@ def test_a_flag_that_takes_values_and_has_none(
     assert "nothing was given after --networks" in refused(capsys, *command, "--networks")
     assert "nothing was given after --methods" in refused(capsys, *command, "--compare", "--methods")
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_that_are_none(
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    moons = ("train", "two-moons", "--out", tmp_path / "run")
+    assert "--points: expected a whole number, got 'nan'" in refused(capsys, *moons, "--points", "nan")
+    assert "--noise: expected a number, got 'x'" in refused(capsys, *moons, "--noise", "x")
+    assert TwoMoonsRuns(TwoMoons(noise=-0.0), [0]).moons[0].points.isfinite().all()
+    command = ("label", tiny, tmp_path, "--out", tmp_path / "store", "--data-root", tmp_path)
+    assert "has no effect on" in refused(capsys, *command)
 
 
 def test_more_warm_steps_than_steps() -> None:
