@@ -49,6 +49,9 @@ FOLDER = "rounds"
 LABELS, SELECTED = "labels", "selected"
 """The stores of a round: of all unlabeled examples, and of those that are learned from."""
 
+FINETUNED = "-finetune"
+"""What the phase is called that finetunes a student, behind the name of its round."""
+
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
@@ -504,7 +507,7 @@ def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int, fit:
     optimizer = recipe.finetune.build(network)
     trainer = LossTrainer(network, (CrossEntropy(),), optimizer=optimizer, **recipe.trainer_options())
     steps = recipe.finetune_steps
-    over = {"phase": f"round-{number}-finetune", "steps": steps, "ema_decay": None, "warmup": 0}
+    over = {"phase": f"round-{number}{FINETUNED}", "steps": steps, "ema_decay": None, "warmup": 0}
     every = max(1, steps // 10)
     options = ALONE | over | {"validate_every": every, "schedule": "cosine"} | recipe.finetune_options()
     return trainer, fit(trainer, task.finetuning, None, task, **options)
