@@ -516,12 +516,14 @@ def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int, fit:
 def filtered(recipe: Recipe, task: Task, fit: Fit) -> Task:
     """The task with the unlabeled examples alone that are most probably of each class, by the labels of a network.
 
-    The network is the first teacher of Noisy Student, so both have the same labels.
+    The network is the first teacher of Noisy Student by the same recipe, so both have the same labels.
 
     Source: Meta Pseudo Labels, section 3.3.
     """
+    # Some recipes warm up over fewer steps where a student waits, and this teacher has none.
+    own = recipe.by("noisy_student", recipe.seed)
     name = recipe.self_training.network(0)
-    trainer, _ = _first_teacher(recipe if name is None else recipe.with_network(name), task, fit)
+    trainer, _ = _first_teacher(own if name is None else own.with_network(name), task, fit)
     chosen, source = task.rounds.choose(1, trainer.student), task.unlabeled
     sampler = dataclasses.replace(source.sampler, size=len(chosen.positions))
     unlabeled = dataclasses.replace(source, images=chosen.of(source.images), sampler=sampler)
