@@ -6,9 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from command import result
 from tiny_runs import color_folders
+from torch import nn
 
+from metapl.cli import main
 from metapl.experiments.equal_cost import equal_steps, operations, with_steps
+from metapl.experiments.load_run import load_run
 from metapl.experiments.settle import settled
 from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.self_training import SelfTraining
@@ -57,3 +61,25 @@ def test_finetuning_is_not_counted() -> None:
     recipe = digits(SelfTraining(rounds=2, ratio=3, training="pretrain_finetune"))
     assert recipe.finetune_steps > 0
     assert operations(recipe, "noisy_student", recipe.task()) == 10 * 8 * PER_EXAMPLE * (1 + 2 * 3)
+
+
+def test_the_other_methods_train_noisy_students_last_network(tmp_path: Path) -> None:
+    """Of three networks, a single round has two; a method without rounds has the last, at its cost."""
+    out, names = tmp_path / "compared", ("4", "8", "8x8")
+    methods = ("noisy_student", "noisy_student_once", "supervised")
+    flags = ("--rounds", "2", "--steps", "2", "--labeled-batch", "8", "--hidden", "4", "--jobs", "1")
+    compared = ("--compare", "--methods", *methods, "--networks", *names)
+    assert main(["noisy-student", "digits", *flags, *compared, "--out", str(out)]) == 0
+    found = {name: load_run(out / name / "seed-0").network("student") for name in methods}
+    widths = {name: [layer.out_features for layer in linears(network)] for name, network in found.items()}
+    assert widths == {"noisy_student": [8, 8, 10], "noisy_student_once": [8, 10], "supervised": [8, 8, 10]}
+    steps = {name: result(out / name / "seed-0")["steps"] for name in methods}
+    recipe = Digits(steps=2, labeled_batch=8, hidden=(4,), self_training=SelfTraining(rounds=2, networks=names))
+    cost = operations(recipe, "noisy_student", recipe.task())
+    per_step = 8 * (2 * 2 * 64 * 8 + 3 * (2 * 8 * 8 + 2 * 8 * 10))
+    assert steps["supervised"] == round(cost / per_step)
+    assert steps["noisy_student_once"] > steps["noisy_student"] == 2
+
+
+def linears(network: nn.Module) -> list[nn.Linear]:
+    return [part for part in network.modules() if isinstance(part, nn.Linear)]

@@ -12,7 +12,7 @@ import torch
 
 from metapl.device import to_device
 from metapl.errors import MetaplError
-from metapl.experiments.methods import train
+from metapl.experiments.methods import compared, train
 from metapl.experiments.reducing import even_labels
 from metapl.experiments.self_training import FINETUNED, Rehearsed
 from metapl.metrics.cost import flops
@@ -56,10 +56,11 @@ def operations(recipe: Recipe, method: str, task: Task) -> float:
             total += (last - first) * flops(partial(step, *batches))
         return FitResult(None, 0, {})
 
+    own = compared(recipe, method, recipe.seed)
     with torch.random.fork_rng():
-        teacher, student = (recipe.by(method, recipe.seed).network(role).to(recipe.torch_device()) for role in ROLES)
+        teacher, student = (own.network(role).to(recipe.torch_device()) for role in ROLES)
         rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
-        train(EVERY_METHOD[method], recipe.by(method, recipe.seed), rehearsed, teacher, student, count)
+        train(EVERY_METHOD[method], own, rehearsed, teacher, student, count)
     return total
 
 
