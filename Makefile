@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 DEMO_ARGS ?=
 TEST_ARGS ?=
 # Test files at a time, each with one thread; 0 for one after another in one process.
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments 
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not long" $(TEST_ARGS)
 
-test-long: $(STAMP) ## The tests that take twenty seconds or more, which make test leaves out.
+test-long: $(STAMP) ## The tests that take many seconds, which make test leaves out.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m long $(TEST_ARGS)
 
 docs: $(STAMP) ## Build the documentation into site/, with warnings as errors.

@@ -450,6 +450,7 @@ def test_export_of_digits_is_read_without_metapl(trained: Path, pictures: Path, 
         assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in table], abs=1e-5)
 
 
+@pytest.mark.long
 def test_export_takes_the_student_that_a_comparison_delivers(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -466,6 +467,7 @@ def test_export_takes_the_student_that_a_comparison_delivers(
     assert "could not be written" in refused(capsys, "export", compared, "--out", tmp_path / "file")
 
 
+@pytest.mark.long
 def test_export_of_what_was_finetuned_anew_says_how(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -218,6 +218,7 @@ def test_predict_draws_pictures_in_color(resnet: Path, tmp_path: Path, capsys: p
     assert (0, 0, 128) in colors  # navy, the ground of the pictures
 
 
+@pytest.mark.long
 def test_torchvision_alone_predicts_the_same(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, files = tmp_path / "out", sorted((resnet / "many").iterdir())
     text = said(capsys, "export", resnet / "run", "--out", out)

@@ -146,7 +146,7 @@ def trained_like(architecture: Architecture, size: int) -> nn.Module:
     [
         ("pooled_cnn", 24, 1, True),
         pytest.param("resnet18", 32, 3, False, marks=pytest.mark.long),
-        ("timm:resnet10t", 32, 3, True),
+        pytest.param("timm:resnet10t", 32, 3, True, marks=pytest.mark.long),
         pytest.param("vit", 8, 3, False, marks=pytest.mark.long),
     ],
 )

@@ -466,7 +466,7 @@ def test_fixmatch_is_compared_by_name(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["resnet18", "efficientnet_b0"])
+@pytest.mark.parametrize("network", [pytest.param("resnet18", marks=pytest.mark.long), "efficientnet_b0"])
 def test_other_networks_do_not_diverge_at_the_start(network: str, tmp_path: Path) -> None:
     small = {"network_name": network, "labeled_batch": 4, "unlabeled_batch": 4, "log_every": 1}
     one = recipe(**SIZED | small).for_network(network).scheduled(20)

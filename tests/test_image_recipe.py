@@ -138,6 +138,7 @@ def test_a_comparison_needs_pictures_that_nothing_was_selected_on(pictures: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_weights_that_it_was_started_from_are_not_needed_afterwards(pictures: Path, tmp_path: Path) -> None:
     import torch
 

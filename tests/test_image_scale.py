@@ -301,6 +301,7 @@ class Terminal:
         return lines
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="terminals as Linux has them")
 def test_the_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
@@ -393,6 +394,7 @@ def odd_files() -> tuple[dict[str, bytes], dict[str, bytes]]:
     return sound, broken
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_kind_of_file_through_the_command(tmp_path: Path) -> None:
     sound, broken = odd_files()

@@ -207,6 +207,7 @@ def test_steps_and_precision_are_measured_with_crops_of_files_too(
     assert set(read) == {(1 if grey else 3, 8, 8)}
 
 
+@pytest.mark.long
 def test_the_photograph_command_of_the_readme(
     colored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

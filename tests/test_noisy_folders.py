@@ -125,8 +125,9 @@ def test_the_run_is_evaluated_predicted_with_finetuned_and_exported(
     assert "20 test pictures are among the unlabeled ones too" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux has them")
-@pytest.mark.parametrize("method", ["example_weights", pytest.param("label_correction", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", ["example_weights", "label_correction"])
 def test_a_run_that_is_killed_goes_on_bit_for_bit(method: str, folders: tuple[Path, set[str]], tmp_path: Path) -> None:
     root, _ = folders
     command = shlex.join(["train", "noisy", *given(root), "--method", method, *FLAGS.split()])
@@ -165,6 +166,7 @@ def test_every_method_leaves_a_list(method: str, folders: tuple[Path, set[str]],
     assert ("warm" in phases) == bool(teacher)
 
 
+@pytest.mark.long
 def test_a_comparison_says_whether_it_helped_against_plain_training(
     folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

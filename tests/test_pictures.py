@@ -254,7 +254,8 @@ def test_long_names_run_into_nothing(
 
 
 @pytest.mark.parametrize(
-    ("groups", "number"), [(1, 1), (2, 70), (5, 3), (7, 1), pytest.param(101, 2, marks=pytest.mark.long)]
+    ("groups", "number"),
+    [(1, 1), (5, 3), (7, 1), *(pytest.param(*much, marks=pytest.mark.long) for much in ((2, 70), (101, 2)))],
 )
 def test_long_names_in_a_grid(tmp_path: Path, pages: list[Figure], groups: int, number: int) -> None:
     captions = tuple(f"{LONG[index % 6]}\n{LONG[(index + 1) % 6]}" for index in range(number))

@@ -22,6 +22,7 @@ from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
 from metapl.feedback.path import Path as StudentPath
+from metapl.metrics.cost import flops
 from metapl.planning.held import Held
 from metapl.planning.plan import Plan, bytes_of, plan, propose
 from metapl.recipes import Cifar10, Digits
@@ -82,6 +83,7 @@ SHARED = {
     "replicas": (digits(), {"replicate": 2}),
     "small_cnn": (pictures("small_cnn"), {"shard": 2}),
     "small_cnn, cut": (pictures("small_cnn"), {"spatial": 2}),
+    "products": (digits("difference"), {"tensor": 2}),
 }
 
 
@@ -122,6 +124,23 @@ def test_operations_are_those_of_the_passes() -> None:
     forward = 2 * 64 * sum(matrices)
     backward = 2 * 64 * (2 * sum(matrices) - matrices[0])
     assert found.flops_per_step == 3 * forward + 2 * backward  # the teacher labels and learns, the student learns
+
+
+def test_grouped_convolutions_count_what_their_groups_take() -> None:
+    """2 operations a weight of a filter, place and example, in each of three passes."""
+    layer = torch.nn.Conv2d(8, 16, 3, padding=1, groups=4, bias=False)
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    assert flops(lambda: layer(x).sum().backward()) == 3 * 2 * layer.weight.numel() * 25 * 2
+
+
+def test_products_by_two_ranks_sum_what_is_between_layers() -> None:
+    """One sum of a pair's outputs in a pass forward, and one of its inputs' gradients where they are needed."""
+    found = planned(digits("none", 64), tensor=2)
+    whole = planned(digits("none", 64))
+    assert found.flops_per_step == 2 * found.step.flops
+    last = 2 * 64 * 64 * 10 * (3 + 2 * 2)  # operations of the layer that is whole on both: three forward, two backward
+    assert found.flops_per_step == whole.flops_per_step + last
+    assert found.step.sent["allreduce"] > 0
 
 
 # ----------------------------------------------------------------------------------------------------- the command
@@ -176,7 +195,8 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
         (("digit",), "did you mean digits"),
         (("digits", "--mesh.shard", "0"), r"--mesh.shard 0: expected a number of ranks"),
         (("digits", "--mesh.shard", "3"), "labeled_batch of 64, which 3 ranks do not share equally"),
-        (("digits", "--mesh.tensor", "2"), r"tensor.* not built yet"),
+        (("digits", "--mesh.tensor", "2"), r"mode 'forward' .* use mode=\"difference\""),
+        (("cifar10-4k", "--mesh.tensor", "2"), "has no two linear layers"),
         (("digits", "--mesh.spatial", "3"), "pictures of 8 pixels, which cannot be cut into 3"),
         (("digits", "--mesh.shard", "2", "--ranks", "2"), "--ranks 2 has no effect beside --mesh"),
         (("digits", "--ranks", "0"), "--ranks 0: expected 1 to"),

@@ -463,6 +463,7 @@ def test_a_comparison_that_is_stopped_leaves_nobody_behind_and_goes_on(nurseries
     assert_equal(out, whole)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_of_a_comparison_that_fails_is_named(nurseries: list[Nursery], folder: Path) -> None:
     """And the other one, which would take minutes, goes."""

@@ -119,7 +119,8 @@ def test_tensor_parallelism(two: Ranks, optimizer: str) -> None:
     )
 
 
-@pytest.mark.parametrize("layout", [pytest.param("tensor_by_shard", marks=pytest.mark.long), "tensor_by_replicate"])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["tensor_by_shard", "tensor_by_replicate"])
 def test_products_by_a_mesh(four: Ranks, layout: str) -> None:
     case: dict[str, Any] = {"layout": layout, "hidden": 8}
     pairs = (("reinforce", "sgd"), ("difference", "adamw"))

@@ -10,7 +10,21 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, shape_wrapper
+
+
+def _convolution_backward(
+    grad_out: Any, x: Any, weight: Any, _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
+    _output_padding: Any, _groups: int, wanted: Any, **_: Any,
+) -> int:  # fmt: skip
+    """Either gradient takes as many as the pass forward; PyTorch's own formula does not divide by the groups."""
+    return int(sum(wanted[:2]) * conv_flop_count(x, weight, grad_out, transposed))
+
+
+_OWN = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {name: shape_wrapper(own) for name, own in _OWN.items()}
+"""Floating-point operations by operator: PyTorch's, with grouped convolutions counted right."""
 
 
 @contextmanager
@@ -29,7 +43,7 @@ def _quiet() -> Iterator[None]:
 
 def flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of a call, of products and convolutions; the rest is not counted."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_OWN) as counter:
         run()
     return int(counter.get_total_flops())
 

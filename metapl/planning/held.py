@@ -7,15 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from metapl.metrics.cost import FORMULAS
 
 OTHER = "activations"
 """What no name was given to: activations, gathered weights, and what operations need for a moment."""
@@ -117,13 +118,13 @@ class Held(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # half of all calls
         kwargs = kwargs or {}
-        if func.namespace == "c10d":
+        if func.namespace in ("c10d", "_c10d_functional"):
             self._count_sent(func, args)
         result = func(*args, **kwargs)
         for t in (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result):
             if isinstance(t, Tensor):
                 self._count(t.untyped_storage())
-        flops = flop_registry.get(func.overloadpacket)
+        flops = FORMULAS.get(func.overloadpacket)
         if flops is not None:
             self.flops += flops(*args, **kwargs, out_val=result)
         self._look()
@@ -170,12 +171,29 @@ class Held(TorchDispatchMode):
         """In a ring over n ranks each sends (n − 1)/n of what is gathered or scattered, twice that in a reduction."""
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
         tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-        if "process_group" not in given or not tensors:  # a barrier, say
-            return
         name = func.overloadpacket.__name__.strip("_")
-        ranks = ProcessGroup.unbox(given["process_group"]).size()
+        if not tensors or name == "wait_tensor":  # a barrier, say
+            return
+        if "process_group" in given:
+            ranks = ProcessGroup.unbox(given["process_group"]).size()
+        elif "group_name" in given:  # the operations of DTensors
+            group, named = given["group_name"], cast(Any, distributed_c10d)
+            ranks = (named._resolve_process_group(group) if isinstance(group, str) else group).size()
+        else:
+            return
         whole = max(t.numel() * t.element_size() for t in tensors)
+        if name == "all_gather_into_tensor":
+            whole *= ranks
+        name = _SENT_AS.get(name, name)
         self.sent[name] += (2 if name.startswith("allreduce") else 1) * whole * (ranks - 1) // ranks
+
+
+_SENT_AS = {
+    "all_reduce": "allreduce",
+    "all_gather_into_tensor": "allgather_base",
+    "reduce_scatter_tensor": "reduce_scatter_base",
+}
+"""Names of the operations of DTensors, as those of process groups are called."""
 
 
 def _local(t: Any) -> Tensor:

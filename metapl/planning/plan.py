@@ -129,10 +129,6 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
         changed: dict[str, Any] = {"unlabeled_batch": recipe.self_training.ratio * recipe.labeled_batch}
         recipe = dataclasses.replace(recipe, **changed)
     check_shares(recipe, mesh)
-    if mesh.tensor > 1:
-        raise MetaplError(
-            f"--mesh.tensor {mesh.tensor}: a plan of products that ranks compute together is not built yet; expected 1."
-        )
     with torch.device("meta"):
         networks = {role: recipe.network(role) for role in roles(recipe)}
     if self_trained(recipe):
@@ -149,7 +145,10 @@ def _planned(
         with unset_fake_temporarily():
             trainer = bilevel_trainer(recipe, teacher, student)
         average = [torch.empty_like(local(t)) for t in _tensors(student)] if recipe.ema_decay is not None else []
-        step = rehearsed(trainer, _batches(recipe, mesh), average)
+        batches = _batches(recipe, mesh)
+        if mesh.tensor > 1:
+            trainer.step(*batches)  # the first time, DTensor runs each operation on whole shapes, to learn its result's
+        step = rehearsed(trainer, batches, average)
     return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
 
 
@@ -166,6 +165,8 @@ def _planned_alone(recipe: Recipe, network: nn.Module, mesh: Mesh, memory: int, 
         average = [torch.empty_like(local(t)) for t in _tensors(student)] if recipe.ema_decay is not None else []
         labeled, (_, strong) = _batches(recipe, mesh)
         stored = torch.empty(len(strong), len(recipe.classes))
+        if mesh.tensor > 1:
+            trainer.step(labeled, (strong, stored))  # as above
         step = rehearsed_alone(trainer, student, (labeled, (strong, stored)), average)
     return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
 

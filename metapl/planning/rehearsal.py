@@ -120,10 +120,10 @@ def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
     with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
         if mesh.spatial > 1:
             _cut_along_width(module, mesh)
-        if mesh.shard > 1:
+        if mesh.shard > 1 or mesh.tensor > 1:
             module = shard(module, _without_columns(mesh))
     module = module.to_empty(device="cpu")
-    return Replicated(module) if mesh.size > 1 and mesh.shard == 1 else module
+    return Replicated(module) if mesh.size > 1 and mesh.shard == mesh.tensor == 1 else module
 
 
 def _cut_along_width(module: nn.Module, mesh: Mesh) -> None:
@@ -139,8 +139,9 @@ def _cut_along_width(module: nn.Module, mesh: Mesh) -> None:
 
 def _without_columns(mesh: Mesh) -> Mesh:
     """A mesh that cuts weights over the same ranks, and images no more."""
-    plain = Mesh(replicate=mesh.replicate, shard=mesh.shard * mesh.spatial)
-    vars(plain)["_built"] = {"meta": mesh.devices("cpu")}
+    plain = Mesh(replicate=mesh.replicate, shard=mesh.shard * mesh.spatial, tensor=mesh.tensor)
+    mesh.devices("cpu")
+    vars(plain)["_built"] = {"meta": vars(mesh)["_built"]["cpu"]}
     return plain
 
 
