@@ -49,6 +49,9 @@ FOLDER = "rounds"
 LABELS, SELECTED = "labels", "selected"
 """The stores of a round: of all unlabeled examples, and of those that are learned from."""
 
+FINETUNED = "-finetune"
+"""What the phase is called that finetunes a student, behind the name of its round."""
+
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
@@ -510,7 +513,7 @@ def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int, fit:
     optimizer = recipe.finetune.build(network)
     trainer = LossTrainer(network, (CrossEntropy(),), optimizer=optimizer, **recipe.trainer_options())
     steps = recipe.finetune_steps
-    over = {"phase": f"round-{number}-finetune", "steps": steps, "ema_decay": None, "warmup": 0}
+    over = {"phase": f"round-{number}{FINETUNED}", "steps": steps, "ema_decay": None, "warmup": 0}
     every = max(1, steps // 10)
     options = ALONE | over | {"validate_every": every, "schedule": "cosine"} | recipe.finetune_options()
     return trainer, fit(trainer, task.finetuning, None, task, **options)
@@ -519,12 +522,14 @@ def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int, fit:
 def filtered(recipe: Recipe, task: Task, fit: Fit) -> Task:
     """The task with the unlabeled examples alone that are most probably of each class, by the labels of a network.
 
-    The network is the first teacher of Noisy Student, so both have the same labels.
+    The network is the first teacher of Noisy Student by the same recipe, so both have the same labels.
 
     Source: Meta Pseudo Labels, section 3.3.
     """
+    # Some recipes warm up over fewer steps where a student waits, and this teacher has none.
+    own = recipe.by("noisy_student", recipe.seed)
     name = recipe.self_training.network(0)
-    trainer, _ = _first_teacher(recipe if name is None else recipe.with_network(name), task, fit)
+    trainer, _ = _first_teacher(own if name is None else own.with_network(name), task, fit)
     chosen, source = task.rounds.choose(1, trainer.student), task.unlabeled
     sampler = dataclasses.replace(source.sampler, size=len(chosen.positions))
     unlabeled = dataclasses.replace(source, images=chosen.of(source.images), sampler=sampler)
