@@ -91,8 +91,8 @@ def check_folders(
     around = _around(labeled, {name: root for name, root in roots.items() if name != "unlabeled"})
     findings += around.values()
     # A folder around the labeled one has copies of all that lies in it, which says nothing more.
-    held_out = (None if name in around else files for name, files in (("validation", validation), ("test", test)))
-    findings += find_copies(labeled, unlabeled, *held_out, progress)
+    beside = {"validation": validation, "test": test} | dict.fromkeys(around)
+    findings += find_copies(labeled, unlabeled, beside["validation"], beside["test"], progress)
     for name, held_out in (("validation", validation), ("test", test)):
         if held_out is not None:
             findings += _other_classes(labeled, held_out, name)
