@@ -24,7 +24,11 @@ from metapl.data import (
     stratified_split,
     verify_files,
 )
+from metapl.data.images.check import without_copies
 from metapl.errors import MetaplError
+from metapl.experiments.settle import settled
+from metapl.recipes import ImageFolders
+from metapl.recipes.image_folders import Look
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -247,6 +251,38 @@ def test_labelled_pictures_that_are_all_unlabelled_too_are_noted(tmp_path: Path)
     assert len(check_folders(labeled, copies, test=test)) == 1
     fewer = scan_unlabeled(pictures(tmp_path / "fewer", any=[4, 3, 2, 5, 6]))
     assert check_folders(labeled, fewer) == []
+
+
+def test_files_that_are_copies_of_others_are_left_out(tmp_path: Path) -> None:
+    unlabeled = scan_unlabeled(pictures(tmp_path / "u", any=[1, 5, 2, 6, 2]))
+    val = scan_labeled(pictures(tmp_path / "v", cat=[2, 9], dog=[1]))
+    assert without_copies(unlabeled, val).names == ("any/1.bmp", "any/3.bmp")
+    assert len(without_copies(val, unlabeled)) == 1
+    assert len(without_copies(val, val)) == 0
+    others = scan_unlabeled(pictures(tmp_path / "w", any=[7, 8]))
+    assert without_copies(others, val) is others
+    (tmp_path / "u" / "any" / "0.bmp").unlink()
+    with pytest.raises(MetaplError, match="cannot be read: No such file or directory; was it removed"):
+        without_copies(unlabeled, val)
+
+
+@pytest.mark.parametrize("others", [3, 0])
+def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_ones(tmp_path: Path, others: int) -> None:
+    labels = {"cat": list(range(4)), "dog": list(range(10, 14))}
+    labeled = pictures(tmp_path / "l", **labels)
+    many = pictures(tmp_path / "u", any=[*labels["cat"], *labels["dog"], *range(100, 100 + others)])
+    given: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "precision": "float32", "steps": 4}
+    recipe, said = settled(ImageFolders(labeled=str(labeled), unlabeled=str(many), val_fraction=0.5, **given)), []
+    task = recipe.task(said.append)
+    val = {task.validation.images.path(i).read_bytes() for i in range(4)}
+    left = [task.unlabeled.images.path(i).read_bytes() for i in range(len(task.unlabeled.images))]
+    assert len(left) == task.record["unlabeled"] == 4 + others
+    assert val.isdisjoint(left)
+    said_of_it = [line for line in said if "4 unlabeled pictures are left out: they are copies of labeled ones" in line]
+    assert len(said_of_it) == 1
+    assert any(f"4 labeled pictures of 2 classes (cat, dog), {4 + others} unlabeled" in line for line in said)
+    with pytest.raises(MetaplError, match=r"all 4 unlabeled pictures in .* expected others, or --val-fraction 0"):
+        Look(said.append, progress=False).apart(scan_unlabeled(labeled / "cat"), scan_labeled(labeled))
 
 
 def test_a_picture_in_two_classes(tmp_path: Path) -> None:

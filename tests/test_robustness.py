@@ -226,6 +226,16 @@ def test_measured_accuracies_are_those_of_the_pictures_one_by_one() -> None:
         measure(network, [])
 
 
+def test_what_is_named_twice_is_measured_once() -> None:
+    network, x, y = Line(torch.ones(192), 0.0), torch.rand(6, 3, 8, 8), torch.zeros(6, dtype=torch.int64)
+    once = measure(network, [(x, y)], corruptions=("contrast",), attacks=("fgsm",), eps=(2.0, 1.2345678, 1.2345679))
+    assert [*once.attacks["fgsm"]] == ["2", "1.2345678", "1.2345679"]
+    eps = (2.0, 1.2345678, 2.0, 1.2345679)
+    twice = measure(network, [(x, y)], corruptions=("contrast",) * 2, attacks=("fgsm",) * 2, eps=eps)
+    assert twice == once
+    assert set(once.attacks["fgsm"].values()) == {1.0}
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 

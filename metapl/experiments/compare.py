@@ -14,7 +14,7 @@ from metapl.experiments.comparison import Comparison
 from metapl.experiments.equal_cost import equal_steps, with_steps
 from metapl.experiments.experiment import last_fit
 from metapl.experiments.jobs import Job, Pace, aloud, run_all
-from metapl.experiments.methods import check_method
+from metapl.experiments.methods import check_method, compared
 from metapl.experiments.store import describe
 from metapl.experiments.suspects import GRID, SUSPECTS
 from metapl.metrics import Evaluation, with_chance
@@ -60,7 +60,7 @@ def compare(
         if equal_cost or not (out / "result.json").exists():
             task = recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
             for method in methods:
-                check_method(recipe.by(method, seeds[0]), method, task)
+                check_method(compared(recipe, method, seeds[0]), method, task)
             if equal_cost:
                 steps = equal_steps(recipe, methods, task)
                 aloud(f"steps at equal cost: {', '.join(f'{method} {count:,}' for method, count in steps.items())}")
@@ -109,7 +109,8 @@ def run_jobs(
         for method in methods:
             place = out / method / f"seed-{seed}"
             begun = resume or (place / "recipe.json").exists()
-            to_compare.append(Job(sized.get(method, recipe).by(method, seed), method, place, begun, threads=threads))
+            own = compared(sized.get(method, recipe), method, seed)
+            to_compare.append(Job(own, method, place, begun, threads=threads))
     aloud(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}")
     results = {}
     to_run = [job for job in to_compare if not (job.folder / "result.json").exists()]

@@ -70,16 +70,19 @@ class Comparison:
         return None
 
     def against_control(self) -> tuple[PairedTest, str] | None:
-        """The student of the first of :meth:`pair` against the better read-out of the second, and its name.
+        """The first of :meth:`pair` against the second, and the read-out of the second by its name.
 
-        The better one is the one with the higher mean on the test set, which favors the control.
+        Of Noisy Student and Meta Pseudo Labels it is what each delivers, which is chosen without the test set. Of
+        others it is the student of the first against the better read-out of the second, the one with the higher mean
+        on the test set, which favors the control.
         """
         pair = self.pair()
         if pair is None:
             return None
         method, control = (self.methods[name] for name in pair)
-        better = max((STUDENT, FINETUNED), key=lambda readout: statistics.fmean(control[readout]))
-        return paired_test(method[_own_readout(pair[0])], control[better]), better
+        own, readouts = _readouts(pair[0])
+        better = max(readouts, key=lambda readout: statistics.fmean(control[readout]))
+        return paired_test(method[own], control[better]), better
 
     def best(self) -> str:
         """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
@@ -134,12 +137,14 @@ class Comparison:
         test, readout = difference
         name, control = self.pair() or ("", "")
         subject, of_control, what = _words(name)
-        own = statistics.fmean(self.methods[name][_own_readout(name)])
-        other = statistics.fmean(self.methods[control][readout])
-        which = titled(control, "finetuned" if readout.startswith("finetuned") else "student")
+        own_readout, readouts = _readouts(name)
+        own = statistics.fmean(self.methods[name][own_readout])
+        other = f"{of_control} {statistics.fmean(self.methods[control][readout]):.1%}"
+        if len(readouts) > 1:
+            which = titled(control, "finetuned" if readout.startswith("finetuned") else "student")
+            other = f"{other} (its {which}, the better of its two read-outs)"
         start = (
-            f"{subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), "
-            f"{of_control} {other:.1%} (its {which}, the better of its two read-outs): "
+            f"{subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), {other}: "
             f"{100 * test.mean:+.1f} points over {_seeds(test.n)}"
         )
         best = "" if self.best() == name else f"; {self._best_of_all()}"
@@ -210,16 +215,21 @@ def _p(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
 
 
-def _own_readout(method: str) -> str:
-    """What of a method is compared with its control. Where labels may be wrong, only finetuning learns from the clean
-    ones, which plain training has learned from already."""
-    return FINETUNED if EVERY_METHOD[method].doubting else STUDENT
+def _readouts(method: str) -> tuple[str, tuple[str, ...]]:
+    """What of a method is compared with its control, and the read-outs of the control of which the better one counts.
+
+    Where labels may be wrong, only finetuning learns from the clean ones, which plain training has learned from
+    already.
+    """
+    if EVERY_METHOD[method].self_training is not None:
+        return DELIVERED, (DELIVERED,)
+    return FINETUNED if EVERY_METHOD[method].doubting else STUDENT, (STUDENT, FINETUNED)
 
 
 def _words(method: str) -> tuple[str, str, str]:
     """A method's network and its control, as the sentence calls them, and what the control is without."""
     if EVERY_METHOD[method].self_training is not None:
-        return "Noisy Student's student", "that of Meta Pseudo Labels", "which of the two is better"
+        return "what Noisy Student delivers", "what Meta Pseudo Labels delivers", "which of the two is better"
     if EVERY_METHOD[method].doubting:
         return f"with {title(method)} the finetuned student", "plain training", "what is learned about labels"
     if EVERY_METHOD[method].reduced:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from metapl.device import to_device
 from metapl.errors import MetaplError
-from metapl.experiments.methods import train
+from metapl.experiments.methods import compared, train
 from metapl.experiments.reducing import even_labels
-from metapl.experiments.self_training import Rehearsed
+from metapl.experiments.self_training import FINETUNED, Rehearsed
 from metapl.metrics.cost import flops
 from metapl.recipes.base import ROLES, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD
 from metapl.training import FitResult, Trainer
 
 SHARES = ("wait", "warmup", "uda_ramp", "uda_start")
-"""Fields of recipes that count steps, and become more or fewer with them."""
+"""Fields of recipes that count steps, and become more or fewer with them; :func:`with_steps` scales the steps of a
+warm start likewise."""
 
 
 def operations(recipe: Recipe, method: str, task: Task) -> float:
@@ -30,8 +33,9 @@ def operations(recipe: Recipe, method: str, task: Task) -> float:
         method: of :data:`metapl.recipes.methods.EVERY_METHOD`.
         task: the recipe's data.
 
-    Cost: a step or two of each phase; the default generator is put back. Passes that label, validate and test are not
-    counted, and neither is finetuning, which all have alike.
+    Cost: a step of each kind in each phase; the default generator is put back. Passes that label, validate and test are
+    not counted, and neither are finetunings: their steps are :attr:`~metapl.recipes.Recipe.finetune_steps`, whatever
+    the steps of the method are.
     """
     total = 0.0
 
@@ -39,20 +43,24 @@ def operations(recipe: Recipe, method: str, task: Task) -> float:
         trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
     ) -> FitResult:
         nonlocal total
+        if phase.endswith(FINETUNED):
+            return FitResult(None, 0, {})
         batches = [None if source is None else _on(source[0], trainer.device) for source in (labeled, unlabeled)]
         steps, wait = over.get("steps", recipe.steps), over.get("wait", getattr(recipe, "wait", 0))
         waits = min(wait, steps) if trainer.teacher is not None else 0
-        trainer.steps_done = steps  # losses that begin late have begun
-        if waits:
-            total += waits * flops(lambda: trainer.teacher_step(*batches))
-        if steps > waits:
-            total += (steps - waits) * flops(lambda: trainer.step(*batches))
+        begins = [min(start, steps) for start in trainer.late_starts]
+        # Steps differ while a student waits, and before a loss such as UDA begins: one of each kind is counted.
+        for first, last in pairwise(sorted({0, waits, *begins, steps})):
+            trainer.steps_done = first
+            step = trainer.teacher_step if first < waits else trainer.step
+            total += (last - first) * flops(partial(step, *batches))
         return FitResult(None, 0, {})
 
+    own = compared(recipe, method, recipe.seed)
     with torch.random.fork_rng():
-        teacher, student = (recipe.by(method, recipe.seed).network(role).to(recipe.torch_device()) for role in ROLES)
+        teacher, student = (own.network(role).to(recipe.torch_device()) for role in ROLES)
         rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
-        train(EVERY_METHOD[method], recipe.by(method, recipe.seed), rehearsed, teacher, student, count)
+        train(EVERY_METHOD[method], own, rehearsed, teacher, student, count)
     return total
 
 
@@ -87,5 +95,9 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
     changed: dict[str, Any] = {name: round(share * value) for name, value in given.items() if value}
     if "wait" in changed:
         changed["wait"] = min(changed["wait"], steps - 1)
+    warm = recipe.self_training.warm_steps
+    if warm is not None:
+        warm = max(1, round(share * warm))
+        changed["self_training"] = dataclasses.replace(recipe.self_training, warm_steps=warm)
     every = max(1, round(share * recipe.validate_every))
     return dataclasses.replace(recipe, steps=steps, validate_every=every, **changed)

@@ -61,6 +61,19 @@ def train(
     return trainer, fit(trainer, task.labeled, task.unlabeled, task)
 
 
+def compared(recipe: Recipe, method: str, seed: int) -> Recipe:
+    """The recipe for a run of a comparison by a method: beside Noisy Student, others train its last network.
+
+    >>> from metapl.recipes import Digits
+    >>> from metapl.recipes.self_training import SelfTraining
+    >>> recipe = Digits(self_training=SelfTraining(rounds=2, networks=("8", "16x16")))
+    >>> compared(recipe, "supervised", 0).hidden, compared(recipe, "noisy_student", 0).hidden
+    ((16, 16), (32, 32))
+    """
+    own, last = recipe.by(method, seed), recipe.self_training.network(recipe.self_training.rounds)
+    return own if last is None or EVERY_METHOD[method].self_training is not None else own.with_network(last)
+
+
 def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, feedback: Any = "recipe") -> BilevelTrainer:
     """The trainer of Meta Pseudo Labels as a recipe sets it.
 

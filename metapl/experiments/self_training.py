@@ -49,6 +49,9 @@ FOLDER = "rounds"
 LABELS, SELECTED = "labels", "selected"
 """The stores of a round: of all unlabeled examples, and of those that are learned from."""
 
+FINETUNED = "-finetune"
+"""What the phase is called that finetunes a student, behind the name of its round."""
+
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
@@ -392,6 +395,12 @@ def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
             f"--warm-start takes a learning rate that ends where that of a student from scratch would end, and "
             f"--schedule {recipe.schedule} ends where it does whatever it begins with; expected --schedule exponential."
         )
+    steps = getattr(recipe, "steps", None)
+    if settings.warm_steps is not None and steps is not None and settings.warm_steps > steps:
+        raise MetaplError(
+            f"--warm-steps {settings.warm_steps:,}: a student that begins with the weights of its teacher takes at "
+            f"most as many steps as one from scratch, {steps:,}; expected 1 to {steps:,}, or more --steps."
+        )
     if settings.finetune_size is not None:
         at_larger_size(recipes[-1], settings)
     return recipes
@@ -504,7 +513,7 @@ def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int, fit:
     optimizer = recipe.finetune.build(network)
     trainer = LossTrainer(network, (CrossEntropy(),), optimizer=optimizer, **recipe.trainer_options())
     steps = recipe.finetune_steps
-    over = {"phase": f"round-{number}-finetune", "steps": steps, "ema_decay": None, "warmup": 0}
+    over = {"phase": f"round-{number}{FINETUNED}", "steps": steps, "ema_decay": None, "warmup": 0}
     every = max(1, steps // 10)
     options = ALONE | over | {"validate_every": every, "schedule": "cosine"} | recipe.finetune_options()
     return trainer, fit(trainer, task.finetuning, None, task, **options)
@@ -513,12 +522,14 @@ def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int, fit:
 def filtered(recipe: Recipe, task: Task, fit: Fit) -> Task:
     """The task with the unlabeled examples alone that are most probably of each class, by the labels of a network.
 
-    The network is the first teacher of Noisy Student, so both have the same labels.
+    The network is the first teacher of Noisy Student by the same recipe, so both have the same labels.
 
     Source: Meta Pseudo Labels, section 3.3.
     """
+    # Some recipes warm up over fewer steps where a student waits, and this teacher has none.
+    own = recipe.by("noisy_student", recipe.seed)
     name = recipe.self_training.network(0)
-    trainer, _ = _first_teacher(recipe if name is None else recipe.with_network(name), task, fit)
+    trainer, _ = _first_teacher(own if name is None else own.with_network(name), task, fit)
     chosen, source = task.rounds.choose(1, trainer.student), task.unlabeled
     sampler = dataclasses.replace(source.sampler, size=len(chosen.positions))
     unlabeled = dataclasses.replace(source, images=chosen.of(source.images), sampler=sampler)

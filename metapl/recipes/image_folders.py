@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from metapl.data.fingerprint import hash_files
-from metapl.data.images.check import Finding, check_folders, find_inside
+from metapl.data.images.check import Finding, check_folders, find_inside, without_copies
 from metapl.data.images.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
 from metapl.data.images.store import FileImages, Images
 from metapl.data.images.verify import verify_files
@@ -233,6 +233,7 @@ class ImageFolders(ImageRecipe):
         warmup: steps over which the learning rates grow from 0; by default 5 %. With mpl and none, both networks take
             the same share of the student's steps, which are those after --wait.
         val_fraction: share of each class that is set aside for validation if --val is not given; 0 sets none aside.
+            Unlabeled pictures that are copies of these are left out.
         mean: mean of each channel, from 0 to 1, by which pictures are normalized; by default that of the
             pictures, or ImageNet's with --weights.
         std: standard deviation of each channel, likewise.
@@ -427,6 +428,7 @@ class ImageFolders(ImageRecipe):
         if val is None and fraction:
             train, aside = stratified_split(labeled.targets(), fraction, self.seed)
             labeled, val = labeled.keep(train.tolist()), labeled.keep(aside.tolist())
+            unlabeled = look.apart(unlabeled, val)
         tell(
             f"{len(labeled):,} labeled pictures of {spoken_classes(self.classes)}, {len(unlabeled):,} unlabeled, "
             f"{len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
@@ -510,6 +512,22 @@ class Look:
         refuse_errors(findings)
         for finding in findings:
             self.tell(f"note: {finding.message}")
+
+    def apart(self, unlabeled: Files, val: Files) -> Files:
+        """The unlabeled pictures that are not set aside for validation too; nothing may be learned from those."""
+        with counting("comparing files", self.progress):
+            others = without_copies(unlabeled, val)
+        if not others:
+            raise MetaplError(
+                f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled ones that are "
+                "set aside for validation; expected others, or --val-fraction 0."
+            )
+        if len(others) < len(unlabeled):
+            self.tell(
+                f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are copies of labeled "
+                "ones that are set aside for validation"
+            )
+        return others
 
 
 def spoken_classes(classes: Sequence[str]) -> str:

@@ -112,8 +112,11 @@ class Method:
         return self.filtered or self.self_training is not None
 
     def settings(self, recipe: Recipe) -> SelfTraining:
-        """How Noisy Student is run by this method."""
-        return dataclasses.replace(recipe.self_training, **(self.self_training or {}))
+        """How Noisy Student is run by this method; with fewer rounds, by the networks of the first ones."""
+        changed = dict(self.self_training or {})
+        given = recipe.self_training
+        changed["networks"] = given.networks[: changed.get("rounds", given.rounds) + 1]
+        return dataclasses.replace(given, **changed)
 
 
 FIXMATCH_THRESHOLD = 0.85

@@ -26,8 +26,8 @@ class SelfTraining:
     Args:
         rounds: how many students are trained, each on the labels of the network before it.
         networks: the network of each round, that of the first teacher first; the last one named is that of all later
-            rounds. Names of networks, and for the digits widths of hidden layers such as 32x32. By default every round
-            has the network of the recipe.
+            rounds, and with --compare that of the other methods. Names of networks, and for the digits widths of hidden
+            layers such as 32x32. By default every round has the network of the recipe.
         allow_smaller: let a student have fewer parameters than its teacher, which is distillation and not Noisy
             Student.
         labels: learn the teacher's class distributions (soft), or the most probable class of each (hard).

@@ -73,7 +73,8 @@ def measure(
         network: gives logits (B, C) of pictures in [0, 1]; it runs in evaluation mode.
         batches: of pictures (B, C, H, W) in [0, 1] and labels (B,), read once.
         corruptions: kinds, each in five severities.
-        attacks, eps: each attack with each ε, in 1/255; attacks are on the pictures as they are.
+        attacks, eps: each attack with each ε, in 1/255; attacks are on the pictures as they are. What is named twice,
+            here and among the corruptions, is measured once.
         imagenet: the classes are ImageNet's, so that errors can be divided by AlexNet's.
         seed: of the corruptions.
         progress: called with the number of pictures done.
@@ -84,6 +85,7 @@ def measure(
         MetaplError: there are no pictures, or what is given are not pictures.
     """
     device = next(network.parameters()).device
+    corruptions, attacks, eps = [*dict.fromkeys(corruptions)], [*dict.fromkeys(attacks)], [*dict.fromkeys(eps)]
     right: Counter[tuple[str, float]] = Counter()
     n = 0
     with eval_mode(network):
@@ -110,9 +112,19 @@ def measure(
     return Robustness(
         n,
         found,
-        {attack: {f"{reach:g}": right[attack, reach] / n for reach in eps} for attack in attacks},
+        {attack: {_named(reach): right[attack, reach] / n for reach in eps} for attack in attacks},
         mean_corruption_error(errors) if imagenet and errors.keys() == CORRUPTIONS.keys() else None,
     )
+
+
+def _named(eps: float) -> str:
+    """An ε as a key, which names no other one.
+
+    >>> _named(2.0), _named(1.2345678)
+    ('2', '1.2345678')
+    """
+    short = f"{eps:g}"
+    return short if float(short) == eps else repr(float(eps))
 
 
 def _right(network: nn.Module, x: Tensor, y: Tensor) -> int:

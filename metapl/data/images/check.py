@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from metapl.data.images.folders import Count, Files, LabeledFiles, Progress, digest, unreadable
+from metapl.data.images.folders import Count, Files, FilesT, LabeledFiles, Progress, digest, unreadable
 from metapl.data.images.shards import open_picture, size_of
 from metapl.errors import few
 from metapl.words import shown
@@ -269,6 +269,31 @@ def find_copies(
             tuple(Path(file.path) for group in contradictions for file in group),
             kind="contradiction",
         )
+
+
+def without_copies(files: FilesT, of: Files) -> FilesT:
+    """Those of the files whose bytes are not those of a file in another folder.
+
+    Cost: one question to the file system for each file. Bytes are read only of files that the other folder has with the
+    same size, and beyond 4 KiB only where these agree too.
+
+    Raises:
+        MetaplError: a file is gone or cannot be read.
+    """
+    alike, others = {path: i for i, path in enumerate(files.paths())}, [*of.paths()]
+    for key in (size_of, _middle, digest):
+        keys: dict[str, Hashable] = {}
+        for path in (*alike, *others):
+            try:
+                keys[path] = key(path)
+            except OSError as error:
+                raise unreadable(path, error) from error
+        known = {keys[path] for path in others}
+        alike = {path: i for path, i in alike.items() if keys[path] in known}
+        found = {keys[path] for path in alike}
+        others = [path for path in others if keys[path] in found]
+    copies = {*alike.values()}
+    return files.keep([i for i in range(len(files)) if i not in copies]) if copies else files
 
 
 def _used_twice(labeled: LabeledFiles, unlabeled: Files) -> Finding:
