@@ -28,6 +28,7 @@ from metapl.metrics import read_label_sets
 from metapl.models import Architecture, load_weights
 from metapl.recipes import Digits, TwoMoons
 from metapl.recipes.self_training import SelfTraining
+from metapl.report.robustness import draw_evaluations
 from metapl.robustness.imagenet import IMAGENET_A, Pictures, Subject, _frames, imagenet_a
 from metapl.runs.folder import RunFolder
 
@@ -163,6 +164,11 @@ def test_evaluations_that_were_edited(
     assert not out.exists()
 
 
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    draw_evaluations(tmp_path / "page.png", {"caf\udce9": EVALUATION, "b\n": EVALUATION}, "a\udcff")
+    assert (tmp_path / "page.png").is_file()
+
+
 def test_an_evaluation_of_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -266,6 +272,7 @@ def test_a_flag_that_takes_values_and_has_none(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "nothing was given after --eps" in refused(capsys, "evaluate", tiny, "--attack", "fgsm", "--eps", "--json")
+    assert "no runs were named" in refused(capsys, "compare")
     command = ("noisy-student", "digits", "--out", tmp_path / "run")
     assert "nothing was given after --networks" in refused(capsys, *command, "--networks")
     assert "nothing was given after --methods" in refused(capsys, *command, "--compare", "--methods")
@@ -299,6 +306,7 @@ def test_a_noisy_student_whose_result_was_edited(tmp_path: Path, capsys: pytest.
     shutil.copytree(edited, other)
     file = edited / "result.json"
     content = json.loads(file.read_text())
+    rounds: list[Any] | None
     for rounds in ([], None):
         changed = content | {"rounds": rounds}
         if rounds is None:

@@ -49,7 +49,7 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
             )
     code, value, message, text = _ask_tyro(kind, program, arguments)
     if value is not None:
-        for flag, after in zip(arguments, [*arguments[1:], "--"], strict=True):
+        for flag, after in zip(arguments, [*arguments[1:], "--"], strict=False):
             if flag.startswith("--") and after.startswith("--") and _is_left_empty(value, flag):
                 raise MetaplError(f"nothing was given after {flag}; expected a value. See {program} --help.")
         return value
