@@ -165,6 +165,8 @@ def _entry(run: LoadedRun, folder: RunFolder, numbers: dict[str, Any], fields: d
     result = stored_result(folder)
     if "evaluation" not in result:
         raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
+    if STUDENT not in numbers:
+        raise MetaplError(f"{folder.path / 'result.json'} is damaged: it does not say {STUDENT}.")
     # A folder of pictures is the data; other recipes draw theirs from a data set.
     drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
     return Entry(

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from metapl.cli.evaluators import EVALUATION, check_folder
 from metapl.errors import MetaplError, few
 from metapl.plain_files import read_plain
 from metapl.report.robustness import GROUPS, RELATIVE, SUMMARY, draw_evaluations, value_at
 from metapl.report.style import PALETTE
+from metapl.robustness.attacks import LEVELS, Attack
+from metapl.robustness.corruptions import CORRUPTIONS
+from metapl.robustness.errors import FLIPS_OF_ALEXNET
 from metapl.runs.atomic import replacing
+from metapl.typed import misfit_entries
 from metapl.words import short, table
 
 COMPARED, PICTURE = "compared.json", "compared.png"
@@ -59,15 +64,78 @@ def _read(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise MetaplError(f"{folder} has no {EVALUATION}; write it by: metapl evaluate ... --out {folder}.")
     try:
-        content = json.loads(read_plain(file))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-        _figures(content)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        content: dict[str, Any] = json.loads(read_plain(file))
+        fault = _fault(content) if isinstance(content, dict) else "it is not a JSON object"
+        if fault is not None:
+            raise ValueError(fault)
+    except (OSError, ValueError, RecursionError) as error:
         raise MetaplError(
             f"{file} cannot be read: {error}; expected what metapl evaluate --out writes: write it again."
         ) from error
     return content
+
+
+@dataclass(frozen=True)
+class _Damaged:
+    """What an evaluation says of one kind of damage."""
+
+    error: float
+
+
+@dataclass(frozen=True)
+class _Flips:
+    """What it says of one perturbation."""
+
+    flip_probability: float
+
+
+_SHARES: dict[str, Any] = dict.fromkeys(("accuracy", "top5", "expected_calibration_error"), float | None)
+_DAMAGES: dict[str, Any] = {"mean_corruption_error": float | None, "corruptions": dict[str, _Damaged]}
+
+EXPECTED: dict[str, dict[str, Any]] = {
+    "": {"n": int, "classes": list[str] | None, "attacks": dict[str, dict[str, float]]} | _SHARES | _DAMAGES,
+    "multi_label": _SHARES,
+    "imagenet_a": _SHARES,
+    "imagenet_c": _DAMAGES,
+    "imagenet_p": {"mean_flip_rate": float | None, "perturbations": dict[str, _Flips]} | _SHARES,
+}
+"""What is read of ``evaluation.json``, with types: of its top, and of its parts."""
+
+
+def _fault(content: Mapping[str, Any]) -> str | None:
+    """What is wrong with what an ``evaluation.json`` holds, in words."""
+    for part, hints in EXPECTED.items():
+        values = content.get(part, {}) if part else content
+        if not isinstance(values, Mapping):
+            return f"{part} is not a JSON object"
+        if fault := misfit_entries(values, hints, part or "its content"):
+            return fault
+    kinds = {*content.get("corruptions", {}), *content.get("imagenet_c", {}).get("corruptions", {})} - {*CORRUPTIONS}
+    kinds |= {*content.get("imagenet_p", {}).get("perturbations", {})} - {*FLIPS_OF_ALEXNET}
+    attacks: Mapping[str, Mapping[str, float]] = content.get("attacks", {})
+    kinds |= {*attacks} - {*get_args(Attack)}
+    if kinds:
+        return f"it is of {few(map(short, sorted(kinds)))}, which are not known"
+    if attacks and content.get("accuracy") is None:
+        return "it has attacks, and no accuracy without them"
+    eps = [number for by_eps in attacks.values() for number in by_eps]
+    if strange := [number for number in eps if not _is_reach(number)]:
+        return f"attacks have ε = {short(strange[0])}; expected 0 to {LEVELS}"
+    try:
+        figures = _figures(content)
+    except LookupError as error:
+        return f"an entry lacks its {error}"
+    outside = [name for name, share in figures.items() if share < 0 or (share > 1 and name not in RELATIVE)]
+    if content.get("n", 1) < 1:
+        return f"n is {content['n']}; expected 1 or more"
+    return f"{outside[0]} is {figures[outside[0]]:g}; expected a number in [0, 1]" if outside else None
+
+
+def _is_reach(number: str) -> bool:
+    try:
+        return 0 <= float(number) <= LEVELS
+    except ValueError:
+        return False
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from metapl.metrics import (
     predict_logits,
     read_label_sets,
 )
+from metapl.plain_files import refuse_irregular
 from metapl.robustness.attacks import LEVELS, Attack
 from metapl.robustness.corruptions import CORRUPTIONS
 from metapl.robustness.imagenet import Stability, Subject, imagenet_a, imagenet_c, imagenet_p
@@ -252,9 +254,20 @@ def _against_sets(logits: Tensor, sets: Sequence[frozenset[int]], names: Sequenc
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a place that no evaluation can be written to."""
+    """Refuse a place that no evaluation can be written to, before anything is measured."""
     if folder.exists() and not folder.is_dir():
         raise MetaplError(f"--out {folder} is a file; expected a folder, or the name of a new one.")
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        state = "may not be written to" if place.is_dir() else "is not a folder"
+        raise MetaplError(
+            f"--out {folder} cannot be written: {place} {state}; expected a folder, or a new one in such."
+        )
+    for name in (EVALUATION, PICTURE):
+        try:
+            refuse_irregular(folder / name)
+        except OSError as error:
+            raise MetaplError(f"--out {folder}: {name} in it cannot be replaced: {error.strerror}.") from error
 
 
 DRAWN = ("corruptions", "attacks", "imagenet_a", "imagenet_c", "imagenet_p")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -48,6 +49,9 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
             )
     code, value, message, text = _ask_tyro(kind, program, arguments)
     if value is not None:
+        for flag, after in zip(arguments, [*arguments[1:], "--"], strict=False):
+            if flag.startswith("--") and after.startswith("--") and _is_left_empty(value, flag):
+                raise MetaplError(f"nothing was given after {flag}; expected a value. See {program} --help.")
         return value
     if code == 0:
         print(readable(text))
@@ -64,6 +68,17 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
         else f"there is no {unknown[0]}{did_you_mean(unknown[0], flags) or '.'}"
     )
     raise MetaplError(f"{why} See {program} --help.")
+
+
+def _is_left_empty(value: Any, flag: str) -> bool:
+    """Whether a flag takes values, got none, and so says no more than if it were not there."""
+    for field in dataclasses.fields(value):
+        own = getattr(value, field.name)
+        if dataclasses.is_dataclass(own) and _is_left_empty(own, flag):
+            return True
+        if own == () and field.default in ((), None) and flag[2:].replace("-", "_") == field.name:
+            return True
+    return False
 
 
 def _choice(text: str) -> str:
@@ -164,6 +179,9 @@ def _one_line(box: str) -> str:
     sentences = [re.sub(r"\s+", " ", part).strip().rstrip(".") for part in kept]
     text = ". ".join(sentences).replace("{None}|", "") + "."
     text = re.sub(r"^Missing from [^:]*:", "missing:", text)
+    whole, real = r"invalid literal for int\(\) with base 10", r"could not convert string to float"
+    text = re.sub(rf"^Error parsing (\S+): {whole}: (.*)", r"\1: expected a whole number, got \2", text)
+    text = re.sub(rf"^Error parsing (\S+): {real}: (.*)", r"\1: expected a number, got \2", text)
     return re.sub(r"^Error parsing (\S+): no type matching (\S+) .* from \[(.*)\]", r"\1: expected \2, got \3", text)
 
 

@@ -136,6 +136,11 @@ def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: 
     Raises:
         MetaplError: there is no such folder, no picture in it, or the data set is not for this recipe.
     """
+    if data_root is not None and (pictures == "digits" or pictures not in DATA_SETS):
+        raise MetaplError(
+            f"--data-root {data_root} has no effect on {pictures}: it says where torchvision's data sets lie; leave it "
+            "out."
+        )
     if pictures not in DATA_SETS:
         return _of_folder(Path(pictures), recipe, batch_size)
     if pictures == "digits":

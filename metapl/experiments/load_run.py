@@ -153,7 +153,12 @@ def load_run(path: Path) -> LoadedRun:
     delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])
     method = EVERY_METHOD[result["method"]]
     if method.self_training is not None:
-        last = method.settings(recipe).network(len(result["rounds"]))
+        rounds, told = method.settings(recipe).rounds, len(result.get("rounds", ()))
+        if told != rounds:
+            raise MetaplError(
+                f"{path / 'result.json'} is damaged: it tells of {told} rounds, and recipe.json of {rounds}."
+            )
+        last = method.settings(recipe).network(rounds)
         delivered = delivered if last is None else delivered.with_network(last)
         if result["delivered"] == "finetuned" and method.settings(recipe).finetune_size is not None:
             delivered = at_larger_size(delivered, method.settings(recipe))

@@ -397,6 +397,12 @@ def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
             f"--warm-start takes a learning rate that ends where that of a student from scratch would end, and "
             f"--schedule {recipe.schedule} ends where it does whatever it begins with; expected --schedule exponential."
         )
+    steps = getattr(recipe, "steps", None)
+    if settings.warm_steps is not None and steps is not None and settings.warm_steps > steps:
+        raise MetaplError(
+            f"--warm-steps {settings.warm_steps:,}: a student that begins with the weights of its teacher takes at "
+            f"most as many steps as one from scratch, {steps:,}; expected 1 to {steps:,}, or more --steps."
+        )
     if settings.finetune_size is not None:
         at_larger_size(recipes[-1], settings)
     return recipes

@@ -244,7 +244,7 @@ class TwoMoonsRuns:
         return two_moons(
             seed,
             points=recipe.points,
-            noise=recipe.noise,
+            noise=abs(recipe.noise),  # scikit-learn refuses -0
             labels_per_class=recipe.labels_per_class,
             placement=recipe.placement,
         )

@@ -24,6 +24,7 @@ from metapl.export.card import CARD, WEIGHTS, Contents, render
 from metapl.export.programs import ONNX, PROGRAM, programs
 from metapl.models import Architecture, Normalized, normalized
 from metapl.runs.atomic import replacing
+from metapl.typed import misfit_entries
 
 _REQUIRED = ("recipe", "data_hash", "metrics")
 _OPTIONAL = ("title", "classes", "notes", "center")
@@ -236,12 +237,40 @@ def read_metadata(file: Path) -> dict[str, Any]:
         content = {} if text is None else json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"the metadata is {type(content).__name__}")
-        if content.get("architecture") is not None:
-            Architecture(**content["architecture"])
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        if fault := _fault(content):
+            raise ValueError(fault)
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).split("\n")[0]
         raise MetaplError(
             f"{file} cannot be read as weights: {reason}. Expected .safetensors as metapl export writes it, or tensors "
             "alone."
         ) from error
     return content
+
+
+_METADATA: dict[str, Any] = {
+    "architecture": Architecture | None,
+    "normalization": dict[str, list[float]] | None,
+    "classes": list[str] | None,
+    "center": float,
+}
+"""What :func:`export` tells of weights, with types."""
+
+
+def _fault(content: Mapping[str, Any]) -> str | None:
+    """What is wrong with the metadata of weights, in words."""
+    fault = misfit_entries(content, _METADATA, "its metadata")
+    if fault is not None:
+        return fault
+    classes, normalization = content.get("classes"), content.get("normalization")
+    if classes is not None and len(set(classes)) < len(classes):
+        return "two classes have one name"
+    if not 0 < content.get("center", 1.0) <= 1:
+        return f"center is {content['center']}; expected a share above 0, and at most 1"
+    if content.get("architecture") is None:
+        return None
+    channels = Architecture(**content["architecture"]).in_channels
+    numbers = [] if normalization is None else [len(normalization.get(name, ())) for name in ("mean", "std")]
+    if any(number != channels for number in numbers):
+        return f"normalization has {numbers[0]} means and {numbers[1]} deviations; expected {channels} of each"
+    return None

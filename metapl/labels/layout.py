@@ -353,8 +353,10 @@ def part_fault(
         ):
             return f"its column {name} is compressed or encoded; expected plain numbers"
         known = chunk.statistics
-        is_known = name in ("label", "classes") and known is not None and known.has_min_max
-        if is_known and not 0 <= known.min <= known.max < classes:
+        has_range = known is not None and known.has_min_max
+        if has_range and name == "copies" and known.min < 1:
+            return f"its column copies has {known.min}; expected 1 or more"
+        if has_range and name in ("label", "classes") and not 0 <= known.min <= known.max < classes:
             return f"its column {name} has {known.min} to {known.max}; expected numbers of {classes:,} classes"
     return None
 

@@ -347,6 +347,11 @@ def spread(stored_BK: np.ndarray[Any, Any], classes_BK: np.ndarray[Any, Any] | N
     """
     s_BK = stored_BK.astype(np.float32)
     sum_B1 = s_BK.sum(axis=1, keepdims=True)
+    # NaN is not above 0 either.
+    if not (s_BK.min(initial=0) >= 0 and sum_B1.min(initial=1) > 0 and sum_B1.max(initial=1) < np.inf):
+        raise MetaplError(
+            "stored probabilities are negative, infinite, NaN or all 0; expected distributions: write the labels again."
+        )
     if classes_BK is None:
         return torch.from_numpy(s_BK / sum_B1)
     remainder_B1 = np.maximum(0, 1 - sum_B1) if s_BK.shape[1] < classes else np.zeros_like(sum_B1)

@@ -120,13 +120,21 @@ def _parsed(path: Path) -> list[list[Label]] | dict[str, list[Label]]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise MetaplError(f"{path} cannot be read: {reason}.") from error
-    return _from_json(path, text) if text.lstrip()[:1] in ("[", "{") else _from_csv(path, text)
+    if text.lstrip()[:1] in ("[", "{"):
+        return _from_json(path, text)
+    try:
+        return _from_csv(path, text)
+    except csv.Error as error:  # a cell of more than 128 KiB, which a quote that is not closed makes
+        raise MetaplError(
+            f"{path} cannot be read as CSV: {error}; expected the columns {' and '.join(COLUMNS)}, and each quote "
+            "closed."
+        ) from error
 
 
 def _from_json(path: Path, text: str) -> list[list[Label]] | dict[str, list[Label]]:
     try:
         entries = json.loads(text, object_pairs_hook=lambda pairs: _once_each(path, pairs))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # whole numbers of 5,000 digits are not read
         raise MetaplError(f"{path} cannot be read as JSON: {error}.") from error
     for where, labels in entries.items() if isinstance(entries, dict) else enumerate(entries):
         if not isinstance(labels, list) or any(type(label) not in (int, str) for label in labels):
@@ -172,7 +180,7 @@ def _indices(path: Path, labels: Set[Label], classes: Sequence[str]) -> dict[Lab
     by_name: dict[Label, int] = {name: index for index, name in enumerate(classes)}
     if labels <= by_name.keys():
         return {label: by_name[label] for label in labels}
-    numbers = {label: int(label) for label in labels if isinstance(label, int) or re.fullmatch("[0-9]+", label)}
+    numbers = {label: int(label) for label in labels if isinstance(label, int) or re.fullmatch("[0-9]{1,9}", label)}
     if len(numbers) < len(labels):
         unknown, expected = labels - by_name.keys(), f"their names, such as {_few(classes)}"
     else:

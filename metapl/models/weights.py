@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError, few
 from metapl.models.family import unchanged
 
+MOST_WRAPPED = 8
+"""How deep a state dict may lie in what a training program stored."""
+
 
 @dataclass(frozen=True)
 class LoadedWeights:
@@ -115,12 +118,19 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as weights: {reason}. Expected a state dict: .safetensors, or tensors alone as "
             "torch.save(model.state_dict(), path) writes them."
         ) from error
-    while isinstance(stored, Mapping) and (inner := _wrapped(stored)):
-        stored = inner
+    for _ in range(MOST_WRAPPED):
+        stored = (_wrapped(stored) if isinstance(stored, Mapping) else None) or stored
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(t, Tensor) for t in stored.values()):
         kind = f"a {type(stored).__name__}" if not isinstance(stored, Mapping) else f"the entries {few(stored)}"
         raise MetaplError(f"{path} holds {kind}; expected tensors by name, as model.state_dict() gives them.")
-    return {str(name): t for name, t in stored.items()}
+    state = {str(name): t for name, t in stored.items()}
+    without_values = [name for name, t in state.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]
+    if without_values:
+        raise MetaplError(
+            f"{path} holds tensors that are sparse, quantized or without values: {few(without_values)}; expected dense "
+            "ones, as tensor.to_dense() and tensor.dequantize() give them."
+        )
+    return state
 
 
 def _wrapped(stored: Mapping[Any, Any]) -> Mapping[Any, Any] | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from metapl.report.canvas import blank_page, drawing, png, write_whole
 from metapl.report.style import GRID, INK, PALETTE, QUIET
 from metapl.report.text import wrap
+from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,6 +110,7 @@ def draw_evaluations(path: Path, evaluations: Mapping[str, Mapping[str, Any]], t
         evaluations: what ``evaluation.json`` holds, by a name.
         title: a line above.
     """
+    evaluations = {shown(name): found for name, found in evaluations.items()}
     panels = [
         _Panel("in %", _bars_of(evaluations, SUMMARY)),
         _Panel("in % of AlexNet's", _bars_of(evaluations, RELATIVE)),
@@ -150,7 +152,7 @@ def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str
     rows = math.ceil(len(panels) / columns)
     # The names of bars stand beside them, in the first column and in others that have bars.
     width = max(PANEL * columns, 2 * PANEL) + 1.2
-    lines = wrap(title, width - 0.5, 11)
+    lines = wrap(shown(title), width - 0.5, 11)
     with drawing([*lines, *legend]):
         figure = blank_page(width, HEIGHT * rows + 0.25 * (len(lines) + len(legend)))
         figure.set_layout_engine("constrained")

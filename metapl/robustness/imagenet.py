@@ -31,6 +31,7 @@ from metapl.device import to_device
 from metapl.errors import MetaplError, few
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.predictions import eval_mode
+from metapl.plain_files import refuse_irregular
 from metapl.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.robustness.errors import FLIPS_OF_ALEXNET, flip_probability, mean_corruption_error, mean_flip_rate
 from metapl.robustness.measure import Robustness
@@ -202,7 +203,7 @@ def imagenet_a(subject: Subject, root: Path) -> Evaluation:
 
     Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix A.5.
     """
-    files = scan_labeled(root)
+    files = _filled(scan_labeled(root))
     outputs = subject.outputs_of(root, files.classes, IMAGENET_A)
     found = list(subject.batches(_paths(files), files.labels))
     if not found:
@@ -254,7 +255,7 @@ def _severities(folder: Path) -> list[LabeledFiles]:
     missing = [severity for severity in SEVERITIES if not (folder / str(severity)).is_dir()]
     if missing:
         raise MetaplError(f"{folder} has no folder {few(missing)}; expected one for each severity, 1 to 5.")
-    return [scan_labeled(folder / str(severity)) for severity in SEVERITIES]
+    return [_filled(scan_labeled(folder / str(severity))) for severity in SEVERITIES]
 
 
 # ---------------------------------------------------------------------------------------------------------- ImageNet-P
@@ -353,6 +354,10 @@ def _frames(path: Path, pictures: Pictures) -> Iterator[Tensor]:
         yield from (pictures.read(file, 1.0) for file in files)
         return
     try:
+        refuse_irregular(path)  # to open a pipe waits for ever
+    except OSError as error:
+        raise UnreadableImage(path, error.strerror or str(error)) from error
+    try:
         import av
     except ImportError as error:
         raise MetaplError(
@@ -405,6 +410,18 @@ def _visible(folder: Path) -> list[Path]:
         raise MetaplError(
             f"{folder} cannot be listed: {error.strerror}; expected a folder that can be read."
         ) from error
+
+
+def _filled(files: LabeledFiles) -> LabeledFiles:
+    """A set each of whose class folders has a picture: of one that is half unpacked, the figures would be others."""
+    labels = {*files.labels}
+    empty = [name for label, name in enumerate(files.classes) if label not in labels]
+    if empty:
+        folders = f"{len(empty):,} class folder{'s' * (len(empty) != 1)}"
+        raise MetaplError(
+            f"{files.root} has {folders} without a picture: {few(empty)}; unpack the set again, or remove them."
+        )
+    return files
 
 
 def _paths(files: LabeledFiles) -> list[Path]:

@@ -20,7 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,10 +104,18 @@ class RunFolder:
         with self.held():
             if self.exists:
                 self._check_same(recipe, resume)
+                self._remove_temporary()
             else:
                 self.check(resume)
                 self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
             yield
+
+    def _remove_temporary(self) -> None:
+        """Remove what a process that was killed had begun to write; nobody else writes here while it is held."""
+        for left in self.path.glob("*.tmp"):
+            if re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", left.name):
+                with suppress(OSError):
+                    left.unlink()
 
     def places(self) -> dict[str, Any]:
         """Where the data of the run in the folder lie, by the names of the recipe's fields."""

@@ -52,6 +52,8 @@ class Records:
             damaged = self.metrics.damaged()
             if damaged:
                 say(f"{self.metrics.file}: lines that are damaged are left out: {few(damaged)}")
+            if start and not self.metrics.file.exists():
+                say(f"{self.metrics.file} is missing: it begins again after step {start:,}, without earlier rows")
             self.metrics.cut(self.phase, start)
             self.history = [_numbers(row) for row in self.metrics.rows(self.phase)]
             # A folder per phase: TensorBoard drops the steps after a restart from every curve in a folder.
