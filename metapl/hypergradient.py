@@ -188,12 +188,12 @@ def check_tangent(mode: Estimator, student: Layout) -> None:
 def check_kind(sampled: bool, mode: Estimator) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate."""
     if ("hard" if sampled else "soft") not in mode.labels:
-        raise MetaplError(
-            f"mode '{mode.name}' takes {' or '.join(mode.labels)} signals, and the problem's signal is "
-            + ("sampled (it carries log_prob)." if sampled else "differentiable (it carries no log_prob).")
-            + f" Take a mode for it: sampled: {', '.join(modes_for('hard'))}; differentiable: "
-            f"{', '.join(modes_for('soft'))}."
-        )
+        if sampled:
+            kinds = "is for differentiable signals, and the problem's signal is sampled (it carries log_prob)"
+        else:
+            kinds = "is for sampled signals, and the problem's signal is differentiable (it carries no log_prob)"
+        fitting = ", ".join(modes_for("hard" if sampled else "soft"))
+        raise MetaplError(f"mode '{mode.name}' {kinds}; expected one of the modes {fitting}.")
 
 
 def refuse_other_fields(step: InnerStep) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import metapl
 from metapl import MetaplError
 from metapl.ablation import Distance, ModeCost, Outcome, Sweep, ablate
-from metapl.ablation.gradients import sibling
+from metapl.ablation.gradients import _seconds, sibling
 from metapl.feedback import Altered, Difference, Forward
 
 QUICK: dict[str, Any] = {"rounds": 1, "draws": 2}
@@ -115,7 +116,9 @@ def test_what_a_model_does_not_have_is_not_varied_and_said() -> None:
     assert content["temperature"] == {"reason": "the problem Weighted has no temperature."}
     assert "fewer than four examples" in content["batch_size"]["reason"]
     assert "temperature of the pseudo-labels: not varied, the problem Weighted has" in found.table()
-    assert "takes hard signals" in str(found.modes["reinforce"])
+    refusal = str(found.modes["reinforce"])
+    assert "is for sampled signals, and the problem's signal is differentiable" in refusal
+    assert refusal.endswith("expected one of the modes unrolled, forward, difference, implicit, none.")
 
 
 def test_labels_that_are_drawn_for_an_exact_mode_make_noise() -> None:
@@ -350,3 +353,10 @@ def test_a_sibling_has_every_setting_of_its_trainer(kind: str) -> None:
     assert made.given_problem is trainer.given_problem
     other = sibling(trainer, mode="none", problem=metapl.PseudoLabels())
     assert (other.mode.name, other.given_problem) == ("none", metapl.PseudoLabels())
+
+
+def test_a_call_that_waits_for_a_core_is_timed_by_what_it_computes() -> None:
+    def preempted() -> None:
+        time.sleep(0.2)
+
+    assert _seconds(preempted, torch.device("cpu")) < 0.1

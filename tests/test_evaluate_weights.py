@@ -21,6 +21,8 @@ from metapl.experiments.load_run import load_run
 from metapl.export import export
 from metapl.metrics import evaluate_logits
 from metapl.models import Architecture, load_weights, normalized
+from metapl.report import robustness
+from metapl.report.style import PALETTE
 from metapl.robustness.imagenet import IMAGENET_A
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -284,6 +286,13 @@ def test_two_evaluations_side_by_side(colors: Path, tmp_path: Path, capsys: pyte
     assert lines["ImageNet-C error, fog"][:2] == [f"{fog:.1f}" for fog in fogs]
     assert {"FGSM, ε = 2/255", "FGSM, ε = 8/255", "calibration error"} <= lines.keys()
     assert max(map(len, text.splitlines())) <= 80
+    low, high = (100 * end for end in one["interval"])
+    assert f"95 % interval of top-1: {low:.1f} to {high:.1f}" in text
+    assert "   finetuned network of " in text
+    assert "test pictures of " in text
+    assert "note: the folders of test pictures differ" not in text
+    (tmp_path / "b" / "evaluation.json").write_text(json.dumps(other | {"test": "elsewhere"}))
+    assert "note: the folders of test pictures differ" in said(capsys, "compare", tmp_path / "a", tmp_path / "b")
     compared = json.loads((tmp_path / "out" / "compared.json").read_text())
     assert compared["evaluations"][str(tmp_path / "a")]["top-1"] == one["accuracy"]
     with Image.open(tmp_path / "out" / "compared.png") as page:
@@ -299,6 +308,35 @@ def test_two_evaluations_side_by_side(colors: Path, tmp_path: Path, capsys: pyte
     assert "of different classes: only one of them has" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "evaluation.json").write_text('{"corruptions": {"fog": 3}}')
     assert "expected what metapl evaluate --out writes" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
+
+
+def test_an_evaluation_keeps_its_color_where_another_lacks_the_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(robustness, "_page", lambda path, panels, *rest, **more: drawn.extend(panels))
+    found = {
+        "a": {"accuracy": 0.5, "attacks": {"fgsm": {"2": 0.4}}},
+        "b": {"accuracy": 0.6, "attacks": {"pgd": {"2": 0.1}}},
+    }
+    robustness.draw_evaluations(tmp_path / "page.png", found, "title")
+    colors = {}
+    for panel in drawn:
+        if panel.title in ("FGSM", "PGD"):
+            axes = Figure().subplots()
+            panel.draw(axes)
+            colors[panel.title] = axes.lines[0].get_color()
+    assert colors == {"FGSM": PALETTE[0], "PGD": PALETTE[1]}
+
+
+def test_shares_are_drawn_up_to_100_percent(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    robustness._bars_of({"": {"accuracy": 1.0}}, robustness.SUMMARY)(axes)
+    assert max(axes.get_xticks()) == 100
 
 
 def test_runs_with_evaluations_are_compared_in_both_ways(

@@ -214,6 +214,21 @@ def test_no_folder_lies_inside_that_of_the_classes(tmp_path: Path) -> None:
     assert [one for one in check_folders(above, scan_unlabeled(tmp_path / "all")) if one.level == "error"] == []
 
 
+def test_a_test_folder_around_the_labeled_one_is_named_and_not_each_of_its_pictures(tmp_path: Path) -> None:
+    labeled = scan_labeled(pictures(tmp_path / "all" / "few", cat=[1, 2], dog=[3, 4]))
+    pictures(tmp_path / "all" / "held_out", cat=[5], dog=[6])
+    findings = check_folders(labeled, test=scan_labeled(tmp_path / "all"))
+    finding = found(findings, "the labeled folder", "lies inside the test folder", "the test pictures alone")
+    assert finding.level == "error"
+    assert not any("are among" in one.message for one in findings)
+
+
+def test_a_file_on_two_sides_is_named_once(tmp_path: Path) -> None:
+    folder = scan_labeled(pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4]))
+    (leak,) = check_folders(folder, test=folder)
+    assert f"too: {tmp_path / 'l' / 'cat' / '0.bmp'}, {tmp_path / 'l' / 'cat' / '1.bmp'}, " in leak.message
+
+
 def test_held_out_pictures_in_training(tmp_path: Path) -> None:
     labeled = scan_labeled(pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4]))
     unlabeled = scan_unlabeled(pictures(tmp_path / "u", any=[5, 6, 7]))

@@ -44,6 +44,7 @@ from metapl.recipes.image_folders import (
 )
 from metapl.recipes.image_recipe import ImageParts, Strong
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, title
+from metapl.recipes.self_training import SelfTraining
 from metapl.runs.folder import RunFolder
 from metapl.runs.metrics import Metrics
 
@@ -242,6 +243,12 @@ def test_what_was_chosen_is_one_line() -> None:
         f"on 20x20 grey pictures, light and dark exchanged, mirrored; adamw at {RATES['resnet']:g}, bfloat16, 86 steps"
     )
     assert told in chosen(changed)
+    rounds = SelfTraining(networks=("small_cnn", "pooled_cnn"))
+    of_rounds = dataclasses.replace(plain, self_training=rounds)
+    assert chosen(dataclasses.replace(of_rounds, method="noisy_student")).startswith(
+        "chosen: small_cnn, then pooled_cnn on"
+    )
+    assert chosen(of_rounds) == chosen(plain)
 
 
 @pytest.mark.parametrize(

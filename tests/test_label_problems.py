@@ -220,6 +220,18 @@ WRONG: dict[str, tuple[str, Any, nn.Module, str]] = {
     "no indices": ("example_weights", (X, Y), Table(torch.zeros(9)), r"expected \(inputs, labels, indices\)"),
     "a label too large": ("meta_weight_net", (X, Y + 2), WeightNet(), "labels run from"),
     "a teacher of another shape": ("example_weights", (X, Y, INDEX), Table(torch.zeros(20, 2)), r"shape \(5,\)"),
+    "a teacher of rows": (
+        "meta_weight_net",
+        (X, Y),
+        torch.nn.Linear(1, 1),
+        r"Linear cannot take .*such as .*WeightNet",
+    ),
+    "too few rows": (
+        "example_weights",
+        (X, Y, INDEX),
+        torch.nn.Embedding(1, 1),
+        r"Embedding cannot take .*such as .*Table",
+    ),
     "a matrix of another shape": ("noise_transition", (X, Y), Table(torch.eye(4)), r"shape \(3, 3\)"),
     "an index below 0": (
         "example_weights",
@@ -359,6 +371,9 @@ def test_inputs_that_a_teacher_never_sees_are_not_blamed() -> None:
     trainer = metapl.BilevelTrainer(Narrow(), case.student, "forward", problem=MetaWeightNet())
     batch = X.float(), Y
     for call in (lambda: trainer.step(batch, batch), lambda: trainer.hypergradient(batch, batch)):
-        with pytest.raises(RuntimeError, match="dtype") as caught:
+        with pytest.raises(
+            MetaplError, match=r"teacher Narrow cannot take .*dtype.*losses \(B,\) to weights"
+        ) as caught:
             call()
+        assert isinstance(caught.value.__cause__, RuntimeError)
         assert "inputs" not in str(caught.value)

@@ -21,6 +21,7 @@ from metapl.experiments import budget, looking
 from metapl.experiments.looking import look
 from metapl.experiments.settle import chosen, settled
 from metapl.recipes import ImageFolders
+from metapl.recipes.image_folders import Changes
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)
 
@@ -65,6 +66,30 @@ def test_colors_that_differ_by_class_tell_and_others_do_not(tmp_path: Path) -> N
     assert not found.colors.tell
     assert len(found.mean) == len(found.std) == 3
     assert found.mean[0] == pytest.approx((200 + 30) / 2 / 255, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("as_good", "tell", "may_tell"),
+    [(0, True, False), (1, True, False), (2, False, True), (19, False, True), (20, False, False)],
+)
+def test_how_many_shuffles_may_do_as_well(
+    as_good: int, tell: bool, may_tell: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.5, *[0.5] * as_good, *[0.4] * (looking.SHUFFLES - as_good)])
+    monkeypatch.setattr(looking, "_found", lambda colors, labels: next(shares))
+    found = looking.colors_tell(torch.rand(6, 3), classes(3, 3))
+    assert (found.tell, found.may_tell) == (tell, may_tell)
+
+
+def test_colors_that_may_matter_are_told_of_where_they_are_exchanged(
+    colored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, few = recipe(colored), looking.Colors(0.44, 0.17, tell=False, may_tell=True)
+    monkeypatch.setattr(looking, "colors_tell", lambda colors, labels: few)
+    for given, expected in ((one, True), (dataclasses.replace(one, changes=Changes(recolor=True)), False)):
+        told: list[str] = []
+        settled(given, say=told.append)
+        assert any("44% of the labeled pictures are told apart, and by chance 17%" in line for line in told) == expected
 
 
 def test_one_unlabeled_color_picture_makes_a_folder_a_colored_one(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import re
 import shlex
@@ -72,7 +74,9 @@ def run(folders: tuple[Path, set[str]], tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("runs") / "noisy"
     root, _ = folders
     flags = FLAGS.replace("--steps 24", "--steps 60").split()
-    assert main(["train", "noisy", *given(root), "--test", str(root / "test"), *flags, "--out", str(out)]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(["train", "noisy", *given(root), "--test", str(root / "test"), *flags, "--out", str(out)]) == 0
+    (out.parent / "said.txt").write_text(said.getvalue())
     return out
 
 
@@ -96,6 +100,9 @@ def test_a_run_lists_the_misplaced_pictures_first(run: Path, folders: tuple[Path
     assert all(row["probably"] != row["given"] for row in first if row["file"] in wrong)
     of_wrong, of_right = ([float(r["weight"]) for r in listed if (r["file"] in wrong) == one] for one in (True, False))
     assert np.mean(of_wrong) < np.mean(of_right)
+    others = sum(row["probably"] != row["given"] for row in listed)
+    said = " ".join((run.parent / "said.txt").read_text().split())
+    assert f"of {others} of 40 the network finds another class more probable" in said
     for name in ("suspects.png", "report.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
 

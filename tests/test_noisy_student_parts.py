@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import refused
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
@@ -183,6 +184,23 @@ def test_the_exponential_schedule_ends_where_the_papers_does() -> None:
 def test_settings_out_of_their_range_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(MetaplError, match=words):
         SelfTraining(**fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rounds", "1", "--networks", "8", "16", "32"], "--networks 8 16 32: expected 2 names at most"),
+        (
+            ["--threshold", "0.5", "0.6"],
+            "'0.6' stands behind --threshold, which does not take it: one value was expected",
+        ),
+        (["more"], "nothing takes 'more'"),
+    ],
+)
+def test_a_wrong_flag_is_told_as_it_was_written(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(capsys, "noisy-student", "digits", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_comparison_has_its_control_and_the_words_for_it(tmp_path: Path, capsy
     out = tmp_path / "compared"
     assert main([*TINY, "--compare", "--methods", *methods, "--seeds", "0-1", "--out", str(out), "--jobs", "1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Reduced MPL: stored labels, adjusted" in said
+    assert "Reduced MPL (stored labels, adjusted)" in said
     assert "Reduced MPL's student reaches" in said
     assert "needed to tell whether the student's feedback helped" in said
     found = json.loads((out / "result.json").read_text())

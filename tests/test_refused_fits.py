@@ -36,8 +36,11 @@ def fit(one: Any, **options: Any) -> Any:
 
 
 def test_a_fit_that_would_train_nothing_is_refused_at_its_first_step() -> None:
-    with pytest.raises(MetaplError, match=r"step 1: the network's loss has no gradient.*outputs are detached"):
+    with pytest.raises(
+        MetaplError, match=r"step 1: the network's loss has no gradient.*outputs are detached"
+    ) as caught:
         fit(trainer(Detached(4, 3)))
+    assert "checkpoint" not in str(caught.value), "nothing is kept, and nothing was trained that could be lost"
     with torch.no_grad():
         learning = nn.Linear(4, 3)
         before = learning.weight.clone()

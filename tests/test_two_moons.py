@@ -24,6 +24,7 @@ from metapl.models import mlp
 from metapl.problems.base import Signal
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.recipes.two_moons import TwoMoons
+from metapl.report import moons
 
 SEEDS = (3, 1, 4)
 TINY: dict[str, Any] = {"points": 40, "unlabeled_batch": 5, "init_scale": 0.9, "steps": 4}
@@ -338,3 +339,20 @@ def test_the_last_sentence_tells_a_higher_rate_from_an_equal_one() -> None:
     assert "Meta Pseudo Labels does not differ from that of the same" in verdict(recipe, outcomes(0.27, 0.25))
     assert "does not differ" in verdict(recipe, outcomes(0.0, 0.0))
     assert "supervised and UDA" in verdict(TwoMoons(uda_weight=1.0, input_noise=0.1), outcomes(0.0, 0.0))
+    assert "more --steps" not in verdict(recipe, outcomes(0.0, 0.0))
+
+
+def test_runs_at_chance_are_said_to_compare_nothing() -> None:
+    at_chance = {m: Outcome((0.5, 0.52, 0.8), {}) for m in ("supervised", "mpl")}
+    assert verdict(TwoMoons(), at_chance).endswith("say nothing about the methods. Take more --steps.")
+    assert "more --steps" not in verdict(TwoMoons(), {**at_chance, "supervised": Outcome((0.5, 0.82, 0.8), {})})
+
+
+def test_the_accuracies_of_all_methods_are_drawn_on_one_axis() -> None:
+    points, classes = [[0.0, 0.0], [1.0, 1.0]], [0, 1]
+    panels = [
+        moons.Regions("a", "n", points, classes, [0, 1], (0.0, 0.0), (1.0, 1.0), [[0, 1], [1, 0]], accuracy)
+        for accuracy in ([0.15, 0.6], [0.9, 1.0])
+    ]
+    page = moons._page("title", "note", panels, 0.95)
+    assert {axes.get_xlim() for axes in page.axes if axes.get_xlabel()} == {(0.15 - 0.02, 1.0)}

@@ -38,7 +38,8 @@ class ModeCost(Distance):
         cosine: as in :class:`Distance`; the mean over the points.
         relative_error, noise_to_signal: as in :class:`Distance`; root mean squares over the points.
         passes: floating-point operations over those of a forward pass of the student on the unlabeled batch.
-        seconds: a call, the least of interleaved rounds, for other work on the machine only adds.
+        seconds: a call, the least of interleaved rounds, for other work on the machine only adds; on a CPU the time
+            that it had of the processor, where that is less.
         peak_bytes: what a call holds at its fullest, beyond what was held before.
     """
 

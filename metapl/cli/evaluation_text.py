@@ -48,7 +48,7 @@ def robustness_table(found: Robustness, clean: Evaluation | None) -> str:
     """Accuracies by severity and by ε."""
     parts = []
     if found.corruptions:
-        head = ("corruption, accuracy at severity", "none", *map(str, SEVERITIES), "mean error")
+        head = ("corruption", "none", *map(str, SEVERITIES), "mean error")
         rows = [
             (
                 name,
@@ -60,7 +60,9 @@ def robustness_table(found: Robustness, clean: Evaluation | None) -> str:
         ]
         mean = f"mean accuracy under corruption {found.mean_corrupted_accuracy:.1%}"
         mce = found.mean_corruption_error
-        parts.append(table([head, *rows]) + f"\n\n{mean}" + ("" if mce is None else f", mCE {mce:.1f} %"))
+        parts.append(
+            f"accuracy by severity\n\n{table([head, *rows])}\n\n{mean}" + ("" if mce is None else f", mCE {mce:.1f} %")
+        )
     if found.attacks:
         rows = [("attack", "ε in 1/255", "accuracy")]
         rows += [(name, eps, f"{a:.1%}") for name, by_eps in found.attacks.items() for eps, a in by_eps.items()]

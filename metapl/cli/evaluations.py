@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +11,7 @@ from typing import Any, get_args
 from metapl.cli.evaluators import EVALUATION, check_folder
 from metapl.errors import MetaplError, few
 from metapl.plain_files import read_plain
+from metapl.recipes.methods import EVERY_METHOD
 from metapl.report.robustness import GROUPS, RELATIVE, SUMMARY, draw_evaluations, value_at
 from metapl.report.style import PALETTE
 from metapl.robustness.attacks import LEVELS, Attack
@@ -90,10 +91,19 @@ class _Flips:
 
 
 _SHARES: dict[str, Any] = dict.fromkeys(("accuracy", "top5", "expected_calibration_error"), float | None)
+_WORDS: dict[str, Any] = dict.fromkeys(("run", "method", "network", "weights", "test"), str | None)
 _DAMAGES: dict[str, Any] = {"mean_corruption_error": float | None, "corruptions": dict[str, _Damaged]}
 
 EXPECTED: dict[str, dict[str, Any]] = {
-    "": {"n": int, "classes": list[str] | None, "attacks": dict[str, dict[str, float]]} | _SHARES | _DAMAGES,
+    "": {
+        "n": int,
+        "interval": list[float] | None,
+        "classes": list[str] | None,
+        "attacks": dict[str, dict[str, float]],
+    }
+    | _WORDS
+    | _SHARES
+    | _DAMAGES,
     "multi_label": _SHARES,
     "imagenet_a": _SHARES,
     "imagenet_c": _DAMAGES,
@@ -126,6 +136,8 @@ def _fault(content: Mapping[str, Any]) -> str | None:
     except LookupError as error:
         return f"an entry lacks its {error}"
     outside = [name for name, share in figures.items() if share < 0 or (share > 1 and name not in RELATIVE)]
+    if len(content.get("interval") or (0, 1)) != 2:
+        return "interval does not have two ends"
     if content.get("n", 1) < 1:
         return f"n is {content['n']}; expected 1 or more"
     return f"{outside[0]} is {figures[outside[0]]:g}; expected a number in [0, 1]" if outside else None
@@ -168,12 +180,32 @@ def evaluations_table(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append((name, *cells, *(["-" if a is None or b is None else f"{b - a:+.1f}"] * two)))
     counts = [found.get("n") for found in evaluations.values()]
     named = [
-        f"{letter}  {short(name, 70)}" + ("" if n is None else f"\n   {n:,} test pictures")
-        for letter, name, n in zip(letters, evaluations, counts, strict=True)
+        "\n   ".join([f"{letter}  {short(name, 70)}", *_measured(found)])
+        for letter, (name, found) in zip(letters, evaluations.items(), strict=True)
     ]
-    known = {n for n in counts if n is not None}
-    note = "\n\nnote: the numbers of test pictures differ, so these are not the same pictures" * (len(known) > 1)
+    note = ""
+    if len({n for n in counts if n is not None}) > 1:
+        note = "\n\nnote: the numbers of test pictures differ, so these are not the same pictures"
+    elif len({found["test"] for found in evaluations.values() if found.get("test") is not None}) > 1:
+        note = "\n\nnote: the folders of test pictures differ; differences count where the pictures are the same"
     return "\n".join(named) + f"\n\n{table(rows)}{note}"
+
+
+def _measured(found: Mapping[str, Any]) -> Iterator[str]:
+    """What was measured, on what, and how far the top-1 accuracy is known, where the evaluation says so."""
+    if found.get("run") is not None:
+        method, name = EVERY_METHOD.get(str(found.get("method"))), str(found.get("network"))
+        said = name if method is None else method.networks.get(name, name)
+        yield f"{said} of {short(str(found['run']), 50)}"
+    elif found.get("weights") is not None:
+        yield short(str(found["weights"]), 70)
+    n, folder, interval = found.get("n"), found.get("test"), found.get("interval")
+    if n is not None:
+        of_folder = "" if folder is None else f" of {short(str(folder), 50)}"
+        yield f"{n:,} test pictures{of_folder}"
+    if interval is not None:
+        low, high = interval
+        yield f"95 % interval of top-1: {100 * low:.1f} to {100 * high:.1f}"
 
 
 def write_comparison(folder: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> None:

@@ -135,7 +135,7 @@ def _plain_value(value: str) -> str:
 
 
 def _plain_help(name: str, text: str) -> str:
-    text = re.sub(r" ?\(default: (None|False)\)", "", text.replace("``", ""))
+    text = re.sub(r" ?\(default: (None|False|)\)", "", text.replace("``", ""))
     if re.search(r"(--|\.)no-", name):
         text = text.replace("(default: True)", "(on by default: this turns it off)")
     return text

@@ -63,7 +63,7 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
     flags = [entry.name for entry in entries]
     unknown = unknown_flags(arguments, flags)
     why = (
-        _by_flag(_choice(_one_line(message)), flags)
+        _left_over(_by_flag(_choice(_one_line(message)), flags), arguments)
         if not unknown
         else f"there is no {unknown[0]}{did_you_mean(unknown[0], flags) or '.'}"
     )
@@ -96,6 +96,25 @@ def _choice(text: str) -> str:
     return f"{flag} {given}: there is no such value{meant} Expected one of {', '.join(values)}."
 
 
+def _left_over(text: str, arguments: Sequence[str]) -> str:
+    """tyro's refusal of a word that nothing takes, by the flag that it stands behind.
+
+    >>> _left_over("Unrecognized options: pgd.", ["runs/mine", "--attack", "fgsm", "pgd"])
+    "'pgd' stands behind --attack, which does not take it: one value was expected."
+    >>> _left_over("Unrecognized options: more.", ["runs/mine", "more"])
+    "nothing takes 'more'."
+    """
+    match = re.match(r"Unrecognized options: (\S+?)\.?(?: |$)", text)
+    if match is None or match[1] not in arguments:
+        return text
+    flags = [word for word in arguments[: arguments.index(match[1])] if word.startswith("--")]
+    return (
+        f"'{match[1]}' stands behind {flags[-1]}, which does not take it: one value was expected."
+        if flags
+        else f"nothing takes '{match[1]}'."
+    )
+
+
 def _by_flag(text: str, flags: Sequence[str]) -> str:
     """tyro's refusal of a group of flags, by the flag that is wrong in it.
 
@@ -120,7 +139,8 @@ def flags_named() -> Iterator[None]:
         name = FLAGS.get(error.field, error.field).replace("_", "-")
         if not any({name, f"{name.partition('.')[0]}.*"} & {*known.split()} for known in GROUPS.values()):
             raise
-        raise MetaplError(f"--{name} {error.value}: expected {error.expected}.") from error
+        given = " ".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
+        raise MetaplError(f"--{name} {given}: expected {error.expected}.") from error
 
 
 def _with_true(arguments: list[str], switches: list[str]) -> list[str]:

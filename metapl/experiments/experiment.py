@@ -27,7 +27,7 @@ from metapl.experiments.methods import train
 from metapl.experiments.noisy_labels import ALONE
 from metapl.experiments.reducing import label_by
 from metapl.experiments.self_training import Rounds, networks_of, spoken_rounds
-from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, write_suspects
+from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
@@ -79,7 +79,10 @@ class Experiment:
             found = find_suspects(task.doubtful, trained)
             galleries.append(suspects_gallery(found, task))
             write_suspects(self.folder.path, found, task)
-            self.say(f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first")
+            self.say(
+                f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first; of "
+                f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
+            )
         changed = [] if task.rounds is None else task.rounds.galleries()
         sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
         networks = self.networks(method, task, trained, result)

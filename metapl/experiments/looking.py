@@ -29,7 +29,12 @@ SMALLEST_STD = 0.05
 """Standard deviation in [0, 1] that blank pictures are given."""
 
 SHUFFLES = 199
-"""Shuffles of the labels that colors are compared with: they tell classes apart by chance in one set of two hundred."""
+"""Shuffles of the labels that colors are compared with."""
+
+CHANCES, DOUBTS = 2, 20
+"""Of ``SHUFFLES`` and the labels as they are, the most that find the classes as well where color tells them apart, and
+where it may: by chance it does so in one set of a hundred, and may in one of ten. Colors that are exchanged for nothing
+cost the only thing that tells such classes apart, and colors that are kept for nothing a kind of augmentation."""
 
 
 AROUND = 9
@@ -48,11 +53,13 @@ class Colors:
             averaged over classes.
         chance: the same share expected of guessing evenly among the classes.
         tell: whether ``right`` is more than chance explains.
+        may_tell: whether it is rather more than chance explains, and the pictures are too few to say.
     """
 
     right: float
     chance: float
     tell: bool
+    may_tell: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     """Whether the nearest class mean, with each example left out of its own, finds the classes.
 
     The share found, averaged over classes, is compared with that of ``SHUFFLES`` shuffles of the labels: whatever the
-    sizes of the classes, colors that have nothing to do with them are above all of these once in ``SHUFFLES`` + 1.
+    sizes of the classes, colors that have nothing to do with them tell them apart in one of a hundred sets.
 
     Args:
         colors_NC: (N, C), the mean color of each picture's middle.
@@ -176,7 +183,8 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     generator = torch.Generator().manual_seed(0)
     shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES))
     right = _found(scaled, labels)
-    return Colors(right, chance, right > max(_found(scaled, order) for order in shuffled))
+    as_well = 1 + sum(_found(scaled, order) >= right for order in shuffled)
+    return Colors(right, chance, tell=as_well <= CHANCES, may_tell=CHANCES < as_well <= DOUBTS)
 
 
 def _found(colors_NC: Tensor, labels: Tensor) -> float:

@@ -277,7 +277,10 @@ class Rounds:
             )
         if selection.missing:
             missing = ", ".join(selection.missing[:5]) + (" ..." if len(selection.missing) > 5 else "")
-            self.say(f"note: of these classes no unlabeled example is kept: {missing}")
+            self.say(
+                f"note: of these classes no unlabeled example is kept: {missing}. The student sees them in labeled "
+                "examples alone; more --steps make a better teacher, and a lower --threshold keeps more"
+            )
 
 
 def _content(store: LabelStore) -> str:

@@ -67,6 +67,12 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
     say(chosen(recipe, seen))
     if given.steps is OPEN and recipe.steps < FEW_STEPS:
         say(f"note: {recipe.steps} steps are few, for this machine is slow or busy: give more --minutes, or --steps")
+    if seen.colors.may_tell and given.changes.recolor is None and not (recipe.grey or recipe.randaugment):
+        say(
+            f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told apart, and by "
+            f"chance {seen.colors.chance:.0%}, so colors may matter, and are exchanged: if they do, give "
+            "--changes.recolor False"
+        )
     if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
         say("for photographs a network that was trained on photographs is better: --weights imagenet")
     return recipe
@@ -144,8 +150,10 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
     else:
         colors = f"{'light and dark' if recipe.grey else 'colors'} {'exchanged' if recipe.changes.recolor else 'kept'}"
         changed = f"{colors}, {'mirrored' if recipe.changes.mirror else 'not mirrored'}"
+    of_rounds = recipe.self_training.networks if EVERY_METHOD[recipe.method].self_training is not None else ()
+    networks = ", then ".join(of_rounds) or recipe.network_name
     return (
-        f"chosen: {recipe.network_name} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "
+        f"chosen: {networks} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "
         f"{optimizer.algorithm} at {optimizer.lr:g}, {recipe.precision}, {recipe.steps:,} steps"
     )
 

@@ -84,6 +84,11 @@ def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
     ]
 
 
+def taken_for_others(suspects: Sequence[Suspect]) -> int:
+    """Of how many the network finds another class more probable than the given one."""
+    return sum(one.probably != one.given for one in suspects)
+
+
 def _weights(trained: Trainer) -> Tensor | None:
     """The weight of each example, where they were learned."""
     teacher = trained.teacher
@@ -116,5 +121,8 @@ def suspects_gallery(suspects: Sequence[Suspect], task: Task) -> Gallery:
         f"given: {names[one.given]}\n{names[one.probably]}, {one.p_probably:.0%}\n{Path(one.name).name}"
         for one in shown
     )
-    note = f"of {len(suspects):,} labels that may be wrong, the most suspicious first"
+    note = (
+        f"of {len(suspects):,} labels that may be wrong, the most suspicious first; of {taken_for_others(suspects):,} "
+        "the network finds another class more probable"
+    )
     return Gallery("Suspects", note, pictures, captions, (None,) * len(shown))

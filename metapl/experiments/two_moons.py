@@ -37,6 +37,9 @@ METHODS: dict[Method, str] = {
 
 MOST_RUNS = 4096
 
+HARDLY = 0.6
+"""An accuracy up to which a network has hardly learned anything, on two classes of the same size."""
+
 CHUNK = 128
 """Steps whose batches are drawn at once. Part of what a seed means: other chunks draw other batches."""
 
@@ -308,7 +311,17 @@ def verdict(recipe: TwoMoons, outcomes: Mapping[Method, Outcome]) -> str:
         said = f"is {'higher' if only_mpl > only_other else 'lower'} than that of {named[other]}"
     return (
         f"The success rate of {METHODS['mpl']} {said}, the best of the others (p = {p:.2g}, McNemar's exact test on "
-        f"{len(mpl.accuracy)} paired seeds)."
+        f"{len(mpl.accuracy)} paired seeds).{_hardly_learned(outcomes.values())}"
+    )
+
+
+def _hardly_learned(outcomes: Iterable[Outcome]) -> str:
+    """A sentence for networks that are still as they began: then no method has been compared with another."""
+    if any(outcome.accuracy[outcome.median] > HARDLY for outcome in outcomes):
+        return ""
+    return (
+        f" Half of the runs of every method classify {100 * HARDLY:.0f} % of the points or fewer, and guessing "
+        "classifies 50 %: so few steps say nothing about the methods. Take more --steps."
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import checks
 from metapl.errors import MetaplError
+from metapl.memory import out_of_memory
 from metapl.problems.base import Problem
 
 
@@ -38,6 +39,26 @@ class Classification(Problem):
                 f"({', '.join(self.inner_batch)}) as unlabeled=."
             )
         return dict(zip(self.inner_batch, batch, strict=True))
+
+
+def ask_teacher(teacher: nn.Module, expected: str, given: Tensor) -> Any:
+    """What a teacher returns that does not read the student's inputs; refuse one that cannot take what it is given.
+
+    Args:
+        teacher: is asked.
+        expected: what it takes and returns, for the error.
+        given: what it takes, (B,).
+    """
+    try:
+        return teacher(given)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, MetaplError) or out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise MetaplError(
+            f"the teacher {type(teacher).__name__} cannot take {checks.described(given)}: {reason}. Expected a module "
+            f"that maps {expected}."
+        ) from error
 
 
 def check_rows(values: Tensor, outputs: Tensor, meaning: str, *shape: int) -> Tensor:

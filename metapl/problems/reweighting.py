@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 from metapl.numerics import in_type_of, wide
 from metapl.problems.base import Kind, Params, Signal
-from metapl.problems.classification import Classification, check_rows, example_losses
+from metapl.problems.classification import Classification, ask_teacher, check_rows, example_losses
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class MetaWeightNet(Classification):
     ) -> Signal:
         """a = V(losses), (B,)."""
         losses = in_type_of(teacher, example_losses(student_outputs, self.parts_of(batch)["labels"]))
-        return Signal(wide(check_rows(teacher(losses), student_outputs, "a weight per loss,")))
+        weights = ask_teacher(teacher, "losses (B,) to weights (B,), such as metapl.problems.WeightNet()", losses)
+        return Signal(wide(check_rows(weights, student_outputs, "a weight per loss,")))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""
@@ -164,7 +165,12 @@ class ExampleWeights(Classification):
     ) -> Signal:
         """a = σ(t), (B,)."""
         indices = self.parts_of(batch)["indices"]
-        return Signal(wide(check_rows(teacher(indices), student_outputs, "a number per index,")).sigmoid())
+        numbers = ask_teacher(
+            teacher,
+            "indices (B,) to numbers (B,), such as metapl.problems.Table(torch.zeros(n)) for n examples",
+            indices,
+        )
+        return Signal(wide(check_rows(numbers, student_outputs, "a number per index,")).sigmoid())
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""

@@ -163,7 +163,7 @@ _ALL = (
     Method("supervised_everything", "supervised with all true labels (headroom)", losses=_own, place="headroom"),
     Method("pseudo_labels", f"{_FIXED}, soft", fixed_labels="soft", place="compared"),
     Method("pseudo_labels_hard", f"{_FIXED}, hard", fixed_labels="hard"),
-    Method("reduced_mpl", "Reduced MPL: stored labels, adjusted", "recipe", reduced=True, control="reduced_none"),
+    Method("reduced_mpl", "Reduced MPL (stored labels, adjusted)", "recipe", reduced=True, control="reduced_none"),
     Method("reduced_none", "stored labels, adjusted without feedback", "none", reduced=True),
     Method("uda", "UDA alone", losses=_with_uda, place="compared"),
     Method("fixmatch", "FixMatch alone", losses=_fixmatch),

@@ -85,13 +85,14 @@ def _page(title: str, note: str, methods: Sequence[Regions], success: float) -> 
     figure = blank_page(width, 2 * MARGIN + head_height(title_lines, note_lines) + ABOVE + below)
     top = draw_head(figure, title_lines, note_lines) - ABOVE
     highest = max(int(np.histogram(method.accuracy, BINS, (0.0, 1.0))[0].max()) for method in methods)
+    lowest = min(0.4, *(min(method.accuracy) - 0.02 for method in methods))  # one axis, so that panels can be compared
     for number, method in enumerate(methods):
         left = MARGIN + number * (PANEL + BETWEEN)
         region = figure.add_axes(fractions(figure, (left, top - REGION_HEIGHT, PANEL, REGION_HEIGHT)))
         _draw_region(region, method)
         bottom = top - REGION_HEIGHT - BELOW_REGION - STRIP_HEIGHT
         strip = figure.add_axes(fractions(figure, (left, bottom, PANEL, STRIP_HEIGHT)))
-        _draw_accuracies(strip, method.accuracy, success, highest)
+        _draw_accuracies(strip, method.accuracy, success, lowest, highest)
         if number == 0:
             strip.set_ylabel("runs", fontsize=NOTE_SIZE, labelpad=2)
     return figure
@@ -122,7 +123,7 @@ def _draw_region(axes: Axes, method: Regions) -> None:
     write_note(axes, method.note)
 
 
-def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, highest: int) -> None:
+def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, lowest: float, highest: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     parts = [[value for value in accuracy if (value > success) == succeeded] for succeeded in (True, False)]
@@ -130,7 +131,7 @@ def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, high
     axes.axvline(success, color=INK, linewidth=1.0, linestyle=(0, (3, 2)), zorder=4)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.tick_params(which="both", length=0)
-    axes.set_xlim(min(0.4, min(accuracy) - 0.02), 1.0)
+    axes.set_xlim(lowest, 1.0)
     axes.set_ylim(0, 1.1 * highest)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")

@@ -118,6 +118,7 @@ def draw_evaluations(path: Path, evaluations: Mapping[str, Mapping[str, Any]], t
     for name, place in (("damaged pictures", ("corruptions",)), ("ImageNet-C", ("imagenet_c", "corruptions"))):
         kinds = {kind: (*place, kind, "error") for names in GROUPS.values() for kind in names}
         panels.append(_Panel(f"{name}: error, %", _bars_of(evaluations, kinds)))
+    colors = dict(zip(evaluations, PALETTE, strict=False))
     attacks = sorted({attack for found in evaluations.values() for attack in found.get("attacks", {})})
     for attack in attacks:
         curves: Curves = {
@@ -125,7 +126,7 @@ def draw_evaluations(path: Path, evaluations: Mapping[str, Mapping[str, Any]], t
             for name, found in evaluations.items()
             if attack in found.get("attacks", {})
         }
-        panels.append(_Panel(attack.upper(), _curves(curves, "ε, in 1/255", None, None)))
+        panels.append(_Panel(attack.upper(), _curves(curves, "ε, in 1/255", None, None, colors)))
     flips = {name: _flips(found) for name, found in evaluations.items()}
     named = {name: (name,) for found in flips.values() for name in found}
     panels.append(_Panel("ImageNet-P: flips, %", _bars_of(flips, named)))
@@ -183,14 +184,24 @@ def _flips(found: Mapping[str, Any]) -> dict[str, float]:
     return {name: kind["flip_probability"] for name, kind in kinds.items()}
 
 
-def _curves(curves: Curves, label: str, clean: float | None, chance: float | None) -> Callable[[Axes], None]:
-    """Accuracies over a severity or ε, from that of the pictures as they are, where it is known."""
+def _curves(
+    curves: Curves, label: str, clean: float | None, chance: float | None, colors: Mapping[str, str] | None = None
+) -> Callable[[Axes], None]:
+    """Accuracies over a severity or ε, from that of the pictures as they are, where it is known.
+
+    Args:
+        curves: by name.
+        label: of the axis.
+        clean, chance: accuracies.
+        colors: by name, where the page has a legend of its own; an evaluation without this curve keeps its color.
+    """
+    colors = dict(zip(curves, PALETTE, strict=False)) if colors is None else colors
 
     def draw(axes: Axes) -> None:
-        for (name, curve), color in zip(curves.items(), PALETTE, strict=False):
+        for name, curve in curves.items():
             points = curve if clean is None else {0: clean, **curve}
             places = sorted(points)
-            axes.plot(places, [100 * points[x] for x in places], "o-", ms=3.5, lw=1.6, color=color, label=name)
+            axes.plot(places, [100 * points[x] for x in places], "o-", ms=3.5, lw=1.6, color=colors[name], label=name)
         if chance is not None:
             axes.axhline(100 * chance, color=QUIET, lw=0.8, ls=":", label="chance")
         axes.set_xticks(
@@ -230,4 +241,6 @@ def _bars(axes: Axes, evaluations: Mapping[str, Mapping[str, Any]], places: Mapp
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(max(len(rows), LEAST_ROWS) - 0.4, -0.6)
     axes.set_xlim(0, 1.2 * max(largest, 1e-9))
+    if not any(name in RELATIVE for name in rows):  # shares: there is nothing beyond 100 %
+        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= min(100, axes.get_xlim()[1])])
     axes.grid(visible=False, axis="y")

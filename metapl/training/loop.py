@@ -283,7 +283,9 @@ class FitRun:
             report = self.trainer.teacher_step(labeled, unlabeled) if waits else self.trainer.step(labeled, unlabeled)
         except MetaplError as error:
             self._refuse_bad(t - 1)  # what went wrong before is the reason
-            raise MetaplError(f"step {t + 1}: {error} ({self.records.last_good()})") from error
+            # Of a first step that is refused there is nothing to go back to.
+            last = f" ({self.records.last_good()})" if t or self.records.kept else ""
+            raise MetaplError(f"step {t + 1}: {error}{last}") from error
         if self.average is not None and not waits:
             self.average.update(self.trainer.student)
         if self.teacher_average is not None and self.trainer.teacher is not None:

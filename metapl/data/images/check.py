@@ -88,7 +88,11 @@ def check_folders(
     others = {"unlabeled": unlabeled, "validation": validation, "test": test}
     roots = {name: files.root for name, files in others.items() if files is not None}
     findings = [*_class_findings(labeled), *find_inside(labeled, roots)]
-    findings += find_copies(labeled, unlabeled, validation, test, progress)
+    around = _around(labeled, {name: root for name, root in roots.items() if name != "unlabeled"})
+    findings += around.values()
+    # A folder around the labeled one has copies of all that lies in it, which says nothing more.
+    beside = {"validation": validation, "test": test} | dict.fromkeys(around)
+    findings += find_copies(labeled, unlabeled, beside["validation"], beside["test"], progress)
     for name, held_out in (("validation", validation), ("test", test)):
         if held_out is not None:
             findings += _other_classes(labeled, held_out, name)
@@ -195,6 +199,20 @@ def find_inside(labeled: LabeledFiles, others: Mapping[str, Path]) -> Iterator[F
             f"{few(labeled.classes)}; expected a folder for the classes, and another one beside it.{instead}",
             (other,),
         )
+
+
+def _around(labeled: LabeledFiles, held_out: Mapping[str, Path]) -> dict[str, Finding]:
+    """By name, the folders of held-out pictures in which the labeled folder lies."""
+    return {
+        name: Finding(
+            "error",
+            f"the labeled folder {shown(labeled.root)} lies inside the {name} folder {shown(root)}; expected the "
+            f"folder of the {name} pictures alone, with one subfolder for each class.",
+            (root,),
+        )
+        for name, root in held_out.items()
+        if root.resolve() in labeled.root.resolve().parents
+    }
 
 
 def _other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> Iterator[Finding]:
@@ -319,7 +337,7 @@ _LEAKS = (
 
 def _leak(held_out: str, other: str, pairs: Sequence[tuple[_File, _File]], mended: str) -> Finding:
     harmless = (held_out, other) == ("test", "validation")
-    shown = few([f"{file.path} is {copy.path}" for file, copy in pairs])
+    shown = few([str(file.path) + f" is {copy.path}" * (file.path != copy.path) for file, copy in pairs])
     return Finding(
         "warning" if harmless else "error",
         f"{len(pairs)} {held_out} pictures are among the {other} ones too: {shown}; "
