@@ -74,6 +74,12 @@ def test_the_best_by_validation_is_delivered_and_of_equals_the_first() -> None:
     assert delivered("mpl", networks(student=0.0, finetuned=0.0), select=True) == "student"
 
 
+def test_of_noisy_students_equals_the_finetuned_one_is_delivered() -> None:
+    """The student before it only if validation shows that to be better; the teacher never."""
+    assert delivered("noisy_student", networks(student=0.9, teacher=0.95, finetuned=0.9), select=True) == "finetuned"
+    assert delivered("noisy_student", networks(student=0.9, teacher=0.95, finetuned=0.8), select=True) == "student"
+
+
 def test_where_validation_cannot_tell_a_rule_of_the_method_does() -> None:
     told = networks(student=0.1, teacher=0.9, finetuned=0.2)
     assert delivered("mpl", told, select=False) == "finetuned"

@@ -112,3 +112,14 @@ def test_a_run_that_is_stopped_in_any_stage_ends_as_one_that_was_not(
     assert not (run / "result.json").exists()
     assert main([*TINY, "--out", str(run), "--resume"]) == 0
     assert contents(run) == contents(whole)
+
+
+def test_a_run_that_is_stopped_while_a_student_is_finetuned_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    command = (*TINY, "--training", "pretrain_finetune", "--finetune-steps", "4", "--dropout", "0.1")
+    runs = tmp_path / "whole", tmp_path / "stopped"
+    assert main([*command, "--out", str(runs[0])]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stops(patch, LossTrainer, "step", 15)  # of the first student's finetuning, after two trainings of six
+        assert main([*command, "--out", str(runs[1])]) == 130
+    assert main([*command, "--out", str(runs[1]), "--resume"]) == 0
+    assert contents(runs[0]) == contents(runs[1])

@@ -15,17 +15,22 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl.cli import main
+from metapl.cli.plan import _costs
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.equal_cost import equal_steps, operations, with_steps
-from metapl.experiments.self_training import Noised, end_matched, networks_of
+from metapl.experiments.self_training import Noised, Rounds, _finetuned, end_matched, networks_of
+from metapl.labels import LabelStore, LabelWriter
+from metapl.labels.queries import select
+from metapl.models import Architecture
 from metapl.planning.plan import plan
 from metapl.problems.base import Signal
 from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss, model_noise
-from metapl.recipes import Digits
+from metapl.recipes import Digits, ImageFolders
+from metapl.recipes.image_folders import OpenOptimizer
 from metapl.recipes.noisy_student import PAPER_RECIPES
 from metapl.recipes.self_training import SelfTraining
-from metapl.training import FitOptions
+from metapl.training import FitOptions, FitResult
 
 NOTHING = Signal(torch.zeros(0))
 
@@ -70,6 +75,75 @@ def test_without_noise_on_unlabeled_examples_dropout_acts_on_labeled_ones_alone(
     seen.clear()
     NoisyStudentLoss()(network, **data, signal=NOTHING, step=0)
     assert seen == {8: True}
+
+
+class Functional(nn.Module):
+    """Calls dropout as a function, as some of timm's networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_rate, self.norm, self.linear = 0.5, nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.norm.training
+        return self.linear(F.dropout(x, self.drop_rate, self.training))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["functional", "timm:resnet18"])
+def test_dropout_that_is_called_as_a_function_is_noise_too(name: str) -> None:
+    network: nn.Module = Functional()
+    inputs = torch.randn(6, 4)
+    if name != "functional":
+        pytest.importorskip("timm")
+        network, inputs = Architecture(name=name, num_classes=3, dropout=0.5).create().train(), torch.rand(6, 3, 32, 32)
+    batch = {"labeled": (inputs, torch.full((6, 3), 1 / 3)), "unlabeled": None, "signal": NOTHING, "step": 0}
+    with torch.no_grad():
+        still = {float(StoredLabelLoss(model_noise=False)(network, **batch)) for _ in range(3)}
+        moving = {float(StoredLabelLoss()(network, **batch)) for _ in range(3)}
+    assert (len(still), len(moving)) == (1, 3)
+    assert all(part.training for part in network.modules())
+
+
+def test_networks_of_the_rounds_have_the_rates_of_their_kinds() -> None:
+    """Where the user left them open; what was given stays."""
+    fields: dict[str, Any] = {"image_size": 32, "grey": False, "precision": "float32", "val_fraction": 0.0}
+    fields |= {"mean": (0.5,) * 3, "std": (0.2,) * 3, "uda_prior": (0.5, 0.5), "class_names": ("a", "b")}
+    fields |= {"labeled": "few", "unlabeled": "many", "network_name": "pooled_cnn"}
+    settings = SelfTraining(rounds=1, networks=("pooled_cnn", "resnet18"))
+
+    def found(**given: Any) -> list[tuple[float, float]]:
+        recipe = ImageFolders(**fields, **given).for_network("pooled_cnn").scheduled(100)
+        return [(each.teacher.lr, each.clip_norm) for each in networks_of(recipe, settings)]
+
+    assert found() == [(0.01, 0.0), (0.001, 1.0)]
+    assert found(teacher=OpenOptimizer(lr=0.02), clip_norm=0.5) == [(0.02, 0.5)] * 2
+    assert found(teacher=OpenOptimizer(lr=0.02)) == [(0.02, 0.0), (0.02, 1.0)]
+
+
+def test_a_threshold_and_a_selection_compare_confidences_alike(tmp_path: Path) -> None:
+    """In float32, 0.1 is more than it is in float64, and not above itself."""
+    with LabelWriter(tmp_path / "all", tuple("0123456789")) as writer:
+        writer.add(list(range(4)), torch.full((4, 10), 0.1))
+    store = LabelStore(tmp_path / "all")
+    recipe, measured = Digits(), {"test_accuracy": 0.1}
+    rounds = Rounds(recipe, tmp_path, recipe.task(), SelfTraining(threshold=0.1), False, lambda _: measured, print)
+    assert rounds.threshold(store) == 0
+    assert select(store, tmp_path / "some", threshold=rounds.threshold(store)).kept == 4
+
+
+def test_each_round_draws_its_own_batches_of_finetuning() -> None:
+    recipe = Digits(hidden=(4,))
+    task, drawn = recipe.task(), []
+
+    def fit(trainer: Any, labeled: Any, unlabeled: Any, task: Any, **options: Any) -> FitResult:
+        drawn.append(torch.cat([labeled[step][0].flatten() for step in range(3)]))
+        return FitResult(None, 0, {})
+
+    for number in (1, 2, 1):
+        _finetuned(recipe, recipe.network(), task, number, fit)
+    first, second, again = drawn
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
 
 
 def test_a_noisy_teacher_draws_the_same_masks_for_the_same_batch_and_leaves_the_generator() -> None:
@@ -173,6 +247,10 @@ def test_a_step_of_a_student_is_planned_without_a_teacher() -> None:
     assert found.parameters == {"teacher": 0, "student": 64 * 16 + 16 + 16 * 10 + 10}
     assert found.per_rank["weights"] == found.per_rank["optimizer"] == 4 * 1210
     assert (found.as_dict()["mode"], found.as_dict()["unlabeled_batch"]) == (None, 24)
+    said = _costs(dataclasses.replace(found, flops_per_second=1e9))
+    assert f"{recipe.steps:,} steps of each round take" in said
+    plain = plan(Digits(hidden=(16,)), Mesh(), memory=10**9, flops_per_second=1e9)
+    assert "steps take" in _costs(plain)
 
 
 def test_the_papers_protocols_are_recipes() -> None:

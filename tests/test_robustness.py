@@ -12,11 +12,13 @@ import pytest
 import torch
 from command import refused, result, said
 from PIL import Image
-from scipy.ndimage import convolve
+from scipy.ndimage import convolve, gaussian_filter, map_coordinates
 from sklearn.datasets import load_sample_image
 from tiny_runs import tiny  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
+from metapl.cli.inputs import TestFolder
+from metapl.data.images.reader import read_image
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.robustness import corruptions as kinds
@@ -121,6 +123,42 @@ def test_blur_of_a_point_is_its_kernel() -> None:
     kernel = kinds._disk(3, 0.1)
     picture = np.random.default_rng(0).random((30, 30, 1))
     assert np.allclose(kinds._filtered(picture, kernel)[..., 0], convolve(picture[..., 0], kernel, mode="mirror"))
+
+
+@pytest.mark.parametrize(("level", "decay"), [*enumerate((2, 2, 1.7, 1.5, 1.4))])
+def test_the_wobble_of_fog_falls_by_the_square_of_its_decay(level: int, decay: float) -> None:
+    """ImageNet-C draws a wobble within w times ±w, and w falls by the decay from scale to scale."""
+    cloud = kinds.fog(np.full((512, 512, 1), 0.5), level, np.random.default_rng(0))[..., 0]
+    wobbles = []
+    for reach in (1, 2):  # each middle of a square was the mean of its corners and a wobble
+        corners = cloud[:: 2 * reach, :: 2 * reach]
+        means = (corners[:-1, :-1] + corners[1:, :-1] + corners[:-1, 1:] + corners[1:, 1:]) / 4
+        wobbles.append(np.std(cloud[reach :: 2 * reach, reach :: 2 * reach][:-1, :-1] - means))
+    assert wobbles[1] / wobbles[0] == pytest.approx(decay**2, rel=0.03)
+
+
+def test_a_fractal_is_brought_to_its_range_before_it_is_cut() -> None:
+    whole, part = (kinds._fractal((side, side), 1.96, np.random.default_rng(0)) for side in (256, 130))
+    assert (whole.min(), whole.max()) == (0, 1)
+    assert np.array_equal(part, whole[:130, :130])
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_the_elastic_transform_has_the_published_lengths(level: int) -> None:
+    """Of 224 pixels: amounts, widths and moves of corners are 244 times those of the paper; 3 widths of a blur."""
+    amount, sigma, affine = (244 * share for share in ((2, 0.7, 0.1), (), (0.05, 0.01, 0.02))[level])
+    picture, drawn = np.random.default_rng(1).random((224, 224, 1)), np.random.default_rng(0)
+    corners = np.array([[186, 186], [186, 38], [38, 38]]) + np.array([[2, 2], [2, -2], [-2, -2]]) / 3
+    moved = corners + drawn.uniform(-affine, affine, size=(3, 2))
+    field = [
+        amount * gaussian_filter(drawn.uniform(-1, 1, (224, 224)), sigma, mode="reflect", truncate=3) for _ in range(2)
+    ]
+    rows, columns = np.mgrid[:224, :224] + np.array(field)
+    matrix = np.linalg.solve(np.c_[moved, np.ones(3)], corners).T
+    places = np.tensordot(matrix, np.stack([rows, columns, np.ones_like(rows)]), axes=1)
+    expected = map_coordinates(picture[..., 0], places, order=1, mode="reflect")
+    found = kinds.elastic_transform(picture, level, np.random.default_rng(0))
+    assert np.allclose(found[..., 0], expected)
 
 
 def test_a_zoom_of_one_is_the_picture_and_of_two_its_middle() -> None:
@@ -276,3 +314,21 @@ def test_flags_that_say_nothing_are_refused(
         (("--corruptions", "--out", tmp_path / "file"), "is a file; expected a folder"),
     ):
         assert words in refused(capsys, "evaluate", tiny, *flags)
+
+
+def test_a_file_that_cannot_be_read_is_counted_once_however_often_its_folder_is_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    (tmp_path / "a" / "bad.png").write_bytes(b"no picture")
+
+    class Reader:
+        reads, classes = (".png",), ("a", "b")
+
+        def read(self, path: Path) -> list[tuple[str, Tensor]]:
+            return [(str(path), read_image(path, mode="RGB", size=(8, 8)))]
+
+    folder = TestFolder(Reader(), tmp_path)
+    for _ in range(2):
+        assert sum(len(y) for _, y in folder.batches()) == 2
+        assert folder.skipped == 1

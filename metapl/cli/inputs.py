@@ -50,8 +50,10 @@ class Inputs:
         self.recipe, self.seen, self.skipped = recipe, 0, 0
         self.leave = {os.path.realpath(file) for file in leave}
         self.files = [file for path in paths for file in (self._within(path) if path.is_dir() else [path])]
+        self._unlisted_folders = self.skipped
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.seen = self.skipped = self._unlisted_folders  # of this pass, whatever was read before
         for file in self.files:
             self.seen += 1
             try:

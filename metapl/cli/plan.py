@@ -198,7 +198,8 @@ def _costs(found: Plan) -> str:
     if found.hours is None or found.flops_per_second is None:
         return step
     rate = _operations(int(found.flops_per_second))
-    return f"{step} At {rate} a second, {found.recipe.steps:,} steps take {_duration(found.hours)}."
+    each = "of each round " if found.by_stored_labels else ""
+    return f"{step} At {rate} a second, {found.recipe.steps:,} steps {each}take {_duration(found.hours)}."
 
 
 def _side_by_side(left: str, right: str) -> list[str]:

@@ -347,13 +347,14 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
         method: of :data:`EVERY_METHOD`.
         networks: by name.
         select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``. Of
-            Noisy Student it is the last student, finetuned or not, and never its teacher.
+            Noisy Student it is the last student, finetuned or not, of equals finetuned, and never its teacher.
             Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
     """
     if EVERY_METHOD[method].self_training is not None:
         networks = {name: network for name, network in networks.items() if name != "teacher"}
         if not select:
             return [*networks][-1]
+        networks = dict(reversed([*networks.items()]))
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
     return EVERY_METHOD[method].delivers

@@ -257,8 +257,10 @@ class Rounds:
 
     def threshold(self, labels: LabelStore) -> float:
         """The confidence above which examples are kept: 0 where the teacher is not as confident of a single one."""
-        most = float(_stored_labels(labels)[2].max())
-        return self.settings.threshold if most > self.settings.threshold else 0.0
+        # Compared in float32, as confidences are stored and select compares them: there, 0.1 is more than in float64.
+        confidences = _stored_labels(labels)[2]
+        above = confidences > torch.tensor(self.settings.threshold, dtype=confidences.dtype)
+        return self.settings.threshold if bool(above.any()) else 0.0
 
     def _tell(self, number: int, selection: Selection) -> None:
         copies = f", {selection.copies:,} with copies" if selection.copies != selection.kept else ""
@@ -512,14 +514,19 @@ def _pseudo_labeled(
 
 
 def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int, fit: Fit) -> tuple[Trainer, FitResult]:
-    """A student that learned from pseudo-labels alone, finetuned on labeled examples."""
+    """A student that learned from pseudo-labels alone, finetuned on labeled examples; each round draws its own."""
+    torch.manual_seed(fold_in(recipe.seed + 1, number))  # whatever was drawn before
+    labeled = task.finetuning
+    assert isinstance(labeled, LabeledBatches)
+    sampler = dataclasses.replace(labeled.sampler, seed=fold_in(labeled.sampler.seed, number))
+    labeled = dataclasses.replace(labeled, sampler=sampler, seed=fold_in(labeled.seed, number))
     optimizer = recipe.finetune.build(network)
     trainer = LossTrainer(network, (CrossEntropy(),), optimizer=optimizer, **recipe.trainer_options())
     steps = recipe.finetune_steps
     over = {"phase": f"round-{number}{FINETUNED}", "steps": steps, "ema_decay": None, "warmup": 0}
     every = max(1, steps // 10)
     options = ALONE | over | {"validate_every": every, "schedule": "cosine"} | recipe.finetune_options()
-    return trainer, fit(trainer, task.finetuning, None, task, **options)
+    return trainer, fit(trainer, labeled, None, task, **options)
 
 
 def filtered(recipe: Recipe, task: Task, fit: Fit) -> Task:

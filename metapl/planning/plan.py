@@ -72,7 +72,10 @@ class Plan:
 
     @property
     def hours(self) -> float | None:
-        """Of all steps, if communication is hidden behind computation; None where the rate is not known."""
+        """Of all steps, if communication is hidden behind computation; None where the rate is not known.
+
+        Of Noisy Student, those of one student: each of its rounds takes as many.
+        """
         if self.flops_per_second is None:
             return None
         return self.recipe.steps * self.step.flops / self.flops_per_second / 3600

@@ -33,7 +33,7 @@ from metapl.errors import MetaplError, few
 from metapl.labels.layout import DESCRIPTION
 from metapl.plain_files import read_plain
 from metapl.problems.losses import UDA
-from metapl.recipes.base import Optimizer, Task, require
+from metapl.recipes.base import ROLES, Optimizer, Task, require
 from metapl.recipes.image_recipe import ImageParts, ImageRecipe, Views
 from metapl.recipes.methods import EVERY_METHOD, SELF_TRAINING_METHODS
 from metapl.training import Say
@@ -326,6 +326,16 @@ class ImageFolders(ImageRecipe):
         clip = (NOT_CLIPPED if name.endswith("_cnn") else CLIPPED) if self.clip_norm is OPEN else self.clip_norm
         student, teacher = (_with_rate(optimizer, rate) for optimizer in (self.student, self.teacher))
         return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
+
+    def with_network(self, name: str) -> ImageFolders:
+        """The recipe with another network; rates and clipping that are as where none were given become those of it."""
+        if name == self.network_name or self.network_name is None:
+            return super().with_network(name)
+        opened: dict[str, Any] = {role: dataclasses.replace(getattr(self, role), lr=OPEN) for role in ROLES}
+        opened["clip_norm"] = OPEN
+        usual = dataclasses.replace(self, **opened).for_network(self.network_name)
+        derived = {field: value for field, value in opened.items() if getattr(self, field) == getattr(usual, field)}
+        return dataclasses.replace(super().with_network(name), **derived).for_network(name)
 
     @property
     def complete(self) -> bool:

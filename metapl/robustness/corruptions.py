@@ -32,6 +32,9 @@ SEVERITIES = (1, 2, 3, 4, 5)
 SIDE = 224
 """Of the pictures that the paper's lengths are for."""
 
+ELASTIC = 244
+"""What the published shares of the elastic transform are of, though the pictures have 224 pixels."""
+
 
 def corrupted(images: Tensor, corruption: str, severity: int, *, seed: int = 0, first: int = 0) -> Tensor:
     """Damage pictures.
@@ -166,7 +169,9 @@ def fog(x: Picture, level: int, drawn: Generator) -> Picture:
     """A bright fractal over the picture, which loses contrast."""
     amount, decay = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))[level]
     brightest = float(x.max())
-    return (x + amount * _fractal(x.shape[:2], decay, drawn)[..., None]) * brightest / max(brightest + amount, 1e-12)
+    # ImageNet-C's wobble is a uniform draw within ±w times w, so that with w it falls by the square of the decay.
+    cloud = _fractal(x.shape[:2], decay**2, drawn)[..., None]
+    return (x + amount * cloud) * brightest / max(brightest + amount, 1e-12)
 
 
 def brightness(x: Picture, level: int, drawn: Generator) -> Picture:
@@ -194,14 +199,13 @@ def elastic_transform(x: Picture, level: int, drawn: Generator) -> Picture:
     ]
     height, width = x.shape[:2]
     side = min(height, width)
+    amount, sigma, affine = (share * ELASTIC / SIDE for share in (amount, sigma, affine))
     center, reach = np.array([height, width]) / 2, side / 3
     corners = np.array([center + reach, center + reach * np.array([1, -1]), center - reach])
     moved = corners + drawn.uniform(-affine * side, affine * side, size=corners.shape)
     matrix = np.linalg.solve(np.c_[moved, np.ones(3)], corners).T  # from where a pixel comes
-    field = [
-        amount * side * _blurred(drawn.uniform(-1, 1, (height, width, 1)), sigma * side, mode="reflect")[..., 0]
-        for _ in range(2)
-    ]
+    noise = [drawn.uniform(-1, 1, (height, width, 1)) for _ in range(2)]
+    field = [amount * side * _blurred(each, sigma * side, mode="reflect", truncate=3)[..., 0] for each in noise]
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     there = np.stack([rows + field[0], columns + field[1], np.ones_like(rows, dtype=float)])
     places = np.tensordot(matrix, there, axes=1)
@@ -267,10 +271,10 @@ def _brightness(x: Picture) -> Picture:
     return (x @ np.array([0.299, 0.587, 0.114]))[..., None] if x.shape[2] == 3 else x
 
 
-def _blurred(x: Picture, sigma: float, mode: str = "nearest") -> Picture:
+def _blurred(x: Picture, sigma: float, mode: str = "nearest", truncate: float = 4) -> Picture:
     from scipy.ndimage import gaussian_filter
 
-    blurred: Picture = gaussian_filter(x, (sigma, sigma, 0), mode=mode)
+    blurred: Picture = gaussian_filter(x, (sigma, sigma, 0), mode=mode, truncate=truncate)
     return blurred
 
 
@@ -322,7 +326,10 @@ def _zoomed(x: Picture, factor: float) -> Picture:
 
 
 def _fractal(shape: tuple[int, ...], decay: float, drawn: Generator) -> Picture:
-    """Plasma by midpoint displacement, whose wobble falls by ``decay`` from scale to scale; (H, W) in [0, 1]."""
+    """Plasma by midpoint displacement, whose wobble falls by ``decay`` from scale to scale.
+
+    Returns: (H, W), of a square field whose least value is 0 and whose greatest is 1.
+    """
     size = 1 << max(1, math.ceil(math.log2(max(shape))))
     field, wobble, step = np.zeros((size, size)), 100.0, size
     while step >= 2:
@@ -337,9 +344,8 @@ def _fractal(shape: tuple[int, ...], decay: float, drawn: Generator) -> Picture:
         above = corners + np.roll(corners, -1, 0) + middles + np.roll(middles, 1, 1)
         field[half::step, ::step] = above / 4 + drawn.uniform(-wobble, wobble, corners.shape)
         step, wobble = half, wobble / decay
-    field = field[: shape[0], : shape[1]]
     field -= field.min()
-    result: Picture = field / max(field.max(), 1e-12)
+    result: Picture = (field / max(field.max(), 1e-12))[: shape[0], : shape[1]]
     return result
 
 
