@@ -151,6 +151,16 @@ def recipe(root: Path, **fields: Any) -> ImageFolders:
     return ImageFolders(labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), **given)
 
 
+def test_a_test_folder_of_other_classes_is_refused_before_anything_is_measured(
+    colored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "seconds_per_step", lambda *_, **__: pytest.fail("a step was measured"))
+    write(tmp_path / "green", noisy(RED, 1), noisy(RED, 2))
+    given = recipe(colored, test=str(tmp_path), steps=None)
+    with pytest.raises(MetaplError, match=r"the test folder .* has classes that .* does not: green"):
+        settled(given)
+
+
 def test_a_recipe_fits_itself_to_its_pictures(colored: Path) -> None:
     found = settled(recipe(colored))
     assert (found.image_size, found.grey, found.changes.recolor) == (20, False, False)

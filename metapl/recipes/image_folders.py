@@ -14,7 +14,14 @@ import torch
 import tyro
 
 from metapl.data.fingerprint import hash_files
-from metapl.data.images.check import Finding, check_folders, find_inside, without_copies
+from metapl.data.images.check import (
+    Finding,
+    check_folders,
+    find_around,
+    find_inside,
+    find_other_classes,
+    without_copies,
+)
 from metapl.data.images.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
 from metapl.data.images.store import FileImages, Images
 from metapl.data.images.verify import verify_files
@@ -345,9 +352,11 @@ class ImageFolders(ImageRecipe):
     def check_first(self) -> None:
         """Refuse what can be seen of the folders at once, before anything is measured."""
         labeled, unlabeled = self.trained_on()
-        others = {"unlabeled": unlabeled.root}
-        others |= {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
-        refuse_errors([*find_inside(labeled, others)])
+        held_out = {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
+        refuse_errors([*find_inside(labeled, {"unlabeled": unlabeled.root} | held_out)])
+        refuse_errors([*find_around(labeled, held_out).values()])
+        for name, folder in held_out.items():
+            refuse_errors([*find_other_classes(labeled, scan_labeled(folder), name)])
         if not verify_files(labeled).skipped:  # else the files that are left out are listed first
             refuse_errors(check_folders(labeled))
 

@@ -88,14 +88,14 @@ def check_folders(
     others = {"unlabeled": unlabeled, "validation": validation, "test": test}
     roots = {name: files.root for name, files in others.items() if files is not None}
     findings = [*_class_findings(labeled), *find_inside(labeled, roots)]
-    around = _around(labeled, {name: root for name, root in roots.items() if name != "unlabeled"})
+    around = find_around(labeled, {name: root for name, root in roots.items() if name != "unlabeled"})
     findings += around.values()
     # A folder around the labeled one has copies of all that lies in it, which says nothing more.
     beside = {"validation": validation, "test": test} | dict.fromkeys(around)
     findings += find_copies(labeled, unlabeled, beside["validation"], beside["test"], progress)
     for name, held_out in (("validation", validation), ("test", test)):
         if held_out is not None:
-            findings += _other_classes(labeled, held_out, name)
+            findings += find_other_classes(labeled, held_out, name)
     return sorted(findings, key=lambda finding: finding.level != "error")
 
 
@@ -201,7 +201,7 @@ def find_inside(labeled: LabeledFiles, others: Mapping[str, Path]) -> Iterator[F
         )
 
 
-def _around(labeled: LabeledFiles, held_out: Mapping[str, Path]) -> dict[str, Finding]:
+def find_around(labeled: LabeledFiles, held_out: Mapping[str, Path]) -> dict[str, Finding]:
     """By name, the folders of held-out pictures in which the labeled folder lies."""
     return {
         name: Finding(
@@ -215,7 +215,12 @@ def _around(labeled: LabeledFiles, held_out: Mapping[str, Path]) -> dict[str, Fi
     }
 
 
-def _other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> Iterator[Finding]:
+def find_other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> Iterator[Finding]:
+    """The classes that the two folders do not share: an error where training does not know one.
+
+    Args:
+        name: of the held-out folder: validation or test.
+    """
     counts = held_out.counts()
     known = set(labeled.classes)
     unknown = [label for label, count in counts.items() if label not in known and count]
