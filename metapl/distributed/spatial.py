@@ -301,7 +301,7 @@ def _extended(
             "images, or fewer processes."
         )
     if right < 0:
-        left, right, x = left, 0, x[..., : width + right]
+        x, right = x[..., : width + right], 0
     x = with_halo(x, left, right, group)
     if fill and group.rank() == 0 and left:
         x = torch.cat([torch.full_like(x[..., :left], fill), x[..., left:]], dim=-1)

@@ -64,7 +64,9 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
     100.0
     """
     if set(errors) != set(CORRUPTIONS) or any(len(row) != len(SEVERITIES) for row in errors.values()):
-        wrong = sorted(set(CORRUPTIONS) ^ set(errors)) or [name for name, row in errors.items() if len(row) != 5]
+        wrong = sorted(set(CORRUPTIONS) ^ set(errors)) or [
+            name for name, row in errors.items() if len(row) != len(SEVERITIES)
+        ]
         raise MetaplError(f"the mean corruption error takes 15 kinds in 5 severities each; not so: {few(wrong, 15)}.")
     return 100 * statistics.fmean(statistics.fmean(errors[name]) / ALEXNET[name] for name in CORRUPTIONS)
 
