@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -282,7 +283,7 @@ def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
     if len(seeds) > MOST_SEEDS or max(seeds) >= 2**32:
         raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
     if len(set(seeds)) < len(seeds):
-        again = next(seed for seed in seeds if seeds.count(seed) > 1)
+        again = Counter(seeds).most_common(1)[0][0]
         raise MetaplError(f"{flag}={text!r}: expected each seed once and none twice; {again} is named again.")
     return tuple(seeds)
 

@@ -284,7 +284,7 @@ class Rounds:
 
 
 def _content(store: LabelStore) -> str:
-    """SHA-256 of a store's labels, from the checksums of its parts; its description also holds the time."""
+    """SHA-256 of a store's labels, from the checksums of its parts; its description holds a time and is left out."""
     return hashlib.sha256("".join(part.sha256 for part in store.parts).encode()).hexdigest()
 
 

@@ -96,6 +96,6 @@ class SelfTraining:
         return self.networks[min(number, len(self.networks) - 1)] if self.networks else None
 
     def smaller(self, parameters: Sequence[int]) -> int | None:
-        """The first round whose network has fewer parameters than the one before it; None where every one is as large."""
+        """The first round whose network has fewer parameters than the one before it; None where there is none."""
         pairs = pairwise(parameters)
         return next((number for number, (teacher, student) in enumerate(pairs, 1) if student < teacher), None)
