@@ -394,7 +394,7 @@ def noisy_view(task: Task) -> View:
 
 
 def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
-    """The recipe with the network of each round, that of the first teacher first.
+    """The recipe with the network of each round, beginning with the first teacher's.
 
     Raises:
         MetaplError: a student has fewer parameters than its teacher, and that was not asked for; or is to begin with
@@ -442,7 +442,7 @@ def train_noisy_student(method: Method, recipe: Recipe, task: Task, fit: Fit) ->
 
     Args:
         method: one of Noisy Student's.
-        recipe: its networks, the teacher's optimizer, which is that of all of them, and the steps of each round.
+        recipe: its networks, the teacher's optimizer, which all of them use, and the steps of each round.
         task: its batches, and the rounds, which label and select.
         fit: see :data:`metapl.experiments.noisy_labels.Fit`.
 

@@ -181,7 +181,7 @@ def _flips(found: Mapping[str, Any]) -> dict[str, float]:
 def _curves(
     curves: Curves, label: str, clean: float | None, chance: float | None, colors: Mapping[str, str] | None = None
 ) -> Callable[[Axes], None]:
-    """Accuracies over a severity or ε, from that of the pictures as they are, where it is known.
+    """Accuracies over a severity or ε; the first one is on the pictures as they are, where it is known.
 
     Args:
         curves: by name.

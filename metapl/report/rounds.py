@@ -89,7 +89,7 @@ def _figure(
 
 
 def accuracies(rounds: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """Of the network of each round, that of the first teacher first; nothing where it was not measured.
+    """The accuracy of the network of each round, beginning with the first teacher; empty where one was not measured.
 
     >>> accuracies([{"test_accuracy": 0.8, "teacher": {"test_accuracy": 0.7}}], "test_accuracy")
     [0.7, 0.8]
