@@ -49,7 +49,7 @@ def made_by(name: str) -> Any:
 
 def _parts(name: str) -> tuple[str, str]:
     module, _, function = name.partition(":")
-    path = module.removesuffix(".py").replace("\\", "/").strip("/")
+    path = module.removesuffix(".py").replace("\\", "/").rstrip("/")
     if module.endswith(".py") or "/" in module:
         folder, _, stem = path.rpartition("/")
         where = f", called in the folder {folder}" if folder not in ("", ".") else ""
