@@ -53,7 +53,7 @@ def labeled_pair(batch: Any, name: str = "labeled") -> Any:
     batch = plain(batch)
     if isinstance(batch, dict):
         return _from_dict(batch, name)
-    if not isinstance(batch, tuple | list) or len(batch) < 2 or not _holds_tensors(batch[0]):
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not holds_tensors(batch[0]):
         raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}.")
     return batch
 
@@ -140,7 +140,7 @@ def are_views(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         labels = second.ndim == 1 and not second.is_floating_point()
         return first.shape == second.shape and first.dtype == second.dtype and not labels
-    return _holds_tensors(first) and _same_structure(first, second)
+    return holds_tensors(first) and _same_structure(first, second)
 
 
 def views(unlabeled: Any) -> tuple[Any, ...]:
@@ -179,12 +179,13 @@ _REMEDY = "leave the labels out, with metapl.data.without_labels(loader) or a da
 def _from_dict(batch: dict[str, Any], name: str) -> tuple[dict[str, Any], Any]:
     label_keys = [key for key in LABEL_KEYS if key in batch]
     inputs = {key: value for key, value in batch.items() if key not in label_keys}
-    if len(label_keys) != 1 or not _holds_tensors(inputs):
+    if len(label_keys) != 1 or not holds_tensors(inputs):
         raise MetaplError(f"{name} is a dict with the keys {', '.join(map(repr, batch)) or 'none'}; {_EXPECTED}.")
     return inputs, batch[label_keys[0]]
 
 
-def _holds_tensors(inputs: Any) -> bool:
+def holds_tensors(inputs: Any) -> bool:
+    """Whether there is a tensor in a network's inputs."""
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
 
 

@@ -232,24 +232,25 @@ def safe_labels(labels: Tensor, classes: int) -> Tensor:
     return labels.clamp(0, classes - 1) if waits(labels) else labels
 
 
-def row_indices(index: Tensor, rows: int, who: str) -> Tensor:
+def row_indices(index: Any, rows: int, who: str) -> Tensor:
     """Indices of rows, int64 or int32 (PyTorch takes uint8 for a mask); refuse values outside 0..rows - 1 (Python
     counts -1 from the end).
 
     Returns: the indices, within the range on a device, for the reason that :func:`safe_labels` gives.
     """
-    if index.dtype not in (torch.int64, torch.int32):
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         raise MetaplError(f"the index of {who} is {described(index)}; expected integers, int64 or int32: index.long().")
-    if not index.numel():
-        return index
-    low, high = index.aminmax()
+    indices: Tensor = index
+    if not indices.numel():
+        return indices
+    low, high = indices.aminmax()
     expected = f"{who} has {rows:,} rows: expected 0..{rows - 1}."
-    if waits(index):
+    if waits(indices):
         refuse((low < 0) | (high >= rows), f"the index holds a value outside 0..{rows - 1}; {expected}")
-        return index.clamp(0, rows - 1)
+        return indices.clamp(0, rows - 1)
     if low < 0 or high >= rows:
         raise MetaplError(f"the index runs from {int(low)} to {int(high)}; {expected}")
-    return index
+    return indices
 
 
 def safe_probabilities(probabilities: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ def asks(x):
 def fails():
     return {}["students"]
 
+def leaves():
+    raise SystemExit
+
 def mode():
     return metapl.BilevelTrainer(torch.nn.Linear(6, 3), torch.nn.Linear(6, 3), "forwards")
 """
@@ -114,6 +117,7 @@ def test_networks_of_ones_own(folder: Path) -> None:
         ("--factory my_networks:biuld", "has no function biuld; did you mean build?"),
         ("--factory my_networks:asks", "missing a required argument: 'x'; expected a function that can be called"),
         ("--factory my_networks:fails", "fails failed: KeyError: 'students' (my_networks.py, line 23)"),
+        ("--factory my_networks:leaves", "leaves failed: SystemExit (my_networks.py, line 26)"),
         ("--factory my_networks:mode", "mode='forwards' was given; expected one of"),
         ("--factory elsewhere:build", "No module named 'elsewhere'; expected a module in this folder"),
         ("--factory my_typo:build", "importing my_typo failed: ModuleNotFoundError: No module named 'nowhere_to_be_fo"),

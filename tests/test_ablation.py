@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -120,6 +121,10 @@ def test_a_model_without_an_exact_gradient_is_refused_by_name() -> None:
         ablate(trainer, problem.labeled, problem.unlabeled)
 
 
+NUMBERS = ("steps", "draws", "rounds", "train_steps")
+NO_SEEDS: tuple[Any, ...] = (None, 3, "01", [1.5], [math.nan], ["a"], [2**70], [])
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -130,6 +135,12 @@ def test_a_model_without_an_exact_gradient_is_refused_by_name() -> None:
         ({"train_steps": 1, "train_seeds": (1, 1)}, "none twice"),
         ({"modes": ["forward", metapl.feedback.Forward()]}, "forward more than once"),
         ({"modes": []}, "no mode"),
+        ({"modes": "forward"}, r"modes='forward'; expected a list of modes: \['forward'\]"),
+        *(({name: 1.5}, rf"{name}=1.5\): expected . or more, a whole number") for name in NUMBERS),
+        *(({name: "3"}, rf"{name}='3'\): expected . or more, a whole number") for name in NUMBERS),
+        ({"train_steps": math.nan}, r"train_steps=nan\): expected 0 or more, a whole number"),
+        ({"train_steps": None}, r"train_steps=None\): expected 0 or more, a whole number"),
+        *(({"train_steps": 1, "train_seeds": seeds}, r"train_seeds=.*expected a list of one") for seeds in NO_SEEDS),
     ],
 )
 def test_wrong_numbers_are_refused(options: dict[str, Any], text: str) -> None:
@@ -137,3 +148,10 @@ def test_wrong_numbers_are_refused(options: dict[str, Any], text: str) -> None:
     trainer = metapl.BilevelTrainer(**problem.networks())
     with pytest.raises(MetaplError, match=text):
         ablate(trainer, problem.labeled, problem.unlabeled, **options)
+
+
+@pytest.mark.parametrize("given", [None, metapl.BilevelTrainer, torch.nn.Linear(4, 3)])
+def test_what_is_no_trainer_is_refused(given: Any) -> None:
+    problem = toy("mlp")
+    with pytest.raises(MetaplError, match=r"given a trainer that is of type .*expected a metapl.BilevelTrainer"):
+        ablate(given, problem.labeled, problem.unlabeled)

@@ -240,6 +240,12 @@ def one_class_empty(root: Path) -> tuple[Path, Path]:
     return root / "noisy", root / "clean"
 
 
+def one_given_class_empty(root: Path) -> tuple[Path, Path]:
+    shutil.rmtree(root / "noisy" / "bar")
+    (root / "noisy" / "bar").mkdir()
+    return root / "noisy", root / "clean"
+
+
 def missing(root: Path) -> tuple[Path, Path]:
     return root / "noisy", root / "nowhere"
 
@@ -251,6 +257,7 @@ REFUSED = (
     (other_classes, "the classes differ: beam is in .*noisy alone; Beam is in .*clean alone"),
     (no_clean, "clean has no picture in it"),
     (one_class_empty, "class 'beam' has no picture in"),
+    (one_given_class_empty, "bar has no picture in .*noisy; put some there, or remove the class from .*clean too"),
     (missing, "nowhere does not exist; expected a folder with pictures"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from metapl.ablation.batches import pairs, refuse_single_use
@@ -13,6 +14,7 @@ from metapl.ablation.recommend import PREFERRED, gives_the_gradient_of_a_step, r
 from metapl.ablation.results import Ablation
 from metapl.ablation.stability import sweeps
 from metapl.ablation.trainings import short_trainings
+from metapl.checks import described
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
 from metapl.feedback import MODES, Altered, Estimator, estimator
@@ -86,6 +88,8 @@ def ablate(
     >>> round(found.modes["forward"].cosine, 3), found.recommended
     (1.0, 'forward')
     """
+    if not isinstance(trainer, BilevelTrainer):
+        raise MetaplError(f"ablate was given a trainer that is {described(trainer)}; expected a metapl.BilevelTrainer.")
     _check_numbers(steps=steps, draws=draws, rounds=rounds, train_steps=train_steps)
     if train_steps:
         _check_seeds(train_seeds)
@@ -188,6 +192,8 @@ def _looked(
 
 
 def _by_name(modes: Sequence[str | Estimator] | None) -> dict[str, Estimator]:
+    if isinstance(modes, str | Estimator):
+        raise MetaplError(f"ablate was given modes={modes!r}; expected a list of modes: [{modes!r}].")
     estimates = [estimator(mode) for mode in (MODES if modes is None else modes)]
     names = [estimate.name for estimate in estimates]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -205,15 +211,24 @@ def _altered(look: _Look) -> dict[str, Estimator]:
     return {one.name: one for one in made if one.name not in look.estimates}
 
 
-def _check_numbers(**numbers: int | None) -> None:
+def _check_numbers(**numbers: Any) -> None:
     for name, number in numbers.items():
-        if number is not None and number < LEAST.get(name, 1):
-            raise MetaplError(f"ablate({name}={number}): expected {LEAST.get(name, 1)} or more.")
+        if number is None and name == "rounds":
+            continue
+        if not _is_whole(number) or number < LEAST.get(name, 1):
+            raise MetaplError(f"ablate({name}={number!r}): expected {LEAST.get(name, 1)} or more, a whole number.")
 
 
-def _check_seeds(seeds: Sequence[int]) -> None:
-    if not len(seeds) or any(seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise MetaplError(f"ablate(train_seeds={seeds!r}): expected one or more numbers of 0 or more, none twice.")
+def _check_seeds(seeds: Any) -> None:
+    whole = isinstance(seeds, Sequence) and all(_is_whole(seed) and 0 <= seed < 2**63 for seed in seeds)
+    if not whole or not len(seeds) or len(set(seeds)) < len(seeds):
+        raise MetaplError(
+            f"ablate(train_seeds={seeds!r}): expected a list of one or more whole numbers of 0 or more, none twice."
+        )
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 @contextmanager

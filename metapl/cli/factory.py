@@ -25,15 +25,15 @@ def made_by(name: str) -> Any:
     with _current_folder_first():
         try:
             imported = importlib.import_module(module)
+            build = getattr(imported, function, None)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise MetaplError(f"--factory {name}: importing {module} failed: {_told(error)}.") from error
             raise MetaplError(
                 f"--factory {name}: {error}; expected a module in this folder, or an installed one."
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise MetaplError(f"--factory {name}: importing {module} failed: {_told(error)}.") from error
-        build = getattr(imported, function, None)
         if not callable(build):
             own = [n for n, value in vars(imported).items() if inspect.isfunction(value)]
             meant = did_you_mean(function, own) or "."
@@ -43,13 +43,13 @@ def made_by(name: str) -> Any:
             return build()
         except MetaplError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise MetaplError(f"--factory {name}: {function} failed: {_told(error)}.") from error
 
 
 def _parts(name: str) -> tuple[str, str]:
     module, _, function = name.partition(":")
-    path = module.removesuffix(".py").replace("\\", "/").strip("/")
+    path = module.removesuffix(".py").replace("\\", "/").rstrip("/")
     if module.endswith(".py") or "/" in module:
         folder, _, stem = path.rpartition("/")
         where = f", called in the folder {folder}" if folder not in ("", ".") else ""

@@ -140,7 +140,7 @@ def check_choice(estimator: object, name: str, allowed: Sequence[str]) -> None:
 def check_truncate(estimator: object) -> None:
     """Refuse a ``truncate`` below 1."""
     given = getattr(estimator, "truncate", None)
-    if given is not None and (not isinstance(given, int) or given < 1):
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
         raise MetaplError(
             f"{type(estimator).__name__}(truncate={given!r}): expected the number of last steps to "
             "differentiate, 1 or more, or None for all."

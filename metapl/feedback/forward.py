@@ -76,7 +76,7 @@ class Forward(Estimator):
     def __post_init__(self) -> None:
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
         check_truncate(self)
-        if not isinstance(self.keep_every, int) or self.keep_every < 1:
+        if isinstance(self.keep_every, bool) or not isinstance(self.keep_every, int) or self.keep_every < 1:
             raise MetaplError(f"Forward(keep_every={self.keep_every!r}): expected a number of steps, 1 or more.")
 
     @property

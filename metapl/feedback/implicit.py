@@ -11,8 +11,10 @@ with v = ∇L(θ*), H = ∂²ℓ/∂θ² and g = ∇_θ ℓ: the same form as fo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from numbers import Real
+from typing import Any, ClassVar, Literal
 
 from metapl.errors import MetaplError
 from metapl.feedback.base import Estimator, Feedback, State, check_choice
@@ -67,18 +69,18 @@ class Implicit(Estimator):
 
     def __post_init__(self) -> None:
         check_choice(self, "solver", ("cg", "neumann", "identity"))
-        if not isinstance(self.iterations, int) or self.iterations < 1:
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
             raise MetaplError(f"Implicit(iterations={self.iterations!r}): expected a whole number of 1 or more.")
-        if self.step_size is not None and not self.step_size > 0:
-            raise MetaplError(f"Implicit(step_size={self.step_size!r}): expected a number above 0, or None.")
-        if not self.damping >= 0:
-            raise MetaplError(f"Implicit(damping={self.damping!r}): expected a number of 0 or more.")
+        if self.step_size is not None and not (_is_number(self.step_size) and self.step_size > 0):
+            raise MetaplError(f"Implicit(step_size={self.step_size!r}): expected a finite number above 0, or None.")
+        if not (_is_number(self.damping) and self.damping >= 0):
+            raise MetaplError(f"Implicit(damping={self.damping!r}): expected a finite number of 0 or more.")
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         (step,) = path.steps
         v = path.outer_gradient_before()
         if self.solver == "identity":
-            w = step.scaled(v, -1.0 if self.step_size is None else -self.step_size)
+            w = step.scaled(v, -1.0 if self.step_size is None else -float(self.step_size))
         else:
             with step.hessian() as product:
                 w = step.scaled(self._solved(product, v, step), -1.0)
@@ -86,11 +88,19 @@ class Implicit(Estimator):
 
     def _solved(self, product: Product, v: Tree, step: InnerStep) -> Tree:
         if self.solver == "cg":
-            return conjugate_gradient(product, v, self.iterations, self.damping)
+            return conjugate_gradient(product, v, self.iterations, float(self.damping))
         step_size = step.learning_rate if self.step_size is None else self.step_size
         if not step_size:
             raise MetaplError(
                 'Implicit(solver="neumann") takes the student\'s learning rate for its step_size, and this optimizer '
                 "tells none above 0; give step_size=..., below 2 over the greatest eigenvalue of the inner loss."
             )
-        return neumann(product, v, self.iterations, step_size, self.damping)
+        return neumann(product, v, self.iterations, float(step_size), float(self.damping))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return False

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.checks import row_indices
+from metapl.errors import MetaplError
 
 
 class Corrector(nn.Module):
@@ -18,7 +19,8 @@ class Corrector(nn.Module):
         classes: C.
         trusted: how much is added to the logit of the given label at first.
 
-    Raises: :class:`metapl.MetaplError` for given labels that are not integers in 0..C − 1.
+    Raises: :class:`metapl.MetaplError` for given labels that are not integers in 0..C − 1, and
+    for fewer than two classes.
 
     >>> Corrector(nn.Linear(4, 3), classes=3)(torch.zeros(2, 4), torch.tensor([0, 2])).argmax(1)
     tensor([0, 2])
@@ -28,6 +30,8 @@ class Corrector(nn.Module):
     """
 
     def __init__(self, network: nn.Module, classes: int, trusted: float = 4.0) -> None:
+        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
+            raise MetaplError(f"Corrector(classes={classes!r}): expected the number of classes, 2 or more.")
         super().__init__()
         self.network = network
         self.of_given = nn.Parameter(trusted * torch.eye(classes))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.batch import first_input, joined, labeled_pair
-from metapl.checks import described
+from metapl.checks import described, refuse_not_finite
 from metapl.errors import MetaplError
 from metapl.numerics import wide
 
@@ -65,7 +65,7 @@ class Signal:
 
 
 def check_signal(signal: Any, problem: Any) -> Signal:
-    """What a problem's ``signal`` returned, refused if it is not a signal of tensors."""
+    """What a problem's ``signal`` returned, refused if it is not a signal of finite tensors."""
     name = type(problem.given if isinstance(problem, _Completed) else problem).__name__
     if not isinstance(signal, Signal):
         given = described(signal) if isinstance(signal, Tensor | tuple | list | dict) else f"a {type(signal).__name__}"
@@ -77,6 +77,12 @@ def check_signal(signal: Any, problem: Any) -> Signal:
         raise MetaplError(
             f"{name}.signal returned a Signal whose value is {described(signal.value)}; expected a tensor with a row "
             "for each example: metapl.Signal(tensor)."
+        )
+    if signal.value.is_floating_point():
+        refuse_not_finite(
+            signal.value,
+            f"the teacher's signal, by {name}.signal, is NaN or infinite; the teacher's weights have probably "
+            "diverged: lower its learning rate, or look for such values in what it was built from.",
         )
     return signal
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import checks
+from metapl.batch import holds_tensors
 from metapl.errors import MetaplError
 from metapl.memory import out_of_memory
 from metapl.problems.base import Problem
@@ -19,8 +20,19 @@ class Classification(Problem):
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")
     """The parts of an inner batch, by name."""
 
+    def student_input(self, batch: Any) -> Any:
+        """The inputs in an inner batch; refuse a batch of other parts before the student is given any."""
+        inputs = self.parts_of(batch)["inputs"]
+        if not holds_tensors(inputs):
+            raise MetaplError(
+                f"the inputs of the inner batch of {type(self).__name__} are {checks.described(inputs)}; expected a "
+                "tensor, or a dict or tuple of tensors."
+            )
+        return inputs
+
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean cross-entropy on the trusted labels."""
+        checks.class_outputs(outputs, "student")
         return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
@@ -41,23 +53,24 @@ class Classification(Problem):
         return dict(zip(self.inner_batch, batch, strict=True))
 
 
-def ask_teacher(teacher: nn.Module, expected: str, given: Tensor) -> Any:
-    """What a teacher returns that does not read the student's inputs; refuse one that cannot take what it is given.
+def ask_teacher(teacher: nn.Module, expected: str, *given: Any) -> Any:
+    """What a teacher returns; refuse one that cannot take what it is given.
 
     Args:
         teacher: is asked.
         expected: what it takes and returns, for the error.
-        given: what it takes, (B,).
+        given: what it takes.
     """
     try:
-        return teacher(given)
+        return teacher(*given)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, MetaplError) or out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
+        taken = " and ".join(map(checks.described, given)) or "a call without arguments"
         raise MetaplError(
-            f"the teacher {type(teacher).__name__} cannot take {checks.described(given)}: {reason}. Expected a module "
-            f"that maps {expected}."
+            f"the teacher {type(teacher).__name__} cannot take {taken}: {reason}. Expected a module that "
+            f"maps {expected}."
         ) from error
 
 
@@ -70,9 +83,19 @@ def check_rows(values: Tensor, outputs: Tensor, meaning: str, *shape: int) -> Te
         meaning: the name of the teacher's outputs in the error.
         shape: of each row.
     """
-    expected = (len(outputs), *shape)
-    if not isinstance(values, Tensor) or values.shape != expected:
-        raise MetaplError(f"the teacher returned {checks.described(values)}; expected {meaning} of shape {expected}.")
+    return check_numbers(values, outputs, meaning, (len(outputs), *shape))
+
+
+def check_numbers(values: Any, outputs: Tensor, meaning: str, shape: tuple[int, ...]) -> Tensor:
+    """What the teacher returned, refused if it is not a floating-point tensor of a shape, on the student's device."""
+    if not isinstance(values, Tensor) or values.shape != shape:
+        given = checks.described(values) if isinstance(values, Tensor | tuple | list | dict) else type(values).__name__
+        raise MetaplError(f"the teacher returned {given}; expected {meaning} of shape {shape}.")
+    if not values.is_floating_point() or values.device != outputs.device:
+        raise MetaplError(
+            f"the teacher returned {checks.described(values)}; expected {meaning} of floating point, on "
+            f"{outputs.device}."
+        )
     return values
 
 

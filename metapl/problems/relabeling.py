@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import checks
-from metapl.errors import MetaplError
 from metapl.numerics import wide
 from metapl.problems.base import Params, Signal
-from metapl.problems.classification import Classification, check_rows
+from metapl.problems.classification import Classification, ask_teacher, check_numbers, check_rows
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,9 @@ class ExampleLabels(Classification):
     ) -> Signal:
         """q = softmax(t), (B, C)."""
         classes, indices = student_outputs.shape[1], self.parts_of(batch)["indices"]
-        logits = check_rows(teacher(indices), student_outputs, "logits of a label per index,", classes)
+        takes = "indices (B,) to logits (B, C), such as metapl.problems.Table(torch.zeros(n, C)) for n examples"
+        given = ask_teacher(teacher, takes, indices)
+        logits = check_rows(given, student_outputs, "logits of a label per index,", classes)
         return Signal(wide(logits).softmax(-1), outputs=logits)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
@@ -85,7 +86,8 @@ class LabelCorrection(Classification):
     ) -> Signal:
         """q = softmax(T(x, y)), (B, C)."""
         classes, parts = student_outputs.shape[1], self.parts_of(batch)
-        logits = teacher(parts["inputs"], parts["labels"])
+        takes = "inputs and given labels (B,) to logits (B, C), such as a metapl.models.corrector.Corrector"
+        logits = ask_teacher(teacher, takes, parts["inputs"], parts["labels"])
         check_rows(logits, student_outputs, "logits of a label per example,", classes)
         return Signal(wide(logits).softmax(-1), outputs=logits)
 
@@ -126,12 +128,10 @@ class NoiseTransition(Classification):
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """M, (C, C)."""
-        classes, logits = student_outputs.shape[1], teacher()
-        if not isinstance(logits, Tensor) or logits.shape != (classes, classes):
-            raise MetaplError(
-                f"the teacher returned {checks.described(logits)}; expected logits of a transition matrix of shape "
-                f"{(classes, classes)} from a call without arguments."
-            )
+        classes = student_outputs.shape[1]
+        logits = ask_teacher(teacher, "nothing to logits (C, C), such as metapl.problems.Table(4 * torch.eye(C))")
+        what = "from a call without arguments logits of a transition matrix"
+        check_numbers(logits, student_outputs, what, (classes, classes))
         return Signal(wide(logits).softmax(-1))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:

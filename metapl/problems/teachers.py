@@ -25,8 +25,8 @@ class Table(nn.Module):
         super().__init__()
         if not isinstance(initial, Tensor) or not initial.is_floating_point() or initial.ndim == 0:
             raise MetaplError(
-                f"Table was given {described(initial)}; expected a floating-point tensor with a row for each example, "
-                "such as torch.zeros(n) or torch.zeros(n, classes)."
+                f"Table was given initial values that are {described(initial)}; expected a floating-point tensor with "
+                "a row for each example, such as torch.zeros(n) or torch.zeros(n, classes)."
             )
         self.values = nn.Parameter(initial.detach().clone())
 
@@ -43,12 +43,16 @@ class WeightNet(nn.Module):
     Args:
         hidden: the width of the hidden layer.
 
+    Raises: :class:`metapl.MetaplError` for a width that is not a whole number above 0.
+
     >>> import torch
     >>> WeightNet()(torch.tensor([0.1, 2.0])).shape
     torch.Size([2])
     """
 
     def __init__(self, hidden: int = 100) -> None:
+        if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
+            raise MetaplError(f"WeightNet(hidden={hidden!r}): expected a whole number of 1 or more.")
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
 

@@ -243,7 +243,7 @@ def refuse_nested(noisy: str, clean: str) -> None:
 
 
 def refuse_other_classes(noisy: LabeledFiles, clean: LabeledFiles) -> None:
-    """Refuse folders of which one has a class that the other has not."""
+    """Refuse folders of which one has a class, or pictures of it, that the other has not."""
     without = [
         f"{few(missing)} {'is' if len(missing) == 1 else 'are'} in {one.root} alone"
         for one, other in ((noisy, clean), (clean, noisy))
@@ -251,6 +251,12 @@ def refuse_other_classes(noisy: LabeledFiles, clean: LabeledFiles) -> None:
     ]
     if without:
         raise MetaplError(f"the classes differ: {'; '.join(without)}; expected subfolders of the same names in both.")
+    empty = [name for name, count in noisy.counts().items() if not count]
+    if empty:
+        raise MetaplError(
+            f"{few(empty)} {'has' if len(empty) == 1 else 'have'} no picture in {noisy.root}; put some there, or "
+            f"remove the class from {clean.root} too."
+        )
 
 
 def refuse_shared(noisy: LabeledFiles, clean: LabeledFiles) -> None:
