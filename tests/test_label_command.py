@@ -256,7 +256,7 @@ def test_what_cannot_be_labeled_is_refused_in_one_line(
         ((tiny, pictures, "--temperature", "0"), "--temperature 0.0 was given; expected a number above 0."),
         ((tiny, pictures, "--temperature", "nan"), "--temperature nan was given"),
         ((tiny, "digits", "--temperature", "1e-45"), "the temperature is 1e-45: the network's outputs divided by it"),
-        ((tiny, pictures, "--top-k", "11"), "top_k is 11; expected 1 to 10"),
+        ((tiny, pictures, "--top-k", "11"), "--top-k 11 was given; expected 1 to 10, the number of classes"),
         ((tiny, pictures, "--batch", "0"), "--batch 0 was given; expected 1 to"),
         ((tiny, pictures, "--num-workers", "-1"), "--num-workers -1 was given; expected 0 to"),
         ((tmp_path / "none", pictures), "there is no folder"),

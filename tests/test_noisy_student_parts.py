@@ -19,7 +19,7 @@ from metapl.cli.plan import _costs
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.equal_cost import equal_steps, operations, with_steps
-from metapl.experiments.self_training import Noised, Rounds, _finetuned, end_matched, networks_of
+from metapl.experiments.self_training import Noised, Rounds, _finetuned, better_before, end_matched, networks_of
 from metapl.labels import LabelStore, LabelWriter
 from metapl.labels.queries import select
 from metapl.models import Architecture
@@ -342,3 +342,14 @@ def test_a_comparison_pairs_noisy_student_with_mpl_and_says_the_outcome(
     assert {*found["methods"]} == {*methods}
     assert "noisy_student_against_mpl_filtered" in found
     assert main(["evaluate", str(out)]) == 0
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), [(0.9, 0.8, "Round 0 reached 90.0 %"), (0.6, 0.8, None)])
+def test_a_run_says_where_an_earlier_round_did_better_on_test(
+    first: float, second: float, expected: str | None
+) -> None:
+    rounds = [{"test_accuracy": 0.8, "teacher": {"test_accuracy": first}}, {"test_accuracy": second, "teacher": {}}]
+    assert better_before([*rounds, {"test_accuracy": 0.8, "teacher": {}}], 0.8) == better_before(rounds, 0.8)
+    said = " ".join(better_before(rounds, second))
+    assert expected in said if expected else said == ""
+    assert better_before([{"teacher": {}}, {"teacher": {}}], 0.5) == []

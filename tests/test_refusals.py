@@ -207,6 +207,18 @@ def test_seeds_that_are_no_numbers(text: str) -> None:
         parse_seeds(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0,4-2", "--seeds='0,4-2': .* 4-2 ends before it begins; write 2-4."),
+        ("3-5,4", "--seeds='3-5,4': .* none twice; 4 is named again."),
+    ],
+)
+def test_seeds_that_are_reversed_or_named_again(text: str, expected: str) -> None:
+    with pytest.raises(MetaplError, match=expected):
+        parse_seeds(text)
+
+
 def test_a_method_without_a_student_may_warm_up_for_longer_than_a_student_would_wait() -> None:
     one = ImageFolders(labeled="few", unlabeled="many", method="uda", warmup=3, steps=8).scheduled(8)
     assert (one.warmup, one.steps) == (3, 8)

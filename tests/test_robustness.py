@@ -21,6 +21,7 @@ from metapl.cli.inputs import TestFolder
 from metapl.data.images.reader import read_image
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
+from metapl.report.robustness import GROUPS
 from metapl.robustness import corruptions as kinds
 from metapl.robustness.attacks import attacked
 from metapl.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupted
@@ -332,3 +333,7 @@ def test_a_file_that_cannot_be_read_is_counted_once_however_often_its_folder_is_
     for _ in range(2):
         assert sum(len(y) for _, y in folder.batches()) == 2
         assert folder.skipped == 1
+
+
+def test_every_corruption_is_in_a_panel_and_in_the_table() -> None:
+    assert [name for names in GROUPS.values() for name in names] == list(CORRUPTIONS)

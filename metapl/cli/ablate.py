@@ -125,10 +125,7 @@ class Looking(ABC):
         self._seeds()
 
     def _seeds(self) -> tuple[int, ...]:
-        try:
-            return parse_seeds(self.train_seeds or "0-4")
-        except MetaplError as error:
-            raise MetaplError(f"--train-{error}") from error
+        return parse_seeds(self.train_seeds or "0-4", "--train-seeds")
 
     @abstractmethod
     def subject(self) -> Subject:

@@ -26,6 +26,7 @@ LISTED = 10
 
 
 def figures(evaluation: Evaluation, label_sets: MultiLabelAccuracy | None, part: str, of_accuracy: str) -> str:
+    """Accuracy, its interval, the chance level and what else was measured, a line each."""
     low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
     even = 1 / len(evaluation.confusion)
     lines = {

@@ -69,6 +69,11 @@ class Label:
         self._check()
         run = load_run(self.run)
         name = run.name(self.network)
+        if self.top_k is not None and not 1 <= self.top_k <= len(run.recipe.classes):
+            raise MetaplError(
+                f"--top-k {self.top_k} was given; expected 1 to {len(run.recipe.classes):,}, the number of classes, or "
+                "no --top-k for all of them."
+            )
         network = run.network(name).to(run.device)
         labeled = to_label(self.pictures, run.recipe, self.batch, self.data_root)
         writer = LabelWriter(

@@ -39,13 +39,16 @@ COMPARED = (
 
 METHODS_HELP = f"with --compare: these methods alone, of {', '.join({**SELF_TRAINING_METHODS, **METHODS})}."
 
-OF_STUDENTS = "networks allow-smaller labels threshold balance no-balance ratio loss training warm-start warm-steps "
-OF_STUDENTS += "unlabeled-noise noisy-teacher rounds finetune-size frozen"
+OF_STUDENTS = (
+    "networks allow-smaller labels threshold balance no-balance ratio loss training warm-start warm-steps "
+    "unlabeled-noise noisy-teacher rounds finetune-size frozen"
+)
 """Flags of Noisy Student alone; --per-class is of the selection for MPL too."""
 
-OF_MPL = "unlabeled-batch uda-* mode pseudo-labels feedback-weight feedback-ratio normalization baseline temperature "
-OF_MPL += "pseudo-label-smoothing exact-every student.* wait finetune-steps finetune-batch "
-OF_MPL += "finetune.*"
+OF_MPL = (
+    "unlabeled-batch uda-* mode pseudo-labels feedback-weight feedback-ratio normalization baseline temperature "
+    "pseudo-label-smoothing exact-every student.* wait finetune-steps finetune-batch finetune.*"
+)
 """Flags of Meta Pseudo Labels and of UDA, which --method mpl and --compare have."""
 
 
@@ -129,10 +132,8 @@ class NoisyStudent(Train):
         return dataclasses.replace(recipe, **changed).by(RIVALS[self.method], recipe.seed)
 
     def _settled(self, folder: RunFolder) -> Any:
-        return dataclasses.replace(self, recipe=self._with_rounds())._found(folder)
-
-    def _found(self, folder: RunFolder) -> Any:
-        return super()._settled(folder)
+        given = dataclasses.replace(self, recipe=self._with_rounds())
+        return super(NoisyStudent, given)._settled(folder)
 
     def _own_method(self) -> str:
         return RIVALS[self.method]

@@ -1,4 +1,4 @@
-r"""Dropout whose masks are those of the whole batch, whoever computes which of its rows.
+r"""Dropout with the masks of the whole batch, whichever process computes which of its rows.
 
 A mask is a function of a key, which is drawn from the default generator, and of the place of a number in the whole
 batch: its row there, its channel, its pixel. So processes whose default generators are in the same state drop what one
@@ -6,7 +6,7 @@ process would drop, however rows, products or weights are shared among them:
 
 .. math:: m_{ik} = \mathbb 1[\mathrm{hash}(\mathrm{key}, i, k) \ge p], \quad i \text{ the row in the whole batch}
 
-With micro-batches a key is drawn for each of them, so that their number changes the masks, as it does those of PyTorch.
+With micro-batches a key is drawn for each of them, so that their number changes the masks, as it does in PyTorch.
 """
 
 from __future__ import annotations

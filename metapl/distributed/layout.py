@@ -35,7 +35,7 @@ class Layout:
     Args:
         network: the network itself, without a wrapper around it.
         kind: see the module's docstring.
-        ranks: those that share a batch.
+        ranks: the processes that share a batch.
         space: products of trees of its weights.
         processes: the ranks' numbers in the whole job.
         tensor: how many processes compute each product together.
@@ -180,9 +180,9 @@ def settle(network: nn.Module) -> None:
 
 @contextmanager
 def passes_only(network: nn.Module) -> Iterator[None]:
-    """Passes without gradients in this block.
+    """Passes without gradients in this block: in inference mode, or by ``no_grad`` where the network is sharded.
 
-    In inference mode; a sharded network would then gather its weights into tensors that no later pass could fill again.
+    In inference mode a sharded network would gather its weights into tensors that no later pass could fill again.
     """
     spread = any(_is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
     with torch.no_grad() if spread else torch.inference_mode():
@@ -253,7 +253,7 @@ def _widest(parameters: Mapping[str, Any]) -> Any:
 
 
 def _shared_products(blocks: Sequence[Any], parameters: Mapping[str, Any]) -> int:
-    """How many processes compute each product together: of all processes, those that do not share the batch."""
+    """How many processes compute each product together: all processes divided by the number that share the batch."""
     size = int(_widest(parameters).size())
     return size // int(_batch_mesh(blocks).size()) if blocks else size
 
@@ -347,7 +347,7 @@ def _check_reduction(name: str, block: Any) -> None:
 
 
 def compute_dtype(block: Any) -> Any:
-    """The type that a block's mixed-precision policy computes in; None: that of its weights."""
+    """The type that a block's mixed-precision policy computes in; None where it is the type of its weights."""
     policy = getattr(block._get_fsdp_state(), "_mp_policy", None)
     return getattr(policy, "param_dtype", None)
 

@@ -96,7 +96,7 @@ class ShardedSpace(Space):
     """Products of trees that hold this process's parts, over the parts of all processes: one exchange each.
 
     Args:
-        parameters: by name; the tensors of a tree are parts like those of these.
+        parameters: by name; the tensors of a tree are laid out as these are.
         groups: the process groups that hold the parts together, as the dimensions of a mesh.
         processes: how many they are in all.
     """

@@ -1,6 +1,6 @@
 r"""Images cut along their width: each process runs a convolutional network on its columns of every image.
 
-A convolution reads a few columns beside those that it computes, the halo, which the neighbors send; batch and group
+A convolution reads a few columns beside the ones that it computes, the halo, which the neighbors send; batch and group
 norms take their statistics, and global pooling its mean, over the columns of all processes. What comes after the
 pooling is small, and every process computes it whole. The paper trains EfficientNet-L2 in this layout.
 
@@ -54,7 +54,7 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> Modul
     The parameters, the buffers and their names stay; layers are replaced in place, and the network is then run on whole
     images and on their parts, in evaluation mode, and the outputs are compared: what its own code does with the
     columns, such as ``x.mean((2, 3))``, cannot be seen otherwise. Outputs, and so the loss, are whole and the same on
-    every process. A backward pass gives every process a gradient whose *mean* over the processes is that of the network
+    every process. A backward pass gives every process a gradient whose *mean* over the processes is the network's
     on whole images; ``fully_shard`` and ``DistributedDataParallel`` take this mean.
 
     Args:
@@ -158,7 +158,7 @@ def _split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | N
 
 
 class SpatialConv2d(nn.Conv2d):
-    """A convolution of this process's columns, with those of its neighbors that it needs."""
+    """A convolution of this process's columns, with the neighbors' columns that it reads."""
 
     columns: Columns
     name: str
@@ -226,7 +226,7 @@ class SpatialDropout(nn.Dropout):
 
 
 class SpatialBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm by the statistics of all columns: those of the whole images in this group's share of the batch."""
+    """Batch norm by the statistics of the whole images in this group's share of the batch."""
 
     columns: Columns
 
@@ -301,7 +301,7 @@ def _extended(
             "images, or fewer processes."
         )
     if right < 0:
-        left, right, x = left, 0, x[..., : width + right]
+        x, right = x[..., : width + right], 0
     x = with_halo(x, left, right, group)
     if fill and group.rank() == 0 and left:
         x = torch.cat([torch.full_like(x[..., :left], fill), x[..., left:]], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -260,8 +261,8 @@ def _between(test: PairedTest) -> str:
 HELPED = {True: "helped", False: "hurt"}
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Seeds from ``"0-9"``, ``"0,3,5"`` or a mixture.
+def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
+    """Seeds from ``"0-9"``, ``"0,3,5"`` or a mixture; ``flag`` is named in errors.
 
     >>> parse_seeds("0-2,7")
     (0, 1, 2, 7)
@@ -270,14 +271,20 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not _is_number(first) or (dash and not _is_number(last)):
-            raise MetaplError(f"seeds={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
+            raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
         if max(len(first), len(last)) > len(str(2**32)) or int(last or first) - int(first) >= MOST_SEEDS:
-            raise MetaplError(f"seeds={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
+            raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
+        if int(last or first) < int(first):
+            raise MetaplError(
+                f"{flag}={text!r}: expected at least one seed in a range, and {first}-{last} ends before it begins; "
+                f"write {last}-{first}."
+            )
         seeds += range(int(first), int(last or first) + 1)
-    if len(seeds) > MOST_SEEDS or max(seeds, default=0) >= 2**32:
-        raise MetaplError(f"seeds={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise MetaplError(f"seeds={text!r}: expected at least one seed, and none twice.")
+    if len(seeds) > MOST_SEEDS or max(seeds) >= 2**32:
+        raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
+    if len(set(seeds)) < len(seeds):
+        again = Counter(seeds).most_common(1)[0][0]
+        raise MetaplError(f"{flag}={text!r}: expected each seed once and none twice; {again} is named again.")
     return tuple(seeds)
 
 

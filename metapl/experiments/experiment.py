@@ -26,7 +26,7 @@ from metapl.experiments.larger import at_larger_size, finetuned_larger
 from metapl.experiments.methods import train
 from metapl.experiments.noisy_labels import ALONE
 from metapl.experiments.reducing import label_by
-from metapl.experiments.self_training import Rounds, networks_of, spoken_rounds
+from metapl.experiments.self_training import Rounds, better_before, networks_of, spoken_rounds
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
 from metapl.metrics.predictions import batches_of
@@ -382,6 +382,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
+    if tested is not None and EVERY_METHOD[content["method"]].self_training is not None:
+        lines += better_before(content["rounds"], tested["accuracy"])
     return lines
 
 

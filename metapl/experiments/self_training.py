@@ -47,10 +47,10 @@ FOLDER = "rounds"
 """Where a run keeps the stores of its rounds, in its folder."""
 
 LABELS, SELECTED = "labels", "selected"
-"""The stores of a round: of all unlabeled examples, and of those that are learned from."""
+"""The stores of a round: of all unlabeled examples, and of the selected ones."""
 
 FINETUNED = "-finetune"
-"""What the phase is called that finetunes a student, behind the name of its round."""
+"""Ends the name of the phase that finetunes a student, after the name of its round."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +58,10 @@ class Chosen:
     """Unlabeled examples that were selected, with their labels.
 
     Args:
-        positions: int64 (n,), which they are, each as often as it counts.
+        positions: int64 (n,), their numbers among all unlabeled examples, each as often as it counts.
         store: their labels; None in a rehearsal.
-        rows: int64 (n,), where each stands in the store.
-        classes: how many there are.
+        rows: int64 (n,), the row of each in the store.
+        classes: the number of classes.
         about: where the labels are and how many were kept, for ``result.json``.
     """
 
@@ -87,7 +87,7 @@ class PseudoLabeledBatches(UnlabeledBatches):
     """Batches (x, stored) of selected examples; the stored distributions are read from the store as they are needed.
 
     Args:
-        chosen: which examples they are.
+        chosen: the examples.
     """
 
     chosen: Chosen
@@ -202,7 +202,7 @@ class Rounds:
         return images[which] if isinstance(images, Tensor) else images.select(which)
 
     def changed(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The examples whose label is another one in a round than in the one before: which they are, and both labels.
+        """The examples whose label changed from the round before: their numbers, the earlier labels and the later ones.
 
         The most confident ones, by the later labels, come first.
         """
@@ -241,7 +241,7 @@ class Rounds:
         return LabelStore(place)
 
     def _selected(self, labels: LabelStore, place: Path) -> Selection:
-        """Write the store of those that are learned from."""
+        """Write the store of the examples that the student learns from."""
         settings = self.settings
         if self.any_class:
             most = settings.per_class or -(-len(labels) // len(labels.classes))
@@ -256,7 +256,7 @@ class Rounds:
         )
 
     def threshold(self, labels: LabelStore) -> float:
-        """The confidence above which examples are kept: 0 where the teacher is not as confident of a single one."""
+        """The confidence above which examples are kept; 0 where no example reaches the one in the settings."""
         # Compared in float32, as confidences are stored and select compares them: there, 0.1 is more than in float64.
         confidences = _stored_labels(labels)[2]
         above = confidences > torch.tensor(self.settings.threshold, dtype=confidences.dtype)
@@ -284,7 +284,7 @@ class Rounds:
 
 
 def _content(store: LabelStore) -> str:
-    """SHA-256 of what is in a store, by those of its parts; its description says when it was begun, too."""
+    """SHA-256 of a store's labels, from the checksums of its parts; its description holds a time and is left out."""
     return hashlib.sha256("".join(part.sha256 for part in store.parts).encode()).hexdigest()
 
 
@@ -298,6 +298,26 @@ def spoken_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     copies = f", which count as {last['copies']:,}" if last["copies"] != last["kept"] else ""
     lines.append(f"In round {last['round']}, {kept} unlabeled examples were learned from{copies}.")
     return lines
+
+
+def better_before(rounds: Sequence[Mapping[str, Any]], delivered: float) -> list[str]:
+    """A sentence where an earlier network did better on the test set than the one that is delivered.
+
+    Args:
+        rounds: as ``result.json`` has them.
+        delivered: the test accuracy of the network that is delivered.
+
+    >>> better_before([{"test_accuracy": 0.8, "teacher": {"test_accuracy": 0.7}}, {"test_accuracy": 0.75}], 0.75)
+    ['Round 1 reached 80.0 % on test, more than the last, which is delivered by rule: the test set chooses nothing.']
+    """
+    reached = [rounds[0]["teacher"].get("test_accuracy"), *(each.get("test_accuracy") for each in rounds[:-1])]
+    best = max(range(len(reached)), key=lambda number: reached[number] or 0.0)
+    if (reached[best] or 0.0) <= delivered:
+        return []
+    return [
+        f"Round {best} reached {100 * reached[best]:.1f} % on test, more than the last, which is delivered by rule: "
+        "the test set chooses nothing."
+    ]
 
 
 def _stored_labels(store: LabelStore) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,8 +338,8 @@ class Rehearsed:
     task: Task
 
     def choose(self, number: int, teacher: nn.Module) -> Chosen:
-        count = torch.arange(len(self.task.unlabeled.images))
-        return Chosen(count, None, count, len(self.task.classes), {})
+        every = torch.arange(len(self.task.unlabeled.images))
+        return Chosen(every, None, every, len(self.task.classes), {})
 
     def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
         """Nothing is kept."""
@@ -374,7 +394,7 @@ def noisy_view(task: Task) -> View:
 
 
 def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
-    """The recipe with the network of each round, that of the first teacher first.
+    """The recipe with the network of each round, beginning with the first teacher's.
 
     Raises:
         MetaplError: a student has fewer parameters than its teacher, and that was not asked for; or is to begin with
@@ -422,7 +442,7 @@ def train_noisy_student(method: Method, recipe: Recipe, task: Task, fit: Fit) ->
 
     Args:
         method: one of Noisy Student's.
-        recipe: its networks, the teacher's optimizer, which is that of all of them, and the steps of each round.
+        recipe: its networks, the teacher's optimizer, which all of them use, and the steps of each round.
         task: its batches, and the rounds, which label and select.
         fit: see :data:`metapl.experiments.noisy_labels.Fit`.
 
@@ -461,13 +481,15 @@ def _first_teacher(recipe: Recipe, task: Task, fit: Fit) -> tuple[Trainer, FitRe
 
 
 def _of_steps(recipe: Recipe, steps: int) -> dict[str, Any]:
-    """Options of a fit of so many steps: it ends as one of the recipe's steps does."""
+    """Options of a fit with its own number of steps: the warmup fits into it, the decay keeps the recipe's interval."""
     exponential = {"decay_every": decay_interval(recipe.steps)} if recipe.schedule == "exponential" else {}
     return {"warmup": min(recipe.fit_options().get("warmup", 0), steps)} | exponential
 
 
 def end_matched(steps: int, usual: int) -> float:
-    """The factor of a learning rate with which so many steps of the exponential schedule end as the usual number does.
+    """The factor of the first learning rate with which a fit of ``steps`` ends at the rate where ``usual`` steps end.
+
+    Both follow the exponential schedule of the usual number.
 
     >>> [f"{0.128 * end_matched(epochs, 350):.3g}" for epochs in (35, 70, 140, 280, 350)]  # study 8
     ['0.00235', '0.00366', '0.00891', '0.0526', '0.128']

@@ -118,11 +118,10 @@ def suspects_gallery(suspects: Sequence[Suspect], task: Task) -> Gallery:
     names, shown = task.classes, suspects[:SHOWN]
     pictures, _ = task.doubtful.examples.images.fetch(torch.tensor([one.position for one in shown]))
     captions = tuple(
-        f"given: {names[one.given]}\n{names[one.probably]}, {one.p_probably:.0%}\n{Path(one.name).name}"
-        for one in shown
+        f"{names[one.given]}\n{names[one.probably]}, {one.p_probably:.0%}\n{Path(one.name).name}" for one in shown
     )
     note = (
         f"of {len(suspects):,} labels that may be wrong, the most suspicious first; of {taken_for_others(suspects):,} "
-        "the network finds another class more probable"
+        "the network finds another class more probable; beneath each, the given label first"
     )
     return Gallery("Suspects", note, pictures, captions, (None,) * len(shown))

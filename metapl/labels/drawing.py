@@ -19,16 +19,14 @@ from metapl.report.canvas import (
     write_note,
     write_whole,
 )
+from metapl.report.counts import MOST_NAMED, draw_by_size, dress_counts, name_rows
 from metapl.report.style import ABOVE_PANEL, GRID, MARGIN, PALETTE
-from metapl.report.text import drawable, short_name
+from metapl.report.text import drawable
 from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MOST_NAMED = 40
-"""Classes that are drawn by their names; more are drawn by their size."""
 
 # Inches.
 WIDTH, LEFT, BETWEEN, BELOW, BAR, LEAST, HISTOGRAM = 12.0, 1.75, 0.9, 0.5, 0.24, 2.4, 2.9
@@ -91,24 +89,14 @@ def _draw_named(axes: Axes, content: Statistics, names: Sequence[str]) -> None:
     if content.copies != content.rows:
         axes.barh(places, content.class_copies, color=PALETTE[5], height=0.7)
     axes.barh(places, content.counts, color=PALETTE[0], height=0.7)
-    axes.set_yticks(places, [short_name(name) for name in names])
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
-    _dress(axes)
+    name_rows(axes, names)
 
 
 def _draw_by_size(axes: Axes, content: Statistics) -> None:
     write_heading(axes, "Examples of each class")
     _draw_counts_note(axes, content)
-    order = sorted(range(len(content.counts)), key=lambda label: -content.counts[label])
-    if content.copies != content.rows:
-        axes.plot([content.class_copies[label] for label in order], color=PALETTE[5], linewidth=1.9)
-    axes.plot([content.counts[label] for label in order], color=PALETTE[0], linewidth=1.9)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("classes, the largest first")
-    axes.grid(color=GRID, linewidth=0.8)
-    _dress(axes)
+    copies = [(content.class_copies, PALETTE[5])] if content.copies != content.rows else []
+    draw_by_size(axes, content.counts, [*copies, (content.counts, PALETTE[0])])
 
 
 def _draw_counts_note(axes: Axes, content: Statistics) -> None:
@@ -124,13 +112,4 @@ def _draw_histogram(axes: Axes, name: str, note: str, counts: Sequence[int], upp
     axes.set_xlim(0, upper)
     axes.set_ylabel("examples")
     axes.grid(axis="y", color=GRID, linewidth=0.8)
-    _dress(axes)
-
-
-def _dress(axes: Axes) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    axes.tick_params(which="both", length=0)
-    counted = axes.xaxis if axes.yaxis_inverted() else axes.yaxis
-    counted.set_major_locator(MaxNLocator(5, integer=True))
-    counted.set_major_formatter(EngFormatter(sep=""))
+    dress_counts(axes)

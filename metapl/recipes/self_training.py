@@ -25,9 +25,9 @@ class SelfTraining:
 
     Args:
         rounds: how many students are trained, each on the labels of the network before it.
-        networks: the network of each round, that of the first teacher first; the last one named is that of all later
-            rounds, and with --compare that of the other methods. Names of networks, and for the digits widths of hidden
-            layers such as 32x32. By default every round has the network of the recipe.
+        networks: the network of each round, beginning with the first teacher's; the last one named serves all later
+            rounds, and with --compare the other methods. Names of networks, and for the digits widths of hidden layers
+            such as 32x32. By default every round has the network of the recipe.
         allow_smaller: let a student have fewer parameters than its teacher, which is distillation and not Noisy
             Student.
         labels: learn the teacher's class distributions (soft), or the most probable class of each (hard).
@@ -39,8 +39,8 @@ class SelfTraining:
             Algorithm 1 has it (two_means).
         training: learn from labeled and unlabeled examples together (joint), from the unlabeled ones first and then,
             by --finetune-steps, from the labeled ones (pretrain_finetune), or from the unlabeled ones alone (pretrain).
-        warm_start: begin each student with the weights of its teacher, at a learning rate that ends where that of a
-            student from scratch would end; needs the same network, and --schedule exponential.
+        warm_start: begin each student with the weights of its teacher, and end at the learning rate at which a student
+            from scratch would end; needs the same network, and --schedule exponential.
         warm_steps: steps of a student that begins so; by default as many as others.
         unlabeled_noise: what the student meets on unlabeled examples: augmentation, dropout and stochastic depth
             (all), dropout and stochastic depth (model), or nothing (none). On labeled ones it always meets all.
@@ -96,6 +96,6 @@ class SelfTraining:
         return self.networks[min(number, len(self.networks) - 1)] if self.networks else None
 
     def smaller(self, parameters: Sequence[int]) -> int | None:
-        """The first round whose network has fewer parameters than that of the round before it; None: none has."""
+        """The first round whose network has fewer parameters than the one before it; None where there is none."""
         pairs = pairwise(parameters)
         return next((number for number, (teacher, student) in enumerate(pairs, 1) if student < teacher), None)

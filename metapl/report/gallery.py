@@ -211,6 +211,14 @@ class Hanging:
         ]
 
 
+def hang(galleries: Sequence[Gallery], room: float) -> list[Hanging]:
+    """Galleries below their titles, all in the same columns, so that pictures stand below each other."""
+    if not galleries:
+        return []
+    columns = Columns.across(room, max(map(len, galleries)))
+    return [Hanging.under_title(gallery, columns, room) for gallery in galleries]
+
+
 def draw_gallery(figure: Figure, hanging: Hanging, left: float, top: float) -> None:
     """Draws a gallery whose title, frames and captions begin at `left`, in inches."""
     gallery, columns = hanging.gallery, hanging.columns

@@ -34,7 +34,7 @@ SUCCESS_COLOR = PALETTE[2]
 PANEL, REGION_HEIGHT, STRIP_HEIGHT, BETWEEN, ABOVE, BELOW_REGION, BELOW = 4.1, 3.1, 1.1, 0.55, 0.75, 0.3, 0.35
 
 BINS = 40
-"""Of accuracies, from 0 to 1."""
+"""Bars of the histogram of accuracies, from 0 to 1."""
 
 
 @dataclass(frozen=True)

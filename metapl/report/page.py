@@ -21,7 +21,7 @@ from metapl.report.canvas import (
     write_whole,
 )
 from metapl.report.curves import PANELS, Curves, Panel, color_of, draw_panel, has_figures
-from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
+from metapl.report.gallery import Gallery, Hanging, draw_gallery, hang
 from metapl.report.matrix import Matrix, checked_counts, draw_matrix
 from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE, SUMMARY_SIZE
 from metapl.report.text import drawable
@@ -138,7 +138,7 @@ def _lay_out(panels: int, matrix: Matrix | None, galleries: Sequence[Gallery]) -
         body = max(body, ABOVE_PANEL + matrix.side + matrix.below)
     left = MARGIN + (LEFT_OF_PANEL if panels else 0.0)
     right = MARGIN + (matrix.right if matrix else RIGHT_OF_PANEL if panels else 0.0)
-    hangings = _hang(galleries, width - left - right)
+    hangings = hang(galleries, width - left - right)
     low = MARGIN + sum(hanging.height for hanging in hangings)
     matrix_box = None
     if matrix:
@@ -163,14 +163,6 @@ def _panel_boxes(panels: int, columns: int, low: float, row_height: float) -> tu
         left = MARGIN + column * CELL_WIDTH + LEFT_OF_PANEL
         boxes.append((left, low + below * row_height + BELOW_PANEL, wide, row_height - ABOVE_PANEL - BELOW_PANEL))
     return tuple(boxes)
-
-
-def _hang(galleries: Sequence[Gallery], room: float) -> list[Hanging]:
-    """All in the same columns, so that pictures stand below each other."""
-    if not galleries:
-        return []
-    columns = Columns.across(room, max(map(len, galleries)))
-    return [Hanging.under_title(gallery, columns, room) for gallery in galleries]
 
 
 def _stacked(hangings: Sequence[Hanging], left: float, top: float) -> tuple[tuple[Hanging, tuple[float, float]], ...]:

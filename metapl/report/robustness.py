@@ -65,10 +65,10 @@ def value_at(found: Mapping[str, Any], place: Sequence[str]) -> float | None:
 
 @dataclass(frozen=True)
 class _Panel:
-    """A part of the page: its title and what draws it."""
+    """A part of the page: its title and what draws it; None where there is nothing to show."""
 
     title: str
-    draw: Callable[[Axes], None]
+    draw: Callable[[Axes], None] | None
 
 
 def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
@@ -133,24 +133,18 @@ def draw_evaluations(path: Path, evaluations: Mapping[str, Mapping[str, Any]], t
     _page(path, panels, title, legend=tuple(evaluations))
 
 
-class _Nothing:
-    """Stands for a panel that has nothing to show."""
-
-    def __call__(self, axes: Axes) -> None: ...
-
-
 def _bars_of(
     evaluations: Mapping[str, Mapping[str, Any]], places: Mapping[str, Sequence[str]]
-) -> Callable[[Axes], None]:
+) -> Callable[[Axes], None] | None:
     if all(value_at(found, place) is None for found in evaluations.values() for place in places.values()):
-        return _Nothing()
+        return None
     return lambda axes: _bars(axes, evaluations, places)
 
 
 def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str] = ()) -> None:
-    panels = [panel for panel in panels if not isinstance(panel.draw, _Nothing)]
-    columns = min(len(panels), IN_A_ROW)
-    rows = math.ceil(len(panels) / columns)
+    drawn = [(panel.title, panel.draw) for panel in panels if panel.draw is not None]
+    columns = min(len(drawn), IN_A_ROW)
+    rows = math.ceil(len(drawn) / columns)
     # The names of bars stand beside them, in the first column and in others that have bars.
     width = max(PANEL * columns, 2 * PANEL) + 1.2
     lines = wrap(shown(title), width - 0.5, 11)
@@ -159,12 +153,12 @@ def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str
         figure.set_layout_engine("constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         places = [axes for row in grid for axes in row]
-        for axes, panel in zip(places, panels, strict=False):
-            axes.set_title(panel.title, fontsize=10.5, loc="left", color=INK)
+        for axes, (name, draw) in zip(places, drawn, strict=False):
+            axes.set_title(name, fontsize=10.5, loc="left", color=INK)
             axes.grid(color=GRID)
             axes.tick_params(length=0)
-            panel.draw(axes)
-        for axes in places[len(panels) :]:
+            draw(axes)
+        for axes in places[len(drawn) :]:
             axes.set_visible(False)
         figure.suptitle("\n".join(lines), fontsize=11, x=0.01, ha="left")
         if legend:
@@ -187,7 +181,7 @@ def _flips(found: Mapping[str, Any]) -> dict[str, float]:
 def _curves(
     curves: Curves, label: str, clean: float | None, chance: float | None, colors: Mapping[str, str] | None = None
 ) -> Callable[[Axes], None]:
-    """Accuracies over a severity or ε, from that of the pictures as they are, where it is known.
+    """Accuracies over a severity or ε; the first one is on the pictures as they are, where it is known.
 
     Args:
         curves: by name.

@@ -18,17 +18,15 @@ from metapl.report.canvas import (
     write_note,
     write_whole,
 )
-from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
+from metapl.report.counts import MOST_NAMED, draw_by_size, name_rows
+from metapl.report.gallery import Gallery, draw_gallery, hang
 from metapl.report.style import ABOVE_PANEL, GRID, MARGIN, PALETTE
-from metapl.report.text import drawable, short_name
+from metapl.report.text import drawable
 from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MOST_NAMED = 40
-"""Classes that are drawn by their names; more are drawn by their size."""
 
 # Inches.
 WIDTH, LEFT, PANEL, BETWEEN, BELOW, BAR, LEAST = 12.5, 0.7, 4.4, 1.75, 0.5, 0.3, 2.6
@@ -73,9 +71,7 @@ def _figure(
 ) -> Figure:
     title_lines, summary_lines = wrap_head(title, summary, WIDTH)
     panel = max(LEAST, BAR * len(names) if len(names) <= MOST_NAMED else 0.0)
-    room = WIDTH - MARGIN - LEFT - MARGIN
-    columns = Columns.across(room, max(map(len, galleries))) if galleries else None
-    hangings = [Hanging.under_title(gallery, columns, room) for gallery in galleries if columns is not None]
+    hangings = hang(galleries, WIDTH - MARGIN - LEFT - MARGIN)
     low = MARGIN + sum(hanging.height for hanging in hangings)
     top = low + BELOW + panel
     figure = blank_page(WIDTH, top + ABOVE_PANEL + head_height(title_lines, summary_lines) + MARGIN)
@@ -93,7 +89,7 @@ def _figure(
 
 
 def accuracies(rounds: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """Of the network of each round, that of the first teacher first; nothing where it was not measured.
+    """The accuracy of the network of each round, beginning with the first teacher; empty where one was not measured.
 
     >>> accuracies([{"test_accuracy": 0.8, "teacher": {"test_accuracy": 0.7}}], "test_accuracy")
     [0.7, 0.8]
@@ -132,32 +128,17 @@ def _draw_accuracies(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_classes(axes: Axes, last: Mapping[str, Any], names: Sequence[str]) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
     before, kept, after = (
         list(last[key].values()) for key in ("labeled_per_class", "kept_per_class", "copies_per_class")
     )
     write_heading(axes, f"Unlabeled examples in round {last['round']}")
     write_note(axes, "by class. Light: all; dark: those kept; line: kept, with copies")
-    if len(names) <= MOST_NAMED:
-        places = range(len(names))
-        axes.barh(places, before, color=PALETTE[5], alpha=0.45, height=0.8)
-        axes.barh(places, kept, color=PALETTE[0], height=0.5)
-        for place, count in zip(places, after, strict=True):
-            axes.plot([count, count], [place - 0.4, place + 0.4], color=PALETTE[1], linewidth=2.2)
-        axes.set_yticks(places, [short_name(name) for name in names])
-        axes.invert_yaxis()
-        axes.margins(y=0.01)
-        axes.grid(axis="x", color=GRID, linewidth=0.8)
-        counted: Any = axes.xaxis
-    else:
-        order = sorted(range(len(before)), key=lambda label: -before[label])
-        for values, color in ((before, PALETTE[5]), (kept, PALETTE[0]), (after, PALETTE[1])):
-            axes.plot([values[label] for label in order], color=color, linewidth=1.9)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("classes, the largest first")
-        axes.grid(color=GRID, linewidth=0.8)
-        counted = axes.yaxis
-    axes.tick_params(which="both", length=0)
-    counted.set_major_locator(MaxNLocator(5, integer=True))
-    counted.set_major_formatter(EngFormatter(sep=""))
+    if len(names) > MOST_NAMED:
+        draw_by_size(axes, before, [(before, PALETTE[5]), (kept, PALETTE[0]), (after, PALETTE[1])])
+        return
+    places = range(len(names))
+    axes.barh(places, before, color=PALETTE[5], alpha=0.45, height=0.8)
+    axes.barh(places, kept, color=PALETTE[0], height=0.5)
+    for place, count in zip(places, after, strict=True):
+        axes.plot([count, count], [place - 0.4, place + 0.4], color=PALETTE[1], linewidth=2.2)
+    name_rows(axes, names)

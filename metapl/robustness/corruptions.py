@@ -30,7 +30,7 @@ Picture = NDArray[np.float64]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 SIDE = 224
-"""Of the pictures that the paper's lengths are for."""
+"""Pixels of the pictures that the paper's lengths are for."""
 
 ELASTIC = 244
 """What the published shares of the elastic transform are of, though the pictures have 224 pixels."""
@@ -256,7 +256,8 @@ CORRUPTIONS: dict[str, Callable[[Picture, int, Generator], Picture]] = {
         jpeg_compression,
     )
 }
-"""By name, in the order of ImageNet-C: noise, blur, weather, digital."""
+"""By name, in the order of ImageNet-C: noise, blur, weather, digital. The place of a kind enters the seed of its draws:
+moving one changes the damage of all kinds that move with it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- tools

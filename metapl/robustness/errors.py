@@ -53,7 +53,7 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
               \mathrm{mCE} = 100 \cdot \tfrac{1}{15} \sum_c \mathrm{CE}_c
 
     Args:
-        errors: top-1 errors in [0, 1] on ImageNet's classes, for each of the 15 kinds those of the 5 severities.
+        errors: top-1 errors in [0, 1] on ImageNet's classes: 5 for each of the 15 kinds, one a severity.
 
     Raises:
         MetaplError: a kind or a severity is missing, or there are others.
@@ -64,13 +64,15 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
     100.0
     """
     if set(errors) != set(CORRUPTIONS) or any(len(row) != len(SEVERITIES) for row in errors.values()):
-        wrong = sorted(set(CORRUPTIONS) ^ set(errors)) or [name for name, row in errors.items() if len(row) != 5]
+        wrong = sorted(set(CORRUPTIONS) ^ set(errors)) or [
+            name for name, row in errors.items() if len(row) != len(SEVERITIES)
+        ]
         raise MetaplError(f"the mean corruption error takes 15 kinds in 5 severities each; not so: {few(wrong, 15)}.")
     return 100 * statistics.fmean(statistics.fmean(errors[name]) / ALEXNET[name] for name in CORRUPTIONS)
 
 
 def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) -> float:
-    r"""How often the predicted class of a frame differs from that of the frame before it.
+    r"""How often the predicted class changes from one frame to the next.
 
     .. math:: \mathrm{FP}_p = \frac{1}{m} \sum_{i=1}^{m} \frac{1}{n_i - 1} \sum_{j=2}^{n_i}
               [f(x^{(i)}_j) \ne f(x^{(i)}_{j-1})], \qquad x_{j-1} \to x_1 \text{ for noise}

@@ -4,9 +4,9 @@ ImageNet-A   <class>/<picture>: 200 folders, called as ImageNet's classes (n0149
 ImageNet-C   <corruption>/<severity>/<class>/<picture>; the corruptions may lie in the folders of their archives (blur)
 ImageNet-P   <perturbation>/<class>/<sequence>.mp4, or a folder of frames in the place of the video
 
-The classes of a folder are found among the network's by name. Where the network's names are not those of the folders,
-as with weights that come without names, all the folders of a data set are taken in the order of their names, which is
-that of ImageNet's outputs.
+The classes of a folder are found among the network's by name. Where the network's classes have other names than the
+folders, as with weights that come without names, all the folders of a data set are taken in the order of their names,
+in which ImageNet's outputs are too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from metapl.robustness.errors import FLIPS_OF_ALEXNET, flip_probability, mean_co
 from metapl.robustness.measure import Robustness
 
 IMAGENET_OUTPUTS = 1000
-
 
 IMAGENET_A = (
     *(6, 11, 13, 15, 17, 22, 23, 27, 30, 37, 39, 42, 47, 50, 57, 70, 71, 76, 79, 89),
@@ -164,7 +163,7 @@ class Subject:
     def batches(
         self, paths: Sequence[Path], labels: Sequence[int], center: float | None = None, before: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and labels of files; those that cannot be read are left out. ``before``: pictures done already."""
+        """Logits and labels of the files that can be read. ``before``: pictures done already."""
 
         def read(path: Path) -> Tensor | UnreadableImage:
             try:

@@ -25,8 +25,8 @@ class Robustness:
 
     Args:
         n: pictures.
-        corruptions: by kind, those of the severities from 1 to 5; empty where none was asked for.
-        attacks: by attack, those by ε in 1/255.
+        corruptions: by kind, one for each severity from 1 to 5; empty where no corruption was asked for.
+        attacks: by attack, and then by ε in 1/255.
         mean_corruption_error: mCE in %, where the classes are ImageNet's.
     """
 
