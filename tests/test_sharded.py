@@ -349,8 +349,9 @@ def test_the_blocks_of_known_families() -> None:
 
 
 def test_a_rank_that_hangs_ends_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ranks.SECONDS", 3.0)
     ranks = Ranks(2)
+    ranks.run("ready")  # on a busy machine processes take seconds to begin
+    monkeypatch.setattr("ranks.SECONDS", 3.0)
     with pytest.raises(Hung, match=r"rank 1 of 2 did not answer to hang\(\{\}\) in 3 s"):
         ranks.run("hang")
 

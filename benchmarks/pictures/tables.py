@@ -31,6 +31,9 @@ TITLES = {
 }
 BASELINE = "supervised"
 
+LINE = 100
+"""Letters of the legend that the figure has room for, side by side."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -162,7 +165,8 @@ def draw(rows: list[Row], name: str, file: Path) -> None:
         axes.scatter([found[p] for p in problems], lines, marker=marker, label=label, zorder=2, s=36)
     axes.set(yticks=lines, yticklabels=problems, xlabel="test accuracy in %", xlim=(0, 102))
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3 if max(map(len, by_label)) < 40 else 1, frameon=False)
+    columns = max(1, min(3, LINE // (max(map(len, by_label)) + len("mark  "))))
+    figure.legend(loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
