@@ -344,6 +344,8 @@ def main() -> None:
         return
     if options.write:
         write_between_marks(options.write, "throughput", table(json.loads(options.out.read_text())))
+        against = json.loads(options.out.with_name(BESIDE).read_text())
+        write_between_marks(options.write, "throughput-against", table_beside(against))
         return
     if options.against:
         rows = beside(HERE.parent, options.against.resolve(), options.rounds or 3, options.turns, options.miniature)
