@@ -38,7 +38,7 @@ def _rank(rank: int, number: int, port: int, arguments: list[str], said: str, me
         meet(*given, **named)
         Path(met).touch()
 
-    distributed.init_process_group = met_others  # type: ignore[assignment]
+    distributed.init_process_group = met_others
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     code, out, err = sharded_cases.command(arguments)

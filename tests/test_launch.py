@@ -30,7 +30,7 @@ def meet() -> None:
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_never_comes_is_waited_for_only_so_long(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", rank)
-    with pytest.raises(launch.Lost, match="another process has not answered for .* minutes"):
+    with pytest.raises(launch.Lost, match=r"another process has not answered for .* minutes"):
         meet()
 
 
