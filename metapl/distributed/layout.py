@@ -394,8 +394,9 @@ def _check_ties(name: str, blocks: Sequence[Any]) -> None:
         number = getattr(p, "_orig_param_uid", id(p))
         if number in seen:
             info = p._module_info
+            kind = type(info.module).__name__.removeprefix("FSDP")
             raise MetaplError(
-                f"the {name} shares the {info.param_name} of a {type(info.module).__name__} between two blocks that "
+                f"the {name} shares the {info.param_name} of a {kind} between two blocks that "
                 "fully_shard was called on, and each would learn a copy; expected both in one call, "
                 "fully_shard([first, second]), or outside of all blocks."
             )
