@@ -21,7 +21,15 @@ from metapl.cli.idle import Rule, by_choice, by_method, explained, noisy_by_meth
 from metapl.cli.parse import Switch, did_you_mean, paragraph
 from metapl.cli.two_moons import TrainTwoMoons
 from metapl.cores import default_threads
-from metapl.distributed.launch import Lead, check_started, from_first, is_first, joined, losses_named, said_by_another
+from metapl.distributed.launch import (
+    Lead,
+    check_started,
+    from_first,
+    is_first,
+    joined,
+    lost_processes_explained,
+    said_by_another,
+)
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.compare import compare
@@ -87,7 +95,7 @@ class Train:
             return 2
         with joined(self.mesh, device) as rank:
             try:
-                with losses_named():
+                with lost_processes_explained():
                     return self._beside() if rank else self._lead()
             except MetaplError as error:
                 if said_by_another(error):

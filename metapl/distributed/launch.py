@@ -23,7 +23,7 @@ HEARD_WITHIN = 3.0
 """Seconds in which processes that fail together hear of each other."""
 
 
-class Lost(MetaplError):
+class ProcessLost(MetaplError):
     """Another process has ended, or does not answer."""
 
 
@@ -67,9 +67,9 @@ def check_started(mesh: Mesh) -> None:
         flags = {"replicate": mesh.replicate, "shard": mesh.shard}
         flags |= {name: getattr(mesh, name) for name in ("tensor", "spatial") if getattr(mesh, name) > 1}
         product = " x ".join(f"--mesh.{name} {size}" for name, size in flags.items())
+        were = f"{started()} {'was' if started() == 1 else 'were'} started"
         raise MetaplError(
-            f"the mesh is of {mesh.size} processes ({product}) and {started()} were started; expected as many. Start "
-            f"them with: {how}"
+            f"the mesh is of {mesh.size} processes ({product}) and {were}; expected as many. Start them with: {how}"
         )
 
 
@@ -107,11 +107,11 @@ class Lead:
 
 
 @contextmanager
-def losses_named() -> Iterator[None]:
+def lost_processes_explained() -> Iterator[None]:
     """Say in words that an exchange failed because another process has ended, or does not answer.
 
     Raises:
-        Lost: that.
+        ProcessLost: that.
     """
     try:
         yield
@@ -119,7 +119,7 @@ def losses_named() -> Iterator[None]:
         why = why_lost(error)
         if why is None:
             raise
-        raise Lost(f"{why} Go on with --resume.") from error
+        raise ProcessLost(f"{why} Go on with --resume.") from error
 
 
 def why_lost(error: BaseException) -> str | None:
@@ -143,7 +143,7 @@ def said_by_another(error: MetaplError) -> bool:
     """
     if not dist.is_initialized():
         return False
-    rank, lost = dist.get_rank(), isinstance(error, Lost)
+    rank, lost = dist.get_rank(), isinstance(error, ProcessLost)
     if isinstance(error, Agreed) and rank:
         return True
     store, processes = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
