@@ -62,15 +62,22 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
 
 def check_started(mesh: Mesh) -> None:
     """Refuse a mesh that is not of the processes that were started."""
-    if mesh.size != started():
-        how = f"torchrun --nproc-per-node={mesh.size} -m metapl train ..."
-        flags = {"replicate": mesh.replicate, "shard": mesh.shard}
-        flags |= {name: getattr(mesh, name) for name in ("tensor", "spatial") if getattr(mesh, name) > 1}
-        product = " x ".join(f"--mesh.{name} {size}" for name, size in flags.items())
-        were = f"{started()} {'was' if started() == 1 else 'were'} started"
+    count = started()
+    if mesh.size == count:
+        return
+    if mesh.size == 1:
         raise MetaplError(
-            f"the mesh is of {mesh.size} processes ({product}) and {were}; expected as many. Start them with: {how}"
+            f"{count} processes were started, and no mesh says what each of them does; give --mesh.replicate {count}, "
+            f"which shares the batches among them, or --mesh.shard {count}, which shares the weights too."
         )
+    flags = {"replicate": mesh.replicate, "shard": mesh.shard}
+    flags |= {name: getattr(mesh, name) for name in ("tensor", "spatial") if getattr(mesh, name) > 1}
+    product = " x ".join(f"--mesh.{name} {size}" for name, size in flags.items())
+    others = "" if count == 1 else f", or give a mesh of {count}"
+    raise MetaplError(
+        f"the mesh is of {mesh.size} processes ({product}) and {count} {'was' if count == 1 else 'were'} started; "
+        f"expected as many. Start them with: torchrun --nproc-per-node={mesh.size} -m metapl train ...{others}"
+    )
 
 
 def from_first(value: Any) -> Any:
