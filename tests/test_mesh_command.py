@@ -221,7 +221,7 @@ def test_a_process_that_hangs_ends_the_run(two: Ranks, tmp_path: Path) -> None:
         (
             1,
             Mesh(shard=2),
-            "--mesh.shard 2) and 1 was started; expected as many. Start them with: torchrun --nproc-per",
+            "--mesh.shard 2) and 1 was started; expected as many. Start them with: torchrun",
         ),
         (2, Mesh(), "2 processes were started, and no mesh says what each of them does; give --mesh.replicate 2"),
         (2, Mesh(shard=3), "--nproc-per-node=3 -m metapl train ..., or give a mesh of 2"),
