@@ -46,6 +46,8 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
         device: where the networks will be.
 
     Yields: this process's number; 0 is the one that shows and writes.
+    Raises:
+        Lost: the others did not come.
     """
     check_started(mesh)
     if mesh.size == 1:
@@ -53,7 +55,14 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    with losses_named():
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except ValueError as error:  # of the variables that say where the processes meet
+            raise MetaplError(
+                f"process {os.environ.get('RANK', '?')} of {mesh.size} does not know where the others are: {error}. "
+                f"Start all with: {_with_torchrun(mesh)}"
+            ) from error
     try:
         yield dist.get_rank()
     finally:
@@ -63,14 +72,17 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
 def check_started(mesh: Mesh) -> None:
     """Refuse a mesh that is not of the processes that were started."""
     if mesh.size != started():
-        how = f"torchrun --nproc-per-node={mesh.size} -m metapl train ..."
         flags = {"replicate": mesh.replicate, "shard": mesh.shard}
         flags |= {name: getattr(mesh, name) for name in ("tensor", "spatial") if getattr(mesh, name) > 1}
         product = " x ".join(f"--mesh.{name} {size}" for name, size in flags.items())
         raise MetaplError(
             f"the mesh is of {mesh.size} processes ({product}) and {started()} were started; expected as many. Start "
-            f"them with: {how}"
+            f"them with: {_with_torchrun(mesh)}"
         )
+
+
+def _with_torchrun(mesh: Mesh) -> str:
+    return f"torchrun --nproc-per-node={mesh.size} -m metapl train ..."
 
 
 def from_first(value: Any) -> Any:
