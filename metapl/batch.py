@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metapl import checks
 from metapl.checks import described
 from metapl.errors import MetaplError
 
@@ -98,6 +99,7 @@ def is_whole(data: Any) -> bool:
 
 def rows(batch: Any, start: int, stop: int) -> Any:
     """The examples ``start`` to ``stop`` of a batch."""
+    checks.dense(batch, "a batch that is read in parts holds")
     return pytree.tree_map_only(Tensor, lambda t: t[start:stop], batch)
 
 
@@ -118,6 +120,7 @@ def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
     """
     if parts == 1:
         return [batch]
+    checks.dense(batch, f"the {name} batch, which is split for accumulate={parts}, holds")
     leaves, structure = pytree.tree_flatten(batch)
     lengths = {len(t) for t in leaves if isinstance(t, Tensor)}
     if any(n % parts for n in lengths):

@@ -73,13 +73,23 @@ def refuse_not_finite(t: Tensor, text: str) -> None:
     """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
     # On the host a sum is several times cheaper than isfinite; finite values may overflow in it, but seldom do.
     if waits(t) or not math.isfinite(t.detach().sum()):
-        refuse(~torch.isfinite(t.detach()).all(), text)
+        refuse(~torch.isfinite(_stored(t.detach())).all(), text)
+
+
+def _stored(t: Tensor) -> Tensor:
+    """The values of a tensor; of a sparse one those that are stored."""
+    if t.layout == torch.strided:
+        return t
+    return t._values() if t.layout == torch.sparse_coo else t.values()
 
 
 def described(value: Any) -> str:
     """A value in words: its type, and the shape, dtype and device of a tensor."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
+        if value.is_nested and value.layout == torch.strided:
+            return "a nested tensor"  # without a shape
+        kind = "tensor" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} tensor"
+        return f"a {kind} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
     if isinstance(value, dict):
         return f"a dict of {len(value)} ({', '.join(map(repr, value))})"
     if isinstance(value, tuple | list):
@@ -109,10 +119,22 @@ def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> Non
             )
 
 
+def dense(batch: Any, which: str) -> None:
+    """Refuse sparse tensors, where rows are taken or values compared; ``which`` begins the sentence."""
+    for t in pytree.tree_leaves(batch):
+        if isinstance(t, Tensor) and t.layout not in (torch.strided, torch.jagged):
+            raise MetaplError(f"{which} {described(t)}; expected dense tensors: x.to_dense().")
+
+
 def finite_on_host(batch: Any) -> None:
     """Refuse a batch on the host with NaN or infinite values; tensors on an accelerator are not checked."""
     for t in pytree.tree_leaves(batch):
-        if isinstance(t, Tensor) and t.is_floating_point() and not waits(t) and not bool(torch.isfinite(t).all()):
+        if (
+            isinstance(t, Tensor)
+            and t.is_floating_point()
+            and not waits(t)
+            and not bool(torch.isfinite(_stored(t)).all())
+        ):
             raise MetaplError("a batch holds NaN or infinite values; clean the inputs first.")
 
 
@@ -151,6 +173,11 @@ def no_inference_mode() -> None:
 
 
 def _tensor(name: str, t: Tensor, device: torch.device) -> None:
+    if t.is_nested and t.layout == torch.strided:
+        raise MetaplError(
+            f"the {name} batch holds a nested tensor, whose rows differ in length; expected rows of one length: "
+            "x.to_padded_tensor(0.0)."
+        )
     if t.ndim == 0 or len(t) == 0:
         raise MetaplError(f"the {name} batch is empty: {described(t)}; expected at least one example.")
     if t.device != device:
@@ -213,6 +240,7 @@ def class_labels(labels: Any, classes: int) -> None:
         raise MetaplError(
             f"the labels are {described(labels)}; expected integers, one class index per example: labels.long()."
         )
+    dense(labels, "the labels are")
     if labels.ndim != 1:
         raise MetaplError(
             f"the labels have shape {tuple(labels.shape)}; expected one class index per example, (batch,)."

@@ -39,7 +39,7 @@ def metapl(*arguments: str | Path, code: int | None = 0) -> subprocess.Completed
 
 
 def unprompted(words: str) -> str:
-    """What standard error says beside the progress, which has a line for each validation where there is no terminal."""
+    """What standard error says beside the progress, which is in lines where there is no terminal."""
     return "".join(line for line in words.splitlines(keepends=True) if not re.match(r"\w+: step \d", line))
 
 

@@ -150,6 +150,38 @@ def test_wrong_numbers_are_refused(options: dict[str, Any], text: str) -> None:
         ablate(trainer, problem.labeled, problem.unlabeled, **options)
 
 
+X, Y = torch.randn(4, 16).double(), torch.arange(4) % 3
+
+
+@pytest.mark.parametrize("train_steps", [0, 1])
+@pytest.mark.parametrize(
+    ("validation", "text"),
+    [
+        (3, "validation is of type int; expected"),
+        ((X, Y[:2]), "expected one class index for each"),
+        ((X, Y.double()), "expected integers"),
+        ([(X, Y + 7)], "run from 7 to 9; the network has 3 classes"),
+        ((X.float(), Y), "its weights are float64; expected inputs of that type"),
+        ([], "validation has no batches"),
+    ],
+)
+def test_wrong_validation_is_refused_before_anything_runs(
+    validation: Any, text: str, train_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = toy("mlp")
+    trainer = metapl.BilevelTrainer(**problem.networks())
+    monkeypatch.setattr("metapl.ablation.compare.pairs", lambda *given: pytest.fail("it began"))
+    with pytest.raises(MetaplError, match=text):
+        ablate(trainer, problem.labeled, problem.unlabeled, train_steps=train_steps, validation=validation)
+
+
+def test_validation_that_can_be_read_once_is_refused_for_several_trainings() -> None:
+    problem = toy("mlp")
+    trainer = metapl.BilevelTrainer(**problem.networks())
+    with pytest.raises(MetaplError, match=r"validation is an iterator .*, which can be read once"):
+        ablate(trainer, problem.labeled, problem.unlabeled, train_steps=1, validation=iter([(X, Y)]))
+
+
 @pytest.mark.parametrize("given", [None, metapl.BilevelTrainer, torch.nn.Linear(4, 3)])
 def test_what_is_no_trainer_is_refused(given: Any) -> None:
     problem = toy("mlp")

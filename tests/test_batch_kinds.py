@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
@@ -373,3 +374,79 @@ def test_views_with_a_label_beside_them_are_left_as_views() -> None:
     (views,) = without_labels([[[X, X + 1], Y]])
     bilevel = metapl.BilevelTrainer(nn.Linear(5, CLASSES), nn.Linear(5, CLASSES))
     assert "teacher_uda" in bilevel.step((X, Y), views).as_dict()
+
+
+# ------------------------------------------------------------------------------------------------------ sparse batches
+
+
+DENSE = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).relu()
+LABELS = torch.arange(6) % CLASSES
+
+
+def csr(t: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return t.to_sparse_csr()
+
+
+SPARSE: dict[str, Callable[[Tensor], Tensor]] = {"coo": Tensor.to_sparse, "csr": csr}
+
+
+def linear(mode: str, **options: Any) -> metapl.BilevelTrainer:
+    torch.manual_seed(0)
+    return metapl.BilevelTrainer(nn.Linear(4, CLASSES), nn.Linear(4, CLASSES), mode, **options)
+
+
+def moved(trainer: metapl.BilevelTrainer, labeled: Tensor, unlabeled: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    trainer.step((labeled, LABELS), unlabeled)
+    return [p.detach() for network in (trainer.teacher, trainer.student) if network for p in network.parameters()]
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.parametrize("mode", ["reinforce", "difference", "unrolled"])
+def test_sparse_inputs_give_the_numbers_of_dense_ones_where_they_can_be_used(mode: str, layout: str) -> None:
+    sparse = SPARSE[layout](DENSE)
+    torch.testing.assert_close(moved(linear(mode), sparse, sparse), moved(linear(mode), DENSE, DENSE))
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.parametrize("mode", ["forward", "implicit", "reinforce_per_example"])
+def test_sparse_inputs_are_refused_by_forward_mode(mode: str, layout: str) -> None:
+    sparse, trainer = SPARSE[layout](DENSE), linear(mode)
+    before = [p.detach().clone() for p in trainer.student.parameters()]
+    with pytest.raises(MetaplError, match=r"holds a sparse tensor, .*expected a dense one, x\.to_dense\(\)"):
+        moved(trainer, DENSE, sparse)
+    assert all(map(torch.equal, before, trainer.student.parameters()))
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+def test_sparse_tensors_are_refused_where_rows_are_taken_or_labels_read(layout: str) -> None:
+    sparse = SPARSE[layout](DENSE)
+    of_many = SPARSE[layout](DENSE.repeat(200, 1))
+    labels = LABELS.to_sparse()
+    splits, plain = linear("reinforce", accumulate=2), linear("reinforce")
+    refused: dict[str, Callable[[], Any]] = {
+        "the unlabeled batch, which is split for accumulate=2, holds": lambda: moved(splits, DENSE, sparse),
+        "the labeled batch, which is split for accumulate=2, holds": lambda: moved(splits, sparse, DENSE),
+        "the labels are": lambda: plain.step((DENSE, labels), DENSE),
+        "a batch that is read in parts holds": lambda: plain.predict(of_many),
+        "validation holds": lambda: plain.fit(
+            [(DENSE, LABELS)], [DENSE], steps=1, validation=(sparse, LABELS), progress=False
+        ),
+    }
+    for text, call in refused.items():
+        with pytest.raises(MetaplError, match=rf"{text} a sparse_\w+ tensor of shape .*x\.to_dense\(\)"):
+            call()
+    with pytest.raises(MetaplError, match="the labels are a sparse_coo tensor"):
+        plain.evaluate((DENSE, labels))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_not_finite_in_a_sparse_tensor_and_nested_rows_are_refused() -> None:
+    bad = DENSE.index_fill(0, torch.tensor([2]), torch.nan)
+    for convert in SPARSE.values():
+        with pytest.raises(MetaplError, match="unlabeled batch holds NaN"):
+            moved(linear("reinforce"), DENSE, convert(bad))
+    with pytest.raises(MetaplError, match=r"holds a nested tensor, .*expected rows of one length"):
+        moved(linear("reinforce"), DENSE, torch.nested.nested_tensor([DENSE[:2], DENSE[:3]]))

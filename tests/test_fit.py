@@ -744,7 +744,10 @@ def test_the_bar_shows_the_time_left_accuracy_and_examples_a_second(monkeypatch:
     assert 0 < int(shown[2]) < 14 / 0.12 + 1  # 6 labelled and 8 unlabelled ones, in more than 0.12 s
 
 
-def test_what_is_no_terminal_gets_a_line_for_each_validation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_terminal_gets_lines_at_validations(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metapl.training.progress.LINE_EVERY", 0.0)
     bilevel().fit(*batches(3), steps=5, log_every=1, validation=VALIDATION, validate_every=2, wait=2)
     bilevel().fit(*batches(3), steps=2, validate_every=1)
     bilevel().fit(*batches(3), steps=2, validate_every=1, progress=False)

@@ -265,6 +265,30 @@ def test_negative_curvature_and_a_series_that_diverges_are_refused_and_nothing_m
 
 
 @pytest.mark.parametrize(
+    ("solver", "damping", "text"),
+    [
+        ("cg", 1e20, r"not finite in float32: damping=1e\+20 is too large for it"),
+        ("cg", 1e200, r"not finite in float32: damping=1e\+200 is too large for it"),
+        ("neumann", 1e10, r"the Neumann series diverges with step_size=0.1 and damping=1e\+10"),
+        ("neumann", 1e200, r"the Neumann series diverges with step_size=0.1 and damping=1e\+200"),
+    ],
+)
+def test_a_damping_that_overflows_is_told_as_that(solver: Any, damping: float, text: str) -> None:
+    """All ten products, so that the series ends in NaN and not in a large number."""
+    student = nn.Linear(4, 3)
+    trainer = metapl.BilevelTrainer(
+        nn.Linear(4, 3),
+        student,
+        Implicit(solver=solver, damping=damping, iterations=10),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+    )
+    before = {name: t.clone() for name, t in student.state_dict().items()}
+    with pytest.raises(MetaplError, match=text):
+        trainer.step((torch.randn(6, 4), torch.arange(6) % 3), torch.randn(8, 4))
+    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
     ("fields", "text"),
     [
         ({"solver": "lu"}, "solver"),

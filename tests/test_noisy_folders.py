@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from test_resume import KILL, Nursery, assert_equal
 
 from metapl.cli import main
 from metapl.experiments.comparison import READOUTS, Comparison
+from metapl.experiments.settle import settled
 from metapl.recipes import NoisyFolders
 from metapl.recipes.methods import METHODS, NOISY_METHODS
 
@@ -286,6 +288,7 @@ def test_folders_that_would_spoil_it_are_refused_before_anything_is_written(
         ("--steps 5 --minutes 2", "--minutes has no effect beside --steps"),
         ("--steps 5 --warm-steps 5", "--warm-steps 5: expected 0 or more, and fewer than steps=5"),
         ("--clean-batch 0", "--clean-batch 0: expected 1 or more"),
+        ("--clean-batch 100000000000", "--clean-batch 100000000000: expected 1,048,576 at most"),
         ("--accumulate 5", "--accumulate 5: expected a divisor of labeled_batch and clean_batch"),
         ("--controls", "--controls goes with --compare"),
         ("--compare", "--compare reports on pictures that nothing was selected on"),
@@ -296,6 +299,16 @@ def test_flags_that_do_not_fit_are_refused(
     flags: str, words: str, folders: tuple[Path, set[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refused(capsys, "train", "noisy", *given(folders[0]), *flags.split())
+
+
+@pytest.mark.parametrize("size", [80, 81])
+def test_a_batch_with_many_copies_of_each_picture_is_told(size: int, folders: tuple[Path, set[str]]) -> None:
+    """Of eight clean pictures, 80 in a batch are ten of each."""
+    root, said = folders[0], list[str]()
+    small: dict[str, Any] = {"steps": 5, "image_size": 8, "precision": "float32", "clean_batch": size}
+    settled(NoisyFolders(labeled=str(root / "noisy"), clean=str(root / "clean"), **small), None, said.append)
+    told = [line for line in said if "--clean-batch 81 is 10 times the 8 pictures" in line]
+    assert len(told) == (size == 81)
 
 
 def test_the_other_recipes_do_not_have_these_methods(capsys: pytest.CaptureFixture[str]) -> None:

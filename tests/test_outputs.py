@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import refused, said
@@ -13,6 +16,8 @@ from PIL import Image
 from tiny_runs import digit, tiny  # noqa: F401 - fixtures
 
 from metapl import LossTrainer, MetaplError
+from metapl.cli.evaluations import write_comparison
+from metapl.cli.evaluators import write_evaluation
 from metapl.runs import checkpoint
 from metapl.runs.atomic import replacing
 from metapl.runs.folder import RunFolder
@@ -80,6 +85,48 @@ def test_the_file_that_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path: 
     with replacing(dangling) as file:
         file.write(b"new")
     assert (tmp_path / "elsewhere" / "new").read_text() == "new"
+
+
+EVALUATED: dict[str, Any] = {"n": 4, "accuracy": 0.5, "attacks": {"fgsm": {"2": 0.25}}}
+
+
+@pytest.mark.parametrize("syncs", [1, 2])
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+def test_a_full_disk_leaves_figures_and_their_picture_or_neither(
+    command: str, syncs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file that is on disk is the JSON, the second the picture."""
+
+    def write(found: dict[str, Any]) -> None:
+        if command == "evaluate":
+            write_evaluation(tmp_path, found, "a title")
+        else:
+            write_comparison(tmp_path, {"a": found, "b": found})
+
+    def left() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_at(number: int) -> None:
+        calls = itertools.count(1)
+
+        def fsync(descriptor: int) -> None:
+            if next(calls) == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("os.fsync", fsync)
+
+    full_at(syncs)
+    with pytest.raises(MetaplError, match="No space left on device"):
+        write(EVALUATED)
+    assert left() == {}
+    full_at(0)
+    write(EVALUATED)
+    before = left()
+    assert {Path(name).suffix for name in before} == {".json", ".png"}
+    full_at(syncs)
+    with pytest.raises(MetaplError, match="No space left on device"):
+        write(EVALUATED | {"accuracy": 0.75})
+    assert left() == before
 
 
 def test_a_name_that_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,17 @@ class Clock:
         monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
 
 
+@pytest.fixture
+def each_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each, however soon it comes."""
+    monkeypatch.setattr(module, "LINE_EVERY", 0.0)
+
+
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.rpartition(", ")[2] for line in capsys.readouterr().err.splitlines()]
 
 
+@pytest.mark.usefixtures("each_validation")
 def test_a_late_start_is_not_forecast_from_the_steps_before_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +55,7 @@ def test_a_late_start_is_not_forecast_from_the_steps_before_it(
     ]
 
 
+@pytest.mark.usefixtures("each_validation")
 def test_steps_that_cost_the_same_are_forecast_as_before(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,6 +65,22 @@ def test_steps_that_cost_the_same_are_forecast_as_before(
         clock.now += 5.0
         shown.advance([], {}, due=True)
     assert lines(capsys) == [f"about {seconds} s left" for seconds in (25, 20, 15, 10, 5)] + ["after 30 s"]
+
+
+def test_a_log_gets_the_first_line_the_last_one_and_one_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twenty validations of a training of five minutes, and of one of ten hours."""
+    clock = Clock(monkeypatch)
+    written = {}
+    for seconds in (3.0, 360.0):
+        shown = Progress("fit", 0, 100, lines=True)
+        for step in range(100):
+            clock.now += seconds
+            shown.advance([], {}, due=step % 5 == 4)
+        written[seconds] = re.findall(r"step (\d+) of", capsys.readouterr().err)
+    assert written[3.0] == ["5", "25", "45", "65", "85", "100"]
+    assert written[360.0] == [str(step) for step in range(5, 101, 5)]
 
 
 def uda(start: int) -> metapl.LossTrainer:
@@ -75,6 +99,7 @@ def words(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.partition(" ")[0] if line.startswith("after") else line[:5] for line in lines(capsys)]
 
 
+@pytest.mark.usefixtures("each_validation")
 def test_a_fit_knows_when_its_steps_become_dearer(capsys: pytest.CaptureFixture[str]) -> None:
     late = (metapl.CrossEntropy(), metapl.UDA(start=3))
     cases = [(uda(2), {}), (bilevel(teacher_losses=late), {"wait": 1}), (bilevel(), {"wait": 3}), (bilevel(), {})]
@@ -84,6 +109,7 @@ def test_a_fit_knows_when_its_steps_become_dearer(capsys: pytest.CaptureFixture[
         assert words(capsys) == ["at le"] * cheap + ["about"] * (4 - cheap) + ["after"]
 
 
+@pytest.mark.usefixtures("each_validation")
 def test_a_second_fit_counts_the_steps_of_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     """UDA begins by the steps of the trainer, of which two were done before."""
     trainer = uda(3)

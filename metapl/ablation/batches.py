@@ -47,9 +47,9 @@ def pairs(
             one.close()
 
 
-def refuse_single_use(labeled: Any, unlabeled: Any) -> None:
+def refuse_single_use(**sources: Any) -> None:
     """Refuse sources that can be read once, where they are read again for every training."""
-    for name, source in (("labeled", labeled), ("unlabeled", unlabeled)):
+    for name, source in sources.items():
         if isinstance(source, Iterator):
             raise MetaplError(
                 f"{name} is an iterator ({type(source).__name__}), which can be read once, and short trainings by each "

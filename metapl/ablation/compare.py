@@ -19,6 +19,7 @@ from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
 from metapl.feedback import MODES, Altered, Estimator, estimator
 from metapl.training.progress import counting
+from metapl.training.selection import Selection
 from metapl.training.trainer import BilevelTrainer
 
 Alteration = Literal["permuted", "class_means", "random_sign"]
@@ -79,7 +80,8 @@ def ablate(
     seed.
 
     Raises: :class:`metapl.MetaplError` where no exact gradient can be had: the problem has no differentiable signal, or
-    the student neither a second derivative nor forward mode.
+    the student neither a second derivative nor forward mode; and, before anything runs, for validation data that the
+    student could not be measured on.
 
     >>> import metapl, torch
     >>> trainer = metapl.BilevelTrainer(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), "reinforce")
@@ -93,7 +95,8 @@ def ablate(
     _check_numbers(steps=steps, draws=draws, rounds=rounds, train_steps=train_steps)
     if train_steps:
         _check_seeds(train_seeds)
-        refuse_single_use(labeled, unlabeled)
+        refuse_single_use(labeled=labeled, unlabeled=unlabeled, validation=validation)
+    Selection(validation, None, trainer.device).check(trainer.student)
     points = tuple(sorted({0, steps // 2, steps}))
     with _put_back(trainer) as start:
         with _counted("steps looked at", progress, len(points)) as done:

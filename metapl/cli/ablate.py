@@ -23,7 +23,7 @@ from metapl.experiments.settle import settled
 from metapl.feedback import MODES, estimator
 from metapl.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
 from metapl.report.ablation import draw_ablation
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import written_last
 from metapl.training.trainer import BilevelTrainer
 from metapl.words import tell
 
@@ -132,9 +132,13 @@ class Looking(ABC):
         """What is looked at."""
 
     def _write(self, out: Path, found: Ablation) -> None:
-        with replacing(out / "ablation.json") as file:
-            file.write(found.to_json().encode())
-        draw_ablation(out / "ablation.png", found.as_dict())
+        try:
+            with written_last(out / "ablation.json", found.to_json().encode()):
+                draw_ablation(out / "ablation.png", found.as_dict())
+        except OSError as error:
+            raise MetaplError(
+                f"--out {out} cannot be written: {error.strerror}; expected a folder with room."
+            ) from error
         tell(f"\nthe figures are in {out}")
 
 

@@ -17,7 +17,7 @@ from metapl.report.style import PALETTE
 from metapl.robustness.attacks import LEVELS, Attack
 from metapl.robustness.corruptions import CORRUPTIONS
 from metapl.robustness.errors import FLIPS_OF_ALEXNET
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import written_last
 from metapl.typed import misfit_entries
 from metapl.words import short, table
 
@@ -209,14 +209,13 @@ def _measured(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def write_comparison(folder: Path, evaluations: Mapping[str, Mapping[str, Any]]) -> None:
-    """``compared.json`` and ``compared.png``."""
+    """``compared.json`` and ``compared.png``: both, or neither."""
     check_folder(folder)
     content = {"evaluations": {name: _figures(found) for name, found in evaluations.items()}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / COMPARED) as file:
-            file.write(f"{json.dumps(content, indent=1)}\n".encode())
-        draw_evaluations(folder / PICTURE, evaluations, "evaluations side by side")
+        with written_last(folder / COMPARED, f"{json.dumps(content, indent=1)}\n".encode()):
+            draw_evaluations(folder / PICTURE, evaluations, "evaluations side by side")
     except OSError as error:
         raise MetaplError(
             f"--out {folder} cannot be written: {error.strerror}; expected a folder with room."

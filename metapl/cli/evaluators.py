@@ -31,7 +31,7 @@ from metapl.robustness.attacks import LEVELS, Attack
 from metapl.robustness.corruptions import CORRUPTIONS
 from metapl.robustness.imagenet import Stability, Subject, imagenet_a, imagenet_c, imagenet_p
 from metapl.robustness.measure import Robustness, measure
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import written_last
 from metapl.training.progress import counting
 from metapl.words import tell
 
@@ -275,15 +275,14 @@ DRAWN = ("corruptions", "attacks", "imagenet_a", "imagenet_c", "imagenet_p")
 
 
 def write_evaluation(folder: Path, content: Mapping[str, Any], title: str) -> None:
-    """``evaluation.json``, and ``robustness.png`` where there is something to draw."""
+    """``evaluation.json``, and ``robustness.png`` where there is something to draw: both, or neither."""
     from metapl.report.robustness import draw_robustness
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / EVALUATION) as file:
-            file.write(f"{json.dumps(content, indent=1)}\n".encode())
-        if any(key in content for key in DRAWN):
-            draw_robustness(folder / PICTURE, content, title)
+        with written_last(folder / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode()):
+            if any(key in content for key in DRAWN):
+                draw_robustness(folder / PICTURE, content, title)
     except OSError as error:
         raise MetaplError(
             f"--out {folder} cannot be written: {error.strerror}; expected a folder with room."

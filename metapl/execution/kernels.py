@@ -141,6 +141,7 @@ _NO_DERIVATIVE = re.compile(
     re.IGNORECASE,
 )
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
+_SPARSE_TANGENT = re.compile(r"_efficientzerotensor.*Sparse", re.DOTALL)
 
 
 @contextmanager
@@ -149,12 +150,17 @@ def explained(mode: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
+        others = 'mode="difference" or one of the sampled modes "reinforce" and "loss_difference"'
+        if _SPARSE_TANGENT.search(str(error)):
+            raise MetaplError(
+                f"mode '{mode}' cannot run on this batch: it holds a sparse tensor, for which PyTorch has no "
+                f"forward-mode derivative; expected a dense one, x.to_dense(). Or take {others}."
+            ) from error
         if not _NO_DERIVATIVE.search(str(error)):
             raise
         match = _OPERATION.search(str(error))
         operation = match.group(1) if match else "one of its operations"
         raise MetaplError(
             f"mode '{mode}' cannot run on this student: {operation} lacks a derivative that it needs "
-            f'({str(error).splitlines()[0]}). Use mode="difference" or one of the sampled modes "reinforce" and '
-            '"loss_difference", which need ordinary passes only.'
+            f"({str(error).splitlines()[0]}). Use {others}, which need ordinary passes only."
         ) from error

@@ -31,6 +31,9 @@ REHEARSED = 1000
 MINUTES = 5.0
 """How long training may take where neither minutes nor steps are given."""
 
+MANY_COPIES = 10
+"""How often a picture may be in one batch before that is told."""
+
 FEW_STEPS = 300
 """Steps below which a network that starts from nothing has hardly learned."""
 
@@ -59,6 +62,7 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
         recipe = dataclasses.replace(recipe, **kept, changes=given.changes.settled(bool(before.changes.recolor)))
         return recipe.for_network(recipe.network_name)
     given.check_first()
+    _note_repeats(given, len(labeled), say)
     seen = look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
     recipe = fitted(recipe, seen)
     if recipe.grey and (given.changes.hue is not None or given.changes.saturation != Changes.saturation):
@@ -76,6 +80,17 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
     if recipe.weights is None and not recipe.grey and seen.side >= PHOTOGRAPHS:
         say("for photographs a network that was trained on photographs is better: --weights imagenet")
     return recipe
+
+
+def _note_repeats(recipe: ImageFolders, count: int, say: Say) -> None:
+    """Tell of a batch that is far larger than the number of pictures it is drawn from: it is slow."""
+    size = getattr(recipe, recipe.batch_of_few)
+    if size > MANY_COPIES * count:
+        flag = f"--{recipe.batch_of_few.replace('_', '-')}"
+        say(
+            f"note: {flag} {size:,} is {size // count:,} times the {count:,} pictures that it is drawn from: each "
+            "is in every batch so often, and each copy costs the time of a picture"
+        )
 
 
 def _weights(recipe: ImageFolders) -> str | None:

@@ -36,6 +36,12 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
             break
         q = _plus(product(p), p, damping)
         curvature, p_norm, q_norm = dot(p, q), norm(p), norm(q)
+        checks.refuse(
+            ~q_norm.isfinite() & ~ended,
+            f"a product of Implicit's conjugate gradients is not finite in {_types(v)}: damping={damping:g} is too "
+            "large for it, or the student has diverged; expected a damping of about the size of the eigenvalues of the "
+            "inner loss's second derivative, such as 0.01.",
+        )
         largest = torch.maximum(largest, q_norm / p_norm.clamp_min(tiny))  # at most the greatest eigenvalue
         flat = curvature <= rounding * p_norm * q_norm
         negative = flat if number == 0 else curvature < -rounding * largest * p_norm**2  # v itself must be curved
@@ -65,9 +71,11 @@ def neumann(product: Product, v: Tree, iterations: int, step_size: float, dampin
         term = _plus(term, _plus(product(term), term, damping), -step_size)
         x = _plus(x, term, 1.0)
     checks.refuse(
-        norm(term) > step_size * norm(v),
-        f"the Neumann series diverges: its last term is longer than its first. Give Implicit a step_size below "
-        f"{step_size:g}, a larger damping, or a student that is nearer to an optimum of the inner loss.",
+        ~(norm(term) <= step_size * norm(v)),  # a series that overflows is NaN in the end
+        f"the Neumann series diverges with step_size={step_size:g} and damping={damping:g}: its last term is longer "
+        "than its first. Give Implicit a step_size below 2 over the greatest eigenvalue of the inner loss's second "
+        "derivative plus damping; where that loss curves downwards, a larger damping, or a student that is nearer to "
+        "an optimum of it.",
     )
     return x
 
@@ -80,3 +88,7 @@ def _plus(a: Tree, b: Tree, factor: Tensor | float) -> Tree:
     if isinstance(factor, Tensor):
         return {name: t + factor.to(t.dtype) * b[name] for name, t in a.items()}
     return {name: t + factor * b[name] for name, t in a.items()}
+
+
+def _types(tree: Tree) -> str:
+    return " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tree.values()}))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl.checks import finite
+from metapl.checks import dense, finite
 from metapl.errors import MetaplError
 from metapl.metrics.chance import chance_level
 
@@ -116,6 +116,7 @@ def _check(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] | None) -
         raise MetaplError(f"the logits are {logits_NC.dtype}; expected floating-point numbers")
     if labels_N.is_floating_point() or labels_N.is_complex() or labels_N.dtype == torch.bool:
         raise MetaplError(f"the labels are {labels_N.dtype}; expected integers, the index of each class")
+    dense(labels_N, "the labels are")
     width = logits_NC.shape[1]
     low, high = int(labels_N.min()), int(labels_N.max())
     if low < 0 or high >= width:

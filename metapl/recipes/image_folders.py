@@ -266,6 +266,8 @@ class ImageFolders(ImageRecipe):
     """Fields that are folders."""
     chosen: ClassVar[tuple[str, ...]] = CHOSEN
     """Fields that the recipe chooses for itself where they are None."""
+    batch_of_few: ClassVar[str] = "labeled_batch"
+    """The field with the number of pictures in a batch of those whose labels are right."""
 
     labeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     unlabeled: Annotated[str, tyro.conf.arg(metavar="DIR")]

@@ -20,7 +20,7 @@ from metapl.data.images.check import check_folders
 from metapl.data.images.folders import Files, LabeledFiles, digest, scan_labeled, unreadable
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
-from metapl.recipes.base import Doubtful, Feedback, Optimizer, Task, require
+from metapl.recipes.base import MOST_IN_A_BATCH, Doubtful, Feedback, Optimizer, Task, require, require_within
 from metapl.recipes.image_folders import (
     CHOSEN,
     OPEN,
@@ -97,6 +97,7 @@ class NoisyFolders(ImageFolders):
     name: ClassVar[str] = "noisy"
     places: ClassVar[tuple[str, ...]] = ("labeled", "clean", "val", "test")
     chosen: ClassVar[tuple[str, ...]] = (*CHOSEN, "warm_steps")
+    batch_of_few: ClassVar[str] = "clean_batch"
 
     labeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     clean: Annotated[str, tyro.conf.arg(metavar="DIR")]
@@ -134,7 +135,7 @@ class NoisyFolders(ImageFolders):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, self.clean_batch >= 1, "clean_batch", "1 or more")
+        require_within(self, "clean_batch", 1, MOST_IN_A_BATCH)
         warm, steps = self.warm_steps, self.steps
         fits = warm is None or (warm >= 0 and (steps is None or warm < steps))
         require(self, fits, "warm_steps", f"0 or more, and fewer than steps={steps}")

@@ -57,6 +57,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def written_last(path: Path, content: bytes) -> Iterator[None]:
+    """A file that appears when the block ends well, such as one whose pictures the block writes.
+
+    Its bytes are on disk before the block begins, so a full disk leaves neither it nor what the block writes.
+
+    Args:
+        path: the name that the file gets, as for :func:`replacing`.
+        content: of the file.
+
+    Raises:
+        OSError: as for :func:`replacing`.
+    """
+    with replacing(path) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        yield
+
+
 def sync_folder(folder: Path) -> None:
     """Puts the rename itself on disk; without it a power cut may bring the old name back."""
     if os.name != "posix":

@@ -68,7 +68,8 @@ class Trainer(Stepwise):
                 ``teacher_optimizer``, ``trainer`` (losses, weights, precision, clipping), ``dtype``, ``labeled``,
                 ``unlabeled`` and ``validation``. Anything else that is known to differ is refused by name; what is
                 given now counts.
-            progress: show on standard error how far it is: a bar on a terminal, else a line for each validation.
+            progress: show on standard error how far it is: a bar on a terminal, else a line at a validation,
+                one a minute at most.
             say: where messages go; default: standard error.
             callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded (see
                 ``log_every`` and ``validate_every``): the number of steps done, the numbers of that row, and this

@@ -1,7 +1,8 @@
-"""How far a fit is: a bar on a terminal, a line for each validation elsewhere."""
+"""How far a fit is: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,9 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{p
 AT_LEAST = BAR.replace("{remaining} left", "at least {remaining} left")
 """While steps are cheaper than those to come."""
 
+LINE_EVERY = 60.0
+"""The fewest seconds between two lines of a phase; only its last line does not wait."""
+
 EVERY = 0.1
 """Seconds between two updates of a count."""
 
@@ -28,7 +32,8 @@ class Progress:
         name: of the phase.
         start, steps: the step it stands at, of how many.
         bar: of tqdm, on a terminal.
-        lines: write a line at each step at which is validated: for pipes, files and notebooks.
+        lines: write lines, for pipes, files and notebooks: at the first validation, then at validations that come
+            :data:`LINE_EVERY` seconds or more after the last line, and at the end.
         dearer: steps from which on each costs more than those before, such as the first one with UDA. The time that is
             left is told by the steps since the last of these, and until the last one has come as a lower bound.
     """
@@ -41,6 +46,7 @@ class Progress:
         self.dearer = sorted(step for step in {*dearer} if start < step < steps)
         self.timed = start, self.since  # from which step on the time of a step is measured, and when that was
         self.accuracy = ""
+        self.last_line = -math.inf  # when it was
         self._show_bound()
 
     def advance(
@@ -67,7 +73,8 @@ class Progress:
                 self.bar.set_postfix_str(
                     ", ".join([*shown, f"{self.examples / seconds:.0f} examples/s"]), refresh=False
                 )
-        elif self.lines and due:
+        elif self.lines and due and (self.done >= self.steps or time.monotonic() - self.last_line >= LINE_EVERY):
+            self.last_line = time.monotonic()
             validated = "" if accuracy is None else f", validation accuracy {self.accuracy}"
             when = self._left() if self.done < self.steps else f"after {duration(seconds)}"
             line = f"{self.name}: step {self.done:,} of {self.steps:,}{validated}, {when}"

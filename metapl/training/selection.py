@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from metapl.batch import is_whole, labeled_pair, length, rows
-from metapl.checks import described
+from metapl.checks import dense, described
 from metapl.distributed.shards import whole
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, replayed
@@ -72,6 +72,7 @@ class Selection:
             if first is None:
                 raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
             inputs, labels = labeled_pair(first, batch_name(data, name))[:2]
+            dense((inputs, labels), f"{name} holds")
             count = length(inputs)
             if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
                 raise MetaplError(
