@@ -206,6 +206,8 @@ class Train:
         tell(f"figures, report and the delivered networks are in {folder.path}")
         tell(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
         tell(paragraph(comparison.sentence()))
+        if labels := comparison.labels():
+            tell(paragraph(labels))
         tell(paragraph(comparison.delivery()))
         return 0
 
