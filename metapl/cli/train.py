@@ -28,6 +28,7 @@ from metapl.distributed.launch import (
     is_first,
     joined,
     lost_processes_explained,
+    program,
     said_by_another,
 )
 from metapl.distributed.mesh import Mesh
@@ -214,6 +215,8 @@ class Train:
         tell(f"figures, report and the delivered networks are in {folder.path}")
         tell(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
         tell(paragraph(comparison.sentence()))
+        if labels := comparison.labels():
+            tell(paragraph(labels))
         tell(paragraph(comparison.delivery()))
         return 0
 
@@ -333,5 +336,5 @@ def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
     if not any(a == "--out" or a.startswith("--out=") for a in given):
         given += ["--out", str(out)]
     where = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
-    tell(f"\n{where}go on with:\n  metapl {shlex.join([*given, '--resume'])}", file=sys.stderr)
+    tell(f"\n{where}go on with:\n  {program()} {shlex.join([*given, '--resume'])}", file=sys.stderr)
     return 128 + getattr(stopped, "signal_number", signal.SIGINT)

@@ -32,6 +32,15 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def program() -> str:
+    """What this command was started with, for a line that starts it again."""
+    count = started()
+    if count == 1:
+        return "metapl"
+    here = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
+    return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl"
+
+
 def is_first() -> bool:
     """Whether this process is the one that shows and writes."""
     return os.environ.get("RANK", "0") == "0"
@@ -46,6 +55,9 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
         device: where the networks will be.
 
     Yields: this process's number; 0 is the one that shows and writes.
+
+    Raises:
+        ProcessLost: the others did not come.
     """
     check_started(mesh)
     if mesh.size == 1:
@@ -53,7 +65,14 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    with lost_processes_explained():
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except ValueError as error:  # of the variables that say where the processes meet
+            raise MetaplError(
+                f"process {os.environ.get('RANK', '?')} of {mesh.size} does not know where the others are: {error}. "
+                f"Start all with: {_with_torchrun(mesh)}"
+            ) from error
     try:
         yield dist.get_rank()
     finally:
@@ -76,8 +95,12 @@ def check_started(mesh: Mesh) -> None:
     others = "" if count == 1 else f", or give a mesh of {count}"
     raise MetaplError(
         f"the mesh is of {mesh.size} processes ({product}) and {count} {'was' if count == 1 else 'were'} started; "
-        f"expected as many. Start them with: torchrun --nproc-per-node={mesh.size} -m metapl train ...{others}"
+        f"expected as many. Start them with: {_with_torchrun(mesh)}{others}"
     )
+
+
+def _with_torchrun(mesh: Mesh) -> str:
+    return f"torchrun --nproc-per-node={mesh.size} -m metapl train ..."
 
 
 def from_first(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from metapl.errors import MetaplError
@@ -35,12 +35,15 @@ class Comparison:
             "validation_accuracy" of the delivered network, where validation can tell networks apart.
         examples: in the test set.
         chance: the accuracy of guessing there; see :func:`metapl.metrics.chance_level`.
+        stores: name → SHA-256 of the labels that the first teacher gave the unlabeled examples, one for each seed; of
+            methods that have one.
     """
 
     seeds: tuple[int, ...]
     methods: dict[str, dict[str, list[float]]]
     examples: int
     chance: float
+    stores: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, readouts in self.methods.items():
@@ -59,7 +62,10 @@ class Comparison:
             readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
             accuracies[method] = {readout: [_read(result, readout) for result in by_seed] for readout in readouts}
         evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
-        return cls(seeds, accuracies, evaluations[0].n, statistics.fmean(result.chance for result in evaluations))
+        teaching = [method for method in methods if EVERY_METHOD[method].selects]
+        stores = {name: [results[name, seed]["rounds"][0]["store_sha256"] for seed in seeds] for name in teaching}
+        chance = statistics.fmean(result.chance for result in evaluations)
+        return cls(seeds, accuracies, evaluations[0].n, chance, stores)
 
     def pair(self) -> tuple[str, str] | None:
         """The first method that was run beside its control, and that control: MPL and the same loop without feedback,
@@ -165,6 +171,25 @@ class Comparison:
             why = "; of all methods it has the best mean validation accuracy"
         return f"delivered: {title(method)}, seed {seed}{why}"
 
+    def labels(self) -> str | None:
+        """Whether the methods with a first teacher learned from the same labels of it; None where fewer than two do.
+
+        >>> accuracies = dict.fromkeys(READOUTS, [0.8, 0.9])
+        >>> methods = {"noisy_student": accuracies, "mpl_filtered": accuracies}
+        >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "b"]}).labels()
+        'the 2 methods with a first teacher learned from the same stored labels of it, seed by seed'
+        >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "c"]}).labels()
+        'note: the methods with a first teacher did not learn from the same stored labels of it, for seed 1'
+        """
+        if len(self.stores) < 2:
+            return None
+        by_seed = zip(self.seeds, zip(*self.stores.values(), strict=True), strict=True)
+        others = [str(seed) for seed, stores in by_seed if len({*stores}) > 1]
+        who, what = "methods with a first teacher", "the same stored labels of it"
+        if others:
+            return f"note: the {who} did not learn from {what}, for seed{'s'[: len(others) - 1]} {', '.join(others)}"
+        return f"the {len(self.stores)} {who} learned from {what}, seed by seed"
+
     def to_json(self) -> dict[str, Any]:
         """For ``result.json``."""
         difference = self.against_control()
@@ -175,6 +200,7 @@ class Comparison:
             "chance": self.chance,
             "sentence": self.sentence(),
             "delivery": self.delivery(),
+            **({"stores": self.stores} if self.stores else {}),
         }
         if difference is not None:
             content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
