@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import result
@@ -11,11 +14,16 @@ from tiny_runs import color_folders
 from torch import nn
 
 from metapl.cli import main
-from metapl.experiments.equal_cost import equal_steps, operations, with_steps
+from metapl.experiments.equal_cost import _by_phase, at_equal_cost, operations, with_steps
 from metapl.experiments.load_run import load_run
+from metapl.experiments.methods import compared
+from metapl.experiments.self_training import FOLDER, LABELS, first_teacher
 from metapl.experiments.settle import settled
 from metapl.recipes import Digits, ImageFolders
-from metapl.recipes.self_training import SelfTraining
+from metapl.recipes.image_folders import OpenOptimizer
+from metapl.recipes.self_training import FirstTeacher, SelfTraining
+from metapl.runs.metrics import Metrics
+from metapl.training.loss_trainer import LossTrainer
 
 PER_EXAMPLE = 2 * (2 * 64 * 16) + 3 * (2 * 16 * 10)
 """Operations of a step of a network of width 16 on a digit: three passes, but one less in the first layer."""
@@ -41,8 +49,9 @@ def test_steps_before_uda_begins_are_counted_as_they_are(tmp_path: Path) -> None
     # A teacher of Meta Pseudo Labels has UDA too, and its student waits longer than UDA does.
     assert recipe.wait > recipe.uda_start
     assert operations(recipe, "none", task) < operations(at_once, "none", task)
-    steps = equal_steps(recipe, ["supervised", "uda"], task)
-    assert operations(with_steps(recipe, steps["uda"]), "uda", task) == pytest.approx(plain, rel=0.05)
+    sized = at_equal_cost(recipe, ["supervised", "uda"], task)
+    assert sized["supervised"] == recipe
+    assert operations(sized["uda"], "uda", task) == pytest.approx(plain, rel=0.05)
 
 
 def test_the_steps_of_a_warm_start_follow_those_of_the_method() -> None:
@@ -50,10 +59,10 @@ def test_the_steps_of_a_warm_start_follow_those_of_the_method() -> None:
     task = recipe.task()
     assert operations(recipe, "noisy_student", task) == 8 * PER_EXAMPLE * (10 + 3 * 5 * 4)
     assert with_steps(recipe, 40).self_training.warm_steps == 20
-    steps = equal_steps(recipe, ["noisy_student", "noisy_student_once", "supervised"], task)
-    for method, count in steps.items():
-        cost = operations(with_steps(recipe, count), method, task)
-        assert cost == pytest.approx(operations(recipe, "noisy_student", task), rel=0.1)
+    sized = at_equal_cost(recipe, ["noisy_student", "noisy_student_once", "supervised"], task)
+    for method, own in sized.items():
+        cost = operations(own, method, task)
+        assert cost == pytest.approx(operations(recipe, "noisy_student", task), rel=0.02)
 
 
 def test_finetuning_is_not_counted() -> None:
@@ -66,19 +75,133 @@ def test_finetuning_is_not_counted() -> None:
 def test_the_other_methods_train_noisy_students_last_network(tmp_path: Path) -> None:
     """Of three networks, a single round has two; a method without rounds has the last, at its cost."""
     out, names = tmp_path / "compared", ("4", "8", "8x8")
-    methods = ("noisy_student", "noisy_student_once", "supervised")
+    methods = ("noisy_student", "noisy_student_once", "mpl_filtered", "supervised")
     flags = ("--rounds", "2", "--steps", "2", "--labeled-batch", "8", "--hidden", "4", "--jobs", "1")
-    compared = ("--compare", "--methods", *methods, "--networks", *names)
-    assert main(["noisy-student", "digits", *flags, *compared, "--out", str(out)]) == 0
+    flags += ("--finetune-steps", "1", "--compare", "--methods", *methods, "--networks", *names)
+    assert main(["noisy-student", "digits", *flags, "--out", str(out)]) == 0
     found = {name: load_run(out / name / "seed-0").network("student") for name in methods}
     widths = {name: [layer.out_features for layer in linears(network)] for name, network in found.items()}
-    assert widths == {"noisy_student": [8, 8, 10], "noisy_student_once": [8, 10], "supervised": [8, 8, 10]}
+    last = [8, 8, 10]
+    assert widths == {name: [8, 10] if name == "noisy_student_once" else last for name in methods}
+    (first,) = {result(out / name / "seed-0")["rounds"][0]["store_sha256"] for name in methods[:3]}
+    assert result(out)["stores"] == {name: [first] for name in methods[:3]}
     steps = {name: result(out / name / "seed-0")["steps"] for name in methods}
     recipe = Digits(steps=2, labeled_batch=8, hidden=(4,), self_training=SelfTraining(rounds=2, networks=names))
     cost = operations(recipe, "noisy_student", recipe.task())
     per_step = 8 * (2 * 2 * 64 * 8 + 3 * (2 * 8 * 8 + 2 * 8 * 10))
     assert steps["supervised"] == round(cost / per_step)
     assert steps["noisy_student_once"] > steps["noisy_student"] == 2
+
+
+TEACHING = ("noisy_student", "mpl_filtered", "none_filtered", "noisy_student_once", "noisy_student_uneven")
+COMPARED = (
+    *("noisy-student", "digits", "--compare", "--methods", "supervised", *TEACHING[:2], "--jobs", "1"),
+    *("--steps", "60", "--validate-every", "7", "--warmup", "5", "--rounds", "1", "--hidden", "4"),
+    *("--labeled-batch", "2", "--finetune-steps", "1", "--save-every", "3"),
+)
+"""A comparison whose first method has no first teacher; those of the others then take fewer steps than 60."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compared") / "whole"
+    assert main([*COMPARED, "--out", str(out)]) == 0
+    return out
+
+
+def stored_parts(run: Path) -> list[bytes]:
+    return [part.read_bytes() for part in sorted((run / FOLDER / "1" / LABELS).glob("*.parquet"))]
+
+
+def test_methods_with_a_first_teacher_learn_from_the_same_labels(whole: Path) -> None:
+    """Byte for byte, from a teacher of the same weights, whatever the steps of the rest are."""
+    runs = [whole / name / "seed-0" for name in TEACHING[:2]]
+    parts, others = map(stored_parts, runs)
+    assert parts
+    assert others == parts
+    told = [result(run)["rounds"][0] for run in runs]
+    assert len({each["teacher"]["weights_fingerprint"] for each in told}) == 1
+    stores = {name: [each["store_sha256"]] for name, each in zip(TEACHING[:2], told, strict=True)}
+    assert result(whole)["stores"] == stores
+    assert len({each["store_sha256"] for each in told}) == 1
+    rows, same = (Metrics(run / "metrics.jsonl").rows("round-0") for run in runs)
+    assert rows == same
+    assert 1 < rows[-1]["step"] < 60
+    assert len({result(run)["steps"] for run in runs}) == 2
+
+
+def test_a_comparison_that_is_stopped_and_moved_ends_as_one_that_was_not(whole: Path, tmp_path: Path) -> None:
+    """Stopped within the first teacher of the second method that has one."""
+    begun, moved = tmp_path / "begun", tmp_path / "moved"
+    fit, step = LossTrainer.fit, LossTrainer.step
+    phases: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fitted(self: Any, *given: Any, **named: Any) -> Any:
+            phases.append(named["phase"])
+            if phases.count("round-0") == 2:
+                patch.setattr(LossTrainer, "step", stopped)
+            return fit(self, *given, **named)
+
+        def stopped(self: Any, *batches: Any) -> Any:
+            if self.steps_done == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(self, *batches)
+
+        patch.setattr(LossTrainer, "fit", fitted)
+        assert main([*COMPARED, "--out", str(begun)]) == 130
+    assert phases[-1] == "round-0"
+    begun.rename(moved)
+    assert main([*COMPARED, "--out", str(moved), "--resume"]) == 0
+    assert result(moved) == result(whole)
+    assert stored_parts(moved / TEACHING[1] / "seed-0") == stored_parts(whole / TEACHING[1] / "seed-0")
+
+
+@pytest.mark.parametrize("first", ["noisy_student", "mpl_filtered", "supervised"])
+def test_the_first_teacher_counts_at_its_own_steps(first: str) -> None:
+    """All cost the same, and the first teacher takes the same part of it in each."""
+    recipe = dataclasses.replace(digits(SelfTraining(rounds=2, ratio=3)), steps=300, unlabeled_batch=16)
+    task = recipe.task()
+    sized = at_equal_cost(recipe, [first, *(name for name in TEACHING if name != first)], task)
+    assert sized[first].steps == 300
+    for method, own in sized.items():
+        cost = operations(own, method, task)
+        assert cost == pytest.approx(operations(recipe, first, task), rel=0.02)
+    assert len({sized[name].self_training.first for name in TEACHING}) == 1
+    given = sized["mpl_filtered"].self_training.first
+    assert given is not None
+    assert _by_phase(sized["mpl_filtered"], "mpl_filtered", task)["round-0"] == given.steps * 8 * PER_EXAMPLE
+
+
+def test_the_first_teacher_of_pictures_is_that_of_every_method(tmp_path: Path) -> None:
+    """Its weights, rates and clipping are given for its network, of which a method with another one knows nothing."""
+    root = color_folders(tmp_path)
+    folders = {name: str(root / name) for name in ("labeled", "unlabeled", "test")}
+    settings = SelfTraining(rounds=1, networks=("small_cnn", "resnet18"))
+    rate = ImageFolders(**folders).for_network("resnet18").teacher.lr  # type: ignore[arg-type]
+    assert rate is not None
+    given = {"network_name": "small_cnn", "weights": "file.safetensors", "teacher": OpenOptimizer(lr=rate)}
+    shown = {"image_size": 8, "mean": (0.5,) * 3, "std": (0.2,) * 3, "grey": False, "precision": "float32"}
+    recipe = settled(ImageFolders(**folders, **given, **shown, steps=200, self_training=settings))  # type: ignore[arg-type]
+    assert recipe.warmup > 0
+    own, first = first_teacher(recipe.by("noisy_student", 0))
+    assert (own.teacher.lr, own.network_name) == (rate, "small_cnn")
+    assert first == FirstTeacher(
+        steps=200,
+        warmup=recipe.warmup,
+        validate_every=recipe.validate_every,
+        lr=rate,
+        clip_norm=recipe.clip_norm,
+        weights=str(Path("file.safetensors").resolve()),
+    )
+    shared = dataclasses.replace(settings, first=first)
+    for method in TEACHING:
+        for steps in (37, 200):
+            of_method = dataclasses.replace(with_steps(recipe, steps), self_training=shared)
+            found, trained = first_teacher(compared(of_method, method, 0))
+            assert trained == first
+            for name in ("network_name", "teacher", "clip_norm", "weights", "label_smoothing"):
+                assert getattr(found, name) == getattr(own, name)
 
 
 def linears(network: nn.Module) -> list[nn.Linear]:

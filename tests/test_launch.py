@@ -30,7 +30,7 @@ def meet() -> None:
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_never_comes_is_waited_for_only_so_long(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", rank)
-    with pytest.raises(launch.Lost, match=r"another process has not answered for .* minutes"):
+    with pytest.raises(launch.ProcessLost, match=r"another process has not answered for .* minutes"):
         meet()
 
 
@@ -39,3 +39,21 @@ def test_a_process_that_was_not_told_where_to_meet_is_refused(monkeypatch: pytes
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(MetaplError, match=r"MASTER_ADDR.*Start all with: torchrun --nproc-per-node=2"):
         meet()
+
+
+@pytest.mark.parametrize(
+    ("started", "here", "program"),
+    [
+        ("1", None, "metapl"),
+        ("2", "2", "torchrun --nproc-per-node=2 -m metapl"),
+        ("16", "8", "torchrun ... -m metapl"),
+    ],
+)
+def test_a_stopped_run_goes_on_in_as_many_processes(
+    started: str, here: str | None, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", started)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert launch.program() == program

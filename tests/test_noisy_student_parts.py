@@ -18,7 +18,7 @@ from metapl.cli import main
 from metapl.cli.plan import _costs
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
-from metapl.experiments.equal_cost import equal_steps, operations, with_steps
+from metapl.experiments.equal_cost import at_equal_cost, operations, with_steps
 from metapl.experiments.self_training import Noised, Rounds, _finetuned, better_before, end_matched, networks_of
 from metapl.labels import LabelStore, LabelWriter
 from metapl.labels.queries import select
@@ -226,10 +226,10 @@ def test_methods_at_equal_cost_take_the_same_number_of_operations() -> None:
     per_example = 2 * inputs + 3 * outputs
     assert operations(recipe, "supervised", task) == 10 * 8 * per_example
     assert operations(recipe, "noisy_student", task) == 10 * 8 * per_example * (1 + 2 * 4)
-    steps = equal_steps(recipe, ["noisy_student", "supervised", "mpl_filtered"], task)
-    assert (steps["noisy_student"], steps["supervised"]) == (10, 90)
-    for method, count in steps.items():
-        cost = operations(with_steps(recipe, count), method, task)
+    sized = at_equal_cost(recipe, ["noisy_student", "supervised", "mpl_filtered"], task)
+    assert (sized["noisy_student"].steps, sized["supervised"].steps) == (10, 90)
+    for method, own in sized.items():
+        cost = operations(own, method, task)
         assert cost == pytest.approx(operations(recipe, "noisy_student", task), rel=0.1)
 
 

@@ -79,7 +79,8 @@ class NoisyStudent(Train):
         out: run folder; by default the next free one in runs/.
         resume: continue the run in the folder; it ends bit for bit as without the interruption.
         compare: train by Meta Pseudo Labels, by controls without noise, without balancing and with one round, and by
-            baselines too, each for as many steps as cost the same number of operations, and compare them.
+            baselines too, each for as many steps as cost the same number of operations, and compare them. Methods with
+            a first teacher train the same one, and learn from the same labels.
         seeds: with --compare: seeds, such as 0-9 or 0,3,5; by default the recipe's own.
         jobs: with --compare: number of runs at a time; by default one for each core, and one on a GPU.
     """

@@ -11,7 +11,7 @@ from typing import Any
 
 from metapl.cores import available_cores, default_threads
 from metapl.experiments.comparison import Comparison
-from metapl.experiments.equal_cost import equal_steps, with_steps
+from metapl.experiments.equal_cost import at_equal_cost
 from metapl.experiments.experiment import last_fit
 from metapl.experiments.jobs import Job, Pace, aloud, run_all
 from metapl.experiments.methods import check_method, compared
@@ -51,20 +51,20 @@ def compare(
         jobs: runs at a time; None: one for each core, and one on a GPU.
         together: runs a job in all processes of a mesh; None: each job is of one process.
         equal_cost: give each method as many steps as cost what the first method costs; see
-            :func:`metapl.experiments.equal_cost.equal_steps`.
+            :func:`metapl.experiments.equal_cost.at_equal_cost`.
     """
     out = folder.path
     description = describe(recipe, compare=list(methods), seeds=list(seeds))
     with folder.claimed(description, resume=resume):
-        steps: dict[str, int] = {}
+        sized: dict[str, Recipe] = {}
         if equal_cost or not (out / "result.json").exists():
             task = recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
             for method in methods:
                 check_method(compared(recipe, method, seeds[0]), method, task)
             if equal_cost:
-                steps = equal_steps(recipe, methods, task)
-                aloud(f"steps at equal cost: {', '.join(f'{method} {count:,}' for method, count in steps.items())}")
-        results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs, steps=steps, together=together)
+                sized = at_equal_cost(recipe, methods, task)
+                aloud(_spoken_steps(sized))
+        results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs, sized=sized, together=together)
         folder.relocate(description["fields"])  # each run has compared the data
         comparison = Comparison.of(tuple(seeds), methods, results)
         method, seed = comparison.delivered()
@@ -90,14 +90,13 @@ def run_jobs(
     *,
     resume: bool,
     jobs: int | None,
-    steps: Mapping[str, int] | None = None,
+    sized: Mapping[str, Recipe] | None = None,
     together: Callable[[Job], dict[str, Any]] | None = None,
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """The result of each method and seed, from runs side by side; finished ones are not run again.
 
-    ``steps`` has those of methods that take another number of steps than the recipe.
+    ``sized`` has the recipes of methods that take another number of steps than the recipe.
     """
-    sized = {method: with_steps(recipe, count) for method, count in (steps or {}).items()}
     on_gpu = recipe.torch_device().type == "cuda"
     at_once = 1 if on_gpu or together is not None else available_cores()
     workers = min(jobs or at_once, len(methods) * len(seeds))
@@ -109,7 +108,7 @@ def run_jobs(
         for method in methods:
             place = out / method / f"seed-{seed}"
             begun = resume or (place / "recipe.json").exists()
-            own = compared(sized.get(method, recipe), method, seed)
+            own = compared((sized or {}).get(method, recipe), method, seed)
             to_compare.append(Job(own, method, place, begun, threads=threads))
     aloud(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}")
     results = {}
@@ -122,6 +121,14 @@ def run_jobs(
                 pace.done(job.method, seconds)
             aloud(f"[{number:>{len(str(total))}}/{total}] {_line(job, result, pace)}")
     return results
+
+
+def _spoken_steps(sized: Mapping[str, Recipe]) -> str:
+    """The steps that methods take at equal cost, in words."""
+    counts = ", ".join(f"{method} {recipe.steps:,}" for method, recipe in sized.items())
+    shared = {recipe.self_training.first for recipe in sized.values()} - {None}
+    first = "".join(f"; the first teacher of each that has one {each.steps:,}" for each in shared if each is not None)
+    return f"steps at equal cost: {counts}{first}"
 
 
 def _line(job: Job, result: dict[str, Any], pace: Pace) -> str:

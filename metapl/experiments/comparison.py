@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from metapl.errors import MetaplError
@@ -35,12 +35,15 @@ class Comparison:
             "validation_accuracy" of the delivered network, where validation can tell networks apart.
         examples: in the test set.
         chance: the accuracy of guessing there; see :func:`metapl.metrics.chance_level`.
+        stores: name → SHA-256 of the labels that the first teacher gave the unlabeled examples, one for each seed; of
+            methods that have one.
     """
 
     seeds: tuple[int, ...]
     methods: dict[str, dict[str, list[float]]]
     examples: int
     chance: float
+    stores: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, readouts in self.methods.items():
@@ -59,7 +62,10 @@ class Comparison:
             readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
             accuracies[method] = {readout: [_read(result, readout) for result in by_seed] for readout in readouts}
         evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
-        return cls(seeds, accuracies, evaluations[0].n, statistics.fmean(result.chance for result in evaluations))
+        teaching = [method for method in methods if EVERY_METHOD[method].selects]
+        stores = {name: [results[name, seed]["rounds"][0]["store_sha256"] for seed in seeds] for name in teaching}
+        chance = statistics.fmean(result.chance for result in evaluations)
+        return cls(seeds, accuracies, evaluations[0].n, chance, stores)
 
     def pair(self) -> tuple[str, str] | None:
         """The first method that was run beside its control, and that control: MPL and the same loop without feedback,
@@ -137,7 +143,7 @@ class Comparison:
             return f"{best[0].upper()}{best[1:]}."
         test, readout = difference
         name, control = self.pair() or ("", "")
-        subject, of_control, what = _words(name)
+        subject, of_control, question, answers = _words(name)
         own_readout, readouts = _readouts(name)
         own = statistics.fmean(self.methods[name][own_readout])
         other = f"{of_control} {statistics.fmean(self.methods[control][readout]):.1%}"
@@ -149,8 +155,7 @@ class Comparison:
             f"{100 * test.mean:+.1f} points over {_seeds(test.n)}"
         )
         best = "" if self.best() == name else f"; {self._best_of_all()}"
-        verdict = _between(test) if EVERY_METHOD[name].self_training is not None else _verdict(test, what)
-        return f"{start[0].upper()}{start[1:]}{verdict}{best}."
+        return f"{start[0].upper()}{start[1:]}{_verdict(test, question, answers)}{best}."
 
     def _best_of_all(self) -> str:
         best = self.best()
@@ -166,6 +171,25 @@ class Comparison:
             why = "; of all methods it has the best mean validation accuracy"
         return f"delivered: {title(method)}, seed {seed}{why}"
 
+    def labels(self) -> str | None:
+        """Whether the methods with a first teacher learned from the same labels of it; None where fewer than two do.
+
+        >>> accuracies = dict.fromkeys(READOUTS, [0.8, 0.9])
+        >>> methods = {"noisy_student": accuracies, "mpl_filtered": accuracies}
+        >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "b"]}).labels()
+        'the 2 methods with a first teacher learned from the same stored labels of it, seed by seed'
+        >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "c"]}).labels()
+        'note: the methods with a first teacher did not learn from the same stored labels of it, for seed 1'
+        """
+        if len(self.stores) < 2:
+            return None
+        by_seed = zip(self.seeds, zip(*self.stores.values(), strict=True), strict=True)
+        others = [str(seed) for seed, stores in by_seed if len({*stores}) > 1]
+        who, what = "methods with a first teacher", "the same stored labels of it"
+        if others:
+            return f"note: the {who} did not learn from {what}, for seed{'s'[: len(others) - 1]} {', '.join(others)}"
+        return f"the {len(self.stores)} {who} learned from {what}, seed by seed"
+
     def to_json(self) -> dict[str, Any]:
         """For ``result.json``."""
         difference = self.against_control()
@@ -176,6 +200,7 @@ class Comparison:
             "chance": self.chance,
             "sentence": self.sentence(),
             "delivery": self.delivery(),
+            **({"stores": self.stores} if self.stores else {}),
         }
         if difference is not None:
             content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
@@ -227,38 +252,42 @@ def _readouts(method: str) -> tuple[str, tuple[str, ...]]:
     return FINETUNED if EVERY_METHOD[method].doubting else STUDENT, (STUDENT, FINETUNED)
 
 
-def _words(method: str) -> tuple[str, str, str]:
-    """A method's network and its control, as the sentence calls them, and what the control is without."""
+def _words(method: str) -> tuple[str, str, str, Mapping[bool, str]]:
+    """A method's network and its control, as the sentence calls them, and the question and answers of the test."""
     if EVERY_METHOD[method].self_training is not None:
-        return "what Noisy Student delivers", "what Meta Pseudo Labels delivers", "which of the two is better"
+        better = {True: "Noisy Student is better", False: "Meta Pseudo Labels is better"}
+        return (
+            "what Noisy Student delivers",
+            "what Meta Pseudo Labels delivers",
+            "which of the two is better",
+            better,
+        )
     if EVERY_METHOD[method].doubting:
-        return f"with {title(method)} the finetuned student", "plain training", "what is learned about labels"
-    if EVERY_METHOD[method].reduced:
-        return "reduced MPL's student", "the same loop without feedback", "the student's feedback"
-    return "MPL's student", "the same loop without feedback", "the teacher's feedback"
+        names = f"with {title(method)} the finetuned student", "plain training"
+        what = "what is learned about labels"
+    elif EVERY_METHOD[method].reduced:
+        names = "reduced MPL's student", "the same loop without feedback"
+        what = "the student's feedback"
+    else:
+        names = "MPL's student", "the same loop without feedback"
+        what = "the teacher's feedback"
+    return *names, f"whether {what} helped", {True: f"{what} helped", False: f"{what} hurt"}
 
 
-def _verdict(test: PairedTest, what: str) -> str:
+def _verdict(test: PairedTest, question: str, answers: Mapping[bool, str]) -> str:
+    """What a paired test says.
+
+    Args:
+        test: the test.
+        question: what it could tell, after "tell" and "show".
+        answers: what it says where the difference is above 0, and where it is not.
+    """
     if test.n < ENOUGH_SEEDS:
-        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell whether {what} helped"
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {question}"
     if test.p is None:  # all differences are the same
-        return f", with every seed the same: too little to tell whether {what} helped"
-    unknown = f"these seeds do not show whether {what} helped"
-    return f", paired t-test p = {_p(test.p)}: {f'{what} {HELPED[test.mean > 0]}' if test.p < 0.05 else unknown}"
-
-
-def _between(test: PairedTest) -> str:
-    """Which of Noisy Student and Meta Pseudo Labels did better, if either did."""
-    if test.n < ENOUGH_SEEDS:
-        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell which of the two is better"
-    if test.p is None:
-        return ", with every seed the same: too little to tell which of the two is better"
-    better = "Noisy Student" if test.mean > 0 else "Meta Pseudo Labels"
-    found = f"{better} is better" if test.p < 0.05 else "these seeds do not show which of the two is better"
+        return f", with every seed the same: too little to tell {question}"
+    found = answers[test.mean > 0] if test.p < 0.05 else f"these seeds do not show {question}"
     return f", paired t-test p = {_p(test.p)}: {found}"
-
-
-HELPED = {True: "helped", False: "hurt"}
 
 
 def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:

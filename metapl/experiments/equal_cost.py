@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -14,7 +15,7 @@ from metapl.device import to_device
 from metapl.errors import MetaplError
 from metapl.experiments.methods import compared, train
 from metapl.experiments.reducing import even_labels
-from metapl.experiments.self_training import FINETUNED, Rehearsed
+from metapl.experiments.self_training import FINETUNED, FIRST, Rehearsed, first_teacher
 from metapl.metrics.cost import flops
 from metapl.recipes.base import ROLES, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD
@@ -37,12 +38,16 @@ def operations(recipe: Recipe, method: str, task: Task) -> float:
     not counted, and neither are finetunings: their steps are :attr:`~metapl.recipes.Recipe.finetune_steps`, whatever
     the steps of the method are.
     """
-    total = 0.0
+    return sum(_by_phase(recipe, method, task).values())
+
+
+def _by_phase(recipe: Recipe, method: str, task: Task) -> dict[str, float]:
+    """:func:`operations` of each phase by its name."""
+    spent: defaultdict[str, float] = defaultdict(float)
 
     def count(
         trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
     ) -> FitResult:
-        nonlocal total
         if phase.endswith(FINETUNED):
             return FitResult(None, 0, {})
         batches = [None if source is None else _on(source[0], trainer.device) for source in (labeled, unlabeled)]
@@ -53,7 +58,7 @@ def operations(recipe: Recipe, method: str, task: Task) -> float:
         for first, last in pairwise(sorted({0, waits, *begins, steps})):
             trainer.steps_done = first
             step = trainer.teacher_step if first < waits else trainer.step
-            total += (last - first) * flops(partial(step, *batches))
+            spent[phase] += (last - first) * flops(partial(step, *batches))
         return FitResult(None, 0, {})
 
     own = compared(recipe, method, recipe.seed)
@@ -61,15 +66,19 @@ def operations(recipe: Recipe, method: str, task: Task) -> float:
         teacher, student = (own.network(role).to(recipe.torch_device()) for role in ROLES)
         rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
         train(EVERY_METHOD[method], own, rehearsed, teacher, student, count)
-    return total
+    return spent
 
 
 def _on(batch: Any, device: torch.device) -> Any:
     return torch.utils._pytree.tree_map(lambda t: to_device(t, device) if isinstance(t, torch.Tensor) else t, batch)
 
 
-def equal_steps(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[str, int]:
-    """The steps of each method with which it costs what the first one costs with the recipe's steps.
+def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[str, Recipe]:
+    """For each method the recipe with which it costs what the first one costs with the recipe as it is.
+
+    The first teacher, of methods that have one, is trained alike in all of them, by
+    :class:`~metapl.recipes.self_training.FirstTeacher`: as in the first of these methods. What is left of the cost
+    decides the steps of the rest. So for the same seed all of them learn from the same labels.
 
     Args:
         recipe: settled.
@@ -79,13 +88,28 @@ def equal_steps(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[str,
     Raises:
         MetaplError: a method cannot be trained on the recipe's data.
     """
-    costs = {}
+    costs: dict[str, dict[str, float]] = {}
     for method in methods:
         try:
-            costs[method] = operations(recipe, method, task)
+            costs[method] = _by_phase(recipe, method, task)
         except MetaplError as error:
             raise MetaplError(f"{method}: {error}") from error
-    return {method: max(1, round(recipe.steps * costs[methods[0]] / cost)) for method, cost in costs.items()}
+    totals = {method: sum(cost.values()) for method, cost in costs.items()}
+    whole = totals[methods[0]]
+    sized = {method: with_steps(recipe, _steps(recipe, whole / total)) for method, total in totals.items()}
+    teaching = [method for method in methods if EVERY_METHOD[method].selects]
+    for method in teaching:
+        shared = first_teacher(sized[teaching[0]])[1]
+        on_it = costs[method][FIRST] * shared.steps / recipe.steps
+        of_rest = with_steps(recipe, _steps(recipe, (whole - on_it) / (totals[method] - costs[method][FIRST])))
+        given = dataclasses.replace(of_rest.self_training, first=shared)
+        sized[method] = dataclasses.replace(of_rest, self_training=given)
+    return sized
+
+
+def _steps(recipe: Recipe, share: float) -> int:
+    """So many times the recipe's steps."""
+    return max(1, round(share * recipe.steps))
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:

@@ -37,7 +37,7 @@ from metapl.problems.losses import CrossEntropy, TeacherLoss
 from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss, with_model_noise
 from metapl.recipes.base import Recipe, Task
 from metapl.recipes.methods import Method
-from metapl.recipes.self_training import SelfTraining
+from metapl.recipes.self_training import FirstTeacher, SelfTraining
 from metapl.report import Gallery
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
@@ -48,6 +48,9 @@ FOLDER = "rounds"
 
 LABELS, SELECTED = "labels", "selected"
 """The stores of a round: of all unlabeled examples, and of the selected ones."""
+
+FIRST = "round-0"
+"""The phase that trains the first teacher."""
 
 FINETUNED = "-finetune"
 """Ends the name of the phase that finetunes a student, after the name of its round."""
@@ -449,8 +452,8 @@ def train_noisy_student(method: Method, recipe: Recipe, task: Task, fit: Fit) ->
     Returns: the trainer of the last student, and what its fit ended with.
     """
     settings, rounds = method.settings(recipe), task.rounds
-    first, *others = networks_of(recipe, settings)
-    trainer, result = _first_teacher(first, task, fit)
+    _, *others = networks_of(recipe, settings)
+    trainer, result = _first_teacher(recipe, task, fit)
     for number, sized in enumerate(others, 1):
         chosen, teacher = rounds.choose(number, trainer.student), trainer.student
         torch.manual_seed(fold_in(recipe.seed, number))  # whatever was drawn before
@@ -471,19 +474,45 @@ def train_noisy_student(method: Method, recipe: Recipe, task: Task, fit: Fit) ->
 
 
 def _first_teacher(recipe: Recipe, task: Task, fit: Fit) -> tuple[Trainer, FitResult]:
-    """The network of round 0, which learns from the labeled examples alone, with noise."""
-    torch.manual_seed(fold_in(recipe.seed, 0))
-    network = recipe.network("teacher").to(recipe.torch_device())
-    optimizer, losses = recipe.teacher.build(network), (CrossEntropy(recipe.label_smoothing),)
-    trainer = LossTrainer(network, losses, optimizer=optimizer, **recipe.trainer_options())
-    labeled = _with_noise(recipe, task, 0)
-    return trainer, fit(trainer, labeled, None, task, **ALONE | {"phase": "round-0"} | _of_steps(recipe, recipe.steps))
+    """The network of round 0, which learns from the labeled examples alone, with noise.
+
+    It is a function of the task, the seed and what :func:`first_teacher` gives, whatever method the run is by.
+    """
+    own, settings = first_teacher(recipe)
+    torch.manual_seed(fold_in(own.seed, 0))
+    network = own.network("teacher").to(own.torch_device())
+    optimizer, losses = own.teacher.build(network), (CrossEntropy(own.label_smoothing),)
+    trainer = LossTrainer(network, losses, optimizer=optimizer, **own.trainer_options())
+    over: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "warmup", "validate_every")}
+    over |= {"phase": FIRST} | _decay(own, settings.steps)
+    return trainer, fit(trainer, _with_noise(own, task, 0), None, task, **ALONE | over)
+
+
+def first_teacher(recipe: Recipe) -> tuple[Recipe, FirstTeacher]:
+    """The recipe with the network and the optimizer of the first teacher, and how it is trained."""
+    # Some recipes warm up over fewer steps where a student waits, and this teacher has none.
+    own, name = recipe.by("noisy_student", recipe.seed), recipe.self_training.network(0)
+    own = own if name is None else own.with_network(name)
+    given = recipe.self_training.first
+    if given is None:
+        warmup = min(own.fit_options().get("warmup", 0), own.steps)
+        beside = {name: getattr(own, name, None) for name in ("clip_norm", "weights")}
+        return own, FirstTeacher(
+            steps=own.steps, warmup=warmup, validate_every=own.validate_every, lr=own.teacher.lr, **beside
+        )
+    changed = {name: getattr(given, name) for name in ("clip_norm", "weights") if hasattr(own, name)}
+    changed["teacher"] = dataclasses.replace(own.teacher, lr=given.lr)
+    return dataclasses.replace(own, **changed), given
 
 
 def _of_steps(recipe: Recipe, steps: int) -> dict[str, Any]:
     """Options of a fit with its own number of steps: the warmup fits into it, the decay keeps the recipe's interval."""
-    exponential = {"decay_every": decay_interval(recipe.steps)} if recipe.schedule == "exponential" else {}
-    return {"warmup": min(recipe.fit_options().get("warmup", 0), steps)} | exponential
+    return {"warmup": min(recipe.fit_options().get("warmup", 0), steps)} | _decay(recipe, recipe.steps)
+
+
+def _decay(recipe: Recipe, steps: int) -> dict[str, float]:
+    """The interval of the exponential schedule of so many steps, where the recipe has this schedule."""
+    return {"decay_every": decay_interval(steps)} if recipe.schedule == "exponential" else {}
 
 
 def end_matched(steps: int, usual: int) -> float:
@@ -558,10 +587,7 @@ def filtered(recipe: Recipe, task: Task, fit: Fit) -> Task:
 
     Source: Meta Pseudo Labels, section 3.3.
     """
-    # Some recipes warm up over fewer steps where a student waits, and this teacher has none.
-    own = recipe.by("noisy_student", recipe.seed)
-    name = recipe.self_training.network(0)
-    trainer, _ = _first_teacher(own if name is None else own.with_network(name), task, fit)
+    trainer, _ = _first_teacher(recipe, task, fit)
     chosen, source = task.rounds.choose(1, trainer.student), task.unlabeled
     sampler = dataclasses.replace(source.sampler, size=len(chosen.positions))
     unlabeled = dataclasses.replace(source, images=chosen.of(source.images), sampler=sampler)

@@ -38,6 +38,7 @@ RESULT: dict[str, Any] = {
     "seeds": list[int],
     "methods": dict[str, dict[str, list[float]]],
     "delivery": str,
+    "stores": dict[str, list[str]],
 }
 """What ``result.json`` may say, with types; the names of accuracies, which are fractions, end in "_accuracy"."""
 

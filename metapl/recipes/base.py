@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -452,12 +453,12 @@ def from_dict(kind: type[R], values: Mapping[str, Any]) -> R:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    import typing
-
     return {f.name: hint for f in dataclasses.fields(kind) if (hint := typing.get_type_hints(kind)[f.name])}
 
 
 def _rebuilt(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_dict(hint, value)
+    parts = (hint, *typing.get_args(hint))  # a dataclass, or one that may be left out
+    kind = next((part for part in parts if dataclasses.is_dataclass(part) and isinstance(part, type)), None)
+    if kind is not None and value is not None:
+        return from_dict(kind, value)
     return tuple(value) if isinstance(value, list) else value

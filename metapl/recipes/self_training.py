@@ -17,6 +17,30 @@ MOST_RATIO = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstTeacher:
+    """What the first teacher takes of a recipe, where the rest of the run takes other values.
+
+    In a comparison at equal cost methods have numbers of steps, and networks, of their own. Their first teachers do
+    not: with these values, the same seed gives the same weights and the same labels in all of them.
+
+    Args:
+        steps: number of training steps.
+        warmup: steps over which the learning rate grows from 0.
+        validate_every: steps between validations.
+        lr: base learning rate.
+        clip_norm: greatest norm of the gradient; None where the recipe has no clipping, or leaves it out.
+        weights: file of the weights that it begins with; None for fresh ones.
+    """
+
+    steps: int
+    warmup: int
+    validate_every: int
+    lr: float
+    clip_norm: float | None = None
+    weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelfTraining:
     """What a run of Noisy Student does beyond training a network on labeled examples.
 
@@ -49,6 +73,7 @@ class SelfTraining:
             for --finetune-steps: labeled ones, not augmented, with its first layers frozen. It is then measured and
             used at this size (FixRes). By default it is not.
         frozen: share of the layers that are frozen then, the first ones.
+        first: how the first teacher is trained, if not as the recipe says; comparisons set it.
     """
 
     rounds: int = 3
@@ -67,6 +92,7 @@ class SelfTraining:
     noisy_teacher: bool = False
     finetune_size: int | None = None
     frozen: float = 0.5
+    first: tyro.conf.Suppress[tyro.conf.Fixed[FirstTeacher | None]] = None
 
     def __post_init__(self) -> None:
         self._require(1 <= self.rounds <= MOST_ROUNDS, "rounds", f"1 to {MOST_ROUNDS:,}")
