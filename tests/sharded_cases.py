@@ -613,6 +613,28 @@ def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:
             return -1, "", ""
 
 
+def unwritten(folder: str) -> list[str]:
+    """What each rank is told of two checkpoints, at whose beginning and end something fails on the first alone."""
+    from metapl.runs import parts
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    told = []
+    for where, name in ((parts, "_free"), (parts.checkpoint, "save")):
+        writer = parts.PartsWriter(Path(folder), 2)
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == 0:
+                patch.setattr(where, name, refuse)
+            try:
+                writer.write(1, {"weight": torch.ones(3)}, {})
+                writer.settle()
+            except parts.CheckpointError as error:
+                told.append(str(error))
+        writer.close()
+    return told
+
+
 class Stopped(Exception):
     """What ends a fit in the middle."""
 

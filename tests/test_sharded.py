@@ -446,6 +446,14 @@ def test_a_fit_goes_on_in_another_layout(
             assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
 
 
+def test_a_checkpoint_that_fails_on_the_first_rank_ends_on_all(two: Ranks, tmp_path: Path) -> None:
+    first, second = two.run("unwritten", folder=str(tmp_path))
+    assert first == second
+    assert [text.partition(str(tmp_path))[0] for text in first] == ["a checkpoint could not be written in ", ""]
+    assert all("could not be written" in text and "a bug" in text for text in first)
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_the_page_on_scale_runs(two: Ranks) -> None:
     two.run("script", page=str(Path(__file__).parent.parent / "docs" / "scale.md"))
 
