@@ -278,6 +278,12 @@ def _divided_otherwise() -> None:
     metapl.BilevelTrainer(teacher, student)
 
 
+def _not_reduced(role: int, how: str, *arguments: Any) -> None:
+    both = [laid_out(network, "hsdp") for network in networks()]
+    getattr(both[role], how)(*arguments)
+    metapl.BilevelTrainer(*both)
+
+
 def _part_left_out() -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -353,6 +359,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "reads_weights": _reads_weights,
     "root_forgotten": _root_forgotten,
     "divided_otherwise": _divided_otherwise,
+    "not_synchronized": lambda: _not_reduced(0, "set_requires_gradient_sync", False),
+    "not_reduced": lambda: _not_reduced(1, "set_requires_all_reduce", False),
+    "hooked": lambda: _not_reduced(0, "set_all_reduce_hook", Tensor.zero_),
     "part_left_out": _part_left_out,
     "outputs_in_parts": _outputs_in_parts,
     "tensor_parallel_forward": lambda: built("forward", "tensor", hidden=8),
