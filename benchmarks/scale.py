@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py                        # measures, then simulates, and writes results/scale.json
     python benchmarks/scale.py --only measured        # or simulated; the other part of the file stays
+    python benchmarks/scale.py --only simulated --layout "128 x 2 x 8"  # this one; the rows of the other stay
     python benchmarks/scale.py --write docs/scale.md
 
 A multi-layer perceptron with its teacher, SGD with Nesterov momentum. Every process has a batch of the same size, so a
@@ -186,8 +187,8 @@ def measured(miniature: bool) -> Row:
 # ------------------------------------------------------------------------------------------------------------ simulated
 
 
-def simulated(miniature: bool) -> Iterator[Row]:
-    """Plans for the paper's largest experiment, by mode."""
+def simulated(miniature: bool, layout: str | None) -> Iterator[Row]:
+    """Plans for the paper's largest experiment, by mode, in one layout or all."""
     from metapl.cli.plan import PLANNED
     from metapl.distributed import Mesh
     from metapl.planning.plan import bytes_of, plan
@@ -195,6 +196,8 @@ def simulated(miniature: bool) -> Iterator[Row]:
     recipe = "digits" if miniature else "imagenet-l2"
     meshes = {"4 x 2": {"replicate": 4, "shard": 2}} if miniature else SIMULATED
     for name, sizes in meshes.items():
+        if layout not in (None, name):
+            continue
         for mode in ("forward", "none", "reinforce"):
             given: dict[str, Any] = {"accumulate": 2} if "spatial" in sizes else {}
             found = plan(PLANNED[recipe](given, None, mode), Mesh(**sizes), memory=bytes_of("80GB"))
@@ -284,6 +287,7 @@ def keep(file: Path, name: str, part: Any) -> None:
 def main() -> None:
     parser = arguments(__doc__, RESULT)
     parser.add_argument("--only", choices=("measured", "simulated"), help="one part; the other stays as it is")
+    parser.add_argument("--layout", choices=SIMULATED, help="simulate this one; the rows of the other stay")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
     given = parsed(parser)
     if given.write:
@@ -293,7 +297,10 @@ def main() -> None:
         keep(given.out, "measured", measured(given.miniature))
     if given.only in (None, "simulated"):
         rows: list[Row] = []
-        for row in simulated(given.miniature):  # each takes minutes
+        if given.layout and given.out.exists():
+            before = json.loads(given.out.read_text()).get("simulated", [])
+            rows = [row for row in before if row["layout"] != given.layout]
+        for row in simulated(given.miniature, given.layout):  # each takes minutes
             rows.append(row)
             keep(given.out, "simulated", rows)
     print(table(json.loads(given.out.read_text())))

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                                      # about ten minutes on two cores
     python benchmarks/throughput.py --small small_cnn                    # its rows alone, into the same result
+    python benchmarks/throughput.py --against ../other-checkout          # and as that checkout measures itself
     python benchmarks/throughput.py --table benchmarks/results/throughput.json
     python benchmarks/throughput.py --write docs/results.md
 
@@ -21,12 +22,19 @@ that what else the machine does hits all of them:
 
 Figures are medians over rounds of the ratios within a round. Peak memory is what a step holds beyond what was held
 before it. With a CUDA device the same is measured on it in float32 (TF32 off) and bf16, compiled and not.
+
+With ``--against`` this checkout and another one take turns, each running its own copy of this script: the floor is the
+same in both, so that their ratios to it can be compared.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -60,7 +68,9 @@ from metapl.data import (
 from metapl.metrics.cost import peak_bytes
 from metapl.problems.losses import UDA, CrossEntropy
 
-RESULT = Path(__file__).parent / "results" / "throughput.json"
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "throughput.json"
+BESIDE = "throughput_against.json"
 MODES = ("reinforce", "forward")
 BATCHED = ", batched views"
 
@@ -277,8 +287,53 @@ def measured(subjects: Sequence[Subject], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def turn(checkout: Path, rounds: int, miniature: bool) -> list[dict[str, Any]]:
+    """The rows that a checkout measures of itself, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, "benchmarks/throughput.py", "--rounds", str(rounds), "--out", str(out)]
+        subprocess.run([*command, *["--miniature"] * miniature], env=environment, cwd=checkout, check=True)
+        rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
+    return rows
+
+
+def beside(here: Path, other: Path, rounds: int, turns: int, miniature: bool) -> list[dict[str, Any]]:
+    """The seconds of both checkouts, of the rows that both measure, and the medians of their ratios to the floor."""
+    found: dict[str, dict[tuple[str, str], list[dict[str, list[float]]]]] = {"this": {}, "other": {}}
+    for _ in range(turns):
+        for name, checkout in (("other", other), ("this", here)):
+            for row in turn(checkout, rounds, miniature):
+                found[name].setdefault((row["subject"], row["mode"]), []).append(row["seconds"])
+    both = []
+    for subject, mode in found["other"].keys() & found["this"].keys():
+        result: dict[str, Any] = {"subject": subject, "mode": mode}
+        for name, rows in found.items():
+            seconds = {part: [t for row in rows[subject, mode] for t in row[part]] for part in rows[subject, mode][0]}
+            floor = seconds["floor"]
+            ratio = {p: statistics.median(t / f for t, f in zip(ts, floor, strict=True)) for p, ts in seconds.items()}
+            result[name] = {"seconds": seconds, "ratio": ratio}
+        both.append(result)
+    return sorted(both, key=lambda row: (row["subject"], row["mode"]))
+
+
+def table_beside(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| network, pictures, batch | mode | step ÷ floor, other checkout | this one | fed ÷ floor, other | this one |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        ratios = [f"{row[name]['ratio'][part]:.2f}" for part in ("step", "fed") for name in ("other", "this")]
+        lines.append(f"| {row['subject']} | `{row['mode']}` | {' | '.join(ratios)} |")
+    rounds = len(result["rows"][0]["this"]["seconds"]["floor"])
+    return "\n".join([*lines, "", f"Medians of {rounds} rounds."])
+
+
 def main() -> None:
     parser = arguments(__doc__, RESULT)
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of metapl, to take turns with")
+    parser.add_argument("--turns", type=int, default=2, help="of each checkout, with --against")
     parser.add_argument("--rounds", type=int, help="in which the four take turns; default 15")
     parser.add_argument("--small", metavar="NETWORK", help="measure this small network alone, and add it to the result")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
@@ -289,6 +344,15 @@ def main() -> None:
         return
     if options.write:
         write_between_marks(options.write, "throughput", table(json.loads(options.out.read_text())))
+        against = json.loads(options.out.with_name(BESIDE).read_text())
+        write_between_marks(options.write, "throughput-against", table_beside(against))
+        return
+    if options.against:
+        rows = beside(HERE.parent, options.against.resolve(), options.rounds or 3, options.turns, options.miniature)
+        result = {"made_with": described(places()[0].device), "rows": rows}
+        out = options.out if options.out != RESULT else RESULT.with_name(BESIDE)
+        write_json(out, result)
+        print(table_beside(json.loads(out.read_text())))
         return
     made_with, kept = described(places()[0].device), []
     rounds = options.rounds or (1 if options.miniature else 15)

@@ -1,4 +1,4 @@
-"""The parts of a network, and the parameters that it learns."""
+"""The parts of a network, the parameters that it learns, and what it drops at random."""
 
 from __future__ import annotations
 
@@ -43,3 +43,27 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
             if p is not None and p.requires_grad:
                 found.setdefault(id(p), (f"{prefix}{name}", p))
     return dict(found.values())
+
+
+def drop_rate(layer: nn.Module) -> float:
+    """How much a layer drops at random in training: dropout and stochastic depth of torch, torchvision and timm, by the
+    names of their classes, and attention, which has a rate of its own; 0 for any other layer.
+
+    >>> drop_rate(nn.Dropout(0.5)), drop_rate(nn.MultiheadAttention(4, 2, dropout=0.1)), drop_rate(nn.Linear(2, 2))
+    (0.5, 0.1, 0.0)
+    """
+    if isinstance(layer, nn.MultiheadAttention):
+        return float(layer.dropout)
+    kind = type(layer).__name__.lower()
+    if not isinstance(layer, nn.modules.dropout._DropoutNd) and "drop" not in kind and "stochasticdepth" not in kind:
+        return 0.0
+    return float(getattr(layer, "p", getattr(layer, "drop_prob", 0.0)) or 0.0)
+
+
+def may_drop_by_function(part: nn.Module) -> bool:
+    """Whether a module has a ``drop_rate``, as those of timm's networks have that call dropout as a function.
+
+    Others of timm's keep the number beside a dropout layer, so it is no proof.
+    """
+    rate = getattr(part, "drop_rate", 0.0)
+    return isinstance(rate, int | float) and rate > 0

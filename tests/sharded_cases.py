@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -296,6 +297,28 @@ def _mesh_of_others() -> None:
     shard(networks()[0], Mesh(replicate=3, shard=2))
 
 
+def _embedding(**options: Any) -> None:
+    student = nn.Sequential(nn.Embedding(5, 4, **options), nn.Flatten(), nn.Linear(4, CLASSES))
+    metapl.BilevelTrainer(laid_out(networks()[0], "ddp"), laid_out(student, "ddp"))
+
+
+def _tied() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    teacher, student = networks()
+    student.blocks[1].inner.weight = student.blocks[0].inner.weight
+    for block in student.blocks:
+        fully_shard(block)
+    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), fully_shard(student))
+
+
+class Summed(metapl.PseudoLabels):
+    """An outer loss that is a sum over examples."""
+
+    def outer_loss(self, outputs: Any, batch: Any) -> Tensor:
+        return len(outputs) * super().outer_loss(outputs, batch)
+
+
 def _reweight() -> None:
     student = laid_out(networks()[1], "ddp")
     metapl.BilevelTrainer(None, student, mode="forward", problem=LearningToReweight())
@@ -321,6 +344,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "compile": lambda: built("forward", "fsdp", compile=True),
     "one_plain": lambda: built("forward", "fsdp", teacher_layout=None),
     "reweight": _reweight,
+    "max_norm": lambda: _embedding(max_norm=1.0),
+    "sparse": lambda: _embedding(sparse=True),
+    "tied": _tied,
     "unequal": _unequal,
     "not_finite_on_one": _not_finite_on_one,
     "wrong_label_on_one": _wrong_label_on_one,
@@ -410,6 +436,59 @@ def placements() -> dict[str, Any]:
     network = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 4))
     shard(network, Mesh(shard=2))
     return {name: (str(p.placements), tuple(p.to_local().shape)) for name, p in network.named_parameters()}
+
+
+def warned(layout: str) -> list[str]:
+    """What two steps warn of, the first on this rank."""
+    trainer = built("loss_difference", layout, problem=Summed())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in batches(2):
+            trainer.step(*share(batch))
+    return [str(warning.message) for warning in caught if "outer_loss" in str(warning.message)]
+
+
+class Moving(nn.Module):
+    """Tied weights, a parameter without dimensions, running statistics and a buffer that moves with the rows."""
+
+    def __init__(self, scale: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.layers[2].weight = self.layers[0].weight
+        self.norm, self.head = nn.InstanceNorm1d(1, track_running_stats=True), nn.Linear(4, CLASSES)
+        self.scale = nn.Parameter(torch.tensor(0.9)) if scale else None
+        self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("constant", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.seen = 0.5 * self.seen + x.mean(0)
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * self.constant
+        x = self.norm(x[:, None])[:, 0]
+        return self.head(x if self.scale is None else self.scale * x)
+
+
+def moved(replicate: bool) -> dict[str, Any]:
+    """Weights and buffers after two steps, by metapl's own function; one process alone has every row."""
+    from metapl.distributed import Mesh, shard
+
+    torch.manual_seed(0)
+    teacher, student = (Moving(replicate).double() for _ in range(2))
+    if dist.is_initialized():
+        mesh = Mesh(replicate=2) if replicate else Mesh(shard=2)
+        teacher, student = shard(teacher, mesh), shard(student, mesh)
+    trainer = metapl.BilevelTrainer(teacher, student, mode="forward", teacher_losses=())
+    for labeled, unlabeled in batches(2):
+        trainer.step(share(labeled), share(unlabeled))
+    for layout in trainer._layouts:
+        layout.settle()
+    found = {}
+    for role, network in (("teacher", trainer.teacher), ("student", trainer.student)):
+        assert network is not None
+        found[role] = {name: whole(t) for name, t in [*network.named_parameters(), *network.named_buffers()]}
+    return found
 
 
 def in_bfloat16(inside: str) -> dict[str, Any]:

@@ -37,8 +37,31 @@ class _Squeezed(nn.Module):
         return x * torch.sigmoid(self.squeeze(self.pool(x)))
 
 
+class _OnPooled(nn.Module):
+    """Norms and windows on what is pooled, a layer in two places, and windows that leave columns out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.Tanh(), twice, nn.Tanh(), twice)
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=None),
+            nn.MaxPool2d(3, 1, 1), nn.GroupNorm(2, 4),
+        )  # fmt: skip
+        self.tail = nn.Sequential(
+            nn.AvgPool2d((3, 1), 1, (1, 0), count_include_pad=False), nn.MaxPool2d((2, 3), (2, 4), (0, 1)),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.Linear(4, CLASSES),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.tail(x * torch.sigmoid(self.squeeze(x)))
+
+
 def network(name: str) -> nn.Module:
     torch.manual_seed(1)
+    if name == "on_pooled":
+        return _OnPooled()
     if name == "layers":
         return nn.Sequential(
             nn.Conv2d(3, 4, 7, 2, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 6, 3, 1, 2, 2),
@@ -182,6 +205,9 @@ def refused(case: str) -> str:
         "pool": (nn.Sequential(nn.AdaptiveAvgPool2d(2)), x),
         "reflect": (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), x),
         "alone": (nn.Conv2d(3, 4, 3), x),
+        "behind zeros": (_Own(lambda x: x.amax((2, 3)), head=0.0), x),
+        "slopes drawn": (_Own(lambda x: x, nn.RReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), x),
+        "pixels dropped": (_Own(lambda x: x, nn.AlphaDropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), x),
     }
     net, example = cut[case]
     before = [(name, type(part)) for name, part in net.named_modules()]
@@ -197,12 +223,37 @@ def refused(case: str) -> str:
 def dropped() -> str:
     """Dropout of single pixels of parts of images."""
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
-    spatial(net.double(), dist.group.WORLD, images(2, 16))
+    try:
+        spatial(net.double(), dist.group.WORLD, images(2, 16))
+    except MetaplError as refusal:
+        return str(refusal)
+    return ""
+
+
+def dropped_later() -> str:
+    """The same after an example of one row, of which no training passes are compared."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
+    spatial(net.double(), dist.group.WORLD, images(1, 16))
     try:
         net(split_width(images(2, 16), dist.group.WORLD))
     except MetaplError as refusal:
         return str(refusal)
     return ""
+
+
+class _Own(nn.Module):
+    """Code of a network's own between a convolution and its head, whose weights may be zero."""
+
+    def __init__(self, run: Any, *layers: nn.Module, head: float | None = None) -> None:
+        super().__init__()
+        self.conv, self.layers, self.run = nn.Conv2d(3, 4, 3, padding=1), nn.Sequential(*layers), run
+        self.head = nn.Linear(4, CLASSES)
+        if head is not None:
+            nn.init.constant_(self.head.weight, head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layers(self.run(self.conv(x))))
+        return logits
 
 
 class _Mean(nn.Module):

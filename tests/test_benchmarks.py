@@ -99,6 +99,17 @@ def test_a_measurement_prints_the_table_of_the_file_that_it_writes(module: Modul
         assert (tmp_path / "modes.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("module", ["throughput"], indirect=True)
+def test_two_checkouts_take_turns(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "against.json"
+    printed = run("throughput", "--miniature", "--against", ROOT, "--turns", "2", "--rounds", "1", "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == len(module.MINIATURE_SUBJECTS) * len(module.MODES)
+    assert all(len(row[name]["seconds"]["floor"]) == 2 for row in rows for name in ("this", "other"))
+    assert printed.endswith(module.table_beside({"rows": rows}) + "\n")
+
+
 @pytest.mark.parametrize("module", ["feedback_size"], indirect=True)
 def test_feedback_size_runs_every_setting_at_every_size(module: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "result.json"

@@ -12,6 +12,7 @@ from torchvision.ops import StochasticDepth
 
 from metapl.distributed import keyed_dropout
 from metapl.distributed.dropout import KeyedDropout, can_be_keyed, drops_by_itself
+from metapl.problems.self_training import model_noise
 
 
 def dropped(layer: nn.Module, x: Tensor) -> Tensor:
@@ -65,6 +66,7 @@ def test_layers_are_replaced_by_their_like(layer: Callable[[], nn.Module], mask:
     assert can_be_keyed(network)
     assert isinstance(keyed_dropout(network)[1][0], KeyedDropout)
     assert not drops_by_itself(network)
+    assert model_noise(network) == [network[1][0]]  # switched off with the noise of any other network
     kept = dropped(network[1], torch.ones(4, 6, 2, 3))
     assert torch.equal(kept, kept[: mask[0], : mask[1], : mask[2], : mask[3]].expand_as(kept))
     assert set(kept.flatten().tolist()) <= {0.0, 2.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,10 @@ import sharded_cases
 from ranks import Ranks
 from test_protocols import FEW, SHORT, folders
 from tiny_runs import TINY, color_folders, images_command, tiny  # noqa: F401 - a fixture
+
+from metapl.distributed import Mesh
+from metapl.distributed.launch import check_started
+from metapl.errors import MetaplError
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +213,23 @@ def test_a_process_that_hangs_ends_the_run(two: Ranks, tmp_path: Path) -> None:
     found = two.run("failing", arguments=given, rank=1, how="hangs")
     assert found[0][0] == 2
     assert "another process has not answered for 0.05 minutes" in " ".join(found[0][2].split())
+
+
+@pytest.mark.parametrize(
+    ("started", "mesh", "text"),
+    [
+        (
+            1,
+            Mesh(shard=2),
+            "--mesh.shard 2) and 1 was started; expected as many. Start them with: torchrun",
+        ),
+        (2, Mesh(), "2 processes were started, and no mesh says what each of them does; give --mesh.replicate 2"),
+        (2, Mesh(shard=3), "--nproc-per-node=3 -m metapl train ..., or give a mesh of 2"),
+    ],
+)
+def test_a_mesh_of_other_processes_is_refused_with_both_remedies(
+    started: int, mesh: Mesh, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(started))
+    with pytest.raises(MetaplError, match=re.escape(text)):
+        check_started(mesh)

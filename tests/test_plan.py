@@ -198,6 +198,7 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
         (("digits", "--mesh.tensor", "2"), r"mode 'forward' .* use mode=\"difference\""),
         (("cifar10-4k", "--mesh.tensor", "2"), "has no two linear layers"),
         (("digits", "--mesh.spatial", "3"), "pictures of 8 pixels, which cannot be cut into 3"),
+        (("digits", "--mesh.spatial", "2"), "does not run: .* networks are made of convolutions, norms and pooling"),
         (("digits", "--mesh.shard", "2", "--ranks", "2"), "--ranks 2 has no effect beside --mesh"),
         (("digits", "--ranks", "0"), "--ranks 0: expected 1 to"),
         (("digits", "--memory", "lots"), "--memory lots: expected a size"),

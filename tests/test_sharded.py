@@ -269,6 +269,9 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
         ("implicit", "mode 'implicit' does not run on a student that is sharded"),
         ("lookahead", "a look-ahead of 2 student steps does not run on a student that is sharded"),
         ("reweight", "LearningToReweight, which makes its signal of the feedback, does not run"),
+        ("max_norm", "the student's 0 is an Embedding with max_norm=1.0, which changes its weights in each pass"),
+        ("sparse", "the student's 0 is an Embedding with sparse=True, and sparse gradients are not averaged"),
+        ("tied", "the student shares the weight of a Linear between two blocks"),
         ("torchopt", "TorchOpt transform.*for a sharded student expected torch.optim.SGD"),
         ("compile", "compile=True does not run on networks that are sharded"),
         ("one_plain", "the teacher is a plain module, the student sharded over the processes 0, 1"),
@@ -290,6 +293,27 @@ def test_what_does_not_run_is_refused_on_every_rank_with_one_message(two: Ranks,
     with pytest.raises(ValueError, match=text):
         raise ValueError(said[0])
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_an_outer_loss_that_is_no_mean_is_told_of_once(two: Ranks, layout: str) -> None:
+    first, second = two.run("warned", layout=layout)
+    assert second == []
+    assert 0 < len(first) < 3  # before and after the first step
+    assert all("on 6 examples" in text and "it is not a mean over examples" in text for text in first)
+
+
+@pytest.mark.parametrize("replicate", [True, False])
+def test_tied_weights_and_buffers_that_move(two: Ranks, replicate: bool) -> None:
+    """Running statistics are means over the ranks; another buffer is the first rank's, on all of them."""
+    found, expected = two.run("moved", replicate=replicate), sharded_cases.moved(replicate)
+    for role in ("teacher", "student"):
+        first, second = (own[role] for own in found)
+        assert first.keys() == expected[role].keys()
+        assert all(torch.equal(t, second[name]) for name, t in first.items())
+        seen = first.pop("seen")
+        assert not torch.equal(seen, expected[role].pop("seen"))  # of its own rows
+        assert error(first, expected[role]) < 1e-10
 
 
 def test_nothing_is_padded_where_a_dimension_divides(two: Ranks) -> None:
@@ -327,6 +351,11 @@ def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
             "a module that is not inside the network",
         ),
         (lambda: shard(nn.Flatten(), Mesh(shard=2)), "a module without parameters"),
+        (lambda: shard(sharded_cases.Moving(True), Mesh(shard=2)), "scale is a parameter without dimensions"),
+        (
+            lambda: shard(sharded_cases.Moving(False), Mesh(shard=2), blocks=lambda n: [n.layers[0]]),
+            "a Linear that shares a weight with a part of the network outside of it",
+        ),
         (lambda: shard(nn.Sequential(nn.BatchNorm1d(3)), Mesh(shard=2), checkpoint=True), "count each batch twice"),
     ],
 )

@@ -23,7 +23,7 @@ def four() -> Iterator[Ranks]:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ["layers", "small_cnn"])
+@pytest.mark.parametrize("name", ["layers", "small_cnn", "on_pooled"])
 def test_every_pass_on_two_processes(two: Ranks, name: str, training: bool) -> None:
     for found in two.run("passes", kind=name, training=training):
         assert found.keys() >= {"outputs", "gradient", "hessian product", "tangent"}
@@ -78,6 +78,9 @@ def test_the_backward_pass_is_the_adjoint(four: Ranks, left: int, right: int) ->
         ("pool", "0, AdaptiveAvgPool2d(output_size=2), has no form"),
         ("reflect", "expected zeros for padding"),
         ("alone", "spatial was given a Conv2d alone; expected a network around it"),
+        ("behind zeros", "its own code reads across the width"),
+        ("slopes drawn", "draws for single pixels (torch.nn.RReLU, AlphaDropout, F.dropout)"),
+        ("pixels dropped", "draws for single pixels (torch.nn.RReLU, AlphaDropout, F.dropout)"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_on_every_process_and_stays(two: Ranks, case: str, words: str) -> None:
@@ -86,7 +89,7 @@ def test_what_cannot_be_cut_is_refused_on_every_process_and_stays(two: Ranks, ca
 
 
 def test_dropout_of_pixels_is_refused(two: Ranks) -> None:
-    for text in two.run("dropped"):
+    for text in [*two.run("dropped"), *two.run("dropped_later")]:
         assert text.startswith("1 drops single pixels of images that are cut along their width")
 
 

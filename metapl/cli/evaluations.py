@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from metapl.cli.evaluators import EVALUATION, check_folder
 from metapl.errors import MetaplError, few
+from metapl.metrics import Evaluation, MultiLabelAccuracy
 from metapl.plain_files import read_plain
 from metapl.recipes.methods import EVERY_METHOD
 from metapl.report.robustness import GROUPS, RELATIVE, SUMMARY, draw_evaluations, value_at
@@ -17,6 +18,8 @@ from metapl.report.style import PALETTE
 from metapl.robustness.attacks import LEVELS, Attack
 from metapl.robustness.corruptions import CORRUPTIONS
 from metapl.robustness.errors import FLIPS_OF_ALEXNET
+from metapl.robustness.imagenet import Stability
+from metapl.robustness.measure import Robustness
 from metapl.runs.atomic import written_last
 from metapl.typed import misfit_entries
 from metapl.words import short, table
@@ -90,24 +93,29 @@ class _Flips:
     flip_probability: float
 
 
-_SHARES: dict[str, Any] = dict.fromkeys(("accuracy", "top5", "expected_calibration_error"), float | None)
+def _types(kind: type, *names: str) -> dict[str, Any]:
+    """The types of some fields of a dataclass, whose values ``evaluation.json`` has by the same names."""
+    hints = get_type_hints(kind)
+    return {name: hints[name] for name in names}
+
+
 _WORDS: dict[str, Any] = dict.fromkeys(("run", "method", "network", "weights", "test"), str | None)
-_DAMAGES: dict[str, Any] = {"mean_corruption_error": float | None, "corruptions": dict[str, _Damaged]}
+_SHARES = _types(Evaluation, "n", "accuracy", "top5", "expected_calibration_error")
+_DAMAGES = {"corruptions": dict[str, _Damaged], **_types(Robustness, "mean_corruption_error")}
 
 EXPECTED: dict[str, dict[str, Any]] = {
     "": {
-        "n": int,
+        **_WORDS,
+        **_SHARES,
+        **_DAMAGES,
+        **_types(Evaluation, "classes"),
+        **_types(Robustness, "attacks"),
         "interval": list[float] | None,
-        "classes": list[str] | None,
-        "attacks": dict[str, dict[str, float]],
-    }
-    | _WORDS
-    | _SHARES
-    | _DAMAGES,
-    "multi_label": _SHARES,
+    },
+    "multi_label": _types(MultiLabelAccuracy, "accuracy"),
     "imagenet_a": _SHARES,
     "imagenet_c": _DAMAGES,
-    "imagenet_p": {"mean_flip_rate": float | None, "perturbations": dict[str, _Flips]} | _SHARES,
+    "imagenet_p": {"perturbations": dict[str, _Flips], **_types(Stability, "accuracy", "mean_flip_rate")},
 }
 """What is read of ``evaluation.json``, with types: of its top, and of its parts."""
 

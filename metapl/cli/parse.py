@@ -120,8 +120,10 @@ def _by_flag(text: str, flags: Sequence[str]) -> str:
 
     >>> _by_flag("Error parsing recipe.changes: Changes(zoom=0.5): expected 1 or more.", ["--changes.zoom"])
     '--changes.zoom 0.5: expected 1 or more.'
+    >>> _by_flag("Error parsing mesh: Mesh(shard=0): expected a number of processes, 1 or more.", ["--mesh.shard"])
+    '--mesh.shard 0: expected a number of processes, 1 or more.'
     """
-    match = re.match(r"Error parsing recipe\.([\w.]+): \w+\((\w+)=(.*?)\): (expected .*)$", text)
+    match = re.match(r"Error parsing (?:recipe\.)?([\w.]+): \w+\((\w+)=(.*?)\): (expected .*)$", text)
     flag = "" if match is None else f"--{match[1]}.{match[2]}".replace("_", "-")
     return text if match is None or flag not in flags else f"{flag} {match[3]}: {match[4]}"
 

@@ -67,12 +67,12 @@ class PlanRecipe:
 
     Args:
         mesh: the ranks.
-        ranks: how many there are, where no mesh is given.
-        memory: what a rank has, such as 80GB or 40GiB.
-        flops_per_second: what a rank computes in a second, such as 4e14; with it, the hours are said.
+        ranks: number of ranks to propose a mesh for, where none is given.
+        memory: memory of a rank, such as 80GB or 40GiB.
+        flops_per_second: operations that a rank computes in a second, such as 4e14; the hours follow from it.
         json: also write the plan to this file.
         mode: how the gradient of the feedback is computed, if not as in the recipe.
-        network: of teacher and student, if not as in the recipe.
+        network: network of teacher and student, if not as in the recipe.
         classes: number of classes, where the recipe finds them in data.
         image_size: side of the pictures in pixels, if not as in the recipe.
         labeled_batch: labeled examples in a batch of all ranks, if not as in the recipe.

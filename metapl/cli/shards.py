@@ -25,9 +25,9 @@ class Shards:
     stopped goes on when it is given once more.
 
     Args:
-        folder: of pictures, in which all folders are searched; with --check, of shards.
+        folder: folder of pictures, with all folders in it; with --check, folder of shards.
         out: folder of the tar files; made if need be.
-        pictures: of a tar file.
+        pictures: number of pictures in a tar file.
         check: compare the bytes of shards with the checksums of shards.json, and write nothing.
     """
 

@@ -21,7 +21,16 @@ from metapl.cli.idle import Rule, by_choice, by_method, explained, noisy_by_meth
 from metapl.cli.parse import Switch, did_you_mean, paragraph
 from metapl.cli.two_moons import TrainTwoMoons
 from metapl.cores import default_threads
-from metapl.distributed.launch import Lead, check_started, from_first, is_first, joined, losses_named, said_by_another
+from metapl.distributed.launch import (
+    Lead,
+    check_started,
+    from_first,
+    is_first,
+    joined,
+    lost_processes_explained,
+    program,
+    said_by_another,
+)
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.compare import compare
@@ -87,7 +96,7 @@ class Train:
             return 2
         with joined(self.mesh, device) as rank:
             try:
-                with losses_named():
+                with lost_processes_explained():
                     return self._beside() if rank else self._lead()
             except MetaplError as error:
                 if said_by_another(error):
@@ -327,5 +336,5 @@ def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
     if not any(a == "--out" or a.startswith("--out=") for a in given):
         given += ["--out", str(out)]
     where = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
-    tell(f"\n{where}go on with:\n  metapl {shlex.join([*given, '--resume'])}", file=sys.stderr)
+    tell(f"\n{where}go on with:\n  {program()} {shlex.join([*given, '--resume'])}", file=sys.stderr)
     return 128 + getattr(stopped, "signal_number", signal.SIGINT)

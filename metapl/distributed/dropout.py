@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.parts import named_parts
+from metapl.parts import drop_rate, named_parts
 
 _BITS = 31
 """Of the numbers that a probability is compared with."""
@@ -49,12 +49,12 @@ def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
 
 def drops_by_itself(network: nn.Module) -> bool:
     """Whether a network drops something by the default generator of its process, row after row."""
-    return any(_rate(part) and not isinstance(part, KeyedDropout) for _, part in named_parts(network))
+    return any(drop_rate(part) and not isinstance(part, KeyedDropout) for _, part in named_parts(network))
 
 
 def can_be_keyed(network: nn.Module) -> bool:
     """Whether :func:`keyed_dropout` has a form for everything that a network drops."""
-    layers = [part for _, part in named_parts(network) if _rate(part) and not isinstance(part, KeyedDropout)]
+    layers = [part for _, part in named_parts(network) if drop_rate(part) and not isinstance(part, KeyedDropout)]
     return all(_keyed(layer, 0) is not None for layer in layers)
 
 
@@ -124,22 +124,12 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def _rate(layer: nn.Module) -> float:
-    """How much a layer drops, by its name in torch, torchvision and timm; 0 for any other layer."""
-    kind = type(layer).__name__.lower()
-    if isinstance(layer, nn.MultiheadAttention):
-        return float(layer.dropout)
-    if "drop" not in kind and "stochasticdepth" not in kind:
-        return 0.0
-    return float(getattr(layer, "p", getattr(layer, "drop_prob", 0.0)) or 0.0)
-
-
 _CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def _keyed(layer: Any, share: int) -> KeyedDropout | None:
     """What drops the same share as a layer, by places; None for one that drops nothing, or in another way."""
-    kind, rate = type(layer), _rate(layer)
+    kind, rate = type(layer), drop_rate(layer)
     if not rate:
         return None
     if kind is nn.Dropout:

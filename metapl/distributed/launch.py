@@ -23,13 +23,22 @@ HEARD_WITHIN = 3.0
 """Seconds in which processes that fail together hear of each other."""
 
 
-class Lost(MetaplError):
+class ProcessLost(MetaplError):
     """Another process has ended, or does not answer."""
 
 
 def started() -> int:
     """The number of processes that were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def program() -> str:
+    """What this command was started with, for a line that starts it again."""
+    count = started()
+    if count == 1:
+        return "metapl"
+    here = os.environ.get("LOCAL_WORLD_SIZE") == str(count)
+    return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl"
 
 
 def is_first() -> bool:
@@ -46,6 +55,9 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
         device: where the networks will be.
 
     Yields: this process's number; 0 is the one that shows and writes.
+
+    Raises:
+        ProcessLost: the others did not come.
     """
     check_started(mesh)
     if mesh.size == 1:
@@ -53,7 +65,14 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    with lost_processes_explained():
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except ValueError as error:  # of the variables that say where the processes meet
+            raise MetaplError(
+                f"process {os.environ.get('RANK', '?')} of {mesh.size} does not know where the others are: {error}. "
+                f"Start all with: {_with_torchrun(mesh)}"
+            ) from error
     try:
         yield dist.get_rank()
     finally:
@@ -62,15 +81,26 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
 
 def check_started(mesh: Mesh) -> None:
     """Refuse a mesh that is not of the processes that were started."""
-    if mesh.size != started():
-        how = f"torchrun --nproc-per-node={mesh.size} -m metapl train ..."
-        flags = {"replicate": mesh.replicate, "shard": mesh.shard}
-        flags |= {name: getattr(mesh, name) for name in ("tensor", "spatial") if getattr(mesh, name) > 1}
-        product = " x ".join(f"--mesh.{name} {size}" for name, size in flags.items())
+    count = started()
+    if mesh.size == count:
+        return
+    if mesh.size == 1:
         raise MetaplError(
-            f"the mesh is of {mesh.size} processes ({product}) and {started()} were started; expected as many. Start "
-            f"them with: {how}"
+            f"{count} processes were started, and no mesh says what each of them does; give --mesh.replicate {count}, "
+            f"which shares the batches among them, or --mesh.shard {count}, which shares the weights too."
         )
+    flags = {"replicate": mesh.replicate, "shard": mesh.shard}
+    flags |= {name: getattr(mesh, name) for name in ("tensor", "spatial") if getattr(mesh, name) > 1}
+    product = " x ".join(f"--mesh.{name} {size}" for name, size in flags.items())
+    others = "" if count == 1 else f", or give a mesh of {count}"
+    raise MetaplError(
+        f"the mesh is of {mesh.size} processes ({product}) and {count} {'was' if count == 1 else 'were'} started; "
+        f"expected as many. Start them with: {_with_torchrun(mesh)}{others}"
+    )
+
+
+def _with_torchrun(mesh: Mesh) -> str:
+    return f"torchrun --nproc-per-node={mesh.size} -m metapl train ..."
 
 
 def from_first(value: Any) -> Any:
@@ -107,11 +137,11 @@ class Lead:
 
 
 @contextmanager
-def losses_named() -> Iterator[None]:
+def lost_processes_explained() -> Iterator[None]:
     """Say in words that an exchange failed because another process has ended, or does not answer.
 
     Raises:
-        Lost: that.
+        ProcessLost: that.
     """
     try:
         yield
@@ -119,7 +149,7 @@ def losses_named() -> Iterator[None]:
         why = why_lost(error)
         if why is None:
             raise
-        raise Lost(f"{why} Go on with --resume.") from error
+        raise ProcessLost(f"{why} Go on with --resume.") from error
 
 
 def why_lost(error: BaseException) -> str | None:
@@ -143,7 +173,7 @@ def said_by_another(error: MetaplError) -> bool:
     """
     if not dist.is_initialized():
         return False
-    rank, lost = dist.get_rank(), isinstance(error, Lost)
+    rank, lost = dist.get_rank(), isinstance(error, ProcessLost)
     if isinstance(error, Agreed) and rank:
         return True
     store, processes = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())

@@ -8,7 +8,7 @@ sharded     by ``fully_shard``: every rank holds a part of each weight, and gath
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl import checks
@@ -41,6 +41,10 @@ class Layout:
         tensor: how many processes compute each product together.
         blocks: the submodules that gather their weights while they run, the network itself among them.
         sharded: the sharded parameters by name: while the root has gathered its weights, the network holds others.
+
+    Attributes:
+        versions: of the buffers, when this layout was found.
+        moving: the buffers other than norms' that a step writes to; None: before the first step.
     """
 
     network: nn.Module
@@ -51,6 +55,12 @@ class Layout:
     tensor: int = 1
     blocks: tuple[Any, ...] = ()
     sharded: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    versions: Mapping[str, tuple[int, int]] = field(init=False, repr=False)
+    moving: tuple[str, ...] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        known = {} if self.ranks.alone else _buffers(self.network)
+        object.__setattr__(self, "versions", {name: (id(t), t._version) for name, t in known.items()})
 
     @property
     def is_sharded(self) -> bool:
@@ -81,19 +91,33 @@ class Layout:
         for name, mean in means.items():
             parameters[name].grad = mean
 
-    def mean_statistics(self) -> None:
-        """Average the running statistics of batch norms over the ranks, each of which has those of its own rows.
+    def agree_on_buffers(self) -> None:
+        """Give the buffers that a step moves the same values on all ranks, each of which has seen its own rows.
 
-        Their means are right; a variance is the mean of the ranks' variances, without the spread of their means.
+        Running statistics of norms are averaged: their means are right; a variance of a batch norm is the mean of the
+        ranks' variances, without the spread of their means. Other buffers get the values of the first rank, as in
+        ``DistributedDataParallel``; which of them move is found out after the first step.
         """
         if self.ranks.alone:
             return
-        norms = [part for _, part in named_parts(self.network) if isinstance(part, _BatchNorm) and part.training]
+        parts = [part for _, part in named_parts(self.network) if part.training]
+        norms = [part for part in parts if isinstance(part, _NormBase)]
         held = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
         if held:
             tree = {str(i): t for i, t in enumerate(held)}
             for name, mean in self.ranks.mean_tree(tree, tree).items():
                 tree[name].copy_(mean)
+        self._agree_on_others({id(t) for norm in norms for t in norm._buffers.values()})
+
+    def _agree_on_others(self, known: Collection[int]) -> None:
+        others = {name: t for name, t in _buffers(self.network).items() if id(t) not in known}
+        if self.moving is None:
+            # The same tensors in the same versions have not been written to.
+            own = [name for name, t in others.items() if self.versions.get(name) != (id(t), t._version)]
+            agreed = {name for names in self.ranks.gathered(own) for name in names}
+            object.__setattr__(self, "moving", tuple(name for name in others if name in agreed))
+        for name in self.moving or ():
+            others[name].copy_(self.ranks.of_first(others[name]))
 
     def as_parameters(self, tree: Tree) -> Tree:
         """A tree of this rank's parts in the layout of the parameters: DTensors where these are."""
@@ -152,8 +176,10 @@ def layout_of(name: str, network: Any) -> Layout:
     if not isinstance(network, nn.Module):
         raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
     if isinstance(network, DistributedDataParallel):
+        _check_embeddings(name, network.module)
         return _replicated(name, network)
     if any(_is_block(part) for _, part in named_parts(network)):
+        _check_embeddings(name, network)
         return _sharded(name, network)
     if any(is_sharded(t) for _, t in named_tensors(network)):
         return _parallel(name, network, (), _parameters(network))
@@ -164,6 +190,10 @@ def layout_of(name: str, network: Any) -> Layout:
             f"shard({name}, Mesh(spatial=...), example=...) does both."
         )
     return Layout(network)
+
+
+def _buffers(network: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in named_tensors(network) if not isinstance(t, nn.Parameter)}
 
 
 def _is_block(part: nn.Module) -> bool:
@@ -213,6 +243,7 @@ def _sharded(name: str, network: nn.Module) -> Layout:
     for block in blocks:
         block.reshard()
         _check_reduction(name, block)
+    _check_ties(name, blocks)
     for path, t in named_tensors(network):
         if isinstance(t, nn.Parameter) and t.requires_grad and not is_sharded(t):
             raise MetaplError(
@@ -334,6 +365,42 @@ def _check_placements(name: str, path: str, p: Any, first: Any) -> None:
             f"the {name}'s {path} has the placements {tuple(p.placements)}; expected those of fully_shard over a mesh "
             "of one dimension, or of two: replicas, and the shards of each."
         )
+
+
+def _check_embeddings(name: str, network: nn.Module) -> None:
+    """Refuse embeddings that write to their weights for the rows of one rank, or whose gradients cannot be averaged."""
+    for prefix, part in named_parts(network):
+        if not isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            continue
+        where = f"the {name}'s {prefix.removesuffix('.') or 'module'} is an {type(part).__name__}"
+        if part.max_norm is not None:
+            raise MetaplError(
+                f"{where} with max_norm={part.max_norm}, which changes its weights in each pass, on each rank for its "
+                "own rows only, so that they would drift apart; expected max_norm=None (weight_decay of the optimizer "
+                "also keeps weights small)."
+            )
+        if part.sparse:
+            raise MetaplError(
+                f"{where} with sparse=True, and sparse gradients are not averaged over ranks; build it with "
+                "sparse=False."
+            )
+
+
+def _check_ties(name: str, blocks: Sequence[Any]) -> None:
+    """Refuse a weight of several places that two blocks gather: ``fully_shard`` has made two weights of it."""
+    seen: set[int] = set()
+    held = {id(p): p for block in blocks for group in _param_groups(block) for p in group.fsdp_params}
+    for p in held.values():
+        number = getattr(p, "_orig_param_uid", id(p))
+        if number in seen:
+            info = p._module_info
+            kind = type(info.module).__name__.removeprefix("FSDP")
+            raise MetaplError(
+                f"the {name} shares the {info.param_name} of a {kind} between two blocks that "
+                "fully_shard was called on, and each would learn a copy; expected both in one call, "
+                "fully_shard([first, second]), or outside of all blocks."
+            )
+        seen.add(number)
 
 
 def _check_reduction(name: str, block: Any) -> None:

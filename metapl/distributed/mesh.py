@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -169,7 +170,7 @@ def shard(
             inside ``DistributedDataParallel``.
         mesh: of all processes.
         blocks: the submodules that gather their weights one after another, so that one of them is whole at a time; by
-            default those of :func:`blocks_of`.
+            default those of :func:`blocks_of` that share no weight with the rest of the network.
         precision: ``"bfloat16"`` gathers weights and computes in it, and keeps weights, gradients and their averages in
             float32; batch norms stay in float32. Not with ``mesh.shard == 1``, where ``BilevelTrainer(precision=...)``
             computes under autocast.
@@ -195,8 +196,8 @@ def shard(
         raise MetaplError("shard was given a plan and mesh.tensor=1; expected mesh.tensor above 1, or no plan.")
     if example is not None:
         spatial(module, mesh.columns(_device(module).type), example)
-    chosen = list(blocks_of(module) if blocks is None else blocks(module))
-    _check_blocks(module, chosen)
+    chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
+    _check_blocks(module, chosen, mesh)
     if checkpoint:
         _checkpoint(chosen)
     if mesh.tensor > 1:
@@ -298,6 +299,12 @@ def _check(module: nn.Module, mesh: Mesh, precision: str, checkpoint: bool) -> N
     for path, t in named_tensors(module):
         if hasattr(t, "device_mesh"):
             raise MetaplError(f"{path} is sharded already; expected a module on one device.")
+    scalars = [path for path, t in named_tensors(module) if isinstance(t, nn.Parameter) and not t.ndim]
+    if scalars and mesh.shard * mesh.spatial > 1:
+        raise MetaplError(
+            f"{scalars[0]} is a parameter without dimensions, which fully_shard does not take; expected one of shape "
+            "(1,): torch.nn.Parameter(torch.ones(1)), or Mesh(replicate=...)."
+        )
     if checkpoint and any(isinstance(part, _BatchNorm) for _, part in named_parts(module)):
         raise MetaplError(
             "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice in their "
@@ -305,7 +312,25 @@ def _check(module: nn.Module, mesh: Mesh, precision: str, checkpoint: bool) -> N
         )
 
 
-def _check_blocks(module: nn.Module, blocks: list[nn.Module]) -> None:
+def _check_blocks(module: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
     own = {id(part) for _, part in named_parts(module)}
     if any(id(block) not in own or block is module for block in blocks):
         raise MetaplError("blocks returned a module that is not inside the network; expected its submodules.")
+    kept = {id(block) for block in _untied(module, blocks)}
+    tied = [type(block).__name__ for block in blocks if id(block) not in kept]
+    if tied and mesh.shard * mesh.spatial > 1:
+        raise MetaplError(
+            f"blocks returned a {tied[0]} that shares a weight with a part of the network outside of it, and one of "
+            "the two would learn a copy; expected blocks that hold all places of their weights."
+        )
+
+
+def _untied(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The blocks whose weights have no place outside of them."""
+    places = _places(module)
+    return [block for block in blocks if all(places[t] == count for t, count in _places(block).items())]
+
+
+def _places(module: nn.Module) -> Counter[int]:
+    """How many places hold each parameter, by its ``id``."""
+    return Counter(id(t) for _, t in named_tensors(module) if isinstance(t, nn.Parameter))

@@ -69,6 +69,13 @@ class Ranks:
         """The mean over the ranks."""
         return t if self.alone else self.sum(t) / self.size
 
+    def of_first(self, t: Tensor) -> Tensor:
+        """What the first rank has in the place of a tensor of this shape and type."""
+        found = t.detach().clone(memory_format=torch.contiguous_format)
+        for group in self.groups:
+            dist.broadcast(found, dist.get_global_rank(group, 0), group=group)
+        return found
+
     def mean_scalars(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means of scalars, in one exchange; every rank has the same names."""
         if self.alone or not scalars:

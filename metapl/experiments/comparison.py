@@ -143,7 +143,7 @@ class Comparison:
             return f"{best[0].upper()}{best[1:]}."
         test, readout = difference
         name, control = self.pair() or ("", "")
-        subject, of_control, what = _words(name)
+        subject, of_control, question, answers = _words(name)
         own_readout, readouts = _readouts(name)
         own = statistics.fmean(self.methods[name][own_readout])
         other = f"{of_control} {statistics.fmean(self.methods[control][readout]):.1%}"
@@ -155,8 +155,7 @@ class Comparison:
             f"{100 * test.mean:+.1f} points over {seeds_in_words(test.n)}"
         )
         best = "" if self.best() == name else f"; {self._best_of_all()}"
-        verdict = _between(test) if EVERY_METHOD[name].self_training is not None else _verdict(test, what)
-        return f"{start[0].upper()}{start[1:]}{verdict}{best}."
+        return f"{start[0].upper()}{start[1:]}{_verdict(test, question, answers)}{best}."
 
     def _best_of_all(self) -> str:
         best = self.best()
@@ -257,38 +256,42 @@ def _readouts(method: str) -> tuple[str, tuple[str, ...]]:
     return FINETUNED if EVERY_METHOD[method].doubting else STUDENT, (STUDENT, FINETUNED)
 
 
-def _words(method: str) -> tuple[str, str, str]:
-    """A method's network and its control, as the sentence calls them, and what the control is without."""
+def _words(method: str) -> tuple[str, str, str, Mapping[bool, str]]:
+    """A method's network and its control, as the sentence calls them, and the question and answers of the test."""
     if EVERY_METHOD[method].self_training is not None:
-        return "what Noisy Student delivers", "what Meta Pseudo Labels delivers", "which of the two is better"
+        better = {True: "Noisy Student is better", False: "Meta Pseudo Labels is better"}
+        return (
+            "what Noisy Student delivers",
+            "what Meta Pseudo Labels delivers",
+            "which of the two is better",
+            better,
+        )
     if EVERY_METHOD[method].doubting:
-        return f"with {title(method)} the finetuned student", "plain training", "what is learned about labels"
-    if EVERY_METHOD[method].reduced:
-        return "reduced MPL's student", "the same loop without feedback", "the student's feedback"
-    return "MPL's student", "the same loop without feedback", "the teacher's feedback"
+        names = f"with {title(method)} the finetuned student", "plain training"
+        what = "what is learned about labels"
+    elif EVERY_METHOD[method].reduced:
+        names = "reduced MPL's student", "the same loop without feedback"
+        what = "the student's feedback"
+    else:
+        names = "MPL's student", "the same loop without feedback"
+        what = "the teacher's feedback"
+    return *names, f"whether {what} helped", {True: f"{what} helped", False: f"{what} hurt"}
 
 
-def _verdict(test: PairedTest, what: str) -> str:
+def _verdict(test: PairedTest, question: str, answers: Mapping[bool, str]) -> str:
+    """What a paired test says.
+
+    Args:
+        test: the test.
+        question: what it could tell, after "tell" and "show".
+        answers: what it says where the difference is above 0, and where it is not.
+    """
     if test.n < ENOUGH_SEEDS:
-        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell whether {what} helped"
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {question}"
     if test.p is None:  # all differences are the same
-        return f", with every seed the same: too little to tell whether {what} helped"
-    unknown = f"these seeds do not show whether {what} helped"
-    return f", paired t-test p = {_p(test.p)}: {f'{what} {HELPED[test.mean > 0]}' if test.p < 0.05 else unknown}"
-
-
-def _between(test: PairedTest) -> str:
-    """Which of Noisy Student and Meta Pseudo Labels did better, if either did."""
-    if test.n < ENOUGH_SEEDS:
-        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell which of the two is better"
-    if test.p is None:
-        return ", with every seed the same: too little to tell which of the two is better"
-    better = "Noisy Student" if test.mean > 0 else "Meta Pseudo Labels"
-    found = f"{better} is better" if test.p < 0.05 else "these seeds do not show which of the two is better"
+        return f", with every seed the same: too little to tell {question}"
+    found = answers[test.mean > 0] if test.p < 0.05 else f"these seeds do not show {question}"
     return f", paired t-test p = {_p(test.p)}: {found}"
-
-
-HELPED = {True: "helped", False: "hurt"}
 
 
 def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:

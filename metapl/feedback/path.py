@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl import checks
-from metapl.batch import micro_batches
+from metapl.batch import micro_batches, rows
 from metapl.distributed.layout import Layout
+from metapl.distributed.ranks import Ranks
 from metapl.execution.choice import student_of
 from metapl.execution.kernels import refuse_checkpoints
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, refuse_hooks
@@ -38,6 +40,7 @@ class Path:
         steps: at least one.
         keep_every: every so many steps, one is kept with its weights, gradient and optimizer state; the adjoint
             computes the others again.
+        check_mean: warn of an outer loss that is not a mean over examples.
     """
 
     problem: Problem
@@ -46,6 +49,7 @@ class Path:
     labeled: Sequence[Any]
     steps: list[InnerStep] = field(default_factory=list)
     keep_every: int = 1
+    check_mean: bool = False
 
     @property
     def params(self) -> Tree:
@@ -185,7 +189,8 @@ class Path:
         """
         start = self.steps[-1].passes[-1].after.branch()
         inputs = [self.problem.outer_input(part) for part in self.labeled]
-        return inputs, [_outer_loss(self.problem, part) for part in self.labeled], start
+        ranks = self.student.ranks if self.check_mean else None
+        return inputs, [_outer_loss(self.problem, part, ranks) for part in self.labeled], start
 
 
 def take_steps(
@@ -199,6 +204,7 @@ def take_steps(
     parts: int = 1,
     keep_graph: bool = False,
     keep_every: int = 1,
+    check_mean: bool = False,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
 
@@ -212,9 +218,12 @@ def take_steps(
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
+        check_mean: warn of an outer loss that is not a mean over examples, where ranks share the batch.
     """
     own = student_of(student, update.parameters, double_backward=keep_graph)
-    path = Path(problem, own, update, micro_batches(labeled, parts, "labeled"), keep_every=keep_every)
+    pieces = micro_batches(labeled, parts, "labeled")
+    shared = check_mean and own.ranks.size > 1
+    path = Path(problem, own, update, pieces, keep_every=keep_every, check_mean=shared)
     several = keep_graph and len(batches) > 1
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(own.params) if several else own.params, update.read_state()
@@ -273,10 +282,40 @@ def _step(
     )
 
 
-def _outer_loss(problem: Problem, batch: Any) -> Loss:
+def _outer_loss(problem: Problem, batch: Any, ranks: Ranks | None) -> Loss:
+    """The outer loss on a batch; with ranks, the first of them warns if it is not a mean over examples."""
+
     def loss(outputs: Tensor, params: Tree) -> Tensor:
         value = problem.outer_loss(outputs, batch)
         checks.scalar_loss(value, "the problem's outer_loss")
+        if ranks is not None:
+            with ranks.agreed(waiting=True):
+                found = _no_mean(problem, outputs.detach(), batch, float(value.detach()))
+            found = next((text for text in ranks.gathered(found) if text is not None), None)
+            if found is not None and ranks.first:
+                warnings.warn(found, stacklevel=2)
         return value
 
     return loss
+
+
+def _no_mean(problem: Problem, outputs: Tensor, batch: Any, value: float) -> str | None:
+    """A warning, if an outer loss is not the mean of its values on two parts of the rows."""
+    count = len(outputs)
+    half = count // 2
+    if not half:
+        return None
+    with torch.no_grad():
+        parts = [
+            (stop - start) * float(problem.outer_loss(outputs[start:stop], rows(batch, start, stop)))
+            for start, stop in ((0, half), (half, count))
+        ]
+    mean = sum(parts) / count
+    if not abs(value - mean) > 1e-3 * (abs(value) + abs(mean)) + 1e-6:
+        return None
+    return (
+        f"the problem's outer_loss is {value:.4g} on {count} examples, and the mean of its values on two parts of them "
+        f"is {mean:.4g}: it is not a mean over examples. Here it is the mean of its values on the ranks' rows, so the "
+        "feedback is that of another loss than in one process with all rows. Where it is to be the same, return a mean "
+        'over the rows, such as (weights * F.cross_entropy(outputs, labels, reduction="none")).mean().'
+    )

@@ -114,6 +114,45 @@ class Selection:
     missing: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """Which rows are kept: the arguments of :func:`select` that say so."""
+
+    threshold: float | None
+    per_class: int | None
+    any_class: bool
+    balance: bool
+    drop_overlap: Path | None
+
+    @property
+    def sure(self) -> str:
+        """In SQL, what holds for an example of enough confidence."""
+        # Confidence is stored as float32, in which 0.3 is above 0.3.
+        return "true" if self.threshold is None else f"confidence > {self.threshold!r}::FLOAT"
+
+    def check(self, store: LabelStore) -> None:
+        """Refuse a rule that says nothing, or that a store cannot be selected by."""
+        threshold, per_class = self.threshold, self.per_class
+        if threshold is None and per_class is None and not self.balance and self.drop_overlap is None:
+            raise MetaplError(
+                "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap."
+            )
+        if threshold is not None and not 0 <= threshold < 1:
+            raise MetaplError(f"the threshold is {threshold}; expected a confidence in [0, 1).")
+        if per_class is not None and not 1 <= per_class <= MOST_COPIES:
+            raise MetaplError(f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}.")
+        if self.any_class and (per_class is None or self.balance or not per_class < MOST_OF_ANY_CLASS):
+            raise MetaplError(
+                f"any_class was asked for; expected per_class with it, below {MOST_OF_ANY_CLASS:,}, and no balance: an "
+                "example can be of several classes."
+            )
+        if self.drop_overlap is not None and not store.has_digests:
+            raise MetaplError(
+                f"the examples of {store.folder} have no files that could be compared with those in "
+                f"{self.drop_overlap}; expected a store of the pictures in a folder."
+            )
+
+
 def statistics(store: LabelStore) -> Statistics:
     """Counts by class, and how confident the labels are.
 
@@ -208,7 +247,8 @@ def select(
         MetaplError: nothing is asked for or nothing is left, an argument is out of its range, the examples have no
             files to compare, a part is damaged, or the disk refused.
     """
-    _check(store, threshold, per_class, any_class, balance, drop_overlap)
+    rule = _Rule(threshold, per_class, any_class, balance, drop_overlap)
+    rule.check(store)
     overlap = None if drop_overlap is None else _digests(drop_overlap)
     asked = {
         "of_rows": len(store),
@@ -230,38 +270,10 @@ def select(
     )
     layout.require("duckdb")
     with writer, tempfile.TemporaryDirectory(prefix=layout.SPILL, dir=out) as spill, _database(Path(spill)) as database:
-        selection = _choose(database, store, threshold, per_class, any_class, balance, overlap)
+        selection = _choose(database, store, rule, overlap)
         if not writer.complete:
             _copy(database, store, writer, progress)
     return selection
-
-
-def _check(
-    store: LabelStore,
-    threshold: float | None,
-    per_class: int | None,
-    any_class: bool,
-    balance: bool,
-    drop_overlap: Path | None,
-) -> None:
-    if threshold is None and per_class is None and not balance and drop_overlap is None:
-        raise MetaplError(
-            "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap."
-        )
-    if threshold is not None and not 0 <= threshold < 1:
-        raise MetaplError(f"the threshold is {threshold}; expected a confidence in [0, 1).")
-    if per_class is not None and not 1 <= per_class <= MOST_COPIES:
-        raise MetaplError(f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}.")
-    if any_class and (per_class is None or balance or not per_class < MOST_OF_ANY_CLASS):
-        raise MetaplError(
-            f"any_class was asked for; expected per_class with it, below {MOST_OF_ANY_CLASS:,}, and no balance: an "
-            "example can be of several classes."
-        )
-    if drop_overlap is not None and not store.has_digests:
-        raise MetaplError(
-            f"the examples of {store.folder} have no files that could be compared with those in {drop_overlap}; "
-            "expected a store of the pictures in a folder."
-        )
 
 
 def _digests(folder: Path) -> list[bytes]:
@@ -390,20 +402,10 @@ def _by_class(table: pa.Table, start: int) -> pa.Table:
     return pa.table({"class": classes, "key": pa.array(key), "row": pa.array(rows.astype(np.int64))})
 
 
-def _choose(
-    database: DuckDBPyConnection,
-    store: LabelStore,
-    threshold: float | None,
-    per_class: int | None,
-    any_class: bool,
-    balance: bool,
-    overlap: Sequence[bytes] | None,
-) -> Selection:
+def _choose(database: DuckDBPyConnection, store: LabelStore, rule: _Rule, overlap: Sequence[bytes] | None) -> Selection:
     """Make the table ``chosen`` of the rows to be kept and their copies."""
-    # Confidence is stored as float32, in which 0.3 is above 0.3.
-    sure = "true" if threshold is None else f"confidence > {threshold!r}::FLOAT"
-    _load_examples(database, store, balance, overlap)
-    overlapping, unsure = _keep(database, store, sure, per_class, any_class)
+    _load_examples(database, store, rule.balance, overlap)
+    overlapping, unsure = _keep(database, store, rule)
     counts = dict(database.execute("SELECT label, count(*) FROM kept GROUP BY label").fetchall())
     kept = sum(counts.values())
     if not kept:
@@ -417,7 +419,7 @@ def _choose(
         unsure=unsure,
         beyond=len(store) - overlapping - unsure - kept,
         kept=kept,
-        copies=_count_copies(database, counts, (per_class or max(counts.values())) if balance else None),
+        copies=_count_copies(database, counts, (rule.per_class or max(counts.values())) if rule.balance else None),
         missing=tuple(name for label, name in enumerate(store.classes) if label not in counts),
     )
 
@@ -439,31 +441,24 @@ def _load_examples(
     _load(database, store, f"CREATE TEMP TABLE example AS SELECT {selected} FROM incoming", columns, _numbered)
 
 
-def _keep(
-    database: DuckDBPyConnection, store: LabelStore, sure: str, per_class: int | None, any_class: bool
-) -> tuple[int, int]:
-    """Make the table ``kept`` of ``example``, which is dropped; how many overlap, and how many others are not sure.
-
-    Args:
-        sure: what holds for an example of enough confidence.
-        per_class, any_class: as of :func:`select`.
-    """
+def _keep(database: DuckDBPyConnection, store: LabelStore, rule: _Rule) -> tuple[int, int]:
+    """Make the table ``kept`` of ``example``, which is dropped; how many overlap, and how many others are not sure."""
     limit = ""
-    if any_class:
-        database.execute(f"CREATE TEMP TABLE sure AS SELECT row FROM example WHERE NOT is_known AND {sure}")
-        best = f"SELECT unnest(max(key, {per_class})) AS key FROM incoming WHERE row IN (FROM sure) GROUP BY class"
+    if rule.any_class:
+        database.execute(f"CREATE TEMP TABLE sure AS SELECT row FROM example WHERE NOT is_known AND {rule.sure}")
+        best = f"SELECT unnest(max(key, {rule.per_class})) AS key FROM incoming WHERE row IN (FROM sure) GROUP BY class"
         columns = ["probabilities", *(["classes"] if store.top_k is not None else [])]
         sql = f"CREATE TEMP TABLE best AS SELECT DISTINCT {_LAST_ROW} - (key & {_LAST_ROW}) AS row FROM ({best})"
         _load(database, store, sql, columns, _by_class)
         limit = "AND row IN (FROM best)"
-    elif per_class is not None:
-        limit = f"QUALIFY row_number() OVER (PARTITION BY label ORDER BY confidence DESC, row) <= {per_class}"
+    elif rule.per_class is not None:
+        limit = f"QUALIFY row_number() OVER (PARTITION BY label ORDER BY confidence DESC, row) <= {rule.per_class}"
     database.execute(
         f"CREATE TEMP TABLE kept AS SELECT * EXCLUDE (confidence, is_known) FROM example "
-        f"WHERE NOT is_known AND {sure} {limit}"
+        f"WHERE NOT is_known AND {rule.sure} {limit}"
     )
     counted = database.execute(
-        f"SELECT count(*) FILTER (is_known), count(*) FILTER (NOT is_known AND NOT {sure}) FROM example"
+        f"SELECT count(*) FILTER (is_known), count(*) FILTER (NOT is_known AND NOT {rule.sure}) FROM example"
     ).fetchone()
     assert counted is not None
     database.execute("DROP TABLE example")

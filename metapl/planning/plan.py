@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,9 +185,17 @@ def roles(recipe: Recipe) -> tuple[Role, ...]:
     return ("teacher",) if self_trained(recipe) else ROLES
 
 
+CUT_ALONG_THE_WIDTH = (
+    "With --mesh.spatial, networks are made of convolutions, norms and pooling up to a global pooling; give such a "
+    "network, or more of --mesh.shard instead."
+)
+
+
 @contextmanager
 def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
     """Errors of the networks' own code in a step, such as a batch norm's of a share of one example."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what is said here in a sentence
+    before, log.disabled = log.disabled, True
     try:
         yield
     except MetaplError:
@@ -196,9 +205,13 @@ def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
             f"{recipe.labeled_batch // mesh.shares:,} labeled and {recipe.unlabeled_batch // mesh.shares:,} unlabeled"
         )
         text = str(error).strip().partition("\n")[0].rstrip(".")
+        remedy = f" {CUT_ALONG_THE_WIDTH}" if mesh.spatial > 1 else ""
         raise MetaplError(
-            f"a step of {recipe.name} on {mesh.size:,} ranks, with {share} examples on each, does not run: {text}."
+            f"a step of {recipe.name} on {mesh.size:,} ranks, with {share} examples on each, does not run: "
+            f"{text}.{remedy}"
         ) from error
+    finally:
+        log.disabled = before
 
 
 def propose(recipe: Recipe, ranks: int, *, memory: int, flops_per_second: float | None = None) -> Plan:

@@ -14,33 +14,21 @@ from torch.nn import functional as F
 from metapl import checks
 from metapl.errors import MetaplError
 from metapl.numerics import wide
+from metapl.parts import drop_rate, may_drop_by_function
 from metapl.problems.base import Signal
 from metapl.problems.reduced import check_stored
-
-DROPS = ("StochasticDepth", "DropPath")
-"""Modules of torchvision and timm that leave out blocks, by the names of their classes."""
 
 
 def model_noise(network: nn.Module) -> list[nn.Module]:
     """The modules of a network that draw at random while it is trained: dropout and stochastic depth.
 
-    Some of timm's and torchvision's networks call dropout as a function, in a module with a ``drop_rate``, and
-    attention has a rate of its own: these modules are among them. What lies inside them is not, unless it draws too.
+    Some of timm's networks call dropout as a function, in a module with a ``drop_rate``: these modules are among them.
+    What lies inside them is not, unless it draws too.
 
     >>> [type(part).__name__ for part in model_noise(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))]
     ['Dropout']
     """
-    kinds = nn.modules.dropout._DropoutNd
-    return [
-        part
-        for part in network.modules()
-        if isinstance(part, kinds) or type(part).__name__ in DROPS or _drops_by_function(part)
-    ]
-
-
-def _drops_by_function(part: nn.Module) -> bool:
-    rate = part.dropout if isinstance(part, nn.MultiheadAttention) else getattr(part, "drop_rate", 0.0)
-    return isinstance(rate, int | float) and rate > 0
+    return [part for part in network.modules() if drop_rate(part) or may_drop_by_function(part)]
 
 
 @contextmanager

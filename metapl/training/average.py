@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.distributed.beside import Beside, is_cut, parts_held
+from metapl.distributed.sharded_copy import ShardedCopy, has_sharded_weights, local_parts
 from metapl.errors import MetaplError
 
 
@@ -47,22 +47,22 @@ class Average:
             )
         self.decay, self.steps = decay, 0
         self.network = network
-        # Sharded modules cannot be copied: the average of one lies beside its weights, and takes turns with them.
-        self.beside = Beside(network) if is_cut(network) else None
-        self.module = copy.deepcopy(network) if self.beside is None else network
+        # Sharded modules cannot be copied: their average is a copy of their weights that takes turns with them.
+        self.sharded = ShardedCopy(network) if has_sharded_weights(network) else None
+        self.module = copy.deepcopy(network) if self.sharded is None else network
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Follow the network by one step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        if self.beside is None:
+        if self.sharded is None:
             averaged: list[Tensor] = [*self.module.parameters()]
             weights: list[Tensor] = [*network.parameters()]
             buffers = [*zip(self.module.buffers(), network.buffers(), strict=True)]
         else:
-            learned, current = parts_held(network)
-            averaged, weights = [self.beside.learned[name] for name in learned], [*learned.values()]
-            buffers = [(self.beside.buffers[name], b) for name, b in current.items()]
+            learned, current = local_parts(network)
+            averaged, weights = [self.sharded.learned[name] for name in learned], [*learned.values()]
+            buffers = [(self.sharded.buffers[name], b) for name, b in current.items()]
         torch._foreach_lerp_(averaged, weights, 1 - decay)
         for kept, buffer in buffers:
             kept.copy_(buffer)
@@ -71,21 +71,21 @@ class Average:
     @contextmanager
     def held(self) -> Iterator[nn.Module]:
         """The network with the averaged weights, in this block; a sharded one has its own again afterwards."""
-        if self.beside is None:
+        if self.sharded is None:
             yield self.module
             return
-        with self.beside.swapped(self.network):
+        with self.sharded.swapped(self.network):
             yield self.network
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and how many steps they have followed."""
-        module = self.module.state_dict() if self.beside is None else self.beside.state_dict(self.network)
+        module = self.module.state_dict() if self.sharded is None else self.sharded.state_dict(self.network)
         return {"module": module, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        if self.beside is None:
+        if self.sharded is None:
             self.module.load_state_dict(state["module"])
         else:
-            self.beside.load_state_dict(self.network, state["module"])
+            self.sharded.load_state_dict(self.network, state["module"])
         self.steps = state["steps"]

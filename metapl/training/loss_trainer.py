@@ -116,7 +116,7 @@ class LossTrainer(Trainer):
                 parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
             self.clip()
             self.optimizer.step()
-            self.layout.mean_statistics()
+            self.layout.agree_on_buffers()
             self.steps_done += 1
             return Report(self.steps_done - 1, self.ranks.mean_scalars(means(parts)), fault)
 

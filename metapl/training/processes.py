@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from metapl.distributed.beside import is_cut
 from metapl.distributed.ranks import Ranks
+from metapl.distributed.sharded_copy import has_sharded_weights
 from metapl.distributed.shards import gathered, is_sharded
 from metapl.errors import MetaplError
 from metapl.runs.generators import rng_state, set_rng_state
@@ -51,7 +51,11 @@ def parts_writer(trainer: Stepwise, folder: Path | None, keep: int) -> PartsWrit
         keep: how many of them stay.
     """
     networks = [network for network in (trainer.student, trainer.teacher) if network is not None]
-    if trainer.ranks.alone or not any(map(is_cut, networks)) or trainer.ranks.processes != dist.get_world_size():
+    if (
+        trainer.ranks.alone
+        or not any(map(has_sharded_weights, networks))
+        or trainer.ranks.processes != dist.get_world_size()
+    ):
         return None
     path = trainer.ranks.gathered(None if folder is None else str(folder.resolve()))[0]
     return PartsWriter(Path(path), keep)

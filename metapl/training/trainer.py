@@ -77,8 +77,8 @@ class BilevelTrainer(Trainer):
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
         accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
-            batch statistics and dropout masks, which are per micro-batch. Cost: one more teacher forward pass, for
-            about 1/accumulate of the memory.
+            batch statistics, dropout masks and losses that are no means over examples, which are per micro-batch.
+            Cost: one more teacher forward pass, for about 1/accumulate of the memory.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
         lookahead: the number of student steps that the feedback looks ahead: :meth:`fit` draws this many unlabeled
             batches per step, the student takes a step on each of them, and the teacher takes one step on the feedback
@@ -200,7 +200,7 @@ class BilevelTrainer(Trainer):
             if self.outer_optimizer is not None:
                 self.outer_optimizer.step()  # line 8: θ_T′
             for layout in self._layouts:
-                layout.mean_statistics()
+                layout.agree_on_buffers()
             self.mode_state = mode_state
             self.steps_done += 1
             return self._report(path, known, feedback, objectives, unlabeled, fault)

@@ -1,4 +1,4 @@
-"""Other values for the weights of a sharded network, kept beside them: this process's parts, in the same layout."""
+"""A copy of a sharded network's weights, such as their moving average: this process's parts, in the same layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metapl.distributed.layout import settle
 from metapl.distributed.shards import as_sharded, is_sharded, laid_out_like, local
 
 
-class Beside:
+class ShardedCopy:
     """A copy of a sharded network's parameters and buffers, which such a network cannot make of itself.
 
     Attributes:
@@ -21,12 +21,12 @@ class Beside:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.learned, self.buffers = ({name: t.clone() for name, t in held.items()} for held in parts_held(network))
+        self.learned, self.buffers = ({name: t.clone() for name, t in held.items()} for held in local_parts(network))
 
     @contextmanager
     def swapped(self, network: nn.Module) -> Iterator[None]:
         """The network has these values in this block, and bit for bit its own afterwards."""
-        own = Beside(network)
+        own = ShardedCopy(network)
         try:
             self._write(network)
             yield
@@ -36,31 +36,31 @@ class Beside:
     def state_dict(self, network: nn.Module) -> dict[str, Any]:
         """As the network's ``state_dict``, with these values."""
         settle(network)
-        values = {id(t): value for t, value in self._beside(network)}
+        values = {id(t): value for t, value in self._with_copies(network)}
         return {name: as_sharded(values[id(t)], t) for name, t in network.state_dict(keep_vars=True).items()}
 
     def load_state_dict(self, network: nn.Module, state: Mapping[str, Any]) -> None:
         """Take the values of a network's ``state_dict``, whole or laid out as the network is."""
         settle(network)
-        values = {id(t): value for t, value in self._beside(network)}
+        values = {id(t): value for t, value in self._with_copies(network)}
         for name, t in network.state_dict(keep_vars=True).items():
             values[id(t)].copy_(local(laid_out_like(state[name], t)))
 
-    def _beside(self, network: nn.Module) -> Iterator[tuple[Any, Tensor]]:
+    def _with_copies(self, network: nn.Module) -> Iterator[tuple[Any, Tensor]]:
         for held, values in ((network.named_parameters(), self.learned), (network.named_buffers(), self.buffers)):
             for name, t in held:
                 yield t, values[name]
 
     @torch.no_grad()
     def _write(self, network: nn.Module) -> None:
-        learned, buffers = parts_held(network)
+        learned, buffers = local_parts(network)
         for held, values in ((learned, self.learned), (buffers, self.buffers)):
             for name, t in held.items():
                 t.copy_(values[name])
         settle(network)
 
 
-def parts_held(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def local_parts(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This process's parts of the parameters and of the buffers, by name, sharing their memory."""
     settle(network)
     return (
@@ -69,6 +69,6 @@ def parts_held(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]
     )
 
 
-def is_cut(network: nn.Module) -> bool:
+def has_sharded_weights(network: nn.Module) -> bool:
     """Whether this process holds a part of some weight only."""
     return any(is_sharded(p) for p in network.parameters())

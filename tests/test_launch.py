@@ -1,0 +1,59 @@
+"""Processes meet, or say why they do not."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+from ranks import _free_port
+
+from metapl.distributed import Mesh, launch
+from metapl.errors import MetaplError
+
+
+@pytest.fixture
+def one_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two processes, of which the other never comes."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    monkeypatch.setattr(launch, "PATIENCE", timedelta(seconds=1))
+
+
+def meet() -> None:
+    with launch.joined(Mesh(shard=2), torch.device("cpu")):
+        pytest.fail("it met nobody")
+
+
+@pytest.mark.usefixtures("one_of_two")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_never_comes_is_waited_for_only_so_long(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(launch.ProcessLost, match=r"another process has not answered for .* minutes"):
+        meet()
+
+
+@pytest.mark.usefixtures("one_of_two")
+def test_a_process_that_was_not_told_where_to_meet_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(MetaplError, match=r"MASTER_ADDR.*Start all with: torchrun --nproc-per-node=2"):
+        meet()
+
+
+@pytest.mark.parametrize(
+    ("started", "here", "program"),
+    [
+        ("1", None, "metapl"),
+        ("2", "2", "torchrun --nproc-per-node=2 -m metapl"),
+        ("16", "8", "torchrun ... -m metapl"),
+    ],
+)
+def test_a_stopped_run_goes_on_in_as_many_processes(
+    started: str, here: str | None, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", started)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert launch.program() == program
