@@ -114,13 +114,13 @@ def block(rows: Sequence[Row], about: Row) -> str:
     costs = [row["operations"] for row in rows]
     (teacher,) = {row["first_teacher_steps"] for row in rows if "store_sha256" in row}
     taught = {row["seed"]: row["first_teacher_test_accuracy"] for row in rows if "store_sha256" in row}
-    apart = max(max(costs) / costs[0] - 1, 1 - min(costs) / costs[0])
+    apart = 100 * max(max(costs) / costs[0] - 1, 1 - min(costs) / costs[0])
     return (
         f"{table(rows)}\n\n"
         f"What each delivers, in % of 400 test images, mean ± standard error over {len(seeds)} seeds ({seeds[0]} to "
         f"{seeds[-1]}); differences in points, with the p of the paired t-test, not corrected for the number of rows. "
         f"Steps are those of each round, and of the main phase of methods without rounds. The first teacher takes "
-        f"{teacher:,}, and reaches {points([*taught.values()]):.1f} %. Operations differ by {100 * apart:.2f} % at most. "
+        f"{teacher:,}, and reaches {points([*taught.values()]):.1f} %. Operations differ by {apart:.2f} % at most. "
         f"`{about['command']}`, run by `python benchmarks/student_or_mpl.py`; raw rows: "
         f"`benchmarks/results/{RAW.name}`."
     )
