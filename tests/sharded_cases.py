@@ -278,6 +278,12 @@ def _divided_otherwise() -> None:
     metapl.BilevelTrainer(teacher, student)
 
 
+def _not_reduced(role: int, how: str, *arguments: Any) -> None:
+    both = [laid_out(network, "hsdp") for network in networks()]
+    getattr(both[role], how)(*arguments)
+    metapl.BilevelTrainer(*both)
+
+
 def _part_left_out() -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -353,6 +359,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "reads_weights": _reads_weights,
     "root_forgotten": _root_forgotten,
     "divided_otherwise": _divided_otherwise,
+    "not_synchronized": lambda: _not_reduced(0, "set_requires_gradient_sync", False),
+    "not_reduced": lambda: _not_reduced(1, "set_requires_all_reduce", False),
+    "hooked": lambda: _not_reduced(0, "set_all_reduce_hook", Tensor.zero_),
     "part_left_out": _part_left_out,
     "outputs_in_parts": _outputs_in_parts,
     "tensor_parallel_forward": lambda: built("forward", "tensor", hidden=8),
@@ -611,6 +620,28 @@ def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:
             return command(arguments)
         except ZeroDivisionError:
             return -1, "", ""
+
+
+def unwritten(folder: str) -> list[str]:
+    """What each rank is told of two checkpoints, at whose beginning and end something fails on the first alone."""
+    from metapl.runs import parts
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    told = []
+    for where, name in ((parts, "_free"), (parts.checkpoint, "save")):
+        writer = parts.PartsWriter(Path(folder), 2)
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == 0:
+                patch.setattr(where, name, refuse)
+            try:
+                writer.write(1, {"weight": torch.ones(3)}, {})
+                writer.settle()
+            except parts.CheckpointError as error:
+                told.append(str(error))
+        writer.close()
+    return told
 
 
 class Stopped(Exception):

@@ -281,6 +281,9 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
         ("reads_weights", r"inner_loss reads the student's weights \(params\['head.weight'\]\)"),
         ("root_forgotten", "fully_shard was called on parts of the student and not on the student itself"),
         ("divided_otherwise", "set_gradient_divide_factor was called on the student"),
+        ("not_synchronized", r"set_requires_gradient_sync\(False\) was called on the teacher"),
+        ("not_reduced", r"set_requires_all_reduce\(False\) was called on the student"),
+        ("hooked", "set_all_reduce_hook was called on the teacher"),
         ("part_left_out", "the student's head.weight is not sharded although"),
         ("outputs_in_parts", "the student returned a DTensor laid out as .*expected a plain tensor"),
         ("tensor_parallel_forward", "mode 'forward' takes a pass in forward mode, .*use mode=\"difference\""),
@@ -444,6 +447,14 @@ def test_a_fit_goes_on_in_another_layout(
             assert error(own[part], expected[part]) < 1e-10
         for row, other in zip(own["history"], expected["history"], strict=True):
             assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
+
+
+def test_a_checkpoint_that_fails_on_the_first_rank_ends_on_all(two: Ranks, tmp_path: Path) -> None:
+    first, second = two.run("unwritten", folder=str(tmp_path))
+    assert first == second
+    assert [text.partition(str(tmp_path))[0] for text in first] == ["a checkpoint could not be written in ", ""]
+    assert all("could not be written" in text and "a bug" in text for text in first)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_the_page_on_scale_runs(two: Ranks) -> None:

@@ -136,6 +136,35 @@ def test_the_command_writes_and_checks(pictures: Path, tmp_path: Path, capsys: p
     assert "--pictures 0" in refused(capsys, "shards", pictures, "--out", out, "--pictures", "0")
 
 
+def test_shards_that_are_not_as_written_are_written_again(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    write_shards(pictures, out, 9)
+    whole = bytes_of(out)
+    for spoil in (lambda data: data[:-1] + b"x", lambda data: data[:700], lambda data: b""):
+        for name in ("000000.tar", "000002.tar"):
+            (out / name).write_bytes(spoil(whole[name]))
+        (out / "000001.tar").unlink()
+        write_shards(pictures, out, 9)
+        assert bytes_of(out) == whole
+    manifest = json.loads(whole["shards.json"])
+    manifest["shards"][1]["pictures"] = 3
+    (out / "shards.json").write_text(json.dumps(manifest))
+    with pytest.raises(MetaplError, match=r"shards\.json names 24 pictures, and 18 by shard"):
+        check_shards(out)
+
+
+def test_files_that_are_no_pictures_are_told_of(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "cut.png").write_bytes(png()[:20])
+    (pictures / "text.png").write_text("no picture")
+    text = " ".join(said(capsys, "shards", pictures, "--out", tmp_path / "shards").split())
+    assert "2 files cannot be read as pictures, and will be left out of a training:" in text
+    assert "cut.png" in text
+    assert "text.png" in text
+    assert "cannot be read" not in said(capsys, "shards", pictures, "--out", tmp_path / "shards")  # as it was
+
+
 def test_nothing_is_written_into_a_folder_of_something_else(pictures: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

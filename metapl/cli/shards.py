@@ -11,7 +11,7 @@ import tyro
 from metapl.cli.parse import Switch
 from metapl.data.images.shard_writer import PER_SHARD, check_shards, write_shards
 from metapl.data.images.shards import Manifest
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.training.progress import counting
 from metapl.words import shown, tell
 
@@ -42,13 +42,17 @@ class Shards:
             raise MetaplError(f"{given}; expected --out DIR to write shards, or --check to look at written ones.")
         if self.pictures < 1:
             raise MetaplError(f"--pictures {self.pictures}: expected 1 or more.")
+        broken: list[str] = []
         with counting("pictures", shown=True) as update:
             if self.out is None:
                 manifest, done, where = check_shards(self.folder, update), "are as they were written", self.folder
             else:
-                manifest = write_shards(self.folder, self.out, self.pictures, update)
+                manifest = write_shards(self.folder, self.out, self.pictures, update, broken.append)
                 done, where = "are written", self.out
         tell(f"{described(manifest)} {done}: {shown(where)}")
+        if broken:
+            files = "1 file" if len(broken) == 1 else f"{len(broken):,} files"
+            tell(f"{files} cannot be read as pictures, and will be left out of a training: {few(broken)}", wrap=True)
         return 0
 
 

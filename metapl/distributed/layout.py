@@ -411,6 +411,20 @@ def _check_reduction(name: str, block: Any) -> None:
                 f"set_gradient_divide_factor was called on the {name}, so its gradients are not the mean over the "
                 "ranks, as the feedback takes them to be; leave it out, and scale the loss."
             )
+        for attribute, call in (
+            ("reduce_grads", "set_requires_gradient_sync(False)"),
+            ("all_reduce_grads", "set_requires_all_reduce(False)"),
+        ):
+            if not getattr(group, attribute, True):
+                raise MetaplError(
+                    f"{call} was called on the {name}, so its gradients would be of this rank's rows alone; leave it "
+                    "out (accumulate=... of the trainer takes a batch in parts)."
+                )
+        if getattr(group, "_all_reduce_hook", None) is not None:
+            raise MetaplError(
+                f"set_all_reduce_hook was called on the {name}, whose gradients would be other than the mean over the "
+                "ranks; leave it out."
+            )
 
 
 def compute_dtype(block: Any) -> Any:

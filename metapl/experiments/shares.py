@@ -14,8 +14,9 @@ def check_shares(recipe: Recipe, mesh: Mesh) -> None:
         size = getattr(recipe, name, None)
         if size is not None and size % (mesh.shares * parts):
             each = f" in {parts} parts" if parts > 1 else ""
+            batch = f"{'an' if name == 'unlabeled_batch' else 'a'} {name} of {size:,}"
             raise MetaplError(
-                f"{recipe.name} has a {name} of {size:,}, which {mesh.shares:,} ranks do not share equally{each}; "
+                f"{recipe.name} has {batch}, which {mesh.shares:,} ranks do not share equally{each}; "
                 f"expected a multiple of {mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
             )
     if recipe.input_shape[-1] % mesh.spatial:

@@ -98,7 +98,7 @@ class PartsWriter:
                 self._clean()
                 path = _free(self.folder, step)
                 names = [path.name, f"{path.name}.{secrets.token_hex(4)}.tmp"]
-            except OSError as error:
+            except Exception as error:  # as in _finished
                 fault = _why(error)
         *names, fault = _from_first([*names, fault], self.group)
         if fault is not None:
@@ -151,7 +151,7 @@ class PartsWriter:
                 os.replace(place, path)
                 sync_folder(self.folder)
                 checkpoint.CheckpointFolder(self.folder, self.keep).remove_oldest(step)
-            except (OSError, CheckpointError) as error:
+            except Exception as error:  # whatever it is, the others wait to hear of it
                 fault = _why(error)
         [fault] = _from_first([fault], self.group)
         if fault is not None:

@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from metapl.data.images.folders import Files, Progress, digest, scan_unlabeled
+from metapl.data.images.reader import UnreadableImage, image_size
 from metapl.data.images.shards import FORMAT, MANIFEST, SUFFIX, Manifest, ShardFile, open_picture, size_of
 from metapl.errors import MetaplError, few
 from metapl.runs.atomic import replacing
@@ -21,22 +23,29 @@ PER_SHARD = 10_000
 
 
 def write_shards(
-    folder: str | Path, out: str | Path, per_shard: int = PER_SHARD, progress: Progress | None = None
+    folder: str | Path,
+    out: str | Path,
+    per_shard: int = PER_SHARD,
+    progress: Progress | None = None,
+    no_picture: Callable[[str], object] = lambda path: None,
 ) -> Manifest:
     """Write the pictures of a folder as tar files that WebDataset reads too, and that stand for the folder in training.
 
     Args:
         folder: of pictures, as for ``scan_unlabeled``: any tree.
-        out: folder of the shards; made if need be. Those that were written before a stop are kept.
+        out: folder of the shards; made if need be. Those that were written before are kept where they have their
+            checksums, and written again where not.
         per_shard: pictures of a shard.
         progress: called with the number of pictures done.
+        no_picture: called with the path of each file that is copied and, by its header, is no picture that can be read.
 
     Returns: the manifest, which stands in ``out`` as ``shards.json``.
 
     The pictures are copied byte by byte in the order of their names, and a shard has no time or owner in it: the same
     pictures give the same bytes. A shard gets its name when it is whole.
 
-    Cost: one reading and one writing of every picture, and no more memory than the largest of them.
+    Cost: one reading and one writing of every picture, and no more memory than the largest of them; one reading of
+    each shard that is there.
 
     Raises:
         MetaplError: a picture cannot be read; ``out`` holds something else, lies in the folder, or cannot be written.
@@ -53,11 +62,13 @@ def write_shards(
     manifest = _begun(out, wanted)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for number in range(len(manifest.shards), manifest.total):
+        for number in range(manifest.total):
             rows = range(number * per_shard, min((number + 1) * per_shard, len(files)))
-            shard = _write_one(files, rows, out / f"{number:06d}{SUFFIX}")
-            manifest = dataclasses.replace(manifest, shards=(*manifest.shards, shard))
-            _write_manifest(out, manifest)
+            before, after = manifest.shards[:number], manifest.shards[number + 1 :]
+            if number >= len(manifest.shards) or not _is_whole(out, manifest.shards[number]):
+                shard = _write_one(files, rows, out / f"{number:06d}{SUFFIX}", no_picture)
+                manifest = dataclasses.replace(manifest, shards=(*before, shard, *after))
+                _write_manifest(out, manifest)
             if progress is not None:
                 progress(rows.stop)
     except OSError as error:
@@ -81,11 +92,16 @@ def check_shards(folder: str | Path, progress: Progress | None = None) -> Manife
     manifest.check_files(folder, whole=True)
     done, wrong = 0, []
     for shard in manifest.shards:
-        if digest(str(folder / shard.file)).hex() != shard.sha256:
+        if not _is_whole(folder, shard):
             wrong.append(shard.file)
         done += shard.pictures
         if progress is not None:
             progress(done)
+    if done != manifest.pictures:
+        raise MetaplError(
+            f"{shown(folder)}: {MANIFEST} names {manifest.pictures:,} pictures, and {done:,} by shard; copy the folder "
+            "again, or write the shards again."
+        )
     if wrong:
         raise MetaplError(
             f"{shown(folder)}: the bytes of {few(wrong)} are not as they were written; copy the folder again, or write "
@@ -113,8 +129,12 @@ def _begun(out: Path, wanted: Manifest) -> Manifest:
             f"{shown(out)} holds shards of {found.pictures:,} other pictures, or of another size ({found.per_shard:,} "
             "pictures each); expected a new folder, or the same command as before."
         )
-    found.check_files(out, whole=False)
     return found
+
+
+def _is_whole(folder: Path, shard: ShardFile) -> bool:
+    path = folder / shard.file
+    return path.is_file() and path.stat().st_size == shard.bytes and digest(str(path)).hex() == shard.sha256
 
 
 def _listing(files: Files) -> str:
@@ -135,20 +155,24 @@ def _unreadable(path: str, error: OSError) -> MetaplError:
     return MetaplError(f"{shown(path)} cannot be read: {error.strerror}; remove it, or make it readable.")
 
 
-def _write_one(files: Files, rows: range, path: Path) -> ShardFile:
+def _write_one(files: Files, rows: range, path: Path, no_picture: Callable[[str], object]) -> ShardFile:
     with replacing(path) as file:
         hashed = _Hashed(file)
         with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
             for row in rows:
-                _add(tar, files.names[row], str(files.path(row)))
+                _add(tar, files.names[row], str(files.path(row)), no_picture)
     return ShardFile(path.name, len(rows), hashed.written, hashed.digest.hexdigest())
 
 
-def _add(tar: tarfile.TarFile, name: str, path: str) -> None:
+def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str], object]) -> None:
     try:
         picture = open_picture(path)
     except OSError as error:
         raise _unreadable(path, error) from error
+    try:
+        image_size(path)
+    except UnreadableImage:
+        no_picture(path)
     with picture:
         member = tarfile.TarInfo(name)
         member.size = picture.seek(0, os.SEEK_END)
