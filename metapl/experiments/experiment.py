@@ -296,10 +296,11 @@ class Experiment:
         """Draw ``rounds.png`` from what ``result.json`` says of the rounds."""
         from metapl.report.rounds import draw_rounds
 
+        what = "" if EVERY_METHOD[content["method"]].filtered else "rounds of "
         draw_rounds(
             self.folder.path / "rounds.png",
             content["rounds"],
-            title=f"{self.recipe.name}: rounds of {title(content['method'])}, seed {self.recipe.seed}",
+            title=f"{self.recipe.name}: {what}{title(content['method'])}, seed {self.recipe.seed}",
             summary=" ".join(spoken_rounds(content["rounds"])),
             galleries=galleries,
         )
