@@ -23,6 +23,7 @@ STUDIES = {
     "label_noise": (),
     "noisy_student": (),
     "pictures_study": ("--jobs", "1"),
+    "student_or_mpl": (),
     "suspects": (),
     "two_moons": (),
     "when": (),
@@ -353,6 +354,24 @@ def test_the_labels_that_a_teacher_learns_before_are_as_wrong_as_they_are_called
         # One end of a class: its pictures are nearer to each other than those of the class are.
         kept, all_of_it = pictures[given == 3], x[y == 3]
         assert float(kept.var(0).sum()) < 0.95 * float(all_of_it.var(0).sum())
+
+
+@pytest.mark.parametrize("module", ["student_or_mpl"], indirect=True)
+def test_noisy_student_beside_mpl_fills_in_the_page(module: ModuleType, tmp_path: Path) -> None:
+    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    miniature("student_or_mpl", out)
+    rows = module.read(out)
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        (method, seed) for method in ("noisy_student", "mpl_filtered") for seed in (0, 1)
+    ]
+    for seed in (0, 1):
+        assert len({row["store_sha256"] for row in rows if row["seed"] == seed}) == 1
+    page.write_text("before\n<!-- student-or-mpl:begin -->\n<!-- student-or-mpl:end -->\nafter\n")
+    run("student_or_mpl", "--out", out, "--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("\n| Noisy Student |") == text.count("\n| Meta Pseudo Labels, unlabeled") == 1
 
 
 @pytest.mark.parametrize("module", ["noisy_student"], indirect=True)

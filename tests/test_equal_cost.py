@@ -13,7 +13,10 @@ from command import result
 from tiny_runs import color_folders
 from torch import nn
 
+from metapl import report
 from metapl.cli import main
+from metapl.experiments.compare import _draw
+from metapl.experiments.comparison import Comparison
 from metapl.experiments.equal_cost import _by_phase, at_equal_cost, operations, with_steps
 from metapl.experiments.load_run import load_run
 from metapl.experiments.methods import compared
@@ -22,6 +25,7 @@ from metapl.experiments.settle import settled
 from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.image_folders import OpenOptimizer
 from metapl.recipes.self_training import FirstTeacher, SelfTraining
+from metapl.report.rounds import _figure
 from metapl.runs.metrics import Metrics
 from metapl.training.loss_trainer import LossTrainer
 
@@ -155,6 +159,26 @@ def test_a_comparison_that_is_stopped_and_moved_ends_as_one_that_was_not(whole: 
     assert main([*COMPARED, "--out", str(moved), "--resume"]) == 0
     assert result(moved) == result(whole)
     assert stored_parts(moved / TEACHING[1] / "seed-0") == stored_parts(whole / TEACHING[1] / "seed-0")
+
+
+def test_what_is_one_cost_is_drawn_in_one_place(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(report, "draw_report", lambda path, **given: drawn.update(given))
+    methods = ("supervised", *TEACHING[:2])
+    results = {(name, 0): result(whole / name / "seed-0") for name in methods}
+    _draw(whole, Comparison.of((0,), methods, results), results)
+    assert drawn["along"] == "% of the steps"
+    assert [rows[-1]["step"] for rows in drawn["curves"].values()] == [100.0] * 3
+    _draw(whole, Comparison.of((0,), methods[:1], results), {("supervised", 0): results["supervised", 0]})
+    assert drawn["along"] == "step"
+    assert drawn["curves"]["supervised"][-1]["step"] == 60
+
+
+def test_a_page_without_accuracies_by_round_has_no_panel_of_them(whole: Path) -> None:
+    """As that of Meta Pseudo Labels on selected examples, of which the first teacher alone is measured."""
+    of_student, of_mpl = (result(whole / name / "seed-0")["rounds"] for name in TEACHING[:2])
+    names = list(of_mpl[0]["kept_per_class"])
+    assert [len(_figure(rounds, "", "", names, []).axes) for rounds in (of_student, of_mpl)] == [2, 1]
 
 
 @pytest.mark.parametrize("first", ["noisy_student", "mpl_filtered", "supervised"])

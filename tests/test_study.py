@@ -30,6 +30,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "label_noise_tables",
         "noisy_student",
         "noisy_student_tables",
+        "student_or_mpl",
         "suspects",
         "two_moons",
         "when",
@@ -571,3 +572,36 @@ def test_what_the_page_on_the_studies_of_noisy_student_says_is_what_the_rows_say
     assert f"the ratio 3 is {with_p(ratios[0])}" in said
     assert f"it is {with_p(ratios[1])}" in said
     assert {verdicts["8", f"{percent} %, warm"] for percent in (10, 20, 40, 80)} == {"not shown"}
+
+
+def test_noisy_student_beside_mpl_is_what_the_raw_rows_say(tables: object) -> None:
+    import student_or_mpl
+    from figures import difference, points
+
+    rows, about = student_or_mpl.read(), json.loads(student_or_mpl.RAW.read_text().splitlines()[0])
+    assert shown("student-or-mpl") == student_or_mpl.block(rows, about)
+    assert about["command"] == f"metapl {' '.join(student_or_mpl.command(miniature=False))}"
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        (method, seed) for method in student_or_mpl.COMPARED for seed in student_or_mpl.SEEDS
+    ]
+    for seed in student_or_mpl.SEEDS:  # the same labels, at the same cost
+        taught = [row for row in rows if row["seed"] == seed and "store_sha256" in row]
+        assert len(taught) == 6
+        assert len({row["store_sha256"] for row in taught}) == 1
+    assert all(row["operations"] == pytest.approx(rows[0]["operations"], rel=0.01) for row in rows)
+
+    found, students = (student_or_mpl.accuracies(rows, name) for name in ("test_accuracy", "student_test_accuracy"))
+    first, second, once = (found[name] for name in ("noisy_student", "mpl_filtered", "noisy_student_once"))
+    steps = {row["method"]: row["steps"] for row in rows}
+    gain, p = difference(first, second)
+    said = " ".join((PAGE.parent / "noisy-student.md").read_text().split())
+    assert f"Noisy Student delivers {points(first)} % and Meta Pseudo Labels {points(second)} %, {gain} points" in said
+    assert f"over {len(first)} seeds (p = {p}), and one round of Noisy Student does better than two" in said
+    assert points(once) > points(first)
+    assert points(found["none_filtered"]) > points(second)
+    dearer = steps["none_filtered"] / steps["mpl_filtered"]
+    assert f"a step with feedback costs as much as {dearer:.1f} without, and after {steps['mpl_filtered']} of" in said
+    assert f"its student reaches {points(students['mpl_filtered'])} %" in said
+    teachers = sum(row["method"] == "mpl_filtered" and row["delivered"] == "teacher" for row in rows)
+    assert f"in {teachers} of {len(first)} seeds it is its teacher that is delivered" in said
+    assert f"without feedback, which takes {steps['none_filtered']}, reaches more too" in said

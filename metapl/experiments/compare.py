@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from metapl.cores import available_cores, default_threads
-from metapl.experiments.comparison import Comparison
+from metapl.experiments.comparison import Comparison, seeds_in_words
 from metapl.experiments.equal_cost import at_equal_cost
 from metapl.experiments.experiment import last_fit
 from metapl.experiments.jobs import Job, Pace, aloud, run_all
@@ -110,7 +110,8 @@ def run_jobs(
             begun = resume or (place / "recipe.json").exists()
             own = compared((sized or {}).get(method, recipe), method, seed)
             to_compare.append(Job(own, method, place, begun, threads=threads))
-    aloud(f"{len(methods)} methods x {len(seeds)} seeds, {workers} at a time -> {out}")
+    words = f"{len(methods)} method{'s' if len(methods) != 1 else ''} x {seeds_in_words(len(seeds))}"
+    aloud(f"{words}, {workers} at a time -> {out}")
     results = {}
     to_run = [job for job in to_compare if not (job.folder / "result.json").exists()]
     pace, total = Pace([job.method for job in to_run], workers), len(to_compare)
@@ -148,21 +149,38 @@ def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int]
         method: mean_rows([last_fit(folder / method / f"seed-{s}", results[method, s]) for s in comparison.seeds])
         for method in list(comparison.methods)[:SHOWN]
     }
+    # Methods of equal cost have numbers of steps of their own: what is one cost is drawn in one place.
+    along = "step"
+    if len({result["steps"] for result in results.values()}) > 1:
+        curves, along = {method: _in_percent(rows) for method, rows in curves.items()}, "% of the steps"
     first, _ = comparison.delivered()
     evaluations = [results[first, seed]["evaluation"] for seed in comparison.seeds]
     confusion = [
         [sum(evaluation["confusion"][i][j] for evaluation in evaluations) for j in range(len(row))]
         for i, row in enumerate(evaluations[0]["confusion"])
     ]
+    together = ", all seeds together" if len(comparison.seeds) > 1 else ""
+    many = len(comparison.methods)
+    left_out = f" The curves are of the first {SHOWN} methods." if many > SHOWN else ""
     draw_report(
         folder / "report.png",
-        title=f"{results[first, comparison.seeds[0]]['recipe']}: {len(comparison.methods)} methods, "
-        f"{len(comparison.seeds)} seeds (means)",
+        title=f"{results[first, comparison.seeds[0]]['recipe']}: {many} method{'s' if many != 1 else ''}, "
+        f"{seeds_in_words(len(comparison.seeds))}{' (means)' if len(comparison.seeds) > 1 else ''}",
         curves=curves,
         confusion=confusion,
         classes=evaluations[0]["classes"],
-        summary=f"{comparison.sentence()} Confusion: {title(first)}, all seeds together.",
+        summary=f"{comparison.sentence()} Confusion: {title(first)}{together}.{left_out}",
+        along=along,
     )
+
+
+def _in_percent(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their steps in percent of the last one.
+
+    >>> _in_percent([{"step": 5, "x": 1.0}, {"step": 20, "x": 3.0}])
+    [{'step': 25.0, 'x': 1.0}, {'step': 100.0, 'x': 3.0}]
+    """
+    return [{**row, "step": 100 * row["step"] / rows[-1]["step"]} for row in rows]
 
 
 def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:

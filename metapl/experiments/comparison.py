@@ -129,7 +129,7 @@ class Comparison:
 
     def caption(self) -> str:
         """What the table shows."""
-        over = f", mean ± standard deviation over {_seeds(len(self.seeds))}" if len(self.seeds) > 1 else ""
+        over = f", mean ± standard deviation over {seeds_in_words(len(self.seeds))}" if len(self.seeds) > 1 else ""
         return f"test accuracy in % on {self.examples:,} examples{over}{where_one_network(self.methods)}"
 
     def sentence(self) -> str:
@@ -152,7 +152,7 @@ class Comparison:
             other = f"{other} (its {which}, the better of its two read-outs)"
         start = (
             f"{subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), {other}: "
-            f"{100 * test.mean:+.1f} points over {_seeds(test.n)}"
+            f"{100 * test.mean:+.1f} points over {seeds_in_words(test.n)}"
         )
         best = "" if self.best() == name else f"; {self._best_of_all()}"
         return f"{start[0].upper()}{start[1:]}{_verdict(test, question, answers)}{best}."
@@ -233,7 +233,11 @@ def spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.{digits}f}"
 
 
-def _seeds(n: int) -> str:
+def seeds_in_words(n: int) -> str:
+    """
+    >>> seeds_in_words(1), seeds_in_words(10)
+    ('1 seed', '10 seeds')
+    """
     return f"{n} seed{'s' if n != 1 else ''}"
 
 

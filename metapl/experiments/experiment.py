@@ -67,6 +67,11 @@ class Experiment:
         if self.mesh.size > 1:
             if EVERY_METHOD[method].selects:
                 raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
+            if EVERY_METHOD[method].doubting is not None and self.mesh.together > 1:
+                raise MetaplError(
+                    f"{title(method)} shares the rows of its batches alone; give --mesh.replicate or --mesh.shard in "
+                    "the place of --mesh.tensor and --mesh.spatial."
+                )
             teacher, student = self.laid_out(teacher, student)
         if EVERY_METHOD[method].selects:
             task = dataclasses.replace(task, rounds=self.rounds(method, task))
@@ -291,10 +296,11 @@ class Experiment:
         """Draw ``rounds.png`` from what ``result.json`` says of the rounds."""
         from metapl.report.rounds import draw_rounds
 
+        what = "" if EVERY_METHOD[content["method"]].filtered else "rounds of "
         draw_rounds(
             self.folder.path / "rounds.png",
             content["rounds"],
-            title=f"{self.recipe.name}: rounds of {title(content['method'])}, seed {self.recipe.seed}",
+            title=f"{self.recipe.name}: {what}{title(content['method'])}, seed {self.recipe.seed}",
             summary=" ".join(spoken_rounds(content["rounds"])),
             galleries=galleries,
         )

@@ -292,11 +292,19 @@ def _content(store: LabelStore) -> str:
 
 
 def spoken_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the rounds reached and kept, in sentences."""
+    """What the rounds reached and kept, in sentences.
+
+    >>> counts = {"round": 1, "kept": 90, "copies": 90, "unlabeled": 100}
+    >>> spoken_rounds([{"teacher": {"test_accuracy": 0.8}, **counts}])[0]  # of another method than Noisy Student
+    'Test accuracy of the first teacher, whose labels they are: 80.0 %.'
+    """
     last, lines = rounds[-1], []
+    taught = rounds[0]["teacher"].get("test_accuracy")
     if "weights_fingerprint" in last and "test_accuracy" in last:
-        reached = [rounds[0]["teacher"]["test_accuracy"], *(each["test_accuracy"] for each in rounds)]
+        reached = [taught, *(each["test_accuracy"] for each in rounds)]
         lines.append(f"Test accuracy by round: {', '.join(f'{100 * each:.1f} %' for each in reached)}.")
+    elif taught is not None:
+        lines.append(f"Test accuracy of the first teacher, whose labels they are: {100 * taught:.1f} %.")
     kept = f"{last['kept']:,} of {last['unlabeled']:,}"
     copies = f", which count as {last['copies']:,}" if last["copies"] != last["kept"] else ""
     lines.append(f"In round {last['round']}, {kept} unlabeled examples were learned from{copies}.")

@@ -76,8 +76,8 @@ def has_figures(panel: Panel, curves: Curves) -> bool:
     return any(value > 0 or not panel.log for value in points)
 
 
-def draw_panel(axes: Axes, panel: Panel, curves: Curves) -> None:
-    """Draws the curves of all methods, with their scales and a note."""
+def draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str = "step") -> None:
+    """Draws the curves of all methods, with their scales and a note; ``along`` says what steps are counted in."""
     ends: list[tuple[float, str]] = []
     for index, rows in enumerate(curves.values()):
         for rank, (key, _) in enumerate(panel.series):
@@ -88,7 +88,7 @@ def draw_panel(axes: Axes, panel: Panel, curves: Curves) -> None:
             _draw_curve(axes, points, color, rank, panel.noisy, pale=len(curves) * len(panel.series) <= 4)
             if panel.last_values and (rank == 0 or len(curves) == 1):
                 ends.append((points[-1][1], color))
-    _dress(axes, panel)
+    _dress(axes, panel, along)
     _draw_note(axes, panel, curves)
     _label_ends(axes, ends)
 
@@ -120,13 +120,13 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def _dress(axes: Axes, panel: Panel) -> None:
+def _dress(axes: Axes, panel: Panel, along: str) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.grid(color=GRID, linewidth=0.8)
     axes.tick_params(which="both", length=0)
     write_heading(axes, panel.title)
-    axes.set_xlabel("step", loc="right", labelpad=1)
+    axes.set_xlabel(along, loc="right", labelpad=1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.02, y=0.08)

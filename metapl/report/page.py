@@ -46,6 +46,7 @@ def draw_report(
     classes: Sequence[str] | None,
     summary: str,
     galleries: Sequence[Gallery] = (),
+    along: str = "step",
 ) -> None:
     """Draws a training, or several to compare, as one PNG file.
 
@@ -58,6 +59,7 @@ def draw_report(
         classes: C names, or None for numbers.
         summary: a sentence or two beneath the title.
         galleries: pictures below all that, each gallery in one row or two; those beyond are left out.
+        along: what steps are counted in.
 
     A panel without figures is left out, and so is a gallery without pictures. Figures that jump from step to step are
     drawn as a running mean over a fortieth of the steps, with the single steps pale behind them. No display is needed
@@ -85,7 +87,7 @@ def draw_report(
     texts = [title, summary, *curves, *names, *(text for gallery in galleries for text in gallery.texts)]
     with drawing(texts) as explanation:
         matrix = None if counts is None else Matrix.of(counts, names)
-        image = png(_figure(title, f"{summary} {explanation}", curves, panels, matrix, galleries))
+        image = png(_figure(title, f"{summary} {explanation}", curves, panels, matrix, galleries, along))
     write_whole(path, image)
 
 
@@ -96,6 +98,7 @@ def _figure(
     panels: Sequence[Panel],
     matrix: Matrix | None,
     galleries: Sequence[Gallery],
+    along: str,
 ) -> Figure:
     page = _lay_out(len(panels), matrix, galleries)
     title_lines, summary_lines = wrap_head(title, summary, page.width)
@@ -106,7 +109,7 @@ def _figure(
     if len(curves) > 1:
         _draw_methods(figure, MARGIN / page.width, (end - 0.15) / height, list(curves))
     for panel, box in zip(panels, page.panels, strict=True):
-        draw_panel(figure.add_axes(fractions(figure, box)), panel, curves)
+        draw_panel(figure.add_axes(fractions(figure, box)), panel, curves, along)
     if matrix is not None and page.matrix is not None:
         draw_matrix(figure, page.matrix, matrix)
     for hanging, (left, top) in page.galleries:

@@ -43,11 +43,11 @@ def draw_rounds(
     summary: str,
     galleries: Sequence[Gallery] = (),
 ) -> None:
-    """Draw the rounds of Noisy Student as one PNG file.
+    """Draw the rounds of Noisy Student, or what was selected by a first teacher for another method, as one PNG file.
 
     Args:
         path: the file; its folder exists. It takes this name only when it is whole.
-        rounds: as ``result.json`` has them, one or more.
+        rounds: as ``result.json`` has them, one or more; where none of them has an accuracy, no panel shows these.
         title, summary: stand above.
         galleries: pictures below.
 
@@ -76,10 +76,11 @@ def _figure(
     top = low + BELOW + panel
     figure = blank_page(WIDTH, top + ABOVE_PANEL + head_height(title_lines, summary_lines) + MARGIN)
     draw_head(figure, title_lines, summary_lines)
-    left = MARGIN + LEFT
-    wide = WIDTH - left - PANEL - BETWEEN - MARGIN
-    _draw_accuracies(figure.add_axes(fractions(figure, (left, top - LEAST, PANEL, LEAST))), rounds)
-    classes = figure.add_axes(fractions(figure, (left + PANEL + BETWEEN, top - panel, wide, panel)))
+    left, before = MARGIN + LEFT, 0.0
+    if any(accuracies(rounds, name) for name in ACCURACIES):
+        before = PANEL + BETWEEN
+        _draw_accuracies(figure.add_axes(fractions(figure, (left, top - LEAST, PANEL, LEAST))), rounds)
+    classes = figure.add_axes(fractions(figure, (left + before, top - panel, WIDTH - left - before - MARGIN, panel)))
     _draw_classes(classes, rounds[-1], names)
     y = low
     for hanging in hangings:
@@ -117,7 +118,7 @@ def _draw_accuracies(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
                 color=color,
             )
             drawn.append(f"{words} ({'solid' if dashes == '-' else 'dashed'})")
-    write_note(axes, f"{', '.join(drawn)}; round 0 is the first teacher" if drawn else "there is nothing to measure on")
+    write_note(axes, f"{', '.join(drawn)}; round 0 is the first teacher")
     axes.set_xlabel("round", loc="right", labelpad=1)
     axes.set_xlim(-0.2, len(rounds) + 0.45)
     axes.xaxis.set_major_locator(MaxNLocator(min(len(rounds) + 2, 10), integer=True))
@@ -132,13 +133,15 @@ def _draw_classes(axes: Axes, last: Mapping[str, Any], names: Sequence[str]) -> 
         list(last[key].values()) for key in ("labeled_per_class", "kept_per_class", "copies_per_class")
     )
     write_heading(axes, f"Unlabeled examples in round {last['round']}")
-    write_note(axes, "by class. Light: all; dark: those kept; line: kept, with copies")
+    copies = "; line: kept, with copies" if after != kept else ""
+    write_note(axes, f"by class. Light: all; dark: those kept{copies}")
     if len(names) > MOST_NAMED:
-        draw_by_size(axes, before, [(before, PALETTE[5]), (kept, PALETTE[0]), (after, PALETTE[1])])
+        shown_counts = [(before, PALETTE[5]), (kept, PALETTE[0]), *([(after, PALETTE[1])] if copies else [])]
+        draw_by_size(axes, before, shown_counts)
         return
     places = range(len(names))
     axes.barh(places, before, color=PALETTE[5], alpha=0.45, height=0.8)
     axes.barh(places, kept, color=PALETTE[0], height=0.5)
-    for place, count in zip(places, after, strict=True):
+    for place, count in zip(places, after, strict=True) if copies else ():
         axes.plot([count, count], [place - 0.4, place + 0.4], color=PALETTE[1], linewidth=2.2)
     name_rows(axes, names)
