@@ -161,7 +161,7 @@ def draw(rows: list[Row], name: str, file: Path) -> None:
     lines = range(len(problems))
     every = [[found[p] for found in by_label.values()] for p in problems]
     axes.hlines(lines, [min(values) for values in every], [max(values) for values in every], color="0.85", zorder=1)
-    for marker, (label, found) in zip(cycle("osD^vP"), by_label.items(), strict=False):
+    for marker, (label, found) in zip(cycle("osD^vPX"), by_label.items(), strict=False):
         axes.scatter([found[p] for p in problems], lines, marker=marker, label=label, zorder=2, s=36)
     axes.set(yticks=lines, yticklabels=problems, xlabel="test accuracy in %", xlim=(0, 102))
     axes.spines[["top", "right", "left"]].set_visible(False)
