@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import sharded_cases
 from ranks import Ranks
+from test_noisy_folders import suspects
+from test_noisy_folders import write as bars_and_beams
 from test_protocols import FEW, SHORT, folders
 from tiny_runs import TINY, color_folders, images_command, tiny  # noqa: F401 - a fixture
 
@@ -94,6 +96,31 @@ def test_pictures_by_every_mesh(two: Ranks, pictures: Path, tmp_path: Path) -> N
     for name, expected in (("replicate", "parts"), ("shard", "parts"), ("spatial", "alone")):
         trained(two, [*command, f"--mesh.{name}", "2"], tmp_path / name)
         same(tmp_path / name, tmp_path / expected)
+
+
+def test_labels_that_may_be_wrong(two: Ranks, tmp_path: Path) -> None:
+    """The weights of the examples are learned from the rows of all processes."""
+    for seed, (name, each, wrong) in enumerate((("noisy", 8, 2), ("clean", 4, 0), ("test", 4, 0))):
+        bars_and_beams(tmp_path / name, each, seed=1000 * seed, wrong=wrong)
+    given = [
+        f"--{flag}={tmp_path / name}" for flag, name in (("labeled", "noisy"), ("clean", "clean"), ("test", "test"))
+    ]
+    small = "--image-size 8 --network small_cnn --precision float32 --labeled-batch 8 --clean-batch 4 --log-every 1"
+    steps = "--steps 6 --warm-steps 2 --finetune-steps 2 --validate-every 3 --save-every 6"
+    command = ["train", "noisy", *given, *small.split(), *steps.split(), *SGD[:4]]
+    trained(None, [*command, "--accumulate", "2"], tmp_path / "parts")
+    weights = {row["file"]: float(row["weight"]) for row in suspects(tmp_path / "parts")}
+    assert len(set(weights.values())) > 1
+    for name in ("replicate", "shard"):
+        trained(two, [*command, f"--mesh.{name}", "2"], tmp_path / name)
+        same(tmp_path / name, tmp_path / "parts", ("warm", "fit", "finetune"))
+        found = {row["file"]: float(row["weight"]) for row in suspects(tmp_path / name)}
+        assert found == pytest.approx(weights, abs=2e-3)
+    (code, _, said), *_ = two.run(
+        "command", arguments=[*command, "--mesh.spatial", "2", "--out", str(tmp_path / "cut")]
+    )
+    assert code == 2
+    assert "shares the rows of its batches alone; give --mesh.replicate or --mesh.shard" in " ".join(said.split())
 
 
 def test_products_of_layers(two: Ranks, tmp_path: Path) -> None:

@@ -22,8 +22,11 @@ from PIL import Image
 from test_resume import KILL, Nursery, assert_equal
 
 from metapl.cli import main
+from metapl.distributed import Mesh
+from metapl.errors import MetaplError
 from metapl.experiments.comparison import READOUTS, Comparison
 from metapl.experiments.settle import settled
+from metapl.experiments.shares import check_shares
 from metapl.recipes import NoisyFolders
 from metapl.recipes.methods import METHODS, NOISY_METHODS
 
@@ -309,6 +312,13 @@ def test_a_batch_with_many_copies_of_each_picture_is_told(size: int, folders: tu
     settled(NoisyFolders(labeled=str(root / "noisy"), clean=str(root / "clean"), **small), None, said.append)
     told = [line for line in said if "--clean-batch 81 is 10 times the 8 pictures" in line]
     assert len(told) == (size == 81)
+
+
+def test_several_processes_share_its_own_batches() -> None:
+    recipe = NoisyFolders(labeled="a", clean="b", labeled_batch=12, clean_batch=6, image_size=8, grey=True)
+    check_shares(recipe, Mesh(replicate=2))
+    with pytest.raises(MetaplError, match=r"clean_batch of 6, which 4 ranks do not share equally.*give --clean-batch"):
+        check_shares(recipe, Mesh(replicate=4))
 
 
 def test_the_other_recipes_do_not_have_these_methods(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,7 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
     why = (
         _left_over(_by_flag(_choice(_one_line(message)), flags), arguments)
         if not unknown
-        else f"there is no {unknown[0]}{did_you_mean(unknown[0], flags) or '.'}"
+        else _no_such(unknown[0], program, flags)
     )
     raise MetaplError(f"{why} See {program} --help.")
 
@@ -79,6 +79,25 @@ def _is_left_empty(value: Any, flag: str) -> bool:
         if own == () and field.default in ((), None) and flag[2:].replace("-", "_") == field.name:
             return True
     return False
+
+
+def _no_such(flag: str, program: str, flags: Sequence[str]) -> str:
+    """What is said of a flag that a command does not have: nothing is meant by one that others have.
+
+    >>> _no_such("--lableed", "metapl train images", ["--labeled"])
+    'there is no --lableed; did you mean --labeled?'
+    >>> _no_such("--labeled", "metapl plan images", ["--labeled-batch"])
+    'there is no --labeled for metapl plan images.'
+    >>> _no_such("--seed", "metapl train two-moons", ["--seeds"])
+    'there is no --seed for metapl train two-moons; did you mean --seeds?'
+    """
+    known = {name for names in GROUPS.values() for name in names.split()}
+    prefix = flag[2:].partition(".")[0]
+    group_of_others = f"{prefix}.*" in known and not any(own.startswith(f"--{prefix}.") for own in flags)
+    if flag[2:] in known or group_of_others:
+        other_number = [own for own in flags if own in (f"{flag}s", flag.removesuffix("s"))]
+        return f"there is no {flag} for {program}{f'; did you mean {other_number[0]}?' if other_number else '.'}"
+    return f"there is no {flag}{did_you_mean(flag, flags) or '.'}"
 
 
 def _choice(text: str) -> str:

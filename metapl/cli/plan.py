@@ -60,7 +60,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRecipe:
-    """Say what a training takes on many ranks, without any: memory of a rank, operations, bytes on the wire, hours.
+    """Say what a training takes on many ranks, without having them: memory of each, operations, bytes sent, hours.
 
     A step is rehearsed by the code that trains, on tensors without values and one of the ranks. Without a mesh, one is
     proposed that cuts the weights over as few of --ranks as fit.

@@ -67,6 +67,11 @@ class Experiment:
         if self.mesh.size > 1:
             if EVERY_METHOD[method].selects:
                 raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
+            if EVERY_METHOD[method].doubting is not None and self.mesh.together > 1:
+                raise MetaplError(
+                    f"{title(method)} shares the rows of its batches alone; give --mesh.replicate or --mesh.shard in "
+                    "the place of --mesh.tensor and --mesh.spatial."
+                )
             teacher, student = self.laid_out(teacher, student)
         if EVERY_METHOD[method].selects:
             task = dataclasses.replace(task, rounds=self.rounds(method, task))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from metapl.feedback import Altered, Estimator, estimator
 from metapl.problems.losses import CrossEntropy
@@ -48,7 +50,8 @@ def train_on_noisy(
     assert method.doubting is not None
     device = next(student.parameters()).device
     learned = LEARNED[method.doubting]
-    teacher = learned.teacher(recipe, task)
+    teacher = learned.teacher(recipe, task).to(device)
+    optimizer = recipe.beside(method.doubting).build(teacher)
     if recipe.warm_steps:
         first = {"phase": "warm", "steps": recipe.warm_steps, "schedule": "constant", "select": False}
         fit(plain, task.everything, None, task, **ALONE, **first, warmup=min(recipe.warmup, recipe.warm_steps))
@@ -56,12 +59,12 @@ def train_on_noisy(
     if method.feedback in ("permuted", "class_means", "random_sign"):
         mode = Altered(mode, method.feedback, seed=recipe.seed)
     trainer = BilevelTrainer(
-        teacher.to(device),
+        DistributedDataParallel(teacher) if dist.is_initialized() else teacher,
         student,
         mode,
         problem=learned.problem(),
         inner_optimizer=recipe.student.build(student),
-        outer_optimizer=recipe.beside(method.doubting).build(teacher),
+        outer_optimizer=optimizer,
         teacher_losses=(),
         **options,
     )

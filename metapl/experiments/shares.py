@@ -10,7 +10,7 @@ from metapl.recipes.base import Recipe
 def check_shares(recipe: Recipe, mesh: Mesh) -> None:
     """Refuse batches that the ranks do not share equally, and pictures that they do not cut into equal parts."""
     parts = getattr(recipe, "accumulate", 1)
-    for name in ("labeled_batch", "unlabeled_batch", "finetune_batch"):
+    for name in recipe.batches_shared:
         size = getattr(recipe, name, None)
         if size is not None and size % (mesh.shares * parts):
             each = f" in {parts} parts" if parts > 1 else ""

@@ -280,6 +280,8 @@ class Recipe(ABC):
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]]
     """Suffixes of the files that :meth:`read` finds in a folder."""
+    batches_shared: ClassVar[tuple[str, ...]] = ("labeled_batch", "unlabeled_batch", "finetune_batch")
+    """Fields, where there are such, with the sizes of batches that several processes share."""
 
     seed: int = 0
     steps: int = 600

@@ -98,6 +98,7 @@ class NoisyFolders(ImageFolders):
     places: ClassVar[tuple[str, ...]] = ("labeled", "clean", "val", "test")
     chosen: ClassVar[tuple[str, ...]] = (*CHOSEN, "warm_steps")
     batch_of_few: ClassVar[str] = "clean_batch"
+    batches_shared: ClassVar[tuple[str, ...]] = ("labeled_batch", "clean_batch", "finetune_batch")
 
     labeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     clean: Annotated[str, tyro.conf.arg(metavar="DIR")]
