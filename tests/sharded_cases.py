@@ -457,6 +457,17 @@ def warned(layout: str) -> list[str]:
     return [str(warning.message) for warning in caught if "outer_loss" in str(warning.message)]
 
 
+def transitions() -> dict[str, float]:
+    """The report of a step whose signal is a matrix, and not one about each example."""
+    matrix, student = metapl.problems.Table(4 * torch.eye(CLASSES, dtype=torch.float64)), networks()[1]
+    student, matrix = (laid_out(n, "ddp" if dist.is_initialized() else None) for n in (student, matrix))
+    problem = metapl.problems.NoiseTransition()
+    trainer = metapl.BilevelTrainer(matrix, student, "forward", problem=problem, teacher_losses=())
+    (x, y), unlabeled = batches(1)[0]
+    report: dict[str, float] = trainer.step(share((x, y)), share((unlabeled, y[:ROWS]))).as_dict()
+    return report
+
+
 class Moving(nn.Module):
     """Tied weights, a parameter without dimensions, running statistics and a buffer that moves with the rows."""
 

@@ -306,6 +306,11 @@ def test_an_outer_loss_that_is_no_mean_is_told_of_once(two: Ranks, layout: str) 
     assert all("on 6 examples" in text and "it is not a mean over examples" in text for text in first)
 
 
+def test_the_feedback_on_a_matrix_is_reported_of_all_rows(two: Ranks) -> None:
+    for found in two.run("transitions"):
+        assert found == pytest.approx(sharded_cases.transitions(), rel=1e-9, nan_ok=True)
+
+
 @pytest.mark.parametrize("replicate", [True, False])
 def test_tied_weights_and_buffers_that_move(two: Ranks, replicate: bool) -> None:
     """Running statistics are means over the ranks; another buffer is the first rank's, on all of them."""
