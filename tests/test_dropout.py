@@ -80,3 +80,22 @@ def test_what_has_no_form_is_known(layer: nn.Module) -> None:
     assert drops_by_itself(nn.Sequential(layer))
     assert not can_be_keyed(nn.Sequential(layer))
     assert not drops_by_itself(nn.Sequential(nn.Dropout(0.0), nn.Linear(2, 2)))
+
+
+class HeadDropout(nn.Linear):
+    """A layer that drops by a function, at a rate that it has, as timm's networks do."""
+
+    def __init__(self, drop_rate: float) -> None:
+        super().__init__(2, 2)
+        self.drop_rate = drop_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), self.drop_rate, self.training)
+
+
+def test_dropout_by_a_function_is_drawn_apart_in_every_share() -> None:
+    network = nn.Sequential(nn.Dropout(0.5), HeadDropout(0.5))
+    assert not can_be_keyed(network)
+    assert drops_by_itself(keyed_dropout(nn.Sequential(HeadDropout(0.5))))
+    assert not drops_by_itself(nn.Sequential(HeadDropout(0.0)))
+    assert can_be_keyed(nn.Sequential(nn.Dropout(0.5), HeadDropout(0.0)))

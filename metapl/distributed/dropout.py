@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.parts import drop_rate, named_parts
+from metapl.parts import drop_rate, may_drop_by_function, named_parts
 
 _BITS = 31
 """Of the numbers that a probability is compared with."""
@@ -48,12 +48,17 @@ def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
 
 
 def drops_by_itself(network: nn.Module) -> bool:
-    """Whether a network drops something by the default generator of its process, row after row."""
-    return any(drop_rate(part) and not isinstance(part, KeyedDropout) for _, part in named_parts(network))
+    """Whether a network drops something by the default generator of its process, row after row, as far as its layers
+    and their ``drop_rate`` tell."""
+    parts = [part for _, part in named_parts(network)]
+    return any((drop_rate(part) and not isinstance(part, KeyedDropout)) or may_drop_by_function(part) for part in parts)
 
 
 def can_be_keyed(network: nn.Module) -> bool:
-    """Whether :func:`keyed_dropout` has a form for everything that a network drops."""
+    """Whether :func:`keyed_dropout` has a form for everything that a network drops; dropout that is called as a
+    function, as in some of timm's networks, has none."""
+    if any(may_drop_by_function(part) for _, part in named_parts(network)):
+        return False
     layers = [part for _, part in named_parts(network) if drop_rate(part) and not isinstance(part, KeyedDropout)]
     return all(_keyed(layer, 0) is not None for layer in layers)
 
