@@ -288,7 +288,7 @@ def _outer_loss(problem: Problem, batch: Any, ranks: Ranks | None) -> Loss:
     def loss(outputs: Tensor, params: Tree) -> Tensor:
         value = problem.outer_loss(outputs, batch)
         checks.scalar_loss(value, "the problem's outer_loss")
-        if ranks is not None:
+        if ranks is not None and not checks.waits(value):
             with ranks.agreed(waiting=True):
                 found = _no_mean(problem, outputs.detach(), batch, float(value.detach()))
             found = next((text for text in ranks.gathered(found) if text is not None), None)
