@@ -121,6 +121,14 @@ EVALUATION: dict[str, Any] = {
 }
 
 
+def test_an_evaluation_of_attacks_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("a", EVALUATION), ("b", {k: v for k, v in EVALUATION.items() if k != "accuracy"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(content))
+    message = refused(capsys, "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
+    assert "it has attacks, and no accuracy without them" in message
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -137,7 +145,7 @@ EVALUATION: dict[str, Any] = {
         ({"accuracy": 17}, "top-1 is 17; expected a number in [0, 1]"),
         ({"accuracy": -1}, "top-1 is -1"),
         ({"accuracy": True}, "accuracy is True"),
-        ({"accuracy": None}, "it has attacks, and no accuracy without them"),
+        ({"accuracy": None}, "accuracy is None; expected float"),
         ({"corruptions": []}, "corruptions is []"),
         ({"corruptions": {"snow": {}}}, "an entry lacks its 'error'"),
         ({"corruptions": {"sleet": {"error": 0.5}}}, "it is of sleet, which are not known"),
