@@ -23,8 +23,8 @@ that what else the machine does hits all of them:
 Figures are medians over rounds of the ratios within a round. Peak memory is what a step holds beyond what was held
 before it. With a CUDA device the same is measured on it in float32 (TF32 off) and bf16, compiled and not.
 
-With ``--against`` this checkout and another one take turns, each running its own copy of this script: the floor is the
-same in both, so that their ratios to it can be compared.
+With ``--against`` this checkout and another one take turns, each running its own copy of this script, on a CPU with the
+first network alone: the floor is the same in both, so that their ratios to it can be compared.
 """
 
 from __future__ import annotations
@@ -289,10 +289,11 @@ def measured(subjects: Sequence[Subject], rounds: int) -> list[dict[str, Any]]:
 
 def turn(checkout: Path, rounds: int, miniature: bool) -> list[dict[str, Any]]:
     """The rows that a checkout measures of itself, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    environment = {**os.environ, "PYTHONPATH": f"{checkout}:{checkout / 'benchmarks'}"}
+    code = "import throughput; throughput.CPU_SUBJECTS = throughput.CPU_SUBJECTS[:1]; throughput.main()"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        command = [sys.executable, "benchmarks/throughput.py", "--rounds", str(rounds), "--out", str(out)]
+        command = [sys.executable, "-c", code, "--rounds", str(rounds), "--out", str(out)]
         subprocess.run([*command, *["--miniature"] * miniature], env=environment, cwd=checkout, check=True)
         rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
     return rows
