@@ -289,7 +289,7 @@ def measured(subjects: Sequence[Subject], rounds: int) -> list[dict[str, Any]]:
 
 def turn(checkout: Path, rounds: int, miniature: bool) -> list[dict[str, Any]]:
     """The rows that a checkout measures of itself, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": f"{checkout}:{checkout / 'benchmarks'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'benchmarks'}"}
     code = "import throughput; throughput.CPU_SUBJECTS = throughput.CPU_SUBJECTS[:1]; throughput.main()"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"

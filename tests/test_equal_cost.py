@@ -40,9 +40,15 @@ def digits(settings: SelfTraining) -> Digits:
 def test_steps_before_uda_begins_are_counted_as_they_are(tmp_path: Path) -> None:
     """They are steps of supervised training; a share of the steps of any recipe for folders of pictures."""
     root = color_folders(tmp_path)
-    folders = {name: str(root / name) for name in ("labeled", "unlabeled", "test")}
-    given = {"steps": 100, "precision": "float32", "image_size": 8, "network_name": "small_cnn", "device": "cpu"}
-    recipe = settled(ImageFolders(**folders, **given, labeled_batch=4, unlabeled_batch=8))  # type: ignore[arg-type]
+    folders: dict[str, Any] = {name: str(root / name) for name in ("labeled", "unlabeled", "test")}
+    given: dict[str, Any] = {
+        "steps": 100,
+        "precision": "float32",
+        "image_size": 8,
+        "network_name": "small_cnn",
+        "device": "cpu",
+    }
+    recipe = settled(ImageFolders(**folders, **given, labeled_batch=4, unlabeled_batch=8))
     task, at_once = recipe.task(), dataclasses.replace(recipe, uda_start=0)
     assert isinstance(at_once, ImageFolders)
     early = recipe.uda_start / recipe.steps
@@ -200,13 +206,23 @@ def test_the_first_teacher_counts_at_its_own_steps(first: str) -> None:
 def test_the_first_teacher_of_pictures_is_that_of_every_method(tmp_path: Path) -> None:
     """Its weights, rates and clipping are given for its network, of which a method with another one knows nothing."""
     root = color_folders(tmp_path)
-    folders = {name: str(root / name) for name in ("labeled", "unlabeled", "test")}
+    folders: dict[str, Any] = {name: str(root / name) for name in ("labeled", "unlabeled", "test")}
     settings = SelfTraining(rounds=1, networks=("small_cnn", "resnet18"))
-    rate = ImageFolders(**folders).for_network("resnet18").teacher.lr  # type: ignore[arg-type]
+    rate = ImageFolders(**folders).for_network("resnet18").teacher.lr
     assert rate is not None
-    given = {"network_name": "small_cnn", "weights": "file.safetensors", "teacher": OpenOptimizer(lr=rate)}
-    shown = {"image_size": 8, "mean": (0.5,) * 3, "std": (0.2,) * 3, "grey": False, "precision": "float32"}
-    recipe = settled(ImageFolders(**folders, **given, **shown, steps=200, self_training=settings))  # type: ignore[arg-type]
+    given: dict[str, Any] = {
+        "network_name": "small_cnn",
+        "weights": "file.safetensors",
+        "teacher": OpenOptimizer(lr=rate),
+    }
+    shown: dict[str, Any] = {
+        "image_size": 8,
+        "mean": (0.5,) * 3,
+        "std": (0.2,) * 3,
+        "grey": False,
+        "precision": "float32",
+    }
+    recipe = settled(ImageFolders(**folders, **given, **shown, steps=200, self_training=settings))
     assert recipe.warmup > 0
     own, first = first_teacher(recipe.by("noisy_student", 0))
     assert (own.teacher.lr, own.network_name) == (rate, "small_cnn")
