@@ -181,4 +181,4 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
         return eta if eta > 0 else 1.0
     if w is None:
         raise MetaplError(f"normalization={normalization!r} needs a direction w, which this mode does not compute.")
-    return step.size(w).clamp_min(1e-30)
+    return (step.space.norm(w) * step.space.norm(step.gradient)).clamp_min(1e-30)
