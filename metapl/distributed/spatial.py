@@ -191,9 +191,9 @@ def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...]) -> set[nn.Mod
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if out_of_memory(error):
             raise
-        shapes = ", ".join(str(tuple(t.shape)) for t in example)
+        shapes, why = ", ".join(str(tuple(t.shape)) for t in example), str(error).partition("\n")[0]
         raise MetaplError(
-            f"the {type(module).__name__} cannot take the example of shape {shapes}: {str(error).partition(chr(10))[0]} "
+            f"the {type(module).__name__} cannot take the example of shape {shapes}: {why} "
             "Expected what it is given in training, as a tuple where that is more than images. A teacher that takes no "
             f"images, and has nothing to cut: shard(teacher, Mesh(replicate={dist.get_world_size()}))."
         ) from error
