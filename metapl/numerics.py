@@ -48,6 +48,11 @@ def norm(a: Tree) -> Tensor:
     return total
 
 
+def scaled(tree: Tree, factor: float) -> Tree:
+    """factor·a."""
+    return {name: factor * t for name, t in tree.items()}
+
+
 class Space:
     """Products of trees of weights, here of trees that this process holds whole."""
 

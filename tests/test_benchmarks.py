@@ -40,6 +40,7 @@ MEASUREMENTS = (
     "step",
     "throughput",
 )
+LONG = ("endurance", "peers", "reduced")
 
 
 def run(name: str, *arguments: str | Path) -> str:
@@ -82,7 +83,7 @@ def test_every_command_is_run_here() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [pytest.param(name, marks=pytest.mark.long) if name == "endurance" else name for name in MEASUREMENTS],
+    [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in MEASUREMENTS],
     indirect=True,
 )
 def test_a_measurement_prints_the_table_of_the_file_that_it_writes(module: ModuleType, tmp_path: Path) -> None:
@@ -356,6 +357,7 @@ def test_the_labels_that_a_teacher_learns_before_are_as_wrong_as_they_are_called
         assert float(kept.var(0).sum()) < 0.95 * float(all_of_it.var(0).sum())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("module", ["student_or_mpl"], indirect=True)
 def test_noisy_student_beside_mpl_fills_in_the_page(module: ModuleType, tmp_path: Path) -> None:
     out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"

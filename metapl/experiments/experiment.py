@@ -26,10 +26,12 @@ from metapl.experiments.labels_given import labels_given
 from metapl.experiments.larger import at_larger_size, finetuned_larger
 from metapl.experiments.methods import train
 from metapl.experiments.noisy_labels import ALONE
+from metapl.experiments.noisy_student import networks_of
 from metapl.experiments.reducing import label_by
-from metapl.experiments.self_training import Rounds, better_before, networks_of, spoken_rounds
+from metapl.experiments.rounds import Rounds
+from metapl.experiments.summary import spoken_rounds, summary
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
-from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD, title, titled
@@ -378,33 +380,6 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
     return EVERY_METHOD[method].delivers
-
-
-def summary(content: Mapping[str, Any]) -> list[str]:
-    """What a run reached, in sentences: ``result.json`` in words."""
-    name, words, lines = content["delivered"], EVERY_METHOD[content["method"]].networks, []
-    tested, n = content.get("evaluation"), content["validation_size"]
-    why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
-    if EVERY_METHOD[content["method"]].self_training is not None:
-        why = "of the last round" + ", at its best step by validation" * (why == "by validation")
-    if tested is not None:
-        chance = Evaluation(**tested).chance
-        lines.append(f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
-        if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
-            lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
-    if content.get("validation_accuracy") is not None:
-        guessed = content.get("validation_chance")  # older runs did not store it
-        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, guessed)}.")
-    if not lines:
-        lines.append(f"The {words[name]} is delivered; without --test and --val nothing says how good it is.")
-    part = "test" if tested is not None else "validation"
-    others = {name: content.get(f"{name}_{part}_accuracy") for name in words}
-    shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
-    if shown:
-        lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
-    if tested is not None and EVERY_METHOD[content["method"]].self_training is not None:
-        lines += better_before(content["rounds"], tested["accuracy"])
-    return lines
 
 
 def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:

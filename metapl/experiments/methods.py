@@ -10,8 +10,9 @@ from torch import nn
 
 from metapl.errors import MetaplError
 from metapl.experiments.noisy_labels import ALONE, Fit, LayOut, in_one_process, train_on_noisy
+from metapl.experiments.noisy_student import filtered, train_noisy_student
 from metapl.experiments.reducing import even_labels, feedback_of, train_reduced
-from metapl.experiments.self_training import Rehearsed, filtered, train_noisy_student
+from metapl.experiments.rounds import Rehearsed
 from metapl.problems.losses import UDA, TeacherLoss
 from metapl.recipes.base import ROLES, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD, Method

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metapl import checks
 from metapl.errors import MetaplError
+from metapl.execution.guards import casts_explained
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.numerics import Tree
@@ -128,6 +129,15 @@ class Estimator(ABC):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """One :class:`Feedback` per step of the path, and the next state."""
 
+    def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+        """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
+        with casts_explained(self.name):
+            feedback, state = self.feedback(path, state)
+        with path.student.ranks.agreed():
+            for step_feedback in feedback:
+                step_feedback.check_finite()
+        return feedback, state
+
 
 def check_choice(estimator: object, name: str, allowed: Sequence[str]) -> None:
     """Refuse a field whose value is not one of ``allowed``."""
@@ -181,4 +191,4 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
         return eta if eta > 0 else 1.0
     if w is None:
         raise MetaplError(f"normalization={normalization!r} needs a direction w, which this mode does not compute.")
-    return step.size(w).clamp_min(1e-30)
+    return (step.space.norm(w) * step.space.norm(step.gradient)).clamp_min(1e-30)

@@ -1,4 +1,4 @@
-r"""The feedback h along a direction w: on the signal, on its distribution, on each example, or on the whole batch.
+r"""The feedback h along a direction w: on the signal, on its distribution, or on each example.
 
 It is computed in the head, from z = S(x; θ) and ż = d/dε S(x; θ + εw), without running the network. If the inner loss
 also reads the weights,
@@ -82,18 +82,10 @@ def feedback_from_gradients(signal: Signal, gradients: Mapping[str, Tensor | Non
 
 def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
     """h_i = −(1/B) d/dε ℓ_i(z + εż, signal, θ + εw), (B,), for the score of each sampled label."""
-    losses, inputs = _head(step, step.signal)
-    # ⟨u, d/dε ℓ⟩ is linear in u, so its gradient is d/dε ℓ itself: forward mode by two reverse passes.
-    u = torch.ones_like(losses, requires_grad=True)
-    terms, steepness = _along(step.mean_over_batch(u * losses), inputs, _directions(step, w, tangent))
-    slope = _total(terms)
-    _check_slopes(step, slope, terms, steepness, w, tangent)
+    # Σ_i u_i d/dε ℓ_i is linear in u, so its gradient is d/dε ℓ itself: forward mode by two reverse passes.
+    u = step.inner_loss.new_ones(len(step.outputs), requires_grad=True)
+    slope = _slope(step, step.signal, w, tangent, factors=u)
     return Feedback(-torch.autograd.grad(slope, u, materialize_grads=True)[0], "log_prob")
-
-
-def batch_feedback(step: InnerStep, w: Tree) -> Tensor:
-    """Algorithm 1's scalar, −⟨w, g⟩, for the score of all sampled labels together."""
-    return -step.along_gradient(w)
 
 
 def _mixed_derivative(
@@ -101,46 +93,44 @@ def _mixed_derivative(
 ) -> dict[str, Tensor | None]:
     """∂/∂(field) d/dε ℓ of each field, at the given values; None for a field that the inner loss does not depend on."""
     leaves = {name: t.detach().requires_grad_() for name, t in fields.items()}
-    losses, inputs = _head(step, replace(step.signal, **leaves))
-    terms, steepness = _along(step.mean_over_batch(losses), inputs, _directions(step, w, tangent))
-    slope = _total(terms)
-    if check:
-        _check_slopes(step, slope, terms, steepness, w, tangent)
+    slope = _slope(step, replace(step.signal, **leaves), w, tangent, check=check)
     if not slope.requires_grad:
         return dict.fromkeys(leaves)
     grads = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
     return dict(zip(leaves, grads, strict=True))
 
 
-def _head(step: InnerStep, signal: Signal) -> tuple[Tensor, list[Tensor]]:
-    """ℓ, (B,), and the leaves z and θ that it is a function of."""
+def _slope(
+    step: InnerStep, signal: Signal, w: Tree, tangent: Tangent, *, factors: Tensor | None = None, check: bool = True
+) -> Tensor:
+    """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share, with a graph to the factors and signal.
+
+    Args:
+        step, signal, w, tangent: ℓ, w and ż.
+        factors: (B,); None: 1.
+        check: refuse ż if the derivative is not ⟨w, g⟩.
+    """
     z = step.outputs.clone().requires_grad_()
     theta = {name: p.detach().requires_grad_() for name, p in step.params.items()}
     with torch.enable_grad():
-        return step.inner_losses(z, signal, step.student.for_loss(theta)), [z, *theta.values()]
+        losses = step.inner_losses(z, signal, step.student.for_loss(theta))
+        mean = step.mean_over_batch(losses if factors is None else factors * losses)
+    grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
+    directions = [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
+    terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]
+    slope = torch.stack([term.sum() for term in terms]).sum()
+    if check:
+        steepness = mean.new_zeros(()) if grads[0] is None else torch.linalg.vector_norm(grads[0].detach())
+        _check_slope(step, slope, terms, steepness, w, tangent)
+    return slope
 
 
-def _directions(step: InnerStep, w: Tree, tangent: Tangent) -> list[Tensor]:
-    return [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in step.params.items())]
-
-
-def _along(scalar: Tensor, inputs: list[Tensor], directions: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The terms of ⟨∂scalar/∂inputs, directions⟩, differentiable, and the norm of the gradient in the first input."""
-    grads = torch.autograd.grad(scalar, inputs, create_graph=True, allow_unused=True)
-    steepness = scalar.new_zeros(()) if grads[0] is None else torch.linalg.vector_norm(grads[0].detach())
-    return [g * t for g, t in zip(grads, directions, strict=True) if g is not None], steepness
-
-
-def _total(terms: list[Tensor]) -> Tensor:
-    return torch.stack([term.sum() for term in terms]).sum()
-
-
-def _check_slopes(
+def _check_slope(
     step: InnerStep, slope: Tensor, terms: list[Tensor], steepness: Tensor, w: Tree, tangent: Tangent
 ) -> None:
     """Refuse ż if the derivative of the inner loss along w differs between the outputs and the gradient."""
     ranks = step.student.ranks
-    by_gradient, of_gradient = step.student.space.slope(step.gradient, w)
+    by_gradient, of_gradient = step.space.slope(step.gradient, w)
     spread = torch.stack([*(ranks.norm(t.detach()) for t in terms), of_gradient]).sum()
     if tangent.rounding is None:
         tolerance, rounding = BY_FORWARD_MODE[step.rounded_to].slope, slope.new_zeros(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Difference(Estimator):
 
     def tangent(self, step: InnerStep, w: Tree, reduction: float = 1.0) -> Tangent:
         """ż along w, by moves of length δ/``reduction``; exactly zero for w = 0."""
-        length = step.length(w)
+        length = step.space.norm(w)
         factor = self.step_size(step) / reduction / length.clamp_min(torch.finfo(length.dtype).tiny)
         ahead = step.shifted(factor, w)
         if self.one_sided:
@@ -104,7 +105,8 @@ class Difference(Estimator):
     def step_size(self, step: InnerStep) -> Tensor:
         """δ, a scalar on the student's device."""
         r = self.relative_step or RELATIVE_STEP[step.shifted_dtype]
-        return r * step.typical_weight().clamp_min(1e-3)  # all weights may be zero
+        typical_weight = step.space.norm(step.params) / math.sqrt(step.space.count(step.params))
+        return r * typical_weight.clamp_min(1e-3)  # all weights may be zero
 
 
 Credit = Callable[[InnerStep, Tree, Tangent], Feedback]

@@ -22,7 +22,7 @@ from metapl.feedback.credit import Tangent, signal_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.solvers import Product, conjugate_gradient, neumann
-from metapl.numerics import Tree
+from metapl.numerics import Tree, scaled
 from metapl.problems.base import Kind
 
 
@@ -80,10 +80,10 @@ class Implicit(Estimator):
         (step,) = path.steps
         v = path.outer_gradient_before()
         if self.solver == "identity":
-            w = step.scaled(v, -1.0 if self.step_size is None else -float(self.step_size))
+            w = scaled(v, -1.0 if self.step_size is None else -float(self.step_size))
         else:
             with step.hessian() as product:
-                w = step.scaled(self._solved(product, v, step), -1.0)
+                w = scaled(self._solved(product, v, step), -1.0)
         return [signal_feedback(step, w, Tangent(step.tangent(w)))], state
 
     def _solved(self, product: Product, v: Tree, step: InnerStep) -> Tree:

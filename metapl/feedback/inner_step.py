@@ -19,7 +19,6 @@ A signal may depend on the student's outputs at θ_k; they are detached.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from torch import Tensor
 from metapl.batch import joined, micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
-from metapl.numerics import Tree, mean_tree, wide
+from metapl.numerics import Space, Tree, mean_tree, wide
 from metapl.problems.base import Problem, Signal
 from metapl.updates import Parameters, Update
 
@@ -118,25 +117,14 @@ class InnerStep:
         return self.passes[0].student
 
     @property
+    def space(self) -> Space:
+        """Products and norms of trees of the student's weights, over all processes that hold parts of them."""
+        return self.student.space
+
+    @property
     def learning_rate(self) -> float | None:
         """η, or None if the optimizer does not expose it."""
         return self.update.learning_rate
-
-    def along_gradient(self, w: Tree) -> Tensor:
-        """⟨w, g⟩, a scalar."""
-        return self.student.space.dot(w, self.gradient)
-
-    def length(self, w: Tree) -> Tensor:
-        """‖w‖, a scalar."""
-        return self.student.space.norm(w)
-
-    def size(self, w: Tree) -> Tensor:
-        """‖w‖·‖g‖, a scalar."""
-        return self.length(w) * self.length(self.gradient)
-
-    def typical_weight(self) -> Tensor:
-        """‖θ‖/√n, the root mean square of the n weights, a scalar."""
-        return self.length(self.params) / math.sqrt(self.student.space.count(self.params))
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
@@ -192,10 +180,6 @@ class InnerStep:
                 for part, x, signal in zip(self.passes, self._batches, signals, strict=True)
             ]
             yield lambda w: mean_tree([product(w) for product in products])
-
-    def scaled(self, tree: Tree, factor: float) -> Tree:
-        """A tree of the student's weights times a number."""
-        return {name: factor * t for name, t in tree.items()}
 
     def adjoint(self, v: Tree, state_cotangent: Any, fields: Mapping[str, Tensor]) -> Adjoint:
         """The adjoint of this step, from the cotangents of θ′ and s′.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.feedback.base import Credits, Estimator, Feedback, State, check_choice, divisor
-from metapl.feedback.credit import batch_feedback
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
@@ -66,7 +65,7 @@ class Reinforce(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        h = batch_feedback(step, w) / divisor(self._normalization, step, w)
+        h = -step.space.dot(w, step.gradient) / divisor(self._normalization, step, w)
         h, state = subtract_baseline(h, self.baseline, state)
         return [Feedback(h, "log_prob")], state
 

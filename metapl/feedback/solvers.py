@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metapl import checks
-from metapl.numerics import Tree, dot, norm
+from metapl.numerics import Tree, dot, norm, scaled
 
 Product = Callable[[Tree], Tree]
 
@@ -25,7 +25,7 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
     :class:`metapl.MetaplError` for negative curvature along a direction.
     """
     rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
-    x = _scaled(v, 0.0)
+    x = scaled(v, 0.0)
     r, p = v, v
     rr = first = dot(r, r)
     tiny = torch.finfo(rr.dtype).tiny
@@ -66,7 +66,7 @@ def neumann(product: Product, v: Tree, iterations: int, step_size: float, dampin
 
     Cost: one product per iteration. Raises: :class:`metapl.MetaplError` where the series diverges.
     """
-    x = term = _scaled(v, step_size)
+    x = term = scaled(v, step_size)
     for _ in range(iterations):
         term = _plus(term, _plus(product(term), term, damping), -step_size)
         x = _plus(x, term, 1.0)
@@ -78,10 +78,6 @@ def neumann(product: Product, v: Tree, iterations: int, step_size: float, dampin
         "an optimum of it.",
     )
     return x
-
-
-def _scaled(tree: Tree, factor: float) -> Tree:
-    return {name: factor * t for name, t in tree.items()}
 
 
 def _plus(a: Tree, b: Tree, factor: Tensor | float) -> Tree:

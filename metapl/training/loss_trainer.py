@@ -18,8 +18,8 @@ from metapl.errors import MetaplError
 from metapl.execution.agreement import check_copies
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
+from metapl.feedback.compatible import check_batches
 from metapl.fingerprints import as_values
-from metapl.hypergradient import check_batches
 from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, starts, sum_of_terms
 from metapl.training import Trainer

@@ -16,23 +16,14 @@ from metapl.distributed.layout import Layout, layouts
 from metapl.distributed.shards import as_held, load_whole, whole
 from metapl.errors import MetaplError
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.guards import casts_explained, step_guard, types_explained
+from metapl.execution.guards import step_guard, types_explained
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback.compatible import check_batches, check_layout, check_steps, check_tangent, check_teacher, prepare
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
 from metapl.fingerprints import as_values
-from metapl.hypergradient import (
-    Hypergradient,
-    check_batches,
-    check_layout,
-    check_steps,
-    check_tangent,
-    check_teacher,
-    hypergradient,
-    look_ahead,
-    prepare,
-)
+from metapl.hypergradient import Hypergradient, hypergradient, look_ahead
 from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches, starts
@@ -186,11 +177,7 @@ class BilevelTrainer(Trainer):
         with self._guard(labeled, unlabeled) as fault:
             with self._autocast(), self.compiled():
                 path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                with casts_explained(self.mode.name):
-                    feedback, mode_state = self.mode.feedback(path, self.mode_state)  # line 4: h
-                with self.ranks.agreed():
-                    for step_feedback in feedback:
-                        step_feedback.check_finite()
+                feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())

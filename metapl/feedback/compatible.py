@@ -1,0 +1,147 @@
+"""What goes together: a mode, a problem, the networks as they are laid out, and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl import checks
+from metapl.distributed.layout import Layout
+from metapl.distributed.ranks import Ranks
+from metapl.errors import MetaplError
+from metapl.execution.rng import RandomState, replayed
+from metapl.feedback import Estimator, modes_for
+from metapl.feedback.inner_step import InnerStep
+from metapl.problems import PseudoLabels
+from metapl.problems.base import BilevelProblem, Problem, as_problem, revises
+
+
+def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
+    """The problem (default: pseudo-labels) with a kind of signal that the mode takes."""
+    problem = PseudoLabels() if problem is None else problem
+    if isinstance(problem, type):
+        raise MetaplError(
+            f"problem is the class {problem.__name__}; expected an instance: problem={problem.__name__}()."
+        )
+    if not isinstance(problem, BilevelProblem):
+        raise MetaplError(
+            f"problem is {checks.described(problem)}; expected an object with signal, inner_loss and outer_loss "
+            "(metapl.BilevelProblem)."
+        )
+    return as_problem(problem).for_modes(mode.labels, mode.name)
+
+
+def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
+    """Refuse a problem without the teacher that makes its signal, and a teacher that nothing would ask.
+
+    Args:
+        teacher, problem: None: no teacher.
+        given: whether an option of the teacher was given, by its name; refused without one.
+    """
+    kind = type(getattr(problem, "given", problem)).__name__
+    if teacher is None and problem.has_teacher:
+        raise MetaplError(f"teacher is None, and {kind} takes its signal from a teacher; expected a torch.nn.Module.")
+    if teacher is not None and not problem.has_teacher:
+        raise MetaplError(f"a teacher was given, and {kind} has none; expected teacher=None.")
+    for name, is_given in given.items():
+        if teacher is None and is_given:
+            raise MetaplError(f"{name} was given with teacher=None, and there is no teacher to use it; leave it out.")
+
+
+def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, ranks: Ranks) -> None:
+    """Refuse batches that are wrong, on one rank or on all, and ranks with unequal shares of a batch."""
+    with ranks.agreed():
+        checks.batches(labeled, unlabeled, device)
+    if not ranks.alone:
+        lengths = [len(next(t for t in pytree.tree_leaves(b) if isinstance(t, Tensor))) for b in (labeled, *unlabeled)]
+        ranks.equal(
+            lengths,
+            "the ranks have unequal shares of a batch (rows of the labeled batch, then of the unlabeled: {counts}); "
+            "expected the same number of rows on every rank, since a loss is the mean of the ranks' means.",
+        )
+
+
+def check_steps(mode: Estimator, steps: int, problem: Problem) -> None:
+    """Refuse more student steps than a mode, or a problem, takes."""
+    if steps > 1 and revises(problem):
+        kind = type(getattr(problem, "given", problem)).__name__
+        raise MetaplError(
+            f"{kind} takes the student's step again on a signal that it makes of the feedback, and this goes with one "
+            f"step, but {steps} were given; give one batch (lookahead=1)."
+        )
+    if steps > 1 and not mode.looks_ahead:
+        raise MetaplError(
+            f"mode '{mode.name}' looks one student step ahead, and {steps} were given; give one batch (lookahead=1), "
+            f"or use a mode that takes several: {', '.join(modes_for(looks_ahead=True))}."
+        )
+
+
+def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
+    """Refuse what takes the student's weights and batch as a whole, where several processes share them."""
+    if student.kind == "plain":
+        return
+    taken = (
+        f"mode {mode.name!r}"
+        if mode.keep_graph or mode.name == "implicit"
+        else f"a look-ahead of {steps} student steps"
+        if steps > 1
+        else f"{type(getattr(problem, 'given', problem)).__name__}, which makes its signal of the feedback,"
+        if revises(problem)
+        else None
+    )
+    if taken is not None:
+        how = "sharded" if student.is_sharded else "in DistributedDataParallel"
+        raise MetaplError(
+            f"{taken} does not run on a student that is {how}. With one student step, mode 'forward' is as exact as "
+            "'unrolled' and runs there, as do 'difference' and the sampled modes; else train in one process."
+        )
+
+
+def check_tangent(mode: Estimator, student: Layout) -> None:
+    """Refuse forward mode where PyTorch has none, through the exchanges of tensor parallelism."""
+    if student.tensor > 1 and (mode.name == "forward" or getattr(mode, "tangent", None) == "forward"):
+        raise MetaplError(
+            f"mode {mode.name!r} takes a pass in forward mode, which PyTorch does not have through the exchanges of "
+            'parallelize_module; use mode="difference", or '
+            'metapl.feedback.ReinforcePerExample(tangent="difference").'
+        )
+
+
+def check_kind(sampled: bool, mode: Estimator) -> None:
+    """Refuse a signal of a kind that the mode cannot differentiate."""
+    if ("hard" if sampled else "soft") not in mode.labels:
+        if sampled:
+            kinds = "is for differentiable signals, and the problem's signal is sampled (it carries log_prob)"
+        else:
+            kinds = "is for sampled signals, and the problem's signal is differentiable (it carries no log_prob)"
+        fitting = ", ".join(modes_for("hard" if sampled else "soft"))
+        raise MetaplError(f"mode '{mode.name}' {kinds}; expected one of the modes {fitting}.")
+
+
+def refuse_other_fields(step: InnerStep) -> None:
+    """Refuse an inner loss that depends on fields of a sampled signal for which there is no feedback."""
+    signal = step.signal
+    if not signal.sampled:
+        return
+    fields = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
+    leaves = {n: t.detach().requires_grad_() for n, t in fields.items() if t is not None and t.is_floating_point()}
+    if not leaves:
+        return
+    params = step.student.for_loss({name: p.detach() for name, p in step.params.items()})
+    with replayed(RandomState.now(step.outputs.device)), torch.enable_grad():
+        losses = step.problem.inner_loss(step.outputs, replace(signal.detached(), **leaves), step.batch, params)
+    if not losses.requires_grad:
+        return
+    grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    for name, g in zip(leaves, grads, strict=True):
+        if g is not None:
+            raise MetaplError(
+                f"inner_loss has a derivative in signal.{name}, and the feedback on a sampled signal covers its "
+                f"log-probability only, so the teacher's gradient would be wrong. If signal.{name} is meant as a "
+                f"constant, write signal.{name}.detach(); else return a differentiable signal (without log_prob)."
+            )
