@@ -297,7 +297,7 @@ def _part_left_out() -> None:
 
 def _tensor_parallel_beside_sharded() -> None:
     teacher, student = networks(hidden=8)
-    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), laid_out(student, "tensor"))
+    metapl.BilevelTrainer(laid_out(teacher, "tensor"), laid_out(student, "fsdp"))
 
 
 def _mesh_of_others() -> None:

@@ -196,6 +196,12 @@ def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
     check(two, [{"mode": "forward", "layout": "fsdp", "teacher_layout": "ddp", "optimizer": "adamw"}])
 
 
+def test_a_teacher_that_is_not_cut_beside_shared_products(two: Ranks) -> None:
+    case: dict[str, Any] = {"layout": "tensor", "hidden": 8, "optimizer": "adamw"}
+    layouts, modes = ("ddp", "fsdp"), ("reinforce", "difference")
+    check(two, [{**case, "teacher_layout": how, "mode": mode} for how in layouts for mode in modes], alike=2)
+
+
 @pytest.mark.parametrize("layout", ["shard", "shard_checkpoint"])
 def test_metapls_own_function(two: Ranks, layout: str) -> None:
     check(two, [{"mode": mode, "layout": layout, "optimizer": "sgd"} for mode in ("forward", "difference")])
@@ -304,7 +310,7 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
         ("part_left_out", "the student's head.weight is not sharded although"),
         ("outputs_in_parts", "the student returned a DTensor laid out as .*expected a plain tensor"),
         ("tensor_parallel_forward", "mode 'forward' takes a pass in forward mode, .*use mode=\"difference\""),
-        ("tensor_parallel_beside_sharded", "products are shared by 1 processes in the teacher and 2 in the student"),
+        ("tensor_parallel_beside_sharded", "products are shared by 2 processes in the teacher and 1 in the student"),
         ("mesh_of_others", r"mesh is of 6 processes \(replicate=3 x shard=2\), and 2 were started"),
     ],
 )

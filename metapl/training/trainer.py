@@ -516,6 +516,9 @@ class _TeacherTrainer(LossTrainer):
             precision=trainer.precision,
             accumulate=trainer.accumulate,
         )
+        assert trainer.teacher_layout is not None
+        self.layout = trainer.teacher_layout  # which knows the student's
+        self.ranks = self.layout.ranks
         self.given, self.problem, self.compiled = trainer.teacher_losses, trainer.problem, trainer.compiled
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
