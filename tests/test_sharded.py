@@ -305,6 +305,7 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
         ("root_forgotten", "fully_shard was called on parts of the student and not on the student itself"),
         ("divided_otherwise", "set_gradient_divide_factor was called on the student"),
         ("not_synchronized", r"set_requires_gradient_sync\(False\) was called on the teacher"),
+        ("switched_later", r"set_requires_all_reduce\(False\) was called on the network"),
         ("not_reduced", r"set_requires_all_reduce\(False\) was called on the student"),
         ("hooked", "set_all_reduce_hook was called on the teacher"),
         ("part_left_out", "the student's head.weight is not sharded although"),

@@ -101,7 +101,7 @@ class LossTrainer(Trainer):
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
-        self.layout.settle()
+        self.layout.begin_step()
         if not self._optimizer_checked:
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True

@@ -487,7 +487,7 @@ class BilevelTrainer(Trainer):
             self._asked, self.student, optimizer=self.outer_optimizer, device=self.device, generator=self.generator
         ) as fault:
             for layout in self._layouts:
-                layout.settle()
+                layout.begin_step()
             check_batches(labeled, inner_batches(unlabeled), self.device, self.ranks)
             if self.outer_optimizer is not None:
                 refuse_missing("outer_optimizer", self.outer_optimizer, trainable(self._asked), "teacher")
