@@ -20,7 +20,7 @@ from metapl.distributed.ranks import Ranks
 from metapl.execution.agreement import check_copies
 from metapl.execution.choice import student_of
 from metapl.execution.kernels import refuse_checkpoints
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, refuse_hooks
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, mean_of, refuse_hooks
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep, mean_inner_loss
 from metapl.numerics import Tree, mean_tree
@@ -65,8 +65,7 @@ class Path:
     @property
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps, a scalar."""
-        losses = [step.inner_loss for step in self.steps]
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return mean_of([step.inner_loss for step in self.steps])
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -278,7 +277,7 @@ def _step(
         passes,
         batch,
         signal,
-        losses[0] if len(losses) == 1 else torch.stack(losses).mean(),
+        mean_of(losses),
         mean_tree(grads),
         state,
     )

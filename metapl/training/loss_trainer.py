@@ -75,8 +75,7 @@ class LossTrainer(Trainer):
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
-        if accumulate < 1:
-            raise MetaplError(f"accumulate={accumulate}: expected 1 or more.")
+        checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
         refuse_split_batches(self.losses, accumulate)
         self.device = next(model.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
