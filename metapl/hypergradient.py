@@ -131,7 +131,7 @@ def hypergradient(
     recompute_teacher: bool = False,
     accumulate: int = 1,
 ) -> Hypergradient:
-    r"""The gradient of the labeled loss after one student step, in the teacher's weights.
+    r"""The gradient of the labeled loss after the student's step or steps, in the teacher's weights.
 
     .. math:: \frac{d}{d\theta_T} L\big(U(\theta_S, \nabla_{\theta_S} \tfrac1B\sum_i
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
@@ -142,8 +142,8 @@ def hypergradient(
             rank's equal share, and the results of sharded networks DTensors. No teacher, None, for a problem that has
             none, such as :class:`metapl.problems.LearningToReweight`.
         labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
-            also holds the labels, under ``labels``, is such a pair. For other
-            batches see :meth:`metapl.problems.Problem.outer_batch`.
+            also holds the labels, under ``labels``, is such a pair. For other batches see
+            :meth:`metapl.problems.Problem.outer_batch`.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
         mode: one of :data:`metapl.MODES`, or an estimator value.

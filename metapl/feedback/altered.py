@@ -87,7 +87,7 @@ class Altered(Estimator):
 
     @property
     def normalization(self) -> Normalization:
-        """What the base divides its feedback by; ``"gradient"``, nothing, where it does not say so."""
+        """The base's normalization, or ``"gradient"`` if it has none."""
         return getattr(self.base, "normalization", "gradient")
 
     def init(self) -> State:

@@ -4,7 +4,7 @@ r"""The base class of all estimators of the teacher's gradient, and :class:`Feed
 
 An estimator combines three choices: how w is computed (:meth:`Path.pullback`, :meth:`Path.adjoints`), how ż is
 computed (:meth:`InnerStep.tangent` or a difference of outputs), and what gets the credit
-(:mod:`metapl.feedback.credit`). It does not access parameters itself.
+(:mod:`metapl.feedback.credit`). It changes no parameter.
 """
 
 from __future__ import annotations

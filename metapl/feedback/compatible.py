@@ -1,4 +1,4 @@
-"""What goes together: a mode, a problem, the networks as they are laid out, and their batches."""
+"""Checks that a mode, a problem, networks and batches are compatible."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
 
 
 def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
-    """Refuse a problem without the teacher that makes its signal, and a teacher that nothing would ask.
+    """Refuse a problem without the teacher that makes its signal, and a teacher that is not used.
 
     Args:
         teacher, problem: None: no teacher.

@@ -41,7 +41,7 @@ class Path:
         steps: at least one.
         keep_every: every so many steps, one is kept with its weights, gradient and optimizer state; the adjoint
             computes the others again.
-        check_mean: warn of an outer loss that is not a mean over examples.
+        check_mean: warn if the outer loss is not a mean over examples.
     """
 
     problem: Problem
@@ -218,7 +218,7 @@ def take_steps(
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
-        check_mean: warn of an outer loss that is not a mean over examples, where ranks share the batch.
+        check_mean: warn if the outer loss is not a mean over examples, where ranks share the batch.
     """
     own = student_of(student, update.parameters, double_backward=keep_graph)
     pieces = micro_batches(labeled, parts, "labeled")
