@@ -108,6 +108,23 @@ def test_uneven_shards(four: Ranks) -> None:
     check(four, [{"mode": mode, "layout": "fsdp", "optimizer": "sgd"} for mode in ("forward", "reinforce")])
 
 
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler")
+@pytest.mark.parametrize(
+    ("layout", "mode", "graphs"),
+    [
+        # Passes of the blocks with and without a graph: of the student's 3 and the teacher's 2, and of whole networks.
+        pytest.param("fsdp", "reinforce", 10, id="blocks"),
+        pytest.param("shard_checkpoint", "forward", 10, id="checkpoint", marks=pytest.mark.long),
+        pytest.param("ddp", "difference", 4, id="replicas", marks=pytest.mark.long),
+    ],
+)
+def test_compiled_passes(two: Ranks, layout: str, mode: str, graphs: int) -> None:
+    case: dict[str, Any] = {"mode": mode, "optimizer": "sgd"}
+    found = two.run("train", **case, layout=layout, compile=True)
+    assert all(own["graphs"] >= graphs for own in found)
+    compare(found, alone(**case), tolerance(mode))
+
+
 PLAIN_PASSES = ("none", "reinforce", "loss_difference", "difference", ReinforcePerExample(tangent="difference"))
 
 
@@ -279,7 +296,7 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
         ("sparse", "the student's 0 is an Embedding with sparse=True, and sparse gradients are not averaged"),
         ("tied", "the student shares the weight of a Linear between two blocks"),
         ("torchopt", "TorchOpt transform.*for a sharded student expected torch.optim.SGD"),
-        ("compile", "compile=True does not run on networks that are sharded"),
+        ("compile", "compile=True does not run on networks that are cut along .* or whose products are shared"),
         ("one_plain", "the teacher is a plain module, the student sharded over the processes 0, 1"),
         ("unequal", r"unequal shares of a batch .*rank 0: \[6, 4\]; rank 1: \[6, 3\]"),
         ("not_finite_on_one", "rank 1: the unlabeled batch holds NaN"),

@@ -66,6 +66,21 @@ class Layout:
     def is_sharded(self) -> bool:
         return self.kind == "sharded"
 
+    def compilable(self) -> list[nn.Module]:
+        """The modules whose forward passes ``torch.compile`` takes: the network, or the blocks of a sharded one.
+
+        A block runs between the hooks that gather and give up its weights, which are not compiled.
+        """
+        if self.ranks.copies > 1:
+            raise MetaplError(
+                "compile=True does not run on networks that are cut along the width of their images, or whose products "
+                "are shared (parallelize_module): the exchanges inside them cannot be compiled. Leave compile out, or "
+                "lay the networks out over replicas and shards alone."
+            )
+        found = [block for block in self.blocks if block is not self.network]
+        inside = {id(part) for block in found for part in block.modules() if part is not block}
+        return [block for block in found if id(block) not in inside] or [self.network]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the network learns, as its optimizer holds them."""
         if self.is_sharded:

@@ -80,7 +80,7 @@ class LossTrainer(Trainer):
         refuse_split_batches(self.losses, accumulate)
         self.device = next(model.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
-        self.compiled = CompiledPasses(*([model] if compile else []))
+        self.compiled = CompiledPasses(*(self.layout.compilable() if compile else []))
         self.steps_done = 0
         self._optimizer_checked = False
 
