@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from metapl.errors import MetaplError
-from metapl.report.canvas import blank_page, draw_head, drawing, head_height, png, wrap_head, write_whole
+from metapl.report.canvas import drawing, headed_page, write_page
 from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
 from metapl.report.style import MARGIN, NOTE_SIZE, PANEL_TITLE_SIZE
 from metapl.report.text import drawable, fitted
-from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,15 +65,13 @@ def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Seque
     Raises:
         MetaplError: there is no picture, there are too many groups, or the file cannot be written.
     """
-    title, note = shown(title), shown(note, keep="\n")
     groups = [group for group in groups if len(group)]
     if not groups:
         raise MetaplError("there is nothing to draw: the grid has no picture")
     if len(groups) > MOST_GROUPS:
         raise MetaplError(f"{len(groups):,} groups of pictures were given; expected {MOST_GROUPS:,} at most")
     with drawing([title, note, *(text for group in groups for text in group.texts)]) as explanation:
-        image = png(_figure(title, f"{note}{explanation and '. '}{explanation}", groups))
-    write_whole(path, image)
+        write_page(path, _figure(title, f"{note}{explanation and '. '}{explanation}", groups))
 
 
 def _figure(title: str, note: str, groups: Sequence[Gallery]) -> Figure:
@@ -87,9 +84,8 @@ def _figure(title: str, note: str, groups: Sequence[Gallery]) -> Figure:
     width = max(2 * MARGIN + group_pitch * (beside - 1) + group_width, NARROWEST)
     bands = list(_bands([_hung(group, columns, max(group_width, size.pitch)) for group in groups], beside))
     heights = [max(hanging.height for hanging in band) for band in bands]
-    title_lines, note_lines = wrap_head(title, note, width)
-    figure = blank_page(width, 2 * MARGIN + head_height(title_lines, note_lines) + BELOW_HEAD + sum(heights))
-    top = draw_head(figure, title_lines, note_lines) - BELOW_HEAD
+    top = MARGIN + sum(heights)
+    figure = headed_page(title, note, width, top + BELOW_HEAD)
     for band, height in zip(bands, heights, strict=True):
         for number, hanging in enumerate(band):
             draw_gallery(figure, hanging, MARGIN + number * group_pitch, top)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metapl.errors import MetaplError
-from metapl.report.canvas import Box, fractions, write_heading, write_note
+from metapl.report.canvas import Box, axes_at, write_heading, write_note
 from metapl.report.style import GRID, INK
 from metapl.report.text import short_name, text_width
 
@@ -77,7 +77,7 @@ def draw_matrix(figure: Figure, box: Box, matrix: Matrix) -> None:
     """Draws it with its cells in the box; names, title and color bar stand around it."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
-    axes = figure.add_axes(fractions(figure, box))
+    axes = axes_at(figure, box)
     totals = [max(sum(row), 1) for row in matrix.counts]
     shares = [[count / total for count in row] for row, total in zip(matrix.counts, totals, strict=True)]
     colors = LinearSegmentedColormap.from_list("share", ["#FFFFFF", "#CFE3F1", "#6BAED6", "#0072B2", "#003B5C"])
@@ -88,7 +88,7 @@ def draw_matrix(figure: Figure, box: Box, matrix: Matrix) -> None:
         _write_counts(axes, matrix, shares)
         return
     left, bottom, width, height = box
-    bar = figure.colorbar(image, cax=figure.add_axes(fractions(figure, (left + width + 0.15, bottom, 0.12, height))))
+    bar = figure.colorbar(image, cax=axes_at(figure, (left + width + 0.15, bottom, 0.12, height)))
     bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], labels=["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)

@@ -9,17 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metapl.errors import MetaplError
-from metapl.report.canvas import (
-    Box,
-    blank_page,
-    draw_head,
-    drawing,
-    fractions,
-    head_height,
-    png,
-    wrap_head,
-    write_whole,
-)
+from metapl.report.canvas import Box, axes_at, drawing, headed_page, write_page
 from metapl.report.curves import PANELS, Curves, Panel, color_of, draw_panel, has_figures
 from metapl.report.gallery import Gallery, Hanging, draw_gallery, hang
 from metapl.report.matrix import Matrix, checked_counts, draw_matrix
@@ -69,7 +59,6 @@ def draw_report(
         MetaplError: there is nothing to draw, there are more than 7 methods, the counts and the names do not fit, or
             the file cannot be written.
     """
-    title, summary = shown(title), shown(summary, keep="\n")
     classes = None if classes is None else [shown(name) for name in classes]
     if len(curves) > len(PALETTE):
         raise MetaplError(
@@ -87,8 +76,7 @@ def draw_report(
     texts = [title, summary, *curves, *names, *(text for gallery in galleries for text in gallery.texts)]
     with drawing(texts) as explanation:
         matrix = None if counts is None else Matrix.of(counts, names)
-        image = png(_figure(title, f"{summary} {explanation}", curves, panels, matrix, galleries, along))
-    write_whole(path, image)
+        write_page(path, _figure(title, f"{summary} {explanation}", curves, panels, matrix, galleries, along))
 
 
 def _figure(
@@ -101,15 +89,12 @@ def _figure(
     along: str,
 ) -> Figure:
     page = _lay_out(len(panels), matrix, galleries)
-    title_lines, summary_lines = wrap_head(title, summary, page.width)
-    methods_line = METHODS_LINE if len(curves) > 1 else 0.0
-    height = page.top + methods_line + head_height(title_lines, summary_lines) + MARGIN
-    figure = blank_page(page.width, height)
-    end = draw_head(figure, title_lines, summary_lines)
+    below_head = page.top + (METHODS_LINE if len(curves) > 1 else 0.0)
+    figure = headed_page(title, summary, page.width, below_head)
     if len(curves) > 1:
-        _draw_methods(figure, MARGIN / page.width, (end - 0.15) / height, list(curves))
+        _draw_methods(figure, MARGIN / page.width, (below_head - 0.15) / figure.get_figheight(), list(curves))
     for panel, box in zip(panels, page.panels, strict=True):
-        draw_panel(figure.add_axes(fractions(figure, box)), panel, curves, along)
+        draw_panel(axes_at(figure, box), panel, curves, along)
     if matrix is not None and page.matrix is not None:
         draw_matrix(figure, page.matrix, matrix)
     for hanging, (left, top) in page.galleries:

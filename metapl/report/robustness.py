@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.report.canvas import blank_page, drawing, png, write_whole
+from metapl.report.canvas import blank_page, drawing, write_page
 from metapl.report.style import GRID, INK, PALETTE, QUIET
 from metapl.report.text import wrap
 from metapl.words import shown
@@ -166,7 +166,7 @@ def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str
 
             marks = [Patch(color=color, label=name) for name, color in zip(legend, PALETTE, strict=False)]
             figure.legend(handles=marks, frameon=False, fontsize=9.5, loc="outside lower left", labelcolor=INK)
-        write_whole(path, png(figure))
+        write_page(path, figure)
 
 
 def _by_severity(kind: Mapping[str, Any]) -> dict[float, float]:
