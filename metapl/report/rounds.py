@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from metapl.report.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
 from metapl.report.counts import MOST_NAMED, draw_by_size, name_rows
-from metapl.report.gallery import Gallery, draw_gallery, hang
+from metapl.report.gallery import Gallery, draw_galleries, hang
 from metapl.report.style import ABOVE_PANEL, GRID, MARGIN, PALETTE
 from metapl.words import shown
 
@@ -67,10 +67,7 @@ def _figure(
         _draw_accuracies(axes_at(figure, (left, top - LEAST, PANEL, LEAST)), rounds)
     classes = axes_at(figure, (left + before, top - panel, WIDTH - left - before - MARGIN, panel))
     _draw_classes(classes, rounds[-1], names)
-    y = low
-    for hanging in hangings:
-        draw_gallery(figure, hanging, left, y)
-        y -= hanging.height
+    draw_galleries(figure, hangings, left, low)
     return figure
 
 
