@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.export.card import CARD, WEIGHTS, Contents, render
+from metapl.export.card import CARD, WEIGHTS, render
 from metapl.export.programs import ONNX, PROGRAM, programs
 from metapl.models import Architecture, Normalized, normalized
 from metapl.runs.atomic import replacing
@@ -109,7 +109,7 @@ def export(
         whole = module if normalization is None else normalized(module, **normalization)
         files |= programs(whole, shape, onnx)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files[CARD] = render(card, Contents(module, normalization, architecture, digests)).encode()
+    files[CARD] = render(card, module, normalization, architecture, digests).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
