@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.data.images.folders import Files, LabeledFiles, digest, unreadable
+from metapl.data.images.folders import Files, LabeledFiles, ask, digest
 from metapl.data.images.shards import size_of
-
-T = TypeVar("T")
 
 WHOLE_UP_TO, WHOLE_BYTES = 5_000, 2**30
 """Files of a folder whose bytes are all read, and how many bytes; of larger folders, names and sizes are taken."""
@@ -39,21 +37,14 @@ def hash_files(files: Files) -> str:
     Raises:
         MetaplError: a file is gone or cannot be read.
     """
-    sizes = [_ask(path, size_of) for path in files.paths()]
+    sizes = [ask(size_of, path) for path in files.paths()]
     whole = len(sizes) <= WHOLE_UP_TO and sum(sizes) <= WHOLE_BYTES
     whole_hash = hashlib.sha256()
     labels: Iterable[object] = files.labels if isinstance(files, LabeledFiles) else (None for _ in files.names)
     for name, label, path, size in zip(files.names, labels, files.paths(), sizes, strict=True):
-        content = _ask(path, digest) if whole else str(size).encode()
+        content = ask(digest, path) if whole else str(size).encode()
         whole_hash.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
     return whole_hash.hexdigest() if whole else f"names and sizes: {whole_hash.hexdigest()}"
-
-
-def _ask(path: str, question: Callable[[str], T]) -> T:
-    try:
-        return question(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def _of_tensors(tensors: Iterable[Tensor]) -> str:

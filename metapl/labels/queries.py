@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metapl.cores import available_cores
-from metapl.data.images.folders import Progress, digest, scan_unlabeled
+from metapl.data.images.folders import Progress, ask, digest, scan_unlabeled
 from metapl.errors import MetaplError
 from metapl.labels import layout
 from metapl.labels.layout import DESCRIPTION, DIGEST_BYTES
@@ -278,15 +278,7 @@ def select(
 
 def _digests(folder: Path) -> list[bytes]:
     """What each picture's file of a folder begins with as SHA-256, each once."""
-    files, digests = scan_unlabeled(folder), set()
-    for path in files.paths():
-        try:
-            digests.add(digest(path)[:DIGEST_BYTES])
-        except OSError as error:
-            raise MetaplError(
-                f"{shown(path)} cannot be compared: {error.strerror}; remove it, or give a folder of readable files."
-            ) from error
-    return sorted(digests)
+    return sorted({ask(digest, path)[:DIGEST_BYTES] for path in scan_unlabeled(folder).paths()})
 
 
 def _summary(digests: Sequence[bytes]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from metapl.data.images.folders import Files, Progress, digest, scan_unlabeled
+from metapl.data.images.folders import Files, Progress, ask, digest, scan_unlabeled
 from metapl.data.images.reader import UnreadableImage, image_size
 from metapl.data.images.shards import FORMAT, MANIFEST, SUFFIX, Manifest, ShardFile, open_picture, size_of
 from metapl.errors import MetaplError, few
@@ -68,7 +68,8 @@ def write_shards(
             if number >= len(manifest.shards) or not _is_whole(out, manifest.shards[number]):
                 shard = _write_one(files, rows, out / f"{number:06d}{SUFFIX}", no_picture)
                 manifest = dataclasses.replace(manifest, shards=(*before, shard, *after))
-                _write_manifest(out, manifest)
+                with replacing(out / MANIFEST) as file:
+                    file.write(json.dumps({"format": FORMAT} | dataclasses.asdict(manifest), indent=1).encode())
             if progress is not None:
                 progress(rows.stop)
     except OSError as error:
@@ -140,19 +141,8 @@ def _is_whole(folder: Path, shard: ShardFile) -> bool:
 def _listing(files: Files) -> str:
     whole = hashlib.sha256()
     for name, path in zip(files.names, files.paths(), strict=True):
-        whole.update(f"{name}\0{_asked(path)}\0".encode("utf-8", "surrogateescape"))
+        whole.update(f"{name}\0{ask(size_of, path)}\0".encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
-
-
-def _asked(path: str) -> int:
-    try:
-        return size_of(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str, error: OSError) -> MetaplError:
-    return MetaplError(f"{shown(path)} cannot be read: {error.strerror}; remove it, or make it readable.")
 
 
 def _write_one(files: Files, rows: range, path: Path, no_picture: Callable[[str], object]) -> ShardFile:
@@ -165,10 +155,7 @@ def _write_one(files: Files, rows: range, path: Path, no_picture: Callable[[str]
 
 
 def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str], object]) -> None:
-    try:
-        picture = open_picture(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    picture = ask(open_picture, path)
     try:
         image_size(path)
     except UnreadableImage:
@@ -178,11 +165,6 @@ def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str],
         member.size = picture.seek(0, os.SEEK_END)
         picture.seek(0)
         tar.addfile(member, picture)
-
-
-def _write_manifest(out: Path, manifest: Manifest) -> None:
-    with replacing(out / MANIFEST) as file:
-        file.write(json.dumps({"format": FORMAT} | dataclasses.asdict(manifest), indent=1).encode())
 
 
 @dataclass
