@@ -24,10 +24,11 @@ from metapl import checks
 from metapl.batch import inputs_of
 from metapl.checks import described
 from metapl.data.batches import StepBatches, loader
-from metapl.data.generators import Generators, parts_of, plain_states
+from metapl.data.generators import Generators, parts_of
 from metapl.data.unlabeled import WithoutLabels
 from metapl.device import to_device
 from metapl.errors import MetaplError
+from metapl.runs.generators import plain_states
 
 _END: Any = object()
 

@@ -295,8 +295,8 @@ def find_copies(
         )
 
 
-def without_copies(files: FilesT, of: Files) -> FilesT:
-    """Those of the files whose bytes are not those of a file in another folder.
+def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
+    """The paths in one folder, and those in another, of each picture that both have, by its bytes.
 
     Cost: one question to the file system for each file. Bytes are read only of files that the other folder has with the
     same size, and beyond 4 KiB only where these agree too.
@@ -304,9 +304,15 @@ def without_copies(files: FilesT, of: Files) -> FilesT:
     Raises:
         MetaplError: a file is gone or cannot be read.
     """
-    sides = [_File(side, None, path) for side, folder in (("own", files), ("other", of)) for path in folder.paths()]
-    groups = _same_bytes(sides, lambda groups: [group for group in groups if len({file.side for file in group}) == 2])
-    copies = {file.path for group in groups for file in group if file.side == "own"}
+    sides = [_File(side, None, path) for side, of in (("own", files), ("other", others)) for path in of.paths()]
+    for group in _same_bytes(sides, lambda groups: [same for same in groups if len({file.side for file in same}) == 2]):
+        own = [file.path for file in group if file.side == "own"]
+        yield own, [file.path for file in group if file.side == "other"]
+
+
+def without_copies(files: FilesT, of: Files) -> FilesT:
+    """Those of the files that another folder does not have too; cost and errors as :func:`same_pictures`."""
+    copies = {path for own, _ in same_pictures(files, of) for path in own}
     return files.keep([i for i, path in enumerate(files.paths()) if path not in copies]) if copies else files
 
 
