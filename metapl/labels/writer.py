@@ -22,7 +22,7 @@ from metapl.errors import MetaplError, few
 from metapl.labels import layout
 from metapl.labels.layout import DESCRIPTION, DIGEST_BYTES, FORMAT, FREE, PAGE_ROWS, PAGE_VALUES, STORE, Part
 from metapl.plain_files import read_plain
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import write_whole
 from metapl.runs.environment import environment
 from metapl.runs.ownership import owned
 
@@ -378,14 +378,8 @@ class LabelWriter:
         return content
 
     def _write(self, name: str, content: Any) -> None:
-        try:
-            with replacing(self.folder / name) as file:
-                file.write(content)
-        except OSError as error:
-            raise MetaplError(
-                f"{self.folder / name} could not be written: {error.strerror or error}; the {self.rows:,} rows that "
-                "are there are whole. Mend that (is the disk full?), then go on with resume=True (--resume)."
-            ) from error
+        mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."
+        write_whole(self.folder / name, content, f"the {self.rows:,} rows that are there are whole. {mend}")
 
 
 def most_probable(p_BC: Tensor, k: int) -> Tensor:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.errors import MetaplError
 from metapl.report.fonts import any_weight, explained, families
 from metapl.report.style import (
     DOTS_PER_INCH,
@@ -26,7 +25,7 @@ from metapl.report.style import (
     TITLE_SIZE,
 )
 from metapl.report.text import wrap
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import write_whole
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -119,9 +118,4 @@ def png(figure: Figure) -> bytes:
 
 def write_page(path: str | os.PathLike[str], figure: Figure) -> None:
     """Write the page as a PNG file, which takes its name only when it is whole."""
-    path, image = Path(path), png(figure)
-    try:
-        with replacing(path) as file:
-            file.write(image)
-    except OSError as error:
-        raise MetaplError(f"{path} could not be written: {error.strerror}; any earlier one is as it was") from error
+    write_whole(Path(path), png(figure), "any earlier one is as it was")
