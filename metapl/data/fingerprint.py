@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.data.images.folders import Files, LabeledFiles, ask, digest
@@ -23,7 +22,14 @@ def hashes(**parts: Any) -> dict[str, str]:
     >>> hashes(x=torch.zeros(2))["x"][:8]
     '46d4846c'
     """
-    return {name: _of_tensors(pytree.tree_leaves(part)) for name, part in parts.items()}
+    found = {}
+    for name, part in parts.items():
+        sha256 = hashlib.sha256()
+        for tensor in pytree.tree_leaves(part):
+            sha256.update(f"{tensor.dtype} {tuple(tensor.shape)}:".encode())
+            sha256.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        found[name] = sha256.hexdigest()
+    return found
 
 
 def hash_files(files: Files) -> str:
@@ -45,11 +51,3 @@ def hash_files(files: Files) -> str:
         content = ask(digest, path) if whole else str(size).encode()
         whole_hash.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
     return whole_hash.hexdigest() if whole else f"names and sizes: {whole_hash.hexdigest()}"
-
-
-def _of_tensors(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}:".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

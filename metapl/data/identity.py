@@ -96,19 +96,14 @@ def _data_set(data: Any) -> str | None:
         value for name in HELD if isinstance(value := getattr(data, name, None), Tensor | np.ndarray | list | tuple)
     ]
     shortened = [_some(value) if isinstance(value, list | tuple) else value for value in held]
-    return fingerprint(_without_folders(shortened)) if held else None
+    # Paths by their last names: folders may move.
+    last_names = pytree.tree_map(lambda x: os.path.basename(x) if isinstance(x, str | os.PathLike) else x, shortened)
+    return fingerprint(last_names) if held else None
 
 
 def _some(values: Sequence[Any]) -> Sequence[Any]:
     """All of a list, or of a long one every second, third and so on."""
     return values[:: max(1, -(-len(values) // NAMES))]
-
-
-def _without_folders(held: Sequence[Any]) -> list[Any]:
-    """Paths by their last names."""
-    return pytree.tree_map(  # type: ignore[no-any-return]  # a list as it was
-        lambda leaf: os.path.basename(leaf) if isinstance(leaf, str | os.PathLike) else leaf, list(held)
-    )
 
 
 def _length(source: Any) -> int | None:

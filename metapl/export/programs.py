@@ -58,8 +58,9 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
         require_onnx()
     network = copy.deepcopy(network).eval().requires_grad_(False)
     network = network.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
-    program = _exported(network, shape)
-    files = {PROGRAM: _saved(program)}
+    program, file = _exported(network, shape), io.BytesIO()
+    torch.export.save(program, file)
+    files = {PROGRAM: file.getvalue()}
     if onnx:
         files[ONNX] = _as_onnx(program)
     _check(files, network, shape)
@@ -98,14 +99,6 @@ def _exported(network: nn.Module, shape: Sequence[int]) -> ExportedProgram:
             for note in _NOTES:
                 node.meta.pop(note, None)
     return program
-
-
-def _saved(program: ExportedProgram) -> bytes:
-    from torch.export import save
-
-    file = io.BytesIO()
-    save(program, file)
-    return file.getvalue()
 
 
 def _as_onnx(program: ExportedProgram) -> bytes:

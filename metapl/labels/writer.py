@@ -91,7 +91,8 @@ class LabelWriter:
             raise MetaplError(f"{fault}: this entry is written by metapl labels select; give yours another name.")
         self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
         self.rows_per_part = max(1, min(rows_per_part, PAGE_VALUES // (top_k or len(classes))))
-        self.provenance = {"begun": _now(), "made_with": environment(), **(provenance or {})}
+        begun = datetime.now(UTC).isoformat(timespec="seconds")
+        self.provenance = {"begun": begun, "made_with": environment(), **(provenance or {})}
         self.complete = False
         """Whether the store that was to be resumed is whole, so that there is nothing to add."""
         self._parts: list[Part] = []
@@ -408,10 +409,6 @@ def _lists(values_BK: np.ndarray[Any, Any]) -> pa.ListArray:
     ends = np.arange(0, (rows + 1) * width, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32)
     kind = pa.list_(pa.field("element", pa.from_numpy_dtype(values_BK.dtype), nullable=False))
     return pa.ListArray.from_arrays(ends, np.ascontiguousarray(values_BK).reshape(-1), type=kind)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,7 +82,12 @@ def _figure(title: str, note: str, groups: Sequence[Gallery]) -> Figure:
     group_pitch = count * size.pitch + (BETWEEN_GROUPS if beside > 1 else 0.0)
     group_width = columns.pitch * (count - 1) + columns.width
     width = max(2 * MARGIN + group_pitch * (beside - 1) + group_width, NARROWEST)
-    bands = list(_bands([_hung(group, columns, max(group_width, size.pitch)) for group in groups], beside))
+    hangings = []
+    for group in groups:  # with a title and a note of one line each, so that the pictures of a band stand in line
+        group_title = fitted(drawable(group.title), max(group_width, size.pitch), PANEL_TITLE_SIZE, "bold")
+        group_note = fitted(drawable(group.note), max(group_width, size.pitch), NOTE_SIZE)
+        hangings.append(Hanging(group, columns, len(group), (group_title,), (group_note,)))
+    bands = [hangings[start : start + beside] for start in range(0, len(hangings), beside)]
     heights = [max(hanging.height for hanging in band) for band in bands]
     top = MARGIN + sum(heights)
     figure = headed_page(title, note, width, top + BELOW_HEAD)
@@ -91,13 +96,3 @@ def _figure(title: str, note: str, groups: Sequence[Gallery]) -> Figure:
             draw_gallery(figure, hanging, MARGIN + number * group_pitch, top)
         top -= height
     return figure
-
-
-def _hung(group: Gallery, columns: Columns, room: float) -> Hanging:
-    """A group with a title and a note of one line each, so that the pictures of a band stand in line."""
-    title = fitted(drawable(group.title), room, PANEL_TITLE_SIZE, "bold")
-    return Hanging(group, columns, len(group), (title,), (fitted(drawable(group.note), room, NOTE_SIZE),))
-
-
-def _bands(hangings: Sequence[Hanging], beside: int) -> Iterator[Sequence[Hanging]]:
-    return (hangings[start : start + beside] for start in range(0, len(hangings), beside))

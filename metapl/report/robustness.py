@@ -86,7 +86,11 @@ def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
     for prefix, part in (("", found), ("ImageNet-C: ", found.get("imagenet_c", {}))):
         corruptions = part.get("corruptions", {})
         for group, names in GROUPS.items():
-            curves: Curves = {name: _by_severity(corruptions[name]) for name in names if name in corruptions}
+            curves: Curves = {
+                name: dict(enumerate(corruptions[name]["accuracy_by_severity"], 1))
+                for name in names
+                if name in corruptions
+            }
             if curves:
                 # The pictures of ImageNet-C are not the test pictures, so their curves do not begin there.
                 clean, chance = (None, None) if prefix else (found.get("accuracy"), found.get("chance"))
@@ -167,10 +171,6 @@ def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str
             marks = [Patch(color=color, label=name) for name, color in zip(legend, PALETTE, strict=False)]
             figure.legend(handles=marks, frameon=False, fontsize=9.5, loc="outside lower left", labelcolor=INK)
         write_page(path, figure)
-
-
-def _by_severity(kind: Mapping[str, Any]) -> dict[float, float]:
-    return {float(severity): accuracy for severity, accuracy in enumerate(kind["accuracy_by_severity"], 1)}
 
 
 def _flips(found: Mapping[str, Any]) -> dict[str, float]:

@@ -235,7 +235,8 @@ def imagenet_c(subject: Subject, root: Path) -> Robustness:
     for name, severities in sets.items():
         shares = []
         for files in severities:
-            labels = _relabeled(subject, files)
+            outputs = subject.outputs_of(files.root, files.classes)
+            labels = [outputs[label] for label in files.labels]
             right = total = 0
             for logits, y in subject.batches(_paths(files), labels, 1.0, before=n):
                 right += int((logits.argmax(1) == y).sum())
@@ -425,9 +426,3 @@ def _filled(files: LabeledFiles) -> LabeledFiles:
 
 def _paths(files: LabeledFiles) -> list[Path]:
     return [Path(path) for path in files.paths()]
-
-
-def _relabeled(subject: Subject, files: LabeledFiles) -> list[int]:
-    """Labels as outputs of the network."""
-    outputs = subject.outputs_of(files.root, files.classes)
-    return [outputs[label] for label in files.labels]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import os
 import pickle
 import re
@@ -95,9 +96,14 @@ class PartsWriter:
         fault = None
         if self.first:
             try:
-                self._clean()
-                path = _free(self.folder, step)
-                names = [path.name, f"{path.name}.{secrets.token_hex(4)}.tmp"]
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left in self.folder.iterdir():  # by processes that were killed
+                    if re.fullmatch(r"step-\d{8,}(-\d+)?\.parts\.[0-9a-f]{8}\.tmp", left.name):
+                        shutil.rmtree(left, ignore_errors=True)
+                # One of the same step may be left from before a restart.
+                attempts = (f"step-{step:08d}{'' if n == 0 else f'-{n}'}.parts" for n in itertools.count())
+                name = next(name for name in attempts if not (self.folder / name).exists())
+                names = [name, f"{name}.{secrets.token_hex(4)}.tmp"]
             except Exception as error:  # as in _finished
                 fault = _why(error)
         *names, fault = _from_first([*names, fault], self.group)
@@ -162,13 +168,6 @@ class PartsWriter:
                 "they were. Is the disk full, or closed to a process? Mend that, then resume the run."
             )
         return path
-
-    def _clean(self) -> None:
-        """Remove what killed processes have left."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.iterdir():
-            if re.fullmatch(r"step-\d{8,}(-\d+)?\.parts\.[0-9a-f]{8}\.tmp", left.name):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def check_parts(path: Path) -> dict[str, Any]:
@@ -253,15 +252,6 @@ def _together(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-
-
-def _free(folder: Path, step: int) -> Path:
-    """A name that no checkpoint has; one of the same step may be left from before a restart."""
-    path, attempt = folder / f"step-{step:08d}.parts", 0
-    while path.exists():
-        attempt += 1
-        path = folder / f"step-{step:08d}-{attempt}.parts"
-    return path
 
 
 def _sha256(file: Path) -> str:

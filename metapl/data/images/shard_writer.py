@@ -58,7 +58,10 @@ def write_shards(
         raise MetaplError(
             f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected a folder elsewhere."
         )
-    wanted = Manifest(_listing(files), len(files), per_shard)
+    listing = hashlib.sha256()
+    for name, path in zip(files.names, files.paths(), strict=True):
+        listing.update(f"{name}\0{ask(size_of, path)}\0".encode("utf-8", "surrogateescape"))
+    wanted = Manifest(listing.hexdigest(), len(files), per_shard)
     manifest = _begun(out, wanted)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -136,13 +139,6 @@ def _begun(out: Path, wanted: Manifest) -> Manifest:
 def _is_whole(folder: Path, shard: ShardFile) -> bool:
     path = folder / shard.file
     return path.is_file() and path.stat().st_size == shard.bytes and digest(str(path)).hex() == shard.sha256
-
-
-def _listing(files: Files) -> str:
-    whole = hashlib.sha256()
-    for name, path in zip(files.names, files.paths(), strict=True):
-        whole.update(f"{name}\0{ask(size_of, path)}\0".encode("utf-8", "surrogateescape"))
-    return whole.hexdigest()
 
 
 def _write_one(files: Files, rows: range, path: Path, no_picture: Callable[[str], object]) -> ShardFile:
