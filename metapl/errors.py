@@ -30,6 +30,17 @@ class FieldError(MetaplError):
         self.field, self.value, self.expected = field, value, expected
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in a line without its period: the system's words, or what the message begins with.
+
+    >>> reason_of(RuntimeError("out of memory.\\nA traceback")), reason_of(KeyboardInterrupt())
+    ('out of memory', 'KeyboardInterrupt')
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first = next((line for line in map(str.strip, text.splitlines()) if line), type(error).__name__)
+    return shown(f"{first:.300}".rstrip("."))
+
+
 def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:
     """The first few names, as an error gives them: each cut where it is too long, and how many there are besides.
 

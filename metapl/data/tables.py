@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metapl.data.images.reader import reason_of
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.plain_files import open_plain
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.export.card import CARD, WEIGHTS, render
 from metapl.export.programs import ONNX, PROGRAM, programs
 from metapl.models import Architecture, Normalized, normalized
@@ -240,10 +240,9 @@ def read_metadata(file: Path) -> dict[str, Any]:
         if fault := _fault(content):
             raise ValueError(fault)
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        reason = str(error).split("\n")[0]
         raise MetaplError(
-            f"{file} cannot be read as weights: {reason}. Expected .safetensors as metapl export writes it, or tensors "
-            "alone."
+            f"{file} cannot be read as weights: {reason_of(error)}. Expected .safetensors as metapl export writes it, or "
+            "tensors alone."
         ) from error
     return content
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -93,7 +93,9 @@ def _exported(network: nn.Module, shape: Sequence[int]) -> ExportedProgram:
     try:
         program = export(network, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
     except Exception as error:  # whatever a network of a user's own does while it is traced
-        raise MetaplError(f"torch.export cannot export the network: {_first_line(error)}") from error
+        raise MetaplError(
+            f"torch.export cannot export the network: {type(error).__name__}: {reason_of(error)}"
+        ) from error
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             for note in _NOTES:
@@ -109,17 +111,15 @@ def _as_onnx(program: ExportedProgram) -> bytes:
         assert made is not None  # as it is when a file is given
         model = made.model_proto
     except Exception as error:  # torch lists an operation without a translation in several ways
-        raise MetaplError(f"torch.onnx cannot export the network: {_first_line(error)}") from error
+        raise MetaplError(
+            f"torch.onnx cannot export the network: {type(error).__name__}: {reason_of(error)}"
+        ) from error
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
                 dim.dim_param = "batch"  # the only size that is not fixed, called s34 or the like so far
     content: bytes = model.SerializeToString(deterministic=True)
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 # ------------------------------------------------------------------------------------------------------------ the check

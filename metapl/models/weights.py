@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, reason_of
 from metapl.models.family import unchanged
 
 MOST_WRAPPED = 8
@@ -113,10 +113,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     try:
         stored = _read(path)
     except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
-        reason = str(error).split("\n")[0] or type(error).__name__
         raise MetaplError(
-            f"{path} cannot be read as weights: {reason}. Expected a state dict: .safetensors, or tensors alone as "
-            "torch.save(model.state_dict(), path) writes them."
+            f"{path} cannot be read as weights: {reason_of(error)}. Expected a state dict: .safetensors, or tensors "
+            "alone as torch.save(model.state_dict(), path) writes them."
         ) from error
     for _ in range(MOST_WRAPPED):
         stored = (_wrapped(stored) if isinstance(stored, Mapping) else None) or stored

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from metapl.distributed.mesh import Mesh
 from metapl.distributed.shards import local
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.experiments.methods import bilevel_trainer
 from metapl.experiments.shares import check_shares
 from metapl.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, stage
@@ -187,11 +187,10 @@ def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
         share = (
             f"{recipe.labeled_batch // mesh.shares:,} labeled and {recipe.unlabeled_batch // mesh.shares:,} unlabeled"
         )
-        text = str(error).strip().partition("\n")[0].rstrip(".")
         remedy = f" {CUT_ALONG_THE_WIDTH}" if mesh.spatial > 1 else ""
         raise MetaplError(
             f"a step of {recipe.name} on {mesh.size:,} ranks, with {share} examples on each, does not run: "
-            f"{text}.{remedy}"
+            f"{reason_of(error)}.{remedy}"
         ) from error
     finally:
         log.disabled = before

@@ -28,7 +28,7 @@ from metapl.data.batches import in_unit_range
 from metapl.data.images.folders import LabeledFiles, scan_labeled
 from metapl.data.images.reader import SUFFIXES, UnreadableImage, fitted, read_image
 from metapl.device import to_device
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.predictions import eval_mode
 from metapl.plain_files import refuse_irregular
@@ -371,7 +371,7 @@ def _frames(path: Path, pictures: Pictures) -> Iterator[Tensor]:
                 fit = fitted(frame.to_image(), mode=pictures.mode, size=(pictures.side, pictures.side))
                 yield in_unit_range(fit)
     except (av.FFmpegError, IndexError, OSError) as error:
-        raise UnreadableImage(path, f"the video cannot be decoded ({' '.join(str(error).split())})") from error
+        raise UnreadableImage(path, f"the video cannot be decoded ({reason_of(error)})") from error
 
 
 def _by_number(file: Path) -> list[Any]:

@@ -30,7 +30,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.runs.atomic import replacing
 
 _LOG = logging.getLogger(__name__)
@@ -116,14 +116,14 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} holds objects other than tensors and plain values, and metapl runs no code from a file; "
-                f"write it with metapl.runs.checkpoint.save. torch says: {_first_line(error)}"
+                f"write it with metapl.runs.checkpoint.save. torch says: {reason_of(error)}"
             ) from error
         except MemoryError:
             raise
         except Exception as error:  # damage that was sealed shows in many types
             raise CheckpointError(
                 f"{path} is whole, but torch {torch.__version__} could not rebuild it on {map_location}: "
-                f"{_first_line(error)}; try map_location='cpu'"
+                f"{reason_of(error)}; try map_location='cpu'"
             ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__} instead of a dict; {_USE_AN_OLDER_ONE}")
@@ -502,7 +502,3 @@ def _looks_like(line: bytes) -> str:
     if any(byte < 32 and byte not in b"\t\n\r" for byte in line):
         return f"another file, beginning with {line[:8]!r}; give one {ours}"
     return f"text, beginning with {line.decode(errors='replace')[:24]!r}; give a file {ours}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:300]

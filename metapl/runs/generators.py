@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         _set(before)
         raise GeneratorStateError(
-            f"this is not a state of the random number generators ({type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0][:300]}); give what metapl.runs.generators.rng_state() returned"
+            f"this is not a state of the random number generators ({type(error).__name__}: {reason_of(error)}); give "
+            "what metapl.runs.generators.rng_state() returned"
         ) from error
     saved, present = len(state["cuda"]), len(before["cuda"])
     if saved != present:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from metapl.errors import reason_of
 from metapl.runs import checkpoint
 from metapl.runs.atomic import sync_folder
 from metapl.runs.checkpoint import CheckpointError
@@ -267,10 +268,7 @@ def _from_first(values: list[Any], group: Any) -> list[Any]:
 def _why(error: BaseException) -> str:
     """What went wrong, in a line: torch's exception holds those of the processes with their tracebacks."""
     failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    return reason_of(next(iter(failures.values()))[0] if failures else error)
 
 
 def _reader(path: Path, files: Mapping[str, str]) -> Any:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from metapl.data.images.shards import open_picture, size_of
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -360,9 +360,3 @@ def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, in
 
 def _too_large(max_pixels: int, size: str) -> str:
     return f"the picture has more than the {max_pixels:,} pixels that are allowed ({size})"
-
-
-def reason_of(error: Exception) -> str:
-    """Why a file cannot be read, in one line."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return " ".join(reason.split()).rstrip(".")
