@@ -241,8 +241,8 @@ def read_metadata(file: Path) -> dict[str, Any]:
             raise ValueError(fault)
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise MetaplError(
-            f"{file} cannot be read as weights: {reason_of(error)}. Expected .safetensors as metapl export writes it, or "
-            "tensors alone."
+            f"{file} cannot be read as weights: {reason_of(error)}. Expected .safetensors as metapl export writes it, "
+            "or tensors alone."
         ) from error
     return content
 
