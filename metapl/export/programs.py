@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, reason_of, require_extra
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -67,14 +68,8 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
     return files
 
 
-def require_onnx() -> None:
-    """Refuse to go on without the packages that write ONNX."""
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MetaplError(
-            f"ONNX needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; get it "
-            "by: pip install 'metapl[onnx]'"
-        )
+require_onnx = partial(require_extra, "onnx", "ONNX needs", "onnx", "onnxscript")
+"""Refuse to go on without the packages that write ONNX."""
 
 
 def can_run_onnx() -> bool:

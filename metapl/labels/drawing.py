@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from metapl.labels.queries import BINS, Statistics
 from metapl.report.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
 from metapl.report.counts import MOST_NAMED, draw_by_size, dress_counts, name_rows
-from metapl.report.style import ABOVE_PANEL, GRID, MARGIN, PALETTE
+from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -83,5 +83,5 @@ def _draw_histogram(axes: Axes, name: str, note: str, counts: Sequence[int], upp
     axes.bar([width * i for i in range(BINS)], counts, width=width, align="edge", color=PALETTE[0], edgecolor="white")
     axes.set_xlim(0, upper)
     axes.set_ylabel("examples")
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.grid(axis="y")
     dress_counts(axes)

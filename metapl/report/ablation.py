@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapl.report.canvas import blank_page, drawing, write_page
-from metapl.report.style import GRID, INK, PALETTE, QUIET
+from metapl.report.style import INK, PALETTE, QUIET
 from metapl.report.text import wrap
 
 if TYPE_CHECKING:
@@ -150,8 +150,7 @@ def _draw_trainings(figure: Any, outcomes: Figures, found: Figures) -> None:
 
 def _dress(axis: Axes, title: str, grid: Any) -> None:
     axis.set_title(title, fontsize=10.5, loc="left")
-    axis.grid(axis=grid, color=GRID)
-    axis.tick_params(axis="both", length=0)
+    axis.grid(axis=grid)
 
 
 def _color(name: str, found: Figures) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metapl.report.canvas import write_heading, write_note
-from metapl.report.style import DOTS_PER_INCH, GRID, NOTE_SIZE, PALETTE, QUIET
+from metapl.report.style import DOTS_PER_INCH, NOTE_SIZE, PALETTE, QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,8 +123,7 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 def _dress(axes: Axes, panel: Panel, along: str) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0)
+    axes.grid()
     write_heading(axes, panel.title)
     axes.set_xlabel(along, loc="right", labelpad=1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metapl.report.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
-from metapl.report.style import GRID, INK, MARGIN, NOTE_SIZE, PALETTE, QUIET
+from metapl.report.style import INK, MARGIN, NOTE_SIZE, PALETTE, QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,8 +113,7 @@ def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, lowe
     parts = [[value for value in accuracy if (value > success) == succeeded] for succeeded in (True, False)]
     axes.hist(parts, bins=BINS, range=(0.0, 1.0), stacked=True, rwidth=0.9, color=[SUCCESS_COLOR, QUIET], zorder=2)
     axes.axvline(success, color=INK, linewidth=1.0, linestyle=(0, (3, 2)), zorder=4)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0)
+    axes.grid(axis="y")
     axes.set_xlim(lowest, 1.0)
     axes.set_ylim(0, 1.1 * highest)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapl.report.canvas import blank_page, drawing, write_page
-from metapl.report.style import GRID, INK, PALETTE, QUIET
+from metapl.report.style import INK, PALETTE, QUIET
 from metapl.report.text import wrap
 from metapl.words import shown
 
@@ -159,8 +159,7 @@ def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str
         places = [axes for row in grid for axes in row]
         for axes, (name, draw) in zip(places, drawn, strict=False):
             axes.set_title(name, fontsize=10.5, loc="left", color=INK)
-            axes.grid(color=GRID)
-            axes.tick_params(length=0)
+            axes.grid()
             draw(axes)
         for axes in places[len(drawn) :]:
             axes.set_visible(False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from metapl.report.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
 from metapl.report.counts import MOST_NAMED, draw_by_size, name_rows
 from metapl.report.gallery import Gallery, draw_galleries, hang
-from metapl.report.style import ABOVE_PANEL, GRID, MARGIN, PALETTE
+from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def _draw_accuracies(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(min(len(rounds) + 2, 10), integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     axes.margins(y=0.15)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0)
+    axes.grid()
 
 
 def _draw_classes(axes: Axes, last: Mapping[str, Any], names: Sequence[str]) -> None:
