@@ -18,7 +18,6 @@ import pickle
 import re
 import secrets
 import shutil
-import stat
 import warnings
 import zlib
 from collections import OrderedDict
@@ -31,6 +30,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, reason_of
+from metapl.plain_files import open_plain
 from metapl.runs.atomic import replacing
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ MAGIC = b"metapl-checkpoint"
 _HEADER = re.compile(rb"(.{17}) (\d{4}) (\d{20}) ([0-9a-f]{64}) ([0-9a-f]{8})\n", re.DOTALL)
 _HEADER_BYTES = 17 + 1 + 4 + 1 + 20 + 1 + 64 + 1 + 8 + 1
 _LATER_HEADER = re.compile(re.escape(MAGIC) + rb" (\d+)\s")
-_CHUNK = 1 << 20
 
 _USE_AN_OLDER_ONE = "go back to an older checkpoint; CheckpointFolder(folder).newest() finds the newest whole one"
 _RIGHTS = "Give yourself the right to write in that folder, or choose another"
@@ -420,18 +419,14 @@ def _open_whole(path: Path) -> BinaryIO:
     """Open a checkpoint at its payload, or say what is wrong with it."""
     with contextlib.ExitStack() as opened:
         try:
-            # Before opening: to open a named pipe would wait for ever.
-            mode = path.stat().st_mode
-            if stat.S_ISDIR(mode):
-                raise CheckpointError(f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()")
-            if not stat.S_ISREG(mode):
-                raise CheckpointError(f"{path} is not a regular file; give one that metapl.runs.checkpoint.save wrote")
-            file = opened.enter_context(path.open("rb"))
+            file = opened.enter_context(open_plain(path))
             size, sha256 = _read_header(path, file)
-            digest = hashlib.sha256()
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+            digest = hashlib.file_digest(file, "sha256")
             file.seek(_HEADER_BYTES)
+        except IsADirectoryError as error:
+            raise CheckpointError(
+                f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()"
+            ) from error
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(f"{path} does not exist; give the path that the checkpoint was written to") from error
         except PermissionError as error:
