@@ -217,13 +217,11 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     >>> _apart([0.0, 1.0, 1.0], 0.5)
     [0.0, 0.75, 1.25]
     """
-    groups: list[tuple[float, int]] = []  # (center, members)
-    for position in wanted:
-        groups.append((position, 1))
-        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
-            (center, count), (last, last_count) = groups[-2:]
-            groups[-2:] = [((center * count + last * last_count) / (count + last_count), count + last_count)]
-    return [center + gap * (index - (count - 1) / 2) for center, count in groups for index in range(count)]
+    from scipy.optimize import isotonic_regression
+
+    steps = [gap * index for index in range(len(wanted))]
+    moved = isotonic_regression([place - step for place, step in zip(wanted, steps, strict=True)]).x
+    return [float(place) + step for place, step in zip(moved, steps, strict=True)]
 
 
 def color_of(index: int) -> str:
