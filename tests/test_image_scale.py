@@ -29,7 +29,7 @@ from PIL import Image
 
 from metapl.cli import main
 from metapl.data import fingerprint
-from metapl.data.fingerprint import hash_files
+from metapl.data.identity import hash_files
 from metapl.data.images import verify
 from metapl.data.images.check import check_folders
 from metapl.data.images.folders import scan_labeled, scan_unlabeled

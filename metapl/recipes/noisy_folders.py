@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor
 
 from metapl.data.batches import EvaluationBatches, LabeledBatches
-from metapl.data.fingerprint import hash_files
+from metapl.data.identity import hash_files
 from metapl.data.images.check import check_folders, same_pictures
 from metapl.data.images.folders import Files, LabeledFiles, scan_labeled
 from metapl.data.sampler import StepSampler
