@@ -140,18 +140,15 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}: take the metapl "
             "that wrote it, or write the labels again."
         )
-    fault = misfit_entries(content, _ENTRIES) or _missing(content, _ENTRIES, whole=content.get("complete") is True)
+    needed = [name for name in _ENTRIES if content.get("complete") is True or name not in _WHOLE]
+    fault = misfit_entries(content, _ENTRIES)
+    fault = fault or next((f"it does not say {name}" for name in needed if name not in content), None)
     if fault is None and written != sealed(content):
         fault = "its checksum (seal) is of another content"
     fault = fault or _contradiction(content)
     if fault is not None:
         raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
     return content
-
-
-def _missing(content: Mapping[str, Any], names: Mapping[str, Any], *, whole: bool) -> str | None:
-    missing = [name for name in names if name not in content and (whole or name not in _WHOLE)]
-    return f"it does not say {missing[0]}" if missing else None
 
 
 def _contradiction(content: Mapping[str, Any]) -> str | None:

@@ -167,11 +167,19 @@ class LabelWriter:
             state, mend = finished if before["complete"] else unfinished
             raise MetaplError(f"{self.folder} holds {state} store of labels; {mend}.")
         now = self._description(complete=False)
-        self._refuse_other("", before, now, ("classes", "top_k", "rows_per_part"))
         of_before, of_now = before["provenance"], now["provenance"]
-        self._refuse_other(
-            "provenance.", of_before, of_now, sorted(name for name in {*of_before, *of_now} if name not in FREE)
-        )
+        compared = [(name, before[name], now[name]) for name in ("classes", "top_k", "rows_per_part")]
+        compared += [
+            (f"provenance.{name}", of_before.get(name), of_now.get(name))
+            for name in sorted(of_before.keys() | of_now.keys())
+            if name not in FREE
+        ]
+        for name, then, asked in compared:
+            if then != asked:
+                raise MetaplError(
+                    f"the store in {self.folder} was begun with {name} {_short(then)}, and now it is {_short(asked)}; "
+                    "go on as it was begun, or give another folder (--out)."
+                )
         self.provenance, self.complete, self._is_begun = dict(of_before), before["complete"], True
         self._schema, self._last = None, None
         layout.remove_temporary(self.folder)
@@ -180,16 +188,6 @@ class LabelWriter:
         else:
             self._parts = [self._part_there(*part) for part in layout.parts_there(self.folder)]
         self._last = self.last
-
-    def _refuse_other(
-        self, above: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]
-    ) -> None:
-        for name in names:
-            if before.get(name) != now.get(name):
-                raise MetaplError(
-                    f"the store in {self.folder} was begun with {above}{name} {_short(before.get(name))}, and now it "
-                    f"is {_short(now.get(name))}; go on as it was begun, or give another folder (--out)."
-                )
 
     def _part_there(self, name: str, beginning: str) -> Part:
         """A part that an earlier writer wrote, whose bytes are as they were."""
