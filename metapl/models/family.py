@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from metapl.models.architecture import Architecture
 
 
-def unchanged(module: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
-    """Leave a file's weights as they are."""
-    return ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How networks of one kind are built, and what they have.
@@ -40,7 +35,7 @@ class Family:
     dropout: bool = False
     stochastic_depth: bool = False
     patch: int | None = None
-    adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] = unchanged
+    adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] | None = None
 
 
 class PooledFeatures(nn.Module):

@@ -234,9 +234,9 @@ def _watched(held: Held, seam: Seam) -> tuple[type, str, Callable[..., Any]]:
         with nullcontext() if phase is None else held.phase(phase):
             result = method(*args, **kwargs)
         if phase == FEEDBACK:
-            held.name_others([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK)
+            held.name([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK, others=True)
         elif name is not None:
-            held.name_others(_tensors_in(result), name)
+            held.name(_tensors_in(result), name, others=True)
         return result
 
     return kind, method_name, called
@@ -248,7 +248,7 @@ def _gradients_named(networks: Sequence[nn.Module], held: Held) -> Iterator[None
 
     def named(p: Tensor) -> None:
         if p.grad is not None:
-            held.name_others([p.grad], "gradients")
+            held.name([p.grad], "gradients", others=True)
 
     parameters = [p for network in networks for p in trainable(network).values()]
     handles = [p.register_post_accumulate_grad_hook(named) for p in parameters]

@@ -84,7 +84,7 @@ def draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str = "step") ->
             points = [(step, value) for step, value in _points(rows, key) if value > 0 or not panel.log]
             if not points:
                 continue
-            color = color_of(index if len(curves) > 1 else rank)
+            color = PALETTE[index if len(curves) > 1 else rank]
             _draw_curve(axes, points, color, rank, panel.noisy, pale=len(curves) * len(panel.series) <= 4)
             if panel.last_values and (rank == 0 or len(curves) == 1):
                 ends.append((points[-1][1], color))
@@ -172,7 +172,7 @@ def _draw_note(axes: Axes, panel: Panel, curves: Curves) -> None:
     if panel.alone and present == [(0, panel.series[0][1])]:
         present = [(0, panel.alone)]
     handles = [
-        Line2D([], [], color=color_of(rank) if len(curves) == 1 else QUIET, linestyle=DASHES[rank], linewidth=1.9)
+        Line2D([], [], color=PALETTE[rank] if len(curves) == 1 else QUIET, linestyle=DASHES[rank], linewidth=1.9)
         for rank, _ in present
     ]
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.008, 1.015), "borderpad": 0.2}
@@ -222,8 +222,3 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     steps = [gap * index for index in range(len(wanted))]
     moved = isotonic_regression([place - step for place, step in zip(wanted, steps, strict=True)]).x
     return [float(place) + step for place, step in zip(moved, steps, strict=True)]
-
-
-def color_of(index: int) -> str:
-    """The color of a method, or of a series where there is one method."""
-    return PALETTE[index]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from metapl.errors import MetaplError
 from metapl.report.canvas import Box, axes_at, drawing, headed_page, write_page
-from metapl.report.curves import PANELS, Curves, Panel, color_of, draw_panel, has_figures
+from metapl.report.curves import PANELS, Curves, Panel, draw_panel, has_figures
 from metapl.report.gallery import Gallery, draw_galleries, hang
 from metapl.report.matrix import Matrix, checked_counts, draw_matrix
 from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE, SUMMARY_SIZE
@@ -129,7 +129,7 @@ def _draw_methods(figure: Figure, left: float, y: float, methods: Sequence[str])
     """The legend of colors, once for all panels."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=color_of(index), linewidth=4.5) for index in range(len(methods))]
+    handles = [Line2D([], [], color=PALETTE[index], linewidth=4.5) for index in range(len(methods))]
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (left, y), "borderpad": 0, "borderaxespad": 0}
     look: dict[str, Any] = {"fontsize": SUMMARY_SIZE, "handlelength": 1.1, "handletextpad": 0.5, "columnspacing": 1.8}
     figure.legend(handles, [*map(drawable, methods)], ncols=len(methods), frameon=False, **place, **look)
