@@ -223,10 +223,10 @@ def load_parts(path: Path, like: Like | None = None, group: Any = None, *, check
 # --------------------------------------------------------------------------------------------------- trees and tensors
 
 
-def named(tree: Any, above: str = "") -> dict[str, Tensor]:
+def named(tree: Any) -> dict[str, Tensor]:
     """The tensors of a tree by the names that they have in the parts."""
     tensors: dict[str, Tensor] = {}
-    _apart(tree, above, tensors)
+    _apart(tree, "", tensors)
     return tensors
 
 

@@ -160,18 +160,18 @@ def _as_tensor(image: Image) -> Tensor:
     return rearrange(levels, "h w c -> c h w").contiguous()
 
 
-def fitted(image: Image, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, int], center: float = 1.0) -> Tensor:
+def fitted(image: Image, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, int]) -> Tensor:
     """A picture that is decoded already, such as a frame of a video, brought to a size as :func:`read_image` does.
 
     Args:
         image: Pillow's.
-        mode, size, center: as in :func:`read_image`.
+        mode, size: as in :func:`read_image`.
 
     Returns:
         uint8 (3, H, W) or (1, H, W).
     """
     plain = _plain(image, mode)
-    return _as_tensor(_resized(plain, size, _part(plain.size, size, None, center), plain.size))
+    return _as_tensor(_resized(plain, size, _part(plain.size, size, None, 1.0), plain.size))
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
