@@ -19,6 +19,7 @@ import torchopt
 from test_protocols import CASES
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._dynamo.utils import counters
 
 import metapl
 from metapl.cli import main
@@ -195,6 +196,7 @@ def train(
     """Some steps, on this rank's share of each batch; one process alone has all of it."""
     trainer = built(mode, layout, optimizer, dtype=dtype, **options)
     found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
+    graphs = counters["stats"]["unique_graphs"]
     torch.manual_seed(3)
     for step, (labeled, unlabeled) in enumerate(batches(steps, views, dtype)):
         together = 2 if layout is not None and layout.startswith("tensor") else 1
@@ -206,6 +208,7 @@ def train(
         report = trainer.step(labeled, unlabeled)
         found["scalars"].append(report.as_dict())
         found["feedback"].append(report.feedback)
+    found["graphs"] = counters["stats"]["unique_graphs"] - graphs
     for layout_of_one in trainer._layouts:
         layout_of_one.settle()
     for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
@@ -294,7 +297,7 @@ def _part_left_out() -> None:
 
 def _tensor_parallel_beside_sharded() -> None:
     teacher, student = networks(hidden=8)
-    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), laid_out(student, "tensor"))
+    metapl.BilevelTrainer(laid_out(teacher, "tensor"), laid_out(student, "fsdp"))
 
 
 def _mesh_of_others() -> None:
@@ -347,7 +350,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "implicit": lambda: built("implicit", "fsdp"),
     "lookahead": lambda: built("forward", "fsdp", lookahead=2),
     "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
-    "compile": lambda: built("forward", "fsdp", compile=True),
+    "compile": lambda: built("none", "tensor", hidden=8, compile=True),
     "one_plain": lambda: built("forward", "fsdp", teacher_layout=None),
     "reweight": _reweight,
     "max_norm": lambda: _embedding(max_norm=1.0),

@@ -21,7 +21,7 @@ from tiny_runs import TINY, color_folders, run, tiny  # noqa: F401 - fixtures
 from metapl.cli import main
 from metapl.data.images.reader import UnreadableImage
 from metapl.errors import MetaplError
-from metapl.experiments.self_training import networks_of
+from metapl.experiments.noisy_student import networks_of
 from metapl.experiments.two_moons import TwoMoonsRuns
 from metapl.labels import LabelStore, LabelWriter, layout
 from metapl.metrics import read_label_sets

@@ -17,7 +17,8 @@ from PIL import Image
 from metapl.cli import main
 from metapl.cli.compare import MEASURED, _fields
 from metapl.experiments import budget
-from metapl.experiments.experiment import Network, delivered, summary
+from metapl.experiments.experiment import Network, delivered
+from metapl.experiments.summary import summary
 from metapl.metrics import evaluate_logits
 from metapl.recipes import ImageFolders
 from metapl.recipes.base import SELECTED_ON

@@ -20,7 +20,8 @@ from metapl.experiments.comparison import Comparison
 from metapl.experiments.equal_cost import _by_phase, at_equal_cost, operations, with_steps
 from metapl.experiments.load_run import load_run
 from metapl.experiments.methods import compared
-from metapl.experiments.self_training import FOLDER, LABELS, first_teacher
+from metapl.experiments.noisy_student import first_teacher
+from metapl.experiments.rounds import FOLDER, LABELS
 from metapl.experiments.settle import settled
 from metapl.recipes import Digits, ImageFolders
 from metapl.recipes.image_folders import OpenOptimizer

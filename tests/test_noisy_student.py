@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from metapl.cli import main
-from metapl.experiments import self_training
+from metapl.experiments import rounds
 from metapl.experiments.load_run import load_run
-from metapl.experiments.self_training import FOLDER, LABELS, SELECTED
+from metapl.experiments.rounds import FOLDER, LABELS, SELECTED
 from metapl.fingerprints import fingerprint
 from metapl.labels import LabelStore, LabelWriter
 from metapl.training.loss_trainer import LossTrainer
@@ -94,7 +94,7 @@ def stops(patch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
         (LossTrainer, "step", 3),  # while the first teacher is trained
         (LabelWriter, "add", 2),  # while its labels are stored
         (LabelWriter, "_finish", 1),
-        (self_training, "select", 1),  # between labels and selection
+        (rounds, "select", 1),  # between labels and selection
         (LabelWriter, "add_table", 1),  # while the selection is written
         (LossTrainer, "step", 9),  # while the first student is trained
         (LabelWriter, "add", 7),  # while the first student labels

@@ -19,7 +19,10 @@ from metapl.cli.plan import _costs
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.equal_cost import at_equal_cost, operations, with_steps
-from metapl.experiments.self_training import Noised, Rounds, _finetuned, better_before, end_matched, networks_of
+from metapl.experiments.noisy_student import _finetuned, end_matched, networks_of
+from metapl.experiments.noisy_teacher import Noised
+from metapl.experiments.rounds import Rounds
+from metapl.experiments.summary import better_before
 from metapl.labels import LabelStore, LabelWriter
 from metapl.labels.queries import select
 from metapl.models import Architecture

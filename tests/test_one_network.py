@@ -11,7 +11,7 @@ from command import said
 from PIL import Image, ImageDraw
 
 from metapl.experiments.comparison import READOUTS, Comparison
-from metapl.experiments.experiment import summary
+from metapl.experiments.summary import summary
 from metapl.metrics import Evaluation
 from metapl.recipes.methods import EVERY_METHOD, titled
 

@@ -14,7 +14,7 @@ from metapl.cli.parse import Switch
 from metapl.cli.train import Train
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
-from metapl.experiments.self_training import networks_of
+from metapl.experiments.noisy_student import networks_of
 from metapl.recipes import Digits, ImageFolders, Vision
 from metapl.recipes.base import Optimizer, Recipe, Unasked
 from metapl.recipes.methods import METHODS, SELF_TRAINING_METHODS, Method

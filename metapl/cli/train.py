@@ -35,12 +35,12 @@ from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.compare import compare
 from metapl.experiments.comparison import parse_seeds
-from metapl.experiments.experiment import summary
 from metapl.experiments.jobs import Job, aloud
 from metapl.experiments.labels_given import check_labels_given
 from metapl.experiments.settle import settled
 from metapl.experiments.shares import check_shares
 from metapl.experiments.store import stored
+from metapl.experiments.summary import summary
 from metapl.recipes import RECIPES, Digits, ImageFolders, NoisyFolders, TwoMoons
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import COMPARED, CONTROLS, METHODS, NOISY_METHODS, Method, title

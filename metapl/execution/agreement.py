@@ -15,14 +15,15 @@ change gradients). A student for which one of them fails is refused: its feedbac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from metapl import checks
-from metapl.distributed.ranks import ALONE, Ranks
+from metapl.distributed.ranks import ALONE, Agreed, Ranks
 from metapl.errors import MetaplError
 from metapl.numerics import reduced_float32
 
@@ -89,6 +90,40 @@ def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks 
         "register_buffer); attention dropout drawn by another kernel (train under "
         "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). A mode that runs no pass twice takes the student as it is: "
         'mode="unrolled", or "reinforce".',
+        size=size,
+    )
+
+
+_SLOPES = tuple(math.sqrt(prime) for prime in (2, 3, 5, 7))
+"""Of the waves that tensors are compared by: their products with a difference are about as large as its norm."""
+
+
+def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:
+    """Refuse, on all ranks, tensors that differ between processes that hold the same rows.
+
+    Args:
+        tensors: of this process.
+        what: they are, as the object of a sentence.
+        ranks: the processes that share the batch.
+
+    Cost: one exchange of a few numbers for each share of the rows, where rows are held in copies.
+    """
+    if ranks.copies == 1 or not tensors:
+        return
+    t = torch.cat([t.detach().double().flatten() for t in tensors])
+    places = torch.arange(1, len(t) + 1, device=t.device, dtype=t.dtype)
+    seen = torch.stack([(t * (places * slope).cos()).sum() for slope in _SLOPES])
+    tolerance = BY_FORWARD_MODE[coarsest([t.dtype for t in tensors if t.is_floating_point()], t.device)].outputs
+    gap, size = ranks.norm(seen - ranks.mean_of_copies(seen)), ranks.norm(t)
+    _refuse(
+        gap,
+        tolerance * size,
+        f"processes that hold the same rows have made different {what} (the difference has norm {{gap:.2g}}, all of "
+        "them {size:.2g}), so the gradients would be wrong. Expected the same in each. Usual causes: a teacher that is "
+        "not cut, and is given the columns of images that a cut student takes (lay it out as the student is: "
+        "shard(teacher, mesh, example=...)); other rows, or random generators in other states, in these processes "
+        "(seed the default generators alike, or give all of them the same generator=).",
+        kind=Agreed,
         size=size,
     )
 

@@ -20,7 +20,7 @@ from metapl.data.feed import feed
 from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.experiments.methods import train
 from metapl.experiments.reducing import even_labels
-from metapl.experiments.self_training import Rehearsed
+from metapl.experiments.rounds import Rehearsed
 from metapl.recipes.base import ROLES, Task
 from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.image_recipe import ImageParts

@@ -14,8 +14,9 @@ import torch
 from metapl.device import to_device
 from metapl.errors import MetaplError
 from metapl.experiments.methods import compared, train
+from metapl.experiments.noisy_student import FINETUNED, FIRST, first_teacher
 from metapl.experiments.reducing import even_labels
-from metapl.experiments.self_training import FINETUNED, FIRST, Rehearsed, first_teacher
+from metapl.experiments.rounds import Rehearsed
 from metapl.metrics.cost import flops
 from metapl.recipes.base import ROLES, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.data.images.record import record_files, replaced_files
@@ -25,10 +26,12 @@ from metapl.experiments.labels_given import labels_given
 from metapl.experiments.larger import at_larger_size, finetuned_larger
 from metapl.experiments.methods import train
 from metapl.experiments.noisy_labels import ALONE
+from metapl.experiments.noisy_student import networks_of
 from metapl.experiments.reducing import label_by
-from metapl.experiments.self_training import Rounds, better_before, networks_of, spoken_rounds
+from metapl.experiments.rounds import Rounds
+from metapl.experiments.summary import spoken_rounds, summary
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
-from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits, spoken
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD, title, titled
@@ -67,12 +70,10 @@ class Experiment:
         if self.mesh.size > 1:
             if EVERY_METHOD[method].selects:
                 raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
-            if EVERY_METHOD[method].doubting is not None and self.mesh.together > 1:
-                raise MetaplError(
-                    f"{title(method)} shares the rows of its batches alone; give --mesh.replicate or --mesh.shard in "
-                    "the place of --mesh.tensor and --mesh.spatial."
-                )
-            teacher, student = self.laid_out(teacher, student)
+            if EVERY_METHOD[method].doubting is None:
+                teacher, student = self.laid_out(teacher, student)
+            else:  # what is learned about labels is built later
+                (student,) = self.laid_out(student)
         if EVERY_METHOD[method].selects:
             task = dataclasses.replace(task, rounds=self.rounds(method, task))
         if EVERY_METHOD[method].reduced:
@@ -125,12 +126,13 @@ class Experiment:
             return [nn.Identity(), nn.Identity()]
         return [self.recipe.network(role).to(place) for role in ROLES]
 
-    def laid_out(self, *networks: nn.Module) -> list[nn.Module]:
-        """Networks over the processes that train together."""
+    def laid_out(self, *networks: nn.Module, labels: tuple[Tensor, ...] = ()) -> list[nn.Module]:
+        """Networks over the processes that train together; they take images, and perhaps two labels of these."""
         options: dict[str, Any] = {}
         if self.mesh.spatial > 1:
             draw = torch.Generator().manual_seed(self.recipe.seed)
-            options["example"] = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
+            images = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
+            options["example"] = (images, *labels)
         # Compiled passes would wait for each key.
         if all(map(can_be_keyed, networks)) and not self.recipe.trainer_options().get("compile"):
             for network in networks:
@@ -141,6 +143,20 @@ class Experiment:
         self.seed_shares(*networks)
         return found
 
+    def beside(self, teacher: nn.Module, reads_inputs: bool) -> nn.Module:
+        """What is learned about labels, over the same processes: cut as the student is where it reads its inputs."""
+        if self.mesh.size == 1:
+            return teacher
+        for t in [*teacher.parameters(), *teacher.buffers()]:  # each share may have drawn its own
+            first = t.detach().contiguous()
+            dist.broadcast(first, 0)
+            t.data.copy_(first)
+        if not reads_inputs:
+            return shard(teacher, Mesh(replicate=self.mesh.size))
+        device = next(teacher.parameters()).device
+        (laid_out,) = self.laid_out(teacher, labels=(torch.zeros(2, dtype=torch.long, device=device),))
+        return laid_out
+
     def seed_shares(self, *networks: nn.Module) -> None:
         """Where networks drop something row after row, let each share of a batch have masks of its own."""
         if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
@@ -148,7 +164,7 @@ class Experiment:
 
     def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
         """Train by ``method``; the returned trainer's student is the network that is kept."""
-        return train(EVERY_METHOD[method], self.recipe, task, teacher, student, self.fit)
+        return train(EVERY_METHOD[method], self.recipe, task, teacher, student, self.fit, self.beside)
 
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher.
@@ -364,33 +380,6 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
     if select:
         return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
     return EVERY_METHOD[method].delivers
-
-
-def summary(content: Mapping[str, Any]) -> list[str]:
-    """What a run reached, in sentences: ``result.json`` in words."""
-    name, words, lines = content["delivered"], EVERY_METHOD[content["method"]].networks, []
-    tested, n = content.get("evaluation"), content["validation_size"]
-    why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
-    if EVERY_METHOD[content["method"]].self_training is not None:
-        why = "of the last round" + ", at its best step by validation" * (why == "by validation")
-    if tested is not None:
-        chance = Evaluation(**tested).chance
-        lines.append(f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
-        if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
-            lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
-    if content.get("validation_accuracy") is not None:
-        guessed = content.get("validation_chance")  # older runs did not store it
-        lines.append(f"Validation accuracy: {spoken(content['validation_accuracy'], n, guessed)}.")
-    if not lines:
-        lines.append(f"The {words[name]} is delivered; without --test and --val nothing says how good it is.")
-    part = "test" if tested is not None else "validation"
-    others = {name: content.get(f"{name}_{part}_accuracy") for name in words}
-    shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
-    if shown:
-        lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
-    if tested is not None and EVERY_METHOD[content["method"]].self_training is not None:
-        lines += better_before(content["rounds"], tested["accuracy"])
-    return lines
 
 
 def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from metapl.feedback import Altered, Estimator, estimator
 from metapl.problems.losses import CrossEntropy
@@ -22,12 +20,26 @@ Fit = Callable[..., FitResult]
 """Fits a trainer to sources of labeled and unlabeled batches, as :meth:`metapl.experiments.experiment.Experiment.fit`
 does."""
 
+LayOut = Callable[[nn.Module, bool], nn.Module]
+"""Lays out what is learned about labels over the processes that train together, as
+:meth:`metapl.experiments.experiment.Experiment.beside` does."""
+
 ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
 """Options of a fit without a teacher that learns."""
 
 
+def in_one_process(teacher: nn.Module, reads_inputs: bool) -> nn.Module:
+    """As it is."""
+    return teacher
+
+
 def train_on_noisy(
-    method: Method, recipe: NoisyFolders, task: Task, student: nn.Module, fit: Fit
+    method: Method,
+    recipe: NoisyFolders,
+    task: Task,
+    student: nn.Module,
+    fit: Fit,
+    lay_out: LayOut = in_one_process,
 ) -> tuple[Trainer, FitResult]:
     """Train a network on given labels, of which some may be wrong, and on the clean ones.
 
@@ -41,6 +53,7 @@ def train_on_noisy(
             both.
         student: the network.
         fit: see :data:`Fit`.
+        lay_out: see :data:`LayOut`.
     """
     options = recipe.trainer_options()
     plain = LossTrainer(student, (CrossEntropy(),), optimizer=recipe.student.build(student), **options)
@@ -50,7 +63,8 @@ def train_on_noisy(
     assert method.doubting is not None
     device = next(student.parameters()).device
     learned = LEARNED[method.doubting]
-    teacher = learned.teacher(recipe, task).to(device)
+    problem = learned.problem()
+    teacher = lay_out(learned.teacher(recipe, task).to(device), problem.teacher_reads_inputs)
     optimizer = recipe.beside(method.doubting).build(teacher)
     if recipe.warm_steps:
         first = {"phase": "warm", "steps": recipe.warm_steps, "schedule": "constant", "select": False}
@@ -59,10 +73,10 @@ def train_on_noisy(
     if method.feedback in ("permuted", "class_means", "random_sign"):
         mode = Altered(mode, method.feedback, seed=recipe.seed)
     trainer = BilevelTrainer(
-        DistributedDataParallel(teacher) if dist.is_initialized() else teacher,
+        teacher,
         student,
         mode,
-        problem=learned.problem(),
+        problem=problem,
         inner_optimizer=recipe.student.build(student),
         outer_optimizer=optimizer,
         teacher_losses=(),

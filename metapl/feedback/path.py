@@ -17,6 +17,7 @@ from metapl import checks
 from metapl.batch import micro_batches, rows
 from metapl.distributed.layout import Layout
 from metapl.distributed.ranks import Ranks
+from metapl.execution.agreement import check_copies
 from metapl.execution.choice import student_of
 from metapl.execution.kernels import refuse_checkpoints
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, refuse_hooks
@@ -259,6 +260,7 @@ def _step(
             checks.finite_student(record.outputs)
         with path.student.ranks.agreed():
             signal = teach(x, record.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
+        check_copies([t for t in vars(signal).values() if t is not None], "signals of the teacher", path.student.ranks)
         passes.append(record)
         signals.append(signal)
         if not path.student.double_backward:

@@ -202,7 +202,7 @@ class Task:
         doubtful: examples whose labels may be wrong, for the list of suspects; None where labels are right or unknown.
         stored: labels of a teacher that was trained before; None where there are none.
         label: stores the labels that a network gives the examples; None where there is no place for them.
-        rounds: label and select the unlabeled examples, see :mod:`metapl.experiments.self_training`; None likewise.
+        rounds: label and select the unlabeled examples, see :mod:`metapl.experiments.rounds`; None likewise.
         split: how the examples were divided, for the run folder's ``split.json``.
         skipped: files that are left out, each with the reason.
         record: what was found and how it was split, for the run folder's ``data.json``; its ``hash`` says of which

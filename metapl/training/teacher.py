@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from metapl import checks
 from metapl.distributed.ranks import ALONE, Ranks, rows_shared
 from metapl.errors import MetaplError
+from metapl.execution.agreement import check_copies
 from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
 from metapl.numerics import wide
@@ -131,6 +132,7 @@ class TeacherStep:
                 step=step,
                 kind="teacher loss",
             )
+        check_copies([*terms.values()], "losses of the teacher", self.ranks)
         own = {f"teacher_{name}": term for name, term in terms.items()}
         from_feedback = feedback.teacher_loss(signal)
         if not self.ranks.alone:  # a sum over all rows, of a gradient that is averaged over the ranks

@@ -143,8 +143,9 @@ class BilevelTrainer(Trainer):
         self._check_options()
 
         # Double backward has no compiled form: there the student runs as it is.
-        eager = {"student"} if self.mode.keep_graph else set()
-        self.compiled = CompiledPasses(*(net for name, net in networks.items() if compile and name not in eager))
+        eager = self.layout if self.mode.keep_graph else None
+        found = [layout.compilable() for layout in self._layouts if compile and layout is not eager]
+        self.compiled = CompiledPasses(*(part for parts in found for part in parts))
         self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
@@ -312,8 +313,6 @@ class BilevelTrainer(Trainer):
         check_steps(self.mode, self.lookahead, self.problem)
         check_layout(self.mode, self.lookahead, self.problem, self.layout)
         check_tangent(self.mode, self.layout)
-        if self.compile and any(layout is not None and layout.is_sharded for layout in self._layouts):
-            raise MetaplError("compile=True does not run on networks that are sharded; leave compile out.")
         if self.teacher is None and self.compile and self.mode.keep_graph:
             raise MetaplError(
                 "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "
@@ -517,6 +516,9 @@ class _TeacherTrainer(LossTrainer):
             precision=trainer.precision,
             accumulate=trainer.accumulate,
         )
+        assert trainer.teacher_layout is not None
+        self.layout = trainer.teacher_layout  # which knows the student's
+        self.ranks = self.layout.ranks
         self.given, self.problem, self.compiled = trainer.teacher_losses, trainer.problem, trainer.compiled
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
