@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from metapl.errors import MetaplError
@@ -24,19 +23,9 @@ BELOW_HEAD, BETWEEN_GROUPS, BETWEEN_PICTURES = 0.1, 0.3, 0.22
 NARROWEST = 5.0
 
 
-@dataclass(frozen=True)
-class _Size:
-    """How large pictures are, in inches, and how many stand side by side."""
+LARGE, SMALL = (1.4, 8), (0.95, 12)
+"""How large pictures are, in inches, and how many stand side by side."""
 
-    picture: float
-    across: int
-
-    @property
-    def pitch(self) -> float:
-        return self.picture + BETWEEN_PICTURES
-
-
-LARGE, SMALL = _Size(1.4, 8), _Size(0.95, 12)
 MOST_LARGE = 100
 """Groups with large pictures."""
 
@@ -75,17 +64,18 @@ def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Seque
 
 
 def _figure(title: str, note: str, groups: Sequence[Gallery]) -> Figure:
-    size = LARGE if len(groups) <= MOST_LARGE else SMALL
-    count = min(max(map(len, groups)), size.across)
-    columns = Columns(count, size.picture, size.pitch)
-    beside = min(size.across // count, len(groups))
-    group_pitch = count * size.pitch + (BETWEEN_GROUPS if beside > 1 else 0.0)
+    side, across = LARGE if len(groups) <= MOST_LARGE else SMALL
+    pitch = side + BETWEEN_PICTURES
+    count = min(max(map(len, groups)), across)
+    columns = Columns(count, side, pitch)
+    beside = min(across // count, len(groups))
+    group_pitch = count * pitch + (BETWEEN_GROUPS if beside > 1 else 0.0)
     group_width = columns.pitch * (count - 1) + columns.width
     width = max(2 * MARGIN + group_pitch * (beside - 1) + group_width, NARROWEST)
     hangings = []
     for group in groups:  # with a title and a note of one line each, so that the pictures of a band stand in line
-        group_title = fitted(drawable(group.title), max(group_width, size.pitch), PANEL_TITLE_SIZE, "bold")
-        group_note = fitted(drawable(group.note), max(group_width, size.pitch), NOTE_SIZE)
+        group_title = fitted(drawable(group.title), max(group_width, pitch), PANEL_TITLE_SIZE, "bold")
+        group_note = fitted(drawable(group.note), max(group_width, pitch), NOTE_SIZE)
         hangings.append(Hanging(group, columns, len(group), (group_title,), (group_note,)))
     bands = [hangings[start : start + beside] for start in range(0, len(hangings), beside)]
     heights = [max(hanging.height for hanging in band) for band in bands]
