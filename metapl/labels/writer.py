@@ -177,7 +177,7 @@ class LabelWriter:
         for name, then, asked in compared:
             if then != asked:
                 raise MetaplError(
-                    f"the store in {self.folder} was begun with {name} {_short(then)}, and now it is {_short(asked)}; "
+                    f"the store in {self.folder} was begun with {name} {few([repr(then)], longest=60)}, and now it is {few([repr(asked)], longest=60)}; "
                     "go on as it was begun, or give another folder (--out)."
                 )
         self.provenance, self.complete, self._is_begun = dict(of_before), before["complete"], True
@@ -407,8 +407,3 @@ def _lists(values_BK: np.ndarray[Any, Any]) -> pa.ListArray:
     ends = np.arange(0, (rows + 1) * width, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32)
     kind = pa.list_(pa.field("element", pa.from_numpy_dtype(values_BK.dtype), nullable=False))
     return pa.ListArray.from_arrays(ends, np.ascontiguousarray(values_BK).reshape(-1), type=kind)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -255,24 +255,21 @@ def _decoded(
 ) -> list[Image]:
     if size is None:
         return [_plain(_turned(image), mode)]
-    if image.format in ("JPEG", "MPO"):
-        full = _upright_size(image)
-        parts = [_part(full, size, crop, center) for crop in crops]
-        # Twice the resolution of the result, so that the resampling has something to average over.
-        shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
-        shrink = max(1.0, min(shrinks))
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if not is_jpeg:
+        image.load()  # which side is up may stand behind the pixels
+    full = _upright_size(image)
+    parts = [_part(full, size, crop, center) for crop in crops]
+    # Twice the resolution of the result, so that the resampling has something to average over.
+    shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
+    shrink = max(1.0, min(shrinks))
+    if is_jpeg:
         image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        upright = _plain(_turned(image), mode)
-    else:
-        image.load()
-        if image.width * image.height > LARGE:
-            full = _upright_size(image)
-            parts = [_part(full, size, crop, center) for crop in crops]
-            upright = _plain(_turned(_reduced(image, size, parts)), mode)
-        else:
-            upright = _plain(_turned(image), mode)
-            full = upright.size
-            parts = [_part(full, size, crop, center) for crop in crops]
+    elif image.width * image.height > LARGE and shrink >= 2 and image.mode in _REDUCIBLE:
+        exif = image.getexif()
+        image = image.reduce(math.floor(shrink))
+        image.getexif().update(exif)  # which side is up
+    upright = _plain(_turned(image), mode)
     return [_resized(upright, size, part, full) for part in parts]
 
 
@@ -280,17 +277,6 @@ LARGE = 2**24
 """Pixels above which a picture is shrunk before it is converted, which takes several copies."""
 
 _REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
-
-
-def _reduced(image: Image, size: tuple[int, int], parts: Sequence[Box]) -> Image:
-    """A large picture with averages over squares for pixels, at twice the resolution that is needed or more."""
-    shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
-    factor = math.floor(min(shrinks))
-    if factor < 2 or image.mode not in _REDUCIBLE:
-        return image
-    small = image.reduce(factor)
-    small.getexif().update(image.getexif())  # which side is up
-    return small
 
 
 def _upright_size(image: Image) -> tuple[int, int]:
