@@ -176,9 +176,10 @@ class LabelWriter:
         ]
         for name, then, asked in compared:
             if then != asked:
+                begun, now_is = (few([repr(value)], longest=60) for value in (then, asked))
                 raise MetaplError(
-                    f"the store in {self.folder} was begun with {name} {few([repr(then)], longest=60)}, and now it is {few([repr(asked)], longest=60)}; "
-                    "go on as it was begun, or give another folder (--out)."
+                    f"the store in {self.folder} was begun with {name} {begun}, and now it is {now_is}; go on as it "
+                    "was begun, or give another folder (--out)."
                 )
         self.provenance, self.complete, self._is_begun = dict(of_before), before["complete"], True
         self._schema, self._last = None, None
