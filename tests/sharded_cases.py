@@ -287,6 +287,14 @@ def _not_reduced(role: int, how: str, *arguments: Any) -> None:
     metapl.BilevelTrainer(*both)
 
 
+def _switched_later() -> None:
+    trainer = built("forward", "hsdp")
+    labeled, unlabeled = share(batches(1)[0])
+    trainer.step(labeled, unlabeled)
+    trainer.student.set_requires_all_reduce(False)
+    trainer.step(labeled, unlabeled)
+
+
 def _part_left_out() -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -363,6 +371,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "root_forgotten": _root_forgotten,
     "divided_otherwise": _divided_otherwise,
     "not_synchronized": lambda: _not_reduced(0, "set_requires_gradient_sync", False),
+    "switched_later": _switched_later,
     "not_reduced": lambda: _not_reduced(1, "set_requires_all_reduce", False),
     "hooked": lambda: _not_reduced(0, "set_all_reduce_hook", Tensor.zero_),
     "part_left_out": _part_left_out,

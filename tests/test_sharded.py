@@ -22,7 +22,7 @@ from torch import nn
 from metapl.distributed import Mesh, shard
 from metapl.distributed.mesh import blocks_of
 from metapl.errors import MetaplError
-from metapl.feedback import Reinforce, ReinforcePerExample
+from metapl.feedback import Altered, Reinforce, ReinforcePerExample
 from metapl.models import mlp as multilayer
 
 MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
@@ -106,6 +106,12 @@ def test_hybrid_sharding_of_two_by_two(four: Ranks, optimizer: str) -> None:
 def test_uneven_shards(four: Ranks) -> None:
     """Widths of 3, 5 and 9 over four processes: some hold nothing of a bias."""
     check(four, [{"mode": mode, "layout": "fsdp", "optimizer": "sgd"} for mode in ("forward", "reinforce")])
+
+
+@pytest.mark.parametrize("alteration", ["permuted", "class_means", "random_sign"])
+def test_altered_feedback_is_that_of_all_rows(two: Ranks, alteration: Any) -> None:
+    modes = Altered(alteration=alteration), Altered(ReinforcePerExample(), alteration)
+    check(two, [{"mode": mode, "layout": "ddp", "optimizer": "sgd"} for mode in modes])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler")
@@ -305,6 +311,7 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
         ("root_forgotten", "fully_shard was called on parts of the student and not on the student itself"),
         ("divided_otherwise", "set_gradient_divide_factor was called on the student"),
         ("not_synchronized", r"set_requires_gradient_sync\(False\) was called on the teacher"),
+        ("switched_later", r"set_requires_all_reduce\(False\) was called on the network"),
         ("not_reduced", r"set_requires_all_reduce\(False\) was called on the student"),
         ("hooked", "set_all_reduce_hook was called on the teacher"),
         ("part_left_out", "the student's head.weight is not sharded although"),

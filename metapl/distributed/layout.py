@@ -96,6 +96,13 @@ class Layout:
         for block in self.blocks:
             block.reshard()
 
+    def begin_step(self) -> None:
+        """:meth:`settle`, and refuse blocks that have been switched since this layout was found."""
+        with self.ranks.agreed():
+            for block in self.blocks:
+                _check_reduction("network", block)
+        self.settle()
+
     def mean_gradients(self) -> None:
         """Average ``.grad`` over the ranks; a sharded network's backward pass has done so."""
         if self.kind != "replicated":

@@ -116,6 +116,18 @@ class Ranks:
                     means[name] = (t / self.size).view_as(like[name])
         return {name: means[name] for name in like if name in means}
 
+    def all_rows(self, t: Tensor) -> Tensor:
+        """The rows of all ranks, of which this one has these."""
+        if self.alone:
+            return t
+        every = t.new_zeros(self.size * len(t), *t.shape[1:])
+        self.own_rows(every).copy_(t)
+        return self.sum(every).to(t.dtype)
+
+    def own_rows(self, every: Tensor) -> Tensor:
+        """This rank's rows of all of them."""
+        return every.chunk(self.size)[self.rank]
+
     def norm(self, t: Tensor) -> Tensor:
         """The norm of a tensor of which each rank holds some rows, a scalar."""
         local = torch.linalg.vector_norm(t)

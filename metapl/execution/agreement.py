@@ -131,6 +131,14 @@ def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:
 def check_recomputed(second: Tensor, first: Tensor) -> None:
     """Refuse a teacher whose second pass differs from its first."""
     if not second.is_floating_point():
+        _refuse(
+            (second != first).any().double(),
+            torch.zeros((), dtype=torch.float64, device=second.device),
+            "the problem's signal has drawn other labels when the teacher's pass on the unlabeled batch was repeated, "
+            "as recompute_teacher and accumulate do, so the feedback would be credited to labels that the student "
+            "never saw. Draw from the generator that signal() is given, or from torch's default generators; or leave "
+            "recompute_teacher and accumulate out.",
+        )
         return
     tolerance = BY_FORWARD_MODE[coarsest([second.dtype], second.device)].outputs
     gap, size = torch.linalg.vector_norm(second - first), torch.linalg.vector_norm(first)

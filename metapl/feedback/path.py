@@ -20,7 +20,7 @@ from metapl.distributed.ranks import Ranks
 from metapl.execution.agreement import check_copies
 from metapl.execution.choice import student_of
 from metapl.execution.kernels import refuse_checkpoints
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, refuse_hooks
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, mean_of, refuse_hooks
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep, mean_inner_loss
 from metapl.numerics import Tree, mean_tree
@@ -41,7 +41,7 @@ class Path:
         steps: at least one.
         keep_every: every so many steps, one is kept with its weights, gradient and optimizer state; the adjoint
             computes the others again.
-        check_mean: warn of an outer loss that is not a mean over examples.
+        check_mean: warn if the outer loss is not a mean over examples.
     """
 
     problem: Problem
@@ -65,8 +65,7 @@ class Path:
     @property
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps, a scalar."""
-        losses = [step.inner_loss for step in self.steps]
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return mean_of([step.inner_loss for step in self.steps])
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -219,7 +218,7 @@ def take_steps(
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
-        check_mean: warn of an outer loss that is not a mean over examples, where ranks share the batch.
+        check_mean: warn if the outer loss is not a mean over examples, where ranks share the batch.
     """
     own = student_of(student, update.parameters, double_backward=keep_graph)
     pieces = micro_batches(labeled, parts, "labeled")
@@ -278,7 +277,7 @@ def _step(
         passes,
         batch,
         signal,
-        losses[0] if len(losses) == 1 else torch.stack(losses).mean(),
+        mean_of(losses),
         mean_tree(grads),
         state,
     )

@@ -75,8 +75,7 @@ class LossTrainer(Trainer):
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
-        if accumulate < 1:
-            raise MetaplError(f"accumulate={accumulate}: expected 1 or more.")
+        checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
         refuse_split_batches(self.losses, accumulate)
         self.device = next(model.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
@@ -101,7 +100,7 @@ class LossTrainer(Trainer):
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
-        self.layout.settle()
+        self.layout.begin_step()
         if not self._optimizer_checked:
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True

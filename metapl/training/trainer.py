@@ -68,7 +68,7 @@ class BilevelTrainer(Trainer):
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
         accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
-            batch statistics, dropout masks and losses that are no means over examples, which are per micro-batch.
+            batch statistics, dropout masks and losses that are not means over examples, which are per micro-batch.
             Cost: one more teacher forward pass, for about 1/accumulate of the memory.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
         lookahead: the number of student steps that the feedback looks ahead: :meth:`fit` draws this many unlabeled
@@ -230,7 +230,7 @@ class BilevelTrainer(Trainer):
         objectives = []
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
             in_last_batch = i >= len(teacher_steps) - parts
-            losses = self._teacher_trainer.losses_for(step.unlabeled) if in_last_batch else ()
+            losses = self._teacher_trainer.losses_for(step.batch) if in_last_batch else ()
             objectives.append(
                 step.backward(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done, parts)
             )
@@ -302,14 +302,14 @@ class BilevelTrainer(Trainer):
         """Refuse options that are wrong, or do not go together."""
         if self.precision not in ("float32", "bfloat16"):
             raise MetaplError(f"precision={self.precision!r}: expected 'float32' or 'bfloat16'.")
-        if self.accumulate < 1 or (self.accumulate > 1 and self.mode.keep_graph):
+        checks.whole_number(self.accumulate, f"accumulate={self.accumulate!r}", "a number of micro-batches")
+        if self.accumulate > 1 and self.mode.keep_graph:
             raise MetaplError(
-                f"accumulate={self.accumulate} with mode {self.mode.name!r}: expected 1 or more, and 1 with "
-                "'unrolled', which keeps the graph of the whole batch (mode 'forward' is as exact)."
+                f"accumulate={self.accumulate} with mode {self.mode.name!r}: expected 1 with 'unrolled', which keeps "
+                "the graph of the whole batch (mode 'forward' is as exact)."
             )
         refuse_split_batches(self.teacher_losses or (), self.accumulate)
-        if not isinstance(self.lookahead, int) or self.lookahead < 1:
-            raise MetaplError(f"lookahead={self.lookahead!r}: expected a number of student steps, 1 or more.")
+        checks.whole_number(self.lookahead, f"lookahead={self.lookahead!r}", "a number of student steps")
         check_steps(self.mode, self.lookahead, self.problem)
         check_layout(self.mode, self.lookahead, self.problem, self.layout)
         check_tangent(self.mode, self.layout)
@@ -446,7 +446,7 @@ class BilevelTrainer(Trainer):
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
         moves. None where there is no feedback, or the problem has no exact form."""
         exact = self.problem.exact()
-        if self.mode.name == "none" or exact is None:
+        if self.mode.credits == "nothing" or exact is None:
             return None
         found = (
             self._gradient(labeled, unlabeled, self.mode, self.problem),
@@ -487,7 +487,7 @@ class BilevelTrainer(Trainer):
             self._asked, self.student, optimizer=self.outer_optimizer, device=self.device, generator=self.generator
         ) as fault:
             for layout in self._layouts:
-                layout.settle()
+                layout.begin_step()
             check_batches(labeled, inner_batches(unlabeled), self.device, self.ranks)
             if self.outer_optimizer is not None:
                 refuse_missing("outer_optimizer", self.outer_optimizer, trainable(self._asked), "teacher")
