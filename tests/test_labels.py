@@ -595,7 +595,7 @@ def test_a_refusal_of_the_disk_has_its_words(tmp_path: Path, monkeypatch: pytest
     def full(*given: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("metapl.labels.writer.replacing", full)
+    monkeypatch.setattr("metapl.runs.atomic.replacing", full)
     with pytest.raises(MetaplError, match=r"store.json could not be written: No space left on device; the 0 rows"):
         add(tmp_path / "store", ["a"], softmax(1))
     assert not (tmp_path / "store").exists()
