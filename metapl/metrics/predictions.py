@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
 from metapl.device import to_device
-from metapl.distributed.layout import passes_only
+from metapl.distributed.layout import without_gradients
 from metapl.errors import MetaplError
 
 ROWS = 1024
@@ -56,7 +56,7 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     """The logits (N, C) of batches of inputs, on the CPU; the rest is as in :func:`predict_logits`."""
     first = next(model.parameters(), None)
     logits: list[Tensor] = []
-    with eval_mode(model), passes_only(model):
+    with eval_mode(model), without_gradients(model):
         for x in inputs:
             given = x if first is None else to_device(x, first.device)
             try:
