@@ -767,7 +767,7 @@ def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monk
 
 
 def test_every_recipe_is_told() -> None:
-    from metapl.cli import RECIPES_HELP
+    from metapl.cli.commands import RECIPES_HELP
 
     told = [line.split()[0] for line in RECIPES_HELP.splitlines() if line.startswith("  ")]
     assert told == list(TRAINED) == [*RECIPES, TwoMoons.name]

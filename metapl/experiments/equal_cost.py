@@ -13,12 +13,10 @@ import torch
 
 from metapl.device import to_device
 from metapl.errors import MetaplError
-from metapl.experiments.methods import compared, train
+from metapl.experiments.methods import compared, rehearse
 from metapl.experiments.noisy_student import FINETUNED, FIRST, first_teacher
-from metapl.experiments.reducing import even_labels
-from metapl.experiments.rounds import Rehearsed
 from metapl.metrics.cost import flops
-from metapl.recipes.base import ROLES, Recipe, Task
+from metapl.recipes.base import Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD
 from metapl.training import FitResult, Trainer
 
@@ -63,10 +61,7 @@ def _by_phase(recipe: Recipe, method: str, task: Task) -> dict[str, float]:
         return FitResult(None, 0, {})
 
     own = compared(recipe, method, recipe.seed)
-    with torch.random.fork_rng():
-        teacher, student = (own.network(role).to(recipe.torch_device()) for role in ROLES)
-        rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
-        train(EVERY_METHOD[method], own, rehearsed, teacher, student, count)
+    rehearse(method, own, task, count, recipe.torch_device())
     return spent
 
 

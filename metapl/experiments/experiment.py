@@ -19,12 +19,12 @@ from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.shards import load_whole
 from metapl.distributed.spatial import takes_whole_images
 from metapl.errors import MetaplError
+from metapl.experiments.fits import finetuning_options
 from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.labels_given import labels_given
 from metapl.experiments.larger import at_larger_size, finetuned_larger
 from metapl.experiments.methods import train
-from metapl.experiments.noisy_labels import ALONE
 from metapl.experiments.noisy_student import networks_of
 from metapl.experiments.reducing import label_by
 from metapl.experiments.rounds import Rounds
@@ -265,15 +265,12 @@ class Experiment:
         self.seed_shares(student)
         if not self.recipe.finetune_steps:
             return before
-        every = max(1, self.recipe.finetune_steps // 10)
-        alone = ALONE | {"ema_decay": None, "warmup": 0, "validate_every": every} | self.recipe.finetune_options()
         result = finetune(
             student,
             task.finetuning,
-            steps=self.recipe.finetune_steps,
             optimizer=self.recipe.finetune.build(student),
             **self.recipe.trainer_options(),
-            **self.options(task) | {"truth": None} | alone,
+            **self.options(task) | {"truth": None} | finetuning_options(self.recipe),
         )
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
             load_whole(student.module if isinstance(student, DistributedDataParallel) else student, before.weights)

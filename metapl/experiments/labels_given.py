@@ -7,10 +7,10 @@ from typing import Any
 
 from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError, few
-from metapl.experiments.labeling import provenance, rows_per_part, to_label, write_labels
+from metapl.experiments.labeling import provenance, store_labels, to_label
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.reducing import FOLDER, rows_of
-from metapl.labels import LabelStore, LabelWriter
+from metapl.labels import LabelStore
 from metapl.recipes import ImageFolders
 from metapl.recipes.base import Recipe, Stored, Task
 from metapl.training import Say
@@ -64,16 +64,8 @@ def _label(run: LoadedRun, pictures: str, place: Path, say: Say) -> LabelStore:
     """A store of the labels that a run's network gives the pictures of a folder."""
     network = run.network(run.name("delivered")).to(run.device)
     labeled = to_label(pictures, run.recipe)
-    writer = LabelWriter(
-        place,
-        run.recipe.classes,
-        provenance={"run": str(run.folder.path), **provenance(network, labeled, run.recipe)},
-        rows_per_part=rows_per_part(len(labeled.ids)),
-        resume=place.exists(),
-    )
-    with writer:
-        write_labels(network, labeled, writer, skip=say)
-    return LabelStore(place)
+    about = {"run": str(run.folder.path), **provenance(network, labeled, run.recipe)}
+    return store_labels(network, labeled, place, run.recipe.classes, about, say)
 
 
 def _names(images: Any, folder: str) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
-from metapl.experiments.noisy_labels import ALONE, Fit, train_on_noisy
+from metapl.experiments.fits import ALONE, Fit, finetuning_options
+from metapl.experiments.noisy_labels import train_on_noisy
 from metapl.experiments.noisy_student import filtered, train_noisy_student
 from metapl.experiments.reducing import even_labels, feedback_of, train_reduced
 from metapl.experiments.rounds import Rehearsed
@@ -118,6 +119,27 @@ def _alone(
     return trainer, fit(trainer, labeled, unlabeled, task, **ALONE | options)
 
 
+def rehearse(
+    method: str, recipe: Recipe, task: Task, fit: Fit, device: torch.device | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """Go through the fits of a method with fresh networks, and labels that are even, of which none is stored.
+
+    Args:
+        method: of :data:`EVERY_METHOD`.
+        recipe: as it is run by the method.
+        task: the recipe's data.
+        fit: what is done in the place of each fit.
+        device: of the networks; None: the CPU.
+
+    Returns: the teacher and the student. The default generators are put back.
+    """
+    with torch.random.fork_rng(devices=[] if device is None else None):
+        teacher, student = (recipe.network(role).to(device) for role in ROLES)
+        rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
+        train(EVERY_METHOD[method], recipe, rehearsed, teacher, student, fit)
+    return teacher, student
+
+
 def check_method(recipe: Recipe, method: str, task: Task) -> None:
     """Refuse options that a method has no use for together, and data that it cannot be trained on; nothing is trained.
 
@@ -139,13 +161,9 @@ def check_method(recipe: Recipe, method: str, task: Task) -> None:
         return FitResult(None, 0, {})
 
     try:
-        with torch.random.fork_rng(devices=[]):
-            teacher, student = (recipe.network(role) for role in ROLES)
-            rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
-            train(EVERY_METHOD[method], recipe, rehearsed, teacher, student, check)
-            steps = {"ema_decay": None, "warmup": 0} | recipe.finetune_options()
-            if recipe.finetune_steps:
-                FitOptions(steps=recipe.finetune_steps, **recipe.fit_options() | ALONE | steps)
-                recipe.finetune.build(student)
+        _, student = rehearse(method, recipe, task, check)
+        if recipe.finetune_steps:
+            FitOptions(**recipe.fit_options() | finetuning_options(recipe))
+            recipe.finetune.build(student)
     except MetaplError as error:
         raise MetaplError(f"{method}: {error}") from error

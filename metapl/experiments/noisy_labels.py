@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from metapl.experiments.fits import ALONE, Fit
 from metapl.feedback import Altered, Estimator, estimator
 from metapl.problems.losses import CrossEntropy
 from metapl.recipes.base import Task
@@ -17,13 +15,6 @@ from metapl.recipes.noisy_folders import NoisyFolders
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
-
-Fit = Callable[..., FitResult]
-"""Fits a trainer to sources of labeled and unlabeled batches, as :meth:`metapl.experiments.experiment.Experiment.fit`
-does."""
-
-ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
-"""Options of a fit without a teacher that learns."""
 
 
 def train_on_noisy(
