@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from metapl.cli.commands import CHOICES, COMMANDS, HELP, command_class, help_of, kinds
-from metapl.cli.process import drop_output, stoppable, streams
+from metapl.cli.process import drop_output, exit_code, stoppable, streams
 from metapl.words import shown, tell
 
 
@@ -23,9 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(given)
         except KeyboardInterrupt as stopped:
-            number = getattr(stopped, "signal_number", signal.SIGINT)
             print("\nmetapl: stopped.", file=sys.stderr)
-            return 128 + int(number)
+            return exit_code(stopped)
         except BrokenPipeError:
             # The reader has gone, as head does. What is still buffered must not be written again at exit.
             drop_output()
@@ -90,7 +89,6 @@ def _messages_shown() -> Iterator[None]:
 
 
 def _dispatch(given: list[str]) -> int:
-    from metapl.cli.parse import parse
     from metapl.errors import MetaplError
 
     command, rest = (given[0], given[1:]) if given else ("help", [])
@@ -113,6 +111,8 @@ def _dispatch(given: list[str]) -> int:
         raise MetaplError(
             f"there is no command {command!r}{meant} Expected one of {', '.join(COMMANDS)}; see metapl --help."
         )
+    from metapl.cli.parse import parse
+
     kind = command_class(command, rest)
     return _chosen(command, rest) if kind is None else parse(kind, f"metapl {command}", rest)()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from metapl.ablation import Ablation, ablate
+from metapl.ablation import ablate
 from metapl.cli.factory import made_by
-from metapl.cli.idle import by_ablation, explained
-from metapl.cli.parse import Switch, paragraph
+from metapl.cli.folders import written_to
+from metapl.cli.idle import by_ablation, refuse_idle
+from metapl.cli.parse import Switch, on_recipe, paragraph
 from metapl.errors import MetaplError
 from metapl.experiments.comparison import parse_seeds
 from metapl.experiments.methods import bilevel_trainer
@@ -99,7 +99,9 @@ class Looking(ABC):
         tell()
         tell(paragraph(found.recommendation))
         if self.out is not None:
-            self._write(self.out, found)
+            with written_to(self.out), written_last(self.out / "ablation.json", found.to_json().encode()):
+                draw_ablation(self.out / "ablation.png", found.as_dict())
+            tell(f"\nthe figures are in {self.out}")
         return 0
 
     def _check(self) -> None:
@@ -131,16 +133,6 @@ class Looking(ABC):
     def subject(self) -> Subject:
         """What is looked at."""
 
-    def _write(self, out: Path, found: Ablation) -> None:
-        try:
-            with written_last(out / "ablation.json", found.to_json().encode()):
-                draw_ablation(out / "ablation.png", found.as_dict())
-        except OSError as error:
-            raise MetaplError(
-                f"--out {out} cannot be written: {error.strerror}; expected a folder with room."
-            ) from error
-        tell(f"\nthe figures are in {out}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ablate(Looking):
@@ -155,14 +147,8 @@ class Ablate(Looking):
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
 
     def check_flags(self, given: Sequence[str]) -> None:
-        """Refuse flags that have no effect.
-
-        Args:
-            given: the names of the flags on the command line, without dashes.
-        """
-        idle = explained(given, by_ablation(self.recipe))
-        if idle:
-            raise MetaplError(idle)
+        """Refuse flags that are given and change nothing."""
+        refuse_idle(given, by_ablation(self.recipe))
 
     def subject(self) -> Subject:
         """By the recipe, Meta Pseudo Labels."""
@@ -214,16 +200,9 @@ def _kind(made: Any) -> str:
     return "None" if made is None else f"a value of type {type(made).__name__}"
 
 
-def _ablate_on(kind: Any) -> type[Ablate]:
-    fields = [("recipe", Annotated[kind, tyro.conf.arg(name="")])]
-    command = dataclasses.make_dataclass(f"Ablate{kind.__name__}", fields, bases=(Ablate,), frozen=True, kw_only=True)
-    command.__doc__ = Ablate.__doc__
-    return command
-
-
 COMMANDS: dict[str, type[Ablate]] = {
     Digits.name: Ablate,
-    ImageFolders.name: _ablate_on(ImageFolders),
-    **{kind.name: _ablate_on(kind) for kind in PROTOCOL_RECIPES},
+    ImageFolders.name: on_recipe(Ablate, ImageFolders, Ablate.__doc__),
+    **{kind.name: on_recipe(Ablate, kind, Ablate.__doc__) for kind in PROTOCOL_RECIPES},
 }
 """The recipes whose networks can be looked at, by name."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from metapl.errors import MetaplError
 from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.methods import CONTROLS, METHODS, NOISY_METHODS
 from metapl.recipes.noisy_folders import NoisyFolders
@@ -72,6 +73,13 @@ def explained(given: Sequence[str], rules: Iterator[Rule]) -> str:
             names = f"{', '.join(others)} and {last}" if others else last
             sentences.append(f"{names} {'have' if others else 'has'} no effect {rule.where}: {rule.mend}.")
     return " ".join(sentences)
+
+
+def refuse_idle(given: Sequence[str], rules: Iterator[Rule]) -> None:
+    """Refuse flags that are given and change nothing."""
+    unused = explained(given, rules)
+    if unused:
+        raise MetaplError(unused)
 
 
 def by_choice(recipe: ImageFolders, seeds: bool = False) -> Iterator[Rule]:

@@ -123,7 +123,7 @@ class Experiment:
 
     def built(self, method: str, place: torch.device) -> list[nn.Module]:
         """The teacher and the student with fresh weights; Noisy Student builds a network when its round begins."""
-        if EVERY_METHOD[method].self_training is not None:
+        if EVERY_METHOD[method].is_noisy_student:
             return [nn.Identity(), nn.Identity()]
         return [self.recipe.network(role).to(place) for role in ROLES]
 
@@ -157,7 +157,7 @@ class Experiment:
 
         Of Noisy Student, the last student and its teacher.
         """
-        if EVERY_METHOD[method].self_training is not None:
+        if EVERY_METHOD[method].is_noisy_student:
             return self.last_round(task, trained, result)
         networks = [self.network("student", task, trained.student, result.validation_accuracy, result.weights)]
         teacher = trained.teacher
@@ -307,7 +307,7 @@ class Experiment:
 
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
-    last = EVERY_METHOD[content["method"]].self_training is not None
+    last = EVERY_METHOD[content["method"]].is_noisy_student
     phase = f"round-{len(content['rounds'])}" if last else "fit"
     return Metrics(folder / "metrics.jsonl").rows(phase)
 
@@ -355,7 +355,7 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
             Noisy Student it is the last student, finetuned or not, of equals finetuned, and never its teacher.
             Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
     """
-    if EVERY_METHOD[method].self_training is not None:
+    if EVERY_METHOD[method].is_noisy_student:
         networks = {name: network for name, network in networks.items() if name != "teacher"}
         if not select:
             return [*networks][-1]

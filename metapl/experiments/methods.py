@@ -33,7 +33,7 @@ def train(
     if method.doubting is not None:
         assert isinstance(recipe, NoisyFolders)  # the only recipe with these methods
         return train_on_noisy(method, recipe, task, student, fit)
-    if method.self_training is not None:
+    if method.is_noisy_student:
         return train_noisy_student(method, recipe, task, fit)
     if method.losses is not None:
         labeled = task.everything if method.place == "headroom" else task.labeled
@@ -73,7 +73,7 @@ def compared(recipe: Recipe, method: str, seed: int) -> Recipe:
     ((16, 16), (32, 32))
     """
     own, last = recipe.by(method, seed), recipe.self_training.network(recipe.self_training.rounds)
-    return own if last is None or EVERY_METHOD[method].self_training is not None else own.with_network(last)
+    return own if last is None or EVERY_METHOD[method].is_noisy_student else own.with_network(last)
 
 
 def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, feedback: Any = "recipe") -> BilevelTrainer:

@@ -165,7 +165,7 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
     else:
         colors = f"{'light and dark' if recipe.grey else 'colors'} {'exchanged' if recipe.changes.recolor else 'kept'}"
         changed = f"{colors}, {'mirrored' if recipe.changes.mirror else 'not mirrored'}"
-    of_rounds = recipe.self_training.networks if EVERY_METHOD[recipe.method].self_training is not None else ()
+    of_rounds = recipe.self_training.networks if EVERY_METHOD[recipe.method].is_noisy_student else ()
     networks = ", then ".join(of_rounds) or recipe.network_name
     return (
         f"chosen: {networks} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "

@@ -14,7 +14,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     name, words, lines = content["delivered"], EVERY_METHOD[content["method"]].networks, []
     tested, n = content.get("evaluation"), content["validation_size"]
     why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
-    if EVERY_METHOD[content["method"]].self_training is not None:
+    if EVERY_METHOD[content["method"]].is_noisy_student:
         why = "of the last round" + ", at its best step by validation" * (why == "by validation")
     if tested is not None:
         chance = Evaluation(**tested).chance
@@ -31,7 +31,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
-    if tested is not None and EVERY_METHOD[content["method"]].self_training is not None:
+    if tested is not None and EVERY_METHOD[content["method"]].is_noisy_student:
         lines += better_before(content["rounds"], tested["accuracy"])
     return lines
 

@@ -177,7 +177,7 @@ def _planned_alone(recipe: Recipe, network: nn.Module, mesh: Mesh, memory: int, 
 
 def self_trained(recipe: Recipe) -> bool:
     """Whether the recipe's own method is Noisy Student."""
-    return EVERY_METHOD[recipe.own_method].self_training is not None
+    return EVERY_METHOD[recipe.own_method].is_noisy_student
 
 
 def roles(recipe: Recipe) -> tuple[Role, ...]:
