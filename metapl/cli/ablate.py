@@ -37,17 +37,6 @@ MODES_HELP = f"these modes alone, of {', '.join(MODES)}."
 ROUNDS_HELP = "in which each mode is timed once; by default 5, more for short calls."
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is looked at: the trainer, its sources of batches, and the steps of the training."""
-
-    trainer: BilevelTrainer
-    labeled: Any
-    unlabeled: Any
-    steps: int
-    validation: Any = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Looking(ABC):
     """The options of every ablation.
@@ -77,18 +66,14 @@ class Looking(ABC):
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
         found = ablate(
-            subject.trainer,
-            subject.labeled,
-            subject.unlabeled,
-            self.modes,
-            steps=subject.steps,
+            **subject,
+            modes=self.modes,
             draws=self.draws,
             rounds=self.rounds,
             altered=self.altered,
             stability=self.stability,
             train_steps=self.train_steps,
             train_seeds=self._seeds(),
-            validation=subject.validation,
             progress=True,
         )
         where = f"steps {', '.join(map(str, found.points))}" if len(found.points) > 1 else "the start"
@@ -130,8 +115,8 @@ class Looking(ABC):
         return parse_seeds(self.train_seeds or "0-4", "--train-seeds")
 
     @abstractmethod
-    def subject(self) -> Subject:
-        """What is looked at."""
+    def subject(self) -> dict[str, Any]:
+        """Trainer, sources, steps and validation, by the names of :func:`metapl.ablation.ablate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +135,7 @@ class Ablate(Looking):
         """Refuse flags that are given and change nothing."""
         refuse_idle(given, by_ablation(self.recipe))
 
-    def subject(self) -> Subject:
+    def subject(self) -> dict[str, Any]:
         """By the recipe, Meta Pseudo Labels."""
         recipe: Any = self.recipe
         recipe = settled(recipe, None, print) if isinstance(recipe, ImageFolders) else recipe.settled()
@@ -158,7 +143,8 @@ class Ablate(Looking):
         task, device = recipe.task(print, True), recipe.torch_device()
         teacher, student = (recipe.network(role).to(device) for role in ("teacher", "student"))
         trainer = bilevel_trainer(recipe, teacher, student)
-        return Subject(trainer, task.labeled, task.unlabeled, recipe.steps, task.validation)
+        sources = {"labeled": task.labeled, "unlabeled": task.unlabeled, "validation": task.validation}
+        return {"trainer": trainer, "steps": recipe.steps, **sources}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +161,7 @@ class AblateFactory(Looking):
     factory: Annotated[str, tyro.conf.arg(metavar="MODULE:FUNCTION", help_behavior_hint="")]
     steps: int = 0
 
-    def subject(self) -> Subject:
+    def subject(self) -> dict[str, Any]:
         """By the function."""
         if not 0 <= self.steps <= MOST_TRAINING_STEPS:
             raise MetaplError(f"--steps {self.steps}: expected 0 to {MOST_TRAINING_STEPS:,}.")
@@ -186,8 +172,8 @@ class AblateFactory(Looking):
                 "labeled, unlabeled, validation), the trainer a metapl.BilevelTrainer, the others batches or sources "
                 "of batches as for its fit."
             )
-        trainer, labeled, unlabeled, *validation = made
-        return Subject(trainer, labeled, unlabeled, self.steps, *validation)
+        names = ("trainer", "labeled", "unlabeled", "validation")
+        return {"steps": self.steps, **dict(zip(names, made, strict=False))}
 
 
 def _kind(made: Any) -> str:

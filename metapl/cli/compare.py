@@ -207,8 +207,8 @@ def _refuse_other_classes(first: Entry, entry: Entry) -> None:
     names, others = entry.evaluation.classes or (), first.evaluation.classes or ()
     if tuple(names) != tuple(others):
         raise MetaplError(
-            f"{entry.place} and {first.place} are of different classes: {differing(names, others)}. Train both on folders with "
-            "the same classes, or compare each with runs on its own."
+            f"{entry.place} and {first.place} are of different classes: {differing(names, others)}. Train both on "
+            "folders with the same classes, or compare each with runs on its own."
         )
 
 

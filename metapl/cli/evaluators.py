@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metapl.cli.evaluation_text import confusions, figures, released_table, robustness_table
 from metapl.cli.folders import written_to
-from metapl.cli.inputs import require_finite
+from metapl.cli.inputs import TestFolder, require_finite
 from metapl.cli.parse import Switch
 from metapl.errors import MetaplError
 from metapl.metrics import (
@@ -63,6 +63,12 @@ class Measured:
     remark: str = ""
     skipped: Callable[[], int] = lambda: 0
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def on_folder(cls, folder: TestFolder) -> Measured:
+        """The pictures of a folder of test pictures."""
+        about = {"test": str(folder.folder), "missing_classes": list(folder.missing)}
+        return cls(folder.batches, lambda: folder.names, skipped=lambda: folder.skipped, about=about)
 
 
 @dataclass(frozen=True)

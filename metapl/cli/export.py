@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from metapl.cli.inputs import Network
 from metapl.cli.parse import Run, Switch
-from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
+from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.store import describe, stored_data
 from metapl.export import export
 from metapl.export.programs import ONNX, can_run_onnx, require_onnx
@@ -39,14 +40,12 @@ class Export:
     Args:
         run: the run folder; of a comparison, the run that it delivers.
         out: the folder to write them to; made if need be.
-        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labeled data, or the teacher. Of a method that trains one network, such as uda, that is the student.
         onnx: model.onnx too; needs pip install 'metapl[onnx]'.
     """
 
     run: Run
     out: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
-    network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
+    network: Network = "delivered"
     onnx: Switch = False
 
     def __call__(self) -> int:

@@ -48,10 +48,6 @@ class Rule:
     where: str
     mend: str
 
-    def among(self, given: Sequence[str]) -> list[str]:
-        """Those of the given flags that it is about."""
-        return [name for name in given if any(fnmatchcase(name, pattern) for pattern in self.flags.split())]
-
 
 def given_flags(arguments: Sequence[str]) -> list[str]:
     """The names of the flags in a command line.
@@ -66,7 +62,7 @@ def explained(given: Sequence[str], rules: Iterator[Rule]) -> str:
     """A sentence for each rule that is about some of the given flags; each flag is named once."""
     left, sentences = list(dict.fromkeys(given)), []
     for rule in rules:
-        named = rule.among(left)
+        named = [name for name in left if any(fnmatchcase(name, pattern) for pattern in rule.flags.split())]
         left = [name for name in left if name not in named]
         if named:
             *others, last = (f"--{name}" for name in named)

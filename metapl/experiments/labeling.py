@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -301,24 +301,23 @@ def write_labels(
             for number, reason in skipped:
                 if number >= done:
                     skip(reason)
-            for names, p, contents in _labeled_batch(network, x, numbers, digests, labeled, done, temperature, skip):
-                writer.add(names, p, contents)
+            if len(numbers):
+                _write_batch(network, x, numbers, digests, labeled, writer, done, temperature, skip)
             bar.advance([x], {}, due=(step + 1) % every == 0 or step + 1 == first + steps)
 
 
-def _labeled_batch(
+def _write_batch(
     network: nn.Module,
     x: Tensor,
     numbers: Tensor,
     digests: Tensor,
     labeled: Labeled,
+    writer: LabelWriter,
     done: int,
     temperature: float,
     skip: Callable[[str], None],
-) -> Iterator[tuple[list[Any], Tensor, list[bytes] | None]]:
-    """The ids and probabilities of a batch, of those from number ``done`` on; nothing where none is left."""
-    if not len(numbers):
-        return
+) -> None:
+    """Write the labels of a batch, of its pictures from number ``done`` on."""
     # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
     logits_BC = logits_of(network, [x]).float()
     ids = [labeled.ids[number] for number in numbers.tolist()]
@@ -344,4 +343,4 @@ def _labeled_batch(
                 f"the temperature is {temperature}: the network's outputs divided by it are beyond float32; expected a "
                 "greater one."
             )
-        yield [ids[row] for row in kept], scaled_BC.softmax(dim=1), contents
+        writer.add([ids[row] for row in kept], scaled_BC.softmax(dim=1), contents)

@@ -159,7 +159,7 @@ class Rounds:
         some = SourcePictures(_picked(self.task.unlabeled.images, shown))
         pictures = some.batch(0)[0] if len(shown) else torch.empty(0)
         title = f"Pseudo-labels that changed from round {last - 1} to round {last}"
-        gallery = gallery_of(title, note, pictures, captions[: len(shown)], [None] * len(shown))
+        gallery = gallery_of(title, note, list(pictures), captions[: len(shown)])
         return [] if gallery is None else [gallery]
 
     def changed(self, number: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,8 +14,8 @@ from torch import Tensor
 
 from metapl.data.batches import EvaluationBatches, LabeledBatches
 from metapl.data.fingerprint import hash_files
-from metapl.data.images.check import check_folders
-from metapl.data.images.folders import Files, LabeledFiles, digest, scan_labeled, unreadable
+from metapl.data.images.check import check_folders, without_copies
+from metapl.data.images.folders import Files, LabeledFiles, digest, scan_labeled
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.recipes.base import MOST_IN_A_BATCH, Doubtful, Feedback, Optimizer, Task, require, require_within
@@ -263,26 +261,13 @@ def refuse_other_classes(noisy: LabeledFiles, clean: LabeledFiles) -> None:
 
 def refuse_shared(noisy: LabeledFiles, clean: LabeledFiles) -> None:
     """Refuse a picture, by its bytes, that is in both folders."""
-    groups: list[list[tuple[str, str]]] = [
-        [(side, path) for side, files in (("noisy", noisy), ("clean", clean)) for path in files.paths()]
-    ]
-    for key in (os.path.getsize, digest):
-        groups = [same for group in groups for same in _alike(group, key) if {side for side, _ in same} != {"noisy"}]
-        groups = [same for same in groups if len({side for side, _ in same}) == 2]
-    pairs = [tuple(next(path for s, path in same if s == side) for side in ("clean", "noisy")) for same in groups]
-    if pairs:
-        shown = few([f"{path} is {copy}" for path, copy in pairs])
+    apart = {*without_copies(clean, noisy).paths()}
+    copied = [path for path in clean.paths() if path not in apart]
+    if copied:
+        sizes = {os.path.getsize(path) for path in copied}
+        given = {digest(path): path for path in noisy.paths() if os.path.getsize(path) in sizes}
+        shown = few([f"{path} is {given[digest(path)]}" for path in copied])
         raise MetaplError(
-            f"{len(pairs)} clean pictures are among the labeled ones too: {shown}; remove them from {noisy.root}, for "
+            f"{len(copied)} clean pictures are among the labeled ones too: {shown}; remove them from {noisy.root}, for "
             "what is learned about labels is judged on clean pictures that the network was not trained on."
         )
-
-
-def _alike(group: Sequence[tuple[str, str]], key: Any) -> list[list[tuple[str, str]]]:
-    by_key: defaultdict[Hashable, list[tuple[str, str]]] = defaultdict(list)
-    for side, path in group:
-        try:
-            by_key[key(path)].append((side, path))
-        except OSError as error:
-            raise unreadable(path, error) from error
-    return list(by_key.values())
