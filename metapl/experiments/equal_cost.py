@@ -28,11 +28,6 @@ warm start likewise."""
 def operations(recipe: Recipe, method: str, task: Task) -> float:
     """Floating-point operations of products and convolutions in all steps of a method, its earlier phases included.
 
-    Args:
-        recipe: settled.
-        method: of :data:`metapl.recipes.methods.EVERY_METHOD`.
-        task: the recipe's data.
-
     Cost: a step of each kind in each phase; the default generator is put back. Passes that label, validate and test are
     not counted, and neither are finetunings: their steps are :attr:`~metapl.recipes.Recipe.finetune_steps`, whatever
     the steps of the method are.
@@ -75,11 +70,6 @@ def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[st
     The first teacher, of methods that have one, is trained alike in all of them, by
     :class:`~metapl.recipes.self_training.FirstTeacher`: as in the first of these methods. What is left of the cost
     decides the steps of the rest. So for the same seed all of them learn from the same labels.
-
-    Args:
-        recipe: settled.
-        methods: the first is that which the others are held against.
-        task: the recipe's data.
 
     Raises:
         MetaplError: a method cannot be trained on the recipe's data.

@@ -349,8 +349,6 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
     """The name of the network that a run delivers.
 
     Args:
-        method: of :data:`EVERY_METHOD`.
-        networks: by name.
         select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``. Of
             Noisy Student it is the last student, finetuned or not, of equals finetuned, and never its teacher.
             Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.

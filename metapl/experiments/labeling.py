@@ -147,7 +147,6 @@ def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: 
     Args:
         pictures: one of ``DATA_SETS``, or a folder.
         recipe: of the run whose network labels them.
-        batch_size: pictures in a pass.
         data_root: where torchvision keeps the data set; None: where the run had it.
 
     Raises:
@@ -210,14 +209,7 @@ def _size(shape: tuple[int, int, int]) -> str:
 
 
 def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperature: float = 1.0) -> dict[str, Any]:
-    """What a store says of its labels; what is gone on with must say the same.
-
-    Args:
-        network: that labels.
-        labeled: which pictures.
-        recipe: of the run that reads them.
-        temperature: of the softmax.
-    """
+    """What a store says of its labels; what is gone on with must say the same."""
     return {
         "pictures": labeled.name,
         "examples": len(labeled.ids),
@@ -249,9 +241,6 @@ def store_labels(
     """The store of a network's labels in a run's folder; one that is there already is gone on with.
 
     Args:
-        network, labeled: as for :func:`write_labels`.
-        place: the folder of the store.
-        classes: their names.
         about: by :func:`provenance`; a store that says otherwise is refused.
         say: takes the reason of each file that is left out.
     """

@@ -28,11 +28,7 @@ def check_labels_given(recipe: ImageFolders) -> None:
 def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored | None:
     """The labels that the recipe names; None where its teacher is to be trained first.
 
-    Args:
-        recipe: it may name a run or a store.
-        task: its data.
-        folder: of the run, where the labels of a teacher's run are stored.
-        say: takes what a user should know.
+    Those that the network of another run gives are stored in ``folder``, which is that of this run.
     """
     if not isinstance(recipe, ImageFolders) or (recipe.teacher_run is None and recipe.label_store is None):
         return None

@@ -26,7 +26,6 @@ def at_larger_size(recipe: Recipe, settings: SelfTraining) -> Recipe:
 
     Args:
         recipe: with the network of the last round.
-        settings: with a ``finetune_size``.
 
     Raises:
         MetaplError: the size is not larger, the recipe has no pictures of other sizes or no finetuning steps, or the
@@ -76,14 +75,7 @@ def freeze(network: nn.Module, share: float) -> int:
 
 
 def finetuned_larger(recipe: Recipe, settings: SelfTraining, student: nn.Module, task: Task, fit: Fit) -> FitResult:
-    """Finetune the last student where it is.
-
-    Args:
-        recipe: by :func:`at_larger_size`.
-        settings: of the run.
-        student: its weights.
-        task: of the recipe.
-        fit: see :data:`metapl.experiments.fits.Fit`.
+    """Finetune the last student where it is, by a recipe of :func:`at_larger_size` and the data of that.
 
     Source: Noisy Student, "Fixing the train-test resolution discrepancy"; it does not tell which layers are frozen.
     """

@@ -80,8 +80,6 @@ def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, feed
     """The trainer of Meta Pseudo Labels as a recipe sets it.
 
     Args:
-        recipe: its optimizers, losses, mode and options.
-        teacher, student: built by it.
         feedback: ``"recipe"``, ``"none"``, or how the recipe's is altered; see :class:`metapl.feedback.Altered`.
     """
     estimator, kind = feedback_of(recipe, feedback)
@@ -125,9 +123,6 @@ def rehearse(
     """Go through the fits of a method with fresh networks, and labels that are even, of which none is stored.
 
     Args:
-        method: of :data:`EVERY_METHOD`.
-        recipe: as it is run by the method.
-        task: the recipe's data.
         fit: what is done in the place of each fit.
         device: of the networks; None: the CPU.
 
@@ -142,11 +137,6 @@ def rehearse(
 
 def check_method(recipe: Recipe, method: str, task: Task) -> None:
     """Refuse options that a method has no use for together, and data that it cannot be trained on; nothing is trained.
-
-    Args:
-        recipe: as it is run by the method.
-        method: of :data:`EVERY_METHOD`.
-        task: the recipe's data.
 
     Cost: the networks are built; the default generator is put back.
 

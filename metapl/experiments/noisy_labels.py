@@ -27,11 +27,8 @@ def train_on_noisy(
 
     Args:
         method: one of :data:`metapl.recipes.methods.NOISY_METHODS`.
-        recipe: its optimizers, mode, and steps.
         task: its ``labeled`` batches are clean, its ``unlabeled`` ones have the given labels, and ``everything`` has
             both.
-        student: the network.
-        fit: see :data:`Fit`.
     """
     options = recipe.trainer_options()
     plain = LossTrainer(student, (CrossEntropy(),), optimizer=recipe.student.build(student), **options)

@@ -108,10 +108,8 @@ def train_noisy_student(method: Method, recipe: Recipe, task: Task, fit: Fit) ->
     """Train a teacher, and students one after another.
 
     Args:
-        method: one of Noisy Student's.
         recipe: its networks, the teacher's optimizer, which all of them use, and the steps of each round.
         task: its batches, and the rounds, which label and select.
-        fit: see :data:`metapl.experiments.fits.Fit`.
 
     Returns: the trainer of the last student, and what its fit ended with.
     """

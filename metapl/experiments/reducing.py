@@ -34,12 +34,8 @@ def train_reduced(
     """Train a student on stored labels, adjusted by a small network that learns from the student.
 
     Args:
-        method: whether there is feedback.
         recipe: its student's and teacher's optimizers (the second trains the small network), feedback and steps.
-        task: its batches.
         stored: class distributions of the unlabeled examples and, for the supervised term, of the labeled ones.
-        student: the network.
-        fit: see :data:`metapl.experiments.fits.Fit`.
     """
     labeled, unlabeled = task.labeled, task.unlabeled
     assert isinstance(labeled, LabeledBatches)
@@ -74,7 +70,6 @@ def feedback_of(recipe: Recipe, feedback: Any) -> tuple[Any, Kind | None]:
     """The mode, and the kind of labels, of a recipe's feedback.
 
     Args:
-        recipe: it names a mode.
         feedback: ``"recipe"``, ``"none"``, or how the recipe's is altered; see :class:`metapl.feedback.Altered`.
     """
     estimator, kind = recipe.feedback.estimator(), recipe.feedback.labels

@@ -59,10 +59,6 @@ def spoken_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
 def better_before(rounds: Sequence[Mapping[str, Any]], delivered: float) -> list[str]:
     """A sentence where an earlier network did better on the test set than the one that is delivered.
 
-    Args:
-        rounds: as ``result.json`` has them.
-        delivered: the test accuracy of the network that is delivered.
-
     >>> better_before([{"test_accuracy": 0.8, "teacher": {"test_accuracy": 0.7}}, {"test_accuracy": 0.75}], 0.75)
     ['Round 1 reached 80.0 % on test, more than the last, which is delivered by rule: the test set chooses nothing.']
     """
