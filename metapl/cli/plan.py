@@ -136,7 +136,7 @@ class PlanRecipe:
             if (value := getattr(self, name)) is not None
         }
         given |= {} if self.network is None else {"network_name": self.network}
-        recipe: Recipe = planned(PLANNED[self.recipe], given, self.classes, self.mode)
+        recipe: Recipe = without_data(PLANNED[self.recipe], given, self.classes, self.mode)
         return recipe
 
 
@@ -234,7 +234,7 @@ USUAL: dict[str, Any] = {"image_size": 32, "network_name": "pooled_cnn", "precis
 """What pictures of usual size have of a user's own; a run chooses by looking at its pictures."""
 
 
-def planned(kind: type[Any], given: dict[str, Any], classes: int | None, mode: str | None) -> Any:
+def without_data(kind: type[Any], given: dict[str, Any], classes: int | None, mode: str | None) -> Any:
     """A recipe without data.
 
     Args:
