@@ -82,14 +82,7 @@ class Experiment:
         trained, result = self.train(method, task, teacher, student)
         labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
         galleries = draw_galleries(task, labeler, trained.student, titled(method, "student"))
-        if task.doubtful is not None:
-            found = find_suspects(task.doubtful, trained)
-            galleries.append(suspects_gallery(found, task))
-            write_suspects(self.folder.path, found, task)
-            self.say(
-                f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first; of "
-                f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
-            )
+        galleries += self.suspects(task, trained)
         changed = [] if task.rounds is None else task.rounds.galleries()
         sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
         networks = self.networks(method, task, trained, result)
@@ -120,6 +113,18 @@ class Experiment:
         if unread:
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
+
+    def suspects(self, task: Task, trained: Trainer) -> list[Gallery]:
+        """List the examples whose labels may be wrong, where there are such; a gallery of the first of them."""
+        if task.doubtful is None:
+            return []
+        found = find_suspects(task.doubtful, trained)
+        write_suspects(self.folder.path, found, task)
+        self.say(
+            f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first; of "
+            f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
+        )
+        return [suspects_gallery(found, task)]
 
     def built(self, method: str, place: torch.device) -> list[nn.Module]:
         """The teacher and the student with fresh weights; Noisy Student builds a network when its round begins."""
