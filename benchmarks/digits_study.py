@@ -5,7 +5,7 @@
     python benchmarks/digits_study.py --miniature --out FILE # all of it in seconds, to see that it runs
 
 Tuning: each method has 12 configurations, each run on 5 seeds, and the one whose best student by validation (197
-labelled images) is best on average is chosen. Final runs: the chosen configuration on 20 other seeds, where nothing is
+labeled images) is best on average is chosen. Final runs: the chosen configuration on 20 other seeds, where nothing is
 selected: no validation image is read, and the student that is kept, and finetuned, is the average of its weights at the
 last step. Only these runs look at the test set, once. Every method sees the same batches from the same initial weights
 for a seed. At 4 labels a class the settings tuned at 2 are used as they are, for all methods alike. Every run is a row
@@ -95,7 +95,7 @@ ENTRIES: dict[str, Entry] = {
     "none": Entry(
         "same loop, no feedback", "none", _grid(student_lr=(0.25, 0.5, 1.0, 2.0), teacher_lr=(0.03, 0.06, 0.12))
     ),
-    "supervised": Entry("supervised, labelled data only", "supervised", ALONE),
+    "supervised": Entry("supervised, labeled data only", "supervised", ALONE),
     "pseudo_labels": Entry("pseudo labels, fixed teacher, soft", "pseudo_labels", FIXED),
     "pseudo_labels_hard": Entry("pseudo labels, fixed teacher, hard", "pseudo_labels_hard", FIXED),
     "uda": Entry("UDA alone", "uda", _grid(teacher_lr=(0.03, 0.06, 0.12), uda_weight=(0.5, 1.0, 2.0, 4.0))),

@@ -96,7 +96,7 @@ def note(rows: Rows) -> str:
         f"Test accuracy in %, mean ± standard deviation over {len(seeds(rows))} seeds (400 test images each, drawn "
         "anew per seed from the same 1,797); differences are of the means as shown, p is from a paired t-test, not "
         f"corrected for the number of rows. {_selection(rows)} Before, {len(tuning)} runs on {tuned_on} other seeds "
-        "chose one of 12 configurations of each method, by the best checkpoint's accuracy on 197 labelled validation "
+        "chose one of 12 configurations of each method, by the best checkpoint's accuracy on 197 labeled validation "
         "images; "
         "`unrolled` and `difference` take those of `forward`, whose gradient they compute. "
         "`python benchmarks/digits_study.py`; raw rows: `benchmarks/results/digits_study.jsonl`."
@@ -106,10 +106,10 @@ def note(rows: Rows) -> str:
 def _selection(rows: Rows) -> str:
     """What selected the networks that were tested."""
     if any(r.get("selected", True) for r in rows if r["final"]):
-        return "In every run 197 labelled validation images select the checkpoint, of the finetuned student too."
+        return "In every run 197 labeled validation images select the checkpoint, of the finetuned student too."
     return (
         f"In these runs nothing is selected: the student is the average of its weights (decay {EMA_DECAY}) after the "
-        "last step, `finetuned` the same after 200 more steps on the labelled images."
+        "last step, `finetuned` the same after 200 more steps on the labeled images."
     )
 
 

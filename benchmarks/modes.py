@@ -243,14 +243,14 @@ class Subject:
 
 
 def small_classifier(place: Place) -> Subject:
-    """Digits, an MLP of 64, 32 and 10 units, B = 64 unlabelled and 64 labelled images."""
+    """Digits, an MLP of 64, 32 and 10 units, B = 64 unlabeled and 64 labeled images."""
     torch.manual_seed(0)
     split = load_digits_split(labels_per_class=20, seed=0)
     return _trained("digits, MLP 64-32-10", lambda: metapl.models.mlp([64, 32, 10]), split, place, batch=64, steps=30)
 
 
 def wide_resnet(place: Place, network: Network) -> Subject:
-    """Digits, WRN-28-2, B = 8 unlabelled and 8 labelled images."""
+    """Digits, WRN-28-2, B = 8 unlabeled and 8 labeled images."""
     torch.manual_seed(0)
     split = load_digits_split(labels_per_class=20, seed=0)
     name = f"digits at {network.side}x{network.side}, {network}"

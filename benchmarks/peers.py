@@ -5,7 +5,7 @@
     python benchmarks/peers.py --write docs/peers.md
 
 Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch from this one; one that
-does not install is named with the reason. All compute the gradient of the labelled loss after K student steps of plain
+does not install is named with the reason. All compute the gradient of the labeled loss after K student steps of plain
 SGD on a teacher's soft labels, in float32, from the same weights and batches; attention is computed by PyTorch's plain
 kernel, since the others have no second derivative. Each measurement is a process of its own, and their order is drawn:
 the error is relative to double backward in float64, the time is the median over rounds, and the memory is the
@@ -66,7 +66,7 @@ class Tokens(nn.Module):
 
 
 def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
-    """Teacher, student, a labelled batch and an unlabelled one."""
+    """Teacher, student, a labeled batch and an unlabeled one."""
     from metapl.models import wide_resnet28_2
 
     torch.manual_seed(0)
@@ -209,7 +209,7 @@ PEERS: dict[str, tuple[tuple[str, ...], Any]] = {
 
 
 def gradient_of(library: str) -> Any:
-    """A library's function of (teacher, student, labelled batch, unlabelled batch, steps)."""
+    """A library's function of (teacher, student, labeled batch, unlabeled batch, steps)."""
     if library == TRUTH:
         return by_hand
     return by_metapl(library.split(", ")[1], library == RECOMPUTED) if library in OWN else PEERS[library][1]

@@ -3,9 +3,9 @@
     python benchmarks/pictures_study.py                        # goes on where it was stopped; an hour on two cores
     python benchmarks/pictures_study.py --write docs/results.md
 
-scikit-learn's digits are written out as grey PNG files of 16x16 pixels, two labelled ones a class, anew for each seed,
+scikit-learn's digits are written out as grey PNG files of 16x16 pixels, two labeled ones a class, anew for each seed,
 and go through the command as a user would run it, with its small convolutional network and the settings below for all
-methods; 197 labelled validation pictures select the checkpoint of every run. Only the size of MPL's feedback is chosen,
+methods; 197 labeled validation pictures select the checkpoint of every run. Only the size of MPL's feedback is chosen,
 by validation on three other seeds; the controls with altered feedback take the same. The test pictures are looked at
 once, by the final runs. Every run is a row of the raw file, so the table is made from it alone.
 """
@@ -55,7 +55,7 @@ SIZES = {
 METHODS = {
     "mpl": "MPL, forward",
     "none": "same loop, no feedback",
-    "supervised": "supervised, labelled data only",
+    "supervised": "supervised, labeled data only",
     "label_smoothing": "the same with label smoothing",
     "pseudo_labels": "pseudo labels, fixed teacher, soft",
     "uda": "UDA alone",
@@ -69,7 +69,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run; ``images`` are of each part but the labelled one, None for all that there are."""
+    """How much is run; ``images`` are of each part but the labeled one, None for all that there are."""
 
     methods: tuple[str, ...]
     sizes: tuple[str, ...]
@@ -210,7 +210,7 @@ def _note(rows: Sequence[Row]) -> str:
     return (
         f"Test accuracy in %, mean ± standard deviation over {len(_seeds(rows))} seeds (400 test pictures each); "
         "differences are of the means as shown, p is from a paired t-test, not corrected for the number of rows. In "
-        "every run 197 labelled validation pictures select the student's checkpoint. Size of the feedback chosen by "
+        "every run 197 labeled validation pictures select the student's checkpoint. Size of the feedback chosen by "
         f"validation on {tuned_on} other seeds ({sizes}): {chosen(rows)}. `python benchmarks/pictures_study.py`; raw "
         "rows: `benchmarks/results/pictures_study.jsonl`."
     )

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 def networks(name: str) -> tuple[nn.Module, nn.Module, Any, Tensor]:
-    """Teacher, student, a labelled and an unlabelled batch."""
+    """Teacher, student, a labeled and an unlabeled batch."""
     import metapl
 
     torch.manual_seed(0)

@@ -6,13 +6,13 @@
     python benchmarks/throughput.py --table benchmarks/results/throughput.json
     python benchmarks/throughput.py --write docs/results.md
 
-The step is Algorithm 1 with a teacher that learns from labels and by UDA, at the ratio of unlabelled to labelled
+The step is Algorithm 1 with a teacher that learns from labels and by UDA, at the ratio of unlabeled to labeled
 pictures of the recipes: 7 for WRN-28-2 on 32x32 pictures, 15 for ResNet-50. Four things take turns in one process, so
 that what else the machine does hits all of them:
 
 - floor: the plain forward and backward passes alone, as anybody would write them in PyTorch: the teacher's on the weak
-  view, on the strong view and on the labelled batch with one backward pass; the student's on the strong view and, of
-  what it would be after the step, on the labelled batch, each with its backward pass; for mode ``forward`` also one
+  view, on the strong view and on the labeled batch with one backward pass; the student's on the strong view and, of
+  what it would be after the step, on the labeled batch, each with its backward pass; for mode ``forward`` also one
   pass with dual numbers. No optimiser moves anything, no label is drawn, no coefficient made.
 - moves: the steps of the two optimisers alone, by themselves, which every training has on top of its passes.
 - step: ``BilevelTrainer.step`` on the same batches.

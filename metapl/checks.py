@@ -83,6 +83,18 @@ def _stored(t: Tensor) -> Tensor:
     return t._values() if t.layout == torch.sparse_coo else t.values()
 
 
+def whole_number(value: Any, given: str, expected: str) -> None:
+    """Refuse what is not a whole number of 1 or more.
+
+    Args:
+        value: given.
+        given: how it was given, for the error, such as ``accumulate=0``.
+        expected: its meaning.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MetaplError(f"{given}: expected {expected}, 1 or more.")
+
+
 def described(value: Any) -> str:
     """A value in words: its type, and the shape, dtype and device of a tensor."""
     if isinstance(value, Tensor):

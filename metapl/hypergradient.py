@@ -27,6 +27,7 @@ from metapl.feedback.compatible import (
     check_teacher,
     prepare,
     refuse_other_fields,
+    refuse_random_loss,
 )
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path, Teach, take_steps
@@ -92,7 +93,7 @@ def look_ahead(
 
     def teach_checked(batch: Any, outputs: Tensor) -> Signal:
         signal = check_signal(teach(batch, outputs), problem)
-        check_kind(signal.sampled, mode)
+        check_kind(signal, mode)
         return signal
 
     path = take_steps(
@@ -109,8 +110,10 @@ def look_ahead(
     )
     if check_derivatives and mode.keep_graph:
         refuse_once_differentiable(path.steps[0].grads.values())
-    if check_derivatives and mode.name != "none":
+    if check_derivatives and mode.credits != "nothing":
         refuse_other_fields(path.steps[0])
+    if check_derivatives and mode.credits in ("signal", "example") and not mode.keep_graph:
+        refuse_random_loss(path.steps[0])
     return path
 
 
@@ -128,7 +131,7 @@ def hypergradient(
     recompute_teacher: bool = False,
     accumulate: int = 1,
 ) -> Hypergradient:
-    r"""The gradient of the labeled loss after one student step, in the teacher's weights.
+    r"""The gradient of the labeled loss after the student's step or steps, in the teacher's weights.
 
     .. math:: \frac{d}{d\theta_T} L\big(U(\theta_S, \nabla_{\theta_S} \tfrac1B\sum_i
               \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
@@ -139,8 +142,8 @@ def hypergradient(
             rank's equal share, and the results of sharded networks DTensors. No teacher, None, for a problem that has
             none, such as :class:`metapl.problems.LearningToReweight`.
         labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
-            also holds the labels, under ``labels``, is such a pair. For other
-            batches see :meth:`metapl.problems.Problem.outer_batch`.
+            also holds the labels, under ``labels``, is such a pair. For other batches see
+            :meth:`metapl.problems.Problem.outer_batch`.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
         mode: one of :data:`metapl.MODES`, or an estimator value.
@@ -174,8 +177,7 @@ def hypergradient(
     estimate = estimator(mode)
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise MetaplError(f"accumulate={accumulate!r}: expected a number of micro-batches, 1 or more.")
+    checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
     checks.no_inference_mode()
     of_teacher, of_student, device = layouts(teacher, student)
     student = of_student.network

@@ -19,6 +19,7 @@ import torchopt
 from test_protocols import CASES
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._dynamo.utils import counters
 
 import metapl
 from metapl.cli import main
@@ -195,6 +196,7 @@ def train(
     """Some steps, on this rank's share of each batch; one process alone has all of it."""
     trainer = built(mode, layout, optimizer, dtype=dtype, **options)
     found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
+    graphs = counters["stats"]["unique_graphs"]
     torch.manual_seed(3)
     for step, (labeled, unlabeled) in enumerate(batches(steps, views, dtype)):
         together = 2 if layout is not None and layout.startswith("tensor") else 1
@@ -206,6 +208,7 @@ def train(
         report = trainer.step(labeled, unlabeled)
         found["scalars"].append(report.as_dict())
         found["feedback"].append(report.feedback)
+    found["graphs"] = counters["stats"]["unique_graphs"] - graphs
     for layout_of_one in trainer._layouts:
         layout_of_one.settle()
     for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
@@ -284,6 +287,14 @@ def _not_reduced(role: int, how: str, *arguments: Any) -> None:
     metapl.BilevelTrainer(*both)
 
 
+def _switched_later() -> None:
+    trainer = built("forward", "hsdp")
+    labeled, unlabeled = share(batches(1)[0])
+    trainer.step(labeled, unlabeled)
+    trainer.student.set_requires_all_reduce(False)
+    trainer.step(labeled, unlabeled)
+
+
 def _part_left_out() -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -294,7 +305,7 @@ def _part_left_out() -> None:
 
 def _tensor_parallel_beside_sharded() -> None:
     teacher, student = networks(hidden=8)
-    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), laid_out(student, "tensor"))
+    metapl.BilevelTrainer(laid_out(teacher, "tensor"), laid_out(student, "fsdp"))
 
 
 def _mesh_of_others() -> None:
@@ -347,7 +358,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "implicit": lambda: built("implicit", "fsdp"),
     "lookahead": lambda: built("forward", "fsdp", lookahead=2),
     "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
-    "compile": lambda: built("forward", "fsdp", compile=True),
+    "compile": lambda: built("none", "tensor", hidden=8, compile=True),
     "one_plain": lambda: built("forward", "fsdp", teacher_layout=None),
     "reweight": _reweight,
     "max_norm": lambda: _embedding(max_norm=1.0),
@@ -360,6 +371,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "root_forgotten": _root_forgotten,
     "divided_otherwise": _divided_otherwise,
     "not_synchronized": lambda: _not_reduced(0, "set_requires_gradient_sync", False),
+    "switched_later": _switched_later,
     "not_reduced": lambda: _not_reduced(1, "set_requires_all_reduce", False),
     "hooked": lambda: _not_reduced(0, "set_all_reduce_hook", Tensor.zero_),
     "part_left_out": _part_left_out,

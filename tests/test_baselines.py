@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
+from metapl.distributed.ranks import ALONE
 from metapl.experiments.experiment import Experiment
 from metapl.feedback import Altered, Forward, ReinforcePerExample
 from metapl.recipes import Digits, Feedback, Optimizer
@@ -135,7 +136,7 @@ def altered(
     """h as it is altered in four steps, on sampled labels or on a differentiable signal."""
     soft = torch.zeros(len(h)) if weights is None else weights
     signal = metapl.Signal(soft) if labels is None else metapl.Signal(labels, log_prob=torch.zeros(len(h)))
-    step = type("Step", (), {"signal": signal})
+    step = type("Step", (), {"signal": signal, "outputs": h, "student": type("Student", (), {"ranks": ALONE})})
     estimator = Altered(Steps(h), how, seed)  # type: ignore[arg-type]
     state, found = estimator.init(), []
     for _ in range(4):

@@ -116,11 +116,6 @@ def test_labels_that_may_be_wrong(two: Ranks, tmp_path: Path) -> None:
         same(tmp_path / name, tmp_path / "parts", ("warm", "fit", "finetune"))
         found = {row["file"]: float(row["weight"]) for row in suspects(tmp_path / name)}
         assert found == pytest.approx(weights, abs=2e-3)
-    (code, _, said), *_ = two.run(
-        "command", arguments=[*command, "--mesh.spatial", "2", "--out", str(tmp_path / "cut")]
-    )
-    assert code == 2
-    assert "shares the rows of its batches alone; give --mesh.replicate or --mesh.shard" in " ".join(said.split())
 
 
 def test_products_of_layers(two: Ranks, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from metapl.distributed import Mesh, shard
 from metapl.distributed.mesh import blocks_of
 from metapl.errors import MetaplError
-from metapl.feedback import Reinforce, ReinforcePerExample
+from metapl.feedback import Altered, Reinforce, ReinforcePerExample
 from metapl.models import mlp as multilayer
 
 MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
@@ -108,6 +108,29 @@ def test_uneven_shards(four: Ranks) -> None:
     check(four, [{"mode": mode, "layout": "fsdp", "optimizer": "sgd"} for mode in ("forward", "reinforce")])
 
 
+@pytest.mark.parametrize("alteration", ["permuted", "class_means", "random_sign"])
+def test_altered_feedback_is_that_of_all_rows(two: Ranks, alteration: Any) -> None:
+    modes = Altered(alteration=alteration), Altered(ReinforcePerExample(), alteration)
+    check(two, [{"mode": mode, "layout": "ddp", "optimizer": "sgd"} for mode in modes])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler")
+@pytest.mark.parametrize(
+    ("layout", "mode", "graphs"),
+    [
+        # Passes of the blocks with and without a graph: of the student's 3 and the teacher's 2, and of whole networks.
+        pytest.param("fsdp", "reinforce", 10, id="blocks"),
+        pytest.param("shard_checkpoint", "forward", 10, id="checkpoint", marks=pytest.mark.long),
+        pytest.param("ddp", "difference", 4, id="replicas", marks=pytest.mark.long),
+    ],
+)
+def test_compiled_passes(two: Ranks, layout: str, mode: str, graphs: int) -> None:
+    case: dict[str, Any] = {"mode": mode, "optimizer": "sgd"}
+    found = two.run("train", **case, layout=layout, compile=True)
+    assert all(own["graphs"] >= graphs for own in found)
+    compare(found, alone(**case), tolerance(mode))
+
+
 PLAIN_PASSES = ("none", "reinforce", "loss_difference", "difference", ReinforcePerExample(tangent="difference"))
 
 
@@ -177,6 +200,12 @@ def test_uda_aligns_the_labels_of_all_rows(two: Ranks) -> None:
 
 def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
     check(two, [{"mode": "forward", "layout": "fsdp", "teacher_layout": "ddp", "optimizer": "adamw"}])
+
+
+def test_a_teacher_that_is_not_cut_beside_shared_products(two: Ranks) -> None:
+    case: dict[str, Any] = {"layout": "tensor", "hidden": 8, "optimizer": "adamw"}
+    layouts, modes = ("ddp", "fsdp"), ("reinforce", "difference")
+    check(two, [{**case, "teacher_layout": how, "mode": mode} for how in layouts for mode in modes], alike=2)
 
 
 @pytest.mark.parametrize("layout", ["shard", "shard_checkpoint"])
@@ -273,7 +302,7 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
         ("sparse", "the student's 0 is an Embedding with sparse=True, and sparse gradients are not averaged"),
         ("tied", "the student shares the weight of a Linear between two blocks"),
         ("torchopt", "TorchOpt transform.*for a sharded student expected torch.optim.SGD"),
-        ("compile", "compile=True does not run on networks that are sharded"),
+        ("compile", "compile=True does not run on networks that are cut along .* or whose products are shared"),
         ("one_plain", "the teacher is a plain module, the student sharded over the processes 0, 1"),
         ("unequal", r"unequal shares of a batch .*rank 0: \[6, 4\]; rank 1: \[6, 3\]"),
         ("not_finite_on_one", "rank 1: the unlabeled batch holds NaN"),
@@ -282,12 +311,13 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
         ("root_forgotten", "fully_shard was called on parts of the student and not on the student itself"),
         ("divided_otherwise", "set_gradient_divide_factor was called on the student"),
         ("not_synchronized", r"set_requires_gradient_sync\(False\) was called on the teacher"),
+        ("switched_later", r"set_requires_all_reduce\(False\) was called on the network"),
         ("not_reduced", r"set_requires_all_reduce\(False\) was called on the student"),
         ("hooked", "set_all_reduce_hook was called on the teacher"),
         ("part_left_out", "the student's head.weight is not sharded although"),
         ("outputs_in_parts", "the student returned a DTensor laid out as .*expected a plain tensor"),
         ("tensor_parallel_forward", "mode 'forward' takes a pass in forward mode, .*use mode=\"difference\""),
-        ("tensor_parallel_beside_sharded", "products are shared by 1 processes in the teacher and 2 in the student"),
+        ("tensor_parallel_beside_sharded", "products are shared by 2 processes in the teacher and 1 in the student"),
         ("mesh_of_others", r"mesh is of 6 processes \(replicate=3 x shard=2\), and 2 were started"),
     ],
 )

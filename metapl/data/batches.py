@@ -208,7 +208,7 @@ class RawBatches(StepBatches[Fetched]):
 
 @dataclass(frozen=True, eq=False)
 class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
-    """The labelled batches: item t is (x, y), with x the view of the sampled images.
+    """The labeled batches: item t is (x, y), with x the view of the sampled images.
 
     x = view(images[i]), y = labels[i], i = sampler.indices(t).
 
@@ -261,7 +261,7 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
-    """The unlabelled batches: item t is (weak, strong), two views of the same images, or one tensor.
+    """The unlabeled batches: item t is (weak, strong), two views of the same images, or one tensor.
 
     weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t), with independent draws.
 
@@ -309,7 +309,7 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
-    """All labelled images once, in order and as they are: for validation and test.
+    """All labeled images once, in order and as they are: for validation and test.
 
     Args:
         images: n images.

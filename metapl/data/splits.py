@@ -1,4 +1,4 @@
-"""Which examples of a data set are labelled, unlabelled, held out: drawn from a seed, and kept in a file."""
+"""Which examples of a data set are labeled, unlabeled, held out: drawn from a seed, and kept in a file."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def draw_split(
     """Draw which training examples are held out, and which of the rest keep their labels.
 
     Validation is drawn first, with the classes in proportion (largest remainders), then ``labels_per_class`` of each
-    class; the rest is unlabelled. So with one seed, the labelled examples for fewer labels lie within those for more.
+    class; the rest is unlabeled. So with one seed, the labeled examples for fewer labels lie within those for more.
 
     Args:
         train_labels, test_labels: int64 (n,), classes 0, …, C − 1; every test example is in the test part.
@@ -201,7 +201,7 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     validation = _first_of_each(_shuffled(len(labels), seed, _VALIDATION), inverse, share)
     if not len(validation):
         raise MetaplError(
-            f"no class of the {len(labels)} labelled pictures has two; expected more, or a folder of its own for "
+            f"no class of the {len(labels)} labeled pictures has two; expected more, or a folder of its own for "
             "validation (--val)."
         )
     chosen = torch.zeros(len(labels), dtype=torch.bool)

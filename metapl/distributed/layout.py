@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -66,6 +66,21 @@ class Layout:
     def is_sharded(self) -> bool:
         return self.kind == "sharded"
 
+    def compilable(self) -> list[nn.Module]:
+        """The modules whose forward passes ``torch.compile`` takes: the network, or the blocks of a sharded one.
+
+        A block runs between the hooks that gather and give up its weights, which are not compiled.
+        """
+        if self.ranks.copies > 1:
+            raise MetaplError(
+                "compile=True does not run on networks that are cut along the width of their images, or whose products "
+                "are shared (parallelize_module): the exchanges inside them cannot be compiled. Leave compile out, or "
+                "lay the networks out over replicas and shards alone."
+            )
+        found = [block for block in self.blocks if block is not self.network]
+        inside = {id(part) for block in found for part in block.modules() if part is not block}
+        return [block for block in found if id(block) not in inside] or [self.network]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the network learns, as its optimizer holds them."""
         if self.is_sharded:
@@ -80,6 +95,13 @@ class Layout:
         """
         for block in self.blocks:
             block.reshard()
+
+    def begin_step(self) -> None:
+        """:meth:`settle`, and refuse blocks that have been switched since this layout was found."""
+        with self.ranks.agreed():
+            for block in self.blocks:
+                _check_reduction("network", block)
+        self.settle()
 
     def mean_gradients(self) -> None:
         """Average ``.grad`` over the ranks; a sharded network's backward pass has done so."""
@@ -153,17 +175,36 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
             "their batches with the same processes: wrap both in DistributedDataParallel, or shard both with "
             "fully_shard over meshes of the same processes, in the same order."
         )
-    if of_teacher is not None and of_teacher.tensor != of_student.tensor:
-        raise MetaplError(
-            f"products are shared by {of_teacher.tensor} processes in the teacher and {of_student.tensor} in the "
-            "student (parallelize_module); expected the same number in both, which get the same batches."
-        )
-    if of_teacher is not None and of_teacher.ranks.copies != of_student.ranks.copies:
-        raise MetaplError(
-            f"images are split into {of_teacher.ranks.copies} parts for the teacher and {of_student.ranks.copies} for "
-            "the student; expected the same number for both, which get the same images."
-        )
+    if of_teacher is not None:
+        of_teacher = _beside(of_teacher, of_student)
     return of_teacher, of_student, device
+
+
+def _beside(teacher: Layout, student: Layout) -> Layout:
+    """The teacher's layout beside a student over the same processes; refuse one that is cut where the student is not.
+
+    A teacher that is not cut, beside a student whose processes hold the same rows in ``copies``, computes the same in
+    each of these: its gradient is the mean over all processes, in which each share of the rows counts ``copies`` times.
+    """
+    copies = student.ranks.copies
+    if copies > 1 and teacher.ranks.copies == 1:
+        own = teacher.ranks
+        ranks = Ranks(own.groups, student.ranks.rank, own.device, copies, own.first)
+        return replace(teacher, ranks=ranks)
+    mend = (
+        "expected the same number in both, or a teacher that is not cut, beside a student that is: in "
+        f"DistributedDataParallel over all processes, shard(teacher, Mesh(replicate={len(student.processes)}))."
+    )
+    if teacher.tensor != student.tensor:
+        raise MetaplError(
+            f"products are shared by {teacher.tensor} processes in the teacher and {student.tensor} in the student "
+            f"(parallelize_module); {mend}"
+        )
+    if teacher.ranks.copies != copies:
+        raise MetaplError(
+            f"images are split into {teacher.ranks.copies} parts for the teacher and {copies} for the student; {mend}"
+        )
+    return teacher
 
 
 def layout_of(name: str, network: Any) -> Layout:

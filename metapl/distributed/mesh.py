@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metapl.distributed.shards import local
-from metapl.distributed.spatial import spatial
+from metapl.distributed.spatial import Example, spatial
 from metapl.distributed.tensor import Plan, parallel
 from metapl.errors import MetaplError
 from metapl.parts import named_parts, named_tensors
@@ -158,7 +158,7 @@ def shard(
     blocks: Blocks | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
     checkpoint: bool = False,
-    example: Tensor | None = None,
+    example: Example | None = None,
     plan: Plan | None = None,
 ) -> nn.Module:
     """Lay a network out over a mesh, for :class:`metapl.BilevelTrainer`: what a user of PyTorch would do by hand.
@@ -175,11 +175,16 @@ def shard(
             float32; batch norms stay in float32. Not with ``mesh.shard == 1``, where ``BilevelTrainer(precision=...)``
             computes under autocast.
         checkpoint: run each block again in the backward pass instead of keeping what it computed.
-        example: with ``mesh.spatial`` above 1, whole images (B, C, H, W), the same in every process: on these the
-            network is compared with itself on parts of them (:func:`metapl.distributed.spatial.spatial`).
+        example: with ``mesh.spatial`` above 1, whole images (B, C, H, W), the same in every process, in a tuple with
+            what else the network takes: on these the network is compared with itself on parts of them
+            (:func:`metapl.distributed.spatial.spatial`).
         plan: with ``mesh.tensor`` above 1, how the products of layers are shared, by their names, as
             ``parallelize_module`` takes it; by default, pairs of linear layers with activations between them
             (:func:`metapl.distributed.tensor.pairs_of`).
+
+    A teacher that has nothing to cut, such as a table of weights, goes beside a student that is cut by ``mesh.tensor``
+    or ``mesh.spatial`` if it is laid out over the same processes without these: ``shard(teacher,
+    Mesh(replicate=mesh.size))``. The processes that hold the same rows then compute the same signal, which is checked.
 
     Returns: the network to train: ``module`` itself, or the wrapper around it.
 

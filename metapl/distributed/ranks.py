@@ -76,6 +76,14 @@ class Ranks:
             dist.broadcast(found, dist.get_global_rank(group, 0), group=group)
         return found
 
+    def mean_of_copies(self, t: Tensor) -> Tensor:
+        """The mean of a small tensor over the processes that hold this process's rows."""
+        if self.copies == 1:
+            return t
+        held = t.new_zeros(self.size, *t.shape)
+        held[self.rank] = t
+        return self.sum(held)[self.rank]
+
     def mean_scalars(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means of scalars, in one exchange; every rank has the same names."""
         if self.alone or not scalars:
@@ -107,6 +115,18 @@ class Ranks:
                 if known:
                     means[name] = (t / self.size).view_as(like[name])
         return {name: means[name] for name in like if name in means}
+
+    def all_rows(self, t: Tensor) -> Tensor:
+        """The rows of all ranks, of which this one has these."""
+        if self.alone:
+            return t
+        every = t.new_zeros(self.size * len(t), *t.shape[1:])
+        self.own_rows(every).copy_(t)
+        return self.sum(every).to(t.dtype)
+
+    def own_rows(self, every: Tensor) -> Tensor:
+        """This rank's rows of all of them."""
+        return every.chunk(self.size)[self.rank]
 
     def norm(self, t: Tensor) -> Tensor:
         """The norm of a tensor of which each rank holds some rows, a scalar."""
@@ -221,9 +241,8 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
     every[own] = probabilities
     drawn = torch.multinomial(every, 1, generator=generator)[own]
     if ranks.copies > 1:
-        held = every.new_zeros(len(every))
-        held[own] = drawn.squeeze(-1).to(held.dtype)
-        differ = (ranks.sum(held)[own] != held[own]).any()  # a mean over those that hold the same rows
+        held = drawn.squeeze(-1).to(every.dtype)
+        differ = (ranks.mean_of_copies(held) != held).any()
         checks.refuse(
             differ,
             "processes that have the same rows, such as those that hold parts of the same images, have drawn different "

@@ -27,9 +27,13 @@ from metapl.distributed.columns import Columns, columns_of, set_columns
 from metapl.distributed.dropout import KeyedDropout
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
+from metapl.memory import out_of_memory
 from metapl.numerics import wide
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+Example = Tensor | tuple[Tensor, ...]
+"""Whole images (B, C, H, W), or these and what else a network takes with them, a row for each."""
 
 
 def split_width(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -48,7 +52,7 @@ def split_width(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x[..., group.rank() * own : (group.rank() + 1) * own]
 
 
-def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> ModuleT:
+def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> ModuleT:
     """Let a convolutional network run on this process's columns of images.
 
     .. math:: S_{\\mathrm{split}}(x_r; \\theta) = S(x; \\theta) \\text{ on every process } r
@@ -66,7 +70,7 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> Modul
         group: the processes that hold parts of the same images, from left to right. Their default generators are to be
             seeded alike, so that they drop the same examples.
         example: whole images (B, C, H, W), the same on every process, to compare on; of a single one, passes in
-            training are not compared.
+            training are not compared. A tuple where the network takes more than images: only these, its first, are cut.
 
     Cost: a message to each neighbor for each convolution and pooling wider than its stride, two sums of a vector for
     each norm, and one for the global pooling.
@@ -81,19 +85,21 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> Modul
     if type(module) in _MADE:
         raise MetaplError(f"spatial was given a {type(module).__name__} alone; expected a network around it.")
     columns = Columns(group)
+    given = (example,) if isinstance(example, Tensor) else example
+    rows = len(given[0])
     with torch.no_grad(), _all_weights_seen(module):
-        kept = _of_whole_rows(module, example)
+        kept = _of_whole_rows(module, given)
         layers = [(path, layer) for path, layer in module.named_modules(remove_duplicate=False) if layer not in kept]
         made = {layer: _split_layer(path, layer, columns) for path, layer in reversed(layers)}
         replaced = [(path, layer, new) for path, layer in layers if (new := made[layer]) is not None]
         # Of a single example, batch norm has no statistics.
-        expected = {training: _run(module, example, training) for training in (False, True)[: len(example)]}
+        expected = {training: _run(module, given, training) for training in (False, True)[:rows]}
         try:
             for path, _, new in replaced:
                 _put(module, path, new)
             for training, whole in expected.items():
                 try:
-                    found = _run(module, split_width(example, group), training)
+                    found = _run(module, (split_width(given[0], group), *given[1:]), training)
                 except RuntimeError as error:
                     if isinstance(error, dist.DistError):
                         raise
@@ -108,14 +114,15 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Tensor) -> Modul
 
 
 def takes_whole_images(network: nn.Module) -> None:
-    """Let a network that is split take whole images, the same in every process, and cut out its own columns."""
+    """Let a network that is split take whole images, the same in every process, and cut out its own columns; what else
+    it takes stays as it is."""
     network.register_forward_pre_hook(_own_columns)
 
 
-def _own_columns(network: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+def _own_columns(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     columns = columns_of(network)
     assert columns is not None
-    return (split_width(inputs[0], columns.group),)
+    return (split_width(inputs[0], columns.group), *inputs[1:])
 
 
 def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -147,7 +154,7 @@ FAINT = 1e-2
 """A weight all of whose numbers are smaller counts as about zero."""
 
 
-def _run(module: nn.Module, images: Tensor, training: bool) -> Tensor:
+def _run(module: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Tensor:
     """Outputs in training or evaluation, on draws that are the same for whole images and parts; nothing is moved."""
     modes = [(part, part.training) for part in module.modules()]
     buffers = [(part._buffers, name, t) for part in module.modules() for name, t in part._buffers.items()]
@@ -157,7 +164,7 @@ def _run(module: nn.Module, images: Tensor, training: bool) -> Tensor:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            outputs: Tensor = module(images)
+            outputs: Tensor = module(*inputs)
             return outputs
     finally:
         for part, before in modes:
@@ -166,14 +173,14 @@ def _run(module: nn.Module, images: Tensor, training: bool) -> Tensor:
             held[name] = t
 
 
-def _of_whole_rows(module: nn.Module, example: Tensor) -> set[nn.Module]:
+def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...]) -> set[nn.Module]:
     """The layers that run after the global pooling alone, on what every process has whole; they stay as they are."""
     whole: set[nn.Module] = set()
     cut: set[nn.Module] = set()
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        rows = all(len(t) == len(example) and (t.ndim == 2 or t.shape[-1] == 1) for t in given if t.ndim)
+        rows = all(len(t) == len(example[0]) and (t.ndim == 2 or t.shape[-1] == 1) for t in given if t.ndim)
         (whole if given and rows else cut).add(layer)
 
     # What holds layers is told by these.
@@ -181,6 +188,15 @@ def _of_whole_rows(module: nn.Module, example: Tensor) -> set[nn.Module]:
     handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in leaves]
     try:
         _run(module, example, training=False)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if out_of_memory(error):
+            raise
+        shapes, why = ", ".join(str(tuple(t.shape)) for t in example), str(error).partition("\n")[0]
+        raise MetaplError(
+            f"the {type(module).__name__} cannot take the example of shape {shapes}: {why} "
+            "Expected what it is given in training, as a tuple where that is more than images. A teacher that takes no "
+            f"images, and has nothing to cut: shard(teacher, Mesh(replicate={dist.get_world_size()}))."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -109,7 +109,8 @@ def _check_pairs(module: nn.Module, pairs: Sequence[Pair], processes: int) -> No
             f"mesh.tensor={processes}: a {type(module).__name__} has no two linear layers with an activation between "
             "them, whose products several processes could compute together; expected such a network (mlp, vit_b_16, "
             "timm:vit_tiny_patch16_224), a plan= for parallelize_module, or more of mesh.shard in the place of "
-            "mesh.tensor (mesh.spatial for convolutions)."
+            "mesh.tensor (mesh.spatial for convolutions). A teacher that has nothing to cut, beside a student that is "
+            "cut: shard(teacher, Mesh(replicate=...)) over as many processes."
         )
     for pair in pairs:
         name, layer = pair.first

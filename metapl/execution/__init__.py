@@ -7,7 +7,7 @@ outputs of a replay are compared with those of its pass of record.
 local      a network on one device: passes of record, replays, and passes at other weights
 buffers    the parameters and buffers of a module: replaced for a block, copied, restored
 rng        the default random number generators: saved, restored, branched
-agreement  whether a replay agrees with its pass of record
+agreement  whether a replay agrees with its pass of record, and processes that hold the same rows with each other
 kernels    which kernels a pass uses: attention, activation checkpoints, missing derivatives
 compiled   forward passes through ``torch.compile``
 guards     the lock and the restoration around a step

@@ -15,14 +15,15 @@ change gradients). A student for which one of them fails is refused: its feedbac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from metapl import checks
-from metapl.distributed.ranks import ALONE, Ranks
+from metapl.distributed.ranks import ALONE, Agreed, Ranks
 from metapl.errors import MetaplError
 from metapl.numerics import reduced_float32
 
@@ -93,9 +94,51 @@ def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks 
     )
 
 
+_SLOPES = tuple(math.sqrt(prime) for prime in (2, 3, 5, 7))
+"""Of the waves that tensors are compared by: their products with a difference are about as large as its norm."""
+
+
+def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:
+    """Refuse, on all ranks, tensors that differ between processes that hold the same rows.
+
+    Args:
+        tensors: of this process.
+        what: they are, as the object of a sentence.
+        ranks: the processes that share the batch.
+
+    Cost: one exchange of a few numbers for each share of the rows, where rows are held in copies.
+    """
+    if ranks.copies == 1 or not tensors:
+        return
+    t = torch.cat([t.detach().double().flatten() for t in tensors])
+    places = torch.arange(1, len(t) + 1, device=t.device, dtype=t.dtype)
+    seen = torch.stack([(t * (places * slope).cos()).sum() for slope in _SLOPES])
+    tolerance = BY_FORWARD_MODE[coarsest([t.dtype for t in tensors if t.is_floating_point()], t.device)].outputs
+    gap, size = ranks.norm(seen - ranks.mean_of_copies(seen)), ranks.norm(t)
+    _refuse(
+        gap,
+        tolerance * size,
+        f"processes that hold the same rows have made different {what} (the difference has norm {{gap:.2g}}, all of "
+        "them {size:.2g}), so the gradients would be wrong. Expected the same in each. Usual causes: a teacher that is "
+        "not cut, and is given the columns of images that a cut student takes (lay it out as the student is: "
+        "shard(teacher, mesh, example=...)); other rows, or random generators in other states, in these processes "
+        "(seed the default generators alike, or give all of them the same generator=).",
+        kind=Agreed,
+        size=size,
+    )
+
+
 def check_recomputed(second: Tensor, first: Tensor) -> None:
     """Refuse a teacher whose second pass differs from its first."""
     if not second.is_floating_point():
+        _refuse(
+            (second != first).any().double(),
+            torch.zeros((), dtype=torch.float64, device=second.device),
+            "the problem's signal has drawn other labels when the teacher's pass on the unlabeled batch was repeated, "
+            "as recompute_teacher and accumulate do, so the feedback would be credited to labels that the student "
+            "never saw. Draw from the generator that signal() is given, or from torch's default generators; or leave "
+            "recompute_teacher and accumulate out.",
+        )
         return
     tolerance = BY_FORWARD_MODE[coarsest([second.dtype], second.device)].outputs
     gap, size = torch.linalg.vector_norm(second - first), torch.linalg.vector_norm(first)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.data.images.record import record_files, replaced_files
@@ -69,12 +70,10 @@ class Experiment:
         if self.mesh.size > 1:
             if EVERY_METHOD[method].selects:
                 raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
-            if EVERY_METHOD[method].doubting is not None and self.mesh.together > 1:
-                raise MetaplError(
-                    f"{title(method)} shares the rows of its batches alone; give --mesh.replicate or --mesh.shard in "
-                    "the place of --mesh.tensor and --mesh.spatial."
-                )
-            teacher, student = self.laid_out(teacher, student)
+            if EVERY_METHOD[method].doubting is None:
+                teacher, student = self.laid_out(teacher, student)
+            else:  # what is learned about labels is built later
+                (student,) = self.laid_out(student)
         if EVERY_METHOD[method].selects:
             task = dataclasses.replace(task, rounds=self.rounds(method, task))
         if EVERY_METHOD[method].reduced:
@@ -132,12 +131,13 @@ class Experiment:
             return [nn.Identity(), nn.Identity()]
         return [self.recipe.network(role).to(place) for role in ROLES]
 
-    def laid_out(self, *networks: nn.Module) -> list[nn.Module]:
-        """Networks over the processes that train together."""
+    def laid_out(self, *networks: nn.Module, labels: tuple[Tensor, ...] = ()) -> list[nn.Module]:
+        """Networks over the processes that train together; they take images, and perhaps two labels of these."""
         options: dict[str, Any] = {}
         if self.mesh.spatial > 1:
             draw = torch.Generator().manual_seed(self.recipe.seed)
-            options["example"] = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
+            images = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
+            options["example"] = (images, *labels)
         # Compiled passes would wait for each key.
         if all(map(can_be_keyed, networks)) and not self.recipe.trainer_options().get("compile"):
             for network in networks:
@@ -148,6 +148,20 @@ class Experiment:
         self.seed_shares(*networks)
         return found
 
+    def beside(self, teacher: nn.Module, reads_inputs: bool) -> nn.Module:
+        """What is learned about labels, over the same processes: cut as the student is where it reads its inputs."""
+        if self.mesh.size == 1:
+            return teacher
+        for t in [*teacher.parameters(), *teacher.buffers()]:  # each share may have drawn its own
+            first = t.detach().contiguous()
+            dist.broadcast(first, 0)
+            t.data.copy_(first)
+        if not reads_inputs:
+            return shard(teacher, Mesh(replicate=self.mesh.size))
+        device = next(teacher.parameters()).device
+        (laid_out,) = self.laid_out(teacher, labels=(torch.zeros(2, dtype=torch.long, device=device),))
+        return laid_out
+
     def seed_shares(self, *networks: nn.Module) -> None:
         """Where networks drop something row after row, let each share of a batch have masks of its own."""
         if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
@@ -155,7 +169,7 @@ class Experiment:
 
     def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
         """Train by ``method``; the returned trainer's student is the network that is kept."""
-        return train(EVERY_METHOD[method], self.recipe, task, teacher, student, self.fit)
+        return train(EVERY_METHOD[method], self.recipe, task, teacher, student, self.fit, self.beside)
 
     def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
         """The student, the student finetuned and, where one was trained beside it, the teacher.

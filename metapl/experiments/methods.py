@@ -10,7 +10,7 @@ from torch import nn
 
 from metapl.errors import MetaplError
 from metapl.experiments.fits import ALONE, Fit, finetuning_options
-from metapl.experiments.noisy_labels import train_on_noisy
+from metapl.experiments.noisy_labels import LayOut, in_one_process, train_on_noisy
 from metapl.experiments.noisy_student import filtered, train_noisy_student
 from metapl.experiments.reducing import even_labels, feedback_of, train_reduced
 from metapl.experiments.rounds import Rehearsed
@@ -24,15 +24,27 @@ from metapl.training.trainer import BilevelTrainer
 
 
 def train(
-    method: Method, recipe: Recipe, task: Task, teacher: nn.Module, student: nn.Module, fit: Fit
+    method: Method,
+    recipe: Recipe,
+    task: Task,
+    teacher: nn.Module,
+    student: nn.Module,
+    fit: Fit,
+    lay_out: LayOut = in_one_process,
 ) -> tuple[Trainer, FitResult]:
     """Train the two networks, or one of them.
+
+    Args:
+        method, recipe, task: what is trained, and on what.
+        teacher, student: as they are laid out.
+        fit: see :data:`metapl.experiments.noisy_labels.Fit`.
+        lay_out: of another teacher than the given one, which the method builds.
 
     Returns: the trainer whose student is the network that is kept, and what its fit ended with.
     """
     if method.doubting is not None:
         assert isinstance(recipe, NoisyFolders)  # the only recipe with these methods
-        return train_on_noisy(method, recipe, task, student, fit)
+        return train_on_noisy(method, recipe, task, student, fit, lay_out)
     if method.is_noisy_student:
         return train_noisy_student(method, recipe, task, fit)
     if method.losses is not None:

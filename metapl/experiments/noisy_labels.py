@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import distributed as dist
+from collections.abc import Callable
+
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from metapl.experiments.fits import ALONE, Fit
 from metapl.feedback import Altered, Estimator, estimator
@@ -16,9 +16,23 @@ from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
+LayOut = Callable[[nn.Module, bool], nn.Module]
+"""Lays out what is learned about labels over the processes that train together, as
+:meth:`metapl.experiments.experiment.Experiment.beside` does."""
+
+
+def in_one_process(teacher: nn.Module, reads_inputs: bool) -> nn.Module:
+    """As it is."""
+    return teacher
+
 
 def train_on_noisy(
-    method: Method, recipe: NoisyFolders, task: Task, student: nn.Module, fit: Fit
+    method: Method,
+    recipe: NoisyFolders,
+    task: Task,
+    student: nn.Module,
+    fit: Fit,
+    lay_out: LayOut = in_one_process,
 ) -> tuple[Trainer, FitResult]:
     """Train a network on given labels, of which some may be wrong, and on the clean ones.
 
@@ -29,6 +43,7 @@ def train_on_noisy(
         method: one of :data:`metapl.recipes.methods.NOISY_METHODS`.
         task: its ``labeled`` batches are clean, its ``unlabeled`` ones have the given labels, and ``everything`` has
             both.
+        lay_out: see :data:`LayOut`.
     """
     options = recipe.trainer_options()
     plain = LossTrainer(student, (CrossEntropy(),), optimizer=recipe.student.build(student), **options)
@@ -38,7 +53,8 @@ def train_on_noisy(
     assert method.doubting is not None
     device = next(student.parameters()).device
     learned = LEARNED[method.doubting]
-    teacher = learned.teacher(recipe, task).to(device)
+    problem = learned.problem()
+    teacher = lay_out(learned.teacher(recipe, task).to(device), problem.teacher_reads_inputs)
     optimizer = recipe.beside(method.doubting).build(teacher)
     if recipe.warm_steps:
         first = {"phase": "warm", "steps": recipe.warm_steps, "schedule": "constant", "select": False}
@@ -47,10 +63,10 @@ def train_on_noisy(
     if method.feedback in ("permuted", "class_means", "random_sign"):
         mode = Altered(mode, method.feedback, seed=recipe.seed)
     trainer = BilevelTrainer(
-        DistributedDataParallel(teacher) if dist.is_initialized() else teacher,
+        teacher,
         student,
         mode,
-        problem=learned.problem(),
+        problem=problem,
         inner_optimizer=recipe.student.build(student),
         outer_optimizer=optimizer,
         teacher_losses=(),

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from metapl.distributed.ranks import ALONE
 from metapl.errors import MetaplError
 from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice
 from metapl.feedback.forward import Forward
@@ -27,8 +28,8 @@ class Altered(Estimator):
     Args:
         base: the estimator whose h, with a row per example, is altered.
         alteration: ``"permuted"``: rows assigned to other examples, h_π(i); ``"class_means"``: every row replaced by
-            the mean over the batch (for sampled labels, whose h is a number for each: over the rows with the same
-            label), which removes what is specific to the example; ``"random_sign"``: each row times ±1 with equal
+            the mean over the batch (for sampled classes, whose h is a number for each: over the rows with the same
+            class), which removes what is specific to the example; ``"random_sign"``: each row times ±1 with equal
             probability. Where h has other rows than the batch, such as the true classes j of the matrix of
             :class:`metapl.problems.NoiseTransition`, "examples" are these rows.
         seed: of the permutations and signs, which are drawn from a separate generator.
@@ -73,12 +74,20 @@ class Altered(Estimator):
         return self.base.looks_ahead
 
     @property
+    def one_process(self) -> bool:
+        return self.base.one_process
+
+    @property
+    def forward_mode(self) -> bool:
+        return self.base.forward_mode
+
+    @property
     def credits(self) -> Credits:
         return self.base.credits
 
     @property
     def normalization(self) -> Normalization:
-        """What the base divides its feedback by; ``"gradient"``, nothing, where it does not say so."""
+        """The base's normalization, or ``"gradient"`` if it has none."""
         return getattr(self.base, "normalization", "gradient")
 
     def init(self) -> State:
@@ -98,8 +107,20 @@ class Altered(Estimator):
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 
     def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:
+        """h, altered over the rows of all ranks."""
+        if h.ndim == 0:
+            raise MetaplError(
+                f"Altered(alteration={self.alteration!r}) was given feedback on a scalar signal; expected a signal "
+                "with rows, over which the feedback can be altered."
+            )
+        # Every rank has its share of the feedback on all rows of a matrix, and alters it alike.
+        ranks = step.student.ranks if len(h) == len(step.outputs) else ALONE
+        values = ranks.all_rows(step.signal.value) if step.signal.sampled else None
+        return ranks.own_rows(self._altered(ranks.all_rows(h), values, count))
+
+    def _altered(self, h: Tensor, drawn: Tensor | None, count: int) -> Tensor:
         if self.alteration == "class_means":
-            return _class_means(h, step)
+            return _class_means(h, drawn)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
         if self.alteration == "permuted":
             return h[torch.randperm(len(h), generator=generator).to(h.device)]
@@ -107,8 +128,8 @@ class Altered(Estimator):
         return h * coins.reshape(-1, *[1] * (h.ndim - 1))
 
 
-def _class_means(h: Tensor, step: InnerStep) -> Tensor:
-    if h.ndim > 1 or not step.signal.sampled:  # the values of a differentiable signal, such as weights, are no classes
+def _class_means(h: Tensor, drawn: Tensor | None) -> Tensor:
+    if h.ndim > 1 or drawn is None or drawn.is_floating_point():  # values that are not classes
         return h.mean(0, keepdim=True).expand_as(h)
-    same = (step.signal.value[:, None] == step.signal.value[None, :]).to(h)
+    same = (drawn[:, None] == drawn[None, :]).to(h)
     return (same @ h) / same.sum(1)

@@ -4,7 +4,7 @@ r"""The base class of all estimators of the teacher's gradient, and :class:`Feed
 
 An estimator combines three choices: how w is computed (:meth:`Path.pullback`, :meth:`Path.adjoints`), how ż is
 computed (:meth:`InnerStep.tangent` or a difference of outputs), and what gets the credit
-(:mod:`metapl.feedback.credit`). It does not access parameters itself.
+(:mod:`metapl.feedback.credit`). It changes no parameter.
 """
 
 from __future__ import annotations
@@ -121,6 +121,16 @@ class Estimator(ABC):
         """Whether it takes more than one student step."""
         return False
 
+    @property
+    def one_process(self) -> bool:
+        """Whether it takes the student's weights and batch as a whole, which one process has."""
+        return self.keep_graph
+
+    @property
+    def forward_mode(self) -> bool:
+        """Whether it takes a pass of the student in forward mode."""
+        return False
+
     def init(self) -> State:
         """The state before the first step."""
         return {}
@@ -150,11 +160,9 @@ def check_choice(estimator: object, name: str, allowed: Sequence[str]) -> None:
 def check_truncate(estimator: object) -> None:
     """Refuse a ``truncate`` below 1."""
     given = getattr(estimator, "truncate", None)
-    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-        raise MetaplError(
-            f"{type(estimator).__name__}(truncate={given!r}): expected the number of last steps to "
-            "differentiate, 1 or more, or None for all."
-        )
+    if given is not None:
+        text = f"{type(estimator).__name__}(truncate={given!r})"
+        checks.whole_number(given, text, "the number of last steps to differentiate (None: all)")
 
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:

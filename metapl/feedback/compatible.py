@@ -1,4 +1,4 @@
-"""What goes together: a mode, a problem, the networks as they are laid out, and their batches."""
+"""Checks that a mode, a problem, networks and batches are compatible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, modes_for
 from metapl.feedback.inner_step import InnerStep
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Problem, as_problem, revises
+from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, revises
 
 
 def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
@@ -37,7 +37,7 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
 
 
 def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
-    """Refuse a problem without the teacher that makes its signal, and a teacher that nothing would ask.
+    """Refuse a problem without the teacher that makes its signal, and a teacher that is not used.
 
     Args:
         teacher, problem: None: no teacher.
@@ -87,7 +87,7 @@ def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout)
         return
     taken = (
         f"mode {mode.name!r}"
-        if mode.keep_graph or mode.name == "implicit"
+        if mode.one_process
         else f"a look-ahead of {steps} student steps"
         if steps > 1
         else f"{type(getattr(problem, 'given', problem)).__name__}, which makes its signal of the feedback,"
@@ -104,7 +104,7 @@ def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout)
 
 def check_tangent(mode: Estimator, student: Layout) -> None:
     """Refuse forward mode where PyTorch has none, through the exchanges of tensor parallelism."""
-    if student.tensor > 1 and (mode.name == "forward" or getattr(mode, "tangent", None) == "forward"):
+    if student.tensor > 1 and mode.forward_mode:
         raise MetaplError(
             f"mode {mode.name!r} takes a pass in forward mode, which PyTorch does not have through the exchanges of "
             'parallelize_module; use mode="difference", or '
@@ -112,8 +112,14 @@ def check_tangent(mode: Estimator, student: Layout) -> None:
         )
 
 
-def check_kind(sampled: bool, mode: Estimator) -> None:
+def check_kind(signal: Signal, mode: Estimator) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate."""
+    sampled = signal.sampled
+    if not sampled and not signal.differentiable() and mode.credits != "nothing":
+        raise MetaplError(
+            f"the problem's signal is {checks.described(signal.value)} without a log_prob, so mode '{mode.name}' has "
+            "nothing to differentiate; expected a floating-point tensor, or the log_prob of each sampled value."
+        )
     if ("hard" if sampled else "soft") not in mode.labels:
         if sampled:
             kinds = "is for differentiable signals, and the problem's signal is sampled (it carries log_prob)"
@@ -121,6 +127,20 @@ def check_kind(sampled: bool, mode: Estimator) -> None:
             kinds = "is for sampled signals, and the problem's signal is differentiable (it carries no log_prob)"
         fitting = ", ".join(modes_for("hard" if sampled else "soft"))
         raise MetaplError(f"mode '{mode.name}' {kinds}; expected one of the modes {fitting}.")
+
+
+def refuse_random_loss(step: InnerStep) -> None:
+    """Refuse an inner loss that draws random numbers: its derivatives are taken of it a second time."""
+    start = RandomState.now(step.outputs.device)
+    with replayed(start), torch.no_grad():
+        step.inner_losses(step.outputs, step.signal, step.student.for_loss(step.params))
+        drew = not RandomState.now(start.device).same(start)
+    if drew:
+        raise MetaplError(
+            "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode takes its "
+            "derivatives in a second pass over it, which would draw others. Draw them in signal(), and give them to "
+            'the loss in a field of the signal, or drop out in the student. mode="unrolled" takes the loss as it is.'
+        )
 
 
 def refuse_other_fields(step: InnerStep) -> None:

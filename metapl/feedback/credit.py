@@ -6,8 +6,8 @@ also reads the weights,
 .. math:: h = -\frac{\partial}{\partial\,\mathrm{signal}} \frac{d}{d\varepsilon}
               \ell(z + \varepsilon\dot z, \mathrm{signal}, \theta + \varepsilon w)
 
-Every function compares d/dε ℓ with ⟨w, g⟩. By the chain rule they are equal; a student for which they are not is
-refused, because its forward and backward passes are not of one function.
+d/dε ℓ is compared with ⟨w, g⟩. By the chain rule they are equal; a student for which they are not is refused, because
+its forward and backward passes are not of one function.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.errors import MetaplError
+from metapl import checks
 from metapl.feedback.base import (
     Estimator,
     Feedback,
@@ -72,12 +72,12 @@ class Forward(Estimator):
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     looks_ahead: ClassVar[bool] = True
+    forward_mode: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
         check_truncate(self)
-        if isinstance(self.keep_every, bool) or not isinstance(self.keep_every, int) or self.keep_every < 1:
-            raise MetaplError(f"Forward(keep_every={self.keep_every!r}): expected a number of steps, 1 or more.")
+        checks.whole_number(self.keep_every, f"Forward(keep_every={self.keep_every!r})", "a number of steps")
 
     @property
     def exact(self) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
+from metapl import checks
 from metapl.errors import MetaplError
 from metapl.feedback.base import Estimator, Feedback, State, check_choice
 from metapl.feedback.credit import Tangent, signal_feedback
@@ -66,11 +67,12 @@ class Implicit(Estimator):
 
     name: ClassVar[str] = "implicit"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
+    one_process: ClassVar[bool] = True
+    forward_mode: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice(self, "solver", ("cg", "neumann", "identity"))
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise MetaplError(f"Implicit(iterations={self.iterations!r}): expected a whole number of 1 or more.")
+        checks.whole_number(self.iterations, f"Implicit(iterations={self.iterations!r})", "a whole number")
         if self.step_size is not None and not (_is_number(self.step_size) and self.step_size > 0):
             raise MetaplError(f"Implicit(step_size={self.step_size!r}): expected a finite number above 0, or None.")
         if not (_is_number(self.damping) and self.damping >= 0):

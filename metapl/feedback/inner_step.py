@@ -48,7 +48,6 @@ class InnerStep:
         inner_loss: the mean of ℓ_i, a scalar.
         grads: g, with a graph if the path keeps it; empty if the step was forgotten.
         state: the optimizer's state before the step.
-        kept: whether θ, g and the state are there; :meth:`again` computes them again.
     """
 
     problem: Problem
@@ -59,13 +58,17 @@ class InnerStep:
     inner_loss: Tensor
     grads: Tree
     state: Any
-    kept: bool = True
+
+    @property
+    def kept(self) -> bool:
+        """Whether θ, g and the state are there; :meth:`again` computes them again."""
+        return bool(self.grads)
 
     def forgotten(self) -> InnerStep:
         """The step without θ, g and the optimizer's state."""
         for part in self.passes:
             part.forget()
-        return replace(self, grads={}, state=None, kept=False)
+        return replace(self, grads={}, state=None)
 
     def again(self, params: Tree, state: Any) -> InnerStep:
         """A forgotten step with θ, g and the optimizer's state; cost: a forward and a backward pass of the student."""
@@ -73,11 +76,11 @@ class InnerStep:
             return self
         pieces = zip(self.passes, self._batches, self.signal.chunks(len(self.passes)), strict=True)
         grads = [part.gradient_again(params, mean_inner_loss(self.problem, signal, x)) for part, x, signal in pieces]
-        return replace(self, grads=mean_tree(grads), state=state, kept=True)
+        return replace(self, grads=mean_tree(grads), state=state)
 
     def on(self, signal: Signal) -> InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
-        step = replace(self, signal=signal, grads={}, kept=False).again(self.params, self.state)
+        step = replace(self, signal=signal, grads={}).again(self.params, self.state)
         return replace(step, inner_loss=self.inner_losses(self.outputs, signal, self.params).mean())
 
     @cached_property

@@ -17,9 +17,10 @@ from metapl import checks
 from metapl.batch import micro_batches, rows
 from metapl.distributed.layout import Layout
 from metapl.distributed.ranks import Ranks
+from metapl.execution.agreement import check_copies
 from metapl.execution.choice import student_of
 from metapl.execution.kernels import refuse_checkpoints
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, refuse_hooks
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, mean_of, refuse_hooks
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep, mean_inner_loss
 from metapl.numerics import Tree, mean_tree
@@ -40,7 +41,7 @@ class Path:
         steps: at least one.
         keep_every: every so many steps, one is kept with its weights, gradient and optimizer state; the adjoint
             computes the others again.
-        check_mean: warn of an outer loss that is not a mean over examples.
+        check_mean: warn if the outer loss is not a mean over examples.
     """
 
     problem: Problem
@@ -64,8 +65,7 @@ class Path:
     @property
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps, a scalar."""
-        losses = [step.inner_loss for step in self.steps]
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        return mean_of([step.inner_loss for step in self.steps])
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -218,7 +218,7 @@ def take_steps(
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
-        check_mean: warn of an outer loss that is not a mean over examples, where ranks share the batch.
+        check_mean: warn if the outer loss is not a mean over examples, where ranks share the batch.
     """
     own = student_of(student, update.parameters, double_backward=keep_graph)
     pieces = micro_batches(labeled, parts, "labeled")
@@ -259,6 +259,7 @@ def _step(
             checks.finite_student(record.outputs)
         with path.student.ranks.agreed():
             signal = teach(x, record.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
+        check_copies([t for t in vars(signal).values() if t is not None], "signals of the teacher", path.student.ranks)
         passes.append(record)
         signals.append(signal)
         if not path.student.double_backward:
@@ -276,7 +277,7 @@ def _step(
         passes,
         batch,
         signal,
-        losses[0] if len(losses) == 1 else torch.stack(losses).mean(),
+        mean_of(losses),
         mean_tree(grads),
         state,
     )

@@ -41,6 +41,10 @@ class ReinforcePerExample(Estimator):
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     credits: ClassVar[Credits] = "example"
 
+    @property
+    def forward_mode(self) -> bool:
+        return self.tangent == "forward"
+
     def __post_init__(self) -> None:
         check_choice(self, "tangent", ("forward", "difference"))
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))

@@ -59,8 +59,9 @@ class TeacherPass:
         label_draws = _replayed_generator(self.generator, self._generator_state)
         with replayed(self._random), label_draws, buffers_aside(self.teacher, self._buffers):
             again = self._run()
-        name = "value" if again.outputs is None else "outputs"
-        check_recomputed(getattr(again, name).detach(), getattr(self.signal, name))
+        for name, t in vars(self.signal).items():
+            if t is not None:
+                check_recomputed(getattr(again, name).detach(), t.detach())
         return again
 
     def _run(self) -> Signal:

@@ -78,6 +78,12 @@ def check_signal(signal: Any, problem: Any) -> Signal:
             f"{name}.signal returned a Signal whose value is {described(signal.value)}; expected a tensor with a row "
             "for each example: metapl.Signal(tensor)."
         )
+    shape, rows = (None if signal.log_prob is None else signal.log_prob.shape), signal.value.shape[:1]
+    if shape not in (None, rows):
+        raise MetaplError(
+            f"{name}.signal returned a Signal whose log_prob is {described(signal.log_prob)} beside a value that is "
+            f"{described(signal.value)}; expected one log-probability for each example, of shape {tuple(rows)}."
+        )
     if signal.value.is_floating_point():
         refuse_not_finite(
             signal.value,
@@ -89,6 +95,11 @@ def check_signal(signal: Any, problem: Any) -> Signal:
 
 def joined_signals(signals: Sequence[Signal]) -> Signal:
     """The signal about the union of micro-batches."""
+    if len(signals) > 1 and signals[0].value.ndim == 0:
+        raise MetaplError(
+            "the problem's signal is a scalar, and a batch is taken in micro-batches (accumulate), each with a signal "
+            "of its own; expected accumulate=1, or a value with a dimension, such as signal.value[None]."
+        )
     columns = {name: [getattr(signal, name) for signal in signals] for name in vars(signals[0])}
     return Signal(**{name: joined(parts) for name, parts in columns.items() if parts[0] is not None})
 

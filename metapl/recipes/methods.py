@@ -15,11 +15,11 @@ from torch import nn
 
 from metapl.models.corrector import Corrector
 from metapl.problems import (
-    BilevelProblem,
     ExampleWeights,
     LabelCorrection,
     MetaWeightNet,
     NoiseTransition,
+    Problem,
     Table,
     WeightNet,
 )
@@ -200,7 +200,7 @@ class Learned:
 
     words: str
     rate: float
-    problem: Callable[[], BilevelProblem]
+    problem: Callable[[], Problem]
     teacher: Callable[[Recipe, Task], nn.Module]
 
 

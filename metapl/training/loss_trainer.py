@@ -15,6 +15,7 @@ from metapl.distributed.layout import layout_of
 from metapl.distributed.ranks import rows_shared
 from metapl.distributed.shards import as_held, load_whole
 from metapl.errors import MetaplError
+from metapl.execution.agreement import check_copies
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
 from metapl.feedback.compatible import check_batches
@@ -74,12 +75,11 @@ class LossTrainer(Trainer):
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
-        if accumulate < 1:
-            raise MetaplError(f"accumulate={accumulate}: expected 1 or more.")
+        checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
         refuse_split_batches(self.losses, accumulate)
         self.device = next(model.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
-        self.compiled = CompiledPasses(*([model] if compile else []))
+        self.compiled = CompiledPasses(*(self.layout.compilable() if compile else []))
         self.steps_done = 0
         self._optimizer_checked = False
 
@@ -100,7 +100,7 @@ class LossTrainer(Trainer):
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
-        self.layout.settle()
+        self.layout.begin_step()
         if not self._optimizer_checked:
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True
@@ -133,6 +133,7 @@ class LossTrainer(Trainer):
                 step=self.steps_done,
                 kind="teacher loss" if self.role == "teacher" else "loss",
             )
+        check_copies([*terms.values()], f"losses of the {self.role}", self.ranks)
         loss = torch.stack(list(terms.values())).sum()
         checks.learns(loss, self.role)
         if loss.requires_grad:  # UDA alone is a plain 0 before its start

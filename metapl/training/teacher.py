@@ -13,13 +13,14 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from metapl import checks
-from metapl.distributed.ranks import ALONE, Ranks, rows_shared
+from metapl.distributed.ranks import rows_shared
 from metapl.errors import MetaplError
+from metapl.execution.agreement import check_copies
 from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
 from metapl.numerics import wide
 from metapl.parts import named_parts
-from metapl.problems.base import Problem
+from metapl.problems.base import Signal
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.training.report import means
 
@@ -83,32 +84,18 @@ def _norm(sizes: Sequence[Tensor]) -> Tensor:
     return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
 
 
-class TeacherStep:
-    """The teacher's passes on one inner batch, all at θ_T from before the step.
+class TeacherStep(TeacherPass):
+    """The teacher's passes on one inner batch, all at θ_T from before the step; its arguments are those of the pass."""
 
-    Args:
-        teacher, problem, unlabeled, student_outputs, generator, recompute, ranks: see
-            :class:`metapl.feedback.teacher_pass.TeacherPass`.
-    """
-
-    def __init__(
-        self,
-        teacher: nn.Module,
-        problem: Problem,
-        unlabeled: Any,
-        student_outputs: Tensor,
-        generator: torch.Generator | None,
-        recompute: bool,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.ranks = ranks
-        self.teacher, self.unlabeled = teacher, unlabeled
+    def __init__(self, teacher: nn.Module, *given: Any) -> None:
         self._outputs: list[Tensor] = []
         self._is_nested = False
         self._weights = {id(p) for _, part in named_parts(teacher) for p in part._parameters.values()}
+        super().__init__(teacher, *given)  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
+
+    def _run(self) -> Signal:
         with self._recording():
-            self._pass = TeacherPass(teacher, problem, unlabeled, student_outputs, generator, recompute, ranks)
-        self.signal = self._pass.signal  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
+            return super()._run()
 
     def backward(
         self,
@@ -120,17 +107,18 @@ class TeacherStep:
         parts: int = 1,
     ) -> TeacherLosses:
         """Algorithm 1, lines 5-7: add the gradient of scale·(−Σ h·signal) + Σ own losses / parts to the weights'."""
+        signal = self.with_graph()
         with self._recording(), rows_shared(self.ranks):
-            signal = self._pass.with_graph()
             terms = sum_of_terms(
                 self.teacher,
                 losses,
                 labeled=labeled,
-                unlabeled=self.unlabeled,
+                unlabeled=self.batch,
                 signal=signal,
                 step=step,
                 kind="teacher loss",
             )
+        check_copies([*terms.values()], "losses of the teacher", self.ranks)
         own = {f"teacher_{name}": term for name, term in terms.items()}
         from_feedback = feedback.teacher_loss(signal)
         if not self.ranks.alone:  # a sum over all rows, of a gradient that is averaged over the ranks

@@ -68,7 +68,7 @@ class BilevelTrainer(Trainer):
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
         accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
-            batch statistics, dropout masks and losses that are no means over examples, which are per micro-batch.
+            batch statistics, dropout masks and losses that are not means over examples, which are per micro-batch.
             Cost: one more teacher forward pass, for about 1/accumulate of the memory.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
         lookahead: the number of student steps that the feedback looks ahead: :meth:`fit` draws this many unlabeled
@@ -143,8 +143,9 @@ class BilevelTrainer(Trainer):
         self._check_options()
 
         # Double backward has no compiled form: there the student runs as it is.
-        eager = {"student"} if self.mode.keep_graph else set()
-        self.compiled = CompiledPasses(*(net for name, net in networks.items() if compile and name not in eager))
+        eager = self.layout if self.mode.keep_graph else None
+        found = [layout.compilable() for layout in self._layouts if compile and layout is not eager]
+        self.compiled = CompiledPasses(*(part for parts in found for part in parts))
         self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
@@ -229,7 +230,7 @@ class BilevelTrainer(Trainer):
         objectives = []
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
             in_last_batch = i >= len(teacher_steps) - parts
-            losses = self._teacher_trainer.losses_for(step.unlabeled) if in_last_batch else ()
+            losses = self._teacher_trainer.losses_for(step.batch) if in_last_batch else ()
             objectives.append(
                 step.backward(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done, parts)
             )
@@ -301,19 +302,17 @@ class BilevelTrainer(Trainer):
         """Refuse options that are wrong, or do not go together."""
         if self.precision not in ("float32", "bfloat16"):
             raise MetaplError(f"precision={self.precision!r}: expected 'float32' or 'bfloat16'.")
-        if self.accumulate < 1 or (self.accumulate > 1 and self.mode.keep_graph):
+        checks.whole_number(self.accumulate, f"accumulate={self.accumulate!r}", "a number of micro-batches")
+        if self.accumulate > 1 and self.mode.keep_graph:
             raise MetaplError(
-                f"accumulate={self.accumulate} with mode {self.mode.name!r}: expected 1 or more, and 1 with "
-                "'unrolled', which keeps the graph of the whole batch (mode 'forward' is as exact)."
+                f"accumulate={self.accumulate} with mode {self.mode.name!r}: expected 1 with 'unrolled', which keeps "
+                "the graph of the whole batch (mode 'forward' is as exact)."
             )
         refuse_split_batches(self.teacher_losses or (), self.accumulate)
-        if not isinstance(self.lookahead, int) or self.lookahead < 1:
-            raise MetaplError(f"lookahead={self.lookahead!r}: expected a number of student steps, 1 or more.")
+        checks.whole_number(self.lookahead, f"lookahead={self.lookahead!r}", "a number of student steps")
         check_steps(self.mode, self.lookahead, self.problem)
         check_layout(self.mode, self.lookahead, self.problem, self.layout)
         check_tangent(self.mode, self.layout)
-        if self.compile and any(layout is not None and layout.is_sharded for layout in self._layouts):
-            raise MetaplError("compile=True does not run on networks that are sharded; leave compile out.")
         if self.teacher is None and self.compile and self.mode.keep_graph:
             raise MetaplError(
                 "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "
@@ -447,7 +446,7 @@ class BilevelTrainer(Trainer):
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
         moves. None where there is no feedback, or the problem has no exact form."""
         exact = self.problem.exact()
-        if self.mode.name == "none" or exact is None:
+        if self.mode.credits == "nothing" or exact is None:
             return None
         found = (
             self._gradient(labeled, unlabeled, self.mode, self.problem),
@@ -488,7 +487,7 @@ class BilevelTrainer(Trainer):
             self._asked, self.student, optimizer=self.outer_optimizer, device=self.device, generator=self.generator
         ) as fault:
             for layout in self._layouts:
-                layout.settle()
+                layout.begin_step()
             check_batches(labeled, inner_batches(unlabeled), self.device, self.ranks)
             if self.outer_optimizer is not None:
                 refuse_missing("outer_optimizer", self.outer_optimizer, trainable(self._asked), "teacher")
@@ -517,6 +516,9 @@ class _TeacherTrainer(LossTrainer):
             precision=trainer.precision,
             accumulate=trainer.accumulate,
         )
+        assert trainer.teacher_layout is not None
+        self.layout = trainer.teacher_layout  # which knows the student's
+        self.ranks = self.layout.ranks
         self.given, self.problem, self.compiled = trainer.teacher_losses, trainer.problem, trainer.compiled
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:

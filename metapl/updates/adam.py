@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metapl.errors import MetaplError
 from metapl.numerics import Tree
+from metapl.updates.base import Parameters
 from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate
 
 
@@ -17,9 +19,19 @@ class Adam(TorchUpdate):
     r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε), with d = ±g (+ λθ where λ is coupled).
 
     m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0 the update is smooth in
-    d, because m̂ vanishes with it, and the square root is not: there n̂ counts as the smallest normal number, a constant
-    (in float16 that is 6e-5, above many a real n̂: keep weights in float32 and give ``precision`` instead).
+    d, because m̂ vanishes with it, and the square root is not: there n̂ counts as the smallest normal number, a constant.
+    In float16 that is above many a real n̂, and such weights are refused.
     """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
+        half = [name for name, p in parameters.items() if p.dtype == torch.float16]
+        if half:
+            raise MetaplError(
+                f"the student's {half[0]} is in float16, whose smallest normal number, 6e-5, is above many of Adam's "
+                "second moments, so the feedback would be that of another step; expected weights in float32, with "
+                'precision="bfloat16" where passes are to be short.'
+            )
+        super().__init__(optimizer, parameters)
 
     @staticmethod
     def rule(

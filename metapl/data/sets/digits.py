@@ -38,7 +38,7 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
     ``labels_per_class`` images of each class keep their labels.
 
     Args:
-        labels_per_class: labelled images of each class, 1 or more.
+        labels_per_class: labeled images of each class, 1 or more.
         seed: from 0 to 2³² − 1. With one seed, the parts for fewer labels lie within those for more.
         validation: number of images to select on, 10 or more.
         test: number of images to report on, 10 or more.
@@ -88,7 +88,7 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
 
 def _check(labels_per_class: int, seed: int, validation: int, test: int, total: int) -> None:
     if labels_per_class < 1:
-        raise MetaplError(f"labels_per_class is {labels_per_class}; expected 1 or more labelled images of each class")
+        raise MetaplError(f"labels_per_class is {labels_per_class}; expected 1 or more labeled images of each class")
     if not 0 <= seed < 2**32:
         raise MetaplError(f"seed is {seed}; expected 0 to 2**32 - 1, which is what scikit-learn takes")
     if min(validation, test) < 10 or validation + test > total - 10:

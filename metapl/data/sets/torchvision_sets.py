@@ -55,7 +55,7 @@ class SplitProtocol:
     Args:
         name: of the protocol.
         data: name of the data set, as :func:`load_image_data` takes it.
-        labels_per_class: labelled training pictures of each class.
+        labels_per_class: labeled training pictures of each class.
         validation: training pictures that are not trained on.
 
     The paper's section 3.2; it names no validation pictures, these are what its counts leave over.
@@ -93,7 +93,7 @@ PROTOCOLS = {
         SplitProtocol("imagenet-10pct", "imagenet", labels_per_class=128, validation=25_000),
     )
 }
-"""CIFAR-10-4K (4,000 labelled, 41,000 not, 5,000 held out), SVHN-1K (1,000, the rest, 5,000) and ImageNet-10% (128,000,
+"""CIFAR-10-4K (4,000 labeled, 41,000 not, 5,000 held out), SVHN-1K (1,000, the rest, 5,000) and ImageNet-10% (128,000,
 the rest, 25,000). ``dataclasses.replace`` makes smaller ones."""
 
 
