@@ -13,6 +13,8 @@ import torchopt
 from torch import Tensor, nn
 
 import metapl
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 
 Inner = Callable[[nn.Module], Any]
@@ -123,3 +125,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def events(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+
+
+def end_of(trainer: Trainer, found: FitResult, folder: Path) -> Any:
+    newest = CheckpointFolder(folder / "checkpoints/fit").newest()
+    assert newest is not None
+    return found.weights, found.step, found.validation_accuracy, newest.state, (folder / "metrics.jsonl").read_bytes()

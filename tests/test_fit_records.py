@@ -20,6 +20,7 @@ from fits import (
     _one_thread,  # noqa: F401  # used by every test
     batches,
     bilevel,
+    events,
     rows,
     single,
 )
@@ -49,12 +50,6 @@ SCALARS = {
     "teacher_validation_accuracy",
     "pseudo_label_accuracy",
 }
-
-
-def events(folder: Path) -> Any:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])

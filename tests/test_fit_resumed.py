@@ -19,6 +19,7 @@ from fits import (
     batches,
     bilevel,
     copied,
+    end_of,
     examples,
     same,
     single,
@@ -33,7 +34,7 @@ from metapl.data import LabeledBatches, MemoryImages, StepSampler, Weak, feed
 from metapl.feedback import Altered, LossDifference, Reinforce
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.tensorboard import Events
-from metapl.training import FitOptions, FitResult, Interrupted, Trainer
+from metapl.training import FitOptions, Interrupted
 
 # ---------------------------------------------------------------------------------------------------- save and resume
 
@@ -72,12 +73,6 @@ def test_a_trainer_refuses_the_state_of_another_mode_and_of_no_trainer(tmp_path:
     metapl.runs.checkpoint.save(tmp_path / "b.ckpt", {"weights": torch.ones(1)})
     with pytest.raises(MetaplError, match=r"b\.ckpt is not a trainer's file"):
         bilevel("forward").load(tmp_path / "b.ckpt")
-
-
-def end_of(trainer: Trainer, found: FitResult, folder: Path) -> Any:
-    newest = CheckpointFolder(folder / "checkpoints/fit").newest()
-    assert newest is not None
-    return found.weights, found.step, found.validation_accuracy, newest.state, (folder / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class SourcePictures(InOrder):
         return len(self.images)
 
     def batch(self, step: int) -> Read:
-        images, used = self.images, torch.tensor(self.numbers(step))
+        images, used = self.images, torch.tensor(self.numbers(step), dtype=torch.int64)
         if isinstance(images, Tensor):
             x = images[used]
         else:
