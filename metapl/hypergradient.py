@@ -10,15 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl import checks
-from metapl.distributed.layout import Layout, layouts
-from metapl.errors import MetaplError
-from metapl.execution.buffers import nothing_moved
-from metapl.execution.guards import restored_on_failure, step_lock, types_explained
-from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
-from metapl.execution.rng import RandomState
-from metapl.execution.sharded import by_backward
-from metapl.feedback import Estimator, Feedback, estimator
-from metapl.feedback.compatible import (
+from metapl.compatible import (
     check_batches,
     check_kind,
     check_layout,
@@ -29,6 +21,14 @@ from metapl.feedback.compatible import (
     refuse_other_fields,
     refuse_random_loss,
 )
+from metapl.distributed.layout import Layout, layouts
+from metapl.errors import MetaplError
+from metapl.execution.buffers import nothing_moved
+from metapl.execution.guards import restored_on_failure, step_lock, types_explained
+from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
+from metapl.execution.rng import RandomState
+from metapl.execution.sharded import by_backward
+from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path, Teach, take_steps
 from metapl.feedback.teacher_pass import TeacherPass

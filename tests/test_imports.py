@@ -19,6 +19,7 @@ LEVELS = (
     ("batch", "checks", "device", "distributed", "numerics", "models"),
     ("execution", "problems", "updates"),
     ("feedback",),
+    ("compatible",),
     ("hypergradient",),
     ("data", "metrics", "report", "export"),
     ("labels", "robustness"),

@@ -324,7 +324,7 @@ def test_every_field_is_a_flag_in_a_group(capsys: pytest.CaptureFixture[str]) ->
     assert max(map(len, text.splitlines())) <= 80
     flags = set(re.findall(r"^  --(?:no-)?([\w-]+)", text, re.MULTILINE))
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(TwoMoons)}
-    assert flags == fields | {"out", "seeds", "controls"}
+    assert flags == fields | {"out", "seeds", "controls", "mesh"}
     assert re.findall(r"^  -", text[text.index("options:") :], re.MULTILINE) == ["  -"]
 
 

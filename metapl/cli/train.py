@@ -26,10 +26,8 @@ from metapl.distributed.launch import (
     check_started,
     from_first,
     is_first,
-    joined,
-    lost_processes_explained,
     program,
-    said_by_another,
+    run_together,
 )
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
@@ -94,16 +92,7 @@ class Train:
             if is_first():
                 raise
             return 2
-        with joined(self.mesh, device) as rank:
-            try:
-                with lost_processes_explained():
-                    return self._beside() if rank else self._lead()
-            except MetaplError as error:
-                if said_by_another(error):
-                    return 2
-                if rank:
-                    raise MetaplError(f"process {rank}: {error}") from error
-                raise
+        return run_together(self.mesh, device, self._lead, self._beside)
 
     def _lead(self) -> int:
         """The share of the first process, which shows and writes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -136,9 +136,40 @@ class Lead:
             from_first(code)
 
 
+GO_ON = "Go on with --resume."
+
+
+def run_together(
+    mesh: Mesh, device: torch.device, lead: Callable[[], int], beside: Callable[[], int], then: str = GO_ON
+) -> int:
+    """Join the processes of a mesh and run a command in all of them; what goes wrong is said by one.
+
+    Args:
+        mesh, device: as for :func:`joined`.
+        lead: the share of the first process, which shows and writes.
+        beside: that of each other one.
+        then: what to do where a process was lost.
+
+    Returns: the exit code.
+    """
+    with joined(mesh, device) as rank:
+        try:
+            with lost_processes_explained(then):
+                return beside() if rank else lead()
+        except MetaplError as error:
+            if said_by_another(error):
+                return 2
+            if rank:
+                raise MetaplError(f"process {rank}: {error}") from error
+            raise
+
+
 @contextmanager
-def lost_processes_explained() -> Iterator[None]:
+def lost_processes_explained(then: str = GO_ON) -> Iterator[None]:
     """Say in words that an exchange failed because another process has ended, or does not answer.
+
+    Args:
+        then: what to do about it.
 
     Raises:
         ProcessLost: that.
@@ -149,7 +180,7 @@ def lost_processes_explained() -> Iterator[None]:
         why = why_lost(error)
         if why is None:
             raise
-        raise ProcessLost(f"{why} Go on with --resume.") from error
+        raise ProcessLost(f"{why} {then}") from error
 
 
 def why_lost(error: BaseException) -> str | None:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 
 from metapl.data.draws import fold_in
 from metapl.data.sets.two_moons import Moons, two_moons
+from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
 from metapl.experiments.stacked import Batch, Stack, Steps, Tree, stacked
 from metapl.metrics import interval
 from metapl.recipes.two_moons import SUCCESS, TwoMoons
 from metapl.report.moons import Regions, draw_regions
 from metapl.training.progress import counting
+from metapl.training.stopping import Interrupted, stop_requests
 
 Method = Literal["supervised", "pseudo_labels", "mpl", "none"]
 
@@ -41,7 +44,8 @@ HARDLY = 0.6
 """An accuracy up to which a network has hardly learned anything, on two classes of the same size."""
 
 CHUNK = 128
-"""Steps whose batches are drawn at once. Part of what a seed means: other chunks draw other batches."""
+"""Steps whose batches are drawn at once. Part of what a seed means: other chunks draw other batches. As often,
+processes that share the runs hear of each other."""
 
 GRID, BORDER = 200, 0.25
 """Points of the plane on each side that are classified for the picture, and how far it goes beyond the moons."""
@@ -87,6 +91,15 @@ class Outcome:
         }
 
 
+def seeds_of(seeds: Sequence[int], number: int, processes: int) -> tuple[int, ...]:
+    """The seeds of a process, in their order; shares differ by one run at most.
+
+    >>> [seeds_of(range(5), number, 2) for number in range(2)]
+    [(0, 1), (2, 3, 4)]
+    """
+    return tuple(seeds[len(seeds) * number // processes : len(seeds) * (number + 1) // processes])
+
+
 class TwoMoonsRuns:
     """The runs of all seeds, side by side; each ends as it would alone, up to rounding.
 
@@ -95,6 +108,7 @@ class TwoMoonsRuns:
         seeds: one for each run.
         progress: show how far they are.
         dtype: of weights and points.
+        ranks: processes each of which has runs of its own, at the same time; they end, fail and stop together.
     """
 
     def __init__(
@@ -103,12 +117,14 @@ class TwoMoonsRuns:
         seeds: Sequence[int],
         progress: bool = False,
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks = ALONE,
     ) -> None:
         if not 1 <= len(seeds) <= MOST_RUNS:
             raise MetaplError(f"{len(seeds):,} seeds were given; expected 1 to {MOST_RUNS:,}.")
-        self.recipe, self.seeds, self.progress = recipe, tuple(seeds), progress
+        self.recipe, self.seeds, self.progress, self.ranks = recipe, tuple(seeds), progress, ranks
+        self._asked: list[int] = []
         self.steps = Steps(recipe)
-        self.moons = [self._drawn(seed) for seed in self.seeds]
+        self.moons = [moons_of(recipe, seed) for seed in self.seeds]
         columns = [(m.points, m.classes, m.points[m.labeled], m.classes[m.labeled]) for m in self.moons]
         points, self.classes, labeled, labels = (
             rearrange(list(column), "run ... -> run ...") for column in zip(*columns, strict=True)
@@ -127,16 +143,27 @@ class TwoMoonsRuns:
 
         Raises:
             MetaplError: the weights of some runs are not finite.
+            Interrupted: one of several processes was asked to stop.
         """
-        networks: Tree = getattr(self, f"_{method}_networks")()
-        finite = torch.stack([t.isfinite().flatten(1).all(1) for t in networks.values()]).all(0)
-        if not finite.all():
-            raise MetaplError(
-                f"{METHODS[method]}: the weights of {int((~finite).sum())} of {len(self.seeds)} runs are not finite "
-                "after training; expected lower learning rates, or less weight on the feedback or UDA."
-            )
+        requests: AbstractContextManager[list[int]] = nullcontext([]) if self.ranks.alone else stop_requests()
+        with requests as self._asked:
+            networks: Tree = getattr(self, f"_{method}_networks")()
+            self._heed()
+        with self.ranks.agreed():
+            finite = torch.stack([t.isfinite().flatten(1).all(1) for t in networks.values()]).all(0)
+            if not finite.all():
+                raise MetaplError(
+                    f"{METHODS[method]}: the weights of {int((~finite).sum())} of {len(self.seeds)} runs are not "
+                    "finite after training; expected lower learning rates, or less weight on the feedback or UDA."
+                )
         right = self.network.classes(networks, self.points) == self.classes
         return Outcome(tuple(right.double().mean(1).tolist()), networks)
+
+    def _heed(self) -> None:
+        """Stop, in all processes, where one of them was asked to."""
+        if self.ranks.any(bool(self._asked)):
+            (number, *_) = [n for asked in self.ranks.gathered(self._asked) for n in asked]
+            raise Interrupted(0, number, None)
 
     def initial(self, role: Literal["teacher", "student"]) -> Tree:
         """The first weights of teachers or students."""
@@ -235,22 +262,14 @@ class TwoMoonsRuns:
         run: Callable[..., tuple[Tree, ...]] | None = None
         with counting(title, self.progress, steps) as done:
             for number, batch in enumerate(self.batches(steps) if batches is None else batches):
+                if number % CHUNK == 0 and not self.ranks.alone:
+                    self._heed()
                 run = run or stacked(step, *networks, batch=batch)
                 networks = run(*networks, batch=batch)
                 done(number + 1)
         return networks
 
     # ---------------------------------------------------------------------------------------------------------- draws
-
-    def _drawn(self, seed: int) -> Moons:
-        recipe = self.recipe
-        return two_moons(
-            seed,
-            points=recipe.points,
-            noise=abs(recipe.noise),  # scikit-learn refuses -0
-            labels_per_class=recipe.labels_per_class,
-            placement=recipe.placement,
-        )
 
     def _chunk(self, moons: Moons, generator: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Positions of unlabeled points, noise, and what labels are drawn by, for ``CHUNK`` steps of a run."""
@@ -261,6 +280,24 @@ class TwoMoonsRuns:
         noise = torch.randn(*shape, 2, generator=generator) if recipe.input_noise else None
         uniform = torch.rand(shape, generator=generator) if recipe.mode == "reinforce" else None
         return index, noise, uniform
+
+
+def moons_of(recipe: TwoMoons, seed: int) -> Moons:
+    """The points of a run."""
+    return two_moons(
+        seed,
+        points=recipe.points,
+        noise=abs(recipe.noise),  # scikit-learn refuses -0
+        labels_per_class=recipe.labels_per_class,
+        placement=recipe.placement,
+    )
+
+
+def together(outcome: Outcome, ranks: Ranks) -> Outcome:
+    """The runs of all processes, in the order of their seeds."""
+    found: list[Outcome] = ranks.gathered(outcome)
+    networks = {name: torch.cat([one.networks[name] for one in found]) for name in outcome.networks}
+    return Outcome(tuple(accuracy for one in found for accuracy in one.accuracy), networks)
 
 
 def titles(recipe: TwoMoons) -> dict[Method, str]:
@@ -325,32 +362,31 @@ def _hardly_learned(outcomes: Iterable[Outcome]) -> str:
     )
 
 
-def draw(path: Path, runs: TwoMoonsRuns, outcomes: Mapping[Method, Outcome]) -> None:
+def draw(path: Path, recipe: TwoMoons, seeds: Sequence[int], outcomes: Mapping[Method, Outcome]) -> None:
     """The decision regions of each method's median run, and the accuracies of all of its runs, as a PNG."""
-    recipe = runs.recipe
-    panels = [_regions(runs, titles(recipe)[method], outcome) for method, outcome in outcomes.items()]
+    panels = [_regions(recipe, seeds, titles(recipe)[method], outcome) for method, outcome in outcomes.items()]
     note = (
-        f"{recipe.points:,} points, {recipe.labels_per_class} of each moon labeled (large marks); {len(runs.seeds)} "
+        f"{recipe.points:,} points, {recipe.labels_per_class} of each moon labeled (large marks); {len(seeds)} "
         "seeds. Of each method its run with the median accuracy; below, all of its runs, green above "
         f"{100 * SUCCESS:.0f} %. In brackets the 95 % interval of the success rate."
     )
     draw_regions(path, "Two moons", note, panels, SUCCESS)
 
 
-def _regions(runs: TwoMoonsRuns, title: str, outcome: Outcome) -> Regions:
+def _regions(recipe: TwoMoons, seeds: Sequence[int], title: str, outcome: Outcome) -> Regions:
     """The panel of a method."""
     run = outcome.median
-    moons = runs.moons[run]
+    moons = moons_of(recipe, seeds[run])
     low, high = moons.points.amin(0) - BORDER, moons.points.amax(0) + BORDER
     axes = [torch.linspace(float(a), float(b), GRID) for a, b in zip(low, high, strict=True)]
     plane = rearrange(torch.stack(torch.meshgrid(*axes, indexing="xy")), "xy y x -> 1 (y x) xy")
     network = {name: t[run : run + 1] for name, t in outcome.networks.items()}
-    classes = runs.network.classes(network, plane.to(runs.points))
+    classes = Steps(recipe).network.classes(network, plane.to(next(iter(network.values()))))
     grid = rearrange(classes, "1 (y x) -> y x", y=GRID)
     ends = "-".join(f"{100 * end:.0f}" for end in outcome.interval)
     return Regions(
         title=title[:1].upper() + title[1:],
-        note=f"{outcome.success} of {len(outcome.accuracy)} succeed ({ends} %); shown: seed {runs.seeds[run]}, "
+        note=f"{outcome.success} of {len(outcome.accuracy)} succeed ({ends} %); shown: seed {seeds[run]}, "
         f"{100 * outcome.accuracy[run]:.1f} %",
         points=moons.points.tolist(),
         classes=moons.classes.tolist(),

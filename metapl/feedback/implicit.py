@@ -95,7 +95,7 @@ class Implicit(Estimator):
         if not step_size:
             raise MetaplError(
                 'Implicit(solver="neumann") takes the student\'s learning rate for its step_size, and this optimizer '
-                "tells none above 0; give step_size=..., below 2 over the greatest eigenvalue of the inner loss."
+                "has none above 0; give step_size=..., below 2 over the greatest eigenvalue of the inner loss."
             )
         return neumann(product, v, self.iterations, float(step_size), float(self.damping))
 

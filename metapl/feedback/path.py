@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl import checks
-from metapl.batch import micro_batches, rows
+from metapl.batch import micro_batches
 from metapl.distributed.layout import Layout
+from metapl.distributed.means import warn_unless_mean
 from metapl.distributed.ranks import Ranks
 from metapl.execution.agreement import check_copies
 from metapl.execution.choice import student_of
@@ -284,39 +283,13 @@ def _step(
 
 
 def _outer_loss(problem: Problem, batch: Any, ranks: Ranks | None) -> Loss:
-    """The outer loss on a batch; with ranks, the first of them warns if it is not a mean over examples."""
+    """The outer loss on a batch; with ranks, it is checked to be a mean over examples."""
 
     def loss(outputs: Tensor, params: Tree) -> Tensor:
         value = problem.outer_loss(outputs, batch)
         checks.scalar_loss(value, "the problem's outer_loss")
         if ranks is not None and not checks.waits(value):
-            with ranks.agreed(waiting=True):
-                found = _no_mean(problem, outputs.detach(), batch, float(value.detach()))
-            found = next((text for text in ranks.gathered(found) if text is not None), None)
-            if found is not None and ranks.first:
-                warnings.warn(found, stacklevel=2)
+            warn_unless_mean(problem.outer_loss, outputs.detach(), batch, value, ranks)
         return value
 
     return loss
-
-
-def _no_mean(problem: Problem, outputs: Tensor, batch: Any, value: float) -> str | None:
-    """A warning, if an outer loss is not the mean of its values on two parts of the rows."""
-    count = len(outputs)
-    half = count // 2
-    if not half:
-        return None
-    with torch.no_grad():
-        parts = [
-            (stop - start) * float(problem.outer_loss(outputs[start:stop], rows(batch, start, stop)))
-            for start, stop in ((0, half), (half, count))
-        ]
-    mean = sum(parts) / count
-    if not abs(value - mean) > 1e-3 * (abs(value) + abs(mean)) + 1e-6:
-        return None
-    return (
-        f"the problem's outer_loss is {value:.4g} on {count} examples, and the mean of its values on two parts of them "
-        f"is {mean:.4g}: it is not a mean over examples. Here it is the mean of its values on the ranks' rows, so the "
-        "feedback is that of another loss than in one process with all rows. Where it is to be the same, return a mean "
-        'over the rows, such as (weights * F.cross_entropy(outputs, labels, reduction="none")).mean().'
-    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.batch import labeled_pair, micro_batches, plain
+from metapl.compatible import check_batches
 from metapl.distributed.layout import layout_of
 from metapl.distributed.ranks import rows_shared
 from metapl.distributed.shards import as_held, load_whole
@@ -18,7 +19,6 @@ from metapl.errors import MetaplError
 from metapl.execution.agreement import check_copies
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
-from metapl.feedback.compatible import check_batches
 from metapl.fingerprints import as_values
 from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, starts, sum_of_terms

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.batch import micro_batches
+from metapl.compatible import check_batches, check_layout, check_steps, check_tangent, check_teacher, prepare
 from metapl.distributed.layout import Layout, layouts
 from metapl.distributed.shards import as_held, load_whole, whole
 from metapl.errors import MetaplError
@@ -19,7 +20,6 @@ from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
-from metapl.feedback.compatible import check_batches, check_layout, check_steps, check_tangent, check_teacher, prepare
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
 from metapl.fingerprints import as_values
