@@ -323,11 +323,11 @@ def test_an_evaluation_keeps_its_color_where_another_lacks_the_curve(
     }
     robustness.draw_evaluations(tmp_path / "page.png", found, "title")
     colors = {}
-    for panel in drawn:
-        if panel.title in ("FGSM", "PGD"):
+    for title, draw in drawn:
+        if title in ("FGSM", "PGD"):
             axes = Figure().subplots()
-            panel.draw(axes)
-            colors[panel.title] = axes.lines[0].get_color()
+            draw(axes)
+            colors[title] = axes.lines[0].get_color()
     assert colors == {"FGSM": PALETTE[0], "PGD": PALETTE[1]}
 
 

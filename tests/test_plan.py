@@ -267,9 +267,9 @@ def test_storages_are_counted_while_they_live() -> None:
         c.untyped_storage().resize_(0)
         assert held.total == 400
         with held.phase("second"):
-            held.name_others([given], "gradients")  # it has a name
+            held.name([given], "gradients", others=True)  # it has a name
             d = given + 1
-            held.name_others([d], "feedback")
+            held.name([d], "feedback", others=True)
             torch.zeros(1)
     assert held.phases["first"].peak.total == 800
     second = held.phases["second"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, T
 import torch
 import tyro
 
-from metapl.data.fingerprint import hash_files
+from metapl.data.identity import hash_files
 from metapl.data.images.check import (
     Finding,
     check_folders,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,9 +12,9 @@ import tyro
 from torch import Tensor
 
 from metapl.data.batches import EvaluationBatches, LabeledBatches
-from metapl.data.fingerprint import hash_files
-from metapl.data.images.check import check_folders, without_copies
-from metapl.data.images.folders import Files, LabeledFiles, digest, scan_labeled
+from metapl.data.identity import hash_files
+from metapl.data.images.check import check_folders, same_pictures
+from metapl.data.images.folders import Files, LabeledFiles, scan_labeled
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.recipes.base import MOST_IN_A_BATCH, Doubtful, Feedback, Optimizer, Task, require, require_within
@@ -261,13 +260,10 @@ def refuse_other_classes(noisy: LabeledFiles, clean: LabeledFiles) -> None:
 
 def refuse_shared(noisy: LabeledFiles, clean: LabeledFiles) -> None:
     """Refuse a picture, by its bytes, that is in both folders."""
-    apart = {*without_copies(clean, noisy).paths()}
-    copied = [path for path in clean.paths() if path not in apart]
-    if copied:
-        sizes = {os.path.getsize(path) for path in copied}
-        given = {digest(path): path for path in noisy.paths() if os.path.getsize(path) in sizes}
-        shown = few([f"{path} is {given[digest(path)]}" for path in copied])
+    pairs = [(same[0], copies[0]) for copies, same in same_pictures(noisy, clean)]
+    if pairs:
+        shown = few([f"{path} is {copy}" for path, copy in pairs])
         raise MetaplError(
-            f"{len(copied)} clean pictures are among the labeled ones too: {shown}; remove them from {noisy.root}, for "
+            f"{len(pairs)} clean pictures are among the labeled ones too: {shown}; remove them from {noisy.root}, for "
             "what is learned about labels is judged on clean pictures that the network was not trained on."
         )
