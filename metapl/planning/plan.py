@@ -160,7 +160,7 @@ def _of_stored_labels(recipe: Recipe, student: nn.Module) -> LossTrainer:
 
 def self_trained(recipe: Recipe) -> bool:
     """Whether the recipe's own method is Noisy Student."""
-    return EVERY_METHOD[recipe.own_method].self_training is not None
+    return EVERY_METHOD[recipe.own_method].is_noisy_student
 
 
 def roles(recipe: Recipe) -> tuple[Role, ...]:
