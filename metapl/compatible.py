@@ -104,7 +104,7 @@ def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout)
 
 def check_tangent(mode: Estimator, student: Layout) -> None:
     """Refuse forward mode where PyTorch has none, through the exchanges of tensor parallelism."""
-    if student.tensor > 1 and mode.forward_mode:
+    if student.product_ranks > 1 and mode.forward_mode:
         raise MetaplError(
             f"mode {mode.name!r} takes a pass in forward mode, which PyTorch does not have through the exchanges of "
             'parallelize_module; use mode="difference", or '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 
 from metapl.words import shown
@@ -28,6 +29,27 @@ class FieldError(MetaplError):
     def __init__(self, text: str, field: str = "", value: object = None, expected: str = "") -> None:
         super().__init__(text)
         self.field, self.value, self.expected = field, value, expected
+
+
+def require_extra(extra: str, need: str, *packages: str) -> None:
+    """Refuse to go on without the packages of an extra; ``need`` is what the message begins with, "ONNX needs" say."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MetaplError(
+            f"{need} {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; get it by: "
+            f"pip install 'metapl[{extra}]'"
+        )
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in a line without its period: the system's words, or what the message begins with.
+
+    >>> reason_of(RuntimeError("out of memory.\\nA traceback")), reason_of(KeyboardInterrupt())
+    ('out of memory', 'KeyboardInterrupt')
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first = next((line for line in map(str.strip, text.splitlines()) if line), type(error).__name__)
+    return shown(f"{first:.300}".rstrip("."))
 
 
 def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:

@@ -210,7 +210,7 @@ def train(
         found["feedback"].append(report.feedback)
     found["graphs"] = counters["stats"]["unique_graphs"] - graphs
     for layout_of_one in trainer._layouts:
-        layout_of_one.settle()
+        layout_of_one.reshard()
     for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
         found[name] = {path: whole(p) for path, p in network.named_parameters()}
         found[f"{name}_buffers"] = {path: b.clone() for path, b in network.named_buffers()}
@@ -387,7 +387,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 def _stale_root(patch: pytest.MonkeyPatch) -> None:
     """The root keeps its gathered weights while the parts are moved."""
-    patch.setattr(Layout, "settle", lambda self: None)
+    patch.setattr(Layout, "reshard", lambda self: None)
 
 
 def _weights_swapped(patch: pytest.MonkeyPatch) -> None:
@@ -515,7 +515,7 @@ def moved(replicate: bool) -> dict[str, Any]:
     for labeled, unlabeled in batches(2):
         trainer.step(share(labeled), share(unlabeled))
     for layout in trainer._layouts:
-        layout.settle()
+        layout.reshard()
     found = {}
     for role, network in (("teacher", trainer.teacher), ("student", trainer.student)):
         assert network is not None

@@ -315,7 +315,7 @@ def parity(
     for role in ("teacher", "student"):
         parts, whole = getattr(trainer, role), getattr(alone, role)
         for layout in trainer._layouts:
-            layout.settle()
+            layout.reshard()
         held = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parts.parameters()]
         found[role] = error(held, whole.parameters())
     scalars = zip(trainer.scalars, alone.scalars, strict=True)  # type: ignore[attr-defined]  # as above

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from problems_zoo import everything, same, toy
-from test_right_or_refused import OnceDifferentiable
 from torch import nn
+from trainers import OnceDifferentiable
 
 import metapl
 from metapl import MetaplError

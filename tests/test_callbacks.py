@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fit import VALIDATION, Counting, batches, bilevel, copied, rows, same, single
+from fits import VALIDATION, Counting, batches, bilevel, copied, rows, same, single
 
 import metapl
 from metapl import MetaplError, StopFit

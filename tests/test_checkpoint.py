@@ -215,7 +215,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "written by format 12, this metapl reads up to 1; upgrade metapl",
     ),
     "folder": (into_folder, r"is a folder; .*CheckpointFolder"),
-    "pipe": (into_pipe, "is not a regular file"),
+    "pipe": (into_pipe, "could not be read: it is a pipe, expected a plain file"),
 }
 
 

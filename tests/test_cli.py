@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import dataclasses
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -27,16 +24,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
-from metapl.cli import COMMANDS, main
-from metapl.cli.ablate import COMMANDS as ABLATED
-from metapl.cli.labels import COMMANDS as LABELS
-from metapl.cli.train import COMMANDS as TRAINED
-from metapl.data.images.reader import gray_image
-from metapl.data.tables import csv_rows
-from metapl.errors import MetaplError
-from metapl.experiments import compare
+from metapl.cli import main
 from metapl.metrics import Evaluation, interval
-from metapl.recipes import RECIPES, Digits, TwoMoons
+from metapl.recipes import Digits
 from metapl.recipes.methods import titled
 from metapl.report import Gallery, draw_grid
 from metapl.runs.folder import weights_file
@@ -84,25 +74,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def delivered(run: Path) -> Path:
     """The weights that the commands take."""
     return run / weights_file(result(run)["delivered"])
-
-
-# ------------------------------------------------------------------------------------------------------------ the help
-
-
-def test_help_names_every_command_and_fits_a_terminal() -> None:
-    text = metapl("--help").stdout
-    assert all(f"\n  metapl {command} " in text for command in COMMANDS)
-    assert max(map(len, text.splitlines())) <= 80
-
-
-@pytest.mark.parametrize("command", [*COMMANDS, "train digits", "labels stats", "labels select"])
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    with contextlib.suppress(SystemExit):
-        main([*command.split(), "--help"])
-    text = capsys.readouterr().out
-    assert f"metapl {command}" in text
-    assert max(map(len, text.splitlines())) <= 80
 
 
 # -------------------------------------------------------------------------------------------------------- the commands
@@ -525,119 +496,7 @@ def test_compare_names_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no runs were named" in refused(capsys, "compare")
 
 
-# ------------------------------------------------------------------------------------------------------------- messages
-
-
-def test_what_the_library_logs_is_shown_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def logging_twice(given: list[str]) -> int:
-        for _ in range(2):
-            logging.getLogger("metapl.models.architecture").info("12 tensors loaded; fresh: %s", "head.weight")
-        return 0
-
-    monkeypatch.setattr("metapl.cli._dispatch", logging_twice)
-    for _ in range(2):  # a handler that stayed would show the second command's messages twice
-        assert main(["evaluate"]) == 0
-        assert capsys.readouterr().err == "metapl: 12 tensors loaded; fresh: head.weight\n"
-    logging.getLogger("metapl.models.architecture").info("beside the command")
-    assert capsys.readouterr().err == ""
-
-
 # ------------------------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["evaluate", "none"], "there is no folder none"),
-        (["evaluate", "none", "--netwrok"], "there is no --netwrok; did you mean --network?"),
-    ],
-)
-def test_a_wrong_command_line_gives_one_line_and_exit_code_2(arguments: list[str], expected: str) -> None:
-    assert expected in refusal(process(*arguments, code=2))
-
-
-def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    line = refused(capsys, "trian")
-    assert (
-        "there is no command 'trian'; did you mean train? Expected one of train, noisy-student, ablate, plan," in line
-    )
-    line = refused(capsys, "train", "dgits")
-    assert "there is no recipe 'dgits'; did you mean digits? Expected one of digits" in line
-    assert "there is no recipe 'xyz'. Expected one of digits" in refused(capsys, "train", "xyz")
-    assert "no recipe was named" in refused(capsys, "train")
-    assert "--steps 0: expected 1 or more" in refused(capsys, "train", "digits", "--steps", "0")
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (("--lableed", "a", "--unlabeled", "b"), "there is no --lableed; did you mean --labeled"),
-        (("--lr", "3"), "there is no --lr; did you mean --student.lr or --teacher.lr or --finetune.lr?"),
-        (("--labelled", "a"), "missing: --unlabeled DIR."),
-        (("--unlabelled", "a"), "missing: --labeled DIR."),
-        (("--labelled", "nowhere", "--unlabelled", "b", "--gray"), "nowhere"),
-        (("--xyzzy",), "there is no --xyzzy. See metapl train images --help."),
-    ],
-)
-def test_flags_that_do_not_exist_are_refused_with_what_was_meant(
-    flags: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert expected in refused(capsys, "train", "images", *flags)
-
-
-@pytest.mark.parametrize("recipe", ["digits", "images", "torchvision", "cifar10-4k"])
-def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from metapl.cli.help import OTHERS
-
-    with contextlib.suppress(SystemExit):
-        main(["train", recipe, "--help"])
-    text = capsys.readouterr().out
-    blocks = {block.partition(":\n")[0]: block.splitlines()[1:] for block in text.split("\n\n")}
-    # A new flag is put into a group in metapl/cli/help.py.
-    assert "".join(blocks[OTHERS]).split()[:2] == ["-h,", "--help"]
-    assert len(re.findall(r"^  -", "\n".join(blocks[OTHERS]), re.MULTILINE)) == 1
-    flags = re.findall(r"^  --(?:no-)?([\w.-]+)", text, re.MULTILINE)
-    assert len(flags) == len(set(flags))
-    fields = {field.name.replace("_", "-") for field in dataclasses.fields(RECIPES[recipe])}
-    hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view", "changes"}
-    hidden |= {"teacher-run", "label-store", "labeled-label-store"}  # --teacher, --labels, --labeled-labels
-    hidden |= {"self-training"}  # whose fields are flags of metapl noisy-student
-    hidden |= {"data"} if recipe.startswith("cifar") else set()
-    assert fields - hidden <= set(flags)
-    assert all(len(block) > 0 for block in blocks.values() if block)
-    if recipe == "images":
-        required = [line.split()[0] for line in blocks["required"] if line.startswith("  -")]
-        assert required == ["--labeled", "--unlabeled"]
-        assert text.index("required:") < text.index("data:")
-        assert "resnet18" in " ".join("".join(blocks["network"]).split())
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        *(f"train {name}" for name in TRAINED),
-        *(f"ablate {name}" for name in ABLATED),
-        "ablate --factory networks:build",
-        *(f"labels {name}" for name in LABELS),
-        *(f"noisy-student {name}" for name in ("digits", "images", "torchvision", "noisy-imagenet-l2")),
-        "plan images",
-        *(command for command in COMMANDS if command not in ("train", "ablate", "labels", "plan", "noisy-student")),
-    ],
-)
-def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.cli import parse
-    from metapl.cli.help import entries_in
-
-    told: list[str] = []
-    monkeypatch.setattr(parse, "readable", lambda text: told.append(text) or "")
-    with contextlib.suppress(SystemExit):
-        main([*command.split(), "--help"])
-    entries = list(entries_in("".join(told)))
-    assert entries
-    silent = re.compile(r"\((default: .*|on by default.*)\)|\(required\)")
-    assert [entry.name for entry in entries if not silent.sub("", entry.help).strip()] == []
 
 
 def test_a_run_of_another_version_gives_one_line_and_exit_code_2(run: Path) -> None:
@@ -683,92 +542,3 @@ def test_a_spoiled_run_is_refused_in_one_line(name: str, run: Path, capsys: pyte
     line = refused(capsys, "evaluate", run)
     assert str(run) in line or name == "unknown field"
     assert re.search(expected, line), line
-
-
-# ------------------------------------------------------------------------------------------------ images and CSV files
-
-
-def picture(kind: str) -> Image.Image:
-    """One digit, as files of many kinds hold it."""
-    ink = (load_digits().images[5] * 255 / 16).round().astype("uint8")
-    plain = Image.fromarray(ink)
-    return {
-        "gray": lambda: plain,
-        "color": lambda: plain.convert("RGB"),
-        "palette": lambda: plain.convert("P"),
-        "print": lambda: plain.convert("CMYK"),
-        "16 bits": lambda: Image.fromarray(ink.astype("uint16") * 257),
-        "paper": lambda: Image.fromarray(255 - ink),
-        "transparent": lambda: Image.merge("LA", (Image.new("L", (8, 8)), plain)),
-        "large": lambda: plain.resize((80, 120), Image.Resampling.NEAREST),
-    }[kind]()
-
-
-@pytest.mark.parametrize("kind", ["gray", "color", "palette", "print", "16 bits", "paper", "transparent", "large"])
-def test_an_image_of_any_kind_gives_the_same_input(kind: str, tmp_path: Path) -> None:
-    file = tmp_path / ("digit.tif" if kind == "print" else "digit.png")
-    picture(kind).save(file)
-    ((name, found),) = Digits().read(file)
-    assert name == str(file)
-    torch.testing.assert_close(found, torch.tensor(load_digits().images[5:6] / 16).float(), atol=0.003, rtol=0)
-
-
-def test_areas_are_averaged(tmp_path: Path) -> None:
-    Image.fromarray(numpy.array([[0, 255, 51, 51]] * 2, numpy.uint8)).save(tmp_path / "x.png")
-    expected = torch.tensor([[0.5, 0.2], [0.5, 0.2]])
-    torch.testing.assert_close(gray_image(tmp_path / "x.png", 2), expected)
-
-
-@pytest.mark.parametrize(
-    "text", ["1,2.5,0\n", "a,b,c\n1,2.5,0\n", "0,1,2\n1,2.5,0\n", "\ufeffa,b,c\r\n\r\n1, 2.5 ,0\r\n"]
-)
-def test_tables_with_and_without_a_header(text: str, tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text(text, newline="")
-    ((line, values),) = csv_rows(tmp_path / "x.csv", 3, highest=16)
-    assert line == len(text.splitlines())
-    assert values.tolist() == [1, 2.5, 0]
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"", "no row of numbers"),
-        (b"a,b,c\n", "no row of numbers"),
-        (b"1,2,3\n1,2\n", r":2: the row has 2 cells; expected 3"),
-        (b"1,2,3\n1,x,3\n", r":2: cell 2 is 'x'"),
-        (b"1,2,17\n", r":1: cell 3 is '17'; expected a number from 0 to 16"),
-        (b"1,2,nan\n", r":1: cell 3 is 'nan'"),
-        (b"\xff\xfe,2\n", "cannot be read"),
-    ],
-)
-def test_a_table_that_is_not_of_examples_is_refused(content: bytes, expected: str, tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_bytes(content)
-    with pytest.raises(MetaplError, match=expected):
-        csv_rows(tmp_path / "x.csv", 3, highest=16)
-
-
-def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(compare, "available_cores", lambda: 8)
-    monkeypatch.setattr(compare, "default_threads", lambda: 8)
-
-    def stop(jobs: Any, workers: int, here: Any) -> Any:
-        seen.append((workers, {job.threads for job in jobs}))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare, "run_all", stop)
-    for jobs in (None, 2):
-        with pytest.raises(KeyboardInterrupt):
-            compare.run_jobs(Digits(), tmp_path, ("mpl", "none", "uda"), (0, 1), resume=False, jobs=jobs)
-    monkeypatch.setattr(Digits, "torch_device", lambda self: torch.device("cuda"))
-    with pytest.raises(KeyboardInterrupt):
-        compare.run_jobs(Digits(), tmp_path, ("mpl", "none"), (0, 1), resume=False, jobs=None)
-    assert seen == [(6, {1}), (2, {1}), (1, {8})]
-
-
-def test_every_recipe_is_told() -> None:
-    from metapl.cli import RECIPES_HELP
-
-    told = [line.split()[0] for line in RECIPES_HELP.splitlines() if line.startswith("  ")]
-    assert told == list(TRAINED) == [*RECIPES, TwoMoons.name]
-    assert max(map(len, RECIPES_HELP.splitlines())) <= 80

@@ -16,7 +16,7 @@ from tiny_runs import color_folders, images_command, tiny  # noqa: F401 - a fixt
 from torch import Tensor
 
 from metapl.cli import main
-from metapl.cli.export import _Card
+from metapl.cli.export import _card
 from metapl.experiments.load_run import load_run
 from metapl.export import export
 from metapl.metrics import evaluate_logits
@@ -68,7 +68,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_exported_file_says_it_all(colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The network of a run, exported, is the same without the run: no flag but the pictures."""
     run = load_run(colors / "run")
-    card = _Card.of(run, run.name("delivered")).content()
+    card = _card(run, run.name("delivered"))
     network = run.network(run.name("delivered"))
     file = export(network, tmp_path, card=card, architecture=run.recipe.architecture()).weights
     flags = ("--test", colors / "test", "--attack", "fgsm", "--json")
@@ -323,11 +323,11 @@ def test_an_evaluation_keeps_its_color_where_another_lacks_the_curve(
     }
     robustness.draw_evaluations(tmp_path / "page.png", found, "title")
     colors = {}
-    for panel in drawn:
-        if panel.title in ("FGSM", "PGD"):
+    for title, draw in drawn:
+        if title in ("FGSM", "PGD"):
             axes = Figure().subplots()
-            panel.draw(axes)
-            colors[panel.title] = axes.lines[0].get_color()
+            draw(axes)
+            colors[title] = axes.lines[0].get_color()
     assert colors == {"FGSM": PALETTE[0], "PGD": PALETTE[1]}
 
 

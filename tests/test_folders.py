@@ -436,7 +436,7 @@ def test_cache(mixed: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for damage in ("{", "[]", json.dumps({"asked": 3})):
         cache.write_text(damage)
         assert looks() == 7
-    with pytest.raises(MetaplError, match="cannot be written"):
+    with pytest.raises(MetaplError, match="could not be written"):
         verify_files(mixed, cache=tmp_path / "nowhere" / "verified.json")
 
 
@@ -519,7 +519,7 @@ def test_split_files(tmp_path: Path) -> None:
             Split.load(path, LABELS, LABELS[:50])
     with pytest.raises(MetaplError, match="cannot be read"):
         Split.load(tmp_path / "none.json", LABELS, LABELS)
-    with pytest.raises(MetaplError, match="cannot be written"):
+    with pytest.raises(MetaplError, match="could not be written"):
         split.save(tmp_path / "nowhere" / "split.json")
 
 

@@ -79,8 +79,7 @@ def test_what_no_font_has_is_spelled_out_and_said(without_others: None, tmp_path
         assert explanation == "No font here has 2 of the letters: they stand as codes, such as U+732B."
     drawn: list[str] = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("metapl.report.grid.png", lambda figure: drawn.extend(texts(figure)) or png(figure))
-        patched.setattr("metapl.report.page.png", lambda figure: drawn.extend(texts(figure)) or png(figure))
+        patched.setattr("metapl.report.canvas.png", lambda figure: drawn.extend(texts(figure)) or png(figure))
         gallery = Gallery(f"of {CAT}", "a note", torch.zeros(1, 1, 4, 4), (f"{CAT}  90%\n{NOWHERE}.png",))
         draw_grid(tmp_path / "grid.png", f"all {CAT}", "a note", [gallery])
         assert any("U+732B  90%" in one for one in drawn)

@@ -28,8 +28,8 @@ from command import metapl, unprompted
 from PIL import Image
 
 from metapl.cli import main
-from metapl.data import fingerprint
-from metapl.data.fingerprint import hash_files
+from metapl.data import identity
+from metapl.data.identity import hash_files
 from metapl.data.images import verify
 from metapl.data.images.check import check_folders
 from metapl.data.images.folders import scan_labeled, scan_unlabeled
@@ -240,7 +240,7 @@ def test_large_folders_are_known_by_names_and_sizes(tmp_path: Path, monkeypatch:
     (tmp_path / "b.png").unlink()
     for limit in ("WHOLE_UP_TO", "WHOLE_BYTES"):
         with monkeypatch.context() as patch:
-            patch.setattr(fingerprint, limit, 0)
+            patch.setattr(identity, limit, 0)
             first, *others = changes()
             assert first.startswith("names and sizes: ")
             assert [one == first for one in others] == [True, False, False]

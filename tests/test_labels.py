@@ -160,11 +160,11 @@ def test_other_readers_of_parquet_understand_a_part(tmp_path: Path) -> None:
 def test_numbers_are_read_from_a_memory_map(tmp_path: Path) -> None:
     store = written(tmp_path / "store", list(range(20)), softmax(20), top_k=2)
     store.at([0])
-    assert list(store._columns) == [0], "other parts are not touched"
+    assert store._columns.cache_info().currsize == 1, "other parts are not touched"
     opened = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
     assert not any(path.startswith(str(tmp_path)) for path in opened), "a process may have few open files"
     assert f"{store.folder}/{store.parts[0].file}" in Path("/proc/self/maps").read_text()
-    for column in store._columns[0].values():
+    for column in store._columns(0).values():
         assert not column.flags.owndata
         assert not column.flags.writeable
 
@@ -176,14 +176,14 @@ def test_a_store_with_more_parts_than_are_kept_mapped(tmp_path: Path, monkeypatc
     store = written(tmp_path / "store", names(40), p, rows_per_part=5)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     assert torch.allclose(store[[names(40)[i] for i in order]], read_by_hand(p[order], None), atol=1e-6)
-    assert (len(store._columns), len(store._names)) == (2, 2)
+    assert [read.cache_info().currsize for read in (store._columns, store._names)] == [2, 2]
 
 
 def test_worker_processes_read_for_themselves(tmp_path: Path) -> None:
     store = written(tmp_path / "store", names(30), softmax(30))
     store.at([0])
     copy = pickle.loads(pickle.dumps(store))
-    assert (copy._sound, len(copy._columns)) == (set(), 0)
+    assert (copy._sound, copy._columns.cache_info().currsize) == (set(), 0)
     served = DataLoader(
         [[i, 29 - i] for i in range(6)],
         batch_size=None,
@@ -595,7 +595,7 @@ def test_a_refusal_of_the_disk_has_its_words(tmp_path: Path, monkeypatch: pytest
     def full(*given: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("metapl.labels.writer.replacing", full)
+    monkeypatch.setattr("metapl.runs.atomic.replacing", full)
     with pytest.raises(MetaplError, match=r"store.json could not be written: No space left on device; the 0 rows"):
         add(tmp_path / "store", ["a"], softmax(1))
     assert not (tmp_path / "store").exists()

@@ -82,8 +82,7 @@ def place(pixels: NDArray[Any], color: tuple[int, int, int]) -> tuple[int, int, 
 def pages(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were drawn."""
     drawn: list[Figure] = []
-    for module in ("page", "grid"):
-        monkeypatch.setattr(f"metapl.report.{module}.png", lambda figure: drawn.append(figure) or png(figure))
+    monkeypatch.setattr("metapl.report.canvas.png", lambda figure: drawn.append(figure) or png(figure))
     return drawn
 
 

@@ -17,7 +17,7 @@ from ranks import Ranks
 from torch import distributed as dist
 
 from metapl import checks
-from metapl.cli.plan import PLANNED
+from metapl.cli.plan import PLANNED, without_data
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
@@ -223,11 +223,13 @@ def test_wrong_input_is_refused(arguments: tuple[str, ...], words: str, capsys: 
 
 
 def test_every_recipe_is_built_without_data() -> None:
-    for name, build in PLANNED.items():
-        recipe = build({}, 3 if name == "images" else None, None)
+    for name, kind in PLANNED.items():
+        recipe = without_data(kind, {}, 3 if name == "images" else None, None)
         assert recipe.name == name
         with_feedback = not name.startswith("noisy-")
-        changed = build({"steps": 100_000}, 3 if name == "images" else None, "none" if with_feedback else None)
+        changed = without_data(
+            kind, {"steps": 100_000}, 3 if name == "images" else None, "none" if with_feedback else None
+        )
         assert changed.steps == 100_000
         assert not with_feedback or changed.feedback.mode == "none"
         with torch.device("meta"):
@@ -265,9 +267,9 @@ def test_storages_are_counted_while_they_live() -> None:
         c.untyped_storage().resize_(0)
         assert held.total == 400
         with held.phase("second"):
-            held.name_others([given], "gradients")  # it has a name
+            held.name([given], "gradients", others=True)  # it has a name
             d = given + 1
-            held.name_others([d], "feedback")
+            held.name([d], "feedback", others=True)
             torch.zeros(1)
     assert held.phases["first"].peak.total == 800
     second = held.phases["second"]

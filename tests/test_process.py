@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from command import refused, said
-from test_fit import batches, single
+from fits import batches, single
 from tiny_runs import TINY, color_folders, digit, images_command, run, tiny  # noqa: F401 - fixtures
 
 from metapl import MetaplError

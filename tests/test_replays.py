@@ -9,126 +9,34 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
-from problems_zoo import ANYWHERE, CLASSES, OPTIMISERS, Toy, everything, mlp, same, toy
-from reference import error, own_stream
+from problems_zoo import ANYWHERE, CLASSES, Toy, everything, mlp, same
+from reference import error
+from replays import (
+    ALL,
+    EXACT,
+    RULE,
+    TOLERANCE,
+    _seeded,  # noqa: F401  # used by every test
+    case,
+    check_exact,
+    check_refused,
+    found,
+    plainly,
+    twin,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import metapl
-from metapl import MetaplError
-from metapl.feedback import Difference, ReinforcePerExample
 
-RULE = OPTIMISERS["torch_sgd_nesterov"]
-TOLERANCE = {"unrolled": 1e-9, "forward": 1e-9, "difference": 1e-4}
-EXACT = list(TOLERANCE)
-ALL: dict[str, Any] = {
-    **{mode: mode for mode in ANYWHERE},
-    "difference_one_sided": Difference(one_sided=True),
-    "reinforce_per_example_by_difference": ReinforcePerExample(tangent="difference"),
-}
 REPLAYING = [name for name in ALL if name in ("forward", "difference") or "per_example" in name or "sided" in name]
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(5)  # not the seed of the teachers
-
-
-def case(student: nn.Module, teacher: nn.Module | None = None, dtype: torch.dtype = torch.float64) -> Toy:
-    base = toy("mlp", dtype=dtype, rows=6)
-    return Toy(base.teacher if teacher is None else teacher, student, base.labeled, base.unlabeled, 0)
-
-
-def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, t in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._parameters[leaf] = t
-
-
-def twin(module: nn.Module) -> nn.Module:
-    """A copy, of modules too whose weight is an attribute with a graph."""
-    kept = {id(t): t.detach() for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)}
-    return copy.deepcopy(module, kept)
-
-
-@sdpa_kernel(SDPBackend.MATH)
-def plainly(problem: Toy, kind: str = "soft") -> tuple[reference.Tree, dict[str, Tensor]]:
-    """The teacher's gradient by double backward on the student itself, and the student's buffers after its inner pass.
-
-    ``kind`` is ``"soft"``, or ``"score"`` as in the reference.
-    """
-    teacher, student = twin(problem.teacher), twin(problem.student)
-    theta, phi = dict(student.named_parameters()), dict(teacher.named_parameters())
-    z = student(problem.unlabeled)
-    after_inner = torch.get_rng_state()
-    log_q = teacher(problem.unlabeled).log_softmax(-1)
-    drawn = torch.multinomial(log_q.detach().exp(), 1) if kind == "score" else None
-    leaf = log_q.detach().exp() if drawn is None else torch.ones(len(z), dtype=z.dtype)
-    leaf.requires_grad_()
-    losses = (
-        reference.cross_entropy(leaf, z) if drawn is None else leaf * F.cross_entropy(z, drawn[:, 0], reduction="none")
-    )
-    g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
-    buffers = {name: b.detach().clone() for name, b in student.named_buffers()}
-    moved, _ = RULE.rule(theta, dict(zip(theta, g, strict=True)), None)
-    torch.set_rng_state(own_stream(after_inner))
-    put(student, moved)
-    outer = F.cross_entropy(student(problem.labeled[0]), problem.labeled[1])
-    v = torch.autograd.grad(outer, list(moved.values()))  # while θ′ is there for checkpoints
-    put(student, theta)
-    (told,) = torch.autograd.grad(list(moved.values()), leaf, v)
-    spoken = log_q.exp() if drawn is None else log_q.gather(-1, drawn)[:, 0]
-    grads = torch.autograd.grad((told * spoken).sum(), list(phi.values()))
-    return dict(zip(phi, grads, strict=True)), buffers
-
-
-def found(problem: Toy, mode: str) -> metapl.Hypergradient:
-    inner = RULE.build(problem.student)
-    return metapl.hypergradient(**problem.networks(), **problem.data(), mode=ALL[mode], inner_optimizer=inner)
-
-
-def check_exact(problem: Toy, mode: str, plain: Toy | None = None) -> None:
-    """The gradient is right, a call moves nothing, and a step moves the buffers as the one inner pass does."""
-    kind = "score" if "per_example" in mode else "soft"
-    problem.draw_from_start()
-    expected, buffers = plainly(problem if plain is None else plain, kind)
-    problem.draw_from_start()
-    before = everything(problem, generator=False)
-    grads = found(problem, mode).grads
-    assert same(before, everything(problem, generator=False))
-    assert error(grads, expected) < (1e-4 if "difference" in mode else TOLERANCE.get(mode, 1e-9))
-    problem.draw_from_start()
-    inner = RULE.build(problem.student)
-    metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode], inner_optimizer=inner, teacher_losses=()).step(
-        **problem.data()
-    )
-    after = dict(problem.student.named_buffers())
-    assert buffers.keys() == after.keys()
-    assert all(torch.equal(after[name], b) for name, b in buffers.items())
-
-
-def check_refused(problem: Toy, mode: str, match: str) -> None:
-    """Refused by both calls, before anything moved."""
-    inner = RULE.build(problem.student)
-    problem.draw_from_start()
-    before = everything(problem, inner)
-    with pytest.raises(metapl.MetaplError, match=match):
-        metapl.hypergradient(**problem.networks(), **problem.data(), mode=ALL[mode], inner_optimizer=inner)
-    assert same(before, everything(problem, inner))
-    trainer = metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode], inner_optimizer=inner)
-    with pytest.raises(metapl.MetaplError, match=match):
-        trainer.step(**problem.data())
-    assert same(before, everything(problem, inner))
-    assert trainer.steps_done == 0
 
 
 # ----------------------------------------------------------------------------------------- activation checkpoints
@@ -513,6 +421,8 @@ QUANTIZED: dict[str, Callable[[Tensor], Tensor]] = {
     "gradient_hook": lambda h: _hooked(h, lambda g: g.clamp(-1e-3, 1e-3)),
     "scaling_hook": lambda h: _hooked(h, lambda g: 0.5 * g),
 }
+
+
 RIGHT = {("forward", "detach"), ("forward", "rounding"), ("forward", "backward")}
 
 
@@ -574,177 +484,3 @@ def test_hooks_after_the_gradient_has_been_accumulated_are_refused(mode: str) ->
     problem = case(mlp().double())
     problem.student[3].bias.register_post_accumulate_grad_hook(lambda p: None)
     check_refused(problem, mode, "3.bias has a hook.*register_hook")
-
-
-# --------------------------------------------------------------------------------------------- inputs and kernels
-
-
-class InPlace(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.mul_(0.5))
-
-
-@pytest.mark.parametrize("mode", ANYWHERE)
-@pytest.mark.parametrize("who", ["student", "teacher"])
-def test_a_network_that_changes_its_input_is_refused(who: str, mode: str) -> None:
-    networks = {"student": mlp().double(), "teacher": mlp().double(), who: InPlace().double()}
-    check_refused(case(networks["student"], networks["teacher"]), mode, f"the {who} changed its input in place.*clone")
-
-
-class Padded(nn.Module):
-    """An encoder whose padded rows enter the output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(4, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask = torch.zeros(len(x), 4, dtype=torch.bool)
-        mask[:, 3] = True
-        return self.head(self.encoder(x.flatten(1, 2), src_key_padding_mask=mask).mean(1))
-
-
-@pytest.mark.parametrize("mode", [*EXACT, "difference_one_sided", "reinforce_per_example"])
-def test_an_encoder_in_eval_mode_with_padding(mode: str) -> None:
-    """Without a graph PyTorch would take a fused path, with other numbers in padded rows."""
-    torch.manual_seed(5)
-    check_exact(case(Padded().double().eval()), mode)
-
-
-class Mixed(nn.Module):
-    """A float32 body and a float64 head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(16, 32), nn.Linear(32, CLASSES).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x.flatten(1)).tanh().double())
-
-
-@pytest.mark.parametrize("mode", [*EXACT, "difference_one_sided"])
-def test_a_float32_body_under_a_float64_head(mode: str) -> None:
-    torch.manual_seed(5)
-    base = case(Mixed(), dtype=torch.float32)
-    problem = Toy(mlp().double(), base.student, base.labeled, base.unlabeled, 0)
-    problem.teacher[0] = Widen()
-    expected, _ = plainly(problem)
-    assert error(found(problem, mode).grads, expected) < (5e-3 if "difference" in mode else 1e-5)
-
-
-class Widen(nn.Flatten):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).double()
-
-
-# ---------------------------------------------------------------------------------------------- losses of targets
-
-
-class Generalised(metapl.PseudoLabels):
-    """Generalised cross-entropy of a target: (1 − ⟨t, p⟩^0.7)/0.7, not linear in t."""
-
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
-        target = signal.value
-        if not target.is_floating_point():
-            target = F.one_hot(target, outputs.shape[-1]).to(outputs)
-        return (1 - (target * outputs.softmax(-1)).sum(-1) ** 0.7) / 0.7
-
-
-@pytest.mark.parametrize("mode", ["forward", "difference"])
-def test_hard_labels_and_an_inner_loss_that_is_not_linear_in_its_target(mode: str) -> None:
-    problem = case(mlp().double())
-    inner = RULE.build(problem.student)
-    given = {**problem.networks(), **problem.data(), "mode": mode, "inner_optimizer": inner}
-    with pytest.raises(metapl.MetaplError, match=r"not linear in its target.*reinforce_per_example"):
-        metapl.hypergradient(**given, problem=Generalised(kind="hard"))
-    soft = metapl.hypergradient(**given, problem=Generalised(kind="soft"))
-    exact = metapl.hypergradient(**{**given, "mode": "unrolled"}, problem=Generalised(kind="soft"))
-    assert error(soft.grads, exact.grads) < TOLERANCE[mode]
-
-
-@pytest.mark.parametrize("mode", [Difference(), Difference(one_sided=True)], ids=["central", "one_sided"])
-@pytest.mark.parametrize("wrong", [(), (1.0,), (1.0, 8.0), (1.0, 8.0, 64.0)], ids=str)
-def test_a_difference_that_is_spoilt_is_taken_again_over_a_smaller_move(
-    wrong: tuple[float, ...], mode: Difference, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Units that switch on within a move spoil it by as much as all of it, and a smaller move meets fewer of them."""
-    real = Difference.tangent
-
-    def spoilt(self: Difference, step: Any, w: Any, shorter: float = 1.0) -> Any:
-        tangent = real(self, step, w, shorter)
-        return replace(tangent, z_dot=3 * tangent.z_dot) if shorter in wrong else tangent
-
-    found = [case(mlp().double()) for _ in range(2)]
-    exact = metapl.hypergradient(
-        **found[0].networks(), **found[0].data(), inner_optimizer=RULE.build(found[0].student)
-    ).grads
-    monkeypatch.setattr(Difference, "tangent", spoilt)
-    call = lambda: metapl.hypergradient(  # noqa: E731
-        **found[0].networks(), **found[0].data(), mode=mode, inner_optimizer=RULE.build(found[0].student)
-    )
-    if len(wrong) == 3:
-        with pytest.raises(MetaplError, match="forward and backward passes are not of one function"):
-            call()
-    else:
-        assert error(call().grads, exact) < 1e-3
-
-
-@pytest.mark.parametrize("mode", [Difference(), Difference(one_sided=True)], ids=["central", "one_sided"])
-def test_a_small_network_of_relus_trains_by_differences(mode: Difference) -> None:
-    torch.manual_seed(5)
-    networks = [nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)) for _ in range(2)]
-    trainer = metapl.BilevelTrainer(*networks, mode)
-    labeled, unlabeled = (torch.randn(32, 16), torch.randint(0, 4, (32,))), torch.randn(32, 16)
-    for _ in range(320):
-        trainer.step(labeled, unlabeled)
-
-
-class Rounded(nn.Module):
-    """A student in float32 that rounds its outputs, straight through, to so many levels a unit."""
-
-    def __init__(self, levels: int) -> None:
-        super().__init__()
-        self.network, self.levels = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3)), levels
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.network(x)
-        return z + ((z * self.levels).round() / self.levels - z).detach()
-
-
-@pytest.mark.parametrize("levels", [2, 16, 256])
-@pytest.mark.parametrize("mode", [Difference(), ReinforcePerExample(tangent="difference")], ids=["soft", "sampled"])
-def test_rounding_in_float32_is_refused_by_a_difference(mode: Any, levels: int) -> None:
-    """Its outputs do not move, or jump; rounding of the numbers is no excuse, nor is it at a smaller move."""
-    for seed in range(4):
-        base = toy("mlp", dtype=torch.float32, rows=64, seed=seed)
-        student = Rounded(levels)
-        inner = torch.optim.SGD(student.parameters(), lr=0.1)
-        with pytest.raises(metapl.MetaplError, match="the feedback would be wrong"):
-            metapl.hypergradient(base.teacher, student, **base.data(), mode=mode, inner_optimizer=inner)
-
-
-class Jump(nn.Module):
-    """The units of one example of the inner batch jump at their sum of today."""
-
-    def forward(self, h: Tensor) -> Tensor:
-        if not hasattr(self, "today"):
-            self.register_buffer("today", h.detach()[0].sum(), persistent=False)
-        jump = torch.zeros_like(h)
-        if h.shape[0] == 64:
-            jump[0] = 1e-2 * (h.detach()[0].sum() >= self.today)
-        return h + jump
-
-
-def test_jumps_that_the_slopes_do_not_see_are_refused() -> None:
-    """Where student and teacher agree the loss is flat, and its feedback is not."""
-    base = toy("mlp", dtype=torch.float32, rows=64)
-    student = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.Tanh(), Jump(), nn.Linear(32, CLASSES))
-    inner = torch.optim.SGD(student.parameters(), lr=0.1)
-    with pytest.raises(metapl.MetaplError, match="outputs jump"):
-        metapl.hypergradient(base.teacher, student, **base.data(), mode="difference", inner_optimizer=inner)

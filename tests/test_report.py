@@ -56,7 +56,7 @@ def draw(path: Path, **changes: Any) -> tuple[int, int]:
 def pages(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were drawn."""
     drawn: list[Figure] = []
-    monkeypatch.setattr("metapl.report.page.png", lambda figure: drawn.append(figure) or png(figure))
+    monkeypatch.setattr("metapl.report.canvas.png", lambda figure: drawn.append(figure) or png(figure))
     return drawn
 
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_fit import events, rows
+from fits import events, rows
 
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.folder import WEIGHTS

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from command import refused, reseal, result, said
-from test_fit import batches, bilevel, single
+from fits import batches, bilevel, single
 from tiny_runs import TINY, digit, run, tiny  # noqa: F401 - fixtures
 
 from metapl.cli import main

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
-from test_fit import VALIDATION, Counting, batches, bilevel, copied, end_of, network, rows, same, single
+from fits import VALIDATION, Counting, batches, bilevel, copied, end_of, network, rows, same, single
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from metapl.ablation import Ablation, ablate
+from metapl.ablation import ablate
 from metapl.cli.factory import made_by
-from metapl.cli.idle import by_ablation, explained
-from metapl.cli.parse import Switch, paragraph
+from metapl.cli.folders import written_to
+from metapl.cli.idle import by_ablation, refuse_idle
+from metapl.cli.parse import Switch, on_recipe, paragraph
 from metapl.errors import MetaplError
 from metapl.experiments.comparison import parse_seeds
 from metapl.experiments.methods import bilevel_trainer
@@ -35,17 +35,6 @@ MOST_TRAINING_STEPS = 10**9
 OUT_HELP = "folder for ablation.json and ablation.png; by default neither is written."
 MODES_HELP = f"these modes alone, of {', '.join(MODES)}."
 ROUNDS_HELP = "in which each mode is timed once; by default 5, more for short calls."
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is looked at: the trainer, its sources of batches, and the steps of the training."""
-
-    trainer: BilevelTrainer
-    labeled: Any
-    unlabeled: Any
-    steps: int
-    validation: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +66,14 @@ class Looking(ABC):
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
         found = ablate(
-            subject.trainer,
-            subject.labeled,
-            subject.unlabeled,
-            self.modes,
-            steps=subject.steps,
+            **subject,
+            modes=self.modes,
             draws=self.draws,
             rounds=self.rounds,
             altered=self.altered,
             stability=self.stability,
             train_steps=self.train_steps,
             train_seeds=self._seeds(),
-            validation=subject.validation,
             progress=True,
         )
         where = f"steps {', '.join(map(str, found.points))}" if len(found.points) > 1 else "the start"
@@ -99,7 +84,9 @@ class Looking(ABC):
         tell()
         tell(paragraph(found.recommendation))
         if self.out is not None:
-            self._write(self.out, found)
+            with written_to(self.out), written_last(self.out / "ablation.json", found.to_json().encode()):
+                draw_ablation(self.out / "ablation.png", found.as_dict())
+            tell(f"\nthe figures are in {self.out}")
         return 0
 
     def _check(self) -> None:
@@ -128,18 +115,8 @@ class Looking(ABC):
         return parse_seeds(self.train_seeds or "0-4", "--train-seeds")
 
     @abstractmethod
-    def subject(self) -> Subject:
-        """What is looked at."""
-
-    def _write(self, out: Path, found: Ablation) -> None:
-        try:
-            with written_last(out / "ablation.json", found.to_json().encode()):
-                draw_ablation(out / "ablation.png", found.as_dict())
-        except OSError as error:
-            raise MetaplError(
-                f"--out {out} cannot be written: {error.strerror}; expected a folder with room."
-            ) from error
-        tell(f"\nthe figures are in {out}")
+    def subject(self) -> dict[str, Any]:
+        """Trainer, sources, steps and validation, by the names of :func:`metapl.ablation.ablate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,16 +132,10 @@ class Ablate(Looking):
     recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
 
     def check_flags(self, given: Sequence[str]) -> None:
-        """Refuse flags that have no effect.
+        """Refuse flags that are given and change nothing."""
+        refuse_idle(given, by_ablation(self.recipe))
 
-        Args:
-            given: the names of the flags on the command line, without dashes.
-        """
-        idle = explained(given, by_ablation(self.recipe))
-        if idle:
-            raise MetaplError(idle)
-
-    def subject(self) -> Subject:
+    def subject(self) -> dict[str, Any]:
         """By the recipe, Meta Pseudo Labels."""
         recipe: Any = self.recipe
         recipe = settled(recipe, None, print) if isinstance(recipe, ImageFolders) else recipe.settled()
@@ -172,7 +143,8 @@ class Ablate(Looking):
         task, device = recipe.task(print, True), recipe.torch_device()
         teacher, student = (recipe.network(role).to(device) for role in ("teacher", "student"))
         trainer = bilevel_trainer(recipe, teacher, student)
-        return Subject(trainer, task.labeled, task.unlabeled, recipe.steps, task.validation)
+        sources = {"labeled": task.labeled, "unlabeled": task.unlabeled, "validation": task.validation}
+        return {"trainer": trainer, "steps": recipe.steps, **sources}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +161,7 @@ class AblateFactory(Looking):
     factory: Annotated[str, tyro.conf.arg(metavar="MODULE:FUNCTION", help_behavior_hint="")]
     steps: int = 0
 
-    def subject(self) -> Subject:
+    def subject(self) -> dict[str, Any]:
         """By the function."""
         if not 0 <= self.steps <= MOST_TRAINING_STEPS:
             raise MetaplError(f"--steps {self.steps}: expected 0 to {MOST_TRAINING_STEPS:,}.")
@@ -200,8 +172,8 @@ class AblateFactory(Looking):
                 "labeled, unlabeled, validation), the trainer a metapl.BilevelTrainer, the others batches or sources "
                 "of batches as for its fit."
             )
-        trainer, labeled, unlabeled, *validation = made
-        return Subject(trainer, labeled, unlabeled, self.steps, *validation)
+        names = ("trainer", "labeled", "unlabeled", "validation")
+        return {"steps": self.steps, **dict(zip(names, made, strict=False))}
 
 
 def _kind(made: Any) -> str:
@@ -214,16 +186,9 @@ def _kind(made: Any) -> str:
     return "None" if made is None else f"a value of type {type(made).__name__}"
 
 
-def _ablate_on(kind: Any) -> type[Ablate]:
-    fields = [("recipe", Annotated[kind, tyro.conf.arg(name="")])]
-    command = dataclasses.make_dataclass(f"Ablate{kind.__name__}", fields, bases=(Ablate,), frozen=True, kw_only=True)
-    command.__doc__ = Ablate.__doc__
-    return command
-
-
 COMMANDS: dict[str, type[Ablate]] = {
     Digits.name: Ablate,
-    ImageFolders.name: _ablate_on(ImageFolders),
-    **{kind.name: _ablate_on(kind) for kind in PROTOCOL_RECIPES},
+    ImageFolders.name: on_recipe(Ablate, ImageFolders, Ablate.__doc__),
+    **{kind.name: on_recipe(Ablate, kind, Ablate.__doc__) for kind in PROTOCOL_RECIPES},
 }
 """The recipes whose networks can be looked at, by name."""

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.cli.evaluations import evaluations_table, has_evaluation, read_evaluations, write_comparison
+from metapl.cli.evaluations import differing, evaluations_table, has_evaluation, read_evaluations, write_comparison
 from metapl.cli.evaluators import check_folder
 from metapl.cli.parse import paragraph
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError
 from metapl.experiments.comparison import (
     ENOUGH_SEEDS,
     READOUTS,
@@ -206,11 +206,9 @@ def _refuse_other_data(entries: Sequence[Entry]) -> None:
 def _refuse_other_classes(first: Entry, entry: Entry) -> None:
     names, others = entry.evaluation.classes or (), first.evaluation.classes or ()
     if tuple(names) != tuple(others):
-        differing = [name for name in (*names, *others) if name not in names or name not in others]
-        what = f"only one of them has {few(differing)}" if differing else "the order of the classes differs"
         raise MetaplError(
-            f"{entry.place} and {first.place} are of different classes: {what}. Train both on folders with the same "
-            "classes, or compare each with runs on its own."
+            f"{entry.place} and {first.place} are of different classes: {differing(names, others)}. Train both on "
+            "folders with the same classes, or compare each with runs on its own."
         )
 
 

@@ -7,12 +7,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from metapl.cli.ablate import COMMANDS as ABLATIONS
-from metapl.cli.commands import COMMANDS, after_training
-from metapl.cli.labels import COMMANDS as LABELS
-from metapl.cli.noisy_student import COMMANDS as NOISY
-from metapl.cli.plan import COMMANDS as PLANS
-from metapl.cli.train import COMMANDS as RECIPES
+from metapl.cli.commands import CHOICES, COMMANDS, command_class, kinds
 from metapl.errors import MetaplError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -26,23 +21,7 @@ def print_completion(given: Sequence[str]) -> int:
             "such as: metapl --print-completion bash."
         )
 
-    def train(recipe: Annotated[_one_of(RECIPES), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
-        """Train a student; it goes to a run folder."""
-
-    def noisy(recipe: Annotated[_one_of(NOISY), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
-        """Train students on the labels of their teachers."""
-
-    def ablate(recipe: Annotated[_one_of(ABLATIONS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
-        """Compare the modes."""
-
-    def plan(recipe: Annotated[_one_of(PLANS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
-        """Say what a training takes on many ranks."""
-
-    def labels(do: Annotated[_one_of(LABELS), tyro.conf.arg(name="")]) -> None:  # type: ignore[valid-type]  # built
-        """Look at stored labels, or select from them."""
-
-    of_choices = {"train": train, "noisy-student": noisy, "ablate": ablate, "plan": plan, "labels": labels}
-    commands = of_choices | {name: after_training(name) for name in COMMANDS if name not in of_choices}
+    commands = {name: _choice(name) if name in CHOICES else command_class(name, ()) for name in COMMANDS}
     try:
         tyro.cli(
             _one_of(commands),
@@ -53,6 +32,15 @@ def print_completion(given: Sequence[str]) -> int:
     except SystemExit as end:  # tyro prints the script and ends
         return int(end.code or 0)
     raise RuntimeError("tyro printed no script")
+
+
+def _choice(command: str) -> Any:
+    """A command whose first word is a choice, as tyro takes it: a function."""
+
+    def chosen(choice: Any) -> None: ...
+
+    chosen.__annotations__["choice"] = Annotated[_one_of(kinds(command)), tyro.conf.arg(name="")]
+    return chosen
 
 
 def _one_of(kinds: Mapping[str, Any]) -> Any:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from torch import nn
 
 from metapl.cli.evaluators import Evaluators, Measured, left_out
-from metapl.cli.inputs import TestFolder
+from metapl.cli.inputs import Network, TestFolder
 from metapl.cli.parse import Run
 from metapl.errors import MetaplError
-from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
+from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.metrics import Evaluation
 from metapl.metrics.predictions import batches_of
 from metapl.recipes import ImageRecipe
@@ -51,12 +48,10 @@ class Evaluate(Evaluators):
 
     Args:
         run: the run folder.
-        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labeled data, or the teacher. Of a method that trains one network, such as uda, that is the student.
     """
 
     run: Run
-    network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
+    network: Network = "delivered"
 
     def __call__(self) -> int:
         self.check()
@@ -68,7 +63,7 @@ class Evaluate(Evaluators):
                 f"--imagenet-a, --imagenet-c and --imagenet-p are for networks of pictures in files, and {self.run} is "
                 f"of {run.recipe.name}."
             )
-        on = _own(run, device) if self.test is None else _other(run, self.test)
+        on = _own(run, device) if self.test is None else Measured.on_folder(TestFolder(run.recipe, self.test))
         if self.label_sets is not None and on.part == "validation":
             raise MetaplError(f"--label-sets are of test pictures, and {_UNTESTED.format(self.run)}")
         found = self.found(_subject(run, network), on)
@@ -120,13 +115,6 @@ def _own(run: LoadedRun, device: torch.device) -> Measured:
     selected = run.result["delivered_by"] == "validation"
     remark = "\n  the network was selected on these examples: train was given no --test" * selected
     return Measured(lambda: batches_of(task.validation, device), lambda: None, "validation", remark)
-
-
-def _other(run: LoadedRun, folder: Path) -> Measured:
-    """Other pictures of the same classes."""
-    on = TestFolder(run.recipe, folder)
-    about = {"test": str(folder), "missing_classes": list(on.missing)}
-    return Measured(on.batches, lambda: on.names, skipped=lambda: on.skipped, about=about)
 
 
 def _as_recorded(evaluation: Evaluation, recorded: float | None) -> str:

@@ -79,8 +79,9 @@ class EvaluateWeights(Evaluators):
         # Without names, a network of a thousand outputs is taken for one of ImageNet's classes.
         imagenet = architecture.num_classes == IMAGENET_OUTPUTS and (names is None or is_imagenet(names))
         subject = Subject(network.eval().to(self._device()), pictures, names, architecture.num_classes, imagenet)
-        folder = None if self.test is None else TestFolder(_Reader(pictures, names or ()), self.test)
-        found = self.found(subject, None if folder is None else _measured(folder))
+        reader = _Reader(pictures, names or ())
+        on = None if self.test is None else Measured.on_folder(TestFolder(reader, self.test))
+        found = self.found(subject, on)
         scale = "as it is" if mean is None else f"mean {_numbers(mean)}, std {_numbers(std or ())}"
         heading = f"{self.weights}: {architecture.name}, {architecture.num_classes:,} classes"
         about: dict[str, Any] = {
@@ -89,8 +90,8 @@ class EvaluateWeights(Evaluators):
             "pictures": str(pictures),
             "normalization": None if mean is None else {"mean": list(mean), "std": list(std or ())},
         }
-        if folder is not None:
-            about |= {"test": str(self.test), "missing_classes": list(folder.missing), "measured_on": "test"}
+        if on is not None:
+            about |= {**on.about, "measured_on": "test"}
         content = about | found.to_json()
         if self.json:
             tell(json.dumps(content, indent=2))
@@ -229,10 +230,6 @@ class _Reader:
 
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
         return [(str(path), self.pictures.read(path))]
-
-
-def _measured(folder: TestFolder) -> Measured:
-    return Measured(folder.batches, lambda: folder.names, skipped=lambda: folder.skipped)
 
 
 def _read_names(file: Path) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from metapl.cli.evaluators import EVALUATION, check_folder
+from metapl.cli.folders import written_to
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, MultiLabelAccuracy
 from metapl.plain_files import read_plain
@@ -50,10 +51,9 @@ def read_evaluations(folders: Sequence[Path]) -> Evaluations:
     for name, other in others:
         a, b = one.get("classes"), other.get("classes")
         if a is not None and b is not None and a != b:
-            differing = [c for c in (*a, *b) if c not in a or c not in b]
-            what = f"only one of them has {few(differing)}" if differing else "the order of the classes differs"
             raise MetaplError(
-                f"{name} and {first} are of different classes: {what}. Evaluate both on pictures of the same classes."
+                f"{name} and {first} are of different classes: {differing(a, b)}. Evaluate both on pictures of the "
+                "same classes."
             )
         if _figures(one).keys().isdisjoint(_figures(other)):
             raise MetaplError(
@@ -61,6 +61,12 @@ def read_evaluations(folders: Sequence[Path]) -> Evaluations:
                 "Evaluate both by the same flags."
             )
     return found
+
+
+def differing(classes: Sequence[str], others: Sequence[str]) -> str:
+    """How two lists of classes differ, in words."""
+    alone = [name for name in (*classes, *others) if name not in classes or name not in others]
+    return f"only one of them has {few(alone)}" if alone else "the order of the classes differs"
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -220,11 +226,5 @@ def write_comparison(folder: Path, evaluations: Mapping[str, Mapping[str, Any]])
     """``compared.json`` and ``compared.png``: both, or neither."""
     check_folder(folder)
     content = {"evaluations": {name: _figures(found) for name, found in evaluations.items()}}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_last(folder / COMPARED, f"{json.dumps(content, indent=1)}\n".encode()):
-            draw_evaluations(folder / PICTURE, evaluations, "evaluations side by side")
-    except OSError as error:
-        raise MetaplError(
-            f"--out {folder} cannot be written: {error.strerror}; expected a folder with room."
-        ) from error
+    with written_to(folder), written_last(folder / COMPARED, f"{json.dumps(content, indent=1)}\n".encode()):
+        draw_evaluations(folder / PICTURE, evaluations, "evaluations side by side")

@@ -14,7 +14,8 @@ import tyro
 from torch import Tensor
 
 from metapl.cli.evaluation_text import confusions, figures, released_table, robustness_table
-from metapl.cli.inputs import require_finite
+from metapl.cli.folders import written_to
+from metapl.cli.inputs import TestFolder, require_finite
 from metapl.cli.parse import Switch
 from metapl.errors import MetaplError
 from metapl.metrics import (
@@ -62,6 +63,12 @@ class Measured:
     remark: str = ""
     skipped: Callable[[], int] = lambda: 0
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def on_folder(cls, folder: TestFolder) -> Measured:
+        """The pictures of a folder of test pictures."""
+        about = {"test": str(folder.folder), "missing_classes": list(folder.missing)}
+        return cls(folder.batches, lambda: folder.names, skipped=lambda: folder.skipped, about=about)
 
 
 @dataclass(frozen=True)
@@ -278,12 +285,6 @@ def write_evaluation(folder: Path, content: Mapping[str, Any], title: str) -> No
     """``evaluation.json``, and ``robustness.png`` where there is something to draw: both, or neither."""
     from metapl.report.robustness import draw_robustness
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_last(folder / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode()):
-            if any(key in content for key in DRAWN):
-                draw_robustness(folder / PICTURE, content, title)
-    except OSError as error:
-        raise MetaplError(
-            f"--out {folder} cannot be written: {error.strerror}; expected a folder with room."
-        ) from error
+    with written_to(folder), written_last(folder / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode()):
+        if any(key in content for key in DRAWN):
+            draw_robustness(folder / PICTURE, content, title)

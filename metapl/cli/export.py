@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from metapl.cli.inputs import Network
 from metapl.cli.parse import Run, Switch
-from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
+from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.store import describe, stored_data
 from metapl.export import export
 from metapl.export.programs import ONNX, can_run_onnx, require_onnx
@@ -39,14 +40,12 @@ class Export:
     Args:
         run: the run folder; of a comparison, the run that it delivers.
         out: the folder to write them to; made if need be.
-        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labeled data, or the teacher. Of a method that trains one network, such as uda, that is the student.
         onnx: model.onnx too; needs pip install 'metapl[onnx]'.
     """
 
     run: Run
     out: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
-    network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
+    network: Network = "delivered"
     onnx: Switch = False
 
     def __call__(self) -> int:
@@ -57,7 +56,7 @@ class Export:
         written = export(
             run.network(name),
             self.out,
-            card=_Card.of(run, name).content(),
+            card=_card(run, name),
             architecture=run.recipe.architecture(),
             shape=run.recipe.input_shape,
             onnx=self.onnx,
@@ -81,110 +80,95 @@ def _checked(file: Path) -> str:
     return "run without metapl: it gives what the network gives"
 
 
-@dataclass(frozen=True)
-class _Card:
-    """What the model card says of one of a run's networks.
+def _card(run: LoadedRun, name: str) -> dict[str, Any]:
+    """What :func:`metapl.export.export` writes on the card."""
+    method = run.result["method"]
+    return {
+        "title": f"{run.recipe.name}: {title(method)}, {run.titled(name)}",
+        "classes": run.recipe.classes,
+        "metrics": _metrics(run, name),
+        "data_hash": _examples(run),
+        "recipe": _recipe(run, name),
+        "notes": "\n".join(f"- {note}" for note in _notes(run, name)),
+        "center": getattr(run.recipe, "center", 1.0),
+    }
 
-    Args:
-        run: the run, or the comparison.
-        name: student, finetuned or teacher.
-        data: the ``data.json`` of the run that trained it.
-    """
 
-    run: LoadedRun
-    name: str
-    data: dict[str, Any]
+def _metrics(run: LoadedRun, name: str) -> dict[str, Any]:
+    """Figures of the network that is exported, and of no others."""
+    result = run.result
+    figures: dict[str, Any] = {}
+    if "evaluation" in result:
+        evaluation = Evaluation(**result["evaluation"])
+        figures |= {"test accuracy": result[f"{name}_test_accuracy"], "test examples": evaluation.n}
+        figures["test chance level"] = evaluation.chance
+    if "evaluation" in result and name == result["delivered"]:  # the evaluation is of that one
+        figures |= {f"test {words}": result["evaluation"][figure] for figure, words in FIGURES.items()}
+    if f"{name}_validation_accuracy" in result:
+        figures["validation accuracy"] = result[f"{name}_validation_accuracy"]
+        figures["validation examples"] = result["validation_size"]
+    return {figure: value for figure, value in figures.items() if value is not None}
 
-    @classmethod
-    def of(cls, run: LoadedRun, name: str) -> _Card:
-        folder = run.folder
-        if run.is_comparison:
-            folder = RunFolder(folder.path / run.result["method"] / f"seed-{run.result['seed']}")
-        return cls(run, name, stored_data(folder))
 
-    def content(self) -> dict[str, Any]:
-        """What :func:`metapl.export.export` writes on the card."""
-        method = self.run.result["method"]
-        return {
-            "title": f"{self.run.recipe.name}: {title(method)}, {self.run.titled(self.name)}",
-            "classes": self.run.recipe.classes,
-            "metrics": self.metrics(),
-            "data_hash": self.examples(),
-            "recipe": self.recipe(),
-            "notes": "\n".join(f"- {note}" for note in self.notes()),
-            "center": getattr(self.run.recipe, "center", 1.0),
-        }
+def _examples(run: LoadedRun) -> dict[str, str]:
+    """On which data the exported network was trained: how many examples, and their hashes."""
+    folder = run.folder
+    if run.is_comparison:
+        folder = RunFolder(folder.path / run.result["method"] / f"seed-{run.result['seed']}")
+    data = stored_data(folder)
+    record = data | data.get("counts", {})
+    numbers = {part: record[part] for part in PARTS if part in record}
+    counts = {part: len(found) if isinstance(found, list) else found for part, found in numbers.items()}
+    return (
+        ({"data set": data["data"]} if "data" in data else {})
+        | {part: f"{count:,} examples" if count else "none" for part, count in counts.items()}
+        | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in data["hash"].items()}
+    )
 
-    def metrics(self) -> dict[str, Any]:
-        """Figures of the network that is exported, and of no others."""
-        result = self.run.result
-        figures: dict[str, Any] = {}
-        if "evaluation" in result:
-            evaluation = Evaluation(**result["evaluation"])
-            figures |= {"test accuracy": result[f"{self.name}_test_accuracy"], "test examples": evaluation.n}
-            figures["test chance level"] = evaluation.chance
-        if "evaluation" in result and self.name == result["delivered"]:  # the evaluation is of that one
-            figures |= {f"test {title}": result["evaluation"][name] for name, title in FIGURES.items()}
-        if f"{self.name}_validation_accuracy" in result:
-            figures["validation accuracy"] = result[f"{self.name}_validation_accuracy"]
-            figures["validation examples"] = result["validation_size"]
-        return {name: value for name, value in figures.items() if value is not None}
 
-    def examples(self) -> dict[str, str]:
-        """On which data: how many examples, and their hashes."""
-        record = self.data | self.data.get("counts", {})
-        counts = {
-            part: len(record[part]) if isinstance(record[part], list) else record[part]
-            for part in PARTS
-            if part in record
-        }
-        name = {"data set": self.data["data"]} if "data" in self.data else {}
-        return (
-            name
-            | {part: f"{count:,} examples" if count else "none" for part, count in counts.items()}
-            | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in self.data["hash"].items()}
-        )
+def _recipe(run: LoadedRun, name: str) -> dict[str, Any]:
+    """The recipe without the places of files, of which the last names are left."""
+    fields: dict[str, Any] = describe(run.recipe)["fields"]
+    fields = {
+        field: PurePath(value).name if isinstance(value, str) and "/" in value else value
+        for field, value in fields.items()
+        if field != "class_names"
+    }
+    result = run.result
+    run_by = {"name": run.recipe.name, "method": result["method"], "best_step": result["best_step"]}
+    anew = name == "finetuned" and "finetuned_with" in result
+    again = {"finetuned_with": result["finetuned_with"]} if anew else {}
+    return run_by | again | {"fields": fields}
 
-    def recipe(self) -> dict[str, Any]:
-        """The recipe without the places of files, of which the last names are left."""
-        fields: dict[str, Any] = describe(self.run.recipe)["fields"]
-        fields = {
-            name: PurePath(value).name if isinstance(value, str) and "/" in value else value
-            for name, value in fields.items()
-            if name != "class_names"
-        }
-        result = self.run.result
-        run_by = {"name": self.run.recipe.name, "method": result["method"], "best_step": result["best_step"]}
-        anew = self.name == "finetuned" and "finetuned_with" in result
-        again = {"finetuned_with": result["finetuned_with"]} if anew else {}
-        return run_by | again | {"fields": fields}
 
-    def notes(self) -> list[str]:
-        """Which weights these are, how they were chosen, and what they take."""
-        result, notes = self.run.result, [self._which(), self._why()]
-        if self.run.is_comparison:
-            methods, seeds = (", ".join(map(str, result[name])) for name in ("methods", "seeds"))
-            notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")
-        notes.append("Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.")
-        return [*notes, self.run.recipe.input_note]
+def _notes(run: LoadedRun, name: str) -> list[str]:
+    """Which weights these are, how they were chosen, and what they take."""
+    result, notes = run.result, [_which(run, name), _why(run, name)]
+    if run.is_comparison:
+        methods, seeds = (", ".join(map(str, result[part])) for part in ("methods", "seeds"))
+        notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")
+    notes.append("Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.")
+    return [*notes, run.recipe.input_note]
 
-    def _which(self) -> str:
-        """Of which step the weights are."""
-        step, steps = self.run.result["best_step"], self.run.recipe.steps
-        if self.name == "teacher":
-            return f"The weights are those of the teacher after the last step, {steps:,}."
-        chosen = self.run.result["delivered_by"] == "validation"
-        student = self.run.titled("student")
-        kept = f"best {student} by validation" if chosen else f"last {student}"
-        which = f"The weights are those of the {kept}: step {step:,} of {steps:,}."
-        unless = ", unless that lowered the validation accuracy" if chosen else ""
-        return which + f" They were finetuned on the labeled examples{unless}." * (self.name == "finetuned")
 
-    def _why(self) -> str:
-        """Whether the run delivers this network, and by what."""
-        result = self.run.result
-        why = "as the best by validation" if result["delivered_by"] == "validation" else "by a rule of its method"
-        if self.name == result["delivered"]:
-            names = ", ".join(map(self.run.titled, self.run.networks))
-            return f"Of the networks of the run ({names}) it delivers this one, {why}."
-        return f"The run delivers another of its networks, {why}: {self.run.titled(result['delivered'])}."
+def _which(run: LoadedRun, name: str) -> str:
+    """Of which step the weights are."""
+    step, steps = run.result["best_step"], run.recipe.steps
+    if name == "teacher":
+        return f"The weights are those of the teacher after the last step, {steps:,}."
+    chosen = run.result["delivered_by"] == "validation"
+    student = run.titled("student")
+    kept = f"best {student} by validation" if chosen else f"last {student}"
+    which = f"The weights are those of the {kept}: step {step:,} of {steps:,}."
+    unless = ", unless that lowered the validation accuracy" if chosen else ""
+    return which + f" They were finetuned on the labeled examples{unless}." * (name == "finetuned")
+
+
+def _why(run: LoadedRun, name: str) -> str:
+    """Whether the run delivers this network, and by what."""
+    result = run.result
+    why = "as the best by validation" if result["delivered_by"] == "validation" else "by a rule of its method"
+    if name == result["delivered"]:
+        names = ", ".join(map(run.titled, run.networks))
+        return f"Of the networks of the run ({names}) it delivers this one, {why}."
+    return f"The run delivers another of its networks, {why}: {run.titled(result['delivered'])}."

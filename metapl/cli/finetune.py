@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import nn
 
 from metapl.cli.parse import Run
+from metapl.cli.process import exit_code
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import Experiment, Network, delivered
 from metapl.experiments.load_run import LoadedRun, load_run
@@ -73,7 +72,7 @@ class Finetune:
                 result = _finetuned_anew(run, recipe)
         except KeyboardInterrupt as stopped:
             tell(f"\nmetapl: stopped; {self.run} is as it was.", file=sys.stderr)
-            return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))
+            return exit_code(stopped)
         tell(f"{run.title}\n")
         tell(_before_and_after(run.result, result, run.recipe))
         tell(f"\n{_measured_on(result)}")
@@ -105,9 +104,13 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run.folder.path) as scratch:
         experiment = Experiment(recipe, RunFolder(scratch))
-        tuned = experiment.finetuned(task, student, _before(run, student))
+        before = FitResult(run.result.get("student_validation_accuracy"), run.result["best_step"], weights_of(student))
+        tuned = experiment.finetuned(task, student, before)
         rows = Metrics(Path(scratch) / "metrics.jsonl").rows("finetune")
-        networks = {name: _recorded(run, name) for name in run.networks} | {"finetuned": tuned}
+        # The validation accuracies on record decide on delivery.
+        recorded = {name: run.result.get(f"{name}_validation_accuracy") for name in run.networks}
+        networks = {name: Network(name, {}, accuracy, None) for name, accuracy in recorded.items()}
+        networks |= {"finetuned": tuned}
         networks = {name: networks[name] for name in ORDER if name in networks}
         name = delivered(run.result["method"], networks, experiment.selects(task))
         chosen = networks[name]
@@ -131,16 +134,6 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
     Experiment(recipe, run.folder).report(result, evaluation, task)
     return result
-
-
-def _before(run: LoadedRun, student: nn.Module) -> FitResult:
-    """What the run's main phase ended with, as far as finetuning asks for it."""
-    return FitResult(run.result.get("student_validation_accuracy"), run.result["best_step"], weights_of(student))
-
-
-def _recorded(run: LoadedRun, name: str) -> Network:
-    """One of the run's networks with the validation accuracy on record, which is what decides on delivery."""
-    return Network(name, {}, run.result.get(f"{name}_validation_accuracy"), None)
 
 
 def _measured_on(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The folder that a command trains into."""
+"""The folder that a command writes to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from pathlib import Path
 
 from metapl.errors import MetaplError
 from metapl.runs.folder import RunFolder
+
+
+@contextmanager
+def written_to(out: Path) -> Iterator[None]:
+    """The folder of ``--out``, made if need be; refuse it where the block cannot write there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise MetaplError(f"--out {out} cannot be written: {error.strerror}; expected a folder with room.") from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from metapl.errors import MetaplError
 from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.methods import CONTROLS, METHODS, NOISY_METHODS
 from metapl.recipes.noisy_folders import NoisyFolders
@@ -47,10 +48,6 @@ class Rule:
     where: str
     mend: str
 
-    def among(self, given: Sequence[str]) -> list[str]:
-        """Those of the given flags that it is about."""
-        return [name for name in given if any(fnmatchcase(name, pattern) for pattern in self.flags.split())]
-
 
 def given_flags(arguments: Sequence[str]) -> list[str]:
     """The names of the flags in a command line.
@@ -65,13 +62,20 @@ def explained(given: Sequence[str], rules: Iterator[Rule]) -> str:
     """A sentence for each rule that is about some of the given flags; each flag is named once."""
     left, sentences = list(dict.fromkeys(given)), []
     for rule in rules:
-        named = rule.among(left)
+        named = [name for name in left if any(fnmatchcase(name, pattern) for pattern in rule.flags.split())]
         left = [name for name in left if name not in named]
         if named:
             *others, last = (f"--{name}" for name in named)
             names = f"{', '.join(others)} and {last}" if others else last
             sentences.append(f"{names} {'have' if others else 'has'} no effect {rule.where}: {rule.mend}.")
     return " ".join(sentences)
+
+
+def refuse_idle(given: Sequence[str], rules: Iterator[Rule]) -> None:
+    """Refuse flags that are given and change nothing."""
+    unused = explained(given, rules)
+    if unused:
+        raise MetaplError(unused)
 
 
 def by_choice(recipe: ImageFolders, seeds: bool = False) -> Iterator[Rule]:

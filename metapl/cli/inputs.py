@@ -7,17 +7,29 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+import tyro
 from torch import Tensor
 
 from metapl.data.images.check import find_copies
 from metapl.data.images.folders import FilesT, scan_labeled, walk
 from metapl.data.images.verify import verify_files
 from metapl.errors import MetaplError, few
+from metapl.experiments.load_run import NetworkName
 from metapl.recipes import ImageFolders
 from metapl.words import shown, tell
+
+Network = Annotated[
+    NetworkName,
+    tyro.conf.arg(
+        help_behavior_hint="",
+        help="which of the run's networks: the one that it delivers, the student, the student finetuned on the labeled "
+        "data, or the teacher. Of a method that trains one network, such as uda, that is the student.",
+    ),
+]
+"""A network of a run."""
 
 BATCH = 256
 
@@ -70,17 +82,13 @@ class Inputs:
     def _within(self, folder: Path) -> list[Path]:
         """The readable files of a folder and its subfolders, sorted."""
         files = [Path(where) / name for where, _, names in walk(folder, self._unlisted) for name in names]
-        readable = sorted(
-            file for file in files if file.suffix.lower() in self.recipe.reads and not self._is_left(file)
-        )
+        reads = [file for file in files if file.suffix.lower() in self.recipe.reads]
+        readable = sorted(file for file in reads if not self.leave or os.path.realpath(file) not in self.leave)
         if not readable:
             raise MetaplError(
                 f"there is no file in {folder} that can be read; expected {', '.join(self.recipe.reads)}."
             )
         return readable
-
-    def _is_left(self, file: Path) -> bool:
-        return bool(self.leave) and os.path.realpath(file) in self.leave
 
     def _unlisted(self, error: OSError) -> None:
         self.seen += 1
@@ -117,7 +125,7 @@ class TestFolder:
     __test__ = False  # pytest takes classes with such names for tests
 
     def __init__(self, recipe: Reads, folder: Path) -> None:
-        self.files = scan_labeled(folder)
+        self.folder, self.files = folder, scan_labeled(folder)
         counts = self.files.counts()
         unknown = [name for name, count in counts.items() if count and name not in recipe.classes]
         if unknown:

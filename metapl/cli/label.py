@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from metapl.cli.inputs import Network
 from metapl.cli.parse import Run, Switch
 from metapl.errors import MetaplError
 from metapl.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
-from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
+from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.labels import LabelStore, LabelWriter
 from metapl.plain_files import read_plain
 from metapl.recipes.base import MOST_IN_A_BATCH
@@ -46,8 +47,6 @@ class Label:
         temperature: of the softmax: below 1 sharpens the probabilities, above 1 evens them out.
         top_k: keep this many of the greatest probabilities of a picture, with their classes; by default all are kept.
             When the store is read, the rest is spread evenly over the other classes.
-        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labeled data, or the teacher.
         data_root: the folder that torchvision calls so, for its data sets; by default the one of the run.
         batch: pictures in a pass of the network.
         num_workers: number of processes that read pictures; it only changes the speed.
@@ -59,7 +58,7 @@ class Label:
     out: Annotated[Path, tyro.conf.arg(metavar="STORE")]
     temperature: float = 1.0
     top_k: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
-    network: NetworkName = "delivered"
+    network: Network = "delivered"
     data_root: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     batch: int = BATCH
     num_workers: int = 0

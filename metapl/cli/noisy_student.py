@@ -9,11 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from metapl.cli.idle import Rule, by_choice, explained
-from metapl.cli.parse import Switch
+from metapl.cli.idle import Rule, by_choice, refuse_idle
+from metapl.cli.parse import Switch, on_recipe
 from metapl.cli.train import Train
 from metapl.distributed.mesh import Mesh
-from metapl.errors import MetaplError
 from metapl.experiments.noisy_student import networks_of
 from metapl.recipes import Digits, ImageFolders, Vision
 from metapl.recipes.base import Optimizer, Recipe, Unasked
@@ -106,9 +105,7 @@ class NoisyStudent(Train):
 
     def check_flags(self, given: Sequence[str]) -> None:
         """Refuse flags that are given and change nothing."""
-        unused = explained(given, self._rules())
-        if unused:
-            raise MetaplError(unused)
+        refuse_idle(given, self._rules())
 
     def _rules(self) -> Iterator[Rule]:
         settings = self.self_training
@@ -170,14 +167,6 @@ class NoisyStudentImages(NoisyStudent):
 
     recipe: Annotated[_Images, tyro.conf.arg(name="")]  # type: ignore[assignment]  # another recipe, run alike
 
-    def _check(self) -> None:
-        super()._check()
-        if self.compare and self.recipe.test is None:
-            raise MetaplError(
-                "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
-                "labeled pictures for it."
-            )
-
     def _rules(self) -> Iterator[Rule]:
         yield from by_choice(self.recipe, seeds=bool(self.seeds))
         yield from super()._rules()
@@ -185,18 +174,10 @@ class NoisyStudentImages(NoisyStudent):
 
 def _trained_on(kind: type[Vision]) -> type[NoisyStudent]:
     """The command for a data set that torchvision loads."""
-
     given = next(each for each in dataclasses.fields(kind) if each.name == "self_training")
     settings = given.default if given.default_factory is dataclasses.MISSING else given.default_factory()
-    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
-        ("recipe", Annotated[kind, tyro.conf.arg(name="")]),
-        ("self_training", Annotated[SelfTraining, tyro.conf.arg(name="")], settings),
-    ]
-    name = f"NoisyStudent{kind.__name__}"
-    command = dataclasses.make_dataclass(name, fields, bases=(NoisyStudent,), frozen=True, kw_only=True)
-    about, _, rest = (NoisyStudent.__doc__ or "").partition("    Args:")
-    command.__doc__ = f"{about}    Args:{rest}"
-    return command
+    rounds = ("self_training", Annotated[SelfTraining, tyro.conf.arg(name="")], settings)
+    return on_recipe(NoisyStudent, kind, NoisyStudent.__doc__, rounds)
 
 
 COMMANDS: dict[str, type[NoisyStudent]] = {

@@ -18,7 +18,7 @@ from metapl import words
 from metapl.cli.help import GROUPS, WIDE, WIDTH, entries_in, readable
 from metapl.errors import FieldError, MetaplError
 
-__all__ = ["WIDTH", "Run", "Switch", "paragraph", "parse"]
+__all__ = ["WIDTH", "Run", "Switch", "on_recipe", "paragraph", "parse"]
 
 T = TypeVar("T")
 
@@ -27,6 +27,22 @@ Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_be
 
 Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 """Off unless given."""
+
+
+def on_recipe(command: type[T], kind: type, about: str | None, *more: tuple[str, Any, Any]) -> type[T]:
+    """A command with a field ``recipe`` on another kind of recipe.
+
+    Args:
+        command: a frozen dataclass.
+        kind: of the recipe.
+        about: what its help says.
+        more: further fields with other defaults, by name, with type and default.
+    """
+    fields: list[Any] = [("recipe", Annotated[kind, tyro.conf.arg(name="")]), *more]
+    name = f"{command.__name__}{kind.__name__}"
+    made = dataclasses.make_dataclass(name, fields, bases=(command,), frozen=True, kw_only=True)
+    made.__doc__ = about
+    return made
 
 
 def paragraph(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -102,7 +101,7 @@ class PlanRecipe:
 
     def __call__(self) -> int:
         memory, mesh = self._checked()
-        recipe = self.planned_recipe()
+        recipe = self._planned()
         given: dict[str, Any] = {"memory": memory, "flops_per_second": self.flops_per_second}
         found = propose(recipe, self.ranks or 1, **given) if mesh is None else plan(recipe, mesh, **given)
         for line in lines(found):
@@ -130,15 +129,15 @@ class PlanRecipe:
             raise MetaplError(f"--json {self.json} is a folder; expected a file, which is written.")
         return bytes_of(self.memory), mesh
 
-    def planned_recipe(self) -> Recipe:
-        """The recipe with what was given, and without data."""
+    def _planned(self) -> Recipe:
         given = {
             name: value
             for name in ("image_size", "labeled_batch", "unlabeled_batch", "accumulate", "precision", "steps")
             if (value := getattr(self, name)) is not None
         }
         given |= {} if self.network is None else {"network_name": self.network}
-        return PLANNED[self.recipe](given, self.classes, self.mode)
+        recipe: Recipe = without_data(PLANNED[self.recipe], given, self.classes, self.mode)
+        return recipe
 
 
 def lines(found: Plan) -> list[str]:
@@ -231,77 +230,44 @@ def _duration(hours: float) -> str:
 
 # --------------------------------------------------------------------------------------------------------- the recipes
 
-Given = Mapping[str, Any]
-Build = Callable[[Given, int | None, str | None], Recipe]
-"""A recipe from the fields that were given, the number of classes, and the mode."""
+USUAL: dict[str, Any] = {"image_size": 32, "network_name": "pooled_cnn", "precision": "float32", "steps": 10_000}
+"""What pictures of usual size have of a user's own; a run chooses by looking at its pictures."""
 
 
-def _built(kind: type[Any], given: Given, mode: str | None, **needed: Any) -> Any:
+def without_data(kind: type[Any], given: dict[str, Any], classes: int | None, mode: str | None) -> Any:
+    """A recipe without data.
+
+    Args:
+        kind: of ``PLANNED``.
+        given: fields.
+        classes: their number, where the recipe finds them in data.
+        mode: of the feedback; None: the recipe's.
+    """
+    own_pictures = kind is ImageFolders
+    if own_pictures and classes is None:
+        raise MetaplError("images finds its classes in folders, and a plan reads none: give their number by --classes.")
+    if not own_pictures and classes is not None:
+        raise MetaplError(f"--classes {classes} has no effect on {kind.name}, which knows its classes; leave it out.")
+    if issubclass(kind, NoisyImagenet):
+        _refuse_idle(kind, given, mode)
     known = {f.name for f in dataclasses.fields(kind)}
     for name in given.keys() - known:
         flag = "network" if name == "network_name" else name.replace("_", "-")
         raise MetaplError(f"{kind.name} has no {flag}; leave --{flag} out.")
-    recipe = kind(**needed, **given)
-    if mode is None:
-        return recipe
-    return dataclasses.replace(recipe, feedback=_by(recipe, mode))
+    recipe = kind(**_in_place_of_data(kind, classes), **(USUAL if own_pictures else {}) | given)
+    if mode is not None:
+        recipe = dataclasses.replace(recipe, feedback=_by(recipe, mode))
+    return recipe.for_network(recipe.network_name).scheduled(recipe.steps) if own_pictures else recipe
 
 
-def _by(recipe: Recipe, mode: str) -> Any:
-    """The recipe's feedback by another mode, without what is of its own mode alone."""
-    plain: dict[str, Any] = {"labels": None, "normalization": None, "baseline": None}
-    return dataclasses.replace(recipe.feedback, mode=mode, **plain if mode != recipe.feedback.mode else {})
-
-
-def _refuse_classes(kind: type[Recipe], classes: int | None) -> None:
-    if classes is not None:
-        raise MetaplError(f"--classes {classes} has no effect on {kind.name}, which knows its classes; leave it out.")
-
-
-def _plain(kind: type[Recipe]) -> Build:
-    def build(given: Given, classes: int | None, mode: str | None) -> Recipe:
-        _refuse_classes(kind, classes)
-        recipe: Recipe = _built(kind, given, mode)
-        return recipe
-
-    return build
-
-
-def _protocol(kind: type[Vision]) -> Build:
-    def build(given: Given, classes: int | None, mode: str | None) -> Recipe:
-        _refuse_classes(kind, classes)
-        if issubclass(kind, NoisyImagenet):
-            _refuse_idle(kind, given, mode)
+def _in_place_of_data(kind: type[Any], classes: int | None) -> dict[str, Any]:
+    """Fields that are found by looking at data."""
+    if issubclass(kind, Vision):
         data = next(f.default for f in dataclasses.fields(kind) if f.name == "data")
-        names = tuple(map(str, range(CLASSES[str(data)])))
-        recipe: Recipe = _built(kind, given, mode, data_root="", class_names=names)
-        return recipe
-
-    return build
-
-
-def _refuse_idle(kind: type[NoisyImagenet], given: Given, mode: str | None) -> None:
-    """A step of Noisy Student has no feedback, and its unlabeled batch follows from the labeled one."""
-    for flag, value in (("mode", mode), ("unlabeled-batch", given.get("unlabeled_batch"))):
-        if value is not None:
-            raise MetaplError(
-                f"--{flag} {value} has no effect on {kind.name}: its students learn stored labels, and its unlabeled "
-                "batch follows from the labeled one; leave it out."
-            )
-
-
-def _folders(given: Given, classes: int | None, mode: str | None) -> Recipe:
-    """The settings that pictures of usual size have; a run chooses them by looking at its pictures."""
+        return {"data_root": "", "class_names": tuple(map(str, range(CLASSES[str(data)])))}
     if classes is None:
-        raise MetaplError("images finds its classes in folders, and a plan reads none: give their number by --classes.")
-    chosen: dict[str, Any] = {
-        "image_size": 32,
-        "network_name": "pooled_cnn",
-        "precision": "float32",
-        "steps": 10_000,
-        **given,
-    }
-    needed: dict[str, Any] = {
+        return {}
+    return {
         "labeled": "",
         "unlabeled": "",
         "class_names": tuple(map(str, range(classes))),
@@ -312,19 +278,31 @@ def _folders(given: Given, classes: int | None, mode: str | None) -> Recipe:
         "std": (0.25,) * 3,
         "uda_prior": (1 / classes,) * classes,
     }
-    open_recipe = _built(ImageFolders, chosen, mode, **needed)
-    recipe: Recipe = open_recipe.for_network(chosen["network_name"]).scheduled(chosen["steps"])
-    return recipe
 
 
-PLANNED: dict[str, Build] = {
-    Digits.name: _plain(Digits),
-    ImageFolders.name: _folders,
-    **{kind.name: _protocol(kind) for kind in PROTOCOL_RECIPES if kind is not Vision},
-    **{kind.name: _plain(kind) for kind in LARGE_RECIPES},
-    **{name: _protocol(kind) for name, kind in PAPER_RECIPES.items()},
+def _by(recipe: Recipe, mode: str) -> Any:
+    """The recipe's feedback by another mode, without what is of its own mode alone."""
+    plain: dict[str, Any] = {"labels": None, "normalization": None, "baseline": None}
+    return dataclasses.replace(recipe.feedback, mode=mode, **plain if mode != recipe.feedback.mode else {})
+
+
+def _refuse_idle(kind: type[NoisyImagenet], given: dict[str, Any], mode: str | None) -> None:
+    """A step of Noisy Student has no feedback, and its unlabeled batch follows from the labeled one."""
+    for flag, value in (("mode", mode), ("unlabeled-batch", given.get("unlabeled_batch"))):
+        if value is not None:
+            raise MetaplError(
+                f"--{flag} {value} has no effect on {kind.name}: its students learn stored labels, and its unlabeled "
+                "batch follows from the labeled one; leave it out."
+            )
+
+
+PLANNED: dict[str, type[Recipe]] = {
+    **{kind.name: kind for kind in (Digits, ImageFolders)},
+    **{kind.name: kind for kind in PROTOCOL_RECIPES if kind is not Vision},
+    **{kind.name: kind for kind in LARGE_RECIPES},
+    **PAPER_RECIPES,
 }
-"""What builds each recipe that can be planned, by name."""
+"""The recipes that can be planned, by name."""
 
 
 def _plan_of(name: str) -> type[PlanRecipe]:
@@ -333,4 +311,4 @@ def _plan_of(name: str) -> type[PlanRecipe]:
 
 
 COMMANDS: dict[str, type[PlanRecipe]] = {name: _plan_of(name) for name in PLANNED}
-"""The recipes that can be planned, by name."""
+"""The commands by the recipe's name."""

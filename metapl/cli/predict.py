@@ -17,11 +17,11 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from metapl.cli.inputs import Inputs, require_finite
+from metapl.cli.inputs import Inputs, Network, require_finite
 from metapl.cli.parse import Run, Switch
 from metapl.cli.prediction_grid import PredictionGrid
 from metapl.errors import MetaplError
-from metapl.experiments.load_run import LoadedRun, NetworkName, load_run
+from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.plain_files import irregular
 from metapl.report import SOFTWARE
 from metapl.runs.atomic import replacing
@@ -75,8 +75,6 @@ class Predict:
         top: how many classes to give of each picture, the most probable first.
         probabilities: give the probability of every class.
         grid: draw a PNG file with each class that was predicted: how many pictures, the most and the least probable.
-        network: which of the run's networks: the one that it delivers, the student, the student finetuned on the
-            labeled data, or the teacher. Of a method that trains one network, such as uda, that is the student.
     """
 
     run: Run
@@ -87,7 +85,7 @@ class Predict:
     top: int = 1
     probabilities: Switch = False
     grid: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="")] = None
-    network: Annotated[NetworkName, tyro.conf.arg(help_behavior_hint="")] = "delivered"
+    network: Network = "delivered"
 
     def __call__(self) -> int:
         run = load_run(self.run)

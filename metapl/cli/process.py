@@ -19,6 +19,11 @@ class Terminated(KeyboardInterrupt):
     signal_number = signal.SIGTERM
 
 
+def exit_code(stopped: KeyboardInterrupt) -> int:
+    """That of a process which the signal ended."""
+    return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))
+
+
 @contextmanager
 def stoppable(*, for_good: bool) -> Iterator[None]:
     """SIGTERM unwinds as Ctrl-C does, so that temporary files are removed; what comes while it unwinds is not heard.

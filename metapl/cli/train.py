@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,8 @@ import tyro
 
 from metapl.cli.folders import run_folder
 from metapl.cli.idle import Rule, by_choice, by_method, explained, noisy_by_method
-from metapl.cli.parse import Switch, did_you_mean, paragraph
+from metapl.cli.parse import Switch, did_you_mean, on_recipe, paragraph
+from metapl.cli.process import exit_code
 from metapl.cli.two_moons import TrainTwoMoons
 from metapl.cores import default_threads
 from metapl.distributed.launch import (
@@ -118,16 +118,9 @@ class Train:
                 try:
                     own.run(mesh=self.mesh)
                 except KeyboardInterrupt as stopped:
-                    return 128 + getattr(stopped, "signal_number", signal.SIGINT)
+                    return exit_code(stopped)
         code: int = job
         return code
-
-    def check_flags(self, given: Sequence[str]) -> None:
-        """Refuse flags that are given and change nothing.
-
-        Args:
-            given: their names; see :func:`metapl.cli.idle.given_flags`.
-        """
 
     def _settled(self, folder: RunFolder) -> Any:
         """The recipe as it can be stored: what was left open is chosen, or taken from the run that is resumed."""
@@ -164,6 +157,12 @@ class Train:
             parse_seeds(self.seeds)
         if self.jobs is not None and self.jobs < 1:
             raise MetaplError(f"--jobs {self.jobs}: expected 1 or more.")
+        recipe: Recipe = self.recipe
+        if self.compare and isinstance(recipe, ImageFolders) and recipe.test is None:
+            raise MetaplError(
+                "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
+                "labeled pictures for it."
+            )
 
     # ------------------------------------------------------------------------------------------------------ one run
 
@@ -235,15 +234,10 @@ class TrainImages(Train):
 
     def _check(self) -> None:
         super()._check()
-        if self.compare and self.recipe.test is None:
-            raise MetaplError(
-                "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
-                "labeled pictures for it."
-            )
-
         check_labels_given(self.recipe)
 
     def check_flags(self, given: Sequence[str]) -> None:
+        """Refuse flags that are given and change nothing; see :func:`metapl.cli.idle.given_flags`."""
         refused = explained(given, by_choice(self.recipe, seeds=bool(self.seeds)))
         methods = self._methods() if self.compare else (self.recipe.method,)
         unused = explained(given, self._rules(methods))
@@ -302,11 +296,8 @@ class TrainNoisy(TrainImages):
 
 def _train_on(kind: type[Recipe]) -> type[Train]:
     """The command that trains by a recipe; its help begins with what the recipe says of itself."""
-    fields = [("recipe", Annotated[kind, tyro.conf.arg(name="")])]
-    command = dataclasses.make_dataclass(f"Train{kind.__name__}", fields, bases=(Train,), frozen=True, kw_only=True)
     about, _, _ = (kind.__doc__ or "").partition("    Args:")
-    command.__doc__ = f"{about.rstrip()}\n\n    Args:\n        recipe: what is trained, and how.\n    "
-    return command
+    return on_recipe(Train, kind, f"{about.rstrip()}\n\n    Args:\n        recipe: what is trained, and how.\n    ")
 
 
 _OWN: dict[str, type[Train]] = {Digits.name: Train, ImageFolders.name: TrainImages, NoisyFolders.name: TrainNoisy}
@@ -326,4 +317,4 @@ def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
         given += ["--out", str(out)]
     where = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
     tell(f"\n{where}go on with:\n  {program()} {shlex.join([*given, '--resume'])}", file=sys.stderr)
-    return 128 + getattr(stopped, "signal_number", signal.SIGINT)
+    return exit_code(stopped)

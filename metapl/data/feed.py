@@ -24,10 +24,11 @@ from metapl import checks
 from metapl.batch import inputs_of
 from metapl.checks import described
 from metapl.data.batches import StepBatches, loader
-from metapl.data.generators import Generators, parts_of, plain_states
+from metapl.data.generators import Generators, parts_of
 from metapl.data.unlabeled import WithoutLabels
 from metapl.device import to_device
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
+from metapl.runs.generators import plain_states
 
 _END: Any = object()
 
@@ -460,8 +461,8 @@ def _blamed(failure: str, source: Any) -> Iterator[None]:
         if known is not None:
             raise MetaplError(f"{failure}: {known}") from error
         raise MetaplError(
-            f"{failure} ({described(source)}): {_words(error)}; the error that caused this one says where to mend the "
-            "data"
+            f"{failure} ({described(source)}): {type(error).__name__}: {reason_of(error)}; the error that caused this "
+            "one says where to mend the data"
         ) from error
 
 
@@ -471,11 +472,6 @@ def _without_traceback(error: MetaplError) -> MetaplError:
     if "Original Traceback" not in text:
         return error
     return MetaplError(text.rsplit("MetaplError: ", 1)[-1].strip())
-
-
-def _words(error: BaseException) -> str:
-    first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _refuse_source(source: Any, name: str) -> None:

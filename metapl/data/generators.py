@@ -92,15 +92,6 @@ def parts_of(source: Any) -> list[Any]:
     return list(parts.values())
 
 
-def plain_states(value: Any) -> Any:
-    """numpy's arrays and numbers as lists and numbers, which `torch.load(weights_only=True)` brings back."""
-    if isinstance(value, dict):
-        return {key: plain_states(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [plain_states(inner) for inner in value]
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
-
 def _own_generators(parts: Sequence[Any]) -> list[Any]:
     """The generators that parts of a source hold as attributes, each once, in an order that is always the same."""
     attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())

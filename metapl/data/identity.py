@@ -1,10 +1,11 @@
-"""Which batches they are, as plain values: a run is resumed on the same ones."""
+"""Which data it was: batches as plain values, and hashes that tell one set of examples from another."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from metapl.data.batches import EvaluationBatches, ExampleBatches
+from metapl.data.images.folders import Files, LabeledFiles, ask, digest
+from metapl.data.images.shards import size_of
 from metapl.data.images.store import FileImages, MemoryImages
 from metapl.data.unlabeled import WithoutLabels
 from metapl.fingerprints import as_values, fingerprint, type_name
+
+WHOLE_UP_TO, WHOLE_BYTES = 5_000, 2**30
+"""Files of a folder whose bytes are all read, and how many bytes; of larger folders, names and sizes are taken."""
 
 NAMES = 50_000
 """Names of files that are read; of more, every second, third and so on."""
@@ -96,7 +102,9 @@ def _data_set(data: Any) -> str | None:
         value for name in HELD if isinstance(value := getattr(data, name, None), Tensor | np.ndarray | list | tuple)
     ]
     shortened = [_some(value) if isinstance(value, list | tuple) else value for value in held]
-    return fingerprint(_without_folders(shortened)) if held else None
+    # Paths by their last names: folders may move.
+    last_names = pytree.tree_map(lambda x: os.path.basename(x) if isinstance(x, str | os.PathLike) else x, shortened)
+    return fingerprint(last_names) if held else None
 
 
 def _some(values: Sequence[Any]) -> Sequence[Any]:
@@ -104,15 +112,46 @@ def _some(values: Sequence[Any]) -> Sequence[Any]:
     return values[:: max(1, -(-len(values) // NAMES))]
 
 
-def _without_folders(held: Sequence[Any]) -> list[Any]:
-    """Paths by their last names."""
-    return pytree.tree_map(  # type: ignore[no-any-return]  # a list as it was
-        lambda leaf: os.path.basename(leaf) if isinstance(leaf, str | os.PathLike) else leaf, list(held)
-    )
-
-
 def _length(source: Any) -> int | None:
     try:
         return len(source)
     except (TypeError, NotImplementedError):
         return None
+
+
+def hashes(**parts: Any) -> dict[str, str]:
+    """SHA-256 of each part, in hexadecimal: tensors, or tuples of them.
+
+    >>> import torch
+    >>> hashes(x=torch.zeros(2))["x"][:8]
+    '46d4846c'
+    """
+    found = {}
+    for name, part in parts.items():
+        sha256 = hashlib.sha256()
+        for tensor in pytree.tree_leaves(part):
+            sha256.update(f"{tensor.dtype} {tuple(tensor.shape)}:".encode())
+            sha256.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        found[name] = sha256.hexdigest()
+    return found
+
+
+def hash_files(files: Files) -> str:
+    """What a folder holds: SHA-256 over the names, the classes and the bytes of its files, in hexadecimal.
+
+    Beyond ``WHOLE_UP_TO`` files or ``WHOLE_BYTES``, sizes stand for bytes, and the result begins with "names and
+    sizes:".
+
+    Cost: one reading of every file; beyond that, one question to the file system for each.
+
+    Raises:
+        MetaplError: a file is gone or cannot be read.
+    """
+    sizes = [ask(size_of, path) for path in files.paths()]
+    whole = len(sizes) <= WHOLE_UP_TO and sum(sizes) <= WHOLE_BYTES
+    whole_hash = hashlib.sha256()
+    labels: Iterable[object] = files.labels if isinstance(files, LabeledFiles) else (None for _ in files.names)
+    for name, label, path, size in zip(files.names, labels, files.paths(), sizes, strict=True):
+        content = ask(digest, path) if whole else str(size).encode()
+        whole_hash.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
+    return whole_hash.hexdigest() if whole else f"names and sizes: {whole_hash.hexdigest()}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.plain_files import read_plain
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import write_whole
 from metapl.typed import misfit_entries
 
 _VERSION = 1
@@ -60,11 +60,7 @@ class Split:
         """
         fields = self._fields()
         text = json.dumps({"version": _VERSION, **fields, "hash": _hash(fields)}, separators=(",", ":"))
-        try:
-            with replacing(Path(path)) as file:
-                file.write(text.encode())
-        except OSError as error:
-            raise MetaplError(f"{path} cannot be written: {error.strerror}; expected a folder with room.") from error
+        write_whole(Path(path), text.encode(), "expected a folder with room.")
 
     @classmethod
     def load(cls, path: str | Path, train_labels: Tensor, test_labels: Tensor) -> Split:

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metapl.data.images.reader import reason_of
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.plain_files import open_plain
 
 
@@ -37,15 +36,12 @@ def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error) as error:
         raise MetaplError(f"{path}: the file cannot be read: {reason_of(error)}.") from error
-    if rows and _is_header(rows[0][1], columns):
-        del rows[0]
+    first = [cell.strip() for cell in rows[0][1]] if rows else []
+    if all(_number(cell) is None for cell in first) or first == [str(column) for column in range(columns)]:
+        del rows[:1]
     if not rows:
         raise MetaplError(f"{path}: there is no row of numbers in it.")
     return [(line, _numbers(f"{path}:{line}", row, columns, highest)) for line, row in rows]
-
-
-def _is_header(row: list[str], columns: int) -> bool:
-    return all(_number(cell) is None for cell in row) or [c.strip() for c in row] == [str(i) for i in range(columns)]
 
 
 def _numbers(where: str, row: list[str], columns: int, highest: float) -> Tensor:

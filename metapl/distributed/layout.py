@@ -38,7 +38,7 @@ class Layout:
         ranks: the processes that share a batch.
         space: products of trees of its weights.
         processes: the ranks' numbers in the whole job.
-        tensor: how many processes compute each product together.
+        product_ranks: how many processes compute each product together.
         blocks: the submodules that gather their weights while they run, the network itself among them.
         sharded: the sharded parameters by name: while the root has gathered its weights, the network holds others.
 
@@ -52,7 +52,7 @@ class Layout:
     ranks: Ranks = ALONE
     space: Space = WHOLE
     processes: tuple[int, ...] = ()
-    tensor: int = 1
+    product_ranks: int = 1
     blocks: tuple[Any, ...] = ()
     sharded: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
     versions: Mapping[str, tuple[int, int]] = field(init=False, repr=False)
@@ -87,7 +87,7 @@ class Layout:
             return {name: p for name, p in self.sharded.items() if p.requires_grad}
         return trainable(self.network)
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         """Let every block give up its gathered weights.
 
         The root keeps them after a pass without a backward pass, and reads them again in the next one, whatever became
@@ -97,11 +97,11 @@ class Layout:
             block.reshard()
 
     def begin_step(self) -> None:
-        """:meth:`settle`, and refuse blocks that have been switched since this layout was found."""
+        """:meth:`reshard`, and refuse blocks that have been switched since this layout was found."""
         with self.ranks.agreed():
             for block in self.blocks:
                 _check_reduction("network", block)
-        self.settle()
+        self.reshard()
 
     def mean_gradients(self) -> None:
         """Average ``.grad`` over the ranks; a sharded network's backward pass has done so."""
@@ -195,10 +195,10 @@ def _beside(teacher: Layout, student: Layout) -> Layout:
         "expected the same number in both, or a teacher that is not cut, beside a student that is: in "
         f"DistributedDataParallel over all processes, shard(teacher, Mesh(replicate={len(student.processes)}))."
     )
-    if teacher.tensor != student.tensor:
+    if teacher.product_ranks != student.product_ranks:
         raise MetaplError(
-            f"products are shared by {teacher.tensor} processes in the teacher and {student.tensor} in the student "
-            f"(parallelize_module); {mend}"
+            f"products are shared by {teacher.product_ranks} processes in the teacher and {student.product_ranks} in "
+            f"the student (parallelize_module); {mend}"
         )
     if teacher.ranks.copies != copies:
         raise MetaplError(
@@ -242,15 +242,15 @@ def _is_block(part: nn.Module) -> bool:
     return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in type(part).__mro__)
 
 
-def settle(network: nn.Module) -> None:
-    """Let every block of a network give up its gathered weights; see :meth:`Layout.settle`."""
+def reshard(network: nn.Module) -> None:
+    """Let every block of a network give up its gathered weights; see :meth:`Layout.reshard`."""
     blocks: list[Any] = [part for _, part in named_parts(network) if _is_block(part)]
     for block in blocks:
         block.reshard()
 
 
 @contextmanager
-def passes_only(network: nn.Module) -> Iterator[None]:
+def without_gradients(network: nn.Module) -> Iterator[None]:
     """Passes without gradients in this block: in inference mode, or by ``no_grad`` where the network is sharded.
 
     In inference mode a sharded network would gather its weights into tensors that no later pass could fill again.
@@ -258,7 +258,7 @@ def passes_only(network: nn.Module) -> Iterator[None]:
     spread = any(_is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
     with torch.no_grad() if spread else torch.inference_mode():
         yield
-    settle(network)
+    reshard(network)
 
 
 def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:

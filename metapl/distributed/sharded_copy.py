@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.distributed.layout import settle
+from metapl.distributed.layout import reshard
 from metapl.distributed.shards import as_sharded, is_sharded, laid_out_like, local
 
 
@@ -35,13 +35,13 @@ class ShardedCopy:
 
     def state_dict(self, network: nn.Module) -> dict[str, Any]:
         """As the network's ``state_dict``, with these values."""
-        settle(network)
+        reshard(network)
         values = {id(t): value for t, value in self._with_copies(network)}
         return {name: as_sharded(values[id(t)], t) for name, t in network.state_dict(keep_vars=True).items()}
 
     def load_state_dict(self, network: nn.Module, state: Mapping[str, Any]) -> None:
         """Take the values of a network's ``state_dict``, whole or laid out as the network is."""
-        settle(network)
+        reshard(network)
         values = {id(t): value for t, value in self._with_copies(network)}
         for name, t in network.state_dict(keep_vars=True).items():
             values[id(t)].copy_(local(laid_out_like(state[name], t)))
@@ -57,12 +57,12 @@ class ShardedCopy:
         for held, values in ((learned, self.learned), (buffers, self.buffers)):
             for name, t in held.items():
                 t.copy_(values[name])
-        settle(network)
+        reshard(network)
 
 
 def local_parts(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This process's parts of the parameters and of the buffers, by name, sharing their memory."""
-    settle(network)
+    reshard(network)
     return (
         {name: local(p).detach() for name, p in network.named_parameters()},
         {name: local(b).detach() for name, b in network.named_buffers()},

@@ -46,7 +46,7 @@ class ShardedStudent(LocalStudent):
     """A student that is sharded; for its arguments see :class:`metapl.execution.local.LocalStudent`."""
 
     def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter] | None = None) -> None:
-        layout.settle()
+        layout.reshard()
         super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space)
         self.layout = layout
         self.params: Tree = parts_of(self.parameters)
@@ -89,7 +89,7 @@ class ShardedStudent(LocalStudent):
             self._write(kept)
 
     def _write(self, params: Mapping[str, Tensor]) -> None:
-        self.layout.settle()
+        self.layout.reshard()
         torch.clear_autocast_cache()
         with torch.no_grad():
             for name, part in self.params.items():
@@ -99,7 +99,7 @@ class ShardedStudent(LocalStudent):
     def along(self, w: Tree) -> Iterator[None]:
         """In this block, the weights of each submodule are dual numbers with their part of w while it runs."""
         names = {id(p): name for name, p in self.parameters.items()}
-        self.layout.settle()
+        self.layout.reshard()
         held = _slots_by_block(self.module, self.layout.blocks, names)
         groups = [_Group(block, slots, w) for block, slots in held.items()]
         with _hooked(groups):
@@ -108,7 +108,7 @@ class ShardedStudent(LocalStudent):
             finally:
                 for group in groups:
                     group.put_back()
-                self.layout.settle()
+                self.layout.reshard()
 
 
 class ShardedPass(Pass):
@@ -117,7 +117,7 @@ class ShardedPass(Pass):
     student: ShardedStudent
 
     def tangent(self, w: Tree) -> Tensor:
-        if self.student.layout.tensor > 1:
+        if self.student.layout.product_ranks > 1:
             raise MetaplError(
                 "PyTorch has no forward mode through the exchanges of parallelize_module; use "
                 'mode="difference", or metapl.feedback.ReinforcePerExample(tangent="difference").'

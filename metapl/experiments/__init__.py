@@ -12,6 +12,7 @@ galleries      the pictures of a report
 labeling       a network's labels of many pictures, written to a store
 labels_given   labels for Reduced MPL that a user gives
 reducing       Reduced MPL
+fits           fits of one network, and finetuning
 noisy_labels   training on labels that may be wrong
 noisy_student  training by Noisy Student
 rounds         the labels and the selection between its trainings

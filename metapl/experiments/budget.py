@@ -18,13 +18,11 @@ from torch import Tensor, nn
 
 from metapl.data.feed import feed
 from metapl.data.images.store import FileImages, Images, MemoryImages
-from metapl.experiments.methods import train
+from metapl.experiments.methods import rehearse
 from metapl.experiments.reducing import even_labels
-from metapl.experiments.rounds import Rehearsed
-from metapl.recipes.base import ROLES, Task
+from metapl.recipes.base import Task
 from metapl.recipes.image_folders import ImageFolders
 from metapl.recipes.image_recipe import ImageParts
-from metapl.recipes.methods import EVERY_METHOD
 from metapl.training import FitResult, Trainer
 
 SHARE = 0.85
@@ -96,7 +94,7 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
     """
     seconds = []
 
-    def rehearse(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
+    def timed(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
         """A fit of a few steps, which are timed."""
         sources = [labeled] if unlabeled is None else [labeled, unlabeled]
         waits = options.get("wait", recipe.wait)
@@ -113,13 +111,9 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
             classes=recipe.classes,
             record={},
         )
-        even = even_labels(task)
-        given = recipe.teacher_run is not None or recipe.label_store is not None
-        task = dataclasses.replace(
-            task, label=even, rounds=Rehearsed(task), stored=even(nn.Identity()) if given else None
-        )
-        teacher, student = (recipe.network(role).to(recipe.torch_device()) for role in ROLES)
-        train(EVERY_METHOD[recipe.method], recipe, task, teacher, student, rehearse)
+        if recipe.teacher_run is not None or recipe.label_store is not None:
+            task = dataclasses.replace(task, stored=even_labels(task)(nn.Identity()))
+        rehearse(recipe.method, recipe, task, timed, recipe.torch_device())
     return sum(seconds)
 
 

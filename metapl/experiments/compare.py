@@ -45,8 +45,6 @@ def compare(
 
     Args:
         recipe: settled.
-        folder: the comparison's.
-        methods, seeds: which are run.
         resume: go on with the comparison in the folder.
         jobs: runs at a time; None: one for each core, and one on a GPU.
         together: runs a job in all processes of a mesh; None: each job is of one process.

@@ -13,8 +13,6 @@ from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
 from metapl.recipes.methods import EVERY_METHOD, title, titled
 from metapl.words import table
 
-ReadOuts = Mapping[str, Sequence[float]]
-
 DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
 """What is compared: the network that a run delivers, the student, and the student finetuned."""
 
@@ -251,14 +249,14 @@ def _readouts(method: str) -> tuple[str, tuple[str, ...]]:
     Where labels may be wrong, only finetuning learns from the clean ones, which plain training has learned from
     already.
     """
-    if EVERY_METHOD[method].self_training is not None:
+    if EVERY_METHOD[method].is_noisy_student:
         return DELIVERED, (DELIVERED,)
     return FINETUNED if EVERY_METHOD[method].doubting else STUDENT, (STUDENT, FINETUNED)
 
 
 def _words(method: str) -> tuple[str, str, str, Mapping[bool, str]]:
     """A method's network and its control, as the sentence calls them, and the question and answers of the test."""
-    if EVERY_METHOD[method].self_training is not None:
+    if EVERY_METHOD[method].is_noisy_student:
         better = {True: "Noisy Student is better", False: "Meta Pseudo Labels is better"}
         return (
             "what Noisy Student delivers",

@@ -13,12 +13,10 @@ import torch
 
 from metapl.device import to_device
 from metapl.errors import MetaplError
-from metapl.experiments.methods import compared, train
+from metapl.experiments.methods import compared, rehearse
 from metapl.experiments.noisy_student import FINETUNED, FIRST, first_teacher
-from metapl.experiments.reducing import even_labels
-from metapl.experiments.rounds import Rehearsed
 from metapl.metrics.cost import flops
-from metapl.recipes.base import ROLES, Recipe, Task
+from metapl.recipes.base import Recipe, Task
 from metapl.recipes.methods import EVERY_METHOD
 from metapl.training import FitResult, Trainer
 
@@ -29,11 +27,6 @@ warm start likewise."""
 
 def operations(recipe: Recipe, method: str, task: Task) -> float:
     """Floating-point operations of products and convolutions in all steps of a method, its earlier phases included.
-
-    Args:
-        recipe: settled.
-        method: of :data:`metapl.recipes.methods.EVERY_METHOD`.
-        task: the recipe's data.
 
     Cost: a step of each kind in each phase; the default generator is put back. Passes that label, validate and test are
     not counted, and neither are finetunings: their steps are :attr:`~metapl.recipes.Recipe.finetune_steps`, whatever
@@ -63,10 +56,7 @@ def _by_phase(recipe: Recipe, method: str, task: Task) -> dict[str, float]:
         return FitResult(None, 0, {})
 
     own = compared(recipe, method, recipe.seed)
-    with torch.random.fork_rng():
-        teacher, student = (own.network(role).to(recipe.torch_device()) for role in ROLES)
-        rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
-        train(EVERY_METHOD[method], own, rehearsed, teacher, student, count)
+    rehearse(method, own, task, count, recipe.torch_device())
     return spent
 
 
@@ -80,11 +70,6 @@ def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[st
     The first teacher, of methods that have one, is trained alike in all of them, by
     :class:`~metapl.recipes.self_training.FirstTeacher`: as in the first of these methods. What is left of the cost
     decides the steps of the rest. So for the same seed all of them learn from the same labels.
-
-    Args:
-        recipe: settled.
-        methods: the first is that which the others are held against.
-        task: the recipe's data.
 
     Raises:
         MetaplError: a method cannot be trained on the recipe's data.

@@ -20,12 +20,12 @@ from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.shards import load_whole
 from metapl.distributed.spatial import takes_whole_images
 from metapl.errors import MetaplError
+from metapl.experiments.fits import finetuning_options
 from metapl.experiments.galleries import FILE as GALLERIES
 from metapl.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.experiments.labels_given import labels_given
 from metapl.experiments.larger import at_larger_size, finetuned_larger
 from metapl.experiments.methods import train
-from metapl.experiments.noisy_labels import ALONE
 from metapl.experiments.noisy_student import networks_of
 from metapl.experiments.reducing import label_by
 from metapl.experiments.rounds import Rounds
@@ -81,14 +81,7 @@ class Experiment:
         trained, result = self.train(method, task, teacher, student)
         labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
         galleries = draw_galleries(task, labeler, trained.student, titled(method, "student"))
-        if task.doubtful is not None:
-            found = find_suspects(task.doubtful, trained)
-            galleries.append(suspects_gallery(found, task))
-            write_suspects(self.folder.path, found, task)
-            self.say(
-                f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first; of "
-                f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
-            )
+        galleries += self.suspects(task, trained)
         changed = [] if task.rounds is None else task.rounds.galleries()
         sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
         networks = self.networks(method, task, trained, result)
@@ -120,9 +113,21 @@ class Experiment:
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
 
+    def suspects(self, task: Task, trained: Trainer) -> list[Gallery]:
+        """List the examples whose labels may be wrong, where there are such; a gallery of the first of them."""
+        if task.doubtful is None:
+            return []
+        found = find_suspects(task.doubtful, trained)
+        write_suspects(self.folder.path, found, task)
+        self.say(
+            f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first; of "
+            f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
+        )
+        return [suspects_gallery(found, task)]
+
     def built(self, method: str, place: torch.device) -> list[nn.Module]:
         """The teacher and the student with fresh weights; Noisy Student builds a network when its round begins."""
-        if EVERY_METHOD[method].self_training is not None:
+        if EVERY_METHOD[method].is_noisy_student:
             return [nn.Identity(), nn.Identity()]
         return [self.recipe.network(role).to(place) for role in ROLES]
 
@@ -171,7 +176,7 @@ class Experiment:
 
         Of Noisy Student, the last student and its teacher.
         """
-        if EVERY_METHOD[method].self_training is not None:
+        if EVERY_METHOD[method].is_noisy_student:
             return self.last_round(task, trained, result)
         networks = [self.network("student", task, trained.student, result.validation_accuracy, result.weights)]
         teacher = trained.teacher
@@ -279,15 +284,12 @@ class Experiment:
         self.seed_shares(student)
         if not self.recipe.finetune_steps:
             return before
-        every = max(1, self.recipe.finetune_steps // 10)
-        alone = ALONE | {"ema_decay": None, "warmup": 0, "validate_every": every} | self.recipe.finetune_options()
         result = finetune(
             student,
             task.finetuning,
-            steps=self.recipe.finetune_steps,
             optimizer=self.recipe.finetune.build(student),
             **self.recipe.trainer_options(),
-            **self.options(task) | {"truth": None} | alone,
+            **self.options(task) | {"truth": None} | finetuning_options(self.recipe),
         )
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
             load_whole(student.module if isinstance(student, DistributedDataParallel) else student, before.weights)
@@ -324,7 +326,7 @@ class Experiment:
 
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
-    last = EVERY_METHOD[content["method"]].self_training is not None
+    last = EVERY_METHOD[content["method"]].is_noisy_student
     phase = f"round-{len(content['rounds'])}" if last else "fit"
     return Metrics(folder / "metrics.jsonl").rows(phase)
 
@@ -366,13 +368,11 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
     """The name of the network that a run delivers.
 
     Args:
-        method: of :data:`EVERY_METHOD`.
-        networks: by name.
         select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``. Of
             Noisy Student it is the last student, finetuned or not, of equals finetuned, and never its teacher.
             Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
     """
-    if EVERY_METHOD[method].self_training is not None:
+    if EVERY_METHOD[method].is_noisy_student:
         networks = {name: network for name, network in networks.items() if name != "teacher"}
         if not select:
             return [*networks][-1]

@@ -62,14 +62,16 @@ def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module, name: str
         for title, shown in (("Most", seen[:SHOWN]), ("Least", seen[: -SHOWN - 1 : -1])):
             captions = [f"{names[example.taken_for]}\n{example.percent}" for example in shown]
             marks = [example.taken_for == example.label if task.truth is not None else None for example in shown]
-            galleries.append(_gallery(f"{title} confident pseudo-labels", note, shown, captions, marks))
+            pictures = [example.picture for example in shown]
+            galleries.append(gallery_of(f"{title} confident pseudo-labels", note, pictures, captions, marks))
     if task.validation is not None:
         seen = _look(student, task.validation)
         wrong = [example for example in seen if example.taken_for != example.label]
         note = f"of the {name} on validation: {len(wrong):,} of {len(seen):,} are wrong"
         shown = wrong[:SHOWN]
         captions = [f"{names[example.taken_for]} {example.percent}\nis {names[example.label]}" for example in shown]
-        galleries.append(_gallery("Most confident mistakes", note, shown, captions, [None] * len(shown)))
+        pictures = [example.picture for example in shown]
+        galleries.append(gallery_of("Most confident mistakes", note, pictures, captions))
     return [gallery for gallery in galleries if gallery is not None]
 
 
@@ -84,22 +86,19 @@ def _look(model: nn.Module, data: Any) -> list[_Seen]:
     return sorted(seen, key=lambda example: -example.confidence)
 
 
-def _gallery(
-    title: str, note: str, seen: Sequence[_Seen], captions: Sequence[str], marks: Sequence[bool | None]
-) -> Gallery | None:
-    pictures = [example.picture for example in seen]
-    return gallery_of(title, note, torch.stack(pictures) if pictures else torch.empty(0), captions, marks)
-
-
 def gallery_of(
-    title: str, note: str, pictures: Tensor, captions: Sequence[str], marks: Sequence[bool | None]
+    title: str,
+    note: str,
+    pictures: Sequence[Tensor],
+    captions: Sequence[str],
+    marks: Sequence[bool | None] | None = None,
 ) -> Gallery | None:
-    """Examples (n, C, H, W) in [0, 1] as a gallery; None where there are none, or they are not pictures of 1 or 3
+    """Examples (C, H, W) in [0, 1] as a gallery; None where there are none, or they are not pictures of 1 or 3
     channels."""
-    if not len(pictures) or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+    if not len(pictures) or pictures[0].ndim != 3 or pictures[0].shape[0] not in (1, 3):
         return None
-    levels = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Gallery(title, note, levels, tuple(captions), tuple(marks))
+    levels = (torch.stack(tuple(pictures)).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Gallery(title, note, levels, tuple(captions), (None,) * len(levels) if marks is None else tuple(marks))
 
 
 def write_galleries(folder: Path, galleries: Sequence[Gallery]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from metapl.data.batches import StepBatches, in_unit_range
 from metapl.data.feed import feed
 from metapl.data.images.folders import digest, scan_unlabeled
-from metapl.data.images.store import FileImages, MemoryImages
+from metapl.data.images.store import FileImages, Images
 from metapl.data.sets.torchvision_sets import load_image_data
 from metapl.errors import MetaplError, few
 from metapl.fingerprints import fingerprint
-from metapl.labels import LabelWriter
+from metapl.labels import LabelStore, LabelWriter
 from metapl.labels.layout import DIGEST_BYTES, PAGE_ROWS
 from metapl.labels.store import is_text
 from metapl.metrics.predictions import logits_of
@@ -39,30 +40,51 @@ and the numbers of files that cannot be read, each with the reason."""
 
 
 @dataclass(frozen=True, eq=False)
-class PictureFiles(StepBatches[Read]):
+class InOrder(StepBatches[Read], ABC):
+    """Pictures as they are, one batch after another.
+
+    Args:
+        batch_size: of a batch.
+        first: the batch that item 0 is.
+    """
+
+    batch_size: int = field(default=BATCH, kw_only=True)
+    first: int = field(default=0, kw_only=True)
+
+    @abstractmethod
+    def pictures(self) -> int:
+        """How many there are."""
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]  # follows from the rest
+        return -(-self.pictures() // self.batch_size) - self.first
+
+    def numbers(self, step: int) -> range:
+        """Of the pictures of a batch."""
+        start = (self.first + step) * self.batch_size
+        return range(start, min(start + self.batch_size, self.pictures()))
+
+
+@dataclass(frozen=True, eq=False)
+class PictureFiles(InOrder):
     """Pictures in files, read like the training data of a run.
 
     Args:
         recipe: of the run.
         path: gives the file of each number.
         count: how many there are.
-        batch_size: of a batch.
-        first: the batch that item 0 is.
     """
 
     recipe: Recipe
     path: Callable[[int], Path]
     count: int
-    batch_size: int
-    first: int = 0
 
-    @property
-    def steps(self) -> int:  # type: ignore[override]  # follows from the rest
-        return -(-self.count // self.batch_size) - self.first
+    def pictures(self) -> int:
+        return self.count
 
     def batch(self, step: int) -> Read:
         pictures, used, digests, skipped = [], [], [], []
-        for number in _numbers(self, step, self.count):
+        for number in self.numbers(step):
             path = self.path(number)
             try:
                 ((_, picture),) = self.recipe.read(path)
@@ -80,26 +102,21 @@ class PictureFiles(StepBatches[Read]):
 
 
 @dataclass(frozen=True, eq=False)
-class PicturesInMemory(StepBatches[Read]):
-    """Pictures in memory: uint8, or float32 in [0, 1]; see :class:`PictureFiles`."""
+class SourcePictures(InOrder):
+    """The pictures of a source of batches: a tensor, uint8 or float32 in [0, 1], or images in memory or in files."""
 
-    images: Tensor
-    batch_size: int
-    first: int = 0
+    images: Tensor | Images
 
-    @property
-    def steps(self) -> int:  # type: ignore[override]  # follows from the rest
-        return -(-len(self.images) // self.batch_size) - self.first
+    def pictures(self) -> int:
+        return len(self.images)
 
     def batch(self, step: int) -> Read:
-        numbers = torch.tensor(_numbers(self, step, len(self.images)))
-        x = self.images[numbers]
-        return in_unit_range(x) if x.dtype == torch.uint8 else x, numbers, torch.empty(len(numbers), 0), []
-
-
-def _numbers(pictures: PictureFiles | PicturesInMemory, step: int, count: int) -> range:
-    start = (pictures.first + step) * pictures.batch_size
-    return range(start, min(start + pictures.batch_size, count))
+        images, used = self.images, torch.tensor(self.numbers(step), dtype=torch.int64)
+        if isinstance(images, Tensor):
+            x = images[used]
+        else:
+            x, used = (images.fetch_sound if isinstance(images, FileImages) else images.fetch)(used)
+        return in_unit_range(x) if x.dtype == torch.uint8 else x, used, torch.empty(len(used), 0), []
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ class Labeled:
         name: of the folder or of the data set.
     """
 
-    pictures: PictureFiles | PicturesInMemory
+    pictures: InOrder
     ids: Sequence[str] | range
     name: str
 
@@ -130,7 +147,6 @@ def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: 
     Args:
         pictures: one of ``DATA_SETS``, or a folder.
         recipe: of the run whose network labels them.
-        batch_size: pictures in a pass.
         data_root: where torchvision keeps the data set; None: where the run had it.
 
     Raises:
@@ -149,7 +165,7 @@ def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: 
         from sklearn.datasets import load_digits
 
         images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
-        return Labeled(PicturesInMemory(images, batch_size), range(len(images)), "digits")
+        return Labeled(SourcePictures(images, batch_size=batch_size), range(len(images)), "digits")
     if not isinstance(recipe, ImageRecipe):
         raise _unfit(pictures, "images, torchvision or a protocol", recipe)
     root = data_root or getattr(recipe, "data_root", None)
@@ -164,12 +180,10 @@ def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: 
             f"the pictures of {pictures} are {_size(train.shape)}, and the run's network takes "
             f"{_size(recipe.input_shape)}; expected a run on pictures of that size."
         )
-    batches: PictureFiles | PicturesInMemory
     if isinstance(train, FileImages):
-        batches = PictureFiles(recipe, train.path, len(train), batch_size)
+        batches: InOrder = PictureFiles(recipe, train.path, len(train), batch_size=batch_size)
     else:
-        assert isinstance(train, MemoryImages)
-        batches = PicturesInMemory(train.data, batch_size)
+        batches = SourcePictures(train, batch_size=batch_size)
     return Labeled(batches, range(len(train)), f"{pictures}, training pictures")
 
 
@@ -178,7 +192,7 @@ def _of_folder(folder: Path, recipe: Recipe, batch_size: int) -> Labeled:
         state = "is a file" if folder.exists() else "does not exist"
         raise MetaplError(f"{folder} {state}; expected a folder with pictures, or one of {', '.join(DATA_SETS)}.")
     files = scan_unlabeled(folder)
-    batches = PictureFiles(recipe, files.path, len(files), batch_size)
+    batches = PictureFiles(recipe, files.path, len(files), batch_size=batch_size)
     return Labeled(batches, files.names, str(folder))
 
 
@@ -195,14 +209,7 @@ def _size(shape: tuple[int, int, int]) -> str:
 
 
 def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperature: float = 1.0) -> dict[str, Any]:
-    """What a store says of its labels; what is gone on with must say the same.
-
-    Args:
-        network: that labels.
-        labeled: which pictures.
-        recipe: of the run that reads them.
-        temperature: of the softmax.
-    """
+    """What a store says of its labels; what is gone on with must say the same."""
     return {
         "pictures": labeled.name,
         "examples": len(labeled.ids),
@@ -221,6 +228,26 @@ def rows_per_part(examples: int) -> int:
     (1024, 1282, 16384)
     """
     return min(max(-(-examples // PARTS), FEWEST_ROWS), PAGE_ROWS)
+
+
+def store_labels(
+    network: nn.Module,
+    labeled: Labeled,
+    place: Path,
+    classes: Sequence[str],
+    about: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> LabelStore:
+    """The store of a network's labels in a run's folder; one that is there already is gone on with.
+
+    Args:
+        about: by :func:`provenance`; a store that says otherwise is refused.
+        say: takes the reason of each file that is left out.
+    """
+    part = rows_per_part(len(labeled.ids))
+    with LabelWriter(place, classes, provenance=about, rows_per_part=part, resume=place.exists()) as writer:
+        write_labels(network, labeled, writer, skip=say)
+    return LabelStore(place)
 
 
 def write_labels(
@@ -263,24 +290,23 @@ def write_labels(
             for number, reason in skipped:
                 if number >= done:
                     skip(reason)
-            for names, p, contents in _labeled_batch(network, x, numbers, digests, labeled, done, temperature, skip):
-                writer.add(names, p, contents)
+            if len(numbers):
+                _write_batch(network, x, numbers, digests, labeled, writer, done, temperature, skip)
             bar.advance([x], {}, due=(step + 1) % every == 0 or step + 1 == first + steps)
 
 
-def _labeled_batch(
+def _write_batch(
     network: nn.Module,
     x: Tensor,
     numbers: Tensor,
     digests: Tensor,
     labeled: Labeled,
+    writer: LabelWriter,
     done: int,
     temperature: float,
     skip: Callable[[str], None],
-) -> Iterator[tuple[list[Any], Tensor, list[bytes] | None]]:
-    """The ids and probabilities of a batch, of those from number ``done`` on; nothing where none is left."""
-    if not len(numbers):
-        return
+) -> None:
+    """Write the labels of a batch, of its pictures from number ``done`` on."""
     # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
     logits_BC = logits_of(network, [x]).float()
     ids = [labeled.ids[number] for number in numbers.tolist()]
@@ -306,4 +332,4 @@ def _labeled_batch(
                 f"the temperature is {temperature}: the network's outputs divided by it are beyond float32; expected a "
                 "greater one."
             )
-        yield [ids[row] for row in kept], scaled_BC.softmax(dim=1), contents
+        writer.add([ids[row] for row in kept], scaled_BC.softmax(dim=1), contents)

@@ -7,10 +7,10 @@ from typing import Any
 
 from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError, few
-from metapl.experiments.labeling import provenance, rows_per_part, to_label, write_labels
+from metapl.experiments.labeling import provenance, store_labels, to_label
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.reducing import FOLDER, rows_of
-from metapl.labels import LabelStore, LabelWriter
+from metapl.labels import LabelStore
 from metapl.recipes import ImageFolders
 from metapl.recipes.base import Recipe, Stored, Task
 from metapl.training import Say
@@ -28,11 +28,7 @@ def check_labels_given(recipe: ImageFolders) -> None:
 def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored | None:
     """The labels that the recipe names; None where its teacher is to be trained first.
 
-    Args:
-        recipe: it may name a run or a store.
-        task: its data.
-        folder: of the run, where the labels of a teacher's run are stored.
-        say: takes what a user should know.
+    Those that the network of another run gives are stored in ``folder``, which is that of this run.
     """
     if not isinstance(recipe, ImageFolders) or (recipe.teacher_run is None and recipe.label_store is None):
         return None
@@ -64,16 +60,8 @@ def _label(run: LoadedRun, pictures: str, place: Path, say: Say) -> LabelStore:
     """A store of the labels that a run's network gives the pictures of a folder."""
     network = run.network(run.name("delivered")).to(run.device)
     labeled = to_label(pictures, run.recipe)
-    writer = LabelWriter(
-        place,
-        run.recipe.classes,
-        provenance={"run": str(run.folder.path), **provenance(network, labeled, run.recipe)},
-        rows_per_part=rows_per_part(len(labeled.ids)),
-        resume=place.exists(),
-    )
-    with writer:
-        write_labels(network, labeled, writer, skip=say)
-    return LabelStore(place)
+    about = {"run": str(run.folder.path), **provenance(network, labeled, run.recipe)}
+    return store_labels(network, labeled, place, run.recipe.classes, about, say)
 
 
 def _names(images: Any, folder: str) -> list[str]:

@@ -12,13 +12,11 @@ from metapl.data import LabeledBatches
 from metapl.data.draws import fold_in
 from metapl.data.views.base import Identity
 from metapl.errors import MetaplError
-from metapl.experiments.noisy_labels import ALONE, Fit
-from metapl.problems.losses import CrossEntropy
+from metapl.experiments.fits import Fit, finetune_by_cosine
 from metapl.recipes import ImageRecipe
 from metapl.recipes.base import Recipe, Task
 from metapl.recipes.self_training import SelfTraining
 from metapl.training import FitResult
-from metapl.training.loss_trainer import LossTrainer
 
 PHASE = "resolution"
 
@@ -28,7 +26,6 @@ def at_larger_size(recipe: Recipe, settings: SelfTraining) -> Recipe:
 
     Args:
         recipe: with the network of the last round.
-        settings: with a ``finetune_size``.
 
     Raises:
         MetaplError: the size is not larger, the recipe has no pictures of other sizes or no finetuning steps, or the
@@ -78,14 +75,7 @@ def freeze(network: nn.Module, share: float) -> int:
 
 
 def finetuned_larger(recipe: Recipe, settings: SelfTraining, student: nn.Module, task: Task, fit: Fit) -> FitResult:
-    """Finetune the last student where it is.
-
-    Args:
-        recipe: by :func:`at_larger_size`.
-        settings: of the run.
-        student: its weights.
-        task: of the recipe.
-        fit: see :data:`metapl.experiments.noisy_labels.Fit`.
+    """Finetune the last student where it is, by a recipe of :func:`at_larger_size` and the data of that.
 
     Source: Noisy Student, "Fixing the train-test resolution discrepancy"; it does not tell which layers are frozen.
     """
@@ -94,9 +84,4 @@ def finetuned_larger(recipe: Recipe, settings: SelfTraining, student: nn.Module,
     torch.manual_seed(seed)
     freeze(student, settings.frozen)
     source = dataclasses.replace(labeled, view=Identity(), crop=None)
-    steps = recipe.finetune_steps
-    trainer = LossTrainer(
-        student, (CrossEntropy(),), optimizer=recipe.finetune.build(student), **recipe.trainer_options()
-    )
-    alone = {"phase": PHASE, "steps": steps, "ema_decay": None, "warmup": 0, "validate_every": max(1, steps // 10)}
-    return fit(trainer, source, None, task, **ALONE | alone | {"schedule": "cosine"} | recipe.finetune_options())
+    return finetune_by_cosine(student, recipe, source, task, fit, PHASE)[1]

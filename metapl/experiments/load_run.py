@@ -115,7 +115,7 @@ class LoadedRun:
     def recipe_of(self, name: str) -> Recipe:
         """The recipe with the architecture of one of its networks, which Noisy Student can change between rounds."""
         method = EVERY_METHOD[self.result["method"]]
-        if method.self_training is None or name != "teacher":
+        if not method.is_noisy_student or name != "teacher":
             return self.recipe
         sized: Recipe = stored(self.folder)[0]
         named = method.settings(sized).network(len(self.result["rounds"]) - 1)
@@ -152,7 +152,7 @@ def load_run(path: Path) -> LoadedRun:
     result = stored_result(folder)
     delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])
     method = EVERY_METHOD[result["method"]]
-    if method.self_training is not None:
+    if method.is_noisy_student:
         rounds, told = method.settings(recipe).rounds, len(result.get("rounds", ()))
         if told != rounds:
             raise MetaplError(

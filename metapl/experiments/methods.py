@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
-from metapl.experiments.noisy_labels import ALONE, Fit, LayOut, in_one_process, train_on_noisy
+from metapl.experiments.fits import ALONE, Fit, finetuning_options
+from metapl.experiments.noisy_labels import LayOut, in_one_process, train_on_noisy
 from metapl.experiments.noisy_student import filtered, train_noisy_student
 from metapl.experiments.reducing import even_labels, feedback_of, train_reduced
 from metapl.experiments.rounds import Rehearsed
@@ -44,7 +45,7 @@ def train(
     if method.doubting is not None:
         assert isinstance(recipe, NoisyFolders)  # the only recipe with these methods
         return train_on_noisy(method, recipe, task, student, fit, lay_out)
-    if method.self_training is not None:
+    if method.is_noisy_student:
         return train_noisy_student(method, recipe, task, fit)
     if method.losses is not None:
         labeled = task.everything if method.place == "headroom" else task.labeled
@@ -84,15 +85,13 @@ def compared(recipe: Recipe, method: str, seed: int) -> Recipe:
     ((16, 16), (32, 32))
     """
     own, last = recipe.by(method, seed), recipe.self_training.network(recipe.self_training.rounds)
-    return own if last is None or EVERY_METHOD[method].self_training is not None else own.with_network(last)
+    return own if last is None or EVERY_METHOD[method].is_noisy_student else own.with_network(last)
 
 
 def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, feedback: Any = "recipe") -> BilevelTrainer:
     """The trainer of Meta Pseudo Labels as a recipe sets it.
 
     Args:
-        recipe: its optimizers, losses, mode and options.
-        teacher, student: built by it.
         feedback: ``"recipe"``, ``"none"``, or how the recipe's is altered; see :class:`metapl.feedback.Altered`.
     """
     estimator, kind = feedback_of(recipe, feedback)
@@ -130,13 +129,26 @@ def _alone(
     return trainer, fit(trainer, labeled, unlabeled, task, **ALONE | options)
 
 
-def check_method(recipe: Recipe, method: str, task: Task) -> None:
-    """Refuse options that a method has no use for together, and data that it cannot be trained on; nothing is trained.
+def rehearse(
+    method: str, recipe: Recipe, task: Task, fit: Fit, device: torch.device | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """Go through the fits of a method with fresh networks, and labels that are even, of which none is stored.
 
     Args:
-        recipe: as it is run by the method.
-        method: of :data:`EVERY_METHOD`.
-        task: the recipe's data.
+        fit: what is done in the place of each fit.
+        device: of the networks; None: the CPU.
+
+    Returns: the teacher and the student. The default generators are put back.
+    """
+    with torch.random.fork_rng(devices=[] if device is None else None):
+        teacher, student = (recipe.network(role).to(device) for role in ROLES)
+        rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
+        train(EVERY_METHOD[method], recipe, rehearsed, teacher, student, fit)
+    return teacher, student
+
+
+def check_method(recipe: Recipe, method: str, task: Task) -> None:
+    """Refuse options that a method has no use for together, and data that it cannot be trained on; nothing is trained.
 
     Cost: the networks are built; the default generator is put back.
 
@@ -151,13 +163,9 @@ def check_method(recipe: Recipe, method: str, task: Task) -> None:
         return FitResult(None, 0, {})
 
     try:
-        with torch.random.fork_rng(devices=[]):
-            teacher, student = (recipe.network(role) for role in ROLES)
-            rehearsed = dataclasses.replace(task, label=even_labels(task), rounds=Rehearsed(task))
-            train(EVERY_METHOD[method], recipe, rehearsed, teacher, student, check)
-            steps = {"ema_decay": None, "warmup": 0} | recipe.finetune_options()
-            if recipe.finetune_steps:
-                FitOptions(steps=recipe.finetune_steps, **recipe.fit_options() | ALONE | steps)
-                recipe.finetune.build(student)
+        _, student = rehearse(method, recipe, task, check)
+        if recipe.finetune_steps:
+            FitOptions(**recipe.fit_options() | finetuning_options(recipe))
+            recipe.finetune.build(student)
     except MetaplError as error:
         raise MetaplError(f"{method}: {error}") from error

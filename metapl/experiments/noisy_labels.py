@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
+from metapl.experiments.fits import ALONE, Fit
 from metapl.feedback import Altered, Estimator, estimator
 from metapl.problems.losses import CrossEntropy
 from metapl.recipes.base import Task
@@ -16,16 +16,9 @@ from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
-Fit = Callable[..., FitResult]
-"""Fits a trainer to sources of labeled and unlabeled batches, as :meth:`metapl.experiments.experiment.Experiment.fit`
-does."""
-
 LayOut = Callable[[nn.Module, bool], nn.Module]
 """Lays out what is learned about labels over the processes that train together, as
 :meth:`metapl.experiments.experiment.Experiment.beside` does."""
-
-ALONE: dict[str, Any] = {"wait": 0, "warm_start": False, "exact_every": None}
-"""Options of a fit without a teacher that learns."""
 
 
 def in_one_process(teacher: nn.Module, reads_inputs: bool) -> nn.Module:
@@ -48,11 +41,8 @@ def train_on_noisy(
 
     Args:
         method: one of :data:`metapl.recipes.methods.NOISY_METHODS`.
-        recipe: its optimizers, mode, and steps.
         task: its ``labeled`` batches are clean, its ``unlabeled`` ones have the given labels, and ``everything`` has
             both.
-        student: the network.
-        fit: see :data:`Fit`.
         lay_out: see :data:`LayOut`.
     """
     options = recipe.trainer_options()

@@ -21,8 +21,8 @@ from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
 from metapl.data.views.base import Identity
 from metapl.errors import MetaplError
+from metapl.experiments.fits import ALONE, Fit, finetune_by_cosine
 from metapl.experiments.larger import at_larger_size
-from metapl.experiments.noisy_labels import ALONE, Fit
 from metapl.experiments.noisy_teacher import noisy_view
 from metapl.experiments.rounds import Chosen
 from metapl.problems.losses import CrossEntropy, TeacherLoss
@@ -108,10 +108,8 @@ def train_noisy_student(method: Method, recipe: Recipe, task: Task, fit: Fit) ->
     """Train a teacher, and students one after another.
 
     Args:
-        method: one of Noisy Student's.
         recipe: its networks, the teacher's optimizer, which all of them use, and the steps of each round.
         task: its batches, and the rounds, which label and select.
-        fit: see :data:`metapl.experiments.noisy_labels.Fit`.
 
     Returns: the trainer of the last student, and what its fit ended with.
     """
@@ -235,13 +233,7 @@ def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int, fit:
     assert isinstance(labeled, LabeledBatches)
     sampler = dataclasses.replace(labeled.sampler, seed=fold_in(labeled.sampler.seed, number))
     labeled = dataclasses.replace(labeled, sampler=sampler, seed=fold_in(labeled.seed, number))
-    optimizer = recipe.finetune.build(network)
-    trainer = LossTrainer(network, (CrossEntropy(),), optimizer=optimizer, **recipe.trainer_options())
-    steps = recipe.finetune_steps
-    over = {"phase": f"round-{number}{FINETUNED}", "steps": steps, "ema_decay": None, "warmup": 0}
-    every = max(1, steps // 10)
-    options = ALONE | over | {"validate_every": every, "schedule": "cosine"} | recipe.finetune_options()
-    return trainer, fit(trainer, labeled, None, task, **options)
+    return finetune_by_cosine(network, recipe, labeled, task, fit, f"round-{number}{FINETUNED}")
 
 
 def filtered(recipe: Recipe, task: Task, fit: Fit) -> Task:

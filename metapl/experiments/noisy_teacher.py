@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from metapl.data.draws import fold_in
 from metapl.data.views.base import View
-from metapl.experiments.labeling import Read
-from metapl.experiments.reducing import AsTheyAre
+from metapl.experiments.labeling import Read, SourcePictures
 from metapl.problems.self_training import with_model_noise
 from metapl.recipes.base import Task
 
@@ -23,7 +22,7 @@ def noisy_view(task: Task) -> View:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Augmented(AsTheyAre):
+class Augmented(SourcePictures):
     """The examples of a source, in order and augmented.
 
     Args:

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from metapl.data import LabeledBatches, UnlabeledBatches
-from metapl.data.batches import in_unit_range
-from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError
-from metapl.experiments.labeling import BATCH, Labeled, PicturesInMemory, Read, provenance, rows_per_part, write_labels
-from metapl.experiments.noisy_labels import Fit
+from metapl.experiments.fits import Fit
+from metapl.experiments.labeling import Labeled, SourcePictures, provenance, store_labels
 from metapl.feedback import Altered
-from metapl.labels import LabelStore, LabelWriter
+from metapl.labels import LabelStore
 from metapl.models import label_adjuster
 from metapl.problems import ReducedLabels, StoredCrossEntropy
 from metapl.problems.base import Kind
@@ -36,12 +34,8 @@ def train_reduced(
     """Train a student on stored labels, adjusted by a small network that learns from the student.
 
     Args:
-        method: whether there is feedback.
         recipe: its student's and teacher's optimizers (the second trains the small network), feedback and steps.
-        task: its batches.
         stored: class distributions of the unlabeled examples and, for the supervised term, of the labeled ones.
-        student: the network.
-        fit: see :data:`metapl.experiments.noisy_labels.Fit`.
     """
     labeled, unlabeled = task.labeled, task.unlabeled
     assert isinstance(labeled, LabeledBatches)
@@ -76,7 +70,6 @@ def feedback_of(recipe: Recipe, feedback: Any) -> tuple[Any, Kind | None]:
     """The mode, and the kind of labels, of a recipe's feedback.
 
     Args:
-        recipe: it names a mode.
         feedback: ``"recipe"``, ``"none"``, or how the recipe's is altered; see :class:`metapl.feedback.Altered`.
     """
     estimator, kind = recipe.feedback.estimator(), recipe.feedback.labels
@@ -99,18 +92,11 @@ def label_by(recipe: Recipe, folder: Path, task: Task, say: Say) -> Callable[[nn
     def label(teacher: nn.Module) -> Stored:
         stored = {}
         for name, batches in (("unlabeled", task.unlabeled), ("labeled", task.labeled)):
-            images, place = batches.images, folder / FOLDER / name
-            labeled = Labeled(AsTheyAre(images, BATCH), range(len(images)), name)
-            writer = LabelWriter(
-                place,
-                task.classes,
-                provenance=provenance(teacher, labeled, recipe),
-                rows_per_part=rows_per_part(len(images)),
-                resume=place.exists(),
-            )
-            with writer:
-                write_labels(teacher, labeled, writer, skip=say)
-            stored[name] = rows_of(LabelStore(place), range(len(images)))
+            ids = range(len(batches.images))
+            labeled = Labeled(SourcePictures(batches.images), ids, name)
+            about = provenance(teacher, labeled, recipe)
+            store = store_labels(teacher, labeled, folder / FOLDER / name, task.classes, about, say)
+            stored[name] = rows_of(store, ids)
         say(f"the teacher's labels are in {folder / FOLDER}")
         return Stored(**stored)
 
@@ -139,19 +125,3 @@ def rows_of(store: LabelStore, ids: Any) -> Tensor:
     place = {name: row for row, name in enumerate(ids)}
     rows[[place[name] for name in known]] = store[known]
     return rows
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class AsTheyAre(PicturesInMemory):
-    """The examples of a source of batches, in order and not augmented: a tensor, or images in memory or in files."""
-
-    images: Any
-
-    def batch(self, step: int) -> Read:
-        if isinstance(self.images, Tensor):
-            return super().batch(step)
-        start = (self.first + step) * self.batch_size
-        numbers = torch.arange(start, min(start + self.batch_size, len(self.images)))
-        fetch = self.images.fetch_sound if isinstance(self.images, FileImages) else self.images.fetch
-        images, used = fetch(numbers)
-        return in_unit_range(images), used, torch.empty(len(used), 0), []

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from metapl.data.draws import fold_in
 from metapl.data.images.store import Images
 from metapl.experiments.galleries import SHOWN, gallery_of
-from metapl.experiments.labeling import BATCH, Labeled, provenance, rows_per_part, write_labels
+from metapl.experiments.labeling import Labeled, SourcePictures, provenance, store_labels
 from metapl.experiments.noisy_teacher import Augmented, Noised, noisy_view
-from metapl.experiments.reducing import AsTheyAre
 from metapl.fingerprints import fingerprint
-from metapl.labels import LabelStore, LabelWriter
+from metapl.labels import LabelStore
 from metapl.labels.queries import Selection, select, statistics
 from metapl.recipes.base import Recipe, Task
 from metapl.recipes.self_training import SelfTraining
@@ -63,7 +62,7 @@ class Chosen:
 
     def of(self, images: Tensor | Images) -> Tensor | Images:
         """The selected ones of all unlabeled examples."""
-        return images[self.positions] if isinstance(images, Tensor) else images.select(self.positions)
+        return _picked(images, self.positions)
 
 
 @dataclass(frozen=True)
@@ -157,21 +156,19 @@ class Rounds:
         note = f"{len(which):,} of {self.records[-1]['unlabeled']:,}; the most confident of them, by the later label"
         shown, names = which[:SHOWN], self.task.classes
         captions = [f"{names[b]} → {names[a]}" for b, a in zip(before.tolist(), after.tolist(), strict=True)]
-        pictures = AsTheyAre(self._some(shown), max(1, len(shown))).batch(0)[0] if len(shown) else torch.empty(0)
+        some = SourcePictures(_picked(self.task.unlabeled.images, shown))
+        pictures = some.batch(0)[0] if len(shown) else torch.empty(0)
         title = f"Pseudo-labels that changed from round {last - 1} to round {last}"
-        gallery = gallery_of(title, note, pictures, captions[: len(shown)], [None] * len(shown))
+        gallery = gallery_of(title, note, list(pictures), captions[: len(shown)])
         return [] if gallery is None else [gallery]
-
-    def _some(self, which: Tensor) -> Tensor | Images:
-        images = self.task.unlabeled.images
-        return images[which] if isinstance(images, Tensor) else images.select(which)
 
     def changed(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """The examples whose label changed from the round before: their numbers, the earlier labels and the later ones.
 
         The most confident ones, by the later labels, come first.
         """
-        before, after = self._both(number)
+        folder = self.folder / FOLDER
+        before, after = (_stored_labels(LabelStore(folder / str(each) / LABELS)) for each in (number - 1, number))
         # A file that became unreadable is in one of them alone.
         _, old, new = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)
         which, labels, labels_now, confidence = after[0][new], before[1][old], after[1][new], after[2][new]
@@ -179,31 +176,18 @@ class Rounds:
         order = order[labels[order] != labels_now[order]]
         return which[order], labels[order], labels_now[order]
 
-    def _both(self, number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What the stores of the round before and of this one hold."""
-        folder = self.folder / FOLDER
-        return [_stored_labels(LabelStore(folder / str(each) / LABELS)) for each in (number - 1, number)]
-
     def _labeled(self, teacher: nn.Module, place: Path) -> LabelStore:
         """The labels of all unlabeled examples."""
         images = self.task.unlabeled.images
         noisy = self.settings.noisy_teacher
         view, seed = noisy_view(self.task), fold_in(self.recipe.seed, int(place.parent.name))
-        pictures = Augmented(images, BATCH, view=view, seed=seed) if noisy else AsTheyAre(images, BATCH)
+        pictures = Augmented(images, view=view, seed=seed) if noisy else SourcePictures(images)
         labeled = Labeled(pictures, range(len(images)), "unlabeled")
         about = provenance(teacher, labeled, self.recipe)
         if noisy:
             about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
-        writer = LabelWriter(
-            place,
-            self.task.classes,
-            provenance=about,
-            rows_per_part=rows_per_part(len(images)),
-            resume=place.exists(),
-        )
-        with writer:
-            write_labels(Noised(teacher, seed) if noisy else teacher, labeled, writer, skip=self.say)
-        return LabelStore(place)
+        labeler = Noised(teacher, seed) if noisy else teacher
+        return store_labels(labeler, labeled, place, self.task.classes, about, self.say)
 
     def _selected(self, labels: LabelStore, place: Path) -> Selection:
         """Write the store of the examples that the student learns from."""
@@ -246,6 +230,10 @@ class Rounds:
                 f"note: of these classes no unlabeled example is kept: {missing}. The student sees them in labeled "
                 "examples alone; more --steps make a better teacher, and a lower --threshold keeps more"
             )
+
+
+def _picked(images: Tensor | Images, positions: Tensor) -> Tensor | Images:
+    return images[positions] if isinstance(images, Tensor) else images.select(positions)
 
 
 def _content(store: LabelStore) -> str:

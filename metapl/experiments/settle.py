@@ -151,12 +151,7 @@ def fitted(recipe: ImageFolders, seen: Look) -> ImageFolders:
 
 
 def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
-    """What was chosen, in a line; each has a flag.
-
-    Args:
-        recipe: settled.
-        seen: what the pictures are like; the line then also says what is lost of them.
-    """
+    """What was chosen, in a line, and what pictures that were looked at lose by it; each has a flag."""
     optimizer = recipe.teacher if EVERY_METHOD[recipe.method].built_as == "teacher" else recipe.student
     size, kind = f"{recipe.image_size}x{recipe.image_size}", "grey" if recipe.grey else "color"
     if recipe.randaugment:
@@ -165,7 +160,7 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
     else:
         colors = f"{'light and dark' if recipe.grey else 'colors'} {'exchanged' if recipe.changes.recolor else 'kept'}"
         changed = f"{colors}, {'mirrored' if recipe.changes.mirror else 'not mirrored'}"
-    of_rounds = recipe.self_training.networks if EVERY_METHOD[recipe.method].self_training is not None else ()
+    of_rounds = recipe.self_training.networks if EVERY_METHOD[recipe.method].is_noisy_student else ()
     networks = ", then ".join(of_rounds) or recipe.network_name
     return (
         f"chosen: {networks} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "

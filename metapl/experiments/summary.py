@@ -14,7 +14,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     name, words, lines = content["delivered"], EVERY_METHOD[content["method"]].networks, []
     tested, n = content.get("evaluation"), content["validation_size"]
     why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
-    if EVERY_METHOD[content["method"]].self_training is not None:
+    if EVERY_METHOD[content["method"]].is_noisy_student:
         why = "of the last round" + ", at its best step by validation" * (why == "by validation")
     if tested is not None:
         chance = Evaluation(**tested).chance
@@ -31,7 +31,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
     if shown:
         lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
-    if tested is not None and EVERY_METHOD[content["method"]].self_training is not None:
+    if tested is not None and EVERY_METHOD[content["method"]].is_noisy_student:
         lines += better_before(content["rounds"], tested["accuracy"])
     return lines
 
@@ -58,10 +58,6 @@ def spoken_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def better_before(rounds: Sequence[Mapping[str, Any]], delivered: float) -> list[str]:
     """A sentence where an earlier network did better on the test set than the one that is delivered.
-
-    Args:
-        rounds: as ``result.json`` has them.
-        delivered: the test accuracy of the network that is delivered.
 
     >>> better_before([{"test_accuracy": 0.8, "teacher": {"test_accuracy": 0.7}}, {"test_accuracy": 0.75}], 0.75)
     ['Round 1 reached 80.0 % on test, more than the last, which is delivered by rule: the test set chooses nothing.']

@@ -54,11 +54,7 @@ class Suspect:
 def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
     """All the examples, the most suspicious first: those whose given label the network finds least probable.
 
-    Args:
-        doubtful: the examples.
-        trained: its student looks at each of them, without augmentation.
-
-    Cost: one forward pass per example.
+    The trainer's student looks at each of them without augmentation: one forward pass per example.
     """
     weights = _weights(trained)
     found: list[tuple[float, int, int, int, float]] = []

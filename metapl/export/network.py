@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
-from metapl.export.card import CARD, WEIGHTS, Contents, render
+from metapl.errors import MetaplError, reason_of
+from metapl.export.card import CARD, WEIGHTS, render
 from metapl.export.programs import ONNX, PROGRAM, programs
 from metapl.models import Architecture, Normalized, normalized
 from metapl.runs.atomic import replacing
@@ -109,7 +109,7 @@ def export(
         whole = module if normalization is None else normalized(module, **normalization)
         files |= programs(whole, shape, onnx)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files[CARD] = render(card, Contents(module, normalization, architecture, digests)).encode()
+    files[CARD] = render(card, module, normalization, architecture, digests).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -240,10 +240,9 @@ def read_metadata(file: Path) -> dict[str, Any]:
         if fault := _fault(content):
             raise ValueError(fault)
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        reason = str(error).split("\n")[0]
         raise MetaplError(
-            f"{file} cannot be read as weights: {reason}. Expected .safetensors as metapl export writes it, or tensors "
-            "alone."
+            f"{file} cannot be read as weights: {reason_of(error)}. Expected .safetensors as metapl export writes it, "
+            "or tensors alone."
         ) from error
     return content
 

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of, require_extra
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -58,22 +59,17 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
         require_onnx()
     network = copy.deepcopy(network).eval().requires_grad_(False)
     network = network.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
-    program = _exported(network, shape)
-    files = {PROGRAM: _saved(program)}
+    program, file = _exported(network, shape), io.BytesIO()
+    torch.export.save(program, file)
+    files = {PROGRAM: file.getvalue()}
     if onnx:
         files[ONNX] = _as_onnx(program)
     _check(files, network, shape)
     return files
 
 
-def require_onnx() -> None:
-    """Refuse to go on without the packages that write ONNX."""
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MetaplError(
-            f"ONNX needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; get it "
-            "by: pip install 'metapl[onnx]'"
-        )
+require_onnx = partial(require_extra, "onnx", "ONNX needs", "onnx", "onnxscript")
+"""Refuse to go on without the packages that write ONNX."""
 
 
 def can_run_onnx() -> bool:
@@ -92,20 +88,14 @@ def _exported(network: nn.Module, shape: Sequence[int]) -> ExportedProgram:
     try:
         program = export(network, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
     except Exception as error:  # whatever a network of a user's own does while it is traced
-        raise MetaplError(f"torch.export cannot export the network: {_first_line(error)}") from error
+        raise MetaplError(
+            f"torch.export cannot export the network: {type(error).__name__}: {reason_of(error)}"
+        ) from error
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             for note in _NOTES:
                 node.meta.pop(note, None)
     return program
-
-
-def _saved(program: ExportedProgram) -> bytes:
-    from torch.export import save
-
-    file = io.BytesIO()
-    save(program, file)
-    return file.getvalue()
 
 
 def _as_onnx(program: ExportedProgram) -> bytes:
@@ -116,17 +106,15 @@ def _as_onnx(program: ExportedProgram) -> bytes:
         assert made is not None  # as it is when a file is given
         model = made.model_proto
     except Exception as error:  # torch lists an operation without a translation in several ways
-        raise MetaplError(f"torch.onnx cannot export the network: {_first_line(error)}") from error
+        raise MetaplError(
+            f"torch.onnx cannot export the network: {type(error).__name__}: {reason_of(error)}"
+        ) from error
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
                 dim.dim_param = "batch"  # the only size that is not fixed, called s34 or the like so far
     content: bytes = model.SerializeToString(deterministic=True)
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 # ------------------------------------------------------------------------------------------------------------ the check

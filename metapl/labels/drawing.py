@@ -7,21 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from metapl.labels.queries import BINS, Statistics
-from metapl.report.canvas import (
-    blank_page,
-    draw_head,
-    drawing,
-    fractions,
-    head_height,
-    png,
-    wrap_head,
-    write_heading,
-    write_note,
-    write_whole,
-)
+from metapl.report.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
 from metapl.report.counts import MOST_NAMED, draw_by_size, dress_counts, name_rows
-from metapl.report.style import ABOVE_PANEL, GRID, MARGIN, PALETTE
-from metapl.report.text import drawable
+from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -53,22 +41,15 @@ def draw_statistics(path: str | os.PathLike[str], content: Statistics, title: st
     if empty:
         summary = f"{summary} {empty:,} of the classes {'has' if empty == 1 else 'have'} no example."
     with drawing([title, *names]) as explanation:
-        image = png(_figure(drawable(shown(title)), f"{summary} {explanation}", content, names))
-    write_whole(path, image)
+        write_page(path, _figure(title, f"{summary} {explanation}", content, names))
 
 
 def _figure(title: str, summary: str, content: Statistics, names: Sequence[str]) -> Figure:
-    title_lines, summary_lines = wrap_head(title, summary, WIDTH)
     panel = max(LEAST, BAR * len(names))
     top = MARGIN + BELOW + panel
-    figure = blank_page(WIDTH, top + ABOVE_PANEL + head_height(title_lines, summary_lines) + MARGIN)
-    draw_head(figure, title_lines, summary_lines)
+    figure = headed_page(title, summary, WIDTH, top + ABOVE_PANEL)
     wide = WIDTH - LEFT - 2 * (HISTOGRAM + BETWEEN) - MARGIN
-    classes = figure.add_axes(fractions(figure, (LEFT, MARGIN + BELOW, wide, panel)))
-    if names:
-        _draw_named(classes, content, names)
-    else:
-        _draw_by_size(classes, content)
+    _draw_classes(axes_at(figure, (LEFT, MARGIN + BELOW, wide, panel)), content, names)
     most = content.greatest_entropy
     for number, (name, note, counts, upper) in enumerate(
         (
@@ -77,31 +58,22 @@ def _figure(title: str, summary: str, content: Statistics, names: Sequence[str])
         )
     ):
         left = LEFT + wide + BETWEEN + number * (HISTOGRAM + BETWEEN)
-        box = (left, top - LEAST, HISTOGRAM, LEAST)
-        _draw_histogram(figure.add_axes(fractions(figure, box)), name, note, counts, upper)
+        _draw_histogram(axes_at(figure, (left, top - LEAST, HISTOGRAM, LEAST)), name, note, counts, upper)
     return figure
 
 
-def _draw_named(axes: Axes, content: Statistics, names: Sequence[str]) -> None:
-    write_heading(axes, "Examples of each class")
-    _draw_counts_note(axes, content)
-    places = range(len(names))
-    if content.copies != content.rows:
-        axes.barh(places, content.class_copies, color=PALETTE[5], height=0.7)
-    axes.barh(places, content.counts, color=PALETTE[0], height=0.7)
-    name_rows(axes, names)
-
-
-def _draw_by_size(axes: Axes, content: Statistics) -> None:
-    write_heading(axes, "Examples of each class")
-    _draw_counts_note(axes, content)
-    copies = [(content.class_copies, PALETTE[5])] if content.copies != content.rows else []
-    draw_by_size(axes, content.counts, [*copies, (content.counts, PALETTE[0])])
-
-
-def _draw_counts_note(axes: Axes, content: Statistics) -> None:
+def _draw_classes(axes: Axes, content: Statistics, names: Sequence[str]) -> None:
     with_copies = content.copies != content.rows
+    write_heading(axes, "Examples of each class")
     write_note(axes, "dark: distinct; light: with copies" if with_copies else "by the most probable class")
+    shown_counts = [(content.class_copies, PALETTE[5])] if with_copies else []
+    shown_counts.append((content.counts, PALETTE[0]))
+    if not names:
+        draw_by_size(axes, content.counts, shown_counts)
+        return
+    for counts, color in shown_counts:
+        axes.barh(range(len(names)), counts, color=color, height=0.7)
+    name_rows(axes, names)
 
 
 def _draw_histogram(axes: Axes, name: str, note: str, counts: Sequence[int], upper: float) -> None:
@@ -111,5 +83,5 @@ def _draw_histogram(axes: Axes, name: str, note: str, counts: Sequence[int], upp
     axes.bar([width * i for i in range(BINS)], counts, width=width, align="edge", color=PALETTE[0], edgecolor="white")
     axes.set_xlim(0, upper)
     axes.set_ylabel("examples")
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.grid(axis="y")
     dress_counts(axes)

@@ -16,19 +16,19 @@ one after another at the end of their column, and are read from there in a memor
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, require_extra
 from metapl.plain_files import read_plain
 from metapl.typed import misfit, misfit_entries
 from metapl.words import shown
@@ -100,14 +100,8 @@ class Part:
     sha256: str
 
 
-def require(*modules: str) -> None:
-    """Refuse to go on without the packages of the extra."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MetaplError(
-            f"stored labels need {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
-            "get it by: pip install 'metapl[labels]'"
-        )
+require = partial(require_extra, "labels", "stored labels need")
+"""Refuse to go on without packages of the extra."""
 
 
 # ------------------------------------------------------------------------------------------------------ the description
@@ -146,18 +140,15 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}: take the metapl "
             "that wrote it, or write the labels again."
         )
-    fault = misfit_entries(content, _ENTRIES) or _missing(content, _ENTRIES, whole=content.get("complete") is True)
+    needed = [name for name in _ENTRIES if content.get("complete") is True or name not in _WHOLE]
+    fault = misfit_entries(content, _ENTRIES)
+    fault = fault or next((f"it does not say {name}" for name in needed if name not in content), None)
     if fault is None and written != sealed(content):
         fault = "its checksum (seal) is of another content"
     fault = fault or _contradiction(content)
     if fault is not None:
         raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
     return content
-
-
-def _missing(content: Mapping[str, Any], names: Mapping[str, Any], *, whole: bool) -> str | None:
-    missing = [name for name in names if name not in content and (whole or name not in _WHOLE)]
-    return f"it does not say {missing[0]}" if missing else None
 
 
 def _contradiction(content: Mapping[str, Any]) -> str | None:

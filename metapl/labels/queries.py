@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metapl.cores import available_cores
-from metapl.data.images.folders import Progress, digest, scan_unlabeled
-from metapl.errors import MetaplError
+from metapl.data.images.folders import Progress, ask, digest, scan_unlabeled
+from metapl.errors import MetaplError, reason_of
 from metapl.labels import layout
 from metapl.labels.layout import DESCRIPTION, DIGEST_BYTES
 from metapl.labels.store import LabelStore, is_text
@@ -278,15 +278,7 @@ def select(
 
 def _digests(folder: Path) -> list[bytes]:
     """What each picture's file of a folder begins with as SHA-256, each once."""
-    files, digests = scan_unlabeled(folder), set()
-    for path in files.paths():
-        try:
-            digests.add(digest(path)[:DIGEST_BYTES])
-        except OSError as error:
-            raise MetaplError(
-                f"{shown(path)} cannot be compared: {error.strerror}; remove it, or give a folder of readable files."
-            ) from error
-    return sorted(digests)
+    return sorted({ask(digest, path)[:DIGEST_BYTES] for path in scan_unlabeled(folder).paths()})
 
 
 def _summary(digests: Sequence[bytes]) -> dict[str, Any]:
@@ -321,18 +313,14 @@ def _database(spill: Path) -> Iterator[DuckDBPyConnection]:
             raise KeyboardInterrupt from error
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
             raise MetaplError(
-                f"DuckDB could not go on: {_first_line(error)}; expected room for its files in {spill.parent} beyond "
+                f"DuckDB could not go on: {reason_of(error)}; expected room for its files in {spill.parent} beyond "
                 f"{MEMORY} of memory."
             ) from error
         except duckdb.Error as error:
             raise MetaplError(
-                f"DuckDB could not go on: {_first_line(error)}; expected a store as metapl label writes it, and a "
+                f"DuckDB could not go on: {reason_of(error)}; expected a store as metapl label writes it, and a "
                 "version of DuckDB that pip install 'metapl[labels]' takes."
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return shown(f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}")
 
 
 def _load(

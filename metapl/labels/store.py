@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -96,8 +96,8 @@ class LabelStore:
     def _forget(self) -> None:
         """As if nothing had been read yet."""
         self._sound: set[int] = set()
-        self._columns: OrderedDict[int, dict[str, np.ndarray[Any, Any]]] = OrderedDict()
-        self._names: OrderedDict[int, pa.Array] = OrderedDict()
+        self._columns = lru_cache(MAPPED_PARTS)(self._mapped)
+        self._names = lru_cache(KNOWN_PARTS)(self._decoded_names)
 
     def __getstate__(self) -> dict[str, Any]:
         # Memory maps and what was found sound stay with the process.
@@ -165,20 +165,18 @@ class LabelStore:
     def _within(self, number: int, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
         """The places of ids in a part; −1 where it has none."""
         if self._numbers:
-            stored = self._mapped(number)["id"]
+            stored = self._columns(number)["id"]
             places = np.minimum(np.searchsorted(stored, ids), len(stored) - 1)
             return np.where(stored[places] == ids, places, -1)
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        if number not in self._names:
-            self._names[number] = self.table(number, ["id"]).column(0).combine_chunks()
-            while len(self._names) > KNOWN_PARTS:
-                self._names.popitem(last=False)
-        self._names.move_to_end(number)
         wanted = pa.array([name if is_text(name) else None for name in ids], pa.string())
-        places = pc.index_in(wanted, value_set=self._names[number])
+        places = pc.index_in(wanted, value_set=self._names(number))
         return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+    def _decoded_names(self, number: int) -> pa.Array:
+        return self.table(number, ["id"]).column(0).combine_chunks()
 
     def at(self, rows: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
         """The distributions of rows, read from memory maps.
@@ -202,7 +200,7 @@ class LabelStore:
         stored_BK = np.empty((len(wanted), width), np.float16)
         classes_BK = None if self.top_k is None else np.empty((len(wanted), width), np.int32)
         for number, where in _by_part(np.searchsorted(self._starts, wanted, side="right") - 1):
-            columns, places = self._mapped(number), wanted[where] - self._starts[number]
+            columns, places = self._columns(number), wanted[where] - self._starts[number]
             stored_BK[where] = columns["probabilities"][places]
             if classes_BK is not None:
                 classes_BK[where] = columns["classes"][places]
@@ -300,10 +298,6 @@ class LabelStore:
 
     def _mapped(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
         """The columns of a part that are read without a decoder."""
-        known = self._columns.get(number)
-        if known is not None:
-            self._columns.move_to_end(number)
-            return known
         import pyarrow as pa
 
         self._check(number)
@@ -315,11 +309,7 @@ class LabelStore:
         dtypes |= {} if self.top_k is None else {"classes": np.dtype(np.int32)}
         dtypes |= {"id": np.dtype(np.int64)} if self._numbers else {}
         columns = layout.mapped_columns(buffer, dtypes)
-        columns |= {name: columns[name].reshape(part.rows, -1) for name in dtypes if name != "id"}
-        self._columns[number] = columns
-        while len(self._columns) > MAPPED_PARTS:
-            self._columns.popitem(last=False)
-        return columns
+        return columns | {name: columns[name].reshape(part.rows, -1) for name in dtypes if name != "id"}
 
 
 def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:

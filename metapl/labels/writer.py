@@ -22,7 +22,7 @@ from metapl.errors import MetaplError, few
 from metapl.labels import layout
 from metapl.labels.layout import DESCRIPTION, DIGEST_BYTES, FORMAT, FREE, PAGE_ROWS, PAGE_VALUES, STORE, Part
 from metapl.plain_files import read_plain
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import write_whole
 from metapl.runs.environment import environment
 from metapl.runs.ownership import owned
 
@@ -91,7 +91,8 @@ class LabelWriter:
             raise MetaplError(f"{fault}: this entry is written by metapl labels select; give yours another name.")
         self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
         self.rows_per_part = max(1, min(rows_per_part, PAGE_VALUES // (top_k or len(classes))))
-        self.provenance = {"begun": _now(), "made_with": environment(), **(provenance or {})}
+        begun = datetime.now(UTC).isoformat(timespec="seconds")
+        self.provenance = {"begun": begun, "made_with": environment(), **(provenance or {})}
         self.complete = False
         """Whether the store that was to be resumed is whole, so that there is nothing to add."""
         self._parts: list[Part] = []
@@ -166,11 +167,20 @@ class LabelWriter:
             state, mend = finished if before["complete"] else unfinished
             raise MetaplError(f"{self.folder} holds {state} store of labels; {mend}.")
         now = self._description(complete=False)
-        self._refuse_other("", before, now, ("classes", "top_k", "rows_per_part"))
         of_before, of_now = before["provenance"], now["provenance"]
-        self._refuse_other(
-            "provenance.", of_before, of_now, sorted(name for name in {*of_before, *of_now} if name not in FREE)
-        )
+        compared = [(name, before[name], now[name]) for name in ("classes", "top_k", "rows_per_part")]
+        compared += [
+            (f"provenance.{name}", of_before.get(name), of_now.get(name))
+            for name in sorted(of_before.keys() | of_now.keys())
+            if name not in FREE
+        ]
+        for name, then, asked in compared:
+            if then != asked:
+                begun, now_is = (few([repr(value)], longest=60) for value in (then, asked))
+                raise MetaplError(
+                    f"the store in {self.folder} was begun with {name} {begun}, and now it is {now_is}; go on as it "
+                    "was begun, or give another folder (--out)."
+                )
         self.provenance, self.complete, self._is_begun = dict(of_before), before["complete"], True
         self._schema, self._last = None, None
         layout.remove_temporary(self.folder)
@@ -179,16 +189,6 @@ class LabelWriter:
         else:
             self._parts = [self._part_there(*part) for part in layout.parts_there(self.folder)]
         self._last = self.last
-
-    def _refuse_other(
-        self, above: str, before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]
-    ) -> None:
-        for name in names:
-            if before.get(name) != now.get(name):
-                raise MetaplError(
-                    f"the store in {self.folder} was begun with {above}{name} {_short(before.get(name))}, and now it "
-                    f"is {_short(now.get(name))}; go on as it was begun, or give another folder (--out)."
-                )
 
     def _part_there(self, name: str, beginning: str) -> Part:
         """A part that an earlier writer wrote, whose bytes are as they were."""
@@ -378,14 +378,8 @@ class LabelWriter:
         return content
 
     def _write(self, name: str, content: Any) -> None:
-        try:
-            with replacing(self.folder / name) as file:
-                file.write(content)
-        except OSError as error:
-            raise MetaplError(
-                f"{self.folder / name} could not be written: {error.strerror or error}; the {self.rows:,} rows that "
-                "are there are whole. Mend that (is the disk full?), then go on with resume=True (--resume)."
-            ) from error
+        mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."
+        write_whole(self.folder / name, content, f"the {self.rows:,} rows that are there are whole. {mend}")
 
 
 def most_probable(p_BC: Tensor, k: int) -> Tensor:
@@ -414,12 +408,3 @@ def _lists(values_BK: np.ndarray[Any, Any]) -> pa.ListArray:
     ends = np.arange(0, (rows + 1) * width, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32)
     kind = pa.list_(pa.field("element", pa.from_numpy_dtype(values_BK.dtype), nullable=False))
     return pa.ListArray.from_arrays(ends, np.ascontiguousarray(values_BK).reshape(-1), type=kind)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -191,12 +191,6 @@ def _indices(path: Path, labels: Set[Label], classes: Sequence[str]) -> dict[Lab
             f"{path}: {len(unknown):,} of the {len(labels):,} classes in it are not among the run's: "
             f"{_few(sorted(unknown, key=str))}; expected {expected}."
         )
-    _check_one_meaning(path, numbers, classes)
-    return numbers
-
-
-def _check_one_meaning(path: Path, numbers: Mapping[Label, int], classes: Sequence[str]) -> None:
-    by_name = {name: index for index, name in enumerate(classes)}
     two = sorted((x for x, number in numbers.items() if by_name.get(str(x), number) != number), key=str)
     if two:
         label, index = two[0], numbers[two[0]]
@@ -204,6 +198,7 @@ def _check_one_meaning(path: Path, numbers: Mapping[Label, int], classes: Sequen
             f"{path}: {len(two):,} of the {len(numbers):,} classes can be read in two ways: {label} is the index of "
             f'{classes[index]!r} and the name of another class; expected names alone, in JSON in quotes: "{label}".'
         )
+    return numbers
 
 
 # ------------------------------------------------------------------------------------------------ whose labels they are

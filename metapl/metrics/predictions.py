@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
 from metapl.device import to_device
-from metapl.distributed.layout import passes_only
+from metapl.distributed.layout import without_gradients
 from metapl.errors import MetaplError
 
 ROWS = 1024
@@ -56,7 +56,7 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     """The logits (N, C) of batches of inputs, on the CPU; the rest is as in :func:`predict_logits`."""
     first = next(model.parameters(), None)
     logits: list[Tensor] = []
-    with eval_mode(model), passes_only(model):
+    with eval_mode(model), without_gradients(model):
         for x in inputs:
             given = x if first is None else to_device(x, first.device)
             try:
@@ -71,37 +71,35 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     return torch.cat(logits)
 
 
-def batches_of(
-    data: Any, device: torch.device, size: int = ROWS, name: str = "the labeled data"
-) -> Iterator[tuple[Any, Tensor]]:
+def batches_of(data: Any, device: torch.device, name: str = "the labeled data") -> Iterator[tuple[Any, Tensor]]:
     """(inputs, labels) in batches on the device, from one labeled batch or an iterable of such; ``name`` is that of the
     data in errors."""
     whole = is_whole(data)
     for batch in [data] if whole else iterated(data, name):
         inputs, labels = labeled_pair(batch, batch_name(data, name))[:2]
-        yield from _pieces((to_device(inputs, device), to_device(labels, device)), size if whole else None)
+        yield from _pieces((to_device(inputs, device), to_device(labels, device)), whole)
 
 
-def input_batches(data: Any, dtype: torch.dtype, size: int = ROWS) -> Iterator[Any]:
+def input_batches(data: Any, dtype: torch.dtype) -> Iterator[Any]:
     """The inputs of data without labels, or with labels that are left out, in batches.
 
     Args:
         data: a tensor, an array or a dict of these; a tuple that begins with such inputs; or an iterable of all these.
         dtype: what floating-point arrays of numpy become; tensors stay as they are.
-        size: the most examples in a batch of what comes as a whole.
     """
     whole = _is_array(data) or isinstance(plain(data), dict | tuple)
     for batch in [data] if whole else iterated(data, "the data to predict"):
-        yield from _pieces(_tensors(inputs_of(batch), dtype), size if whole else None)
+        yield from _pieces(_tensors(inputs_of(batch), dtype), whole)
 
 
-def _pieces(batch: Any, size: int | None) -> Iterator[Any]:
+def _pieces(batch: Any, whole: bool) -> Iterator[Any]:
+    """A batch, or, of data that comes as a whole, batches of at most ``ROWS`` examples."""
     count = length(batch)
-    if size is None or count <= size:
+    if not whole or count <= ROWS:
         yield batch
         return
-    for start in range(0, count, size):
-        yield rows(batch, start, start + size)
+    for start in range(0, count, ROWS):
+        yield rows(batch, start, start + ROWS)
 
 
 def batch_name(data: Any, name: str) -> str:

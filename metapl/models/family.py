@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from metapl.models.architecture import Architecture
 
 
-def unchanged(module: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
-    """Leave a file's weights as they are."""
-    return ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """How networks of one kind are built, and what they have.
@@ -40,7 +35,22 @@ class Family:
     dropout: bool = False
     stochastic_depth: bool = False
     patch: int | None = None
-    adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] = unchanged
+    adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] | None = None
+
+
+class PooledFeatures(nn.Module):
+    """Features of pictures, their mean over positions, dropout and a linear layer."""
+
+    def __init__(self, features: nn.Module, channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.features = features
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.dropout(self.pool(self.features(images)).flatten(1)))
+        return logits
 
 
 def check_numbers(name: str, dropout: float, example: str, **sizes: int) -> None:

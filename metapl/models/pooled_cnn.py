@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from metapl.models.family import check_numbers
+from metapl.models.family import PooledFeatures, check_numbers
 
 WIDTHS = (32, 64, 128, 192)
 """Channels of four stages. Two stages have 64 and 128, one has 128; those after the fourth have as many as it."""
@@ -29,25 +29,6 @@ class _Stage(nn.Sequential):
             nn.BatchNorm2d(channels_out),
             nn.ReLU(),
         )
-
-
-class _PooledCNN(nn.Module):
-    def __init__(self, num_classes: int, in_channels: int, dropout: float, image_size: int) -> None:
-        super().__init__()
-        plan = _plan(image_size)
-        skipped = max(0, 3 - len(plan))
-        widths = [WIDTHS[min(skipped + stage, len(WIDTHS) - 1)] for stage in range(len(plan))]
-        channels = zip([in_channels, *widths], widths, plan, strict=False)
-        self.features = nn.Sequential(
-            *(_Stage(into, out, stride=stride, pool=pool) for into, out, (stride, pool) in channels)
-        )
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(widths[-1], num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.dropout(self.pool(self.features(images)).flatten(1)))
-        return logits
 
 
 def _plan(side: int) -> list[tuple[int, bool]]:
@@ -99,4 +80,9 @@ def pooled_cnn(
     side = 32 if image_size is None else image_size
     example = "pooled_cnn(num_classes=10, in_channels=1, image_size=32)"
     check_numbers("pooled_cnn", dropout, example, num_classes=num_classes, in_channels=in_channels, image_size=side)
-    return _PooledCNN(num_classes, in_channels, dropout, side)
+    plan = _plan(side)
+    skipped = max(0, 3 - len(plan))
+    widths = [WIDTHS[min(skipped + stage, len(WIDTHS) - 1)] for stage in range(len(plan))]
+    channels = zip([in_channels, *widths], widths, plan, strict=False)
+    features = nn.Sequential(*(_Stage(into, out, stride=stride, pool=pool) for into, out, (stride, pool) in channels))
+    return PooledFeatures(features, widths[-1], num_classes, dropout)

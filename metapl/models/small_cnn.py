@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metapl.models.family import check_numbers
+from metapl.models.family import PooledFeatures, check_numbers
 
 
 class _ConvNorm(nn.Module):
@@ -18,24 +18,6 @@ class _ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.norm(self.conv(x)))
-
-
-class _SmallCNN(nn.Module):
-    def __init__(self, num_classes: int, in_channels: int, dropout: float) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            _ConvNorm(in_channels, 32, 1), _ConvNorm(32, 48, 2), _ConvNorm(48, 64, 2), _ConvNorm(64, 64, 1)
-        )
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.dropout(self.pool(self.features(images)).flatten(1)))
-        return logits
 
 
 def small_cnn(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0) -> nn.Module:
@@ -64,4 +46,11 @@ def small_cnn(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0)
     """
     example = "small_cnn(num_classes=10, in_channels=1)"
     check_numbers("small_cnn", dropout, example, num_classes=num_classes, in_channels=in_channels)
-    return _SmallCNN(num_classes, in_channels, dropout)
+    features = nn.Sequential(
+        _ConvNorm(in_channels, 32, 1), _ConvNorm(32, 48, 2), _ConvNorm(48, 64, 2), _ConvNorm(64, 64, 1)
+    )
+    network = PooledFeatures(features, 64, num_classes, dropout)
+    for module in features.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network

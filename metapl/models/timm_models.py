@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, require_extra
 from metapl.models.family import Family
 
 if TYPE_CHECKING:
@@ -18,23 +18,16 @@ _OWN_NAMES = {"drop_rate": "dropout", "drop_path_rate": "stochastic_depth", "in_
 """What timm's arguments are called here."""
 
 
-def _timm(name: str) -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise MetaplError(
-            f"{name} needs timm, which is not installed; get it by: pip install 'metapl[timm]'"
-        ) from error
-    return timm
-
-
 def _build(a: Architecture) -> nn.Module:
     return _made(a)[0]
 
 
 def _made(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and the arguments that timm took for it."""
-    timm, name = _timm(a.name), a.name.removeprefix("timm:")
+    require_extra("timm", f"{a.name} needs", "timm")
+    import timm
+
+    name = a.name.removeprefix("timm:")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.0)
         raise MetaplError(

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few
-from metapl.models.family import unchanged
+from metapl.errors import MetaplError, few, reason_of
 
 MOST_WRAPPED = 8
 """How deep a state dict may lie in what a training program stored."""
@@ -46,7 +45,7 @@ def load_weights(
     file: str | os.PathLike[str],
     *,
     heads: Iterable[str] = (),
-    adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] = unchanged,
+    adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] | None = None,
 ) -> LoadedWeights:
     """Put the weights of a local file into a network.
 
@@ -77,7 +76,7 @@ def load_weights(
     path = Path(file)
     state = _without_prefixes(_state_dict(path), module.state_dict().keys())
     _check_finite(path, state)
-    interpolated = adapt(module, state)
+    interpolated = () if adapt is None else adapt(module, state)
     own = module.state_dict()
     # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the count.
     optional = {name for name in own if name.endswith("num_batches_tracked")} - state.keys()
@@ -113,10 +112,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     try:
         stored = _read(path)
     except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
-        reason = str(error).split("\n")[0] or type(error).__name__
         raise MetaplError(
-            f"{path} cannot be read as weights: {reason}. Expected a state dict: .safetensors, or tensors alone as "
-            "torch.save(model.state_dict(), path) writes them."
+            f"{path} cannot be read as weights: {reason_of(error)}. Expected a state dict: .safetensors, or tensors "
+            "alone as torch.save(model.state_dict(), path) writes them."
         ) from error
     for _ in range(MOST_WRAPPED):
         stored = (_wrapped(stored) if isinstance(stored, Mapping) else None) or stored

@@ -73,22 +73,20 @@ class Held(TorchDispatchMode):
         self._entries: dict[int, tuple[str, int]] = {}
         self._phase = Phase()
 
-    def name(self, tensors: Iterable[Any], name: str) -> None:
-        """Say what tensors are for, whether or not an operation of this block made them."""
-        for t in tensors:
-            self._rename(t, name)
+    def name(self, tensors: Iterable[Any], name: str, *, others: bool = False) -> None:
+        """Say what tensors are for, whether or not an operation of this block made them.
 
-    def name_others(self, tensors: Iterable[Any], name: str) -> None:
-        """The same of those that have no name yet."""
+        Args:
+            tensors: of any kind.
+            name: what they are for.
+            others: leave those alone that have a name already.
+        """
         for t in tensors:
-            self._rename(t, name, only=OTHER)
-
-    def _rename(self, t: Any, name: str, only: str | None = None) -> None:
-        storage = _local(t).untyped_storage()
-        self._count(storage)
-        before, size = self._entries[id(storage)]
-        if only in (None, before):
-            self._change(id(storage), name, size)
+            storage = _local(t).untyped_storage()
+            self._count(storage)
+            before, size = self._entries[id(storage)]
+            if not others or before == OTHER:
+                self._change(id(storage), name, size)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

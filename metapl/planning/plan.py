@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from metapl.distributed.mesh import Mesh
 from metapl.distributed.shards import local
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.experiments.methods import bilevel_trainer
 from metapl.experiments.shares import check_shares
-from metapl.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, rehearsed_alone, stage
+from metapl.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, stage
 from metapl.problems.self_training import NoisyStudentLoss
 from metapl.recipes.base import ROLES, Recipe, Role
 from metapl.recipes.methods import EVERY_METHOD
@@ -134,50 +134,33 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
         recipe = dataclasses.replace(recipe, **changed)
     check_shares(recipe, mesh)
     with torch.device("meta"):
-        networks = {role: recipe.network(role) for role in roles(recipe)}
-    if self_trained(recipe):
-        return _planned_alone(recipe, networks["teacher"], mesh, memory, flops_per_second)
-    return _planned(recipe, networks, mesh, memory, flops_per_second)
-
-
-def _planned(
-    recipe: Recipe, networks: dict[Any, nn.Module], mesh: Mesh, memory: int, flops_per_second: float | None
-) -> Plan:
-    parameters = {role: sum(p.numel() for p in network.parameters()) for role, network in networks.items()}
+        networks = [recipe.network(role) for role in roles(recipe)]
+    counts = [sum(p.numel() for p in network.parameters()) for network in networks]
     with stage(mesh), _explained(recipe, mesh):
-        teacher, student = (laid_out(networks[role], mesh) for role in ROLES)
+        networks = [laid_out(network, mesh) for network in networks]
         with unset_fake_temporarily():
-            trainer = bilevel_trainer(recipe, teacher, student)
-        average = [torch.empty_like(local(t)) for t in _tensors(student)] if recipe.ema_decay is not None else []
+            trainer = (
+                _of_stored_labels(recipe, *networks) if self_trained(recipe) else bilevel_trainer(recipe, *networks)
+            )
+        average = [torch.empty_like(local(t)) for t in _tensors(networks[-1])] if recipe.ema_decay is not None else []
         batches = _batches(recipe, mesh)
         if mesh.tensor > 1:
             trainer.step(*batches)  # the first time, DTensor runs each operation on whole shapes, to learn its result's
         step = rehearsed(trainer, batches, average)
+    parameters = {"teacher": 0 if self_trained(recipe) else counts[0], "student": counts[-1]}
     return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
 
 
-def _planned_alone(recipe: Recipe, network: nn.Module, mesh: Mesh, memory: int, flops_per_second: float | None) -> Plan:
-    """A step of a student of Noisy Student, whose teacher's labels are stored."""
-    parameters = {"teacher": 0, "student": sum(p.numel() for p in network.parameters())}
+def _of_stored_labels(recipe: Recipe, student: nn.Module) -> LossTrainer:
+    """The trainer of a student of Noisy Student, whose teacher's labels are stored."""
     settings = recipe.self_training
-    with stage(mesh), _explained(recipe, mesh):
-        student = laid_out(network, mesh)
-        with unset_fake_temporarily():
-            loss = NoisyStudentLoss(settings.loss, settings.labels == "hard", label_smoothing=recipe.label_smoothing)
-            optimizer = recipe.teacher.build(student)
-            trainer = LossTrainer(student, (loss,), optimizer=optimizer, **recipe.trainer_options())
-        average = [torch.empty_like(local(t)) for t in _tensors(student)] if recipe.ema_decay is not None else []
-        labeled, (_, strong) = _batches(recipe, mesh)
-        stored = torch.empty(len(strong), len(recipe.classes))
-        if mesh.tensor > 1:
-            trainer.step(labeled, (strong, stored))  # as above
-        step = rehearsed_alone(trainer, student, (labeled, (strong, stored)), average)
-    return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
+    loss = NoisyStudentLoss(settings.loss, settings.labels == "hard", label_smoothing=recipe.label_smoothing)
+    return LossTrainer(student, (loss,), optimizer=recipe.teacher.build(student), **recipe.trainer_options())
 
 
 def self_trained(recipe: Recipe) -> bool:
     """Whether the recipe's own method is Noisy Student."""
-    return EVERY_METHOD[recipe.own_method].self_training is not None
+    return EVERY_METHOD[recipe.own_method].is_noisy_student
 
 
 def roles(recipe: Recipe) -> tuple[Role, ...]:
@@ -204,11 +187,10 @@ def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
         share = (
             f"{recipe.labeled_batch // mesh.shares:,} labeled and {recipe.unlabeled_batch // mesh.shares:,} unlabeled"
         )
-        text = str(error).strip().partition("\n")[0].rstrip(".")
         remedy = f" {CUT_ALONG_THE_WIDTH}" if mesh.spatial > 1 else ""
         raise MetaplError(
             f"a step of {recipe.name} on {mesh.size:,} ranks, with {share} examples on each, does not run: "
-            f"{text}.{remedy}"
+            f"{reason_of(error)}.{remedy}"
         ) from error
     finally:
         log.disabled = before
@@ -246,12 +228,13 @@ def _worth_a_rehearsal(recipe: Recipe, sizes: list[int], memory: int) -> Iterato
 
 
 def _batches(recipe: Recipe, mesh: Mesh) -> Batches:
-    """A rank's share of the batches of a step: pictures in float32, as they come from the views."""
+    """A rank's share of the batches of a step: pictures in float32, as they come from the views, and stored labels."""
     labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
     *sides, width = recipe.input_shape
     shape = (*sides, width // mesh.spatial)
     weak, strong = (torch.empty(unlabeled, *shape) for _ in range(2))
-    return (torch.empty(labeled, *shape), torch.empty(labeled, dtype=torch.int64)), (weak, strong)
+    stored = (strong, torch.empty(unlabeled, len(recipe.classes))) if self_trained(recipe) else None
+    return (torch.empty(labeled, *shape), torch.empty(labeled, dtype=torch.int64)), stored or (weak, strong)
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:

@@ -145,7 +145,7 @@ def _without_columns(mesh: Mesh) -> Mesh:
     return plain
 
 
-def rehearsed(trainer: BilevelTrainer, batches: Batches, average: Sequence[Tensor] = ()) -> Rehearsal:
+def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Batches, average: Sequence[Tensor] = ()) -> Rehearsal:
     """A step of a trainer, the second: optimizers then have their states.
 
     Args:
@@ -153,65 +153,30 @@ def rehearsed(trainer: BilevelTrainer, batches: Batches, average: Sequence[Tenso
         batches: of this rank.
         average: a moving average of weights, which is held beside the networks.
     """
-    networks = [net for net in (trainer.teacher, trainer.student) if net is not None]
+    if isinstance(trainer, LossTrainer):
+        networks = by_backward = [trainer.student]
+        given: tuple[nn.Module | None, ...] = (trainer.as_given,)
+        seams = _seams_alone(trainer)
+    else:
+        networks = [net for net in (trainer.teacher, trainer.student) if net is not None]
+        by_backward, given, seams = networks[:-1], trainer.given, _seams(trainer)
     _optimizers_filled(trainer)
     held = Held()
-    with held, _phases(trainer, held):
-        held.name([*_tensors(networks), *average], "weights")
-        held.name([t for net in trainer.given if isinstance(net, Replicated) for t in net.buckets], "gradients")
-        held.name(_states(trainer), "optimizer")
-        held.name([t for t in pytree.tree_leaves(batches) if isinstance(t, Tensor)], OTHER)
+    with held, _gradients_named(by_backward, held), replaced([_watched(held, seam) for seam in seams]):
+        held.name([t for net in networks for t in (*net.parameters(), *net.buffers())], "weights")
+        held.name(average, "weights")
+        held.name([t for net in given if isinstance(net, Replicated) for t in net.buckets], "gradients")
+        held.name(_tensors_in([optimizer.state for optimizer in trainer.schedulable]), "optimizer")
+        held.name(_tensors_in(batches), OTHER)
         trainer.step(*batches)
     phases = {name: held.phases[name] for name in PHASES if name in held.phases}
-    plain = max((phases[name].plain for name in WITHOUT_FEEDBACK), key=lambda peak: peak.total)
+    plain = max((phases[name].plain for name in WITHOUT_FEEDBACK if name in phases), key=lambda peak: peak.total)
     return Rehearsal(
         peaks={name: phase.peak.total for name, phase in phases.items()},
         plain={name: size for name, size in plain.by_name.items() if name != FOR_FEEDBACK},
         flops=held.flops,
         sent=dict(held.sent),
     )
-
-
-def rehearsed_alone(
-    trainer: LossTrainer, given: nn.Module, batches: Batches, average: Sequence[Tensor] = ()
-) -> Rehearsal:
-    """The same for a trainer of one network.
-
-    Args:
-        trainer: built inside a :func:`stage`.
-        given: its network as it is laid out.
-        batches, average: as for :func:`rehearsed`.
-    """
-    _optimizers_filled(trainer)
-    held = Held()
-    seams = [
-        (LossTrainer, "_backward", STUDENT),
-        (LossTrainer, "clip", UPDATE),
-        (type(trainer.optimizer), "step", UPDATE),
-    ]
-
-    def seen(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            with held.phase(phase):
-                return method(*args, **kwargs)
-
-        return called
-
-    named = [(kind, name, seen(getattr(kind, name), phase)) for kind, name, phase in seams]
-    with held, replaced(named), _gradients_named([trainer.student], held):
-        held.name([*_tensors([trainer.student]), *average], "weights")
-        held.name(given.buckets if isinstance(given, Replicated) else [], "gradients")
-        held.name(_states(trainer), "optimizer")
-        held.name([t for t in pytree.tree_leaves(batches) if isinstance(t, Tensor)], OTHER)
-        trainer.step(*batches)
-    phases = {name: held.phases[name] for name in (STUDENT, UPDATE)}
-    plain = max((phase.plain for phase in phases.values()), key=lambda peak: peak.total)
-    return Rehearsal(
-        {name: phase.peak.total for name, phase in phases.items()}, plain.by_name, held.flops, dict(held.sent)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- the states
 
 
 def _optimizers_filled(trainer: BilevelTrainer | LossTrainer) -> None:
@@ -225,29 +190,18 @@ def _optimizers_filled(trainer: BilevelTrainer | LossTrainer) -> None:
             p.grad = None
 
 
-def _states(trainer: BilevelTrainer | LossTrainer) -> list[Tensor]:
-    return [
-        t
-        for optimizer in trainer.schedulable
-        for state in optimizer.state.values()
-        for t in state.values()
-        if isinstance(t, Tensor)
-    ]
-
-
-def _tensors(networks: Sequence[nn.Module]) -> Iterator[Tensor]:
-    for network in networks:
-        yield from network.parameters()
-        yield from network.buffers()
+def _tensors_in(values: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
 # ---------------------------------------------------------------------------------------------------------- the phases
 
+Seam = tuple[type, str, str | None, str | None]
+"""A method by its class and name, the phase that it is, and what it returns is for."""
 
-@contextmanager
-def _phases(trainer: BilevelTrainer, held: Held) -> Iterator[None]:
-    """Tell the phases of a step apart by the methods that they are in, and name what these return."""
-    seams: list[tuple[type, str, str | None, str | None]] = [
+
+def _seams(trainer: BilevelTrainer) -> list[Seam]:
+    return [
         (BilevelTrainer, "_look_ahead", STUDENT, None),
         (Pass, "gradient", None, "gradients"),
         (Path, "outer_gradient", LABELED, FOR_FEEDBACK),
@@ -262,24 +216,30 @@ def _phases(trainer: BilevelTrainer, held: Held) -> Iterator[None]:
         *((type(optimizer), "step", UPDATE, None) for optimizer in trainer.schedulable[1:]),
     ]
 
-    def seen(method: Callable[..., Any], phase: str | None, name: str | None) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            with nullcontext() if phase is None else held.phase(phase):
-                result = method(*args, **kwargs)
-            if phase == FEEDBACK:
-                held.name_others([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK)
-            elif name is not None:
-                held.name_others([t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)], name)
-            return result
 
-        return called
+def _seams_alone(trainer: LossTrainer) -> list[Seam]:
+    return [
+        (LossTrainer, "_backward", STUDENT, None),
+        (LossTrainer, "clip", UPDATE, None),
+        (type(trainer.optimizer), "step", UPDATE, None),
+    ]
 
-    of_teacher = [] if trainer.teacher is None else [trainer.teacher]
-    with (
-        _gradients_named(of_teacher, held),
-        replaced([(kind, name, seen(getattr(kind, name), phase, of)) for kind, name, phase, of in seams]),
-    ):
-        yield
+
+def _watched(held: Held, seam: Seam) -> tuple[type, str, Callable[..., Any]]:
+    """A method that tells ``held`` its phase, and names what it returns."""
+    kind, method_name, phase, name = seam
+    method = getattr(kind, method_name)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if phase is None else held.phase(phase):
+            result = method(*args, **kwargs)
+        if phase == FEEDBACK:
+            held.name([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK, others=True)
+        elif name is not None:
+            held.name(_tensors_in(result), name, others=True)
+        return result
+
+    return kind, method_name, called
 
 
 @contextmanager
@@ -288,7 +248,7 @@ def _gradients_named(networks: Sequence[nn.Module], held: Held) -> Iterator[None
 
     def named(p: Tensor) -> None:
         if p.grad is not None:
-            held.name_others([p.grad], "gradients")
+            held.name([p.grad], "gradients", others=True)
 
     parameters = [p for network in networks for p in trainable(network).values()]
     handles = [p.register_post_accumulate_grad_hook(named) for p in parameters]

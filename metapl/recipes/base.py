@@ -324,7 +324,7 @@ class Recipe(ABC):
         require(self, 0 <= self.uda_threshold < 1, "uda_threshold", "a number in [0, 1)")
         self.teacher_losses(uda=True)
         if self.complete:
-            FitOptions(steps=self.steps, **self.checked_options())
+            FitOptions(steps=self.steps, **self.fit_options())
 
     @property
     def complete(self) -> bool:
@@ -410,10 +410,6 @@ class Recipe(ABC):
     def fit_options(self) -> dict[str, Any]:
         """Fields of :class:`metapl.training.FitOptions` but ``steps`` and ``phase``."""
         return {name: getattr(self, name) for name in FIT_OPTIONS if hasattr(self, name)}
-
-    def checked_options(self) -> dict[str, Any]:
-        """The :meth:`fit_options` that the recipe's method makes use of."""
-        return self.fit_options()
 
     def finetune_options(self) -> dict[str, Any]:
         """Fields of :class:`metapl.training.FitOptions` in which finetuning differs from the rest."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, T
 import torch
 import tyro
 
-from metapl.data.fingerprint import hash_files
+from metapl.data.identity import hash_files
 from metapl.data.images.check import (
     Finding,
     check_folders,
@@ -423,16 +423,12 @@ class ImageFolders(ImageRecipe):
     def fit_options(self) -> dict[str, Any]:
         # A student that waits has fewer steps, and warms up over the same share of them. So the recipe of a comparison
         # is that of each of its methods.
-        share = (self.steps - self.wait) / self.steps if EVERY_METHOD[self.method].teaches else 1.0
-        own = {"warm_start": self.warm_start and self.wait > 0, "warmup": round(share * self.warmup)}
-        return super().fit_options() | own
+        wait = self.wait if EVERY_METHOD[self.method].teaches else 0
+        warmup = round((self.steps - wait) / self.steps * self.warmup)
+        return super().fit_options() | {"wait": wait, "warm_start": self.warm_start and wait > 0, "warmup": warmup}
 
     def trainer_options(self) -> dict[str, Any]:
         return super().trainer_options() | {"clip_norm": self.clip_norm or None}
-
-    def checked_options(self) -> dict[str, Any]:
-        alone = {} if EVERY_METHOD[self.method].teaches else {"wait": 0, "warm_start": False}
-        return super().checked_options() | alone
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         tell, look = say or (lambda text: None), Look(say or (lambda text: None), progress)

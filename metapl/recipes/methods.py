@@ -81,7 +81,7 @@ class Method:
     @property
     def delivers(self) -> Literal["student", "finetuned"]:
         """The network that is delivered where validation cannot tell them apart."""
-        alone = self.place in ("control", "headroom") or self.self_training is not None
+        alone = self.place in ("control", "headroom") or self.is_noisy_student
         return "student" if alone else "finetuned"
 
     @property
@@ -104,12 +104,17 @@ class Method:
     @property
     def built_as(self) -> Role:
         """Which of the recipe's two networks the trained one is built as, and whose optimizer trains it."""
-        return "teacher" if self.losses is not None or self.self_training is not None else "student"
+        return "teacher" if self.losses is not None or self.is_noisy_student else "student"
+
+    @property
+    def is_noisy_student(self) -> bool:
+        """Whether students learn from stored labels one after another."""
+        return self.self_training is not None
 
     @property
     def selects(self) -> bool:
         """Whether a network's stored labels decide which unlabeled examples are learned from."""
-        return self.filtered or self.self_training is not None
+        return self.filtered or self.is_noisy_student
 
     def settings(self, recipe: Recipe) -> SelfTraining:
         """How Noisy Student is run by this method; with fewer rounds, by the networks of the first ones."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,9 +12,9 @@ import tyro
 from torch import Tensor
 
 from metapl.data.batches import EvaluationBatches, LabeledBatches
-from metapl.data.fingerprint import hash_files
-from metapl.data.images.check import check_folders
-from metapl.data.images.folders import Files, LabeledFiles, digest, scan_labeled, unreadable
+from metapl.data.identity import hash_files
+from metapl.data.images.check import check_folders, same_pictures
+from metapl.data.images.folders import Files, LabeledFiles, scan_labeled
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.recipes.base import MOST_IN_A_BATCH, Doubtful, Feedback, Optimizer, Task, require, require_within
@@ -263,26 +260,10 @@ def refuse_other_classes(noisy: LabeledFiles, clean: LabeledFiles) -> None:
 
 def refuse_shared(noisy: LabeledFiles, clean: LabeledFiles) -> None:
     """Refuse a picture, by its bytes, that is in both folders."""
-    groups: list[list[tuple[str, str]]] = [
-        [(side, path) for side, files in (("noisy", noisy), ("clean", clean)) for path in files.paths()]
-    ]
-    for key in (os.path.getsize, digest):
-        groups = [same for group in groups for same in _alike(group, key) if {side for side, _ in same} != {"noisy"}]
-        groups = [same for same in groups if len({side for side, _ in same}) == 2]
-    pairs = [tuple(next(path for s, path in same if s == side) for side in ("clean", "noisy")) for same in groups]
+    pairs = [(same[0], copies[0]) for copies, same in same_pictures(noisy, clean)]
     if pairs:
         shown = few([f"{path} is {copy}" for path, copy in pairs])
         raise MetaplError(
             f"{len(pairs)} clean pictures are among the labeled ones too: {shown}; remove them from {noisy.root}, for "
             "what is learned about labels is judged on clean pictures that the network was not trained on."
         )
-
-
-def _alike(group: Sequence[tuple[str, str]], key: Any) -> list[list[tuple[str, str]]]:
-    by_key: defaultdict[Hashable, list[tuple[str, str]]] = defaultdict(list)
-    for side, path in group:
-        try:
-            by_key[key(path)].append((side, path))
-        except OSError as error:
-            raise unreadable(path, error) from error
-    return list(by_key.values())

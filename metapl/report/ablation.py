@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.report.style import DOTS_PER_INCH, GRID, INK, PALETTE, QUIET, STYLE
+from metapl.report.canvas import blank_page, drawing, write_page
+from metapl.report.style import INK, PALETTE, QUIET
 from metapl.report.text import wrap
-from metapl.runs.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,20 +43,15 @@ def draw_ablation(path: Path, found: Figures) -> None:
         path: of the PNG, replaced as a whole.
         found: :meth:`metapl.ablation.Ablation.as_dict`.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = {**found["modes"], **found["altered"]}
     sweeps = {n: s for n, s in found.get("stability", {}).items() if "reason" not in s and _drawable(s)}
     outcomes = {n: m for n, m in found.get("trainings", {}).get("modes", {}).items() if "reason" not in m}
     bars, lines, dots = 0.9 + 0.3 * len(rows), 4.6 * bool(sweeps), (1.0 + 0.3 * len(outcomes)) * bool(outcomes)
     text = wrap(found["recommendation"], WIDTH - 0.5, 10)
     head = 0.3 + 0.2 * len(text)
-    style: Any = STYLE  # matplotlib types its keys
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(WIDTH, head + bars + lines + dots), dpi=DOTS_PER_INCH, layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing([*text, *rows]):
+        figure = blank_page(WIDTH, head + bars + lines + dots)
+        figure.set_layout_engine("constrained")
         heights = [height for height in (bars, lines, dots) if height]
         parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
         _draw_modes(next(parts), rows, found)
@@ -65,8 +60,7 @@ def draw_ablation(path: Path, found: Figures) -> None:
         if outcomes:
             _draw_trainings(next(parts), outcomes, found)
         figure.suptitle("\n".join(text), fontsize=10, x=0.01, ha="left")
-        with replacing(path) as file:
-            figure.savefig(file, format="png")
+        write_page(path, figure)
 
 
 def _draw_modes(figure: Any, rows: Figures, found: Figures) -> None:
@@ -156,8 +150,7 @@ def _draw_trainings(figure: Any, outcomes: Figures, found: Figures) -> None:
 
 def _dress(axis: Axes, title: str, grid: Any) -> None:
     axis.set_title(title, fontsize=10.5, loc="left")
-    axis.grid(axis=grid, color=GRID)
-    axis.tick_params(axis="both", length=0)
+    axis.grid(axis=grid)
 
 
 def _color(name: str, found: Figures) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.errors import MetaplError
 from metapl.report.fonts import any_weight, explained, families
 from metapl.report.style import (
     DOTS_PER_INCH,
@@ -26,7 +25,8 @@ from metapl.report.style import (
     TITLE_SIZE,
 )
 from metapl.report.text import wrap
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import write_whole
+from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,10 +66,26 @@ def blank_page(width: float, height: float) -> Figure:
     return figure
 
 
-def fractions(figure: Figure, box: Box) -> Box:
-    """The same box in fractions of the page."""
+def headed_page(title: str, summary: str, width: float, below: float) -> Figure:
+    """A white page that is so many inches wide, with ``below`` inches beneath its title and the sentences under it."""
+    room = width - 2 * MARGIN
+    title_lines = wrap(shown(title), room, TITLE_SIZE, "bold")
+    summary_lines = wrap(shown(summary, keep="\n"), room, SUMMARY_SIZE)
+    y = below + TITLE_LINE * len(title_lines) + SUMMARY_LINE * len(summary_lines)
+    figure = blank_page(width, y + MARGIN)
+    for line in title_lines:
+        write_at(figure, MARGIN, y - 0.1, line, fontsize=TITLE_SIZE, fontweight="bold", va="center")
+        y -= TITLE_LINE
+    for line in summary_lines:
+        write_at(figure, MARGIN, y - 0.1, line, fontsize=SUMMARY_SIZE, color=QUIET, va="center")
+        y -= SUMMARY_LINE
+    return figure
+
+
+def axes_at(figure: Figure, box: Box) -> Axes:
+    """A panel in a box of the page."""
     (page_width, page_height), (left, bottom, width, height) = figure.get_size_inches(), box
-    return left / page_width, bottom / page_height, width / page_width, height / page_height
+    return figure.add_axes((left / page_width, bottom / page_height, width / page_width, height / page_height))
 
 
 def write_at(figure: Figure, x: float, y: float, text: str, **look: Any) -> Text:
@@ -89,28 +105,6 @@ def write_note(axes: Axes, text: str) -> None:
     axes.annotate(text, (0, 1), (0, 72 * NOTE_ABOVE), fontsize=NOTE_SIZE, color=QUIET, **place)
 
 
-def wrap_head(title: str, summary: str, width: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The lines of a page's title and of the sentences beneath it."""
-    return wrap(title, width - 2 * MARGIN, TITLE_SIZE, "bold"), wrap(summary, width - 2 * MARGIN, SUMMARY_SIZE)
-
-
-def head_height(title: Sequence[str], summary: Sequence[str]) -> float:
-    """Inches that they take."""
-    return TITLE_LINE * len(title) + SUMMARY_LINE * len(summary)
-
-
-def draw_head(figure: Figure, title: Sequence[str], summary: Sequence[str]) -> float:
-    """Writes them at the top of the page; returns how high they end, in inches from below."""
-    y = float(figure.get_size_inches()[1]) - MARGIN
-    for line in title:
-        write_at(figure, MARGIN, y - 0.1, line, fontsize=TITLE_SIZE, fontweight="bold", va="center")
-        y -= TITLE_LINE
-    for line in summary:
-        write_at(figure, MARGIN, y - 0.1, line, fontsize=SUMMARY_SIZE, color=QUIET, va="center")
-        y -= SUMMARY_LINE
-    return y
-
-
 def png(figure: Figure) -> bytes:
     """The page as the bytes of a PNG file."""
     from matplotlib.text import Text
@@ -122,11 +116,6 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def write_whole(path: str | os.PathLike[str], image: bytes) -> None:
-    """Writes a file that takes its name only when it is whole."""
-    path = Path(path)
-    try:
-        with replacing(path) as file:
-            file.write(image)
-    except OSError as error:
-        raise MetaplError(f"{path} could not be written: {error.strerror}; any earlier one is as it was") from error
+def write_page(path: str | os.PathLike[str], figure: Figure) -> None:
+    """Write the page as a PNG file, which takes its name only when it is whole."""
+    write_whole(Path(path), png(figure), "any earlier one is as it was")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from metapl.report.style import GRID
 from metapl.report.text import short_name
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), [short_name(name) for name in names])
     axes.invert_yaxis()
     axes.margins(y=0.01)
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.grid(axis="x")
     dress_counts(axes)
 
 
@@ -37,7 +36,7 @@ def draw_by_size(axes: Axes, counts: Sequence[int], lines: Sequence[tuple[Sequen
         axes.plot([values[label] for label in order], color=color, linewidth=1.9)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("classes, the largest first")
-    axes.grid(color=GRID, linewidth=0.8)
+    axes.grid()
     dress_counts(axes)
 
 
@@ -45,7 +44,6 @@ def dress_counts(axes: Axes) -> None:
     """Whole numbers at the ticks of the axis that counts: the horizontal one beside named rows."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axes.tick_params(which="both", length=0)
     counted = axes.xaxis if axes.yaxis_inverted() else axes.yaxis
     counted.set_major_locator(MaxNLocator(5, integer=True))
     counted.set_major_formatter(EngFormatter(sep=""))

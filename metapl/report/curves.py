@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metapl.report.canvas import write_heading, write_note
-from metapl.report.style import DOTS_PER_INCH, GRID, NOTE_SIZE, PALETTE, QUIET
+from metapl.report.style import DOTS_PER_INCH, NOTE_SIZE, PALETTE, QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str = "step") ->
             points = [(step, value) for step, value in _points(rows, key) if value > 0 or not panel.log]
             if not points:
                 continue
-            color = color_of(index if len(curves) > 1 else rank)
+            color = PALETTE[index if len(curves) > 1 else rank]
             _draw_curve(axes, points, color, rank, panel.noisy, pale=len(curves) * len(panel.series) <= 4)
             if panel.last_values and (rank == 0 or len(curves) == 1):
                 ends.append((points[-1][1], color))
@@ -123,8 +123,7 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 def _dress(axes: Axes, panel: Panel, along: str) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0)
+    axes.grid()
     write_heading(axes, panel.title)
     axes.set_xlabel(along, loc="right", labelpad=1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -173,7 +172,7 @@ def _draw_note(axes: Axes, panel: Panel, curves: Curves) -> None:
     if panel.alone and present == [(0, panel.series[0][1])]:
         present = [(0, panel.alone)]
     handles = [
-        Line2D([], [], color=color_of(rank) if len(curves) == 1 else QUIET, linestyle=DASHES[rank], linewidth=1.9)
+        Line2D([], [], color=PALETTE[rank] if len(curves) == 1 else QUIET, linestyle=DASHES[rank], linewidth=1.9)
         for rank, _ in present
     ]
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.008, 1.015), "borderpad": 0.2}
@@ -218,15 +217,8 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
     >>> _apart([0.0, 1.0, 1.0], 0.5)
     [0.0, 0.75, 1.25]
     """
-    groups: list[tuple[float, int]] = []  # (center, members)
-    for position in wanted:
-        groups.append((position, 1))
-        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
-            (center, count), (last, last_count) = groups[-2:]
-            groups[-2:] = [((center * count + last * last_count) / (count + last_count), count + last_count)]
-    return [center + gap * (index - (count - 1) / 2) for center, count in groups for index in range(count)]
+    from scipy.optimize import isotonic_regression
 
-
-def color_of(index: int) -> str:
-    """The color of a method, or of a series where there is one method."""
-    return PALETTE[index]
+    steps = [gap * index for index in range(len(wanted))]
+    moved = isotonic_regression([place - step for place, step in zip(wanted, steps, strict=True)]).x
+    return [float(place) + step for place, step in zip(moved, steps, strict=True)]

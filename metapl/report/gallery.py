@@ -159,15 +159,8 @@ class Hanging:
     gallery: Gallery
     columns: Columns
     shown: int
-    title: tuple[str, ...] = ()
-    note: tuple[str, ...] = ()
-
-    @classmethod
-    def under_title(cls, gallery: Gallery, columns: Columns, room: float) -> Hanging:
-        """In two rows at most, below its title and its note."""
-        title = wrap(gallery.title, room, PANEL_TITLE_SIZE, "bold")
-        note = wrap(gallery.note, room, NOTE_SIZE)
-        return cls(gallery, columns, min(len(gallery), ROWS * columns.count), title, note)
+    title: tuple[str, ...]
+    note: tuple[str, ...]
 
     @property
     def frame(self) -> float:
@@ -212,11 +205,27 @@ class Hanging:
 
 
 def hang(galleries: Sequence[Gallery], room: float) -> list[Hanging]:
-    """Galleries below their titles, all in the same columns, so that pictures stand below each other."""
+    """Galleries in two rows at most below their titles and notes, all in the same columns."""
     if not galleries:
         return []
     columns = Columns.across(room, max(map(len, galleries)))
-    return [Hanging.under_title(gallery, columns, room) for gallery in galleries]
+    return [
+        Hanging(
+            gallery,
+            columns,
+            min(len(gallery), ROWS * columns.count),
+            wrap(gallery.title, room, PANEL_TITLE_SIZE, "bold"),
+            wrap(gallery.note, room, NOTE_SIZE),
+        )
+        for gallery in galleries
+    ]
+
+
+def draw_galleries(figure: Figure, hangings: Sequence[Hanging], left: float, top: float) -> None:
+    """Draws galleries below each other, from `top` downwards."""
+    for hanging in hangings:
+        draw_gallery(figure, hanging, left, top)
+        top -= hanging.height
 
 
 def draw_gallery(figure: Figure, hanging: Hanging, left: float, top: float) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from metapl.errors import MetaplError
-from metapl.report.canvas import blank_page, draw_head, drawing, head_height, png, wrap_head, write_whole
+from metapl.report.canvas import drawing, headed_page, write_page
 from metapl.report.gallery import Columns, Gallery, Hanging, draw_gallery
 from metapl.report.style import MARGIN, NOTE_SIZE, PANEL_TITLE_SIZE
 from metapl.report.text import drawable, fitted
-from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,19 +23,9 @@ BELOW_HEAD, BETWEEN_GROUPS, BETWEEN_PICTURES = 0.1, 0.3, 0.22
 NARROWEST = 5.0
 
 
-@dataclass(frozen=True)
-class _Size:
-    """How large pictures are, in inches, and how many stand side by side."""
+LARGE, SMALL = (1.4, 8), (0.95, 12)
+"""How large pictures are, in inches, and how many stand side by side."""
 
-    picture: float
-    across: int
-
-    @property
-    def pitch(self) -> float:
-        return self.picture + BETWEEN_PICTURES
-
-
-LARGE, SMALL = _Size(1.4, 8), _Size(0.95, 12)
 MOST_LARGE = 100
 """Groups with large pictures."""
 
@@ -66,42 +54,35 @@ def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Seque
     Raises:
         MetaplError: there is no picture, there are too many groups, or the file cannot be written.
     """
-    title, note = shown(title), shown(note, keep="\n")
     groups = [group for group in groups if len(group)]
     if not groups:
         raise MetaplError("there is nothing to draw: the grid has no picture")
     if len(groups) > MOST_GROUPS:
         raise MetaplError(f"{len(groups):,} groups of pictures were given; expected {MOST_GROUPS:,} at most")
     with drawing([title, note, *(text for group in groups for text in group.texts)]) as explanation:
-        image = png(_figure(title, f"{note}{explanation and '. '}{explanation}", groups))
-    write_whole(path, image)
+        write_page(path, _figure(title, f"{note}{explanation and '. '}{explanation}", groups))
 
 
 def _figure(title: str, note: str, groups: Sequence[Gallery]) -> Figure:
-    size = LARGE if len(groups) <= MOST_LARGE else SMALL
-    count = min(max(map(len, groups)), size.across)
-    columns = Columns(count, size.picture, size.pitch)
-    beside = min(size.across // count, len(groups))
-    group_pitch = count * size.pitch + (BETWEEN_GROUPS if beside > 1 else 0.0)
+    side, across = LARGE if len(groups) <= MOST_LARGE else SMALL
+    pitch = side + BETWEEN_PICTURES
+    count = min(max(map(len, groups)), across)
+    columns = Columns(count, side, pitch)
+    beside = min(across // count, len(groups))
+    group_pitch = count * pitch + (BETWEEN_GROUPS if beside > 1 else 0.0)
     group_width = columns.pitch * (count - 1) + columns.width
     width = max(2 * MARGIN + group_pitch * (beside - 1) + group_width, NARROWEST)
-    bands = list(_bands([_hung(group, columns, max(group_width, size.pitch)) for group in groups], beside))
+    hangings = []
+    for group in groups:  # with a title and a note of one line each, so that the pictures of a band stand in line
+        group_title = fitted(drawable(group.title), max(group_width, pitch), PANEL_TITLE_SIZE, "bold")
+        group_note = fitted(drawable(group.note), max(group_width, pitch), NOTE_SIZE)
+        hangings.append(Hanging(group, columns, len(group), (group_title,), (group_note,)))
+    bands = [hangings[start : start + beside] for start in range(0, len(hangings), beside)]
     heights = [max(hanging.height for hanging in band) for band in bands]
-    title_lines, note_lines = wrap_head(title, note, width)
-    figure = blank_page(width, 2 * MARGIN + head_height(title_lines, note_lines) + BELOW_HEAD + sum(heights))
-    top = draw_head(figure, title_lines, note_lines) - BELOW_HEAD
+    top = MARGIN + sum(heights)
+    figure = headed_page(title, note, width, top + BELOW_HEAD)
     for band, height in zip(bands, heights, strict=True):
         for number, hanging in enumerate(band):
             draw_gallery(figure, hanging, MARGIN + number * group_pitch, top)
         top -= height
     return figure
-
-
-def _hung(group: Gallery, columns: Columns, room: float) -> Hanging:
-    """A group with a title and a note of one line each, so that the pictures of a band stand in line."""
-    title = fitted(drawable(group.title), room, PANEL_TITLE_SIZE, "bold")
-    return Hanging(group, columns, len(group), (title,), (fitted(drawable(group.note), room, NOTE_SIZE),))
-
-
-def _bands(hangings: Sequence[Hanging], beside: int) -> Iterator[Sequence[Hanging]]:
-    return (hangings[start : start + beside] for start in range(0, len(hangings), beside))

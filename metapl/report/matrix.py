@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metapl.errors import MetaplError
-from metapl.report.canvas import Box, fractions, write_heading, write_note
-from metapl.report.style import GRID, INK
+from metapl.report.canvas import Box, axes_at, write_heading, write_note
+from metapl.report.style import INK
 from metapl.report.text import short_name, text_width
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def draw_matrix(figure: Figure, box: Box, matrix: Matrix) -> None:
     """Draws it with its cells in the box; names, title and color bar stand around it."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
-    axes = figure.add_axes(fractions(figure, box))
+    axes = axes_at(figure, box)
     totals = [max(sum(row), 1) for row in matrix.counts]
     shares = [[count / total for count in row] for row, total in zip(matrix.counts, totals, strict=True)]
     colors = LinearSegmentedColormap.from_list("share", ["#FFFFFF", "#CFE3F1", "#6BAED6", "#0072B2", "#003B5C"])
@@ -88,9 +88,8 @@ def draw_matrix(figure: Figure, box: Box, matrix: Matrix) -> None:
         _write_counts(axes, matrix, shares)
         return
     left, bottom, width, height = box
-    bar = figure.colorbar(image, cax=figure.add_axes(fractions(figure, (left + width + 0.15, bottom, 0.12, height))))
+    bar = figure.colorbar(image, cax=axes_at(figure, (left + width + 0.15, bottom, 0.12, height)))
     bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], labels=["0", "1 %", "5 %", "10 %", "25 %", "50 %", "100 %"])
-    bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
 
 
@@ -111,8 +110,8 @@ def _dress_matrix(axes: Axes, matrix: Matrix) -> None:
         edges = [index - 0.5 for index in range(size + 1)]
         axes.set_xticks(edges, minor=True)
         axes.set_yticks(edges, minor=True)
-        axes.grid(which="minor", color=GRID, linewidth=0.8 if size <= 30 else 0.3)
-    axes.tick_params(which="both", length=0, pad=3)
+        axes.grid(which="minor", linewidth=0.8 if size <= 30 else 0.3)
+    axes.tick_params(which="both", pad=3)
 
 
 def _write_counts(axes: Axes, matrix: Matrix, shares: Sequence[Sequence[float]]) -> None:

@@ -9,19 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metapl.report.canvas import (
-    blank_page,
-    draw_head,
-    drawing,
-    fractions,
-    head_height,
-    png,
-    wrap_head,
-    write_heading,
-    write_note,
-    write_whole,
-)
-from metapl.report.style import GRID, INK, MARGIN, NOTE_SIZE, PALETTE, QUIET
+from metapl.report.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
+from metapl.report.style import INK, MARGIN, NOTE_SIZE, PALETTE, QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,24 +63,19 @@ def draw_regions(
         success: a run with an accuracy above it succeeds.
     """
     with drawing([title, note, *(text for method in methods for text in (method.title, method.note))]):
-        image = png(_page(title, note, methods, success))
-    write_whole(path, image)
+        write_page(path, _page(title, note, methods, success))
 
 
 def _page(title: str, note: str, methods: Sequence[Regions], success: float) -> Figure:
     width = 2 * MARGIN + len(methods) * PANEL + (len(methods) - 1) * BETWEEN
-    title_lines, note_lines = wrap_head(title, note, width)
-    below = REGION_HEIGHT + BELOW_REGION + STRIP_HEIGHT + BELOW
-    figure = blank_page(width, 2 * MARGIN + head_height(title_lines, note_lines) + ABOVE + below)
-    top = draw_head(figure, title_lines, note_lines) - ABOVE
+    top = MARGIN + REGION_HEIGHT + BELOW_REGION + STRIP_HEIGHT + BELOW
+    figure = headed_page(title, note, width, top + ABOVE)
     highest = max(int(np.histogram(method.accuracy, BINS, (0.0, 1.0))[0].max()) for method in methods)
     lowest = min(0.4, *(min(method.accuracy) - 0.02 for method in methods))  # one axis, so that panels can be compared
     for number, method in enumerate(methods):
         left = MARGIN + number * (PANEL + BETWEEN)
-        region = figure.add_axes(fractions(figure, (left, top - REGION_HEIGHT, PANEL, REGION_HEIGHT)))
-        _draw_region(region, method)
-        bottom = top - REGION_HEIGHT - BELOW_REGION - STRIP_HEIGHT
-        strip = figure.add_axes(fractions(figure, (left, bottom, PANEL, STRIP_HEIGHT)))
+        _draw_region(axes_at(figure, (left, top - REGION_HEIGHT, PANEL, REGION_HEIGHT)), method)
+        strip = axes_at(figure, (left, MARGIN + BELOW, PANEL, STRIP_HEIGHT))
         _draw_accuracies(strip, method.accuracy, success, lowest, highest)
         if number == 0:
             strip.set_ylabel("runs", fontsize=NOTE_SIZE, labelpad=2)
@@ -129,8 +113,7 @@ def _draw_accuracies(axes: Axes, accuracy: Sequence[float], success: float, lowe
     parts = [[value for value in accuracy if (value > success) == succeeded] for succeeded in (True, False)]
     axes.hist(parts, bins=BINS, range=(0.0, 1.0), stacked=True, rwidth=0.9, color=[SUCCESS_COLOR, QUIET], zorder=2)
     axes.axvline(success, color=INK, linewidth=1.0, linestyle=(0, (3, 2)), zorder=4)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0)
+    axes.grid(axis="y")
     axes.set_xlim(lowest, 1.0)
     axes.set_ylim(0, 1.1 * highest)
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from metapl.errors import MetaplError
-from metapl.report.canvas import (
-    Box,
-    blank_page,
-    draw_head,
-    drawing,
-    fractions,
-    head_height,
-    png,
-    wrap_head,
-    write_whole,
-)
-from metapl.report.curves import PANELS, Curves, Panel, color_of, draw_panel, has_figures
-from metapl.report.gallery import Gallery, Hanging, draw_gallery, hang
+from metapl.report.canvas import Box, axes_at, drawing, headed_page, write_page
+from metapl.report.curves import PANELS, Curves, Panel, draw_panel, has_figures
+from metapl.report.gallery import Gallery, draw_galleries, hang
 from metapl.report.matrix import Matrix, checked_counts, draw_matrix
 from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE, SUMMARY_SIZE
 from metapl.report.text import drawable
@@ -69,7 +58,6 @@ def draw_report(
         MetaplError: there is nothing to draw, there are more than 7 methods, the counts and the names do not fit, or
             the file cannot be written.
     """
-    title, summary = shown(title), shown(summary, keep="\n")
     classes = None if classes is None else [shown(name) for name in classes]
     if len(curves) > len(PALETTE):
         raise MetaplError(
@@ -87,8 +75,7 @@ def draw_report(
     texts = [title, summary, *curves, *names, *(text for gallery in galleries for text in gallery.texts)]
     with drawing(texts) as explanation:
         matrix = None if counts is None else Matrix.of(counts, names)
-        image = png(_figure(title, f"{summary} {explanation}", curves, panels, matrix, galleries, along))
-    write_whole(path, image)
+        write_page(path, _figure(title, f"{summary} {explanation}", curves, panels, matrix, galleries, along))
 
 
 def _figure(
@@ -100,39 +87,10 @@ def _figure(
     galleries: Sequence[Gallery],
     along: str,
 ) -> Figure:
-    page = _lay_out(len(panels), matrix, galleries)
-    title_lines, summary_lines = wrap_head(title, summary, page.width)
-    methods_line = METHODS_LINE if len(curves) > 1 else 0.0
-    height = page.top + methods_line + head_height(title_lines, summary_lines) + MARGIN
-    figure = blank_page(page.width, height)
-    end = draw_head(figure, title_lines, summary_lines)
-    if len(curves) > 1:
-        _draw_methods(figure, MARGIN / page.width, (end - 0.15) / height, list(curves))
-    for panel, box in zip(panels, page.panels, strict=True):
-        draw_panel(figure.add_axes(fractions(figure, box)), panel, curves, along)
-    if matrix is not None and page.matrix is not None:
-        draw_matrix(figure, page.matrix, matrix)
-    for hanging, (left, top) in page.galleries:
-        draw_gallery(figure, hanging, left, top)
-    return figure
-
-
-@dataclass(frozen=True)
-class _Page:
-    """Where everything below the head stands, in inches from the lower left."""
-
-    width: float
-    top: float
-    panels: tuple[Box, ...]
-    matrix: Box | None
-    galleries: tuple[tuple[Hanging, tuple[float, float]], ...]
-
-
-def _lay_out(panels: int, matrix: Matrix | None, galleries: Sequence[Gallery]) -> _Page:
     """Panels in two columns on the left, or in one where there are two beside a matrix; the matrix on the right; the
     galleries below, from the panels' left edge to the right edge of what is above."""
-    columns = 1 if matrix and panels == 2 else min(panels, 2)
-    rows = math.ceil(panels / columns) if columns else 0
+    columns = 1 if matrix and len(panels) == 2 else min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns) if columns else 0
     # A page of nothing but pictures is as wide as two panels.
     cells = CELL_WIDTH * (columns if panels or matrix else 2)
     width = 2 * MARGIN + cells + (matrix.left + matrix.side + matrix.right if matrix else 0.0)
@@ -143,44 +101,35 @@ def _lay_out(panels: int, matrix: Matrix | None, galleries: Sequence[Gallery]) -
     right = MARGIN + (matrix.right if matrix else RIGHT_OF_PANEL if panels else 0.0)
     hangings = hang(galleries, width - left - right)
     low = MARGIN + sum(hanging.height for hanging in hangings)
-    matrix_box = None
+    top = low + body + (METHODS_LINE if len(curves) > 1 else 0.0)
+    figure = headed_page(title, summary, width, top)
+    if len(curves) > 1:
+        _draw_methods(figure, MARGIN / width, (top - 0.15) / figure.get_figheight(), list(curves))
+    for panel, box in zip(panels, _panel_boxes(len(panels), columns, low, body / max(rows, 1)), strict=True):
+        draw_panel(axes_at(figure, box), panel, curves, along)
     if matrix:
-        matrix_box = (MARGIN + cells + matrix.left, low + body - ABOVE_PANEL - matrix.side, matrix.side, matrix.side)
-    return _Page(
-        width,
-        low + body,
-        _panel_boxes(panels, columns, low, body / max(rows, 1)),
-        matrix_box,
-        _stacked(hangings, left, low),
-    )
+        corner = MARGIN + cells + matrix.left, low + body - ABOVE_PANEL - matrix.side
+        draw_matrix(figure, (*corner, matrix.side, matrix.side), matrix)
+    draw_galleries(figure, hangings, left, low)
+    return figure
 
 
-def _panel_boxes(panels: int, columns: int, low: float, row_height: float) -> tuple[Box, ...]:
+def _panel_boxes(panels: int, columns: int, low: float, row_height: float) -> Iterator[Box]:
     """From the upper left, row by row; the last row begins at `low`."""
-    boxes = []
     for index in range(panels):
         row, column = divmod(index, columns)
         below = math.ceil(panels / columns) - 1 - row
         # The last one of an odd number takes the whole row rather than leave a hole beside it.
         wide = PANEL_WIDTH + (CELL_WIDTH if index == panels - 1 and column == 0 and columns == 2 else 0.0)
         left = MARGIN + column * CELL_WIDTH + LEFT_OF_PANEL
-        boxes.append((left, low + below * row_height + BELOW_PANEL, wide, row_height - ABOVE_PANEL - BELOW_PANEL))
-    return tuple(boxes)
-
-
-def _stacked(hangings: Sequence[Hanging], left: float, top: float) -> tuple[tuple[Hanging, tuple[float, float]], ...]:
-    placed = []
-    for hanging in hangings:
-        placed.append((hanging, (left, top)))
-        top -= hanging.height
-    return tuple(placed)
+        yield left, low + below * row_height + BELOW_PANEL, wide, row_height - ABOVE_PANEL - BELOW_PANEL
 
 
 def _draw_methods(figure: Figure, left: float, y: float, methods: Sequence[str]) -> None:
     """The legend of colors, once for all panels."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=color_of(index), linewidth=4.5) for index in range(len(methods))]
+    handles = [Line2D([], [], color=PALETTE[index], linewidth=4.5) for index in range(len(methods))]
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (left, y), "borderpad": 0, "borderaxespad": 0}
     look: dict[str, Any] = {"fontsize": SUMMARY_SIZE, "handlelength": 1.1, "handletextpad": 0.5, "columnspacing": 1.8}
     figure.legend(handles, [*map(drawable, methods)], ncols=len(methods), frameon=False, **place, **look)

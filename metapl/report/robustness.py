@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.report.canvas import blank_page, drawing, png, write_whole
-from metapl.report.style import GRID, INK, PALETTE, QUIET
+from metapl.report.canvas import blank_page, drawing, write_page
+from metapl.report.style import INK, PALETTE, QUIET
 from metapl.report.text import wrap
 from metapl.words import shown
 
@@ -63,12 +62,8 @@ def value_at(found: Mapping[str, Any], place: Sequence[str]) -> float | None:
     return None if value is None else float(value)
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """A part of the page: its title and what draws it; None where there is nothing to show."""
-
-    title: str
-    draw: Callable[[Axes], None] | None
+Panel = tuple[str, Callable[["Axes"], None] | None]
+"""A part of the page: its title, and what draws it; None where there is nothing to show."""
 
 
 def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
@@ -79,26 +74,30 @@ def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
         found: what ``evaluation.json`` holds.
         title: a line above.
     """
-    panels = [
-        _Panel("in %", _bars_of({"": found}, SUMMARY)),
-        _Panel("in % of AlexNet's", _bars_of({"": found}, RELATIVE)),
+    panels: list[Panel] = [
+        ("in %", _bars_of({"": found}, SUMMARY)),
+        ("in % of AlexNet's", _bars_of({"": found}, RELATIVE)),
     ]
     for prefix, part in (("", found), ("ImageNet-C: ", found.get("imagenet_c", {}))):
         corruptions = part.get("corruptions", {})
         for group, names in GROUPS.items():
-            curves: Curves = {name: _by_severity(corruptions[name]) for name in names if name in corruptions}
+            curves: Curves = {
+                name: dict(enumerate(corruptions[name]["accuracy_by_severity"], 1))
+                for name in names
+                if name in corruptions
+            }
             if curves:
                 # The pictures of ImageNet-C are not the test pictures, so their curves do not begin there.
                 clean, chance = (None, None) if prefix else (found.get("accuracy"), found.get("chance"))
-                panels.append(_Panel(prefix + group, _curves(curves, "severity", clean, chance)))
+                panels.append((prefix + group, _curves(curves, "severity", clean, chance)))
     attacks: Curves = {
         name.upper(): {float(eps): accuracy for eps, accuracy in by_eps.items()}
         for name, by_eps in found.get("attacks", {}).items()
     }
     if attacks:
-        panels.append(_Panel("attack", _curves(attacks, "ε, in 1/255", found.get("accuracy"), found.get("chance"))))
+        panels.append(("attack", _curves(attacks, "ε, in 1/255", found.get("accuracy"), found.get("chance"))))
     flips = _flips(found)
-    panels.append(_Panel("ImageNet-P: flips, %", _bars_of({"": flips}, {name: (name,) for name in flips})))
+    panels.append(("ImageNet-P: flips, %", _bars_of({"": flips}, {name: (name,) for name in flips})))
     _page(path, panels, title)
 
 
@@ -111,13 +110,13 @@ def draw_evaluations(path: Path, evaluations: Mapping[str, Mapping[str, Any]], t
         title: a line above.
     """
     evaluations = {shown(name): found for name, found in evaluations.items()}
-    panels = [
-        _Panel("in %", _bars_of(evaluations, SUMMARY)),
-        _Panel("in % of AlexNet's", _bars_of(evaluations, RELATIVE)),
+    panels: list[Panel] = [
+        ("in %", _bars_of(evaluations, SUMMARY)),
+        ("in % of AlexNet's", _bars_of(evaluations, RELATIVE)),
     ]
     for name, place in (("damaged pictures", ("corruptions",)), ("ImageNet-C", ("imagenet_c", "corruptions"))):
         kinds = {kind: (*place, kind, "error") for names in GROUPS.values() for kind in names}
-        panels.append(_Panel(f"{name}: error, %", _bars_of(evaluations, kinds)))
+        panels.append((f"{name}: error, %", _bars_of(evaluations, kinds)))
     colors = dict(zip(evaluations, PALETTE, strict=False))
     attacks = sorted({attack for found in evaluations.values() for attack in found.get("attacks", {})})
     for attack in attacks:
@@ -126,10 +125,10 @@ def draw_evaluations(path: Path, evaluations: Mapping[str, Mapping[str, Any]], t
             for name, found in evaluations.items()
             if attack in found.get("attacks", {})
         }
-        panels.append(_Panel(attack.upper(), _curves(curves, "ε, in 1/255", None, None, colors)))
+        panels.append((attack.upper(), _curves(curves, "ε, in 1/255", None, None, colors)))
     flips = {name: _flips(found) for name, found in evaluations.items()}
     named = {name: (name,) for found in flips.values() for name in found}
-    panels.append(_Panel("ImageNet-P: flips, %", _bars_of(flips, named)))
+    panels.append(("ImageNet-P: flips, %", _bars_of(flips, named)))
     _page(path, panels, title, legend=tuple(evaluations))
 
 
@@ -141,8 +140,8 @@ def _bars_of(
     return lambda axes: _bars(axes, evaluations, places)
 
 
-def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str] = ()) -> None:
-    drawn = [(panel.title, panel.draw) for panel in panels if panel.draw is not None]
+def _page(path: Path, panels: Sequence[Panel], title: str, legend: Sequence[str] = ()) -> None:
+    drawn = [(name, draw) for name, draw in panels if draw is not None]
     columns = min(len(drawn), IN_A_ROW)
     rows = math.ceil(len(drawn) / columns)
     # The names of bars stand beside them, in the first column and in others that have bars.
@@ -155,8 +154,7 @@ def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str
         places = [axes for row in grid for axes in row]
         for axes, (name, draw) in zip(places, drawn, strict=False):
             axes.set_title(name, fontsize=10.5, loc="left", color=INK)
-            axes.grid(color=GRID)
-            axes.tick_params(length=0)
+            axes.grid()
             draw(axes)
         for axes in places[len(drawn) :]:
             axes.set_visible(False)
@@ -166,11 +164,7 @@ def _page(path: Path, panels: Sequence[_Panel], title: str, legend: Sequence[str
 
             marks = [Patch(color=color, label=name) for name, color in zip(legend, PALETTE, strict=False)]
             figure.legend(handles=marks, frameon=False, fontsize=9.5, loc="outside lower left", labelcolor=INK)
-        write_whole(path, png(figure))
-
-
-def _by_severity(kind: Mapping[str, Any]) -> dict[float, float]:
-    return {float(severity): accuracy for severity, accuracy in enumerate(kind["accuracy_by_severity"], 1)}
+        write_page(path, figure)
 
 
 def _flips(found: Mapping[str, Any]) -> dict[str, float]:

@@ -6,22 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metapl.report.canvas import (
-    blank_page,
-    draw_head,
-    drawing,
-    fractions,
-    head_height,
-    png,
-    wrap_head,
-    write_heading,
-    write_note,
-    write_whole,
-)
+from metapl.report.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
 from metapl.report.counts import MOST_NAMED, draw_by_size, name_rows
-from metapl.report.gallery import Gallery, draw_gallery, hang
-from metapl.report.style import ABOVE_PANEL, GRID, MARGIN, PALETTE
-from metapl.report.text import drawable
+from metapl.report.gallery import Gallery, draw_galleries, hang
+from metapl.report.style import ABOVE_PANEL, MARGIN, PALETTE
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -58,8 +46,7 @@ def draw_rounds(
     galleries = [gallery for gallery in galleries if len(gallery)]
     texts = [title, summary, *names, *(text for gallery in galleries for text in gallery.texts)]
     with drawing(texts) as explanation:
-        image = png(_figure(rounds, drawable(shown(title)), f"{shown(summary)} {explanation}", names, galleries))
-    write_whole(path, image)
+        write_page(path, _figure(rounds, title, f"{summary} {explanation}", names, galleries))
 
 
 def _figure(
@@ -69,23 +56,18 @@ def _figure(
     names: Sequence[str],
     galleries: Sequence[Gallery],
 ) -> Figure:
-    title_lines, summary_lines = wrap_head(title, summary, WIDTH)
     panel = max(LEAST, BAR * len(names) if len(names) <= MOST_NAMED else 0.0)
     hangings = hang(galleries, WIDTH - MARGIN - LEFT - MARGIN)
     low = MARGIN + sum(hanging.height for hanging in hangings)
     top = low + BELOW + panel
-    figure = blank_page(WIDTH, top + ABOVE_PANEL + head_height(title_lines, summary_lines) + MARGIN)
-    draw_head(figure, title_lines, summary_lines)
+    figure = headed_page(title, summary, WIDTH, top + ABOVE_PANEL)
     left, before = MARGIN + LEFT, 0.0
     if any(accuracies(rounds, name) for name in ACCURACIES):
         before = PANEL + BETWEEN
-        _draw_accuracies(figure.add_axes(fractions(figure, (left, top - LEAST, PANEL, LEAST))), rounds)
-    classes = figure.add_axes(fractions(figure, (left + before, top - panel, WIDTH - left - before - MARGIN, panel)))
+        _draw_accuracies(axes_at(figure, (left, top - LEAST, PANEL, LEAST)), rounds)
+    classes = axes_at(figure, (left + before, top - panel, WIDTH - left - before - MARGIN, panel))
     _draw_classes(classes, rounds[-1], names)
-    y = low
-    for hanging in hangings:
-        draw_gallery(figure, hanging, left, y)
-        y -= hanging.height
+    draw_galleries(figure, hangings, left, low)
     return figure
 
 
@@ -124,8 +106,7 @@ def _draw_accuracies(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(min(len(rounds) + 2, 10), integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     axes.margins(y=0.15)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0)
+    axes.grid()
 
 
 def _draw_classes(axes: Axes, last: Mapping[str, Any], names: Sequence[str]) -> None:

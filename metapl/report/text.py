@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from metapl.report.fonts import spelled
 
 LONGEST_NAME = 18
@@ -66,11 +68,6 @@ def fitted(text: str, width: float, size: float, weight: str = "normal") -> str:
     """
     if text_width(text, size, weight) <= width:
         return text
-    fits, too_long = 0, len(text)
-    while too_long - fits > 1:
-        kept = (fits + too_long) // 2
-        if text_width(without_middle(text, kept), size, weight) <= width:
-            fits = kept
-        else:
-            too_long = kept
+    lengths = range(1, len(text))
+    fits = bisect_right(lengths, width, key=lambda kept: text_width(without_middle(text, kept), size, weight))
     return without_middle(text, fits)

@@ -28,7 +28,7 @@ from metapl.data.batches import in_unit_range
 from metapl.data.images.folders import LabeledFiles, scan_labeled
 from metapl.data.images.reader import SUFFIXES, UnreadableImage, fitted, read_image
 from metapl.device import to_device
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.predictions import eval_mode
 from metapl.plain_files import refuse_irregular
@@ -235,7 +235,8 @@ def imagenet_c(subject: Subject, root: Path) -> Robustness:
     for name, severities in sets.items():
         shares = []
         for files in severities:
-            labels = _relabeled(subject, files)
+            outputs = subject.outputs_of(files.root, files.classes)
+            labels = [outputs[label] for label in files.labels]
             right = total = 0
             for logits, y in subject.batches(_paths(files), labels, 1.0, before=n):
                 right += int((logits.argmax(1) == y).sum())
@@ -370,7 +371,7 @@ def _frames(path: Path, pictures: Pictures) -> Iterator[Tensor]:
                 fit = fitted(frame.to_image(), mode=pictures.mode, size=(pictures.side, pictures.side))
                 yield in_unit_range(fit)
     except (av.FFmpegError, IndexError, OSError) as error:
-        raise UnreadableImage(path, f"the video cannot be decoded ({' '.join(str(error).split())})") from error
+        raise UnreadableImage(path, f"the video cannot be decoded ({reason_of(error)})") from error
 
 
 def _by_number(file: Path) -> list[Any]:
@@ -425,9 +426,3 @@ def _filled(files: LabeledFiles) -> LabeledFiles:
 
 def _paths(files: LabeledFiles) -> list[Path]:
     return [Path(path) for path in files.paths()]
-
-
-def _relabeled(subject: Subject, files: LabeledFiles) -> list[int]:
-    """Labels as outputs of the network."""
-    outputs = subject.outputs_of(files.root, files.classes)
-    return [outputs[label] for label in files.labels]

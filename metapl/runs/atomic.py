@@ -8,8 +8,9 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from metapl.errors import MetaplError
 from metapl.plain_files import refuse_irregular
 
 
@@ -55,6 +56,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def write_whole(path: Path, content: Any, mend: str) -> None:
+    """Write a file by :func:`replacing`.
+
+    Args:
+        path: the name that the file gets.
+        content: its bytes.
+        mend: what to do where the disk refuses, which ends the message.
+
+    Raises:
+        MetaplError: the disk refused; what was there before is whole.
+    """
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise MetaplError(f"{path} could not be written: {error.strerror or error}; {mend}") from error
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ import pickle
 import re
 import secrets
 import shutil
-import stat
 import warnings
 import zlib
 from collections import OrderedDict
@@ -30,7 +29,8 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
+from metapl.plain_files import open_plain
 from metapl.runs.atomic import replacing
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ MAGIC = b"metapl-checkpoint"
 _HEADER = re.compile(rb"(.{17}) (\d{4}) (\d{20}) ([0-9a-f]{64}) ([0-9a-f]{8})\n", re.DOTALL)
 _HEADER_BYTES = 17 + 1 + 4 + 1 + 20 + 1 + 64 + 1 + 8 + 1
 _LATER_HEADER = re.compile(re.escape(MAGIC) + rb" (\d+)\s")
-_CHUNK = 1 << 20
 
 _USE_AN_OLDER_ONE = "go back to an older checkpoint; CheckpointFolder(folder).newest() finds the newest whole one"
 _RIGHTS = "Give yourself the right to write in that folder, or choose another"
@@ -116,14 +115,14 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} holds objects other than tensors and plain values, and metapl runs no code from a file; "
-                f"write it with metapl.runs.checkpoint.save. torch says: {_first_line(error)}"
+                f"write it with metapl.runs.checkpoint.save. torch says: {reason_of(error)}"
             ) from error
         except MemoryError:
             raise
         except Exception as error:  # damage that was sealed shows in many types
             raise CheckpointError(
                 f"{path} is whole, but torch {torch.__version__} could not rebuild it on {map_location}: "
-                f"{_first_line(error)}; try map_location='cpu'"
+                f"{reason_of(error)}; try map_location='cpu'"
             ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__} instead of a dict; {_USE_AN_OLDER_ONE}")
@@ -420,18 +419,14 @@ def _open_whole(path: Path) -> BinaryIO:
     """Open a checkpoint at its payload, or say what is wrong with it."""
     with contextlib.ExitStack() as opened:
         try:
-            # Before opening: to open a named pipe would wait for ever.
-            mode = path.stat().st_mode
-            if stat.S_ISDIR(mode):
-                raise CheckpointError(f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()")
-            if not stat.S_ISREG(mode):
-                raise CheckpointError(f"{path} is not a regular file; give one that metapl.runs.checkpoint.save wrote")
-            file = opened.enter_context(path.open("rb"))
+            file = opened.enter_context(open_plain(path))
             size, sha256 = _read_header(path, file)
-            digest = hashlib.sha256()
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+            digest = hashlib.file_digest(file, "sha256")
             file.seek(_HEADER_BYTES)
+        except IsADirectoryError as error:
+            raise CheckpointError(
+                f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()"
+            ) from error
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(f"{path} does not exist; give the path that the checkpoint was written to") from error
         except PermissionError as error:
@@ -502,7 +497,3 @@ def _looks_like(line: bytes) -> str:
     if any(byte < 32 and byte not in b"\t\n\r" for byte in line):
         return f"another file, beginning with {line[:8]!r}; give one {ours}"
     return f"text, beginning with {line.decode(errors='replace')[:24]!r}; give a file {ours}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:300]

@@ -23,14 +23,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
 from metapl.cores import default_threads
 from metapl.errors import MetaplError, few
 from metapl.plain_files import read_plain
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import write_whole
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.environment import environment
 from metapl.runs.ownership import LOCK, owned
@@ -202,8 +202,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all."""
-        with _written(self.path / name) as file:
-            file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        write_whole(self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND)
 
     def checkpoints(self, phase: str, keep: int = 2) -> CheckpointFolder:
         """The checkpoints of a phase, of which the last ``keep`` stay."""
@@ -215,8 +214,7 @@ class RunFolder:
 
         plain = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}
         content = save(plain)
-        with _written(self.path / name) as file:
-            file.write(content)
+        write_whole(self.path / name, content, _MEND)
         return hashlib.sha256(content).hexdigest()
 
     def _how_to_get(self, name: str) -> str:
@@ -262,6 +260,8 @@ def refuse_other_bytes(file: Path, content: bytes, sha256: str | None) -> None:
         )
 
 
+_MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
+
 BEFORE_TRAINING = ("recipe.json", LOCK, "data.json", "split.json", "skipped.jsonl")
 """What a run writes before its first step."""
 
@@ -273,19 +273,6 @@ def _is_left_over(name: str) -> bool:
     [True, True, False]
     """
     return name.startswith(".") or re.fullmatch(r"recipe\.json\.[0-9a-f]{8}\.tmp", name) is not None
-
-
-@contextmanager
-def _written(file: Path) -> Iterator[BinaryIO]:
-    """:func:`replacing`, with the disk's refusal in words."""
-    try:
-        with replacing(file) as new:
-            yield new
-    except OSError as error:
-        raise MetaplError(
-            f"{file} could not be written: {error.strerror or error}; what was there before is whole. Mend that (is "
-            "the disk full?), then go on with --resume."
-        ) from error
 
 
 def _by_flag(recipe: Mapping[str, Any]) -> dict[str, Any]:

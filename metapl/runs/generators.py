@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def rng_state() -> dict[str, Any]:
     version, words, next_gauss = random.getstate()
     return {
         "python": {"version": version, "words": list(words), "next_gauss": next_gauss},
-        "numpy": _plain(numpy.random.get_state(legacy=False)),  # noqa: NPY002 - the global one is meant
+        "numpy": plain_states(numpy.random.get_state(legacy=False)),  # noqa: NPY002 - the global one is meant
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -55,8 +55,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         _set(before)
         raise GeneratorStateError(
-            f"this is not a state of the random number generators ({type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0][:300]}); give what metapl.runs.generators.rng_state() returned"
+            f"this is not a state of the random number generators ({type(error).__name__}: {reason_of(error)}); give "
+            "what metapl.runs.generators.rng_state() returned"
         ) from error
     saved, present = len(state["cuda"]), len(before["cuda"])
     if saved != present:
@@ -79,8 +79,10 @@ def _set(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(generator.cpu(), device)
 
 
-def _plain(value: Any) -> Any:
+def plain_states(value: Any) -> Any:
     """NumPy's arrays and numbers as lists and numbers, which ``torch.load(weights_only=True)`` brings back."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return value.tolist() if hasattr(value, "tolist") else value
+        return {key: plain_states(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain_states(inner) for inner in value]
+    return value.tolist() if isinstance(value, numpy.ndarray | numpy.generic) else value

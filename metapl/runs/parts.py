@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import os
 import pickle
 import re
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from metapl.errors import reason_of
 from metapl.runs import checkpoint
 from metapl.runs.atomic import sync_folder
 from metapl.runs.checkpoint import CheckpointError
@@ -95,9 +97,14 @@ class PartsWriter:
         fault = None
         if self.first:
             try:
-                self._clean()
-                path = _free(self.folder, step)
-                names = [path.name, f"{path.name}.{secrets.token_hex(4)}.tmp"]
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left in self.folder.iterdir():  # by processes that were killed
+                    if re.fullmatch(r"step-\d{8,}(-\d+)?\.parts\.[0-9a-f]{8}\.tmp", left.name):
+                        shutil.rmtree(left, ignore_errors=True)
+                # One of the same step may be left from before a restart.
+                attempts = (f"step-{step:08d}{'' if n == 0 else f'-{n}'}.parts" for n in itertools.count())
+                name = next(name for name in attempts if not (self.folder / name).exists())
+                names = [name, f"{name}.{secrets.token_hex(4)}.tmp"]
             except Exception as error:  # as in _finished
                 fault = _why(error)
         *names, fault = _from_first([*names, fault], self.group)
@@ -163,13 +170,6 @@ class PartsWriter:
             )
         return path
 
-    def _clean(self) -> None:
-        """Remove what killed processes have left."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.iterdir():
-            if re.fullmatch(r"step-\d{8,}(-\d+)?\.parts\.[0-9a-f]{8}\.tmp", left.name):
-                shutil.rmtree(left, ignore_errors=True)
-
 
 def check_parts(path: Path) -> dict[str, Any]:
     """The rest of a checkpoint in parts, of which every byte is as it was written.
@@ -223,10 +223,10 @@ def load_parts(path: Path, like: Like | None = None, group: Any = None, *, check
 # --------------------------------------------------------------------------------------------------- trees and tensors
 
 
-def named(tree: Any, above: str = "") -> dict[str, Tensor]:
+def named(tree: Any) -> dict[str, Tensor]:
     """The tensors of a tree by the names that they have in the parts."""
     tensors: dict[str, Tensor] = {}
-    _apart(tree, above, tensors)
+    _apart(tree, "", tensors)
     return tensors
 
 
@@ -255,15 +255,6 @@ def _together(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _free(folder: Path, step: int) -> Path:
-    """A name that no checkpoint has; one of the same step may be left from before a restart."""
-    path, attempt = folder / f"step-{step:08d}.parts", 0
-    while path.exists():
-        attempt += 1
-        path = folder / f"step-{step:08d}-{attempt}.parts"
-    return path
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -277,10 +268,7 @@ def _from_first(values: list[Any], group: Any) -> list[Any]:
 def _why(error: BaseException) -> str:
     """What went wrong, in a line: torch's exception holds those of the processes with their tracebacks."""
     failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    return reason_of(next(iter(failures.values()))[0] if failures else error)
 
 
 def _reader(path: Path, files: Mapping[str, str]) -> Any:

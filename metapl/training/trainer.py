@@ -465,7 +465,7 @@ class BilevelTrainer(Trainer):
     ) -> Hypergradient:
         """The teacher's gradient from the state as it is, which does not change."""
         for layout in self._layouts:
-            layout.settle()
+            layout.reshard()
         self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
             return hypergradient(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from metapl.data.images.folders import Count, Files, FilesT, LabeledFiles, Progress, digest, unreadable
+from metapl.data.images.folders import Count, Files, FilesT, LabeledFiles, Progress, ask, digest
 from metapl.data.images.shards import open_picture, size_of
 from metapl.errors import few
 from metapl.words import shown
@@ -269,7 +270,7 @@ def find_copies(
         for i, path in enumerate(folder.paths())
     ]
     count = Count(progress)
-    groups = _same_bytes(files, count)
+    groups = _same_bytes(files, partial(_findings_among, labeled=len(labeled)), count)
     count.end()
     for held_out, other in _LEAKS:
         pairs = [
@@ -294,8 +295,8 @@ def find_copies(
         )
 
 
-def without_copies(files: FilesT, of: Files) -> FilesT:
-    """Those of the files whose bytes are not those of a file in another folder.
+def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
+    """The paths in one folder, and those in another, of each picture that both have, by its bytes.
 
     Cost: one question to the file system for each file. Bytes are read only of files that the other folder has with the
     same size, and beyond 4 KiB only where these agree too.
@@ -303,20 +304,16 @@ def without_copies(files: FilesT, of: Files) -> FilesT:
     Raises:
         MetaplError: a file is gone or cannot be read.
     """
-    alike, others = {path: i for i, path in enumerate(files.paths())}, [*of.paths()]
-    for key in (size_of, _middle, digest):
-        keys: dict[str, Hashable] = {}
-        for path in (*alike, *others):
-            try:
-                keys[path] = key(path)
-            except OSError as error:
-                raise unreadable(path, error) from error
-        known = {keys[path] for path in others}
-        alike = {path: i for path, i in alike.items() if keys[path] in known}
-        found = {keys[path] for path in alike}
-        others = [path for path in others if keys[path] in found]
-    copies = {*alike.values()}
-    return files.keep([i for i in range(len(files)) if i not in copies]) if copies else files
+    sides = [_File(side, None, path) for side, of in (("own", files), ("other", others)) for path in of.paths()]
+    for group in _same_bytes(sides, lambda groups: [same for same in groups if len({file.side for file in same}) == 2]):
+        own = [file.path for file in group if file.side == "own"]
+        yield own, [file.path for file in group if file.side == "other"]
+
+
+def without_copies(files: FilesT, of: Files) -> FilesT:
+    """Those of the files that another folder does not have too; cost and errors as :func:`same_pictures`."""
+    copies = {path for own, _ in same_pictures(files, of) for path in own}
+    return files.keep([i for i, path in enumerate(files.paths()) if path not in copies]) if copies else files
 
 
 def _used_twice(labeled: LabeledFiles, unlabeled: Files) -> Finding:
@@ -353,28 +350,38 @@ def _leak(held_out: str, other: str, pairs: Sequence[tuple[_File, _File]], mende
     )
 
 
-def _same_bytes(files: list[_File], count: Count) -> list[list[_File]]:
-    """Groups of files with the same bytes that matter: on several sides, or labeled in two ways.
+def _same_bytes(
+    files: list[_File], that_matter: Callable[[list[list[_File]]], list[list[_File]]], count: Count | None = None
+) -> list[list[_File]]:
+    """Groups of files with the same bytes.
 
     Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one size, so a piece
     of them is compared before all their bytes.
+
+    Args:
+        files: of all sides.
+        that_matter: of groups that are alike so far, those that are compared further.
+        count: counts the files whose bytes were compared.
     """
-    groups, labeled = [files], sum(file.side == "labeled" for file in files)
-    for key, counted in ((size_of, 0), (_middle, 1), (digest, 0)):
+    groups = [files]
+    for key in (size_of, _middle, digest):
         alike: list[list[_File]] = []
         for group in groups:
             by_key: defaultdict[Hashable, list[_File]] = defaultdict(list)
             for file in group:
-                try:
-                    by_key[key(file.path)].append(file)
-                except OSError as error:
-                    raise unreadable(file.path, error) from error
-                count.add(counted)
+                by_key[ask(key, file.path)].append(file)
+                if count is not None and key is _middle:
+                    count.add()
             alike += (same for same in by_key.values() if len(same) > 1)
-        # That some labeled pictures are unlabeled too is usual; it is a finding where all of them might be.
-        all_copied = sum(map(_labeled_copies, alike)) == labeled
-        groups = [matter for same in alike if (matter := _that_matter(same, all_copied))]
+        groups = that_matter(alike)
     return groups
+
+
+def _findings_among(groups: list[list[_File]], labeled: int) -> list[list[_File]]:
+    """The groups, or files of them, that would be a finding if all in a group were the same picture."""
+    # That some labeled pictures are unlabeled too is usual; it is a finding where all of them might be.
+    all_copied = sum(map(_labeled_copies, groups)) == labeled
+    return [matter for same in groups if (matter := _that_matter(same, all_copied))]
 
 
 def _labeled_copies(files: Sequence[_File]) -> int:

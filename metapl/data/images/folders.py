@@ -23,6 +23,7 @@ Progress = Callable[[int], None]
 """Called now and then with the number of files done."""
 
 FilesT = TypeVar("FilesT", bound="Files")
+T = TypeVar("T")
 
 _EVERY = 1000
 
@@ -206,9 +207,18 @@ def digest(path: str) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def unreadable(path: str, error: OSError) -> MetaplError:
-    """A file of a scan cannot be read any more."""
-    return MetaplError(f"{shown(path)} cannot be read: {error.strerror}; was it removed just now?")
+def ask(question: Callable[[str], T], path: str) -> T:
+    """What a function says of a file that a scan found, such as its size.
+
+    Raises:
+        MetaplError: the file cannot be read any more.
+    """
+    try:
+        return question(path)
+    except OSError as error:
+        raise MetaplError(
+            f"{shown(path)} cannot be read: {error.strerror}; was it removed just now? Make it readable, or remove it."
+        ) from error
 
 
 def _images(root: Path, count: Count, above: Path | None = None) -> tuple[tuple[str, ...], Counter[str]]:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from metapl.data.images.shards import open_picture, size_of
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -160,18 +160,18 @@ def _as_tensor(image: Image) -> Tensor:
     return rearrange(levels, "h w c -> c h w").contiguous()
 
 
-def fitted(image: Image, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, int], center: float = 1.0) -> Tensor:
+def fitted(image: Image, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, int]) -> Tensor:
     """A picture that is decoded already, such as a frame of a video, brought to a size as :func:`read_image` does.
 
     Args:
         image: Pillow's.
-        mode, size, center: as in :func:`read_image`.
+        mode, size: as in :func:`read_image`.
 
     Returns:
         uint8 (3, H, W) or (1, H, W).
     """
     plain = _plain(image, mode)
-    return _as_tensor(_resized(plain, size, _part(plain.size, size, None, center), plain.size))
+    return _as_tensor(_resized(plain, size, _part(plain.size, size, None, 1.0), plain.size))
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
@@ -255,24 +255,21 @@ def _decoded(
 ) -> list[Image]:
     if size is None:
         return [_plain(_turned(image), mode)]
-    if image.format in ("JPEG", "MPO"):
-        full = _upright_size(image)
-        parts = [_part(full, size, crop, center) for crop in crops]
-        # Twice the resolution of the result, so that the resampling has something to average over.
-        shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
-        shrink = max(1.0, min(shrinks))
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if not is_jpeg:
+        image.load()  # which side is up may stand behind the pixels
+    full = _upright_size(image)
+    parts = [_part(full, size, crop, center) for crop in crops]
+    # Twice the resolution of the result, so that the resampling has something to average over.
+    shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
+    shrink = max(1.0, min(shrinks))
+    if is_jpeg:
         image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        upright = _plain(_turned(image), mode)
-    else:
-        image.load()
-        if image.width * image.height > LARGE:
-            full = _upright_size(image)
-            parts = [_part(full, size, crop, center) for crop in crops]
-            upright = _plain(_turned(_reduced(image, size, parts)), mode)
-        else:
-            upright = _plain(_turned(image), mode)
-            full = upright.size
-            parts = [_part(full, size, crop, center) for crop in crops]
+    elif image.width * image.height > LARGE and shrink >= 2 and image.mode in _REDUCIBLE:
+        exif = image.getexif()
+        image = image.reduce(math.floor(shrink))
+        image.getexif().update(exif)  # which side is up
+    upright = _plain(_turned(image), mode)
     return [_resized(upright, size, part, full) for part in parts]
 
 
@@ -280,17 +277,6 @@ LARGE = 2**24
 """Pixels above which a picture is shrunk before it is converted, which takes several copies."""
 
 _REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
-
-
-def _reduced(image: Image, size: tuple[int, int], parts: Sequence[Box]) -> Image:
-    """A large picture with averages over squares for pixels, at twice the resolution that is needed or more."""
-    shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
-    factor = math.floor(min(shrinks))
-    if factor < 2 or image.mode not in _REDUCIBLE:
-        return image
-    small = image.reduce(factor)
-    small.getexif().update(image.getexif())  # which side is up
-    return small
 
 
 def _upright_size(image: Image) -> tuple[int, int]:
@@ -360,9 +346,3 @@ def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, in
 
 def _too_large(max_pixels: int, size: str) -> str:
     return f"the picture has more than the {max_pixels:,} pixels that are allowed ({size})"
-
-
-def reason_of(error: Exception) -> str:
-    """Why a file cannot be read, in one line."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return " ".join(reason.split()).rstrip(".")

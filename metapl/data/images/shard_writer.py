@@ -8,11 +8,9 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from metapl.data.images.folders import Files, Progress, digest, scan_unlabeled
+from metapl.data.images.folders import Files, Progress, ask, digest, scan_unlabeled
 from metapl.data.images.reader import UnreadableImage, image_size
 from metapl.data.images.shards import FORMAT, MANIFEST, SUFFIX, Manifest, ShardFile, open_picture, size_of
 from metapl.errors import MetaplError, few
@@ -45,7 +43,7 @@ def write_shards(
     pictures give the same bytes. A shard gets its name when it is whole.
 
     Cost: one reading and one writing of every picture, and no more memory than the largest of them; one reading of
-    each shard that is there.
+    each shard for its checksum, whether it was there or is new.
 
     Raises:
         MetaplError: a picture cannot be read; ``out`` holds something else, lies in the folder, or cannot be written.
@@ -58,7 +56,10 @@ def write_shards(
         raise MetaplError(
             f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected a folder elsewhere."
         )
-    wanted = Manifest(_listing(files), len(files), per_shard)
+    listing = hashlib.sha256()
+    for name, path in zip(files.names, files.paths(), strict=True):
+        listing.update(f"{name}\0{ask(size_of, path)}\0".encode("utf-8", "surrogateescape"))
+    wanted = Manifest(listing.hexdigest(), len(files), per_shard)
     manifest = _begun(out, wanted)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,8 @@ def write_shards(
             if number >= len(manifest.shards) or not _is_whole(out, manifest.shards[number]):
                 shard = _write_one(files, rows, out / f"{number:06d}{SUFFIX}", no_picture)
                 manifest = dataclasses.replace(manifest, shards=(*before, shard, *after))
-                _write_manifest(out, manifest)
+                with replacing(out / MANIFEST) as file:
+                    file.write(json.dumps({"format": FORMAT} | dataclasses.asdict(manifest), indent=1).encode())
             if progress is not None:
                 progress(rows.stop)
     except OSError as error:
@@ -137,38 +139,15 @@ def _is_whole(folder: Path, shard: ShardFile) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes and digest(str(path)).hex() == shard.sha256
 
 
-def _listing(files: Files) -> str:
-    whole = hashlib.sha256()
-    for name, path in zip(files.names, files.paths(), strict=True):
-        whole.update(f"{name}\0{_asked(path)}\0".encode("utf-8", "surrogateescape"))
-    return whole.hexdigest()
-
-
-def _asked(path: str) -> int:
-    try:
-        return size_of(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str, error: OSError) -> MetaplError:
-    return MetaplError(f"{shown(path)} cannot be read: {error.strerror}; remove it, or make it readable.")
-
-
 def _write_one(files: Files, rows: range, path: Path, no_picture: Callable[[str], object]) -> ShardFile:
-    with replacing(path) as file:
-        hashed = _Hashed(file)
-        with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
-            for row in rows:
-                _add(tar, files.names[row], str(files.path(row)), no_picture)
-    return ShardFile(path.name, len(rows), hashed.written, hashed.digest.hexdigest())
+    with replacing(path) as file, tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as tar:
+        for row in rows:
+            _add(tar, files.names[row], str(files.path(row)), no_picture)
+    return ShardFile(path.name, len(rows), path.stat().st_size, digest(str(path)).hex())
 
 
 def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str], object]) -> None:
-    try:
-        picture = open_picture(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    picture = ask(open_picture, path)
     try:
         image_size(path)
     except UnreadableImage:
@@ -178,26 +157,3 @@ def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str],
         member.size = picture.seek(0, os.SEEK_END)
         picture.seek(0)
         tar.addfile(member, picture)
-
-
-def _write_manifest(out: Path, manifest: Manifest) -> None:
-    with replacing(out / MANIFEST) as file:
-        file.write(json.dumps({"format": FORMAT} | dataclasses.asdict(manifest), indent=1).encode())
-
-
-@dataclass
-class _Hashed:
-    """A file for writing that hashes what it is given."""
-
-    file: BinaryIO
-
-    def __post_init__(self) -> None:
-        self.digest, self.written = hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.written += len(data)
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        return self.written

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, reason_of
 from metapl.plain_files import open_plain, read_plain
 from metapl.words import shown
 
@@ -85,7 +85,7 @@ def members(path: str | Path) -> Iterator[Member]:
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, EOFError) as error:
         raise MetaplError(
-            f"{shown(path)} cannot be read as a tar file: {' '.join(str(error).split())}; expected a whole, "
+            f"{shown(path)} cannot be read as a tar file: {reason_of(error)}; expected a whole, "
             "uncompressed one, such as `metapl shards` writes."
         ) from error
     except OSError as error:
@@ -166,7 +166,7 @@ class Manifest:
             return cls(**content, shards=shards)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise MetaplError(
-                f"{shown(path)} cannot be read ({' '.join(str(error).split())}); expected what `metapl shards` wrote: "
+                f"{shown(path)} cannot be read ({reason_of(error)}); expected what `metapl shards` wrote: "
                 "write the shards again, or remove this file and the tar files are taken as they are."
             ) from error
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +13,9 @@ from typing import Literal
 from metapl.data.images.folders import Count, Files, Progress
 from metapl.data.images.reader import MAX_PIXELS, UnreadableImage, image_size, read_image
 from metapl.data.images.shards import status_of
-from metapl.errors import MetaplError, few
+from metapl.errors import few
 from metapl.plain_files import irregular
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import write_whole
 
 Depth = Literal["decode", "header", "size"]
 
@@ -92,8 +91,10 @@ def verify_files(
     if depth is None and len(files) > HEADER_UP_TO:
         depth = "size"
     statuses = _statuses(files, progress if depth == "size" else None)
-    depth = depth or _affordable(statuses)
-    key = _cache_key(files, statuses, depth, max_pixels)
+    if depth is None:
+        size = sum(status[0] for status in statuses if not isinstance(status, str))
+        depth = "decode" if len(statuses) <= DECODE_UP_TO and size <= DECODE_BYTES else "header"
+    key = hashlib.sha256(json.dumps([1, depth, max_pixels, files.names, statuses]).encode()).hexdigest()
     skipped = None if cache is None else _read_cache(cache, key)
     if skipped is None:
         count = Count(None if depth == "size" else progress)
@@ -105,7 +106,8 @@ def verify_files(
             count.add()
         count.end()
         if cache is not None:
-            _write_cache(cache, key, skipped)
+            result = {"key": key, "skipped": [dataclasses.asdict(file) for file in skipped]}
+            write_whole(cache, json.dumps(result, indent=1).encode(), "expected a folder with room.")
     names = {file.name for file in skipped}
     return Verified(tuple(i for i, name in enumerate(files.names) if name not in names), tuple(skipped), depth)
 
@@ -126,11 +128,6 @@ def _statuses(files: Files, progress: Progress | None) -> list[tuple[int, int] |
     return statuses
 
 
-def _affordable(statuses: Sequence[tuple[int, int] | str]) -> Depth:
-    size = sum(status[0] for status in statuses if not isinstance(status, str))
-    return "decode" if len(statuses) <= DECODE_UP_TO and size <= DECODE_BYTES else "header"
-
-
 def _fault(path: str, status: tuple[int, int] | str, depth: Depth, max_pixels: int) -> str | None:
     if isinstance(status, str):
         return status
@@ -146,23 +143,9 @@ def _fault(path: str, status: tuple[int, int] | str, depth: Depth, max_pixels: i
     return None
 
 
-def _cache_key(files: Files, statuses: Sequence[object], depth: Depth, max_pixels: int) -> str:
-    text = json.dumps([1, depth, max_pixels, files.names, statuses])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _read_cache(cache: Path, key: str) -> list[Skipped] | None:
     try:
         result = json.loads(cache.read_text(encoding="utf-8"))
         return [Skipped(**file) for file in result["skipped"]] if result["key"] == key else None
     except (OSError, ValueError, LookupError, TypeError):
         return None  # it is made anew
-
-
-def _write_cache(cache: Path, key: str, skipped: Sequence[Skipped]) -> None:
-    result = {"key": key, "skipped": [dataclasses.asdict(file) for file in skipped]}
-    try:
-        with replacing(cache) as file:
-            file.write(json.dumps(result, indent=1).encode())
-    except OSError as error:
-        raise MetaplError(f"{cache} cannot be written: {error.strerror}; expected a folder with room.") from error

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.data.splits import Split, draw_split
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, reason_of
 
 IMAGENET_SIZE = (256, 256)
 """What ImageNet's pictures are brought to; crops of 224 are cut out of it."""
@@ -242,9 +242,8 @@ def _loaded(name: str, load: Callable[[], Any], files: Iterable[Path], mend: str
     except MemoryError:
         raise
     except Exception as error:  # damaged files fail in pickle, scipy, torchvision or the unpacking
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise MetaplError(
-            f"the data set {name!r} cannot be loaded ({reason.rstrip('.')}); expected files as torchvision knows them, "
+            f"the data set {name!r} cannot be loaded ({reason_of(error)}); expected files as torchvision knows them, "
             f"by their MD5 where it has one: remove what is there, then {mend}"
         ) from error
 

@@ -1,0 +1,168 @@
+"""Sources of batches of every kind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
+
+from metapl.data import (
+    Feed,
+    Identity,
+    StepSampler,
+    UnlabeledBatches,
+    feed,
+)
+
+
+class Noisy(Dataset[Tensor]):
+    """Examples whose transform draws from all three default generators."""
+
+    def __init__(self, size: int = 10) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Tensor:
+        numpy = np.random.random()  # noqa: NPY002
+        return torch.tensor([index, torch.rand(()), random.random(), numpy], dtype=torch.float64)
+
+
+class OwnGenerators(Noisy):
+    """Examples whose transform draws from generators of the data set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch = torch.Generator().manual_seed(1)
+        self.python = random.Random(2)
+        self.numpy = np.random.default_rng(3)
+        self.legacy = np.random.RandomState(4)
+
+    def __getitem__(self, index: int) -> Tensor:
+        numpy = self.numpy.random() + self.legacy.rand()
+        return torch.tensor(
+            [index, torch.rand((), generator=self.torch), self.python.random(), numpy], dtype=torch.float64
+        )
+
+
+class Stream(IterableDataset[Tensor]):
+    """Examples without indices, dealt out among the workers."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        worker = get_worker_info()
+        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in range(first, 10, every):
+            yield torch.tensor([index, torch.rand(()), random.random()], dtype=torch.float64)
+
+
+class Reiterable:
+    """No loader at all: batches in another order each time."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in torch.randperm(4):
+            yield torch.stack([index, torch.randint(100, ())])
+
+
+class Countdown:
+    """A source that keeps its own position, but not what it draws from."""
+
+    def __init__(self) -> None:
+        self.generator = seeded(8)
+        self.left: list[int] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.begin()
+        self.salt = torch.randint(100, ())  # like the seed that a loader draws for its workers, and then has no use for
+        return self.batches()
+
+    def begin(self) -> None:
+        if self.left is None:
+            self.left = torch.randperm(4, generator=self.generator).tolist()
+            random.shuffle(self.left)
+
+    def batches(self) -> Iterator[Tensor]:
+        while self.left:
+            yield torch.stack([torch.tensor(self.left.pop()), torch.randint(100, ())])
+        self.left = None
+
+    def state_dict(self) -> dict[str, Any]:
+        self.begin()  # as torchdata's loader does when it is asked before it is iterated
+        return {"left": self.left}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.left = state["left"]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def step_batches() -> UnlabeledBatches:
+    return UnlabeledBatches(
+        torch.rand(10, 2, generator=seeded(0)), StepSampler(10, 4, seed=0), Identity(), None, seed=0
+    )
+
+
+def nested() -> DataLoader[Tensor]:
+    own: Subset[Tensor] = Subset(ConcatDataset([OwnGenerators(), Noisy(3)]), list(range(2, 12)))
+    return DataLoader(own, batch_sampler=BatchSampler(RandomSampler(own, generator=seeded(7)), 3, drop_last=True))
+
+
+def weighted(generator: torch.Generator | None) -> DataLoader[Tensor]:
+    sampler = WeightedRandomSampler([0.1 * (i + 1) for i in range(10)], num_samples=9, generator=generator)
+    return DataLoader(Noisy(), batch_size=3, sampler=sampler)
+
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "steps": step_batches,
+    "list": lambda: [torch.tensor([i]) for i in range(3)],
+    "tuple": lambda: tuple((torch.tensor([i]), torch.tensor([-i])) for i in range(4)),
+    "shuffled": lambda: DataLoader(Noisy(), batch_size=3, shuffle=True),
+    "in order": lambda: DataLoader(Noisy(), batch_size=3),
+    "own generator": lambda: DataLoader(Noisy(), batch_size=3, shuffle=True, generator=seeded(5)),
+    "sampler's generator": lambda: DataLoader(
+        Noisy(), batch_size=3, sampler=RandomSampler(Noisy(), generator=seeded(5))
+    ),
+    "batch sampler": lambda: DataLoader(Noisy(), batch_sampler=BatchSampler(RandomSampler(Noisy()), 3, drop_last=True)),
+    "weighted": lambda: weighted(None),
+    "weighted, own generator": lambda: weighted(seeded(6)),
+    "data set's generators": lambda: DataLoader(OwnGenerators(), batch_size=3, shuffle=True),
+    # Where batches fill the epoch, the sampler draws once more as it ends.
+    "full batches": lambda: DataLoader(Noisy(12), batch_size=3, shuffle=True, generator=seeded(5)),
+    "nested": nested,
+    "iterable": lambda: DataLoader(Stream(), batch_size=3),
+    "re-iterable": Reiterable,
+    "state_dict": Countdown,
+}
+
+
+def made(source: Any, **options: Any) -> Feed:
+    return feed(source, **{"name": "labeled", "stop": 100, **options})
+
+
+def take(stream: Feed, number: int) -> list[Any]:
+    return [stream.next() for _ in range(number)]
+
+
+def same(a: Any, b: Any) -> bool:
+    leaves_a, tree_a = pytree.tree_flatten(a)
+    leaves_b, tree_b = pytree.tree_flatten(b)
+    equal = (torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(leaves_a, leaves_b, strict=True))
+    return tree_a == tree_b and all(equal)

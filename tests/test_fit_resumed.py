@@ -1,0 +1,319 @@
+"""A fit that was saved, stopped, or failed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fits import (
+    INNER,
+    OPTIONS,
+    Counting,
+    _one_thread,  # noqa: F401  # used by every test
+    batches,
+    bilevel,
+    copied,
+    end_of,
+    examples,
+    same,
+    single,
+)
+from problems_zoo import ANYWHERE
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import metapl
+from metapl import MetaplError
+from metapl.data import LabeledBatches, MemoryImages, StepSampler, Weak, feed
+from metapl.feedback import Altered, LossDifference, Reinforce
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.tensorboard import Events
+from metapl.training import FitOptions, Interrupted
+
+# ---------------------------------------------------------------------------------------------------- save and resume
+
+
+MODES: list[Any] = [*ANYWHERE, Reinforce(baseline=0.9), LossDifference(baseline=0.5), Altered(alteration="random_sign")]
+
+
+@pytest.mark.parametrize("own_generator", [True, False])
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize(
+    "mode", MODES, ids=lambda mode: getattr(mode, "name", mode) + "_" * (not isinstance(mode, str))
+)
+def test_a_saved_trainer_goes_on_bit_for_bit(mode: Any, inner: str, own_generator: bool, tmp_path: Path) -> None:
+    def built(seed: int) -> metapl.BilevelTrainer:
+        generator = torch.Generator().manual_seed(seed) if own_generator else None
+        return bilevel(mode, seed, INNER[inner], generator=generator)
+
+    data = list(zip(*batches(6), strict=True))
+    first = built(0)
+    torch.manual_seed(2)
+    for one in data[:3]:
+        first.step(*one)
+    first.save(tmp_path / "half.ckpt")
+    ends = [(*(first.step(*one).feedback for one in data[3:]), first.state_dict(), torch.get_rng_state())]
+    second = built(1)  # other weights, other draws
+    torch.manual_seed(3)
+    second.load(tmp_path / "half.ckpt")
+    ends.append((*(second.step(*one).feedback for one in data[3:]), second.state_dict(), torch.get_rng_state()))
+    assert same(*ends)
+
+
+def test_a_trainer_refuses_the_state_of_another_mode_and_of_no_trainer(tmp_path: Path) -> None:
+    bilevel("forward").save(tmp_path / "a.ckpt")
+    with pytest.raises(MetaplError, match="mode 'forward', this one has 'reinforce'"):
+        bilevel("reinforce").load(tmp_path / "a.ckpt")
+    metapl.runs.checkpoint.save(tmp_path / "b.ckpt", {"weights": torch.ones(1)})
+    with pytest.raises(MetaplError, match=r"b\.ckpt is not a trainer's file"):
+        bilevel("forward").load(tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "workers"),
+    [
+        *((name, "lists", 0) for name in ("sgd", "adamw", "torchopt_momentum")),
+        ("sgd", "loaders", 0),
+        ("sgd", "loaders", 2),
+    ],
+)
+def test_a_fit_that_failed_ends_as_one_that_did_not(name: str, kind: str, workers: int, tmp_path: Path) -> None:
+    """The same seed twice, with and without loader workers, and once in two pieces."""
+    labeled, unlabeled = batches(7)
+
+    def sources() -> tuple[Any, Any]:
+        if kind == "lists":
+            return labeled, unlabeled
+        whole = TensorDataset(torch.cat([x for x, _ in labeled]), torch.cat([y for _, y in labeled]))
+        many: Any = TensorDataset(torch.cat(unlabeled))
+        return (
+            DataLoader(whole, batch_size=8, shuffle=True, num_workers=workers, drop_last=True),
+            DataLoader(many, batch_size=9, shuffle=True, num_workers=workers, drop_last=True, collate_fn=Stacked()),
+        )
+
+    def trainer(seed: int) -> metapl.BilevelTrainer:
+        return bilevel(Reinforce(baseline=0.9), seed, INNER[name])
+
+    ends = []
+    for number in range(2):
+        one = trainer(0)
+        torch.manual_seed(7)
+        ends.append(
+            end_of(one, one.fit(*sources(), steps=17, out=tmp_path / f"{number}", **OPTIONS), tmp_path / f"{number}")
+        )
+    assert same(*ends)
+
+    one, folder = trainer(0), tmp_path / "pieces"
+    step, calls = one.step, []
+
+    def failing(*data: Any) -> Any:
+        calls.append(data)
+        if len(calls) == 14:
+            raise RuntimeError("the lights went out")
+        return step(*data)
+
+    one.step = failing  # type: ignore[method-assign]
+    torch.manual_seed(7)
+    with pytest.raises(RuntimeError, match="lights"):
+        one.fit(*sources(), steps=17, out=folder, **OPTIONS)
+    other, said = trainer(1), list[str]()
+    found = other.fit(*sources(), steps=17, out=folder, resume=True, say=said.append, **OPTIONS)
+    assert said == ["resumed at step 10"]
+    assert same(end_of(other, found, folder), ends[0])
+
+
+class Stacked:
+    """Batches of plain tensors, made where a worker can find it."""
+
+    def __call__(self, items: list[tuple[Tensor]]) -> Tensor:
+        return torch.stack([x for (x,) in items])
+
+
+def test_workers_change_nothing() -> None:
+    x, y = examples(40)
+    loaders = [DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, num_workers=n) for n in (0, 2)]
+    ends = []
+    for loader in loaders:
+        trainer = single()
+        torch.manual_seed(8)
+        trainer.fit(loader, steps=12)
+        ends.append((trainer.state_dict(), torch.get_rng_state()))
+    assert same(*ends)
+
+
+def test_a_run_may_go_on_where_views_are_taken_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the views taken by the loader, on the trainer's device, and in turns."""
+    draw = torch.Generator().manual_seed(0)
+    images = MemoryImages(torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8, generator=draw))
+    labels, sampler, weak = torch.arange(20) % 3, StepSampler(20, 6, seed=0), Weak(pad=1)
+    ends = []
+    for ways in ("loader", "device", "in turns"):
+        trainer, folder = single(), tmp_path / ways
+        trainer.student[0] = nn.Sequential(nn.Flatten(), nn.Linear(16, 8))
+        trainer.optimizer = torch.optim.SGD(trainer.student.parameters(), lr=0.1)
+        torch.manual_seed(7)
+        for steps in (5, 9):
+            on_device = ways == "device" or (ways, steps) == ("in turns", 9)
+            monkeypatch.setattr(sys.modules[feed.__module__], "_finishes_batches", lambda _, here=on_device: here)
+            labeled = LabeledBatches(images, labels, sampler, weak, seed=0)
+            trainer.fit(
+                labeled,
+                steps=steps,
+                schedule="constant",
+                out=folder,
+                resume=steps == 9,
+                say=lambda _: None,
+            )
+        ends.append((copied(trainer.student), (folder / "metrics.jsonl").read_bytes()))
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 7, 12])
+def test_asked_to_stop_a_fit_finishes_its_step_and_saves(number: signal.Signals, at: int, tmp_path: Path) -> None:
+    """And the same trainer, its learning rates put back, goes on with it."""
+    labeled, unlabeled = batches(5)
+    ends = []
+    for stopped in (True, False):
+        trainer, folder = bilevel(), tmp_path / str(stopped)
+        torch.manual_seed(7)
+        if stopped:
+            before = signal.getsignal(number)
+            ringing = Counting(labeled, at, lambda: signal.raise_signal(number))
+            with pytest.raises(Interrupted, match=f"after step {at}; saved to") as caught:
+                trainer.fit(ringing, unlabeled, steps=12, out=folder, **OPTIONS)
+            assert (caught.value.step, caught.value.signal_number) == (at, number)
+            assert caught.value.saved == folder / f"checkpoints/fit/step-{at:08d}.ckpt"
+            assert signal.getsignal(number) == before
+            assert trainer.schedulable[0].param_groups[0]["lr"] == 0.1
+            torch.manual_seed(100)
+        found = trainer.fit(labeled, unlabeled, steps=12, out=folder, resume=stopped, say=lambda _: None, **OPTIONS)
+        ends.append(end_of(trainer, found, folder))
+    assert same(*ends)
+
+
+def test_a_second_ctrl_c_is_not_held_back_and_a_second_sigterm_is() -> None:
+    def twice(number: signal.Signals) -> Callable[[], None]:
+        return lambda: [signal.raise_signal(number) for _ in range(2)] and None
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        single().fit(Counting(batches(3)[0], 2, twice(signal.SIGINT)), steps=5)
+    assert not isinstance(caught.value, Interrupted)
+    with pytest.raises(Interrupted, match="nothing saved"):
+        single().fit(Counting(batches(3)[0], 2, twice(signal.SIGTERM)), steps=5)
+
+
+def test_a_signal_while_the_records_are_closed_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = Events.__exit__
+
+    def ringing(self: Any, *error: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        close(self, *error)
+
+    monkeypatch.setattr(Events, "__exit__", ringing)
+    with pytest.raises(Interrupted, match="after step 5; saved to"):
+        single().fit(batches(3)[0], steps=5, out=tmp_path)
+
+
+def test_damaged_checkpoints_are_passed_over_by_name_and_without_a_whole_one_it_is_refused(tmp_path: Path) -> None:
+    labeled, unlabeled = batches(5)
+
+    def ended(resume: bool) -> Any:
+        trainer = bilevel()
+        torch.manual_seed(7)
+        found = trainer.fit(labeled, unlabeled, steps=12, out=tmp_path, resume=resume, say=said.append, **OPTIONS)
+        return end_of(trainer, found, tmp_path)
+
+    said: list[str] = []
+    whole = ended(False)
+    newest, older = CheckpointFolder(tmp_path / "checkpoints/fit").paths()
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert same(ended(True), whole)
+    assert re.search(r"passed over step-00000012\.ckpt.*truncated", said[0])
+    assert said[1] == "resumed at step 10"
+    for path in (newest, older):
+        path.write_bytes(b"")
+    said.clear()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(MetaplError, match=r"none can be used; to start anew, move them away: .*12\.ckpt is empty"):
+        ended(True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert said == []
+    for path in (newest, older):
+        path.unlink()
+    assert same(ended(True), whole)
+    assert said == ["no checkpoint of phase fit yet: starting anew"]
+
+
+def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
+    labeled, unlabeled = batches(5)
+
+    def fit(resume: bool = True, again: Any = (labeled, unlabeled), **changed: Any) -> None:
+        how = {"steps": 6, "out": tmp_path, "say": lambda _: None, **changed}
+        bilevel().fit(*again, resume=resume, **how)
+
+    fit(resume=False)
+    with pytest.raises(MetaplError, match="holds checkpoints of a phase 'fit' already; go on with it by resume=True"):
+        fit(resume=False)
+    with pytest.raises(MetaplError, match="steps was 6, now 9"):
+        fit(steps=9)
+    with pytest.raises(MetaplError, match=r"ema_decay was None, now 0\.9"):
+        fit(ema_decay=0.9)
+    with pytest.raises(MetaplError, match="schedule was 'cosine', now 'constant'"):
+        fit(schedule="constant")
+    with pytest.raises(MetaplError, match="warmup was 0, now 2"):
+        fit(warmup=2)
+    with pytest.raises(MetaplError, match="on labeled and unlabeled batches, now there are labeled ones"):
+        fit(again=(labeled, None))
+    with pytest.raises(MetaplError, match="resume=True was given without out"):
+        fit(out=None)
+    fit(phase="another", resume=False)
+    fit()
+
+
+def test_a_run_of_constant_rates_may_be_made_longer(tmp_path: Path) -> None:
+    ends = []
+    for pieces in ((6, 11), (11,)):
+        trainer, folder = single(), tmp_path / str(len(pieces))
+        torch.manual_seed(7)
+        for number, steps in enumerate(pieces):
+            trainer.fit(
+                batches(4)[0],
+                steps=steps,
+                schedule="constant",
+                out=folder,
+                resume=number > 0,
+                say=lambda _: None,
+                save_every=3,
+            )
+        ends.append(trainer.state_dict())
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_as_many_checkpoints_stay_as_were_asked_for(keep: int, tmp_path: Path) -> None:
+    single().fit(batches(4)[0], steps=10, save_every=2, keep=keep, out=tmp_path)
+    assert [int(path.stem[5:]) for path in CheckpointFolder(tmp_path / "checkpoints/fit").paths()] == [10, 8, 6][:keep]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"keep": 0}, "keep=0"),
+        ({"schedule": "linear"}, "schedule='linear'"),
+        ({"warmup": 7}, "warmup=7"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0"),
+        ({"exact_every": 0}, "exact_every=0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(MetaplError, match=words):
+        FitOptions(**{"steps": 5, **options})
