@@ -62,14 +62,14 @@ class Experiment:
         there is one, as ``student_test_accuracy`` and the like; ``delivered``, the name of the network that is used
         later, with its own as ``validation_accuracy``, ``test_accuracy`` and ``evaluation``.
         """
+        if self.mesh.size > 1 and (EVERY_METHOD[method].selects or EVERY_METHOD[method].reduced):
+            raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
         torch.manual_seed(self.recipe.seed)
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
         self.record(task)
         task = dataclasses.replace(task, label=label_by(self.recipe, self.folder.path, task, self.say))
         teacher, student = self.built(method, place)
         if self.mesh.size > 1:
-            if EVERY_METHOD[method].selects:
-                raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
             if EVERY_METHOD[method].doubting is None:
                 teacher, student = self.laid_out(teacher, student)
             else:  # what is learned about labels is built later
