@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from sharded_cases import command
@@ -13,7 +15,7 @@ from metapl.distributed import launch
 from metapl.errors import MetaplError
 from metapl.experiments.two_moons import TwoMoonsRuns
 
-__all__ = ["command", "failing"]
+__all__ = ["command", "failing", "slowly_refused"]
 
 
 def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:
@@ -32,3 +34,21 @@ def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:
         patch.setattr(launch, "PATIENCE", timedelta(seconds=5))
         patch.setattr(launch, "HEARD_WITHIN", 1.0)
         return command(arguments)
+
+
+def slowly_refused(arguments: list[str]) -> tuple[tuple[int, str, str], float, float]:
+    """The command where what is said comes late, after the SIGTERM that ``torchrun`` sends when a process has left.
+
+    Returns: what it showed, when it had said why it ended, and when it left.
+    """
+    real, said = launch.tell, [0.0]
+
+    def tell(*parts: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*parts, **options)
+        said.append(time.monotonic())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "tell", tell)
+        return command(arguments), said[-1], time.monotonic()

@@ -85,6 +85,18 @@ def test_what_does_not_run_is_said_once_and_nothing_is_left(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flags", [["--out", "{there}"], ["--activation", "relu", "--teacher-lr", "1e30"]])
+def test_processes_leave_when_the_first_has_said_why(two: Ranks, alone: Path, tmp_path: Path, flags: list[str]) -> None:
+    """Whether it alone has found what is wrong, or all of them."""
+    given = [*RUN, "--mesh.replicate", "2", "--out", str(tmp_path), *(word.format(there=alone) for word in flags)]
+    (first, said, _), (beside, _, left) = two.run("slowly_refused", arguments=given)
+    assert first[0] == 2
+    assert first[2].count("metapl: ") == 1
+    assert "stopped" not in first[2]
+    assert beside == (2, "", "")
+    assert 0 < said < left
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_stopped_stops_all(two: Ranks, tmp_path: Path, rank: int) -> None:
     given = [*RUN, "--mesh.replicate", "2", "--out", str(tmp_path / "run")]

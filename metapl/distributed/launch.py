@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -15,12 +18,16 @@ from torch import distributed as dist
 from metapl.distributed.mesh import Mesh
 from metapl.distributed.ranks import Agreed
 from metapl.errors import MetaplError
+from metapl.words import tell
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for another one before it gives up."""
 
 HEARD_WITHIN = 3.0
 """Seconds in which processes that fail together hear of each other."""
+
+SAID_WITHIN = 5.0
+"""Seconds that a process waits for another one to say what went wrong."""
 
 
 class ProcessLost(MetaplError):
@@ -155,13 +162,46 @@ def run_together(
     with joined(mesh, device) as rank:
         try:
             with lost_processes_explained(then):
-                return beside() if rank else lead()
+                code = beside() if rank else lead()
         except MetaplError as error:
-            if said_by_another(error):
+            if not dist.is_initialized():
+                raise
+            _ignore_sigterm()
+            if not said_by_another(error):
+                _say(f"process {rank}: {error}" if rank else str(error))
                 return 2
-            if rank:
-                raise MetaplError(f"process {rank}: {error}") from error
-            raise
+            code = 2
+        if rank and code == 2:
+            _wait_until_said(rank)
+        return code
+
+
+def _ignore_sigterm() -> None:
+    """Let this process end by itself: ``torchrun`` sends SIGTERM to all as soon as one of them has failed.
+
+    The command around it puts the handler back.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _say(text: str) -> None:
+    """Show what ended the run, and let the others leave, which end all when they do."""
+    sys.stdout.flush()
+    tell(f"metapl: {text}", file=sys.stderr, wrap=True)
+    with suppress(RuntimeError):  # the process that kept the store has ended
+        dist.distributed_c10d._get_default_store().set(_SAID, "")
+
+
+def _wait_until_said(rank: int) -> None:
+    """Wait in a process that has nothing to say until another one has said what went wrong."""
+    _ignore_sigterm()
+    store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + SAID_WITHIN
+    with suppress(RuntimeError):  # the process that kept the store has ended
+        for kind in ("error", "left"):  # so that the first process does not wait for an error of this one
+            store.set(_key(kind, rank), "")
+        while not store.check([_SAID]) and time.monotonic() < until:
+            time.sleep(0.02)
 
 
 @contextmanager
@@ -231,3 +271,7 @@ def said_by_another(error: MetaplError) -> bool:
 
 def _key(kind: str, rank: int) -> str:
     return f"metapl/{kind}/{rank}"
+
+
+_SAID = "metapl/said"
+"""Set when what ended the run has been shown."""
