@@ -152,7 +152,7 @@ def _write_one(files: Files, rows: range, path: Path, no_picture: Callable[[str]
 
 @dataclass
 class _Hashed:
-    """A file for writing that hashes what it is given: the checksum is of the pictures, whatever the disk made of it."""
+    """A file for writing that hashes what it is given, whatever the disk makes of it."""
 
     file: BinaryIO
 
