@@ -14,6 +14,7 @@ from metapl import checks
 from metapl.distributed.layout import Layout
 from metapl.distributed.ranks import Ranks
 from metapl.errors import MetaplError
+from metapl.execution.agreement import check_copies
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, modes_for
 from metapl.feedback.inner_step import InnerStep
@@ -64,6 +65,17 @@ def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, 
             "the ranks have unequal shares of a batch (rows of the labeled batch, then of the unlabeled: {counts}); "
             "expected the same number of rows on every rank, since a loss is the mean of the ranks' means.",
         )
+        _check_same_rows((labeled, *unlabeled), ranks)
+
+
+def _check_same_rows(batches: Sequence[Any], ranks: Ranks) -> None:
+    """Refuse, in processes that have the same rows, batches that differ; columns of images cannot be compared."""
+    if ranks.copies == 1:
+        return
+    leaves = [t for t in pytree.tree_leaves(list(batches)) if isinstance(t, Tensor)]
+    leaves = [t for t in leaves if t.ndim < 3 or not ranks.columns]
+    check_copies([t for t in leaves if not t.is_floating_point()], "labels, or other whole numbers of a batch,", ranks)
+    check_copies([t for t in leaves if t.is_floating_point()], "rows of a batch", ranks)
 
 
 def check_steps(mode: Estimator, steps: int, problem: Problem) -> None:

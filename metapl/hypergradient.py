@@ -219,8 +219,8 @@ def hypergradient(
         feedback, _ = estimate.checked_feedback(path, estimate.init())
         pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
         grads = {} if of_teacher is None else _teacher_gradient(of_teacher, pieces, passes)
+        h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
         path = path.revised(feedback[-1].h.detach())
-        h = tuple(step_feedback.h.detach() for step_feedback in feedback)
         return Hypergradient(
             grads=grads,
             feedback=h if isinstance(unlabeled, Lookahead) else h[0],

@@ -371,6 +371,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "root_forgotten": _root_forgotten,
     "divided_otherwise": _divided_otherwise,
     "not_synchronized": lambda: _not_reduced(0, "set_requires_gradient_sync", False),
+    "ratio_without_rows": lambda: without_rows(teacher_losses=(Even(),), feedback_ratio=0.5),
     "switched_later": _switched_later,
     "not_reduced": lambda: _not_reduced(1, "set_requires_all_reduce", False),
     "hooked": lambda: _not_reduced(0, "set_all_reduce_hook", Tensor.zero_),
@@ -469,15 +470,41 @@ def warned(layout: str) -> list[str]:
     return [str(warning.message) for warning in caught if "outer_loss" in str(warning.message)]
 
 
-def transitions() -> dict[str, float]:
-    """The report of a step whose signal is a matrix, and not one about each example."""
-    matrix, student = metapl.problems.Table(4 * torch.eye(CLASSES, dtype=torch.float64)), networks()[1]
-    student, matrix = (laid_out(n, "ddp" if dist.is_initialized() else None) for n in (student, matrix))
-    problem = metapl.problems.NoiseTransition()
-    trainer = metapl.BilevelTrainer(matrix, student, "forward", problem=problem, teacher_losses=())
+class Tempered(metapl.problems.Problem):
+    """A signal that is one number for all examples: a temperature."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(torch.zeros(1, dtype=torch.long))[0])
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        return nn.functional.cross_entropy(signal.value * outputs, batch[1], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def without_rows(mode: Any = "forward", matrix: bool = True, rows: int = ROWS, **options: Any) -> dict[str, float]:
+    """The report of a step whose signal is a matrix or a number, not one about each example; and the teacher then."""
+    start = 4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1, dtype=torch.float64)
+    student, teacher = networks()[1], metapl.problems.Table(start)
+    student, teacher = (laid_out(n, "ddp" if dist.is_initialized() else None) for n in (student, teacher))
+    problem = metapl.problems.NoiseTransition() if matrix else Tempered()
+    options = {"teacher_losses": (), **options}
+    trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem, **options)
     (x, y), unlabeled = batches(1)[0]
-    report: dict[str, float] = trainer.step(share((x, y)), share((unlabeled, y[:ROWS]))).as_dict()
-    return report
+    report: dict[str, float] = trainer.step(share((x, y)), share((unlabeled[:rows], y[:rows]))).as_dict()
+    assert trainer.teacher is not None
+    values = torch.cat([p.detach().flatten() for p in trainer.teacher.parameters()])
+    return report | {f"teacher_{i}": float(v) for i, v in enumerate(values)}
+
+
+class Even(nn.Module):
+    """A teacher loss on a matrix: it is kept near one."""
+
+    name, weight = "even", 1.0
+
+    def __call__(self, teacher: nn.Module, **_: Any) -> Tensor:
+        return teacher().square().mean()
 
 
 class Moving(nn.Module):

@@ -311,6 +311,7 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
         ("root_forgotten", "fully_shard was called on parts of the student and not on the student itself"),
         ("divided_otherwise", "set_gradient_divide_factor was called on the student"),
         ("not_synchronized", r"set_requires_gradient_sync\(False\) was called on the teacher"),
+        ("ratio_without_rows", "feedback_ratio is measured row by row at the teacher's outputs"),
         ("switched_later", r"set_requires_all_reduce\(False\) was called on the network"),
         ("not_reduced", r"set_requires_all_reduce\(False\) was called on the student"),
         ("hooked", "set_all_reduce_hook was called on the teacher"),
@@ -336,9 +337,19 @@ def test_an_outer_loss_that_is_no_mean_is_told_of_once(two: Ranks, layout: str) 
     assert all("on 6 examples" in text and "it is not a mean over examples" in text for text in first)
 
 
-def test_the_feedback_on_a_matrix_is_reported_of_all_rows(two: Ranks) -> None:
-    for found in two.run("transitions"):
-        assert found == pytest.approx(sharded_cases.transitions(), rel=1e-9, nan_ok=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"rows": 2 * sharded_cases.CLASSES},  # as many on a rank as the matrix has
+        {"rows": 2 * sharded_cases.CLASSES, "mode": Altered()},
+        {"mode": Altered(alteration="random_sign"), "accumulate": 2},
+        {"matrix": False},
+    ],
+)
+def test_feedback_on_a_signal_without_rows_is_that_of_all_processes(two: Ranks, case: dict[str, Any]) -> None:
+    for found in two.run("without_rows", **case):
+        assert found == pytest.approx(sharded_cases.without_rows(**{**case, "accumulate": 1}), rel=1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize("replicate", [True, False])

@@ -72,10 +72,12 @@ def test_the_gradient_is_that_of_double_backward(two: Ranks) -> None:
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ("reads columns", "processes that hold the same rows have made different signals of the teacher"),
-        ("waits on columns", "processes that hold the same rows have made different losses of the teacher"),
-        ("other weights", "processes that hold the same rows have made different signals of the teacher"),
-        ("other rows", "processes that hold the same rows have made different signals of the teacher"),
+        ("reads columns", "processes that hold the same rows have different signals of the teacher"),
+        ("waits on columns", "processes that hold the same rows have different losses of the teacher"),
+        ("other weights", "processes that hold the same rows have different signals of the teacher"),
+        ("other rows", "processes that hold the same rows have different labels, or other whole numbers of a batch,"),
+        ("other labels", "processes that hold the same rows have different labels, or other whole numbers of a batch,"),
+        ("other inputs", "processes that hold the same rows have different rows of a batch"),
         ("cut beside whole", "products are shared by 2 processes in the teacher and 1 in the student"),
         ("images beside products", "products are shared by 1 processes in the teacher and 2 in the student"),
         (

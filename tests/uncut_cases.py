@@ -164,6 +164,20 @@ def _other_rows() -> None:
     trainer.step(trusted, noisy)
 
 
+def _other_labels() -> None:
+    """Copies whose trusted labels differ, which enter no signal."""
+    trainer, own = built("example_weights", "forward", Mesh(spatial=2), True)
+    (x, y), noisy = batches(True, 1)[0]
+    trainer.step(own((x, (y + dist.get_rank()) % CLASSES)), own(noisy))
+
+
+def _other_inputs() -> None:
+    """Copies whose inputs differ, under a signal that does not depend on them."""
+    trainer, own = built("noise_transition", "difference", Mesh(tensor=2), False)
+    trusted, (x, *rest) = batches(False, 1)[0]
+    trainer.step(own(trusted), own((x.roll(dist.get_rank(), 0), *rest)))
+
+
 def _cut_beside_whole() -> None:
     metapl.BilevelTrainer(
         shard(mlp([4, 6, CLASSES]), Mesh(tensor=2)), shard(mlp([4, 6, CLASSES]), Mesh(replicate=2)), "reinforce"
@@ -182,6 +196,8 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "waits on columns": lambda: _reads_columns(wait=True),
     "other weights": _other_weights,
     "other rows": _other_rows,
+    "other labels": _other_labels,
+    "other inputs": _other_inputs,
     "cut beside whole": _cut_beside_whole,
     "images beside products": _images_beside_products,
     "a table by products": lambda: shard(Table(torch.zeros(4)), Mesh(tensor=2)),

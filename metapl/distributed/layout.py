@@ -189,7 +189,7 @@ def _beside(teacher: Layout, student: Layout) -> Layout:
     copies = student.ranks.copies
     if copies > 1 and teacher.ranks.copies == 1:
         own = teacher.ranks
-        ranks = Ranks(own.groups, student.ranks.rank, own.device, copies, own.first)
+        ranks = Ranks(own.groups, student.ranks.rank, own.device, copies, own.first, student.ranks.columns)
         return replace(teacher, ranks=ranks)
     mend = (
         "expected the same number in both, or a teacher that is not cut, beside a student that is: in "
@@ -384,7 +384,7 @@ def _ranks(
             f"the {name}'s images are split over the processes {', '.join(map(str, members))}, which do not follow "
             f"each other among those that share the batch, {', '.join(map(str, processes))}; expected neighbors."
         )
-    return Ranks(groups, number // len(members), device, len(members), first=number == 0)
+    return Ranks(groups, number // len(members), device, len(members), number == 0, columns=True)
 
 
 def _groups(mesh: Any, processes: Sequence[int]) -> list[Any]:

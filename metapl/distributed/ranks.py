@@ -35,6 +35,7 @@ class Ranks:
         copies: how many processes hold the same rows: parts of the same images (:mod:`metapl.distributed.spatial`), or
             of the same products (``parallelize_module``).
         first: whether this is the process that shows and writes.
+        columns: whether the copies have columns of the same images, and not the same images.
 
     Attributes:
         size: how many shares of rows there are; each of them counts once, however many processes hold it.
@@ -47,8 +48,10 @@ class Ranks:
         device: torch.device | None = None,
         copies: int = 1,
         first: bool = True,
+        columns: bool = False,
     ) -> None:
         self.groups, self.rank, self.copies, self.first = tuple(groups), rank, copies, first
+        self.columns = columns
         self.device = torch.device("cpu") if device is None else device
         self.size = math.prod(group.size() for group in self.groups) // copies
 

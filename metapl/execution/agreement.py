@@ -118,11 +118,12 @@ def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:
     _refuse(
         gap,
         tolerance * size,
-        f"processes that hold the same rows have made different {what} (the difference has norm {{gap:.2g}}, all of "
-        "them {size:.2g}), so the gradients would be wrong. Expected the same in each. Usual causes: a teacher that is "
-        "not cut, and is given the columns of images that a cut student takes (lay it out as the student is: "
-        "shard(teacher, mesh, example=...)); other rows, or random generators in other states, in these processes "
-        "(seed the default generators alike, or give all of them the same generator=).",
+        f"processes that hold the same rows have different {what} (the difference has norm {{gap:.2g}}, all of "
+        "them {size:.2g}), so the gradients would be wrong. Expected the same in each. Usual causes: other rows or "
+        "labels in these processes (mesh.share is the number of the rows that a process takes); random generators in "
+        "other states (seed the default generators alike, or give all the same generator=); other weights; a teacher "
+        "that is not cut, and is given the columns of images that a cut student takes (lay it out as the student is: "
+        "shard(teacher, mesh, example=...)).",
         kind=Agreed,
         size=size,
     )

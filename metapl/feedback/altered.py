@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metapl.distributed.ranks import ALONE
 from metapl.errors import MetaplError
 from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice
 from metapl.feedback.forward import Forward
@@ -113,8 +112,9 @@ class Altered(Estimator):
                 f"Altered(alteration={self.alteration!r}) was given feedback on a scalar signal; expected a signal "
                 "with rows, over which the feedback can be altered."
             )
-        # Every rank has its share of the feedback on all rows of a matrix, and alters it alike.
-        ranks = step.student.ranks if len(h) == len(step.outputs) else ALONE
+        if not step.signal_has_rows:  # every rank and micro-batch has a share of the feedback on all of a matrix
+            return torch.cat([self._altered(share, None, count) for share in h.chunk(len(step.passes))])
+        ranks = step.student.ranks
         values = ranks.all_rows(step.signal.value) if step.signal.sampled else None
         return ranks.own_rows(self._altered(ranks.all_rows(h), values, count))
 

@@ -32,7 +32,7 @@ from metapl.batch import joined, micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
 from metapl.numerics import Space, Tree, mean_tree, wide
-from metapl.problems.base import Problem, Signal
+from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Parameters, Update
 
 
@@ -87,6 +87,16 @@ class InnerStep:
     def outputs(self) -> Tensor:
         """z = S(x; θ), (B, ...), without a graph."""
         return joined([part.outputs for part in self.passes])
+
+    @property
+    def signal_has_rows(self) -> bool:
+        """Whether the signal has a row for each example of the batch."""
+        return has_rows(self.problem, self.signal, self.outputs)
+
+    def of_batch(self, h: Tensor) -> Tensor:
+        """The feedback on the whole batch: the sum over micro-batches, each of which has a signal without rows."""
+        parts = len(self.passes)
+        return h if parts == 1 or self.signal_has_rows else h.reshape(parts, -1, *h.shape[1:]).sum(0)
 
     @cached_property
     def gradient(self) -> Tree:

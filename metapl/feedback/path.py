@@ -189,7 +189,7 @@ class Path:
         start = self.steps[-1].passes[-1].after.branch()
         inputs = [self.problem.outer_input(part) for part in self.labeled]
         ranks = self.student.ranks if self.check_mean else None
-        return inputs, [_outer_loss(self.problem, part, ranks) for part in self.labeled], start
+        return inputs, [_outer_loss(self.problem, part, self.student.ranks, ranks) for part in self.labeled], start
 
 
 def take_steps(
@@ -253,6 +253,7 @@ def _step(
     for x, labeled in zip(batches, path.labeled, strict=True):
         with around():
             record = path.student.run(params, path.problem.student_input(x))
+        check_copies([record.outputs], "outputs of the student", path.student.ranks)
         with path.student.ranks.agreed():
             path.problem.check(record.outputs, labeled, x)
             checks.finite_student(record.outputs)
@@ -282,12 +283,13 @@ def _step(
     )
 
 
-def _outer_loss(problem: Problem, batch: Any, ranks: Ranks | None) -> Loss:
-    """The outer loss on a batch; with ranks, it is checked to be a mean over examples."""
+def _outer_loss(problem: Problem, batch: Any, all_ranks: Ranks, ranks: Ranks | None) -> Loss:
+    """The outer loss on a batch; with ``ranks``, it is checked to be a mean over examples."""
 
     def loss(outputs: Tensor, params: Tree) -> Tensor:
         value = problem.outer_loss(outputs, batch)
         checks.scalar_loss(value, "the problem's outer_loss")
+        check_copies([outputs], "outputs of the student on the labeled batch", all_ranks)
         if ranks is not None and not checks.waits(value):
             warn_unless_mean(problem.outer_loss, outputs.detach(), batch, value, ranks)
         return value

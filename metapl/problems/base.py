@@ -139,6 +139,10 @@ class Problem(ABC):
     teacher_reads_inputs: ClassVar[bool] = True
     """Whether the teacher is given the student's inputs, so that their type must be that of its weights."""
 
+    signal_has_rows: ClassVar[bool | None] = None
+    """Whether a signal has a row for each example of the inner batch, or is one for all of them, such as a matrix.
+    None: it has rows where its length is that of the batch."""
+
     has_teacher: ClassVar[bool] = True
     """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns from the feedback
     but :meth:`revised_signal`."""
@@ -258,6 +262,13 @@ class _Completed(Problem):
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
         choose = getattr(self.given, "for_modes", None)
         return self if choose is None else as_problem(choose(labels, mode))
+
+
+def has_rows(problem: Problem, signal: Signal, outputs: Tensor) -> bool:
+    """Whether a signal has a row for each example, of which these are the student's outputs."""
+    if signal.value.ndim == 0 or problem.signal_has_rows is not None:
+        return bool(signal.value.ndim and problem.signal_has_rows)
+    return len(signal.value) == len(outputs)
 
 
 def has_default_losses(problem: Problem) -> bool:

@@ -123,6 +123,7 @@ class NoiseTransition(Classification):
     """
 
     teacher_reads_inputs: ClassVar[bool] = False
+    signal_has_rows: ClassVar[bool | None] = False
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None

@@ -101,9 +101,7 @@ class PartsWriter:
                 for left in self.folder.iterdir():  # by processes that were killed
                     if re.fullmatch(r"step-\d{8,}(-\d+)?\.parts\.[0-9a-f]{8}\.tmp", left.name):
                         shutil.rmtree(left, ignore_errors=True)
-                # One of the same step may be left from before a restart.
-                attempts = (f"step-{step:08d}{'' if n == 0 else f'-{n}'}.parts" for n in itertools.count())
-                name = next(name for name in attempts if not (self.folder / name).exists())
+                name = _free(self.folder, step)
                 names = [name, f"{name}.{secrets.token_hex(4)}.tmp"]
             except Exception as error:  # as in _finished
                 fault = _why(error)
@@ -253,6 +251,12 @@ def _together(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------------- files
+
+
+def _free(folder: Path, step: int) -> str:
+    """A name that no checkpoint has; one of the same step may be left from before a restart."""
+    attempts = (f"step-{step:08d}{'' if n == 0 else f'-{n}'}.parts" for n in itertools.count())
+    return next(name for name in attempts if not (folder / name).exists())
 
 
 def _sha256(file: Path) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metapl import checks
 from metapl.distributed.ranks import ALONE, Ranks
-from metapl.problems.base import Problem, Signal
+from metapl.problems.base import Problem, Signal, has_rows
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class StepReport(Report):
     def _columns(self) -> dict[str, Tensor]:
         """``feedback_mean`` and ``feedback_std`` of h over its entries, and the problem's columns."""
         parts = self.feedback if isinstance(self.feedback, tuple) else (self.feedback,)
-        # Of a signal that is not one about each example, such as a matrix, a rank has its rows' share.
-        parts = tuple(self.ranks.sum(h) if h.ndim and len(h) != len(self.student_outputs) else h for h in parts)
+        # Of the feedback on a signal without rows, such as a matrix, each rank has a share.
+        if not has_rows(self.problem, self.signal, self.student_outputs):
+            parts = tuple(self.ranks.sum(h) for h in parts)
         h = torch.cat([part.double().flatten() for part in parts])
         columns = self.problem.columns(self.signal, self.student_outputs)
         if self.ranks.alone:

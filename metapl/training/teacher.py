@@ -20,7 +20,7 @@ from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
 from metapl.numerics import wide
 from metapl.parts import named_parts
-from metapl.problems.base import Signal
+from metapl.problems.base import Signal, has_rows
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.training.report import means
 
@@ -90,6 +90,7 @@ class TeacherStep(TeacherPass):
     def __init__(self, teacher: nn.Module, *given: Any) -> None:
         self._outputs: list[Tensor] = []
         self._is_nested = False
+        self._is_shared = False
         self._weights = {id(p) for _, part in named_parts(teacher) for p in part._parameters.values()}
         super().__init__(teacher, *given)  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
 
@@ -126,6 +127,13 @@ class TeacherStep(TeacherPass):
         from_own = _sum(list(own.values()), from_feedback)
         checks.learns(from_own, "teacher")
         scalars = {name: value.detach() for name, value in own.items()} | {"teacher_loss": from_own.detach()}
+        if (parts > 1 or self.ranks.size > 1) and not has_rows(self.problem, signal, self.student_outputs):
+            if scale.relative:
+                raise MetaplError(
+                    "feedback_ratio is measured row by row at the teacher's outputs, and this signal, which is one for "
+                    "all examples, gets its feedback from several processes; use feedback_weight."
+                )
+            self._is_shared = True
         return TeacherLosses(scalars, self._descend(from_feedback, from_own / parts if parts > 1 else from_own, scale))
 
     def _descend(self, from_feedback: Tensor, from_own: Tensor, scale: FeedbackScale) -> dict[str, Tensor]:
@@ -149,7 +157,10 @@ class TeacherStep(TeacherPass):
         return {**sizes, "feedback": factor * sizes["feedback"]}
 
     def _pooled(self, feedback: Tensor, own: Tensor) -> dict[str, Tensor]:
-        """The norms over the rows of all ranks; both are in units of a mean over the ranks."""
+        """The norms over the rows of all ranks; both are in units of a mean over the ranks. NaN where the gradients are
+        shares of one, whose norm is not found from theirs."""
+        if self._is_shared:
+            return dict.fromkeys(("feedback", "own"), torch.full_like(feedback, torch.nan))
         return {"feedback": self.ranks.pooled(feedback), "own": self.ranks.pooled(own)}
 
     @contextmanager

@@ -245,7 +245,7 @@ class BilevelTrainer(Trainer):
         unlabeled: Any,
         fault: checks.Fault,
     ) -> StepReport:
-        h = tuple(step_feedback.h.detach() for step_feedback in feedback)
+        h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
         scalars = {"inner_loss": path.inner_loss, **known}
         return StepReport(
             self.steps_done - 1,
