@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_double_backward(two: Ranks) -> None:
         ("other weights", "processes that hold the same rows have made different signals of the teacher"),
         ("other rows", "processes that hold the same rows have made different signals of the teacher"),
         ("cut beside whole", "products are shared by 2 processes in the teacher and 1 in the student"),
-        ("images beside products", "products are shared by 1 processes in the teacher and 2 in the student"),
+        ("images beside products", "products are shared by 1 process in the teacher and 2 in the student"),
         (
             "a table by products",
             "A teacher that has nothing to cut, beside a student that is cut: shard(teacher",
