@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -57,3 +61,21 @@ def test_a_stopped_run_goes_on_in_as_many_processes(
     if here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     assert launch.program() == program
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_process_leaves_the_word_to_the_first(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not leave before the first has ended, of which torchrun tells by a SIGTERM, or before some seconds."""
+    monkeypatch.setattr(launch, "SAID_WITHIN", 5.0 if ended else 0.3)
+    before = signal.getsignal(signal.SIGTERM)
+    begun = time.monotonic()
+    assert launch.left_to_first() == 2  # nobody is ended where torchrun is not
+    assert time.monotonic() - begun < 0.1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    if ended:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        assert launch.left_to_first() == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert 0.3 <= time.monotonic() - begun < 3

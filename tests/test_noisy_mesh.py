@@ -104,17 +104,26 @@ def test_a_corrector_is_sharded_as_the_student_is(two: Ranks, pictures: Path, tm
     same_run(tmp_path / "shard", tmp_path / "parts", 1e-3)
 
 
-def test_what_does_not_fit_is_said_once(two: Ranks, pictures: Path, tmp_path: Path) -> None:
-    texts = {
-        ("spatial", "--mesh.tensor"): "mesh.tensor=2: a Normalized has no two linear layers",
-        ("tensor", "--mesh.spatial"): "has no form for images cut along their width",
-    }
-    for (network, flag), text in texts.items():
-        given = command(pictures, network, flag, "2", "--out", str(tmp_path / network))
-        (code, _, said), *others = two.run("command", arguments=given)
-        assert code == 2
-        assert text in " ".join(said.split())
-        assert others == [(2, "", "")]
+@pytest.mark.parametrize(
+    ("network", "flags", "text"),
+    [
+        ("spatial", "--mesh.tensor 2", "--mesh.tensor 2: small_cnn has no two linear layers"),
+        ("tensor", "--mesh.spatial 2", "has no form for images cut along their width"),
+        ("spatial", "--mesh.spatial 2 --compile", "--compile does not run with --mesh.spatial or --mesh.tensor"),
+        ("spatial", "--mesh.replicate 2 --labeled-batch 7", "labeled_batch of 7, which 2 ranks do not share equally"),
+    ],
+)
+def test_what_does_not_fit_is_said_once_before_steps_are_measured(
+    two: Ranks, pictures: Path, tmp_path: Path, network: str, flags: str, text: str
+) -> None:
+    given = command(pictures, network, *flags.split(), "--out", str(tmp_path / "run"))
+    given[given.index("--steps") : given.index("--steps") + 2] = ["--minutes", "0.1"]
+    (code, out, said), *others = two.run("command", arguments=given)
+    assert code == 2
+    assert text in " ".join(said.split())
+    assert others == [(2, "", "")]
+    assert "chosen" not in out
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.long

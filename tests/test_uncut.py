@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_double_backward(two: Ranks) -> None:
         ("other labels", "processes that hold the same rows have different labels, or other whole numbers of a batch,"),
         ("other inputs", "processes that hold the same rows have different rows of a batch"),
         ("cut beside whole", "products are shared by 2 processes in the teacher and 1 in the student"),
-        ("images beside products", "products are shared by 1 processes in the teacher and 2 in the student"),
+        ("images beside products", "products are shared by 1 process in the teacher and 2 in the student"),
         (
             "a table by products",
             "A teacher that has nothing to cut, beside a student that is cut: shard(teacher",

@@ -137,10 +137,10 @@ def _chosen(command: str, given: list[str]) -> int:
             if hasattr(chosen, "check_flags"):
                 chosen.check_flags(given_flags(respelled(given[1:])))
         except MetaplError:
-            from metapl.distributed.launch import is_first
+            from metapl.distributed.launch import is_first, left_to_first
 
             if is_first():
                 raise
-            return 2  # every process has the same flags
+            return left_to_first()  # every process has the same flags
         code: int = chosen()
         return code

@@ -12,6 +12,7 @@ import tyro
 from metapl.cli.idle import Rule, by_choice, refuse_idle
 from metapl.cli.parse import Switch, on_recipe
 from metapl.cli.train import Train
+from metapl.distributed.launch import Lead
 from metapl.distributed.mesh import Mesh
 from metapl.experiments.noisy_student import networks_of
 from metapl.recipes import Digits, ImageFolders, Vision
@@ -129,9 +130,9 @@ class NoisyStudent(Train):
         changed: dict[str, Any] = {"self_training": self.self_training}
         return dataclasses.replace(recipe, **changed).by(RIVALS[self.method], recipe.seed)
 
-    def _settled(self, folder: RunFolder) -> Any:
+    def _settled(self, folder: RunFolder, lead: Lead) -> Any:
         given = dataclasses.replace(self, recipe=self._with_rounds())
-        return super(NoisyStudent, given)._settled(folder)
+        return super(NoisyStudent, given)._settled(folder, lead)
 
     def _own_method(self) -> str:
         return RIVALS[self.method]

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -26,6 +27,7 @@ from metapl.distributed.launch import (
     check_started,
     from_first,
     is_first,
+    left_to_first,
     program,
     run_together,
 )
@@ -33,10 +35,10 @@ from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.compare import compare
 from metapl.experiments.comparison import parse_seeds
-from metapl.experiments.jobs import Job, aloud
+from metapl.experiments.jobs import Job, Trial, aloud
 from metapl.experiments.labels_given import check_labels_given
 from metapl.experiments.settle import settled
-from metapl.experiments.shares import check_shares
+from metapl.experiments.shares import check_runs, check_shares
 from metapl.experiments.store import stored
 from metapl.experiments.summary import summary
 from metapl.recipes import RECIPES, Digits, ImageFolders, NoisyFolders, TwoMoons
@@ -91,7 +93,7 @@ class Train:
         except MetaplError:
             if is_first():
                 raise
-            return 2
+            return left_to_first()
         return run_together(self.mesh, device, self._lead, self._beside)
 
     def _lead(self) -> int:
@@ -100,9 +102,8 @@ class Train:
         try:
             with run_folder(self.out, self.recipe.name, self.resume) as folder:
                 try:
-                    recipe = self._settled(folder)
-                    if self.mesh.size > 1:
-                        check_shares(recipe, self.mesh)
+                    recipe = self._settled(folder, lead)
+                    self._check_shares(recipe)
                     code = dataclasses.replace(self, recipe=recipe)._run(folder, lead)
                 except KeyboardInterrupt as stopped:
                     code = _say_how_to_go_on(stopped, folder.path)
@@ -112,7 +113,10 @@ class Train:
 
     def _beside(self) -> int:
         """The share of another process than the first, which shows nothing and whose folders are not kept."""
-        while isinstance(job := from_first(None), Job):
+        while isinstance(job := from_first(None), Job | Trial):
+            if isinstance(job, Trial):
+                job.run(self.mesh)
+                continue
             with tempfile.TemporaryDirectory() as place:
                 own = dataclasses.replace(job, folder=Path(place) / "run", resume=False)
                 try:
@@ -122,14 +126,27 @@ class Train:
         code: int = job
         return code
 
-    def _settled(self, folder: RunFolder) -> Any:
+    def _settled(self, folder: RunFolder, lead: Lead) -> Any:
         """The recipe as it can be stored: what was left open is chosen, or taken from the run that is resumed."""
         recipe: Recipe = self.recipe
         if not isinstance(recipe, ImageFolders):
             return recipe.settled()
         torch.set_num_threads(default_threads())
         before = stored(folder)[0] if self.resume and folder.exists else None
-        return settled(recipe, before if isinstance(before, ImageFolders) else None, aloud)
+        return settled(recipe, before if isinstance(before, ImageFolders) else None, aloud, partial(self._try, lead))
+
+    def _try(self, lead: Lead, recipe: Recipe) -> None:
+        """Refuse a recipe that the processes cannot train together, networks that cannot be cut included."""
+        self._check_shares(recipe)
+        if self.mesh.together > 1:
+            trial = Trial(recipe, self._own_method())
+            with lead.together(trial):
+                trial.run(self.mesh)
+
+    def _check_shares(self, recipe: Recipe) -> None:
+        """Refuse a recipe that the processes cannot train together."""
+        if self.mesh.size > 1:
+            check_shares(recipe, self.mesh)
 
     def _run(self, folder: RunFolder, lead: Lead) -> int:
         return self._compare(folder, lead) if self.compare else self._train(folder, lead)
@@ -158,6 +175,7 @@ class Train:
         if self.jobs is not None and self.jobs < 1:
             raise MetaplError(f"--jobs {self.jobs}: expected 1 or more.")
         recipe: Recipe = self.recipe
+        check_runs(recipe, self.mesh, self._methods() if self.compare else (self._own_method(),))
         if self.compare and isinstance(recipe, ImageFolders) and recipe.test is None:
             raise MetaplError(
                 "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "

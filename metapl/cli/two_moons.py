@@ -17,7 +17,7 @@ from torch import distributed as dist
 from metapl.cli.folders import run_folder
 from metapl.cli.idle import Rule, explained
 from metapl.cli.parse import Switch, paragraph
-from metapl.distributed.launch import Lead, check_started, from_first, is_first, run_together, started
+from metapl.distributed.launch import Lead, check_started, from_first, is_first, left_to_first, run_together, started
 from metapl.distributed.mesh import Mesh
 from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
@@ -86,7 +86,7 @@ class TrainTwoMoons:
         except MetaplError:
             if is_first():
                 raise
-            return 2
+            return left_to_first()
         torch.set_num_threads(1)  # more do not help networks of this size
         place, then = torch.device("cpu"), "Start the command again."
         return run_together(self.mesh, place, lambda: self._lead(seeds), lambda: self._beside(seeds), then)

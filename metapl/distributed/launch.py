@@ -27,7 +27,7 @@ HEARD_WITHIN = 3.0
 """Seconds in which processes that fail together hear of each other."""
 
 SAID_WITHIN = 5.0
-"""Seconds that a process waits for another one to say what went wrong."""
+"""Seconds for which a process that has nothing to say waits for another one to say what went wrong."""
 
 
 class ProcessLost(MetaplError):
@@ -51,6 +51,18 @@ def program() -> str:
 def is_first() -> bool:
     """Whether this process is the one that shows and writes."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def left_to_first() -> int:
+    """The exit code of a process whose error the first one finds too, and says, before they have joined.
+
+    Under ``torchrun`` it comes when the first has ended, or some seconds later: all are ended when one leaves.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and threading.current_thread() is threading.main_thread():
+        ended = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: ended.set())
+        ended.wait(SAID_WITHIN)
+    return 2
 
 
 @contextmanager
@@ -167,12 +179,15 @@ def run_together(
             if not dist.is_initialized():
                 raise
             _ignore_sigterm()
-            if not said_by_another(error):
-                _say(f"process {rank}: {error}" if rank else str(error))
-                return 2
-            code = 2
+            speaks = not said_by_another(error)
+            if speaks:
+                sys.stdout.flush()
+                tell(f"metapl: process {rank}: {error}" if rank else f"metapl: {error}", file=sys.stderr, wrap=True)
+            _leave(rank, speaks)
+            return 2
         if rank and code == 2:
-            _wait_until_said(rank)
+            _ignore_sigterm()
+            _leave(rank, speaks=False)
         return code
 
 
@@ -185,22 +200,29 @@ def _ignore_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _say(text: str) -> None:
-    """Show what ended the run, and let the others leave, which end all when they do."""
-    sys.stdout.flush()
-    tell(f"metapl: {text}", file=sys.stderr, wrap=True)
-    with suppress(RuntimeError):  # the process that kept the store has ended
-        dist.distributed_c10d._get_default_store().set(_SAID, "")
+def _leave(rank: int, speaks: bool) -> None:
+    """Wait until some process has said what went wrong, for ``torchrun`` ends all when one leaves.
 
-
-def _wait_until_said(rank: int) -> None:
-    """Wait in a process that has nothing to say until another one has said what went wrong."""
-    _ignore_sigterm()
+    Args:
+        rank: the number of this process. The first one, which may keep the store, leaves last.
+        speaks: whether this process has said it.
+    """
     store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + SAID_WITHIN
+
+    def told(kind: str, rank: int) -> bool:
+        return bool(store.check([_key(kind, rank)]))
+
     with suppress(RuntimeError):  # the process that kept the store has ended
-        for kind in ("error", "left"):  # so that the first process does not wait for an error of this one
-            store.set(_key(kind, rank), "")
+        if speaks:
+            store.set(_SAID, "")
+        for kind in ("error", "left"):  # so that nobody waits for an error of this process
+            if not told(kind, rank):
+                store.set(_key(kind, rank), "")
         while not store.check([_SAID]) and time.monotonic() < until:
+            time.sleep(0.02)
+        store.set(_key("gone", rank), "")
+        others = [] if rank else [r for r in range(1, dist.get_world_size()) if told("error", r)]
+        while not all(told("gone", r) for r in others) and time.monotonic() < until:
             time.sleep(0.02)
 
 

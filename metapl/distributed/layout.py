@@ -197,14 +197,19 @@ def _beside(teacher: Layout, student: Layout) -> Layout:
     )
     if teacher.product_ranks != student.product_ranks:
         raise MetaplError(
-            f"products are shared by {teacher.product_ranks} processes in the teacher and {student.product_ranks} in "
-            f"the student (parallelize_module); {mend}"
+            f"products are shared by {_count(teacher.product_ranks, 'process', 'processes')} in the teacher and "
+            f"{student.product_ranks} in the student (parallelize_module); {mend}"
         )
     if teacher.ranks.copies != copies:
         raise MetaplError(
-            f"images are split into {teacher.ranks.copies} parts for the teacher and {copies} for the student; {mend}"
+            f"images are split into {_count(teacher.ranks.copies, 'part', 'parts')} for the teacher and {copies} for "
+            f"the student; {mend}"
         )
     return teacher
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def layout_of(name: str, network: Any) -> Layout:

@@ -29,6 +29,7 @@ from metapl.experiments.methods import train
 from metapl.experiments.noisy_student import networks_of
 from metapl.experiments.reducing import label_by
 from metapl.experiments.rounds import Rounds
+from metapl.experiments.shares import check_runs
 from metapl.experiments.summary import spoken_rounds, summary
 from metapl.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
@@ -62,18 +63,12 @@ class Experiment:
         there is one, as ``student_test_accuracy`` and the like; ``delivered``, the name of the network that is used
         later, with its own as ``validation_accuracy``, ``test_accuracy`` and ``evaluation``.
         """
-        if self.mesh.size > 1 and (EVERY_METHOD[method].selects or EVERY_METHOD[method].reduced):
-            raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
+        check_runs(self.recipe, self.mesh, [method])
         torch.manual_seed(self.recipe.seed)
         task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
         self.record(task)
         task = dataclasses.replace(task, label=label_by(self.recipe, self.folder.path, task, self.say))
-        teacher, student = self.built(method, place)
-        if self.mesh.size > 1:
-            if EVERY_METHOD[method].doubting is None:
-                teacher, student = self.laid_out(teacher, student)
-            else:  # what is learned about labels is built later
-                (student,) = self.laid_out(student)
+        teacher, student = self.laid_out_for(method, place)
         if EVERY_METHOD[method].selects:
             task = dataclasses.replace(task, rounds=self.rounds(method, task))
         if EVERY_METHOD[method].reduced:
@@ -130,6 +125,15 @@ class Experiment:
         if EVERY_METHOD[method].is_noisy_student:
             return [nn.Identity(), nn.Identity()]
         return [self.recipe.network(role).to(place) for role in ROLES]
+
+    def laid_out_for(self, method: str, place: torch.device) -> list[nn.Module]:
+        """The teacher and the student with fresh weights, over the processes that train together."""
+        teacher, student = self.built(method, place)
+        if self.mesh.size == 1:
+            return [teacher, student]
+        if EVERY_METHOD[method].doubting is None:
+            return self.laid_out(teacher, student)
+        return [teacher, *self.laid_out(student)]  # what is learned about labels is built later
 
     def laid_out(self, *networks: nn.Module, labels: tuple[Tensor, ...] = ()) -> list[nn.Module]:
         """Networks over the processes that train together; they take images, and perhaps two labels of these."""

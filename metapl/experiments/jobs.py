@@ -81,6 +81,27 @@ class Job:
             return experiment.run(self.method)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """The networks of a run laid out, and nothing else: what cannot be cut is refused.
+
+    Args:
+        recipe: its number of steps may be open.
+        method: by which it will be run.
+    """
+
+    recipe: Recipe
+    method: str
+
+    def run(self, mesh: Mesh) -> None:
+        """Build and lay out the networks; the default generators are put back."""
+        place = self.recipe.torch_device()
+        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+            torch.manual_seed(self.recipe.seed)
+            experiment = Experiment(self.recipe, RunFolder(Path()), mesh=mesh)
+            experiment.laid_out_for(self.method, place)
+
+
 def _silent(text: str) -> None:
     """Messages of a run beside others are not shown."""
 

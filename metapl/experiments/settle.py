@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,19 @@ PHOTOGRAPHS = 128
 IMAGENET_WEIGHTS = "imagenet"
 
 
-def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say | None = None) -> ImageFolders:
+def settled(
+    recipe: ImageFolders,
+    before: ImageFolders | None = None,
+    say: Say | None = None,
+    check: Callable[[ImageFolders], None] | None = None,
+) -> ImageFolders:
     """The recipe as it can be stored: whole paths, the classes that are found, and a value for every field.
 
     Args:
         recipe: as it was given.
         before: the recipe of the run that is resumed: what was chosen then is not chosen anew.
         say: takes what was chosen, and what may be better.
+        check: refuses the recipe before any step of it is measured; the number of steps may be open still.
     """
     given, say = recipe, say or (lambda text: None)
     places: dict[str, Any] = {name: whole(getattr(given, name)) for name in (*given.places, *STORED)}
@@ -65,6 +72,8 @@ def settled(recipe: ImageFolders, before: ImageFolders | None = None, say: Say |
     _note_repeats(given, len(labeled), say)
     seen = look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
     recipe = fitted(recipe, seen)
+    if check is not None:
+        check(recipe)
     if recipe.grey and (given.changes.hue is not None or given.changes.saturation != Changes.saturation):
         say("note: the pictures are grey, and changes of hue and saturation have no effect")
     recipe = _with_steps(recipe)
