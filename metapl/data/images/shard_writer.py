@@ -8,7 +8,9 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from metapl.data.images.folders import Files, Progress, ask, digest, scan_unlabeled
 from metapl.data.images.reader import UnreadableImage, image_size
@@ -43,7 +45,7 @@ def write_shards(
     pictures give the same bytes. A shard gets its name when it is whole.
 
     Cost: one reading and one writing of every picture, and no more memory than the largest of them; one reading of
-    each shard for its checksum, whether it was there or is new.
+    each shard that is there.
 
     Raises:
         MetaplError: a picture cannot be read; ``out`` holds something else, lies in the folder, or cannot be written.
@@ -140,10 +142,30 @@ def _is_whole(folder: Path, shard: ShardFile) -> bool:
 
 
 def _write_one(files: Files, rows: range, path: Path, no_picture: Callable[[str], object]) -> ShardFile:
-    with replacing(path) as file, tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as tar:
-        for row in rows:
-            _add(tar, files.names[row], str(files.path(row)), no_picture)
-    return ShardFile(path.name, len(rows), path.stat().st_size, digest(str(path)).hex())
+    with replacing(path) as file:
+        hashed = _Hashed(file)
+        with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
+            for row in rows:
+                _add(tar, files.names[row], str(files.path(row)), no_picture)
+    return ShardFile(path.name, len(rows), hashed.written, hashed.digest.hexdigest())
+
+
+@dataclass
+class _Hashed:
+    """A file for writing that hashes what it is given, whatever the disk makes of it."""
+
+    file: BinaryIO
+
+    def __post_init__(self) -> None:
+        self.digest, self.written = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.written += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.written
 
 
 def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str], object]) -> None:
