@@ -79,3 +79,23 @@ def test_a_process_leaves_the_word_to_the_first(ended: bool, monkeypatch: pytest
     finally:
         signal.signal(signal.SIGTERM, before)
     assert 0.3 <= time.monotonic() - begun < 3
+
+
+def test_a_sigterm_that_follows_a_lost_process_does_not_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    def stopped(error: Exception | None) -> int:
+        try:
+            if error is not None:
+                raise error
+        finally:
+            raise KeyboardInterrupt
+
+    def run(error: Exception | None) -> int:
+        return launch.run_together(Mesh(), torch.device("cpu"), lambda: stopped(error), lambda: 0)
+
+    with pytest.raises(launch.ProcessLost, match=r"another process of this run has ended.*Go on with --resume"):
+        run(RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"))
+    for other in (None, RuntimeError("another")):
+        with pytest.raises(KeyboardInterrupt):
+            run(other)

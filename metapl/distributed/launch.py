@@ -174,7 +174,10 @@ def run_together(
     with joined(mesh, device) as rank:
         try:
             with lost_processes_explained(then):
-                code = beside() if rank else lead()
+                try:
+                    code = beside() if rank else lead()
+                except KeyboardInterrupt as stopped:
+                    raise _lost_before(stopped) from None
         except MetaplError as error:
             if not dist.is_initialized():
                 raise
@@ -257,6 +260,14 @@ def why_lost(error: BaseException) -> str | None:
             "from a slow disk?"
         )
     return "another process of this run has ended; its own message, or that of torchrun, says why."
+
+
+def _lost_before(stopped: KeyboardInterrupt) -> BaseException:
+    """The error of an exchange that was unwinding when ``torchrun`` sent its SIGTERM, or the stop itself."""
+    error: BaseException | None = stopped
+    while error is not None and why_lost(error) is None:
+        error = error.__context__
+    return error or stopped
 
 
 def said_by_another(error: MetaplError) -> bool:
