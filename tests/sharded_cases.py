@@ -191,9 +191,18 @@ def train(
     views: bool = False,
     gradients: bool = True,
     dtype: torch.dtype = torch.float64,
+    backend: str = "inductor",
     **options: Any,
 ) -> dict[str, Any]:
-    """Some steps, on this rank's share of each batch; one process alone has all of it."""
+    """Some steps, on this rank's share of each batch; one process alone has all of it.
+
+    Args:
+        backend: what compiles, where something is compiled.
+    """
+    if options.get("compile") and backend != "inductor":
+        with torch.compiler.set_stance(force_backend=backend):
+            case = {"steps": steps, "views": views, "gradients": gradients, "dtype": dtype, **options}
+            return train(mode, layout, optimizer, **case)
     trainer = built(mode, layout, optimizer, dtype=dtype, **options)
     found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
     graphs = counters["stats"]["unique_graphs"]

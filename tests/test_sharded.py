@@ -120,13 +120,14 @@ def test_altered_feedback_is_that_of_all_rows(two: Ranks, alteration: Any) -> No
     [
         # Passes of the blocks with and without a graph: of the student's 3 and the teacher's 2, and of whole networks.
         pytest.param("fsdp", "reinforce", 10, id="blocks"),
-        pytest.param("shard_checkpoint", "forward", 10, id="checkpoint", marks=pytest.mark.long),
-        pytest.param("ddp", "difference", 4, id="replicas", marks=pytest.mark.long),
+        pytest.param("shard_checkpoint", "forward", 10, id="checkpoint"),
+        pytest.param("ddp", "difference", 4, id="replicas"),
     ],
 )
-def test_compiled_passes(two: Ranks, layout: str, mode: str, graphs: int) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_passes(two: Ranks, layout: str, mode: str, graphs: int, backend: str) -> None:
     case: dict[str, Any] = {"mode": mode, "optimizer": "sgd"}
-    found = two.run("train", **case, layout=layout, compile=True)
+    found = two.run("train", **case, layout=layout, compile=True, backend=backend)
     assert all(own["graphs"] >= graphs for own in found)
     compare(found, alone(**case), tolerance(mode))
 

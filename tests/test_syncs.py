@@ -35,8 +35,13 @@ IN_A_STEP = (
     *("feedback/reinforce_per_example", "feedback/loss_difference", "feedback/none"),
     *("updates/base", "updates/torch_optim", "updates/sgd", "updates/adam", "updates/clip"),
 )
-ALLOWED = {("training/trainer", "exact_cosine"), ("execution/rng", "branch"), ("problems/base", "counts")}
-"""Functions that a step does not call, and one that reads a state which lies on the host."""
+ALLOWED = {
+    ("training/trainer", "exact_cosine"),
+    ("execution/rng", "branch"),
+    ("execution/rng", "same"),
+    ("problems/base", "counts"),
+}
+"""Functions that a step does not call, and two that read states which lie on the host."""
 
 
 class Waits(TorchDispatchMode):
