@@ -189,7 +189,7 @@ def measured(miniature: bool) -> Row:
 
 def simulated(miniature: bool, layout: str | None) -> Iterator[Row]:
     """Plans for the paper's largest experiment, by mode, in one layout or all."""
-    from metapl.cli.plan import PLANNED
+    from metapl.cli.plan import PLANNED, without_data
     from metapl.distributed import Mesh
     from metapl.planning.plan import bytes_of, plan
 
@@ -200,7 +200,7 @@ def simulated(miniature: bool, layout: str | None) -> Iterator[Row]:
             continue
         for mode in ("forward", "none", "reinforce"):
             given: dict[str, Any] = {"accumulate": 2} if "spatial" in sizes else {}
-            found = plan(PLANNED[recipe](given, None, mode), Mesh(**sizes), memory=bytes_of("80GB"))
+            found = plan(without_data(PLANNED[recipe], given, None, mode), Mesh(**sizes), memory=bytes_of("80GB"))
             row = {"recipe": recipe, "layout": name, "mesh": asdict(found.mesh), "mode": mode, **given}
             per_rank = {"per_rank": found.per_rank, "flops": found.step.flops, "sent": sum(found.step.sent.values())}
             print(f"{recipe}, {name}, {mode}: {found.per_rank}", file=sys.stderr, flush=True)
