@@ -111,6 +111,7 @@ def test_an_estimator_and_a_problem_are_a_file_each(package: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_the_command_line_offers_the_new_mode(package: Path) -> None:
     settings = ("--steps", "2", "--mode", "doubled", "--out", "run")
     done = run(package, "-m", "metapl", "train", "digits", *settings)

@@ -404,6 +404,7 @@ def test_finetune_refuses_comparisons_and_senseless_options(
     assert "--lr: expected FLOAT, got 'x'" in refused(capsys, "finetune", trained, "--lr", "x")
 
 
+@pytest.mark.long
 def test_export_of_digits_is_read_without_metapl(trained: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     text = metapl("export", trained, "--out", out, "--network", "finetuned").stdout

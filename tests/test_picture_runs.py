@@ -37,6 +37,7 @@ def command(module: str, *arguments: str | Path, code: int = 0) -> str:
     return printed.getvalue() if code == 0 else said.getvalue()
 
 
+@pytest.mark.long
 def test_a_run_leaves_a_row_and_is_not_repeated(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     printed = command("run", *TINY, *SETTINGS, "--out", file)
