@@ -126,6 +126,7 @@ def assert_gone(groups: list[int]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_resumed(nurseries: list[Nursery], pictures: Path, whole: Path) -> None:
     """Alone, when its workers live on for a while, or with its workers; resumed at once, with more or fewer workers."""
 

@@ -71,12 +71,11 @@ LIMITS = {"spatial": 1e-3, "tensor": 5e-3}
     ("cut", "method"),
     [
         ("spatial", "label_correction"),
-        ("tensor", "example_weights"),
         *(
             pytest.param(cut, method, marks=pytest.mark.long)
             for cut, methods in (
                 ("spatial", ("meta_weight_net", "example_weights", "noise_transition")),
-                ("tensor", ("meta_weight_net", "label_correction", "noise_transition")),
+                ("tensor", ("meta_weight_net", "example_weights", "label_correction", "noise_transition")),
             )
             for method in methods
         ),

@@ -331,6 +331,7 @@ def test_flags_that_do_nothing_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_comparison_pairs_noisy_student_with_mpl_and_says_the_outcome(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

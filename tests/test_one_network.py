@@ -51,6 +51,7 @@ def train(root: Path, capsys: pytest.CaptureFixture[str], method: str) -> str:
     return said(capsys, "train", "images", *folders, *TINY, "--method", method, "--out", root / method)
 
 
+@pytest.mark.long
 def test_every_message_about_one_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = shapes(tmp_path)
     words = train(root, capsys, "uda")

@@ -112,6 +112,7 @@ def test_a_run_that_is_stopped_in_any_phase_ends_as_one_that_was_not(
     )
 
 
+@pytest.mark.long
 def test_a_comparison_has_its_control_and_the_words_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = ("reduced_mpl", "reduced_none", "pseudo_labels")
     out = tmp_path / "compared"
