@@ -114,7 +114,14 @@ def test_altered_feedback_is_that_of_all_rows(two: Ranks, alteration: Any) -> No
     check(two, [{"mode": mode, "layout": "ddp", "optimizer": "sgd"} for mode in modes])
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler")
+INDUCTOR = (
+    pytest.mark.long,
+    pytest.mark.skipif(
+        shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a C++ compiler"
+    ),
+)
+
+
 @pytest.mark.parametrize(
     ("layout", "mode", "graphs"),
     [
@@ -124,7 +131,7 @@ def test_altered_feedback_is_that_of_all_rows(two: Ranks, alteration: Any) -> No
         pytest.param("ddp", "difference", 4, id="replicas"),
     ],
 )
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
 def test_compiled_passes(two: Ranks, layout: str, mode: str, graphs: int, backend: str) -> None:
     case: dict[str, Any] = {"mode": mode, "optimizer": "sgd"}
     found = two.run("train", **case, layout=layout, compile=True, backend=backend)

@@ -58,7 +58,8 @@ class StepReport(Report):
             of them for a :class:`metapl.Lookahead`.
         scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it), ``teacher_loss`` (the sum
             of its own losses) and a ``teacher_<name>`` for each of these, ``feedback_ratio`` (the norm of the weighted
-            feedback's gradient at the teacher's outputs over that of its own losses; NaN without these).
+            feedback's gradient at the teacher's outputs over that of its own losses; NaN without these, and for a
+            signal without rows whose feedback comes from several processes or micro-batches).
         signal: the teacher's signal about the last inner batch, without its graph.
         student_outputs: S(x_u; θ) on that batch.
         problem: it gives the report its columns.
