@@ -7,7 +7,7 @@ import re
 import sys
 
 _SAID = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|"
+    r"can't allocate memory|not enough memory|out of memory|MemoryError|bad_alloc|"
     r"cannot allocate memory(?! in static TLS block)|"  # the loader's own limit, whatever memory there is
     r"failed to map segment from shared object",  # a library that is loaded
     re.IGNORECASE,
@@ -21,14 +21,15 @@ LESS = (
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """Whose memory did not suffice, where that is the error or one that it came from; None for any other error.
+    """Whose memory did not suffice, where that is the error or one that it came from; None for any other error, and for
+    a refusal that says so itself.
 
     >>> out_of_memory(MemoryError()), out_of_memory(ValueError("memory of a cat"))
     ('of this machine', None)
     """
     seen: set[int] = set()
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
+    while cause is not None and id(cause) not in seen and "does not suffice" not in str(cause):
         seen.add(id(cause))
         where = _where(cause)
         if where is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tiny_runs import TINY, color_folders, digit, images_command, run, tiny  # n
 
 from metapl import MetaplError
 from metapl.cli import main
+from metapl.cli.commands import LESS_MEMORY
 from metapl.data.batches import _begin_worker
 from metapl.memory import out_of_memory
 from metapl.runs.checkpoint import CheckpointFolder
@@ -80,8 +82,58 @@ def test_too_little_memory_elsewhere_is_one_line(
     capsys.readouterr()
     assert main(["predict", str(tiny), str(digit)]) == 2
     told = capsys.readouterr().err
-    assert "does not suffice; lower the batch sizes" in told
+    assert "does not suffice; close other programs" in told
     assert told.count("\n") == 1
+
+
+SHORT = """
+import resource, sys
+import matplotlib.pyplot, torch, torch._dynamo, torchopt
+import metapl.cli.evaluate, metapl.cli.export, metapl.cli.two_moons
+from metapl.cli import main
+for line in open("/proc/self/status"):
+    if line.startswith("VmSize"):
+        resource.setrlimit(resource.RLIMIT_AS, (int(line.split()[1]) * 1024 + 4 * 2**20,) * 2)
+run, out = sys.argv[1:]
+for words in ("train two-moons --seeds 0-199", f"export {run}", f"evaluate {run} --attack pgd"):
+    assert main([*words.split(), "--out", out]) == 2
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_commands_that_have_four_mebibytes_say_so(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = [sys.executable, "-c", SHORT, str(tiny), str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    for told, mend in zip(
+        ended.stderr.splitlines()[-3:], ("give fewer --seeds", "close other", "close other"), strict=True
+    ):
+        assert told.startswith(f"metapl: the memory of this machine does not suffice; {mend}")
+    assert {file.name for file in (tmp_path / "out").glob("*")} <= {".lock"}
+
+
+def test_a_program_that_is_not_exported_for_memory_is_told_by_it(
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*given: Any, **options: Any) -> Any:
+        raise exhausted("host")
+
+    monkeypatch.setattr("torch.export.export", failing)
+    assert "close other programs" in refused(capsys, "export", tiny, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("words", LESS_MEMORY)
+def test_what_takes_less_memory_are_flags_of_the_command(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = {"train": "images", "noisy-student": "imagenet", "ablate": "images"}
+    command = words.split() if words not in recipes else [words, recipes[words]]
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert [flag for flag in re.findall(r"--[a-z-]+", LESS_MEMORY[words]) if f"  {flag} " not in text] == []
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
@@ -89,6 +141,9 @@ def test_other_errors_are_not_taken_for_it() -> None:
     wrapped = MetaplError("x")
     wrapped.__cause__ = MemoryError()
     assert out_of_memory(wrapped) == "of this machine"
+    told = MetaplError("step 3: the memory of the GPU does not suffice; lower it")
+    told.__cause__ = MemoryError()
+    assert out_of_memory(told) is None
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
@@ -149,7 +204,7 @@ def test_sigterm_while_exporting_leaves_no_temporary_folder(tiny: Path, tmp_path
     assert process.returncode == 128 + signal.SIGTERM, words
     assert "Traceback" not in words
     assert [path for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor")] == []
-    assert not (tmp_path / "out").exists()
+    assert {file.name for file in (tmp_path / "out").glob("*")} <= {".lock"}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from metapl.cli.commands import CHOICES, COMMANDS, HELP, command_class, help_of, kinds
+from metapl.cli.commands import CHOICES, COMMANDS, HELP, command_class, help_of, kinds, less_memory
 from metapl.cli.process import drop_output, exit_code, stoppable, streams
 from metapl.words import shown, tell
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: list[str]) -> int:
     from metapl.errors import MetaplError
-    from metapl.memory import LESS, out_of_memory
+    from metapl.memory import out_of_memory
 
     try:
         with _messages_shown():
@@ -45,14 +45,12 @@ def _run(given: list[str]) -> int:
                 return _dispatch(given)
             finally:
                 sys.stdout.flush()
-    except MetaplError as error:
-        tell(f"metapl: {error}", file=sys.stderr, wrap=True)
-        return 2
-    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+    except Exception as error:
         whose = out_of_memory(error)
-        if whose is None:
+        if whose is None and not isinstance(error, MetaplError):
             raise
-        tell(f"metapl: the memory {whose} does not suffice; {LESS}.", file=sys.stderr, wrap=True)
+        text = error if whose is None else f"the memory {whose} does not suffice; {less_memory(given)}."
+        tell(f"metapl: {text}", file=sys.stderr, wrap=True)
         return 2
 
 

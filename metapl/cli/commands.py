@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from metapl.memory import LESS
+
 COMMANDS = (
     "train",
     "noisy-student",
@@ -196,3 +198,17 @@ def command_class(command: str, given: Sequence[str]) -> Any:
     if command == "evaluate" and "--weights" in flags:
         return import_module("metapl.cli.evaluate_weights").EvaluateWeights
     return None if command in CHOICES else getattr(import_module(f"metapl.cli.{command}"), command.capitalize())
+
+
+LESS_MEMORY = {
+    **dict.fromkeys(("train", "noisy-student", "ablate"), LESS),
+    "train two-moons": "give fewer --seeds, or lower --unlabeled-batch",
+    "label": "lower --batch or --num-workers",
+}
+"""What takes less memory, by a command's first word or words; the others have no flag for it."""
+
+
+def less_memory(given: Sequence[str]) -> str:
+    """What to do where the memory did not suffice for a command line."""
+    known = [LESS_MEMORY[words] for words in (" ".join(given[:2]), *given[:1]) if words in LESS_MEMORY]
+    return known[0] if known else "close other programs, or take a machine with more"

@@ -161,7 +161,8 @@ def _run_elsewhere(files: Mapping[str, bytes], batches: list[Tensor]) -> dict[st
         finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if finished.returncode:
             why = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
-            raise MetaplError(f"{' and '.join(files)} cannot be run without metapl: {why}")
+            # Its last line tells in this process whether the memory was too little.
+            raise MetaplError(f"{' and '.join(files)} cannot be run without metapl: {why}") from RuntimeError(why)
         logits: dict[str, list[Tensor]] = torch.load(Path(folder) / "logits.pt")
         return logits
 

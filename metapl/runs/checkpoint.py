@@ -30,6 +30,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, reason_of
+from metapl.memory import out_of_memory
 from metapl.plain_files import open_plain
 from metapl.runs.atomic import replacing
 
@@ -117,9 +118,9 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
                 f"{path} holds objects other than tensors and plain values, and metapl runs no code from a file; "
                 f"write it with metapl.runs.checkpoint.save. torch says: {reason_of(error)}"
             ) from error
-        except MemoryError:
-            raise
         except Exception as error:  # damage that was sealed shows in many types
+            if out_of_memory(error):
+                raise
             raise CheckpointError(
                 f"{path} is whole, but torch {torch.__version__} could not rebuild it on {map_location}: "
                 f"{reason_of(error)}; try map_location='cpu'"

@@ -145,7 +145,7 @@ class FitRun:
                 self.data_of = data_of({"labeled": labeled, "unlabeled": unlabeled, "validation": held_out})
             self._steps(self._restore() if resume else 0)
         except Exception as error:
-            whose = None if isinstance(error, MetaplError) else out_of_memory(error)
+            whose = out_of_memory(error)
             if whose is not None:
                 last = self.records.last_good()
                 raise MetaplError(

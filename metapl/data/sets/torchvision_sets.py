@@ -19,6 +19,7 @@ from torch import Tensor
 from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.data.splits import Split, draw_split
 from metapl.errors import MetaplError, few, reason_of
+from metapl.memory import out_of_memory
 
 IMAGENET_SIZE = (256, 256)
 """What ImageNet's pictures are brought to; crops of 224 are cut out of it."""
@@ -239,9 +240,9 @@ def _loaded(name: str, load: Callable[[], Any], files: Iterable[Path], mend: str
         raise MetaplError(f"the data set {name!r} is not there: {missing[0]} does not exist. To get it: {mend}")
     try:
         return load()
-    except MemoryError:
-        raise
     except Exception as error:  # damaged files fail in pickle, scipy, torchvision or the unpacking
+        if out_of_memory(error):
+            raise
         raise MetaplError(
             f"the data set {name!r} cannot be loaded ({reason_of(error)}); expected files as torchvision knows them, "
             f"by their MD5 where it has one: remove what is there, then {mend}"
