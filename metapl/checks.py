@@ -7,8 +7,10 @@ read. By then the step has been taken, so it is better to check batches while th
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -175,6 +177,34 @@ def explain_type(error: RuntimeError, inputs: Any, weight: Tensor | None, who: s
     ) from error
 
 
+WRONG_CALL = (TypeError, AttributeError, LookupError, ValueError)
+"""What a network raises that is given one argument in place of several."""
+
+
+def explain_call(error: Exception, **networks: nn.Module | None) -> None:
+    """Say so where a network may have failed because it takes the parts of its inputs as arguments of their own, as
+    those of Hugging Face do; ``networks`` by role."""
+    calls = [f.f_locals for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == "_call_impl"]
+    for role, network in networks.items():
+        given = next((call["args"] for call in calls if call.get("self") is network), ())
+        if network is not None and len(given) == 1 and _could_be_spread(network, given[0]):
+            raise MetaplError(
+                f"the {role}, a {type(network).__name__}, was given a batch's inputs as one argument, "
+                f"{described(given[0])}, and takes them one by one ({type(error).__name__}: {error}); wrap it: "
+                f"{role} = metapl.models.Logits({role})."
+            ) from error
+
+
+def _could_be_spread(network: nn.Module, inputs: Any) -> bool:
+    named = inputs if isinstance(inputs, Mapping) else {}
+    listed = inputs if isinstance(inputs, tuple | list) else ()
+    try:
+        inspect.signature(network.forward).bind(*listed, **named)
+    except TypeError:
+        return False
+    return bool(named or listed)
+
+
 def no_inference_mode() -> None:
     """Refuse to take gradients under ``torch.inference_mode()``."""
     if torch.is_inference_mode_enabled():
@@ -215,11 +245,14 @@ def logits(outputs: Any, who: str) -> Tensor:
                 "use_local_output=True, or call .full_tensor() at the end of forward."
             )
         return outputs
-    raise MetaplError(
-        f"the {who} returned {described(outputs)}; expected a tensor of logits. Wrap a network that returns an object "
-        f"or a dict with logits as metapl.models.Logits({who}); for other outputs, such as a tuple, write a module "
-        "whose forward returns the logits only."
-    )
+    has_logits = isinstance(logits_in(outputs), Tensor)
+    mend = f"wrap it: {who} = metapl.models.Logits({who})" if has_logits else "write a module that returns one"
+    raise MetaplError(f"the {who} returned {described(outputs)}; expected a tensor of logits; {mend}.")
+
+
+def logits_in(outputs: Any) -> Any:
+    """The logits of an object, such as those of Hugging Face, or of a dict; None where it has none."""
+    return outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
 
 
 def class_outputs(outputs: Tensor, who: str) -> None:

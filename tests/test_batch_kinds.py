@@ -340,6 +340,52 @@ def test_a_network_that_returns_an_object_is_refused_with_the_adapter(who: str) 
     assert same(before, weights(*both.values()))
 
 
+CALLS: dict[str, Callable[[nn.Module, nn.Module, Any], Any]] = {
+    "step": lambda teacher, student, data: metapl.BilevelTrainer(teacher, student, "forward").step(**data),
+    "fit": lambda teacher, student, data: metapl.BilevelTrainer(teacher, student, "forward").fit(
+        [data["labeled"]], [data["unlabeled"]], steps=1, progress=False
+    ),
+    "hypergradient": lambda teacher, student, data: metapl.hypergradient(
+        teacher, student, **data, inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1)
+    ),
+    "teacher_step": lambda teacher, student, data: metapl.BilevelTrainer(teacher, student).teacher_step(**data),
+    "evaluate": lambda teacher, student, data: metapl.BilevelTrainer(teacher, student).evaluate(data["labeled"]),
+    "predict": lambda teacher, student, data: metapl.BilevelTrainer(teacher, student).predict(data["unlabeled"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["dict", "tokenizer", "tuple"])
+@pytest.mark.parametrize(
+    ("call", "who"),
+    [
+        *((call, "student") for call in CALLS if call != "teacher_step"),
+        ("step", "teacher"),
+        ("teacher_step", "teacher"),
+    ],
+)
+def test_a_network_that_takes_its_inputs_one_by_one_is_refused_with_the_adapter(call: str, who: str, kind: str) -> None:
+    """As all of Hugging Face do; with the line that the message shows, it runs."""
+    both = dict(zip(("teacher", "student"), networks("dict"), strict=True))
+    both[who] = both[who].network
+    before = weights(*both.values())
+    role = "network" if call in ("evaluate", "predict") else who
+    text = rf"the {role}, a TwoInputs, was given .* one by one \(TypeError: .*{role} = metapl\.models\.Logits\({role}\)"
+    with pytest.raises(MetaplError, match=text):
+        CALLS[call](**both, data=data(kind, views=False))
+    assert same(before, weights(*both.values()))
+    CALLS[call](**both | {who: Logits(both[who])}, data=data(kind, views=False))
+
+
+def test_an_error_of_a_network_that_takes_a_dict_stays_as_it_is() -> None:
+    class Own(nn.Linear):
+        def forward(self, batch: Any) -> Tensor:
+            return batch["x"].missing
+
+    trainer = metapl.BilevelTrainer(nn.Linear(5, CLASSES), Own(5, CLASSES))
+    with pytest.raises(AttributeError, match="missing"):
+        trainer.step(({"x": X}, Y), {"x": X})
+
+
 def test_logits_refuses_what_has_none() -> None:
     model = Logits(nn.LSTM(5, 3))
     with pytest.raises(MetaplError, match=r"LSTM in metapl\.models\.Logits returned a tuple of 2 .*\.logits"):

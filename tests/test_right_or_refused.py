@@ -166,7 +166,8 @@ def test_outputs_that_are_no_tensor_are_refused_and_a_dict_can_be_wrapped(kind: 
     case = toy("mlp")
     network = Returning(kind)
     trainer = trainer_for(case, **{who: network})
-    refused(lambda: trainer.step(**case.data()), rf"the {who} returned a {kind} of.*models\.Logits", network)
+    mend = rf"{who} = metapl\.models\.Logits\({who}\)" if kind == "dict" else "write a module that returns one"
+    refused(lambda: trainer.step(**case.data()), rf"the {who} returned a {kind} of.*{mend}", network)
     if kind == "dict":
         trainer_for(case, **{who: metapl.models.Logits(network)}).step(**case.data())
 

@@ -76,7 +76,8 @@ def clear_gradients(optimizer: torch.optim.Optimizer | None) -> None:
 
 @contextmanager
 def types_explained(labeled: Any, unlabeled: Sequence[Any], **networks: nn.Module | None) -> Iterator[None]:
-    """Turn PyTorch's error about inputs of another type than the weights into one that names batch and network.
+    """Turn an error about inputs of another type than the weights, or in one argument for several, into one that names
+    batch and network.
 
     Args:
         labeled: the outer batch.
@@ -97,6 +98,9 @@ def types_explained(labeled: Any, unlabeled: Sequence[Any], **networks: nn.Modul
             for name, inputs in batches:
                 if isinstance(cause, RuntimeError):
                     checks.explain_type(cause, inputs, weight, f"the {role}", f"{name} inputs")
+        raise
+    except checks.WRONG_CALL as error:
+        checks.explain_call(error, **networks)
         raise
 
 

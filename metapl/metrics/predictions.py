@@ -64,6 +64,9 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
             except RuntimeError as error:
                 checks.explain_type(error, given, first, "the network", "inputs")
                 raise
+            except checks.WRONG_CALL as error:
+                checks.explain_call(error, network=model)
+                raise
             logits.append(outputs.cpu())
     if not logits:
         raise MetaplError("there are no batches to predict; give at least one, and a fresh iterator for each call")

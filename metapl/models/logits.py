@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metapl.batch import length
-from metapl.checks import described
+from metapl.checks import described, logits_in
 from metapl.errors import MetaplError
 
 
@@ -54,7 +54,7 @@ class Logits(nn.Module):
             outputs = self.network(inputs)
         if isinstance(outputs, Tensor):
             return self._checked(outputs, inputs)
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+        logits = logits_in(outputs)
         if not isinstance(logits, Tensor):
             raise MetaplError(
                 f"the {type(self.network).__name__} in metapl.models.Logits returned {described(outputs)} without a "
@@ -67,6 +67,7 @@ class Logits(nn.Module):
         if logits.ndim != 2 or not logits.is_floating_point() or (rows and logits.shape[0] != rows):
             raise MetaplError(
                 f"the {type(self.network).__name__} in metapl.models.Logits returned {described(logits)} for "
-                f"{rows} examples; expected floating-point logits of shape (examples, classes)."
+                f"{rows} examples; expected floating-point logits of shape (examples, classes). For other outputs, such "
+                "as a language model's, write a module whose forward returns network(**inputs).logits."
             )
         return logits
