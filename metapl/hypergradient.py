@@ -29,6 +29,7 @@ from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_di
 from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
 from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path, Teach, take_steps
 from metapl.feedback.teacher_pass import TeacherPass
@@ -109,7 +110,8 @@ def look_ahead(
         check_mean=check_derivatives,
     )
     if check_derivatives and mode.keep_graph:
-        refuse_once_differentiable(path.steps[0].grads.values())
+        with others_named(mode, path):
+            refuse_once_differentiable(path.steps[0].grads.values())
     if check_derivatives and mode.credits != "nothing":
         refuse_other_fields(path.steps[0])
     if check_derivatives and mode.credits in ("signal", "example") and not mode.keep_graph:
@@ -216,7 +218,8 @@ def hypergradient(
             teach=teach,
             parts=accumulate,
         )
-        feedback, _ = estimate.checked_feedback(path, estimate.init())
+        with others_named(estimate, path):
+            feedback, _ = estimate.checked_feedback(path, estimate.init())
         pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
         grads = {} if of_teacher is None else _teacher_gradient(of_teacher, pieces, passes)
         h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from problems_zoo import ANYWHERE, CLASSES, OPTIMISERS, STUDENTS, Toy, toy, unmoved
 from reference import error
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metapl
+from metapl.execution.kernels import NotByThisMode, explained
 
 
 class Recurrent(nn.Module):
@@ -56,7 +59,11 @@ def test_an_lstm_is_refused_by_name_with_the_mode_that_runs(
     if mode == "unrolled":  # on the CPU the LSTM has a second derivative; elsewhere, and for other operations, not
         monkeypatch.setattr(torch.autograd, "grad", without_second_derivative(torch.autograd.grad))
     operation = "_cudnn_rnn_backward" if mode == "unrolled" else "mkldnn_rnn_layer"
-    with unmoved(case, inner), pytest.raises(metapl.MetaplError, match=rf'cannot run.*{operation}.*mode="difference"'):
+    mend = (
+        r'Use .*ReinforcePerExample\(tangent="difference"\)' if mode == "reinforce_per_example" else 'mode="difference"'
+    )
+    text = rf"^mode '{mode}' cannot run here: .*{operation}.*{mend}"
+    with unmoved(case, inner), pytest.raises(metapl.MetaplError, match=text):
         take(call, case, mode, inner)
 
 
@@ -74,6 +81,176 @@ def take(call: str, case: Toy, mode: Any, inner: Any) -> None:
         metapl.BilevelTrainer(**case.networks(), mode=mode, inner_optimizer=inner).step(**case.data())
     else:
         metapl.hypergradient(**case.networks(), **case.data(), mode=mode, inner_optimizer=inner)
+
+
+class WithoutForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (1 - ctx.saved_tensors[0].tanh().square())
+
+
+class DifferentiableOnce(WithoutForwardMode):
+    backward = staticmethod(once_differentiable(WithoutForwardMode.backward))
+
+
+class ForwardModeOnly(torch.autograd.Function):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (1 - ctx.saved_tensors[0].square())
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent * (1 - ctx.saved_tensors[0].square())
+
+
+class Within(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.body, self.head, self.function = nn.Linear(16, 6), nn.Linear(6, CLASSES), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.body(x.flatten(1))))
+
+
+def fake_quantized(x: Tensor) -> Tensor:
+    return torch.fake_quantize_per_tensor_affine(x, 0.05, 128, 0, 255)
+
+
+def weight_normed() -> nn.Module:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 6))
+    return nn.Sequential(nn.Flatten(), normed, nn.Tanh(), nn.Linear(6, CLASSES))
+
+
+EXACT_MODES = {"unrolled", "forward", "difference"}
+# A student, the same by operations of torch, and the modes that are exact on it with soft labels.
+HALF_WAY: dict[str, tuple[Any, Any, set[str]]] = {
+    "lstm": (Recurrent, Recurrent, {"unrolled", "difference"}),
+    "weight norm": (weight_normed, weight_normed, {"unrolled", "difference"}),
+    "distances": (*[lambda: Within(lambda x: torch.cdist(x, torch.eye(6)))] * 2, {"unrolled", "difference"}),
+    "fake quantization": (*[lambda: Within(fake_quantized)] * 2, {"unrolled"}),
+    "a Function without jvp": (
+        lambda: Within(WithoutForwardMode.apply),
+        lambda: Within(torch.tanh),
+        {"unrolled", "difference"},
+    ),
+    "a Function once differentiable": (
+        lambda: Within(DifferentiableOnce.apply),
+        lambda: Within(torch.tanh),
+        {"difference"},
+    ),
+    "a Function with jvp, once differentiable": (
+        lambda: Within(ForwardModeOnly.apply),
+        lambda: Within(torch.tanh),
+        {"forward", "difference"},
+    ),
+}
+ESTIMATORS = {
+    'mode="unrolled"': ("unrolled", "soft"),
+    'mode="forward"': ("forward", "soft"),
+    'mode="difference"': ("difference", "soft"),
+    'mode="reinforce"': ("reinforce", "batch_score"),
+    'metapl.feedback.ReinforcePerExample(tangent="difference")': (
+        metapl.feedback.ReinforcePerExample(tangent="difference"),
+        "score",
+    ),
+}
+
+
+def half_way(student: str, which: int) -> Toy:
+    base = toy("mlp", dtype=torch.float32, rows=16)  # in float64 the LSTM has a forward mode
+    torch.manual_seed(0)
+    case = Toy(base.teacher, HALF_WAY[student][which](), base.labeled, base.unlabeled, 0)
+    case.draw_from_start()
+    return case
+
+
+def by_hand(student: str, kind: str) -> Any:
+    case = half_way(student, which=1)
+    return reference.pseudo_labels(**case.networks(), **case.data(), rule=OPTIMISERS["torch_sgd"].rule, kind=kind).grads
+
+
+def named_in(words: str) -> list[str]:
+    return re.findall(r'(?:mode=|metapl\.feedback\.\w+\(tangent=)"\w+"\)?', words.partition("Use ")[2])
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference", "reinforce_per_example"])
+@pytest.mark.parametrize("student", HALF_WAY)
+def test_a_mode_that_cannot_run_names_those_that_are_right(student: str, mode: str) -> None:
+    """Each that is named gives the gradient that double backward by hand gives, and none that does is left out."""
+    case = half_way(student, which=0)
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
+    exact = HALF_WAY[student][2]
+    sampled = mode == "reinforce_per_example"
+    try:
+        take("hypergradient", case, mode, inner)
+    except metapl.MetaplError as refusal:
+        words = str(refusal)
+        assert words.startswith(f"mode '{mode}' cannot run here: ")
+    else:
+        assert mode in exact or (sampled and "forward" in exact) or mode == "difference"
+        return
+    assert mode not in exact
+    named = named_in(words)
+    expected = {'mode="reinforce"'} if sampled else {f'mode="{name}"' for name in exact}
+    if sampled and "difference" in exact:
+        expected.add('metapl.feedback.ReinforcePerExample(tangent="difference")')
+    assert set(named) == expected, words
+    for name in named:
+        estimate, kind = ESTIMATORS[name]
+        case = half_way(student, which=0)
+        inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
+        found = metapl.hypergradient(**case.networks(), **case.data(), mode=estimate, inner_optimizer=inner).grads
+        assert error(found, by_hand(student, kind)) < (0.02 if "difference" in name else 1e-3), name
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+@pytest.mark.parametrize("student", HALF_WAY)
+def test_over_several_steps_a_mode_that_cannot_run_names_the_one_that_does(student: str, mode: str) -> None:
+    """A backward pass that is differentiable once would leave a term out of the Hessian product, without a word."""
+    case, twin = half_way(student, 0), half_way(student, 1)
+    batches = [case.unlabeled, case.unlabeled + 1, case.unlabeled - 1]
+    given = {**case.networks(), "labeled": case.labeled, "unlabeled": metapl.Lookahead(batches)}
+    given["inner_optimizer"] = torch.optim.SGD(case.student.parameters(), lr=0.3)
+    words = f'Use mode="{mode}"'
+    try:
+        metapl.hypergradient(**given, mode=mode)
+    except metapl.MetaplError as refusal:
+        words = str(refusal)
+    named = [name[6:-1] for name in named_in(words)]
+    assert named or "Look one step ahead" in words
+    assert bool(named) == ("unrolled" in HALF_WAY[student][2])
+    expected = reference.several_steps(
+        **twin.networks(), labeled=twin.labeled, batches=batches, rule=OPTIMISERS["torch_sgd"].rule
+    )
+    for name in named:
+        assert error(metapl.hypergradient(**given, mode=name).grads, expected.grads) < 1e-3
+
+
+def test_the_experts_of_hugging_face_can_be_run_by_operations_with_all_derivatives() -> None:
+    with (
+        pytest.raises(NotByThisMode, match=r'^_grouped_mm lacks a derivative.*experts_implementation="eager"'),
+        explained(),
+    ):
+        raise NotImplementedError("Trying to use forward AD with _grouped_mm that does not support it")
 
 
 @pytest.mark.parametrize("mode", ["difference", "reinforce", "loss_difference"])

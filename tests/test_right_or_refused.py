@@ -146,7 +146,7 @@ def test_casts_inside_the_student_are_refused_by_difference() -> None:
     case = toy("mlp", dtype=torch.float32)
     student = Casting(torch.bfloat16)
     trainer = trainer_for(case, "difference", student=student)
-    text = r"mode 'difference' runs the student in float32, and a cast inside.*mode=\"forward\""
+    text = r"mode 'difference' cannot run here: it runs the student in float32, and a cast inside.*mode=\"forward\""
     refused(lambda: trainer.step(**case.data()), text, case.teacher, student)
 
 

@@ -25,10 +25,11 @@ from torch import Tensor
 from metapl import checks
 from metapl.distributed.ranks import ALONE, Agreed, Ranks
 from metapl.errors import MetaplError
+from metapl.execution.kernels import NotByThisMode
 from metapl.numerics import reduced_float32
 
 
-class SlopesDisagree(MetaplError):
+class SlopesDisagree(NotByThisMode):
     """The derivative of the inner loss along w differs between forward and reverse mode."""
 
 
@@ -185,8 +186,7 @@ def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: f
         "inner loss has the derivative {forward:.4g} by the outputs and {backward:.4g} by the gradient, so the "
         "feedback would be wrong. Usual causes: torch.no_grad() or detach() in the student's forward (such as "
         "straight-through rounding), an autograd.Function with a custom backward, a hook that changes gradients, "
-        'numbers too small for half precision. Use mode="unrolled", which differentiates the backward pass as it is, '
-        'or "reinforce".',
+        "numbers too small for half precision.",
         kind=SlopesDisagree,
         forward=forward,
         backward=backward,
@@ -209,8 +209,7 @@ def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor, ra
         0.5 * moved + ranks.pooled(rounding),
         "the student's outputs jump, or bend sharply, however little its weights are moved (a move changes them by "
         "{moved:.2g}, of which {bend:.2g} is bend), so a difference of them is no derivative and the feedback would be "
-        'wrong. Usual causes: rounding and other steps in the student\'s forward. Use mode="unrolled", which '
-        'differentiates the backward pass as it is, or "reinforce".',
+        "wrong. Usual causes: rounding and other steps in the student's forward.",
         kind=SlopesDisagree,
         bend=bend,
         moved=moved,

@@ -15,6 +15,7 @@ from metapl import checks
 from metapl.batch import inputs_of
 from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
+from metapl.execution.kernels import NotByThisMode
 from metapl.execution.rng import RandomState
 
 step_lock = RLock()
@@ -108,7 +109,7 @@ _DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (
 
 
 @contextmanager
-def casts_explained(mode: str) -> Iterator[None]:
+def casts_explained() -> Iterator[None]:
     """Turn PyTorch's error about mixed dtypes in a feedback pass into one that names the cause."""
     try:
         yield
@@ -117,8 +118,7 @@ def casts_explained(mode: str) -> Iterator[None]:
     except RuntimeError as error:
         if not _DTYPES.search(str(error)):
             raise
-        raise MetaplError(
-            f"mode '{mode}' runs the student in float32, and a cast inside the student does not go along "
-            f'({str(error).splitlines()[0]}). Use mode="forward", or weights of one type and precision="bfloat16" '
-            "instead of casts."
+        raise NotByThisMode(
+            f"it runs the student in float32, and a cast inside the student does not go along "
+            f'({str(error).splitlines()[0]}); expected weights of one type, and precision="bfloat16" instead of casts.'
         ) from error

@@ -104,6 +104,10 @@ def refuse_checkpoints() -> Iterator[None]:
 # --------------------------------------------------------------------------------------------- missing derivatives
 
 
+class NotByThisMode(MetaplError):
+    """A student that one mode cannot take, and others may (:mod:`metapl.feedback.instead` names them)."""
+
+
 @cache
 def load_forward_mode() -> None:
     """Create the first dual number, for which PyTorch loads its rules with a deprecation warning, silenced here."""
@@ -128,10 +132,9 @@ def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
             continue
         seen.add(node)
         if node.name().endswith("autograd::Error"):
-            raise MetaplError(
-                "mode 'unrolled' cannot run on this student: it has an autograd.Function whose backward is marked with "
-                "@once_differentiable, so the derivative would come out as zero. Let it be differentiable, or "
-                'use one of the sampled modes "reinforce" and "loss_difference", which need plain passes only.'
+            raise NotByThisMode(
+                "the student has an autograd.Function whose backward is marked with @once_differentiable, so the "
+                "derivative would come out as zero."
             )
         nodes.extend(following for following, _ in node.next_functions)
 
@@ -145,22 +148,21 @@ _SPARSE_TANGENT = re.compile(r"_efficientzerotensor.*Sparse", re.DOTALL)
 
 
 @contextmanager
-def explained(mode: str) -> Iterator[None]:
-    """Turn autograd's error about a missing derivative into one that names the operation and the modes that can run."""
+def explained() -> Iterator[None]:
+    """Turn autograd's error about a missing derivative into one that names the operation."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        others = 'mode="difference" or one of the sampled modes "reinforce" and "loss_difference"'
         if _SPARSE_TANGENT.search(str(error)):
-            raise MetaplError(
-                f"mode '{mode}' cannot run on this batch: it holds a sparse tensor, for which PyTorch has no "
-                f"forward-mode derivative; expected a dense one, x.to_dense(). Or take {others}."
+            raise NotByThisMode(
+                "the batch holds a sparse tensor, for which PyTorch has no forward-mode derivative; expected a dense "
+                "one, x.to_dense()."
             ) from error
         if not _NO_DERIVATIVE.search(str(error)):
             raise
         match = _OPERATION.search(str(error))
-        operation = match.group(1) if match else "one of its operations"
-        raise MetaplError(
-            f"mode '{mode}' cannot run on this student: {operation} lacks a derivative that it needs "
-            f"({str(error).splitlines()[0]}). Use {others}, which need ordinary passes only."
+        operation = match.group(1) if match else "one of the student's operations"
+        hint = ' Networks of Hugging Face do without: experts_implementation="eager".' * ("grouped_mm" in operation)
+        raise NotByThisMode(
+            f"{operation} lacks a derivative that it needs ({str(error).splitlines()[0].rstrip('.')}).{hint}"
         ) from error

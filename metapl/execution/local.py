@@ -34,6 +34,7 @@ from metapl.execution.kernels import (
     load_forward_mode,
     no_fast_path,
     only_math_attention,
+    refuse_once_differentiable,
 )
 from metapl.execution.rng import RandomState, replayed
 from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
@@ -228,7 +229,7 @@ class Pass:
             forward_ad.dual_level(),
             only_math_attention(),
             checkpoints_without_reentry(),
-            explained("forward"),
+            explained(),
         ):
             duals = {name: forward_ad.make_dual(p, w[name]) for name, p in self.params.items() if name in w}
             with self._again(self.student.held_at(duals)):
@@ -262,7 +263,7 @@ class Pass:
 
         Cost: a forward pass and a backward pass with a graph once, and one through both for every product.
         """
-        with self._differentiable_gradient(loss, "implicit") as (at, g):
+        with self._differentiable_gradient(loss) as (at, g):
 
             def product(w: Tree) -> Tree:
                 if not g:
@@ -284,7 +285,7 @@ class Pass:
         By double backward: a forward pass, a backward pass with a graph, and one through both. None for a leaf that
         the loss does not depend on.
         """
-        with self._differentiable_gradient(loss, "forward") as (at, g):
+        with self._differentiable_gradient(loss) as (at, g):
             names = [name for name in g if name in w]
             if not names:
                 return {name: torch.zeros_like(p) for name, p in at.items()}, [None for _ in leaves]
@@ -297,9 +298,9 @@ class Pass:
         return curved, list(found[len(at) :])
 
     @contextmanager
-    def _differentiable_gradient(self, loss: Loss, mode: str) -> Iterator[tuple[Tree, Tree]]:
+    def _differentiable_gradient(self, loss: Loss) -> Iterator[tuple[Tree, Tree]]:
         """θ as leaves, and the gradient of a loss of this pass in them, with its graph; entries that do not depend on
-        θ or on the loss's own leaves are left out. The mode is named in errors."""
+        θ or on the loss's own leaves are left out."""
         self._refuse_ranks()
         at = as_leaves(self.params)
         with (
@@ -307,12 +308,13 @@ class Pass:
             uncompiled(),
             only_math_attention(),
             checkpoints_without_reentry(),
-            explained(mode),
+            explained(),
             self._again(self.student.held_at(at)),
         ):
             outputs = self.student.forward(self.inputs)
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
             g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
+            refuse_once_differentiable(g)
             yield at, {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
 
     def _refuse_ranks(self) -> None:

@@ -129,7 +129,7 @@ class ShardedPass(Pass):
             forward_ad.dual_level(),
             only_math_attention(),
             checkpoints_without_reentry(),
-            explained("forward"),
+            explained(),
         ):
             with self._again([]), self.student.along(w):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))

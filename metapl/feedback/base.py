@@ -141,7 +141,7 @@ class Estimator(ABC):
 
     def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
-        with casts_explained(self.name):
+        with casts_explained():
             feedback, state = self.feedback(path, state)
         with path.student.ranks.agreed():
             for step_feedback in feedback:

@@ -44,6 +44,6 @@ class Unrolled(Estimator):
         return self.truncate is None
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        with explained(self.name):
+        with explained():
             gradients = path.gradients_in_signals(self.truncate)
         return padded([feedback_from_gradients(step.signal, fields) for step, fields in gradients], path), state

@@ -67,7 +67,7 @@ class Logits(nn.Module):
         if logits.ndim != 2 or not logits.is_floating_point() or (rows and logits.shape[0] != rows):
             raise MetaplError(
                 f"the {type(self.network).__name__} in metapl.models.Logits returned {described(logits)} for "
-                f"{rows} examples; expected floating-point logits of shape (examples, classes). For other outputs, such "
-                "as a language model's, write a module whose forward returns network(**inputs).logits."
+                f"{rows} examples; expected floating-point logits of shape (examples, classes). For other outputs, "
+                "such as a language model's, write a module whose forward returns network(**inputs).logits."
             )
         return logits

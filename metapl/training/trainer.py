@@ -20,6 +20,7 @@ from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
 from metapl.fingerprints import as_values
@@ -178,7 +179,8 @@ class BilevelTrainer(Trainer):
         with self._guard(labeled, unlabeled) as fault:
             with self._autocast(), self.compiled():
                 path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
+                with others_named(self.mode, path):
+                    feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())
