@@ -40,9 +40,13 @@ def plain(batch: Any) -> Any:
     return batch
 
 
-def labeled_pair(batch: Any, name: str = "labeled") -> Any:
-    """A labeled batch as (inputs, labels), or a longer tuple that begins with them; ``name`` is that of the batch in
-    errors.
+def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
+    """A labeled batch as (inputs, labels), or a longer tuple that begins with them.
+
+    Args:
+        batch: given.
+        name: of the batch, which errors begin with.
+        mend: what they end with.
 
     >>> import torch
     >>> inputs, labels = labeled_pair({"ids": torch.tensor([1, 2]), "labels": torch.tensor([0, 1])})
@@ -53,9 +57,9 @@ def labeled_pair(batch: Any, name: str = "labeled") -> Any:
     """
     batch = plain(batch)
     if isinstance(batch, dict):
-        return _from_dict(batch, name)
+        return _from_dict(batch, name, mend)
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not holds_tensors(batch[0]):
-        raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}.")
+        raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}.{mend}")
     return batch
 
 
@@ -179,11 +183,11 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
 _REMEDY = "leave the labels out, with metapl.data.without_labels(loader) or a data set of inputs only"
 
 
-def _from_dict(batch: dict[str, Any], name: str) -> tuple[dict[str, Any], Any]:
+def _from_dict(batch: dict[str, Any], name: str, mend: str) -> tuple[dict[str, Any], Any]:
     label_keys = [key for key in LABEL_KEYS if key in batch]
     inputs = {key: value for key, value in batch.items() if key not in label_keys}
     if len(label_keys) != 1 or not holds_tensors(inputs):
-        raise MetaplError(f"{name} is a dict with the keys {', '.join(map(repr, batch)) or 'none'}; {_EXPECTED}.")
+        raise MetaplError(f"{name} is a dict with the keys {', '.join(map(repr, batch)) or 'none'}; {_EXPECTED}.{mend}")
     return inputs, batch[label_keys[0]]
 
 

@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -120,9 +121,12 @@ def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> Non
         device: of the networks.
     """
     for name, batch in (("labeled", labeled), *(("unlabeled", inner_batch) for inner_batch in unlabeled)):
-        tensors = [t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+        leaves = pytree.tree_leaves(batch)
+        if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+            raise MetaplError(f"the {name} batch holds an array of NumPy; expected tensors: torch.as_tensor(x).")
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
         if not tensors:
-            raise MetaplError(f"{name} is {described(batch)}; expected tensors.")
+            raise MetaplError(f"{name} is {described(batch)}; expected tensors, in any nesting of dicts and tuples.")
         for t in tensors:
             _tensor(name, t, device)
         lengths = {len(t) for t in tensors}
@@ -182,17 +186,26 @@ WRONG_CALL = (TypeError, AttributeError, LookupError, ValueError)
 
 
 def explain_call(error: Exception, **networks: nn.Module | None) -> None:
-    """Say so where a network may have failed because it takes the parts of its inputs as arguments of their own, as
-    those of Hugging Face do; ``networks`` by role."""
+    """Say so where a network may have failed because its inputs are in a dict or tuple: those of Hugging Face take them
+    as arguments of their own; ``networks`` by role."""
     calls = [f.f_locals for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == "_call_impl"]
     for role, network in networks.items():
         given = next((call["args"] for call in calls if call.get("self") is network), ())
-        if network is not None and len(given) == 1 and _could_be_spread(network, given[0]):
-            raise MetaplError(
-                f"the {role}, a {type(network).__name__}, was given a batch's inputs as one argument, "
-                f"{described(given[0])}, and takes them one by one ({type(error).__name__}: {error}); wrap it: "
-                f"{role} = metapl.models.Logits({role})."
-            ) from error
+        if network is None or len(given) != 1 or not isinstance(given[0], Mapping | tuple | list):
+            continue
+        if _could_be_spread(network, given[0]):
+            mend = f"it takes them one by one, so wrap it: {role} = metapl.models.Logits({role})"
+        elif role == "student" and type(given[0]).__name__ in str(error):
+            mend = (
+                "to pick those that it takes, give the problem a method student_input(batch), and outer_input(batch) "
+                "for the labeled batch"
+            )
+        else:
+            continue
+        raise MetaplError(
+            f"the {role}, a {type(network).__name__}, was given a batch's inputs as one argument, "
+            f"{described(given[0])} ({type(error).__name__}: {error}); {mend}."
+        ) from error
 
 
 def _could_be_spread(network: nn.Module, inputs: Any) -> bool:

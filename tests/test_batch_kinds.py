@@ -369,7 +369,8 @@ def test_a_network_that_takes_its_inputs_one_by_one_is_refused_with_the_adapter(
     both[who] = both[who].network
     before = weights(*both.values())
     role = "network" if call in ("evaluate", "predict") else who
-    text = rf"the {role}, a TwoInputs, was given .* one by one \(TypeError: .*{role} = metapl\.models\.Logits\({role}\)"
+    mend = rf"one by one, so wrap it: {role} = metapl\.models\.Logits\({role}\)"
+    text = rf"the {role}, a TwoInputs, was given .* \(TypeError: .*{mend}"
     with pytest.raises(MetaplError, match=text):
         CALLS[call](**both, data=data(kind, views=False))
     assert same(before, weights(*both.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,50 @@ def test_batches_of_another_type_than_the_weights(mode: str, own: str, given: st
         trainer.hypergradient((right, Y), wrong)
     assert trainer.steps_done == 0
     trainer.step((right, Y), right)
+
+
+class AnyOuter(Own):
+    """It reads the labels elsewhere."""
+
+    def outer_batch(self, batch: Any) -> Any:
+        return batch
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, Y)
+
+
+PICKED = r"a Linear, was given .* a {} of {} .*student_input\(batch\), and outer_input\(batch\) for the labeled batch"
+BATCHES: dict[str, tuple[type[Own], Any, Any, str]] = {
+    "no pair": (Own, X, X, r"^labeled is a tensor.* method outer_batch\(batch\) that returns what outer_loss reads"),
+    "a dict without labels": (Own, {"x": X, "y": Y}, X, r"the keys 'x', 'y'; .* method outer_batch\(batch\)"),
+    "an object": (Own, SimpleNamespace(x=X, y=Y), X, r"^labeled is of type SimpleNamespace; .* outer_batch\(batch\)"),
+    "an object, taken": (AnyOuter, SimpleNamespace(x=X), X, "^labeled is of type .*expected tensors, in any nesting"),
+    "a dict, taken": (AnyOuter, {"x": X, "y": Y}, X, PICKED.format("dict", 2)),
+    "labels of NumPy": (Own, (X, Y.numpy()), X, r"labeled batch holds an array of NumPy; .*torch\.as_tensor\(x\)"),
+    "inputs of NumPy": (Own, (X, Y), X.numpy(), r"unlabeled batch holds an array of NumPy"),
+    "a dict of inputs": (Own, (X, Y), {"one": X, "two": X}, PICKED.format("dict", 2)),
+    "inputs in a tuple": (Own, (X, Y), ((X, X), Y), PICKED.format("tuple", 2)),
+    "an inner object": (
+        Own,
+        (X, Y),
+        SimpleNamespace(x=X),
+        "^unlabeled is of type SimpleNamespace; expected tensors, in",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_a_batch_that_the_problem_does_not_read_names_the_method_that_reads_it(mode: str, case: str) -> None:
+    kind, labeled, unlabeled, text = BATCHES[case]
+    teacher, student = networks()
+    problem = kind(mode in SAMPLED)
+    problem.signal = lambda _, batch, *given, **named: Own.signal(problem, teacher, X, *given, **named)
+    trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem, teacher_losses=())
+    for call in (trainer.step, trainer.hypergradient):
+        with pytest.raises(MetaplError, match=text):
+            call(labeled, unlabeled)
+    assert trainer.steps_done == 0
 
 
 def test_one_network_and_batches_of_another_type() -> None:

@@ -25,7 +25,7 @@ def others_named(mode: Estimator, path: Path) -> Iterator[None]:
     try:
         yield
     except NotByThisMode as error:
-        raise type(error)(f"mode '{mode.name}' cannot run here: {error} {_mend(mode, path)}") from error
+        raise type(error)(f"mode '{mode.name}' cannot run here: {error} {_mend(mode, path)}") from error.__cause__
 
 
 def _mend(mode: Estimator, path: Path) -> str:

@@ -168,7 +168,8 @@ class Problem(ABC):
     def outer_batch(self, batch: Any) -> Any:
         """The outer batch as :meth:`outer_loss` reads it; here (inputs, labels), any other batch is refused. To read
         other batches, any nesting of tensors with a row for each example, return ``batch`` itself."""
-        return labeled_pair(batch)
+        mend = " For other batches, give the problem a method outer_batch(batch) that returns what outer_loss reads."
+        return labeled_pair(batch, mend=mend)
 
     def outer_input(self, batch: Any) -> Any:
         """The student's input in an outer batch: a tensor or a dict itself, the first element of a tuple."""
