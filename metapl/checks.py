@@ -190,7 +190,7 @@ def explain_call(error: Exception, **networks: nn.Module | None) -> None:
     as arguments of their own; ``networks`` by role."""
     calls = [f.f_locals for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == "_call_impl"]
     for role, network in networks.items():
-        given = next((call["args"] for call in calls if call.get("self") is network), ())
+        given: tuple[Any, ...] = next((call["args"] for call in calls if call.get("self") is network), ())
         if network is None or len(given) != 1 or not isinstance(given[0], Mapping | tuple | list):
             continue
         if _could_be_spread(network, given[0]):

@@ -108,9 +108,10 @@ def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout)
     )
     if taken is not None:
         how = "sharded" if student.is_sharded else "in DistributedDataParallel"
+        exact = "'forward' (as exact as 'unrolled'), " if student.product_ranks == 1 else ""
         raise MetaplError(
-            f"{taken} does not run on a student that is {how}. With one student step, mode 'forward' is as exact as "
-            "'unrolled' and runs there, as do 'difference' and the sampled modes; else train in one process."
+            f"{taken} does not run on a student that is {how}. With one student step {exact}'difference' and the "
+            "sampled modes run there; else train in one process."
         )
 
 
@@ -124,8 +125,8 @@ def check_tangent(mode: Estimator, student: Layout) -> None:
         )
 
 
-def check_kind(signal: Signal, mode: Estimator) -> None:
-    """Refuse a signal of a kind that the mode cannot differentiate."""
+def check_kind(signal: Signal, mode: Estimator, steps: int) -> None:
+    """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
     sampled = signal.sampled
     if not sampled and not signal.differentiable() and mode.credits != "nothing":
         raise MetaplError(
@@ -137,7 +138,7 @@ def check_kind(signal: Signal, mode: Estimator) -> None:
             kinds = "is for differentiable signals, and the problem's signal is sampled (it carries log_prob)"
         else:
             kinds = "is for sampled signals, and the problem's signal is differentiable (it carries no log_prob)"
-        fitting = ", ".join(modes_for("hard" if sampled else "soft"))
+        fitting = ", ".join(modes_for("hard" if sampled else "soft", looks_ahead=steps > 1))
         raise MetaplError(f"mode '{mode.name}' {kinds}; expected one of the modes {fitting}.")
 
 
@@ -151,7 +152,8 @@ def refuse_random_loss(step: InnerStep) -> None:
         raise MetaplError(
             "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode takes its "
             "derivatives in a second pass over it, which would draw others. Draw them in signal(), and give them to "
-            'the loss in a field of the signal, or drop out in the student. mode="unrolled" takes the loss as it is.'
+            "the loss in a field of the signal, or drop out in the student."
+            + (' mode="unrolled" takes the loss as it is.' if not step.signal.sampled else "")
         )
 
 

@@ -94,7 +94,7 @@ def look_ahead(
 
     def teach_checked(batch: Any, outputs: Tensor) -> Signal:
         signal = check_signal(teach(batch, outputs), problem)
-        check_kind(signal, mode)
+        check_kind(signal, mode, len(batches))
         return signal
 
     path = take_steps(

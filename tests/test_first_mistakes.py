@@ -83,6 +83,17 @@ class InnerOfOthers(Own):
         )
 
 
+class NoInnerLoss(Own):
+    def inner_loss(self, *args: Any, **named: Any) -> Any:
+        return None
+
+
+class SampledWithoutProbs(Own):
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Any:
+        signal = super().signal(teacher, batch, student_outputs, generator=generator)
+        return metapl.Signal(signal.value, log_prob=signal.log_prob)
+
+
 class WithoutBase:
     """Three methods are a problem: its class is named, not what completes it."""
 
@@ -118,6 +129,27 @@ def test_a_signal_that_is_none(mode: str) -> None:
     refuse(r"^TensorSignal\.signal returned a tensor of shape .*metapl\.Signal\(value\)", mode, TensorSignal(sampled))
     refuse(r"^NoSignal\.signal returned a NoneType; expected a metapl\.Signal", mode, NoSignal(sampled))
     refuse(r"^ListSignal\.signal returned a Signal whose value is a list", mode, ListSignal(sampled))
+
+
+@pytest.mark.parametrize("mode", metapl.MODES)
+def test_an_inner_loss_that_is_none(mode: str) -> None:
+    refuse(
+        r"^inner_loss returned a NoneType for a batch of 8; expected one loss per", mode, NoInnerLoss(mode in SAMPLED)
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_modes_named_for_a_sampled_signal_take_as_many_steps(steps: int) -> None:
+    teacher, student = networks()
+    given = {"labeled": (X, Y), "unlabeled": metapl.Lookahead([X] * steps)}
+    given["inner_optimizer"] = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(MetaplError, match="expected one of the modes ") as told:
+        metapl.hypergradient(teacher, student, mode="unrolled", problem=Own(sampled=True), **given)
+    for mode in str(told.value).partition("one of the modes ")[2].rstrip(".").split(", "):
+        if mode != "implicit":  # these weights are no optimum
+            metapl.hypergradient(teacher, student, mode=mode, problem=metapl.PseudoLabels("hard"), **given)
+    with pytest.raises(MetaplError, match='"reinforce_per_example" with one student step'):
+        metapl.hypergradient(teacher, student, mode="forward", problem=SampledWithoutProbs(sampled=True), **given)
 
 
 def test_a_problem_without_the_base_class_is_named() -> None:

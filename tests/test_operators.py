@@ -245,6 +245,15 @@ def test_over_several_steps_a_mode_that_cannot_run_names_the_one_that_does(stude
         assert error(metapl.hypergradient(**given, mode=name).grads, expected.grads) < 1e-3
 
 
+def test_with_micro_batches_it_is_said_that_unrolled_takes_one() -> None:
+    case = half_way("lstm", which=0)
+    text = r'Use mode="unrolled" \(with accumulate=1\) or mode="difference", which run'
+    with unmoved(case), pytest.raises(metapl.MetaplError, match=text):
+        metapl.BilevelTrainer(**case.networks(), mode="forward", accumulate=2).step(
+            (case.labeled[0][:16], case.labeled[1][:16]), case.unlabeled
+        )
+
+
 def test_the_experts_of_hugging_face_can_be_run_by_operations_with_all_derivatives() -> None:
     with (
         pytest.raises(NotByThisMode, match=r'^_grouped_mm lacks a derivative.*experts_implementation="eager"'),

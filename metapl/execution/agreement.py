@@ -164,7 +164,8 @@ def check_linear(drawn: Tensor, expected: Tensor, ranks: Ranks = ALONE) -> None:
         1e-3 * (size + told),
         "the problem's inner_loss is not linear in its target: the feedback at the labels drawn and at their "
         "probabilities differ (by norm {gap:.2g}, of {size:.2g}), so for sampled labels the expectation would be "
-        'wrong. Use mode="reinforce_per_example", which makes no such assumption, or a differentiable signal.',
+        'wrong. Use mode="reinforce_per_example" with one student step, which makes no such assumption, or a '
+        "differentiable signal.",
         size=size,
     )
 

@@ -31,6 +31,7 @@ from metapl.execution.agreement import BY_FORWARD_MODE, check_outputs
 from metapl.execution.buffers import copies, swapped
 from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import (
+    NotByThisMode,
     checkpoints_without_reentry,
     explained,
     load_forward_mode,
@@ -118,10 +119,7 @@ class ShardedPass(Pass):
 
     def tangent(self, w: Tree) -> Tensor:
         if self.student.layout.product_ranks > 1:
-            raise MetaplError(
-                "PyTorch has no forward mode through the exchanges of parallelize_module; use "
-                'mode="difference", or metapl.feedback.ReinforcePerExample(tangent="difference").'
-            )
+            raise NotByThisMode("PyTorch has no forward mode through the exchanges of parallelize_module.")
         load_forward_mode()
         with (
             torch.no_grad(),

@@ -61,7 +61,7 @@ def credited_fields(signal: Signal) -> dict[str, Tensor]:
     if signal.probs is None:
         raise MetaplError(
             "the problem's signal is sampled and has no probs, over which this mode takes the expectation; expected "
-            'Signal(value, log_prob, probs=...), or use mode="reinforce_per_example".'
+            'Signal(value, log_prob, probs=...), or mode="reinforce_per_example" with one student step.'
         )
     return {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}
 

@@ -60,8 +60,8 @@ class Forward(Estimator):
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).
-    Raises: :class:`metapl.MetaplError` for operations without forward-mode AD, by name; attention runs on its math
-    kernel.
+    Raises: :class:`metapl.MetaplError` for operations without forward-mode AD, by name, with the modes that run
+    on the student; attention runs on its math kernel.
     Source: derived at the head of this file, from eq. (3); the mixed-mode products of the AD literature.
     """
 

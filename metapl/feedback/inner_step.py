@@ -245,10 +245,11 @@ def mean_inner_loss(problem: Problem, signal: Signal, batch: Any) -> Loss:
 
     def loss(outputs: Tensor, params: Tree) -> Tensor:
         losses = problem.inner_loss(outputs, signal, batch, params)
-        if losses.shape != outputs.shape[:1]:
+        if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
+            given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise MetaplError(
-                f"inner_loss returned shape {tuple(losses.shape)} for a batch of {len(outputs)}; expected one "
-                f"loss per example, ({len(outputs)},): leave the mean to metapl."
+                f"inner_loss returned {given} for a batch of {len(outputs)}; expected one loss per example, "
+                f"({len(outputs)},): leave the mean to metapl."
             )
         return losses.mean()
 

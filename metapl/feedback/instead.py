@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -45,13 +46,13 @@ def _mend(mode: Estimator, path: Path) -> str:
 def _exact(mode: Estimator, path: Path, sampled: bool, one_step: bool) -> Iterator[str]:
     """The modes without noise for this signal and so many steps that run, and agree with double backward where that
     does."""
-    expected = _tried(lambda: _by_double_backward(path))
+    expected = _tried(_by_double_backward, path)
     if expected is not None and not sampled and not mode.keep_graph:
-        yield 'mode="unrolled"'
+        yield 'mode="unrolled"' + " (with accumulate=1)" * (len(path.labeled) > 1)
     tangents = [("forward", Forward()), ("difference", Difference())] if one_step else [("forward", Forward())]
     own = None if mode.keep_graph else "forward" if mode.forward_mode else "difference"
     for name, estimate in tangents:
-        found = None if name == own else _tried(lambda e=estimate: e.feedback(path, {})[0][-1].h)
+        found = None if name == own else _tried(_by, path, estimate)
         if found is not None and expected is not None:
             found = found if (found - expected).norm() <= AGREES_TO * expected.norm() else None
         if found is not None:
@@ -66,8 +67,12 @@ def _by_double_backward(path: Path) -> Tensor:
     return feedback_from_gradients(step.signal, adjoint.in_signal).h
 
 
-def _tried(trial: Callable[[], Tensor]) -> Tensor | None:
+def _by(path: Path, estimate: Estimator) -> Tensor:
+    return estimate.feedback(path, estimate.init())[0][-1].h
+
+
+def _tried(trial: Callable[..., Tensor], *given: Any) -> Tensor | None:
     try:
-        return trial()
+        return trial(*given)
     except (RuntimeError, MetaplError):
         return None
