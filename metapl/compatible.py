@@ -108,7 +108,7 @@ def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout)
     )
     if taken is not None:
         how = "sharded" if student.is_sharded else "in DistributedDataParallel"
-        exact = "'forward' (as exact as 'unrolled'), " if student.product_ranks == 1 else ""
+        exact = "mode 'forward' (as exact as 'unrolled'), " if student.product_ranks == 1 else ""
         raise MetaplError(
             f"{taken} does not run on a student that is {how}. With one student step {exact}'difference' and the "
             "sampled modes run there; else train in one process."
