@@ -339,10 +339,10 @@ def dense_gradients(grads: Mapping[str, Tensor | None]) -> None:
         )
 
 
-def scalar_loss(loss: Any, name: str) -> None:
-    """Refuse a loss that is not a scalar."""
-    if not isinstance(loss, Tensor) or loss.ndim:
-        raise MetaplError(f"{name} is {described(loss)}; expected a tensor without dimensions: take the mean.")
+def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
+    """Refuse a loss that is not a real scalar."""
+    if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
+        raise MetaplError(f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}.")
 
 
 def finite_student(outputs: Tensor) -> None:

@@ -36,11 +36,13 @@ from metapl.execution.kernels import (
     only_math_attention,
 )
 from metapl.execution.rng import RandomState, replayed
-from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
+from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, scaled, wide, wide_tree
 from metapl.parts import trainable
 
 Loss = Callable[[Tensor, Tree], Tensor]
 """A scalar of outputs and of the weights that they were computed at."""
+WeightedLoss = Callable[[Tensor, Tree], tuple[Tensor, Tensor | float]]
+"""A loss as a sum, and the weight that it is to be divided by: a number where it is 1."""
 
 
 class LocalStudent:
@@ -78,8 +80,8 @@ class LocalStudent:
         """
         return Pass(self, params, inputs)
 
-    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState) -> Tensor:
-        """The mean of losses on batches at ``params``, without a graph.
+    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
+        """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph.
 
         It begins with the buffers as they are now, and draws from ``start`` on; both stay as they are.
         """
@@ -87,31 +89,48 @@ class LocalStudent:
         # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
         with torch.enable_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
             values = [loss(self.forward(x), params) for x, loss in zip(batches, losses, strict=True)]
-            value = mean_of(values)
-            if value.requires_grad:
-                self.gradient(value, params)
-        return self.ranks.mean(value.detach())
+            for value, _ in values:
+                if value.requires_grad:
+                    self.gradient(value, params)
+        return self.mean_of_all(values)[0]
 
     def loss_and_gradient(
-        self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState
+        self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState
     ) -> tuple[Tensor, Tree]:
-        """The mean of losses and its gradient, as :meth:`loss`."""
+        """The value of :meth:`loss`, and its gradient."""
         at = as_leaves(params)
         math = only_math_attention() if self.double_backward else nullcontext()
-        values: list[Tensor] = []
+        values: list[tuple[Tensor, Tensor | float]] = []
         gradients: list[Tree] = []
         reached = False
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with torch.enable_grad(), checkpoints_without_reentry(), math, self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
-                value = loss(self.forward(x), self.for_loss(at))
+                value, weight = loss(self.forward(x), self.for_loss(at))
                 v = self.gradient(value, at) if value.requires_grad else {}
                 reached = reached or bool(v)
                 gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
-                values.append(value.detach())
+                values.append((value.detach(), weight))
         if not reached:
             raise checks.without_outer_gradient()
-        return self.ranks.mean(mean_of(values)), mean_tree(gradients)
+        mean, weight = self.mean_of_all(values)
+        v = mean_tree(gradients)
+        return mean, scaled(v, len(values) / weight) if isinstance(weight, Tensor) else v
+
+    def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
+        """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
+        total = torch.stack([value.detach() for value, _ in values]).sum(0)
+        weight: Tensor | float = sum(weight for _, weight in values)
+        if not self.ranks.alone:
+            weight = weight if isinstance(weight, Tensor) else total.new_full((), weight)
+            total, weight = self.ranks.mean(torch.stack([total, weight.to(total)])).unbind()
+        if isinstance(weight, Tensor):
+            checks.refuse(
+                ~((weight > 0) & weight.isfinite()),
+                "the weights of the problem's outer_loss sum to zero or less, or to no number, over the whole outer "
+                "batch; expected (sum, weight) with a weight above zero in all: are all of its labels left out?",
+            )
+        return total / weight, weight
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
         """The gradient of a scalar in the weights that it reaches, the mean over the ranks; refused where it reaches

@@ -74,8 +74,8 @@ class InnerStep:
         """A forgotten step with θ, g and the optimizer's state; cost: a forward and a backward pass of the student."""
         if self.kept:
             return self
-        pieces = zip(self.passes, self._batches, self.signal.chunks(len(self.passes)), strict=True)
-        grads = [part.gradient_again(params, mean_inner_loss(self.problem, signal, x)) for part, x, signal in pieces]
+        pieces = self.pieces()
+        grads = [part.gradient_again(params, mean_inner_loss(self.problem, signal, x)) for part, signal, x in pieces]
         return replace(self, grads=mean_tree(grads), state=state)
 
     def on(self, signal: Signal) -> InnerStep:
@@ -187,10 +187,9 @@ class InnerStep:
     def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
         """A function for products with ∂²ℓ/∂θ², valid inside the block."""
         with ExitStack() as stack:
-            signals = self.signal.chunks(len(self.passes))
             products = [
                 stack.enter_context(part.hessian(mean_inner_loss(self.problem, signal, x)))
-                for part, x, signal in zip(self.passes, self._batches, signals, strict=True)
+                for part, signal, x in self.pieces()
             ]
             yield lambda w: mean_tree([product(w) for product in products])
 
@@ -206,7 +205,7 @@ class InnerStep:
         pieces = [t.chunk(parts) for t in fields.values()]
         curved: list[Tree] = []
         mixed: list[list[Tensor | None]] = []
-        for i, (part, x, signal) in enumerate(zip(self.passes, self._batches, self.signal.chunks(parts), strict=True)):
+        for i, (part, signal, x) in enumerate(self.pieces()):
             at_fields = as_leaves({name: t[i] for name, t in zip(fields, pieces, strict=True)})
             loss = mean_inner_loss(self.problem, replace(signal, **at_fields), x)
             product, in_fields = part.second_derivatives(bar.gradient, loss, list(at_fields.values()))
@@ -217,6 +216,10 @@ class InnerStep:
         in_signal = {name: None if t[0] is None else joined([x / parts for x in t]) for name, t in columns}
         params = {name: t + hessian[name] for name, t in bar.params.items()}
         return Adjoint(bar.gradient, params, bar.state, in_signal)
+
+    def pieces(self) -> Iterator[tuple[Pass, Signal, Any]]:
+        """The micro-batches, each as its pass, signal and batch."""
+        return zip(self.passes, self.signal.chunks(len(self.passes)), self._batches, strict=True)
 
     @property
     def _batches(self) -> list[Any]:
