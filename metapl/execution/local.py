@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from metapl import checks
 from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
-from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_outputs, coarsest
+from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_loss, check_outputs, coarsest
 from metapl.execution.buffers import (
     Slots,
     buffers_aside,
@@ -69,6 +69,7 @@ class LocalStudent:
         self.ranks, self.space = ranks, space
         self.parameters = trainable(module) if parameters is None else parameters
         _refuse_late_hooks(self.parameters)
+        checks.real_weights(self.parameters)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.device = next(iter(self.params.values())).device
         self.slots = Slots(module)
@@ -186,6 +187,7 @@ class Pass:
     Attributes:
         outputs: z = S(x; θ), (B, ...), float32 or wider, without a graph.
         graph: the same with its graph, until :meth:`gradient` has used it.
+        loss: the value of its loss on this rank, once :meth:`gradient` has found it.
         after: the generators at its end.
     """
 
@@ -220,10 +222,10 @@ class Pass:
             grads = self.student.gradient(value, self._at, create_graph=keep)
         if not grads:
             raise checks.without_gradient("student")
-        self.graph = None
+        self.graph, self.loss = None, value.detach()
         if not keep:
             self._at, self._held = {}, []
-        return self.student.ranks.mean(value.detach()), grads
+        return self.student.ranks.mean(self.loss), grads
 
     def forget(self) -> None:
         """Drop θ, until :meth:`gradient_again` gives it back."""
@@ -331,6 +333,8 @@ class Pass:
         ):
             outputs = self.student.forward(self.inputs)
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
+            check_loss(again, self.loss, again)
             g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
             yield at, {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
 

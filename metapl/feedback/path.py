@@ -125,8 +125,7 @@ class Path:
             elif state_cotangent is None:
                 yield step, step.pullback(v), None
             else:
-                bar_first = step.update.vjp(step.params, step.gradient, step.state, v, state_cotangent)
-                yield step, bar_first.gradient, None
+                yield step, step.vjp(v, state_cotangent).gradient, None
 
     def _backwards(self, first: int) -> Iterator[tuple[int, InnerStep]]:
         """The steps from the last to ``first``, with their numbers; forgotten ones are computed again."""

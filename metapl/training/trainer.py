@@ -26,7 +26,7 @@ from metapl.fingerprints import as_values
 from metapl.hypergradient import Hypergradient, hypergradient, look_ahead
 from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
-from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches, starts
+from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
@@ -225,6 +225,9 @@ class BilevelTrainer(Trainer):
         if self._teacher_trainer is None:
             return []
         parts = self.accumulate
+        with self.ranks.agreed():
+            own = self._teacher_trainer.losses_for(teacher_steps[-1].batch)
+            refuse_ignored_labels(own, labeled, parts, self.ranks)
         chunks = [chunk for step_feedback in feedback for chunk in step_feedback.chunks(parts)]
         labeled_parts = micro_batches(labeled, parts, "labeled")
         objectives = []
@@ -534,7 +537,7 @@ def _check_outer(optimizer: Any, teacher: nn.Module) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise MetaplError(
             f"outer_optimizer is {checks.described(optimizer)}; expected a torch.optim optimizer over "
-            "teacher.parameters()."
+            "teacher.parameters(); of a wrapper, what it wraps: outer_optimizer=optimizer.optimizer."
         )
     refuse_missing("outer_optimizer", optimizer, trainable(teacher), "teacher")
     own = {id(p) for p in teacher.parameters()}
