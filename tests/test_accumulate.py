@@ -16,6 +16,7 @@ from trainers import refused
 
 import metapl
 from metapl import UDA, CrossEntropy
+from metapl.ablation import trainings
 from metapl.feedback import Difference, Reinforce
 from metapl.problems.losses import TeacherLoss
 from metapl.training import loss_trainer
@@ -266,6 +267,13 @@ def test_what_is_no_mean_is_told_of_on_the_first_step_alone(mode: str) -> None:
             trainer.step((labeled[0], labels), x)
         assert len(told) == 1
         trainer.step((labeled[0], labels), x)
+
+
+def test_what_modes_are_compared_by_after_short_trainings_is_the_same_mean() -> None:
+    teacher, student, labeled, (x, *_) = _words(torch.float64)
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=Language(), teacher_losses=())
+    expected = F.cross_entropy(student(labeled[0]).mT, labeled[1])
+    assert trainings._outer_loss(trainer, labeled) == pytest.approx(float(expected))
 
 
 class Returns(Language):

@@ -249,7 +249,8 @@ class Spectral(nn.Module):
         self.head = nn.Linear(16, CLASSES).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.head((x.flatten(1) @ self.w).abs() if self.w.requires_grad else (x.flatten(1) @ self.w).real)
+        z = x.flatten(1).to(self.w.dtype) @ self.w
+        z = self.head(z.abs())
         return z if self.real else z * 1j
 
 

@@ -68,7 +68,8 @@ class BilevelTrainer(Trainer):
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
         accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
-            batch statistics, dropout masks and losses that are not means over examples, which are per micro-batch.
+            batch statistics, dropout masks and losses that are not means over examples (an ``outer_loss`` that returns
+            (sum, weight) is exact, a scalar one warns), which are per micro-batch.
             Cost: one more teacher forward pass, for about 1/accumulate of the memory.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
         lookahead: the number of student steps that the feedback looks ahead: :meth:`fit` draws this many unlabeled
