@@ -251,6 +251,11 @@ def _tensor(name: str, t: Tensor, device: torch.device) -> None:
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a tensor."""
     if isinstance(outputs, Tensor):
+        if outputs.is_complex():
+            raise MetaplError(
+                f"the {who} returned {described(outputs)}, and losses are differentiated in real numbers; expected "
+                "real outputs, such as torch.view_as_real(outputs) or outputs.abs()."
+            )
         if type(outputs) is not Tensor and hasattr(outputs, "device_mesh"):
             raise MetaplError(
                 f"the {who} returned a DTensor laid out as {getattr(outputs, 'placements', '')}; expected a plain "
@@ -385,10 +390,10 @@ def dense_gradients(grads: Mapping[str, Tensor | None]) -> None:
         )
 
 
-def scalar_loss(loss: Any, name: str) -> None:
-    """Refuse a loss that is not a scalar."""
-    if not isinstance(loss, Tensor) or loss.ndim:
-        raise MetaplError(f"{name} is {described(loss)}; expected a tensor without dimensions: take the mean.")
+def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
+    """Refuse a loss that is not a real scalar."""
+    if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
+        raise MetaplError(f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}.")
 
 
 def finite_student(outputs: Tensor) -> None:
@@ -489,6 +494,17 @@ def networks(teacher: nn.Module | None, student: nn.Module, *, sharded: Collecti
         where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
         raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
     return owned["student"][0].device
+
+
+def real_weights(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse complex weights of a student."""
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise MetaplError(
+                f"the student's {name} is complex ({described(p)}), and its step is differentiated in real numbers; "
+                "hold real and imaginary parts in one real parameter, torch.view_as_real(w), and join them in forward: "
+                "torch.view_as_complex(self.weight)."
+            )
 
 
 def learns(loss: Tensor, who: str) -> None:

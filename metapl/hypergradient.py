@@ -24,7 +24,7 @@ from metapl.compatible import (
 from metapl.distributed.layout import Layout, layouts
 from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
-from metapl.execution.guards import restored_on_failure, step_lock, types_explained
+from metapl.execution.guards import parametrized_anew, restored_on_failure, step_lock, types_explained
 from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
 from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
@@ -197,6 +197,7 @@ def hypergradient(
 
     with (
         step_lock,
+        parametrized_anew(),
         restored_on_failure(generator),
         nothing_moved(asked, student, random=RandomState.now(device), on_success=True),
         torch.enable_grad(),

@@ -48,7 +48,7 @@ def norm(a: Tree) -> Tensor:
     return total
 
 
-def scaled(tree: Tree, factor: float) -> Tree:
+def scaled(tree: Tree, factor: float | Tensor) -> Tree:
     """factor·a."""
     return {name: factor * t for name, t in tree.items()}
 

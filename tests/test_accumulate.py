@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
 import pytest
 import torch
+from reference import error, weights
 from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from trainers import refused
 
 import metapl
 from metapl import UDA, CrossEntropy
+from metapl.ablation import trainings
 from metapl.feedback import Difference, Reinforce
 from metapl.problems.losses import TeacherLoss
 from metapl.training import loss_trainer
@@ -146,6 +153,185 @@ def test_a_batch_that_cannot_be_split_evenly_is_refused() -> None:
 def test_unrolled_does_not_accumulate() -> None:
     with pytest.raises(metapl.MetaplError, match="unrolled"):
         metapl.BilevelTrainer(*_networks(), "unrolled", accumulate=2)
+
+
+# ----------------------------------------------------------------------------------- losses that are no means over rows
+
+MODES = ("unrolled", "forward", "difference", "reinforce", "reinforce_per_example", "loss_difference", "implicit")
+AHEAD = ("unrolled", "forward")
+TOKENS, WORDS = 4, 5
+IGNORED = [0, 3, 1, 2, 4, 4, 0, 2]
+"""How many tokens of each row are left out: all of the third pair's, so that a micro-batch has nothing to judge."""
+
+
+class Language(metapl.problems.Problem):
+    """A student of words, taught by weights of examples and judged by the mean over the tokens that have a label."""
+
+    def __init__(self, *, sampled: bool = False, paired: bool = True) -> None:
+        self.sampled, self.paired = sampled, paired
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: torch.Tensor, *, generator: Any) -> metapl.Signal:
+        p = teacher(batch.double().to(student_outputs)).sigmoid()[:, 0]
+        if not self.sampled:
+            return metapl.Signal(p)
+        keep = (batch.sum(1) % 2).bool()
+        return metapl.Signal(keep.to(p), log_prob=torch.where(keep, p, 1 - p).log())
+
+    def inner_loss(self, outputs: torch.Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> torch.Tensor:
+        return (0.1 + signal.value) * F.cross_entropy(outputs.mT, batch, reduction="none").mean(1)
+
+    def outer_loss(self, outputs: torch.Tensor, batch: Any) -> Any:
+        total = F.cross_entropy(outputs.mT, batch[1], reduction="sum")  # leaves out the label -100
+        count = (batch[1] != -100).sum()
+        return (total, count) if self.paired else total / count
+
+
+def _words(dtype: torch.dtype) -> tuple[nn.Module, nn.Module, Any, list[torch.Tensor]]:
+    torch.manual_seed(3)
+    teacher = nn.Linear(TOKENS, 1).to(dtype)
+    student = nn.Sequential(nn.Embedding(WORDS, 6), nn.Tanh(), nn.Linear(6, WORDS)).to(dtype)
+    x, *batches = (torch.randint(0, WORDS, (8, TOKENS)) for _ in range(4))
+    labels = torch.randint(0, WORDS, (8, TOKENS))
+    for row, left_out in zip(labels, IGNORED, strict=True):
+        row[:left_out] = -100
+    return teacher, student, (x, labels), batches
+
+
+def _by_hand(
+    teacher: nn.Module, student: nn.Module, labeled: Any, batches: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The teacher's gradient by double backward, with the mean over all tokens of the batch as a whole."""
+    theta, phi = weights(student), weights(teacher)
+    for x in batches:
+        q = functional_call(teacher, phi, (x.to(phi["weight"].dtype),)).sigmoid()[:, 0]
+        losses = -functional_call(student, theta, (x,)).log_softmax(-1).gather(-1, x[..., None])[..., 0].mean(1)
+        g = torch.autograd.grad(((0.1 + q) * losses).mean(), list(theta.values()), create_graph=True)
+        theta = {n: p - 0.5 * d for (n, p), d in zip(theta.items(), g, strict=True)}
+    log_p = functional_call(student, theta, (labeled[0],)).log_softmax(-1)
+    kept = labeled[1] >= 0
+    outer = -log_p[kept].gather(-1, labeled[1][kept][:, None]).mean()
+    found = torch.autograd.grad(outer, list(phi.values()))
+    return {"outer_loss": outer.detach()[None], **dict(zip(phi, found, strict=True))}
+
+
+def _found(mode: Any, accumulate: int, steps: int = 1, dtype: torch.dtype = torch.float64, **of_problem: bool) -> Any:
+    teacher, student, labeled, batches = _words(dtype)
+    sampled = mode in ("reinforce", "reinforce_per_example", "loss_difference")
+    found = metapl.hypergradient(
+        teacher,
+        student,
+        labeled=labeled,
+        unlabeled=batches[0] if steps == 1 else metapl.Lookahead(batches[:steps]),
+        mode=metapl.feedback.Implicit(damping=1.0) if mode == "implicit" else mode,
+        problem=Language(sampled=sampled, **of_problem),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
+        accumulate=accumulate,
+    )
+    return {"outer_loss": found.outer_loss[None], **found.grads}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("mode", "steps"), [("unrolled", 1), ("forward", 1), ("difference", 1), ("unrolled", 3), ("forward", 3)]
+)
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_mean_over_tokens_in_micro_batches(accumulate: int, mode: str, steps: int, dtype: torch.dtype) -> None:
+    teacher, student, labeled, batches = _words(dtype)
+    expected = _by_hand(teacher, student, labeled, batches[:steps])
+    exact = 1e-10 if dtype == torch.float64 else 1e-4
+    tolerance = 1e-2 if mode == "difference" and dtype == torch.float32 else 1e-5 if mode == "difference" else exact
+    assert error(_found(mode, accumulate, steps, dtype), expected) < tolerance
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mean_over_tokens_is_one_in_every_mode(mode: str) -> None:
+    whole = _found(mode, 1)
+    assert error(_found(mode, 4), whole) < 1e-6
+    with pytest.warns(UserWarning, match=r"outer_loss is .* not a mean over examples.*\(sum, weight\)"):
+        apart = _found(mode, 2, paired=False)
+    assert error(apart, whole) > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["forward", "loss_difference"])
+def test_what_is_no_mean_is_told_of_on_the_first_step_alone(mode: str) -> None:
+    """Also by a network that has learned nothing, all of whose losses are alike, and a row at a time."""
+    for parts in (2, 8):
+        teacher, student, labeled, (x, *_) = _words(torch.float64)
+        nn.init.zeros_(student[2].weight)
+        nn.init.zeros_(student[2].bias)
+        labels = labeled[1].masked_fill(torch.arange(8)[:, None] % 2 == 0, 0).clamp_min(0)
+        labels[1, 1:] = labels[4, 1:] = -100
+        problem = Language(paired=False, sampled=mode == "loss_difference")
+        trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem, teacher_losses=(), accumulate=parts)
+        with pytest.warns(UserWarning, match="not a mean over examples") as told:
+            trainer.step((labeled[0], labels), x)
+        assert len(told) == 1
+        trainer.step((labeled[0], labels), x)
+
+
+def test_what_modes_are_compared_by_after_short_trainings_is_the_same_mean() -> None:
+    teacher, student, labeled, _ = _words(torch.float64)
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=Language(), teacher_losses=())
+    expected = F.cross_entropy(student(labeled[0]).mT, labeled[1])
+    assert trainings._outer_loss(trainer, labeled) == pytest.approx(float(expected))
+
+
+class Returns(Language):
+    """An outer loss that returns this."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def outer_loss(self, outputs: torch.Tensor, batch: Any) -> Any:
+        return self.returned(outputs.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (lambda s: (s, s), "with a gradient; expected a number, or a tensor without dimensions and without a gradient"),
+        (lambda s: (s, torch.ones(8)), r"the weight .* is a tensor of shape \(8,\).*mask\.sum\(\)"),
+        (lambda s: (s, "8"), "the weight .* is of type str"),
+        (lambda s: (s, 0), "sum to zero or less.*are all of its labels left out"),
+        (lambda s: (s, -2.0), "sum to zero or less"),
+        (lambda s: (s, float("nan")), "sum to zero or less, or to no number"),
+        (lambda s: (s, float("inf")), "sum to zero or less, or to no number"),
+        (lambda s: (s, 1, 1), r"a tuple of 3 .*; expected a scalar, or \(sum, weight\)"),
+        (lambda s: (s.expand(8), 8), "the sum that the problem's outer_loss returned is a tensor of shape"),
+        (lambda s: s.expand(8), r"outer_loss is a tensor of shape \(8,\).*take the mean, or return \(sum, weight\)"),
+        (lambda s: 1j * s, "outer_loss is a tensor of shape .*complex.*expected a real tensor"),
+    ],
+    ids=range(11),
+)
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_an_outer_loss_that_returns_something_else_is_refused(mode: str, returned: Any, text: str) -> None:
+    teacher, student, labeled, (x, *_) = _words(torch.float32)
+    trainer = metapl.BilevelTrainer(teacher, student, mode, problem=Returns(returned), teacher_losses=())
+    refused(lambda: trainer.step(labeled, x), text, teacher, student)
+
+
+def test_a_scalar_beside_a_pair_is_refused() -> None:
+    teacher, student, labeled, (x, *_) = _words(torch.float32)
+    seen: list[int] = []
+    problem = Returns(lambda s: s if seen.append(1) or len(seen) > 3 else (s, 1.0))
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=problem, teacher_losses=(), accumulate=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused(lambda: trainer.step(labeled, x), r"a scalar on one micro-batch and \(sum, weight\)", teacher, student)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_labels_that_a_teachers_cross_entropy_leaves_out(accumulate: int) -> None:
+    """PyTorch's mean over the labels that are left is one of the whole batch only."""
+    model = nn.Conv1d(2, 3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    labeled = torch.randn(4, 2, 5), torch.tensor([[0, 1, 2, -100, -100]]).expand(4, 5)
+    trainer = LossTrainer(model, optimizer=optimizer, accumulate=accumulate)
+    if accumulate == 1:
+        assert trainer.step(labeled).loss > 0
+    else:
+        refused(lambda: trainer.step(labeled), "the labels hold -100, which CrossEntropy.*accumulate=1", model)
 
 
 # --------------------------------------------------------------------------------------------------------- LossTrainer

@@ -175,6 +175,7 @@ CAUGHT: dict[str, dict[str, Check]] = {
 REFUSED = {
     "other_dropout_mask": [MetaplError],
     "replays_from_moved_buffers": [MetaplError],
+    "velocity_forgotten": [MetaplError],
 }
 """Faults that the library finds itself, as it would find them in a student."""
 

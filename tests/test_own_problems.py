@@ -295,16 +295,19 @@ def test_micro_batches_and_a_loss_that_looks_at_the_whole_batch(mode: str, dtype
     outer = F.cross_entropy(functional_call(case.student, moved, (case.labeled[0],)), case.labeled[1])
     grads = torch.autograd.grad(outer, list(phi.values()))
     before = values(case.teacher)
-    trainer_for(
+    trainer = trainer_for(
         case,
         mode,
         problem=Shares(),
         accumulate=2,
         inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.3),
         outer_optimizer=torch.optim.SGD(case.teacher.parameters(), lr=1.0),
-    ).step(**case.data())
+    )
+    with pytest.warns(UserWarning, match="inner_loss is .* not a mean over examples.*on micro-batches"):
+        trainer.step(**case.data())
     found = {n: before[n] - p for n, p in values(case.teacher).items()}
     assert error(found, dict(zip(phi, grads, strict=True))) < 1e-3
+    trainer.step(**case.data())  # it is said once
 
 
 @pytest.mark.parametrize("mode", SAMPLED)
@@ -316,3 +319,64 @@ def test_a_derivative_that_the_feedback_leaves_out_is_refused(mode: str) -> None
         trainer.step(**case.data())
     trainer_for(case, mode, problem=Anchored()).step(**case.data())
     trainer_for(case, "none", problem=AnchoredWithGraph()).step(**case.data())
+
+
+class Stateful(metapl.problems.Problem):
+    """Pseudo-labels with an inner loss that has state of its own, which its evaluation moves."""
+
+    def __init__(self, how: str, base: Any = None) -> None:
+        self.how, self.base = how, metapl.PseudoLabels() if base is None else base
+        self.calls, self.mean, self.norm = 0, torch.ones(()), nn.BatchNorm1d(3)
+
+    def for_modes(self, labels: Any, mode: str = "") -> Stateful:
+        return Stateful(self.how, self.base.for_modes(labels, mode))
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        return self.base.signal(teacher, batch, student_outputs, generator=generator)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self.base.outer_loss(outputs, batch)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        if self.how == "counter":
+            self.calls += 1
+            return self.base.inner_loss(outputs / (1 + 1e-3 / self.calls), signal, batch, params)
+        if self.how == "running_mean":
+            losses = self.base.inner_loss(outputs, signal, batch, params)
+            self.mean = 0.9 * self.mean + 0.1 * losses.detach().mean()
+            return losses / self.mean
+        z = self.norm.to(outputs).eval()(outputs)
+        self.norm.train()(outputs.detach())
+        return self.base.inner_loss(z, signal, batch, params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", ["counter", "running_mean", "batch_norm"])
+@pytest.mark.parametrize(
+    ("mode", "ahead"),
+    [
+        ("forward", 1),
+        ("forward", 3),
+        (metapl.feedback.Forward(truncate=1, keep_every=2), 3),
+        ("difference", 1),
+        ("reinforce_per_example", 1),
+        (metapl.feedback.Implicit(damping=1.0), 1),
+    ],
+    ids=str,
+)
+def test_an_inner_loss_with_state_of_its_own_is_refused(mode: Any, ahead: int, how: str, dtype: torch.dtype) -> None:
+    """Where it is evaluated twice."""
+    case = toy("mlp", dtype=dtype)
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
+    trainer = trainer_for(case, mode, problem=Stateful(how), inner_optimizer=inner, lookahead=ahead, teacher_losses=())
+    data = case.data() if ahead == 1 else {**case.data(), "unlabeled": metapl.Lookahead([case.unlabeled] * ahead)}
+    with unmoved(case), pytest.raises(MetaplError, match="inner_loss has another value when it is evaluated again"):
+        trainer.step(**data)
+
+
+@pytest.mark.parametrize("how", ["counter", "running_mean", "batch_norm"])
+@pytest.mark.parametrize("mode", ["unrolled", "reinforce", "loss_difference", "none"])
+def test_and_taken_as_it_is_where_it_is_evaluated_once(mode: str, how: str) -> None:
+    case = toy("mlp")
+    trainer = trainer_for(case, mode, problem=Stateful(how), teacher_losses=())
+    assert trainer.step(**case.data()).inner_loss > 0

@@ -22,6 +22,7 @@ from replays import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 import metapl
 from metapl import MetaplError
@@ -199,3 +200,77 @@ def test_jumps_that_the_slopes_do_not_see_are_refused() -> None:
     inner = torch.optim.SGD(student.parameters(), lr=0.1)
     with pytest.raises(metapl.MetaplError, match="outputs jump"):
         metapl.hypergradient(base.teacher, student, **base.data(), mode="difference", inner_optimizer=inner)
+
+
+# ------------------------------------------------------------------------------------ cached and complex weights
+
+
+class Bounded(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return 2 * w.tanh()
+
+
+def bounded() -> nn.Module:
+    student = mlp().double()
+    parametrize.register_parametrization(student[1], "weight", Bounded())
+    return student
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_parametrized_weights_that_are_cached_around_a_step(mode: str) -> None:
+    """A cached weight would be that of θ in every pass; the cache is empty after a step, which moved it."""
+    problem, again = case(bounded()), case(bounded())
+    again.student.load_state_dict(problem.student.state_dict())
+    expected, _ = plainly(problem)
+    inner = [RULE.build(one.student) for one in (problem, again)]
+    trainers = [
+        metapl.BilevelTrainer(**one.networks(), mode=mode, inner_optimizer=of, teacher_losses=())
+        for one, of in zip((problem, again), inner, strict=True)
+    ]
+    with parametrize.cached():
+        stale = problem.student[1].weight
+        assert error(found(problem, mode).grads, expected) < TOLERANCE[mode]
+        for _ in range(2):
+            trainers[0].step(**problem.data())
+        assert not torch.equal(problem.student[1].weight, stale)
+        assert problem.student[1].weight is problem.student[1].weight, "the caller's cache is as it was"
+    for _ in range(2):
+        trainers[1].step(**again.data())
+    assert all(map(torch.equal, problem.student.parameters(), again.student.parameters()))
+
+
+class Spectral(nn.Module):
+    """Complex weights, or a complex buffer, as those of rotary embeddings."""
+
+    def __init__(self, learned: bool, real: bool = True) -> None:
+        super().__init__()
+        self.real, w = real, torch.randn(16, 16, dtype=torch.complex128) / 4
+        self.w = nn.Parameter(w) if learned else nn.Buffer(w)
+        self.head = nn.Linear(16, CLASSES).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.flatten(1).to(self.w.dtype) @ self.w
+        z = self.head(z.abs())
+        return z if self.real else z * 1j
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("mode", ANYWHERE)
+def test_complex_weights_and_outputs_are_refused(mode: str, optimizer: Any) -> None:
+    for student, text in (
+        (Spectral(learned=True), r"the student's w is complex .*view_as_real"),
+        (Spectral(learned=False, real=False), r"the student returned .*complex128.*expected real outputs"),
+    ):
+        problem = case(student)
+        inner = optimizer(student.parameters(), lr=0.1)
+        before = [p.clone() for p in student.parameters()]
+        with pytest.raises(MetaplError, match=text):
+            metapl.hypergradient(**problem.networks(), **problem.data(), mode=mode, inner_optimizer=inner)
+        with pytest.raises(MetaplError, match=text):
+            metapl.BilevelTrainer(**problem.networks(), mode=mode, inner_optimizer=inner).step(**problem.data())
+        assert all(map(torch.equal, before, student.parameters()))
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_a_complex_buffer_is_exact(mode: str) -> None:
+    check_exact(case(Spectral(learned=False)), mode)

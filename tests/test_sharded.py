@@ -338,6 +338,12 @@ def test_what_does_not_run_is_refused_on_every_rank_with_one_message(two: Ranks,
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_an_outer_loss_of_a_sum_and_a_weight_is_as_in_one_process(two: Ranks, layout: str) -> None:
+    cases = [{"mode": mode, "layout": layout, "problem": sharded_cases.Weighted()} for mode in MODES]
+    check(two, [*cases, {**cases[-1], "accumulate": 2, "gradients": False}])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_an_outer_loss_that_is_no_mean_is_told_of_once(two: Ranks, layout: str) -> None:
     first, second = two.run("warned", layout=layout)
     assert second == []

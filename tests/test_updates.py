@@ -8,9 +8,13 @@ import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import OPTIMISERS, toy, warm
+from problems_zoo import OPTIMISERS, toy, unmoved, warm
 from reference import error
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import metapl
+from metapl import MetaplError
+from metapl.feedback.path import take_steps
 from metapl.parts import trainable
 from metapl.updates import Clipped, update_of
 
@@ -250,3 +254,185 @@ def test_adjoints_over_three_steps_are_those_of_the_rule_unrolled(name: str, ste
     flat = [w[n] for w in reversed(found) for n in w]
     for one, other in zip(flat, expected, strict=True):
         assert error({"": one}, {"": other}) < optimiser.tolerance
+
+
+# -------------------------------------------------------------------------------------------------- weights in half
+
+
+def reached(problem: Any, update: Any, **options: Any) -> Any:
+    """The step of a student on soft labels."""
+    (step,) = take_steps(
+        problem.student,
+        update,
+        metapl.PseudoLabels(kind="soft"),
+        labeled=problem.labeled,
+        batches=[problem.unlabeled],
+        teach=lambda x, z: metapl.Signal(problem.teacher(x).softmax(-1)),
+        **options,
+    ).steps
+    return step
+
+
+SGD = {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+IN_HALF: dict[str, tuple[Any, reference.Rule]] = {
+    "sgd": (lambda p: torch.optim.SGD(p, **SGD), reference.sgd(**SGD)),
+    "adam": (lambda p: torch.optim.Adam(p, 1e-3), reference.adam(1e-3)),
+    "adam_decay": (lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1), reference.adam(0.01, weight_decay=0.1)),
+    "adamw": (lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1), reference.adamw(lr=0.01, weight_decay=0.1)),
+    "torchopt_sgd": (lambda p: torchopt.sgd(0.3, momentum=0.9), reference.sgd(0.3, momentum=0.9)),
+    "torchopt_adam": (lambda p: torchopt.adam(1e-3), reference.adam(1e-3)),
+}
+
+
+def stored(real: Any, student: torch.nn.Module) -> Any:
+    """The state of a ``torch.optim`` optimizer in double, as the rules of the reference have it."""
+    held = {n: real.state[p] for n, p in student.named_parameters()} if hasattr(real, "state") else {}
+    if not any(held.values()):
+        return None
+    if "exp_avg" not in held["1.weight"]:
+        return {n: s["momentum_buffer"].double() for n, s in held.items()}
+    m, n = ({name: s[key].double() for name, s in held.items()} for key in ("exp_avg", "exp_avg_sq"))
+    zeros = {name: torch.zeros_like(t) for name, t in m.items()}
+    return {"t": int(held["1.weight"]["step"]), "m": m, "n": n, "top": zeros}
+
+
+@pytest.mark.parametrize("clip", [None, 0.02])
+@pytest.mark.parametrize(
+    ("dtype", "name", "steps"),
+    [(torch.bfloat16, name, 0) for name in IN_HALF]
+    + [(torch.bfloat16, name, 2) for name in IN_HALF if "torchopt" not in name]
+    + [(torch.float16, "sgd", 0), (torch.float16, "sgd", 2), (torch.float16, "torchopt_sgd", 0)],
+)
+def test_adjoints_of_weights_in_half_are_those_in_double(dtype: Any, name: str, steps: int, clip: float | None) -> None:
+    """From the state as it is stored; in half, a fresh Adam's would be rounding alone."""
+    problem, (build, rule) = toy("mlp", dtype=dtype), IN_HALF[name]
+    real = build(problem.student.parameters())
+    for seed in range(steps):
+        for n, g in gradients(problem.student, seed).items():
+            problem.student.get_parameter(n).grad = g
+        real.step()
+        real.zero_grad()
+    update = update_of(real, trainable(problem.student))
+    update = update if clip is None else Clipped(update, clip)
+    rule = rule if clip is None else reference.clipped(clip, rule)
+    v = gradients(problem.student, 22)
+    step = reached(problem, update)
+    theta, g = ({n: t.double().requires_grad_() for n, t in tree.items()} for tree in (step.params, step.gradient))
+    moved, _ = rule(theta, g, stored(real, problem.student))
+    expected = torch.autograd.grad(sum((moved[n] * v[n].double()).sum() for n in v), [*g.values(), *theta.values()])
+    of_g, of_theta = (dict(zip(g, part, strict=True)) for part in (expected[: len(g)], expected[len(g) :]))
+    assert error(step.pullback(v), of_g) < 5e-3
+    assert error(step.vjp(v).gradient, of_g) < 5e-3
+    assert error(step.vjp(v).params, of_theta) < 5e-3
+    kept = reached(problem, update, keep_graph=True)
+    through = torch.autograd.grad([kept.moved[0][n] for n in v], list(kept.grads.values()), list(v.values()))
+    assert error(dict(zip(kept.grads, through, strict=True)), of_g) < 5e-3
+    as_it_is, _ = update.update(kept.params, kept.gradient, kept.state)
+    assert all(torch.equal(kept.moved[0][n], t) for n, t in as_it_is.items())
+
+
+# ---------------------------------------------------------------------------------------- another step than its class's
+
+
+def halved(self: Any, closure: Any = None) -> None:
+    for group in self.param_groups:
+        for p in group["params"]:
+            p.data.sub_(0.5 * group["lr"] * p.grad)
+
+
+def clipping(self: Any, closure: Any = None) -> None:
+    """The optimizer's own step, and one thing more, for the last bias alone."""
+    self.own_step()
+    with torch.no_grad():
+        self.param_groups[0]["params"][-1].mul_(0.5)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_step_that_was_replaced_on_an_optimizer_is_refused(cls: Any) -> None:
+    problem = toy("mlp")
+    inner = cls(problem.student.parameters(), lr=0.1)
+    given = {**problem.networks(), "inner_optimizer": inner}
+    trainer = metapl.BilevelTrainer(**given, mode="forward")
+    inner.step = halved.__get__(inner)
+    text = r"a step of its own \(its method was replaced: optimizer\.step = .*del optimizer\.step"
+    with unmoved(problem, inner), pytest.raises(MetaplError, match=text):
+        trainer.step(**problem.data())
+    torch.optim.lr_scheduler.StepLR(inner, 1)  # wraps it once more
+    with pytest.raises(MetaplError, match=text):
+        metapl.BilevelTrainer(**given, mode="forward")
+    with pytest.raises(MetaplError, match=text):
+        metapl.hypergradient(**given, **problem.data())
+    del inner.step
+    trainer.step(**problem.data())
+
+
+@pytest.mark.parametrize("step", [halved, clipping])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_was_replaced_on_the_class_is_put_back(
+    cls: Any, warm: bool, step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the optimizer did is compared with what the feedback was found by."""
+    problem = toy("mlp")
+    inner = cls(problem.student.parameters(), lr=0.1)
+    if warm:
+        for p in problem.student.parameters():
+            p.grad = torch.ones_like(p)
+        inner.step()
+        inner.zero_grad()
+    monkeypatch.setattr(cls, "own_step", cls.step, raising=False)
+    monkeypatch.setattr(cls, "step", step)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", inner_optimizer=inner)
+    with (
+        unmoved(problem, inner),
+        pytest.raises(MetaplError, match=r"moved the student's .* elsewhere than the step of"),
+    ):
+        trainer.step(**problem.data())
+
+
+def test_hooks_of_all_optimizers_are_refused() -> None:
+    problem = toy("mlp")
+    inner = torch.optim.SGD(problem.student.parameters(), lr=0.1)
+    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: None)
+    try:
+        with pytest.raises(MetaplError, match="register_optimizer_step_pre_hook"):
+            metapl.hypergradient(**problem.networks(), **problem.data(), inner_optimizer=inner)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"maximize": True}], ids=str
+)
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_steps_by_every_implementation_and_under_a_scheduler(cls: Any, options: Any, dtype: torch.dtype) -> None:
+    """None of them is taken for another rule, also by a clip and over three steps."""
+    problem = toy("mlp", dtype=dtype)
+    inner = cls(problem.student.parameters(), lr=1e-3, weight_decay=0.01, **options)
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    inner.step = inner.step  # what accelerate leaves behind
+    trainer = metapl.BilevelTrainer(
+        **problem.networks(), mode="forward", inner_optimizer=inner, clip_norm=0.5, teacher_losses=()
+    )
+    for _ in range(2):
+        trainer.step(**problem.data())
+        scheduler.step()
+    trainer.step(problem.labeled, metapl.Lookahead([problem.unlabeled] * 3))
+    assert inner.param_groups[0]["lr"] == pytest.approx(2.5e-4)
+
+
+class Wrapper:
+    """As those of accelerate and Lightning."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+
+def test_a_wrapper_around_an_inner_optimizer_says_what_to_give() -> None:
+    problem = toy("mlp")
+    inner = torch.optim.AdamW(problem.student.parameters(), lr=0.1)
+    with pytest.raises(
+        MetaplError, match=r"Wrapper, a wrapper around torch\.optim\.adamw\.AdamW.*=optimizer\.optimizer"
+    ):
+        metapl.BilevelTrainer(**problem.networks(), inner_optimizer=Wrapper(inner))

@@ -16,6 +16,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.problems.base import sum_and_weight
 from metapl.training.trainer import BilevelTrainer
 
 
@@ -98,7 +99,9 @@ def _outer_loss(trainer: BilevelTrainer, labeled: Any) -> float:
     modes = {module: module.training for module in trainer.student.modules()}
     try:
         with torch.no_grad():
-            return float(trainer.problem.outer_loss(trainer.student.eval()(trainer.problem.outer_input(batch)), batch))
+            outputs = trainer.student.eval()(trainer.problem.outer_input(batch))
+            total, weight = sum_and_weight(trainer.problem.outer_loss(outputs, batch))
+            return float(total / weight)
     finally:
         _restore(modes)
 

@@ -130,6 +130,30 @@ def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:
     )
 
 
+def check_loss(again: Tensor, first: Tensor, size: Tensor, ranks: Ranks = ALONE) -> None:
+    """Refuse, on all ranks, an inner loss that has another value at the same outputs, signal, batch and weights.
+
+    Args:
+        again, first: the values, of this rank.
+        size: of the terms that they are means of, to which their rounding is proportional.
+    """
+    gap, bound = ranks.pooled(torch.stack([(again - first).abs(), size.abs() + first.abs()])).unbind()
+    _refuse(
+        gap,
+        SAME_LOSS[again.dtype] * bound,
+        "the problem's inner_loss has another value when it is evaluated again at the same outputs, signal, batch and "
+        "weights (the difference is {gap:.2g}, of {bound:.2g}), as the feedback requires, so the feedback would be "
+        "that of another loss. Usual causes: state of its own, such as a running mean, a counter or a schedule. Keep "
+        "such state in signal(), which is called once a step, and give it to the loss in a field of the signal. A mode "
+        'that evaluates no inner loss twice takes it as it is: mode="unrolled", or "reinforce".',
+        bound=bound,
+    )
+
+
+SAME_LOSS = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+"""Relative to the size of the terms, above the order in which a device sums."""
+
+
 def check_recomputed(second: Tensor, first: Tensor) -> None:
     """Refuse a teacher whose second pass differs from its first."""
     if not second.is_floating_point():

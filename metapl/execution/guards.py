@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from metapl import checks
 from metapl.batch import inputs_of
@@ -35,6 +36,16 @@ def restored_on_failure(generator: torch.Generator | None) -> Iterator[None]:
 
 
 @contextmanager
+def parametrized_anew() -> Iterator[None]:
+    """Compute parametrized weights anew in this block: those of ``parametrize.cached()`` are of other weights."""
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = enabled, {}
+
+
+@contextmanager
 def step_guard(
     *networks: nn.Module,
     optimizer: torch.optim.Optimizer | None,
@@ -55,6 +66,7 @@ def step_guard(
     fault = checks.Fault()
     with (
         step_lock,
+        parametrized_anew(),
         checks.deferred_to(fault),
         restored_on_failure(generator),
         nothing_moved(*networks, random=RandomState.now(device)),

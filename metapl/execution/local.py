@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from metapl import checks
 from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
-from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_outputs, coarsest
+from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_loss, check_outputs, coarsest
 from metapl.execution.buffers import (
     Slots,
     buffers_aside,
@@ -37,11 +37,13 @@ from metapl.execution.kernels import (
     refuse_once_differentiable,
 )
 from metapl.execution.rng import RandomState, replayed
-from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
+from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, scaled, wide, wide_tree
 from metapl.parts import trainable
 
 Loss = Callable[[Tensor, Tree], Tensor]
 """A scalar of outputs and of the weights that they were computed at."""
+WeightedLoss = Callable[[Tensor, Tree], tuple[Tensor, Tensor | float]]
+"""A loss as a sum, and the weight that it is to be divided by: a number where it is 1."""
 
 
 class LocalStudent:
@@ -68,6 +70,7 @@ class LocalStudent:
         self.ranks, self.space = ranks, space
         self.parameters = trainable(module) if parameters is None else parameters
         _refuse_late_hooks(self.parameters)
+        checks.real_weights(self.parameters)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.device = next(iter(self.params.values())).device
         self.slots = Slots(module)
@@ -79,8 +82,8 @@ class LocalStudent:
         """
         return Pass(self, params, inputs)
 
-    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState) -> Tensor:
-        """The mean of losses on batches at ``params``, without a graph.
+    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
+        """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph.
 
         It begins with the buffers as they are now, and draws from ``start`` on; both stay as they are.
         """
@@ -88,31 +91,48 @@ class LocalStudent:
         # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
         with torch.enable_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
             values = [loss(self.forward(x), params) for x, loss in zip(batches, losses, strict=True)]
-            value = mean_of(values)
-            if value.requires_grad:
-                self.gradient(value, params)
-        return self.ranks.mean(value.detach())
+            for value, _ in values:
+                if value.requires_grad:
+                    self.gradient(value, params)
+        return self.mean_of_all(values)[0]
 
     def loss_and_gradient(
-        self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState
+        self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState
     ) -> tuple[Tensor, Tree]:
-        """The mean of losses and its gradient, as :meth:`loss`."""
+        """The value of :meth:`loss`, and its gradient."""
         at = as_leaves(params)
         math = only_math_attention() if self.double_backward else nullcontext()
-        values: list[Tensor] = []
+        values: list[tuple[Tensor, Tensor | float]] = []
         gradients: list[Tree] = []
         reached = False
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with torch.enable_grad(), checkpoints_without_reentry(), math, self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
-                value = loss(self.forward(x), self.for_loss(at))
+                value, weight = loss(self.forward(x), self.for_loss(at))
                 v = self.gradient(value, at) if value.requires_grad else {}
                 reached = reached or bool(v)
                 gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
-                values.append(value.detach())
+                values.append((value.detach(), weight))
         if not reached:
             raise checks.without_outer_gradient()
-        return self.ranks.mean(mean_of(values)), mean_tree(gradients)
+        mean, weight = self.mean_of_all(values)
+        v = mean_tree(gradients)
+        return mean, scaled(v, len(values) / weight) if isinstance(weight, Tensor) else v
+
+    def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
+        """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
+        total = torch.stack([value.detach() for value, _ in values]).sum(0)
+        weight: Tensor | float = sum(weight for _, weight in values)
+        if not self.ranks.alone:
+            weight = weight if isinstance(weight, Tensor) else total.new_full((), weight)
+            total, weight = self.ranks.mean(torch.stack([total, weight.to(total)])).unbind()
+        if isinstance(weight, Tensor):
+            checks.refuse(
+                ~((weight > 0) & weight.isfinite()),
+                "the weights of the problem's outer_loss sum to zero or less, or to no number, over the whole outer "
+                "batch; expected (sum, weight) with a weight above zero in all: are all of its labels left out?",
+            )
+        return total / weight, weight
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
         """The gradient of a scalar in the weights that it reaches, the mean over the ranks; refused where it reaches
@@ -168,6 +188,7 @@ class Pass:
     Attributes:
         outputs: z = S(x; θ), (B, ...), float32 or wider, without a graph.
         graph: the same with its graph, until :meth:`gradient` has used it.
+        loss: the value of its loss on this rank, once :meth:`gradient` has found it.
         after: the generators at its end.
     """
 
@@ -202,10 +223,10 @@ class Pass:
             grads = self.student.gradient(value, self._at, create_graph=keep)
         if not grads:
             raise checks.without_gradient("student")
-        self.graph = None
+        self.graph, self.loss = None, value.detach()
         if not keep:
             self._at, self._held = {}, []
-        return self.student.ranks.mean(value.detach()), grads
+        return self.student.ranks.mean(self.loss), grads
 
     def forget(self) -> None:
         """Drop θ, until :meth:`gradient_again` gives it back."""
@@ -313,6 +334,8 @@ class Pass:
         ):
             outputs = self.student.forward(self.inputs)
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
+            check_loss(again, self.loss, again)
             g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
             refuse_once_differentiable(g)
             yield at, {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}

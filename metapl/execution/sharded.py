@@ -38,7 +38,7 @@ from metapl.execution.kernels import (
     no_fast_path,
     only_math_attention,
 )
-from metapl.execution.local import LocalStudent, Loss, Pass, mean_of
+from metapl.execution.local import LocalStudent, Pass, WeightedLoss
 from metapl.execution.rng import RandomState, replayed
 from metapl.numerics import Tree, full_float32, wide_tree
 
@@ -57,10 +57,10 @@ class ShardedStudent(LocalStudent):
             raise RuntimeError("a pass of record of a sharded student is at its own weights")
         return ShardedPass(self, params, inputs)
 
-    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState) -> Tensor:
+    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
         with torch.no_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
-            value = mean_of([loss(self.forward(x), UNREADABLE) for x, loss in zip(batches, losses, strict=True)])
-        return self.ranks.mean(value)
+            values = [loss(self.forward(x), UNREADABLE) for x, loss in zip(batches, losses, strict=True)]
+        return self.mean_of_all(values)[0]
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
         found = by_backward(value, self.parameters)

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from metapl import checks
 from metapl.errors import MetaplError
-from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_linear, check_slopes
+from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_linear, check_loss, check_slopes
+from metapl.execution.local import mean_of
 from metapl.feedback.base import Feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.numerics import Tree
@@ -108,13 +109,16 @@ def _slope(
     Args:
         step, signal, w, tangent: ℓ, w and ż.
         factors: (B,); None: 1.
-        check: refuse ż if the derivative is not ⟨w, g⟩.
+        check: refuse ż if the derivative is not ⟨w, g⟩, and a loss with another value than in the student's step.
     """
     z = step.outputs.clone().requires_grad_()
     theta = {name: p.detach().requires_grad_() for name, p in step.params.items()}
     with torch.enable_grad():
         losses = step.inner_losses(z, signal, step.student.for_loss(theta))
         mean = step.mean_over_batch(losses if factors is None else factors * losses)
+    if check:
+        of_record = mean_of([part.loss for part in step.passes])
+        check_loss(losses.detach().mean(), of_record, losses.detach().abs().mean(), step.student.ranks)
     grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
     directions = [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
     terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]

@@ -27,13 +27,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metapl.batch import joined, micro_batches
 from metapl.errors import MetaplError
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
 from metapl.numerics import Space, Tree, mean_tree, wide
 from metapl.problems.base import Problem, Signal, has_rows
-from metapl.updates import Parameters, Update
+from metapl.updates import Cotangents, Parameters, Update
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class InnerStep:
         """A forgotten step with θ, g and the optimizer's state; cost: a forward and a backward pass of the student."""
         if self.kept:
             return self
-        pieces = zip(self.passes, self._batches, self.signal.chunks(len(self.passes)), strict=True)
-        grads = [part.gradient_again(params, mean_inner_loss(self.problem, signal, x)) for part, x, signal in pieces]
+        pieces = self.pieces()
+        grads = [part.gradient_again(params, mean_inner_loss(self.problem, signal, x)) for part, signal, x in pieces]
         return replace(self, grads=mean_tree(grads), state=state)
 
     def on(self, signal: Signal) -> InnerStep:
@@ -111,7 +112,13 @@ class InnerStep:
     @cached_property
     def moved(self) -> tuple[Tree, Any]:
         """θ′ and s′, with a graph if the path keeps it."""
-        return self.update.update(self.params, self.grads, self.state)
+        given = self.params, self.grads, self.state
+        moved = self.update.update(*given)
+        if not self._half or not any(g.requires_grad for g in self.grads.values()):
+            return moved
+        # The values of the optimizer, the derivatives of the same update in float64: see :meth:`vjp`.
+        found: tuple[Tree, Any] = pytree.tree_map(_with_graph_of, moved, self.update.update(*_double(given)))
+        return found
 
     @cached_property
     def new_params(self) -> Tree:
@@ -180,17 +187,35 @@ class InnerStep:
         return all(part.ran_in_full_precision() for part in self.passes)
 
     def pullback(self, v: Tree) -> Tree:
-        """w = (∂U/∂g)ᵀ v."""
-        return self.update.pullback(self.params, self.gradient, self.state, v)
+        """w = (∂U/∂g)ᵀ v, computed as :meth:`vjp` is."""
+        given = self.params, self.gradient, self.state, v
+        return self._as_params(self.update.pullback(*_double(given))) if self._half else self.update.pullback(*given)
+
+    def vjp(self, v: Tree, state_cotangent: Any = None) -> Cotangents:
+        """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half precision, in float64.
+
+        Where its terms nearly cancel, as in the first steps of Adam, it would be rounding alone in half precision.
+        """
+        given = self.params, self.gradient, self.state, v, state_cotangent
+        if not self._half:
+            return self.update.vjp(*given)
+        bar = self.update.vjp(*_double(given))
+        return Cotangents(self._as_params(bar.gradient), self._as_params(bar.params), bar.state)
+
+    @property
+    def _half(self) -> bool:
+        return any(wide(p).dtype != p.dtype for p in self.params.values())
+
+    def _as_params(self, tree: Tree) -> Tree:
+        return {name: t.to(self.params[name].dtype) for name, t in tree.items()}
 
     @contextmanager
     def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
         """A function for products with ∂²ℓ/∂θ², valid inside the block."""
         with ExitStack() as stack:
-            signals = self.signal.chunks(len(self.passes))
             products = [
                 stack.enter_context(part.hessian(mean_inner_loss(self.problem, signal, x)))
-                for part, x, signal in zip(self.passes, self._batches, signals, strict=True)
+                for part, signal, x in self.pieces()
             ]
             yield lambda w: mean_tree([product(w) for product in products])
 
@@ -201,12 +226,12 @@ class InnerStep:
             v, state_cotangent: the cotangents of θ′ and s′; None: zero.
             fields: the fields of the signal, with the values at which the mixed derivatives are taken.
         """
-        bar = self.update.vjp(self.params, self.gradient, self.state, v, state_cotangent)
+        bar = self.vjp(v, state_cotangent)
         parts = len(self.passes)
         pieces = [t.chunk(parts) for t in fields.values()]
         curved: list[Tree] = []
         mixed: list[list[Tensor | None]] = []
-        for i, (part, x, signal) in enumerate(zip(self.passes, self._batches, self.signal.chunks(parts), strict=True)):
+        for i, (part, signal, x) in enumerate(self.pieces()):
             at_fields = as_leaves({name: t[i] for name, t in zip(fields, pieces, strict=True)})
             loss = mean_inner_loss(self.problem, replace(signal, **at_fields), x)
             product, in_fields = part.second_derivatives(bar.gradient, loss, list(at_fields.values()))
@@ -217,6 +242,10 @@ class InnerStep:
         in_signal = {name: None if t[0] is None else joined([x / parts for x in t]) for name, t in columns}
         params = {name: t + hessian[name] for name, t in bar.params.items()}
         return Adjoint(bar.gradient, params, bar.state, in_signal)
+
+    def pieces(self) -> Iterator[tuple[Pass, Signal, Any]]:
+        """The micro-batches, each as its pass, signal and batch."""
+        return zip(self.passes, self.signal.chunks(len(self.passes)), self._batches, strict=True)
 
     @property
     def _batches(self) -> list[Any]:
@@ -238,6 +267,17 @@ class Adjoint:
     params: Tree
     state: Any
     in_signal: dict[str, Tensor | None]
+
+
+def _double(trees: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, trees)
+
+
+def _with_graph_of(value: Any, wider: Any) -> Any:
+    """A tensor with its value, and the graph of the same in a wider type; anything else as it is."""
+    if not isinstance(wider, Tensor) or not wider.requires_grad:
+        return value
+    return value.detach() + (wider - wider.detach()).to(value.dtype)
 
 
 def mean_inner_loss(problem: Problem, signal: Signal, batch: Any) -> Loss:

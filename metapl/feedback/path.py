@@ -14,16 +14,24 @@ from torch.utils import _pytree as pytree
 from metapl import checks
 from metapl.batch import micro_batches
 from metapl.distributed.layout import Layout
-from metapl.distributed.means import warn_unless_mean
-from metapl.distributed.ranks import Ranks
+from metapl.distributed.means import MeanCheck
+from metapl.errors import MetaplError
 from metapl.execution.agreement import check_copies
 from metapl.execution.choice import student_of
 from metapl.execution.kernels import refuse_checkpoints
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, mean_of, refuse_hooks
-from metapl.execution.rng import RandomState
+from metapl.execution.local import (
+    LocalStudent,
+    Pass,
+    WeightedLoss,
+    as_leaves,
+    gradient_through,
+    mean_of,
+    refuse_hooks,
+)
+from metapl.execution.rng import RandomState, replayed
 from metapl.feedback.inner_step import InnerStep, mean_inner_loss
 from metapl.numerics import Tree, mean_tree
-from metapl.problems.base import Problem, Signal, joined_signals
+from metapl.problems.base import Problem, Signal, joined_signals, sum_and_weight
 from metapl.updates import Update
 
 Teach = Callable[[Any, Tensor], Signal]
@@ -40,7 +48,7 @@ class Path:
         steps: at least one.
         keep_every: every so many steps, one is kept with its weights, gradient and optimizer state; the adjoint
             computes the others again.
-        check_mean: warn if the outer loss is not a mean over examples.
+        check_mean: warn if a loss is not a mean over examples, where ranks or micro-batches share the batch.
     """
 
     problem: Problem
@@ -117,8 +125,7 @@ class Path:
             elif state_cotangent is None:
                 yield step, step.pullback(v), None
             else:
-                bar_first = step.update.vjp(step.params, step.gradient, step.state, v, state_cotangent)
-                yield step, bar_first.gradient, None
+                yield step, step.vjp(v, state_cotangent).gradient, None
 
     def _backwards(self, first: int) -> Iterator[tuple[int, InnerStep]]:
         """The steps from the last to ``first``, with their numbers; forgotten ones are computed again."""
@@ -181,15 +188,65 @@ class Path:
     def _outer_loss_at(self, params: Tree) -> Tensor:
         return self.student.loss(params, *self._outer_pass())
 
-    def _outer_pass(self) -> tuple[list[Any], list[Loss], RandomState]:
+    def _outer_pass(self) -> tuple[list[Any], list[WeightedLoss], RandomState]:
         """The student's inputs, their losses, and the start of a random stream.
 
         The stream is independent of the default one, from whose state after the inner pass the teacher draws.
         """
         start = self.steps[-1].passes[-1].after.branch()
         inputs = [self.problem.outer_input(part) for part in self.labeled]
-        ranks = self.student.ranks if self.check_mean else None
-        return inputs, [_outer_loss(self.problem, part, self.student.ranks, ranks) for part in self.labeled], start
+        check, self.check_mean = self._outer_check() if self.check_mean else None, False
+        kinds: set[bool] = set()
+        return inputs, [self._outer_loss(part, check, kinds) for part in self.labeled], start
+
+    def _outer_loss(self, batch: Any, check: MeanCheck | None, kinds: set[bool]) -> WeightedLoss:
+        """The outer loss on a micro-batch; ``kinds``: whether it was a pair on one of them, and a scalar."""
+
+        def loss(outputs: Tensor, params: Tree) -> tuple[Tensor, Tensor | float]:
+            value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
+            kinds.add(isinstance(weight, Tensor))
+            if len(kinds) > 1:
+                raise MetaplError(
+                    "the problem's outer_loss returned a scalar on one micro-batch and (sum, weight) on another; "
+                    "expected the same of all: where nothing is left to judge, a sum and a weight of 0."
+                )
+            check_copies([outputs], "outputs of the student on the labeled batch", self.student.ranks)
+            if check is not None:
+                with replayed(RandomState.now(outputs.device)):
+                    check.look(outputs, batch)
+            return value, weight
+
+        return loss
+
+    def _outer_check(self) -> MeanCheck:
+        def loss(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor | float]:
+            value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
+            return (value, weight) if isinstance(weight, Tensor) else (len(outputs) * value, len(outputs))
+
+        mend = (
+            "Return (sum, weight) to be exact, such as (losses.sum(), mask.sum()), or a mean over the rows, such as "
+            '(weights * F.cross_entropy(outputs, labels, reduction="none")).mean().'
+        )
+        return MeanCheck("outer_loss", loss, self.student.ranks, len(self.labeled), mend)
+
+    def look_at_inner_losses(self) -> None:
+        """Warn if the inner losses of the first step depend on other rows of the batch."""
+        step = self.steps[0]
+        params = self.student.for_loss(step.params)
+        (_, whole, _), *_ = pieces = list(step.pieces())
+
+        def loss(outputs: Tensor, given: Any) -> tuple[Tensor, float]:
+            batch, fields = given
+            losses = self.problem.inner_loss(outputs, Signal(**fields) if fields else whole, batch, params)
+            return losses.sum(), len(losses)
+
+        mend = "Make the loss of an example depend on its own row alone, or let signal() return what the rows share."
+        check = MeanCheck("inner_loss", loss, self.student.ranks, len(pieces), mend)
+        has_rows = step.signal_has_rows
+        with replayed(RandomState.now(step.outputs.device)):
+            # Of a signal without rows, each micro-batch has one of its own, and two of them have none.
+            for record, signal, batch in pieces if has_rows else pieces[:1]:
+                check.look(record.outputs, (batch, signal.detached().fields() if has_rows else {}))
 
 
 def take_steps(
@@ -217,11 +274,11 @@ def take_steps(
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
-        check_mean: warn if the outer loss is not a mean over examples, where ranks share the batch.
+        check_mean: see :class:`Path`.
     """
     own = student_of(student, update.parameters, double_backward=keep_graph)
     pieces = micro_batches(labeled, parts, "labeled")
-    shared = check_mean and own.ranks.size > 1
+    shared = check_mean and max(own.ranks.size, parts) > 1
     path = Path(problem, own, update, pieces, keep_every=keep_every, check_mean=shared)
     several = keep_graph and len(batches) > 1
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
@@ -231,6 +288,8 @@ def take_steps(
             params, state = path.steps[-1].moved
         path.steps.append(_step(path, batch, params, state, teach, refuse_checkpoints if several else nullcontext))
         path.forget()
+        if shared and len(path.steps) == 1:
+            path.look_at_inner_losses()
     return path
 
 
@@ -281,17 +340,3 @@ def _step(
         mean_tree(grads),
         state,
     )
-
-
-def _outer_loss(problem: Problem, batch: Any, all_ranks: Ranks, ranks: Ranks | None) -> Loss:
-    """The outer loss on a batch; with ``ranks``, it is checked to be a mean over examples."""
-
-    def loss(outputs: Tensor, params: Tree) -> Tensor:
-        value = problem.outer_loss(outputs, batch)
-        checks.scalar_loss(value, "the problem's outer_loss")
-        check_copies([outputs], "outputs of the student on the labeled batch", all_ranks)
-        if ranks is not None and not checks.waits(value):
-            warn_unless_mean(problem.outer_loss, outputs.detach(), batch, value, ranks)
-        return value
-
-    return loss

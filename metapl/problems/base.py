@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from metapl.batch import first_input, joined, labeled_pair
-from metapl.checks import described, refuse_not_finite
+from metapl.checks import described, refuse_not_finite, scalar_loss
 from metapl.errors import MetaplError
 from metapl.numerics import wide
 
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]
 """The kind of a signal: differentiable, or sampled."""
+OuterLoss = Tensor | tuple[Tensor, Tensor | float]
+"""A mean over the examples of a batch; or a sum, and the weight that it is to be divided by."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,16 @@ class Signal:
         """The signal about each of ``parts`` micro-batches."""
         if parts == 1:
             return [self]
-        columns = {name: t.chunk(parts) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        columns = {name: t.chunk(parts) for name, t in self.fields().items()}
         return [Signal(**{name: pieces[i] for name, pieces in columns.items()}) for i in range(parts)]
+
+    def fields(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
 
     def detached(self) -> Signal:
         """The same signal without the teacher's graph, for the student and the estimators."""
-        fields = {name: t.detach() for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return replace(self, **fields)
+        return replace(self, **{name: t.detach() for name, t in self.fields().items()})
 
 
 def check_signal(signal: Any, problem: Any) -> Signal:
@@ -125,8 +130,10 @@ class BilevelProblem(Protocol):
         """ℓ_i, shape (B,), without the mean over the batch, which metapl takes."""
         ...
 
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """L, a scalar, of the student's outputs on the labeled ``batch``."""
+    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
+        """L of the student's outputs on the labeled ``batch``: a scalar, which is a mean over examples, or a pair
+        (sum, weight) of scalars for any other mean, such as one over tokens. L is Σ sum / Σ weight over the
+        micro-batches and processes that share the batch; the weight carries no gradient."""
         ...
 
 
@@ -158,7 +165,7 @@ class Problem(ABC):
         """As in :class:`BilevelProblem`."""
 
     @abstractmethod
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
         """As in :class:`BilevelProblem`."""
 
     def student_input(self, batch: Any) -> Any:
@@ -257,12 +264,32 @@ class _Completed(Problem):
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         return self.given.inner_loss(outputs, signal, batch, params)
 
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
         return self.given.outer_loss(outputs, batch)
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
         choose = getattr(self.given, "for_modes", None)
         return self if choose is None else as_problem(choose(labels, mode))
+
+
+def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
+    """What a problem's ``outer_loss`` returned as (sum, weight); a scalar is a sum of weight 1.0, a number."""
+    if not isinstance(given, tuple | list):
+        scalar_loss(given, "the problem's outer_loss", "take the mean, or return (sum, weight)")
+        return given, 1.0
+    if len(given) != 2:
+        raise MetaplError(f"the problem's outer_loss is {described(given)}; expected a scalar, or (sum, weight).")
+    total, weight = given
+    scalar_loss(total, "the sum that the problem's outer_loss returned", "take the sum")
+    if isinstance(weight, int | float):
+        weight = total.new_full((), weight)
+    if not isinstance(weight, Tensor) or weight.ndim or weight.is_complex() or weight.requires_grad:
+        carried = ", with a gradient" if isinstance(weight, Tensor) and weight.requires_grad else ""
+        raise MetaplError(
+            f"the weight that the problem's outer_loss returned beside its sum is {described(weight)}{carried}; "
+            "expected a number, or a tensor without dimensions and without a gradient, such as mask.sum()."
+        )
+    return wide(total), weight.to(wide(total))
 
 
 def has_rows(problem: Problem, signal: Signal, outputs: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from metapl import checks
 from metapl.batch import views
-from metapl.distributed.ranks import log_mean_of_rows
+from metapl.distributed.ranks import Ranks, log_mean_of_rows
 from metapl.errors import MetaplError
 from metapl.numerics import wide
 from metapl.problems.base import Signal
@@ -27,7 +27,8 @@ class TeacherLoss(Protocol):
     name: ClassVar[str]
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        """A scalar with the teacher's graph; ``step`` counts from 0."""
+        """A scalar with the teacher's graph, a mean over the rows: it is taken on each micro-batch and rank apart, and
+        averaged. ``step`` counts from 0."""
         ...
 
 
@@ -219,6 +220,24 @@ def starts(losses: Sequence[TeacherLoss], done: int) -> list[int]:
 def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     # Cached, because a copy to a device makes the host wait.
     return torch.tensor(shares, dtype=dtype, device=device).log()
+
+
+def refuse_ignored_labels(losses: Sequence[TeacherLoss], labeled: Any, accumulate: int, ranks: Ranks) -> None:
+    """Refuse labels that a mean over labels leaves out, where micro-batches or ranks share the batch."""
+    labels = labeled[1] if isinstance(labeled, tuple | list) and len(labeled) > 1 else None
+    own = any(isinstance(loss, CrossEntropy) for loss in losses)
+    if max(accumulate, ranks.size) > 1 and own and isinstance(labels, Tensor) and not labels.is_floating_point():
+        checks.refuse(
+            (labels == IGNORED).any(),
+            f"the labels hold {IGNORED}, which CrossEntropy() leaves out of its mean, and the batch is shared by "
+            f"micro-batches (accumulate={accumulate}) or processes ({ranks.size}): a mean of their means would be "
+            "another loss; expected accumulate=1 in one process, or a loss of your own that divides by one number of "
+            "labels, the same in all parts.",
+        )
+
+
+IGNORED = -100
+"""The label that PyTorch's cross-entropy leaves out."""
 
 
 def refuse_split_batches(losses: Sequence[TeacherLoss], accumulate: int) -> None:

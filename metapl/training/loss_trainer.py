@@ -21,7 +21,15 @@ from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
 from metapl.fingerprints import as_values
 from metapl.problems.base import Signal
-from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, starts, sum_of_terms
+from metapl.problems.losses import (
+    CrossEntropy,
+    TeacherLoss,
+    check_losses,
+    refuse_ignored_labels,
+    refuse_split_batches,
+    starts,
+    sum_of_terms,
+)
 from metapl.training import Trainer
 from metapl.training.report import Report, means
 
@@ -107,6 +115,8 @@ class LossTrainer(Trainer):
         with step_guard(self.student, optimizer=self.optimizer, device=self.device) as fault:
             others = () if unlabeled is None else (unlabeled,)
             check_batches(labeled, others, self.device, self.ranks)
+            with self.ranks.agreed():
+                refuse_ignored_labels(self.losses_for(unlabeled), labeled, self.accumulate, self.ranks)
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),

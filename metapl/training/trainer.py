@@ -27,7 +27,7 @@ from metapl.fingerprints import as_values
 from metapl.hypergradient import Hypergradient, hypergradient, look_ahead
 from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
-from metapl.problems.losses import TeacherLoss, check_losses, refuse_split_batches, starts
+from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
@@ -69,7 +69,8 @@ class BilevelTrainer(Trainer):
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
         accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
-            batch statistics, dropout masks and losses that are not means over examples, which are per micro-batch.
+            batch statistics, dropout masks and losses that are not means over examples (an ``outer_loss`` that returns
+            (sum, weight) is exact, a scalar one warns), which are per micro-batch.
             Cost: one more teacher forward pass, for about 1/accumulate of the memory.
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
         lookahead: the number of student steps that the feedback looks ahead: :meth:`fit` draws this many unlabeled
@@ -227,6 +228,9 @@ class BilevelTrainer(Trainer):
         if self._teacher_trainer is None:
             return []
         parts = self.accumulate
+        with self.ranks.agreed():
+            own = self._teacher_trainer.losses_for(teacher_steps[-1].batch)
+            refuse_ignored_labels(own, labeled, parts, self.ranks)
         chunks = [chunk for step_feedback in feedback for chunk in step_feedback.chunks(parts)]
         labeled_parts = micro_batches(labeled, parts, "labeled")
         objectives = []
@@ -536,7 +540,7 @@ def _check_outer(optimizer: Any, teacher: nn.Module) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise MetaplError(
             f"outer_optimizer is {checks.described(optimizer)}; expected a torch.optim optimizer over "
-            "teacher.parameters()."
+            "teacher.parameters(); of a wrapper, what it wraps: outer_optimizer=optimizer.optimizer."
         )
     refuse_missing("outer_optimizer", optimizer, trainable(teacher), "teacher")
     own = {id(p) for p in teacher.parameters()}

@@ -43,6 +43,13 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
             )
         return TransformUpdate(optimizer, parameters, state)
     kind = _UPDATES.get(type(optimizer))
+    inside = getattr(optimizer, "optimizer", None)
+    if kind is None and type(inside) in _UPDATES:
+        raise MetaplError(
+            f"inner_optimizer is {described(optimizer)}, a wrapper around {described(inside)} that may do more at a "
+            "step than metapl can differentiate (skip it, scale gradients, average weights); give what it wraps: "
+            "inner_optimizer=optimizer.optimizer."
+        )
     if kind is None:
         raise MetaplError(
             f"inner_optimizer is {described(optimizer)}, whose update metapl cannot differentiate; expected "

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from metapl import checks
 from metapl.distributed.shards import as_sharded, is_sharded, local
 from metapl.errors import MetaplError
-from metapl.numerics import Tree
-from metapl.updates.base import Parameters, Update
+from metapl.numerics import Tree, wide
+from metapl.updates.base import Parameters, Update, described
 
 State = dict[str, Any]
 """The state of one parameter, as in ``torch.optim.Optimizer.state``."""
@@ -51,6 +54,18 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             )
 
 
+def _replaced_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's ``step`` is not its class's, nor that in the wrapper of PyTorch's schedulers."""
+    step = vars(optimizer).get("step", type(optimizer).step)
+    while getattr(step, "_wrapped_by_lr_sched", False):
+        step = step.__wrapped__
+    return getattr(step, "__func__", step) is not type(optimizer).step
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class TorchUpdate(Update):
     """The update of a ``torch.optim`` optimizer, from its current state and param groups.
 
@@ -61,7 +76,7 @@ class TorchUpdate(Update):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self._compared = optimizer, False
         for option in ("differentiable", "capturable"):
             if any(group.get(option) for group in optimizer.param_groups):
                 raise MetaplError(f"inner_optimizer has {option}=True, which metapl does not support; leave it out.")
@@ -83,11 +98,18 @@ class TorchUpdate(Update):
         """θ′ and s′ of the parameters of one group, differentiable in θ, g and s."""
 
     def follow(self, parameters: Parameters) -> None:
-        if self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks:
+        own = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        if any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
             raise MetaplError(
-                "inner_optimizer has a hook of register_step_pre_hook or register_step_post_hook, which may change "
-                "the student's step in a way that metapl does not differentiate; remove it (to clip gradients, use "
-                "clip_norm)."
+                "inner_optimizer has a hook of register_step_pre_hook or register_step_post_hook, or of "
+                "register_optimizer_step_pre_hook or _post_hook for all optimizers, which may change the student's "
+                "step in a way that metapl does not differentiate; remove it (to clip gradients, use clip_norm)."
+            )
+        if _replaced_step(self.optimizer):
+            raise MetaplError(
+                f"inner_optimizer has a step of its own (its method was replaced: optimizer.step = ...), which metapl "
+                f"does not differentiate; expected that of {described(self.optimizer)}: del optimizer.step (to clip "
+                "gradients, use clip_norm)."
             )
         refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
         groups = enumerate(self.optimizer.param_groups)
@@ -136,10 +158,37 @@ class TorchUpdate(Update):
             for name, p in parameters.items():
                 g = grads.get(name)
                 p.grad = as_sharded(g, p) if self._sharded and g is not None else g
-            self.optimizer.step()
+            with nullcontext() if self._compared else self._as_predicted(parameters, moved()[0]):
+                self.optimizer.step()
+            self._compared = True
         finally:
             for p in own:
                 p.grad = None
+
+    @contextmanager
+    def _as_predicted(self, parameters: Parameters, predicted: Tree) -> Iterator[None]:
+        """Refuse a step in this block that moves the weights elsewhere; weights and state are then put back."""
+        before = {name: local(p.detach()).clone() for name, p in parameters.items()}
+        state = {p: {key: _copied(t) for key, t in held.items()} for p, held in self.optimizer.state.items()}
+        yield
+        now = {name: local(p.detach()) for name, p in parameters.items()}
+        for name, was in before.items():
+            there = predicted[name].detach()
+            gap, moved, size = (torch.linalg.vector_norm(wide(t)) for t in (now[name] - there, there - was, was))
+            bad = gap > 1e-3 * moved + 4 * torch.finfo(was.dtype).eps * size
+            if not checks.waits(bad) and bool(bad):
+                with torch.no_grad():
+                    for other, t in now.items():
+                        t.copy_(before[other])
+                self.optimizer.state.clear()
+                self.optimizer.state.update(state)
+            checks.refuse(
+                bad,
+                f"inner_optimizer moved the student's {name} elsewhere than the step of {described(self.optimizer)} "
+                "does, by whose rule the feedback is found, so the feedback would be wrong. Usual causes: a step that "
+                "was replaced or wrapped, and one that does more, such as clipping (use clip_norm) or projecting "
+                "weights.",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
