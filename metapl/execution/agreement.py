@@ -16,7 +16,7 @@ change gradients). A student for which one of them fails is refused: its feedbac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -214,6 +214,28 @@ def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor, ra
         kind=SlopesDisagree,
         bend=bend,
         moved=moved,
+    )
+
+
+def check_difference(moved: Mapping[str, Tensor | None], bend: Mapping[str, Tensor | None]) -> None:
+    """Refuse a difference of derivatives in the signal whose two halves differ, by field of the signal.
+
+    Args:
+        moved: the difference over θ ± δ.
+        bend: the half ahead less the half behind, which is zero but for curvature, rounding and units that switch.
+    """
+    found = [(m, b) for m, b in zip(moved.values(), bend.values(), strict=True) if m is not None and b is not None]
+    if not found:
+        return
+    size, gap = (torch.stack([torch.linalg.vector_norm(t) for t in ts]).norm() for ts in zip(*found, strict=True))
+    _refuse(
+        gap,
+        0.05 * size,
+        "the feedback on a signal in the student's input is a difference of derivatives here, whose two halves differ "
+        "by {gap:.2g}, of {size:.2g}, so it would be wrong. Usual causes: units that switch as the weights move (ReLU) "
+        'or rounding in float32. Use mode="forward" or "unrolled", which are exact.',
+        kind=SlopesDisagree,
+        size=size,
     )
 
 

@@ -59,7 +59,7 @@ class ShardedStudent(LocalStudent):
     def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[Loss], start: RandomState) -> Tensor:
         with torch.no_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
             value = mean_of([loss(self.forward(x), UNREADABLE) for x, loss in zip(batches, losses, strict=True)])
-        return self.ranks.mean(value)
+        return self.ranks.mean(value.detach())
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
         found = by_backward(value, self.parameters)
