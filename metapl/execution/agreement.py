@@ -27,6 +27,9 @@ from metapl.distributed.ranks import ALONE, Agreed, Ranks
 from metapl.errors import MetaplError
 from metapl.numerics import reduced_float32
 
+Derivatives = Mapping[str, Tensor | None]
+"""By the field of a signal; None: nothing depends on it."""
+
 
 class SlopesDisagree(MetaplError):
     """The derivative of the inner loss along w differs between forward and reverse mode."""
@@ -217,19 +220,20 @@ def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor, ra
     )
 
 
-def check_difference(moved: Mapping[str, Tensor | None], bend: Mapping[str, Tensor | None]) -> None:
-    """Refuse a difference of derivatives in the signal whose two halves differ, by field of the signal.
+def check_difference(moved: Derivatives, bend: Derivatives, here: Derivatives, eps: Tensor) -> None:
+    """Refuse a difference of derivatives in the signal whose two halves differ, or that is mostly rounding.
 
     Args:
-        moved: the difference over θ ± δ.
+        moved: the difference over θ ± δ, by field of the signal.
         bend: the half ahead less the half behind, which is zero but for curvature, rounding and units that switch.
+        here: the derivatives at θ.
+        eps: their relative rounding error.
     """
-    found = [(m, b) for m, b in zip(moved.values(), bend.values(), strict=True) if m is not None and b is not None]
-    if not found:
+    if all(t is None for t in moved.values()):
         return
-    size, gap = (torch.stack([torch.linalg.vector_norm(t) for t in ts]).norm() for ts in zip(*found, strict=True))
+    size, gap, whole = (_norm_of(t) for t in (moved, bend, here))
     _refuse(
-        gap,
+        gap + eps * whole,
         0.05 * size,
         "the feedback on a signal in the student's input is a difference of derivatives here, whose two halves differ "
         "by {gap:.2g}, of {size:.2g}, so it would be wrong. Usual causes: units that switch as the weights move (ReLU) "
@@ -237,6 +241,10 @@ def check_difference(moved: Mapping[str, Tensor | None], bend: Mapping[str, Tens
         kind=SlopesDisagree,
         size=size,
     )
+
+
+def _norm_of(derivatives: Derivatives) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(t) for t in derivatives.values() if t is not None]).norm()
 
 
 def _refuse(gap: Tensor, limit: Tensor, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Tensor) -> None:

@@ -135,8 +135,8 @@ def given_unchanged(who: str, **given: Any) -> Iterator[None]:
         raise MetaplError(
             f"{who} changed {' and '.join(changed)} in place (an operation such as x.mul_(), x[0] = 0 or x += 1 on "
             "what it is given), and other passes read the same tensors, so the gradients would be wrong; expected them "
-            "unchanged: write x = x * 2 for x.mul_(2), or begin with x = x.clone(). A batch that was changed keeps the "
-            "changed values."
+            "unchanged: write x = x * 2 for x.mul_(2), or begin with x = x.clone(). A batch, or weights, that were "
+            "given keep the changed values."
         )
 
 

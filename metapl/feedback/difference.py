@@ -121,7 +121,9 @@ class Difference(Estimator):
         fields = step.signal.differentiable()
         moved = step.in_signal(fields, _differences(of_ahead, of_behind))
         there, back = _differences(of_ahead, of_here), _differences(of_here, of_behind)
-        check_difference(moved, step.in_signal(fields, _differences(there, back)))
+        eps = torch.finfo(step.shifted_dtype).eps * (factor * step.space.norm(w) > 0)  # w = 0 moves nothing, exactly
+        bend = step.in_signal(fields, _differences(there, back))
+        check_difference(moved, bend, step.in_signal(fields, of_here), eps)
         in_signal = {name: None if t is None else t / (2 * factor) for name, t in moved.items()}
         return Tangent((ahead - behind) / (2 * factor), rounding / (reduction * 2 * factor), in_signal)
 

@@ -377,9 +377,7 @@ def student_input(problem: Problem, batch: Any, signal: Signal | None = None, kn
     return inputs
 
 
-IN_THE_SIGNAL = (
-    "give it in the signal (its value, or another field), or, for a penalty on the teacher, in teacher_losses."
-)
+IN_THE_SIGNAL = "give it in a field of the signal or, for a penalty on the teacher, in teacher_losses."
 """The remedy for a loss that reads a tensor that the feedback knows nothing of."""
 
 
