@@ -245,7 +245,8 @@ def check_difference(moved: Derivatives, bend: Derivatives, here: Derivatives, e
 
 def _norm_of(derivatives: Derivatives) -> Tensor:
     norms = [torch.linalg.vector_norm(t) for t in derivatives.values() if t is not None]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    size: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return size
 
 
 def _refuse(gap: Tensor, limit: Tensor, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Tensor) -> None:
