@@ -244,6 +244,11 @@ def _tensor(name: str, t: Tensor, device: torch.device) -> None:
             f"the {name} batch was made inside torch.inference_mode(), and no gradient can be taken through such a "
             "tensor; make it under torch.no_grad(), or copy it outside of that block: x.clone()."
         )
+    if t.requires_grad:
+        raise MetaplError(
+            f"the {name} batch requires a gradient ({described(t)}), and none is taken in it; expected x.detach(). "
+            "Inputs that the teacher makes for the student are made in the problem: student_input(batch, signal)."
+        )
     if t.is_floating_point():
         refuse_not_finite(t, f"the {name} batch holds NaN or infinite values; clean the inputs first.")
 

@@ -15,11 +15,12 @@ from metapl.distributed.layout import Layout
 from metapl.distributed.ranks import Ranks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import check_copies
+from metapl.execution.local import as_leaves
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, modes_for
 from metapl.feedback.inner_step import InnerStep
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, revises
+from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, enters_input, kind_of, revises
 
 
 def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
@@ -44,7 +45,7 @@ def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) ->
         teacher, problem: None: no teacher.
         given: whether an option of the teacher was given, by its name; refused without one.
     """
-    kind = type(getattr(problem, "given", problem)).__name__
+    kind = kind_of(problem)
     if teacher is None and problem.has_teacher:
         raise MetaplError(f"teacher is None, and {kind} takes its signal from a teacher; expected a torch.nn.Module.")
     if teacher is not None and not problem.has_teacher:
@@ -81,7 +82,7 @@ def _check_same_rows(batches: Sequence[Any], ranks: Ranks) -> None:
 def check_steps(mode: Estimator, steps: int, problem: Problem) -> None:
     """Refuse more student steps than a mode, or a problem, takes."""
     if steps > 1 and revises(problem):
-        kind = type(getattr(problem, "given", problem)).__name__
+        kind = kind_of(problem)
         raise MetaplError(
             f"{kind} takes the student's step again on a signal that it makes of the feedback, and this goes with one "
             f"step, but {steps} were given; give one batch (lookahead=1)."
@@ -102,16 +103,39 @@ def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout)
         if mode.one_process
         else f"a look-ahead of {steps} student steps"
         if steps > 1
-        else f"{type(getattr(problem, 'given', problem)).__name__}, which makes its signal of the feedback,"
+        else f"{kind_of(problem)}, which makes its signal of the feedback,"
         if revises(problem)
         else None
     )
+    how = "sharded" if student.is_sharded else "in DistributedDataParallel"
+    if mode.credits == "signal" and enters_input(problem):
+        raise MetaplError(
+            f"the signal of {kind_of(problem)} enters the student's input, and mode {mode.name!r} takes no derivative "
+            f"through the input of a student that is {how}; train in one process, or with sampled signals in mode "
+            '"reinforce" or "loss_difference".'
+        )
     if taken is not None:
-        how = "sharded" if student.is_sharded else "in DistributedDataParallel"
         exact = "mode 'forward' (as exact as 'unrolled'), " if student.product_ranks == 1 else ""
         raise MetaplError(
             f"{taken} does not run on a student that is {how}. With one student step {exact}'difference' and the "
             "sampled modes run there; else train in one process."
+        )
+
+
+def check_input(mode: Estimator, problem: Problem) -> None:
+    """Refuse what a signal in the student's input does not go with."""
+    if not enters_input(problem):
+        return
+    if revises(problem):
+        raise MetaplError(
+            f"{kind_of(problem)} has revised_signal and student_input(batch, signal), and a step that is taken again "
+            "on a revised signal has the first one's input; expected one of the two."
+        )
+    if mode.credits == "example":
+        raise MetaplError(
+            f"mode {mode.name!r} credits each label with its effect on the loss of its own example alone, and the "
+            f"labels of {kind_of(problem)} enter the student's input, where they act on others too, such as through "
+            'batch statistics; use mode "reinforce" or "loss_difference", or a differentiable signal.'
         )
 
 
@@ -125,9 +149,15 @@ def check_tangent(mode: Estimator, student: Layout) -> None:
         )
 
 
-def check_kind(signal: Signal, mode: Estimator, steps: int) -> None:
+def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
     sampled = signal.sampled
+    if sampled and mode.credits == "signal" and enters_input(problem):
+        raise MetaplError(
+            f"mode {mode.name!r} takes the expectation over sampled labels, for which the inner loss must be linear in "
+            f'the label, and the label of {kind_of(problem)} enters the student\'s input; use mode "reinforce" or '
+            '"loss_difference", or a differentiable signal (without log_prob).'
+        )
     if not sampled and not signal.differentiable() and mode.credits != "nothing":
         raise MetaplError(
             f"the problem's signal is {checks.described(signal.value)} without a log_prob, so mode '{mode.name}' has "
@@ -162,6 +192,8 @@ def refuse_other_fields(step: InnerStep) -> None:
     signal = step.signal
     if not signal.sampled:
         return
+    for name in dict.fromkeys(name for entry in step.entries for name in entry.read()):
+        raise _other_field("student_input", name)
     fields = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
     leaves = {n: t.detach().requires_grad_() for n, t in fields.items() if t is not None and t.is_floating_point()}
     if not leaves:
@@ -174,8 +206,55 @@ def refuse_other_fields(step: InnerStep) -> None:
     grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
     for name, g in zip(leaves, grads, strict=True):
         if g is not None:
-            raise MetaplError(
-                f"inner_loss has a derivative in signal.{name}, and the feedback on a sampled signal covers its "
-                f"log-probability only, so the teacher's gradient would be wrong. If signal.{name} is meant as a "
-                f"constant, write signal.{name}.detach(); else return a differentiable signal (without log_prob)."
-            )
+            raise _other_field("inner_loss", name)
+
+
+def _other_field(method: str, name: str) -> MetaplError:
+    return MetaplError(
+        f"{method} has a derivative in signal.{name}, and the feedback on a sampled signal covers its "
+        f"log-probability only, so the teacher's gradient would be wrong. If signal.{name} is meant as a "
+        f"constant, write signal.{name}.detach(); else return a differentiable signal (without log_prob)."
+    )
+
+
+def refuse_unread_signal(step: InnerStep) -> None:
+    """Refuse an inner loss whose gradient in the student does not depend on the signal: there is no feedback on it."""
+    if not (_sampled_is_read(step) if step.signal.sampled else _fields_are_read(step)):
+        raise MetaplError(
+            f"the gradient of the inner loss of {kind_of(step.problem)} in the student's weights does not depend on "
+            "its signal, so there is no feedback on it and the teacher would learn nothing; expected an inner_loss in "
+            "which the signal acts on the student's outputs, such as signal.value * losses, without .detach(), argmax "
+            'or a comparison of the signal. To train without feedback, take mode="none".'
+        )
+
+
+def _fields_are_read(step: InnerStep) -> bool:
+    """Whether ∂ℓ/∂(z, θ) has a graph to a field of the signal."""
+    if any(entry.read() for entry in step.entries):
+        return True
+    z = step.outputs.clone().requires_grad_()
+    theta = as_leaves(step.params)
+    leaves = as_leaves(step.signal.differentiable())
+    with replayed(RandomState.now(z.device)), torch.enable_grad():
+        losses = step.inner_losses(z, replace(step.signal, **leaves), step.student.for_loss(theta))
+        found = torch.autograd.grad(losses.sum(), [z, *theta.values()], create_graph=True, allow_unused=True)
+        slopes = [g.sum() for g in found if g is not None and g.requires_grad]
+        if not slopes:
+            return False
+        in_fields = torch.autograd.grad(torch.stack(slopes).sum(), list(leaves.values()), allow_unused=True)
+    return any(g is not None for g in in_fields)
+
+
+def _sampled_is_read(step: InnerStep) -> bool:
+    """Whether the losses, or the student's input, are others for the drawn values of other examples."""
+    rolled = replace(step.signal, value=step.signal.value.roll(1, 0))
+    if torch.equal(rolled.value, step.signal.value):
+        return True  # this batch cannot tell
+    start = RandomState.now(step.outputs.device)
+    params = step.student.for_loss(step.params)
+    found = []
+    with torch.no_grad():
+        for signal in (step.signal, rolled):
+            with replayed(start):
+                found.append([step.inner_losses(step.outputs, signal, params), *step.inputs_of(signal)])
+    return not all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metapl import checks
 from metapl.compatible import (
     check_batches,
+    check_input,
     check_kind,
     check_layout,
     check_steps,
@@ -20,6 +21,7 @@ from metapl.compatible import (
     prepare,
     refuse_other_fields,
     refuse_random_loss,
+    refuse_unread_signal,
 )
 from metapl.distributed.layout import Layout, layouts
 from metapl.errors import MetaplError
@@ -86,15 +88,16 @@ def look_ahead(
     check_steps(mode, len(batches), problem)
     check_layout(mode, len(batches), problem, student)
     check_tangent(mode, student)
+    check_input(mode, problem)
     if revises(problem) and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError(
             'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '
             'of the feedback; leave it at "gradient".'
         )
 
-    def teach_checked(batch: Any, outputs: Tensor) -> Signal:
+    def teach_checked(batch: Any, outputs: Tensor | None) -> Signal:
         signal = check_signal(teach(batch, outputs), problem)
-        check_kind(signal, mode, len(batches))
+        check_kind(signal, mode, problem, len(batches))
         return signal
 
     path = take_steps(
@@ -107,13 +110,14 @@ def look_ahead(
         parts=parts,
         keep_graph=mode.keep_graph,
         keep_every=mode.keep_every,
-        check_mean=check_derivatives,
+        check=check_derivatives,
     )
     if check_derivatives and mode.keep_graph:
         with others_named(mode, path):
             refuse_once_differentiable(path.steps[0].grads.values())
     if check_derivatives and mode.credits != "nothing":
         refuse_other_fields(path.steps[0])
+        refuse_unread_signal(path.steps[0])
     if check_derivatives and mode.credits in ("signal", "example") and not mode.keep_graph:
         refuse_random_loss(path.steps[0])
     return path
@@ -190,7 +194,7 @@ def hypergradient(
     check_batches(labeled, inner_batches(unlabeled), device, of_student.ranks)
     passes: list[TeacherPass] = []
 
-    def teach(batch: Any, outputs: Tensor) -> Signal:
+    def teach(batch: Any, outputs: Tensor | None) -> Signal:
         recompute = recompute_teacher or accumulate > 1
         passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks))
         return passes[-1].signal

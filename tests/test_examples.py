@@ -76,17 +76,22 @@ LABEL_METHODS = {
 }
 
 
-def compared(
-    name: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> dict[str, tuple[float, float, float]]:
-    """By the kind of noise: accuracies of the method and of plain training, and their difference, as printed."""
+def printed(name: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What an example prints, run in this process."""
     patch.setattr(sys, "argv", [name, *arguments])
     patch.syspath_prepend(ROOT / "examples")
     with torch.random.fork_rng():
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def compared(
+    name: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> dict[str, tuple[float, float, float]]:
+    """By the kind of noise: accuracies of the method and of plain training, and their difference, as printed."""
     line = rf"(\w+): ([\d.]+) by {LABEL_METHODS[name]}, ([\d.]+) by plain training, difference ([+-][\d.]+) ± [\d.]+ "
-    printed = capsys.readouterr().out
-    return {noise: (float(a), float(b), float(d)) for noise, a, b, d in re.findall(line, printed)}
+    found = re.findall(line, printed(name, patch, capsys, *arguments))
+    return {noise: (float(a), float(b), float(d)) for noise, a, b, d in found}
 
 
 @pytest.mark.parametrize("name", LABEL_METHODS)
@@ -107,3 +112,22 @@ def test_learning_to_reweight_is_better_than_plain_training_on_asymmetric_noise(
     assert difference > 2
     assert plain > 75
     assert own > 88
+
+
+def test_ten_learned_images_teach_more_than_ten_real_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = printed("distilled_digits", monkeypatch, capsys, "3", "--steps", "40")
+    found = re.search(r"over 1 seeds: ([\d.]+) ± [\d.]+ on learned ones, ([\d.]+) ± [\d.]+ on random real ones", line)
+    assert found is not None
+    assert float(found[1]) > float(found[2]) + 5
+
+
+def test_the_noise_of_an_augmentation_is_learned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = printed("learned_augmentation", monkeypatch, capsys, "3", "--steps", "200")
+    found = re.search(r": ([\d.]+) with noise that was learned \(0\.1 -> ([\d.]+)\), ([\d.]+) with plain", line)
+    assert found is not None
+    assert 0.15 < float(found[2]) < 1
+    assert float(found[1]) > float(found[3])

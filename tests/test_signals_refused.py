@@ -147,3 +147,242 @@ def test_an_altered_mode_runs_where_its_base_does() -> None:
     assert (altered.one_process, altered.forward_mode) == (True, True)
     by_difference = Altered(ReinforcePerExample(tangent="difference"))
     assert (by_difference.one_process, by_difference.forward_mode) == (False, False)
+
+
+# ------------------------------------------------------------------------- ways to the teacher other than the signal
+
+
+class Bypassing(Soft):
+    """A parameter is read in one place, by its name."""
+
+    def __init__(self, where: str, parameter: Tensor, sampled: bool = False) -> None:
+        super().__init__()
+        self.where, self.parameter, self.sampled = where, parameter, sampled
+
+    def read(self, where: str) -> Any:
+        return self.parameter.sum() if where == self.where else 0.0
+
+    def signal(self, *args: Any, **options: Any) -> Signal:
+        return (Drawn.signal if self.sampled else Soft.signal)(self, *args, **options)
+
+    def student_input(self, batch: Any) -> Any:
+        return batch + self.read("student_input")
+
+    def outer_input(self, batch: Any) -> Any:
+        return batch[0] + self.read("outer_input")
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return F.cross_entropy(outputs, signal.value, reduction="none") + self.read("inner_loss")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1]) + self.read("outer_loss")
+
+
+BYPASSES = {
+    "student_input": r"student_input returned an input that depends on .*student_input\(batch, signal\)",
+    "outer_input": r"outer_input returned an input that depends on .*x\.detach\(\)",
+    "inner_loss": r"the problem's inner_loss reads a tensor of shape .*a field of the signal or.*teacher_losses",
+    "outer_loss": r"the problem's outer_loss reads a tensor of shape .*a field of the signal or.*teacher_losses",
+}
+ANY_MODE = [mode for mode in metapl.MODES if mode != "none"]
+
+
+def step(mode: Any, problem: Any, student: nn.Module | None = None, **options: Any) -> Any:
+    torch.manual_seed(0)
+    teacher = problem.teacher if hasattr(problem, "teacher") else nn.Linear(6, CLASSES)
+    student = nn.Linear(6, CLASSES) if student is None else student
+    before = [p.clone() for p in (*teacher.parameters(), *student.parameters())]
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        mode,
+        problem=problem,
+        teacher_losses=options.pop("teacher_losses", ()),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=0.1),
+        **options,
+    )
+    unlabeled = torch.randn(ROWS, 6)
+    try:
+        for _ in range(2):
+            trainer.step((torch.randn(8, 6), torch.arange(8) % CLASSES), unlabeled)
+    except MetaplError:
+        assert all(map(torch.equal, before, (*teacher.parameters(), *student.parameters())))
+        raise
+    return trainer
+
+
+@pytest.mark.parametrize("where", BYPASSES)
+@pytest.mark.parametrize("mode", ANY_MODE)
+def test_a_parameter_that_goes_past_the_signal(mode: str, where: str) -> None:
+    """Of the teacher or of the problem's own."""
+    sampled = mode in ("reinforce", "reinforce_per_example", "loss_difference")
+    for parameter in (nn.Parameter(torch.ones(3)), nn.Linear(6, CLASSES).weight):
+        with pytest.raises(MetaplError, match=BYPASSES[where]):
+            step(mode, Bypassing(where, parameter, sampled))
+    step(mode, Bypassing(where, torch.ones(3), sampled))  # a constant
+
+
+class Borrowing(nn.Module):
+    """A student on features of another network, which it holds outside of its modules."""
+
+    def __init__(self, features: nn.Module, cut: bool) -> None:
+        super().__init__()
+        self.features, self.cut, self.head = [features], cut, nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features[0](x)
+        return self.head(features.detach() if self.cut else features)
+
+
+@pytest.mark.parametrize("mode", ANY_MODE)
+def test_a_student_that_reads_the_teachers_features(mode: str) -> None:
+    sampled = mode in ("reinforce", "reinforce_per_example", "loss_difference")
+    problem = Bypassing("nowhere", torch.ones(3), sampled)
+    with pytest.raises(MetaplError, match=r"the student's forward reads a tensor of shape \(6, 6\)|\(6,\)"):
+        step(mode, problem, Borrowing(nn.Linear(6, 6), cut=False))
+    step(mode, problem, Borrowing(nn.Linear(6, 6), cut=True))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_batch_with_a_graph(which: int) -> None:
+    batches = [torch.randn(8, 6), torch.randn(ROWS, 6)]
+    batches[which].requires_grad_()
+    networks = nn.Linear(6, CLASSES), nn.Linear(6, CLASSES)
+    with pytest.raises(MetaplError, match=r"batch requires a gradient .*x\.detach\(\).*student_input\(batch, signal\)"):
+        metapl.BilevelTrainer(*networks).step((batches[0], torch.arange(8) % CLASSES), batches[1])
+
+
+# --------------------------------------------------------------------------------- an inner loss without its signal
+
+
+class Unread(Drawn):
+    """The teacher's distribution, or labels drawn from it, read by the loss through a function."""
+
+    def __init__(self, read: Any, sampled: bool) -> None:
+        super().__init__()
+        self.read, self.sampled = read, sampled
+
+    def signal(self, *args: Any, **options: Any) -> Signal:
+        return (Drawn() if self.sampled else Soft()).signal(*args, **options)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return self.read(outputs, signal.value)
+
+
+SOFT_UNREAD = {
+    "not at all": lambda z, q: z.logsumexp(-1),
+    "detached": lambda z, q: F.cross_entropy(z, q.detach(), reduction="none"),
+    "argmax": lambda z, q: F.cross_entropy(z, q.argmax(-1), reduction="none"),
+    "beside the outputs": lambda z, q: z.logsumexp(-1) + q.square().sum(-1),
+}
+
+
+@pytest.mark.parametrize("how", SOFT_UNREAD)
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference", "implicit"])
+def test_a_soft_signal_that_is_not_read(mode: str, how: str) -> None:
+    with pytest.raises(MetaplError, match="does not depend on its signal"):
+        step(mode, Unread(SOFT_UNREAD[how], sampled=False))
+    step("none", Unread(SOFT_UNREAD[how], sampled=False))
+
+
+@pytest.mark.parametrize("mode", ["reinforce", "reinforce_per_example", "loss_difference"])
+def test_sampled_labels_that_are_not_read(mode: str) -> None:
+    with pytest.raises(MetaplError, match="does not depend on its signal"):
+        step(mode, Unread(lambda z, drawn: z.logsumexp(-1), sampled=True))
+    step("none", Unread(lambda z, drawn: z.logsumexp(-1), sampled=True))
+    step(mode, Unread(lambda z, drawn: F.cross_entropy(z, drawn, reduction="none"), sampled=True))
+
+
+# -------------------------------------------------------------------------------------------------- edited in place
+
+
+class Editing(Soft):
+    """One function writes to one thing that it is given."""
+
+    def __init__(self, where: str, what: str, sampled: bool = False) -> None:
+        super().__init__()
+        self.where, self.what, self.sampled = where, what, sampled
+
+    def edit(self, where: str, **given: Any) -> None:
+        if where == self.where:
+            with torch.no_grad():
+                given[self.what].mul_(1.5)
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        self.edit("signal", student_outputs=student_outputs, batch=batch)
+        make = Drawn.signal if self.sampled else Soft.signal
+        return make(self, teacher, batch, student_outputs, generator=generator)
+
+    def student_input(self, batch: Any) -> Any:
+        self.edit("student_input", batch=batch)
+        return batch
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        value = signal.probs if self.sampled and signal.probs is not None else signal.value
+        self.edit("inner_loss", outputs=outputs, signal=value, batch=batch, params=params["weight"])
+        return F.cross_entropy(outputs, signal.value, reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        self.edit("outer_loss", outputs=outputs, batch=batch[0])
+        return F.cross_entropy(outputs, batch[1])
+
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
+        self.edit("check", outputs=outputs, labeled=labeled[0], unlabeled=unlabeled)
+
+
+EDITS = [
+    ("signal", "student_outputs", r"the problem's signal\(\) changed student_outputs in place"),
+    ("signal", "batch", "the teacher changed its input in place"),
+    ("student_input", "batch", "student_input changed batch in place"),
+    ("inner_loss", "outputs", "inner_loss changed outputs in place"),
+    ("inner_loss", "batch", "inner_loss changed batch in place"),
+    ("outer_loss", "outputs", "outer_loss changed outputs in place"),
+    ("outer_loss", "batch", "outer_loss changed batch in place"),
+    ("check", "outputs", "check changed outputs in place"),
+]
+
+
+@pytest.mark.parametrize(("where", "what", "text"), EDITS)
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference", "reinforce", "loss_difference"])
+def test_what_a_problem_is_given_stays_as_it_is(mode: str, where: str, what: str, text: str) -> None:
+    with pytest.raises(MetaplError, match=text):
+        step(mode, Editing(where, what, sampled=mode in ("reinforce", "loss_difference")))
+
+
+def test_a_loss_that_writes_to_the_weights() -> None:
+    with pytest.raises(MetaplError, match="inner_loss changed params in place"):
+        gradient("forward", Editing("inner_loss", "params"))
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_loss_that_edits_its_signal(mode: str, graph: bool) -> None:
+    """Under autograd too, which has words of its own for a leaf."""
+
+    class Edited(Soft):
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            with torch.set_grad_enabled(graph):
+                signal.value.mul_(1.5)
+            return super().inner_loss(outputs, signal, batch, params)
+
+    with pytest.raises(MetaplError, match=r"inner_loss changed .*signal.* in place"):
+        step(mode, Edited())
+
+
+class EditingLoss:
+    name = "edits"
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+        with torch.no_grad():
+            {"labeled": labeled[0], "unlabeled": unlabeled, "signal": signal.value}[self.what].mul_(1.5)
+        return teacher(labeled[0]).square().mean()
+
+
+@pytest.mark.parametrize("what", ["labeled", "unlabeled", "signal"])
+def test_what_a_teacher_loss_is_given_stays_as_it_is(what: str) -> None:
+    with pytest.raises(MetaplError, match=f"the teacher loss 'edits' changed {what} in place"):
+        step("forward", Soft(), teacher_losses=(EditingLoss(what),))

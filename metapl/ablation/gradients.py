@@ -17,10 +17,11 @@ from metapl.ablation.figures import Distance, ModeCost
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator
+from metapl.feedback.inner_step import student_input
 from metapl.feedback.lookahead import inner_batches
 from metapl.memory import out_of_memory
 from metapl.metrics.cost import flops, peak_bytes
-from metapl.problems.base import BilevelProblem
+from metapl.problems.base import BilevelProblem, enters_input
 from metapl.training.trainer import BilevelTrainer
 
 Gradient = Tensor
@@ -155,8 +156,15 @@ def costs(
     def call(mode: Estimator) -> Callable[[], Gradient]:
         return lambda: _gradient(trainer, mode, labeled, unlabeled)
 
+    batch, problem = inner_batches(unlabeled)[0], trainer.problem
+    with torch.no_grad(), replayed(RandomState.now(trainer.device)):
+        signal = None
+        if enters_input(problem):
+            no_outputs: Any = None
+            signal = problem.signal(copy.deepcopy(trainer._asked), batch, no_outputs, generator=None)
+        inputs = student_input(problem, batch, signal)
+
     def student() -> None:
-        inputs = trainer.problem.student_input(inner_batches(unlabeled)[0])
         with torch.no_grad(), replayed(RandomState.now(trainer.device)):
             copy.deepcopy(trainer.student)(inputs)
 

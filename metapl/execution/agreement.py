@@ -16,7 +16,7 @@ change gradients). A student for which one of them fails is refused: its feedbac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,9 @@ from metapl.distributed.ranks import ALONE, Agreed, Ranks
 from metapl.errors import MetaplError
 from metapl.execution.kernels import NotByThisMode
 from metapl.numerics import reduced_float32
+
+Derivatives = Mapping[str, Tensor | None]
+"""By the field of a signal; None: nothing depends on it."""
 
 
 class SlopesDisagree(NotByThisMode):
@@ -239,6 +242,35 @@ def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor, ra
         bend=bend,
         moved=moved,
     )
+
+
+def check_difference(moved: Derivatives, bend: Derivatives, here: Derivatives, eps: Tensor) -> None:
+    """Refuse a difference of derivatives in the signal whose two halves differ, or that is mostly rounding.
+
+    Args:
+        moved: the difference over θ ± δ, by field of the signal.
+        bend: the half ahead less the half behind, which is zero but for curvature, rounding and units that switch.
+        here: the derivatives at θ.
+        eps: their relative rounding error.
+    """
+    if all(t is None for t in moved.values()):
+        return
+    size, gap, whole = (_norm_of(t) for t in (moved, bend, here))
+    _refuse(
+        gap + eps * whole,
+        0.05 * size,
+        "the feedback on a signal in the student's input is a difference of derivatives here, whose two halves differ "
+        "by {gap:.2g}, of {size:.2g}, so it would be wrong. Usual causes: units that switch as the weights move (ReLU) "
+        'or rounding in float32. Use mode="forward" or "unrolled", which are exact.',
+        kind=SlopesDisagree,
+        size=size,
+    )
+
+
+def _norm_of(derivatives: Derivatives) -> Tensor:
+    norms = [torch.linalg.vector_norm(t) for t in derivatives.values() if t is not None]
+    size: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return size
 
 
 def _refuse(gap: Tensor, limit: Tensor, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Tensor) -> None:

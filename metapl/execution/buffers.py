@@ -104,15 +104,48 @@ def fresh(held: Sequence[Held]) -> list[Held]:
 @contextmanager
 def inputs_unchanged(inputs: Any, who: str) -> Iterator[None]:
     """Refuse a network that writes to its inputs in this block, by PyTorch's version counters."""
-    leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
-    before = [t._version for t in leaves]
+    before = _versions(inputs)
     yield
-    if [t._version for t in leaves] != before:
+    if _versions(inputs) != before:
         raise MetaplError(
             f"the {who} changed its input in place (an operation such as x.mul_() or ReLU(inplace=True) on the input "
             "itself), so later passes would read another batch; expected an unchanged input: begin its forward with "
             "x = x.clone(). The given batch now holds the changed values."
         )
+
+
+@contextmanager
+def given_unchanged(who: str, **given: Any) -> Iterator[None]:
+    """Refuse a function of the user's that writes to what it is given in this block.
+
+    Args:
+        who: the function, as the subject of a sentence.
+        given: trees of what may be written to, by name.
+    """
+    before = {name: _versions(tree) for name, tree in given.items()}
+    try:
+        yield
+        changed = [name for name, tree in given.items() if _versions(tree) != before[name]]
+    except RuntimeError as error:  # autograd's own refusal, where a signal is the leaf that a gradient is taken in
+        leaves = [name for name, tree in given.items() if any(t.requires_grad and t.is_leaf for t in _tensors(tree))]
+        changed = leaves if "leaf Variable that requires grad" in str(error) else []
+        if not changed:
+            raise
+    if changed:
+        raise MetaplError(
+            f"{who} changed {' and '.join(changed)} in place (an operation such as x.mul_(), x[0] = 0 or x += 1 on "
+            "what it is given), and other passes read the same tensors, so the gradients would be wrong; expected them "
+            "unchanged: write x = x * 2 for x.mul_(2), or begin with x = x.clone(). A batch, or weights, that were "
+            "given keep the changed values."
+        )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _versions(tree: Any) -> list[int]:
+    return [t._version for t in _tensors(tree) if not t.is_inference()]
 
 
 class Buffers:

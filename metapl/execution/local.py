@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.distributed.ranks import ALONE, Ranks
@@ -36,6 +37,7 @@ from metapl.execution.kernels import (
     only_math_attention,
     refuse_once_differentiable,
 )
+from metapl.execution.reach import refuse_stranger, stranger
 from metapl.execution.rng import RandomState, replayed
 from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, scaled, wide, wide_tree
 from metapl.parts import trainable
@@ -53,6 +55,7 @@ class LocalStudent:
         module: the network, in the mode (train or eval) that its owner left it in.
         parameters: those that it learns, where they are known.
         double_backward: keep the gradients of its passes of record differentiable.
+        walk: look through the whole graph of its outputs for tensors that are not its own.
         ranks: the processes that share its batches.
         space: products of trees of its weights.
     """
@@ -63,10 +66,12 @@ class LocalStudent:
         parameters: dict[str, nn.Parameter] | None = None,
         *,
         double_backward: bool = False,
+        walk: bool = False,
         ranks: Ranks = ALONE,
         space: Space = WHOLE,
     ) -> None:
-        self.module, self.double_backward = module, double_backward
+        self.module, self.double_backward, self.walk = module, double_backward, walk
+        self.own = {id(p) for p in module.parameters()}
         self.ranks, self.space = ranks, space
         self.parameters = trainable(module) if parameters is None else parameters
         _refuse_late_hooks(self.parameters)
@@ -90,7 +95,7 @@ class LocalStudent:
         params = {name: p.detach() for name, p in params.items()}
         # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
         with torch.enable_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
-            values = [loss(self.forward(x), params) for x, loss in zip(batches, losses, strict=True)]
+            values = [loss(self._outputs(params, x), params) for x, loss in zip(batches, losses, strict=True)]
             for value, _ in values:
                 if value.requires_grad:
                     self.gradient(value, params)
@@ -108,7 +113,7 @@ class LocalStudent:
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with torch.enable_grad(), checkpoints_without_reentry(), math, self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
-                value, weight = loss(self.forward(x), self.for_loss(at))
+                value, weight = loss(self._outputs(at, x), self.for_loss(at))
                 v = self.gradient(value, at) if value.requires_grad else {}
                 reached = reached or bool(v)
                 gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
@@ -164,6 +169,18 @@ class LocalStudent:
         with inputs_unchanged(inputs, "student"):
             return wide(checks.logits(self.module(inputs), "student"))
 
+    def _outputs(self, at: Tree, inputs: Any) -> Tensor:
+        outputs = self.forward(inputs)
+        self.refuse_strangers(outputs, at, inputs)
+        return outputs
+
+    def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any) -> None:
+        """Refuse outputs that depend on tensors other than these weights and inputs, if the student is to walk."""
+        if self.walk:
+            known = [*at.values(), *(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))]
+            remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
+            refuse_stranger("the student's forward", stranger([outputs], known, self.own), remedy)
+
     def held_at(self, params: Tree) -> list[Any]:
         """The student's slots with these weights in them."""
         return stand_ins(self.slots.parameters, {id(self.parameters[name]): p for name, p in params.items()})
@@ -205,6 +222,7 @@ class Pass:
             self._held = student.held_at(self._at)
         with torch.enable_grad(), student.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
             outputs = checks.logits(student.module(inputs), "student")
+        student.refuse_strangers(outputs, self._at, inputs)
         self.after = RandomState.now(student.device)
         self.rounded_to = coarsest([outputs.dtype, *student.formats()], student.device)
         self.graph: Tensor | None = wide(outputs)
@@ -260,19 +278,33 @@ class Pass:
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
+        with torch.no_grad(), self._shifted(step, direction):
+            return self.student.forward(wide_tree(self.inputs))
+
+    def shifted_derivatives(
+        self, step: Tensor, direction: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """:meth:`shifted`, and the derivatives of a loss there in leaves, of which the ``inputs`` are made."""
+        with torch.enable_grad(), self._shifted(step, direction) as moved:
+            outputs = self.student.forward(wide_tree(inputs))
+            found = torch.autograd.grad(loss(outputs, moved), leaves, allow_unused=True)
+        return outputs.detach(), list(found)
+
+    @contextmanager
+    def _shifted(self, step: Tensor, direction: Tree) -> Iterator[Tree]:
+        """The student at θ + step·direction, in float32 or wider, as it began this pass."""
         student = self.student
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
         frozen = {id(t): wide(t) for _, _, t in student.slots.parameters if not t.requires_grad}
         held = [*student.held_at(moved), *stand_ins(student.slots.parameters, frozen)]
         with (
-            torch.no_grad(),
             torch.autocast(student.device.type, enabled=False),
             full_float32(student.device),
             no_fast_path(),
             checkpoints_without_reentry(),
             self._again(held, upcast=True),
         ):
-            return student.forward(wide_tree(self.inputs))
+            yield moved
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
@@ -284,7 +316,7 @@ class Pass:
 
         Cost: a forward pass and a backward pass with a graph once, and one through both for every product.
         """
-        with self._differentiable_gradient(loss) as (at, g):
+        with self._differentiable_gradient(loss, self.inputs) as (at, g):
 
             def product(w: Tree) -> Tree:
                 if not g:
@@ -300,13 +332,15 @@ class Pass:
 
             yield product
 
-    def second_derivatives(self, w: Tree, loss: Loss, leaves: Sequence[Tensor]) -> tuple[Tree, list[Tensor | None]]:
+    def second_derivatives(
+        self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any
+    ) -> tuple[Tree, list[Tensor | None]]:
         """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass: (∂²ℓ/∂θ²) w, and that in leaves.
 
         By double backward: a forward pass, a backward pass with a graph, and one through both. None for a leaf that
-        the loss does not depend on.
+        neither the loss nor the ``inputs``, this pass's own, depend on.
         """
-        with self._differentiable_gradient(loss) as (at, g):
+        with self._differentiable_gradient(loss, inputs) as (at, g):
             names = [name for name in g if name in w]
             if not names:
                 return {name: torch.zeros_like(p) for name, p in at.items()}, [None for _ in leaves]
@@ -319,9 +353,9 @@ class Pass:
         return curved, list(found[len(at) :])
 
     @contextmanager
-    def _differentiable_gradient(self, loss: Loss) -> Iterator[tuple[Tree, Tree]]:
+    def _differentiable_gradient(self, loss: Loss, inputs: Any) -> Iterator[tuple[Tree, Tree]]:
         """θ as leaves, and the gradient of a loss of this pass in them, with its graph; entries that do not depend on
-        θ or on the loss's own leaves are left out."""
+        θ or on leaves of the loss and of the inputs are left out."""
         self._refuse_ranks()
         at = as_leaves(self.params)
         with (
@@ -332,7 +366,7 @@ class Pass:
             explained(),
             self._again(self.student.held_at(at)),
         ):
-            outputs = self.student.forward(self.inputs)
+            outputs = self.student.forward(inputs)
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
             again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
             check_loss(again, self.loss, again)

@@ -1,7 +1,7 @@
 r"""The feedback h along a direction w: on the signal, on its distribution, or on each example.
 
-It is computed in the head, from z = S(x; θ) and ż = d/dε S(x; θ + εw), without running the network. If the inner loss
-also reads the weights,
+It is computed in the head, from z = S(x; θ) and ż = d/dε S(x; θ + εw), without running the network (unless the signal
+enters x, see :func:`exact_feedback`). If the inner loss also reads the weights,
 
 .. math:: h = -\frac{\partial}{\partial\,\mathrm{signal}} \frac{d}{d\varepsilon}
               \ell(z + \varepsilon\dot z, \mathrm{signal}, \theta + \varepsilon w)
@@ -32,10 +32,22 @@ from metapl.problems.base import Signal
 
 @dataclass(frozen=True)
 class Tangent:
-    """ż, (B, ...), and for a difference of outputs a bound on the norm of its rounding error."""
+    """ż, (B, ...), and for a difference of outputs a bound on the norm of its rounding error.
+
+    Where the signal enters the student's input, a difference also has the derivatives of ⟨g, w⟩ in the signal's fields.
+    """
 
     z_dot: Tensor
     rounding: Tensor | None = None
+    in_signal: Mapping[str, Tensor | None] | None = None
+
+
+def exact_feedback(step: InnerStep, w: Tree) -> Feedback:
+    """The feedback along w by exact derivatives: ż in forward mode; or by double backward where the signal enters the
+    student's input, for ⟨∂ℓ/∂z, ż⟩ then depends on it through the whole network."""
+    if step.entries:
+        return feedback_from_gradients(step.signal, step.second_derivatives(w, step.signal.differentiable())[1])
+    return signal_feedback(step, w, Tangent(step.tangent(w)))
 
 
 def signal_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
@@ -45,6 +57,9 @@ def signal_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
     the one-hot rows of the labels.
     """
     signal = step.signal
+    if tangent.in_signal is not None:
+        _slope(step, signal, w, tangent)  # for its check
+        return feedback_from_gradients(signal, tangent.in_signal)
     h = feedback_from_gradients(signal, _mixed_derivative(step, credited_fields(signal), w, tangent, check=True))
     if signal.probs is not None and signal.sampled:
         at_probs = _mixed_derivative(step, {"value": signal.probs}, w, tangent, check=False)

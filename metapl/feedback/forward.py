@@ -9,7 +9,8 @@ only through θ′ = U(θ, g(s)), with g(s) = ∇_θ ℓ(S(x_u; θ), s). So, wit
              = d\,\langle \tfrac{\partial \ell}{\partial z}(z, s), \dot z \rangle .
 
 The mixed second derivative ∂²ℓ/∂θ∂s, contracted with w, is thus a derivative of the *outputs* along w, followed by one
-in the head, where the signal enters: no second derivative of the network is ever formed.
+in the head, where the signal enters: no second derivative of the network is ever formed. A signal that enters the
+student's input enters at both ends of the network, and its derivative is taken by double backward.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from metapl.feedback.base import (
     divisor,
     padded,
 )
-from metapl.feedback.credit import Tangent, credited_fields, feedback_from_gradients, signal_feedback
+from metapl.feedback.credit import credited_fields, exact_feedback, feedback_from_gradients
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
@@ -57,6 +58,7 @@ class Forward(Estimator):
     every one but the first costs a double backward pass instead of ż's, in which its Hessian product and its feedback
     are found together: about 1.3 times what ``unrolled`` costs, in the memory of one student step, of K sets of
     weights, gradients and optimizer states (see ``keep_every``), and of the teacher's K graphs (``recompute_teacher``).
+    A signal that enters the student's input costs a double backward pass in every step, the first too.
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).
@@ -86,9 +88,7 @@ class Forward(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         feedback = []
         for step, w, gradients in path.adjoints(credited_fields, self.truncate):
-            if gradients is None:  # the earliest step, whose Hessian product is not needed
-                h = signal_feedback(step, w, Tangent(step.tangent(w)))
-            else:
-                h = feedback_from_gradients(step.signal, gradients)
+            # The earliest step's Hessian product is not needed.
+            h = exact_feedback(step, w) if gradients is None else feedback_from_gradients(step.signal, gradients)
             feedback.append(h.divided_by(divisor(self.normalization, step, w)))
         return padded(feedback[::-1], path), state

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from metapl import checks
 from metapl.errors import MetaplError
 from metapl.feedback.base import Estimator, Feedback, State, check_choice
-from metapl.feedback.credit import Tangent, signal_feedback
+from metapl.feedback.credit import exact_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.solvers import Product, conjugate_gradient, neumann
@@ -86,7 +86,7 @@ class Implicit(Estimator):
         else:
             with step.hessian() as product:
                 w = scaled(self._solved(product, v, step), -1.0)
-        return [signal_feedback(step, w, Tangent(step.tangent(w)))], state
+        return [exact_feedback(step, w)], state
 
     def _solved(self, product: Product, v: Tree, step: InnerStep) -> Tree:
         if self.solver == "cg":

@@ -30,11 +30,63 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.batch import joined, micro_batches
+from metapl.checks import described
 from metapl.errors import MetaplError
+from metapl.execution.buffers import given_unchanged
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
+from metapl.execution.reach import refuse_stranger, stranger
 from metapl.numerics import Space, Tree, mean_tree, wide
-from metapl.problems.base import Problem, Signal, has_rows
+from metapl.problems.base import Problem, Signal, has_rows, kind_of
 from metapl.updates import Cotangents, Parameters, Update
+
+
+class Entry:
+    """The student's input in a micro-batch where the signal enters it: the input once, and its graph from the signal.
+
+    Feedback passes take the derivative in the input itself, and the graph takes it on to the signal. So nothing is made
+    a second time, and ``student_input`` may draw noise.
+
+    Args:
+        problem, batch: ``student_input`` of this problem, on this micro-batch.
+        signal: the signal about it.
+        in_graph: the input is made from the signal's own tensors, in their graph; else from leaves in their places.
+    """
+
+    def __init__(self, problem: Problem, batch: Any, signal: Signal, in_graph: bool) -> None:
+        floating = {n: t for n, t in vars(signal).items() if t is not None and t.is_floating_point()}
+        self.fields = floating if in_graph else as_leaves(floating)
+        self.graph = student_input(problem, batch, replace(signal, **self.fields), list(self.fields.values()))
+        self._entering = [t for t in pytree.tree_leaves(self.graph) if isinstance(t, Tensor) and t.requires_grad]
+
+    @property
+    def inputs(self) -> Any:
+        """The input, without its graph."""
+        return pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
+
+    def as_leaves(self, widened: bool) -> tuple[list[Tensor], Any]:
+        """The tensors of the input that depend on the signal, as leaves, and the input with these in their places.
+
+        Args:
+            widened: leaves in float32 or wider.
+        """
+        leaves = [(wide(t) if widened else t).detach().requires_grad_() for t in self._entering]
+        places = {id(t): leaf for t, leaf in zip(self._entering, leaves, strict=True)}
+        return leaves, pytree.tree_map_only(Tensor, lambda t: places.get(id(t), t), self.graph)
+
+    def in_fields(self, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        """Derivatives in the leaves of :meth:`as_leaves`, as derivatives in the fields."""
+        pairs = [(t, c.to(t.dtype)) for t, c in zip(self._entering, cotangents, strict=True) if c is not None]
+        if not pairs:
+            return dict.fromkeys(self.fields)
+        tensors, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(tensors, list(self.fields.values()), given, retain_graph=True, allow_unused=True)
+        return dict(zip(self.fields, found, strict=True))
+
+    def read(self) -> list[str]:
+        """The fields that the input depends on."""
+        return [
+            name for name, t in self.in_fields([torch.ones_like(t) for t in self._entering]).items() if t is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -49,6 +101,7 @@ class InnerStep:
         inner_loss: the mean of ℓ_i, a scalar.
         grads: g, with a graph if the path keeps it; empty if the step was forgotten.
         state: the optimizer's state before the step.
+        entries: how the signal enters the student's input, micro-batch by micro-batch; empty where it does not.
     """
 
     problem: Problem
@@ -59,6 +112,7 @@ class InnerStep:
     inner_loss: Tensor
     grads: Tree
     state: Any
+    entries: Sequence[Entry] = ()
 
     @property
     def kept(self) -> bool:
@@ -75,14 +129,21 @@ class InnerStep:
         """A forgotten step with θ, g and the optimizer's state; cost: a forward and a backward pass of the student."""
         if self.kept:
             return self
-        pieces = self.pieces()
-        grads = [part.gradient_again(params, mean_inner_loss(self.problem, signal, x)) for part, signal, x in pieces]
+        grads = [part.gradient_again(params, self._loss(signal, x)) for part, signal, x in self.pieces()]
         return replace(self, grads=mean_tree(grads), state=state)
 
     def on(self, signal: Signal) -> InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
         step = replace(self, signal=signal, grads={}).again(self.params, self.state)
         return replace(step, inner_loss=self.inner_losses(self.outputs, signal, self.params).mean())
+
+    def inputs_of(self, signal: Signal) -> list[Tensor]:
+        """The tensors of the student's inputs on another signal; empty where the signal does not enter them."""
+        if not self.entries:
+            return []
+        pieces = zip(self._batches, signal.chunks(len(self.passes)), strict=True)
+        inputs = [student_input(self.problem, x, part) for x, part in pieces]
+        return [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -92,7 +153,7 @@ class InnerStep:
     @property
     def signal_has_rows(self) -> bool:
         """Whether the signal has a row for each example of the batch."""
-        return has_rows(self.problem, self.signal, self.outputs)
+        return has_rows(self.problem, self.signal, len(self.outputs))
 
     def of_batch(self, h: Tensor) -> Tensor:
         """The feedback on the whole batch: the sum over micro-batches, each of which has a signal without rows."""
@@ -213,10 +274,7 @@ class InnerStep:
     def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
         """A function for products with ∂²ℓ/∂θ², valid inside the block."""
         with ExitStack() as stack:
-            products = [
-                stack.enter_context(part.hessian(mean_inner_loss(self.problem, signal, x)))
-                for part, signal, x in self.pieces()
-            ]
+            products = [stack.enter_context(part.hessian(self._loss(signal, x))) for part, signal, x in self.pieces()]
             yield lambda w: mean_tree([product(w) for product in products])
 
     def adjoint(self, v: Tree, state_cotangent: Any, fields: Mapping[str, Tensor]) -> Adjoint:
@@ -227,25 +285,66 @@ class InnerStep:
             fields: the fields of the signal, with the values at which the mixed derivatives are taken.
         """
         bar = self.vjp(v, state_cotangent)
-        parts = len(self.passes)
-        pieces = [t.chunk(parts) for t in fields.values()]
-        curved: list[Tree] = []
-        mixed: list[list[Tensor | None]] = []
-        for i, (part, signal, x) in enumerate(self.pieces()):
-            at_fields = as_leaves({name: t[i] for name, t in zip(fields, pieces, strict=True)})
-            loss = mean_inner_loss(self.problem, replace(signal, **at_fields), x)
-            product, in_fields = part.second_derivatives(bar.gradient, loss, list(at_fields.values()))
-            curved.append(product)
-            mixed.append(in_fields)
-        hessian = mean_tree(curved)
-        columns = zip(fields, zip(*mixed, strict=True), strict=True)
-        in_signal = {name: None if t[0] is None else joined([x / parts for x in t]) for name, t in columns}
+        hessian, in_signal = self.second_derivatives(bar.gradient, fields)
         params = {name: t + hessian[name] for name, t in bar.params.items()}
         return Adjoint(bar.gradient, params, bar.state, in_signal)
 
     def pieces(self) -> Iterator[tuple[Pass, Signal, Any]]:
         """The micro-batches, each as its pass, signal and batch."""
         return zip(self.passes, self.signal.chunks(len(self.passes)), self._batches, strict=True)
+
+    def second_derivatives(self, w: Tree, fields: Mapping[str, Tensor]) -> tuple[Tree, dict[str, Tensor | None]]:
+        """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, and that in fields of the signal, at the given values."""
+
+        curved, in_leaves = self._by_parts(lambda part, *given: part.second_derivatives(w, *given), fields)
+        return mean_tree(curved), self.in_signal(fields, in_leaves)
+
+    def shifted_derivatives(self, factor: Tensor, w: Tree) -> tuple[Tensor, list[list[Tensor | None]]]:
+        """:meth:`shifted`, and the derivatives of the inner loss there in the leaves of each micro-batch, for
+        :meth:`in_signal`."""
+        outputs, in_leaves = self._by_parts(
+            lambda part, *given: part.shifted_derivatives(factor, w, *given), self.signal.differentiable(), widened=True
+        )
+        return joined(outputs), in_leaves
+
+    def in_signal(
+        self, fields: Mapping[str, Tensor], in_leaves: Sequence[Sequence[Tensor | None]]
+    ) -> dict[str, Tensor | None]:
+        """Derivatives in the leaves of each micro-batch, as derivatives in the whole signal's fields; None of a field
+        that nothing depends on."""
+        parts, direct = len(self.passes), len(fields)
+        columns: list[dict[str, Tensor | None]] = []
+        for i, found in enumerate(in_leaves):
+            column = dict(zip(fields, found[:direct], strict=True))
+            for name, t in (self.entries[i].in_fields(found[direct:]) if self.entries else {}).items():
+                so_far = column[name]
+                column[name] = t if so_far is None else so_far if t is None else so_far + t
+            columns.append(column)
+        whole = {name: [column[name] for column in columns] for name in fields}
+        return {name: _joined_mean(pieces, parts) for name, pieces in whole.items()}
+
+    def _by_parts(
+        self, derive: Callable[..., tuple[Any, Any]], fields: Mapping[str, Tensor], *, widened: bool = False
+    ) -> tuple[list[Any], list[Any]]:
+        """The results of a function of each pass, its loss, the leaves of the fields and of the input, and the input.
+
+        Args:
+            derive: the function, of a pass and these.
+            fields: the fields of the signal, with the values at which derivatives are taken.
+            widened: leaves in float32 or wider.
+        """
+        parts = len(self.passes)
+        results = []
+        for i, (part, signal, x) in enumerate(self.pieces()):
+            values = {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
+            leaves = as_leaves({name: wide(t) for name, t in values.items()} if widened else values)
+            entering, inputs = self.entries[i].as_leaves(widened) if self.entries else ([], part.inputs)
+            loss = self._loss(replace(signal, **leaves), x)
+            results.append(derive(part, loss, [*leaves.values(), *entering], inputs))
+        return [first for first, _ in results], [second for _, second in results]
+
+    def _loss(self, signal: Signal, batch: Any) -> Loss:
+        return mean_inner_loss(self.problem, signal, batch, self.student)
 
     @property
     def _batches(self) -> list[Any]:
@@ -280,17 +379,76 @@ def _with_graph_of(value: Any, wider: Any) -> Any:
     return value.detach() + (wider - wider.detach()).to(value.dtype)
 
 
-def mean_inner_loss(problem: Problem, signal: Signal, batch: Any) -> Loss:
+def _joined_mean(pieces: Sequence[Tensor | None], parts: int) -> Tensor | None:
+    found = [t for t in pieces if t is not None]
+    return joined([t / parts for t in found]) if found else None
+
+
+def student_input(problem: Problem, batch: Any, signal: Signal | None = None, known: Sequence[Tensor] = ()) -> Any:
+    """The student's input in an inner batch, refused if it depends on tensors other than known ones.
+
+    Args:
+        problem, batch: whose.
+        signal: for a problem that makes the input from the signal.
+        known: the signal's tensors that may require a gradient.
+    """
+    make: Callable[..., Any] = problem.student_input
+    name = f"{kind_of(problem)}.student_input"
+    if signal is None:
+        with given_unchanged(name, batch=batch):
+            inputs = make(batch)
+    else:
+        with given_unchanged(name, batch=batch, signal=vars(signal)):
+            inputs = make(batch, signal)
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    found = stranger(tensors, known)
+    if found is not None:
+        raise MetaplError(
+            f"{name} returned an input that depends on {described(found)}, that requires a gradient, such as a weight "
+            "of the teacher or a parameter of the problem. The feedback is on the signal alone, so this gradient would "
+            "be lost; expected student_input(batch, signal), which makes the input from what signal() returned (the "
+            "feedback goes through it), or an input without a gradient: x.detach()."
+        )
+    return inputs
+
+
+IN_THE_SIGNAL = "give it in a field of the signal or, for a penalty on the teacher, in teacher_losses."
+"""The remedy for a loss that reads a tensor that the feedback knows nothing of."""
+
+
+def outer_input(problem: Problem, batch: Any) -> Any:
+    """The student's input in an outer batch, refused if it requires a gradient."""
+    name = f"{kind_of(problem)}.outer_input"
+    with given_unchanged(name, batch=batch):
+        inputs = problem.outer_input(batch)
+    found = stranger([t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)], ())
+    if found is not None:
+        raise MetaplError(
+            f"{name} returned an input that depends on {described(found)}, that requires a gradient. The feedback is "
+            "on the signal about the inner batch alone, so this gradient would be lost; expected an input without one: "
+            "x.detach()."
+        )
+    return inputs
+
+
+def mean_inner_loss(problem: Problem, signal: Signal, batch: Any, student: LocalStudent) -> Loss:
     """The mean of ℓ_i as a function of outputs and weights."""
+    given = vars(signal)
 
     def loss(outputs: Tensor, params: Tree) -> Tensor:
-        losses = problem.inner_loss(outputs, signal, batch, params)
+        weights = params if type(params) is dict else {}  # those of a sharded student cannot be read
+        changeable = {"outputs": outputs, "signal": given, "batch": batch, "params": weights}
+        with given_unchanged("the problem's inner_loss", **changeable):
+            losses = problem.inner_loss(outputs, signal, batch, params)
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-            given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise MetaplError(
-                f"inner_loss returned {given} for a batch of {len(outputs)}; expected one loss per example, "
+                f"inner_loss returned {found} for a batch of {len(outputs)}; expected one loss per example, "
                 f"({len(outputs)},): leave the mean to metapl."
             )
+        fields = [t for t in given.values() if isinstance(t, Tensor)]
+        known = [outputs, *weights.values(), *fields]
+        refuse_stranger("the problem's inner_loss", stranger([losses], known, student.own), IN_THE_SIGNAL)
         return losses.mean()
 
     return loss

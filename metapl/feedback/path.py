@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -17,6 +18,7 @@ from metapl.distributed.layout import Layout
 from metapl.distributed.means import MeanCheck
 from metapl.errors import MetaplError
 from metapl.execution.agreement import check_copies
+from metapl.execution.buffers import given_unchanged
 from metapl.execution.choice import student_of
 from metapl.execution.kernels import refuse_checkpoints
 from metapl.execution.local import (
@@ -28,14 +30,15 @@ from metapl.execution.local import (
     mean_of,
     refuse_hooks,
 )
+from metapl.execution.reach import refuse_stranger, stranger
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback.inner_step import InnerStep, mean_inner_loss
+from metapl.feedback.inner_step import IN_THE_SIGNAL, Entry, InnerStep, mean_inner_loss, outer_input, student_input
 from metapl.numerics import Tree, mean_tree
-from metapl.problems.base import Problem, Signal, joined_signals, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
 from metapl.updates import Update
 
-Teach = Callable[[Any, Tensor], Signal]
-"""The teacher's signal about a batch, given the student's outputs on it."""
+Teach = Callable[[Any, Tensor | None], Signal]
+"""The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
 
 
 @dataclass
@@ -166,7 +169,9 @@ class Path:
     def revised(self, h: Tensor) -> Path:
         """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
         where it makes none."""
-        signal = self.problem.revised_signal(self.steps[-1].signal, h)
+        given = self.steps[-1].signal
+        with given_unchanged("the problem's revised_signal", signal=vars(given), h=h):
+            signal = self.problem.revised_signal(given, h)
         if signal is None:
             return self
         refuse_hooks(self.student.parameters)
@@ -194,7 +199,7 @@ class Path:
         The stream is independent of the default one, from whose state after the inner pass the teacher draws.
         """
         start = self.steps[-1].passes[-1].after.branch()
-        inputs = [self.problem.outer_input(part) for part in self.labeled]
+        inputs = [outer_input(self.problem, part) for part in self.labeled]
         check, self.check_mean = self._outer_check() if self.check_mean else None, False
         kinds: set[bool] = set()
         return inputs, [self._outer_loss(part, check, kinds) for part in self.labeled], start
@@ -203,7 +208,11 @@ class Path:
         """The outer loss on a micro-batch; ``kinds``: whether it was a pair on one of them, and a scalar."""
 
         def loss(outputs: Tensor, params: Tree) -> tuple[Tensor, Tensor | float]:
-            value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
+            name = "the problem's outer_loss"
+            # With a graph from the outputs on also where the student runs without one, so that another way is seen.
+            with torch.enable_grad(), given_unchanged(name, outputs=outputs, batch=batch):
+                value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
+            refuse_stranger(name, stranger([value], [outputs], self.student.own), IN_THE_SIGNAL)
             kinds.add(isinstance(weight, Tensor))
             if len(kinds) > 1:
                 raise MetaplError(
@@ -260,7 +269,7 @@ def take_steps(
     parts: int = 1,
     keep_graph: bool = False,
     keep_every: int = 1,
-    check_mean: bool = False,
+    check: bool = False,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
 
@@ -274,11 +283,12 @@ def take_steps(
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
-        check_mean: see :class:`Path`.
+        check: warn if a loss is not a mean over examples (see :class:`Path`), and look through the whole graph of the
+            student's outputs for tensors that are not its own.
     """
-    own = student_of(student, update.parameters, double_backward=keep_graph)
+    own = student_of(student, update.parameters, double_backward=keep_graph, walk=check)
     pieces = micro_batches(labeled, parts, "labeled")
-    shared = check_mean and max(own.ranks.size, parts) > 1
+    shared = check and max(own.ranks.size, parts) > 1
     path = Path(problem, own, update, pieces, keep_every=keep_every, check_mean=shared)
     several = keep_graph and len(batches) > 1
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
@@ -299,37 +309,59 @@ def _step(
     """One step; ``around``: what the student's passes run in."""
     passes: list[Pass] = []
     signals: list[Signal] = []
+    entries: list[Entry] = []
     losses: list[Tensor] = []
     grads: list[Tree] = []
     batches = micro_batches(batch, len(path.labeled), "unlabeled")
+    pairs = list(zip(batches, path.labeled, strict=True))
+
+    def run(x: Any, labeled: Any, inputs: Any) -> None:
+        with around():
+            record = path.student.run(params, inputs)
+        check_copies([record.outputs], "outputs of the student", path.student.ranks)
+        with path.student.ranks.agreed():
+            with given_unchanged("the problem's check", outputs=record.outputs, labeled=labeled, unlabeled=x):
+                path.problem.check(record.outputs, labeled, x)
+            checks.finite_student(record.outputs)
+        passes.append(record)
+
+    def ask(x: Any, outputs: Tensor | None) -> None:
+        with path.student.ranks.agreed():
+            signal = teach(x, outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
+        check_copies([t for t in vars(signal).values() if t is not None], "signals of the teacher", path.student.ranks)
+        signals.append(signal)
 
     def learn(record: Pass, signal: Signal, x: Any) -> None:
-        loss, gradient = record.gradient(mean_inner_loss(path.problem, signal, x))  # line 3: g
+        loss, gradient = record.gradient(mean_inner_loss(path.problem, signal, x, path.student))  # line 3: g
         checks.dense_gradients(gradient)
         losses.append(loss)
         grads.append(gradient)
 
-    for x, labeled in zip(batches, path.labeled, strict=True):
-        with around():
-            record = path.student.run(params, path.problem.student_input(x))
-        check_copies([record.outputs], "outputs of the student", path.student.ranks)
-        with path.student.ranks.agreed():
-            path.problem.check(record.outputs, labeled, x)
-            checks.finite_student(record.outputs)
-        with path.student.ranks.agreed():
-            signal = teach(x, record.outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
-        check_copies([t for t in vars(signal).values() if t is not None], "signals of the teacher", path.student.ranks)
-        passes.append(record)
-        signals.append(signal)
-        if not path.student.double_backward:
-            learn(record, signal, x)
-    signal = joined_signals(signals)
-    if path.student.double_backward:
+    def joined_leaf() -> Signal:
         # The whole signal is the leaf that the path is differentiated with respect to; no graph is freed before anyway.
-        for t in signal.differentiable().values():
+        whole = joined_signals(signals)
+        for t in whole.differentiable().values() if path.student.double_backward else ():
             t.requires_grad_()
-        for record, part, x in zip(passes, signal.chunks(len(passes)), batches, strict=True):
-            learn(record, part, x)
+        return whole
+
+    if enters_input(path.problem):
+        for x in batches:
+            ask(x, None)
+        signal = joined_leaf()
+        for (x, labeled), part in zip(pairs, signal.chunks(len(batches)), strict=True):
+            entries.append(Entry(path.problem, x, part, path.student.double_backward))
+            run(x, labeled, entries[-1].graph if path.student.double_backward else entries[-1].inputs)
+            learn(passes[-1], part, x)
+    else:
+        for x, labeled in pairs:
+            run(x, labeled, student_input(path.problem, x))
+            ask(x, passes[-1].outputs)
+            if not path.student.double_backward:
+                learn(passes[-1], signals[-1], x)
+        signal = joined_leaf()
+        if path.student.double_backward:
+            for record, part, x in zip(passes, signal.chunks(len(passes)), batches, strict=True):
+                learn(record, part, x)
     return InnerStep(
         path.problem,
         path.update,
@@ -339,4 +371,5 @@ def _step(
         mean_of(losses),
         mean_tree(grads),
         state,
+        entries,
     )

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from metapl.batch import length
 from metapl.distributed.ranks import ALONE, Ranks, rows_shared
+from metapl.errors import MetaplError
 from metapl.execution.agreement import check_recomputed
-from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
+from metapl.execution.buffers import Slots, buffers_aside, copies, given_unchanged, inputs_unchanged
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
 from metapl.execution.rng import RandomState, replayed
-from metapl.problems.base import Problem, Signal
+from metapl.problems.base import Problem, Signal, kind_of
 
 
 class TeacherPass:
@@ -23,7 +26,8 @@ class TeacherPass:
     Args:
         teacher, problem: the network and the problem.
         batch: the inner batch.
-        student_outputs: S(x_u; θ_S), detached; the signal may depend on them.
+        student_outputs: S(x_u; θ_S), detached; the signal may depend on them. None: the student has not run, because
+            the signal enters its input.
         generator: for drawing labels.
         ranks: the processes that share the batch.
         recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
@@ -35,7 +39,7 @@ class TeacherPass:
         teacher: nn.Module,
         problem: Problem,
         batch: Any,
-        student_outputs: Tensor,
+        student_outputs: Tensor | None,
         generator: torch.Generator | None,
         recompute: bool,
         ranks: Ranks = ALONE,
@@ -43,8 +47,10 @@ class TeacherPass:
         self.ranks = ranks
         self.teacher, self.problem, self.batch = teacher, problem, batch
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
+        self.rows = length(batch) if student_outputs is None else len(student_outputs)
         if recompute:
-            self._random = RandomState.now(student_outputs.device)
+            device = next(t.device for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+            self._random = RandomState.now(device)
             self._buffers = copies(Slots(teacher).all_buffers)
             self._generator_state = None if generator is None else generator.get_state()
             with torch.no_grad(), no_fast_path(), checkpoints_without_reentry():
@@ -65,8 +71,23 @@ class TeacherPass:
         return again
 
     def _run(self) -> Signal:
-        with inputs_unchanged(self.batch, "teacher"), rows_shared(self.ranks):
-            return self.problem.signal(self.teacher, self.batch, self.student_outputs, generator=self.generator)
+        with (
+            inputs_unchanged(self.batch, "teacher"),
+            given_unchanged("the problem's signal()", student_outputs=self.student_outputs),
+            rows_shared(self.ranks),
+        ):
+            outputs: Any = self.student_outputs
+            try:
+                return self.problem.signal(self.teacher, self.batch, outputs, generator=self.generator)
+            except (AttributeError, TypeError) as error:
+                if outputs is not None or "NoneType" not in str(error):
+                    raise
+                raise MetaplError(
+                    f"{kind_of(self.problem)}.signal reads the student's outputs, and {kind_of(self.problem)}."
+                    "student_input(batch, signal) makes the student's input from the signal, so the student has not "
+                    "run yet and student_outputs is None; expected a signal of the teacher and the batch alone, or "
+                    f"student_input(batch). ({error})"
+                ) from error
 
 
 @contextmanager

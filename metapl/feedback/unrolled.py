@@ -21,7 +21,7 @@ class Unrolled(Estimator):
     Args:
         truncate: differentiate only this many of the last student steps; None: all.
 
-    Takes: soft (differentiable) signals, including signals that enter the student's input.
+    Takes: soft (differentiable) signals.
     Cost: 13 student passes a step with the teacher's 3; the inner graph and its derivative stay in memory (about twice
     the peak of ``forward``, benchmarks/modes.py).
     Bias: none. It does not use the adjoints of :mod:`metapl.updates`, so other modes are tested against it.

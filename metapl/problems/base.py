@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -71,7 +73,7 @@ class Signal:
 
 def check_signal(signal: Any, problem: Any) -> Signal:
     """What a problem's ``signal`` returned, refused if it is not a signal of finite tensors."""
-    name = type(problem.given if isinstance(problem, _Completed) else problem).__name__
+    name = kind_of(problem)
     if not isinstance(signal, Signal):
         given = described(signal) if isinstance(signal, Tensor | tuple | list | dict) else f"a {type(signal).__name__}"
         raise MetaplError(
@@ -123,7 +125,8 @@ class BilevelProblem(Protocol):
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
-        """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached."""
+        """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached, and None where the signal
+        enters the student's input (see :meth:`metapl.problems.Problem.student_input`)."""
         ...
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
@@ -169,7 +172,11 @@ class Problem(ABC):
         """As in :class:`BilevelProblem`."""
 
     def student_input(self, batch: Any) -> Any:
-        """The student's input in an inner batch: a tensor or a dict itself, the first element of a tuple."""
+        """The student's input in an inner batch: a tensor or a dict itself, the first element of a tuple.
+
+        With a second parameter, ``student_input(self, batch, signal)``, it is made from the teacher's signal too. The
+        signal is then asked for before the student runs, so that ``student_outputs`` is None in :meth:`signal`.
+        """
         return first_input(batch)
 
     def outer_batch(self, batch: Any) -> Any:
@@ -292,11 +299,33 @@ def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
     return wide(total), weight.to(wide(total))
 
 
-def has_rows(problem: Problem, signal: Signal, outputs: Tensor) -> bool:
-    """Whether a signal has a row for each example, of which these are the student's outputs."""
+def has_rows(problem: Problem, signal: Signal, rows: int) -> bool:
+    """Whether a signal has a row for each of so many examples."""
     if signal.value.ndim == 0 or problem.signal_has_rows is not None:
         return bool(signal.value.ndim and problem.signal_has_rows)
-    return len(signal.value) == len(outputs)
+    return len(signal.value) == rows
+
+
+def enters_input(problem: Problem) -> bool:
+    """Whether the signal enters the student's input: whether ``student_input`` takes one."""
+    signature = inspect.signature(problem.student_input)
+    with suppress(TypeError):
+        signature.bind(None)
+        if "signal" not in signature.parameters:
+            return False  # a second parameter with a default is the problem's own
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise MetaplError(
+            f"{kind_of(problem)}.student_input has the parameters {signature}; expected (batch), or (batch, signal) "
+            "for an input that is made from the teacher's signal."
+        ) from None
+    return True
+
+
+def kind_of(problem: Any) -> str:
+    """The name of a problem's class, as its author wrote it."""
+    return type(problem.given if isinstance(problem, _Completed) else problem).__name__
 
 
 def has_default_losses(problem: Problem) -> bool:

@@ -16,6 +16,7 @@ from metapl import checks
 from metapl.batch import views
 from metapl.distributed.ranks import Ranks, log_mean_of_rows
 from metapl.errors import MetaplError
+from metapl.execution.buffers import given_unchanged
 from metapl.numerics import wide
 from metapl.problems.base import Signal
 
@@ -179,7 +180,8 @@ def sum_of_terms(
     """
     terms: dict[str, Tensor] = {}
     for loss in losses:
-        value = loss(network, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
+        with given_unchanged(f"the {kind} {loss.name!r}", labeled=labeled, unlabeled=unlabeled, signal=vars(signal)):
+            value = loss(network, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
         checks.scalar_loss(value, f"the {kind} {loss.name!r}")
         terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
     return terms

@@ -84,7 +84,7 @@ class StepReport(Report):
         """``feedback_mean`` and ``feedback_std`` of h over its entries, and the problem's columns."""
         parts = self.feedback if isinstance(self.feedback, tuple) else (self.feedback,)
         # Of the feedback on a signal without rows, such as a matrix, each rank has a share.
-        if not has_rows(self.problem, self.signal, self.student_outputs):
+        if not has_rows(self.problem, self.signal, len(self.student_outputs)):
             parts = tuple(self.ranks.sum(h) for h in parts)
         h = torch.cat([part.double().flatten() for part in parts])
         columns = self.problem.columns(self.signal, self.student_outputs)

@@ -127,7 +127,7 @@ class TeacherStep(TeacherPass):
         from_own = _sum(list(own.values()), from_feedback)
         checks.learns(from_own, "teacher")
         scalars = {name: value.detach() for name, value in own.items()} | {"teacher_loss": from_own.detach()}
-        if (parts > 1 or self.ranks.size > 1) and not has_rows(self.problem, signal, self.student_outputs):
+        if (parts > 1 or self.ranks.size > 1) and not has_rows(self.problem, signal, self.rows):
             if scale.relative:
                 raise MetaplError(
                     "feedback_ratio is measured row by row at the teacher's outputs, and this signal, which is one for "

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from metapl import checks
 from metapl.batch import micro_batches
-from metapl.compatible import check_batches, check_layout, check_steps, check_tangent, check_teacher, prepare
+from metapl.compatible import (
+    check_batches,
+    check_input,
+    check_layout,
+    check_steps,
+    check_tangent,
+    check_teacher,
+    prepare,
+)
 from metapl.distributed.layout import Layout, layouts
 from metapl.distributed.shards import as_held, load_whole, whole
 from metapl.errors import MetaplError
@@ -200,7 +208,7 @@ class BilevelTrainer(Trainer):
         """The student's steps, and the teacher's passes that made their signals, one for each micro-batch."""
         teacher_steps: list[TeacherStep] = []
 
-        def teach(batch: Any, outputs: Tensor) -> Signal:
+        def teach(batch: Any, outputs: Tensor | None) -> Signal:
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all micro-batches would not fit
             step = TeacherStep(self._asked, self.problem, batch, outputs, self.generator, recompute, self.ranks)
             teacher_steps.append(step)
@@ -319,6 +327,7 @@ class BilevelTrainer(Trainer):
         check_steps(self.mode, self.lookahead, self.problem)
         check_layout(self.mode, self.lookahead, self.problem, self.layout)
         check_tangent(self.mode, self.layout)
+        check_input(self.mode, self.problem)
         if self.teacher is None and self.compile and self.mode.keep_graph:
             raise MetaplError(
                 "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "

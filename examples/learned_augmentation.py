@@ -1,0 +1,88 @@
+"""A learned augmentation: how much noise is added to the images that a student learns from.
+
+    python examples/learned_augmentation.py [SEED ...] [--steps N]
+
+A student learns from 1,100 clean digits and is judged by digits with noise, of which 100 have trusted labels. The
+teacher is one number, the noise of the student's images: ``student_input(batch, signal)`` adds it, and the feedback
+goes through the images that were made. Beside it a student learns from clean digits and the same 100.
+
+Measured on seeds 0-2: 70.8 % with learned noise, which went from 0.1 to 0.45, and 62.8 % with plain training.
+"""
+
+import argparse
+
+import torch
+from noisy_digits import batches, fit
+from torch.nn import functional as F
+
+import metapl
+from metapl.data import load_digits_split
+from metapl.problems import Table
+
+NOISE = 0.5  # of the digits that the student is judged by: the standard deviation
+START = 0.1
+
+
+class Noise(metapl.problems.Problem):
+    """The signal is the noise's standard deviation, one for all examples."""
+
+    teacher_reads_inputs = False
+    signal_has_rows = False
+
+    def signal(self, teacher, batch, student_outputs, *, generator):
+        return metapl.Signal(teacher(torch.zeros(1, dtype=torch.int64)).exp())
+
+    def student_input(self, batch, signal):
+        return batch[0] + signal.value * torch.randn_like(batch[0])
+
+    def inner_loss(self, outputs, signal, batch, params=None):
+        return F.cross_entropy(outputs, batch[1], reduction="none")
+
+    def outer_loss(self, outputs, batch):
+        return F.cross_entropy(outputs, batch[1])
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    student = metapl.models.mlp([64, 32, 10])
+    return student, torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
+    args = parser.parse_args()
+    rows = []
+    for seed in args.seeds:
+        split = load_digits_split(10, seed)
+        generator = torch.Generator().manual_seed(seed)
+        (trusted, test) = (
+            (x + NOISE * torch.randn(x.shape, generator=generator), y) for x, y in (split.labeled, split.test)
+        )
+        clean = split.unlabeled, split.unlabeled_truth
+        student, optimizer = network(seed)
+        strength = Table(torch.tensor([START]).log())
+        learned = metapl.BilevelTrainer(
+            strength,
+            student,
+            "forward",
+            problem=Noise(),
+            inner_optimizer=optimizer,
+            outer_optimizer=torch.optim.Adam(strength.parameters(), lr=0.03),
+        )
+        fit(learned, [trusted], batches(64, seed, *clean), args.steps)
+        student, optimizer = network(seed)
+        both = ((torch.cat([x, trusted[0]]), torch.cat([y, trusted[1]])) for x, y in batches(64, seed, *clean))
+        plain = fit(metapl.LossTrainer(student, optimizer=optimizer), both, None, args.steps)
+        accuracies = [100 * trainer.evaluate(test).accuracy for trainer in (learned, plain)]
+        rows.append([*accuracies, strength(torch.zeros(1, dtype=torch.int64)).exp().item()])
+    own, plain, noise = torch.tensor(rows).mean(0).tolist()
+    print(
+        f"test accuracy in % on digits with noise {NOISE}, mean over {len(rows)} seeds: {own:.1f} with noise that was "
+        f"learned ({START} -> {noise:.2f}), {plain:.1f} with plain training on clean digits and 100 with noise"
+    )
+
+
+if __name__ == "__main__":
+    main()
