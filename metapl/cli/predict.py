@@ -128,7 +128,7 @@ class Predict:
                 f"no files were named; expected pictures, or folders of them: metapl predict {self.run} x.png"
             )
         for path in self.files:
-            if not path.exists():
+            if not os.path.lexists(path):  # a link that leads nowhere is left out, as other files that cannot be read
                 raise MetaplError(f"there is no file or folder {shown(path)}.")
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise MetaplError(f"--grid {self.grid} is to be a PNG file; expected a name that ends with .png.")

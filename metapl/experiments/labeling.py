@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metapl.data.batches import StepBatches, in_unit_range
 from metapl.data.feed import feed
 from metapl.data.identity import hashes
-from metapl.data.images.folders import digest, scan_unlabeled
+from metapl.data.images.folders import ask, digest, scan_unlabeled
 from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.data.sets.torchvision_sets import load_image_data
 from metapl.errors import MetaplError, few
@@ -137,10 +137,10 @@ class SourcePictures(InOrder):
         digests = torch.empty(len(used), 0)
         if isinstance(images, FileImages):
             x, used = images.fetch_sound(used)
-            contents = [digest_or_none(images.path(number)) for number in used.tolist()]
+            contents = [ask(digest, str(images.path(number))) for number in used.tolist()]
             sound = [row for row, content in enumerate(contents) if content is not None]
             x, used = x[sound], used[sound]
-            digests = torch.tensor([list(content) for content in contents if content], dtype=torch.uint8)
+            digests = torch.tensor([list(content[:DIGEST_BYTES]) for content in contents if content], dtype=torch.uint8)
         else:
             x = images[used] if isinstance(images, Tensor) else images.fetch(used)[0]
         return in_unit_range(x) if x.dtype == torch.uint8 else x, used, digests, []
@@ -278,14 +278,6 @@ def store_labels(
     return LabelStore(place)
 
 
-def digest_or_none(path: str | Path) -> bytes | None:
-    """What a file begins with as SHA-256; None where it cannot be read."""
-    try:
-        return digest(str(path))[:DIGEST_BYTES]
-    except (OSError, MetaplError):
-        return None
-
-
 def refuse_other_pictures(
     known: Iterable[tuple[Any, bytes]], file: Callable[[Any], str | Path | None], store: Path, *, tell_progress: bool
 ) -> None:
@@ -303,7 +295,7 @@ def refuse_other_pictures(
     with counting("comparing pictures with those that were labeled", tell_progress) as update:
         for count, (name, content) in enumerate(known, 1):
             path = file(name)
-            if path is not None and digest_or_none(path) not in (None, content):
+            if path is not None and (ask(digest, str(path)) or content)[:DIGEST_BYTES] != content:
                 others.append(name)
             update(count)
     if others:

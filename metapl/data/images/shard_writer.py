@@ -186,6 +186,8 @@ class _Hashed:
 
 def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str], object]) -> None:
     picture = ask(open_picture, path)
+    if picture is None:
+        raise MetaplError(f"{shown(path)} cannot be read; was it removed just now? Make it readable, or remove it.")
     try:
         image_size(path)
     except UnreadableImage:
