@@ -44,7 +44,9 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
         there = {*os.listdir(folder)} - ({LOCK} if is_new else set())
         try:
             yield
-        except Exception:
+        except BaseException as error:
+            if leaves_lock and not isinstance(error, Exception):
+                raise  # a run that was stopped is gone on with
             _undo(folder, there, made, {*undone, LOCK})
             raise
     finally:
