@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -349,12 +348,15 @@ def test_bytes_are_read_only_where_they_can_matter(tmp_path: Path, monkeypatch: 
 
 
 def test_a_file_that_goes_away(tmp_path: Path) -> None:
-    labeled = scan_labeled(pictures(tmp_path, cat=[1, 2], dog=[3, 4]))
-    (tmp_path / "copies").mkdir()
-    shutil.copy(labeled.path(2), tmp_path / "copies")
+    """It is the copy of nothing, and is left out where the pictures are read."""
+    labeled = scan_labeled(pictures(tmp_path / "l", cat=[1, 2], dog=[3, 4]))
+    copies = scan_unlabeled(pictures(tmp_path / "u", any=[3]))
+    test = scan_labeled(pictures(tmp_path / "t", dog=[3], cat=[9]))
+    assert any(finding.kind == "test copies" for finding in check_folders(labeled, copies, None, test))
     labeled.path(2).unlink()
-    assert not check_folders(labeled, scan_unlabeled(tmp_path / "copies"))
-    assert not verify_files(labeled).skipped[1:]
+    copies.path(0).unlink()
+    assert not any(finding.kind == "test copies" for finding in check_folders(labeled, copies, None, test))
+    assert [file.name for file in verify_files(labeled).skipped] == ["dog/0.bmp"]
 
 
 # --- sound files ------------------------------------------------------------------------------------------------------
