@@ -242,12 +242,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(f"steps of {recipe.method} in {minutes:g} minutes")
         return 8
 
-    def faster_precision(recipe: Any) -> str:
-        asked.append("precision")
-        return "float32"
-
     monkeypatch.setattr(budget, "steps_within", steps_within)
-    monkeypatch.setattr(budget, "faster_precision", faster_precision)
     return asked
 
 
@@ -260,7 +255,7 @@ def test_a_resumed_run_takes_the_steps_that_were_measured_when_it_began(
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     flags = (*SMALL, "--method", "uda", "--minutes", "0.5")
     assert main(command(pictures, whole, *flags)) == 0
-    assert measured == ["precision", "steps of uda in 0.5 minutes"]
+    assert measured == ["steps of uda in 0.5 minutes"]
     assert result(whole)["steps"] == 8
     step, calls = LossTrainer.step, []
 
@@ -275,7 +270,6 @@ def test_a_resumed_run_takes_the_steps_that_were_measured_when_it_began(
         assert main(command(pictures, pieces, *flags)) == 130
     measured.clear()
     monkeypatch.setattr(budget, "steps_within", lambda *given: pytest.fail("measured again"))
-    monkeypatch.setattr(budget, "faster_precision", lambda *given: pytest.fail("measured again"))
     assert main(command(pictures, pieces, *flags, "--resume")) == 0
     for name in ("result.json", "metrics.jsonl", WEIGHTS["student"], WEIGHTS["finetuned"]):
         assert (pieces / name).read_bytes() == (whole / name).read_bytes(), name
@@ -289,7 +283,7 @@ def test_a_comparison_runs_each_method_with_the_same_settled_steps(
 ) -> None:
     out, methods = tmp_path / "all", ("mpl", "uda", "fixmatch", "supervised")
     train(capsys, pictures, out, *SMALL, "--compare", "--methods", *methods, "--jobs", "1", test="test")
-    assert len(measured) == 2
+    assert len(measured) == 1
     recipes = [json.loads((out / one / "seed-0" / "recipe.json").read_text())["recipe"]["fields"] for one in methods]
     assert [fields["method"] for fields in recipes] == list(methods)
     assert [fields.pop("steps") for fields in recipes] == [8] * len(methods)

@@ -19,6 +19,8 @@ from test_outputs import bound, device
 from tiny_runs import color_folders, digit, images_command, tiny  # noqa: F401 - fixtures
 
 from metapl.cli import main
+from metapl.data.identity import hash_files
+from metapl.data.images.check import check_folders, same_pictures
 from metapl.data.images.folders import scan_labeled, scan_unlabeled, walk
 from metapl.data.images.reader import UnreadableImage, gray_image, image_size, read_image
 from metapl.data.images.verify import verify_files
@@ -115,6 +117,47 @@ def test_training_passes_over_them_too(tmp_path: Path, capsys: pytest.CaptureFix
         assert text.count("2 of") == 3
         assert "it is a pipe" in text
         assert main(["evaluate", str(tmp_path / "run"), "--test", str(root / "test")]) == 1
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("gone.png")
+
+
+@pytest.mark.parametrize("kind", [looped, dangling, os.mkfifo])
+def test_a_link_that_leads_nowhere_stops_no_comparison_of_folders(kind: Callable[[Path], None], tmp_path: Path) -> None:
+    """It is the copy of nothing; whoever reads the pictures leaves it out by name."""
+    root = color_folders(tmp_path / "root")
+    places = ("labeled/red", "unlabeled", "test/blue")
+    folders = (scan_labeled(root / "labeled"), scan_unlabeled(root / "unlabeled"), scan_labeled(root / "test"))
+    before = (check_folders(folders[0], folders[1], None, folders[2]), [*same_pictures(*folders[:2])])
+    for place in places:
+        kind(root / place / "x.png")
+    more = (scan_labeled(root / "labeled"), scan_unlabeled(root / "unlabeled"), scan_labeled(root / "test"))
+    assert [len(files) for files in more] == [len(files) + 1 for files in folders]
+    with promptly():
+        assert (check_folders(more[0], more[1], None, more[2]), [*same_pictures(*more[:2])]) == before
+        assert hash_files(more[1]) != hash_files(folders[1])
+        assert hash_files(more[1]) == hash_files(more[1])
+
+
+def test_a_link_that_leads_nowhere_stops_no_selection_and_no_suspects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = color_folders(tmp_path / "root")
+    for folder in (root / "labeled" / "red", root / "test" / "red"):
+        dangling(folder / "nowhere.png")
+        looped(folder / "loop.png")
+    flags = ("--steps", "2", "--image-size", "8", "--network", "small_cnn", "--finetune-steps", "1", "--device", "cpu")
+    noisy = ("train", "noisy", "--labeled", root / "labeled", "--clean", root / "test", *flags)
+    text = " ".join(said(capsys, *noisy, "--out", tmp_path / "run").split())
+    assert "labeled: 2 of 14 files are left out" in text
+    assert "clean: 2 of 14 files are left out" in text
+    said(capsys, "label", tmp_path / "run", root / "unlabeled", "--out", tmp_path / "store")
+    select = ("labels", "select", tmp_path / "store", "--out", tmp_path / "few", "--drop-overlap", root / "labeled")
+    assert f" 2  files cannot be read in {root / 'labeled'}\n" in said(capsys, *select)
+    links = [root / "test" / "red" / name for name in ("nowhere.png", "loop.png")]
+    assert main(["predict", str(tmp_path / "run"), *map(str, links), str(root / "test" / "red" / "red-0.png")]) == 1
+    assert "metapl: 2 of 3 files left out" in capsys.readouterr().err
 
 
 def test_folders_a_thousand_deep(tiny: Path, digit: Path, tmp_path: Path) -> None:  # noqa: F811

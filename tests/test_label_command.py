@@ -25,8 +25,9 @@ from torchvision import datasets
 
 from metapl import MetaplError
 from metapl.cli import main
+from metapl.data.images.store import FileImages, MemoryImages
 from metapl.experiments import labeling
-from metapl.experiments.labeling import to_label, write_labels
+from metapl.experiments.labeling import Labeled, SourcePictures, provenance, store_labels, to_label, write_labels
 from metapl.labels import LabelStore, LabelWriter
 from metapl.recipes import Imagenet10, Vision
 
@@ -204,6 +205,45 @@ def test_ctrl_c_says_how_to_go_on_and_files_that_cannot_be_read_are_left_out_aga
     assert label(*command, "--out", out, "--resume") == 1, "a whole store stays as it is"
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_pictures_that_were_replaced_are_not_gone_on_with(
+    whole: bool,
+    tiny: Path,  # noqa: F811
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Under the same names, and of the same size and time where need be; only those that are labeled are compared."""
+    folder, out = Path(shutil.copytree(pictures, tmp_path / "pictures")), tmp_path / "store"
+    with monkeypatch.context() as patched:
+        add = LabelWriter.add
+
+        def stopped(self: LabelWriter, *given: Any) -> None:
+            if self.rows >= 32 and not whole:
+                raise KeyboardInterrupt
+            add(self, *given)
+
+        patched.setattr(LabelWriter, "add", stopped)
+        assert label(tiny, folder, "--batch", 5, "--out", out) == (1 if whole else 130)
+    before, command = files(out), (tiny, folder, "--batch", 5, "--out", out, "--resume")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    last = names[-1]  # which the store that is not whole does not have
+    (folder / names[0]).write_bytes((folder / names[9]).read_bytes())
+    (folder / last).write_bytes((folder / names[9]).read_bytes())
+    said_so = refused(capsys, "label", *command)
+    many = f"2 of the 60 pictures that {out} has labels of" if whole else f"1 of the 32 pictures that {out} has"
+    assert f"{many}" in said_so
+    assert f"{names[0]}, {last};" in said_so if whole else f"{names[0]};" in said_so
+    assert files(out) == before
+    for name in (names[0], last):
+        shutil.copy2(pictures / name, folder / name)
+    (folder / names[1]).unlink()
+    (folder / names[1]).symlink_to("nowhere")  # one that cannot be read is no other picture
+    assert label(*command) == 1
+    assert len(LabelStore(out)) == 60
+
+
 # ------------------------------------------------------------------------------------------------- data sets
 
 
@@ -237,6 +277,38 @@ def test_the_training_pictures_of_imagenet_stay_in_files(tmp_path: Path, monkeyp
     store = filled(recipe, "imagenet", tmp_path / "store")
     assert (list(store), store.has_digests) == (list(range(12)), True)
     assert len(store.classes) == 3
+
+
+@pytest.mark.parametrize("kind", [lambda images: images, MemoryImages])
+def test_pictures_in_memory_are_told_apart_by_what_they_are(kind: Callable[[torch.Tensor], Any]) -> None:
+    """They are called by their numbers, and a store is gone on with where its provenance is the same."""
+    images = torch.arange(48, dtype=torch.uint8).view(3, 1, 4, 4)
+    found = [SourcePictures(kind(x)).content() for x in (images, images.clone(), images + 1, images[[1, 0, 2]])]
+    assert found[0] == found[1]
+    assert len({*found}) == 3
+    chosen = [MemoryImages(images, torch.tensor(indices)) for indices in ([0, 1], [1, 0])]
+    assert SourcePictures(chosen[0]).content() != SourcePictures(chosen[1]).content()
+
+
+def test_a_runs_own_labels_are_of_the_pictures_that_it_has(pictures: Path, tmp_path: Path) -> None:
+    """Those of Noisy Student's rounds and of Reduced MPL, in which pictures are called by their numbers."""
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    paths = sorted(folder.rglob("*.png"))
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    recipe = Vision(data="cifar10", data_root="", network_name="small_cnn")
+
+    def stored(resized: bool) -> LabelStore:
+        images = FileImages(paths, size=(8, 8), mode="L", log=tmp_path / "skipped.jsonl")
+        labeled = Labeled(SourcePictures(images if resized else images.cached()), range(len(images)), "unlabeled")
+        about = provenance(network, labeled, recipe)
+        return store_labels(network, labeled, tmp_path / "store", "abcdefghij", about, lambda text: None)
+
+    first = stored(resized=True)
+    assert (len(first), first.has_digests) == (60, True)
+    assert files(stored(resized=False).folder) == files(first.folder)
+    paths[3].write_bytes(paths[4].read_bytes())
+    with pytest.raises(MetaplError, match=r"1 of the 60 pictures that .* has labels of are other ones now.*: 3;"):
+        stored(resized=True)
 
 
 # ------------------------------------------------------------------------------------------------- refusals

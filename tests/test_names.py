@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from command import said
@@ -15,8 +17,9 @@ from PIL import Image
 from tiny_runs import color_folders, digit, images_command, tiny  # noqa: F401 - fixtures
 
 from metapl.cli import main
-from metapl.cli.predict import _Rows
+from metapl.data.csv_files import CsvRows
 from metapl.errors import few
+from metapl.experiments import suspects
 from metapl.words import TURNS, cell, shown
 
 PERSIAN = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
@@ -79,7 +82,7 @@ def test_predict_shows_names_of_files_harmlessly(
 def test_a_spreadsheet_finds_no_formula() -> None:
     sink = io.StringIO()
     names = ["=1+1.png", "+1.png", "-1.png", "@x.png", "\tx.png", "\rx.png", "a\rb.png", 'a",b.png', "a\nb", "fine.png"]
-    writer = _Rows(sink)
+    writer = CsvRows(sink)
     for name in names:
         writer.writerow([name, "=cat", "0.5"])
     found = list(csv.reader(io.StringIO(sink.getvalue(), newline="")))
@@ -98,7 +101,7 @@ def test_on_a_terminal_cells_are_escaped() -> None:
             return True
 
     sink = Terminal()
-    _Rows(sink).writerow(["a\x1b[2J", "b"])
+    CsvRows(sink).writerow(["a\x1b[2J", "b"])
     assert sink.getvalue() == "a\\x1b[2J,b\n"
 
 
@@ -135,3 +138,19 @@ def test_classes_of_any_name_go_through_everything(tmp_path: Path, capsys: pytes
     assert r"caf\\xe9\\n\[x\](y)" in classes
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         assert {row["class"] for row in csv.DictReader(file)} <= {f"'{evil}", other}
+
+
+def test_suspects_have_the_same_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of files and of classes alike, which are as they are on the disk but for formulas."""
+    for name in ("draw_grid", "suspects_gallery"):
+        monkeypatch.setattr(suspects, name, lambda *given: None)
+    task: Any = SimpleNamespace(classes=("=cmd|' /C calc'!A0", "a\rb", '"c"'))
+    names = ("=1+1.png", "x\ry.png", "x\ny,z.png", "caf\udce9.png", "@a")
+    found = [suspects.Suspect(name, i, i % 3, (i + 1) % 3, 0.25, 0.5) for i, name in enumerate(names)]
+    suspects.write_suspects(tmp_path, found, task)
+    with (tmp_path / "suspects.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        header, *table = csv.reader(file)
+    assert header == ["file", "given", "probably", "p_given", "p_probably"]
+    assert [row[0] for row in table] == ["'=1+1.png", "x\ry.png", "x\ny,z.png", "caf\udce9.png", "'@a"]
+    assert table[0][1:] == ["'=cmd|' /C calc'!A0", "a\rb", "0.25", "0.5"]
+    assert b'"x\ry.png","a\rb"' in (tmp_path / "suspects.csv").read_bytes()

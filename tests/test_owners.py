@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from command import refused
+from tiny_runs import tiny  # noqa: F401 - a fixture
 
 import metapl as library
 from metapl import MetaplError
@@ -216,6 +217,29 @@ def test_a_refused_command_leaves_no_folder(
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.parametrize("command", ["export RUN", "evaluate RUN", "ablate digits --hidden 4"])
+def test_what_is_written_to_out_has_one_writer(
+    command: str,
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The second is refused before it does anything; the first leaves no lock in a folder that others get."""
+    out = tmp_path / "out"
+    given = [*command.replace("RUN", str(tiny)).split(), "--out", str(out)]
+    with ownership.owned(out):
+        assert main(given) == 2
+        assert f"another process is running in {out}; wait for it, or stop it." in capsys.readouterr().err
+        assert os.listdir(out) == [ownership.LOCK]
+    if not command.startswith("ablate"):
+        assert main(given) == 0
+        assert ownership.LOCK not in os.listdir(out)
+    out.rename(tmp_path / "folder")
+    out.write_text("mine")
+    assert main(given) == 2
+    assert out.read_text() == "mine"
+
+
 def test_starts_of_the_command_at_once(tmp_path: Path) -> None:
     """With one name, one of them trains; with the default name, each has a folder of its own."""
     with ThreadPoolExecutor(3) as pool:

@@ -22,10 +22,13 @@ from tiny_runs import TINY, color_folders, digit, images_command, run, tiny  # n
 from metapl import MetaplError
 from metapl.cli import main
 from metapl.cli.commands import LESS_MEMORY
+from metapl.cli.process import exit_code, stoppable
 from metapl.data.batches import _begin_worker
+from metapl.labels import LabelStore
 from metapl.memory import out_of_memory
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.training.loss_trainer import LossTrainer
+from metapl.training.stopping import stop_requests
 
 # -------------------------------------------------------------------------------------------------------------- memory
 
@@ -110,7 +113,7 @@ def test_commands_that_have_four_mebibytes_say_so(tiny: Path, tmp_path: Path) ->
         ended.stderr.splitlines()[-3:], ("give fewer --seeds", "close other", "close other"), strict=True
     ):
         assert told.startswith(f"metapl: the memory of this machine does not suffice; {mend}")
-    assert {file.name for file in (tmp_path / "out").glob("*")} <= {".lock"}
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_program_that_is_not_exported_for_memory_is_told_by_it(
@@ -193,18 +196,60 @@ def test_a_worker_outlives_any_number_of_sigterms_for_a_while() -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_while_exporting_leaves_no_temporary_folder(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_saves_the_step_and_leaves_no_worker(tmp_path: Path) -> None:
+    """SIGHUP reaches all processes of a terminal."""
+    root, out = color_folders(tmp_path / "root"), tmp_path / "run"
+    flags = ("--steps", "100000", "--num-workers", "2", "--save-every", "100000", "--resized-crop", "--out", str(out))
+    process = command(*images_command(root), *flags, start_new_session=True)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size > 500, process)
+    os.killpg(process.pid, signal.SIGHUP)
+    said_there, words = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGHUP, words
+    assert "Traceback" not in words + said_there
+    assert "saved to" in words
+    assert len(CheckpointFolder(out / "checkpoints/fit").paths()) == 1
+    assert not list(out.rglob("*.tmp"))
+    with pytest.raises(ProcessLookupError):  # no worker of the group is left
+        os.killpg(process.pid, 0)
+
+
+def test_a_process_that_was_started_to_ignore_sighup_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by ``nohup``; and else it unwinds."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for handle in (stoppable(for_good=False), stop_requests()):
+            with handle:
+                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt) as stopped, stoppable(for_good=False):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert exit_code(stopped.value) == 128 + signal.SIGHUP
+        with stop_requests() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert asked == [signal.SIGHUP]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_exporting_leaves_no_temporary_folder(
+    number: signal.Signals,
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
     process = command("export", tiny, "--out", tmp_path / "out", env=environment)
     wait_for(lambda: list((tmp_path / "tmp").glob("*/*.pt")), process)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
+    process.send_signal(number)
     _, words = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, words
+    assert process.returncode == 128 + number, words
     assert "Traceback" not in words
     assert [path for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor")] == []
-    assert {file.name for file in (tmp_path / "out").glob("*")} <= {".lock"}
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -236,6 +281,7 @@ seen = []
 builtins.__import__ = importing
 sys.argv = ["metapl", "--version"]
 from metapl.cli import main
+from metapl.cli.process import exit_code, stoppable
 sys.exit(main(["predict", "nowhere", "x"]))
 """
 
@@ -257,9 +303,25 @@ def test_closed_streams(closed: str, tiny: Path, digit: Path, tmp_path: Path) ->
     out = tmp_path / "out.csv"
     line = f'exec "{sys.executable}" -m metapl predict "{tiny}" "{digit}" --out "{out}" {closed}'
     found = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+    assert found.returncode == (">&- " in f"{closed} ".replace("2>&-", "")), found.stderr
     assert "Traceback" not in found.stderr
     assert len(out.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sink", [">&-", "| head -n 0"])
+@pytest.mark.parametrize("line", ["--help", "evaluate RUN --out OUT", "label RUN digits --out OUT"])
+def test_nobody_who_reads_it_is_exit_code_1(sink: str, line: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    given = line.replace("RUN", f'"{tiny}"').replace("OUT", f'"{out}"')
+    shell = f'{{ "{sys.executable}" -m metapl {given}; echo $? > "{tmp_path / "code"}"; }} {sink}'
+    found = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert "Traceback" not in found.stderr
+    assert (tmp_path / "code").read_text() == "1\n"
+    if "label" in line:
+        assert len(LabelStore(out)) == 1797  # it is whole, and only what is said of it is lost
+    else:
+        assert not out.exists()
 
 
 @pytest.mark.slow

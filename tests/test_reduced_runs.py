@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import PROVENANCE, TINY, color_folders, images_command
 
 from metapl.cli import main
@@ -182,6 +184,29 @@ def test_a_run_does_not_go_on_with_another_store(
         assert main([*command, *(["--resume"] if run.exists() else [])]) == (0 if share == 0.75 else 2)
         (run / "result.json").unlink(missing_ok=True)
     assert "data have changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["unlabeled", "labeled"])
+def test_labels_of_other_pictures_are_refused_before_anything_is_written(
+    part: str, pictures: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, stores = Path(shutil.copytree(pictures, tmp_path / "pictures")), {}
+    for name in ("unlabeled", "labeled"):
+        stores[name] = tmp_path / f"{name}-store"
+        assert main(["label", str(teacher), str(folder / name), "--out", str(stores[name])]) == 0
+    two = sorted((folder / part).rglob("*.png"))[:2]
+    levels = numpy.asarray(Image.open(two[0])) // 2  # a picture of the same class
+    Image.fromarray(levels).save(two[0])
+    flags = ("--labels", str(stores["unlabeled"]), "--labeled-labels", str(stores["labeled"]))
+    command = images_command(folder, "--method", "reduced_mpl", *flags, "--out", str(tmp_path / "run"))
+    assert main(command) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"that {stores[part]} has labels of are other ones now" in told
+    assert f"bytes: {two[0].relative_to(folder / part)};" in told
+    assert not (tmp_path / "run").exists()
+    two[0].write_bytes(two[1].read_bytes())
+    two[0].unlink()  # a store may have labels of more pictures
+    assert main(command) == 0
 
 
 REFUSED: list[tuple[tuple[str, ...], str]] = [

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
+import random
 import re
+import shutil
+import signal
 import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +31,7 @@ from metapl.data.images.shard_writer import check_shards, write_shards
 from metapl.data.images.verify import verify_files
 from metapl.errors import MetaplError
 from metapl.labels import LabelStore
+from metapl.runs import atomic, ownership
 
 
 @pytest.fixture
@@ -98,6 +107,74 @@ def test_a_stopped_writing_goes_on_with_the_same_bytes(
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.long)])
+def test_killed_at_any_moment_it_goes_on_and_leaves_nothing_beside_the_shards(
+    kills: int, pictures: Path, tmp_path: Path
+) -> None:
+    """A process that writes six shards, which is killed some time after it began, again and again, in one folder."""
+    whole, out, draw = tmp_path / "whole", tmp_path / "out", random.Random(kills)
+    begun = time.monotonic()
+    write_shards(pictures, whole, 4)
+    seconds, killed = time.monotonic() - begun, 0
+    for _ in range(kills):
+        process = multiprocessing.get_context("fork").Process(target=write_shards, args=(pictures, out, 4))
+        process.start()
+        time.sleep(draw.uniform(0, seconds / 2))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if not killed % 3:  # else it is killed again on its way
+            write_shards(pictures, out, 4)
+            assert bytes_of(out) == bytes_of(whole)
+            shutil.rmtree(out)
+    assert killed
+    write_shards(pictures, out, 4)
+    assert bytes_of(out) == bytes_of(whole)
+
+
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_killed_between_any_two_steps_of_a_shard(
+    moment: int, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two files is opened, synced, renamed, and its folder synced."""
+    write_shards(pictures, tmp_path / "whole", 24)
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_killed_at, args=(moment, pictures, tmp_path / "out"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    write_shards(pictures, tmp_path / "out", 24)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def _killed_at(moment: int, pictures: Path, out: Path) -> None:
+    """Write shards, and die in the place of a system call that writing makes."""
+    calls = 0
+
+    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+        def or_die(*given: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*given, **named)
+
+        return or_die
+
+    atomic.secrets.token_hex = dying(atomic.secrets.token_hex)
+    for name in ("fsync", "replace"):
+        setattr(os, name, dying(getattr(os, name)))
+    write_shards(pictures, out, 24)
+
+
+def test_two_at_once_do_not_write_to_one_folder(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "PATIENCE", 0.1)
+    with ownership.owned(tmp_path / "out"), pytest.raises(MetaplError, match=r"another process is running in .*out"):
+        write_shards(pictures, tmp_path / "out")
+
+
 def test_a_training_on_shards_is_that_on_the_folder(pictures: Path, tmp_path: Path) -> None:
     root = pictures.parent
     write_shards(pictures, tmp_path / "tars", 7)
@@ -163,6 +240,13 @@ def test_files_that_are_no_pictures_are_told_of(
     assert "cut.png" in text
     assert "text.png" in text
     assert "cannot be read" not in said(capsys, "shards", pictures, "--out", tmp_path / "shards")  # as it was
+    (pictures / "nowhere.png").symlink_to("gone.png")
+    (pictures / "loop.png").symlink_to("loop.png")
+    os.mkfifo(pictures / "pipe.png")
+    text = " ".join(said(capsys, "shards", pictures, "--out", tmp_path / "others").split())
+    assert "26 pictures in 1 shard" in text
+    assert "5 files cannot be read as pictures" in text
+    assert all(name in text for name in ("nowhere.png", "loop.png", "pipe.png"))
 
 
 def test_nothing_is_written_into_a_folder_of_something_else(pictures: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from metapl.words import shown, tell
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns: the exit code: 0 done; 1 done in part, or the system refused; 2 wrong input; 128 + n stopped by signal n.
+    Returns: the exit code: 0 done; 1 done in part, or the system refused, or nobody reads what is printed; 2 wrong
+    input; 128 + n stopped by signal n.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     with streams(), stoppable(for_good=arguments is None):
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             # The reader has gone, as head does. What is still buffered must not be written again at exit.
             drop_output()
-            return 128 + signal.SIGPIPE
+            return 1
         except OSError as error:
             drop_output()
             print(f"metapl: {shown(_os_error(error))}.", file=sys.stderr)

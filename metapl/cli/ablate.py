@@ -13,7 +13,7 @@ import tyro
 
 from metapl.ablation import ablate
 from metapl.cli.factory import made_by
-from metapl.cli.folders import written_to
+from metapl.cli.folders import held, written_to
 from metapl.cli.idle import by_ablation, refuse_idle
 from metapl.cli.parse import Switch, on_recipe, paragraph
 from metapl.errors import MetaplError
@@ -62,9 +62,11 @@ class Looking(ABC):
 
     def __call__(self) -> int:
         self._check()
+        with held(self.out):
+            return self._compare()
+
+    def _compare(self) -> int:
         subject = self.subject()
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
         found = ablate(
             **subject,
             modes=self.modes,
@@ -91,8 +93,6 @@ class Looking(ABC):
 
     def _check(self) -> None:
         """Refuse wrong options before anything is built."""
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise MetaplError(f"--out {self.out} is a file; expected a folder, which is made if it is not there.")
         for name in self.modes or ():
             estimator(name)
         for name, least, most in (

@@ -53,8 +53,7 @@ class Evaluate(Evaluators):
     run: Run
     network: Network = "delivered"
 
-    def __call__(self) -> int:
-        self.check()
+    def measured(self) -> int:
         run = load_run(self.run)
         name, device = run.name(self.network), run.device
         network = run.network(name).to(device)

@@ -64,9 +64,11 @@ class EvaluateWeights(Evaluators):
     center: Annotated[float | None, tyro.conf.arg(metavar="SHARE", help_behavior_hint="")] = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    def __call__(self) -> int:
-        self.check()
+    def check(self) -> None:
+        super().check()
         self._check()
+
+    def measured(self) -> int:
         told = read_metadata(self.weights)
         architecture, library = self._architecture(told)
         names = self._names(told, architecture.num_classes)

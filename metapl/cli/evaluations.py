@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from metapl.cli.evaluators import EVALUATION, check_folder
-from metapl.cli.folders import written_to
+from metapl.cli.folders import held, written_to
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, MultiLabelAccuracy
 from metapl.plain_files import read_plain
@@ -226,5 +226,9 @@ def write_comparison(folder: Path, evaluations: Mapping[str, Mapping[str, Any]])
     """``compared.json`` and ``compared.png``: both, or neither."""
     check_folder(folder)
     content = {"evaluations": {name: _figures(found) for name, found in evaluations.items()}}
-    with written_to(folder), written_last(folder / COMPARED, f"{json.dumps(content, indent=1)}\n".encode()):
+    with (
+        held(folder),
+        written_to(folder),
+        written_last(folder / COMPARED, f"{json.dumps(content, indent=1)}\n".encode()),
+    ):
         draw_evaluations(folder / PICTURE, evaluations, "evaluations side by side")

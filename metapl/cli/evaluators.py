@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import tyro
 from torch import Tensor
 
 from metapl.cli.evaluation_text import confusions, figures, released_table, robustness_table
-from metapl.cli.folders import written_to
+from metapl.cli.folders import held, written_to
 from metapl.cli.inputs import TestFolder, require_finite
 from metapl.cli.parse import Switch
 from metapl.errors import MetaplError
@@ -121,7 +122,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluators:
+class Evaluators(ABC):
     """By what a network is measured.
 
     Args:
@@ -154,6 +155,15 @@ class Evaluators:
     def released(self) -> bool:
         """Whether one of ImageNet's test sets was given."""
         return any(folder is not None for folder in (self.imagenet_a, self.imagenet_c, self.imagenet_p))
+
+    def __call__(self) -> int:
+        self.check()
+        with held(self.out):
+            return self.measured()
+
+    @abstractmethod
+    def measured(self) -> int:
+        """Measure, tell and write what was found; the exit code."""
 
     def check(self) -> None:
         """Refuse flags that say nothing together, before anything is read."""

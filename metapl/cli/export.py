@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from metapl.cli.folders import held
 from metapl.cli.inputs import Network
 from metapl.cli.parse import Run, Switch
 from metapl.experiments.load_run import LoadedRun, load_run
@@ -53,14 +54,15 @@ class Export:
         if self.onnx:
             require_onnx()
         name = run.name(self.network)
-        written = export(
-            run.network(name),
-            self.out,
-            card=_card(run, name),
-            architecture=run.recipe.architecture(),
-            shape=run.recipe.input_shape,
-            onnx=self.onnx,
-        )
+        with held(self.out):
+            written = export(
+                run.network(name),
+                self.out,
+                card=_card(run, name),
+                architecture=run.recipe.architecture(),
+                shape=run.recipe.input_shape,
+                onnx=self.onnx,
+            )
         tell(f"{run.heading(name)}\n")
         tell(f"{written.weights}: {_size(written.weights)}\n  SHA-256 {written.sha256}")
         for file in (written.program, written.onnx):

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from metapl.errors import MetaplError
 from metapl.runs.folder import RunFolder
+from metapl.runs.ownership import owned
+
+
+def held(out: Path | None) -> AbstractContextManager[None]:
+    """The folder of ``--out``, which nobody else writes to until the block ends; nothing where there is none."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise MetaplError(f"--out {out} is a file; expected a folder, or the name of a new one.")
+    return nullcontext() if out is None else owned(out, leaves_lock=False)
 
 
 @contextmanager

@@ -120,6 +120,8 @@ class Select:
         lines = [("examples in the store", selection.rows)]
         if self.drop_overlap is not None:
             lines.append((f"dropped: in {shown(self.drop_overlap)}", selection.overlapping))
+        if selection.unread:
+            lines.append((f"files cannot be read in {shown(self.drop_overlap)}", selection.unread))
         if self.threshold is not None:
             lines.append((f"dropped: confidence not above {self.threshold:g}", selection.unsure))
         if self.per_class is not None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import torch
 import tyro
@@ -20,12 +18,12 @@ from torch import Tensor, nn
 from metapl.cli.inputs import Inputs, Network, require_finite
 from metapl.cli.parse import Run, Switch
 from metapl.cli.prediction_grid import PredictionGrid
+from metapl.data.csv_files import CsvRows, written_csv
 from metapl.errors import MetaplError
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.plain_files import irregular
 from metapl.report import SOFTWARE
-from metapl.runs.atomic import replacing
-from metapl.words import cell, shown, tell
+from metapl.words import shown, tell
 
 HEADER = ("file", "class", "probability")
 
@@ -95,8 +93,7 @@ class Predict:
         network = run.network(name).to(run.device)
         inputs = Inputs(run.recipe, self.files, leave=[file for file in (self.out, self.grid) if file is not None])
         count, grid = 0, PredictionGrid(classes)
-        with _sink(self.out) as sink:
-            writer = _Rows(sink)
+        with nullcontext(CsvRows(sys.stdout)) if self.out is None else written_csv(self.out) as writer:
             writer.writerow(self._header(classes))
             for prediction in predictions(network, inputs):
                 writer.writerow(self._row(prediction, classes))
@@ -128,7 +125,7 @@ class Predict:
                 f"no files were named; expected pictures, or folders of them: metapl predict {self.run} x.png"
             )
         for path in self.files:
-            if not path.exists():
+            if not os.path.lexists(path):  # a link that leads nowhere is left out, as other files that cannot be read
                 raise MetaplError(f"there is no file or folder {shown(path)}.")
         if self.grid is not None and self.grid.suffix.lower() != ".png":
             raise MetaplError(f"--grid {self.grid} is to be a PNG file; expected a name that ends with .png.")
@@ -159,32 +156,6 @@ def predictions(network: nn.Module, inputs: Inputs) -> Iterator[Prediction]:
         require_finite(logits_BC, [name for name, _ in batch])
         for (name, x), p in zip(batch, logits_BC.softmax(dim=1).tolist(), strict=True):
             yield Prediction(name, tuple(p), x)
-
-
-class _Rows:
-    """CSV in which no name is taken for a formula, or for the end of a line; on a terminal, names are escaped."""
-
-    def __init__(self, sink: TextIO) -> None:
-        self.plain = csv.writer(sink, lineterminator="\n")
-        self.quoted = csv.writer(sink, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        self.on_terminal = sink.isatty()
-
-    def writerow(self, row: Sequence[str]) -> None:
-        cells = [cell(shown(text) if self.on_terminal else text) for text in row]
-        # Python's own quotes a newline, and before 3.13 not a carriage return.
-        (self.quoted if any("\r" in text for text in cells) else self.plain).writerow(cells)
-
-
-@contextmanager
-def _sink(out: Path | None) -> Iterator[TextIO]:
-    if out is None:
-        yield sys.stdout
-        return
-    with replacing(out) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        yield text
-        text.flush()
-        text.detach()
 
 
 def check_outputs(

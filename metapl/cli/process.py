@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
+from metapl.signals import END, is_heard
+
 
 class Terminated(KeyboardInterrupt):
-    """A SIGTERM that came outside the steps of a fit."""
+    """A signal to end that came outside the steps of a fit."""
 
-    signal_number = signal.SIGTERM
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number
 
 
 def exit_code(stopped: KeyboardInterrupt) -> int:
@@ -26,48 +30,44 @@ def exit_code(stopped: KeyboardInterrupt) -> int:
 
 @contextmanager
 def stoppable(*, for_good: bool) -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that temporary files are removed; what comes while it unwinds is not heard.
+    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that temporary files are removed; what comes meanwhile is not heard.
 
     Args:
         for_good: the process ends with the block: signals that come after it has begun to end are not heard either.
     """
-    numbers = [signal.SIGINT, signal.SIGTERM]
     stopping = False
 
     def unwind(number: int, frame: Any) -> None:
         nonlocal stopping
         # Who stops a group of processes may reach one of them twice; a second Ctrl-C is meant.
         # A fit that was stopped has saved its step already, and says so when this has unwound.
-        if number == signal.SIGTERM and (stopping or isinstance(sys.exc_info()[1], KeyboardInterrupt)):
+        if number in END and (stopping or isinstance(sys.exc_info()[1], KeyboardInterrupt)):
             return
         stopping = True
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise Terminated(number) if number in END else KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
-    before = {number: signal.getsignal(number) for number in numbers}
-    if before[signal.SIGINT] is signal.SIG_IGN:  # as of commands that a shell runs in the background
-        numbers.remove(signal.SIGINT)
-    for number in numbers:
-        signal.signal(number, unwind)
+    before = {number: signal.signal(number, unwind) for number in filter(is_heard, (signal.SIGINT, *END))}
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN if for_good and stopping else before[number] or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if for_good and stopping else handler or signal.SIG_DFL)
 
 
 @contextmanager
 def streams() -> Iterator[None]:
     """Standard streams that can be written to, whatever the process was started with.
 
-    A closed one goes nowhere; a letter that a terminal does not have is shown as ?; a byte of a file's name that is not
-    UTF-8 is written as it is; and standard error, which has progress and messages, never fails.
+    What is written to a closed standard output fails, as where its reader has gone; a letter that a terminal does not
+    have is shown as ?; a byte of a file's name that is not UTF-8 is written as it is; and standard error, which has
+    progress and messages, never fails.
     """
     _fill_closed()
     before = sys.stdout, sys.stderr
-    sys.stdout = sys.stdout or _nowhere()
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays open
     sys.stderr = sys.stderr or _nowhere()
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("metapl", _replaced)
@@ -115,12 +115,15 @@ def _nowhere() -> Any:
 
 
 def _fill_closed() -> None:
-    """Open the closed ones of the first three descriptors: a file of a run must not become standard output."""
+    """Open the closed ones of the first three descriptors: a file of a run must not become standard output.
+
+    Standard output is opened for reading alone: who closed it is told so by the exit code, once something is written.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
+            opened = os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)

@@ -29,6 +29,7 @@ from metapl.data.images.store import FileImages, Images, pick
 from metapl.data.sampler import StepSampler
 from metapl.data.views.base import View
 from metapl.errors import MetaplError
+from metapl.signals import END, is_heard
 
 BatchT = TypeVar("BatchT")
 Fetched = tuple[Tensor, ...]
@@ -426,6 +427,7 @@ def _begin_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # However often it comes: the parent ends its workers when its step is saved. One that is asked to, and is not ended
     # so, goes by itself.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(PATIENCE) and None)
+    for number in filter(is_heard, END):
+        signal.signal(number, lambda number, frame: signal.alarm(PATIENCE) and None)
     # Errors travel to the parent. What is printed here is that a parent that failed fetched nothing any more.
     sys.excepthook = lambda kind, error, trace: None

@@ -142,16 +142,15 @@ def hash_files(files: Files) -> str:
     Beyond ``WHOLE_UP_TO`` files or ``WHOLE_BYTES``, sizes stand for bytes, and the result begins with "names and
     sizes:".
 
-    Cost: one reading of every file; beyond that, one question to the file system for each.
+    Files that cannot be read count by their names.
 
-    Raises:
-        MetaplError: a file is gone or cannot be read.
+    Cost: one reading of every file; beyond that, one question to the file system for each.
     """
     sizes = [ask(size_of, path) for path in files.paths()]
-    whole = len(sizes) <= WHOLE_UP_TO and sum(sizes) <= WHOLE_BYTES
+    whole = len(sizes) <= WHOLE_UP_TO and sum(size or 0 for size in sizes) <= WHOLE_BYTES
     whole_hash = hashlib.sha256()
     labels: Iterable[object] = files.labels if isinstance(files, LabeledFiles) else (None for _ in files.names)
     for name, label, path, size in zip(files.names, labels, files.paths(), sizes, strict=True):
-        content = ask(digest, path) if whole else str(size).encode()
+        content = (ask(digest, path) or b"") if whole else str(size).encode()
         whole_hash.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
     return whole_hash.hexdigest() if whole else f"names and sizes: {whole_hash.hexdigest()}"

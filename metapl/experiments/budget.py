@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -36,13 +36,6 @@ PICTURES = 128
 
 LARGER = 1.25
 """How much larger the pictures in files are than the pictures that the network sees."""
-
-FASTER = 1.25
-"""How much faster bfloat16 has to be to be taken."""
-
-ROUNDS = 3
-"""How often both precisions are timed, by turns: the machine's other work slows some rounds, and the fastest counts."""
-
 
 Clock = Callable[[], float]
 """Seconds from some moment on."""
@@ -140,22 +133,6 @@ def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monot
     (4400, 86)
     """
     return _rounded(SHARE * 60 * minutes / seconds_per_step(recipe, clock))
-
-
-def faster_precision(recipe: ImageFolders) -> Literal["float32", "bfloat16"]:
-    """bfloat16 where there are instructions for it and it is faster by enough on this machine, float32 elsewhere."""
-    if recipe.torch_device().type == "cpu" and not _cpu_has_bfloat16():
-        return "float32"
-    plain, half = (dataclasses.replace(recipe, precision=precision) for precision in ("float32", "bfloat16"))
-    times = [(seconds_per_step(plain), seconds_per_step(half)) for _ in range(ROUNDS)]
-    fastest, fastest_half = map(min, zip(*times, strict=True))
-    return "bfloat16" if fastest > FASTER * fastest_half else "float32"
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether torch finds instructions for bfloat16 in the processor; True where this torch cannot tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    return capabilities is None or any(has for name, has in capabilities().items() if "bf16" in name)
 
 
 def _rounded(steps: float) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from metapl.data.batches import StepBatches, in_unit_range
 from metapl.data.feed import feed
-from metapl.data.images.folders import digest, scan_unlabeled
-from metapl.data.images.store import FileImages, Images
+from metapl.data.identity import hashes
+from metapl.data.images.folders import ask, digest, scan_unlabeled
+from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.data.sets.torchvision_sets import load_image_data
 from metapl.errors import MetaplError, few
 from metapl.fingerprints import fingerprint
@@ -25,7 +27,7 @@ from metapl.labels.layout import DIGEST_BYTES, PAGE_ROWS
 from metapl.labels.store import is_text
 from metapl.metrics.predictions import logits_of
 from metapl.recipes import Digits, ImageRecipe, Recipe
-from metapl.training.progress import progress
+from metapl.training.progress import counting, progress
 from metapl.words import shown
 
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "imagenet", "imagefolder")
@@ -55,6 +57,14 @@ class InOrder(StepBatches[Read], ABC):
     def pictures(self) -> int:
         """How many there are."""
 
+    def file(self, number: int) -> Path | None:
+        """Where a picture is; None where it is in no file."""
+        return None
+
+    def content(self) -> str | None:
+        """SHA-256 of pictures that lie in memory; None of those in files, of which the store knows each."""
+        return None
+
     @property
     def steps(self) -> int:  # type: ignore[override]  # follows from the rest
         return -(-self.pictures() // self.batch_size) - self.first
@@ -81,6 +91,9 @@ class PictureFiles(InOrder):
 
     def pictures(self) -> int:
         return self.count
+
+    def file(self, number: int) -> Path:
+        return self.path(number)
 
     def batch(self, step: int) -> Read:
         pictures, used, digests, skipped = [], [], [], []
@@ -110,13 +123,27 @@ class SourcePictures(InOrder):
     def pictures(self) -> int:
         return len(self.images)
 
+    def file(self, number: int) -> Path | None:
+        return self.images.path(number) if isinstance(self.images, FileImages) else None
+
+    def content(self) -> str | None:
+        if isinstance(self.images, FileImages):
+            return None
+        parts = [self.images.data, self.images.indices] if isinstance(self.images, MemoryImages) else [self.images]
+        return hashes(pictures=[part for part in parts if part is not None])["pictures"]
+
     def batch(self, step: int) -> Read:
         images, used = self.images, torch.tensor(self.numbers(step), dtype=torch.int64)
-        if isinstance(images, Tensor):
-            x = images[used]
+        digests = torch.empty(len(used), 0)
+        if isinstance(images, FileImages):
+            x, used = images.fetch_sound(used)
+            contents = [ask(digest, str(images.path(number))) for number in used.tolist()]
+            sound = [row for row, content in enumerate(contents) if content is not None]
+            x, used = x[sound], used[sound]
+            digests = torch.tensor([list(content[:DIGEST_BYTES]) for content in contents if content], dtype=torch.uint8)
         else:
-            x, used = (images.fetch_sound if isinstance(images, FileImages) else images.fetch)(used)
-        return in_unit_range(x) if x.dtype == torch.uint8 else x, used, torch.empty(len(used), 0), []
+            x = images[used] if isinstance(images, Tensor) else images.fetch(used)[0]
+        return in_unit_range(x) if x.dtype == torch.uint8 else x, used, digests, []
 
 
 @dataclass(frozen=True)
@@ -214,6 +241,7 @@ def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperat
         "pictures": labeled.name,
         "examples": len(labeled.ids),
         "ids_sha256": labeled.hash(),
+        "pictures_sha256": labeled.pictures.content(),
         "weights_fingerprint": fingerprint(dict(network.state_dict())),
         "temperature": temperature,
         "views": f"as they are, not augmented. {recipe.input_note}",
@@ -250,6 +278,33 @@ def store_labels(
     return LabelStore(place)
 
 
+def refuse_other_pictures(
+    known: Iterable[tuple[Any, bytes]], file: Callable[[Any], str | Path | None], store: Path, *, tell_progress: bool
+) -> None:
+    """Refuse labels of pictures that were replaced under their names.
+
+    Args:
+        known: ids, each with the digest of the file that was labeled.
+        file: gives the file of an id; None: it is not compared. Nor is one that cannot be read, which whoever wants its
+            picture says.
+        store: that has the labels.
+
+    Cost: one reading of every file: for a million of 100 KB some four minutes of a local disk, and no decoding.
+    """
+    others, count = [], 0
+    with counting("comparing pictures with those that were labeled", tell_progress) as update:
+        for count, (name, content) in enumerate(known, 1):
+            path = file(name)
+            if path is not None and (ask(digest, str(path)) or content)[:DIGEST_BYTES] != content:
+                others.append(name)
+            update(count)
+    if others:
+        raise MetaplError(
+            f"{len(others):,} of the {count:,} pictures that {store} has labels of are other ones now, by their bytes: "
+            f"{few(others)}; put back those that were labeled, or label these (metapl label) to another folder."
+        )
+
+
 def write_labels(
     network: nn.Module,
     labeled: Labeled,
@@ -266,18 +321,27 @@ def write_labels(
         network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
             of its first parameter. Afterwards it is in the mode that it was in.
         labeled: which pictures.
-        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes.
+        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes. The files
+            of pictures that it has labels of are read, to tell whether they are still the same.
         temperature: above 0.
         num_workers: processes that read pictures; it changes nothing but the speed.
         skip: takes the reason of each file that is left out.
         tell_progress: show how far it is on standard error.
 
     Raises:
-        MetaplError: the network's outputs are not finite, a worker died, or the disk refused.
+        MetaplError: the writer has labels of other pictures, the network's outputs are not finite, a worker died, or
+            the disk refused.
     """
+    ids: Sequence[Any] = labeled.ids
+    there = LabelStore(writer.folder) if writer.complete else writer
+    refuse_other_pictures(
+        there.digests(),
+        lambda name: labeled.pictures.file(bisect_left(ids, name)),
+        writer.folder,
+        tell_progress=tell_progress,
+    )
     if writer.complete:
         return
-    ids: Sequence[Any] = labeled.ids
     done = 0 if writer.last is None else ids.index(writer.last) + 1
     first = done // labeled.pictures.batch_size
     pictures = replace(labeled.pictures, first=first)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from metapl.data.images.folders import scan_unlabeled
 from metapl.data.images.store import FileImages
 from metapl.errors import MetaplError, few
-from metapl.experiments.labeling import provenance, store_labels, to_label
+from metapl.experiments.labeling import provenance, refuse_other_pictures, store_labels, to_label
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.experiments.reducing import FOLDER, rows_of
 from metapl.labels import LabelStore
@@ -17,12 +18,15 @@ from metapl.training import Say
 
 
 def check_labels_given(recipe: ImageFolders) -> None:
-    """Refuse a store or a run that is not of the recipe's classes, or is damaged; nothing is written."""
+    """Refuse a store or a run that is of other classes, or of other pictures, or is damaged; nothing is written."""
     if recipe.teacher_run is not None:
         _check_classes(recipe, f"the run {recipe.teacher_run}", load_run(Path(recipe.teacher_run)).recipe.classes)
-    for place in (recipe.label_store, recipe.labeled_label_store):
+    for place, folder in ((recipe.label_store, recipe.unlabeled), (recipe.labeled_label_store, recipe.labeled)):
         if place is not None:
-            _check_classes(recipe, f"the store {place}", LabelStore(place).classes)
+            store, files = LabelStore(place), scan_unlabeled(folder)
+            _check_classes(recipe, f"the store {place}", store.classes)
+            file = dict(zip(files.names, files.paths(), strict=True)).get
+            refuse_other_pictures(store.digests(), file, store.folder, tell_progress=True)
 
 
 def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored | None:
@@ -32,7 +36,6 @@ def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored |
     """
     if not isinstance(recipe, ImageFolders) or (recipe.teacher_run is None and recipe.label_store is None):
         return None
-    check_labels_given(recipe)
     names = {
         "unlabeled": _names(task.unlabeled.images, recipe.unlabeled),
         "labeled": _names(task.labeled.images, recipe.labeled),

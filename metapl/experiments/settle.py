@@ -110,17 +110,14 @@ def _weights(recipe: ImageFolders) -> str | None:
 
 
 def _with_steps(recipe: ImageFolders) -> ImageFolders:
-    """The recipe with the faster precision and the number of steps that fit into its minutes, where these are open."""
-    # Phases that were given in steps do not grow with the number of steps: it is measured again with what fits.
-    asked = max(recipe.wait or 0, recipe.uda_start or 0)
-    trial = recipe.scheduled(REHEARSED if recipe.steps is OPEN and not asked else recipe.steps or 2 * asked)
-    precision = budget.faster_precision(trial) if recipe.precision is OPEN else recipe.precision
-    recipe, trial = (dataclasses.replace(changed, precision=precision) for changed in (recipe, trial))
+    """The recipe with the number of steps that fit into its minutes, where it is open."""
     if recipe.steps is not OPEN:
         # The minutes of a recipe whose steps were given decide nothing: they stay open.
         return dataclasses.replace(recipe.scheduled(recipe.steps), minutes=OPEN)
+    # Phases that were given in steps do not grow with the number of steps: it is measured again with what fits.
+    asked = max(recipe.wait or 0, recipe.uda_start or 0)
     minutes = recipe.minutes or MINUTES
-    steps = budget.steps_within(trial, minutes)
+    steps = budget.steps_within(recipe.scheduled(2 * asked or REHEARSED), minutes)
     for _ in range(AGAIN if asked else 0):
         steps = budget.steps_within(recipe.scheduled(max(steps, asked + 1)), minutes)
     return dataclasses.replace(recipe.scheduled(steps), minutes=minutes)

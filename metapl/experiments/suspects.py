@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metapl.data.csv_files import written_csv
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.problems import Table
 from metapl.recipes.base import Doubtful, Task
 from metapl.report import Gallery, draw_grid
-from metapl.runs.atomic import replacing
 from metapl.training import Trainer
 from metapl.training.trainer import BilevelTrainer
 
@@ -95,15 +93,11 @@ def _weights(trained: Trainer) -> Tensor | None:
 def write_suspects(folder: Path, suspects: Sequence[Suspect], task: Task) -> None:
     """``suspects.csv`` with all of them, and ``suspects.png`` with the first."""
     names, weighed = task.classes, any(one.weight is not None for one in suspects)
-    with replacing(folder / SUSPECTS) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        writer = csv.writer(text, lineterminator="\n")
+    with written_csv(folder / SUSPECTS) as writer:
         writer.writerow([*HEADER, *(["weight"] if weighed else [])])
         for one in suspects:
             cells = [one.name, names[one.given], names[one.probably], f"{one.p_given:.3g}", f"{one.p_probably:.3g}"]
             writer.writerow([*cells, *([f"{one.weight:.3g}"] if weighed else [])])
-        text.flush()
-        text.detach()
     note = "Beneath each: the given label, what the network takes it for and how surely, and its file."
     draw_grid(folder / GRID, "Labels that may be wrong", note, [suspects_gallery(suspects, task)])
 

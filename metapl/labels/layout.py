@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metapl.errors import MetaplError, few, require_extra
-from metapl.plain_files import read_plain
+from metapl.plain_files import open_plain, read_plain
 from metapl.typed import misfit, misfit_entries
 from metapl.words import shown
 
@@ -298,6 +298,22 @@ def mapped_columns(buffer: pa.Buffer, dtypes: Mapping[str, np.dtype[Any]]) -> di
         count = int(chunks[name].num_values)
         columns[name] = np.frombuffer(buffer, dtype, count, end - count * dtype.itemsize)
     return columns
+
+
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a part; of the columns of these names, None for all."""
+    import pyarrow.parquet as pq
+
+    # Not by its path, in which pyarrow would look for names of columns (a folder a=1).
+    with open_plain(path) as file, pq.ParquetFile(file) as parquet:
+        # In one thread: a part is small, and where others use the cores, threads mostly wait for each other.
+        return parquet.read(None if columns is None else list(columns), use_threads=False)
+
+
+def read_digests(tables: Iterable[pa.Table]) -> Iterator[tuple[Any, bytes]]:
+    """Each id with the digest of its file, of tables with these columns."""
+    for table in tables:
+        yield from zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True)
 
 
 def part_name(number: int, sha256: str) -> str:

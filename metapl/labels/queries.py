@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,7 @@ class Selection:
         kept: rows of the new store.
         copies: how many these are, each as often as it counts.
         missing: classes of which nothing was kept.
+        unread: files of the folder that cannot be read, and were not compared.
     """
 
     rows: int
@@ -112,6 +113,7 @@ class Selection:
     kept: int
     copies: int
     missing: tuple[str, ...]
+    unread: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def select(
     """
     rule = _Rule(threshold, per_class, any_class, balance, drop_overlap)
     rule.check(store)
-    overlap = None if drop_overlap is None else _digests(drop_overlap)
+    overlap, unread = (None, 0) if drop_overlap is None else _digests(drop_overlap)
     asked = {
         "of_rows": len(store),
         "of_store_sha256": hashlib.sha256(read_plain(store.folder / DESCRIPTION)).hexdigest(),
@@ -273,12 +275,13 @@ def select(
         selection = _choose(database, store, rule, overlap)
         if not writer.complete:
             _copy(database, store, writer, progress)
-    return selection
+    return replace(selection, unread=unread)
 
 
-def _digests(folder: Path) -> list[bytes]:
-    """What each picture's file of a folder begins with as SHA-256, each once."""
-    return sorted({ask(digest, path)[:DIGEST_BYTES] for path in scan_unlabeled(folder).paths()})
+def _digests(folder: Path) -> tuple[list[bytes], int]:
+    """What each picture's file of a folder begins with as SHA-256, each once; and how many cannot be read."""
+    found = [ask(digest, path) for path in scan_unlabeled(folder).paths()]
+    return sorted({content[:DIGEST_BYTES] for content in found if content}), found.count(None)
 
 
 def _summary(digests: Sequence[bytes]) -> dict[str, Any]:

@@ -232,13 +232,13 @@ class LabelStore:
         Raises:
             MetaplError: the part is damaged.
         """
-        import pyarrow.parquet as pq
-
         self._check(number)
-        # Not by its path, in which pyarrow would look for names of columns (a folder a=1).
-        with open_plain(self._path(self.parts[number])) as file, pq.ParquetFile(file) as parquet:
-            # In one thread: a part is small, and where others use the cores, threads mostly wait for each other.
-            return parquet.read(None if columns is None else list(columns), use_threads=False)
+        return layout.read_rows(self._path(self.parts[number]), columns)
+
+    def digests(self) -> Iterator[tuple[Any, bytes]]:
+        """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
+        numbers = range(len(self.parts) if self.has_digests else 0)
+        return layout.read_digests(self.table(number, ["id", "digest"]) for number in numbers)
 
     # ------------------------------------------------------------------------------------------------------ the files
 

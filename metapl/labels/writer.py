@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -111,6 +111,12 @@ class LabelWriter:
     def last(self) -> str | int | None:
         """The id of the last row on disk; a writer that resumes goes on behind it. None where there is none."""
         return self._parts[-1].last if self._parts else None
+
+    def digests(self) -> Iterator[tuple[Any, bytes]]:
+        """As :meth:`LabelStore.digests`, of the rows that are on disk."""
+        has_digests = self._schema is not None and "digest" in self._schema.names
+        files = [self.folder / part.file for part in self._parts if has_digests]
+        return layout.read_digests(layout.read_rows(file, ["id", "digest"]) for file in files)
 
     def __enter__(self) -> Self:
         layout.require("pyarrow")

@@ -70,7 +70,6 @@ CHOSEN = (
     "mean",
     "std",
     "uda_prior",
-    "precision",
 )
 """Fields that a recipe chooses for itself where they are None."""
 
@@ -257,7 +256,6 @@ class ImageFolders(ImageRecipe):
         pad: with --randaugment: greatest shift of the weak view, in pixels.
         randaugment: use the paper's RandAugment, with --pad and --strong.*, instead of --changes.*. It takes Pillow's
             operations one by one, which is slower.
-        precision: bfloat16 runs the networks under autocast; by default where it is faster on this machine.
         class_names: found in labeled.
     """
 
@@ -287,7 +285,6 @@ class ImageFolders(ImageRecipe):
     uda_ramp: Open[int] = OPEN
     uda_start: Open[int] = OPEN
     validate_every: Open[int] = OPEN
-    precision: Open[Literal["float32", "bfloat16"]] = OPEN
     val_fraction: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

@@ -146,7 +146,7 @@ class ImageRecipe(Recipe):
             replaces --feedback-weight.
         clip_norm: greatest norm of either network's gradient; None turns clipping off.
         accumulate: number of parts that a batch is split into, to save memory.
-        precision: bfloat16 runs the networks under autocast.
+        precision: bfloat16 runs the networks under autocast, which is faster where the device computes in it.
         finetune_batch: labeled pictures in a batch of finetuning, if not as in training.
         num_workers: number of processes that read pictures; it only changes the speed.
         device: auto takes a GPU if there is one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file is what :func:`replacing` writes to, such as one that a killed process left.
+
+    >>> is_temporary("recipe.json.0123abcd.tmp"), is_temporary("recipe.tmp")
+    (True, False)
+    """
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed processes had begun to write; for whoever owns the folder."""
+    for name in filter(is_temporary, os.listdir(folder)):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
 
 
 def write_whole(path: Path, content: Any, mend: str) -> None:

@@ -20,7 +20,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor
 from metapl.cores import default_threads
 from metapl.errors import MetaplError, few
 from metapl.plain_files import read_plain
-from metapl.runs.atomic import write_whole
+from metapl.runs.atomic import remove_temporary, write_whole
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.environment import environment
 from metapl.runs.ownership import LOCK, owned
@@ -104,18 +104,11 @@ class RunFolder:
         with self.held():
             if self.exists:
                 self._check_same(recipe, resume)
-                self._remove_temporary()
+                remove_temporary(self.path)
             else:
                 self.check(resume)
                 self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
             yield
-
-    def _remove_temporary(self) -> None:
-        """Remove what a process that was killed had begun to write; nobody else writes here while it is held."""
-        for left in self.path.glob("*.tmp"):
-            if re.fullmatch(r".+\.[0-9a-f]{8}\.tmp", left.name):
-                with suppress(OSError):
-                    left.unlink()
 
     def places(self) -> dict[str, Any]:
         """Where the data of the run in the folder lie, by the names of the recipe's fields."""

@@ -16,7 +16,7 @@ from metapl.errors import MetaplError
 from metapl.runs.locks import lock
 
 LOCK = ".lock"
-"""The file that is locked. It stays where it is when the folder is let go."""
+"""The file that is locked. In the folder of a run it stays where it is when that is let go."""
 
 PATIENCE = 3.0
 """Seconds that are waited for an owner that is just going."""
@@ -26,13 +26,14 @@ _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 @contextmanager
-def owned(folder: Path, undone: Collection[str] = ()) -> Iterator[None]:
+def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = True) -> Iterator[None]:
     """Own a folder until the block ends; it is made where it is missing.
 
     Args:
         folder: against other processes, and other threads of this one.
         undone: names of files. Where the block fails and has made nothing else in the folder, what it has made is
             removed, and the folder too if it was made here.
+        leaves_lock: False where the folder is one that others get, such as what is exported.
 
     Raises:
         MetaplError: somebody else owns the folder; it cannot be made or locked.
@@ -43,10 +44,15 @@ def owned(folder: Path, undone: Collection[str] = ()) -> Iterator[None]:
         there = {*os.listdir(folder)} - ({LOCK} if is_new else set())
         try:
             yield
-        except Exception:
+        except BaseException as error:
+            if leaves_lock and not isinstance(error, Exception):
+                raise  # a run that was stopped is gone on with
             _undo(folder, there, made, {*undone, LOCK})
             raise
     finally:
+        if not leaves_lock:
+            with suppress(OSError):  # on Windows it cannot be removed while it is open
+                (folder / LOCK).unlink()
         file.close()
 
 

@@ -15,7 +15,7 @@ selection   validation, and the best student so far
 average     the moving average of the weights
 callbacks   the user's functions, called after each recorded row
 records     rows, TensorBoard events and checkpoints
-stopping    Ctrl-C and SIGTERM, handled between steps
+stopping    Ctrl-C, SIGTERM and SIGHUP, handled between steps
 progress    the bar
 
 Imports go down: trainer → loss_trainer, finetuning → base → loop → rates, watch, selection, callbacks, records →

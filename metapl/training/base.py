@@ -83,7 +83,7 @@ class Trainer(Stepwise):
         Raises:
             MetaplError: wrong options or sources, a loss that is not finite (with its step and the last good
                 checkpoint), a disk that is full.
-            Interrupted: after Ctrl-C or SIGTERM, when the step under way is finished and saved.
+            Interrupted: after Ctrl-C, SIGTERM or SIGHUP, when the step under way is finished and saved.
 
         >>> import metapl
         >>> x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard between steps."""
+"""Ctrl-C, SIGTERM and SIGHUP, heard between steps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from metapl.signals import END, is_heard
+
 
 class Interrupted(KeyboardInterrupt):
-    """A fit that was asked to stop (Ctrl-C, SIGTERM); what was done is saved, if there is where."""
+    """A fit that was asked to stop (Ctrl-C, SIGTERM, SIGHUP); what was done is saved, if there is where."""
 
     def __init__(self, step: int, signal_number: int, saved: Path | None) -> None:
         where = f"saved to {saved}" if saved else "nothing saved: fit was given no out"
@@ -20,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM instead of being torn out of a step; a second Ctrl-C is not held back."""
+    """Collect Ctrl-C, SIGTERM and SIGHUP instead of being torn out of a step; a second Ctrl-C is not held back."""
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -30,7 +32,7 @@ def stop_requests() -> Iterator[list[int]]:
         asked.append(number)
 
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in filter(is_heard, (signal.SIGINT, *END))}
     except ValueError:  # only the main thread may handle signals
         yield asked
         return

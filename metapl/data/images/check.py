@@ -82,9 +82,6 @@ def check_folders(
 
     Cost: one question to the file system for each file. Bytes are read only of files that another side has with the
     same size, and beyond 4 KiB only where these agree too.
-
-    Raises:
-        MetaplError: a file is gone or cannot be read.
     """
     others = {"unlabeled": unlabeled, "validation": validation, "test": test}
     roots = {name: files.root for name, files in others.items() if files is not None}
@@ -300,9 +297,6 @@ def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list
 
     Cost: one question to the file system for each file. Bytes are read only of files that the other folder has with the
     same size, and beyond 4 KiB only where these agree too.
-
-    Raises:
-        MetaplError: a file is gone or cannot be read.
     """
     sides = [_File(side, None, path) for side, of in (("own", files), ("other", others)) for path in of.paths()]
     for group in _same_bytes(sides, lambda groups: [same for same in groups if len({file.side for file in same}) == 2]):
@@ -311,7 +305,7 @@ def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list
 
 
 def without_copies(files: FilesT, of: Files) -> FilesT:
-    """Those of the files that another folder does not have too; cost and errors as :func:`same_pictures`."""
+    """Those of the files that another folder does not have too; cost as :func:`same_pictures`."""
     copies = {path for own, _ in same_pictures(files, of) for path in own}
     return files.keep([i for i, path in enumerate(files.paths()) if path not in copies]) if copies else files
 
@@ -369,7 +363,9 @@ def _same_bytes(
         for group in groups:
             by_key: defaultdict[Hashable, list[_File]] = defaultdict(list)
             for file in group:
-                by_key[ask(key, file.path)].append(file)
+                found: Hashable | None = ask(key, file.path)
+                if found is not None:
+                    by_key[found].append(file)
                 if count is not None and key is _middle:
                     count.add()
             alike += (same for same in by_key.values() if len(same) > 1)

@@ -207,18 +207,16 @@ def digest(path: str) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def ask(question: Callable[[str], T], path: str) -> T:
-    """What a function says of a file that a scan found, such as its size.
+def ask(question: Callable[[str], T], path: str) -> T | None:
+    """What a function says of a file that a scan found, such as its size; None where the file cannot be read.
 
-    Raises:
-        MetaplError: the file cannot be read any more.
+    A link may lead nowhere or to itself, and a file may be gone since. Whoever reads the pictures leaves it out, and
+    says so.
     """
     try:
         return question(path)
-    except OSError as error:
-        raise MetaplError(
-            f"{shown(path)} cannot be read: {error.strerror}; was it removed just now? Make it readable, or remove it."
-        ) from error
+    except OSError:
+        return None
 
 
 def _images(root: Path, count: Count, above: Path | None = None) -> tuple[tuple[str, ...], Counter[str]]:

@@ -15,8 +15,10 @@ from typing import BinaryIO
 from metapl.data.images.folders import Files, Progress, ask, digest, scan_unlabeled
 from metapl.data.images.reader import UnreadableImage, image_size
 from metapl.data.images.shards import FORMAT, MANIFEST, SUFFIX, Manifest, ShardFile, open_picture, size_of
+from metapl.data.images.verify import verify_files
 from metapl.errors import MetaplError, few
-from metapl.runs.atomic import replacing
+from metapl.runs.atomic import is_temporary, remove_temporary, replacing
+from metapl.runs.ownership import LOCK, owned
 from metapl.words import shown
 
 PER_SHARD = 10_000
@@ -37,7 +39,8 @@ def write_shards(
             checksums, and written again where not.
         per_shard: pictures of a shard.
         progress: called with the number of pictures done.
-        no_picture: called with the path of each file that is copied and, by its header, is no picture that can be read.
+        no_picture: called with the path of each file that is no picture that can be read, by its header. It is copied,
+            unless it is empty, or a link that leads nowhere.
 
     Returns: the manifest, which stands in ``out`` as ``shards.json``.
 
@@ -53,7 +56,7 @@ def write_shards(
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     if per_shard < 1:
         raise MetaplError(f"write_shards got per_shard={per_shard}; expected 1 picture or more.")
-    files = scan_unlabeled(folder)
+    files = _that_can_be_read(scan_unlabeled(folder), no_picture)
     if out.resolve().is_relative_to(folder.resolve()):
         raise MetaplError(
             f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected a folder elsewhere."
@@ -61,20 +64,17 @@ def write_shards(
     listing = hashlib.sha256()
     for name, path in zip(files.names, files.paths(), strict=True):
         listing.update(f"{name}\0{ask(size_of, path)}\0".encode("utf-8", "surrogateescape"))
-    wanted = Manifest(listing.hexdigest(), len(files), per_shard)
-    manifest = _begun(out, wanted)
+    if out.exists() and not out.is_dir():
+        raise MetaplError(f"{shown(out)} is a file; expected a folder for the shards.")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for number in range(manifest.total):
-            rows = range(number * per_shard, min((number + 1) * per_shard, len(files)))
-            before, after = manifest.shards[:number], manifest.shards[number + 1 :]
-            if number >= len(manifest.shards) or not _is_whole(out, manifest.shards[number]):
-                shard = _write_one(files, rows, out / f"{number:06d}{SUFFIX}", no_picture)
-                manifest = dataclasses.replace(manifest, shards=(*before, shard, *after))
-                with replacing(out / MANIFEST) as file:
-                    file.write(json.dumps({"format": FORMAT} | dataclasses.asdict(manifest), indent=1).encode())
-            if progress is not None:
-                progress(rows.stop)
+        with owned(out, leaves_lock=False):
+            manifest = _begun(out, Manifest(listing.hexdigest(), len(files), per_shard))
+            for number in range(manifest.total):
+                rows = range(number * per_shard, min((number + 1) * per_shard, len(files)))
+                if number >= len(manifest.shards) or not _is_whole(out, manifest.shards[number]):
+                    manifest = _write_one(files, rows, out, number, manifest, no_picture)
+                if progress is not None:
+                    progress(rows.stop)
     except OSError as error:
         raise MetaplError(
             f"{shown(out)} cannot be written: {error.strerror or error}; expected a folder with room for "
@@ -114,26 +114,31 @@ def check_shards(folder: str | Path, progress: Progress | None = None) -> Manife
     return manifest
 
 
+def _that_can_be_read(files: Files, no_picture: Callable[[str], object]) -> Files:
+    """Those that are files with something in them; links may lead nowhere."""
+    verified = verify_files(files, "size")
+    for one in verified.skipped:
+        no_picture(str(files.root / one.name))
+    if not verified.sound:
+        raise MetaplError(f"none of the {len(files):,} pictures in {shown(files.root)} can be read.")
+    return files.keep(verified.sound) if verified.skipped else files
+
+
 def _begun(out: Path, wanted: Manifest) -> Manifest:
-    """The manifest to go on from."""
-    if out.exists() and not out.is_dir():
-        raise MetaplError(f"{shown(out)} is a file; expected a folder for the shards.")
-    if not out.is_dir():
-        return wanted
+    """The manifest to go on from; what a killed writer left beside it is removed."""
     found = Manifest.read(out)
-    if found is None:
-        others = [entry.name for entry in sorted(out.iterdir()) if not entry.name.endswith(".tmp")]
-        if others:
-            raise MetaplError(
-                f"{shown(out)} has {few(others)} in it; expected a new or an empty folder, or shards begun before."
-            )
-        return wanted
-    if dataclasses.replace(found, shards=()) != wanted:
+    others = sorted(name for name in os.listdir(out) if name != LOCK and not is_temporary(name))
+    if found is None and others:
+        raise MetaplError(
+            f"{shown(out)} has {few(others)} in it; expected a new or an empty folder, or shards begun before."
+        )
+    if found is not None and dataclasses.replace(found, shards=()) != wanted:
         raise MetaplError(
             f"{shown(out)} holds shards of {found.pictures:,} other pictures, or of another size ({found.per_shard:,} "
             "pictures each); expected a new folder, or the same command as before."
         )
-    return found
+    remove_temporary(out)
+    return found or wanted
 
 
 def _is_whole(folder: Path, shard: ShardFile) -> bool:
@@ -141,13 +146,24 @@ def _is_whole(folder: Path, shard: ShardFile) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes and digest(str(path)).hex() == shard.sha256
 
 
-def _write_one(files: Files, rows: range, path: Path, no_picture: Callable[[str], object]) -> ShardFile:
+def _write_one(
+    files: Files, rows: range, out: Path, number: int, manifest: Manifest, no_picture: Callable[[str], object]
+) -> Manifest:
+    """Write a shard; the manifest that has it."""
+    path = out / f"{number:06d}{SUFFIX}"
     with replacing(path) as file:
         hashed = _Hashed(file)
         with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
             for row in rows:
                 _add(tar, files.names[row], str(files.path(row)), no_picture)
-    return ShardFile(path.name, len(rows), hashed.written, hashed.digest.hexdigest())
+        shard = ShardFile(path.name, len(rows), hashed.written, hashed.digest.hexdigest())
+        before, after = manifest.shards[:number], manifest.shards[number + 1 :]
+        manifest = dataclasses.replace(manifest, shards=(*before, shard, *after))
+        # Before the shard has its name: a kill leaves no shard that the manifest does not have, and which could be of
+        # somebody else; one that it has and that is missing is written again.
+        with replacing(out / MANIFEST) as listed:
+            listed.write(json.dumps({"format": FORMAT} | dataclasses.asdict(manifest), indent=1).encode())
+    return manifest
 
 
 @dataclass
@@ -170,6 +186,8 @@ class _Hashed:
 
 def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str], object]) -> None:
     picture = ask(open_picture, path)
+    if picture is None:
+        raise MetaplError(f"{shown(path)} cannot be read; was it removed just now? Make it readable, or remove it.")
     try:
         image_size(path)
     except UnreadableImage:
