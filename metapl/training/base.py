@@ -65,9 +65,9 @@ class Trainer(Stepwise):
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
                 phase is refused.
             allow_changes: what may differ from the run that is resumed, some of ``student_optimizer``,
-                ``teacher_optimizer``, ``trainer`` (losses, weights, precision, clipping), ``dtype``, ``labeled``,
-                ``unlabeled`` and ``validation``. Anything else that is known to differ is refused by name; what is
-                given now counts.
+                ``teacher_optimizer``, ``trainer`` (losses, weights, precision, clipping), ``networks`` (what their
+                modules say of themselves, and which parameters they learn), ``dtype``, ``labeled``, ``unlabeled`` and
+                ``validation``. Anything else that is known to differ is refused by name; what is given now counts.
             progress: show on standard error how far it is: a bar on a terminal, else a line at a validation,
                 one a minute at most.
             say: where messages go; default: standard error.

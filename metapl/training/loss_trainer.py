@@ -19,7 +19,7 @@ from metapl.errors import MetaplError
 from metapl.execution.agreement import check_copies
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
-from metapl.fingerprints import as_values
+from metapl.fingerprints import settings_of
 from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, starts, sum_of_terms
 from metapl.training import Trainer
@@ -153,7 +153,7 @@ class LossTrainer(Trainer):
         return self.losses
 
     def settings(self) -> dict[str, Any]:
-        return {name: as_values(getattr(self, name)) for name in ("losses", *SETTINGS)}
+        return settings_of(self, ("losses", *SETTINGS))
 
     def live_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the copies."""

@@ -22,7 +22,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
-from metapl.fingerprints import as_values
+from metapl.fingerprints import built_with, settings_of
 from metapl.hypergradient import Hypergradient, hypergradient, look_ahead
 from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
@@ -358,8 +358,11 @@ class BilevelTrainer(Trainer):
         return [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
 
     def settings(self) -> dict[str, Any]:
-        names = ("mode", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS)
-        return {name: as_values(getattr(self, name)) for name in names}
+        names = ["mode", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS]
+        values = settings_of(self, names)
+        if self.inner_optimizer not in self.schedulable:  # a transform, whose settings are in its functions
+            values["settings"] |= built_with({"inner_optimizer": self.inner_optimizer})
+        return values
 
     def live_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the copies."""
