@@ -91,7 +91,12 @@ def _kept(value: Any) -> dict[str, Any]:
     arguments, others = _arguments(type(value))
     if others and not isinstance(value, nn.Module):  # a configuration
         return {name: entry for name, entry in held.items() if not name.startswith("_")}
-    return {name: held[key] for name in arguments for key in (name, f"_{name}") if key in held}
+    kept = held.keys() - _OF_MODULES
+    return {name: held[key] for name in arguments for key in (name, f"_{name}") if key in kept}
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""Attributes that every module has, such as its mode; they have records of their own."""
 
 
 @cache

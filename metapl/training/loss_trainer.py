@@ -24,6 +24,7 @@ from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, refuse_split_batches, starts, sum_of_terms
 from metapl.training import Trainer
 from metapl.training.report import Report, means
+from metapl.training.states import check_state, names_of
 
 SETTINGS = ("clip_norm", "precision", "accumulate")
 """What decides a step beside the losses."""
@@ -160,11 +161,16 @@ class LossTrainer(Trainer):
         return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "optimizers": names_of({"optimizer": self.optimizer}),
             "steps_done": self.steps_done,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from :meth:`state_dict`, in a trainer built alike.
+
+        Raises: :class:`metapl.MetaplError` for anything else, before anything is loaded.
+        """
+        check_state(type(self).__name__, state, self.live_state(), {"optimizer": self.optimizer})
         load_whole(self.student, state["student"])
         self.optimizer.load_state_dict(as_held(copy.deepcopy(state["optimizer"]), self.optimizer))
         self.steps_done = state["steps_done"]
