@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
-from types import CellType, FunctionType
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,8 +88,8 @@ def _kept(value: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     held = {} if isinstance(value, _PLAIN) else getattr(value, "__dict__", {})
-    arguments, others = _arguments(type(value))
-    if others and not isinstance(value, nn.Module):  # a configuration
+    arguments, others = _arguments(value.__class__)
+    if (others and not callable(value)) or isinstance(value, SimpleNamespace):  # a configuration
         return {name: entry for name, entry in held.items() if not name.startswith("_")}
     kept = held.keys() - _OF_MODULES
     return {name: held[key] for name in arguments for key in (name, f"_{name}") if key in kept}
@@ -100,12 +100,12 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 
 
 @cache
-def _arguments(kind: type) -> tuple[tuple[str, ...], bool]:
+def _arguments(kind: type[object]) -> tuple[tuple[str, ...], bool]:
     """The names of a class's constructor's arguments, inherited ones too, and whether others may be given by name."""
-    made_by = [base.__init__ for base in kind.__mro__ if isinstance(vars(base).get("__init__"), FunctionType)]
-    parameters = [p for init in made_by for p in inspect.signature(init).parameters.values()]
-    others = not made_by or any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return tuple(dict.fromkeys(p.name for p in parameters)), others
+    made_by = [vars(base).get("__init__") for base in kind.__mro__]
+    written = [init for init in made_by if isinstance(init, FunctionType)]
+    parameters = [p for init in written for p in inspect.signature(init).parameters.values()]
+    return tuple(dict.fromkeys(p.name for p in parameters)), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def network_record(network: nn.Module) -> dict[str, Any]:

@@ -365,6 +365,19 @@ def test_settings_of_losses_of_ones_own_are_compared(changed: dict[str, Any], wo
         fitted_network(layers(), tmp_path, losses=(Weighted(**{"scale": scaled(1.0), **changed}),), steps=6)
 
 
+def test_a_loss_that_counts_and_has_no_constructor_is_no_other_loss(tmp_path: Path) -> None:
+    class Counting:
+        name, calls = "counting", 0
+
+        def __call__(self, teacher: nn.Module, *, labeled: Any, **others: Any) -> torch.Tensor:
+            self.calls += 1
+            return nn.functional.cross_entropy(teacher(labeled[0]), labeled[1])
+
+    losses = (Counting(),)
+    fitted_network(layers(), tmp_path, losses=losses, resume=False)
+    fitted_network(layers(), tmp_path, losses=losses, steps=5)
+
+
 def test_the_settings_of_a_transform_are_known() -> None:
     found = []
     for rate in (0.1, 0.1, 0.2):
