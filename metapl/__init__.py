@@ -17,6 +17,7 @@ try:
     from metapl.training.loss_trainer import LossTrainer
     from metapl.training.report import StepReport
     from metapl.training.trainer import BilevelTrainer
+    from metapl.words import did_you_mean
 except KeyboardInterrupt:
     # The command has not begun yet, and a traceback through the imports would say nothing.
     if path.basename(sys.argv[0]).removesuffix(".exe") not in ("metapl", "-m"):
@@ -56,4 +57,4 @@ def __getattr__(name: str) -> Any:
         return import_module("metapl.ablation").ablate
     if name in _ON_FIRST_USE:
         return import_module(f"metapl.{name}")
-    raise AttributeError(f"module 'metapl' has no attribute {name!r}")
+    raise AttributeError(f"module 'metapl' has no attribute {name!r}{did_you_mean(name, [*__all__, *_ON_FIRST_USE])}")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 WHOLE_NUMBERS = 2**24
@@ -36,6 +40,116 @@ def as_values(value: Any) -> Any:
     return type_name(
         value if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")) else type(value)
     )
+
+
+def settings_of(owner: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Attributes as plain values; under ``settings``, what the objects among them were built with."""
+    held = {name: getattr(owner, name) for name in names}
+    return {**{name: as_values(value) for name, value in held.items()}, "settings": built_with(held)}
+
+
+def built_with(value: Any, known: set[int] | None = None) -> dict[str, str]:
+    """The settings that an object keeps, by their names, in words: its attributes with the names of its constructor's
+    arguments (other attributes may be counters), what a function closes over, and the same of these.
+
+    Args:
+        value: the object; of a dataclass the fields count that are objects, as :func:`as_values` has the others.
+        known: objects that have been told of, which are not told of again.
+
+    >>> built_with(nn.MultiheadAttention(4, 2))["num_heads"]
+    '2'
+    """
+    known = set() if known is None else known
+    found: dict[str, str] = {}
+    for name, entry in _kept(value).items():
+        if not dataclasses.is_dataclass(value):
+            found[name] = repr(as_values(entry))
+        if not isinstance(entry, _PLAIN) and id(entry) not in known:
+            known.add(id(entry))
+            found |= {f"{name}.{inner}": text for inner, text in built_with(entry, known).items()}
+    return found
+
+
+_PLAIN = (bool, int, float, str, bytes, type, type(None), Tensor, np.ndarray)
+_FEW = 100
+"""Entries of a list that are looked into; a longer one holds data."""
+
+
+def _kept(value: Any) -> dict[str, Any]:
+    if isinstance(value, partial):
+        return {"func": value.func, **{str(i): entry for i, entry in enumerate(value.args)}, **value.keywords}
+    if isinstance(value, FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        return {name: cell.cell_contents for name, cell in cells if cell != CellType()}
+    if isinstance(value, tuple | list | Mapping):
+        named = value.items() if isinstance(value, Mapping) else enumerate(value)
+        few = {str(name): entry for name, entry in named} if len(value) <= _FEW else {}
+        return {} if all(isinstance(entry, _PLAIN) for entry in few.values()) else few
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    held = {} if isinstance(value, _PLAIN) else getattr(value, "__dict__", {})
+    arguments, others = _arguments(value.__class__)
+    if (others and not callable(value)) or isinstance(value, SimpleNamespace):  # a configuration
+        return {name: entry for name, entry in held.items() if not name.startswith("_")}
+    kept = held.keys() - _OF_MODULES
+    return {name: held[key] for name in arguments for key in (name, f"_{name}") if key in kept}
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""Attributes that every module has, such as its mode; they have records of their own."""
+
+
+@cache
+def _arguments(kind: type[object]) -> tuple[tuple[str, ...], bool]:
+    """The names of a class's constructor's arguments, inherited ones too, and whether others may be given by name."""
+    made_by = [vars(base).get("__init__") for base in kind.__mro__]
+    written = [init for init in made_by if isinstance(init, FunctionType)]
+    parameters = [p for init in written for p in inspect.signature(init).parameters.values()]
+    return tuple(dict.fromkeys(p.name for p in parameters)), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def network_record(network: nn.Module) -> dict[str, Any]:
+    """What a network says of itself: of each module its type, ``extra_repr`` and what it was built with, and the names
+    of the parameters that it does not learn.
+
+    Left out is what depends on the network's mode, on how it is laid out over processes, and on values of tensors.
+    """
+    modules: dict[str, list[str]] = {}
+    known: set[int] = set()
+    for name, part in network.named_modules():
+        modules[unwrapped(name)] = _module_record(part, known)
+    frozen = [unwrapped(name) for name, p in network.named_parameters() if not p.requires_grad]
+    return {"modules": modules, "frozen": frozen}
+
+
+def _module_record(part: nn.Module, known: set[int]) -> list[str]:
+    """Nothing of what stands in the place of another for the sake of a layout."""
+    own = [kind for kind in type(part).__mro__ if not kind.__module__.startswith(("torch.dist", "metapl.dist"))]
+    if type(part).__module__.startswith("metapl.dist") or (own[0] is nn.Module and type(part) is not nn.Module):
+        return []
+    says = _extra_repr(part)
+    settings = [f"{name}={text}" for name, text in built_with(part, known).items()]
+    return [own[0].__name__, says, *(text for text in settings if text not in says)]
+
+
+def _extra_repr(part: nn.Module) -> str:
+    """``extra_repr`` of the module without the values of its tensors, which move."""
+    try:
+        twin = object.__new__(type(part))
+        vars(twin).update(vars(part))
+        for kind in ("_parameters", "_buffers"):
+            held = vars(part)[kind].items()
+            vars(twin)[kind] = {
+                name: None if t is None else torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in held
+            }
+        return re.sub(r" at 0x[0-9a-f]+", "", str(twin.extra_repr()))
+    except Exception:  # it needs values, or is not written for this
+        return ""
+
+
+def unwrapped(name: str) -> str:
+    """A name without those of torch's wrappers for activation checkpoints."""
+    return re.sub(r"(^|\.)_checkpoint_wrapped_module(?=\.|$)", "", name).removeprefix(".")
 
 
 def fingerprint(tree: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -270,3 +271,39 @@ def test_another_error_of_the_network_stays_as_it_is() -> None:
     teacher, student = networks()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         metapl.BilevelTrainer(teacher, student).step((X, Y), torch.randn(8, 5))
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("stps", "; did you mean steps?"),
+        ("log_evry", "; did you mean log_every?"),
+        ("resumed", "; did you mean resume?"),
+        ("unlabelled", "; did you mean unlabeled or labeled?"),
+        ("xyz", "; expected some of labeled, unlabeled, steps, validation, "),
+    ],
+)
+def test_an_option_that_fit_does_not_have(option: str, meant: str) -> None:
+    model = nn.Linear(4, 3)
+    one = metapl.LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    two = metapl.BilevelTrainer(*networks())
+    for call in (one.fit, two.fit):
+        with pytest.raises(MetaplError, match=re.escape(f"fit() has no option {option!r}{meant}")):
+            call([(X, Y)], **{option: 3})
+    with pytest.raises(MetaplError, match=r"finetune\(\) has no option 'optimiser'; did you mean optimizer\?"):
+        two.finetune([(X, Y)], steps=2, optimiser=None)
+    with pytest.raises(MetaplError, match=r"finetune\(\) has no option 'stps'; did you mean steps\?"):
+        two.finetune([(X, Y)], stps=2)
+    with pytest.raises(MetaplError, match=r"fit\(\) was not told how many steps to take"):
+        one.fit([(X, Y)])
+    assert one.steps_done == two.steps_done == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("BilevelTrianer", "; did you mean BilevelTrainer?"), ("abblation", "; did you mean ablation?"), ("xyz", "")],
+)
+def test_a_name_that_metapl_does_not_have(name: str, meant: str) -> None:
+    with pytest.raises(AttributeError, match=re.escape(f"module 'metapl' has no attribute {name!r}{meant}") + "$"):
+        getattr(metapl, name)
+    assert not hasattr(metapl, name)

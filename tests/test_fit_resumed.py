@@ -21,6 +21,7 @@ from fits import (
     copied,
     end_of,
     examples,
+    network,
     same,
     single,
 )
@@ -73,6 +74,154 @@ def test_a_trainer_refuses_the_state_of_another_mode_and_of_no_trainer(tmp_path:
     metapl.runs.checkpoint.save(tmp_path / "b.ckpt", {"weights": torch.ones(1)})
     with pytest.raises(MetaplError, match=r"b\.ckpt is not a trainer's file"):
         bilevel("forward").load(tmp_path / "b.ckpt")
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def without(name: str) -> Change:
+    return lambda state: {key: value for key, value in state.items() if key != name}
+
+
+def at(*path: Any, value: Any) -> Change:
+    """The state with another value at a place, whose former value ``value`` is given."""
+
+    def changed(state: dict[str, Any]) -> dict[str, Any]:
+        held = state
+        for key in path[:-1]:
+            held = held[key]
+        held[path[-1]] = value(held.get(path[-1]) if isinstance(held, dict) else held[path[-1]])
+        return state
+
+    return changed
+
+
+def spoiled(t: Tensor) -> Tensor:
+    t = t.clone()
+    t.view(-1)[-1] = torch.nan
+    return t
+
+
+def of_another(optimizer: Any) -> Change:
+    """The state with another optimizer's in the place of the student's, which is the last network's."""
+
+    def changed(state: dict[str, Any]) -> dict[str, Any]:
+        model = network()
+        found = optimizer(model.parameters())
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        found.step()
+        return state | {key: found.state_dict() for key in ("inner", "optimizer") if key in state}
+
+    return changed
+
+
+NO_STATES: dict[str, tuple[Change, str]] = {
+    "none": (lambda state: None, "it is of type NoneType, and no dict with"),
+    "a list": (lambda state: [state], r"it is a list of 1 \(dict\), and no dict with"),
+    "empty": (lambda state: {}, r"it has no .*student"),
+    "weights": (lambda state: state["student"], r"it has no .* and it has 0\.weight"),
+    "no student": (without("student"), "it has no student"),
+    "student none": (at("student", value=lambda _: None), "its student is of type NoneType"),
+    "an entry more": (lambda state: state | {"extra": 1}, "it has extra, which the trainer's has not"),
+    "a weight less": (at("student", value=without("4.bias")), r"its student has no 4\.bias"),
+    "a weight more": (at("student", "5.weight", value=lambda _: torch.ones(1)), r"its student has 5\.weight, which"),
+    "another shape": (
+        at("student", "4.weight", value=lambda t: t[:2]),
+        r"its student\.4\.weight is .*\(2, 8\).*\(3, 8\)",
+    ),
+    "no tensor": (at("student", "4.weight", value=lambda t: t.tolist()), r"its student\.4\.weight is a list"),
+    "NaN": (at("student", "4.weight", value=spoiled), r"its student\.4\.weight has numbers that are NaN"),
+    "infinite": (at("student", "1.running_mean", value=lambda t: t + torch.inf), "running_mean has numbers that are"),
+    "no number": (at("steps_done", value=lambda _: None), "its steps_done is None"),
+    "Adam": (of_another(torch.optim.Adam), "is of another optimizer than SGD: .*betas"),
+    "RMSprop": (of_another(torch.optim.RMSprop), "is of another optimizer than SGD: .*alpha"),
+}
+OF_OPTIMIZERS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
+    "none": ((), lambda _: None, "is of type NoneType, and no state of an optimizer"),
+    "groups": (("param_groups",), lambda groups: groups * 2, r"over groups of \[6, 6\] parameters, .* \[6\]"),
+    "no groups": (("param_groups",), lambda groups: {}, "no state of an optimizer of torch.optim"),
+    "parameters": (("param_groups", 0, "params"), lambda ids: ids[:-1], r"over groups of \[5\] parameters"),
+    "shape": (("state", 0, "momentum_buffer"), lambda t: t[:2], r"state\.0\.momentum_buffer is .*\(8, 5\)"),
+    "NaN": (("state", 0, "momentum_buffer"), spoiled, r"\['momentum_buffer'\] has NaN"),
+    "rate": (("param_groups", 0, "lr"), lambda _: float("nan"), r"\['lr'\] has NaN"),
+    "foreign": (("state", 99), lambda _: {}, "state has 99, which is no number"),
+}
+
+
+def refuse_state(trainer: Any, change: Change, words: str, folder: Path) -> None:
+    """By itself and from a file; then everything is bit for bit as before."""
+    state, before, drawn = change(trainer.state_dict()), trainer.state_dict(), torch.get_rng_state()
+    with pytest.raises(MetaplError, match=rf"this is no state for this {type(trainer).__name__}: .*{words}"):
+        trainer.load_state_dict(state)
+    torch.manual_seed(99)
+    metapl.runs.checkpoint.save(folder / "a.ckpt", {"trainer": state, "rng": metapl.runs.generators.rng_state()})
+    torch.set_rng_state(drawn)
+    with pytest.raises(MetaplError, match=rf"a\.ckpt: this is no state for this .*{words}"):
+        trainer.load(folder / "a.ckpt")
+    assert same((trainer.state_dict(), torch.get_rng_state()), (before, drawn))
+
+
+def stepped(kind: str, **options: Any) -> Any:
+    trainer = bilevel(**options) if kind == "two" else single(**options)
+    labeled, unlabeled = batches(1)
+    trainer.step(labeled[0], unlabeled[0])
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["two", "one"])
+@pytest.mark.parametrize("name", NO_STATES)
+def test_what_is_no_state_of_a_trainer_is_refused_before_anything_is_loaded(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    refuse_state(stepped(kind), *NO_STATES[name], tmp_path)
+
+
+@pytest.mark.parametrize("of", ["inner", "outer", "optimizer"])
+@pytest.mark.parametrize("name", OF_OPTIMIZERS)
+def test_nor_is_that_of_another_optimizer(name: str, of: str, tmp_path: Path) -> None:
+    path, value, words = OF_OPTIMIZERS[name]
+    refuse_state(stepped("one" if of == "optimizer" else "two"), at(of, *path, value=value), words, tmp_path)
+
+
+def test_nor_is_a_state_without_its_teacher_or_with_another(tmp_path: Path) -> None:
+    trainer = stepped("two", generator=torch.Generator())
+    refuse_state(trainer, without("teacher"), "it has no teacher", tmp_path)
+    refuse_state(trainer, at("teacher", "4.weight", value=spoiled), r"its teacher\.4\.weight has numbers", tmp_path)
+    refuse_state(trainer, at("generator", value=lambda t: t[:9]), "its generator is a tensor", tmp_path)
+    refuse_state(trainer, at("mode_state", value=lambda _: None), "its mode_state is of type NoneType", tmp_path)
+    with pytest.raises(MetaplError, match="this one is of a trainer with a teacher, the state of one without"):
+        trainer.load_state_dict(trainer.state_dict() | {"teacher": None})
+    with pytest.raises(MetaplError, match=r"it has no teacher.* and it has optimizer, which"):
+        trainer.load_state_dict(single().state_dict())
+
+
+def test_optimizers_of_the_same_settings_are_told_apart_by_their_classes(tmp_path: Path) -> None:
+    adam, adamw = (
+        bilevel(inner=lambda student, kind=kind: kind(student.parameters()))
+        for kind in (torch.optim.Adam, torch.optim.AdamW)
+    )
+    refuse_state(
+        adamw, lambda _: adam.state_dict(), "its inner is of an optimizer Adam, and the trainer's is AdamW", tmp_path
+    )
+    old = adam.state_dict()
+    del old["optimizers"]  # of an earlier version
+    bilevel(inner=INNER["adamw"]).load_state_dict(old)
+
+
+def test_nor_is_the_state_of_another_transform(tmp_path: Path) -> None:
+    trainer = bilevel(inner=INNER["torchopt_adam"])
+    other = bilevel(inner=INNER["torchopt_momentum"]).state_dict()
+    refuse_state(trainer, lambda _: other, r"its inner\.leaves is a list", tmp_path)
+    refuse_state(
+        trainer, at("inner", "leaves", 0, value=lambda t: t[:2]), r"its inner\.leaves\.0 is a tensor", tmp_path
+    )
+    refuse_state(trainer, at("inner", "leaves", 0, value=spoiled), r"its inner\.leaves\.0 has numbers", tmp_path)
+
+
+def test_load_expects_a_path() -> None:
+    with pytest.raises(MetaplError, match=r"load\(\) was given of type NoneType; expected the path of a file"):
+        single().load(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -173,3 +173,119 @@ def test_the_size_does_not_depend_on_how_small_the_students_rate_is(rate: float)
     trainer = _trainer(feedback_ratio=0.7)
     trainer.inner_optimizer.param_groups[0]["lr"] = rate
     assert trainer.step(*_batch()).feedback_ratio == pytest.approx(0.7, rel=1e-5)
+
+
+class _Features:
+    """A loss in both outputs, one of which is computed from the other."""
+
+    name = "features"
+
+    def __call__(self, teacher: nn.Module, *, unlabeled: torch.Tensor, **others: object) -> torch.Tensor:
+        outputs = teacher(unlabeled)
+        return outputs["features"].square().mean() + outputs["logits"].square().mean()
+
+
+class _Twice(nn.Module):
+    """A teacher that is applied to its own output: of five classes, on five inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).tanh()
+
+
+class _OfItself(metapl.PseudoLabels):
+    def signal(self, teacher: nn.Module, batch: torch.Tensor, *_: object, **__: object) -> metapl.Signal:
+        once = teacher(batch)
+        return metapl.Signal((once + teacher(once)).softmax(-1), outputs=once)
+
+
+@pytest.mark.parametrize("options", [{}, {"feedback_ratio": 0.5}], ids=str)
+def test_the_ratio_of_a_loss_in_outputs_that_are_computed_from_each_other(options: dict[str, float]) -> None:
+    """What flows to the features through the logits is no part of the gradient at the features."""
+    torch.manual_seed(0)
+    teacher, student = _Nested(), nn.Linear(5, 3).double()
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "forward", problem=_OfLogits(), teacher_losses=(_Features(),), **options
+    )
+    labeled, u = _batch()
+    h = trainer.hypergradient(labeled, u).feedback
+    features, logits = (t.detach().requires_grad_() for t in teacher(u).values())
+    (from_feedback,) = torch.autograd.grad(-(h * logits.softmax(-1)).sum(), logits)
+    own = torch.autograd.grad(features.square().mean() + logits.square().mean(), (features, logits))
+    expected = options.get("feedback_ratio", float(from_feedback.norm() / torch.cat([*own], 1).norm()))
+    assert trainer.step(labeled, u).feedback_ratio == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_ratio_of_a_teacher_that_is_applied_to_its_own_output() -> None:
+    torch.manual_seed(0)
+    teacher, student = _Twice(), nn.Linear(5, 5).double()
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=_OfItself(), teacher_losses=(_OutputsTwice(),))
+    labeled, u = _batch()
+    h = trainer.hypergradient(labeled, u).feedback
+    once = teacher(u).detach().requires_grad_()
+    twice = teacher(once).detach().requires_grad_()
+    from_feedback = torch.autograd.grad(-(h * (once + twice).softmax(-1)).sum(), (once, twice))
+    (own,) = torch.autograd.grad(once.square().mean(), once)
+    expected = float(torch.cat(from_feedback, 1).norm() / own.norm())
+    assert trainer.step(labeled, u).feedback_ratio == pytest.approx(expected, rel=1e-9)
+
+
+def test_outputs_that_a_problem_changes_in_place() -> None:
+    class InPlace(metapl.PseudoLabels):
+        def signal(self, teacher: nn.Module, batch: torch.Tensor, *_: object, **__: object) -> metapl.Signal:
+            logits = teacher(batch)
+            logits /= 0.5
+            return metapl.Signal(logits.softmax(-1))
+
+    trainer, plain = _trainer(problem=InPlace()), _trainer(problem=metapl.PseudoLabels(temperature=0.5))
+    plain.step(*_batch())
+    assert 0 < trainer.step(*_batch()).feedback_ratio < 10
+    for p, other in zip(trainer.teacher.parameters(), plain.teacher.parameters(), strict=True):
+        torch.testing.assert_close(p, other)
+
+
+FIRST = (
+    "pooled_cnn",
+    "small_cnn",
+    "wide_resnet28_2",
+    "resnet18",
+    "resnet50",
+    "efficientnet_b0",
+    "efficientnet_b0_svhn",
+)
+"""One of each kind; the others are built of the same blocks, and ``make test-long`` tries those."""
+
+HUGE = ("b6_wide", "l2", "vit_l_", "vit_h_", "vit_1b_")
+"""Networks of more than 300 million weights, of the blocks of smaller ones, which are not run."""
+
+OF_TIMM = ("timm:resnet10t", "timm:resnet18", "timm:vit_tiny_patch16_224", "timm:test_vit")
+OTHERS = [n for n in metapl.models.NAMES if n not in FIRST and not any(part in n for part in HUGE)]
+
+
+@pytest.mark.parametrize("name", [*FIRST, *OF_TIMM, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
+def test_the_ratio_of_every_network_is_that_at_its_outputs(name: str) -> None:
+    """By hand, from gradients at the outputs; many of these networks have layers without a bias."""
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    size = 160 if name == "timm:test_vit" else 32
+    teacher = metapl.models.create(name, 3, image_size=size)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 3))
+    draws = torch.Generator().manual_seed(1)
+    x, u = (torch.randn(2, 3, size, size, generator=draws) for _ in range(2))
+    y = torch.tensor([0, 2])
+    at_rest = torch.optim.SGD(teacher.parameters(), lr=0.0)
+    losses = (metapl.CrossEntropy(),)
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", teacher_losses=losses, outer_optimizer=at_rest)
+    h = trainer.hypergradient((x, y), u).feedback
+    with torch.no_grad():
+        z, z_labeled = teacher(u), teacher(x)
+    (from_feedback,) = torch.autograd.grad(-(h * z.requires_grad_().softmax(-1)).sum(), z)
+    (own,) = torch.autograd.grad(nn.functional.cross_entropy(z_labeled.requires_grad_(), y), z_labeled)
+    found = trainer.step((x, y), u).feedback_ratio
+    assert found == pytest.approx(float(from_feedback.norm() / own.norm()), rel=1e-3)
+    trainer.feedback_ratio = 0.5
+    assert trainer.step((x, y), u).feedback_ratio == pytest.approx(0.5, rel=1e-4)

@@ -10,6 +10,7 @@ contract    what the loop requires of a trainer
 report      the numbers of a step
 loop        the loop
 rates       the learning rates, moved by the schedule
+states      whether a state is one of such a trainer
 watch       NaN and infinite numbers, detected without waiting for the device
 selection   validation, and the best student so far
 average     the moving average of the weights

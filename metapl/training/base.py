@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.callbacks import Callback
 from metapl.training.contract import Say, Stepwise
 from metapl.training.loop import FitResult, FitRun
-from metapl.training.options import FitOptions
+from metapl.training.options import FitOptions, refuse_unknown
 from metapl.training.resuming import check_allowed
 from metapl.words import tell
 
@@ -39,7 +40,7 @@ class Trainer(Stepwise):
         labeled: Any,
         unlabeled: Any = None,
         *,
-        steps: int,
+        steps: int | None = None,
         validation: Any = None,
         truth: Any = None,
         out: str | RunFolder | None = None,
@@ -57,7 +58,7 @@ class Trainer(Stepwise):
                 own step batches, anything :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where nothing reads
                 it. The batches are as :meth:`step` takes them; of a loader that gives labels too,
                 :func:`metapl.data.without_labels` leaves them out.
-            steps: in all, including the steps of an earlier part of the run.
+            steps: in all, including the steps of an earlier part of the run; always given.
             validation: (inputs, labels) or an iterable of such batches; without it the last student is kept.
             truth: (inputs, labels) of unlabeled examples whose labels happen to be known, for recording how many of
                 the teacher's labels are right; nothing is trained or selected on it.
@@ -65,9 +66,9 @@ class Trainer(Stepwise):
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
                 phase is refused.
             allow_changes: what may differ from the run that is resumed, some of ``student_optimizer``,
-                ``teacher_optimizer``, ``trainer`` (losses, weights, precision, clipping), ``dtype``, ``labeled``,
-                ``unlabeled`` and ``validation``. Anything else that is known to differ is refused by name; what is
-                given now counts.
+                ``teacher_optimizer``, ``trainer`` (losses, weights, precision, clipping), ``networks`` (what their
+                modules say of themselves, and which parameters they learn), ``dtype``, ``labeled``, ``unlabeled`` and
+                ``validation``. Anything else that is known to differ is refused by name; what is given now counts.
             progress: show on standard error how far it is: a bar on a terminal, else a line at a validation,
                 one a minute at most.
             say: where messages go; default: standard error.
@@ -81,8 +82,8 @@ class Trainer(Stepwise):
         Returns: a :class:`FitResult`.
 
         Raises:
-            MetaplError: wrong options or sources, a loss that is not finite (with its step and the last good
-                checkpoint), a disk that is full.
+            MetaplError: wrong or unknown options, wrong sources, a loss that is not finite (with its step and the last
+                good checkpoint), a disk that is full.
             Interrupted: after Ctrl-C, SIGTERM or SIGHUP, when the step under way is finished and saved.
 
         >>> import metapl
@@ -94,6 +95,9 @@ class Trainer(Stepwise):
         >>> steps, sorted(found.history[-1])
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
         """
+        refuse_unknown(options, self.fit)
+        if steps is None:
+            raise MetaplError("fit() was not told how many steps to take; expected steps=1000, say.")
         fit_options = FitOptions(steps=steps, **options)
         if out == "":
             raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
@@ -143,18 +147,19 @@ class Trainer(Stepwise):
     def load(self, path: str | Path) -> None:
         """Go on from :meth:`save`."""
         self._refuse_parts("load")
+        if not isinstance(path, str | os.PathLike):
+            raise MetaplError(f"load() was given {checks.described(path)}; expected the path of a file.")
         state = checkpoint.load(path)
         if not state.keys() >= {"trainer", "rng"}:
             raise MetaplError(f"{path} is not a trainer's file; expected one written by save().")
-        before = self.state_dict()
+        before = rng_state()
+        set_rng_state(state["rng"])  # or nothing has moved
         try:
             self.load_state_dict(state["trainer"])
-            set_rng_state(state["rng"])
         except Exception as error:
-            with suppress(Exception):
-                self.load_state_dict(before)
+            set_rng_state(before)
             if isinstance(error, MetaplError):
-                raise
+                raise MetaplError(f"{path}: {error}") from error
             raise MetaplError(
                 f"{path} is whole, but is not of such a trainer ({type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."

@@ -10,13 +10,14 @@ from torch import nn
 from metapl.problems.losses import CrossEntropy
 from metapl.training.loop import FitResult
 from metapl.training.loss_trainer import LossTrainer
+from metapl.training.options import refuse_unknown
 
 
 def finetune(
     student: nn.Module,
     labeled: Any,
     *,
-    steps: int,
+    steps: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     precision: str = "float32",
     accumulate: int = 1,
@@ -37,6 +38,7 @@ def finetune(
 
     Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
     """
+    refuse_unknown(options, finetune, LossTrainer.fit)
     trainer = LossTrainer(
         student,
         (CrossEntropy(),),

@@ -442,7 +442,10 @@ class FitRun:
     def _take(self, state: dict[str, Any]) -> None:
         """Put everything to where a checkpoint has it."""
         self.callbacks.restore(state.get("callbacks", []))
-        self.trainer.load_state_dict(state["trainer"])
+        trainer = state["trainer"]
+        if {"student_optimizer", "teacher_optimizer"} & {*self.allow_changes}:
+            trainer = trainer | {"optimizers": None}  # of any class
+        self.trainer.load_state_dict(trainer)
         self.rates.keep_settings(self.allow_changes)
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -19,7 +19,7 @@ from metapl.errors import MetaplError
 from metapl.execution.agreement import check_copies
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
-from metapl.fingerprints import as_values
+from metapl.fingerprints import settings_of
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
     CrossEntropy,
@@ -32,6 +32,7 @@ from metapl.problems.losses import (
 )
 from metapl.training import Trainer
 from metapl.training.report import Report, means
+from metapl.training.states import check_state, names_of
 
 SETTINGS = ("clip_norm", "precision", "accumulate")
 """What decides a step beside the losses."""
@@ -163,18 +164,23 @@ class LossTrainer(Trainer):
         return self.losses
 
     def settings(self) -> dict[str, Any]:
-        return {name: as_values(getattr(self, name)) for name in ("losses", *SETTINGS)}
+        return settings_of(self, ("losses", *SETTINGS))
 
     def live_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the copies."""
         return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "optimizers": names_of({"optimizer": self.optimizer}),
             "steps_done": self.steps_done,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from :meth:`state_dict`, in a trainer built alike.
+
+        Raises: :class:`metapl.MetaplError` for anything else, before anything is loaded.
+        """
+        check_state(type(self).__name__, state, self.live_state(), {"optimizer": self.optimizer})
         load_whole(self.student, state["student"])
         self.optimizer.load_state_dict(as_held(copy.deepcopy(state["optimizer"]), self.optimizer))
         self.steps_done = state["steps_done"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any, Literal
 
 from metapl.errors import MetaplError
+from metapl.words import did_you_mean
 
 COUNTS = ("steps", "warmup", "wait", "validate_every", "log_every", "save_every", "exact_every", "keep", "num_workers")
 """Options that count something."""
@@ -154,6 +157,23 @@ class FitOptions:
         [1, 3, 4]
         """
         return every is not None and ((step + 1) % every == 0 or step + 1 == self.steps)
+
+
+def refuse_unknown(given: Iterable[str], *functions: Callable[..., Any]) -> None:
+    """Refuse options that neither the first of some functions, nor those that it calls with them, nor
+    :class:`FitOptions` has, with what may have been meant.
+
+    >>> refuse_unknown(["stpes"], decay_interval)
+    Traceback (most recent call last):
+    metapl.errors.MetaplError: decay_interval() has no option 'stpes'; did you mean steps?
+    """
+    arguments = [p for function in functions for p in inspect.signature(function).parameters.values()]
+    named = [p.name for p in arguments if p.kind is p.KEYWORD_ONLY or p.name in ("labeled", "unlabeled")]
+    known = list(dict.fromkeys([*named, *(field.name for field in fields(FitOptions))]))
+    for name in given:
+        if name not in known:
+            meant = did_you_mean(name, known) or f"; expected some of {', '.join(known)}."
+            raise MetaplError(f"{functions[0].__name__}() has no option {name!r}{meant}")
 
 
 def decay_interval(steps: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.distributed.layout import reshard
 from metapl.errors import MetaplError
-from metapl.fingerprints import as_values
+from metapl.fingerprints import as_values, network_record, unwrapped
 from metapl.runs.checkpoint import CheckpointError
 from metapl.training.contract import Stepwise
 from metapl.training.rates import Rates
 from metapl.typed import misfit_entries
 
-PARTS = ("student_optimizer", "teacher_optimizer", "trainer", "dtype", "labeled", "unlabeled", "validation")
+PARTS = (
+    "student_optimizer", "teacher_optimizer", "trainer", "networks", "dtype", "labeled", "unlabeled", "validation",
+)  # fmt: skip
 """What ``allow_changes`` may name."""
 
 OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr")
@@ -27,11 +31,23 @@ STATE: dict[str, Any] = {"step": int, "options": dict[str, Any], "seen": dict[st
 
 
 def made_of(trainer: Stepwise, rates: Rates) -> dict[str, Any]:
-    """The optimizers, the trainer's own settings and the types of the weights, as plain values."""
-    content: dict[str, Any] = {"trainer": trainer.settings(), "dtype": _dtypes(trainer)}
+    """The optimizers, the trainer's own settings, the networks and the types of their weights, as plain values."""
+    networks = _networks(trainer)
+    for network in networks.values():
+        reshard(network)  # else it holds other tensors than the optimizer
+    content: dict[str, Any] = {
+        "trainer": trainer.settings(),
+        "dtype": _dtypes(networks),
+        "networks": {**VERSIONS, **{role: network_record(network) for role, network in networks.items()}},
+    }
+    names = {id(p): unwrapped(name) for network in networks.values() for name, p in network.named_parameters()}
     for name, optimizer in rates.optimizers.items():
         groups = [
-            {"lr": as_values(lr), **{key: as_values(value) for key, value in group.items() if key not in OF_SPEED}}
+            {
+                "lr": as_values(lr),
+                **{key: as_values(value) for key, value in group.items() if key not in OF_SPEED},
+                "parameters": [names.get(id(p), "") for p in group["params"]],
+            }
             for group, lr in zip(optimizer.param_groups, rates.base[name], strict=False)
         ]
         of_groups = groups[0] if len(groups) == 1 else {str(number): group for number, group in enumerate(groups)}
@@ -58,6 +74,9 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     for part in PARTS if before else ():  # a checkpoint of an earlier version does not say
         if part in allowed:
             continue
+        if part == "networks":
+            changed += _network_changes(before.get(part, {}), now.get(part, {}))
+            continue
         if (part in before) != (part in now) and part == "validation":
             changed.append(f"{part} was {'given' if part in before else 'not given'}, now it is the other way round")
         had, has = before.get(part), now.get(part)
@@ -65,16 +84,54 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             had, has = _flat(had), _flat(has)
             for name in sorted({*had, *has}):
                 was, is_now = had.get(name), has.get(name)
-                # A fingerprint that one of them does not have says nothing.
-                if was != is_now and not (name.endswith("fingerprint") and None in (was, is_now)):
+                # A fingerprint that one of them lacks says nothing, nor does what earlier versions did not keep.
+                optional = name.endswith(("fingerprint", "parameters")) or name.startswith("settings.")
+                if was != is_now and not (optional and None in (was, is_now)):
                     changed.append(f"{part}.{name} was {_short(was)}, now {_short(is_now)}")
     if changed:
-        parts = list(dict.fromkeys(change.partition(" ")[0].partition(".")[0] for change in changed))
+        parts = list(dict.fromkeys(re.split(r"[ .:]", change, maxsplit=1)[0] for change in changed))
         raise MetaplError(
             f"{file} is of a run that was made otherwise ({', '.join(changed[:6])}"
             f"{f' and {len(changed) - 6} more' if len(changed) > 6 else ''}); resume it as it was started, or say that "
             f"this may change: allow_changes={parts!r}."
         )
+
+
+def _network_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The first module of each network that is another, and the first parameter that is learned or frozen now."""
+    # What a module says of itself depends on torch's version, its type hardly ever does.
+    told = None if before.get("torch") == now.get("torch") else 1
+    changes = []
+    for role in ("student", "teacher"):
+        if role not in before or role not in now:
+            continue
+        had, has = (network[role]["modules"] for network in (before, now))
+        for name in {**has, **had}:
+            was, is_now = had.get(name), has.get(name)
+            # Of what stands in for another module, for the sake of a layout, nothing is known.
+            if [] not in (was, is_now) and (was and was[:told]) != (is_now and is_now[:told]):
+                layer = f"layer {name} of the {role}" if name else f"the {role}"
+                changes.append(f"networks: {layer} {_module_change(was, is_now)}")
+                break
+        frozen, is_frozen = (network[role]["frozen"] for network in (before, now))
+        for name in sorted({*frozen} ^ {*is_frozen}):
+            was_now = "frozen, is learned" if name in frozen else "learned, is frozen"
+            changes.append(f"networks: {name} of the {role} was {was_now}")
+            break
+    return changes
+
+
+def _module_change(was: list[str] | None, is_now: list[str] | None) -> str:
+    if was is None or is_now is None:
+        return f"is {_module(is_now)}, was not there" if is_now else f"was {_module(was or [])}, is not there"
+    return f"was {_module(was, is_now)}, is {_module(is_now, was)}"
+
+
+def _module(record: Sequence[str], other: Sequence[str] = ()) -> str:
+    """A module as it shows itself; beside another of its type, what they do not have in common."""
+    kind, *settings = record
+    settings = [text for text in settings if text not in other] if other and other[0] == kind else settings[:1]
+    return f"{kind}({', '.join(settings):.200})"
 
 
 def check_allowed(allowed: Sequence[str]) -> tuple[str, ...]:
@@ -124,12 +181,15 @@ def _ended_fault(ended: Any) -> str | None:
     return None if fits else f"it ended at {ended!r:.60}"
 
 
-def _dtypes(trainer: Stepwise) -> dict[str, str]:
+def _networks(trainer: Stepwise) -> dict[str, nn.Module]:
     networks = {"student": trainer.student, "teacher": trainer.teacher}
+    return {role: network for role, network in networks.items() if network is not None}
+
+
+def _dtypes(networks: Mapping[str, nn.Module]) -> dict[str, str]:
     return {
-        name: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()}))
-        for name, network in networks.items()
-        if network is not None
+        role: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()}))
+        for role, network in networks.items()
     }
 
 

@@ -19,7 +19,7 @@ from metapl.execution.agreement import check_copies
 from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
 from metapl.numerics import wide
-from metapl.parts import named_parts
+from metapl.parts import trainable
 from metapl.problems.base import Signal, has_rows
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.training.report import means
@@ -89,9 +89,8 @@ class TeacherStep(TeacherPass):
 
     def __init__(self, teacher: nn.Module, *given: Any) -> None:
         self._outputs: list[Tensor] = []
-        self._is_nested = False
         self._is_shared = False
-        self._weights = {id(p) for _, part in named_parts(teacher) for p in part._parameters.values()}
+        self._weights = {id(p) for p in trainable(teacher).values()}
         super().__init__(teacher, *given)  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
 
     def _run(self) -> Signal:
@@ -140,41 +139,36 @@ class TeacherStep(TeacherPass):
         """Take the gradient of both losses.
 
         Returns: the norms of their gradients at the teacher's outputs; NaN for a loss that also depends on the
-        teacher's weights other than through these outputs.
+        teacher's weights other than through these outputs, and where the processes hold shares of one gradient, whose
+        norm is not found from theirs.
         """
-        reach, own_reach = self._reach(from_feedback), self._reach(from_own)
-        if scale.relative:
-            reach.refuse_bypass("the signal")
-            own_reach.refuse_bypass("a teacher loss")
-        if not scale.relative and not self._is_nested and reach.outputs.isdisjoint(own_reach.outputs):
-            # Every output gets the gradient of one of the losses, and a common backward pass shows them.
-            with _caught(reach.outputs) as grads, _caught(own_reach.outputs) as own_grads:
-                _backward(scale.value * from_feedback + from_own)
-            return self._pooled(reach.size(grads, from_feedback), own_reach.size(own_grads, from_own))
-        sizes = self._pooled(reach.measured(from_feedback), own_reach.measured(from_own))
+        sizes = {"feedback": self._size(from_feedback, "the signal", scale)}
+        sizes["own"] = self._size(from_own, "a teacher loss", scale)
+        # The norms over the rows of all ranks; both are in units of a mean over the ranks.
+        sizes = {n: size * torch.nan if self._is_shared else self.ranks.pooled(size) for n, size in sizes.items()}
         factor = scale.factor(sizes["feedback"], sizes["own"])
-        _backward(factor * from_feedback + from_own)
+        loss = factor * from_feedback + from_own
+        if loss.requires_grad:
+            loss.backward()
         return {**sizes, "feedback": factor * sizes["feedback"]}
-
-    def _pooled(self, feedback: Tensor, own: Tensor) -> dict[str, Tensor]:
-        """The norms over the rows of all ranks; both are in units of a mean over the ranks. NaN where the gradients are
-        shares of one, whose norm is not found from theirs."""
-        if self._is_shared:
-            return dict.fromkeys(("feedback", "own"), torch.full_like(feedback, torch.nan))
-        return {"feedback": self.ranks.pooled(feedback), "own": self.ranks.pooled(own)}
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
         """Collect the outputs of the teacher in this block: the gradients of its losses are measured at these."""
 
-        def collect(module: nn.Module, args: Any, output: Any) -> None:
-            given, returned = (
-                [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)] for tree in (args, output)
-            )
-            found = [t for t in returned if t.requires_grad]
-            # One output may be computed from another: then each would get the gradient of the other's losses too.
-            self._is_nested = self._is_nested or len(found) > 1 or any(t.requires_grad for t in given)
-            self._outputs.extend(found)
+        def collect(module: nn.Module, args: Any, output: Any) -> Any:
+            # What else the pass computes from an output, and the hooks on it, are before the view: its gradient is that
+            # of the losses alone.
+            views: dict[int, Tensor] = {}
+
+            def viewed(t: Tensor) -> Tensor:
+                if not t.requires_grad:
+                    return t
+                return views.setdefault(id(t), t.view_as(t) if t.layout == torch.strided and not t.is_nested else t)
+
+            output = pytree.tree_map_only(Tensor, viewed, output)
+            self._outputs.extend(t for t in views.values() if t.requires_grad)  # a weight has none under no_grad
+            return output
 
         handle = self.teacher.register_forward_hook(collect)
         try:
@@ -182,12 +176,12 @@ class TeacherStep(TeacherPass):
         finally:
             handle.remove()
 
-    def _reach(self, loss: Tensor) -> _Reach:
-        """The collected outputs that a loss depends on, and whether it depends on a weight in another way."""
-        # The edge of an output that is a weight itself, such as a table, is its accumulation.
+    def _size(self, loss: Tensor, name: str, scale: FeedbackScale) -> Tensor:
+        """The norm of a loss's gradient at the outputs that it depends on, a scalar like the loss; NaN, or with a
+        relative scale an error, if it depends on a weight in another way. Cost: a backward pass through the head only.
+        """
         collected = {(edge.node, edge.output_nr): t for t in self._outputs for edge in [get_gradient_edge(t)]}
-        outputs: set[Tensor] = set()
-        bypass = False
+        outputs: list[Tensor] = []
         seen: set[tuple[Node | None, int]] = set()
         edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
         while edges:
@@ -196,54 +190,28 @@ class TeacherStep(TeacherPass):
                 continue
             seen.add(edge)
             if edge in collected:
-                outputs.add(collected[edge])
-                continue
-            bypass = bypass or id(getattr(edge[0], "variable", None)) in self._weights
-            edges.extend(edge[0].next_functions)
-        return _Reach(outputs, bypass)
+                outputs.append(collected[edge])
+            elif id(getattr(edge[0], "variable", None)) in self._weights:
+                if scale.relative:
+                    raise MetaplError(
+                        f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends "
+                        "on the teacher's weights in another way, such as through another method or an output that is "
+                        "not a tensor, tuple or dict. Let forward return what it depends on, or use feedback_weight."
+                    )
+                return loss.new_full((), torch.nan)
+            else:
+                edges.extend(edge[0].next_functions)
+        sizes = [loss.new_zeros(())]
 
+        def measure(g: Tensor) -> Tensor:
+            sizes.append(torch.linalg.vector_norm(wide(g)).to(loss.dtype))
+            return torch.zeros_like(g)  # of an output that is computed from another, nothing flows on to that one
 
-@dataclass(frozen=True)
-class _Reach:
-    """The outputs of the teacher that a loss depends on, and whether it depends on a weight in another way."""
-
-    outputs: set[Tensor]
-    bypass: bool
-
-    def refuse_bypass(self, name: str) -> None:
-        if self.bypass:
-            raise MetaplError(
-                f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends on the "
-                "teacher's weights in another way, such as through another method or an output that is not a tensor, "
-                "tuple or dict. Let forward return what it depends on, or use feedback_weight."
-            )
-
-    def measured(self, loss: Tensor) -> Tensor:
-        """The norm of a loss's gradient at the outputs; cost: a backward pass through the head only."""
-        outputs = list(self.outputs)
-        return self.size(torch.autograd.grad(loss, outputs, retain_graph=True) if outputs else (), loss)
-
-    def size(self, grads: Sequence[Tensor], loss: Tensor) -> Tensor:
-        """The norm of the gradients at the outputs, NaN if they are not all; a scalar like the loss."""
-        if self.bypass:
-            return loss.new_full((), torch.nan)
-        if not grads:
-            return loss.new_zeros(())
-        return _norm([torch.linalg.vector_norm(wide(g)) for g in grads]).to(loss.dtype)
-
-
-@contextmanager
-def _caught(outputs: set[Tensor]) -> Iterator[list[Tensor]]:
-    """Collect the gradients of these tensors in a backward pass of this block."""
-    grads: list[Tensor] = []
-    handles = [t.register_hook(grads.append) for t in outputs]
-    try:
-        yield grads
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _backward(loss: Tensor) -> None:
-    if loss.requires_grad:
-        loss.backward()
+        handles = [t.register_hook(measure) for t in outputs]
+        try:
+            if outputs:
+                torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return _norm(sizes)

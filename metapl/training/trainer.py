@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
-from metapl.fingerprints import as_values
+from metapl.fingerprints import built_with, settings_of
 from metapl.hypergradient import Hypergradient, hypergradient, look_ahead
 from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
@@ -40,6 +40,7 @@ from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.report import Report, StepReport
+from metapl.training.states import check_state, names_of
 from metapl.training.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
 from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
 
@@ -370,11 +371,14 @@ class BilevelTrainer(Trainer):
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
         """The student's and the teacher's optimizer; a TorchOpt transform has a schedule of its own."""
-        return [o for o in (self.inner_optimizer, self.outer_optimizer) if isinstance(o, torch.optim.Optimizer)]
+        return [*self._optimizers.values()]
 
     def settings(self) -> dict[str, Any]:
-        names = ("mode", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS)
-        return {name: as_values(getattr(self, name)) for name in names}
+        names = ["mode", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS]
+        values = settings_of(self, names)
+        if self.inner_optimizer not in self.schedulable:  # a transform, whose settings are in its functions
+            values["settings"] |= built_with({"inner_optimizer": self.inner_optimizer})
+        return values
 
     def live_state(self) -> dict[str, Any]:
         """:meth:`state_dict` without the copies."""
@@ -383,6 +387,7 @@ class BilevelTrainer(Trainer):
             "student": self.student.state_dict(),
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
+            "optimizers": names_of(self._optimizers),
             "mode": self.mode.name,
             "lookahead": self.lookahead,
             "mode_state": dict(self.mode_state),
@@ -391,23 +396,15 @@ class BilevelTrainer(Trainer):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, in a trainer built alike."""
-        if state["mode"] != self.mode.name:
-            raise MetaplError(
-                f"the state is of a trainer with mode {state['mode']!r}, this one has {self.mode.name!r}; "
-                "build the trainer as it was built before."
-            )
-        if state.get("lookahead", 1) != self.lookahead:
-            raise MetaplError(
-                f"the state is of a trainer with lookahead={state.get('lookahead', 1)}, this one has "
-                f"lookahead={self.lookahead}; build the trainer as it was built before."
-            )
-        if (state["teacher"] is None) != (self.teacher is None):
-            without, with_one = ("this one", "the state") if self.teacher is None else ("the state", "this one")
-            raise MetaplError(
-                f"{with_one} is of a trainer with a teacher, {without} of one without; build the trainer as it was "
-                "built before."
-            )
+        """Go on from :meth:`state_dict`, in a trainer built alike.
+
+        Raises: :class:`metapl.MetaplError` for anything else, before anything is loaded.
+        """
+        if isinstance(state, Mapping) and {"mode", "teacher"} <= state.keys():
+            self._refuse_another_kind(state)
+        check_state(type(self).__name__, state, self.live_state(), self._optimizers)
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"])
         if self.teacher is not None:
             load_whole(self.teacher, state["teacher"])
         load_whole(self.student, state["student"])
@@ -417,11 +414,30 @@ class BilevelTrainer(Trainer):
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
         self.mode_state = dict(state["mode_state"])
         self.steps_done = state["steps_done"]
-        if self.generator is not None and state["generator"] is not None:
-            self.generator.set_state(state["generator"])
+
+    def _refuse_another_kind(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of a trainer with another mode or length of look-ahead, or where one has no teacher."""
+        as_before = "build the trainer as it was built before."
+        if state["mode"] != self.mode.name:
+            raise MetaplError(
+                f"the state is of a trainer with mode {state['mode']!r}, this one has {self.mode.name!r}; {as_before}"
+            )
+        if state.get("lookahead", 1) != self.lookahead:
+            raise MetaplError(
+                f"the state is of a trainer with lookahead={state.get('lookahead', 1)}, this one has "
+                f"lookahead={self.lookahead}; {as_before}"
+            )
+        if (state["teacher"] is None) != (self.teacher is None):
+            without, with_one = ("this one", "the state") if self.teacher is None else ("the state", "this one")
+            raise MetaplError(f"{with_one} is of a trainer with a teacher, {without} of one without; {as_before}")
+
+    @property
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        known = {"inner": self.inner_optimizer, "outer": self.outer_optimizer}
+        return {name: o for name, o in known.items() if isinstance(o, torch.optim.Optimizer)}
 
     def finetune(
-        self, labeled: Any, *, steps: int, optimizer: torch.optim.Optimizer | None = None, **options: Any
+        self, labeled: Any, *, steps: int | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
     ) -> FitResult:
         """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 
