@@ -106,7 +106,7 @@ def look_ahead(
         parts=parts,
         keep_graph=mode.keep_graph,
         keep_every=mode.keep_every,
-        check_mean=check_derivatives,
+        first=check_derivatives,
     )
     if check_derivatives and mode.keep_graph:
         refuse_once_differentiable(path.steps[0].grads.values())

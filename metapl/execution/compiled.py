@@ -66,6 +66,11 @@ def uncompiled() -> Iterator[None]:
         _uncompiled.reset(token)
 
 
+def runs_compiled(network: nn.Module) -> bool:
+    """Whether a pass of a network would be compiled here."""
+    return isinstance(network.forward, _CompiledForward) and not _uncompiled.get()
+
+
 def refuse_compiled(**networks: nn.Module) -> None:
     """Refuse networks that are compiled already: their dropout masks would silently differ between passes."""
     for name, network in networks.items():

@@ -18,8 +18,9 @@ from metapl.distributed.means import warn_unless_mean
 from metapl.distributed.ranks import Ranks
 from metapl.execution.agreement import check_copies
 from metapl.execution.choice import student_of
+from metapl.execution.hooks import refuse_hooks
 from metapl.execution.kernels import refuse_checkpoints
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, mean_of, refuse_hooks
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, gradient_through, mean_of
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep, mean_inner_loss
 from metapl.numerics import Tree, mean_tree
@@ -203,7 +204,7 @@ def take_steps(
     parts: int = 1,
     keep_graph: bool = False,
     keep_every: int = 1,
-    check_mean: bool = False,
+    first: bool = False,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
 
@@ -217,11 +218,12 @@ def take_steps(
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
-        check_mean: warn if the outer loss is not a mean over examples, where ranks share the batch.
+        first: look closer: warn if the outer loss is not a mean over examples, where ranks share the batch, and look at
+            the student's operators on an accelerator too.
     """
-    own = student_of(student, update.parameters, double_backward=keep_graph)
+    own = student_of(student, update.parameters, double_backward=keep_graph, looking=first)
     pieces = micro_batches(labeled, parts, "labeled")
-    shared = check_mean and own.ranks.size > 1
+    shared = first and own.ranks.size > 1
     path = Path(problem, own, update, pieces, keep_every=keep_every, check_mean=shared)
     several = keep_graph and len(batches) > 1
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
@@ -231,6 +233,8 @@ def take_steps(
             params, state = path.steps[-1].moved
         path.steps.append(_step(path, batch, params, state, teach, refuse_checkpoints if several else nullcontext))
         path.forget()
+        for record in path.steps[-1].passes if several else ():
+            record.refuse_later_graphs()
     return path
 
 

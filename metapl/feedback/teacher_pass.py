@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metapl.distributed.layout import is_block
 from metapl.distributed.ranks import ALONE, Ranks, rows_shared
+from metapl.distributed.shards import is_sharded
 from metapl.execution.agreement import check_recomputed
-from metapl.execution.buffers import Slots, buffers_aside, copies, inputs_unchanged
+from metapl.execution.buffers import Slots, State, inputs_unchanged
+from metapl.execution.compiled import runs_compiled
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.writes import journal, weights_watched
 from metapl.problems.base import Problem, Signal
 
 
@@ -43,11 +47,13 @@ class TeacherPass:
         self.ranks = ranks
         self.teacher, self.problem, self.batch = teacher, problem, batch
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
+        self._slots = Slots(teacher)
         if recompute:
             self._random = RandomState.now(student_outputs.device)
-            self._buffers = copies(Slots(teacher).all_buffers)
+            self._state = State(self._slots.parts)
             self._generator_state = None if generator is None else generator.get_state()
-            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry():
+            kept = journal()
+            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), kept as self._state.parameters:
                 self.signal = self._run()
         else:
             self.signal = self._run()
@@ -57,7 +63,7 @@ class TeacherPass:
         if not self.recompute:
             return self.signal
         label_draws = _replayed_generator(self.generator, self._generator_state)
-        with replayed(self._random), label_draws, buffers_aside(self.teacher, self._buffers):
+        with replayed(self._random), label_draws, self._state.again(self._slots):
             again = self._run()
         for name, t in vars(self.signal).items():
             if t is not None:
@@ -65,8 +71,17 @@ class TeacherPass:
         return again
 
     def _run(self) -> Signal:
-        with inputs_unchanged(self.batch, "teacher"), rows_shared(self.ranks):
+        with inputs_unchanged(self.batch, "teacher"), rows_shared(self.ranks), self.watched():
             return self.problem.signal(self.teacher, self.batch, self.student_outputs, generator=self.generator)
+
+    def watched(self) -> AbstractContextManager[object]:
+        """Refuse a pass that moves the teacher's weights, and keep what it moves of the frozen ones."""
+        sharded = any(is_block(part) for part in self._slots.parts)
+        if sharded or any(is_sharded(p) for _, _, p in self._slots.parameters):
+            return nullcontext()
+        by_host = self.student_outputs.device.type == "cpu" or self._slots.has_frozen
+        looking = by_host and not runs_compiled(self.teacher)
+        return weights_watched(self._slots.by_part, "teacher", looking=looking)
 
 
 @contextmanager

@@ -1,0 +1,284 @@
+"""Students that move state in forward, and students that write to their weights: moved once, or refused in time.
+
+The reference is double backward on the module itself, written out: inner passes move its state one after another, the
+labeled pass sees what they left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from problems_zoo import ANYWHERE, CLASSES, OPTIMISERS, Toy, mlp, toy
+from reference import error
+from replays import ALL, put, twin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError
+
+RULE = OPTIMISERS["torch_sgd_nesterov"]
+TYPES = [torch.float32, torch.float64]
+REGISTRIES = {*vars(nn.Module())} - {"training"}
+
+
+def case(student: nn.Module, dtype: torch.dtype, teacher: nn.Module | None = None) -> Toy:
+    base = toy("mlp", rows=6, dtype=dtype)
+    labeled = base.labeled[0][:6], base.labeled[1][:6]
+    return Toy(teacher or base.teacher, student.to(dtype), labeled, base.unlabeled, 0)
+
+
+def ahead(problem: Toy, steps: int) -> Any:
+    """The inner batch, or several of them."""
+    x = problem.unlabeled
+    return x if steps == 1 else metapl.Lookahead([x + 0.1 * i for i in range(steps)])
+
+
+def state_of(*networks: nn.Module) -> list[Any]:
+    """A copy of all that networks hold: parameters, buffers, which are there, and attributes."""
+    found: list[Any] = []
+    for network in networks:
+        for part in network.modules():
+            tables = part._parameters, part._buffers, {n: v for n, v in vars(part).items() if n not in REGISTRIES}
+            found += [(name, value) for table in tables for name, value in table.items()]
+            found += [sorted(part._non_persistent_buffers_set), list(part._modules)]
+    kept = {id(t): t.detach().clone() for t in _tensors(found)}
+    return copy.deepcopy(found, kept)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple | set | deque):
+        return [t for element in value for t in _tensors(element)]
+    return [t for element in value.values() for t in _tensors(element)] if isinstance(value, dict) else []
+
+
+def alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, list | tuple | deque):
+        return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+def plainly(problem: Toy, steps: int, kind: str) -> tuple[reference.Tree, list[Any]]:
+    """The teacher's gradient, and the student's state after its inner passes; ``kind``: ``"soft"`` or ``"score"``."""
+    teacher, student = twin(problem.teacher), twin(problem.student)
+    phi = dict(teacher.named_parameters())
+    theta = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    own, state = dict(theta), None
+    leaves, spoken = [], []
+    for x in ahead(problem, steps).batches if steps > 1 else [problem.unlabeled]:
+        put(student, theta)
+        z = student(x)
+        log_q = teacher(x).log_softmax(-1)
+        if kind == "score":
+            drawn = torch.multinomial(log_q.detach().exp(), 1)
+            leaves.append(torch.ones(len(z), dtype=z.dtype).requires_grad_())
+            inner = (leaves[-1] * F.cross_entropy(z, drawn[:, 0], reduction="none")).mean()
+            spoken.append(log_q.gather(-1, drawn)[:, 0])
+        else:
+            leaves.append(log_q.detach().exp().requires_grad_())
+            inner = reference.cross_entropy(leaves[-1], z).mean()
+            spoken.append(log_q.exp())
+        g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+        theta, state = RULE.rule(theta, dict(zip(theta, g, strict=True)), state)
+    put(student, own)
+    after = state_of(student)
+    put(student, theta)
+    outer = F.cross_entropy(student(problem.labeled[0]), problem.labeled[1])
+    told = torch.autograd.grad(outer, leaves)
+    total = sum((t * q).sum() for t, q in zip(told, spoken, strict=True))
+    return dict(zip(phi, torch.autograd.grad(total, list(phi.values())), strict=True)), after
+
+
+# ------------------------------------------------------------------------------------------------------------ state
+
+
+class Moving(nn.Module):
+    """A network whose features are scaled by state that each pass moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x.flatten(1)).tanh()
+        return self.head(h * self.factor(h.detach()))
+
+    def factor(self, h: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def frozen(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(shape), requires_grad=False)
+
+
+class Average(Moving):
+    """A frozen parameter that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = frozen(6)
+
+    def factor(self, h: Tensor) -> Any:
+        self.average.mul_(0.8).add_(0.5)
+        return self.average.clone()
+
+
+class AverageByData(Average):
+    def factor(self, h: Tensor) -> Any:
+        self.average.data = self.average.data * 0.8 + 0.5
+        return self.average.clone()
+
+
+class AverageInADetachedView(Average):
+    def factor(self, h: Tensor) -> Any:
+        self.average.data[2:].mul_(0.5)
+        return self.average.clone()
+
+
+class AverageExchanged(Average):
+    def factor(self, h: Tensor) -> Any:
+        self.average = nn.Parameter(self.average * 0.8 + 0.5, requires_grad=False)
+        return self.average
+
+
+class Statistics(Moving):
+    """Running statistics in frozen parameters, which batch norm's operator does not say that it writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.var = frozen(6), frozen(6)
+
+    def factor(self, h: Tensor) -> Any:
+        F.batch_norm(torch.ones_like(h).cumsum(0), self.mean, self.var, training=True)
+        return self.mean.clone()
+
+
+class MissingBuffer(Moving):
+    """A buffer that is None until the first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("m", None)
+
+    def factor(self, h: Tensor) -> Any:
+        self.m = torch.ones(6, dtype=h.dtype) if self.m is None else 0.5 * self.m
+        return self.m
+
+
+class LateBuffer(Moving):
+    """A buffer that the first pass registers."""
+
+    def factor(self, h: Tensor) -> Any:
+        if not hasattr(self, "m"):
+            self.register_buffer("m", torch.ones(6, dtype=h.dtype), persistent=False)
+        self.m.data.mul_(0.5)
+        return self.m.clone()
+
+
+class Attribute(Moving):
+    def __init__(self, start: Any, move: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+        self.part.state, self.move = start, move
+
+    def factor(self, h: Tensor) -> Any:
+        if isinstance(self.part.state, Tensor):
+            self.part.state = self.part.state.to(h.dtype)
+        self.part.state, factor = self.move(self.part.state, h)
+        return factor
+
+
+class MadeLate(Moving):
+    def factor(self, h: Tensor) -> Any:
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.calls
+
+
+def _append(values: Any, h: Tensor) -> Any:
+    values.append(float(len(values) + 1))
+    return values, sum(values)
+
+
+def _in_place(t: Tensor, h: Tensor) -> Any:
+    return t.mul_(0.5), t.clone()
+
+
+def _nested(held: dict[str, Any], h: Tensor) -> Any:
+    held["deep"][0].append(1.0)
+    held["t"].mul_(0.5)
+    return held, len(held["deep"][0]) * held["t"].to(h.dtype)
+
+
+def _known(held: set[int], h: Tensor) -> Any:
+    held.add(len(held))
+    return held, len(held)
+
+
+ATTRIBUTES: dict[str, tuple[Any, Callable[[Any, Tensor], Any]]] = {
+    "number": (0, lambda n, h: (n + 1, n + 1.0)),
+    "fraction": (1.0, lambda a, h: (0.5 * a, a)),
+    "flag": (False, lambda b, h: (not b, 2.0 if b else 1.0)),
+    "text": ("a", lambda s, h: (s + "a", float(len(s)))),
+    "none": (None, lambda a, h: (2.0 if a is None else 3.0, 1.0 if a is None else a)),
+    "tuple": ((1, 2.0), lambda a, h: ((a[0] + 1, a[1]), a[0] * a[1])),
+    "list": ([1.0], _append),
+    "deque": (deque([1.0], maxlen=2), _append),
+    "set": ({0}, _known),
+    "tensor": (torch.ones(6), lambda t, h: (0.5 * t, t)),
+    "tensor in place": (torch.ones(6), _in_place),
+    "nested": ({"t": torch.ones(6), "deep": ([1.0],)}, _nested),
+}
+
+MOVING: dict[str, Callable[[], nn.Module]] = {
+    "frozen": Average,
+    "frozen by .data": AverageByData,
+    "view of frozen": AverageInADetachedView,
+    "frozen exchanged": AverageExchanged,
+    "statistics": Statistics,
+    "missing buffer": MissingBuffer,
+    "late buffer": LateBuffer,
+    "late attribute": MadeLate,
+    **{f"attribute: {name}": lambda name=name: Attribute(*copy.deepcopy(ATTRIBUTES[name])) for name in ATTRIBUTES},
+}
+
+BOUND = {torch.float64: {"difference": 1e-4, "": 1e-9}, torch.float32: {"difference": 2e-2, "": 1e-4}}
+SOFT = ("unrolled", "forward", "difference", "difference_one_sided")
+
+
+@pytest.mark.parametrize("kind", MOVING)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("mode", "steps"), [*((mode, 1) for mode in ALL), ("forward", 3), ("unrolled", 3), ("none", 3)], ids=str
+)
+def test_state_moves_once(mode: str, steps: int, dtype: torch.dtype, kind: str) -> None:
+    """By the inner passes, in order; the gradient is of the passes that were, and a call moves nothing."""
+    torch.manual_seed(5)
+    problem = case(MOVING[kind](), dtype)
+    given: dict[str, Any] = {"labeled": problem.labeled, "unlabeled": ahead(problem, steps), "mode": ALL[mode]}
+    problem.draw_from_start()
+    expected, after = plainly(problem, steps, "soft" if mode in (*SOFT, "none") else "score")
+    before = state_of(problem.teacher, problem.student)
+    problem.draw_from_start()
+    inner = RULE.build(problem.student)
+    found = metapl.hypergradient(**problem.networks(), **given, inner_optimizer=inner)
+    assert alike(before, state_of(problem.teacher, problem.student))
+    if mode in SOFT or "per_example" in mode:
+        assert error(found.grads, expected) < BOUND[dtype]["difference" if "difference" in mode else ""]
+    weights = {name for name, p in problem.student.named_parameters() if p.requires_grad}
+    problem.draw_from_start()
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=given.pop("mode"), inner_optimizer=inner)
+    trainer.step(**given)
+    moved, left = state_of(problem.student), {n.rpartition(".")[2] for n in weights}
+    assert alike([v for v in moved if v[:1] and v[0] not in left], [v for v in after if v[:1] and v[0] not in left])
