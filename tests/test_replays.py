@@ -435,7 +435,9 @@ def test_a_backward_pass_of_its_own(mode: str, kind: str) -> None:
     if mode == "unrolled" or (plain_mode, kind) in RIGHT:
         check_exact(problem, mode)
     else:
-        check_refused(problem, mode, "not of one function|does not return the same outputs|a tensor of its forward that changes")
+        check_refused(
+            problem, mode, "not of one function|does not return the same outputs|a tensor of its forward that changes"
+        )
 
 
 @pytest.mark.parametrize("mode", [*EXACT, "reinforce_per_example"])

@@ -275,6 +275,7 @@ class Pass:
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
         student = self.student
+        self._refuse_half()
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
         frozen = {id(t): wide(t) for _, _, t in student.slots.parameters if not t.requires_grad}
         held = [*student.held_at(moved), *stand_ins(student.slots.parameters, frozen)]
@@ -287,6 +288,16 @@ class Pass:
             self._again(held, upcast=True),
         ):
             return student.forward(wide_tree(self.inputs))
+
+    def _refuse_half(self) -> None:
+        """Refuse casts to half precision that neither autocast nor half weights explain, which a shifted pass keeps."""
+        half = self.narrowed & {torch.float16, torch.bfloat16}
+        explained = torch.is_autocast_enabled(self.student.device.type) or half & set(self.student.formats())
+        if half and not explained:
+            raise MetaplError(
+                f"the student casts to {min(map(str, half))} in its forward, and a difference of such outputs would be "
+                'noise; use mode="forward", or give precision="bfloat16" in place of the casts.'
+            )
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""

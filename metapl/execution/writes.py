@@ -8,14 +8,14 @@ a pass moves, such as the average of a momentum encoder, is state, as buffers ar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from operator import is_not
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metapl.errors import MetaplError
@@ -159,9 +159,7 @@ Parameters = list[tuple[str, dict[str, Any], frozenset[str]]]
 
 
 @contextmanager
-def weights_watched(
-    parts: Parameters, role: str, *, looking: bool, replay: bool = False
-) -> Iterator[Watch | None]:
+def weights_watched(parts: Parameters, role: str, *, looking: bool, replay: bool = False) -> Iterator[Watch | None]:
     """Refuse a network that moves the weights that its parts hold now in a pass of this block.
 
     Args:
@@ -180,11 +178,12 @@ def weights_watched(
     ]
     data = [t.data for _, t, _ in held]
     marks = [(memory_of(t), t._version) for _, t, _ in held]
+    not_learned = {name for (name, t, _) in held if isinstance(t, nn.Parameter) and not t.requires_grad}
     watch: Watch | None = None
     if looking:
         places = [(memory, entry) for (memory, _), entry in zip(marks, held, strict=True) if memory is not None]
         watch = Watch(
-            lambda name: _refuse(role, name),
+            lambda name: _refuse(role, name, not_learned),
             {memory: name for memory, (name, _, learned) in places if learned},
             {memory: t for memory, (_, t, learned) in places if not learned},
         )
@@ -226,11 +225,11 @@ def weights_watched(
     except BaseException as error:
         moved()
         if isinstance(error, RuntimeError) and _LEAF.search(str(error)):
-            _refuse(role, None, error)
+            _refuse(role, None, cause=error)
         raise
     name = moved()
     if name is not None:
-        _refuse(role, name)
+        _refuse(role, name, not_learned)
 
 
 def _frozen(*given: Any) -> bool:
@@ -240,7 +239,13 @@ def _frozen(*given: Any) -> bool:
 _LEAF = re.compile(r"leaf Variable that requires grad (is being|has been) used in an in-place operation")
 
 
-def _refuse(role: str, name: str | None, cause: BaseException | None = None) -> None:
+def _refuse(role: str, name: str | None, frozen: Collection[str] = (), *, cause: BaseException | None = None) -> None:
+    if name in frozen:
+        raise MetaplError(
+            f"the {role} writes to its frozen parameter {name} in its forward, of which the feedback passes need the "
+            "values before; a sharded network or a compiled pass keeps none. Hold it in a buffer (register_buffer), or "
+            "leave compile out."
+        )
     which = "one of its parameters" if name is None else f"its parameter {name}"
     raise MetaplError(
         f"the {role} writes to {which} in its forward, so its passes would be at different weights and the gradients "

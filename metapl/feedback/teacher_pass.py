@@ -74,12 +74,17 @@ class TeacherPass:
         with inputs_unchanged(self.batch, "teacher"), rows_shared(self.ranks), self.watched():
             return self.problem.signal(self.teacher, self.batch, self.student_outputs, generator=self.generator)
 
+    @property
+    def has_frozen(self) -> bool:
+        """Whether the teacher has parameters that it does not learn, which a pass may move."""
+        return self._slots.has_frozen
+
     def watched(self) -> AbstractContextManager[object]:
         """Refuse a pass that moves the teacher's weights, and keep what it moves of the frozen ones."""
         sharded = any(is_block(part) for part in self._slots.parts)
         if sharded or any(is_sharded(p) for _, _, p in self._slots.parameters):
             return nullcontext()
-        by_host = self.student_outputs.device.type == "cpu" or self._slots.has_frozen
+        by_host = self.student_outputs.device.type == "cpu" or self.has_frozen
         looking = by_host and not runs_compiled(self.teacher)
         return weights_watched(self._slots.by_part, "teacher", looking=looking)
 
