@@ -144,7 +144,10 @@ def masks_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
 
 def replays_from_moved_buffers(patch: pytest.MonkeyPatch) -> None:
     """Replays begin with the buffers as they are by then."""
-    patch.setattr("metapl.execution.local.fresh", buffers.copies)
+    again = buffers.State.again
+    patch.setattr(
+        buffers.State, "again", lambda self, slots, **options: again(buffers.State(self._parts), slots, **options)
+    )
 
 
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:

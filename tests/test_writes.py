@@ -320,7 +320,7 @@ def test_state_of_micro_batches(mode: str, dtype: torch.dtype) -> None:
     new, _ = RULE.rule(theta, dict(zip(theta, g, strict=True)), None)
     put(twins[1], new)
     outer = torch.stack(
-        [F.cross_entropy(twins[1](x), y) for x, y in zip(*(t.chunk(2) for t in problem.labeled))]
+        [F.cross_entropy(twins[1](x), y) for x, y in zip(*(t.chunk(2) for t in problem.labeled), strict=True)]
     ).mean()
     phi = dict(twins[0].named_parameters())
     told = torch.autograd.grad(outer, leaf)[0]

@@ -86,10 +86,10 @@ def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks 
         "the student does not return the same outputs when the inner pass is repeated with the same batch, weights, "
         "buffers and default random generators (the difference has norm {gap:.2g}, the outputs {size:.2g}), so the "
         "feedback would be wrong. Usual causes: random numbers from Python's random, from numpy or from a generator "
-        "of the module (use torch's default generator); state in an object that the module refers to (keep it in buffers, "
-        "or in attributes that are numbers or tensors); attention dropout drawn by another kernel (train under "
-        'torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). mode="unrolled" and "reinforce" repeat no '
-        "pass and take the student as it is; its pass on the labeled batch, too, then moves such a source on.",
+        "of the module (use torch's default generator); state in an object that the module refers to (keep it in "
+        "buffers, or in attributes that are numbers or tensors); attention dropout drawn by another kernel (train "
+        'under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). mode="unrolled" and "reinforce" repeat no pass and '
+        "take the student as it is; its pass on the labeled batch, too, then moves such a source on.",
         size=size,
     )
 
@@ -150,7 +150,8 @@ def check_recomputed(second: Tensor, first: Tensor) -> None:
         "batch, weights, buffers and default random generators (the difference has norm {gap:.2g}, the outputs "
         "{size:.2g}), as recompute_teacher and accumulate do. Usual causes: random numbers from Python's random, from "
         "numpy or from a generator of the module (use torch's default generator); state in an object that the module "
-        "refers to (keep it in buffers, or in attributes that are numbers or tensors). Or leave recompute_teacher and accumulate out.",
+        "refers to (keep it in buffers, or in attributes that are numbers or tensors). Or leave recompute_teacher and "
+        "accumulate out.",
         size=size,
     )
 

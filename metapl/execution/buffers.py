@@ -1,7 +1,7 @@
 """What the passes of a module move besides its weights: its state, copied, replaced for a block, and restored.
 
-State is the buffers, the attributes of the modules (their numbers, texts and tensors, alone and in lists, tuples, dicts,
-sets and deques) and the frozen parameters that a pass moves (:mod:`metapl.execution.writes`). What an attribute refers
+State is the buffers, the attributes of the modules (numbers, texts and tensors, alone and in lists, tuples, dicts, sets
+and deques) and the frozen parameters that a pass moves (:mod:`metapl.execution.writes`). What an attribute refers
 to otherwise, such as a generator of random numbers, is not looked into.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,12 +116,11 @@ def inputs_unchanged(inputs: Any, who: str) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------------------- state
 
-_OTHERS = frozenset(vars(nn.Module())) - {"training", "_non_persistent_buffers_set"}
-"""Attributes of every module that are not state: hooks, and the dictionaries that state is looked for in."""
+_OTHERS = frozenset(vars(nn.Module()))
+"""Attributes that are not looked into: hooks, and the dictionaries of parameters, buffers and parts."""
 
 _PLAIN = frozenset((int, float, bool, str, type(None), complex, torch.dtype, torch.device, torch.Size))
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
-_NONE: frozenset[str] = frozenset()
 
 Contents = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
 """The buffers, submodules and attributes of some parts."""
@@ -142,13 +141,14 @@ class State:
         self._parts = parts
         self._contents = self._now()
         self._copies: dict[int, tuple[Any, Any]] = {}  # of containers without their elements
+        self._deep: list[list[str]] = []  # of each part, the attributes that are more than a plain value
         for buffers, _, attributes in self._contents:
             for b in buffers.values():
                 if b is not None:
                     self._copies.setdefault(id(b), (b, b.detach().clone()))
-            for value in attributes.values():
-                if type(value) not in _PLAIN:
-                    self._keep(value)
+            self._deep.append([n for n in attributes.keys() - _OTHERS if type(attributes[n]) not in _PLAIN])
+            for name in self._deep[-1]:
+                self._keep(attributes[name])
 
     def restore(self) -> None:
         """Put everything back: which objects the modules hold, and what these hold."""
@@ -158,7 +158,7 @@ class State:
                 _write_back(value, before)
             else:
                 value.clear()
-                getattr(value, "extend", getattr(value, "update", None))(before)
+                (value.extend if hasattr(value, "extend") else value.update)(before)
 
     @contextmanager
     def again(self, slots: Slots, *, once: bool = False, upcast: bool = False) -> Iterator[None]:
@@ -171,11 +171,16 @@ class State:
         """
         memo: dict[int, Any] = {}
 
-        def fresh(held: dict[str, Any]) -> dict[str, Any]:
-            return {n: v if type(v) in _PLAIN else self._fresh(v, memo, once, upcast) for n, v in held.items()}
+        def fresh(held: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+            return {**held, **{name: self._fresh(held[name], memo, once, upcast) for name in names}}
 
         now = self._now()
-        self._put([(fresh(buffers), parts, fresh(others)) for buffers, parts, others in self._contents])
+        self._put(
+            [
+                (fresh(buffers, buffers) if buffers else buffers, parts, fresh(others, deep) if deep else others)
+                for (buffers, parts, others), deep in zip(self._contents, self._deep, strict=True)
+            ]
+        )
         stand_ins = [(table, name, t.clone()) for table, name, t in self.parameters.slots(slots.parameters)]
         if upcast:
             stand_ins = [(table, name, wide(t)) for table, name, t in stand_ins]
@@ -189,18 +194,17 @@ class State:
             self._put(now)
 
     def _now(self) -> Contents:
-        return [
-            (dict(p._buffers), dict(p._modules), {n: v for n, v in vars(p).items() if n not in _OTHERS})
-            for p in self._parts
-        ]
+        return [(dict(part._buffers), dict(part._modules), dict(vars(part))) for part in self._parts]
 
     def _put(self, contents: Contents) -> None:
-        for part, held in zip(self._parts, contents, strict=True):
-            tables = (part._buffers, _NONE), (part._modules, _NONE), (vars(part), _OTHERS)
-            for (table, others), values in zip(tables, held, strict=True):
-                for name in [n for n in table if n not in values and n not in others]:
-                    del table[name]
+        for part, (buffers, parts, attributes) in zip(self._parts, contents, strict=True):
+            tables = (part._buffers, buffers), (part._modules, parts), (vars(part), attributes)
+            for table, values in tables:
                 table.update(values)
+                if len(table) > len(values):
+                    for name in table.keys() - values.keys():
+                        del table[name]
+                        part._non_persistent_buffers_set.discard(name)
 
     def _keep(self, value: Any) -> None:
         """Copy what can be written to; tensors of a graph, parameters and objects of other kinds stay what they are."""

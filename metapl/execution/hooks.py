@@ -24,7 +24,9 @@ class Changing:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Sequence[tuple[str, nn.Module]]) -> None:
         self.found: str | None = None
-        self._tables = [(f"its parameter {name}", p._backward_hooks) for name, p in parameters.items()]
+        self._tables: list[tuple[str, Any]] = [
+            (f"its parameter {name}", p._backward_hooks) for name, p in parameters.items()
+        ]
         for prefix, part in parts:
             if part._backward_hooks or part._backward_pre_hooks:
                 where = f"its module {prefix.rstrip('.') or type(part).__name__}"
@@ -33,19 +35,23 @@ class Changing:
         self._tables = [(where, table) for where, table in self._tables if table]
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note hooks that run in this block, and those that are put on tensors in it, whenever they run."""
+    def noted(self, *, forward: bool = False) -> Iterator[None]:
+        """Note hooks that run in this block, and in a ``forward`` pass those that it puts on tensors."""
+        if not self._tables and not forward:
+            yield
+            return
         with ExitStack() as stack:
             for where, table in self._tables:
                 stack.callback(table.update, dict(table))
                 table.update({key: self._noting(where, hook) for key, hook in table.items()})
-            register = Tensor.register_hook
-            stack.callback(setattr, Tensor, "register_hook", register)
+            if forward:
+                register = Tensor.register_hook
+                stack.callback(setattr, Tensor, "register_hook", register)
 
-            def registered(t: Tensor, hook: Any) -> Any:
-                return register(t, self._noting("a tensor of its forward", hook))
+                def registered(t: Tensor, hook: Any) -> Any:
+                    return register(t, self._noting("a tensor of its forward", hook))  # type: ignore[no-untyped-call]
 
-            Tensor.register_hook = registered  # type: ignore[method-assign]  # put back
+                Tensor.register_hook = registered  # type: ignore[method-assign]  # put back
             yield
 
     def _noting(self, where: str, hook: Any) -> Any:

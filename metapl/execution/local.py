@@ -199,7 +199,7 @@ class Pass:
             student.as_trained(),
             swapped(self._held),
             inputs_unchanged(inputs, "student"),
-            self._hooks.noted(),
+            self._hooks.noted(forward=True),
             journal() as self._state.parameters,
             student.watched(replay=False) as watch,
         ):

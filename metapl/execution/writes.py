@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metapl.errors import MetaplError
 
-
 Slot = tuple[dict[str, Any], str, Any]
 
 
@@ -93,7 +92,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, refuse: Callable[[str], None], learned: Mapping[int, str], frozen: Mapping[int, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.refuse, self.learned, self.frozen = refuse, learned, frozen
         self.narrowed: set[torch.dtype] = set()
 
@@ -116,6 +115,8 @@ class Watch(TorchDispatchMode):
 
     def _before_write(self, t: Tensor) -> None:
         memory = memory_of(t)
+        if memory is None:
+            return
         if memory in self.learned:
             self.refuse(self.learned[memory])
         if memory in self.frozen:
@@ -205,11 +206,11 @@ def weights_watched(parts: Parameters, role: str, *, looking: bool, replay: bool
             found += [prefix + n for n in others]
             table.clear()
             table.update(contents)
-        for (name, t, learned), values, (memory, version) in zip(held, data, marks, strict=True):
-            if replay and not learned:
+        for (name, t, is_learned), values, (memory, version) in zip(held, data, marks, strict=True):
+            if replay and not is_learned:
                 continue
             if memory_of(t) != memory:
-                if looking and not learned:
+                if looking and not is_learned:
                     for one in _journals.get():
                         one.note(t, values)
                     continue
