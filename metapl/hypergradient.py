@@ -110,7 +110,7 @@ def look_ahead(
         parts=parts,
         keep_graph=mode.keep_graph,
         keep_every=mode.keep_every,
-        check=check_derivatives,
+        first=check_derivatives,
     )
     if check_derivatives and mode.keep_graph:
         with others_named(mode, path):

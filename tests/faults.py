@@ -94,12 +94,12 @@ def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
 def statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
     """Feedback passes write to the running statistics."""
     patch.setattr(buffers.Slots, "frozen", lambda self: nullcontext())
-    patch.setattr("metapl.execution.local.copies", lambda held: [])
+    patch.setattr(buffers.State, "again", lambda self, slots, **options: nullcontext())
 
 
 def teachers_statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
     """The recomputed pass writes to the teacher's running statistics once more."""
-    patch.setattr("metapl.feedback.teacher_pass.buffers_aside", lambda *given: nullcontext())
+    patch.setattr(buffers.State, "again", lambda self, slots, **options: nullcontext())
 
 
 def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,10 @@ def masks_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
 
 def replays_from_moved_buffers(patch: pytest.MonkeyPatch) -> None:
     """Replays begin with the buffers as they are by then."""
-    patch.setattr("metapl.execution.local.fresh", buffers.copies)
+    again = buffers.State.again
+    patch.setattr(
+        buffers.State, "again", lambda self, slots, **options: again(buffers.State(self._parts), slots, **options)
+    )
 
 
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:

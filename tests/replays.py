@@ -51,7 +51,8 @@ def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def twin(module: nn.Module) -> nn.Module:
     """A copy, of modules too whose weight is an attribute with a graph."""
-    kept = {id(t): t.detach() for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)}
+    held = [t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)]
+    kept = {id(t): t.detach().clone() for t in held}
     return copy.deepcopy(module, kept)
 
 

@@ -154,7 +154,7 @@ CAUGHT: dict[str, dict[str, Check]] = {
         "random": lambda patch: test_replays.test_random_numbers_of_a_students_own_are_refused("forward", "random"),
     },
     "slopes_unchecked": {
-        "no_grad": lambda patch: test_replays.test_a_backward_pass_of_its_own("forward", "no_grad"),
+        "no_grad": lambda patch: test_replays.test_a_backward_pass_of_its_own("difference", "no_grad"),
         "detach": lambda patch: test_replays.test_a_backward_pass_of_its_own("difference", "detach"),
     },
     "smoothed_score": {

@@ -197,6 +197,7 @@ def test_jumps_that_the_slopes_do_not_see_are_refused() -> None:
     """Where student and teacher agree the loss is flat, and its feedback is not."""
     base = toy("mlp", dtype=torch.float32, rows=64)
     student = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.Tanh(), Jump(), nn.Linear(32, CLASSES))
+    student(base.unlabeled)
     inner = torch.optim.SGD(student.parameters(), lr=0.1)
     with pytest.raises(metapl.MetaplError, match="outputs jump"):
         metapl.hypergradient(base.teacher, student, **base.data(), mode="difference", inner_optimizer=inner)

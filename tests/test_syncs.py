@@ -29,7 +29,7 @@ PACKAGE = Path(metapl.__file__).parent
 IN_A_STEP = (
     *("training/trainer", "training/teacher", "training/loss_trainer", "numerics", "hypergradient"),
     *("execution/local", "execution/buffers", "execution/kernels", "execution/agreement", "execution/rng"),
-    "execution/guards",
+    *("execution/guards", "execution/hooks", "execution/writes"),
     *("problems/base", "problems/pseudo_labels", "problems/losses", "feedback/base", "feedback/lookahead"),
     *("feedback/credit", "feedback/unrolled", "feedback/forward", "feedback/difference", "feedback/reinforce"),
     *("feedback/reinforce_per_example", "feedback/loss_difference", "feedback/none"),

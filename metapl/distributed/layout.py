@@ -224,7 +224,7 @@ def layout_of(name: str, network: Any) -> Layout:
     if isinstance(network, DistributedDataParallel):
         _check_embeddings(name, network.module)
         return _replicated(name, network)
-    if any(_is_block(part) for _, part in named_parts(network)):
+    if any(is_block(part) for _, part in named_parts(network)):
         _check_embeddings(name, network)
         return _sharded(name, network)
     if any(is_sharded(t) for _, t in named_tensors(network)):
@@ -242,14 +242,15 @@ def _buffers(network: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in named_tensors(network) if not isinstance(t, nn.Parameter)}
 
 
-def _is_block(part: nn.Module) -> bool:
+def is_block(part: nn.Module) -> bool:
+    """Whether ``fully_shard`` gathers the weights of a module while it runs."""
     # By name: the class itself takes seconds to import, and one process has no such block.
     return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in type(part).__mro__)
 
 
 def reshard(network: nn.Module) -> None:
     """Let every block of a network give up its gathered weights; see :meth:`Layout.reshard`."""
-    blocks: list[Any] = [part for _, part in named_parts(network) if _is_block(part)]
+    blocks: list[Any] = [part for _, part in named_parts(network) if is_block(part)]
     for block in blocks:
         block.reshard()
 
@@ -260,7 +261,7 @@ def without_gradients(network: nn.Module) -> Iterator[None]:
 
     In inference mode a sharded network would gather its weights into tensors that no later pass could fill again.
     """
-    spread = any(_is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
+    spread = any(is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
     with torch.no_grad() if spread else torch.inference_mode():
         yield
     reshard(network)
@@ -280,8 +281,8 @@ def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:
 
 
 def _sharded(name: str, network: nn.Module) -> Layout:
-    blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if _is_block(part))
-    if not _is_block(network):
+    blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
+    if not is_block(network):
         raise MetaplError(
             f"fully_shard was called on parts of the {name} and not on the {name} itself, so the rest of it would "
             f"learn from this rank's share of the batch alone; expected fully_shard({name}) after its blocks."

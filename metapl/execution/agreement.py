@@ -53,11 +53,11 @@ class Tolerance:
 
 
 # By the coarsest dtype of a pass; TF32 counts as float16, which has the same ten bits. Measured on the networks of
-# benchmarks/difference_step.py, fresh and in training, the slopes differ by at most 2e-7 in float32 and 1e-2 under
+# benchmarks/difference_step.py, fresh and in training, the slopes differ by at most 3e-6 in float32 and 1e-2 under
 # bfloat16; for students that are refused they differ by 0.1 and more.
 BY_FORWARD_MODE = {
     torch.float64: Tolerance(1e-6, 1e-6),
-    torch.float32: Tolerance(5e-3, 2e-2),
+    torch.float32: Tolerance(5e-3, 1e-3),
     torch.float16: Tolerance(2e-2, 5e-2),
     torch.bfloat16: Tolerance(5e-2, 0.1),
 }
@@ -90,10 +90,10 @@ def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks 
         "the student does not return the same outputs when the inner pass is repeated with the same batch, weights, "
         "buffers and default random generators (the difference has norm {gap:.2g}, the outputs {size:.2g}), so the "
         "feedback would be wrong. Usual causes: random numbers from Python's random, from numpy or from a generator "
-        "of the module (use torch's default generator); state in plain attributes (keep it in buffers: "
-        "register_buffer); attention dropout drawn by another kernel (train under "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). A mode that runs no pass twice takes the student as it is: "
-        'mode="unrolled", or "reinforce".',
+        "of the module (use torch's default generator); state in an object that the module refers to (keep it in "
+        "buffers, or in attributes that are numbers or tensors); attention dropout drawn by another kernel (train "
+        'under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). mode="unrolled" and "reinforce" repeat no pass and '
+        "take the student as it is; its pass on the labeled batch, too, then moves such a source on.",
         size=size,
     )
 
@@ -177,8 +177,9 @@ def check_recomputed(second: Tensor, first: Tensor) -> None:
         "the teacher does not return the same outputs when its pass on the unlabeled batch is repeated with the same "
         "batch, weights, buffers and default random generators (the difference has norm {gap:.2g}, the outputs "
         "{size:.2g}), as recompute_teacher and accumulate do. Usual causes: random numbers from Python's random, from "
-        "numpy or from a generator of the module (use torch's default generator); state in plain "
-        "attributes (keep it in buffers: register_buffer). Or leave recompute_teacher and accumulate out.",
+        "numpy or from a generator of the module (use torch's default generator); state in an object that the module "
+        "refers to (keep it in buffers, or in attributes that are numbers or tensors). Or leave recompute_teacher and "
+        "accumulate out.",
         size=size,
     )
 

@@ -1,8 +1,15 @@
-"""The parameters and buffers of a module: replaced for a block, copied, and restored."""
+"""What the passes of a module move besides its weights: its state, copied, replaced for a block, and restored.
+
+State is the buffers, the attributes of the modules (numbers, texts and tensors, alone and in lists, tuples, dicts, sets
+and deques) and the frozen parameters that a pass moves (:mod:`metapl.execution.writes`). What an attribute refers
+to otherwise, such as a generator of random numbers, is not looked into.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
+from metapl.execution.writes import Journal, journal
+from metapl.numerics import wide
 from metapl.parts import named_parts
 
 Held = tuple[dict[str, Any], str, Tensor]
@@ -20,19 +29,28 @@ Held = tuple[dict[str, Any], str, Tensor]
 
 
 class Slots:
-    """Every place where a module holds a parameter or a buffer; a tensor may be held in several.
+    """Every place where a module holds a parameter or state; a tensor may be held in several.
 
     Batch norms that normalize by the statistics of the batch are kept apart: :meth:`frozen` stops their updates, so
-    their buffers need no copies.
+    their state needs no copies.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parts = [part for _, part in named_parts(module)]
-        self.norms = [part for part in parts if isinstance(part, _BatchNorm) and _by_batch_statistics(part)]
+        self.named_parts = named_parts(module)
+        self.parts = [part for _, part in self.named_parts]
+        self.norms = [part for part in self.parts if isinstance(part, _BatchNorm) and _by_batch_statistics(part)]
         kept = {id(norm) for norm in self.norms}
-        self.parameters = [held for part in parts for held in _held(part._parameters)]
-        self.all_buffers = [held for part in parts for held in _held(part._buffers)]
-        self.loose_buffers = [held for part in parts if id(part) not in kept for held in _held(part._buffers)]
+        self.loose_parts = [part for part in self.parts if id(part) not in kept]
+        self.parameters = [held for part in self.parts for held in _held(part._parameters)]
+        self.by_part = [
+            (prefix, part._parameters, frozenset(n for n, p in part._parameters.items() if _learns(p)))
+            for prefix, part in self.named_parts
+        ]
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether a parameter is not learned."""
+        return not all(t.requires_grad for _, _, t in self.parameters)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -46,6 +64,10 @@ class Slots:
                 norm.track_running_stats = True
 
 
+def _learns(p: Tensor | None) -> bool:
+    return p is not None and p.requires_grad
+
+
 def _held(tensors: dict[str, Any]) -> list[Held]:
     return [(tensors, name, t) for name, t in tensors.items() if t is not None]
 
@@ -54,16 +76,6 @@ def _by_batch_statistics(norm: _BatchNorm) -> bool:
     # Only PyTorch's own forward is known not to write to the buffers when track_running_stats is False.
     own_forward = getattr(norm.forward, "__func__", None) is _BatchNorm.forward
     return own_forward and norm.training and norm.track_running_stats
-
-
-def copies(held: Sequence[Held]) -> list[Held]:
-    """Copies of the tensors that the slots hold now; a tensor in several slots is copied once."""
-    memo: dict[int, Tensor] = {}
-    now = [(tensors, name, tensors[name]) for tensors, name, _ in held if tensors.get(name) is not None]
-    for _, _, t in now:
-        if id(t) not in memo:
-            memo[id(t)] = t.detach().clone()
-    return [(tensors, name, memo[id(t)]) for tensors, name, t in now]
 
 
 def stand_ins(held: Sequence[Held], replacements: Mapping[int, Tensor]) -> list[Held]:
@@ -86,19 +98,6 @@ def swapped(held: Sequence[Held]) -> Iterator[None]:
     finally:
         for tensors, name, t in before:
             tensors[name] = t
-
-
-@contextmanager
-def buffers_aside(module: nn.Module, start: Sequence[Held] | None = None) -> Iterator[None]:
-    """Run the module on copies of its buffers, by default of their values now, so that the buffers do not change."""
-    with swapped(copies(Slots(module).all_buffers) if start is None else fresh(start)):
-        yield
-
-
-def fresh(held: Sequence[Held]) -> list[Held]:
-    """Copies of saved tensors, for a pass that may write to its buffers."""
-    memo: dict[int, Tensor] = {}
-    return [(tensors, name, memo.setdefault(id(t), t.clone())) for tensors, name, t in held]
 
 
 @contextmanager
@@ -148,33 +147,161 @@ def _versions(tree: Any) -> list[int]:
     return [t._version for t in _tensors(tree) if not t.is_inference()]
 
 
-class Buffers:
-    """A snapshot of a module's buffers."""
+# ---------------------------------------------------------------------------------------------------------- state
 
-    def __init__(self, module: nn.Module) -> None:
-        self.held = [held for _, part in named_parts(module) for held in _held(part._buffers)]
-        self.values = copies(self.held)
+_OTHERS = frozenset(vars(nn.Module()))
+"""Attributes that are not looked into: hooks, and the dictionaries of parameters, buffers and parts."""
+
+_PLAIN = frozenset((int, float, bool, str, type(None), complex, torch.dtype, torch.device, torch.Size))
+_CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
+
+Contents = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
+"""The buffers, submodules and attributes of some parts."""
+
+
+class State:
+    """A snapshot of the state of some parts of a network, with copies of what a pass can write to.
+
+    Args:
+        parts: of the network.
+
+    Attributes:
+        parameters: the frozen parameters that the pass after it has moved, as they were before.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        self.parameters = Journal()
+        self._parts = parts
+        self._contents = self._now()
+        self._copies: dict[int, tuple[Any, Any]] = {}  # of containers without their elements
+        self._deep: list[list[str]] = []  # of each part, the attributes that are more than a plain value
+        for buffers, _, attributes in self._contents:
+            for b in buffers.values():
+                if b is not None:
+                    self._copies.setdefault(id(b), (b, b.detach().clone()))
+            self._deep.append([n for n in attributes.keys() - _OTHERS if type(attributes[n]) not in _PLAIN])
+            for name in self._deep[-1]:
+                self._keep(attributes[name])
 
     def restore(self) -> None:
-        """Restore the buffers, both values and tensor objects (a module may have assigned new ones)."""
-        with torch.no_grad():
-            for (tensors, name, buffer), (_, _, value) in zip(self.held, self.values, strict=True):
-                buffer.copy_(value)
-                tensors[name] = buffer
+        """Put everything back: which objects the modules hold, and what these hold."""
+        self._put(self._contents)
+        for value, before in self._copies.values():
+            if isinstance(value, Tensor):
+                _write_back(value, before)
+            else:
+                value.clear()
+                (value.extend if hasattr(value, "extend") else value.update)(before)
+
+    @contextmanager
+    def again(self, slots: Slots, *, once: bool = False, upcast: bool = False) -> Iterator[None]:
+        """Hold copies of the snapshot in this block; afterwards the modules hold what they held before.
+
+        Args:
+            slots: of the network.
+            once: the snapshot is not needed afterwards.
+            upcast: copies in float32 or wider.
+        """
+        memo: dict[int, Any] = {}
+
+        def fresh(held: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+            return {**held, **{name: self._fresh(held[name], memo, once, upcast) for name in names}}
+
+        now = self._now()
+        self._put(
+            [
+                (fresh(buffers, buffers) if buffers else buffers, parts, fresh(others, deep) if deep else others)
+                for (buffers, parts, others), deep in zip(self._contents, self._deep, strict=True)
+            ]
+        )
+        stand_ins = [(table, name, t.clone()) for table, name, t in self.parameters.slots(slots.parameters)]
+        if upcast:
+            stand_ins = [(table, name, wide(t)) for table, name, t in stand_ins]
+        try:
+            with journal() as moved, swapped(stand_ins):
+                try:
+                    yield
+                finally:
+                    moved.put_back()
+        finally:
+            self._put(now)
+
+    def _now(self) -> Contents:
+        return [(dict(part._buffers), dict(part._modules), dict(vars(part))) for part in self._parts]
+
+    def _put(self, contents: Contents) -> None:
+        for part, (buffers, parts, attributes) in zip(self._parts, contents, strict=True):
+            tables = (part._buffers, buffers), (part._modules, parts), (vars(part), attributes)
+            for table, values in tables:
+                table.update(values)
+                if len(table) > len(values):
+                    for name in table.keys() - values.keys():
+                        del table[name]
+                        part._non_persistent_buffers_set.discard(name)
+
+    def _keep(self, value: Any) -> None:
+        """Copy what can be written to; tensors of a graph, parameters and objects of other kinds stay what they are."""
+        if id(value) in self._copies:
+            return
+        if isinstance(value, Tensor):
+            if not value.requires_grad and not isinstance(value, nn.Parameter):
+                self._copies[id(value)] = value, value.clone()
+            return
+        if type(value) in _CONTAINERS:
+            self._copies[id(value)] = value, copy.copy(value)
+        elif not _is_tuple(value):
+            return
+        for element in value.values() if isinstance(value, dict) else value:
+            if type(element) not in _PLAIN:
+                self._keep(element)
+
+    def _fresh(self, value: Any, memo: dict[int, Any], once: bool, upcast: bool) -> Any:
+        if id(value) in memo:
+            return memo[id(value)]
+        before = self._copies[id(value)][1] if id(value) in self._copies else None
+        if isinstance(before, Tensor):
+            new = before if once else before.clone()
+            memo[id(value)] = wide(new) if upcast else new
+        elif before is not None:
+            new = memo[id(value)] = copy.copy(before)
+            if not isinstance(new, set):
+                for key, element in new.items() if isinstance(new, dict) else enumerate(before):
+                    if type(element) not in _PLAIN:
+                        new[key] = self._fresh(element, memo, once, upcast)
+        elif _is_tuple(value):
+            elements = [self._fresh(element, memo, once, upcast) for element in value]
+            return type(value)(*elements) if hasattr(value, "_fields") else tuple(elements)
+        else:
+            return value
+        return memo[id(value)]
+
+
+def _is_tuple(value: Any) -> bool:
+    return type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_fields"))
+
+
+def _write_back(t: Tensor, before: Tensor) -> None:
+    """The values from before, past the version counter: a graph that has saved ``t`` finds what it has saved."""
+    if t.shape != before.shape:
+        t.data = before
+    elif t.layout is not torch.strided or all(n < 2 or stride for n, stride in zip(t.shape, t.stride(), strict=True)):
+        t.data.copy_(before)  # but not into an expanded tensor, which nothing can write to
 
 
 @contextmanager
 def nothing_moved(*modules: nn.Module, random: RandomState | None = None, on_success: bool = False) -> Iterator[None]:
-    """Restore buffers, and the random number generators, if the block fails; with ``on_success``, restore the buffers
-    in any case."""
-    saved = [Buffers(module) for module in modules]
+    """Restore state, and the random number generators, if the block fails; with ``on_success``, restore the state in
+    any case."""
+    saved = [State([part for _, part in named_parts(module)]) for module in modules]
     failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        if failed or on_success:
-            for buffers in saved:
-                buffers.restore()
-        if failed and random is not None:
-            random.restore()
+    with journal() as parameters:
+        try:
+            yield
+            failed = False
+        finally:
+            if failed or on_success:
+                parameters.put_back()
+                for state in saved:
+                    state.restore()
+            if failed and random is not None:
+                random.restore()

@@ -14,11 +14,11 @@ def student_of(
     parameters: dict[str, nn.Parameter] | None = None,
     *,
     double_backward: bool = False,
-    walk: bool = False,
+    first: bool = False,
 ) -> LocalStudent:
     """A student as it is laid out, a module of this process alone or any other; for the arguments see
     :class:`metapl.execution.local.LocalStudent`."""
     layout = network if isinstance(network, Layout) else Layout(network)
     if layout.is_sharded:
         return ShardedStudent(layout, parameters)
-    return LocalStudent(layout.network, parameters, double_backward=double_backward, walk=walk, ranks=layout.ranks)
+    return LocalStudent(layout.network, parameters, double_backward=double_backward, first=first, ranks=layout.ranks)

@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
 from metapl.execution.rng import RandomState
+from metapl.execution.writes import weights_watched
+from metapl.parts import named_parts
 
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
 """Inductor's options for every pass."""
@@ -64,6 +66,11 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         _uncompiled.reset(token)
+
+
+def runs_compiled(network: nn.Module) -> bool:
+    """Whether a pass of a network would be compiled here."""
+    return isinstance(network.forward, _CompiledForward) and not _uncompiled.get()
 
 
 def refuse_compiled(**networks: nn.Module) -> None:
@@ -123,7 +130,9 @@ class _CompiledForward:
         # An activation checkpoint around this pass counts what it saves, and will run the compiled one alone again.
         hooks: Any = (lambda t: None, lambda t: t)
         unsaved = torch.autograd.graph.saved_tensors_hooks(*hooks)
-        with nothing_moved(self.network, on_success=True), unsaved:
+        parts = [(prefix, part._parameters, frozenset(part._parameters)) for prefix, part in named_parts(self.network)]
+        watched = weights_watched(parts, f"compiled {type(self.network).__name__}", looking=True)
+        with nothing_moved(self.network, on_success=True), unsaved, watched:
             expected = self.eager(*args, **kwargs)
         end = RandomState.now(start.device)
         start.restore()

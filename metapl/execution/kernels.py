@@ -51,6 +51,8 @@ class _WithoutReentry:
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        if not torch.is_grad_enabled():
+            return function(*args)
         with torch.no_grad():  # as the reentrant kind: no gradient, not even for its weights
             return function(*args)
 
@@ -118,6 +120,29 @@ def load_forward_mode() -> None:
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
+@contextmanager
+def constant_without_gradient() -> Iterator[None]:
+    """``torch.no_grad()`` in a network's forward ends the derivatives of forward mode too, as it ends those of reverse
+    mode: state that a pass moves there, such as the average of a momentum encoder, is a constant in both."""
+    enter, leave = torch.no_grad.__enter__, torch.no_grad.__exit__
+    enabled: list[bool] = []
+
+    def entered(self: torch.no_grad) -> None:
+        enter(self)
+        enabled.append(torch._C._is_fwd_grad_enabled())
+        torch._C._set_fwd_grad_enabled(False)
+
+    def left(self: torch.no_grad, *error: Any) -> None:
+        torch._C._set_fwd_grad_enabled(enabled.pop())
+        leave(self, *error)
+
+    torch.no_grad.__enter__, torch.no_grad.__exit__ = entered, left  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.no_grad.__enter__, torch.no_grad.__exit__ = enter, leave  # type: ignore[method-assign]
+
+
 def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
     """Refuse a differentiable gradient that came through a backward pass marked with ``once_differentiable``.
 
@@ -144,6 +169,7 @@ _NO_DERIVATIVE = re.compile(
     re.IGNORECASE,
 )
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
+_OVERWRITTEN = re.compile("has been modified by an inplace operation")
 _SPARSE_TANGENT = re.compile(r"_efficientzerotensor.*Sparse", re.DOTALL)
 
 
@@ -157,6 +183,11 @@ def explained() -> Iterator[None]:
             raise NotByThisMode(
                 "the batch holds a sparse tensor, for which PyTorch has no forward-mode derivative; expected a dense "
                 "one, x.to_dense()."
+            ) from error
+        if _OVERWRITTEN.search(str(error)):
+            raise NotByThisMode(
+                "its graph has saved a tensor that a later pass wrote to in place, such as a buffer; assign a new one "
+                "(self.mean = 0.9 * self.mean + ...)."
             ) from error
         if not _NO_DERIVATIVE.search(str(error)):
             raise

@@ -7,7 +7,7 @@ means over these ranks, and outputs are those of this rank's rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,18 +19,12 @@ from metapl import checks
 from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_loss, check_outputs, coarsest
-from metapl.execution.buffers import (
-    Slots,
-    buffers_aside,
-    copies,
-    fresh,
-    inputs_unchanged,
-    stand_ins,
-    swapped,
-)
-from metapl.execution.compiled import uncompiled
+from metapl.execution.buffers import Slots, State, inputs_unchanged, stand_ins, swapped
+from metapl.execution.compiled import runs_compiled, uncompiled
+from metapl.execution.hooks import Changing, refuse_hooks, refuse_late_hooks
 from metapl.execution.kernels import (
     checkpoints_without_reentry,
+    constant_without_gradient,
     explained,
     load_forward_mode,
     no_fast_path,
@@ -39,6 +33,7 @@ from metapl.execution.kernels import (
 )
 from metapl.execution.reach import refuse_stranger, stranger
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.writes import Watch, journal, weights_watched
 from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, scaled, wide, wide_tree
 from metapl.parts import trainable
 
@@ -55,9 +50,10 @@ class LocalStudent:
         module: the network, in the mode (train or eval) that its owner left it in.
         parameters: those that it learns, where they are known.
         double_backward: keep the gradients of its passes of record differentiable.
-        walk: look through the whole graph of its outputs for tensors that are not its own.
         ranks: the processes that share its batches.
         space: products of trees of its weights.
+        first: look closer: through the whole graph of its outputs for tensors that are not its own, and at its
+            operators for writes to its weights, where these are otherwise compared after each pass.
     """
 
     def __init__(
@@ -66,19 +62,21 @@ class LocalStudent:
         parameters: dict[str, nn.Parameter] | None = None,
         *,
         double_backward: bool = False,
-        walk: bool = False,
         ranks: Ranks = ALONE,
         space: Space = WHOLE,
+        first: bool = False,
     ) -> None:
-        self.module, self.double_backward, self.walk = module, double_backward, walk
+        self.module, self.double_backward, self.first = module, double_backward, first
         self.own = {id(p) for p in module.parameters()}
         self.ranks, self.space = ranks, space
         self.parameters = trainable(module) if parameters is None else parameters
-        _refuse_late_hooks(self.parameters)
+        refuse_late_hooks(self.parameters)
         checks.real_weights(self.parameters)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.device = next(iter(self.params.values())).device
         self.slots = Slots(module)
+        # On an accelerator the host is busy starting operators.
+        self.looking = first or self.device.type == "cpu" or self.slots.has_frozen
 
     def run(self, params: Tree, inputs: Any) -> Pass:
         """S(x; θ) as a pass of record: it moves buffers and generators as training does.
@@ -164,22 +162,28 @@ class LocalStudent:
         """The types that it computes in, by its weights."""
         return [p.dtype for p in self.params.values()]
 
-    def forward(self, inputs: Any) -> Tensor:
-        """The outputs as the student is now, in float32 or wider."""
-        with inputs_unchanged(inputs, "student"):
+    def forward(self, inputs: Any, *, replay: bool = True) -> Tensor:
+        """The outputs as the student is now, in float32 or wider; ``replay``: see :meth:`watched`."""
+        with inputs_unchanged(inputs, "student"), self.watched(replay=replay):
             return wide(checks.logits(self.module(inputs), "student"))
 
     def _outputs(self, at: Tree, inputs: Any) -> Tensor:
-        outputs = self.forward(inputs)
+        outputs = self.forward(inputs, replay=False)
         self.refuse_strangers(outputs, at, inputs)
         return outputs
 
     def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any) -> None:
-        """Refuse outputs that depend on tensors other than these weights and inputs, if the student is to walk."""
-        if self.walk:
+        """Refuse outputs that depend on tensors other than these weights and inputs, on the first step."""
+        if self.first:
             known = [*at.values(), *(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))]
             remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
             refuse_stranger("the student's forward", stranger([outputs], known, self.own), remedy)
+
+    def watched(self, *, replay: bool) -> AbstractContextManager[Watch | None]:
+        """Refuse a pass that moves the weights, before it does where passes are looked at; a ``replay`` does what its
+        pass of record did, and its weights are only compared."""
+        looking = not replay and self.looking and not runs_compiled(self.module)
+        return weights_watched(self.slots.by_part, "student", looking=looking, replay=replay)
 
     def held_at(self, params: Tree) -> list[Any]:
         """The student's slots with these weights in them."""
@@ -193,26 +197,33 @@ class LocalStudent:
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
-        """Other weights, copies of the buffers, and a stream of draws beside the caller's."""
-        buffers = copies(self.slots.loose_buffers)
-        with replayed(start), self.slots.frozen(), swapped([*self.held_at(params), *buffers]):
+        """Other weights, copies of the state, and a stream of draws beside the caller's."""
+        state = State(self.slots.loose_parts)
+        with (
+            replayed(start),
+            self.slots.frozen(),
+            state.again(self.slots, once=True),
+            swapped(self.held_at(params)),
+        ):
             yield
 
 
 class Pass:
-    """One pass of record, and its replays: on its draws, and from copies of the buffers that it began with.
+    """One pass of record, and its replays: on its draws, and from copies of the state that it began with.
 
     Attributes:
         outputs: z = S(x; θ), (B, ...), float32 or wider, without a graph.
         graph: the same with its graph, until :meth:`gradient` has used it.
         loss: the value of its loss on this rank, once :meth:`gradient` has found it.
         after: the generators at its end.
+        narrowed: the types of numbers that it rounded to from wider ones, where it was looked at.
     """
 
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
         self.student, self.params, self.inputs = student, params, inputs
         self._before = RandomState.now(student.device)
-        self._buffers_before = copies(student.slots.loose_buffers)
+        self._state = State(student.slots.loose_parts)
+        self._hooks = Changing(student.parameters, student.slots.named_parts)
         if params is student.params:
             self._at: Tree = dict(student.parameters)
             self._held: list[Any] = []
@@ -220,11 +231,20 @@ class Pass:
             refuse_hooks(student.parameters)
             self._at = params if student.double_backward else as_leaves(params)
             self._held = student.held_at(self._at)
-        with torch.enable_grad(), student.as_trained(), swapped(self._held), inputs_unchanged(inputs, "student"):
+        with (
+            torch.enable_grad(),
+            student.as_trained(),
+            swapped(self._held),
+            inputs_unchanged(inputs, "student"),
+            self._hooks.noted(forward=True),
+            journal() as self._state.parameters,
+            student.watched(replay=False) as watch,
+        ):
             outputs = checks.logits(student.module(inputs), "student")
         student.refuse_strangers(outputs, self._at, inputs)
         self.after = RandomState.now(student.device)
-        self.rounded_to = coarsest([outputs.dtype, *student.formats()], student.device)
+        self.narrowed = frozenset() if watch is None else frozenset(watch.narrowed)
+        self.rounded_to = coarsest([outputs.dtype, *self.narrowed, *student.formats()], student.device)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
 
@@ -237,7 +257,7 @@ class Pass:
         if not value.requires_grad:
             raise checks.without_gradient("student")
         keep = self.student.double_backward
-        with self.student.as_trained(), swapped(self._held):
+        with self.student.as_trained(), swapped(self._held), self._hooks.noted():
             grads = self.student.gradient(value, self._at, create_graph=keep)
         if not grads:
             raise checks.without_gradient("student")
@@ -249,6 +269,19 @@ class Pass:
     def forget(self) -> None:
         """Drop θ, until :meth:`gradient_again` gives it back."""
         self.params = {}
+
+    def refuse_hooks(self) -> None:
+        """Refuse hooks that changed the gradient of this pass."""
+        self._hooks.refuse()
+
+    def refuse_later_graphs(self) -> None:
+        """Refuse what makes a graph of this pass and later ones wrong."""
+        self.refuse_hooks()
+        if self._state.parameters.any_written:
+            raise MetaplError(
+                "the student's forward writes to a frozen parameter, which the graphs that mode 'unrolled' keeps of "
+                'earlier steps may have saved; use mode="forward", which is as exact, or look one step ahead.'
+            )
 
     def gradient_again(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
@@ -269,6 +302,7 @@ class Pass:
             only_math_attention(),
             checkpoints_without_reentry(),
             explained(),
+            constant_without_gradient(),
         ):
             duals = {name: forward_ad.make_dual(p, w[name]) for name, p in self.params.items() if name in w}
             with self._again(self.student.held_at(duals)):
@@ -294,6 +328,7 @@ class Pass:
     def _shifted(self, step: Tensor, direction: Tree) -> Iterator[Tree]:
         """The student at θ + step·direction, in float32 or wider, as it began this pass."""
         student = self.student
+        self._refuse_half()
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
         frozen = {id(t): wide(t) for _, _, t in student.slots.parameters if not t.requires_grad}
         held = [*student.held_at(moved), *stand_ins(student.slots.parameters, frozen)]
@@ -305,6 +340,16 @@ class Pass:
             self._again(held, upcast=True),
         ):
             yield moved
+
+    def _refuse_half(self) -> None:
+        """Refuse casts to half precision that neither autocast nor half weights explain, which a shifted pass keeps."""
+        half = self.narrowed & {torch.float16, torch.bfloat16}
+        explained = torch.is_autocast_enabled(self.student.device.type) or half & set(self.student.formats())
+        if half and not explained:
+            raise MetaplError(
+                f"the student casts to {min(map(str, half))} in its forward, and a difference of such outputs would be "
+                'noise; use mode="forward", or give precision="bfloat16" in place of the casts.'
+            )
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
@@ -389,11 +434,10 @@ class Pass:
 
     @contextmanager
     def _again(self, held: Sequence[Any], *, upcast: bool = False) -> Iterator[None]:
-        """These tensors held, on the draws of this pass, with copies of the buffers that it began with."""
-        buffers = fresh(self._buffers_before)
-        if upcast:
-            buffers = [(tensors, name, wide(t)) for tensors, name, t in buffers]
-        with self._same_draws(), self.student.slots.frozen(), swapped([*held, *buffers]):
+        """These tensors held, on the draws of this pass, with copies of the state that it began with."""
+        self.refuse_hooks()
+        slots = self.student.slots
+        with self._same_draws(), slots.frozen(), swapped(held), self._state.again(slots, upcast=upcast):
             yield
 
     def _same_draws(self) -> Any:
@@ -409,7 +453,7 @@ def gradient_through(
     if not moved:
         return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
-    with student.as_trained(), buffers_aside(student.module):
+    with student.as_trained(), State(student.slots.parts).again(student.slots, once=True):
         found = torch.autograd.grad(
             list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )
@@ -424,25 +468,3 @@ def as_leaves(params: Tree) -> Tree:
 def mean_of(values: Sequence[Tensor]) -> Tensor:
     """The mean of scalars."""
     return values[0] if len(values) == 1 else torch.stack(list(values)).mean(0)
-
-
-def _refuse_late_hooks(parameters: dict[str, nn.Parameter]) -> None:
-    """Refuse hooks that wait for ``.grad``, which no pass here fills."""
-    hooked = [name for name, p in parameters.items() if p._post_accumulate_grad_hooks]
-    if hooked:
-        raise MetaplError(
-            f"the student's parameter {hooked[0]} has a hook of register_post_accumulate_grad_hook, which would never "
-            "be called: metapl takes the student's gradient without filling .grad. Remove the hook, or use "
-            "register_hook, which is called with the gradient."
-        )
-
-
-def refuse_hooks(parameters: dict[str, nn.Parameter]) -> None:
-    """Refuse hooks of parameters where other tensors stand in for these."""
-    hooked = [name for name, p in parameters.items() if p._backward_hooks]
-    if hooked:
-        raise MetaplError(
-            f"the student's parameter {hooked[0]} has a hook of register_hook, which is not called where other "
-            "tensors stand in for the parameters: from the second student step on, and in a step that is taken again "
-            "on a revised signal. Remove the hook, or look one step ahead with a problem that revises no signal."
-        )

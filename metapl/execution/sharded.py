@@ -16,7 +16,7 @@ would be silently wrong here and are kept in this file:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ from metapl.distributed.layout import Layout, compute_dtype, parts_of
 from metapl.distributed.shards import is_sharded, local
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_FORWARD_MODE, check_outputs
-from metapl.execution.buffers import copies, swapped
+from metapl.execution.buffers import State
 from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import (
     NotByThisMode,
     checkpoints_without_reentry,
+    constant_without_gradient,
     explained,
     load_forward_mode,
     no_fast_path,
@@ -40,6 +41,7 @@ from metapl.execution.kernels import (
 )
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.writes import Watch, weights_watched
 from metapl.numerics import Tree, full_float32, wide_tree
 
 
@@ -69,14 +71,18 @@ class ShardedStudent(LocalStudent):
     def for_loss(self, at: Tree) -> Tree:
         return UNREADABLE
 
+    def watched(self, *, replay: bool) -> AbstractContextManager[Watch | None]:
+        """The rank's parts of the weights are compared: a block's gathered weights come and go."""
+        return weights_watched([("", self.params, frozenset(self.params))], "student", looking=False)
+
     def formats(self) -> list[torch.dtype]:
         policies = [compute_dtype(block) for block in self.layout.blocks]
         return [*super().formats(), *(dtype for dtype in policies if dtype is not None)]
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
-        buffers = copies(self.slots.loose_buffers)
-        with replayed(start), self.slots.frozen(), self.moved_to(params), swapped(buffers):
+        state = State(self.slots.loose_parts)
+        with replayed(start), self.slots.frozen(), self.moved_to(params), state.again(self.slots, once=True):
             yield
 
     @contextmanager
@@ -128,6 +134,7 @@ class ShardedPass(Pass):
             only_math_attention(),
             checkpoints_without_reentry(),
             explained(),
+            constant_without_gradient(),
         ):
             with self._again([]), self.student.along(w):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))

@@ -238,8 +238,9 @@ class InnerStep:
 
     @property
     def shifted_dtype(self) -> torch.dtype:
-        """The narrowest dtype in a shifted pass, such as that of a float32 body under a float64 head."""
+        """The narrowest dtype in a shifted pass, such as that of a float32 body, or cast, in a float64 student."""
         formats = {wide(t).dtype for t in (*self.params.values(), self.outputs)}
+        formats |= {dtype for part in self.passes for dtype in part.narrowed}
         return torch.float32 if torch.float32 in formats else torch.float64
 
     @property

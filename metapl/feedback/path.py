@@ -20,16 +20,9 @@ from metapl.errors import MetaplError
 from metapl.execution.agreement import check_copies
 from metapl.execution.buffers import given_unchanged
 from metapl.execution.choice import student_of
+from metapl.execution.hooks import refuse_hooks
 from metapl.execution.kernels import refuse_checkpoints
-from metapl.execution.local import (
-    LocalStudent,
-    Pass,
-    WeightedLoss,
-    as_leaves,
-    gradient_through,
-    mean_of,
-    refuse_hooks,
-)
+from metapl.execution.local import LocalStudent, Pass, WeightedLoss, as_leaves, gradient_through, mean_of
 from metapl.execution.reach import refuse_stranger, stranger
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback.inner_step import IN_THE_SIGNAL, Entry, InnerStep, mean_inner_loss, outer_input, student_input
@@ -269,7 +262,7 @@ def take_steps(
     parts: int = 1,
     keep_graph: bool = False,
     keep_every: int = 1,
-    check: bool = False,
+    first: bool = False,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
 
@@ -283,12 +276,12 @@ def take_steps(
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
-        check: warn if a loss is not a mean over examples (see :class:`Path`), and look through the whole graph of the
-            student's outputs for tensors that are not its own.
+        first: look closer: warn if a loss is not a mean over examples (see :class:`Path`), look through the whole graph
+            of the student's outputs for tensors that are not its own, and at its operators on an accelerator too.
     """
-    own = student_of(student, update.parameters, double_backward=keep_graph, walk=check)
+    own = student_of(student, update.parameters, double_backward=keep_graph, first=first)
     pieces = micro_batches(labeled, parts, "labeled")
-    shared = check and max(own.ranks.size, parts) > 1
+    shared = first and max(own.ranks.size, parts) > 1
     path = Path(problem, own, update, pieces, keep_every=keep_every, check_mean=shared)
     several = keep_graph and len(batches) > 1
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
@@ -300,6 +293,8 @@ def take_steps(
         path.forget()
         if shared and len(path.steps) == 1:
             path.look_at_inner_losses()
+        for record in path.steps[-1].passes if several else ():
+            record.refuse_later_graphs()
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.batch import length
+from metapl.distributed.layout import is_block
 from metapl.distributed.ranks import ALONE, Ranks, rows_shared
+from metapl.distributed.shards import is_sharded
 from metapl.errors import MetaplError
 from metapl.execution.agreement import check_recomputed
-from metapl.execution.buffers import Slots, buffers_aside, copies, given_unchanged, inputs_unchanged
+from metapl.execution.buffers import Slots, State, given_unchanged, inputs_unchanged
+from metapl.execution.compiled import runs_compiled
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.writes import journal, weights_watched
 from metapl.problems.base import Problem, Signal, kind_of
 
 
@@ -48,12 +52,14 @@ class TeacherPass:
         self.teacher, self.problem, self.batch = teacher, problem, batch
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
         self.rows = length(batch) if student_outputs is None else len(student_outputs)
+        self.device = next(t.device for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+        self._slots = Slots(teacher)
         if recompute:
-            device = next(t.device for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
-            self._random = RandomState.now(device)
-            self._buffers = copies(Slots(teacher).all_buffers)
+            self._random = RandomState.now(self.device)
+            self._state = State(self._slots.parts)
             self._generator_state = None if generator is None else generator.get_state()
-            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry():
+            kept = journal()
+            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), kept as self._state.parameters:
                 self.signal = self._run()
         else:
             self.signal = self._run()
@@ -63,7 +69,7 @@ class TeacherPass:
         if not self.recompute:
             return self.signal
         label_draws = _replayed_generator(self.generator, self._generator_state)
-        with replayed(self._random), label_draws, buffers_aside(self.teacher, self._buffers):
+        with replayed(self._random), label_draws, self._state.again(self._slots):
             again = self._run()
         for name, t in vars(self.signal).items():
             if t is not None:
@@ -75,6 +81,7 @@ class TeacherPass:
             inputs_unchanged(self.batch, "teacher"),
             given_unchanged("the problem's signal()", student_outputs=self.student_outputs),
             rows_shared(self.ranks),
+            self.watched(),
         ):
             outputs: Any = self.student_outputs
             try:
@@ -88,6 +95,20 @@ class TeacherPass:
                     "run yet and student_outputs is None; expected a signal of the teacher and the batch alone, or "
                     f"student_input(batch). ({error})"
                 ) from error
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether the teacher has parameters that it does not learn, which a pass may move."""
+        return self._slots.has_frozen
+
+    def watched(self) -> AbstractContextManager[object]:
+        """Refuse a pass that moves the teacher's weights, and keep what it moves of the frozen ones."""
+        sharded = any(is_block(part) for part in self._slots.parts)
+        if sharded or any(is_sharded(p) for _, _, p in self._slots.parameters):
+            return nullcontext()
+        by_host = self.device.type == "cpu" or self.has_frozen
+        looking = by_host and not runs_compiled(self.teacher)
+        return weights_watched(self._slots.by_part, "teacher", looking=looking)
 
 
 @contextmanager

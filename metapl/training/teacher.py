@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class TeacherStep(TeacherPass):
     ) -> TeacherLosses:
         """Algorithm 1, lines 5-7: add the gradient of scale·(−Σ h·signal) + Σ own losses / parts to the weights'."""
         signal = self.with_graph()
-        with self._recording(), rows_shared(self.ranks):
+        with self._recording(), rows_shared(self.ranks), self.watched() if self.has_frozen else nullcontext():
             terms = sum_of_terms(
                 self.teacher,
                 losses,

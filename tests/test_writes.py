@@ -1,0 +1,679 @@
+"""Students that move state in forward, and students that write to their weights: moved once, or refused in time.
+
+The reference is double backward on the module itself, written out: inner passes move its state one after another, the
+labeled pass sees what they left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from problems_zoo import ANYWHERE, CLASSES, OPTIMISERS, Toy, mlp, toy
+from reference import error
+from replays import ALL, put, twin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError
+
+RULE = OPTIMISERS["torch_sgd_nesterov"]
+TYPES = [torch.float32, torch.float64]
+REGISTRIES = {*vars(nn.Module())} - {"training"}
+
+
+def case(student: nn.Module, dtype: torch.dtype, teacher: nn.Module | None = None) -> Toy:
+    base = toy("mlp", rows=6, dtype=dtype)
+    labeled = base.labeled[0][:6], base.labeled[1][:6]
+    return Toy(teacher or base.teacher, student.to(dtype), labeled, base.unlabeled, 0)
+
+
+def ahead(problem: Toy, steps: int) -> Any:
+    """The inner batch, or several of them."""
+    x = problem.unlabeled
+    return x if steps == 1 else metapl.Lookahead([x + 0.1 * i for i in range(steps)])
+
+
+def state_of(*networks: nn.Module) -> list[Any]:
+    """A copy of all that networks hold: parameters, buffers, which are there, and attributes."""
+    found: list[Any] = []
+    for network in networks:
+        for part in network.modules():
+            tables = part._parameters, part._buffers, {n: v for n, v in vars(part).items() if n not in REGISTRIES}
+            found += [(name, value) for table in tables for name, value in table.items()]
+            found += [sorted(part._non_persistent_buffers_set), list(part._modules)]
+    kept = {id(t): t.detach().clone() for t in _tensors(found)}
+    return copy.deepcopy(found, kept)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple | set | deque):
+        return [t for element in value for t in _tensors(element)]
+    return [t for element in value.values() for t in _tensors(element)] if isinstance(value, dict) else []
+
+
+def alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, list | tuple | deque):
+        return type(a) is type(b) and len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+def plainly(problem: Toy, steps: int, kind: str) -> tuple[reference.Tree, list[Any]]:
+    """The teacher's gradient, and the student's state after its inner passes; ``kind``: ``"soft"`` or ``"score"``."""
+    teacher, student = twin(problem.teacher), twin(problem.student)
+    phi = dict(teacher.named_parameters())
+    theta = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    own, state = dict(theta), None
+    leaves, spoken = [], []
+    for x in ahead(problem, steps).batches if steps > 1 else [problem.unlabeled]:
+        put(student, theta)
+        z = student(x)
+        log_q = teacher(x).log_softmax(-1)
+        if kind == "score":
+            drawn = torch.multinomial(log_q.detach().exp(), 1)
+            leaves.append(torch.ones(len(z), dtype=z.dtype).requires_grad_())
+            inner = (leaves[-1] * F.cross_entropy(z, drawn[:, 0], reduction="none")).mean()
+            spoken.append(log_q.gather(-1, drawn)[:, 0])
+        else:
+            leaves.append(log_q.detach().exp().requires_grad_())
+            inner = reference.cross_entropy(leaves[-1], z).mean()
+            spoken.append(log_q.exp())
+        g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+        theta, state = RULE.rule(theta, dict(zip(theta, g, strict=True)), state)
+    put(student, own)
+    after = state_of(student)
+    put(student, theta)
+    outer = F.cross_entropy(student(problem.labeled[0]), problem.labeled[1])
+    told = torch.autograd.grad(outer, leaves)
+    total = sum((t * q).sum() for t, q in zip(told, spoken, strict=True))
+    return dict(zip(phi, torch.autograd.grad(total, list(phi.values())), strict=True)), after
+
+
+# ------------------------------------------------------------------------------------------------------------ state
+
+
+class Moving(nn.Module):
+    """A network whose features are scaled by state that each pass moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x.flatten(1)).tanh()
+        return self.head(h * self.factor(h.detach()))
+
+    def factor(self, h: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def frozen(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(shape), requires_grad=False)
+
+
+class Average(Moving):
+    """A frozen parameter that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = frozen(6)
+
+    def factor(self, h: Tensor) -> Any:
+        self.average.mul_(0.8).add_(0.5)
+        return self.average.clone()
+
+
+class AverageByData(Average):
+    def factor(self, h: Tensor) -> Any:
+        self.average.data = self.average.data * 0.8 + 0.5
+        return self.average.clone()
+
+
+class AverageInADetachedView(Average):
+    def factor(self, h: Tensor) -> Any:
+        self.average.data[2:].mul_(0.5)
+        return self.average.clone()
+
+
+class AverageExchanged(Average):
+    def factor(self, h: Tensor) -> Any:
+        self.average = nn.Parameter(self.average * 0.8 + 0.5, requires_grad=False)
+        return self.average
+
+
+class Statistics(Moving):
+    """Running statistics in frozen parameters, which batch norm's operator does not say that it writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.var = frozen(6), frozen(6)
+
+    def factor(self, h: Tensor) -> Any:
+        F.batch_norm(torch.ones_like(h).cumsum(0), self.mean, self.var, training=True)
+        return self.mean.clone()
+
+
+class MissingBuffer(Moving):
+    """A buffer that is None until the first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("m", None)
+
+    def factor(self, h: Tensor) -> Any:
+        self.m = torch.ones(6, dtype=h.dtype) if self.m is None else 0.5 * self.m
+        return self.m
+
+
+class LateBuffer(Moving):
+    """A buffer that the first pass registers."""
+
+    def factor(self, h: Tensor) -> Any:
+        if not hasattr(self, "m"):
+            self.register_buffer("m", torch.ones(6, dtype=h.dtype), persistent=False)
+        self.m.data.mul_(0.5)
+        return self.m.clone()
+
+
+class Attribute(Moving):
+    def __init__(self, start: Any, move: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.part = nn.Identity()
+        self.part.state, self.move = start, move
+
+    def factor(self, h: Tensor) -> Any:
+        if isinstance(self.part.state, Tensor):
+            self.part.state = self.part.state.to(h.dtype)
+        self.part.state, factor = self.move(self.part.state, h)
+        return factor
+
+
+class MadeLate(Moving):
+    def factor(self, h: Tensor) -> Any:
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.calls
+
+
+def _append(values: Any, h: Tensor) -> Any:
+    values.append(float(len(values) + 1))
+    return values, sum(values)
+
+
+def _in_place(t: Tensor, h: Tensor) -> Any:
+    return t.mul_(0.5), t.clone()
+
+
+def _nested(held: dict[str, Any], h: Tensor) -> Any:
+    held["deep"][0].append(1.0)
+    held["t"].mul_(0.5)
+    return held, len(held["deep"][0]) * held["t"].to(h.dtype)
+
+
+def _known(held: set[int], h: Tensor) -> Any:
+    held.add(len(held))
+    return held, len(held)
+
+
+ATTRIBUTES: dict[str, tuple[Any, Callable[[Any, Tensor], Any]]] = {
+    "number": (0, lambda n, h: (n + 1, n + 1.0)),
+    "fraction": (1.0, lambda a, h: (0.5 * a, a)),
+    "flag": (False, lambda b, h: (not b, 2.0 if b else 1.0)),
+    "text": ("a", lambda s, h: (s + "a", float(len(s)))),
+    "none": (None, lambda a, h: (2.0 if a is None else 3.0, 1.0 if a is None else a)),
+    "tuple": ((1, 2.0), lambda a, h: ((a[0] + 1, a[1]), a[0] * a[1])),
+    "list": ([1.0], _append),
+    "deque": (deque([1.0], maxlen=2), _append),
+    "set": ({0}, _known),
+    "tensor": (torch.ones(6), lambda t, h: (0.5 * t, t)),
+    "tensor in place": (torch.ones(6), _in_place),
+    "nested": ({"t": torch.ones(6), "deep": ([1.0],)}, _nested),
+}
+
+MOVING: dict[str, Callable[[], nn.Module]] = {
+    "frozen": Average,
+    "frozen by .data": AverageByData,
+    "view of frozen": AverageInADetachedView,
+    "frozen exchanged": AverageExchanged,
+    "statistics": Statistics,
+    "missing buffer": MissingBuffer,
+    "late buffer": LateBuffer,
+    "late attribute": MadeLate,
+    **{f"attribute: {name}": lambda name=name: Attribute(*copy.deepcopy(ATTRIBUTES[name])) for name in ATTRIBUTES},
+}
+
+WRITTEN = ("frozen", "frozen by .data", "view of frozen", "statistics")
+"""Frozen parameters that are written to, by which the graphs of earlier steps would be changed."""
+
+BOUND = {torch.float64: {"difference": 1e-4, "": 1e-9}, torch.float32: {"difference": 2e-2, "": 1e-4}}
+SOFT = ("unrolled", "forward", "difference", "difference_one_sided")
+
+
+@pytest.mark.parametrize("kind", MOVING)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("mode", "steps"), [*((mode, 1) for mode in ALL), ("forward", 3), ("unrolled", 3), ("none", 3)], ids=str
+)
+def test_state_moves_once(mode: str, steps: int, dtype: torch.dtype, kind: str) -> None:
+    """By the inner passes, in order; the gradient is of the passes that were, and a call moves nothing."""
+    torch.manual_seed(5)
+    problem = case(MOVING[kind](), dtype)
+    given: dict[str, Any] = {"labeled": problem.labeled, "unlabeled": ahead(problem, steps), "mode": ALL[mode]}
+    if (mode, steps) == ("unrolled", 3) and kind in WRITTEN:
+        refused(problem, mode, steps, r"frozen parameter.*mode=\"forward\", which is as exact")
+        return
+    problem.draw_from_start()
+    expected, after = plainly(problem, steps, "soft" if mode in (*SOFT, "none") else "score")
+    before = state_of(problem.teacher, problem.student)
+    problem.draw_from_start()
+    inner = RULE.build(problem.student)
+    found = metapl.hypergradient(**problem.networks(), **given, inner_optimizer=inner)
+    assert alike(before, state_of(problem.teacher, problem.student))
+    if mode in SOFT or "per_example" in mode:
+        assert error(found.grads, expected) < BOUND[dtype]["difference" if "difference" in mode else ""]
+    weights = {name for name, p in problem.student.named_parameters() if p.requires_grad}
+    problem.draw_from_start()
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=given.pop("mode"), inner_optimizer=inner)
+    trainer.step(**given)
+    moved, left = state_of(problem.student), {n.rpartition(".")[2] for n in weights}
+    assert alike([v for v in moved if v[:1] and v[0] not in left], [v for v in after if v[:1] and v[0] not in left])
+
+
+def refused(problem: Toy, mode: str, steps: int, match: str, **options: Any) -> None:
+    """By both calls, before anything moved."""
+    inner = RULE.build(problem.student)
+    given = {"labeled": problem.labeled, "unlabeled": ahead(problem, steps)}
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode], inner_optimizer=inner, **options)
+    for call in (trainer.hypergradient, trainer.step):
+        problem.draw_from_start()
+        before = state_of(problem.teacher, problem.student), torch.get_rng_state()
+        with pytest.raises(MetaplError, match=match):
+            call(**given)
+        assert alike(before, (state_of(problem.teacher, problem.student), torch.get_rng_state()))
+    assert trainer.steps_done == 0
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("mode", ["forward", "none"])
+def test_state_of_micro_batches(mode: str, dtype: torch.dtype) -> None:
+    """Each is replayed from the state of its own pass; the labeled batch is seen with what the last one left."""
+    torch.manual_seed(5)
+    problem = case(Average(), dtype)
+    twins = [twin(problem.teacher), twin(problem.student)]
+    z = torch.cat([twins[1](x) for x in problem.unlabeled.chunk(2)])
+    q = twins[0](problem.unlabeled).softmax(-1)
+    leaf = q.detach().requires_grad_()
+    theta = {n: p for n, p in twins[1].named_parameters() if p.requires_grad}
+    g = torch.autograd.grad(reference.cross_entropy(leaf, z).mean(), list(theta.values()), create_graph=True)
+    after = twins[1].average.clone()
+    new, _ = RULE.rule(theta, dict(zip(theta, g, strict=True)), None)
+    put(twins[1], new)
+    outer = torch.stack(
+        [F.cross_entropy(twins[1](x), y) for x, y in zip(*(t.chunk(2) for t in problem.labeled), strict=True)]
+    ).mean()
+    phi = dict(twins[0].named_parameters())
+    told = torch.autograd.grad(outer, leaf)[0]
+    expected = dict(zip(phi, torch.autograd.grad((told * q).sum(), list(phi.values())), strict=True))
+    trainer = metapl.BilevelTrainer(
+        **problem.networks(), mode=mode, inner_optimizer=RULE.build(problem.student), accumulate=2
+    )
+    before = state_of(problem.student)
+    found = trainer.hypergradient(**problem.data())
+    assert alike(before, state_of(problem.student))
+    if mode == "forward":
+        assert error(found.grads, expected) < BOUND[dtype][""]
+    trainer.step(**problem.data())
+    assert torch.equal(problem.student.average, after)
+
+
+@pytest.mark.parametrize("kind", MOVING)
+def test_a_step_that_fails_puts_state_back(kind: str) -> None:
+    torch.manual_seed(5)
+    problem = case(MOVING[kind](), torch.float64)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
+    trainer.step(**problem.data())
+    before = state_of(problem.teacher, problem.student)
+    poor = torch.full_like(problem.labeled[0], torch.nan), problem.labeled[1]
+    with pytest.raises(MetaplError):
+        trainer.step(poor, problem.unlabeled)
+    assert alike(before, state_of(problem.teacher, problem.student))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "frozen by .data", "frozen exchanged", "missing buffer", "attribute: list"])
+@pytest.mark.parametrize("mode", ["forward", "reinforce", "unrolled"])
+def test_recomputing_a_teacher_moves_its_state_once(mode: str, kind: str) -> None:
+    ends = []
+    for recompute in (False, True):
+        torch.manual_seed(5)
+        problem = case(mlp(), torch.float64, MOVING[kind]().double())
+        outer = torch.optim.SGD([p for p in problem.teacher.parameters() if p.requires_grad], lr=0.5)
+        trainer = metapl.BilevelTrainer(
+            **problem.networks(), mode=mode, outer_optimizer=outer, recompute_teacher=recompute
+        )
+        before = state_of(problem.teacher)
+        trainer.hypergradient(**problem.data())
+        assert alike(before, state_of(problem.teacher))
+        for _ in range(2):
+            trainer.step(**problem.data())
+        ends.append(state_of(problem.teacher, problem.student))
+    assert alike(*ends)
+
+
+class Momentum(nn.Module):
+    """The features of a second encoder, which follows the weights of the first without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.head = nn.Linear(16, 6), nn.Linear(12, CLASSES)
+        self.slow = copy.deepcopy(self.online).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for slow, online in zip(self.slow.parameters(), self.online.parameters(), strict=True):
+                slow.lerp_(online, 0.3)
+        x = x.flatten(1)
+        return self.head(torch.cat([self.online(x).tanh(), self.slow(x).tanh()], 1))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "reinforce_per_example"])
+def test_a_momentum_encoder_is_a_constant_to_the_derivative(mode: str, dtype: torch.dtype) -> None:
+    """Forward mode would go through its update, and reverse mode does not."""
+    torch.manual_seed(5)
+    problem = case(Momentum(), dtype)
+    problem.draw_from_start()
+    expected, _ = plainly(problem, 1, "score" if mode == "reinforce_per_example" else "soft")
+    problem.draw_from_start()
+    inner = RULE.build(problem.student)
+    found = metapl.hypergradient(**problem.networks(), **problem.data(), mode=mode, inner_optimizer=inner)
+    assert error(found.grads, expected) < BOUND[dtype][""]
+
+
+# ---------------------------------------------------------------------------------------------- writes to weights
+
+
+class Writing(nn.Module):
+    def __init__(self, write: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.body, self.head, self.write = nn.Linear(16, 6), nn.Linear(6, CLASSES), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(self)
+        return self.head(self.body(x.flatten(1)).tanh())
+
+
+class Words(nn.Module):
+    """An embedding that keeps its rows short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(4, 16, max_norm=1.0), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(torch.zeros(len(x), dtype=torch.long)) * x.flatten(1))
+
+
+class Late(Writing):
+    """Writes in the labeled pass alone, where other tensors stand in for its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.min() > 50 else self.head(self.body(x.flatten(1)).tanh())
+
+
+def without_grad(write: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def called(net: Any) -> None:
+        with torch.no_grad():
+            write(net)
+
+    return called
+
+
+def exchanged(net: Any) -> None:
+    net.body.weight = nn.Parameter(net.body.weight.detach() * 0.9)
+
+
+def by_data(net: Any) -> None:
+    net.body.weight.data = net.body.weight.data * 0.9
+
+
+def augmented(net: Any) -> None:
+    net.body.weight *= 0.9
+
+
+def first_batch(net: Any) -> None:
+    if not hasattr(net, "started"):
+        net.started = True
+        net.body.bias.data.fill_(0.3)
+
+
+def registered(net: Any) -> None:
+    net.register_parameter("late", nn.Parameter(torch.ones(1)))
+
+
+def _out(net: Any) -> None:
+    torch.mul(net.body.weight.detach(), 0.9, out=net.body.weight.detach())
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "mask": without_grad(lambda net: net.body.weight.mul_(net.body.weight > 0)),
+    "clamp": without_grad(lambda net: net.body.weight.clamp_(-0.1, 0.1)),
+    "data": lambda net: net.body.weight.data.abs_(),
+    "detached": lambda net: net.body.weight.detach().clamp_(-0.1, 0.1),
+    "view": lambda net: net.body.weight.data[0, 1:].zero_(),
+    "copy": lambda net: net.body.weight.data.copy_(net.body.weight.data * 0.9),
+    "index": lambda net: net.body.weight.data.__setitem__((0, 0), 1.0),
+    "out": _out,
+    "foreach": lambda net: torch._foreach_mul_([net.body.bias.data, net.body.weight.data], 0.9),
+    "set": lambda net: net.body.weight.data.set_(net.body.weight.data.clone()),
+    "norm": without_grad(lambda net: net.body.weight.div_(net.body.weight.norm())),
+    "init": lambda net: nn.init.ones_(net.body.weight),
+    "exchanged memory": by_data,
+    "exchanged parameter": exchanged,
+    "first batch": first_batch,
+}
+IN_PLACE = {"augmented": augmented, "a view": lambda net: net.body.weight[0].mul_(0.9)}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("mode", ALL)
+def test_writes_to_weights_are_refused_before_they_happen(mode: str, write: str) -> None:
+    torch.manual_seed(5)
+    problem = case(Writing(WRITES[write]), torch.float32)
+    refused(
+        problem, mode, 1, r"the student writes to its parameter body\.(weight|bias) in its forward.*leaves the weight"
+    )
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_and_in_several_steps(mode: str, write: str) -> None:
+    problem = case(Writing(WRITES[write]), torch.float64)
+    refused(problem, mode, 3, r"the student writes to its parameter body\.(weight|bias)")
+
+
+@pytest.mark.parametrize("write", IN_PLACE)
+@pytest.mark.parametrize("mode", ANYWHERE)
+def test_pytorchs_error_about_a_leaf_is_the_same_refusal(mode: str, write: str) -> None:
+    problem = case(Writing(IN_PLACE[write]), torch.float64)
+    refused(problem, mode, 1, "the student writes to one of its parameters in its forward")
+
+
+def test_a_parameter_that_forward_makes_is_refused() -> None:
+    problem = case(Writing(registered), torch.float64)
+    refused(problem, "forward", 1, "the student writes to its parameter late")
+
+
+@pytest.mark.parametrize("mode", ANYWHERE)
+def test_an_embedding_with_a_greatest_norm_is_refused(mode: str) -> None:
+    refused(case(Words(), torch.float32), mode, 1, r"the student writes to its parameter table\.weight.*max_norm")
+
+
+@pytest.mark.parametrize("write", ["clamp", "data"])
+@pytest.mark.parametrize("mode", [mode for mode in ANYWHERE if mode != "none"])
+def test_writes_in_the_labeled_pass_alone(mode: str, write: str) -> None:
+    problem = case(Late(WRITES[write]), torch.float64)
+    x, y = problem.labeled
+    problem = Toy(problem.teacher, problem.student, (x + 100, y), problem.unlabeled, 0)
+    refused(problem, mode, 1, r"the student writes to its parameter body\.weight")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_teacher_that_writes_to_its_weights_is_refused(recompute: bool) -> None:
+    problem = case(mlp(), torch.float64, Writing(WRITES["data"]).double())
+    refused(problem, "forward", 1, r"the teacher writes to its parameter body\.weight", recompute_teacher=recompute)
+
+
+def test_a_frozen_backbone_is_not_copied() -> None:
+    """Only what a pass writes to is."""
+    problem = case(nn.Sequential(nn.Flatten(), nn.Linear(16, 16).requires_grad_(False), Average()), torch.float64)
+    seen = []
+    clone = Tensor.clone
+
+    def counted(t: Tensor, **options: Any) -> Tensor:
+        seen.append(t.numel())
+        return clone(t, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "clone", counted)
+        metapl.BilevelTrainer(**problem.networks(), mode="forward").step(**problem.data())
+    assert 6 in seen
+    assert 256 not in seen
+
+
+# ---------------------------------------------------------------------------------------------------------- hooks
+
+
+def halves(t: Any) -> Any:
+    return tuple(None if g is None else 0.5 * g for g in t) if isinstance(t, tuple) else 0.5 * t
+
+
+def on_weight(net: nn.Module) -> None:
+    net[1].bias.register_hook(halves)
+
+
+def on_weight_in_place(net: nn.Module) -> None:
+    def hook(g: Tensor) -> None:
+        g.mul_(0.5)
+
+    net[1].bias.register_hook(hook)
+
+
+def on_module(net: nn.Module) -> None:
+    net[3].register_full_backward_hook(lambda module, given, got: halves(given))
+
+
+def before_module(net: nn.Module) -> None:
+    net[3].register_full_backward_pre_hook(lambda module, got: halves(got))
+
+
+def on_outputs(net: nn.Module) -> None:
+    def hooked(module: nn.Module, given: Any, h: Tensor) -> None:
+        if h.requires_grad:
+            h.register_hook(halves)
+
+    net[2].register_forward_hook(hooked)
+
+
+HOOKS = [on_weight, on_weight_in_place, on_module, before_module, on_outputs]
+REPLAYING = [mode for mode in ALL if mode.startswith(("forward", "difference")) or "per_example" in mode]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("mode", [*REPLAYING, "implicit"])
+def test_hooks_that_change_gradients_are_refused_where_passes_are_repeated(
+    mode: str, dtype: torch.dtype, hook: Any
+) -> None:
+    torch.manual_seed(5)
+    problem = case(mlp(), dtype)
+    hook(problem.student)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALL, "implicit", metapl.feedback.Implicit(damping=10.0))
+        refused(problem, mode, 1, r"the student has a hook on .* that changes gradients.*mode=\"unrolled\"")
+
+
+@pytest.mark.parametrize("hook", [on_weight, on_module, on_outputs])
+@pytest.mark.parametrize("mode", ["reinforce", "loss_difference"])
+def test_other_modes_take_the_gradient_as_a_hook_leaves_it(mode: str, hook: Any) -> None:
+    """η⟨∇L(θ′), ĝ⟩ and L(θ) − L(θ′), with θ′ = θ − ηĝ and the gradient ĝ that the hook has changed."""
+    problem = case(mlp(), torch.float64)
+    hook(problem.student)
+    problem.draw_from_start()
+    student, (x, y) = problem.student, problem.labeled
+    z = student(problem.unlabeled)
+    drawn = torch.multinomial(problem.teacher(problem.unlabeled).softmax(-1), 1)[:, 0]
+    theta = list(student.parameters())
+    g = torch.autograd.grad(F.cross_entropy(z, drawn), theta)
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        for p, d in zip(other.parameters(), g, strict=True):
+            p.sub_(0.3 * d)
+            p._backward_hooks = None
+    before, after = F.cross_entropy(student(x), y), F.cross_entropy(other(x), y)
+    v = torch.autograd.grad(after, list(other.parameters()))
+    expected = 0.3 * sum((a * b).sum() for a, b in zip(v, g, strict=True)) if mode == "reinforce" else before - after
+    problem.draw_from_start()
+    inner = torch.optim.SGD(student.parameters(), lr=0.3)
+    found = metapl.hypergradient(**problem.networks(), **problem.data(), mode=mode, inner_optimizer=inner)
+    assert float(found.feedback) == pytest.approx(float(expected.detach()), rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_hooks_on_modules_are_refused_over_several_steps(mode: str) -> None:
+    """The second derivatives of later steps would go through them once more."""
+    problem = case(mlp(), torch.float64)
+    on_module(problem.student)
+    refused(problem, mode, 3, "the student has a hook on its module 3 that changes gradients")
+
+
+def test_hooks_that_only_look_are_no_matter() -> None:
+    problem, seen = case(mlp(), torch.float32), []
+    problem.student[3].register_full_backward_hook(lambda module, given, got: seen.append(len(got)))
+    problem.student[1].weight.register_hook(lambda g: seen.append(0) or g)
+    for mode in REPLAYING:
+        metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode]).step(**problem.data())
+    assert seen
+
+
+# ---------------------------------------------------------------------------------------------------------- casts
+
+
+class Narrow(nn.Module):
+    """A float64 network that computes its middle in another type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.body, self.head, self.dtype = nn.Linear(16, 16), nn.Linear(16, CLASSES), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x.flatten(1)).to(self.dtype).tanh().softmax(-1)
+        return self.head(16 * h.to(self.head.weight.dtype))
+
+
+@pytest.mark.parametrize("mode", ["difference", "difference_one_sided", "forward", "unrolled"])
+def test_float32_inside_a_float64_student(mode: str) -> None:
+    torch.manual_seed(5)
+    problem = case(Narrow(torch.float32), torch.float64)
+    expected, _ = plainly(problem, 1, "soft")
+    inner = RULE.build(problem.student)
+    found = metapl.hypergradient(**problem.networks(), **problem.data(), mode=ALL[mode], inner_optimizer=inner)
+    assert error(found.grads, expected) < (3e-3 if "difference" in mode else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_inside_is_refused_by_a_difference(half: torch.dtype, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    problem = case(Narrow(half), dtype)
+    refused(problem, "difference", 1, r"the student casts to torch\.(b?float16) in its forward.*mode=\"forward\"")
