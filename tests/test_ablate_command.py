@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 import metapl
 from metapl.cli import main
@@ -157,15 +158,13 @@ def test_wrong_input_ends_in_a_sentence(
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_an_interrupt_ends_it_in_one_line(folder: Path) -> None:
     arguments = "ablate --factory my_networks:build --steps 100000 --rounds 1 --out there"
-    command = [sys.executable, "-m", "metapl", *arguments.split()]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True) as running:
-        deadline = time.monotonic() + 60
-        while not (folder / "there").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
-        running.send_signal(signal.SIGINT)
-        _, err = running.communicate(timeout=60)
+    running = Forked(arguments.split(), cwd=folder)
+    deadline = time.monotonic() + 60
+    while not (folder / "there").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert err.strip() == "metapl: stopped."
     assert [*(folder / "there").iterdir()] == []
