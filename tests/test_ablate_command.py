@@ -170,6 +170,7 @@ def test_an_interrupt_ends_it_in_one_line(folder: Path) -> None:
     assert [*(folder / "there").iterdir()] == []
 
 
+@pytest.mark.docs
 def test_the_page_shows_the_run_whose_figures_are_kept() -> None:
     root = Path(__file__).parent.parent
     content = json.loads((root / "benchmarks/results/ablate_digits.json").read_text())
