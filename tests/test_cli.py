@@ -240,6 +240,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Gallery]]]:
     return found
 
 
+@pytest.mark.usefixtures("full_pages")
 def test_predict_draws_what_it_saw_and_does_not_read_the_drawing(
     trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
 ) -> None:

@@ -278,6 +278,7 @@ def test_what_is_named_twice_is_measured_once() -> None:
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.usefixtures("full_pages")
 def test_the_command(
     tiny: Path,  # noqa: F811
     tmp_path: Path,

@@ -1,0 +1,33 @@
+"""What holds in every test."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+
+PAGES = ("canvas", "curves", "gallery")
+"""The modules of the reports that count in dots."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_pages() -> Iterator[None]:
+    """Pages of 30 dots an inch: of a run of a second, half is the picture that it ends with."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("metapl.report") is not None:
+            _drawn_at(patch, 30)
+        yield
+
+
+@pytest.fixture(scope="module")
+def full_pages() -> Iterator[None]:
+    """Pages as users get them, from here to the end of the file."""
+    with pytest.MonkeyPatch.context() as patch:
+        _drawn_at(patch, 150)
+        yield
+
+
+def _drawn_at(patch: pytest.MonkeyPatch, dots: int) -> None:
+    for name in PAGES:
+        patch.setattr(f"metapl.report.{name}.DOTS_PER_INCH", dots)
