@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -102,11 +101,11 @@ def test_the_help_names_the_recipes_that_it_knows(capsys: pytest.CaptureFixture[
 def test_networks_of_ones_own(folder: Path) -> None:
     """In a process of its own: the module is found in the folder in which the command is called."""
     arguments = "ablate --factory my_networks:with_helper --modes forward reinforce --rounds 1 --train-steps 2"
-    command = [sys.executable, "-m", "metapl", *arguments.split()]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Take forward" in done.stdout
-    assert "accuracy, %" in done.stdout
+    born = Forked(arguments.split(), cwd=folder)
+    out, err = born.communicate()
+    assert born.returncode == 0, err
+    assert "Take forward" in out
+    assert "accuracy, %" in out
     assert sorted(path.suffix for path in folder.iterdir() if path.is_file()) == [".py"] * 4
 
 
