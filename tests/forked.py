@@ -125,6 +125,7 @@ def _born(
         os.close(opened)
     if alone:
         os.setpgid(0, 0)
+    multiprocessing.set_start_method(None, force=True)  # its own workers are not of this server
     signal.signal(signal.SIGINT, signal.default_int_handler)  # of which a parent in the background knows nothing
     os.chdir(cwd)
     os.environ.clear()

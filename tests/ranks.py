@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -91,6 +92,7 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module:
     from torch import distributed as dist
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # their loaders' workers are not of the server
     if isinstance(meeting, str):
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
     else:
