@@ -26,14 +26,16 @@ demo: $(STAMP) ## Train on the digits beside the controls, five seeds; results g
 test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments for pytest: TEST_ARGS).
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not long" $(TEST_ARGS)
+	$(BIN)/mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not long and not docs" $(TEST_ARGS); \
+	  tests=$$?; wait $$types; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests || types))
 
 test-long: $(STAMP) ## The tests that take many seconds, which make test leaves out.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m long $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m long $(TEST_ARGS)
 
-docs: $(STAMP) ## Build the documentation into site/, with warnings as errors.
+docs: $(STAMP) ## Build the documentation into site/, with warnings as errors; run its code, check its tables.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m docs $(TEST_ARGS)
 
 bench: $(STAMP) ## Measure what each mode costs (more arguments: BENCH_ARGS).
 	$(BIN)/python benchmarks/modes.py $(BENCH_ARGS)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 
 from metapl.cli import main
 from metapl.words import wrapped
@@ -22,11 +23,12 @@ from metapl.words import wrapped
 
 def process(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    command = [sys.executable, "-m", "metapl", *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert finished.returncode == code, finished.stderr
-    assert "Traceback" not in finished.stderr
-    return finished
+    words = [str(a) for a in arguments]
+    born = Forked(words)
+    out, err = born.communicate()
+    assert born.returncode == code, err
+    assert "Traceback" not in err
+    return subprocess.CompletedProcess(words, code, out, err)
 
 
 def metapl(*arguments: str | Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "metapl.cli.train"]
+from forked import context
+
 SECONDS = 60.0
 
 
@@ -31,15 +32,14 @@ class Ranks:
     """
 
     def __init__(self, number: int, cases: str = "sharded_cases", *, joined: bool = True) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        from_here = context()
         self.folder = tempfile.TemporaryDirectory()
         meeting = str(Path(self.folder.name) / "meeting") if joined else _free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(number):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, number, meeting, cases), daemon=True)
+            ours, theirs = from_here.Pipe()
+            process = from_here.Process(target=_serve, args=(theirs, rank, number, meeting, cases), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -92,6 +92,7 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module:
     from torch import distributed as dist
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # their loaders' workers are not of the server
     if isinstance(meeting, str):
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
     else:

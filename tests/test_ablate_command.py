@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 import metapl
 from metapl.cli import main
@@ -101,11 +101,11 @@ def test_the_help_names_the_recipes_that_it_knows(capsys: pytest.CaptureFixture[
 def test_networks_of_ones_own(folder: Path) -> None:
     """In a process of its own: the module is found in the folder in which the command is called."""
     arguments = "ablate --factory my_networks:with_helper --modes forward reinforce --rounds 1 --train-steps 2"
-    command = [sys.executable, "-m", "metapl", *arguments.split()]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Take forward" in done.stdout
-    assert "accuracy, %" in done.stdout
+    born = Forked(arguments.split(), cwd=folder)
+    out, err = born.communicate()
+    assert born.returncode == 0, err
+    assert "Take forward" in out
+    assert "accuracy, %" in out
     assert sorted(path.suffix for path in folder.iterdir() if path.is_file()) == [".py"] * 4
 
 
@@ -157,20 +157,19 @@ def test_wrong_input_ends_in_a_sentence(
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_an_interrupt_ends_it_in_one_line(folder: Path) -> None:
     arguments = "ablate --factory my_networks:build --steps 100000 --rounds 1 --out there"
-    command = [sys.executable, "-m", "metapl", *arguments.split()]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True) as running:
-        deadline = time.monotonic() + 60
-        while not (folder / "there").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.3)
-        running.send_signal(signal.SIGINT)
-        _, err = running.communicate(timeout=60)
+    running = Forked(arguments.split(), cwd=folder)
+    deadline = time.monotonic() + 60
+    while not (folder / "there").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert err.strip() == "metapl: stopped."
     assert not (folder / "there").exists()
 
 
+@pytest.mark.docs
 def test_the_page_shows_the_run_whose_figures_are_kept() -> None:
     root = Path(__file__).parent.parent
     content = json.loads((root / "benchmarks/results/ablate_digits.json").read_text())

@@ -20,6 +20,7 @@ import numpy
 import pytest
 import torch
 from command import loaded_elsewhere, metapl, process, refusal, refused, reseal, result, rows, said
+from forked import Forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -239,6 +240,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Gallery]]]:
     return found
 
 
+@pytest.mark.usefixtures("full_pages")
 def test_predict_draws_what_it_saw_and_does_not_read_the_drawing(
     trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
 ) -> None:
@@ -381,13 +383,12 @@ def test_finetuning_can_change_which_network_is_delivered(run: Path, capsys: pyt
 
 def test_finetune_that_is_stopped_leaves_the_run_as_it_was(run: Path) -> None:
     before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    command = [sys.executable, "-m", "metapl", "finetune", str(run), "--steps", "10000000"]
     environment = {**os.environ, "TMPDIR": str(run.parent)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(run.glob(".finetune-*/metrics.jsonl")):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+    process = Forked(["finetune", run, "--steps", "10000000"], env=environment)
+    while process.poll() is None and not list(run.glob(".finetune-*/metrics.jsonl")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert error.strip() == f"metapl: stopped; {run} is as it was."
     assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before

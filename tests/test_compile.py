@@ -6,7 +6,7 @@ import copy
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -80,20 +80,31 @@ def run(case: Toy, mode: Any, steps: int = 5, **options: Any) -> tuple[list[Tens
 # ------------------------------------------------------------------------------------------------ numbers and masks
 
 
+STEPS = [
+    *((mode, torch.float64, mode in ("forward", "reinforce")) for mode in ANYWHERE),
+    ("difference", torch.float32, False),
+]
+BY_INDUCTOR = (("forward", torch.float64, True), ("difference", torch.float32, False))
+"""Those that ``make test`` compiles to machine code too, which takes some ten seconds each; the others, it traces."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mode", "dtype", "recompute"),
+    ("mode", "dtype", "recompute", "traced"),
     [
-        *((mode, torch.float64, mode in ("forward", "reinforce")) for mode in ANYWHERE),
-        ("difference", torch.float32, False),
+        *((*step, step not in BY_INDUCTOR) for step in STEPS),
+        *(pytest.param(*step, False, marks=pytest.mark.long) for step in STEPS if step not in BY_INDUCTOR),
     ],
 )
-def test_compiled_steps_are_plain_steps_to_rounding(mode: str, dtype: torch.dtype, recompute: bool) -> None:
+def test_compiled_steps_are_plain_steps_to_rounding(
+    mode: str, dtype: torch.dtype, recompute: bool, traced: bool
+) -> None:
     """Outputs, feedback, labels, weights, statistics, optimisers' states; the generator to the bit; and after the
     second step nothing is compiled any more, whatever the learning rates."""
     plain, _ = run(noisy_toy(dtype), mode, recompute_teacher=recompute)
     before = graphs()
-    found, counts = run(noisy_toy(dtype), mode, recompute_teacher=recompute, compile=True)
+    with quickly() if traced else nullcontext():
+        found, counts = run(noisy_toy(dtype), mode, recompute_teacher=recompute, compile=True)
     assert torch.equal(found[-1], plain[-1])
     rounding = 1e-11 if dtype == torch.float64 else 1e-3
     # A difference of outputs divides their rounding by its step.

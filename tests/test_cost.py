@@ -106,6 +106,7 @@ def test_convolutions_on_cuda_may_be_rounded_unless_told_otherwise() -> None:
     assert reduced_float32(torch.device("cuda"))
 
 
+@pytest.mark.docs
 def test_the_page_shows_the_table_of_the_committed_result() -> None:
     command = [sys.executable, "benchmarks/modes.py", "--table", "benchmarks/results/modes.json"]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout

@@ -16,6 +16,8 @@ import torch
 import metapl
 from metapl.problems.classification import Classification
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -130,7 +132,6 @@ def test_all_pages_are_in_the_navigation() -> None:
         assert f" {page.relative_to(ROOT / 'docs').as_posix()}\n" in navigation
 
 
-@pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the docs extra is not installed: make docs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]

@@ -12,10 +12,9 @@ from command import refused, said
 from imagenet_sets import SIDE, WNIDS, picture, save, write_a, write_c, write_p
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_runs import color_folders, images_command, tiny  # noqa: F401 - a fixture
+from tiny_runs import color_folders, color_run, images_command, tiny  # noqa: F401 - a fixture
 from torch import Tensor
 
-from metapl.cli import main
 from metapl.cli.export import _card
 from metapl.experiments.load_run import load_run
 from metapl.export import export
@@ -38,10 +37,7 @@ def written(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Red and blue pictures, and a run on them."""
-    root = color_folders(tmp_path_factory.mktemp("colors"))
-    assert main([*images_command(root), "--out", str(root / "run")]) == 0
-    return root
+    return color_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +142,7 @@ def test_a_center_that_the_export_states(tmp_path: Path, capsys: pytest.CaptureF
 # ----------------------------------------------------------------------------------------------------- all evaluators
 
 
+@pytest.mark.usefixtures("full_pages")
 def test_every_evaluator_in_one_file_and_one_picture(
     thousand: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +263,7 @@ def test_what_is_refused(
 # ------------------------------------------------------------------------------------------------------- side by side
 
 
+@pytest.mark.usefixtures("full_pages")
 def test_two_evaluations_side_by_side(colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(1)
     torch.save(Architecture(name="small_cnn", num_classes=2).create().state_dict(), tmp_path / "w.pt")

@@ -19,6 +19,8 @@ from metapl.report import Gallery, draw_grid, draw_report
 from metapl.report.canvas import blank_page, drawing, png
 from metapl.report.fonts import BASE, families, letters_of, spelled
 
+pytestmark = pytest.mark.usefixtures("full_pages")
+
 NOWHERE = "\U0001e900"  # Adlam, which neither DejaVu nor the fonts of most systems have
 CAT, BOTH = "猫", "猫 \U0001e900"
 

@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,11 +66,8 @@ MOMENTS = [
 
 
 @pytest.fixture(scope="module")
-def nurseries() -> Iterator[list[Nursery]]:
-    both = [Nursery(), Nursery()]
-    yield both
-    for one in both:
-        one.close()
+def nurseries() -> list[Nursery]:
+    return [Nursery(), Nursery()]
 
 
 def noise(path: Path, seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,7 +14,8 @@ from typing import Any
 
 import pytest
 import sharded_cases
-from ranks import PRELOADED, _free_port
+from forked import context
+from ranks import _free_port
 from tiny_runs import TINY
 
 from metapl.runs.parts import check_parts
@@ -50,15 +50,13 @@ class Attempt:
     """Two processes that train."""
 
     def __init__(self, run: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, "sharded_cases"])
         self.said = [run.parent / f"said-{rank}.txt" for rank in range(2)]
         self.met = [run.parent / f"met-{rank}" for rank in range(2)]
         for file in (*self.said, *self.met):
             file.unlink(missing_ok=True)
         port, arguments = _free_port(), [*COMMAND, "--out", str(run)]
         self.ranks: list[Any] = [
-            context.Process(target=_rank, args=(rank, 2, port, arguments, str(self.said[rank]), str(self.met[rank])))
+            context().Process(target=_rank, args=(rank, 2, port, arguments, str(self.said[rank]), str(self.met[rank])))
             for rank in range(2)
         ]
         for process in self.ranks:

@@ -351,6 +351,7 @@ def test_the_ends_of_a_histogram_are_in_it(tmp_path: Path) -> None:
     assert (found.entropy[0], found.entropy[-1]) == (1, 1)
 
 
+@pytest.mark.usefixtures("full_pages")
 def test_the_command_says_it_in_80_columns_as_json_and_as_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

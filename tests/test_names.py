@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from command import said
+from forked import Forked
 from PIL import Image
 from tiny_runs import color_folders, digit, images_command, tiny  # noqa: F401 - fixtures
 
@@ -115,9 +114,9 @@ def test_names_that_are_not_utf8_come_out_of_predict_as_they_are(
     picture = os.fsencode(tmp_path) + b"/caf\xe9.png"
     with open(picture, "wb") as file:
         file.write(digit.read_bytes())
-    command = [sys.executable, "-m", "metapl", "predict", str(tiny), picture]
-    found = subprocess.run(command, capture_output=True, check=True).stdout
-    assert found.splitlines()[1].startswith(picture + b",")
+    printed = tmp_path / "printed"
+    assert Forked(["predict", tiny, os.fsdecode(picture)], said=printed).wait() == 0
+    assert any(line.startswith(picture + b",") for line in printed.read_bytes().splitlines())
 
 
 def test_classes_of_any_name_go_through_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,22 +144,19 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(method: str, folders: tuple[Pa
     root, _ = folders
     command = shlex.join(["train", "noisy", *given(root), "--method", method, *FLAGS.split()])
     nursery = Nursery()
-    try:
-        whole, out = tmp_path / "whole", tmp_path / "killed"
-        code, words = nursery.run(command, whole)
-        assert code == 0, words
-        bilevel = ("metapl.training.trainer:BilevelTrainer", "step")
-        for number, point in enumerate(
-            [("metapl.training.loss_trainer:LossTrainer", "step", 5, KILL), (*bilevel, 7, KILL), (*bilevel, 9, KILL)]
-        ):
-            assert nursery.run(command + " --resume" * (number > 0), out, point)[0] == -KILL
-        code, words = nursery.run(f"{command} --resume", out)
-        assert code == 0, words
-        assert "resumed at step" in words
-        assert_equal(out, whole)
-        assert (out / "suspects.csv").read_bytes() == (whole / "suspects.csv").read_bytes()
-    finally:
-        nursery.close()
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    code, words = nursery.run(command, whole)
+    assert code == 0, words
+    bilevel = ("metapl.training.trainer:BilevelTrainer", "step")
+    for number, point in enumerate(
+        [("metapl.training.loss_trainer:LossTrainer", "step", 5, KILL), (*bilevel, 7, KILL), (*bilevel, 9, KILL)]
+    ):
+        assert nursery.run(command + " --resume" * (number > 0), out, point)[0] == -KILL
+    code, words = nursery.run(f"{command} --resume", out)
+    assert code == 0, words
+    assert "resumed at step" in words
+    assert_equal(out, whole)
+    assert (out / "suspects.csv").read_bytes() == (whole / "suspects.csv").read_bytes()
 
 
 @pytest.mark.parametrize("method", ["meta_weight_net", "noise_transition", "plain", "clean"])

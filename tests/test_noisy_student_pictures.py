@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_data import write_cifar, write_imagenet
-from tiny_runs import IMAGES, color_folders
+from tiny_runs import IMAGES, color_run
 from torchvision import datasets
 
 from metapl.cli import main
@@ -25,7 +25,7 @@ NOISY = ("--rounds", "2", "--ratio", "2", "--threshold", "0", "--label-smoothing
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return color_folders(tmp_path_factory.mktemp("pictures"))
+    return color_run(tmp_path_factory)
 
 
 def rounds_of(run: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from command import refused
+from forked import Forked
 from tiny_runs import tiny  # noqa: F401 - a fixture
 
 import metapl as library
@@ -261,8 +262,4 @@ def test_starts_of_the_command_at_once(tmp_path: Path) -> None:
 
 
 def _code(*arguments: str, cwd: Path) -> int:
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "metapl", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=300, check=False).returncode
+    return Forked(arguments, cwd=cwd).wait()

@@ -155,6 +155,7 @@ def test_foreign_pictures_come_from_the_same_half(monkeypatch: pytest.MonkeyPatc
     assert drawn == {"seen"}
 
 
+@pytest.mark.docs
 def test_the_command_shows_the_seen_half_and_the_readme_has_its_table() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.pictures.problems"],

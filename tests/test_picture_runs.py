@@ -159,6 +159,7 @@ def test_the_figure_and_the_page_are_made_from_the_rows(tmp_path: Path) -> None:
     assert page.read_text() == "a page without marks\n"
 
 
+@pytest.mark.docs
 def test_the_page_has_the_tables_of_the_committed_rows() -> None:
     shown = dict(re.findall(r"<!-- (\w+):begin -->\n(.*?)<!-- \1:end -->", PAGE.read_text(), re.DOTALL))
     assert "unseen" in shown

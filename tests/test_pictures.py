@@ -20,6 +20,8 @@ from metapl.errors import MetaplError
 from metapl.report import PANELS, Gallery, draw_grid, draw_report, pictures_a_group
 from metapl.report.canvas import png
 
+pytestmark = pytest.mark.usefixtures("full_pages")
+
 RED, LIME, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 RIGHT, WRONG = (0, 158, 115), (213, 94, 0)
 LONG = (

@@ -71,21 +71,28 @@ def folders(root: Path, patch: pytest.MonkeyPatch) -> None:
                 Image.fromarray(numbers.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
 
 
+AT_32 = ("--image-size", "32", "--num-workers", "0")
 CASES: dict[str, tuple[Callable[..., None], str, tuple[str, ...]]] = {
     "cifar10-4k": (cifar10, "cifar10-4k", ()),
     "cifar10-4k-paper": (cifar10, "cifar10-4k-paper", ()),
-    "svhn-1k": (svhn, "svhn-1k", ()),
-    "imagenet-10pct": (imagenet, "imagenet-10pct", ("--image-size", "32", "--num-workers", "0")),
-    "imagenet-10pct-paper": (imagenet, "imagenet-10pct-paper", ("--image-size", "32", "--num-workers", "0")),
+    "svhn-1k": (svhn, "svhn-1k", ("--network", "small_cnn")),
+    "svhn-1k-network": (svhn, "svhn-1k", ()),
+    "imagenet-10pct": (imagenet, "imagenet-10pct", (*AT_32, "--network", "small_cnn")),
+    "imagenet-10pct-network": (imagenet, "imagenet-10pct", AT_32),
+    "imagenet-10pct-paper": (imagenet, "imagenet-10pct-paper", AT_32),
     "cifar100": (cifar100, "torchvision", ("--data", "cifar100", "--network", "small_cnn")),
     "imagefolder": (folders, "torchvision", ("--data", "imagefolder", "--network", "small_cnn", "--resized-crop")),
     "grey": (folders, "torchvision", ("--data", "imagefolder", "--network", "small_cnn", "--grey")),
 }
 
 
+OWN_NETWORKS = ("-paper", "-network")
+"""What else runs the network of its recipe, which takes ten seconds and more."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=pytest.mark.long) if name.endswith("-paper") else name for name in CASES]
+    "case", [pytest.param(name, marks=pytest.mark.long) if name.endswith(OWN_NETWORKS) else name for name in CASES]
 )
 def test_it_runs_from_end_to_end(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

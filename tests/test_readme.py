@@ -9,8 +9,11 @@ from pathlib import Path
 from statistics import fmean
 
 import pages
+import pytest
 
 from benchmarks.pictures.run import RESULTS, read
+
+pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import PROVENANCE, TINY, color_folders, images_command
+from tiny_runs import PROVENANCE, TINY, color_run, images_command
 
 from metapl.cli import main
 from metapl.data import load_digits_split
@@ -37,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return color_folders(tmp_path_factory.mktemp("pictures"))
+    return color_run(tmp_path_factory)
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -138,11 +138,9 @@ def test_pictures_by_a_teacher_of_the_run(pictures: Path, tmp_path: Path, capsys
     assert "red-0.png" in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def teacher(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("teachers") / "uda"
-    assert main(images_command(pictures, "--out", str(run))) == 0
-    return run
+@pytest.fixture
+def teacher(pictures: Path) -> Path:
+    return pictures / "run"
 
 
 def test_pictures_by_another_run_and_by_its_stores_are_labeled_alike(

@@ -21,6 +21,8 @@ from metapl.errors import MetaplError
 from metapl.report import draw_report
 from metapl.report.canvas import png
 
+pytestmark = pytest.mark.usefixtures("full_pages")
+
 KEYS = [key for panel in report.PANELS for key, _ in panel.series]
 ALONE = ["loss_cross_entropy", "loss_uda", "student_validation_accuracy"]
 """What there is of a network that is trained by itself."""

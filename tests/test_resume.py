@@ -5,14 +5,12 @@ Everything here happens to real processes of the command line.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import resource
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from fits import events, rows
+from forked import Forked, Point
 
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.folder import WEIGHTS
@@ -37,64 +36,12 @@ RECIPES = {
     "hard": f"train digits {TINY} --steps 120 --mode reinforce --baseline 0.99 --ema-decay 0.9 "
     "--dropout 0.1 --uda-weight 0.5 --warmup 10 --exact-every 40",
 }
-# Owner and name of a function, the number of the call, and the signal that comes with it; minus it: to all workers too.
-Point = tuple[str, str, int, int]
 Moment = float | Point
 KILL, INTERRUPT, TERMINATE = int(signal.SIGKILL), int(signal.SIGINT), int(signal.SIGTERM)
 
 COMPARISON = f"train digits {TINY} --steps 60 --compare --seeds 0-1 --jobs 2 --methods mpl none"
 
 
-# A process that has imported everything, and forks one for each command line: importing takes longer than these runs.
-# A command can be told to send itself a signal at the n-th call of a function of the library or of the system.
-NURSERY = """
-import json, os, pkgutil, signal, sys
-import matplotlib.figure, metapl.report, metapl.experiments.experiment, sklearn.datasets, tensorboard, torch._dynamo
-import torch.utils.tensorboard.summary
-from metapl.execution import kernels
-from metapl.cli import main
-
-kernels.load_forward_mode()
-
-def send(signum):
-    if signum > 0:
-        return os.kill(os.getpid(), signum)
-    # Another process does it, as the workers can tell.
-    kill = ["sh", "-c", f"kill -{-signum} -{os.getpgrp()}"]
-    os.waitpid(os.posix_spawn("/bin/sh", kill, os.environ, setpgroup=0), 0)
-
-def born(argv, output, point):
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.argv = ["metapl", *argv]
-    if point:
-        owner, name, number, signum = point
-        owner = pkgutil.resolve_name(owner)
-        real, calls = getattr(owner, name), []
-        def dying(*given, **named):
-            calls.append(name)
-            if len(calls) == number:
-                send(signum)
-            return real(*given, **named)
-        setattr(owner, name, dying)
-    code = 1
-    try:
-        code = main()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        born(*json.loads(line))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 POINTS: list[Point] = [
     ("metapl.runs.folder:RunFolder", "write_json", 1, KILL),  # before there is a recipe
     ("metapl.runs.metrics:Metrics", "add", 5, KILL),
@@ -116,42 +63,26 @@ POINTS: list[Point] = [
 class Nursery:
     """Where command lines are run, one at a time."""
 
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    born: Forked
 
     def start(self, arguments: str, out: Path, point: Point | None = None) -> int:
         """The process's number; what it says goes to ``out``.txt."""
         argv = [*shlex.split(arguments), *([] if "--out" in arguments else ["--out", str(out)])]
-        return self._asked(json.dumps([argv, f"{out}.txt", point]))
+        self.born = Forked(argv, said=Path(f"{out}.txt"), point=point, alone=True)
+        return self.born.pid
 
     def wait(self) -> int:
         """The exit code; minus the number of the signal that killed it."""
-        return self._asked(None)
+        return self.born.wait()
 
     def run(self, arguments: str, out: Path, point: Point | None = None) -> tuple[int, str]:
         self.start(arguments, out, point)
         return self.wait(), said(out)
 
-    def close(self) -> None:
-        self.process.communicate()
-
-    def _asked(self, line: str | None) -> int:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        if line is not None:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
 
 @pytest.fixture(scope="module")
-def nurseries() -> Iterator[list[Nursery]]:
-    both = [Nursery(), Nursery()]
-    yield both
-    for one in both:
-        one.close()
+def nurseries() -> list[Nursery]:
+    return [Nursery(), Nursery()]
 
 
 @pytest.fixture(scope="module")

@@ -98,9 +98,16 @@ def test_every_mode_is_as_in_one_process(two: Ranks, layout: str, optimizer: str
     check(two, [{"mode": mode, "layout": layout, "optimizer": optimizer} for mode in MODES])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_hybrid_sharding_of_two_by_two(four: Ranks, optimizer: str) -> None:
-    check(four, [{"mode": mode, "layout": "hsdp", "optimizer": optimizer} for mode in MODES])
+@pytest.mark.parametrize(
+    ("optimizer", "modes"),
+    [
+        ("sgd", MODES),
+        ("adamw", ("reinforce", "forward")),
+        pytest.param("adamw", ("none", *MODES[2:5]), marks=pytest.mark.long),
+    ],
+)
+def test_hybrid_sharding_of_two_by_two(four: Ranks, optimizer: str, modes: tuple[str, ...]) -> None:
+    check(four, [{"mode": mode, "layout": "hsdp", "optimizer": optimizer} for mode in modes])
 
 
 def test_uneven_shards(four: Ranks) -> None:
@@ -158,13 +165,16 @@ def test_products_by_a_mesh(four: Ranks, layout: str) -> None:
     check(four, [{**case, "mode": mode, "optimizer": optimizer} for mode, optimizer in pairs], alike=2)
 
 
-def test_tensor_parallelism_and_shards(four: Ranks) -> None:
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        (("reinforce", "sgd"), ("difference", "adamw")),
+        pytest.param((("reinforce", "adamw"), ("difference", "sgd")), marks=pytest.mark.long),
+    ],
+)
+def test_tensor_parallelism_and_shards(four: Ranks, pairs: tuple[tuple[str, str], ...]) -> None:
     case: dict[str, Any] = {"layout": "tensor_shard", "hidden": 8}
-    cases = [
-        {**case, "mode": mode, "optimizer": optimizer}
-        for mode in ("reinforce", "difference")
-        for optimizer in ("sgd", "adamw")
-    ]
+    cases = [{**case, "mode": mode, "optimizer": optimizer} for mode, optimizer in pairs]
     check(four, [*cases, {**case, "mode": "difference", "optimizer": "sgd", "clip_norm": 0.05}], alike=2)
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from metapl.metrics import interval
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 STUDENT, FINETUNED = "test_accuracy", "finetuned_test_accuracy"

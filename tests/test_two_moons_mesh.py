@@ -16,6 +16,8 @@ from ranks import Ranks
 
 from metapl.experiments.two_moons import seeds_of
 
+pytestmark = pytest.mark.usefixtures("full_pages")
+
 SMALL = "--points 60 --steps 150 --init-scale 0.9 --student-lr 0.5 --teacher-lr 0.5 --labels-per-class 2"
 RUN = ["train", "two-moons", *SMALL.split(), "--seeds", "0-4", "--controls"]
 

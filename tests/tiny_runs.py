@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import pytest
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -19,6 +24,20 @@ TINY = (
 """A run of a second, all of whose files are there."""
 
 
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
+    """The folder that ``build`` fills the first time that anybody of a session asks for it, in whichever process."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / "built" / name, root / "built" / f"{name}.done"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            build(folder)
+            done.touch()
+    return folder
+
+
 PROVENANCE = ("pictures", "examples", "ids_sha256", "weights_fingerprint", "temperature", "views", "batch")
 """What every store of labels says of itself, whoever wrote it."""
 
@@ -26,9 +45,13 @@ PROVENANCE = ("pictures", "examples", "ids_sha256", "weights_fingerprint", "temp
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, which tests leave as it is."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    assert main([*TINY, "--out", str(run)]) == 0
-    return run
+    return built_once(tmp_path_factory, "tiny", lambda out: trained(*TINY, "--out", str(out)))
+
+
+def trained(*command: str) -> None:
+    """Run the command, whose words belong to no test."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main([*command]) == 0
 
 
 @pytest.fixture
@@ -70,3 +93,12 @@ def images_command(root: Path, *more: str) -> list[str]:
     """The command that trains on :func:`color_folders`."""
     folders = [f"--{part}={root / part}" for part in ("labeled", "unlabeled", "test")]
     return ["train", "images", *folders, *IMAGES, *more]
+
+
+def color_run(factory: pytest.TempPathFactory) -> Path:
+    """Red and blue pictures, and a run on them, which tests leave as they are."""
+
+    def build(root: Path) -> None:
+        trained(*images_command(color_folders(root)), "--out", str(root / "run"))
+
+    return built_once(factory, "colors", build)
