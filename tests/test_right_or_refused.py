@@ -11,6 +11,7 @@ import torchopt
 from problems_zoo import ANYWHERE, mlp, toy, unmoved
 from reference import error
 from torch import Tensor, nn
+from torch.nn import functional as F
 from trainers import refused, trainer_for, values
 
 import metapl
@@ -295,3 +296,28 @@ def test_labels_beside_unlabelled_inputs_are_refused(dtype: torch.dtype) -> None
     pair = case.unlabeled, torch.zeros(4, dtype=dtype)
     with unmoved(case), pytest.raises(MetaplError, match=r"two views of the same examples.*leave the labels out"):
         trainer_for(case).step(case.labeled, pair)
+
+
+class FakeQuantized(nn.Module):
+    """Weights on a grid, with the gradient of those beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = ((t + ((8 * t).round() / 8 - t).detach()) for t in (self.first.weight, self.second.weight))
+        return F.linear(F.linear(x.flatten(1), first, self.first.bias).tanh(), second, self.second.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["difference", metapl.feedback.ReinforcePerExample(tangent="difference")], ids=str)
+def test_a_difference_of_outputs_that_jump_is_never_right_by_chance(mode: Any, dtype: torch.dtype) -> None:
+    """The derivative of the loss alone agrees in one of ten of these, with feedback that is wrong by its own size."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        teacher, student = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(dtype), FakeQuantized().to(dtype)
+        x, y, u = torch.randn(8, 1, 4, 4, dtype=dtype), torch.arange(8) % 3, torch.randn(8, 1, 4, 4, dtype=dtype)
+        inner = torch.optim.SGD(student.parameters(), lr=0.1)
+        with pytest.raises(MetaplError, match="not of one function|outputs jump|does not return the same outputs"):
+            metapl.hypergradient(teacher, student, labeled=(x, y), unlabeled=u, mode=mode, inner_optimizer=inner)

@@ -198,7 +198,14 @@ def check_linear(drawn: Tensor, expected: Tensor, ranks: Ranks = ALONE) -> None:
     )
 
 
-def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor) -> None:
+def check_slopes(
+    forward: Tensor,
+    backward: Tensor,
+    spread: Tensor,
+    tolerance: float,
+    rounding: Tensor,
+    what: str = "the inner loss",
+) -> None:
     """Refuse a derivative along w that differs from ⟨g, w⟩.
 
     Args:
@@ -207,12 +214,13 @@ def check_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: f
         spread: the root of the sum of squares of the terms of the two sums, to which their rounding is proportional.
         tolerance: of the difference, relative to ``spread + |backward|``.
         rounding: a bound on the rounding error of ``forward``.
+        what: has the derivative, and the gradient g.
     """
     _refuse(
         (forward - backward).abs(),
         tolerance * (spread + backward.abs()) + rounding,
-        "the student's forward and backward passes are not of one function: along the direction of the feedback, the "
-        "inner loss has the derivative {forward:.4g} by the outputs and {backward:.4g} by the gradient, so the "
+        "the student's forward and backward passes are not of one function: along the direction of the feedback, "
+        f"{what} has the derivative {{forward:.4g}} by the outputs and {{backward:.4g}} by the gradient, so the "
         "feedback would be wrong. Usual causes: torch.no_grad() or detach() in the student's forward (such as "
         "straight-through rounding), an autograd.Function with a custom backward, a hook that changes gradients, "
         "numbers too small for half precision.",

@@ -216,7 +216,7 @@ class Pass:
         graph: the same with its graph, until :meth:`gradient` has used it.
         loss: the value of its loss on this rank, once :meth:`gradient` has found it.
         after: the generators at its end.
-        narrowed: the types of numbers that it rounded to from wider ones, where it was looked at.
+        narrowed, cut: what was seen where it was looked at (:class:`metapl.execution.writes.Watch`).
     """
 
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
@@ -243,7 +243,7 @@ class Pass:
             outputs = checks.logits(student.module(inputs), "student")
         student.refuse_strangers(outputs, self._at, inputs)
         self.after = RandomState.now(student.device)
-        self.narrowed = frozenset() if watch is None else frozenset(watch.narrowed)
+        self.narrowed, self.cut = (frozenset(), False) if watch is None else (frozenset(watch.narrowed), watch.cut)
         self.rounded_to = coarsest([outputs.dtype, *self.narrowed, *student.formats()], student.device)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
@@ -291,6 +291,18 @@ class Pass:
             outputs = self.student.forward(self.inputs)
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
             return self.student.gradient(loss(outputs, at), at)
+
+    def slopes(self, w: Tree, cotangents: Sequence[Tensor]) -> list[Tensor]:
+        """The derivatives of ⟨u, S(x; θ)⟩ along w by its gradient, for cotangents u: a forward pass, and a backward
+        pass each."""
+        at = as_leaves(self.params)
+        with torch.enable_grad(), uncompiled(), checkpoints_without_reentry(), self._again(self.student.held_at(at)):
+            outputs = self.student.forward(self.inputs)
+            found = [
+                torch.autograd.grad(outputs, [at[n] for n in w], u, retain_graph=True, materialize_grads=True)
+                for u in cotangents
+            ]
+        return [torch.stack([(g * t).sum() for g, t in zip(grads, w.values(), strict=True)]).sum() for grads in found]
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""

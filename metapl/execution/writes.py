@@ -89,12 +89,15 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         narrowed: the types of numbers that it rounded to from wider ones.
+        cut: whether its backward pass may be of another function: where a value that has a gradient is taken out of the
+            graph, or rounded.
     """
 
     def __init__(self, refuse: Callable[[str], None], learned: Mapping[int, str], frozen: Mapping[int, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.refuse, self.learned, self.frozen = refuse, learned, frozen
         self.narrowed: set[torch.dtype] = set()
+        self.cut = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -106,6 +109,8 @@ class Watch(TorchDispatchMode):
             for t in given if isinstance(given, list | tuple) else (given,):
                 if isinstance(t, Tensor):
                     self._before_write(t)
+        if not self.cut and (func in _CUTTING or not torch.is_grad_enabled()):
+            self.cut = func in _ROUNDING or any(isinstance(t, Tensor) and t.requires_grad for t in args)
         result = func(*args, **kwargs)
         if type(result) is Tensor and result.dtype in _NARROW and result.dtype not in self.narrowed:
             size = result.dtype.itemsize
@@ -129,6 +134,11 @@ class Watch(TorchDispatchMode):
 
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+_ROUNDING = {
+    getattr(torch.ops.aten, name).default for name in ("round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside")
+}
+_CUTTING = {torch.ops.aten.detach.default, torch.ops.aten._local_scalar_dense.default, *_ROUNDING}
 
 _written: dict[Any, tuple[tuple[int, str], ...]] = {}
 

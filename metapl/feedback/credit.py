@@ -144,6 +144,29 @@ def _slope(
     return slope
 
 
+def check_projections(step: InnerStep, w: Tree, tangent: Tangent) -> None:
+    """Refuse the ż of passes that round or detach, if it differs from the gradients of the outputs' projections.
+
+    The inner loss is one projection of the outputs, in which a ż that is wrong may be right by chance.
+    """
+    parts, ranks = step.passes, step.student.ranks
+    rounding = step.inner_loss.new_zeros(()) if tangent.rounding is None else tangent.rounding
+    draw = torch.Generator().manual_seed(0)
+    for part, z_dot in zip(parts, tangent.z_dot.chunk(len(parts)), strict=True):
+        if not ranks.pooled(step.inner_loss.new_tensor(float(part.cut))) > 0:
+            continue
+        directions = [torch.randn(z_dot.shape, generator=draw).to(z_dot) for _ in range(PROJECTIONS)]
+        for u, backward in zip(directions, part.slopes(w, directions), strict=True):
+            forward, size = ranks.sum((u * z_dot).sum()), ranks.norm(z_dot)
+            tolerance = BY_DIFFERENCE[step.rounded_to].slope / 5  # these terms do not cancel as those of a loss do
+            what = "a projection of the outputs"
+            check_slopes(forward, ranks.sum(backward), size, tolerance, ranks.sum(rounding), what)
+
+
+PROJECTIONS = 8
+"""So many random projections leave a chance of about one in a hundred to a ż that is 5 % off in float32."""
+
+
 def _check_slope(
     step: InnerStep, slope: Tensor, terms: list[Tensor], steepness: Tensor, w: Tree, tangent: Tangent
 ) -> None:

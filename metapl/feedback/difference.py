@@ -15,7 +15,7 @@ from metapl import checks
 from metapl.errors import MetaplError
 from metapl.execution.agreement import SlopesDisagree, check_bend, check_difference
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
-from metapl.feedback.credit import Tangent, signal_feedback
+from metapl.feedback.credit import Tangent, check_projections, signal_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.numerics import Tree
@@ -52,7 +52,8 @@ class Difference(Estimator):
     its error is measured (by the derivative at θ, in the middle), and where it is above 5 % of the feedback at every δ,
     the step is refused.
     Checks: the outputs on both sides are compared with those at θ (not on CUDA, where reading them would wait). A
-    one-sided difference has no outputs behind θ, so that its curvature is not checked.
+    one-sided difference has no outputs behind θ, so that its curvature is not checked. On the first step of a student
+    that rounds or detaches, ż is compared with the gradients of some projections of the outputs.
     Runs: wherever the student runs, on any operation.
     Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.
     """
@@ -84,8 +85,15 @@ class Difference(Estimator):
         """
         for reduction in REDUCTIONS[:-1]:
             with suppress(SlopesDisagree):
-                return credit(step, w, self.tangent(step, w, reduction))
-        return credit(step, w, self.tangent(step, w, REDUCTIONS[-1]))
+                return self._checked(step, w, credit, reduction)
+        return self._checked(step, w, credit, REDUCTIONS[-1])
+
+    def _checked(self, step: InnerStep, w: Tree, credit: Credit, reduction: float) -> Feedback:
+        tangent = self.tangent(step, w, reduction)
+        feedback = credit(step, w, tangent)
+        if step.student.first and not checks.waits(tangent.z_dot):
+            check_projections(step, w, tangent)
+        return feedback
 
     def tangent(self, step: InnerStep, w: Tree, reduction: float = 1.0) -> Tangent:
         """ż along w, by moves of length δ/``reduction``; exactly zero for w = 0."""
