@@ -219,13 +219,14 @@ def _other_field(method: str, name: str) -> MetaplError:
 
 def refuse_unread_signal(step: InnerStep) -> None:
     """Refuse an inner loss whose gradient in the student does not depend on the signal: there is no feedback on it."""
-    if not (_sampled_is_read(step) if step.signal.sampled else _fields_are_read(step)):
-        raise MetaplError(
-            f"the gradient of the inner loss of {kind_of(step.problem)} in the student's weights does not depend on "
-            "its signal, so there is no feedback on it and the teacher would learn nothing; expected an inner_loss in "
-            "which the signal acts on the student's outputs, such as signal.value * losses, without .detach(), argmax "
-            'or a comparison of the signal. To train without feedback, take mode="none".'
-        )
+    unread = _sampled_is_unread(step) if step.signal.sampled else torch.tensor(not _fields_are_read(step))
+    checks.refuse(
+        unread,
+        f"the gradient of the inner loss of {kind_of(step.problem)} in the student's weights does not depend on its "
+        "signal, so there is no feedback on it and the teacher would learn nothing; expected an inner_loss in which "
+        "the signal acts on the student's outputs, such as signal.value * losses, without .detach(), argmax or a "
+        'comparison of the signal. To train without feedback, take mode="none".',
+    )
 
 
 def _fields_are_read(step: InnerStep) -> bool:
@@ -245,11 +246,9 @@ def _fields_are_read(step: InnerStep) -> bool:
     return any(g is not None for g in in_fields)
 
 
-def _sampled_is_read(step: InnerStep) -> bool:
-    """Whether the losses, or the student's input, are others for the drawn values of other examples."""
+def _sampled_is_unread(step: InnerStep) -> Tensor:
+    """Whether the losses and the student's input are the same for the drawn values of other examples."""
     rolled = replace(step.signal, value=step.signal.value.roll(1, 0))
-    if torch.equal(rolled.value, step.signal.value):
-        return True  # this batch cannot tell
     start = RandomState.now(step.outputs.device)
     params = step.student.for_loss(step.params)
     found = []
@@ -257,4 +256,5 @@ def _sampled_is_read(step: InnerStep) -> bool:
         for signal in (step.signal, rolled):
             with replayed(start):
                 found.append([step.inner_losses(step.outputs, signal, params), *step.inputs_of(signal)])
-    return not all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    same = torch.stack([(a == b).all() for a, b in zip(*found, strict=True)]).all()
+    return same & (rolled.value != step.signal.value).any()  # else this batch cannot tell

@@ -74,7 +74,7 @@ def test_a_student_optimizer_that_fails_leaves_the_teacher_alone(monkeypatch: py
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(inner, "step", fail)
+    monkeypatch.setattr(torch.optim.SGD, "step", fail)
     before = everything(case, inner, outer)
     with pytest.raises(ZeroDivisionError):
         trainer.step(**case.data())

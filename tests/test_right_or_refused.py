@@ -319,5 +319,5 @@ def test_a_difference_of_outputs_that_jump_is_never_right_by_chance(mode: Any, d
         teacher, student = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(dtype), FakeQuantized().to(dtype)
         x, y, u = torch.randn(8, 1, 4, 4, dtype=dtype), torch.arange(8) % 3, torch.randn(8, 1, 4, 4, dtype=dtype)
         inner = torch.optim.SGD(student.parameters(), lr=0.1)
-        with pytest.raises(MetaplError, match="not of one function|outputs jump|does not return the same outputs"):
+        with pytest.raises(MetaplError, match=r"not of one function|outputs jump|does not return the same outputs"):
             metapl.hypergradient(teacher, student, labeled=(x, y), unlabeled=u, mode=mode, inner_optimizer=inner)

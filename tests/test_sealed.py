@@ -275,7 +275,7 @@ def test_a_checkpoint_that_was_sealed_with_wrong_values_is_refused_in_one_line(n
     trainer = bilevel()
     before = {key: value.clone() for key, value in trainer.student.state_dict().items()}
     with pytest.raises(
-        MetaplError, match=r"step-00000004\.ckpt|the checkpoint has the states|got a state|not a state"
+        MetaplError, match=r"step-00000004\.ckpt|the checkpoint has the states|this is no state for this BilevelTrainer"
     ) as told:
         trainer.fit(labeled, unlabeled, resume=True, **how)
     assert "\n" not in str(told.value)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from metapl import checks
@@ -180,7 +180,7 @@ class TeacherStep(TeacherPass):
         """The norm of a loss's gradient at the outputs that it depends on, a scalar like the loss; NaN, or with a
         relative scale an error, if it depends on a weight in another way. Cost: a backward pass through the head only.
         """
-        collected = {(edge.node, edge.output_nr): t for t in self._outputs for edge in [get_gradient_edge(t)]}
+        collected = {(t.grad_fn, t.output_nr): t for t in self._outputs}
         outputs: list[Tensor] = []
         seen: set[tuple[Node | None, int]] = set()
         edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
