@@ -6,8 +6,8 @@ The teacher holds the images, and ``student_input(batch, signal)`` gives them to
 steps on them, and the images learn from its loss on real digits. At the end new networks are trained on the ten
 images, and others on ten real ones drawn at random, one a class, by the same steps.
 
-Measured on seeds 0-2: 89.8 ± 1.0 % on learned images, 68.6 ± 5.7 % on real ones (mean, standard deviation). The learned
-ones have seen the labels of 1,100 digits, of which the real ones are ten.
+Measured on seeds 10-14, on which nothing was chosen: 88.9 ± 2.2 % on learned images, 61.2 ± 5.2 % on real ones (mean,
+standard deviation). The learned ones have seen the labels of 1,100 digits, of which the real ones are ten.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def accuracy(images, labels, test, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("seeds", nargs="*", type=int, default=[10, 11, 12, 13, 14])
     parser.add_argument("--steps", type=int, default=100, help="of the images")
     args = parser.parse_args()
     rows = []

@@ -4,9 +4,11 @@
 
 A student learns from 1,100 clean digits and is judged by digits with noise, of which 100 have trusted labels. The
 teacher is one number, the noise of the student's images: ``student_input(batch, signal)`` adds it, and the feedback
-goes through the images that were made. Beside it a student learns from clean digits and the same 100.
+goes through the images that were made. Beside it: the same without feedback, from the same start and with the noise
+that the digits have, which the teacher is not told; and plain training on clean digits and the 100.
 
-Measured on seeds 0-2: 70.8 % with learned noise, which went from 0.1 to 0.45, and 62.8 % with plain training.
+Measured on seeds 10-14, on which nothing was chosen: 72.4 % with learned noise, which went from 0.1 to 0.50; 69.0 %
+where it stays at 0.1, 74.8 % where it is 0.5 from the start, 64.3 % with plain training.
 """
 
 import argparse
@@ -50,7 +52,7 @@ def network(seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("seeds", nargs="*", type=int, default=[10, 11, 12, 13, 14])
     parser.add_argument("--steps", type=int, default=300, help="of each training")
     args = parser.parse_args()
     rows = []
@@ -61,26 +63,29 @@ def main():
             (x + NOISE * torch.randn(x.shape, generator=generator), y) for x, y in (split.labeled, split.test)
         )
         clean = split.unlabeled, split.unlabeled_truth
-        student, optimizer = network(seed)
-        strength = Table(torch.tensor([START]).log())
-        learned = metapl.BilevelTrainer(
-            strength,
-            student,
-            "forward",
-            problem=Noise(),
-            inner_optimizer=optimizer,
-            outer_optimizer=torch.optim.Adam(strength.parameters(), lr=0.03),
-        )
-        fit(learned, [trusted], batches(64, seed, *clean), args.steps)
+        row = []
+        for mode, start in (("forward", START), ("none", START), ("none", NOISE)):
+            student, optimizer = network(seed)
+            strength = Table(torch.tensor([start]).log())
+            trainer = metapl.BilevelTrainer(
+                strength,
+                student,
+                mode,
+                problem=Noise(),
+                inner_optimizer=optimizer,
+                outer_optimizer=torch.optim.Adam(strength.parameters(), lr=0.03),
+            )
+            fit(trainer, [trusted], batches(64, seed, *clean), args.steps)
+            row += [100 * trainer.evaluate(test).accuracy, strength(torch.zeros(1, dtype=torch.int64)).exp().item()]
         student, optimizer = network(seed)
         both = ((torch.cat([x, trusted[0]]), torch.cat([y, trusted[1]])) for x, y in batches(64, seed, *clean))
         plain = fit(metapl.LossTrainer(student, optimizer=optimizer), both, None, args.steps)
-        accuracies = [100 * trainer.evaluate(test).accuracy for trainer in (learned, plain)]
-        rows.append([*accuracies, strength(torch.zeros(1, dtype=torch.int64)).exp().item()])
-    own, plain, noise = torch.tensor(rows).mean(0).tolist()
+        rows.append([*row, 100 * plain.evaluate(test).accuracy])
+    learned, noise, fixed, _, told, _, plain = torch.tensor(rows).mean(0).tolist()
     print(
-        f"test accuracy in % on digits with noise {NOISE}, mean over {len(rows)} seeds: {own:.1f} with noise that was "
-        f"learned ({START} -> {noise:.2f}), {plain:.1f} with plain training on clean digits and 100 with noise"
+        f"test accuracy in % on digits with noise {NOISE}, mean over {len(rows)} seeds: {learned:.1f} with noise that "
+        f"was learned ({START} -> {noise:.2f}), {fixed:.1f} with {START}, {told:.1f} with {NOISE}, {plain:.1f} with "
+        "plain training on clean digits and 100 with noise"
     )
 
 

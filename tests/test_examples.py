@@ -127,7 +127,7 @@ def test_the_noise_of_an_augmentation_is_learned(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = printed("learned_augmentation", monkeypatch, capsys, "3", "--steps", "200")
-    found = re.search(r": ([\d.]+) with noise that was learned \(0\.1 -> ([\d.]+)\), ([\d.]+) with plain", line)
+    found = re.search(r": ([\d.]+) with noise that was learned \(0\.1 -> ([\d.]+)\), ([\d.]+) with 0\.1", line)
     assert found is not None
     assert 0.15 < float(found[2]) < 1
     assert float(found[1]) > float(found[3])
