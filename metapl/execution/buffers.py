@@ -222,7 +222,7 @@ class State:
                 try:
                     yield
                 finally:
-                    moved.put_back()
+                    moved.put_back(but={id(t) for _, _, t in stand_ins})  # copies, which a graph may have saved
         finally:
             self._put(now)
 

@@ -54,10 +54,11 @@ class Journal:
         _, data, before = self._written.get(id(p), (p, p.data, None))
         return data if before is None else before
 
-    def put_back(self) -> None:
+    def put_back(self, but: Collection[int] = ()) -> None:
+        """Put everything back, except the values of parameters with these ids."""
         for table, name, p in self._exchanged.values():
             table[name] = p
-        for p, data, before in self._written.values():
+        for p, data, before in (entry for i, entry in self._written.items() if i not in but):
             if before is not None:
                 data.copy_(before)
             p.data = data
