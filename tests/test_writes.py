@@ -178,6 +178,46 @@ class Statistics(Moving):
         return self.mean.clone()
 
 
+class Counted(Moving):
+    """A batch norm whose statistics are read after it has counted, and which holds more than these."""
+
+    def __init__(self, read: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.norm, self.read = nn.BatchNorm1d(6, affine=False), read
+
+    def factor(self, h: Tensor) -> Any:
+        return self.read(self.norm, self.norm(torch.ones_like(h).cumsum(0)))
+
+
+def _then_by_statistics(norm: nn.BatchNorm1d, h: Tensor) -> Any:
+    return 1 + h * (norm.running_var + norm.eps).rsqrt() - norm.running_mean
+
+
+def _momentum_decays(norm: nn.BatchNorm1d, h: Tensor) -> Any:
+    norm.momentum *= 0.5
+    return 1 + norm.running_mean.clone()
+
+
+def _has_a_buffer(norm: nn.BatchNorm1d, h: Tensor) -> Any:
+    norm.seen = h.mean(0) if getattr(norm, "seen", None) is None else 0.5 * norm.seen
+    return norm.seen
+
+
+def _changes_mode(norm: nn.BatchNorm1d, h: Tensor) -> Any:
+    norm.train(not norm.training)
+    return 1 + h
+
+
+NORMS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "count": lambda norm, h: norm.num_batches_tracked.to(h.dtype).clone(),
+    "mean": lambda norm, h: 1 + norm.running_mean.clone(),
+    "then by statistics": _then_by_statistics,
+    "momentum decays": _momentum_decays,
+    "has a buffer": _has_a_buffer,
+    "changes mode": _changes_mode,
+}
+
+
 class MissingBuffer(Moving):
     """A buffer that is None until the first pass."""
 
@@ -263,6 +303,7 @@ MOVING: dict[str, Callable[[], nn.Module]] = {
     "missing buffer": MissingBuffer,
     "late buffer": LateBuffer,
     "late attribute": MadeLate,
+    **{f"norm: {name}": lambda name=name: Counted(NORMS[name]) for name in NORMS},
     **{f"attribute: {name}": lambda name=name: Attribute(*copy.deepcopy(ATTRIBUTES[name])) for name in ATTRIBUTES},
 }
 
@@ -379,7 +420,7 @@ def test_recomputing_a_teacher_moves_its_state_once(mode: str, kind: str) -> Non
         problem = case(mlp(), torch.float64, TEACHERS[kind]().double())
         outer = torch.optim.SGD([p for p in problem.teacher.parameters() if p.requires_grad], lr=0.5)
         trainer = metapl.BilevelTrainer(
-            **problem.networks(), mode=mode, outer_optimizer=outer, recompute_teacher=recompute
+            **problem.networks(), mode=mode, outer_optimizer=outer, recompute_teacher=recompute, teacher_losses=()
         )
         before = state_of(problem.teacher)
         grads = trainer.hypergradient(**problem.data()).grads

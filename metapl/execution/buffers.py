@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
@@ -29,18 +28,11 @@ Held = tuple[dict[str, Any], str, Tensor]
 
 
 class Slots:
-    """Every place where a module holds a parameter or state; a tensor may be held in several.
-
-    Batch norms that normalize by the statistics of the batch are kept apart: :meth:`frozen` stops their updates, so
-    their state needs no copies.
-    """
+    """Every place where a module holds a parameter; one may be held in several."""
 
     def __init__(self, module: nn.Module) -> None:
         self.named_parts = named_parts(module)
         self.parts = [part for _, part in self.named_parts]
-        self.norms = [part for part in self.parts if isinstance(part, _BatchNorm) and _by_batch_statistics(part)]
-        kept = {id(norm) for norm in self.norms}
-        self.loose_parts = [part for part in self.parts if id(part) not in kept]
         self.parameters = [held for part in self.parts for held in _held(part._parameters)]
         self.by_part = [
             (prefix, part._parameters, frozenset(n for n, p in part._parameters.items() if _learns(p)))
@@ -52,17 +44,6 @@ class Slots:
         """Whether a parameter is not learned."""
         return not all(t.requires_grad for _, _, t in self.parameters)
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Normalize by batch statistics as before, without updating the running statistics and the batch count."""
-        for norm in self.norms:
-            norm.track_running_stats = False
-        try:
-            yield
-        finally:
-            for norm in self.norms:
-                norm.track_running_stats = True
-
 
 def _learns(p: Tensor | None) -> bool:
     return p is not None and p.requires_grad
@@ -70,12 +51,6 @@ def _learns(p: Tensor | None) -> bool:
 
 def _held(tensors: dict[str, Any]) -> list[Held]:
     return [(tensors, name, t) for name, t in tensors.items() if t is not None]
-
-
-def _by_batch_statistics(norm: _BatchNorm) -> bool:
-    # Only PyTorch's own forward is known not to write to the buffers when track_running_stats is False.
-    own_forward = getattr(norm.forward, "__func__", None) is _BatchNorm.forward
-    return own_forward and norm.training and norm.track_running_stats
 
 
 def stand_ins(held: Sequence[Held], replacements: Mapping[int, Tensor]) -> list[Held]:
@@ -150,13 +125,16 @@ def _versions(tree: Any) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- state
 
 _OTHERS = frozenset(vars(nn.Module()))
-"""Attributes that are not looked into: hooks, and the dictionaries of parameters, buffers and parts."""
+"""Attributes that every module has: hooks, and the dictionaries of parameters, buffers and parts."""
+_HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict)]
 
 _PLAIN = frozenset((int, float, bool, str, type(None), complex, torch.dtype, torch.device, torch.Size))
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
 
 Contents = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
 """The buffers, submodules and attributes of some parts."""
+Hooks = dict[int, tuple[dict[int, Any], dict[int, Any]]]
+"""Tables of hooks that are not empty, by their ``id``, each with a copy."""
 
 
 class State:

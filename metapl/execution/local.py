@@ -198,13 +198,8 @@ class LocalStudent:
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
         """Other weights, copies of the state, and a stream of draws beside the caller's."""
-        state = State(self.slots.loose_parts)
-        with (
-            replayed(start),
-            self.slots.frozen(),
-            state.again(self.slots, once=True),
-            swapped(self.held_at(params)),
-        ):
+        state = State(self.slots.parts)
+        with replayed(start), state.again(self.slots, once=True), swapped(self.held_at(params)):
             yield
 
 
@@ -222,7 +217,7 @@ class Pass:
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
         self.student, self.params, self.inputs = student, params, inputs
         self._before = RandomState.now(student.device)
-        self._state = State(student.slots.loose_parts)
+        self._state = State(student.slots.parts)
         self._hooks = Changing(student.parameters, student.slots.named_parts)
         if params is student.params:
             self._at: Tree = dict(student.parameters)
@@ -449,7 +444,7 @@ class Pass:
         """These tensors held, on the draws of this pass, with copies of the state that it began with."""
         self.refuse_hooks()
         slots = self.student.slots
-        with self._same_draws(), slots.frozen(), swapped(held), self._state.again(slots, upcast=upcast):
+        with self._same_draws(), swapped(held), self._state.again(slots, upcast=upcast):
             yield
 
     def _same_draws(self) -> Any:
