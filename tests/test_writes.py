@@ -218,6 +218,31 @@ NORMS: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
+class Packed(Moving):
+    """Views of one buffer, each written to or read through another."""
+
+    def __init__(self, attribute: bool) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.ones(2, 6, dtype=torch.float64))
+        if attribute:
+            self.mean = [self.packed[0]]
+        else:
+            self.register_buffer("row", self.packed[0])
+
+    def _apply(self, move: Any, recurse: bool = True) -> Any:
+        """To another type of number, with what shares memory."""
+        super()._apply(move, recurse)
+        if "row" in self._buffers:
+            self.row = self.packed[0]
+        else:
+            self.mean = [self.packed[0]]
+        return self
+
+    def factor(self, h: Tensor) -> Any:
+        (self.row if "row" in self._buffers else self.mean[0]).mul_(0.5).add_(1)
+        return self.packed.sum(0)
+
+
 class MissingBuffer(Moving):
     """A buffer that is None until the first pass."""
 
@@ -300,6 +325,8 @@ MOVING: dict[str, Callable[[], nn.Module]] = {
     "view of frozen": AverageInADetachedView,
     "frozen exchanged": AverageExchanged,
     "statistics": Statistics,
+    "views in buffers": lambda: Packed(False),
+    "views in attributes": lambda: Packed(True),
     "missing buffer": MissingBuffer,
     "late buffer": LateBuffer,
     "late attribute": MadeLate,

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
-from metapl.execution.writes import Journal, journal
+from metapl.execution.writes import Journal, journal, memory_of
 from metapl.numerics import wide
 from metapl.parts import named_parts
 
@@ -152,24 +152,25 @@ class State:
         self._parts = parts
         self._contents = self._now()
         self._copies: dict[int, tuple[Any, Any]] = {}  # of containers without their elements
+        self._tensors: dict[int, Tensor] = {}
         self._deep: list[list[str]] = []  # of each part, the attributes that are more than a plain value
         for buffers, _, attributes in self._contents:
             for b in buffers.values():
                 if b is not None:
-                    self._copies.setdefault(id(b), (b, b.detach().clone()))
+                    self._tensors.setdefault(id(b), b)
             self._deep.append([n for n in attributes.keys() - _OTHERS if type(attributes[n]) not in _PLAIN])
             for name in self._deep[-1]:
                 self._keep(attributes[name])
+        self._before = _copies(self._tensors)
 
     def restore(self) -> None:
         """Put everything back: which objects the modules hold, and what these hold."""
         self._put(self._contents)
+        for key, t in self._tensors.items():
+            _write_back(t, self._before[key])
         for value, before in self._copies.values():
-            if isinstance(value, Tensor):
-                _write_back(value, before)
-            else:
-                value.clear()
-                (value.extend if hasattr(value, "extend") else value.update)(before)
+            value.clear()
+            (value.extend if hasattr(value, "extend") else value.update)(before)
 
     @contextmanager
     def again(self, slots: Slots, *, once: bool = False, upcast: bool = False) -> Iterator[None]:
@@ -180,10 +181,10 @@ class State:
             once: the snapshot is not needed afterwards.
             upcast: copies in float32 or wider.
         """
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = dict(self._before if once else _copies(self._before, upcast))
 
         def fresh(held: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-            return {**held, **{name: self._fresh(held[name], memo, once, upcast) for name in names}}
+            return {**held, **{name: self._fresh(held[name], memo) for name in names}}
 
         now = self._now()
         self._put(
@@ -223,7 +224,7 @@ class State:
             return
         if isinstance(value, Tensor):
             if not value.requires_grad and not isinstance(value, nn.Parameter):
-                self._copies[id(value)] = value, value.clone()
+                self._tensors.setdefault(id(value), value)
             return
         if type(value) in _CONTAINERS:
             self._copies[id(value)] = value, copy.copy(value)
@@ -233,25 +234,41 @@ class State:
             if type(element) not in _PLAIN:
                 self._keep(element)
 
-    def _fresh(self, value: Any, memo: dict[int, Any], once: bool, upcast: bool) -> Any:
+    def _fresh(self, value: Any, memo: dict[int, Any]) -> Any:
         if id(value) in memo:
             return memo[id(value)]
         before = self._copies[id(value)][1] if id(value) in self._copies else None
-        if isinstance(before, Tensor):
-            new = before if once else before.clone()
-            memo[id(value)] = wide(new) if upcast else new
-        elif before is not None:
+        if before is not None:
             new = memo[id(value)] = copy.copy(before)
             if not isinstance(new, set):
                 for key, element in new.items() if isinstance(new, dict) else enumerate(before):
                     if type(element) not in _PLAIN:
-                        new[key] = self._fresh(element, memo, once, upcast)
+                        new[key] = self._fresh(element, memo)
         elif _is_tuple(value):
-            elements = [self._fresh(element, memo, once, upcast) for element in value]
+            elements = [self._fresh(element, memo) for element in value]
             return type(value)(*elements) if hasattr(value, "_fields") else tuple(elements)
         else:
             return value
         return memo[id(value)]
+
+
+def _copies(tensors: Mapping[int, Tensor], upcast: bool = False) -> dict[int, Tensor]:
+    """Copies, by the same keys, which share memory where these do; ``upcast``: in float32 or wider."""
+    held = {key: memory_of(t) for key, t in tensors.items()}
+    users = Counter(held.values())
+    shared: dict[int, torch.UntypedStorage] = {}
+
+    def copied(t: Tensor, memory: int | None) -> Tensor:
+        if memory is None or users[memory] == 1:
+            return wide(t.detach().clone()) if upcast else t.detach().clone()
+        if memory not in shared:
+            whole = t.detach().new_empty(0).set_(t.untyped_storage())
+            shared[memory] = (wide(whole.clone()) if upcast else whole.clone()).untyped_storage()
+        empty = t.detach().new_empty(0)
+        view: Any = wide(empty) if upcast else empty
+        return view.set_(shared[memory], t.storage_offset(), t.shape, t.stride())  # type: ignore[no-any-return]
+
+    return {key: copied(t, held[key]) for key, t in tensors.items()}
 
 
 def _is_tuple(value: Any) -> bool:
