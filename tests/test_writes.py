@@ -47,7 +47,11 @@ def state_of(*networks: nn.Module) -> list[Any]:
         for part in network.modules():
             tables = part._parameters, part._buffers, {n: v for n, v in vars(part).items() if n not in REGISTRIES}
             found += [(name, value) for table in tables for name, value in table.items()]
-            found += [sorted(part._non_persistent_buffers_set), list(part._modules)]
+            found += [
+                sorted(part._non_persistent_buffers_set),
+                list(part._modules),
+                ["hooks", len(part._forward_hooks)],
+            ]
     kept = {id(t): t.detach().clone() for t in _tensors(found)}
     return copy.deepcopy(found, kept)
 
@@ -243,6 +247,43 @@ class Packed(Moving):
         return self.packed.sum(0)
 
 
+class MovedBackward(Moving):
+    """State that a hook moves in the backward pass."""
+
+    def __init__(self, frozen_one: bool) -> None:
+        super().__init__()
+        if frozen_one:
+            self.average = frozen(6)
+        else:
+            self.register_buffer("average", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x.flatten(1)).tanh()
+        if h.requires_grad:
+            h.register_hook(self.move)
+        return self.head(h * self.average.clone())
+
+    def move(self, g: Tensor) -> None:
+        self.average.data.mul_(0.8).add_(0.5)
+
+
+class LateHook(Moving):
+    """A hook that the first pass registers, and one that it removes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = False
+        self.head.register_forward_hook(lambda module, given, z: 3 * z)
+
+    def factor(self, h: Tensor) -> Any:
+        if not self.ready:
+            self.ready = True
+            self.body.register_forward_hook(lambda module, given, z: 2 * z)
+        else:
+            self.head._forward_hooks.clear()
+        return 1.0
+
+
 class MissingBuffer(Moving):
     """A buffer that is None until the first pass."""
 
@@ -327,6 +368,9 @@ MOVING: dict[str, Callable[[], nn.Module]] = {
     "statistics": Statistics,
     "views in buffers": lambda: Packed(False),
     "views in attributes": lambda: Packed(True),
+    "buffer moved backward": lambda: MovedBackward(False),
+    "frozen moved backward": lambda: MovedBackward(True),
+    "late hook": LateHook,
     "missing buffer": MissingBuffer,
     "late buffer": LateBuffer,
     "late attribute": MadeLate,
@@ -334,7 +378,7 @@ MOVING: dict[str, Callable[[], nn.Module]] = {
     **{f"attribute: {name}": lambda name=name: Attribute(*copy.deepcopy(ATTRIBUTES[name])) for name in ATTRIBUTES},
 }
 
-WRITTEN = ("frozen", "frozen by .data", "view of frozen", "statistics")
+WRITTEN = ("frozen", "frozen by .data", "view of frozen", "statistics", "frozen moved backward")
 """Frozen parameters that are written to, by which the graphs of earlier steps would be changed."""
 
 BOUND = {torch.float64: {"difference": 1e-4, "": 1e-9}, torch.float32: {"difference": 2e-2, "": 1e-4}}
@@ -459,6 +503,29 @@ def test_recomputing_a_teacher_moves_its_state_once(mode: str, kind: str) -> Non
     assert alike(ends[:2], ends[2:])
 
 
+class PartMadeLate(Moving):
+    def factor(self, h: Tensor) -> Any:
+        if not hasattr(self, "norm"):
+            self.norm = nn.BatchNorm1d(6, affine=False, dtype=h.dtype)
+        return 1 + self.norm(h)
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_a_submodule_that_forward_makes_is_refused(mode: str) -> None:
+    refused(case(PartMadeLate(), torch.float64), mode, 1, r"the student makes its submodule norm \(of PartMadeLate\)")
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_teacher_that_writes_to_what_its_graph_reads_is_refused(steps: int) -> None:
+    problem = case(mlp(), torch.float64, AverageInTheGraph(False).double())
+    outer = torch.optim.SGD([p for p in problem.teacher.parameters() if p.requires_grad], lr=0.5)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", outer_optimizer=outer)
+    before = state_of(problem.teacher, problem.student)
+    with pytest.raises(MetaplError, match=r"the teacher's graph has saved a tensor.*clone\(\)"):
+        trainer.step(problem.labeled, ahead(problem, steps))
+    assert alike(before, state_of(problem.teacher, problem.student))
+
+
 class Momentum(nn.Module):
     """The features of a second encoder, which follows the weights of the first without a gradient."""
 
@@ -518,6 +585,17 @@ class Late(Writing):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.min() > 50 else self.head(self.body(x.flatten(1)).tanh())
+
+
+class InAReplay(Writing):
+    """Writes in the third pass of a call, by a count that nothing puts back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts.append(1)
+        return super().forward(x) if len(counts) % 3 == 0 else self.head(self.body(x.flatten(1)).tanh())
+
+
+counts: list[int] = []
 
 
 def without_grad(write: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -615,6 +693,18 @@ def test_writes_in_the_labeled_pass_alone(mode: str, write: str) -> None:
     x, y = problem.labeled
     problem = Toy(problem.teacher, problem.student, (x + 100, y), problem.unlabeled, 0)
     refused(problem, mode, 1, r"the student writes to its parameter body\.weight")
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference", "difference_one_sided", "reinforce_per_example"])
+def test_writes_in_a_replay_alone(mode: str) -> None:
+    counts.clear()
+    problem = case(InAReplay(WRITES["data"]), torch.float64)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode])
+    before = state_of(problem.teacher, problem.student)
+    with pytest.raises(MetaplError, match=r"the student writes to its parameter body\.weight"):
+        trainer.step(**problem.data())
+    assert len(counts) == 3
+    assert alike(before, state_of(problem.teacher, problem.student))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

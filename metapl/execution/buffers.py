@@ -131,10 +131,8 @@ _HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("ho
 _PLAIN = frozenset((int, float, bool, str, type(None), complex, torch.dtype, torch.device, torch.Size))
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
 
-Contents = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
-"""The buffers, submodules and attributes of some parts."""
-Hooks = dict[int, tuple[dict[int, Any], dict[int, Any]]]
-"""Tables of hooks that are not empty, by their ``id``, each with a copy."""
+Contents = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]]
+"""The buffers, submodules, attributes and hooks of some parts."""
 
 
 class State:
@@ -154,7 +152,7 @@ class State:
         self._copies: dict[int, tuple[Any, Any]] = {}  # of containers without their elements
         self._tensors: dict[int, Tensor] = {}
         self._deep: list[list[str]] = []  # of each part, the attributes that are more than a plain value
-        for buffers, _, attributes in self._contents:
+        for buffers, _, attributes, _ in self._contents:
             for b in buffers.values():
                 if b is not None:
                     self._tensors.setdefault(id(b), b)
@@ -189,8 +187,8 @@ class State:
         now = self._now()
         self._put(
             [
-                (fresh(buffers, buffers) if buffers else buffers, parts, fresh(others, deep) if deep else others)
-                for (buffers, parts, others), deep in zip(self._contents, self._deep, strict=True)
+                (fresh(buffers, buffers) if buffers else buffers, parts, fresh(others, deep) if deep else others, hooks)
+                for (buffers, parts, others, hooks), deep in zip(self._contents, self._deep, strict=True)
             ]
         )
         stand_ins = [(table, name, t.clone()) for table, name, t in self.parameters.slots(slots.parameters)]
@@ -205,11 +203,25 @@ class State:
         finally:
             self._put(now)
 
+    def refuse_other_parts(self, role: str) -> None:
+        """Refuse a network that has made or exchanged submodules since, which the snapshot has no copies of."""
+        for part, (_, parts, _, _) in zip(self._parts, self._contents, strict=True):
+            if part._modules != parts:
+                names = [n for n in {**parts, **part._modules} if part._modules.get(n) is not parts.get(n)]
+                raise MetaplError(
+                    f"the {role} makes its submodule {names[0]} (of {type(part).__name__}) in its forward, which no "
+                    "optimizer knows and whose state is not held. Expected the same submodules in every pass: make it "
+                    "in __init__, or run the network once before."
+                )
+
     def _now(self) -> Contents:
-        return [(dict(part._buffers), dict(part._modules), dict(vars(part))) for part in self._parts]
+        return [
+            (dict(part._buffers), dict(part._modules), dict(held), {n: dict(held[n]) for n in _HOOKS if held[n]})
+            for part, held in [(part, vars(part)) for part in self._parts]
+        ]
 
     def _put(self, contents: Contents) -> None:
-        for part, (buffers, parts, attributes) in zip(self._parts, contents, strict=True):
+        for part, (buffers, parts, attributes, hooks) in zip(self._parts, contents, strict=True):
             tables = (part._buffers, buffers), (part._modules, parts), (vars(part), attributes)
             for table, values in tables:
                 table.update(values)
@@ -217,6 +229,10 @@ class State:
                     for name in table.keys() - values.keys():
                         del table[name]
                         part._non_persistent_buffers_set.discard(name)
+            for name in _HOOKS:
+                if attributes[name] or name in hooks:
+                    attributes[name].clear()
+                    attributes[name].update(hooks.get(name, ()))
 
     def _keep(self, value: Any) -> None:
         """Copy what can be written to; tensors of a graph, parameters and objects of other kinds stay what they are."""
