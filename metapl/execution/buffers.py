@@ -1,8 +1,8 @@
 """What the passes of a module move besides its weights: its state, copied, replaced for a block, and restored.
 
-State is the buffers, the attributes of the modules (numbers, texts and tensors, alone and in lists, tuples, dicts, sets
-and deques) and the frozen parameters that a pass moves (:mod:`metapl.execution.writes`). What an attribute refers
-to otherwise, such as a generator of random numbers, is not looked into.
+State is the buffers, the hooks, the attributes of the modules (numbers, texts and tensors, alone and in lists, tuples,
+dicts, sets and deques) and the frozen parameters that a pass moves (:mod:`metapl.execution.writes`).
+What an attribute refers to otherwise, such as a generator of random numbers, is not looked into.
 """
 
 from __future__ import annotations
