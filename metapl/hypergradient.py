@@ -27,7 +27,7 @@ from metapl.distributed.layout import Layout, layouts
 from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
 from metapl.execution.guards import parametrized_anew, restored_on_failure, step_lock, types_explained
-from metapl.execution.kernels import checkpoints_without_reentry, refuse_once_differentiable
+from metapl.execution.kernels import checkpoints_without_reentry, overwritten_explained, refuse_once_differentiable
 from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
 from metapl.feedback import Estimator, Feedback, estimator
@@ -259,5 +259,6 @@ def _gradient(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
     if layout.is_sharded:
         found = by_backward(layout.ranks.size * loss, parameters)
         return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}
-    grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    with overwritten_explained("teacher"):
+        grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
     return {name: layout.ranks.sum(g) for name, g in zip(parameters, grads, strict=True)}

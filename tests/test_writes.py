@@ -47,7 +47,11 @@ def state_of(*networks: nn.Module) -> list[Any]:
         for part in network.modules():
             tables = part._parameters, part._buffers, {n: v for n, v in vars(part).items() if n not in REGISTRIES}
             found += [(name, value) for table in tables for name, value in table.items()]
-            found += [sorted(part._non_persistent_buffers_set), list(part._modules)]
+            found += [
+                sorted(part._non_persistent_buffers_set),
+                list(part._modules),
+                ["hooks", len(part._forward_hooks)],
+            ]
     kept = {id(t): t.detach().clone() for t in _tensors(found)}
     return copy.deepcopy(found, kept)
 
@@ -135,6 +139,19 @@ class Average(Moving):
         return self.average.clone()
 
 
+class AverageInTheGraph(Average):
+    """The graph of a pass saves the parameter itself."""
+
+    def __init__(self, by_data: bool) -> None:
+        super().__init__()
+        self.by_data = by_data
+
+    def factor(self, h: Tensor) -> Any:
+        with torch.no_grad():
+            (self.average.data if self.by_data else self.average).mul_(0.8).add_(0.5)
+        return self.average
+
+
 class AverageByData(Average):
     def factor(self, h: Tensor) -> Any:
         self.average.data = self.average.data * 0.8 + 0.5
@@ -163,6 +180,108 @@ class Statistics(Moving):
     def factor(self, h: Tensor) -> Any:
         F.batch_norm(torch.ones_like(h).cumsum(0), self.mean, self.var, training=True)
         return self.mean.clone()
+
+
+class Counted(Moving):
+    """A batch norm whose statistics are read after it has counted, and which holds more than these."""
+
+    def __init__(self, read: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.norm, self.read = nn.BatchNorm1d(6, affine=False), read
+
+    def factor(self, h: Tensor) -> Any:
+        return self.read(self.norm, self.norm(torch.ones_like(h).cumsum(0)))
+
+
+def _then_by_statistics(norm: nn.BatchNorm1d, h: Tensor) -> Any:
+    return 1 + h * (norm.running_var + norm.eps).rsqrt() - norm.running_mean
+
+
+def _momentum_decays(norm: nn.BatchNorm1d, h: Tensor) -> Any:
+    norm.momentum *= 0.5
+    return 1 + norm.running_mean.clone()
+
+
+def _has_a_buffer(norm: nn.BatchNorm1d, h: Tensor) -> Any:
+    norm.seen = h.mean(0) if getattr(norm, "seen", None) is None else 0.5 * norm.seen
+    return norm.seen
+
+
+def _changes_mode(norm: nn.BatchNorm1d, h: Tensor) -> Any:
+    norm.train(not norm.training)
+    return 1 + h
+
+
+NORMS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "count": lambda norm, h: norm.num_batches_tracked.to(h.dtype).clone(),
+    "mean": lambda norm, h: 1 + norm.running_mean.clone(),
+    "then by statistics": _then_by_statistics,
+    "momentum decays": _momentum_decays,
+    "has a buffer": _has_a_buffer,
+    "changes mode": _changes_mode,
+}
+
+
+class Packed(Moving):
+    """Views of one buffer, each written to or read through another."""
+
+    def __init__(self, attribute: bool) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.ones(2, 6, dtype=torch.float64))
+        if attribute:
+            self.mean = [self.packed[0]]
+        else:
+            self.register_buffer("row", self.packed[0])
+
+    def _apply(self, move: Any, recurse: bool = True) -> Any:
+        """To another type of number, with what shares memory."""
+        super()._apply(move, recurse)
+        if "row" in self._buffers:
+            self.row = self.packed[0]
+        else:
+            self.mean = [self.packed[0]]
+        return self
+
+    def factor(self, h: Tensor) -> Any:
+        (self.row if "row" in self._buffers else self.mean[0]).mul_(0.5).add_(1)
+        return self.packed.sum(0)
+
+
+class MovedBackward(Moving):
+    """State that a hook moves in the backward pass."""
+
+    def __init__(self, frozen_one: bool) -> None:
+        super().__init__()
+        if frozen_one:
+            self.average = frozen(6)
+        else:
+            self.register_buffer("average", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x.flatten(1)).tanh()
+        if h.requires_grad:
+            h.register_hook(self.move)
+        return self.head(h * self.average.clone())
+
+    def move(self, g: Tensor) -> None:
+        self.average.data.mul_(0.8).add_(0.5)
+
+
+class LateHook(Moving):
+    """A hook that the first pass registers, and one that it removes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready = False
+        self.head.register_forward_hook(lambda module, given, z: 3 * z)
+
+    def factor(self, h: Tensor) -> Any:
+        if not self.ready:
+            self.ready = True
+            self.body.register_forward_hook(lambda module, given, z: 2 * z)
+        else:
+            self.head._forward_hooks.clear()
+        return 1.0
 
 
 class MissingBuffer(Moving):
@@ -247,13 +366,19 @@ MOVING: dict[str, Callable[[], nn.Module]] = {
     "view of frozen": AverageInADetachedView,
     "frozen exchanged": AverageExchanged,
     "statistics": Statistics,
+    "views in buffers": lambda: Packed(False),
+    "views in attributes": lambda: Packed(True),
+    "buffer moved backward": lambda: MovedBackward(False),
+    "frozen moved backward": lambda: MovedBackward(True),
+    "late hook": LateHook,
     "missing buffer": MissingBuffer,
     "late buffer": LateBuffer,
     "late attribute": MadeLate,
+    **{f"norm: {name}": lambda name=name: Counted(NORMS[name]) for name in NORMS},
     **{f"attribute: {name}": lambda name=name: Attribute(*copy.deepcopy(ATTRIBUTES[name])) for name in ATTRIBUTES},
 }
 
-WRITTEN = ("frozen", "frozen by .data", "view of frozen", "statistics")
+WRITTEN = ("frozen", "frozen by .data", "view of frozen", "statistics", "frozen moved backward")
 """Frozen parameters that are written to, by which the graphs of earlier steps would be changed."""
 
 BOUND = {torch.float64: {"difference": 1e-4, "": 1e-9}, torch.float32: {"difference": 2e-2, "": 1e-4}}
@@ -350,24 +475,55 @@ def test_a_step_that_fails_puts_state_back(kind: str) -> None:
     assert alike(before, state_of(problem.teacher, problem.student))
 
 
-@pytest.mark.parametrize("kind", ["frozen", "frozen by .data", "frozen exchanged", "missing buffer", "attribute: list"])
+TEACHERS: dict[str, Callable[[], nn.Module]] = {
+    **{n: MOVING[n] for n in ("frozen", "frozen by .data", "frozen exchanged", "missing buffer", "attribute: list")},
+    "in the graph": lambda: AverageInTheGraph(False),
+    "in the graph by .data": lambda: AverageInTheGraph(True),
+}
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
 @pytest.mark.parametrize("mode", ["forward", "reinforce", "unrolled"])
 def test_recomputing_a_teacher_moves_its_state_once(mode: str, kind: str) -> None:
     ends = []
     for recompute in (False, True):
         torch.manual_seed(5)
-        problem = case(mlp(), torch.float64, MOVING[kind]().double())
+        problem = case(mlp(), torch.float64, TEACHERS[kind]().double())
         outer = torch.optim.SGD([p for p in problem.teacher.parameters() if p.requires_grad], lr=0.5)
         trainer = metapl.BilevelTrainer(
-            **problem.networks(), mode=mode, outer_optimizer=outer, recompute_teacher=recompute
+            **problem.networks(), mode=mode, outer_optimizer=outer, recompute_teacher=recompute, teacher_losses=()
         )
         before = state_of(problem.teacher)
-        trainer.hypergradient(**problem.data())
+        grads = trainer.hypergradient(**problem.data()).grads
         assert alike(before, state_of(problem.teacher))
+        ends.append(list(grads.values()))
         for _ in range(2):
             trainer.step(**problem.data())
         ends.append(state_of(problem.teacher, problem.student))
-    assert alike(*ends)
+    assert alike(ends[:2], ends[2:])
+
+
+class PartMadeLate(Moving):
+    def factor(self, h: Tensor) -> Any:
+        if not hasattr(self, "norm"):
+            self.norm = nn.BatchNorm1d(6, affine=False, dtype=h.dtype)
+        return 1 + self.norm(h)
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_a_submodule_that_forward_makes_is_refused(mode: str) -> None:
+    refused(case(PartMadeLate(), torch.float64), mode, 1, r"the student makes its submodule norm \(of PartMadeLate\)")
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_teacher_that_writes_to_what_its_graph_reads_is_refused(steps: int) -> None:
+    problem = case(mlp(), torch.float64, AverageInTheGraph(False).double())
+    outer = torch.optim.SGD([p for p in problem.teacher.parameters() if p.requires_grad], lr=0.5)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", outer_optimizer=outer)
+    before = state_of(problem.teacher, problem.student)
+    with pytest.raises(MetaplError, match=r"the teacher's graph has saved a tensor.*clone\(\)"):
+        trainer.step(problem.labeled, ahead(problem, steps))
+    assert alike(before, state_of(problem.teacher, problem.student))
 
 
 class Momentum(nn.Module):
@@ -429,6 +585,17 @@ class Late(Writing):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.min() > 50 else self.head(self.body(x.flatten(1)).tanh())
+
+
+class InAReplay(Writing):
+    """Writes in the third pass of a call, by a count that nothing puts back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts.append(1)
+        return super().forward(x) if len(counts) % 3 == 0 else self.head(self.body(x.flatten(1)).tanh())
+
+
+counts: list[int] = []
 
 
 def without_grad(write: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -526,6 +693,18 @@ def test_writes_in_the_labeled_pass_alone(mode: str, write: str) -> None:
     x, y = problem.labeled
     problem = Toy(problem.teacher, problem.student, (x + 100, y), problem.unlabeled, 0)
     refused(problem, mode, 1, r"the student writes to its parameter body\.weight")
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference", "difference_one_sided", "reinforce_per_example"])
+def test_writes_in_a_replay_alone(mode: str) -> None:
+    counts.clear()
+    problem = case(InAReplay(WRITES["data"]), torch.float64)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode])
+    before = state_of(problem.teacher, problem.student)
+    with pytest.raises(MetaplError, match=r"the student writes to its parameter body\.weight"):
+        trainer.step(**problem.data())
+    assert len(counts) == 3
+    assert alike(before, state_of(problem.teacher, problem.student))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -1,8 +1,8 @@
 """What the passes of a module move besides its weights: its state, copied, replaced for a block, and restored.
 
-State is the buffers, the attributes of the modules (numbers, texts and tensors, alone and in lists, tuples, dicts, sets
-and deques) and the frozen parameters that a pass moves (:mod:`metapl.execution.writes`). What an attribute refers
-to otherwise, such as a generator of random numbers, is not looked into.
+State is the buffers, the hooks, the attributes of the modules (numbers, texts and tensors, alone and in lists, tuples,
+dicts, sets and deques) and the frozen parameters that a pass moves (:mod:`metapl.execution.writes`).
+What an attribute refers to otherwise, such as a generator of random numbers, is not looked into.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
-from metapl.execution.writes import Journal, journal
+from metapl.execution.writes import Journal, journal, memory_of
 from metapl.numerics import wide
 from metapl.parts import named_parts
 
@@ -29,18 +28,11 @@ Held = tuple[dict[str, Any], str, Tensor]
 
 
 class Slots:
-    """Every place where a module holds a parameter or state; a tensor may be held in several.
-
-    Batch norms that normalize by the statistics of the batch are kept apart: :meth:`frozen` stops their updates, so
-    their state needs no copies.
-    """
+    """Every place where a module holds a parameter; one may be held in several."""
 
     def __init__(self, module: nn.Module) -> None:
         self.named_parts = named_parts(module)
         self.parts = [part for _, part in self.named_parts]
-        self.norms = [part for part in self.parts if isinstance(part, _BatchNorm) and _by_batch_statistics(part)]
-        kept = {id(norm) for norm in self.norms}
-        self.loose_parts = [part for part in self.parts if id(part) not in kept]
         self.parameters = [held for part in self.parts for held in _held(part._parameters)]
         self.by_part = [
             (prefix, part._parameters, frozenset(n for n, p in part._parameters.items() if _learns(p)))
@@ -52,17 +44,6 @@ class Slots:
         """Whether a parameter is not learned."""
         return not all(t.requires_grad for _, _, t in self.parameters)
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Normalize by batch statistics as before, without updating the running statistics and the batch count."""
-        for norm in self.norms:
-            norm.track_running_stats = False
-        try:
-            yield
-        finally:
-            for norm in self.norms:
-                norm.track_running_stats = True
-
 
 def _learns(p: Tensor | None) -> bool:
     return p is not None and p.requires_grad
@@ -70,12 +51,6 @@ def _learns(p: Tensor | None) -> bool:
 
 def _held(tensors: dict[str, Any]) -> list[Held]:
     return [(tensors, name, t) for name, t in tensors.items() if t is not None]
-
-
-def _by_batch_statistics(norm: _BatchNorm) -> bool:
-    # Only PyTorch's own forward is known not to write to the buffers when track_running_stats is False.
-    own_forward = getattr(norm.forward, "__func__", None) is _BatchNorm.forward
-    return own_forward and norm.training and norm.track_running_stats
 
 
 def stand_ins(held: Sequence[Held], replacements: Mapping[int, Tensor]) -> list[Held]:
@@ -150,13 +125,14 @@ def _versions(tree: Any) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- state
 
 _OTHERS = frozenset(vars(nn.Module()))
-"""Attributes that are not looked into: hooks, and the dictionaries of parameters, buffers and parts."""
+"""Attributes that every module has: hooks, and the dictionaries of parameters, buffers and parts."""
+_HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict)]
 
 _PLAIN = frozenset((int, float, bool, str, type(None), complex, torch.dtype, torch.device, torch.Size))
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
 
-Contents = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
-"""The buffers, submodules and attributes of some parts."""
+Contents = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]]
+"""The buffers, submodules, attributes and hooks of some parts."""
 
 
 class State:
@@ -174,24 +150,25 @@ class State:
         self._parts = parts
         self._contents = self._now()
         self._copies: dict[int, tuple[Any, Any]] = {}  # of containers without their elements
+        self._tensors: dict[int, Tensor] = {}
         self._deep: list[list[str]] = []  # of each part, the attributes that are more than a plain value
-        for buffers, _, attributes in self._contents:
+        for buffers, _, attributes, _ in self._contents:
             for b in buffers.values():
                 if b is not None:
-                    self._copies.setdefault(id(b), (b, b.detach().clone()))
+                    self._tensors.setdefault(id(b), b)
             self._deep.append([n for n in attributes.keys() - _OTHERS if type(attributes[n]) not in _PLAIN])
             for name in self._deep[-1]:
                 self._keep(attributes[name])
+        self._before = _copies(self._tensors)
 
     def restore(self) -> None:
         """Put everything back: which objects the modules hold, and what these hold."""
         self._put(self._contents)
+        for key, t in self._tensors.items():
+            _write_back(t, self._before[key])
         for value, before in self._copies.values():
-            if isinstance(value, Tensor):
-                _write_back(value, before)
-            else:
-                value.clear()
-                (value.extend if hasattr(value, "extend") else value.update)(before)
+            value.clear()
+            (value.extend if hasattr(value, "extend") else value.update)(before)
 
     @contextmanager
     def again(self, slots: Slots, *, once: bool = False, upcast: bool = False) -> Iterator[None]:
@@ -202,16 +179,16 @@ class State:
             once: the snapshot is not needed afterwards.
             upcast: copies in float32 or wider.
         """
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = dict(self._before if once else _copies(self._before, upcast))
 
         def fresh(held: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-            return {**held, **{name: self._fresh(held[name], memo, once, upcast) for name in names}}
+            return {**held, **{name: self._fresh(held[name], memo) for name in names}}
 
         now = self._now()
         self._put(
             [
-                (fresh(buffers, buffers) if buffers else buffers, parts, fresh(others, deep) if deep else others)
-                for (buffers, parts, others), deep in zip(self._contents, self._deep, strict=True)
+                (fresh(buffers, buffers) if buffers else buffers, parts, fresh(others, deep) if deep else others, hooks)
+                for (buffers, parts, others, hooks), deep in zip(self._contents, self._deep, strict=True)
             ]
         )
         stand_ins = [(table, name, t.clone()) for table, name, t in self.parameters.slots(slots.parameters)]
@@ -222,15 +199,29 @@ class State:
                 try:
                     yield
                 finally:
-                    moved.put_back()
+                    moved.put_back(but={id(t) for _, _, t in stand_ins})  # copies, which a graph may have saved
         finally:
             self._put(now)
 
+    def refuse_other_parts(self, role: str) -> None:
+        """Refuse a network that has made or exchanged submodules since, which the snapshot has no copies of."""
+        for part, (_, parts, _, _) in zip(self._parts, self._contents, strict=True):
+            if part._modules != parts:
+                names = [n for n in {**parts, **part._modules} if part._modules.get(n) is not parts.get(n)]
+                raise MetaplError(
+                    f"the {role} makes its submodule {names[0]} (of {type(part).__name__}) in its forward, which no "
+                    "optimizer knows and whose state is not held. Expected the same submodules in every pass: make it "
+                    "in __init__, or run the network once before."
+                )
+
     def _now(self) -> Contents:
-        return [(dict(part._buffers), dict(part._modules), dict(vars(part))) for part in self._parts]
+        return [
+            (dict(part._buffers), dict(part._modules), dict(held), {n: dict(held[n]) for n in _HOOKS if held[n]})
+            for part, held in [(part, vars(part)) for part in self._parts]
+        ]
 
     def _put(self, contents: Contents) -> None:
-        for part, (buffers, parts, attributes) in zip(self._parts, contents, strict=True):
+        for part, (buffers, parts, attributes, hooks) in zip(self._parts, contents, strict=True):
             tables = (part._buffers, buffers), (part._modules, parts), (vars(part), attributes)
             for table, values in tables:
                 table.update(values)
@@ -238,6 +229,10 @@ class State:
                     for name in table.keys() - values.keys():
                         del table[name]
                         part._non_persistent_buffers_set.discard(name)
+            for name in _HOOKS:
+                if attributes[name] or name in hooks:
+                    attributes[name].clear()
+                    attributes[name].update(hooks.get(name, ()))
 
     def _keep(self, value: Any) -> None:
         """Copy what can be written to; tensors of a graph, parameters and objects of other kinds stay what they are."""
@@ -245,7 +240,7 @@ class State:
             return
         if isinstance(value, Tensor):
             if not value.requires_grad and not isinstance(value, nn.Parameter):
-                self._copies[id(value)] = value, value.clone()
+                self._tensors.setdefault(id(value), value)
             return
         if type(value) in _CONTAINERS:
             self._copies[id(value)] = value, copy.copy(value)
@@ -255,25 +250,41 @@ class State:
             if type(element) not in _PLAIN:
                 self._keep(element)
 
-    def _fresh(self, value: Any, memo: dict[int, Any], once: bool, upcast: bool) -> Any:
+    def _fresh(self, value: Any, memo: dict[int, Any]) -> Any:
         if id(value) in memo:
             return memo[id(value)]
         before = self._copies[id(value)][1] if id(value) in self._copies else None
-        if isinstance(before, Tensor):
-            new = before if once else before.clone()
-            memo[id(value)] = wide(new) if upcast else new
-        elif before is not None:
+        if before is not None:
             new = memo[id(value)] = copy.copy(before)
             if not isinstance(new, set):
                 for key, element in new.items() if isinstance(new, dict) else enumerate(before):
                     if type(element) not in _PLAIN:
-                        new[key] = self._fresh(element, memo, once, upcast)
+                        new[key] = self._fresh(element, memo)
         elif _is_tuple(value):
-            elements = [self._fresh(element, memo, once, upcast) for element in value]
+            elements = [self._fresh(element, memo) for element in value]
             return type(value)(*elements) if hasattr(value, "_fields") else tuple(elements)
         else:
             return value
         return memo[id(value)]
+
+
+def _copies(tensors: Mapping[int, Tensor], upcast: bool = False) -> dict[int, Tensor]:
+    """Copies, by the same keys, which share memory where these do; ``upcast``: in float32 or wider."""
+    held = {key: memory_of(t) for key, t in tensors.items()}
+    users = Counter(held.values())
+    shared: dict[int, torch.UntypedStorage] = {}
+
+    def copied(t: Tensor, memory: int | None) -> Tensor:
+        if memory is None or users[memory] == 1:
+            return wide(t.detach().clone()) if upcast else t.detach().clone()
+        if memory not in shared:
+            whole = t.detach().new_empty(0).set_(t.untyped_storage())
+            shared[memory] = (wide(whole.clone()) if upcast else whole.clone()).untyped_storage()
+        empty = t.detach().new_empty(0)
+        view: Any = wide(empty) if upcast else empty
+        return view.set_(shared[memory], t.storage_offset(), t.shape, t.stride())  # type: ignore[no-any-return]
+
+    return {key: copied(t, held[key]) for key, t in tensors.items()}
 
 
 def _is_tuple(value: Any) -> bool:

@@ -174,6 +174,21 @@ _SPARSE_TANGENT = re.compile(r"_efficientzerotensor.*Sparse", re.DOTALL)
 
 
 @contextmanager
+def overwritten_explained(role: str) -> Iterator[None]:
+    """Turn autograd's error about a saved tensor that was written to into one that says how to mend it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _OVERWRITTEN.search(str(error)):
+            raise
+        raise MetaplError(
+            f"the {role}'s graph has saved a tensor that the same pass or a later one wrote to in place, such as a "
+            "buffer or a frozen parameter; expected what a graph reads to stay as it is: assign a new one (self.mean = "
+            "0.9 * self.mean + ...), or read a copy (h * self.mean.clone())."
+        ) from error
+
+
+@contextmanager
 def explained() -> Iterator[None]:
     """Turn autograd's error about a missing derivative into one that names the operation."""
     try:

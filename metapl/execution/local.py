@@ -143,7 +143,8 @@ class LocalStudent:
         wanted = {name: p for name, p in at.items() if p.requires_grad}
         own = {name: p for name, p in self.parameters.items() if at.get(name) is not p}
         tensors = [*wanted.values(), *own.values()]
-        found = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
+        with self.backward_watched():
+            found = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
         for name, g in zip(own, found[len(wanted) :], strict=True):
             if g is not None:
                 raise MetaplError(
@@ -180,10 +181,13 @@ class LocalStudent:
             refuse_stranger("the student's forward", stranger([outputs], known, self.own), remedy)
 
     def watched(self, *, replay: bool) -> AbstractContextManager[Watch | None]:
-        """Refuse a pass that moves the weights, before it does where passes are looked at; a ``replay`` does what its
-        pass of record did, and its weights are only compared."""
-        looking = not replay and self.looking and not runs_compiled(self.module)
+        """Refuse a pass that moves the weights, before it does where passes are looked at."""
+        looking = self.looking and not runs_compiled(self.module)
         return weights_watched(self.slots.by_part, "student", looking=looking, replay=replay)
+
+    def backward_watched(self) -> AbstractContextManager[Watch | None]:
+        """Keep what hooks move of frozen parameters in a backward pass, as :meth:`watched` does in a forward one."""
+        return self.watched(replay=False) if self.slots.has_frozen else nullcontext()
 
     def held_at(self, params: Tree) -> list[Any]:
         """The student's slots with these weights in them."""
@@ -198,13 +202,8 @@ class LocalStudent:
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
         """Other weights, copies of the state, and a stream of draws beside the caller's."""
-        state = State(self.slots.loose_parts)
-        with (
-            replayed(start),
-            self.slots.frozen(),
-            state.again(self.slots, once=True),
-            swapped(self.held_at(params)),
-        ):
+        state = State(self.slots.parts)
+        with replayed(start), state.again(self.slots, once=True), swapped(self.held_at(params)):
             yield
 
 
@@ -222,7 +221,7 @@ class Pass:
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
         self.student, self.params, self.inputs = student, params, inputs
         self._before = RandomState.now(student.device)
-        self._state = State(student.slots.loose_parts)
+        self._state = State(student.slots.parts)
         self._hooks = Changing(student.parameters, student.slots.named_parts)
         if params is student.params:
             self._at: Tree = dict(student.parameters)
@@ -237,10 +236,11 @@ class Pass:
             swapped(self._held),
             inputs_unchanged(inputs, "student"),
             self._hooks.noted(forward=True),
-            journal() as self._state.parameters,
+            journal(self._state.parameters),
             student.watched(replay=False) as watch,
         ):
             outputs = checks.logits(student.module(inputs), "student")
+        self._state.refuse_other_parts("student")
         student.refuse_strangers(outputs, self._at, inputs)
         self.after = RandomState.now(student.device)
         self.narrowed, self.cut = (frozenset(), False) if watch is None else (frozenset(watch.narrowed), watch.cut)
@@ -257,7 +257,7 @@ class Pass:
         if not value.requires_grad:
             raise checks.without_gradient("student")
         keep = self.student.double_backward
-        with self.student.as_trained(), swapped(self._held), self._hooks.noted():
+        with self.student.as_trained(), swapped(self._held), self._hooks.noted(), journal(self._state.parameters):
             grads = self.student.gradient(value, self._at, create_graph=keep)
         if not grads:
             raise checks.without_gradient("student")
@@ -449,7 +449,7 @@ class Pass:
         """These tensors held, on the draws of this pass, with copies of the state that it began with."""
         self.refuse_hooks()
         slots = self.student.slots
-        with self._same_draws(), slots.frozen(), swapped(held), self._state.again(slots, upcast=upcast):
+        with self._same_draws(), swapped(held), self._state.again(slots, upcast=upcast):
             yield
 
     def _same_draws(self) -> Any:
@@ -465,7 +465,8 @@ def gradient_through(
     if not moved:
         return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
-    with student.as_trained(), State(student.slots.parts).again(student.slots, once=True):
+    state = State(student.slots.parts)
+    with student.as_trained(), state.again(student.slots, once=True), student.backward_watched():
         found = torch.autograd.grad(
             list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )

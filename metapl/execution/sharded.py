@@ -81,8 +81,8 @@ class ShardedStudent(LocalStudent):
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
-        state = State(self.slots.loose_parts)
-        with replayed(start), self.slots.frozen(), self.moved_to(params), state.again(self.slots, once=True):
+        state = State(self.slots.parts)
+        with replayed(start), self.moved_to(params), state.again(self.slots, once=True):
             yield
 
     @contextmanager

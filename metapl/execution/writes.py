@@ -54,10 +54,11 @@ class Journal:
         _, data, before = self._written.get(id(p), (p, p.data, None))
         return data if before is None else before
 
-    def put_back(self) -> None:
+    def put_back(self, but: Collection[int] = ()) -> None:
+        """Put everything back, except the values of parameters with these ids."""
         for table, name, p in self._exchanged.values():
             table[name] = p
-        for p, data, before in self._written.values():
+        for p, data, before in (entry for i, entry in self._written.items() if i not in but):
             if before is not None:
                 data.copy_(before)
             p.data = data
@@ -67,9 +68,9 @@ _journals: ContextVar[tuple[Journal, ...]] = ContextVar("journals", default=())
 
 
 @contextmanager
-def journal() -> Iterator[Journal]:
-    """The frozen parameters that passes in this block move."""
-    found = Journal()
+def journal(found: Journal | None = None) -> Iterator[Journal]:
+    """The frozen parameters that passes in this block move, beside those already found."""
+    found = Journal() if found is None else found
     token = _journals.set((*_journals.get(), found))
     try:
         yield found
@@ -178,7 +179,7 @@ def weights_watched(parts: Parameters, role: str, *, looking: bool, replay: bool
         role: the network's, as errors call it.
         looking: look at every operator, so that a write is refused before it happens and frozen parameters are state.
             Otherwise all parameters are compared afterwards, by PyTorch's version counters and their memory.
-        replay: of a pass that was looked at; its frozen parameters are copies.
+        replay: of a pass that was looked at; frozen parameters that this moved are copies.
     """
     before = [(table, dict(table)) for _, table, _ in parts]
     held = [

@@ -16,6 +16,7 @@ from metapl import checks
 from metapl.distributed.ranks import rows_shared
 from metapl.errors import MetaplError
 from metapl.execution.agreement import check_copies
+from metapl.execution.kernels import overwritten_explained
 from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
 from metapl.numerics import wide
@@ -133,7 +134,9 @@ class TeacherStep(TeacherPass):
                     "all examples, gets its feedback from several processes; use feedback_weight."
                 )
             self._is_shared = True
-        return TeacherLosses(scalars, self._descend(from_feedback, from_own / parts if parts > 1 else from_own, scale))
+        with overwritten_explained("teacher"):
+            sizes = self._descend(from_feedback, from_own / parts if parts > 1 else from_own, scale)
+        return TeacherLosses(scalars, sizes)
 
     def _descend(self, from_feedback: Tensor, from_own: Tensor, scale: FeedbackScale) -> dict[str, Tensor]:
         """Take the gradient of both losses.
