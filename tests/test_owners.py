@@ -220,9 +220,13 @@ def test_a_new_folder_goes_where_no_memory_is_left_to_list_it(tmp_path: Path, mo
     def failing(*_: Any) -> list[str]:
         raise MemoryError
 
-    with pytest.raises(ZeroDivisionError), ownership.owned(tmp_path / "new" / "out", leaves_lock=False):
-        monkeypatch.setattr(os, "listdir", failing)
-        raise ZeroDivisionError
+    def out_of_memory() -> None:
+        with ownership.owned(tmp_path / "new" / "out", leaves_lock=False):
+            monkeypatch.setattr(os, "listdir", failing)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        out_of_memory()
     assert not (tmp_path / "new").exists()
 
 

@@ -497,8 +497,8 @@ def flags_unchanged(weights: Sequence[Tensor]) -> Iterator[None]:
     if changed or cause is not None:
         raise MetaplError(
             "the student's forward changes requires_grad of its weights, by which metapl knows what it learns; "
-            "expected a forward that leaves them as they are. To keep a gradient from a weight, compute with weight.detach(); "
-            "freeze weights before the trainer is built."
+            "expected a forward that leaves them as they are. To keep a gradient from a weight, compute with "
+            "weight.detach(); freeze weights before the trainer is built."
         ) from cause
 
 
