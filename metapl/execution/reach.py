@@ -36,7 +36,7 @@ def _memory(tree: Any) -> set[int | None]:
 def has_own_functions(values: Iterable[Tensor]) -> bool:
     """Whether the graph of the values has an ``autograd.Function``, whose derivatives are its author's."""
     seen: set[Any] = set()
-    nodes = [value.grad_fn for value in values]
+    nodes: list[Any] = [value.grad_fn for value in values]
     while nodes:
         node = nodes.pop()
         if isinstance(node, BackwardCFunction):
