@@ -536,6 +536,16 @@ def without_outer_gradient() -> MetaplError:
     )
 
 
+def steps_alone(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose step evaluates the loss, such as LBFGS."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise MetaplError(
+            f"{type(optimizer).__name__} was given, whose step evaluates the loss again through a closure; expected an "
+            "optimizer that steps along a gradient, such as SGD or Adam."
+        )
+
+
 def moves(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Refuse an optimizer that holds none of a network's trainable parameters."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

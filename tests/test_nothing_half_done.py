@@ -15,6 +15,7 @@ import torchopt
 from problems_zoo import ANYWHERE, Toy, everything, same, toy, unmoved
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from trainers import OnceDifferentiable, Supervised, trainer_for
 
 import metapl
@@ -80,6 +81,52 @@ def test_a_student_optimizer_that_fails_leaves_the_teacher_alone(monkeypatch: py
         trainer.step(**case.data())
     assert same(before, everything(case, inner, outer))
     assert trainer.steps_done == 0
+
+
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+def test_a_teacher_optimizer_that_fails_leaves_both_networks_alone(register: str, transform: bool, after: int) -> None:
+    """Their weights, statistics, optimizers and gradients, on the first step and later."""
+    case = toy("batch_norm")
+    sgd = torch.optim.SGD(case.student.parameters(), lr=0.1, momentum=0.9)
+    outer = torch.optim.Adam(case.teacher.parameters())
+    inner = torchopt.sgd(0.1, momentum=0.9) if transform else sgd
+    trainer = trainer_for(case, inner_optimizer=inner, outer_optimizer=outer)
+    for _ in range(after):
+        trainer.step(**case.data())
+    for p in case.teacher.parameters():
+        p.grad = torch.ones_like(p)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    getattr(outer, register)(fail)
+    before = everything(case, sgd, outer), copy.deepcopy(trainer.update.read_state())
+    with pytest.raises(ZeroDivisionError):
+        trainer.step(**case.data())
+    now = everything(case, sgd, outer), trainer.update.read_state()
+    assert same(*([t for t in pytree.tree_leaves(one) if isinstance(t, Tensor)] for one in (before, now)))
+    assert trainer.steps_done == after
+
+
+def test_a_refused_step_leaves_the_teachers_gradients() -> None:
+    case = toy("mlp")
+    outer = torch.optim.Adam(case.teacher.parameters())
+    trainer = trainer_for(case, outer_optimizer=outer)
+    for p in case.teacher.parameters():
+        p.grad = torch.full_like(p, 0.25)
+    with unmoved(case, outer), pytest.raises(MetaplError):
+        trainer.step(labeled=case.data()["labeled"], unlabeled="images")
+
+
+def test_an_optimizer_that_evaluates_the_loss_is_refused() -> None:
+    case = toy("mlp")
+    outer = torch.optim.LBFGS(case.teacher.parameters())
+    with pytest.raises(MetaplError, match=r"LBFGS was given, whose step evaluates the loss.*expected"):
+        trainer_for(case, outer_optimizer=outer)
+    with pytest.raises(MetaplError, match="LBFGS was given"):
+        metapl.LossTrainer(case.teacher, optimizer=outer)
 
 
 @pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])

@@ -216,6 +216,20 @@ def test_a_refused_command_leaves_no_folder(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_new_folder_goes_where_no_memory_is_left_to_list_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> list[str]:
+        raise MemoryError
+
+    def out_of_memory() -> None:
+        with ownership.owned(tmp_path / "new" / "out", leaves_lock=False):
+            monkeypatch.setattr(os, "listdir", failing)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        out_of_memory()
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["export RUN", "evaluate RUN", "ablate digits --hidden 4"])

@@ -17,6 +17,8 @@ from trainers import refused, trainer_for, values
 import metapl
 from metapl import MetaplError
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
 # ------------------------------------------------------------------------------------------------- networks refused
 
 
@@ -321,3 +323,131 @@ def test_a_difference_of_outputs_that_jump_is_never_right_by_chance(mode: Any, d
         inner = torch.optim.SGD(student.parameters(), lr=0.1)
         with pytest.raises(MetaplError, match=r"not of one function|outputs jump|does not return the same outputs"):
             metapl.hypergradient(teacher, student, labeled=(x, y), unlabeled=u, mode=mode, inner_optimizer=inner)
+
+
+class Own(nn.Module):
+    """A student whose forward is changed by ``how``."""
+
+    def __init__(self, how: Callable[[Own, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.energy = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(5, 3)
+        self.how, self.calls, self.draw = how, iter(range(10**6)), torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self, x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x).tanh())
+        return out
+
+
+def branched(student: Own, x: Tensor) -> Tensor:
+    return student.plain(2 * x if student.a.weight.requires_grad else x)
+
+
+def own_feedback(how: Any, mode: Any, dtype: torch.dtype, steps: int = 1) -> list[Tensor]:
+    torch.manual_seed(0)
+    student, teacher = Own(how).to(dtype), nn.Linear(5, 3).to(dtype)
+    labeled = torch.randn(7, 5, dtype=dtype), torch.arange(7) % 3
+    batches = [torch.randn(9, 5, dtype=dtype) for _ in range(steps)]
+    found = metapl.hypergradient(
+        teacher,
+        student,
+        labeled=labeled,
+        unlabeled=batches[0] if steps == 1 else metapl.Lookahead(batches),
+        mode=mode,
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+    )
+    assert all(p.requires_grad for p in student.parameters())
+    return [*found.grads.values()]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda student, x: student.plain(x * (1 + 0.1 * next(student.calls))),
+        lambda student, x: student.plain(x + torch.randn(x.shape, generator=student.draw).to(x)),
+        branched,
+    ],
+    ids=["counter", "generator", "requires_grad"],
+)
+def test_losses_of_two_functions_have_no_difference(how: Any, dtype: torch.dtype) -> None:
+    with pytest.raises(MetaplError, match=r"the outer loss has another value when it is evaluated again"):
+        own_feedback(how, "loss_difference", dtype)
+
+
+def test_losses_of_one_function_have_a_difference_under_dropout() -> None:
+    assert own_feedback(lambda student, x: student.plain(F.dropout(x)), "loss_difference", torch.float32)
+
+
+def freezing(student: Own, x: Tensor) -> Tensor:
+    student.a.weight.requires_grad_(not student.a.weight.requires_grad)
+    return student.plain(x)
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps"), [("forward", 1), ("unrolled", 1), ("forward", 3), ("unrolled", 3), ("reinforce", 1)]
+)
+def test_a_forward_that_freezes_weights_is_refused(mode: str, steps: int) -> None:
+    with pytest.raises(MetaplError, match=r"changes requires_grad of its weights.*weight\.detach\(\)"):
+        own_feedback(freezing, mode, torch.float64, steps)
+
+
+def with_slopes(student: Own, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    z = student.plain(x)
+    (slopes,) = torch.autograd.grad(z.logsumexp(-1).sum(), x, create_graph=True)
+    return z + student.energy(slopes)
+
+
+@torch.enable_grad()
+def with_slopes_anywhere(student: Own, x: Tensor) -> Tensor:
+    return with_slopes(student, x)
+
+
+def by_formula(student: Own, x: Tensor) -> Tensor:
+    """As ``with_slopes``, with the gradient written by hand."""
+    h = student.a(x).tanh()
+    z: Tensor = student.b(h)
+    return z + student.energy(((z.softmax(-1) @ student.b.weight) * (1 - h * h)) @ student.a.weight)
+
+
+@DTYPES
+@pytest.mark.parametrize(("mode", "steps"), [("unrolled", 1), ("unrolled", 3), ("forward", 1), ("forward", 3)])
+def test_a_student_that_differentiates_in_its_own_input(mode: str, steps: int, dtype: torch.dtype) -> None:
+    exact = own_feedback(by_formula, "unrolled", dtype, steps)
+    found = own_feedback(with_slopes_anywhere, mode, dtype, steps)
+    for one, other in zip(found, exact, strict=True):
+        assert error(one, other) < (1e-5 if dtype is torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference", "reinforce_per_example"])
+def test_without_a_graph_it_is_refused_by_name(mode: str) -> None:
+    with pytest.raises(MetaplError, match=r"its forward differentiates .*within torch\.enable_grad\(\)"):
+        own_feedback(with_slopes, mode, torch.float64)
+
+
+class AnotherJvp(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return t * torch.tensor([1.0, 0.0, 0.0]).to(t)
+
+
+@DTYPES
+@pytest.mark.parametrize("mode", ["forward", "reinforce_per_example"])
+def test_a_function_with_another_jvp_than_backward_is_refused(mode: str, dtype: torch.dtype) -> None:
+    with pytest.raises(MetaplError, match="a projection of the outputs"):
+        own_feedback(lambda student, x: AnotherJvp.apply(student.plain(x)), mode, dtype)

@@ -153,6 +153,22 @@ def check_loss(again: Tensor, first: Tensor, size: Tensor, ranks: Ranks = ALONE)
     )
 
 
+def check_outer_loss(again: Tensor, first: Tensor, tolerance: float) -> None:
+    """Refuse an outer loss that has another value at the same weights; the values are those of all ranks."""
+    gap, size = (again - first).abs(), first.abs() + again.abs()
+    _refuse(
+        gap,
+        tolerance * size,
+        "the outer loss has another value when it is evaluated again at the same weights, buffers and default random "
+        "generators (the difference is {gap:.2g}, of {size:.2g}), so the decrease of the loss would be that of another "
+        "function. Usual causes: random numbers from Python's random, from numpy or from a generator of the student "
+        "(use torch's default generator); state in an object that the student or the problem refers to (keep it in "
+        "buffers, or in attributes that are numbers or tensors); a forward that asks whether its weights require a "
+        'gradient (ask self.training). mode="reinforce" evaluates the outer loss once and takes it as it is.',
+        size=size,
+    )
+
+
 SAME_LOSS = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 """Relative to the size of the terms, above the order in which a device sums."""
 

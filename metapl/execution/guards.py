@@ -56,7 +56,8 @@ def step_guard(
 
     Args:
         networks: their buffers are restored.
-        optimizer: the gradients of its parameters are cleared before and after; None: no network fills any.
+        optimizer: the gradients of its parameters are cleared before and after; if the step fails, those that were
+            there are put back. None: no network fills any.
         device: the networks' device.
         generator: the user's generator, if the step draws from one.
 
@@ -72,11 +73,18 @@ def step_guard(
         nothing_moved(*networks, random=RandomState.now(device)),
         torch.enable_grad(),
     ):
+        groups = [] if optimizer is None else optimizer.param_groups
+        before = [(p, p.grad) for group in groups for p in group["params"]]
         clear_gradients(optimizer)
         try:
             yield fault
-        finally:
+        except BaseException:
+            for p, grad in before:
+                p.grad = grad
+            raise
+        else:
             clear_gradients(optimizer)
+        finally:
             torch.clear_autocast_cache()  # it may hold casts of weights from before the step
 
 

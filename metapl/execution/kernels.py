@@ -170,6 +170,7 @@ _NO_DERIVATIVE = re.compile(
 )
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
 _OVERWRITTEN = re.compile("has been modified by an inplace operation")
+_WITHOUT_GRAPH = re.compile("element 0 of tensors does not require grad")
 _SPARSE_TANGENT = re.compile(r"_efficientzerotensor.*Sparse", re.DOTALL)
 
 
@@ -203,6 +204,11 @@ def explained() -> Iterator[None]:
             raise NotByThisMode(
                 "its graph has saved a tensor that a later pass wrote to in place, such as a buffer; assign a new one "
                 "(self.mean = 0.9 * self.mean + ...)."
+            ) from error
+        if _WITHOUT_GRAPH.search(str(error)):
+            raise NotByThisMode(
+                "its forward differentiates (torch.autograd.grad), and runs without a graph here; expected that within "
+                "torch.enable_grad()."
             ) from error
         if not _NO_DERIVATIVE.search(str(error)):
             raise

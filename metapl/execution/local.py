@@ -31,7 +31,7 @@ from metapl.execution.kernels import (
     only_math_attention,
     refuse_once_differentiable,
 )
-from metapl.execution.reach import refuse_stranger, stranger
+from metapl.execution.reach import Made, has_own_functions, refuse_stranger, stranger
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import Watch, journal, weights_watched
 from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, scaled, wide, wide_tree
@@ -85,17 +85,28 @@ class LocalStudent:
         """
         return Pass(self, params, inputs)
 
-    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
+    def loss(
+        self,
+        params: Tree,
+        batches: Sequence[Any],
+        losses: Sequence[WeightedLoss],
+        start: RandomState,
+        *,
+        learned: bool = False,
+    ) -> Tensor:
         """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph.
 
         It begins with the buffers as they are now, and draws from ``start`` on; both stay as they are.
+
+        Args:
+            learned: at weights that require a gradient, as those of a pass of record do.
         """
-        params = {name: p.detach() for name, p in params.items()}
+        params = as_leaves(params) if learned else {name: p.detach() for name, p in params.items()}
         # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
         with torch.enable_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
             values = [loss(self._outputs(params, x), params) for x, loss in zip(batches, losses, strict=True)]
             for value, _ in values:
-                if value.requires_grad:
+                if value.requires_grad and not learned:
                     self.gradient(value, params)
         return self.mean_of_all(values)[0]
 
@@ -165,20 +176,25 @@ class LocalStudent:
 
     def forward(self, inputs: Any, *, replay: bool = True) -> Tensor:
         """The outputs as the student is now, in float32 or wider; ``replay``: see :meth:`watched`."""
-        with inputs_unchanged(inputs, "student"), self.watched(replay=replay):
+        with inputs_unchanged(inputs, "student"), flags_unchanged(()), self.watched(replay=replay):
             return wide(checks.logits(self.module(inputs), "student"))
 
     def _outputs(self, at: Tree, inputs: Any) -> Tensor:
-        outputs = self.forward(inputs, replay=False)
-        self.refuse_strangers(outputs, at, inputs)
+        with self.made(inputs) as made:
+            outputs = self.forward(inputs, replay=False)
+        self.refuse_strangers(outputs, at, inputs, made)
         return outputs
 
-    def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any) -> None:
+    def made(self, inputs: Any) -> AbstractContextManager[Made | None]:
+        """What the student's forward makes in this block, on the first step; a compiled pass is not looked into."""
+        return Made(inputs) if self.first and not runs_compiled(self.module) else nullcontext()
+
+    def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None) -> None:
         """Refuse outputs that depend on tensors other than these weights and inputs, on the first step."""
         if self.first:
             known = [*at.values(), *(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))]
             remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
-            refuse_stranger("the student's forward", stranger([outputs], known, self.own), remedy)
+            refuse_stranger("the student's forward", stranger([outputs], known, self.own, made), remedy)
 
     def watched(self, *, replay: bool) -> AbstractContextManager[Watch | None]:
         """Refuse a pass that moves the weights, before it does where passes are looked at."""
@@ -235,15 +251,19 @@ class Pass:
             student.as_trained(),
             swapped(self._held),
             inputs_unchanged(inputs, "student"),
+            flags_unchanged([*student.parameters.values(), *self._at.values()]),
             self._hooks.noted(forward=True),
             journal(self._state.parameters),
             student.watched(replay=False) as watch,
+            student.made(inputs) as made,
         ):
             outputs = checks.logits(student.module(inputs), "student")
         self._state.refuse_other_parts("student")
-        student.refuse_strangers(outputs, self._at, inputs)
+        student.refuse_strangers(outputs, self._at, inputs, made)
         self.after = RandomState.now(student.device)
         self.narrowed, self.cut = (frozenset(), False) if watch is None else (frozenset(watch.narrowed), watch.cut)
+        if student.first and watch is not None and student.ranks.alone:  # processes exchange by Functions of their own
+            self.cut = self.cut or has_own_functions([outputs])
         self.rounded_to = coarsest([outputs.dtype, *self.narrowed, *student.formats()], student.device)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
@@ -349,6 +369,7 @@ class Pass:
             full_float32(student.device),
             no_fast_path(),
             checkpoints_without_reentry(),
+            explained(),
             self._again(held, upcast=True),
         ):
             yield moved
@@ -454,6 +475,31 @@ class Pass:
 
     def _same_draws(self) -> Any:
         return replayed(self._before)
+
+
+@contextmanager
+def flags_unchanged(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Refuse a forward that changes the ``requires_grad`` of these weights, or tries to of weights with a graph."""
+    before = [t.requires_grad for t in weights]
+    changed = False
+    cause: RuntimeError | None = None
+    try:
+        yield
+    except RuntimeError as error:
+        if "change requires_grad flags of leaf variables" not in str(error):
+            raise
+        cause = error
+    finally:
+        for t, flag in zip(weights, before, strict=True):
+            if t.requires_grad != flag:
+                t.requires_grad_(flag)
+                changed = True
+    if changed or cause is not None:
+        raise MetaplError(
+            "the student's forward changes requires_grad of its weights, by which metapl knows what it learns; "
+            "expected a forward that leaves them as they are. To keep a gradient from a weight, compute with "
+            "weight.detach(); freeze weights before the trainer is built."
+        ) from cause
 
 
 def gradient_through(

@@ -6,12 +6,50 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from metapl.checks import described
 from metapl.errors import MetaplError
+from metapl.execution.writes import memory_of
 
 
-def stranger(values: Iterable[Tensor], known: Iterable[Tensor], leaves: Collection[int] = ()) -> Tensor | None:
+class Made(TorchFunctionMode):
+    """Notes the memory that the functions of a block make, or are given as ``inputs``: a leaf there, such as
+    ``x.clone().requires_grad_()``, which a network differentiates in, is its own."""
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__()
+        self.memory = _memory(inputs)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.memory |= _memory(result) - _memory((args, kwargs))  # a view of a weight is not made here
+        return result
+
+
+def _memory(tree: Any) -> set[int | None]:
+    return {memory_of(t) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)}
+
+
+def has_own_functions(values: Iterable[Tensor]) -> bool:
+    """Whether the graph of the values has an ``autograd.Function``, whose derivatives are its author's."""
+    seen: set[Any] = set()
+    nodes: list[Any] = [value.grad_fn for value in values]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, BackwardCFunction):
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def stranger(
+    values: Iterable[Tensor], known: Iterable[Tensor], leaves: Collection[int] = (), made: Made | None = None
+) -> Tensor | None:
     """A tensor that requires a gradient and that the values depend on other than through known ones; None: there is
     none.
 
@@ -19,6 +57,7 @@ def stranger(values: Iterable[Tensor], known: Iterable[Tensor], leaves: Collecti
         values: where the walk over their graph begins.
         known: where it ends.
         leaves: the ids of further tensors where it ends, such as parameters.
+        made: what was made on the way, where leaves may be made.
 
     Cost: a few microseconds for each operation between the values and the known tensors.
     """
@@ -39,7 +78,7 @@ def stranger(values: Iterable[Tensor], known: Iterable[Tensor], leaves: Collecti
             continue
         seen.add(node)
         leaf: Tensor | None = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in allowed:
+        if leaf is not None and id(leaf) not in allowed and (made is None or memory_of(leaf) not in made.memory):
             return leaf
         edges.extend(node.next_functions)
     return None

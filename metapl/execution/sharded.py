@@ -59,7 +59,15 @@ class ShardedStudent(LocalStudent):
             raise RuntimeError("a pass of record of a sharded student is at its own weights")
         return ShardedPass(self, params, inputs)
 
-    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
+    def loss(
+        self,
+        params: Tree,
+        batches: Sequence[Any],
+        losses: Sequence[WeightedLoss],
+        start: RandomState,
+        *,
+        learned: bool = False,
+    ) -> Tensor:
         with torch.no_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
             values = [loss(self.forward(x), UNREADABLE) for x, loss in zip(batches, losses, strict=True)]
         return self.mean_of_all(values)[0]

@@ -47,7 +47,15 @@ def exact_feedback(step: InnerStep, w: Tree) -> Feedback:
     student's input, for ⟨∂ℓ/∂z, ż⟩ then depends on it through the whole network."""
     if step.entries:
         return feedback_from_gradients(step.signal, step.second_derivatives(w, step.signal.differentiable())[1])
-    return signal_feedback(step, w, Tangent(step.tangent(w)))
+    return signal_feedback(step, w, forward_tangent(step, w))
+
+
+def forward_tangent(step: InnerStep, w: Tree) -> Tangent:
+    """ż in forward mode; where an ``autograd.Function`` of the student may have another jvp than backward, compared."""
+    tangent = Tangent(step.tangent(w))
+    if step.student.first and not checks.waits(tangent.z_dot):
+        check_projections(step, w, tangent)
+    return tangent
 
 
 def signal_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
@@ -145,12 +153,16 @@ def _slope(
 
 
 def check_projections(step: InnerStep, w: Tree, tangent: Tangent) -> None:
-    """Refuse the ż of passes that round or detach, if it differs from the gradients of the outputs' projections.
+    """Refuse the ż of passes that round, detach, or have an ``autograd.Function``, if it differs from the gradients of
+    the outputs' projections.
 
     The inner loss is one projection of the outputs, in which a ż that is wrong may be right by chance.
     """
     parts, ranks = step.passes, step.student.ranks
-    rounding = step.inner_loss.new_zeros(()) if tangent.rounding is None else tangent.rounding
+    if tangent.rounding is None:
+        tolerance, rounding = BY_FORWARD_MODE[step.rounded_to].slope, step.inner_loss.new_zeros(())
+    else:  # these terms do not cancel as those of a loss do
+        tolerance, rounding = BY_DIFFERENCE[step.rounded_to].slope / 5, tangent.rounding
     draw = torch.Generator().manual_seed(0)
     for part, z_dot in zip(parts, tangent.z_dot.chunk(len(parts)), strict=True):
         if not ranks.pooled(step.inner_loss.new_tensor(float(part.cut))) > 0:
@@ -158,7 +170,6 @@ def check_projections(step: InnerStep, w: Tree, tangent: Tangent) -> None:
         directions = [torch.randn(z_dot.shape, generator=draw).to(z_dot) for _ in range(PROJECTIONS)]
         for u, backward in zip(directions, part.slopes(w, directions), strict=True):
             forward, size = ranks.sum((u * z_dot).sum()), ranks.norm(z_dot)
-            tolerance = BY_DIFFERENCE[step.rounded_to].slope / 5  # these terms do not cancel as those of a loss do
             what = "a projection of the outputs"
             check_slopes(forward, ranks.sum(backward), size, tolerance, ranks.sum(rounding), what)
 

@@ -17,7 +17,7 @@ from metapl.batch import micro_batches
 from metapl.distributed.layout import Layout
 from metapl.distributed.means import MeanCheck
 from metapl.errors import MetaplError
-from metapl.execution.agreement import check_copies
+from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss
 from metapl.execution.buffers import given_unchanged
 from metapl.execution.choice import student_of
 from metapl.execution.hooks import refuse_hooks
@@ -29,6 +29,9 @@ from metapl.feedback.inner_step import IN_THE_SIGNAL, Entry, InnerStep, mean_inn
 from metapl.numerics import Tree, mean_tree
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
 from metapl.updates import Update
+
+REPEATS = 3
+"""A branch that is drawn by a fair coin, and not by torch's, is the same in all of these once in eight times."""
 
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
@@ -77,8 +80,13 @@ class Path:
 
     @cached_property
     def outer_loss_before(self) -> Tensor:
-        """L(θ), with the dropout masks of L(θ′); one forward pass."""
-        return self._outer_loss_at(self.student.params)
+        """L(θ), with the dropout masks of L(θ′); one forward pass, and :data:`REPEATS` more on the first step, whose
+        values are compared: L(θ) and L(θ′) are to be of one function."""
+        loss = self._outer_loss_at(self.student.params)
+        for _ in range(REPEATS if self.student.first else 0):
+            again = self.student.loss(self.student.params, *self._outer_pass(), learned=True)
+            check_outer_loss(again, loss, SAME_LOSS[self.steps[0].rounded_to])
+        return loss
 
     def known_outer_loss(self) -> dict[str, Tensor]:
         """``{"outer_loss": L(θ′)}`` if an estimator has computed it, else an empty dict."""

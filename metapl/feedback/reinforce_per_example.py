@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice, divisor
-from metapl.feedback.credit import Tangent, example_feedback
+from metapl.feedback.credit import example_feedback, forward_tangent
 from metapl.feedback.difference import Difference
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
@@ -52,7 +52,7 @@ class ReinforcePerExample(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
         if self.tangent == "forward":
-            feedback = example_feedback(step, w, Tangent(step.tangent(w)))
+            feedback = example_feedback(step, w, forward_tangent(step, w))
         else:
             feedback = Difference().feedback_along(w, step, example_feedback)
         return [feedback.divided_by(divisor(self.normalization, step, w))], state

@@ -51,8 +51,10 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
             raise
     finally:
         if not leaves_lock:
-            with suppress(OSError):  # on Windows it cannot be removed while it is open
+            with suppress(OSError, MemoryError):  # on Windows it cannot be removed while it is open
                 (folder / LOCK).unlink()
+                for place in made:  # where nothing was written to it, and there was no memory to list it
+                    place.rmdir()
         file.close()
 
 
@@ -113,7 +115,7 @@ def _is_locked(file: IO[bytes], folder: Path) -> bool:
 
 def _undo(folder: Path, there: Collection[str], made: Collection[Path], undone: Collection[str]) -> None:
     """Remove what was made, unless there is more than what may be undone: then it is worth keeping."""
-    with suppress(OSError):
+    with suppress(OSError, MemoryError):
         new = {*os.listdir(folder)} - {*there}
         if new <= {*undone}:
             # The lock last: from then on another may own the folder, which keeps it from being removed.

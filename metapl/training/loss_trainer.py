@@ -81,6 +81,7 @@ class LossTrainer(Trainer):
         model = self.layout.network
         refuse_compiled(model=model)
         self.student = model
+        checks.steps_alone(optimizer)
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metapl import checks
 from metapl.batch import micro_batches
@@ -42,7 +43,7 @@ from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.report import Report, StepReport
 from metapl.training.states import check_state, names_of
 from metapl.training.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
-from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
+from metapl.updates import Clipped, parameters_of, refuse_missing, runs_others_code, update_of
 
 
 class BilevelTrainer(Trainer):
@@ -196,14 +197,46 @@ class BilevelTrainer(Trainer):
                 path = path.revised(feedback[-1].h.detach())
             if self._teacher_trainer is not None:
                 self._teacher_trainer.clip()
-            path.commit()  # line 3; before the teacher moves, so that a failing student optimizer leaves it in place
-            if self.outer_optimizer is not None:
-                self.outer_optimizer.step()  # line 8: θ_T′
+            with self._both_or_none(first=path.student.first):
+                path.commit()  # line 3; before the teacher moves: a failing student optimizer leaves it in place
+                if self.outer_optimizer is not None:
+                    self.outer_optimizer.step()  # line 8: θ_T′
             for layout in self._layouts:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
             self.steps_done += 1
             return self._report(path, known, feedback, objectives, unlabeled, fault)
+
+    @contextmanager
+    def _both_or_none(self, *, first: bool) -> Iterator[None]:
+        """Put both networks and their optimizers' states back if this block fails.
+
+        Cost: a copy of all of these where the outer optimizer's step may fail: where code of others runs in it, and on
+        the first step where it is none of the best known. Sharded networks are not put back.
+        """
+        outer = self.outer_optimizer
+        may_fail = outer is not None and (
+            runs_others_code(outer)
+            or (first and type(outer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))
+        )
+        if outer is None or not may_fail or any(one.is_sharded for one in self._layouts):
+            yield
+            return
+        parameters = self.layout.parameters()
+        params = {name: p.detach().clone() for name, p in parameters.items()}
+        state = pytree.tree_map_only(Tensor, Tensor.clone, self.update.read_state())
+        teacher = [(p, p.detach().clone()) for p in parameters_of(outer)]
+        held = {p: copy.deepcopy(values) for p, values in outer.state.items()}
+        try:
+            yield
+        except BaseException:
+            self.update.write(parameters, params, state)
+            with torch.no_grad():
+                for p, before in teacher:
+                    p.copy_(before)
+            outer.state.clear()
+            outer.state.update(held)
+            raise
 
     def _look_ahead(self, labeled: Any, unlabeled: Any) -> tuple[Path, list[TeacherStep]]:
         """The student's steps, and the teacher's passes that made their signals, one for each micro-batch."""

@@ -12,10 +12,19 @@ from metapl.updates.adam import Adam
 from metapl.updates.base import Cotangents, Parameters, Update, described
 from metapl.updates.clip import Clipped
 from metapl.updates.sgd import SGD
-from metapl.updates.torch_optim import TorchUpdate, parameters_of, refuse_missing
+from metapl.updates.torch_optim import TorchUpdate, parameters_of, refuse_missing, runs_others_code
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
-__all__ = ["Clipped", "Cotangents", "Parameters", "Update", "parameters_of", "refuse_missing", "update_of"]
+__all__ = [
+    "Clipped",
+    "Cotangents",
+    "Parameters",
+    "Update",
+    "parameters_of",
+    "refuse_missing",
+    "runs_others_code",
+    "update_of",
+]
 
 _UPDATES: dict[type, type[TorchUpdate]] = {torch.optim.SGD: SGD, torch.optim.Adam: Adam, torch.optim.AdamW: Adam}
 

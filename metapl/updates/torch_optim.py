@@ -54,7 +54,7 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             )
 
 
-def _replaced_step(optimizer: torch.optim.Optimizer) -> bool:
+def replaced_step(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer's ``step`` is not its class's, nor that in the wrapper of PyTorch's schedulers."""
     step = vars(optimizer).get("step", type(optimizer).step)
     while getattr(step, "_wrapped_by_lr_sched", False):
@@ -65,6 +65,17 @@ def _replaced_step(optimizer: torch.optim.Optimizer) -> bool:
 def _some(value: Any) -> Any:
     """A copy of the first values of a tensor, by which an elementwise rule is compared without its memory."""
     return value.detach().flatten()[:64].clone() if isinstance(value, Tensor) and value.ndim else value
+
+
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether something else runs before or after an optimizer's step."""
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
+
+
+def runs_others_code(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's step is more than that of a class of PyTorch's."""
+    return has_hooks(optimizer) or replaced_step(optimizer) or not type(optimizer).__module__.startswith("torch.optim")
 
 
 class TorchUpdate(Update):
@@ -99,14 +110,13 @@ class TorchUpdate(Update):
         """θ′ and s′ of the parameters of one group, differentiable in θ, g and s."""
 
     def follow(self, parameters: Parameters) -> None:
-        own = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
-        if any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
+        if has_hooks(self.optimizer):
             raise MetaplError(
                 "inner_optimizer has a hook of register_step_pre_hook or register_step_post_hook, or of "
                 "register_optimizer_step_pre_hook or _post_hook for all optimizers, which may change the student's "
                 "step in a way that metapl does not differentiate; remove it (to clip gradients, use clip_norm)."
             )
-        if _replaced_step(self.optimizer):
+        if replaced_step(self.optimizer):
             raise MetaplError(
                 f"inner_optimizer has a step of its own (its method was replaced: optimizer.step = ...), which metapl "
                 f"does not differentiate; expected that of {described(self.optimizer)}: del optimizer.step (to clip "
@@ -149,6 +159,8 @@ class TorchUpdate(Update):
                 weight.copy_(params[name])
                 if state[name]:
                     self.optimizer.state[weight] = dict(state[name])
+                else:
+                    self.optimizer.state.pop(weight, None)
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         # A leftover gradient of a frozen parameter must not move it.
