@@ -200,9 +200,7 @@ def refuse_other_fields(step: InnerStep) -> None:
         return
     params = step.student.for_loss({name: p.detach() for name, p in step.params.items()})
     with replayed(RandomState.now(step.outputs.device)), torch.enable_grad():
-        losses = step.problem.inner_loss(step.outputs, replace(signal.detached(), **leaves), step.batch, params)
-    if not losses.requires_grad:
-        return
+        losses = step.inner_losses(step.outputs, replace(signal.detached(), **leaves), params)
     grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
     for name, g in zip(leaves, grads, strict=True):
         if g is not None:

@@ -31,6 +31,7 @@ from metapl.execution.kernels import checkpoints_without_reentry, overwritten_ex
 from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
 from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback.inner_step import outer_batch
 from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path, Teach, take_steps
@@ -72,7 +73,7 @@ def look_ahead(
     unlabeled: Any,
     teach: Teach,
     parts: int = 1,
-    check_derivatives: bool = True,
+    first: bool = True,
 ) -> Path:
     """The student's steps on the teacher's signals; refuse steps and signals that the mode cannot differentiate.
 
@@ -81,8 +82,7 @@ def look_ahead(
         labeled, unlabeled: the outer batch, and the inner one or a :class:`metapl.Lookahead`.
         teach: makes the teacher's signal about a micro-batch.
         parts: the number of micro-batches in a batch.
-        check_derivatives: also refuse derivatives that would be silently ignored: those of the inner loss in fields of
-            a sampled signal, and those of backward passes that cannot be differentiated.
+        first: look closer: see :func:`metapl.feedback.path.take_steps`.
     """
     batches = inner_batches(unlabeled)
     check_steps(mode, len(batches), problem)
@@ -110,15 +110,16 @@ def look_ahead(
         parts=parts,
         keep_graph=mode.keep_graph,
         keep_every=mode.keep_every,
-        first=check_derivatives,
+        first=first,
     )
-    if check_derivatives and mode.keep_graph:
+    # On every step: a student and a loss may change in training, such as at the end of a warm-up.
+    if mode.keep_graph:
         with others_named(mode, path):
-            refuse_once_differentiable(path.steps[0].grads.values())
-    if check_derivatives and mode.credits != "nothing":
+            refuse_once_differentiable(path.steps[-1].grads.values())  # whose graph has those of the steps before
+    if mode.credits != "nothing":
         refuse_other_fields(path.steps[0])
         refuse_unread_signal(path.steps[0])
-    if check_derivatives and mode.credits in ("signal", "example") and not mode.keep_graph:
+    if mode.credits in ("signal", "example") and not mode.keep_graph:
         refuse_random_loss(path.steps[0])
     return path
 
@@ -190,7 +191,7 @@ def hypergradient(
     teacher = None if of_teacher is None else of_teacher.network
     asked = nn.Module() if teacher is None else teacher  # a problem without a teacher is given an empty module
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
-    labeled, unlabeled = problem.outer_batch(labeled), plain_inner(unlabeled)
+    labeled, unlabeled = outer_batch(problem, labeled), plain_inner(unlabeled)
     check_batches(labeled, inner_batches(unlabeled), device, of_student.ranks)
     passes: list[TeacherPass] = []
 

@@ -252,6 +252,37 @@ def test_a_mean_over_tokens_is_one_in_every_mode(mode: str) -> None:
     assert error(apart, whole) > 1e-2
 
 
+class Matrix(Language):
+    """One matrix for all examples."""
+
+    signal_has_rows = False
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: torch.Tensor, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher.weight)
+
+    def inner_loss(self, outputs: torch.Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> torch.Tensor:
+        return super().inner_loss(outputs, metapl.Signal(signal.value.sum()), batch)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_feedback_on_a_signal_without_rows(accumulate: int) -> None:
+    teacher, student, labeled, (x, *_) = _words(torch.float64)
+    trainer = metapl.BilevelTrainer(teacher, student, "none", problem=Matrix(), accumulate=accumulate)
+    report = trainer.step(labeled, x)
+    assert report.feedback.tolist() == 0
+    assert trainer.steps_done == 1
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference", "reinforce", "reinforce_per_example", "loss_difference"])
+def test_the_first_micro_batch_may_have_nothing_to_judge(mode: str) -> None:
+    teacher, student, (x, labels), (unlabeled, *_) = _words(torch.float64)
+    labels[:4] = -100
+    sampled = mode in ("reinforce", "reinforce_per_example", "loss_difference")
+    for parts in (2, 4):
+        trainer = metapl.BilevelTrainer(teacher, student, mode, problem=Language(sampled=sampled), accumulate=parts)
+        assert trainer.step((x, labels), unlabeled).feedback.isfinite().all()
+
+
 @pytest.mark.parametrize("mode", ["forward", "loss_difference"])
 def test_what_is_no_mean_is_told_of_on_the_first_step_alone(mode: str) -> None:
     """Also by a network that has learned nothing, all of whose losses are alike, and a row at a time."""

@@ -157,6 +157,18 @@ def test_a_small_network_of_relus_trains_by_differences(mode: Difference) -> Non
         trainer.step(labeled, unlabeled)
 
 
+@pytest.mark.parametrize("mode", ["forward", "difference"])
+@pytest.mark.parametrize("seed", [39, 56, 61, 69, 84, 120])
+def test_slopes_that_cancel_to_rounding_are_no_disagreement(seed: int, mode: str) -> None:
+    """Batch normalization takes a bias away, and a first step of Adam makes its whole direction of such biases."""
+    torch.manual_seed(seed)
+    networks = [nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(2)]
+    inner, outer = (torch.optim.Adam(network.parameters(), lr=0.01) for network in networks[::-1])
+    trainer = metapl.BilevelTrainer(*networks, mode, inner_optimizer=inner, outer_optimizer=outer)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    trainer.step((x, y), torch.randn(8, 4))
+
+
 class Rounded(nn.Module):
     """A student in float32 that rounds its outputs, straight through, to so many levels a unit."""
 

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from reference import error
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from trainers import OnceDifferentiable, refused
 
 import metapl
 from metapl import MetaplError, Signal
@@ -350,9 +353,166 @@ def test_what_a_problem_is_given_stays_as_it_is(mode: str, where: str, what: str
         step(mode, Editing(where, what, sampled=mode in ("reinforce", "loss_difference")))
 
 
-def test_a_loss_that_writes_to_the_weights() -> None:
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference", "reinforce", "loss_difference", "none"])
+def test_a_loss_that_writes_to_the_weights(mode: str) -> None:
+    """And that are refused before one of them has moved."""
+    student = nn.Linear(6, CLASSES)
+    before = {name: p.clone() for name, p in student.named_parameters()}
     with pytest.raises(MetaplError, match="inner_loss changed params in place"):
-        gradient("forward", Editing("inner_loss", "params"))
+        step(mode, Editing("inner_loss", "params", sampled=mode in ("reinforce", "loss_difference")), student)
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+
+
+@pytest.mark.parametrize("read", ["items", "values", "get", "dict", "merged", "copy", "called"])
+def test_a_loss_may_read_the_weights_in_any_way(read: str) -> None:
+    """The feedback by forward mode is that by double backward."""
+
+    class Penalised(Soft):
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            losses = super().inner_loss(outputs, signal, batch)
+            if read == "called":
+                return losses + functional_call(self.student, params, (batch,)).square().mean(1) * signal.value[:, 0]
+            tensors = {
+                "items": lambda: [p for _, p in params.items()],
+                "values": lambda: params.values(),
+                "get": lambda: [params.get("weight"), params.get("none", torch.zeros(()))],
+                "dict": lambda: dict(params).values(),
+                "merged": lambda: {**params}.values(),
+                "copy": lambda: params.copy().values(),
+            }[read]()
+            return losses + signal.value[:, 0] * torch.stack([p.square().sum() for p in tensors]).sum()
+
+        student = nn.Linear(6, CLASSES, dtype=torch.float64)
+
+    exact, found = (gradient(mode, Penalised(), torch.float64).grads for mode in ("unrolled", "forward"))
+    assert error(found, exact) < 1e-10
+    assert error(found, gradient("forward", Soft(), torch.float64).grads) > 1e-3
+
+
+@pytest.mark.parametrize("by", ["step", "hypergradient"])
+def test_an_outer_batch_that_is_written_to(by: str) -> None:
+    class Scaled(Soft):
+        def outer_batch(self, batch: Any) -> Any:
+            batch[0].mul_(2)
+            return batch
+
+    with pytest.raises(MetaplError, match=r"Scaled\.outer_batch changed batch in place"):
+        (step if by == "step" else gradient)("forward", Scaled())
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "forward", "reinforce", "none"])
+def test_a_loss_that_assigns_to_its_signal(mode: str) -> None:
+    class Assigning(Drawn if mode == "reinforce" else Soft):  # type: ignore[misc]
+        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+            signal.value = signal.value * 2  # type: ignore[misc]
+            return super().inner_loss(outputs, signal, batch)
+
+    with pytest.raises(MetaplError, match=r"inner_loss assigns to a field.*'value'.*dataclasses\.replace\(signal"):
+        step(mode, Assigning())
+
+
+# ------------------------------------------------------------------------------------------- what changes in training
+
+
+class Kept(Soft):
+    """The outer loss reads the outputs that the inner loss kept, from a step on."""
+
+    def __init__(self, sampled: bool) -> None:
+        super().__init__()
+        self.sampled, self.late = sampled, False
+
+    def signal(self, *given: Any, **named: Any) -> Signal:
+        return (Drawn if self.sampled else Soft).signal(self, *given, **named)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        self.outputs = outputs
+        return F.cross_entropy(outputs, signal.value, reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        loss = super().outer_loss(outputs, batch)
+        return loss + self.outputs.square().mean() if self.late else loss
+
+
+class Ramped(Drawn):
+    """A consistency term that begins late, in probabilities that the feedback does not cover."""
+
+    late = False
+
+    def signal(self, *given: Any, **named: Any) -> Signal:
+        signal = super().signal(*given, **named)
+        return Signal(signal.value, signal.log_prob, probs=signal.outputs.exp())
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        losses = super().inner_loss(outputs, signal, batch)
+        return losses + (outputs.softmax(-1) - signal.probs).square().sum(-1) if self.late else losses
+
+
+class Dropped(Soft):
+    """The signal is read until a step."""
+
+    late = False
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        target = signal.value.argmax(-1) if self.late else signal.value
+        return F.cross_entropy(outputs, target, reduction="none")
+
+
+class Late(nn.Linear):
+    """A student that begins to read another network, or to have no second derivative."""
+
+    late = False
+
+    def __init__(self, begins: Any) -> None:
+        super().__init__(6, CLASSES)
+        self.begins = [begins]
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward(x)
+        return outputs + self.begins[0](x, outputs) if self.late else outputs
+
+
+LATE = [
+    *(("reads", mode, "the student's forward reads") for mode in ("unrolled", "forward", "difference", "reinforce")),
+    ("once", "unrolled", "@once_differentiable"),
+    *(("ramped", mode, r"derivative in signal\.probs") for mode in ("reinforce", "loss_difference")),
+    ("dropped", "forward", "does not depend on its signal"),
+    *(("kept", mode, "outer_loss reads") for mode in ("unrolled", "forward", "difference", "reinforce")),
+]
+
+
+@pytest.mark.parametrize(("what", "mode", "text"), LATE)
+def test_what_begins_after_the_first_step_is_refused_too(what: str, mode: str, text: str) -> None:
+    sampled = mode in ("reinforce", "loss_difference")
+    teacher = nn.Linear(6, CLASSES)
+    once = OnceDifferentiable(CLASSES, CLASSES).requires_grad_(requires_grad=False)
+    student = Late((lambda x, z: once(z)) if what == "once" else (lambda x, z: teacher(x)))
+    problem = {"ramped": Ramped, "dropped": Dropped, "kept": lambda: Kept(sampled)}.get(
+        what, Drawn if sampled else Soft
+    )()
+    trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem, teacher_losses=())
+    batches = (torch.randn(8, 6), torch.arange(8) % CLASSES), torch.randn(ROWS, 6)
+    trainer.step(*batches)
+    changing: Any = student if what in ("reads", "once") else problem
+    changing.late = True
+    refused(lambda: trainer.step(*batches), text, teacher, student)
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "forward"])
+def test_outputs_that_an_inner_loss_keeps_for_the_outer_one(mode: str) -> None:
+    problem = Kept(sampled=False)
+    problem.late = True
+    batches = metapl.Lookahead([torch.randn(ROWS, 6) for _ in range(3)])
+    student = nn.Linear(6, CLASSES)
+    with pytest.raises(MetaplError, match="outer_loss reads"):
+        metapl.hypergradient(
+            nn.Linear(6, CLASSES),
+            student,
+            labeled=(torch.randn(8, 6), torch.arange(8) % CLASSES),
+            unlabeled=batches,
+            mode=mode,
+            problem=problem,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        )
 
 
 @pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])

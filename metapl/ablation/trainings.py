@@ -14,6 +14,7 @@ from metapl.ablation.figures import Outcome, Trainings
 from metapl.ablation.gradients import CannotRun, reasons_told, sibling
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator
+from metapl.feedback.inner_step import outer_batch
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.problems.base import sum_and_weight
@@ -95,7 +96,7 @@ def _train(
 
 
 def _outer_loss(trainer: BilevelTrainer, labeled: Any) -> float:
-    batch = trainer.problem.outer_batch(labeled)
+    batch = outer_batch(trainer.problem, labeled)
     modes = {module: module.training for module in trainer.student.modules()}
     try:
         with torch.no_grad():

@@ -62,6 +62,8 @@ class MeanCheck:
             sums, weights, slopes = zip(*(self._at(*given) for given in (both, one, other)), strict=True)
         except Exception:  # a loss that takes batches of its own number of rows alone is not looked at
             return None
+        if 0 in (weights[0], weights[1] + weights[2]):  # nothing to judge in these rows
+            return None
         value, mean = sums[0] / weights[0], (sums[1] + sums[2]) / (weights[1] + weights[2])
         slope, of_parts = slopes[0] / weights[0], joined(slopes[1:]) / (weights[1] + weights[2])
         gap = torch.linalg.vector_norm(slope - of_parts)

@@ -229,7 +229,7 @@ def check_slopes(
         backward: ⟨g, w⟩, a scalar.
         spread: the root of the sum of squares of the terms of the two sums, to which their rounding is proportional.
         tolerance: of the difference, relative to ``spread + |backward|``.
-        rounding: a bound on the rounding error of ``forward``.
+        rounding: a bound on the rounding error of the two.
         what: has the derivative, and the gradient g.
     """
     _refuse(

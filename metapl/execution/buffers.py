@@ -11,6 +11,7 @@ import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import torch
@@ -105,13 +106,23 @@ def given_unchanged(who: str, **given: Any) -> Iterator[None]:
         changed = leaves if "leaf Variable that requires grad" in str(error) else []
         if not changed:
             raise
-    if changed:
+    except FrozenInstanceError as error:
         raise MetaplError(
-            f"{who} changed {' and '.join(changed)} in place (an operation such as x.mul_(), x[0] = 0 or x += 1 on "
-            "what it is given), and other passes read the same tensors, so the gradients would be wrong; expected them "
-            "unchanged: write x = x * 2 for x.mul_(2), or begin with x = x.clone(). A batch, or weights, that were "
-            "given keep the changed values."
-        )
+            f"{who} assigns to a field of what it is given ({error}), which other passes read too; expected it "
+            "unchanged: keep the new value in a variable of its own, or in a copy by "
+            "dataclasses.replace(signal, value=...)."
+        ) from error
+    if changed:
+        raise changed_in_place(who, changed)
+
+
+def changed_in_place(who: str, changed: Sequence[str]) -> MetaplError:
+    """The error about a function that has written to what it is given."""
+    return MetaplError(
+        f"{who} changed {' and '.join(changed)} in place (an operation such as x.mul_(), x[0] = 0 or x += 1 on what it "
+        "is given), and other passes read the same tensors, so the gradients would be wrong; expected them unchanged: "
+        "write x = x * 2 for x.mul_(2), or begin with x = x.clone(). A batch that was given keeps the changed values."
+    )
 
 
 def _tensors(tree: Any) -> list[Tensor]:

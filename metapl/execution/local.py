@@ -52,8 +52,8 @@ class LocalStudent:
         double_backward: keep the gradients of its passes of record differentiable.
         ranks: the processes that share its batches.
         space: products of trees of its weights.
-        first: look closer: through the whole graph of its outputs for tensors that are not its own, and at its
-            operators for writes to its weights, where these are otherwise compared after each pass.
+        first: look closer: at its operators for writes to its weights, where these are otherwise compared after each
+            pass.
     """
 
     def __init__(
@@ -190,11 +190,12 @@ class LocalStudent:
         return Made(inputs) if self.first and not runs_compiled(self.module) else nullcontext()
 
     def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None) -> None:
-        """Refuse outputs that depend on tensors other than these weights and inputs, on the first step."""
-        if self.first:
-            known = [*at.values(), *(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))]
-            remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
-            refuse_stranger("the student's forward", stranger([outputs], known, self.own, made), remedy)
+        """Refuse outputs that depend on tensors other than these weights and inputs; after the first step, on
+        parameters of others."""
+        known = [*at.values(), *(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))]
+        remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
+        found = stranger([outputs], known, self.own, made, parameters_alone=not self.first)
+        refuse_stranger("the student's forward", found, remedy)
 
     def watched(self, *, replay: bool) -> AbstractContextManager[Watch | None]:
         """Refuse a pass that moves the weights, before it does where passes are looked at."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -48,7 +48,12 @@ def has_own_functions(values: Iterable[Tensor]) -> bool:
 
 
 def stranger(
-    values: Iterable[Tensor], known: Iterable[Tensor], leaves: Collection[int] = (), made: Made | None = None
+    values: Iterable[Tensor],
+    known: Iterable[Tensor],
+    leaves: Collection[int] = (),
+    made: Made | None = None,
+    *,
+    parameters_alone: bool = False,
 ) -> Tensor | None:
     """A tensor that requires a gradient and that the values depend on other than through known ones; None: there is
     none.
@@ -58,6 +63,7 @@ def stranger(
         known: where it ends.
         leaves: the ids of further tensors where it ends, such as parameters.
         made: what was made on the way, where leaves may be made.
+        parameters_alone: other leaves may be made, and what was is not known.
 
     Cost: a few microseconds for each operation between the values and the known tensors.
     """
@@ -79,7 +85,8 @@ def stranger(
         seen.add(node)
         leaf: Tensor | None = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in allowed and (made is None or memory_of(leaf) not in made.memory):
-            return leaf
+            if not parameters_alone or isinstance(leaf, nn.Parameter):
+                return leaf
         edges.extend(node.next_functions)
     return None
 

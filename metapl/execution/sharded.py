@@ -83,6 +83,9 @@ class ShardedStudent(LocalStudent):
         """The rank's parts of the weights are compared: a block's gathered weights come and go."""
         return weights_watched([("", self.params, frozenset(self.params))], "student", looking=False)
 
+    def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any) -> None:
+        """Nothing: the gathered weights that the graph begins at come and go."""
+
     def formats(self) -> list[torch.dtype]:
         policies = [compute_dtype(block) for block in self.layout.blocks]
         return [*super().formats(), *(dtype for dtype in policies if dtype is not None)]

@@ -191,4 +191,11 @@ def _check_slope(
         tolerance, rounding = 1.0, steepness * tangent.rounding
     else:
         tolerance, rounding = BY_DIFFERENCE[step.rounded_to].slope, steepness * tangent.rounding
-    check_slopes(ranks.sum(slope.detach()), by_gradient, spread, tolerance, ranks.sum(rounding))
+    # Both sums may cancel to rounding: of a bias before batch normalization, whose gradient is zero but for rounding, a
+    # first step of Adam makes the whole direction.
+    cancelled = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * step.space.norm(step.gradient) * step.space.norm(w)
+    check_slopes(ranks.sum(slope.detach()), by_gradient, spread, tolerance, ranks.sum(rounding) + cancelled)
+
+
+ROUNDINGS = 10.0
+"""A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from metapl.batch import joined, micro_batches
 from metapl.checks import described
 from metapl.errors import MetaplError
-from metapl.execution.buffers import given_unchanged
+from metapl.execution.buffers import changed_in_place, given_unchanged
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
 from metapl.execution.reach import refuse_stranger, stranger
 from metapl.numerics import Space, Tree, mean_tree, wide
@@ -158,7 +158,7 @@ class InnerStep:
     def of_batch(self, h: Tensor) -> Tensor:
         """The feedback on the whole batch: the sum over micro-batches, each of which has a signal without rows."""
         parts = len(self.passes)
-        return h if parts == 1 or self.signal_has_rows else h.reshape(parts, -1, *h.shape[1:]).sum(0)
+        return h if parts == 1 or not h.ndim or self.signal_has_rows else h.reshape(parts, -1, *h.shape[1:]).sum(0)
 
     @cached_property
     def gradient(self) -> Tree:
@@ -223,8 +223,13 @@ class InnerStep:
     def inner_losses(self, outputs: Tensor, signal: Signal, params: Tree) -> Tensor:
         """ℓ_i, (B,), micro-batch by micro-batch: a loss may look at the batch as a whole."""
         parts = len(self.passes)
-        pieces = zip(outputs.chunk(parts), signal.chunks(parts), self._batches, strict=True)
-        return joined([self.problem.inner_loss(z, part, x, params) for z, part, x in pieces])
+        # Outputs that the loss keeps have a graph, by which an outer loss that reads them is refused.
+        chunks = [z if z.requires_grad else z.detach().requires_grad_() for z in outputs.chunk(parts)]
+        pieces = zip(chunks, signal.chunks(parts), self._batches, strict=True)
+        params = params if type(params) is not dict else CopiedParams(params)
+        with torch.enable_grad():
+            losses = joined([self.problem.inner_loss(z, part, x, params) for z, part, x in pieces])
+        return losses if torch.is_grad_enabled() else losses.detach()
 
     def mean_over_batch(self, losses: Tensor) -> Tensor:
         """This rank's share of (1/B) Σ ℓ_i, B being the rows of all ranks: the shares add up to the mean."""
@@ -417,6 +422,12 @@ IN_THE_SIGNAL = "give it in a field of the signal or, for a penalty on the teach
 """The remedy for a loss that reads a tensor that the feedback knows nothing of."""
 
 
+def outer_batch(problem: Problem, batch: Any) -> Any:
+    """The outer batch as the problem reads it."""
+    with given_unchanged(f"{kind_of(problem)}.outer_batch", batch=batch):
+        return problem.outer_batch(batch)
+
+
 def outer_input(problem: Problem, batch: Any) -> Any:
     """The student's input in an outer batch, refused if it requires a gradient."""
     name = f"{kind_of(problem)}.outer_input"
@@ -432,15 +443,46 @@ def outer_input(problem: Problem, batch: Any) -> Any:
     return inputs
 
 
+class CopiedParams(dict[str, Tensor]):
+    """The ``params`` of an inner loss: copies, made as they are read, so that a write reaches no weight."""
+
+    def __init__(self, params: Tree) -> None:
+        super().__init__(params)
+        self.copies: Tree = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.copies:
+            self.copies[name] = super().__getitem__(name).clone()
+        return self.copies[name]
+
+    def __iter__(self) -> Iterator[str]:  # also makes dict(params) and {**params} read by __getitem__
+        return super().__iter__()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401  # which would call itself
+
+    def items(self) -> Any:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return {name: self[name] for name in self}.values()
+
+    def copy(self) -> Tree:
+        return {name: self[name] for name in self}
+
+
 def mean_inner_loss(problem: Problem, signal: Signal, batch: Any, student: LocalStudent) -> Loss:
     """The mean of ℓ_i as a function of outputs and weights."""
     given = vars(signal)
 
     def loss(outputs: Tensor, params: Tree) -> Tensor:
         weights = params if type(params) is dict else {}  # those of a sharded student cannot be read
-        changeable = {"outputs": outputs, "signal": given, "batch": batch, "params": weights}
-        with given_unchanged("the problem's inner_loss", **changeable):
-            losses = problem.inner_loss(outputs, signal, batch, params)
+        handed = CopiedParams(weights) if weights else params
+        who, changeable = "the problem's inner_loss", {"outputs": outputs, "signal": given, "batch": batch}
+        with given_unchanged(who, **changeable, params=weights):
+            losses = problem.inner_loss(outputs, signal, batch, handed)
+        if isinstance(handed, CopiedParams) and any(t._version for t in handed.copies.values()):
+            raise changed_in_place(who, ["params"])
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
             found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise MetaplError(

@@ -213,7 +213,14 @@ class Path:
             # With a graph from the outputs on also where the student runs without one, so that another way is seen.
             with torch.enable_grad(), given_unchanged(name, outputs=outputs, batch=batch):
                 value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
-            refuse_stranger(name, stranger([value], [outputs], self.student.own), IN_THE_SIGNAL)
+            found = stranger([value], [outputs])
+            if id(found) in self.student.own:
+                raise MetaplError(
+                    "the problem's outer_loss reads a weight of the student from elsewhere, or what another pass has "
+                    "made of it, such as outputs that inner_loss kept, so the feedback would be wrong; expected a loss "
+                    "of the outputs and the batch that it is given."
+                )
+            refuse_stranger(name, found, IN_THE_SIGNAL)
             kinds.add(isinstance(weight, Tensor))
             if len(kinds) > 1:
                 raise MetaplError(
@@ -284,8 +291,8 @@ def take_steps(
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
-        first: look closer: warn if a loss is not a mean over examples (see :class:`Path`), look through the whole graph
-            of the student's outputs for tensors that are not its own, and at its operators on an accelerator too.
+        first: look closer: warn if a loss is not a mean over examples (see :class:`Path`), and look at the student's
+            operators on an accelerator too.
     """
     own = student_of(student, update.parameters, double_backward=keep_graph, first=first)
     pieces = micro_batches(labeled, parts, "labeled")

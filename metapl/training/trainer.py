@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback.inner_step import outer_batch
 from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
@@ -169,7 +171,7 @@ class BilevelTrainer(Trainer):
             self._teacher_trainer = _TeacherTrainer(self, wrapped, self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done = 0
-        self._derivatives_checked = False
+        self._looked_closer = False
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
@@ -186,7 +188,7 @@ class BilevelTrainer(Trainer):
 
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
-        labeled, unlabeled = self.problem.outer_batch(labeled), plain_inner(unlabeled)
+        labeled, unlabeled = outer_batch(self.problem, labeled), plain_inner(unlabeled)
         with self._guard(labeled, unlabeled) as fault:
             with self._autocast(), self.compiled():
                 path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
@@ -195,6 +197,7 @@ class BilevelTrainer(Trainer):
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())
+                report = self._report(path, known, feedback, objectives, unlabeled, fault)
             if self._teacher_trainer is not None:
                 self._teacher_trainer.clip()
             with self._both_or_none(first=path.student.first):
@@ -205,7 +208,7 @@ class BilevelTrainer(Trainer):
                 layout.agree_on_buffers()
             self.mode_state = mode_state
             self.steps_done += 1
-            return self._report(path, known, feedback, objectives, unlabeled, fault)
+            return report
 
     @contextmanager
     def _both_or_none(self, *, first: bool) -> Iterator[None]:
@@ -258,9 +261,9 @@ class BilevelTrainer(Trainer):
             unlabeled=unlabeled,
             teach=teach,
             parts=self.accumulate,
-            check_derivatives=not self._derivatives_checked,
+            first=not self._looked_closer,
         )
-        self._derivatives_checked = True
+        self._looked_closer = True
         return path, teacher_steps
 
     def _teacher_backward(
@@ -295,14 +298,16 @@ class BilevelTrainer(Trainer):
     ) -> StepReport:
         h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
         scalars = {"inner_loss": path.inner_loss, **known}
+        # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
+        signal, outputs = path.steps[-1].signal, path.steps[-1].outputs.clone()
         return StepReport(
-            self.steps_done - 1,
+            self.steps_done,
             scalars | self.ranks.mean_scalars(teacher_scalars(objectives, self.accumulate) if objectives else {}),
             fault,
             ranks=self.ranks,
             feedback=h if isinstance(unlabeled, Lookahead) else h[0],
-            signal=path.steps[-1].signal,
-            student_outputs=path.steps[-1].outputs,
+            signal=replace(signal, **{name: t.clone() for name, t in signal.fields().items()}),
+            student_outputs=outputs,
             problem=self.problem,
         )
 
