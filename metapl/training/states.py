@@ -58,7 +58,9 @@ def _faults(state: Any, own: Mapping[str, Any], optimizers: Mapping[str, Any]) -
             if type(given) is not int or given < 0:
                 yield f"its steps_done is {given!r:.60}, and no number of steps"
         elif name == "generator":
-            if given is not None and value is not None:
+            if (given is None) != (value is None):
+                yield f"its generator is {checks.described(given)}, and the trainer's is {checks.described(value)}"
+            elif value is not None:
                 yield from _tree_faults(name, given, value)
         elif name == "mode_state":
             if not isinstance(given, Mapping):
