@@ -9,7 +9,9 @@ import sys
 _SAID = re.compile(
     r"can't allocate memory|not enough memory|out of memory|MemoryError|bad_alloc|"
     r"cannot allocate memory(?! in static TLS block)|"  # the loader's own limit, whatever memory there is
-    r"failed to map segment from shared object",  # a library that is loaded
+    r"failed to map segment from shared object|"  # a library that is loaded
+    r"could not create a (primitive|memory)|"  # oneDNN
+    r"resource temporarily unavailable|can't start new thread",  # a thread's stack
     re.IGNORECASE,
 )
 

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,6 +209,16 @@ def test_a_run_of_a_gpu_is_looked_at_without_one(
 
 
 # ------------------------------------------------------------------------------------------------- predict and export
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_name_does_not_reach_a_terminal_as_it_is(
+    terminal: bool, resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a\x1b[2Jb.png")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert main(["predict", str(resnet / "run"), str(tmp_path / "a\x1b[2Jb.png")]) == 0
+    assert ("\x1b" in capsys.readouterr().out) != terminal
 
 
 def test_predict_draws_pictures_in_color(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

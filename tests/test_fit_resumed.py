@@ -135,6 +135,9 @@ NO_STATES: dict[str, tuple[Change, str]] = {
     "infinite": (at("student", "1.running_mean", value=lambda t: t + torch.inf), "running_mean has numbers that are"),
     "no number": (at("steps_done", value=lambda _: None), "its steps_done is None"),
     "Adam": (of_another(torch.optim.Adam), "is of another optimizer than SGD: .*betas"),
+    "sparse": (at("student", "4.weight", value=lambda t: t.to_sparse()), r"student\.4\.weight is a sparse_coo tensor"),
+    "int": (at("student", "4.weight", value=lambda t: t.long()), r"its student\.4\.weight is .* int64"),
+    "names": (at("optimizers", value=lambda _: [1]), "its optimizers are a list of 1"),
     "RMSprop": (of_another(torch.optim.RMSprop), "is of another optimizer than SGD: .*alpha"),
 }
 OF_OPTIMIZERS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
@@ -143,8 +146,16 @@ OF_OPTIMIZERS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "no groups": (("param_groups",), lambda groups: {}, "no state of an optimizer of torch.optim"),
     "parameters": (("param_groups", 0, "params"), lambda ids: ids[:-1], r"over groups of \[5\] parameters"),
     "shape": (("state", 0, "momentum_buffer"), lambda t: t[:2], r"state\.0\.momentum_buffer is .*\(8, 5\)"),
-    "NaN": (("state", 0, "momentum_buffer"), spoiled, r"\['momentum_buffer'\] has NaN"),
-    "rate": (("param_groups", 0, "lr"), lambda _: float("nan"), r"\['lr'\] has NaN"),
+    "NaN": (("state", 0, "momentum_buffer"), spoiled, r"momentum_buffer has numbers that are NaN"),
+    "infinite": (("state", 0, "momentum_buffer"), lambda t: t / 0, "momentum_buffer has numbers that are NaN or inf"),
+    "no buffer": (("state", 0), lambda _: {"step": 1}, r"state\.0\.momentum_buffer is of type NoneType"),
+    "no state": (("state",), lambda state: {i: state[i] for i in [*state][1:]}, "state has no 0, of which the trainer"),
+    "rate": (("param_groups", 0, "lr"), lambda _: float("nan"), r"\['lr'\] is nan; expected one such as"),
+    "infinite rate": (("param_groups", 0, "lr"), lambda _: float("inf"), r"\['lr'\] is inf; expected one such as"),
+    "negative rate": (("param_groups", 0, "lr"), lambda _: -1.0, "is refused by SGD: .*learning rate"),
+    "decay": (("param_groups", 0, "weight_decay"), lambda _: None, r"\['weight_decay'\] is None; expected"),
+    "no numbers": (("param_groups", 0, "params"), lambda ids: [[i] for i in ids], "no state of an optimizer of torch"),
+    "twice": (("param_groups", 0, "params"), lambda ids: [0] * len(ids), "number of a parameter twice"),
     "foreign": (("state", 99), lambda _: {}, "state has 99, which is no number"),
 }
 
@@ -184,6 +195,71 @@ def test_nor_is_that_of_another_optimizer(name: str, of: str, tmp_path: Path) ->
     refuse_state(stepped("one" if of == "optimizer" else "two"), at(of, *path, value=value), words, tmp_path)
 
 
+OF_ADAM: dict[str, tuple[tuple[Any, ...], Any, str]] = {
+    "no step": (("state", 0), without("step"), r"state\.0\.step is of type NoneType; expected a number"),
+    "step inf": (("state", 0, "step"), lambda t: t / 0, r"state\.0\.step has numbers that are NaN or infinite"),
+    "step below 0": (("state", 0, "step"), lambda t: -t, r"state\.0\.step has numbers below 0"),
+    "step of a shape": (("state", 0, "step"), lambda t: t.expand(2), r"state\.0\.step is a tensor of shape \(2,\)"),
+    "no mean": (("state", 0), without("exp_avg"), r"exp_avg is of type NoneType; expected the shape"),
+    "mean None": (("state", 1, "exp_avg"), lambda _: None, r"state\.1\.exp_avg is of type NoneType"),
+    "mean str": (("state", 0, "exp_avg"), lambda _: "abc", r"state\.0\.exp_avg is of type str"),
+    "mean sparse": (("state", 0, "exp_avg"), lambda t: t.to_sparse(), r"exp_avg is a sparse_coo tensor"),
+    "mean long": (("state", 0, "exp_avg"), lambda t: t.long(), r"exp_avg is .* int64"),
+    "mean inf": (
+        ("state", 0, "exp_avg"),
+        lambda t: t.double().fill_(1e300),
+        r"exp_avg has numbers that are NaN or inf",
+    ),
+    "square below 0": (("state", 0, "exp_avg_sq"), lambda t: t - 1, r"exp_avg_sq has numbers below 0"),
+    "square inf": (("state", 0, "exp_avg_sq"), lambda t: t / 0 + torch.inf, r"exp_avg_sq has numbers that are NaN or"),
+    "amsgrad": (("param_groups", 0, "amsgrad"), lambda _: True, r"max_exp_avg_sq is of type NoneType"),
+    "amsgrad str": (("param_groups", 0, "amsgrad"), lambda _: "yes", r"\['amsgrad'\] is 'yes'; expected"),
+    "rate": (("param_groups", 0, "lr"), lambda _: "abc", r"\['lr'\] is 'abc'; expected"),
+    "betas": (("param_groups", 0, "betas"), lambda _: None, r"\['betas'\] is None; expected"),
+    "beta": (("param_groups", 0, "betas"), lambda _: (0.9, 1.5), "is refused by Adam: .*beta"),
+}
+
+
+@pytest.mark.parametrize("of", ["inner", "optimizer"])
+@pytest.mark.parametrize("name", OF_ADAM)
+def test_nor_is_one_that_its_optimizer_cannot_step_from(name: str, of: str, tmp_path: Path) -> None:
+    path, value, words = OF_ADAM[name]
+
+    def adam(student: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(student.parameters(), lr=0.01)
+
+    if of == "inner":
+        trainer = stepped("two", inner=adam)
+    else:
+        model = network()
+        trainer = metapl.LossTrainer(model, optimizer=adam(model))
+        trainer.step(batches(1)[0][0], None)
+    refuse_state(trainer, at(of, *path, value=value), words, tmp_path)
+
+
+OPTIMIZERS = ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD"]
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "Adafactor"])
+def test_a_state_of_every_optimizer_is_loaded(name: str) -> None:
+    """Also one in which a parameter has no state, as nothing is learned of it."""
+
+    def built() -> Any:
+        model = network()
+        model[0].bias.requires_grad_(False)
+        return metapl.LossTrainer(model, optimizer=getattr(torch.optim, name)(model.parameters()))
+
+    first, second = built(), built()
+    (one,), _ = batches(1)
+    first.step(one, None)
+    second.load_state_dict(first.state_dict())
+    assert same(second.state_dict(), first.state_dict())
+    for trainer in (first, second):
+        torch.manual_seed(1)
+        trainer.step(one, None)
+    assert same(second.state_dict(), first.state_dict())
+
+
 def test_nor_is_a_state_without_its_teacher_or_with_another(tmp_path: Path) -> None:
     trainer = stepped("two", generator=torch.Generator())
     refuse_state(trainer, without("teacher"), "it has no teacher", tmp_path)
@@ -217,6 +293,13 @@ def test_nor_is_the_state_of_another_transform(tmp_path: Path) -> None:
         trainer, at("inner", "leaves", 0, value=lambda t: t[:2]), r"its inner\.leaves\.0 is a tensor", tmp_path
     )
     refuse_state(trainer, at("inner", "leaves", 0, value=spoiled), r"its inner\.leaves\.0 has numbers", tmp_path)
+
+
+def test_nor_are_weights_without_values() -> None:
+    trainer = stepped("one")
+    state = at("student", "4.weight", value=lambda t: t.to("meta"))(trainer.state_dict())
+    with pytest.raises(MetaplError, match=r"its student\.4\.weight is a tensor .* on meta"):
+        trainer.load_state_dict(state)
 
 
 def test_load_expects_a_path() -> None:

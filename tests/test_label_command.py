@@ -240,7 +240,11 @@ def test_pictures_that_were_replaced_are_not_gone_on_with(
         shutil.copy2(pictures / name, folder / name)
     (folder / names[1]).unlink()
     (folder / names[1]).symlink_to("nowhere")  # one that cannot be read is no other picture
+    (folder / names[2]).unlink()
+    os.mkfifo(folder / names[2])
+    capsys.readouterr()
     assert label(*command) == 1
+    assert "2 files that were labeled before cannot be read now: " in capsys.readouterr().err
     assert len(LabelStore(out)) == 60
 
 

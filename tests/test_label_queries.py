@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,8 @@ from test_labels import files
 
 from metapl import MetaplError
 from metapl.cli import main
-from metapl.labels import LabelStore, LabelWriter, layout, queries, select, statistics
+from metapl.data.images import folders
+from metapl.labels import LabelStore, LabelWriter, layout, queries, select, statistics, writer
 from metapl.labels.queries import BINS
 
 CLASSES = tuple(f"class {index}" for index in range(6))
@@ -163,6 +167,38 @@ def test_of_equally_confident_examples_those_come_first_whose_ids_do(tmp_path: P
         writer.add(list("abcdefg"), p)
     select(LabelStore(tmp_path / "store"), tmp_path / "out", per_class=3)
     assert list(LabelStore(tmp_path / "out")) == ["a", "b", "c"]
+
+
+def test_a_file_that_never_ends_is_not_compared_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a link to /proc/kmsg, which only root may open."""
+
+    class Waiting(io.BytesIO):
+        def read(self, size: int | None = -1) -> Any:
+            return super().read(size) or None
+
+    for name in ("1.png", "7.png"):
+        (tmp_path / name).write_bytes(name[:1].encode())
+    opened = folders.open_picture
+    monkeypatch.setattr(
+        folders, "open_picture", lambda path: Waiting(b"x") if str(path).endswith("1.png") else opened(path)
+    )
+    found = select(made(tmp_path / "store"), tmp_path / "out", drop_overlap=tmp_path)
+    assert (found.overlapping, found.unread) == (1, 1)
+
+
+def test_the_same_selection_gives_the_same_bytes_whenever_the_store_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = []
+    for day in (1, 2):
+        now = datetime(2026, 1, day, tzinfo=UTC)
+        monkeypatch.setattr(writer, "datetime", SimpleNamespace(now=lambda _, now=now: now))
+        select(made(tmp_path / f"{day}"), tmp_path / f"{day} selected", threshold=0.3)
+        parts.append({path.name: path.read_bytes() for path in (tmp_path / f"{day} selected").glob("part-*")})
+    assert parts[0]
+    assert parts[0] == parts[1]
 
 
 def test_overlapping_pictures_are_dropped_by_their_bytes(tmp_path: Path) -> None:

@@ -140,7 +140,13 @@ def test_what_takes_less_memory_are_flags_of_the_command(words: str, capsys: pyt
     assert [flag for flag in re.findall(r"--[a-z-]+", LESS_MEMORY[words]) if f"  {flag} " not in text] == []
 
 
+@pytest.mark.parametrize("said", ["could not create a primitive", "Resource temporarily unavailable"])
+def test_what_onednn_and_the_thread_of_autograd_say_is_taken_for_it(said: str) -> None:
+    assert out_of_memory(RuntimeError(said)) == "of this machine"
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
+    assert out_of_memory(BlockingIOError(11, "Resource temporarily unavailable")) is None
     assert out_of_memory(RuntimeError("shape '[2]' is invalid")) is None
     wrapped = MetaplError("x")
     wrapped.__cause__ = MemoryError()

@@ -18,7 +18,13 @@ from command import said
 from tiny_runs import color_folders, images_command
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from metapl import BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, PseudoLabels
 from metapl.cli import main
@@ -387,7 +393,56 @@ def test_the_settings_of_a_transform_are_known() -> None:
     assert found[0] == found[1] != found[2]
 
 
+def collated(examples: Any) -> Any:
+    return torch.utils.data.default_collate(examples)
+
+
+@pytest.mark.parametrize("name", ["weights", "replacement", "num_samples", "collate_fn", "indices"])
+def test_another_order_of_a_loader_is_refused(name: str, tmp_path: Path) -> None:
+    """Where its sampler is of the same class, or where a function of another name puts the examples together."""
+    data = TensorDataset(torch.randn(12, 4), torch.arange(12) % 2)
+    weights = [1.0, 2.0] * 6
+    loaders: dict[str, tuple[Any, Any]] = {
+        "weights": (
+            {"sampler": WeightedRandomSampler(weights, 12)},
+            {"sampler": WeightedRandomSampler(weights[::-1], 12)},
+        ),
+        "replacement": ({"shuffle": True}, {"sampler": RandomSampler(data, replacement=True)}),
+        "num_samples": ({"shuffle": True}, {"sampler": RandomSampler(data, num_samples=6)}),
+        "collate_fn": ({}, {"collate_fn": collated}),
+        "indices": ({"sampler": SubsetRandomSampler(range(6))}, {"sampler": SubsetRandomSampler(range(6, 12))}),
+    }
+
+    def fit(options: dict[str, Any], resume: bool) -> None:
+        network = nn.Linear(4, 2)
+        trainer = LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
+        trainer.fit(DataLoader(data, 4, **options), steps=2, out=tmp_path, resume=resume, progress=False)
+
+    fit(loaders[name][0], False)
+    with pytest.raises(MetaplError, match=rf"labeled\.settings\.{name} was .*allow_changes=\['labeled'\]"):
+        fit(loaders[name][1], True)
+    fit(loaders[name][0], True)
+
+
 # ------------------------------------------------------------------------------------------------------- moved folders
+
+
+@pytest.mark.parametrize("change", ["swapped", "removed"])
+def test_a_finished_run_looks_at_its_pictures_too(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = color_folders(tmp_path / "data"), tmp_path / "run"
+    said(capsys, *images_command(root), "--out", out)
+    assert "is finished already" in said(capsys, *images_command(root), "--out", out, "--resume")
+    red, blue = (next((root / "unlabeled").glob(f"{color}-*.png")) for color in ("red", "blue"))
+    kept = red.read_bytes()
+    if change == "swapped":
+        red.write_bytes(blue.read_bytes())
+        blue.write_bytes(kept)
+    else:
+        red.unlink()
+    assert main([*images_command(root), "--out", str(out), "--resume"]) == 2
+    assert "the data have changed since the run" in capsys.readouterr().err
 
 
 def test_pictures_that_moved_are_pointed_to_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

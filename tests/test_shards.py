@@ -230,6 +230,20 @@ def test_shards_that_are_not_as_written_are_written_again(pictures: Path, tmp_pa
         check_shards(out)
 
 
+def test_shards_of_pictures_that_were_replaced_are_written_again(pictures: Path, tmp_path: Path) -> None:
+    """Also where their names, sizes and times stay the same."""
+    out, files = tmp_path / "shards", sorted(pictures.rglob("*.png"))
+    files[-1].write_bytes(bytes(range(100)))
+    write_shards(pictures, out, 9)
+    before, status = bytes_of(out), files[-1].stat()
+    files[-1].write_bytes(bytes(range(100))[::-1])
+    os.utime(files[-1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    write_shards(pictures, out, 9)
+    write_shards(pictures, tmp_path / "anew", 9)
+    assert bytes_of(out) == bytes_of(tmp_path / "anew")
+    assert {name for name, data in bytes_of(out).items() if data != before[name]} == {"000002.tar", "shards.json"}
+
+
 def test_files_that_are_no_pictures_are_told_of(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

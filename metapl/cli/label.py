@@ -13,7 +13,7 @@ import tyro
 
 from metapl.cli.inputs import Network
 from metapl.cli.parse import Run, Switch
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.experiments.load_run import LoadedRun, load_run
 from metapl.labels import LabelStore, LabelWriter
@@ -36,7 +36,8 @@ class Label:
     svhn, imagenet or imagefolder as torchvision keeps them, of which the training pictures are labeled. In the store, a
     picture of a folder is called by its path there, and one of a data set by its number.
 
-    A file that cannot be read is left out, with the reason on standard error; the exit code is then 1.
+    A file that cannot be read is left out, with the reason on standard error; the exit code is then 1. So it is where
+    one cannot be read any more whose labels are in the store that is gone on with; it keeps them.
 
     Needs pip install 'metapl[labels]'.
 
@@ -87,6 +88,7 @@ class Label:
             rows_per_part=rows_per_part(len(labeled.ids)),
             resume=self.resume,
         )
+        unread: list[str] = []
         with writer:
             try:
                 write_labels(
@@ -96,6 +98,7 @@ class Label:
                     temperature=self.temperature,
                     num_workers=self.num_workers,
                     skip=lambda reason: tell(f"metapl: left out {reason}", file=sys.stderr),
+                    unread=unread.append,
                     tell_progress=True,
                 )
             except KeyboardInterrupt:
@@ -107,7 +110,10 @@ class Label:
         left_out = len(labeled.ids) - len(store)
         if left_out:
             tell(f"metapl: {left_out:,} of {len(labeled.ids):,} files left out", file=sys.stderr)
-        return 1 if left_out else 0
+        if unread:
+            files = "1 file" if len(unread) == 1 else f"{len(unread):,} files"
+            tell(f"metapl: {files} that were labeled before cannot be read now: {few(unread)}", file=sys.stderr)
+        return 1 if left_out or unread else 0
 
     def _check(self) -> None:
         if not 0 < self.temperature < math.inf:

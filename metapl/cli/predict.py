@@ -95,8 +95,9 @@ class Predict:
         count, grid = 0, PredictionGrid(classes)
         with nullcontext(CsvRows(sys.stdout)) if self.out is None else written_csv(self.out) as writer:
             writer.writerow(self._header(classes))
+            escape = shown if self.out is None and sys.stdout.isatty() else str  # a terminal obeys control characters
             for prediction in predictions(network, inputs):
-                writer.writerow(self._row(prediction, classes))
+                writer.writerow([*map(escape, self._row(prediction, classes))])
                 count += 1
                 if self.grid is not None:
                     grid.add(*prediction.best(1)[0], prediction.name, prediction.x)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from metapl.data.batches import EvaluationBatches, ExampleBatches
 from metapl.data.images.folders import Files, LabeledFiles, ask, digest
@@ -70,11 +70,29 @@ def source_record(source: Any) -> dict[str, Any]:
             "batch_size": source.batch_size,
             "drop_last": source.drop_last,
             "sampler": type(source.sampler if order is None else order).__name__,
+            "settings": _settings(source, order),
             "fingerprint": _data_set(source.dataset),
         }
     if isinstance(source, list | tuple):
         return {"batches": len(source), "fingerprint": fingerprint(list(source))}
     return {"kind": type_name(type(source)), "length": _length(source)}
+
+
+OF_SAMPLERS = ("replacement", "num_samples", "weights", "indices")
+"""What torch's samplers keep of how they draw."""
+
+
+def _settings(loader: DataLoader[Any], sampler: Any) -> dict[str, Any]:
+    """How a loader draws and what puts its examples together; a function is known by its name."""
+    collate = loader.collate_fn
+    found = {"collate_fn": getattr(collate, "__qualname__", type(collate).__qualname__)}
+    if not isinstance(sampler, DistributedSampler):  # whose numbers depend on how many processes there are
+        for name in OF_SAMPLERS:
+            value = getattr(sampler, name, None)
+            if isinstance(value, Tensor | np.ndarray | list | tuple | range):
+                value = fingerprint(value if isinstance(value, Tensor | np.ndarray) else [len(value), *_some(value)])
+            found |= {name: value} if isinstance(value, bool | int | str) else {}
+    return found
 
 
 def _images(images: Any) -> Any:

@@ -279,7 +279,12 @@ def store_labels(
 
 
 def refuse_other_pictures(
-    known: Iterable[tuple[Any, bytes]], file: Callable[[Any], str | Path | None], store: Path, *, tell_progress: bool
+    known: Iterable[tuple[Any, bytes]],
+    file: Callable[[Any], str | Path | None],
+    store: Path,
+    *,
+    tell_progress: bool,
+    unread: Callable[[str], object] = lambda path: None,
 ) -> None:
     """Refuse labels of pictures that were replaced under their names.
 
@@ -288,6 +293,7 @@ def refuse_other_pictures(
         file: gives the file of an id; None: it is not compared. Nor is one that cannot be read, which whoever wants its
             picture says.
         store: that has the labels.
+        unread: takes the path of each file that cannot be read.
 
     Cost: one reading of every file: for a million of 100 KB some four minutes of a local disk, and no decoding.
     """
@@ -295,8 +301,11 @@ def refuse_other_pictures(
     with counting("comparing pictures with those that were labeled", tell_progress) as update:
         for count, (name, content) in enumerate(known, 1):
             path = file(name)
-            if path is not None and (ask(digest, str(path)) or content)[:DIGEST_BYTES] != content:
+            found = None if path is None else ask(digest, str(path))
+            if found is not None and found[:DIGEST_BYTES] != content:
                 others.append(name)
+            elif path is not None and found is None:
+                unread(str(path))
             update(count)
     if others:
         raise MetaplError(
@@ -313,6 +322,7 @@ def write_labels(
     temperature: float = 1.0,
     num_workers: int = 0,
     skip: Callable[[str], None] = lambda reason: None,
+    unread: Callable[[str], object] = lambda path: None,
     tell_progress: bool = False,
 ) -> None:
     """Write softmax(network(x) / temperature) of every picture behind those that the writer has.
@@ -326,6 +336,7 @@ def write_labels(
         temperature: above 0.
         num_workers: processes that read pictures; it changes nothing but the speed.
         skip: takes the reason of each file that is left out.
+        unread: takes the path of each file that cannot be read, and of which the writer has labels.
         tell_progress: show how far it is on standard error.
 
     Raises:
@@ -339,6 +350,7 @@ def write_labels(
         lambda name: labeled.pictures.file(bisect_left(ids, name)),
         writer.folder,
         tell_progress=tell_progress,
+        unread=unread,
     )
     if writer.complete:
         return

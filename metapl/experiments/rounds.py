@@ -6,7 +6,6 @@ stopped.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +117,7 @@ class Rounds:
                     **self._measured(number - 1, teacher),
                 },
                 "store": (place / LABELS).relative_to(self.folder).as_posix(),
-                "store_sha256": _content(labels),
+                "store_sha256": labels.sha256,
                 "threshold": None if self.any_class else self.threshold(labels),
                 "unlabeled": selection.rows,
                 "unsure": selection.unsure,
@@ -234,11 +233,6 @@ class Rounds:
 
 def _picked(images: Tensor | Images, positions: Tensor) -> Tensor | Images:
     return images[positions] if isinstance(images, Tensor) else images.select(positions)
-
-
-def _content(store: LabelStore) -> str:
-    """SHA-256 of a store's labels, from the checksums of its parts; its description holds a time and is left out."""
-    return hashlib.sha256("".join(part.sha256 for part in store.parts).encode()).hexdigest()
 
 
 def _stored_labels(store: LabelStore) -> tuple[Tensor, Tensor, Tensor]:

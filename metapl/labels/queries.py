@@ -17,10 +17,9 @@ from metapl.cores import available_cores
 from metapl.data.images.folders import Progress, ask, digest, scan_unlabeled
 from metapl.errors import MetaplError, reason_of
 from metapl.labels import layout
-from metapl.labels.layout import DESCRIPTION, DIGEST_BYTES
+from metapl.labels.layout import DIGEST_BYTES
 from metapl.labels.store import LabelStore, is_text
 from metapl.labels.writer import LabelWriter
-from metapl.plain_files import read_plain
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -254,7 +253,7 @@ def select(
     overlap, unread = (None, 0) if drop_overlap is None else _digests(drop_overlap)
     asked = {
         "of_rows": len(store),
-        "of_store_sha256": hashlib.sha256(read_plain(store.folder / DESCRIPTION)).hexdigest(),
+        "of_store_sha256": store.sha256,
         "threshold": threshold,
         "per_class": per_class,
         "any_class": any_class,

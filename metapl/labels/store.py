@@ -107,6 +107,11 @@ class LabelStore:
         vars(self).update(state)
         self._forget()
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the labels, from the checksums of the parts; when they were written is left out."""
+        return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
+
     def __len__(self) -> int:
         """Number of rows, each of another example."""
         return int(self._starts[-1])

@@ -12,18 +12,10 @@ from torch.utils import _pytree as pytree
 from metapl import checks
 from metapl.distributed.shards import local
 from metapl.errors import MetaplError, few
+from metapl.training.optimizer_states import is_like, optimizer_faults
 
 SINCE = ("lookahead", "optimizers")
 """Entries that states of earlier versions do not have."""
-
-OF_VERSIONS = {
-    "params", "foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay", "initial_lr",
-    "param_names",
-}  # fmt: skip
-"""Settings that an optimizer of the same class has in some versions of torch, or beside a schedule of torch's own."""
-
-AS_WEIGHTS = ("momentum_buffer", "exp_", "max_exp_")
-"""What the names of those entries of an optimizer's state begin with that have a parameter's shape."""
 
 
 def check_state(trainer: str, state: Any, own: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
@@ -53,17 +45,22 @@ def _faults(state: Any, own: Mapping[str, Any], optimizers: Mapping[str, Any]) -
         yield f"it is {checks.described(state)}, and no dict with {', '.join(own)}"
         return
     yield from _other_names("it", state, [name for name in own if name not in SINCE], own)
-    names = state.get("optimizers", {})
+    names = state.get("optimizers")
+    if not isinstance(names, Mapping | None):
+        yield f"its optimizers are {checks.described(names)}, and no dict of the names of classes"
+        return
     for name, value in own.items():
         given = state.get(name)
         if name in optimizers:
             is_of = None if names is None else names.get(name)
-            yield from _optimizer_faults(name, given, optimizers[name], is_of, any_class=names is None)
+            yield from optimizer_faults(name, given, optimizers[name], is_of, any_class=names is None)
         elif name == "steps_done":
             if type(given) is not int or given < 0:
                 yield f"its steps_done is {given!r:.60}, and no number of steps"
         elif name == "generator":
-            if given is not None and value is not None:
+            if (given is None) != (value is None):
+                yield f"its generator is {checks.described(given)}, and the trainer's is {checks.described(value)}"
+            elif value is not None:
                 yield from _tree_faults(name, given, value)
         elif name == "mode_state":
             if not isinstance(given, Mapping):
@@ -98,47 +95,10 @@ def _tree_faults(where: str, given: Any, own: Any) -> Iterator[str]:
         for i, (one, value) in enumerate(zip(given, own, strict=True)):
             yield from _tree_faults(f"{where}.{i}", one, value)
     elif isinstance(own, Tensor):
-        if not isinstance(given, Tensor) or given.shape != own.shape or given.is_complex() != own.is_complex():
+        if not is_like(given, own):
             yield f"its {where} is {checks.described(given)}; expected {checks.described(own)}"
-        elif not _finite(given) and _finite(own):
+        elif not _finite(local(given).to(own.dtype)) and _finite(own):
             yield f"its {where} has numbers that are NaN or infinite"
-
-
-def _optimizer_faults(where: str, given: Any, optimizer: Any, is_of: str | None, any_class: bool) -> Iterator[str]:
-    kind = type(optimizer).__name__
-    if not isinstance(given, Mapping) or not isinstance(given.get("state"), Mapping) or not _are_groups(given):
-        yield f"its {where} is {checks.described(given)}, and no state of an optimizer of torch.optim"
-        return
-    if is_of not in (None, kind):
-        yield f"its {where} is of an optimizer {is_of}, and the trainer's is {kind}"
-    groups, own = given["param_groups"], optimizer.param_groups
-    sizes, own_sizes = ([len(group["params"]) for group in of] for of in (groups, own))
-    if sizes != own_sizes:
-        yield f"its {where} is of an optimizer over groups of {sizes} parameters, and the trainer's are {own_sizes}"
-        return
-    for group, own_group in () if any_class else zip(groups, own, strict=True):
-        other = (group.keys() ^ own_group.keys()) - OF_VERSIONS
-        if other:
-            yield f"its {where} is of another optimizer than {kind}: {few(sorted(other))} is in one of them alone"
-    numbers = [i for group in groups for i in group["params"]]
-    parameters = dict(zip(numbers, [p for group in own for p in group["params"]], strict=True))
-    for i, values in given["state"].items():
-        if i not in parameters or not isinstance(values, Mapping):
-            yield f"its {where}.state has {i!r:.60}, which is no number of one of its parameters"
-            return
-        for name, value in values.items():
-            as_weight = isinstance(value, Tensor) and str(name).startswith(AS_WEIGHTS)
-            if as_weight and value.shape != parameters[i].shape:
-                shape = tuple(parameters[i].shape)
-                yield f"its {where}.state.{i}.{name} is {checks.described(value)}; expected the shape {shape}"
-    yield from _nan(where, given)
-
-
-def _are_groups(state: Mapping[str, Any]) -> bool:
-    groups = state.get("param_groups")
-    return isinstance(groups, list) and all(
-        isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups
-    )
 
 
 def _nan(where: str, tree: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 from collections import Counter
@@ -203,8 +204,13 @@ class Count:
 
 def digest(path: str) -> bytes:
     """SHA-256 of a file's bytes."""
+    whole, data = hashlib.sha256(), b""
     with open_picture(path) as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        while data := file.read(2**20):
+            whole.update(data)
+    if data is None:  # /proc has files that never end, and hashlib.file_digest would wait for ever
+        raise BlockingIOError(errno.EAGAIN, "it waits for bytes that are still to come", path)
+    return whole.digest()
 
 
 def ask(question: Callable[[str], T], path: str) -> T | None:

@@ -36,7 +36,7 @@ def write_shards(
     Args:
         folder: of pictures, as for ``scan_unlabeled``: any tree.
         out: folder of the shards; made if need be. Those that were written before are kept where they have their
-            checksums, and written again where not.
+            checksums and the bytes of the pictures, and written again where not.
         per_shard: pictures of a shard.
         progress: called with the number of pictures done.
         no_picture: called with the path of each file that is no picture that can be read, by its header. It is copied,
@@ -48,7 +48,7 @@ def write_shards(
     pictures give the same bytes. A shard gets its name when it is whole.
 
     Cost: one reading and one writing of every picture, and no more memory than the largest of them; one reading of
-    each shard that is there.
+    each shard that is there, and of its pictures.
 
     Raises:
         MetaplError: a picture cannot be read; ``out`` holds something else, lies in the folder, or cannot be written.
@@ -71,7 +71,7 @@ def write_shards(
             manifest = _begun(out, Manifest(listing.hexdigest(), len(files), per_shard))
             for number in range(manifest.total):
                 rows = range(number * per_shard, min((number + 1) * per_shard, len(files)))
-                if number >= len(manifest.shards) or not _is_whole(out, manifest.shards[number]):
+                if number >= len(manifest.shards) or not _is_of(files, rows, out, manifest.shards[number]):
                     manifest = _write_one(files, rows, out, number, manifest, no_picture)
                 if progress is not None:
                     progress(rows.stop)
@@ -144,6 +144,14 @@ def _begun(out: Path, wanted: Manifest) -> Manifest:
 def _is_whole(folder: Path, shard: ShardFile) -> bool:
     path = folder / shard.file
     return path.is_file() and path.stat().st_size == shard.bytes and digest(str(path)).hex() == shard.sha256
+
+
+def _is_of(files: Files, rows: range, folder: Path, shard: ShardFile) -> bool:
+    """Whether a shard is whole, and has the pictures as they are now."""
+    in_tar = (f"{folder / shard.file}/{files.names[row]}" for row in rows)
+    return _is_whole(folder, shard) and all(
+        ask(digest, str(files.path(row))) == ask(digest, inside) for row, inside in zip(rows, in_tar, strict=True)
+    )
 
 
 def _write_one(
