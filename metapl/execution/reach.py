@@ -84,10 +84,10 @@ def stranger(
             continue
         seen.add(node)
         leaf: Tensor | None = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in allowed and (made is None or memory_of(leaf) not in made.memory):
-            if not parameters_alone or isinstance(leaf, nn.Parameter):
-                return leaf
-        edges.extend(node.next_functions)
+        if leaf is None or id(leaf) in allowed or (made is not None and memory_of(leaf) in made.memory):
+            edges.extend(node.next_functions)
+        elif not parameters_alone or isinstance(leaf, nn.Parameter):
+            return leaf
     return None
 
 

@@ -40,6 +40,7 @@ from metapl.execution.kernels import (
     only_math_attention,
 )
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss
+from metapl.execution.reach import Made
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import Watch, weights_watched
 from metapl.numerics import Tree, full_float32, wide_tree
@@ -83,7 +84,7 @@ class ShardedStudent(LocalStudent):
         """The rank's parts of the weights are compared: a block's gathered weights come and go."""
         return weights_watched([("", self.params, frozenset(self.params))], "student", looking=False)
 
-    def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any) -> None:
+    def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None) -> None:
         """Nothing: the gathered weights that the graph begins at come and go."""
 
     def formats(self) -> list[torch.dtype]:
