@@ -409,7 +409,7 @@ class FitRun:
             with suppress(Exception):
                 self.trainer.load_state_dict(before)
             if isinstance(error, MetaplError):
-                raise
+                raise MetaplError(f"{file}: {error}") from error
             raise _unfit(file, error) from error
         self.records.saved_at = file
         self.resumed_from = state["step"], file

@@ -126,7 +126,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, Tensor):
         plain = value.dim() == 0 and not value.is_meta and not value.is_complex() and value.dtype != torch.bool
         return float(value) if plain else None
-    return float(value) if isinstance(value, Real) and type(value) is not bool else None
+    return None if isinstance(value, bool) or not isinstance(value, Real) else float(value)
 
 
 def _entry_faults(
