@@ -427,24 +427,6 @@ def test_another_order_of_a_loader_is_refused(name: str, tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------------- moved folders
 
 
-@pytest.mark.parametrize("change", ["swapped", "removed"])
-def test_a_finished_run_looks_at_its_pictures_too(
-    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root, out = color_folders(tmp_path / "data"), tmp_path / "run"
-    said(capsys, *images_command(root), "--out", out)
-    assert "is finished already" in said(capsys, *images_command(root), "--out", out, "--resume")
-    red, blue = (next((root / "unlabeled").glob(f"{color}-*.png")) for color in ("red", "blue"))
-    kept = red.read_bytes()
-    if change == "swapped":
-        red.write_bytes(blue.read_bytes())
-        blue.write_bytes(kept)
-    else:
-        red.unlink()
-    assert main([*images_command(root), "--out", str(out), "--resume"]) == 2
-    assert "the data have changed since the run" in capsys.readouterr().err
-
-
 def test_pictures_that_moved_are_pointed_to_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, moved, out = color_folders(tmp_path / "before"), tmp_path / "after", tmp_path / "run"
     said(capsys, *images_command(root), "--out", out)

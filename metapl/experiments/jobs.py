@@ -22,7 +22,7 @@ import torch
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.experiments.experiment import Experiment
-from metapl.experiments.store import describe, stored_result
+from metapl.experiments.store import describe, places, stored_result
 from metapl.recipes.base import Recipe
 from metapl.runs.folder import RunFolder
 from metapl.words import tell
@@ -75,7 +75,8 @@ class Job:
             experiment = Experiment(self.recipe, folder, self.resume and folder.exists, progress, say, mesh or Mesh())
             if self.finished:
                 result = stored_result(folder)
-                experiment.record(self.recipe.task())  # are the data the same?
+                if folder.places() != places(self.recipe):  # the data have moved: are they the same?
+                    experiment.record(self.recipe.task())
                 return result
             return experiment.run(self.method)
 

@@ -12,7 +12,7 @@ from metapl.recipes import RECIPES, ImageFolders, TwoMoons, from_dict
 from metapl.recipes.base import Recipe
 from metapl.recipes.methods import EVERY_METHOD
 from metapl.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
-from metapl.runs.folder import WEIGHTS, RunFolder
+from metapl.runs.folder import PLACES, WEIGHTS, RunFolder
 from metapl.typed import misfit, misfit_entries
 
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method", "steps", "best_step")
@@ -54,6 +54,11 @@ DATA: dict[str, Any] = {
 def describe(recipe: Recipe, **run_by: Any) -> dict[str, Any]:
     """A recipe as plain values, with its name and how it is run."""
     return {"name": recipe.name, **run_by, "fields": dataclasses.asdict(recipe)}
+
+
+def places(recipe: Recipe) -> dict[str, Any]:
+    """Where the data of a recipe lie, by the names of its fields."""
+    return {name: getattr(recipe, name) for name in PLACES if hasattr(recipe, name)}
 
 
 def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:

@@ -110,6 +110,11 @@ class RunFolder:
                 self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
             yield
 
+    def places(self) -> dict[str, Any]:
+        """Where the data of the run in the folder lie, by the names of the recipe's fields."""
+        fields: dict[str, Any] = self._description()["recipe"].get("fields", {})
+        return {name: fields[name] for name in PLACES if name in fields}
+
     def relocate(self, fields: Mapping[str, Any]) -> None:
         """Note where the data lie now; ``fields`` are those of the run's recipe."""
         content = self._description()
