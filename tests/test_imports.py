@@ -14,7 +14,7 @@ import metapl
 PACKAGE = Path(metapl.__file__).parent
 
 LEVELS = (
-    ("errors", "cores", "fingerprints", "memory", "parts", "plain_files", "typed", "words"),
+    ("errors", "cores", "fingerprints", "memory", "parts", "plain_files", "signals", "typed", "words"),
     ("runs",),
     ("batch", "checks", "device", "distributed", "numerics", "models"),
     ("execution", "problems", "updates"),

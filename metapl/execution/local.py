@@ -199,7 +199,8 @@ class LocalStudent:
 
     def watched(self, *, replay: bool) -> AbstractContextManager[Watch | None]:
         """Refuse a pass that moves the weights, before it does where passes are looked at."""
-        looking = self.looking and not runs_compiled(self.module)
+        # PyTorch's forward-mode rules of some operators fail in a dispatch mode; that pass has copies of the weights.
+        looking = self.looking and not runs_compiled(self.module) and forward_ad._current_level < 0
         return weights_watched(self.slots.by_part, "student", looking=looking, replay=replay)
 
     def backward_watched(self) -> AbstractContextManager[Watch | None]:
@@ -263,8 +264,9 @@ class Pass:
         student.refuse_strangers(outputs, self._at, inputs, made)
         self.after = RandomState.now(student.device)
         self.narrowed, self.cut = (frozenset(), False) if watch is None else (frozenset(watch.narrowed), watch.cut)
-        if student.first and watch is not None and student.ranks.alone:  # processes exchange by Functions of their own
-            self.cut = self.cut or has_own_functions([outputs])
+        # Processes exchange by Functions of their own.
+        looked_into = student.first and watch is not None and student.ranks.alone
+        self.own_functions = looked_into and has_own_functions([outputs])
         self.rounded_to = coarsest([outputs.dtype, *self.narrowed, *student.formats()], student.device)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
@@ -337,7 +339,7 @@ class Pass:
             explained(),
             constant_without_gradient(),
         ):
-            duals = {name: forward_ad.make_dual(p, w[name]) for name, p in self.params.items() if name in w}
+            duals = {name: forward_ad.make_dual(p.clone(), w[name]) for name, p in self.params.items() if name in w}
             with self._again(self.student.held_at(duals)):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
             check_outputs(outputs, self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs, self.student.ranks)
