@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 from pathlib import Path
@@ -148,6 +149,7 @@ def test_a_comparison_that_is_stopped_and_moved_ends_as_one_that_was_not(whole: 
     phases: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
 
+        @functools.wraps(fit)
         def fitted(self: Any, *given: Any, **named: Any) -> Any:
             phases.append(named["phase"])
             if phases.count("round-0") == 2:

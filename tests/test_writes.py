@@ -701,7 +701,7 @@ def test_writes_in_a_replay_alone(mode: str) -> None:
     problem = case(InAReplay(WRITES["data"]), torch.float64)
     trainer = metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode])
     before = state_of(problem.teacher, problem.student)
-    with pytest.raises(MetaplError, match=r"the student writes to its parameter body\.weight"):
+    with pytest.raises(MetaplError, match=r"writes to its parameter body\.weight|does not return the same outputs"):
         trainer.step(**problem.data())
     assert len(counts) == 3
     assert alike(before, state_of(problem.teacher, problem.student))
