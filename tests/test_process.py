@@ -114,7 +114,7 @@ def test_commands_that_have_four_mebibytes_say_so(tiny: Path, tmp_path: Path) ->
         ended.stderr.splitlines()[-3:], ("give fewer --seeds", "close other", "close other"), strict=True
     ):
         assert told.startswith(f"metapl: the memory of this machine does not suffice; {mend}")
-    assert not (tmp_path / "out").exists()
+    assert not [*(tmp_path / "out").glob("*")]  # an empty folder may stay where there is no memory to remove it
 
 
 def test_a_program_that_is_not_exported_for_memory_is_told_by_it(

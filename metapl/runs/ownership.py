@@ -39,7 +39,11 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
         MetaplError: somebody else owns the folder; it cannot be made or locked.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    file, is_new = _taken(folder)
+    try:
+        file, is_new = _taken(folder)
+    except BaseException:
+        _remove_empty(made)
+        raise
     try:
         there = {*os.listdir(folder)} - ({LOCK} if is_new else set())
         try:
@@ -52,10 +56,15 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
     finally:
         if not leaves_lock:
             with suppress(OSError, MemoryError):  # on Windows it cannot be removed while it is open
-                (folder / LOCK).unlink()
-                for place in made:  # where nothing was written to it, and there was no memory to list it
-                    place.rmdir()
+                (folder / LOCK).unlink(missing_ok=True)
+            _remove_empty(made)  # where nothing was written to it, and there was no memory to list it
         file.close()
+
+
+def _remove_empty(folders: Collection[Path]) -> None:
+    with suppress(OSError, MemoryError):
+        for folder in folders:
+            os.rmdir(folder)
 
 
 def _taken(folder: Path) -> tuple[IO[bytes], bool]:
