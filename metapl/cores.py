@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+from contextlib import suppress
+from pathlib import Path
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def available_cores() -> int:
@@ -11,10 +16,19 @@ def available_cores() -> int:
     >>> 1 <= available_cores() <= os.cpu_count()
     True
     """
-    from joblib import cpu_count
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(cores, _limit() or cores)
 
-    found: int = cpu_count()
-    return found
+
+def _limit() -> int | None:
+    """The cores' worth of time that a container has, rounded up: by version 2 of control groups, then by version 1."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = map(int, " ".join((CONTROL_GROUPS / name).read_text() for name in names).split())
+            if quota > 0 and period > 0:
+                return math.ceil(quota / period)
+    return None
 
 
 def default_threads() -> int:

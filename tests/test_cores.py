@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import joblib
 import pytest
 import torch
 
@@ -43,9 +42,27 @@ def test_cores_are_those_that_the_process_may_use() -> None:
     assert threads(", ".join(map(str, allowed))) == [available_cores()] * 2
 
 
-def test_a_limit_of_the_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joblib.externals.loky.backend.context, "_cpu_count_cgroup", lambda cores: 1)
-    assert available_cores() == 1
+@pytest.mark.parametrize(
+    ("file", "quota", "expected"),
+    [
+        ("cpu.max", "150000 100000\n", 2),
+        ("cpu.max", "max 100000\n", 8),
+        ("cpu.max", "9900000 100000\n", 8),
+        ("cpu/cpu.cfs_quota_us", "50000\n", 1),
+        ("cpu/cpu.cfs_quota_us", "-1\n", 8),
+    ],
+)
+def test_a_limit_of_the_container_counts(
+    file: str, quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(quota)
+    (tmp_path / "cpu").mkdir(exist_ok=True)
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    monkeypatch.setattr("metapl.cores.CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert available_cores() == expected
 
 
 @pytest.mark.parametrize(("given", "expected"), [("3", 3), ("4,2", 4), ("0", 7), ("many", 7), ("", 7)])

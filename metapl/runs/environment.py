@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ def environment() -> dict[str, Any]:
     return {
         "metapl": version("metapl"),
         "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "torchopt": version("torchopt"),
+        "torchvision": _version("torchvision"),
+        "torchopt": _version("torchopt"),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": _processor(),
@@ -27,6 +27,14 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
     }
+
+
+def _version(package: str) -> str | None:
+    """Of a package that the library itself does without."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

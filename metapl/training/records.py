@@ -56,19 +56,24 @@ class Records:
                 say(f"{self.metrics.file} is missing: it begins again after step {start:,}, without earlier rows")
             self.metrics.cut(self.phase, start)
             self.history = [_numbers(row) for row in self.metrics.rows(self.phase)]
-            # A folder per phase: TensorBoard drops the steps after a restart from every curve in a folder.
-            events = Events(self.out.path / "tensorboard" / self.phase, start)
-        with events as self.events:
+            try:
+                # A folder per phase: TensorBoard drops the steps after a restart from every curve in a folder.
+                events = Events(self.out.path / "tensorboard" / self.phase, start)
+            except ImportError:
+                events = None
+                say("TensorBoard is not installed: the rows are in metrics.jsonl alone")
+        with events or nullcontext() as self.events:
             yield
 
     def row(self, row: dict[str, float]) -> None:
         """Keep the numbers of a step."""
         self.history.append(row)
-        if self.metrics is None or self.events is None:
+        if self.metrics is None:
             return
         with self._writing():
             self.metrics.add({"phase": self.phase, **{name: _plain(value) for name, value in row.items()}})
-            self.events.scalars(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
+            if self.events is not None:
+                self.events.scalars(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
 
     def counts(self, step: int, counts: dict[str, list[int]]) -> None:
         """Keep the histograms of a step."""
@@ -86,10 +91,11 @@ class Records:
 
     def flush(self) -> None:
         """Bring rows and events to the disk: what is older than a checkpoint is not written again."""
-        if self.metrics is None or self.events is None:
+        if self.metrics is None:
             return
         with self._writing():
-            self.events.flush()
+            if self.events is not None:
+                self.events.flush()
             self.metrics.sync()
 
     def newest(self, say: Say, read_folder: Callable[[Path], dict[str, Any]]) -> checkpoint.Found | None:
