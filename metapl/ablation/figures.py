@@ -8,6 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+SETTINGS = {
+    "epsilon": "step size of the finite difference, over a typical weight",
+    "temperature": "temperature of the pseudo-labels",
+    "batch_size": "examples in the unlabeled batch",
+}
+"""What is varied, by its key in the results."""
+
 
 @dataclass(frozen=True)
 class Distance:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from metapl.ablation.figures import Distance, ModeCost, Outcome, Sweep, Trainings, spread
-from metapl.report.ablation import SETTINGS
+from metapl.ablation.figures import SETTINGS, Distance, ModeCost, Outcome, Sweep, Trainings, spread
 from metapl.words import table
 
 WIDTH = 80

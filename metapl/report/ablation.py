@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metapl.ablation.figures import SETTINGS
 from metapl.report.canvas import blank_page, drawing, write_page
 from metapl.report.style import INK, PALETTE, QUIET
 from metapl.report.text import wrap
@@ -22,13 +23,6 @@ WIDTH = 12.0
 
 TAKEN, OTHER, CONTROL = PALETTE[0], "#9DB8CC", "#D0D0D0"
 """The mode that is recommended, the other modes, altered feedback."""
-
-SETTINGS = {
-    "epsilon": "step size of the finite difference, over a typical weight",
-    "temperature": "temperature of the pseudo-labels",
-    "batch_size": "examples in the unlabeled batch",
-}
-"""What is varied, by its key in the results."""
 
 Figures = Mapping[str, Any]
 
