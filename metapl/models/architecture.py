@@ -11,7 +11,7 @@ from torch import nn
 
 from metapl.errors import MetaplError
 from metapl.models import own, timm_models, torchvision_models
-from metapl.models.family import Family
+from metapl.models.family import Family, Sizes
 from metapl.models.weights import load_weights
 from metapl.words import did_you_mean
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(Sizes):
     """A network's name and sizes: a plain value, to stand in a recipe or beside exported weights.
 
     Args:
@@ -44,13 +44,6 @@ class Architecture:
     >>> Architecture(name="small_cnn", num_classes=10, in_channels=1).create().head.out_features
     10
     """
-
-    name: str
-    num_classes: int
-    dropout: float = 0.0
-    stochastic_depth: float = 0.0
-    in_channels: int = 3
-    image_size: int | None = None
 
     def __post_init__(self) -> None:
         family = self.family

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
 
-if TYPE_CHECKING:
-    from metapl.models.architecture import Architecture
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The name and the sizes of a network; its fields are those of :class:`metapl.models.Architecture`."""
+
+    name: str
+    num_classes: int
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    in_channels: int = 3
+    image_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +35,8 @@ class Family:
     """
 
     library: str
-    build: Callable[[Architecture], nn.Module]
-    code: Callable[[Architecture], list[str]]
+    build: Callable[[Sizes], nn.Module]
+    code: Callable[[Sizes], list[str]]
     heads: Callable[[nn.Module], tuple[str, ...]]
     dropout: bool = False
     stochastic_depth: bool = False
@@ -51,12 +57,3 @@ class PooledFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.dropout(self.pool(self.features(images)).flatten(1)))
         return logits
-
-
-def check_numbers(name: str, dropout: float, example: str, **sizes: int) -> None:
-    """Refuse sizes below 1 and a dropout that is not a probability."""
-    if min(sizes.values()) < 1:
-        *given, last = (f"{field} {size}" for field, size in sizes.items())
-        raise MetaplError(f"{name} got {', '.join(given)} and {last}; expected each to be 1 or more: {example}")
-    if not 0.0 <= dropout < 1.0:
-        raise MetaplError(f"{name} got dropout {dropout}; expected a probability in [0, 1): dropout=0.3, say")

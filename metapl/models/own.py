@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
-from metapl.models.family import Family
+from metapl.models.family import Family, Sizes
 from metapl.models.pooled_cnn import pooled_cnn
 from metapl.models.small_cnn import small_cnn
 from metapl.models.wide_resnet import wide_resnet
 
-if TYPE_CHECKING:
-    from metapl.models.architecture import Architecture
-
 _WIDTHS = {"wide_resnet28_2": 2, "wide_resnet28_10": 10}
 
 
-def _build(a: Architecture) -> nn.Module:
+def _build(a: Sizes) -> nn.Module:
     if a.name == "pooled_cnn":
         return pooled_cnn(a.num_classes, in_channels=a.in_channels, dropout=a.dropout, image_size=a.image_size)
     if a.name == "small_cnn":
@@ -25,7 +20,7 @@ def _build(a: Architecture) -> nn.Module:
     return wide_resnet(28, _WIDTHS[a.name], a.num_classes, dropout=a.dropout, in_channels=a.in_channels)
 
 
-def _code(a: Architecture) -> list[str]:
+def _code(a: Sizes) -> list[str]:
     channels = f", in_channels={a.in_channels}" * (a.in_channels != 3)
     size = f", image_size={a.image_size}" * (a.name == "pooled_cnn" and a.image_size is not None)
     return [f'model = metapl.models.create("{a.name}", num_classes={a.num_classes}{channels}{size})']

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metapl.models.family import PooledFeatures, check_numbers
+from metapl.models.family import PooledFeatures
+from metapl.models.sizes import check_numbers
 
 
 class _ConvNorm(nn.Module):

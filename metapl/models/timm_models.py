@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from metapl.errors import MetaplError, require_extra
-from metapl.models.family import Family
-
-if TYPE_CHECKING:
-    from metapl.models.architecture import Architecture
+from metapl.models.family import Family, Sizes
 
 _OWN_NAMES = {"drop_rate": "dropout", "drop_path_rate": "stochastic_depth", "in_chans": "in_channels"}
 """What timm's arguments are called here."""
 
 
-def _build(a: Architecture) -> nn.Module:
+def _build(a: Sizes) -> nn.Module:
     return _made(a)[0]
 
 
-def _made(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
+def _made(a: Sizes) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and the arguments that timm took for it."""
     require_extra("timm", f"{a.name} needs", "timm")
     import timm
@@ -47,7 +44,7 @@ def _made(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
                 raise
 
 
-def _fields(a: Architecture) -> dict[str, Any]:
+def _fields(a: Sizes) -> dict[str, Any]:
     """The arguments for timm: only what differs from its defaults, for not every network takes every argument."""
     fields: dict[str, Any] = {"num_classes": a.num_classes}
     fields |= {"in_chans": a.in_channels} if a.in_channels != 3 else {}
@@ -57,7 +54,7 @@ def _fields(a: Architecture) -> dict[str, Any]:
     return fields
 
 
-def _code(a: Architecture) -> list[str]:
+def _code(a: Sizes) -> list[str]:
     """A line that needs timm alone; noise is left out, for it acts in training only and has no weights."""
     with torch.device("meta"):
         _, fields = _made(a)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.models.family import Family
-
-if TYPE_CHECKING:
-    from metapl.models.architecture import Architecture
+from metapl.models.family import Family, Sizes
 
 _KEEPING_STAGES = (2, 3)
 """The stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32."""
@@ -55,14 +52,14 @@ class _DroppedLinear(nn.Linear):
         return super().forward(self.dropout(x))
 
 
-def _build_resnet(a: Architecture) -> nn.Module:
+def _build_resnet(a: Sizes) -> nn.Module:
     module = _make(a.name, num_classes=a.num_classes)
     if a.dropout > 0:
         module.fc = _DroppedLinear(module.fc.in_features, a.num_classes, a.dropout)  # type: ignore[arg-type,union-attr]
     return _with_channels(module, "conv1", a.in_channels)
 
 
-def _build_efficientnet(a: Architecture) -> nn.Module:
+def _build_efficientnet(a: Sizes) -> nn.Module:
     module = _make(a.name.removesuffix("_svhn"), num_classes=a.num_classes, dropout=a.dropout)
     if a.name.endswith("_svhn"):
         for stage in _KEEPING_STAGES:
@@ -86,7 +83,7 @@ def _set_stochastic_depth(module: nn.Module, last: float) -> None:
         block.p = last * number / len(blocks)
 
 
-def _build_vit(a: Architecture) -> nn.Module:
+def _build_vit(a: Sizes) -> nn.Module:
     size = {} if a.image_size is None else {"image_size": a.image_size}
     module = _make(a.name, num_classes=a.num_classes, dropout=a.dropout, **size)
     return _with_channels(module, "conv_proj", a.in_channels)
@@ -135,7 +132,7 @@ def _like(old: nn.Conv2d, in_channels: int) -> nn.Conv2d:
     )
 
 
-def _code(a: Architecture, stem: str) -> list[str]:
+def _code(a: Sizes, stem: str) -> list[str]:
     """Lines that need torchvision alone; noise is left out, for it acts in training only and has no weights."""
     sized = a.image_size is not None and a.name.startswith("vit_")
     size = f", image_size={a.image_size}" * sized
@@ -160,7 +157,7 @@ def _code(a: Architecture, stem: str) -> list[str]:
         import torch
 
         with torch.device("meta"):
-            conv = a.create().get_submodule(stem)
+            conv = FAMILIES[a.name].build(a).get_submodule(stem)
         head, *indices = stem.split(".")
         lines.append(f"model.{head}{''.join(f'[{i}]' for i in indices)} = torch.nn.{conv}")
     return lines
