@@ -28,11 +28,10 @@ from command import metapl, unprompted
 from PIL import Image
 
 from metapl.cli import main
-from metapl.data import identity
-from metapl.data.identity import hash_files
-from metapl.data.images import verify
+from metapl.data.images import hashes, verify
 from metapl.data.images.check import check_folders
 from metapl.data.images.folders import scan_labeled, scan_unlabeled
+from metapl.data.images.hashes import hash_files
 from metapl.data.images.record import replaced_files
 from metapl.errors import MetaplError
 from metapl.experiments.settle import settled
@@ -240,7 +239,7 @@ def test_large_folders_are_known_by_names_and_sizes(tmp_path: Path, monkeypatch:
     (tmp_path / "b.png").unlink()
     for limit in ("WHOLE_UP_TO", "WHOLE_BYTES"):
         with monkeypatch.context() as patch:
-            patch.setattr(identity, limit, 0)
+            patch.setattr(hashes, limit, 0)
             first, *others = changes()
             assert first.startswith("names and sizes: ")
             assert [one == first for one in others] == [True, False, False]

@@ -24,9 +24,9 @@ from tiny_runs import color_folders, images_command
 
 from metapl.cli import main
 from metapl.data import FileImages, scan_labeled, scan_unlabeled
-from metapl.data.identity import hash_files
 from metapl.data.images import shard_writer, shards
 from metapl.data.images.check import Finding, check_folders
+from metapl.data.images.hashes import hash_files
 from metapl.data.images.shard_writer import check_shards, write_shards
 from metapl.data.images.verify import verify_files
 from metapl.errors import MetaplError

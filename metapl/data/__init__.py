@@ -1,6 +1,6 @@
 """Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
 
-from metapl.data.batches import EvaluationBatches, LabeledBatches, StepBatches, UnlabeledBatches, loader
+from metapl.data.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
 from metapl.data.feed import Feed, feed
 from metapl.data.images.check import Finding, check_folders
 from metapl.data.images.folders import Files, LabeledFiles, scan_labeled, scan_unlabeled
@@ -12,6 +12,7 @@ from metapl.data.sampler import StepSampler
 from metapl.data.sets.digits import DigitsSplit, load_digits_split
 from metapl.data.sets.torchvision_sets import PROTOCOLS, ImageData, SplitProtocol, load_image_data
 from metapl.data.splits import Split, draw_split, stratified_split
+from metapl.data.steps import StepBatches, loader
 from metapl.data.unlabeled import WithoutLabels, without_labels
 from metapl.data.views.base import Chain, Identity, View
 from metapl.data.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes

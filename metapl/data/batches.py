@@ -1,7 +1,4 @@
-"""Batches by position: item t of a data set here is the whole batch of step t, a pure function of t.
-
-A run that resumes at step t asks for item t, and nothing is replayed. That is the interface the trainer relies on: any
-object with ``__getitem__(step)`` serves it, and :func:`loader` serves the same items from worker processes.
+"""Batches of examples that are seen through views; item t is the batch of step t.
 
 A batch is made in two halves. What is fetched (bytes of images, where there are files or images in memory) can come
 from worker processes; the views can be applied on the device, so that a quarter of the bytes crosses to it.
@@ -10,76 +7,31 @@ Normalization is not a view: it belongs to the network, which sees the same numb
 
 from __future__ import annotations
 
-import signal
-import sys
-from abc import ABC, abstractmethod
+import dataclasses
+from abc import abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from metapl.data import draws
+from metapl.data.images.hashes import told
 from metapl.data.images.reader import Box
 from metapl.data.images.store import FileImages, Images, pick
 from metapl.data.sampler import StepSampler
+from metapl.data.steps import BatchT, StepBatches
 from metapl.data.views.base import View
 from metapl.errors import MetaplError
-from metapl.signals import END, is_heard
+from metapl.fingerprints import as_values, fingerprint
 
-BatchT = TypeVar("BatchT")
 Fetched = tuple[Tensor, ...]
 
 # One derived seed per role, so that no two views of one step share their draws even under one seed.
 _LABELED, _WEAK, _STRONG = range(3)
-
-
-class StepBatches(Dataset[BatchT], ABC):
-    """A map-style data set whose item t is the batch of step t.
-
-    A subclass has a field ``steps``, the number of steps or None for an endless stream, and says in :meth:`batch` what
-    step t holds, from t and its own constant fields alone. ``batches[t]`` and ``len(batches)`` follow.
-
-    Where half of the work is better done on the device, :meth:`raw` and :meth:`augment` are its halves; without them,
-    the first is all of it.
-    """
-
-    steps: int | None
-
-    @abstractmethod
-    def batch(self, step: int) -> BatchT:
-        """The batch of a step in [0, len(self))."""
-
-    def raw(self) -> StepBatches[Any]:
-        """What is fetched, for workers that leave the rest to the device; of as many steps."""
-        return self
-
-    def augment(self, step: int, fetched: Any) -> BatchT:
-        """``self[step]``, from ``self.raw()[step]`` on whatever device it is on."""
-        batch: BatchT = fetched
-        return batch
-
-    def explain(self) -> str | None:
-        """Which file workers died of, for the error about it; None where that is not what happened.
-
-        To be asked once a loader has failed, before its workers are stopped.
-        """
-        return None
-
-    def __getitem__(self, step: int) -> BatchT:
-        if step < 0:
-            raise MetaplError(f"step is {step}; expected 0 or more: batches are counted from the start of the run")
-        if step >= len(self):
-            # What ends a ``for`` loop over the data set.
-            raise IndexError(f"step is {step}, but there are {len(self)} steps")
-        return self.batch(step)
-
-    def __len__(self) -> int:
-        return sys.maxsize if self.steps is None else self.steps
 
 
 class RandomBoxes(Protocol):
@@ -117,6 +69,16 @@ class ExampleBatches(StepBatches[BatchT]):
 
     def explain(self) -> str | None:
         return _dead_workers(self.images)
+
+    def record(self) -> dict[str, Any]:
+        sampler = dataclasses.asdict(self.sampler)
+        return {
+            "examples": sampler.pop("size"),
+            **sampler,
+            "view_seed": self.seed,
+            "views": [as_values(view) for view in self.views],
+            "fingerprint": fingerprint([told(self.images), [*self.columns.values()]]),
+        }
 
     def fetch(self, step: int) -> Fetched:
         """The images of a step, once for all views or once for each crop, and then the other columns."""
@@ -345,6 +307,13 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
         """Number of batches."""
         return -(-len(self.images) // self.batch_size)
 
+    @property
+    def examples(self) -> int:
+        return len(self.labels)
+
+    def record(self) -> dict[str, Any]:
+        return {"examples": len(self.images), "fingerprint": fingerprint([told(self.images), self.labels])}
+
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         indices = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.images)))
         fetch = self.images.fetch_sound if isinstance(self.images, FileImages) else self.images.fetch
@@ -371,63 +340,3 @@ def _dead_workers(images: object) -> str | None:
             files = images.dead_readers() if isinstance(images, FileImages) else []
             break
     return f"a worker died while reading {' or '.join(map(str, files))}; remove or replace it" if files else None
-
-
-def loader(
-    batches: StepBatches[BatchT], start: int, stop: int, num_workers: int = 0, *, pin_memory: bool = False
-) -> DataLoader[BatchT]:
-    """Serve the batches of steps start, …, stop − 1 in order.
-
-    Args:
-        batches: item t is the batch of step t.
-        start: first step, 0 or more; a resumed run starts where it stopped.
-        stop: the step after the last.
-        num_workers: processes that prepare batches ahead; 0 prepares them in this one.
-        pin_memory: serve tensors in pinned memory, from which they are copied to CUDA without a wait; they must come
-            from the CPU.
-
-    Returns:
-        A loader whose items are ``batches[start]``, …, ``batches[stop - 1]``, whatever the number of workers. It leaves
-        the default random number generator alone.
-
-    Raises:
-        MetaplError: the steps are not 0 ≤ start ≤ stop ≤ len(batches), or the number of workers is negative.
-
-    >>> from metapl.data import Identity, StepSampler
-    >>> batches = UnlabeledBatches(torch.rand(10, 2), StepSampler(10, 4, seed=0), Identity(), None, seed=0)
-    >>> [bool((x == batches[t]).all()) for t, x in enumerate(loader(batches, 5, 8), start=5)]
-    [True, True, True]
-    """
-    if not 0 <= start <= stop <= len(batches):
-        raise MetaplError(
-            f"loader got steps {start} to {stop} of {len(batches)}; expected 0 <= start <= stop <= len(batches): "
-            "a stream without an end has steps=None"
-        )
-    if num_workers < 0:
-        raise MetaplError(f"loader got num_workers {num_workers}; expected 0 or more, 0 for no worker processes")
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=num_workers,
-        worker_init_fn=_begin_worker,
-        pin_memory=pin_memory,
-        # A loader draws a base seed for its workers. From the default generator, that would change what dropout and
-        # sampled labels draw after a restart.
-        generator=torch.Generator(),
-    )
-
-
-PATIENCE = 30
-"""Seconds that a worker lives on after it was asked to end, for the step under way."""
-
-
-def _begin_worker(worker: int) -> None:
-    # Ctrl-C, and who stops a group of processes, reach the workers too; the parent needs them for the step under way.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # However often it comes: the parent ends its workers when its step is saved. One that is asked to, and is not ended
-    # so, goes by itself.
-    for number in filter(is_heard, END):
-        signal.signal(number, lambda number, frame: signal.alarm(PATIENCE) and None)
-    # Errors travel to the parent. What is printed here is that a parent that failed fetched nothing any more.
-    sys.excepthook = lambda kind, error, trace: None

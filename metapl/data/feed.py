@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from metapl import checks
 from metapl.batch import inputs_of
 from metapl.checks import described
-from metapl.data.batches import StepBatches, loader
 from metapl.data.generators import Generators, parts_of
+from metapl.data.steps import StepBatches, loader
 from metapl.data.unlabeled import WithoutLabels
 from metapl.device import to_device
 from metapl.errors import MetaplError, reason_of

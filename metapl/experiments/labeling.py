@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.data.batches import StepBatches, in_unit_range
+from metapl.data.batches import in_unit_range
 from metapl.data.feed import feed
 from metapl.data.identity import hashes
 from metapl.data.images.folders import ask, digest, scan_unlabeled
 from metapl.data.images.store import FileImages, Images, MemoryImages
 from metapl.data.sets.torchvision_sets import load_image_data
+from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few
 from metapl.fingerprints import fingerprint
 from metapl.labels import LabelStore, LabelWriter

@@ -19,7 +19,7 @@ from metapl.data import (
     UnlabeledBatches,
     load_digits_split,
 )
-from metapl.data.identity import hashes
+from metapl.data.images.hashes import hashes
 from metapl.data.images.reader import SUFFIXES, gray_image
 from metapl.data.tables import csv_rows
 from metapl.errors import MetaplError

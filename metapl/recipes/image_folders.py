@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, T
 import torch
 import tyro
 
-from metapl.data.identity import hash_files
 from metapl.data.images.check import (
     Finding,
     check_folders,
@@ -23,6 +22,7 @@ from metapl.data.images.check import (
     without_copies,
 )
 from metapl.data.images.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
+from metapl.data.images.hashes import hash_files
 from metapl.data.images.store import FileImages, Images
 from metapl.data.images.verify import verify_files
 from metapl.data.splits import stratified_split

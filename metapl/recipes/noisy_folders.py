@@ -12,9 +12,9 @@ import tyro
 from torch import Tensor
 
 from metapl.data.batches import EvaluationBatches, LabeledBatches
-from metapl.data.identity import hash_files
 from metapl.data.images.check import check_folders, same_pictures
 from metapl.data.images.folders import Files, LabeledFiles, scan_labeled
+from metapl.data.images.hashes import hash_files
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.recipes.base import MOST_IN_A_BATCH, Doubtful, Feedback, Optimizer, Task, require, require_within

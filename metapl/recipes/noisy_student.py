@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from metapl.data.identity import hash_files, hashes
 from metapl.data.images.folders import scan_unlabeled
+from metapl.data.images.hashes import hash_files, hashes
 from metapl.data.images.store import FileImages
 from metapl.data.sampler import StepSampler
 from metapl.recipes.base import Optimizer, Task, Unasked, require

@@ -125,12 +125,12 @@ class Selection:
         return accuracies
 
     def _accuracy(self, model: nn.Module, data: Any, name: str) -> tuple[float, int]:
-        from metapl.data.batches import EvaluationBatches  # needed for fitting only
+        from metapl.data.steps import StepBatches  # needed for fitting only
 
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
         with replayed(RandomState.now(self.device)):
             logits, labels = predict_logits(model, self._batches(data, name))
-        expected = len(data.labels) if isinstance(data, EvaluationBatches) else len(labels)
+        expected = (data.examples if isinstance(data, StepBatches) else None) or len(labels)
         if len(labels) < expected:
             self._note_lost(expected - len(labels), expected)
         evaluation = evaluate_logits(logits, labels)

@@ -1,0 +1,136 @@
+"""Batches by position: item t of a data set here is the whole batch of step t, a pure function of t.
+
+A run that resumes at step t asks for item t, and nothing is replayed. That is the interface the trainer relies on: any
+object with ``__getitem__(step)`` serves it, and :func:`loader` serves the same items from worker processes.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from metapl.errors import MetaplError
+from metapl.fingerprints import type_name
+from metapl.signals import END, is_heard
+
+BatchT = TypeVar("BatchT")
+
+
+class StepBatches(Dataset[BatchT], ABC):
+    """A map-style data set whose item t is the batch of step t.
+
+    A subclass has a field ``steps``, the number of steps or None for an endless stream, and says in :meth:`batch` what
+    step t holds, from t and its own constant fields alone. ``batches[t]`` and ``len(batches)`` follow.
+
+    Where half of the work is better done on the device, :meth:`raw` and :meth:`augment` are its halves; without them,
+    the first is all of it.
+    """
+
+    steps: int | None
+
+    @abstractmethod
+    def batch(self, step: int) -> BatchT:
+        """The batch of a step in [0, len(self))."""
+
+    def raw(self) -> StepBatches[Any]:
+        """What is fetched, for workers that leave the rest to the device; of as many steps."""
+        return self
+
+    def augment(self, step: int, fetched: Any) -> BatchT:
+        """``self[step]``, from ``self.raw()[step]`` on whatever device it is on."""
+        batch: BatchT = fetched
+        return batch
+
+    def explain(self) -> str | None:
+        """Which file workers died of, for the error about it; None where that is not what happened.
+
+        To be asked once a loader has failed, before its workers are stopped.
+        """
+        return None
+
+    @property
+    def examples(self) -> int | None:
+        """How many examples all batches have, where that is known; what is read may be less."""
+        return None
+
+    def record(self) -> dict[str, Any]:
+        """What is known of the batches without drawing one, as plain values: a run that goes on is held against it."""
+        return {"kind": type_name(type(self)), "length": len(self)}
+
+    def __getitem__(self, step: int) -> BatchT:
+        if step < 0:
+            raise MetaplError(f"step is {step}; expected 0 or more: batches are counted from the start of the run")
+        if step >= len(self):
+            # What ends a ``for`` loop over the data set.
+            raise IndexError(f"step is {step}, but there are {len(self)} steps")
+        return self.batch(step)
+
+    def __len__(self) -> int:
+        return sys.maxsize if self.steps is None else self.steps
+
+
+def loader(
+    batches: StepBatches[BatchT], start: int, stop: int, num_workers: int = 0, *, pin_memory: bool = False
+) -> DataLoader[BatchT]:
+    """Serve the batches of steps start, …, stop − 1 in order.
+
+    Args:
+        batches: item t is the batch of step t.
+        start: first step, 0 or more; a resumed run starts where it stopped.
+        stop: the step after the last.
+        num_workers: processes that prepare batches ahead; 0 prepares them in this one.
+        pin_memory: serve tensors in pinned memory, from which they are copied to CUDA without a wait; they must come
+            from the CPU.
+
+    Returns:
+        A loader whose items are ``batches[start]``, …, ``batches[stop - 1]``, whatever the number of workers. It leaves
+        the default random number generator alone.
+
+    Raises:
+        MetaplError: the steps are not 0 ≤ start ≤ stop ≤ len(batches), or the number of workers is negative.
+
+    >>> class Squares(StepBatches[int]):
+    ...     steps = None
+    ...     def batch(self, step: int) -> int:
+    ...         return step**2
+    >>> [*loader(Squares(), 5, 8)]
+    [25, 36, 49]
+    """
+    if not 0 <= start <= stop <= len(batches):
+        raise MetaplError(
+            f"loader got steps {start} to {stop} of {len(batches)}; expected 0 <= start <= stop <= len(batches): "
+            "a stream without an end has steps=None"
+        )
+    if num_workers < 0:
+        raise MetaplError(f"loader got num_workers {num_workers}; expected 0 or more, 0 for no worker processes")
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=num_workers,
+        worker_init_fn=_begin_worker,
+        pin_memory=pin_memory,
+        # A loader draws a base seed for its workers. From the default generator, that would change what dropout and
+        # sampled labels draw after a restart.
+        generator=torch.Generator(),
+    )
+
+
+PATIENCE = 30
+"""Seconds that a worker lives on after it was asked to end, for the step under way."""
+
+
+def _begin_worker(worker: int) -> None:
+    # Ctrl-C, and who stops a group of processes, reach the workers too; the parent needs them for the step under way.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # However often it comes: the parent ends its workers when its step is saved. One that is asked to, and is not ended
+    # so, goes by itself.
+    for number in filter(is_heard, END):
+        signal.signal(number, lambda number, frame: signal.alarm(PATIENCE) and None)
+    # Errors travel to the parent. What is printed here is that a parent that failed fetched nothing any more.
+    sys.excepthook = lambda kind, error, trace: None
