@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sharded_cases import command
+from command_cases import command
 
 from metapl.distributed import launch
 from metapl.errors import MetaplError

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import command_cases
 import pytest
-import sharded_cases
 from forked import context
 from ranks import _free_port
 from tiny_runs import TINY
@@ -41,7 +41,7 @@ def _rank(rank: int, number: int, port: int, arguments: list[str], said: str, me
     distributed.init_process_group = met_others
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    code, out, err = sharded_cases.command(arguments)
+    code, out, err = command_cases.command(arguments)
     Path(said).write_text(out + err)
     sys.exit(code)
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command_cases
 import pytest
-import sharded_cases
 from ranks import Ranks
 from test_noisy_folders import suspects
 from test_noisy_folders import write as bars_and_beams
@@ -24,7 +24,7 @@ from metapl.errors import MetaplError
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
-    ranks = Ranks(2, joined=False)
+    ranks = Ranks(2, "command_cases", joined=False)
     yield ranks
     ranks.close()
 
@@ -54,7 +54,7 @@ def as_if_killed(run: Path, copy: Path, step: int) -> Path:
 def trained(ranks: Ranks | None, arguments: list[str], out: Path) -> str:
     """What the command shows, in several processes or in this one."""
     given = [*arguments, "--out", str(out)]
-    said = [sharded_cases.command(given)] if ranks is None else ranks.run("command", arguments=given)
+    said = [command_cases.command(given)] if ranks is None else ranks.run("command", arguments=given)
     assert [code for code, _, _ in said] == [0] * len(said), said
     assert [(out, err) for _, out, err in said[1:]] == [("", "")] * (len(said) - 1)
     return said[0][1]
@@ -147,7 +147,7 @@ def test_a_protocol(two: Ranks, tmp_path: Path, name: str) -> None:
     flags = [*SHORT, *FEW, "--network", "small_cnn", "--image-size", "32", "--num-workers", "0"]
     flags += ["--dropout", "0", "--teacher-dropout", "0"]  # several processes draw other masks
     (tmp_path / "alone").mkdir()
-    assert sharded_cases.protocol(name, tmp_path / "alone", [*flags, "--out", str(tmp_path / "one")])[0] == 0
+    assert command_cases.protocol(name, tmp_path / "alone", [*flags, "--out", str(tmp_path / "one")])[0] == 0
     given: dict[str, Any] = {"recipe": name, "root": tmp_path, "arguments": [*flags, "--out", str(tmp_path / "two")]}
     given["arguments"] += ["--mesh.replicate", "2"]
     assert [code for code, _, _ in two.run("protocol", **given)] == [0, 0]

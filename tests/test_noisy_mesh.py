@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command_cases
 import pytest
-import sharded_cases
 from ranks import Ranks
 from test_mesh_command import as_if_killed, same, trained
 from test_noisy_folders import suspects, write
@@ -29,7 +29,7 @@ PHASES = ("warm", "fit", "finetune")
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
-    ranks = Ranks(2, joined=False)
+    ranks = Ranks(2, "command_cases", joined=False)
     yield ranks
     ranks.close()
 
@@ -149,5 +149,5 @@ def test_torchrun(pictures: Path, tmp_path: Path, cut: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert sharded_cases.command([*given[:-1], str(tmp_path / "alone")])[0] == 0
+    assert command_cases.command([*given[:-1], str(tmp_path / "alone")])[0] == 0
     same_run(tmp_path / "cut", tmp_path / "alone", LIMITS[cut])

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import command_cases
 import pytest
 import reference
 import sharded_cases
@@ -559,7 +560,7 @@ def test_the_command_trains_in_several_processes(tmp_path: Path) -> None:
         "2",
     ]
     meshes = {"replicate": ["--mesh.replicate", "2"], "shard": ["--mesh.shard", "2"], "none": []}
-    ranks = Ranks(2, joined=False)
+    ranks = Ranks(2, "command_cases", joined=False)
     try:
         said = {
             name: ranks.run("command", arguments=[*run, *flags, "--out", f"{tmp_path}/{name}"])
@@ -571,7 +572,7 @@ def test_the_command_trains_in_several_processes(tmp_path: Path) -> None:
             assert [code for code, _, _ in gone_on] == [0, 0]
     finally:
         ranks.close()
-    assert sharded_cases.command([*run, "--out", f"{tmp_path}/one"])[0] == 0
+    assert command_cases.command([*run, "--out", f"{tmp_path}/one"])[0] == 0
     alone = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     for name in ("replicate", "shard"):
         assert (said[name][0][0], said[name][1]) == (0, (0, "", ""))  # the first process alone shows
