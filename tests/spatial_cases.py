@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd import forward_ad
@@ -19,7 +20,7 @@ from metapl.distributed import exchange
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.distributed.spatial import spatial, split_width
 from metapl.errors import MetaplError
-from metapl.models import create, small_cnn
+from metapl.models import small_cnn
 
 CLASSES = 5
 
@@ -70,7 +71,7 @@ def network(name: str) -> nn.Module:
         )  # fmt: skip
     if name == "small_cnn":
         return small_cnn(CLASSES)
-    return create(name, CLASSES)
+    return getattr(torchvision.models, name)(num_classes=CLASSES)
 
 
 def images(rows: int = 6, side: int = 64) -> Tensor:

@@ -42,18 +42,3 @@ class Family:
     stochastic_depth: bool = False
     patch: int | None = None
     adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] | None = None
-
-
-class PooledFeatures(nn.Module):
-    """Features of pictures, their mean over positions, dropout and a linear layer."""
-
-    def __init__(self, features: nn.Module, channels: int, num_classes: int, dropout: float) -> None:
-        super().__init__()
-        self.features = features
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(channels, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.dropout(self.pool(self.features(images)).flatten(1)))
-        return logits

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from metapl.models.family import PooledFeatures
-from metapl.models.sizes import check_numbers
+from metapl.models.common import PooledFeatures, check_numbers
 
 WIDTHS = (32, 64, 128, 192)
 """Channels of four stages. Two stages have 64 and 128, one has 128; those after the fourth have as many as it."""

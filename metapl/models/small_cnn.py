@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metapl.models.family import PooledFeatures
-from metapl.models.sizes import check_numbers
+from metapl.models.common import PooledFeatures, check_numbers
 
 
 class _ConvNorm(nn.Module):

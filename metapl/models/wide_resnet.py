@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metapl.errors import MetaplError
-from metapl.models.sizes import check_numbers
+from metapl.models.common import check_numbers
 
 
 class _Block(nn.Module):
