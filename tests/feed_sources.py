@@ -22,13 +22,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from metapl.data import (
-    Feed,
-    Identity,
-    StepSampler,
-    UnlabeledBatches,
-    feed,
-)
+from metapl.data import Feed, StepBatches, StepSampler, feed
 
 
 class Noisy(Dataset[Tensor]):
@@ -114,10 +108,14 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def step_batches() -> UnlabeledBatches:
-    return UnlabeledBatches(
-        torch.rand(10, 2, generator=seeded(0)), StepSampler(10, 4, seed=0), Identity(), None, seed=0
-    )
+class Rows(StepBatches[Tensor]):
+    """Rows that are drawn by the number of the step."""
+
+    steps = None
+
+    def batch(self, step: int) -> Tensor:
+        indices = StepSampler(10, 4, seed=0).indices(step)
+        return torch.rand(10, 2, generator=seeded(0))[indices]
 
 
 def nested() -> DataLoader[Tensor]:
@@ -131,7 +129,7 @@ def weighted(generator: torch.Generator | None) -> DataLoader[Tensor]:
 
 
 SOURCES: dict[str, Callable[[], Any]] = {
-    "steps": step_batches,
+    "steps": Rows,
     "list": lambda: [torch.tensor([i]) for i in range(3)],
     "tuple": lambda: tuple((torch.tensor([i]), torch.tensor([-i])) for i in range(4)),
     "shuffled": lambda: DataLoader(Noisy(), batch_size=3, shuffle=True),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from feed_sources import SOURCES, Countdown, Noisy, OwnGenerators, Stream, made, same, seeded, step_batches, take
+from feed_sources import SOURCES, Countdown, Noisy, OwnGenerators, Rows, Stream, made, same, seeded, take
 from torch import Tensor, nn
 from torch.multiprocessing import active_children
 from torch.utils.data import (
@@ -103,8 +103,8 @@ def test_goes_on_exactly_with_workers(source: Callable[[], Any]) -> None:
 
 
 def test_steps_go_on_exactly_with_workers() -> None:
-    batches = take(made(step_batches()), 8)
-    resumed = made(step_batches(), stop=8, num_workers=2)
+    batches = take(made(Rows()), 8)
+    resumed = made(Rows(), stop=8, num_workers=2)
     resumed.restore({"kind": "steps", "position": 5})
     assert same(take(resumed, 3), batches[5:])
     resumed.close()

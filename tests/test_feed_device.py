@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from feed_sources import SOURCES, made, same, seeded, step_batches, take
+from feed_sources import SOURCES, Rows, made, same, seeded, take
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -146,7 +146,7 @@ def test_workers_pin_what_goes_to_cuda(
 
     monkeypatch.setattr(MODULE, "loader", noted)
     monkeypatch.setattr(MODULE, "to_device", lambda batch, device: batch)
-    made(step_batches(), num_workers=workers, device=device).next()
+    made(Rows(), num_workers=workers, device=device).next()
     assert asked == [pinned]
 
 
