@@ -10,7 +10,6 @@ from problems_zoo import toy
 from reference import error
 
 import metapl
-import metapl.hypergradient
 from metapl import Lookahead, MetaplError
 from metapl.ablation import recommendation
 from metapl.ablation.figures import ModeCost

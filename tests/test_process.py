@@ -24,7 +24,7 @@ from metapl import MetaplError
 from metapl.cli import main
 from metapl.cli.commands import LESS_MEMORY
 from metapl.cli.process import exit_code, stoppable
-from metapl.data.batches import _begin_worker
+from metapl.data.steps import _begin_worker
 from metapl.labels import LabelStore
 from metapl.memory import out_of_memory
 from metapl.runs.checkpoint import CheckpointFolder
