@@ -25,8 +25,8 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from metapl.data import Affine, Chain, Color, Flip, Hole, RandAugment, ResizedCrop, View, Weak
-from metapl.data.batches import in_unit_range
+from metapl.apps.pictures import Affine, Chain, Color, Flip, Hole, RandAugment, ResizedCrop, View, Weak
+from metapl.apps.pictures.batches import in_unit_range
 
 RESULT = Path(__file__).parent / "results" / "augment.json"
 SHAPES = {"CIFAR-10": (448, 3, 32, 32), "ImageNet": (64, 3, 224, 224)}

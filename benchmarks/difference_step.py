@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.data import load_digits_split
+from metapl.apps.pictures import load_digits_split
+from metapl.execution.modules import trainable
+from metapl.execution.numerics import norm
 from metapl.feedback import Difference, path
 from metapl.feedback.difference import RELATIVE_STEP
-from metapl.numerics import norm
-from metapl.parts import trainable
 from metapl.updates import update_of
 
 RESULT = Path(__file__).parent / "results" / "difference_step.json"

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results
 
-from metapl.experiments.experiment import Experiment
+from metapl.apps.experiments.experiment import Experiment
+from metapl.apps.recipes import Digits, Feedback, Optimizer
+from metapl.apps.recipes.base import Task
 from metapl.problems.losses import CrossEntropy
-from metapl.recipes import Digits, Feedback, Optimizer
-from metapl.recipes.base import Task
 from metapl.runs.environment import environment
 from metapl.training import Trainer
 from metapl.training.loss_trainer import LossTrainer

@@ -45,9 +45,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from metapl import LossTrainer, MetaplError
-from metapl.cli import main as metapl_command
-from metapl.data.images.reader import read_image
-from metapl.models.weights import load_weights
+from metapl.apps.commands import main as metapl_command
+from metapl.apps.networks.weights import load_weights
+from metapl.apps.pictures.reader import read_image
 from metapl.runs import checkpoint, ownership
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.folder import WEIGHTS
@@ -654,7 +654,8 @@ PLACES = ("{run}", "{picture}", "{none}", "{out}")
 @contextlib.contextmanager
 def training_stopped() -> Iterator[None]:
     """Commands that get so far as to train do not."""
-    from metapl.experiments import compare, jobs
+    from metapl.apps.experiments import jobs
+    from metapl.apps.experiments import side_by_side as compare
 
     class Reached(MetaplError):
         """It would train now."""
@@ -715,8 +716,8 @@ def table(result: dict[str, Any]) -> str:
 
 LATE = (
     "matplotlib.figure",
-    "metapl.report",
-    "metapl.experiments.experiment",
+    "metapl.apps.reports",
+    "metapl.apps.experiments.experiment",
     "tensorboard",
     "torch._dynamo",
     "torch.utils.tensorboard.summary",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results, write_between_marks
 
-from metapl.recipes import Digits, Feedback, Optimizer
+from metapl.apps.recipes import Digits, Feedback, Optimizer
 from metapl.runs.environment import environment
 from metapl.training.trainer import BilevelTrainer
 

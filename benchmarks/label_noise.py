@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.data import load_digits_split
+from metapl.apps.pictures import load_digits_split
 from metapl.data.sampler import StepSampler
 from metapl.feedback import Altered, Estimator, Forward
 from metapl.feedback.inner_step import InnerStep

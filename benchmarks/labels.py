@@ -33,8 +33,8 @@ import torch
 from machine import arguments, described, parsed, write_between_marks, write_json
 from torch import Tensor
 
-from metapl.labels import LabelStore, LabelWriter
-from metapl.labels.queries import MEMORY, select, statistics
+from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.labels.queries import MEMORY, select, statistics
 
 RESULT = Path(__file__).parent / "results" / "labels.json"
 ALLOWED = 2 * 2**30

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
-from metapl.data import load_digits_split
+from metapl.apps.pictures import load_digits_split
 from metapl.feedback import Difference, Estimator
 from metapl.metrics.cost import peak_bytes
 
@@ -387,7 +387,7 @@ def _table_of(run: dict[str, Any], setup: dict[str, Any]) -> str:
         f" one, at one state of a small classifier (digits, B = 64, C = 10, η = {LEARNING_RATE}), {noisy['draws']}"
         " draws of labels; ≤ where the bias found is within twice the standard error of its mean."
         f" `{setup['command']}` does not measure `implicit`: its cost, 15 + 6 n with n products with the Hessian (10 by"
-        ' default) and 12 with `solver="identity"`, is what `tests/test_cost.py` holds it to.',
+        ' default) and 12 with `solver="identity"`, is what `tests/library/test_cost.py` holds it to.',
     ]
     return "\n".join(lines)
 

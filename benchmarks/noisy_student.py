@@ -288,7 +288,7 @@ def first_weights(width: int, seeds: Sequence[int], student: int) -> Weights:
 
 
 def selected(q: Tensor, *, threshold: float, per_class: int | None, balanced: bool) -> Tensor:
-    """Examples that are kept, each as often as it counts: what ``metapl.labels.queries.select`` keeps of a store.
+    """Examples that are kept, each as often as it counts: what ``metapl.apps.labels.queries.select`` keeps of a store.
 
     Args:
         q: (n, C), their labels.

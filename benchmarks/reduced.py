@@ -67,7 +67,8 @@ Row = dict[str, Any]
 def step_of(case: str, name: str) -> tuple[Callable[[], Any], int]:
     """A step of a method, and its weights, all networks together."""
     import metapl
-    from metapl.models import create, label_adjuster
+    from metapl.apps.networks import create
+    from metapl.models import label_adjuster
     from metapl.problems import ReducedLabels
 
     method, mode = STEPS[name]
@@ -148,8 +149,8 @@ def steps_measured(miniature: bool) -> list[Row]:
 
 def digits_run(method: str, seed: int, weight: float, steps: int) -> Row:
     """A run as ``metapl train digits`` does it: accuracies of the student and of the finetuned one."""
-    from metapl.experiments.experiment import Experiment
-    from metapl.recipes import Digits, Feedback
+    from metapl.apps.experiments.experiment import Experiment
+    from metapl.apps.recipes import Digits, Feedback
     from metapl.runs.folder import RunFolder
 
     torch.set_num_threads(1)
@@ -215,7 +216,7 @@ def _costs(rows: list[Row]) -> str:
 
 
 def _accuracies(digits: Row) -> str:
-    from metapl.recipes.methods import title
+    from metapl.apps.recipes.methods import title
 
     final = digits["final"]
     methods = list(dict.fromkeys(row["method"] for row in final))

@@ -11,8 +11,8 @@ once and take turns; times are of the processor, so that processes that share a 
 slowest process. Operations and bytes are counted as they are dispatched; memory is what lies there before a step and
 what the allocator adds.
 
-Simulated are EfficientNet-L2 twice on 2,048 ranks, by ``metapl.planning``: 128 replicas of 16 ranks, as the paper has
-it.
+Simulated are EfficientNet-L2 twice on 2,048 ranks, by ``metapl.apps.planning``: 128 replicas of 16 ranks, as the paper
+has it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def step_of(
     """A step of this process, and the bytes that lie there before it."""
     import metapl
     from metapl.distributed import Mesh, shard
-    from metapl.distributed.shards import local
+    from metapl.execution.shards import local
 
     torch.manual_seed(0)
     teacher, student = (metapl.models.mlp(widths) for _ in range(2))
@@ -146,8 +146,8 @@ def step_of(
 
 
 def counted(step: Callable[[], Any], held: Callable[[], int]) -> Row:
+    from metapl.apps.planning.held import Held
     from metapl.metrics.cost import peak_bytes
-    from metapl.planning.held import Held
 
     with Held() as seen:
         step()
@@ -189,9 +189,9 @@ def measured(miniature: bool) -> Row:
 
 def simulated(miniature: bool, layout: str | None) -> Iterator[Row]:
     """Plans for the paper's largest experiment, by mode, in one layout or all."""
-    from metapl.cli.plan import PLANNED, without_data
+    from metapl.apps.commands.plan import PLANNED, without_data
+    from metapl.apps.planning.plan import bytes_of, plan
     from metapl.distributed import Mesh
-    from metapl.planning.plan import bytes_of, plan
 
     recipe = "digits" if miniature else "imagenet-l2"
     meshes = {"4 x 2": {"replicate": 4, "shard": 2}} if miniature else SIMULATED

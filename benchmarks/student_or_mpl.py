@@ -21,11 +21,11 @@ from typing import Any
 from figures import difference, points
 from machine import arguments, parsed, write_between_marks
 
-from metapl.cli import main as metapl
-from metapl.cli.noisy_student import COMPARED
-from metapl.experiments.equal_cost import operations
-from metapl.experiments.store import stored, stored_result
-from metapl.recipes.methods import title
+from metapl.apps.commands import main as metapl
+from metapl.apps.commands.noisy_student import COMPARED
+from metapl.apps.experiments.equal_cost import operations
+from metapl.apps.experiments.store import stored, stored_result
+from metapl.apps.recipes.methods import title
 from metapl.runs.environment import environment
 from metapl.runs.folder import RunFolder
 

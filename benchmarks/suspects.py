@@ -31,7 +31,7 @@ from machine import arguments, parsed, write_between_marks
 from PIL import Image
 from torch import Tensor
 
-from metapl.data import load_digits_split
+from metapl.apps.pictures import load_digits_split
 from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "suspects.jsonl"

@@ -50,7 +50,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import metapl
-from metapl.data import (
+from metapl.apps.pictures import (
     Affine,
     Chain,
     Color,
@@ -59,12 +59,11 @@ from metapl.data import (
     LabeledBatches,
     MemoryImages,
     RandAugment,
-    StepSampler,
     UnlabeledBatches,
     View,
     Weak,
-    feed,
 )
+from metapl.data import StepSampler, feed
 from metapl.metrics.cost import peak_bytes
 from metapl.problems.losses import UDA, CrossEntropy
 
@@ -148,7 +147,7 @@ class Bench:
         self.y_u = self._classes(subject.unlabeled)
 
     def _network(self) -> nn.Module:
-        network = metapl.models.create(self.subject.network, 10).to(self.place.device)
+        network = metapl.apps.networks.create(self.subject.network, 10).to(self.place.device)
         return network.to(memory_format=torch.channels_last) if self.place.device == "cuda" else network
 
     def _pictures(self, count: int) -> Tensor:

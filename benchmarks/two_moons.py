@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from machine import arguments, parsed, write_between_marks
 
-from metapl.experiments.two_moons import Method, Outcome, TwoMoonsRuns, mcnemar
-from metapl.recipes.two_moons import TwoMoons
+from metapl.apps.experiments.two_moons import Method, Outcome, TwoMoonsRuns, mcnemar
+from metapl.apps.recipes.two_moons import TwoMoons
 from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "two_moons.jsonl"

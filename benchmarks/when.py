@@ -49,7 +49,7 @@ from when_stack import (
     stacked,
 )
 
-from metapl.data import load_digits_split
+from metapl.apps.pictures import load_digits_split
 from metapl.models import mlp
 from metapl.runs.environment import environment
 

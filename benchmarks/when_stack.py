@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl.data.views import operations
+from metapl.apps.pictures.views import operations
 
 CLASSES = 10
 Weights = list[Tensor]
@@ -360,15 +360,15 @@ CHUNK = 25
 """Steps whose batches are drawn at once. Another number gives other draws."""
 
 SHIFT, NOISE, CUTOUT, SIDE = 1, 0.2, 2, 8
-"""Of the digits' view, :class:`metapl.data.ShiftNoiseCutout` with its defaults, and the side of a picture."""
+"""Of the digits' view, :class:`metapl.apps.pictures.ShiftNoiseCutout` with its defaults, and the side of a picture."""
 
 
 @dataclass(eq=False)
 class Views:
     """Batches of altered pictures for a stack of seeds, which do not depend on what else is in the stack.
 
-    They have the distribution of :class:`metapl.data.ShiftNoiseCutout`, from pseudo-random numbers that take a tenth of
-    the time: all shifts of all pictures are made once, and looked up.
+    They have the distribution of :class:`metapl.apps.pictures.ShiftNoiseCutout`, from pseudo-random numbers that take a
+    tenth of the time: all shifts of all pictures are made once, and looked up.
 
     Args:
         pictures: (S, n, 64).

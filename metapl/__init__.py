@@ -5,12 +5,16 @@ from importlib import import_module
 from os import path
 from typing import Any
 
+from metapl import moved
+
+moved.install()
+
 try:
     from metapl import feedback, models, problems
     from metapl.errors import MetaplError
     from metapl.feedback import MODES
+    from metapl.feedback.hypergradient import Hypergradient, hypergradient
     from metapl.feedback.lookahead import Lookahead
-    from metapl.hypergradient import Hypergradient, hypergradient
     from metapl.problems import BilevelProblem, PseudoLabels, Signal
     from metapl.problems.losses import UDA, CrossEntropy
     from metapl.training import StopFit
@@ -48,7 +52,7 @@ __all__ = [
 ]
 
 
-_ON_FIRST_USE = ("ablation", "data", "export", "labels", "metrics", "recipes")
+_ON_FIRST_USE = ("ablation", "apps", "data", "metrics")
 
 
 def __getattr__(name: str) -> Any:
@@ -57,4 +61,6 @@ def __getattr__(name: str) -> Any:
         return import_module("metapl.ablation").ablate
     if name in _ON_FIRST_USE:
         return import_module(f"metapl.{name}")
+    if f"metapl.{name}" in moved.MODULES:
+        return moved.attribute(__name__, name)
     raise AttributeError(f"module 'metapl' has no attribute {name!r}{did_you_mean(name, [*__all__, *_ON_FIRST_USE])}")

@@ -1,5 +1,5 @@
 """``python -m metapl`` is the ``metapl`` command."""
 
-from metapl.cli import main
+from metapl.apps.commands import main
 
 raise SystemExit(main())

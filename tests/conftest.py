@@ -37,4 +37,4 @@ def full_pages() -> Iterator[None]:
 
 def _drawn_at(patch: pytest.MonkeyPatch, dots: int) -> None:
     for name in PAGES:
-        patch.setattr(f"metapl.report.{name}.DOTS_PER_INCH", dots)
+        patch.setattr(f"metapl.apps.reports.{name}.DOTS_PER_INCH", dots)

@@ -36,10 +36,10 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
     """One training; its accuracies on the test set."""
     import torch
 
-    from metapl.experiments.budget import steps_within
-    from metapl.experiments.jobs import Job
-    from metapl.experiments.settle import REHEARSED, settled
-    from metapl.recipes import ImageFolders
+    from metapl.apps.experiments.budget import steps_within
+    from metapl.apps.experiments.jobs import Job
+    from metapl.apps.experiments.settle import REHEARSED, settled
+    from metapl.apps.recipes import ImageFolders
     from metapl.runs.environment import environment
 
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Which mode for a model: how far each is from the exact gradient, how noisy it is, and what it costs.
 
-compare     `ablate`: the modes at several points of a training
+study       `ablate`: the modes at several points of a training
 gradients   a mode's gradients beside the exact one, and what a call costs
 stability   the same over step sizes, temperatures and batch sizes
 trainings   short trainings by each mode, over seeds
@@ -10,9 +10,9 @@ tables      the figures in lines of a terminal
 results     what is returned
 """
 
-from metapl.ablation.compare import ablate
 from metapl.ablation.figures import Distance, ModeCost, Outcome, Sweep, Trainings
 from metapl.ablation.recommend import recommendation
 from metapl.ablation.results import Ablation
+from metapl.ablation.study import ablate
 
 __all__ = ["Ablation", "Distance", "ModeCost", "Outcome", "Sweep", "Trainings", "ablate", "recommendation"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from metapl.batch import is_whole
 from metapl.errors import MetaplError
+from metapl.execution.batch import is_whole
 from metapl.feedback import Lookahead
 from metapl.training.trainer import BilevelTrainer
 

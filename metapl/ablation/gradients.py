@@ -19,9 +19,9 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator
 from metapl.feedback.inner_step import student_input
 from metapl.feedback.lookahead import inner_batches
-from metapl.memory import out_of_memory
 from metapl.metrics.cost import flops, peak_bytes
 from metapl.problems.base import BilevelProblem, enters_input
+from metapl.runs.memory import out_of_memory
 from metapl.training.trainer import BilevelTrainer
 
 Gradient = Tensor

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.ablation.figures import Distance, Sweep
 from metapl.ablation.gradients import CannotRun, distance, exact_gradient, sibling
-from metapl.batch import length, rows
+from metapl.execution.batch import length, rows
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.feedback.lookahead import inner_batches

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_convert
 
-from metapl import checks
-from metapl.batch import inputs_of
-from metapl.checks import described
 from metapl.data.generators import Generators, parts_of
 from metapl.data.steps import StepBatches, loader
 from metapl.data.unlabeled import WithoutLabels
-from metapl.device import to_device
 from metapl.errors import MetaplError, reason_of
+from metapl.execution import checks
+from metapl.execution.batch import inputs_of
+from metapl.execution.checks import described
+from metapl.execution.device import to_device
 from metapl.runs.generators import plain_states
 
 _END: Any = object()

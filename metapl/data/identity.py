@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 
 from metapl.data.steps import StepBatches
 from metapl.data.unlabeled import WithoutLabels
-from metapl.fingerprints import fingerprint, type_name
+from metapl.runs.fingerprints import fingerprint, type_name
 
 NAMES = 50_000
 """Names of files that are read; of more, every second, third and so on."""

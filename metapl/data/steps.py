@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from metapl.errors import MetaplError
-from metapl.fingerprints import type_name
-from metapl.signals import END, is_heard
+from metapl.runs.fingerprints import type_name
+from metapl.runs.signals import END, is_heard
 
 BatchT = TypeVar("BatchT")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from metapl.batch import inputs_of
+from metapl.execution.batch import inputs_of
 
 
 @dataclass(frozen=True, eq=False)

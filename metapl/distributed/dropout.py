@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.parts import drop_rate, may_drop_by_function, named_parts
+from metapl.execution.modules import drop_rate, may_drop_by_function, named_parts
 
 _BITS = 31
 """Of the numbers that a probability is compared with."""

@@ -16,8 +16,8 @@ import torch
 from torch import distributed as dist
 
 from metapl.distributed.mesh import Mesh
-from metapl.distributed.ranks import Agreed
 from metapl.errors import MetaplError
+from metapl.execution.ranks import Agreed
 from metapl.words import tell
 
 PATIENCE = timedelta(minutes=10)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metapl.distributed.shards import local
 from metapl.distributed.spatial import Example, spatial
 from metapl.distributed.tensor import Plan, parallel
 from metapl.errors import MetaplError
-from metapl.parts import named_parts, named_tensors
+from metapl.execution.modules import named_parts, named_tensors
+from metapl.execution.shards import local
 
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 """The submodules of a network that gather their weights one after another."""

@@ -23,12 +23,12 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from metapl.distributed.columns import Columns, columns_of, set_columns
 from metapl.distributed.dropout import KeyedDropout
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
-from metapl.memory import out_of_memory
-from metapl.numerics import wide
+from metapl.execution.columns import Columns, columns_of, set_columns
+from metapl.execution.numerics import wide
+from metapl.runs.memory import out_of_memory
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from metapl.distributed.dropout import KeyedDropout
 from metapl.errors import MetaplError, few
-from metapl.parts import named_parts
+from metapl.execution.modules import named_parts
 
 Plan = Mapping[str, Any]
 """How the products of layers are shared, by their names: as ``parallelize_module`` takes it."""

@@ -11,4 +11,18 @@ agreement  whether a replay agrees with its pass of record, and processes that h
 kernels    which kernels a pass uses: attention, activation checkpoints, missing derivatives
 compiled   forward passes through ``torch.compile``
 guards     the lock and the restoration around a step
+sharded    a network of which this process holds a part
+choice     which of the two a student is
+layout     how a network that was handed over is laid out, found by looking at it
+ranks      the processes that share a batch: means, sums and agreement over them
+shards     weights of which this process holds a part: norms and products over all parts
+columns    which columns of an image this process holds
+
+What every pass asks of its arguments:
+
+batch      the parts of a batch
+checks     wrong batches and networks, refused before anything moves
+modules    the parts of a network
+numerics   products and norms over trees of parameters
+device     batches on their way to a device
 """

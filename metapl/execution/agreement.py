@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metapl import checks
-from metapl.distributed.ranks import ALONE, Agreed, Ranks
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.kernels import NotByThisMode
-from metapl.numerics import reduced_float32
+from metapl.execution.numerics import reduced_float32
+from metapl.execution.ranks import ALONE, Agreed, Ranks
 
 Derivatives = Mapping[str, Tensor | None]
 """By the field of a signal; None: nothing depends on it."""

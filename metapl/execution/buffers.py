@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution.modules import named_parts
+from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState
 from metapl.execution.writes import Journal, journal, memory_of
-from metapl.numerics import wide
-from metapl.parts import named_parts
 
 Held = tuple[dict[str, Any], str, Tensor]
 """A slot of a module, as its dictionary and name, and a tensor for it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from metapl.distributed.layout import Layout
+from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent
 from metapl.execution.sharded import ShardedStudent
 

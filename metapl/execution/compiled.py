@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.buffers import nothing_moved
+from metapl.execution.modules import named_parts
 from metapl.execution.rng import RandomState
 from metapl.execution.writes import weights_watched
-from metapl.parts import named_parts
 
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
 """Inductor's options for every pass."""

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from metapl import checks
-from metapl.batch import inputs_of
 from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import inputs_of
 from metapl.execution.buffers import nothing_moved
 from metapl.execution.kernels import NotByThisMode
 from metapl.execution.rng import RandomState

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from metapl import checks
-from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_loss, check_outputs, coarsest
 from metapl.execution.buffers import Slots, State, inputs_unchanged, stand_ins, swapped
 from metapl.execution.compiled import runs_compiled, uncompiled
@@ -31,11 +30,22 @@ from metapl.execution.kernels import (
     only_math_attention,
     refuse_once_differentiable,
 )
+from metapl.execution.modules import trainable
+from metapl.execution.numerics import (
+    WHOLE,
+    Space,
+    Tree,
+    full_float32,
+    mean_tree,
+    reduced_float32,
+    scaled,
+    wide,
+    wide_tree,
+)
+from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.reach import Made, has_own_functions, refuse_stranger, stranger
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import Watch, journal, weights_watched
-from metapl.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, scaled, wide, wide_tree
-from metapl.parts import trainable
 
 Loss = Callable[[Tensor, Tree], Tensor]
 """A scalar of outputs and of the weights that they were computed at."""

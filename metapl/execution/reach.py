@@ -10,8 +10,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from metapl.checks import described
 from metapl.errors import MetaplError
+from metapl.execution.checks import described
 from metapl.execution.writes import memory_of
 
 

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd import forward_ad
 
-from metapl.distributed.layout import Layout, compute_dtype, parts_of
-from metapl.distributed.shards import is_sharded, local
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_FORWARD_MODE, check_outputs
 from metapl.execution.buffers import State
@@ -39,11 +37,13 @@ from metapl.execution.kernels import (
     no_fast_path,
     only_math_attention,
 )
+from metapl.execution.layout import Layout, compute_dtype, parts_of
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss
+from metapl.execution.numerics import Tree, full_float32, wide_tree
 from metapl.execution.reach import Made
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.shards import is_sharded, local
 from metapl.execution.writes import Watch, weights_watched
-from metapl.numerics import Tree, full_float32, wide_tree
 
 
 class ShardedStudent(LocalStudent):

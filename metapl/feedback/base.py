@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metapl import checks
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.guards import casts_explained
+from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
-from metapl.numerics import Tree
 from metapl.problems.base import Kind, Signal
 
 State = dict[str, Tensor]

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metapl import checks
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_linear, check_loss, check_slopes
 from metapl.execution.local import mean_of
+from metapl.execution.numerics import Tree
 from metapl.feedback.base import Feedback
 from metapl.feedback.inner_step import InnerStep
-from metapl.numerics import Tree
 from metapl.problems.base import Signal
 
 

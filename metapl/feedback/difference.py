@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metapl import checks
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.agreement import SlopesDisagree, check_bend, check_difference
+from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
 from metapl.feedback.credit import Tangent, check_projections, signal_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
-from metapl.numerics import Tree
 from metapl.problems.base import Kind
 
 

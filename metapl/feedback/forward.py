@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl import checks
+from metapl.execution import checks
 from metapl.feedback.base import (
     Estimator,
     Feedback,

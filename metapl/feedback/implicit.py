@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
-from metapl import checks
 from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.numerics import Tree, scaled
 from metapl.feedback.base import Estimator, Feedback, State, check_choice
 from metapl.feedback.credit import exact_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.solvers import Product, conjugate_gradient, neumann
-from metapl.numerics import Tree, scaled
 from metapl.problems.base import Kind
 
 

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.batch import joined, micro_batches
-from metapl.checks import described
 from metapl.errors import MetaplError
+from metapl.execution.batch import joined, micro_batches
 from metapl.execution.buffers import changed_in_place, given_unchanged
+from metapl.execution.checks import described
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
+from metapl.execution.numerics import Space, Tree, mean_tree, wide
 from metapl.execution.reach import refuse_stranger, stranger
-from metapl.numerics import Space, Tree, mean_tree, wide
 from metapl.problems.base import Problem, Signal, has_rows, kind_of
 from metapl.updates import Cotangents, Parameters, Update
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metapl import checks
-from metapl.batch import plain
 from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import plain
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl import checks
-from metapl.batch import micro_batches
-from metapl.distributed.layout import Layout
-from metapl.distributed.means import MeanCheck
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss
+from metapl.execution.batch import micro_batches
 from metapl.execution.buffers import given_unchanged
 from metapl.execution.choice import student_of
 from metapl.execution.hooks import refuse_hooks
 from metapl.execution.kernels import refuse_checkpoints
+from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss, as_leaves, gradient_through, mean_of
+from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.reach import refuse_stranger, stranger
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback.inner_step import IN_THE_SIGNAL, Entry, InnerStep, mean_inner_loss, outer_input, student_input
-from metapl.numerics import Tree, mean_tree
+from metapl.feedback.means import MeanCheck
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
 from metapl.updates import Update
 

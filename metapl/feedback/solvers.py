@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from metapl import checks
-from metapl.numerics import Tree, dot, norm, scaled
+from metapl.execution import checks
+from metapl.execution.numerics import Tree, dot, norm, scaled
 
 Product = Callable[[Tree], Tree]
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.batch import length
-from metapl.distributed.layout import is_block
-from metapl.distributed.ranks import ALONE, Ranks, rows_shared
-from metapl.distributed.shards import is_sharded
 from metapl.errors import MetaplError
 from metapl.execution.agreement import check_recomputed
+from metapl.execution.batch import length
 from metapl.execution.buffers import Slots, State, given_unchanged, inputs_unchanged
 from metapl.execution.compiled import runs_compiled
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
+from metapl.execution.layout import is_block
+from metapl.execution.ranks import ALONE, Ranks, rows_shared
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.shards import is_sharded
 from metapl.execution.writes import journal, weights_watched
 from metapl.problems.base import Problem, Signal, kind_of
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl.checks import dense, finite
 from metapl.errors import MetaplError
+from metapl.execution.checks import dense, finite
 from metapl.metrics.chance import chance_level
 
 CALIBRATION_BINS = 15

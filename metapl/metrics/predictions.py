@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metapl import checks
-from metapl.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
-from metapl.device import to_device
-from metapl.distributed.layout import without_gradients
 from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
+from metapl.execution.device import to_device
+from metapl.execution.layout import without_gradients
 
 ROWS = 1024
 """Examples in a pass, where data comes as a whole."""

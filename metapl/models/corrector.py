@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metapl.checks import row_indices
 from metapl.errors import MetaplError
+from metapl.execution.checks import row_indices
 
 
 class Corrector(nn.Module):

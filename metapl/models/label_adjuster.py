@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from metapl.checks import described
 from metapl.errors import MetaplError
-from metapl.numerics import in_type_of, wide
+from metapl.execution.checks import described
+from metapl.execution.numerics import in_type_of, wide
 
 LEAST = 1e-8
 """A stored probability below this counts as this; a class that was stored as impossible may become possible again."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metapl.batch import length
-from metapl.checks import described, logits_in
 from metapl.errors import MetaplError
+from metapl.execution.batch import length
+from metapl.execution.checks import described, logits_in
 
 
 class Logits(nn.Module):

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from metapl.batch import first_input, joined, labeled_pair
-from metapl.checks import described, refuse_not_finite, scalar_loss
 from metapl.errors import MetaplError
-from metapl.numerics import wide
+from metapl.execution.batch import first_input, joined, labeled_pair
+from metapl.execution.checks import described, refuse_not_finite, scalar_loss
+from metapl.execution.numerics import wide
 
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]

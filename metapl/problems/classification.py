@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl import checks
-from metapl.batch import holds_tensors
 from metapl.errors import MetaplError
-from metapl.memory import out_of_memory
+from metapl.execution import checks
+from metapl.execution.batch import holds_tensors
 from metapl.problems.base import Problem
+from metapl.runs.memory import out_of_memory
 
 
 class Classification(Problem):

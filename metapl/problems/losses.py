@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl import checks
-from metapl.batch import views
-from metapl.distributed.ranks import Ranks, log_mean_of_rows
 from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import views
 from metapl.execution.buffers import given_unchanged
-from metapl.numerics import wide
+from metapl.execution.numerics import wide
+from metapl.execution.ranks import Ranks, log_mean_of_rows
 from metapl.problems.base import Signal
 
 

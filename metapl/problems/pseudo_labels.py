@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl import checks
-from metapl.batch import views
-from metapl.distributed.ranks import draw_classes
 from metapl.errors import MetaplError
-from metapl.numerics import wide
+from metapl.execution import checks
+from metapl.execution.batch import views
+from metapl.execution.numerics import wide
+from metapl.execution.ranks import draw_classes
 from metapl.problems.base import Kind, Params, Problem, Signal
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 

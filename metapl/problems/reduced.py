@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl import checks
 from metapl.errors import MetaplError
-from metapl.numerics import in_type_of, wide
+from metapl.execution import checks
+from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Signal
 from metapl.problems.losses import TeacherLoss
 from metapl.problems.pseudo_labels import PseudoLabels

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl import checks
-from metapl.numerics import wide
+from metapl.execution import checks
+from metapl.execution.numerics import wide
 from metapl.problems.base import Params, Signal
 from metapl.problems.classification import Classification, ask_teacher, check_numbers, check_rows
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.numerics import in_type_of, wide
+from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Kind, Params, Signal
 from metapl.problems.classification import Classification, ask_teacher, check_rows, example_losses
 

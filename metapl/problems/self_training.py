@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl import checks
 from metapl.errors import MetaplError
-from metapl.numerics import wide
-from metapl.parts import drop_rate, may_drop_by_function
+from metapl.execution import checks
+from metapl.execution.modules import drop_rate, may_drop_by_function
+from metapl.execution.numerics import wide
 from metapl.problems.base import Signal
 from metapl.problems.reduced import check_stored
 

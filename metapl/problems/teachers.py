@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from metapl.checks import described, row_indices
 from metapl.errors import MetaplError
+from metapl.execution.checks import described, row_indices
 
 
 class Table(nn.Module):

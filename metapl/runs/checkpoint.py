@@ -30,9 +30,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, reason_of
-from metapl.memory import out_of_memory
-from metapl.plain_files import open_plain
 from metapl.runs.atomic import replacing
+from metapl.runs.memory import out_of_memory
+from metapl.runs.plain_files import open_plain
 
 _LOG = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class CheckpointFolder:
 
         Args:
             map_location: as in :func:`load`.
-            read_folder: reads checkpoints that are folders (:mod:`metapl.runs.parts`).
+            read_folder: reads checkpoints that are folders (:mod:`metapl.runs.checkpoint_parts`).
 
         Returns: it, with what was passed over; None where the folder holds no checkpoint at all.
 

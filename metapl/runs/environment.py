@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metapl.cores import available_cores
+from metapl.runs.cores import available_cores
 
 
 def environment() -> dict[str, Any]:

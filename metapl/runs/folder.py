@@ -27,14 +27,14 @@ from typing import Any
 
 from torch import Tensor
 
-from metapl.cores import default_threads
 from metapl.errors import MetaplError, few
-from metapl.plain_files import read_plain
 from metapl.runs.atomic import remove_temporary, write_whole
 from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.cores import default_threads
 from metapl.runs.environment import environment
 from metapl.runs.ownership import LOCK, owned
-from metapl.typed import misfit_entries
+from metapl.runs.plain_files import read_plain
+from metapl.runs.typed import misfit_entries
 
 FORMAT = 2
 """The layout of run folders that this version writes and reads."""

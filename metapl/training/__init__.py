@@ -13,7 +13,7 @@ rates       the learning rates, moved by the schedule
 states      whether a state is one of such a trainer
 watch       NaN and infinite numbers, detected without waiting for the device
 selection   validation, and the best student so far
-average     the moving average of the weights
+average     the moving average of the weights; of sharded ones in ``sharded_copy``
 callbacks   the user's functions, called after each recorded row
 records     rows, TensorBoard events and checkpoints
 stopping    Ctrl-C, SIGTERM and SIGHUP, handled between steps

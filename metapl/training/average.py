@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.distributed.sharded_copy import ShardedCopy, has_sharded_weights, local_parts
 from metapl.errors import MetaplError
+from metapl.training.sharded_copy import ShardedCopy, has_sharded_weights, local_parts
 
 
 class Average:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl import checks
-from metapl.distributed.shards import is_sharded
 from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.numerics import wide
+from metapl.execution.shards import is_sharded
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of, input_batches, logits_of
-from metapl.numerics import wide
 from metapl.runs import checkpoint
 from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state

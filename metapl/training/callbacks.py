@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from metapl.checks import described
 from metapl.errors import MetaplError
+from metapl.execution.checks import described
 from metapl.execution.rng import RandomState, replayed
 from metapl.training.contract import Stepwise
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from metapl.distributed.ranks import ALONE, Ranks
 from metapl.errors import MetaplError
+from metapl.execution.ranks import ALONE, Ranks
 from metapl.training.report import Report
 
 Say = Callable[[str], None]

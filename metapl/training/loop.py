@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from metapl.batch import length, micro_batches
 from metapl.distributed.dropout import drops_by_itself
-from metapl.distributed.shards import load_whole
 from metapl.errors import MetaplError
+from metapl.execution.batch import length, micro_batches
+from metapl.execution.shards import load_whole
 from metapl.feedback.lookahead import Lookahead, inner_batches
-from metapl.memory import LESS, out_of_memory
 from metapl.runs.checkpoint import Found
 from metapl.runs.checkpoint import load as load_checkpoint
+from metapl.runs.checkpoint_parts import PartsWriter, check_parts, load_parts
 from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
-from metapl.runs.parts import PartsWriter, check_parts, load_parts
+from metapl.runs.memory import LESS, out_of_memory
 from metapl.training.average import Average
 from metapl.training.callbacks import Callback, Callbacks
 from metapl.training.contract import Say, Stepwise

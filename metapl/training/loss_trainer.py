@@ -9,17 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metapl import checks
-from metapl.batch import labeled_pair, micro_batches, plain
-from metapl.compatible import check_batches
-from metapl.distributed.layout import layout_of
-from metapl.distributed.ranks import rows_shared
-from metapl.distributed.shards import as_held, load_whole
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.agreement import check_copies
+from metapl.execution.batch import labeled_pair, micro_batches, plain
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.guards import step_guard, types_explained
-from metapl.fingerprints import settings_of
+from metapl.execution.layout import layout_of
+from metapl.execution.ranks import rows_shared
+from metapl.execution.shards import as_held, load_whole
+from metapl.feedback.compatible import check_batches
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
     CrossEntropy,
@@ -30,6 +29,7 @@ from metapl.problems.losses import (
     starts,
     sum_of_terms,
 )
+from metapl.runs.fingerprints import settings_of
 from metapl.training import Trainer
 from metapl.training.report import Report, means
 from metapl.training.states import check_state, names_of

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl import checks
-from metapl.distributed.shards import is_sharded, local
 from metapl.errors import few
+from metapl.execution import checks
+from metapl.execution.shards import is_sharded, local
 
 OF_SPEED = {"foreach", "fused", "capturable", "differentiable"}
 """Settings that do not decide what a state has in it, and that not every device takes."""

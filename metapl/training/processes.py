@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from metapl.distributed.ranks import Ranks
-from metapl.distributed.sharded_copy import has_sharded_weights
-from metapl.distributed.shards import gathered, is_sharded
 from metapl.errors import MetaplError
+from metapl.execution.ranks import Ranks
+from metapl.execution.shards import gathered, is_sharded
+from metapl.runs.checkpoint_parts import Like, PartsWriter, named
 from metapl.runs.generators import rng_state, set_rng_state
-from metapl.runs.parts import Like, PartsWriter, named
 from metapl.training.contract import Say, Stepwise
+from metapl.training.sharded_copy import has_sharded_weights
 
 
 def of_all(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from metapl.errors import MetaplError, few
 from metapl.runs import checkpoint
 from metapl.runs.folder import RunFolder
-from metapl.runs.metrics import Metrics
+from metapl.runs.rows import Metrics
 from metapl.runs.tensorboard import Events
 from metapl.training.contract import Say
 from metapl.training.options import FitOptions

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from metapl import checks
-from metapl.distributed.ranks import ALONE, Ranks
+from metapl.execution import checks
+from metapl.execution.ranks import ALONE, Ranks
 from metapl.problems.base import Problem, Signal, has_rows
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.distributed.layout import reshard
 from metapl.errors import MetaplError
-from metapl.fingerprints import as_values, network_record, unwrapped
+from metapl.execution.layout import reshard
+from metapl.moved import named_now
 from metapl.runs.checkpoint import CheckpointError
+from metapl.runs.fingerprints import as_values, network_record, unwrapped
+from metapl.runs.typed import misfit_entries
 from metapl.training.contract import Stepwise
 from metapl.training.rates import Rates
-from metapl.typed import misfit_entries
 
 PARTS = (
     "student_optimizer", "teacher_optimizer", "trainer", "networks", "dtype", "labeled", "unlabeled", "validation",
@@ -83,7 +84,7 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         if isinstance(had, Mapping) and isinstance(has, Mapping):
             had, has = _flat(had), _flat(has)
             for name in sorted({*had, *has}):
-                was, is_now = had.get(name), has.get(name)
+                was, is_now = named_now(had.get(name)), has.get(name)
                 # A fingerprint that one of them lacks says nothing, nor does what earlier versions did not keep.
                 optional = name.endswith(("fingerprint", "parameters")) or name.startswith("settings.")
                 if was != is_now and not (optional and None in (was, is_now)):

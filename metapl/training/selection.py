@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from metapl.batch import is_whole, labeled_pair, length, rows
-from metapl.checks import dense, described
-from metapl.distributed.shards import whole
 from metapl.errors import MetaplError
+from metapl.execution.batch import is_whole, labeled_pair, length, rows
+from metapl.execution.checks import dense, described
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.shards import whole
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.metrics.predictions import batch_name, batches_of, iterated, logits_of
 from metapl.training.contract import Say

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl import checks
-from metapl.distributed.shards import local
 from metapl.errors import MetaplError, few
+from metapl.execution import checks
+from metapl.execution.shards import local
 from metapl.training.optimizer_states import is_like, optimizer_faults
 
 SINCE = ("lookahead", "optimizers")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from metapl.signals import END, is_heard
+from metapl.runs.signals import END, is_heard
 
 
 class Interrupted(KeyboardInterrupt):

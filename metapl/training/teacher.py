@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
-from metapl import checks
-from metapl.distributed.ranks import rows_shared
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.agreement import check_copies
 from metapl.execution.kernels import overwritten_explained
+from metapl.execution.modules import trainable
+from metapl.execution.numerics import wide
+from metapl.execution.ranks import rows_shared
 from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
-from metapl.numerics import wide
-from metapl.parts import trainable
 from metapl.problems.base import Signal, has_rows
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.training.report import means

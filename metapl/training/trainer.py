@@ -12,9 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl import checks
-from metapl.batch import micro_batches
-from metapl.compatible import (
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import micro_batches
+from metapl.execution.compiled import CompiledPasses, refuse_compiled
+from metapl.execution.guards import step_guard, types_explained
+from metapl.execution.layout import Layout, layouts
+from metapl.execution.modules import trainable
+from metapl.execution.rng import RandomState, replayed
+from metapl.execution.shards import as_held, load_whole, whole
+from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback.compatible import (
     check_batches,
     check_input,
     check_layout,
@@ -23,22 +31,14 @@ from metapl.compatible import (
     check_teacher,
     prepare,
 )
-from metapl.distributed.layout import Layout, layouts
-from metapl.distributed.shards import as_held, load_whole, whole
-from metapl.errors import MetaplError
-from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.guards import step_guard, types_explained
-from metapl.execution.rng import RandomState, replayed
-from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback.hypergradient import Hypergradient, hypergradient, look_ahead
 from metapl.feedback.inner_step import outer_batch
 from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import Path
-from metapl.fingerprints import built_with, settings_of
-from metapl.hypergradient import Hypergradient, hypergradient, look_ahead
-from metapl.parts import trainable
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
+from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
 from metapl.training.finetuning import finetune
 from metapl.training.loss_trainer import SETTINGS, LossTrainer

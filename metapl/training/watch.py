@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from metapl.checks import Fault
-from metapl.distributed.shards import local
 from metapl.errors import MetaplError
+from metapl.execution.checks import Fault
+from metapl.execution.shards import local
 from metapl.training.contract import Stepwise
 from metapl.training.report import Report
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from metapl.distributed.shards import is_sharded
 from metapl.errors import MetaplError
+from metapl.execution.shards import is_sharded
 from metapl.updates.adam import Adam
 from metapl.updates.base import Cotangents, Parameters, Update, described
 from metapl.updates.clip import Clipped

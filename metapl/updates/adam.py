@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.numerics import Tree
+from metapl.execution.numerics import Tree
 from metapl.updates.base import Parameters
 from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate
 
@@ -18,9 +18,9 @@ from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate
 class Adam(TorchUpdate):
     r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε), with d = ±g (+ λθ where λ is coupled).
 
-    m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0 the update is smooth in
-    d, because m̂ vanishes with it, and the square root is not: there n̂ counts as the smallest normal number, a constant.
-    In float16 that is above many a real n̂, and such weights are refused.
+    m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0 the update is smooth
+    in d, because m̂ vanishes with it, and the square root is not: there n̂ counts as the smallest normal number, a
+    constant. In float16 that is above many a real n̂, and such weights are refused.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:

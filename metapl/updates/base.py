@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.numerics import Tree
+from metapl.execution.numerics import Tree
 
 Parameters = Mapping[str, nn.Parameter]
 

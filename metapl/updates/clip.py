@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.numerics import WHOLE, Space, Tree
+from metapl.execution.numerics import WHOLE, Space, Tree
 from metapl.updates.base import Cotangents, Parameters, Update
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl.numerics import Tree
+from metapl.execution.numerics import Tree
 from metapl.updates.base import Cotangents
 from metapl.updates.torch_optim import State, States, Tensors, TorchUpdate
 

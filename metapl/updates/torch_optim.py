@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from metapl import checks
-from metapl.distributed.shards import as_sharded, is_sharded, local
 from metapl.errors import MetaplError
-from metapl.numerics import Tree, wide
+from metapl.execution import checks
+from metapl.execution.numerics import Tree, wide
+from metapl.execution.shards import as_sharded, is_sharded, local
 from metapl.updates.base import Parameters, Update, described
 
 State = dict[str, Any]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.numerics import Tree
+from metapl.execution.numerics import Tree
 from metapl.updates.base import Cotangents, Parameters, Update
 
 

@@ -1,0 +1,216 @@
+"""The commands by name, and what is said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from metapl.runs.memory import LESS
+
+COMMANDS = (
+    "train",
+    "noisy-student",
+    "ablate",
+    "plan",
+    "evaluate",
+    "predict",
+    "finetune",
+    "compare",
+    "export",
+    "label",
+    "labels",
+    "shards",
+)
+
+HELP = """\
+metapl trains a classifier from a few labeled examples and many unlabeled
+ones. With Meta Pseudo Labels, a teacher network makes up labels for a student
+network, and learns from how well the student then does on the labeled
+examples. On your own pictures the default is UDA: one network that learns its
+own labels of pictures that it is sure of.
+
+  metapl train RECIPE           train a classifier; it goes to a folder (RUN)
+  metapl noisy-student RECIPE   train students on the labels of their teachers
+  metapl ablate RECIPE          compare the modes: which gradient to take
+  metapl plan RECIPE            memory and hours on many ranks, without any
+  metapl evaluate RUN           measure it on the test set again
+  metapl predict RUN FILES...   let it classify your pictures
+  metapl finetune RUN           finetune it on the labeled examples again
+  metapl compare RUN RUN...     put runs side by side, and test if they differ
+  metapl export RUN --out DIR   write it for others: a program, weights, a card
+  metapl label RUN DIR          store its class probabilities of many pictures
+  metapl labels DO STORE        look at such a store (stats), or select from it
+  metapl shards FOLDER          write many pictures as a few tar files
+
+For example, with the handwritten digits that come with scikit-learn, of which
+two in each class are labeled (a minute on a laptop, no graphics card):
+
+  metapl train digits --out runs/first
+  metapl predict runs/first my_digit.png another.png
+  metapl train digits --compare --seeds 0-4 --out runs/compared
+
+With pictures of your own, a few of them in one folder a class:
+
+  metapl train images --labeled few/ --unlabeled many/ --test held_out/
+
+With pictures some of which are in the folder of a wrong class:
+
+  metapl train noisy --labeled sorted_badly/ --clean few/
+
+With the paper's data, as torchvision keeps them (svhn-1k, imagenet-10pct too):
+
+  metapl train cifar10-4k --data-root DIR
+
+With --compare, each recipe trains the same without the teacher's feedback,
+and by other methods, and says whether the feedback helped.
+
+Each command says more with --help: metapl train digits --help.
+metapl --version says which metapl this is; metapl --print-completion SHELL
+completes commands and flags in bash, zsh or fish.
+"""
+
+RECIPES_HELP = """\
+metapl train RECIPE, with RECIPE one of:
+
+  digits                handwritten digits that come with scikit-learn
+  images                your own pictures, in folders
+  noisy                 your own pictures, some of them in the wrong folder
+  torchvision           CIFAR, SVHN, ImageNet or folders as torchvision has them
+  cifar10-4k            CIFAR-10 with 4,000 labels, the authors' code's settings
+  cifar10-4k-paper      the same with the settings of the paper's table
+  svhn-1k               SVHN with 1,000 labels, the paper's table
+  imagenet-10pct        ImageNet with 128 labels a class, the authors' code's
+  imagenet-10pct-paper  the same with the settings of the paper's table
+  two-moons             the paper's toy experiment, for many seeds at once
+
+Each says more with --help: metapl train digits --help.
+"""
+
+NOISY_STUDENT_HELP = """\
+metapl noisy-student RECIPE trains a teacher on the labeled examples, and then
+students, one after another: each learns with noise from the labels that the
+network before it gives the unlabeled examples. RECIPE is one of:
+
+{recipes}  imagenet              ImageNet and a folder of other pictures
+  noisy-imagenet-b0     the same as in the paper; likewise -b1 to -b7 and -l2
+
+  metapl noisy-student digits --rounds 3 --out DIR
+  metapl noisy-student digits --networks 32x32 64x64
+  metapl noisy-student digits --compare --seeds 0-4
+
+Each says more with --help: metapl noisy-student digits --help.
+"""
+
+ABLATE_HELP = """\
+metapl ablate RECIPE compares the ways to find the teacher's gradient, on the
+networks and data of a recipe: how far each is from the exact gradient, and
+what it costs. It ends with the mode to take. RECIPE is one of:
+
+{recipes}
+For networks of your own: metapl ablate --factory MODULE:FUNCTION.
+
+  metapl ablate digits --steps 200 --out DIR
+  metapl ablate digits --steps 200 --stability --train-steps 500
+
+Each says more with --help: metapl ablate digits --help.
+"""
+
+
+PLAN_HELP = """\
+metapl plan RECIPE says what a training takes on many ranks, without any of
+them: the memory of a rank, operations, bytes on the wire, hours. RECIPE is one
+of:
+
+  images                your own pictures; give --classes and --network
+{recipes}  imagenet-l2           two EfficientNet-L2, the paper's largest experiment
+  imagenet-b6-wide      the same with EfficientNet-B6-Wide
+  noisy-imagenet-b0     a student of Noisy Student; likewise -b1 to -b7 and -l2
+  vit-1b                two vision transformers of 1.2 billion weights
+
+  metapl plan imagenet-l2 --mesh.replicate 16 --mesh.shard 128
+  metapl plan vit-1b --ranks 2048 --memory 80GB --flops-per-second 4e14
+
+Each says more with --help: metapl plan digits --help.
+"""
+
+LABELS_HELP = """\
+metapl labels DO STORE, with DO one of:
+
+  stats   what is in a store that metapl label wrote: classes, confidence
+  select  write a store of some of its examples: by confidence, balanced
+
+Each says more with --help: metapl labels select --help.
+"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is said of a command whose first word is a choice, such as of a recipe.
+
+    Args:
+        help: the choices; ``{recipes}`` stands for the lines of ``RECIPES_HELP`` about those that it has.
+        example: an end of the command line.
+        nothing, unknown: where the word is missing, or ``{}`` is not known.
+    """
+
+    help: str
+    example: str
+    nothing: str = "no recipe was named"
+    unknown: str = "there is no recipe {}"
+
+
+CHOICES: dict[str, Choice] = {
+    "train": Choice(RECIPES_HELP, "digits"),
+    "noisy-student": Choice(NOISY_STUDENT_HELP, "digits"),
+    "ablate": Choice(ABLATE_HELP, "digits --steps 100; or --factory module:function, for networks of your own"),
+    "plan": Choice(PLAN_HELP, "digits --mesh.shard 2", unknown="there is no plan for {}"),
+    "labels": Choice(
+        LABELS_HELP, "stats STORE", "it was not said what to do with the labels", "metapl labels cannot {}"
+    ),
+}
+
+
+def kinds(command: str) -> Mapping[str, Any]:
+    """The classes of a command by its first word; they are imported when they are asked for."""
+    known: Mapping[str, Any] = import_module(f"metapl.apps.commands.{command.replace('-', '_')}").COMMANDS
+    return known
+
+
+def help_of(command: str) -> str:
+    """The help of a command of :data:`CHOICES`."""
+    text, known = CHOICES[command].help, kinds(command)
+    lines = [line for line in RECIPES_HELP.splitlines(keepends=True) if line.split()[:1] and line.split()[0] in known]
+    return text.format(recipes="".join(line for line in lines if f"\n  {line.split()[0]} " not in text))
+
+
+def command_class(command: str, given: Sequence[str]) -> Any:
+    """The class of a command; None where its first word decides.
+
+    Args:
+        command: of ``COMMANDS``.
+        given: the flags: some stand for another class.
+    """
+    flags = {word.partition("=")[0] for word in given}
+    if command == "ablate" and "--factory" in flags:
+        return import_module("metapl.apps.commands.ablate").AblateFactory
+    if command == "evaluate" and "--weights" in flags:
+        return import_module("metapl.apps.commands.evaluate_weights").EvaluateWeights
+    return (
+        None if command in CHOICES else getattr(import_module(f"metapl.apps.commands.{command}"), command.capitalize())
+    )
+
+
+LESS_MEMORY = {
+    **dict.fromkeys(("train", "noisy-student", "ablate"), LESS),
+    "train two-moons": "give fewer --seeds, or lower --unlabeled-batch",
+    "label": "lower --batch or --num-workers",
+}
+"""What takes less memory, by a command's first word or words; the others have no flag for it."""
+
+
+def less_memory(given: Sequence[str]) -> str:
+    """What to do where the memory did not suffice for a command line."""
+    known = [LESS_MEMORY[words] for words in (" ".join(given[:2]), *given[:1]) if words in LESS_MEMORY]
+    return known[0] if known else "close other programs, or take a machine with more"

@@ -1,0 +1,176 @@
+"""``metapl export RUN --out DIR``"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Annotated, Any
+
+import tyro
+
+from metapl.apps.commands.folders import held
+from metapl.apps.commands.inputs import Network
+from metapl.apps.commands.parse import Run, Switch
+from metapl.apps.experiments.load_run import LoadedRun, load_run
+from metapl.apps.experiments.store import describe, stored_data
+from metapl.apps.export import export
+from metapl.apps.export.programs import ONNX, can_run_onnx, require_onnx
+from metapl.apps.recipes.methods import title
+from metapl.metrics import Evaluation
+from metapl.runs.folder import RunFolder
+from metapl.words import tell
+
+FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected calibration error"}
+"""What stands on the card of a student's evaluation, beside its accuracy."""
+
+PARTS = ("labeled", "unlabeled", "validation", "test")
+"""Of the data, as ``data.json`` calls them: numbers of examples, or lists of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run's network for others: a program that needs torch alone, its weights, and a card for both.
+
+    model.pt2 is the whole network, with its normalization, as a program for torch.export.load: any number of pictures
+    in, logits out. model.safetensors holds the weights under the names of torchvision or timm, where the network is
+    theirs. MODEL_CARD.md has the code that loads each, the accuracies, the recipe without the paths of your files,
+    hashes of the data, and versions. Files of these names that are there already are replaced.
+
+    Programs are run without metapl and compared with the network before anything is written.
+
+    Args:
+        run: the run folder; of a comparison, the run that it delivers.
+        out: the folder to write them to; made if need be.
+        onnx: model.onnx too; needs pip install 'metapl[onnx]'.
+    """
+
+    run: Run
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
+    network: Network = "delivered"
+    onnx: Switch = False
+
+    def __call__(self) -> int:
+        run = load_run(self.run)
+        if self.onnx:
+            require_onnx()
+        name = run.name(self.network)
+        with held(self.out):
+            written = export(
+                run.network(name),
+                self.out,
+                card=_card(run, name),
+                architecture=run.recipe.architecture(),
+                shape=run.recipe.input_shape,
+                onnx=self.onnx,
+            )
+        tell(f"{run.heading(name)}\n")
+        tell(f"{written.weights}: {_size(written.weights)}\n  SHA-256 {written.sha256}")
+        for file in (written.program, written.onnx):
+            if file is not None:
+                tell(f"{file}: {_size(file)}\n  {_checked(file)}")
+        tell(f"{written.card}: how to load them, and how good they are")
+        return 0
+
+
+def _size(file: Path) -> str:
+    return f"{file.stat().st_size / 1e6:.3g} MB"
+
+
+def _checked(file: Path) -> str:
+    if file.name == ONNX and not can_run_onnx():
+        return "not run: onnxruntime is not installed"
+    return "run without metapl: it gives what the network gives"
+
+
+def _card(run: LoadedRun, name: str) -> dict[str, Any]:
+    """What :func:`metapl.apps.export.export` writes on the card."""
+    method = run.result["method"]
+    return {
+        "title": f"{run.recipe.name}: {title(method)}, {run.titled(name)}",
+        "classes": run.recipe.classes,
+        "metrics": _metrics(run, name),
+        "data_hash": _examples(run),
+        "recipe": _recipe(run, name),
+        "notes": "\n".join(f"- {note}" for note in _notes(run, name)),
+        "center": getattr(run.recipe, "center", 1.0),
+    }
+
+
+def _metrics(run: LoadedRun, name: str) -> dict[str, Any]:
+    """Figures of the network that is exported, and of no others."""
+    result = run.result
+    figures: dict[str, Any] = {}
+    if "evaluation" in result:
+        evaluation = Evaluation(**result["evaluation"])
+        figures |= {"test accuracy": result[f"{name}_test_accuracy"], "test examples": evaluation.n}
+        figures["test chance level"] = evaluation.chance
+    if "evaluation" in result and name == result["delivered"]:  # the evaluation is of that one
+        figures |= {f"test {words}": result["evaluation"][figure] for figure, words in FIGURES.items()}
+    if f"{name}_validation_accuracy" in result:
+        figures["validation accuracy"] = result[f"{name}_validation_accuracy"]
+        figures["validation examples"] = result["validation_size"]
+    return {figure: value for figure, value in figures.items() if value is not None}
+
+
+def _examples(run: LoadedRun) -> dict[str, str]:
+    """On which data the exported network was trained: how many examples, and their hashes."""
+    folder = run.folder
+    if run.is_comparison:
+        folder = RunFolder(folder.path / run.result["method"] / f"seed-{run.result['seed']}")
+    data = stored_data(folder)
+    record = data | data.get("counts", {})
+    numbers = {part: record[part] for part in PARTS if part in record}
+    counts = {part: len(found) if isinstance(found, list) else found for part, found in numbers.items()}
+    return (
+        ({"data set": data["data"]} if "data" in data else {})
+        | {part: f"{count:,} examples" if count else "none" for part, count in counts.items()}
+        | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in data["hash"].items()}
+    )
+
+
+def _recipe(run: LoadedRun, name: str) -> dict[str, Any]:
+    """The recipe without the places of files, of which the last names are left."""
+    fields: dict[str, Any] = describe(run.recipe)["fields"]
+    fields = {
+        field: PurePath(value).name if isinstance(value, str) and "/" in value else value
+        for field, value in fields.items()
+        if field != "class_names"
+    }
+    result = run.result
+    run_by = {"name": run.recipe.name, "method": result["method"], "best_step": result["best_step"]}
+    anew = name == "finetuned" and "finetuned_with" in result
+    again = {"finetuned_with": result["finetuned_with"]} if anew else {}
+    return run_by | again | {"fields": fields}
+
+
+def _notes(run: LoadedRun, name: str) -> list[str]:
+    """Which weights these are, how they were chosen, and what they take."""
+    result, notes = run.result, [_which(run, name), _why(run, name)]
+    if run.is_comparison:
+        methods, seeds = (", ".join(map(str, result[part])) for part in ("methods", "seeds"))
+        notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")
+    notes.append("Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.")
+    return [*notes, run.recipe.input_note]
+
+
+def _which(run: LoadedRun, name: str) -> str:
+    """Of which step the weights are."""
+    step, steps = run.result["best_step"], run.recipe.steps
+    if name == "teacher":
+        return f"The weights are those of the teacher after the last step, {steps:,}."
+    chosen = run.result["delivered_by"] == "validation"
+    student = run.titled("student")
+    kept = f"best {student} by validation" if chosen else f"last {student}"
+    which = f"The weights are those of the {kept}: step {step:,} of {steps:,}."
+    unless = ", unless that lowered the validation accuracy" if chosen else ""
+    return which + f" They were finetuned on the labeled examples{unless}." * (name == "finetuned")
+
+
+def _why(run: LoadedRun, name: str) -> str:
+    """Whether the run delivers this network, and by what."""
+    result = run.result
+    why = "as the best by validation" if result["delivered_by"] == "validation" else "by a rule of its method"
+    if name == result["delivered"]:
+        names = ", ".join(map(run.titled, run.networks))
+        return f"Of the networks of the run ({names}) it delivers this one, {why}."
+    return f"The run delivers another of its networks, {why}: {run.titled(result['delivered'])}."

@@ -1,0 +1,171 @@
+"""``metapl finetune RUN``"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from metapl.apps.commands.parse import Run
+from metapl.apps.commands.process import exit_code
+from metapl.apps.experiments.experiment import Experiment, Network, delivered
+from metapl.apps.experiments.load_run import LoadedRun, load_run
+from metapl.apps.experiments.store import stored_result
+from metapl.apps.recipes.base import Recipe
+from metapl.apps.recipes.methods import EVERY_METHOD, titled
+from metapl.errors import MetaplError
+from metapl.metrics import Evaluation
+from metapl.runs.folder import RunFolder
+from metapl.runs.rows import Metrics
+from metapl.training import FitResult
+from metapl.training.selection import weights_of
+from metapl.words import table, tell
+
+SCRATCH = ".finetune-"
+"""What the name of the folder begins with, within the run's, in which its records are kept until it has ended."""
+
+ORDER = ("student", "teacher", "finetuned")
+"""The networks of a run: the first of equals by validation is delivered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Finetune a run's student, or its one network, on its labeled data again.
+
+    Without options it repeats what train did. The finetuned network and its numbers in result.json are replaced when
+    the new ones are there; the network before finetuning stays as it is. Which network the run delivers is decided
+    anew. Choose options by the validation accuracy: the test set is to report on. A comparison that the run is part of
+    keeps the networks and numbers that it was made with.
+
+    Args:
+        run: the run folder.
+        steps: finetuning steps; by default as in the recipe.
+        lr: learning rate; by default as in the recipe.
+    """
+
+    run: Run
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+
+    def __call__(self) -> int:
+        run = load_run(self.run)
+        if run.is_comparison:
+            run_folder = self.run / run.result["method"] / f"seed-{run.result['seed']}"
+            raise MetaplError(f"{self.run} is a comparison; finetune one of its runs: metapl finetune {run_folder}")
+        if EVERY_METHOD[run.result["method"]].settings(run.recipe).finetune_size is not None:
+            raise MetaplError(
+                f"{self.run} was finetuned at a larger size, which is a part of its training; expected another run: "
+                "metapl noisy-student with other --finetune-steps or --finetune.lr."
+            )
+        recipe = self._recipe(run)
+        try:
+            with run.folder.claimed(run.description, resume=True):
+                # Another process may have finetuned it since.
+                run = dataclasses.replace(run, result=stored_result(run.folder))
+                result = _finetuned_anew(run, recipe)
+        except KeyboardInterrupt as stopped:
+            tell(f"\nmetapl: stopped; {self.run} is as it was.", file=sys.stderr)
+            return exit_code(stopped)
+        tell(f"{run.title}\n")
+        tell(_before_and_after(run.result, result, run.recipe))
+        tell(f"\n{_measured_on(result)}")
+        by = "by validation" if result["delivered_by"] == "validation" else "by rule"
+        name, before = (run.titled(one["delivered"]) for one in (result, run.result))
+        changed = "" if name == before else f"; before: {before}"
+        tell(f"\nthe {run.titled('finetuned')} and its numbers in {self.run} are new")
+        tell(f"delivered: {name} ({by}{changed})")
+        return 0
+
+    def _recipe(self, run: LoadedRun) -> Recipe:
+        """The run's recipe, with the options given."""
+        steps = run.recipe.finetune_steps if self.steps is None else self.steps
+        if steps < 1:
+            given = "the recipe has no finetuning steps" if self.steps is None else f"--steps {steps}"
+            raise MetaplError(f"{given}; expected 1 or more: metapl finetune {self.run} --steps 200")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise MetaplError(f"--lr {self.lr}: expected a number above 0.")
+        optimizer = run.recipe.finetune if self.lr is None else dataclasses.replace(run.recipe.finetune, lr=self.lr)
+        return dataclasses.replace(run.recipe, finetune_steps=steps, finetune=optimizer)
+
+
+def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
+    """Finetune by ``recipe`` and replace the files of the run; the new content of ``result.json``."""
+    device = run.device
+    student, task = run.network("student").to(device), recipe.task()
+    torch.manual_seed(recipe.seed)
+    for left in run.folder.path.glob(f"{SCRATCH}*"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run.folder.path) as scratch:
+        experiment = Experiment(recipe, RunFolder(scratch))
+        before = FitResult(run.result.get("student_validation_accuracy"), run.result["best_step"], weights_of(student))
+        tuned = experiment.finetuned(task, student, before)
+        rows = Metrics(Path(scratch) / "metrics.jsonl").rows("finetune")
+        # The validation accuracies on record decide on delivery.
+        recorded = {name: run.result.get(f"{name}_validation_accuracy") for name in run.networks}
+        networks = {name: Network(name, {}, accuracy, None) for name, accuracy in recorded.items()}
+        networks |= {"finetuned": tuned}
+        networks = {name: networks[name] for name in ORDER if name in networks}
+        name = delivered(run.result["method"], networks, experiment.selects(task))
+        chosen = networks[name]
+        if name not in ("finetuned", run.result["delivered"]):
+            network = run.network(name).to(device)
+            chosen = experiment.network(name, task, network, chosen.validation_accuracy, {})
+    result = run.result | tuned.accuracies("finetuned_")
+    result["validation_chance"] = task.validation_chance
+    result["finetuned_with"] = {"steps": recipe.finetune_steps, "lr": recipe.finetune.lr}
+    if name == "finetuned" or name != run.result["delivered"]:
+        result |= chosen.as_delivered()
+    # Each file is replaced whole. Should the machine die between two, the weights are refused, for their SHA-256 is not
+    # the one on record, and finetuning again mends it.
+    sealed = {tuned.file: run.folder.write_weights(tuned.file, tuned.weights)}
+    result["sha256"] = run.result.get("sha256", {}) | sealed
+    run.folder.write_json("result.json", result)
+    metrics = Metrics(run.folder.path / "metrics.jsonl")
+    metrics.cut("finetune", 0)
+    for row in rows:
+        metrics.add(row)
+    evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
+    Experiment(recipe, run.folder).report(result, evaluation, task)
+    return result
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+    """How many examples the accuracies are of."""
+    n, on = result["validation_size"], result.get("evaluation")
+    validation = f"validation: {n:,} examples" if n else "no validation set"
+    if on is None:
+        return f"{validation}; no test set was given"
+    return f"{validation}; test: {on['n']:,} examples, chance {Evaluation(**on).chance:.2%}"
+
+
+def _before_and_after(before: dict[str, Any], after: dict[str, Any], recipe: Recipe) -> str:
+    tuned_before = before.get("finetuned_with", {"steps": recipe.finetune_steps, "lr": recipe.finetune.lr})
+    return table(
+        [
+            ("", "validation", "test", "steps", "learning rate"),
+            (titled(before["method"], "student"), *_accuracies(before, "student"), "", ""),
+            ("finetuned, before", *_row(before, tuned_before)),
+            ("finetuned, now", *_row(after, after["finetuned_with"])),
+        ]
+    )
+
+
+def _row(result: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str, str, str]:
+    return *_accuracies(result, "finetuned"), str(settings["steps"]), f"{settings['lr']:g}"
+
+
+def _accuracies(result: dict[str, Any], network: str) -> tuple[str, str]:
+    """On validation and on test; a dash for what there is not."""
+    validation, test = (result.get(f"{network}_{part}_accuracy") for part in ("validation", "test"))
+    return _share(validation), _share(test)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

@@ -1,0 +1,323 @@
+"""Methods side by side over the same seeds, and what can be said of the difference."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
+from metapl.errors import MetaplError
+from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
+from metapl.words import table
+
+DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
+"""What is compared: the network that a run delivers, the student, and the student finetuned."""
+
+MOST_SEEDS = 10_000
+
+ENOUGH_SEEDS = 5
+"""With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever finds a difference,
+and one that it finds is as often luck."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracies by method, paired over seeds.
+
+    Args:
+        seeds: the seeds, in the order of the lists.
+        methods: name → accuracies, fractions, one for each seed: of each of :data:`READOUTS`, and as
+            "validation_accuracy" of the delivered network, where validation can tell networks apart.
+        examples: in the test set.
+        chance: the accuracy of guessing there; see :func:`metapl.metrics.chance_level`.
+        stores: name → SHA-256 of the labels that the first teacher gave the unlabeled examples, one for each seed; of
+            methods that have one.
+    """
+
+    seeds: tuple[int, ...]
+    methods: dict[str, dict[str, list[float]]]
+    examples: int
+    chance: float
+    stores: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, readouts in self.methods.items():
+            if any(len(values) != len(self.seeds) for values in readouts.values()):
+                raise MetaplError(f"method {name} has not one accuracy for each of the {len(self.seeds)} seeds.")
+
+    @classmethod
+    def of(
+        cls, seeds: tuple[int, ...], methods: Sequence[str], results: Mapping[tuple[str, int], Mapping[str, Any]]
+    ) -> Comparison:
+        """The comparison of what the ``result.json`` of each method and seed holds."""
+        accuracies: dict[str, dict[str, list[float]]] = {}
+        for method in methods:
+            by_seed = [results[method, seed] for seed in seeds]
+            validated = all(result["delivered_by"] == "validation" for result in by_seed)
+            readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
+            accuracies[method] = {readout: [_read(result, readout) for result in by_seed] for readout in readouts}
+        evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
+        teaching = [method for method in methods if EVERY_METHOD[method].selects]
+        stores = {name: [results[name, seed]["rounds"][0]["store_sha256"] for seed in seeds] for name in teaching}
+        chance = statistics.fmean(result.chance for result in evaluations)
+        return cls(seeds, accuracies, evaluations[0].n, chance, stores)
+
+    def pair(self) -> tuple[str, str] | None:
+        """The first method that was run beside its control, and that control: MPL and the same loop without feedback,
+        or what learns about labels and plain training."""
+        for name in sorted(self.methods, key=lambda name: name != "mpl"):
+            method = EVERY_METHOD.get(name)
+            if method is not None and method.control in self.methods:
+                return name, method.control
+        return None
+
+    def against_control(self) -> tuple[PairedTest, str] | None:
+        """The first of :meth:`pair` against the second, and the read-out of the second by its name.
+
+        Of Noisy Student and Meta Pseudo Labels it is what each delivers, which is chosen without the test set. Of
+        others it is the student of the first against the better read-out of the second, the one with the higher mean
+        on the test set, which favors the control.
+        """
+        pair = self.pair()
+        if pair is None:
+            return None
+        method, control = (self.methods[name] for name in pair)
+        own, readouts = _readouts(pair[0])
+        better = max(readouts, key=lambda readout: statistics.fmean(control[readout]))
+        return paired_test(method[own], control[better]), better
+
+    def best(self) -> str:
+        """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
+        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name][DELIVERED]))
+
+    def delivered(self) -> tuple[str, int]:
+        """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
+
+        The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
+        """
+        names = self._methods()
+        if any("validation_accuracy" not in self.methods[name] for name in names):
+            return names[0], self.seeds[0]
+        method = max(names, key=lambda name: statistics.fmean(self.methods[name]["validation_accuracy"]))
+        by_seed = dict(zip(self.seeds, self.methods[method]["validation_accuracy"], strict=True))
+        return method, max(self.seeds, key=by_seed.__getitem__)
+
+    def _methods(self) -> list[str]:
+        """The methods that can be used, or all where the headroom is alone."""
+        headroom = [name for name, method in EVERY_METHOD.items() if method.place == "headroom"]
+        return [name for name in self.methods if name not in headroom] or list(self.methods)
+
+    def table(self) -> str:
+        """The methods with mean ± standard deviation of all read-outs, in %.
+
+        >>> accuracies = dict.fromkeys(READOUTS, [0.8, 0.9])
+        >>> print(Comparison((0, 1), {"mpl": accuracies}, examples=400, chance=0.1).table())
+        method              delivered   student     finetuned
+        Meta Pseudo Labels  85.0 ± 7.1  85.0 ± 7.1  85.0 ± 7.1
+        chance              10.0        10.0        10.0
+        """
+        rows: list[tuple[str, ...]] = [("method", "delivered", "student", "finetuned")]
+        for name, accuracies in self.methods.items():
+            rows.append((title(name), *(spread(accuracies[readout], digits=1) for readout in READOUTS)))
+        rows.append(("chance", *[f"{100 * self.chance:.1f}"] * len(READOUTS)))
+        return table(rows, left=len(rows[0]))
+
+    def caption(self) -> str:
+        """What the table shows."""
+        over = f", mean ± standard deviation over {seeds_in_words(len(self.seeds))}" if len(self.seeds) > 1 else ""
+        return f"test accuracy in % on {self.examples:,} examples{over}{where_one_network(self.methods)}"
+
+    def sentence(self) -> str:
+        """Whether the teacher's feedback helped, with its statistics, and which method is the best.
+
+        Feedback is not mentioned where MPL or the loop without feedback was not trained.
+        """
+        difference = self.against_control()
+        if difference is None:
+            best = self._best_of_all()
+            return f"{best[0].upper()}{best[1:]}."
+        test, readout = difference
+        name, control = self.pair() or ("", "")
+        subject, of_control, question, answers = _words(name)
+        own_readout, readouts = _readouts(name)
+        own = statistics.fmean(self.methods[name][own_readout])
+        other = f"{of_control} {statistics.fmean(self.methods[control][readout]):.1%}"
+        if len(readouts) > 1:
+            which = titled(control, "finetuned" if readout.startswith("finetuned") else "student")
+            other = f"{other} (its {which}, the better of its two read-outs)"
+        start = (
+            f"{subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), {other}: "
+            f"{100 * test.mean:+.1f} points over {seeds_in_words(test.n)}"
+        )
+        best = "" if self.best() == name else f"; {self._best_of_all()}"
+        return f"{start[0].upper()}{start[1:]}{_verdict(test, question, answers)}{best}."
+
+    def _best_of_all(self) -> str:
+        best = self.best()
+        reached = statistics.fmean(self.methods[best][DELIVERED])
+        return f"the best on the test set is {title(best)} with {with_chance(reached, self.examples, self.chance)}"
+
+    def delivery(self) -> str:
+        """Which run the comparison delivers, and why that one."""
+        method, seed = self.delivered()
+        if any("validation_accuracy" not in self.methods[name] for name in self._methods()):
+            why = ", the first one named; there was no validation that could tell them apart"
+        else:
+            why = "; of all methods it has the best mean validation accuracy"
+        return f"delivered: {title(method)}, seed {seed}{why}"
+
+    def labels(self) -> str | None:
+        """Whether the methods with a first teacher learned from the same labels of it; None where fewer than two do.
+
+        >>> accuracies = dict.fromkeys(READOUTS, [0.8, 0.9])
+        >>> methods = {"noisy_student": accuracies, "mpl_filtered": accuracies}
+        >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "b"]}).labels()
+        'the 2 methods with a first teacher learned from the same stored labels of it, seed by seed'
+        >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "c"]}).labels()
+        'note: the methods with a first teacher did not learn from the same stored labels of it, for seed 1'
+        """
+        if len(self.stores) < 2:
+            return None
+        by_seed = zip(self.seeds, zip(*self.stores.values(), strict=True), strict=True)
+        others = [str(seed) for seed, stores in by_seed if len({*stores}) > 1]
+        who, what = "methods with a first teacher", "the same stored labels of it"
+        if others:
+            return f"note: the {who} did not learn from {what}, for seed{'s'[: len(others) - 1]} {', '.join(others)}"
+        return f"the {len(self.stores)} {who} learned from {what}, seed by seed"
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``result.json``."""
+        difference = self.against_control()
+        content: dict[str, Any] = {
+            "seeds": list(self.seeds),
+            "methods": self.methods,
+            "test_examples": self.examples,
+            "chance": self.chance,
+            "sentence": self.sentence(),
+            "delivery": self.delivery(),
+            **({"stores": self.stores} if self.stores else {}),
+        }
+        if difference is not None:
+            content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
+        return content
+
+
+def _read(result: Mapping[str, Any], readout: str) -> float:
+    """An accuracy of a run; a student that is not finetuned, as in Noisy Student, stands for the finetuned one."""
+    found: float = result.get(readout, result[STUDENT])
+    return found
+
+
+def where_one_network(methods: Iterable[str]) -> str:
+    """A remark on the columns of a table, where some of the methods have no student.
+
+    >>> where_one_network(["mpl", "uda"]), where_one_network(["mpl", "none"])
+    ('; student: where one network is trained, that network', '')
+    """
+    alone = any(name in EVERY_METHOD and EVERY_METHOD[name].one_network for name in methods)
+    return "; student: where one network is trained, that network" if alone else ""
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean in %, and the standard deviation of several values.
+
+    >>> spread([0.8, 0.9], digits=1), spread([0.8], digits=2)
+    ('85.0 ± 7.1', '80.00')
+    """
+    mean = f"{100 * statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.{digits}f}"
+
+
+def seeds_in_words(n: int) -> str:
+    """
+    >>> seeds_in_words(1), seeds_in_words(10)
+    ('1 seed', '10 seeds')
+    """
+    return f"{n} seed{'s' if n != 1 else ''}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+
+
+def _readouts(method: str) -> tuple[str, tuple[str, ...]]:
+    """What of a method is compared with its control, and the read-outs of the control of which the better one counts.
+
+    Where labels may be wrong, only finetuning learns from the clean ones, which plain training has learned from
+    already.
+    """
+    if EVERY_METHOD[method].is_noisy_student:
+        return DELIVERED, (DELIVERED,)
+    return FINETUNED if EVERY_METHOD[method].doubting else STUDENT, (STUDENT, FINETUNED)
+
+
+def _words(method: str) -> tuple[str, str, str, Mapping[bool, str]]:
+    """A method's network and its control, as the sentence calls them, and the question and answers of the test."""
+    if EVERY_METHOD[method].is_noisy_student:
+        better = {True: "Noisy Student is better", False: "Meta Pseudo Labels is better"}
+        return (
+            "what Noisy Student delivers",
+            "what Meta Pseudo Labels delivers",
+            "which of the two is better",
+            better,
+        )
+    if EVERY_METHOD[method].doubting:
+        names = f"with {title(method)} the finetuned student", "plain training"
+        what = "what is learned about labels"
+    elif EVERY_METHOD[method].reduced:
+        names = "reduced MPL's student", "the same loop without feedback"
+        what = "the student's feedback"
+    else:
+        names = "MPL's student", "the same loop without feedback"
+        what = "the teacher's feedback"
+    return *names, f"whether {what} helped", {True: f"{what} helped", False: f"{what} hurt"}
+
+
+def _verdict(test: PairedTest, question: str, answers: Mapping[bool, str]) -> str:
+    """What a paired test says.
+
+    Args:
+        test: the test.
+        question: what it could tell, after "tell" and "show".
+        answers: what it says where the difference is above 0, and where it is not.
+    """
+    if test.n < ENOUGH_SEEDS:
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {question}"
+    if test.p is None:  # all differences are the same
+        return f", with every seed the same: too little to tell {question}"
+    found = answers[test.mean > 0] if test.p < 0.05 else f"these seeds do not show {question}"
+    return f", paired t-test p = {_p(test.p)}: {found}"
+
+
+def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
+    """Seeds from ``"0-9"``, ``"0,3,5"`` or a mixture; ``flag`` is named in errors.
+
+    >>> parse_seeds("0-2,7")
+    (0, 1, 2, 7)
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not _is_number(first) or (dash and not _is_number(last)):
+            raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
+        if max(len(first), len(last)) > len(str(2**32)) or int(last or first) - int(first) >= MOST_SEEDS:
+            raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
+        if int(last or first) < int(first):
+            raise MetaplError(
+                f"{flag}={text!r}: expected at least one seed in a range, and {first}-{last} ends before it begins; "
+                f"write {last}-{first}."
+            )
+        seeds += range(int(first), int(last or first) + 1)
+    if len(seeds) > MOST_SEEDS or max(seeds) >= 2**32:
+        raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
+    if len(set(seeds)) < len(seeds):
+        again = Counter(seeds).most_common(1)[0][0]
+        raise MetaplError(f"{flag}={text!r}: expected each seed once and none twice; {again} is named again.")
+    return tuple(seeds)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()  # of other scripts' digits, and of ², Python's int takes only some

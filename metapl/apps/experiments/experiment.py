@@ -1,0 +1,393 @@
+"""One recipe by one method, end to end: train, finetune, evaluate, and leave a run folder behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from metapl.apps.experiments.fits import finetuning_options
+from metapl.apps.experiments.galleries import FILE as GALLERIES
+from metapl.apps.experiments.galleries import draw_galleries, read_galleries, write_galleries
+from metapl.apps.experiments.labels_given import labels_given
+from metapl.apps.experiments.larger import at_larger_size, finetuned_larger
+from metapl.apps.experiments.methods import train
+from metapl.apps.experiments.noisy_student import networks_of
+from metapl.apps.experiments.reducing import label_by
+from metapl.apps.experiments.rounds import Rounds
+from metapl.apps.experiments.shares import check_runs
+from metapl.apps.experiments.summary import spoken_rounds, summary
+from metapl.apps.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
+from metapl.apps.pictures.record import record_files, replaced_files
+from metapl.apps.recipes.base import ROLES, SELECTED_ON, Recipe, Task
+from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
+from metapl.apps.recipes.self_training import SelfTraining
+from metapl.apps.reports import Gallery
+from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
+from metapl.distributed.mesh import Mesh, shard
+from metapl.distributed.spatial import takes_whole_images
+from metapl.errors import MetaplError
+from metapl.execution.shards import load_whole
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of
+from metapl.runs.folder import RunFolder, weights_file
+from metapl.runs.rows import Metrics
+from metapl.training import FitResult, Say, Trainer
+from metapl.training.finetuning import finetune
+from metapl.training.selection import weights_of
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe, its data and where its run lives; every method trains on the same data from the same weights."""
+
+    recipe: Recipe
+    folder: RunFolder
+    resume: bool = False
+    progress: bool = True
+    say: Say = print
+    mesh: Mesh = field(default_factory=Mesh)
+
+    def run(self, method: str) -> dict[str, Any]:
+        """Train by ``method``, finetune, evaluate on the test set once, and write the folder's files.
+
+        Returns: what ``result.json`` holds: the accuracies of each network on validation and on the test set, where
+        there is one, as ``student_test_accuracy`` and the like; ``delivered``, the name of the network that is used
+        later, with its own as ``validation_accuracy``, ``test_accuracy`` and ``evaluation``.
+        """
+        check_runs(self.recipe, self.mesh, [method])
+        torch.manual_seed(self.recipe.seed)
+        task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
+        self.record(task)
+        task = dataclasses.replace(task, label=label_by(self.recipe, self.folder.path, task, self.say))
+        teacher, student = self.laid_out_for(method, place)
+        if EVERY_METHOD[method].selects:
+            task = dataclasses.replace(task, rounds=self.rounds(method, task))
+        if EVERY_METHOD[method].reduced:
+            task = dataclasses.replace(task, stored=labels_given(self.recipe, task, self.folder.path, self.say))
+        trained, result = self.train(method, task, teacher, student)
+        labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
+        galleries = draw_galleries(task, labeler, trained.student, titled(method, "student"))
+        galleries += self.suspects(task, trained)
+        changed = [] if task.rounds is None else task.rounds.galleries()
+        sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
+        networks = self.networks(method, task, trained, result)
+        name = delivered(method, networks, self.selects(task))
+        for network in networks.values():
+            sealed[network.file] = self.folder.write_weights(network.file, network.weights)
+        chosen = networks[name]
+        content: dict[str, Any] = {
+            "recipe": self.recipe.name,
+            "method": method,
+            "seed": self.recipe.seed,
+            "steps": self.recipe.steps,
+            "best_step": result.step,
+            "validation_size": task.validation_size,
+            "validation_chance": task.validation_chance,
+            "delivered_by": "validation" if self.selects(task) else "rule",
+            **({} if task.rounds is None else {"rounds": task.rounds.records}),
+            "sha256": sealed,
+            **chosen.as_delivered(),
+        }
+        for network in networks.values():
+            content |= network.accuracies(f"{network.name}_")
+        self.report(content, chosen.evaluation, task)
+        if task.rounds is not None:
+            self.report_rounds(content, changed)
+        self.folder.write_json("result.json", content)
+        unread = replaced_files(self.skipped)
+        if unread:
+            self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
+        return content
+
+    def suspects(self, task: Task, trained: Trainer) -> list[Gallery]:
+        """List the examples whose labels may be wrong, where there are such; a gallery of the first of them."""
+        if task.doubtful is None:
+            return []
+        found = find_suspects(task.doubtful, trained)
+        write_suspects(self.folder.path, found, task)
+        self.say(
+            f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first; of "
+            f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
+        )
+        return [suspects_gallery(found, task)]
+
+    def built(self, method: str, place: torch.device) -> list[nn.Module]:
+        """The teacher and the student with fresh weights; Noisy Student builds a network when its round begins."""
+        if EVERY_METHOD[method].is_noisy_student:
+            return [nn.Identity(), nn.Identity()]
+        return [self.recipe.network(role).to(place) for role in ROLES]
+
+    def laid_out_for(self, method: str, place: torch.device) -> list[nn.Module]:
+        """The teacher and the student with fresh weights, over the processes that train together."""
+        teacher, student = self.built(method, place)
+        if self.mesh.size == 1:
+            return [teacher, student]
+        if EVERY_METHOD[method].doubting is None:
+            return self.laid_out(teacher, student)
+        return [teacher, *self.laid_out(student)]  # what is learned about labels is built later
+
+    def laid_out(self, *networks: nn.Module, labels: tuple[Tensor, ...] = ()) -> list[nn.Module]:
+        """Networks over the processes that train together; they take images, and perhaps two labels of these."""
+        options: dict[str, Any] = {}
+        if self.mesh.spatial > 1:
+            draw = torch.Generator().manual_seed(self.recipe.seed)
+            images = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
+            options["example"] = (images, *labels)
+        # Compiled passes would wait for each key.
+        if all(map(can_be_keyed, networks)) and not self.recipe.trainer_options().get("compile"):
+            for network in networks:
+                keyed_dropout(network, self.mesh.share)
+        found = [shard(network, self.mesh, **options) for network in networks]
+        for network in networks if self.mesh.spatial > 1 else ():
+            takes_whole_images(network)
+        self.seed_shares(*networks)
+        return found
+
+    def beside(self, teacher: nn.Module, reads_inputs: bool) -> nn.Module:
+        """What is learned about labels, over the same processes: cut as the student is where it reads its inputs."""
+        if self.mesh.size == 1:
+            return teacher
+        for t in [*teacher.parameters(), *teacher.buffers()]:  # each share may have drawn its own
+            first = t.detach().contiguous()
+            dist.broadcast(first, 0)
+            t.data.copy_(first)
+        if not reads_inputs:
+            return shard(teacher, Mesh(replicate=self.mesh.size))
+        device = next(teacher.parameters()).device
+        (laid_out,) = self.laid_out(teacher, labels=(torch.zeros(2, dtype=torch.long, device=device),))
+        return laid_out
+
+    def seed_shares(self, *networks: nn.Module) -> None:
+        """Where networks drop something row after row, let each share of a batch have masks of its own."""
+        if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
+            torch.manual_seed(self.recipe.seed + 2**32 * (1 + self.mesh.share))
+
+    def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
+        """Train by ``method``; the returned trainer's student is the network that is kept."""
+        return train(EVERY_METHOD[method], self.recipe, task, teacher, student, self.fit, self.beside)
+
+    def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
+        """The student, the student finetuned and, where one was trained beside it, the teacher.
+
+        Of Noisy Student, the last student and its teacher.
+        """
+        if EVERY_METHOD[method].is_noisy_student:
+            return self.last_round(task, trained, result)
+        networks = [self.network("student", task, trained.student, result.validation_accuracy, result.weights)]
+        teacher = trained.teacher
+        if result.teacher_weights is not None and EVERY_METHOD[method].teaches and teacher is not None:
+            accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
+            networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))
+        networks.append(self.finetuned(task, trained.as_given, result))
+        return {network.name: network for network in networks}
+
+    def last_round(self, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
+        """The student of the last round, its teacher, and the student finetuned at a larger size if it is."""
+        (teacher,) = task.rounds.teachers
+        accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
+        networks = [
+            self.network("student", task, trained.student, result.validation_accuracy, result.weights),
+            self.network("teacher", task, teacher, accuracy, weights_of(teacher)),
+        ]
+        settings: SelfTraining = task.rounds.settings
+        if settings.finetune_size is not None:
+            larger = at_larger_size(networks_of(self.recipe, settings)[-1], settings)
+            seen = larger.task(None, self.progress, self.skipped)
+            tuned = finetuned_larger(larger, settings, trained.student, seen, self.fit)
+            networks.append(self.network("finetuned", seen, trained.student, tuned.validation_accuracy, tuned.weights))
+        return {network.name: network for network in networks}
+
+    def rounds(self, method: str, task: Task) -> Rounds:
+        """What labels and selects the unlabeled examples, in the run's folder."""
+
+        def measure(network: nn.Module) -> dict[str, float]:
+            parts = {"validation_accuracy": task.validation, "test_accuracy": task.test}
+            return {name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None}
+
+        settings = EVERY_METHOD[method].settings(self.recipe)
+        return Rounds(self.recipe, self.folder.path, task, settings, EVERY_METHOD[method].filtered, measure, self.say)
+
+    def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
+        """:meth:`finetune`, and what the student then reaches."""
+        tuned = self.finetune(task, student, before)
+        inside = student.module if isinstance(student, DistributedDataParallel) else student
+        return self.network("finetuned", task, inside, tuned.validation_accuracy, tuned.weights)
+
+    def network(
+        self,
+        name: str,
+        task: Task,
+        module: nn.Module,
+        validation_accuracy: float | None,
+        weights: Mapping[str, Tensor],
+    ) -> Network:
+        """A module that has these weights, with what it reaches on the test set."""
+        tested = None if task.test is None else evaluated(module, task.test, task.classes)
+        return Network(name, dict(weights), validation_accuracy, tested)
+
+    # ------------------------------------------------------------------------------------------------- the phases
+
+    def record(self, task: Task) -> None:
+        """Leave behind on which data this runs; refuse to go on with a run on other data."""
+        path, record = self.folder.path / "data.json", json.loads(json.dumps(task.record))
+        if path.exists() and self.folder.read_json("data.json") != record:
+            raise MetaplError(
+                f"the data have changed since the run in {self.folder.path} was started (see its data.json); put them "
+                "back as they were, or start another run with another --out."
+            )
+        if self.folder.exists:
+            self.folder.relocate(dataclasses.asdict(self.recipe))
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if task.split is not None:
+            task.split.save(self.folder.path / "split.json")
+        self.folder.write_json("data.json", task.record)
+        record_files(self.skipped, task.skipped)
+
+    @property
+    def skipped(self) -> Path:
+        """Where the files are listed that cannot be read."""
+        return self.folder.path / "skipped.jsonl"
+
+    def fit(
+        self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+    ) -> FitResult:
+        """The main phase, or one before it; ``over`` replaces options of the recipe."""
+        options = {"steps": self.recipe.steps, **self.options(task), **over}
+        return trainer.fit(labeled, unlabeled, phase=phase, **options)
+
+    def options(self, task: Task) -> dict[str, Any]:
+        """What every fit of the run has in common."""
+        return {
+            "validation": task.validation,
+            "truth": task.truth,
+            "out": self.folder,
+            "resume": self.resume,
+            "progress": self.progress,
+            "say": self.say,
+            **self.recipe.fit_options(),
+            "select": self.selects(task),
+            "split_batches": self.mesh.size > 1,
+        }
+
+    def selects(self, task: Task) -> bool:
+        """Whether there are enough validation examples to choose by."""
+        return task.validation is not None and task.validation_size >= SELECTED_ON
+
+    def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
+        """The student finetuned on the labeled data, or unchanged where validation shows that to be better."""
+        torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
+        self.seed_shares(student)
+        if not self.recipe.finetune_steps:
+            return before
+        result = finetune(
+            student,
+            task.finetuning,
+            optimizer=self.recipe.finetune.build(student),
+            **self.recipe.trainer_options(),
+            **self.options(task) | {"truth": None} | finetuning_options(self.recipe),
+        )
+        if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
+            load_whole(student.module if isinstance(student, DistributedDataParallel) else student, before.weights)
+            return before
+        return result
+
+    def report(self, content: Mapping[str, Any], evaluation: Evaluation | None, task: Task) -> None:
+        """Draw ``report.png`` from the rows on disk and what ``result.json`` holds."""
+        from metapl.apps.reports import draw_report
+
+        draw_report(
+            self.folder.path / "report.png",
+            title=f"{self.recipe.name}: {title(content['method'])}, seed {self.recipe.seed}",
+            curves={content["method"]: last_fit(self.folder.path, content)},
+            confusion=None if evaluation is None else evaluation.confusion,
+            classes=list(task.classes),
+            summary=" ".join(summary(content)),
+            galleries=read_galleries(self.folder.path, content.get("sha256", {}).get(GALLERIES)),
+        )
+
+    def report_rounds(self, content: Mapping[str, Any], galleries: Sequence[Gallery]) -> None:
+        """Draw ``rounds.png`` from what ``result.json`` says of the rounds."""
+        from metapl.apps.reports.rounds import draw_rounds
+
+        what = "" if EVERY_METHOD[content["method"]].filtered else "rounds of "
+        draw_rounds(
+            self.folder.path / "rounds.png",
+            content["rounds"],
+            title=f"{self.recipe.name}: {what}{title(content['method'])}, seed {self.recipe.seed}",
+            summary=" ".join(spoken_rounds(content["rounds"])),
+            galleries=galleries,
+        )
+
+
+def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the main phase of a run, which of Noisy Student is the last round."""
+    last = EVERY_METHOD[content["method"]].is_noisy_student
+    phase = f"round-{len(content['rounds'])}" if last else "fit"
+    return Metrics(folder / "metrics.jsonl").rows(phase)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that a run has trained, and what it reaches.
+
+    Args:
+        name: student, finetuned or teacher.
+        weights: its weights, on the host.
+        validation_accuracy: a fraction; None without validation.
+        evaluation: on the test set; None without one.
+    """
+
+    name: str
+    weights: Mapping[str, Tensor]
+    validation_accuracy: float | None
+    evaluation: Evaluation | None
+
+    @property
+    def file(self) -> str:
+        """Where its weights are in the run folder."""
+        return weights_file(self.name)
+
+    def accuracies(self, prefix: str = "") -> dict[str, float]:
+        """Its accuracies by name, for ``result.json``; nothing that was not measured."""
+        accuracies = {"validation_accuracy": self.validation_accuracy}
+        accuracies["test_accuracy"] = None if self.evaluation is None else self.evaluation.accuracy
+        return {prefix + key: value for key, value in accuracies.items() if value is not None}
+
+    def as_delivered(self) -> dict[str, Any]:
+        """What ``result.json`` says of the network that is delivered."""
+        evaluation = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
+        return {"delivered": self.name, **self.accuracies(), **evaluation}
+
+
+def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:
+    """The name of the network that a run delivers.
+
+    Args:
+        select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``. Of
+            Noisy Student it is the last student, finetuned or not, of equals finetuned, and never its teacher.
+            Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
+    """
+    if EVERY_METHOD[method].is_noisy_student:
+        networks = {name: network for name, network in networks.items() if name != "teacher"}
+        if not select:
+            return [*networks][-1]
+        networks = dict(reversed([*networks.items()]))
+    if select:
+        return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
+    return EVERY_METHOD[method].delivers
+
+
+def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:
+    """A network on (inputs, labels), or batches of these."""
+    device = next(network.parameters()).device
+    logits, labels = predict_logits(network, batches_of(data, device))
+    return evaluate_logits(logits, labels, classes and list(classes))

@@ -1,0 +1,142 @@
+"""Pictures that say more than figures: what the teacher is sure of, what it is not, and what the student gets wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.apps.recipes.base import Task
+from metapl.apps.reports import Gallery
+from metapl.errors import MetaplError
+from metapl.metrics import predict_logits
+from metapl.metrics.predictions import batches_of
+from metapl.runs.atomic import replacing
+from metapl.runs.folder import refuse_other_bytes
+from metapl.runs.plain_files import read_plain
+
+SHOWN = 12
+"""Pictures in a gallery."""
+
+FILE = "pictures.safetensors"
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One example as a network sees it."""
+
+    picture: Tensor
+    confidence: float
+    taken_for: int
+    label: int
+
+    @property
+    def percent(self) -> str:
+        return f"{100 * self.confidence:.0f} %"
+
+
+def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module, name: str = "student") -> list[Gallery]:
+    """The most and the least confident pseudo-labels, and the most confident mistakes on validation.
+
+    Args:
+        task: ``sample`` and ``validation``, where there are any, are looked at as they are, without augmentation.
+        labeler: who makes the pseudo-labels.
+        student: who is validated.
+        name: of the one who is validated, in words.
+
+    Returns: galleries of at most ``SHOWN`` pictures; none of examples that are not pictures of 1 or 3 channels.
+
+    Cost: one forward pass per example.
+    """
+    galleries = []
+    names = task.classes
+    if task.sample is not None:
+        seen = _look(labeler, task.sample)
+        note = f"of {len(seen):,} unlabeled pictures, without augmentation, after training"
+        for title, shown in (("Most", seen[:SHOWN]), ("Least", seen[: -SHOWN - 1 : -1])):
+            captions = [f"{names[example.taken_for]}\n{example.percent}" for example in shown]
+            marks = [example.taken_for == example.label if task.truth is not None else None for example in shown]
+            pictures = [example.picture for example in shown]
+            galleries.append(gallery_of(f"{title} confident pseudo-labels", note, pictures, captions, marks))
+    if task.validation is not None:
+        seen = _look(student, task.validation)
+        wrong = [example for example in seen if example.taken_for != example.label]
+        note = f"of the {name} on validation: {len(wrong):,} of {len(seen):,} are wrong"
+        shown = wrong[:SHOWN]
+        captions = [f"{names[example.taken_for]} {example.percent}\nis {names[example.label]}" for example in shown]
+        pictures = [example.picture for example in shown]
+        galleries.append(gallery_of("Most confident mistakes", note, pictures, captions))
+    return [gallery for gallery in galleries if gallery is not None]
+
+
+def _look(model: nn.Module, data: Any) -> list[_Seen]:
+    """The examples, the most confident first."""
+    seen = []
+    for inputs, labels in batches_of(data, torch.device("cpu")):
+        logits, _ = predict_logits(model, [(inputs, labels)])
+        best = logits.double().softmax(dim=1).max(dim=1)
+        columns = (inputs, best.values.tolist(), best.indices.tolist(), labels.tolist())
+        seen += [_Seen(*row) for row in zip(*columns, strict=True)]
+    return sorted(seen, key=lambda example: -example.confidence)
+
+
+def gallery_of(
+    title: str,
+    note: str,
+    pictures: Sequence[Tensor],
+    captions: Sequence[str],
+    marks: Sequence[bool | None] | None = None,
+) -> Gallery | None:
+    """Examples (C, H, W) in [0, 1] as a gallery; None where there are none, or they are not pictures of 1 or 3
+    channels."""
+    if not len(pictures) or pictures[0].ndim != 3 or pictures[0].shape[0] not in (1, 3):
+        return None
+    levels = (torch.stack(tuple(pictures)).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Gallery(title, note, levels, tuple(captions), (None,) * len(levels) if marks is None else tuple(marks))
+
+
+def write_galleries(folder: Path, galleries: Sequence[Gallery]) -> str:
+    """Keep galleries in a run folder, for when its report is drawn again; the SHA-256 of their file."""
+    from safetensors.torch import save
+
+    words = [{"title": g.title, "note": g.note, "captions": g.captions, "marks": g.marks} for g in galleries]
+    tensors = {str(number): gallery.pictures.contiguous() for number, gallery in enumerate(galleries)}
+    content = save(tensors, {"galleries": json.dumps(words)})
+    with replacing(folder / FILE) as file:
+        file.write(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_galleries(folder: Path, sha256: str | None = None) -> list[Gallery]:
+    """What :func:`write_galleries` kept; nothing where there is no such file.
+
+    Raises:
+        MetaplError: the file is not the one of this SHA-256, where that is known, or cannot be read.
+    """
+    from safetensors.torch import load
+
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    try:
+        content = read_plain(path)
+        refuse_other_bytes(path, content, sha256)
+        pictures = load(content)
+        length = int.from_bytes(content[:8], "little")
+        words = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["galleries"])
+        return [
+            Gallery(
+                entry["title"], entry["note"], pictures[str(number)], tuple(entry["captions"]), tuple(entry["marks"])
+            )
+            for number, entry in enumerate(words)
+        ]
+    except MetaplError:
+        raise
+    except Exception as error:  # safetensors raises its own types; without a checksum anything may stand there
+        raise MetaplError(f"{path} cannot be read: {type(error).__name__}, {error}; remove it to go on.") from error

@@ -1,0 +1,260 @@
+"""Runs side by side in processes of their own, and how long they will still take."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metapl.apps.experiments.experiment import Experiment
+from metapl.apps.experiments.store import describe, places, stored_result
+from metapl.apps.recipes.base import Recipe
+from metapl.distributed.mesh import Mesh
+from metapl.errors import MetaplError
+from metapl.runs.folder import RunFolder
+from metapl.words import tell
+
+PATIENCE = 30.0
+"""Seconds that a worker has to save the step under way before it is killed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe by one method.
+
+    Args:
+        recipe, method, folder, resume: as they are run.
+        threads: of the linear algebra, where the recipe does not say; None: as many as the run was started with, or
+            the default of a new one.
+    """
+
+    recipe: Recipe
+    method: str
+    folder: Path
+    resume: bool
+    threads: int | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether its result is there."""
+        return (self.folder / "result.json").exists()
+
+    def run(
+        self,
+        *,
+        progress: bool = False,
+        quiet: bool = True,
+        within: RunFolder | None = None,
+        mesh: Mesh | None = None,
+    ) -> dict[str, Any]:
+        """Run it here; a run that is finished already only gives its result.
+
+        Args:
+            progress: show how far it is.
+            quiet: show no messages.
+            within: the folder, where the caller holds it already.
+            mesh: processes that train together, of which this is one.
+        """
+        folder = within or RunFolder(self.folder)
+        torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))
+        with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
+            say = _silent if quiet else aloud
+            experiment = Experiment(self.recipe, folder, self.resume and folder.exists, progress, say, mesh or Mesh())
+            if self.finished:
+                result = stored_result(folder)
+                if folder.places() != places(self.recipe):  # the data have moved: are they the same?
+                    experiment.record(self.recipe.task())
+                return result
+            return experiment.run(self.method)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The networks of a run laid out, and nothing else: what cannot be cut is refused.
+
+    Args:
+        recipe: its number of steps may be open.
+        method: by which it will be run.
+    """
+
+    recipe: Recipe
+    method: str
+
+    def run(self, mesh: Mesh) -> None:
+        """Build and lay out the networks; the default generators are put back."""
+        place = self.recipe.torch_device()
+        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+            torch.manual_seed(self.recipe.seed)
+            experiment = Experiment(self.recipe, RunFolder(Path()), mesh=mesh)
+            experiment.laid_out_for(self.method, place)
+
+
+def _silent(text: str) -> None:
+    """Messages of a run beside others are not shown."""
+
+
+def aloud(text: str) -> None:
+    """Show a message on standard output."""
+    tell(text, wrap=True)
+
+
+def run_all(
+    jobs: Sequence[Job], workers: int, here: Callable[[Job], dict[str, Any]] | None = None
+) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
+    """Run the jobs, ``workers`` at a time, and give each with its result and the seconds it took as it ends.
+
+    Args:
+        jobs: as they are to be run.
+        workers: processes; one is this one.
+        here: runs a job where there is one worker; None: :meth:`Job.run`.
+
+    However this ends, no worker is left: where it is stopped, or a job fails, the others save the step under way and
+    go; and a worker whose parent was killed ends itself, so that nobody goes on writing to the folders.
+
+    Raises:
+        MetaplError: what a job raised, or that a process was killed.
+    """
+    if workers <= 1 or len(jobs) == 1:
+        for job in jobs:
+            since = time.monotonic()
+            with _named(job):
+                result = job.run() if here is None else here(job)
+            yield job, result, time.monotonic() - since
+        return
+    others = {*multiprocessing.active_children()}
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
+        initargs=(os.getpid(),),
+    )
+    waiting = list(reversed(jobs))
+    running: dict[Future[dict[str, Any]], tuple[Job, float]] = {}
+    try:
+        while waiting or running:
+            # No more than are run at once: a job that lies in the pool's own queue could not be taken back.
+            while waiting and len(running) < workers:
+                job = waiting.pop()
+                with _without_interrupts():
+                    running[pool.submit(_run, job)] = job, time.monotonic()
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            future = done.pop()
+            job, since = running.pop(future)
+            with _named(job):
+                result = future.result()
+            yield job, result, time.monotonic() - since
+    except BrokenProcessPool as error:
+        names = ", ".join(sorted({_name(job), *(_name(other) for other, _ in running.values())}))
+        raise MetaplError(
+            f"the process of one of these runs was killed ({names}): was there too little memory? Go on with --resume."
+        ) from error
+    finally:
+        if running:
+            _stop([child for child in multiprocessing.active_children() if child not in others])
+        pool.shutdown()
+
+
+def _run(job: Job) -> dict[str, Any]:
+    try:
+        return job.run()
+    except KeyboardInterrupt:  # stopped and saved; nobody waits for the result
+        return {}
+
+
+def _name(job: Job) -> str:
+    return f"{job.method}, seed {job.recipe.seed}"
+
+
+@contextmanager
+def _named(job: Job) -> Iterator[None]:
+    """Say whose error it is."""
+    try:
+        yield
+    except MetaplError as error:
+        raise MetaplError(f"{_name(job)}: {error}") from error
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started in this block do not get what a terminal sends to all: the parent alone decides."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
+
+
+def _stop(workers: Sequence[Any]) -> None:
+    """Ask processes to save and go; kill those that do not."""
+    for worker in workers:
+        worker.terminate()
+    try:
+        give_up = time.monotonic() + PATIENCE
+        for worker in workers:
+            worker.join(max(0.0, give_up - time.monotonic()))
+    finally:  # also when the user has no more patience
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def _end_with_parent(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Pace:
+    """Times of the jobs that are done, and what they say of the others.
+
+    Args:
+        methods: of the jobs that are to be run, one each.
+        together: how many run at a time.
+
+    >>> pace = Pace(["mpl", "uda", "mpl", "uda"], together=2)
+    >>> pace.left() is None
+    True
+    >>> pace.done("mpl", 60.0)
+    >>> pace.done("uda", 20.0)
+    >>> pace.left()
+    40.0
+    """
+
+    def __init__(self, methods: Sequence[str], together: int) -> None:
+        self.waiting, self.together = list(methods), together
+        self.times: defaultdict[str, list[float]] = defaultdict(list)
+
+    def done(self, method: str, seconds: float) -> None:
+        """A job by ``method`` is done."""
+        self.waiting.remove(method)
+        self.times[method].append(seconds)
+
+    def left(self) -> float | None:
+        """Seconds until all are done: methods take times of their own, and one that is not known yet takes the mean.
+
+        None while no job is done, as where a comparison that is resumed only gives what was done before.
+        """
+        if not self.waiting:
+            return 0.0
+        if not self.times:
+            return None
+        means = {method: statistics.fmean(times) for method, times in self.times.items()}
+        usual = statistics.fmean(means.values())
+        work = sum(means.get(method, usual) for method in self.waiting)
+        return work / min(self.together, len(self.waiting))

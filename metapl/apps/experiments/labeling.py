@@ -1,0 +1,412 @@
+"""A teacher's labels of many pictures, written to a store: in eval mode, of pictures as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.labels.files import DIGEST_BYTES, PAGE_ROWS
+from metapl.apps.labels.store import is_text
+from metapl.apps.pictures.batches import in_unit_range
+from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
+from metapl.apps.pictures.hashes import hashes
+from metapl.apps.pictures.sets.torchvision_sets import load_image_data
+from metapl.apps.pictures.store import FileImages, Images, MemoryImages
+from metapl.apps.recipes import Digits, ImageRecipe, Recipe
+from metapl.data.feed import feed
+from metapl.data.steps import StepBatches
+from metapl.errors import MetaplError, few
+from metapl.metrics.predictions import logits_of
+from metapl.runs.fingerprints import fingerprint
+from metapl.training.progress import counting, progress
+from metapl.words import shown
+
+DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "imagenet", "imagefolder")
+"""What can be labeled by its name: all of the digits, and the training pictures of the others."""
+
+BATCH, PARTS, FEWEST_ROWS = 256, 1000, 1024
+"""Pictures in a pass; the most parts of a store, unless that would make them too large; rows of a part, at least."""
+
+Read = tuple[Tensor, Tensor, Tensor, list[tuple[int, str]]]
+"""Pictures (B, C, H, W); their numbers, int64 (B,); what their files begin with as SHA-256, uint8 (B, 16) or (B, 0);
+and the numbers of files that cannot be read, each with the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class InOrder(StepBatches[Read], ABC):
+    """Pictures as they are, one batch after another.
+
+    Args:
+        batch_size: of a batch.
+        first: the batch that item 0 is.
+    """
+
+    batch_size: int = field(default=BATCH, kw_only=True)
+    first: int = field(default=0, kw_only=True)
+
+    @abstractmethod
+    def pictures(self) -> int:
+        """How many there are."""
+
+    def file(self, number: int) -> Path | None:
+        """Where a picture is; None where it is in no file."""
+        return None
+
+    def content(self) -> str | None:
+        """SHA-256 of pictures that lie in memory; None of those in files, of which the store knows each."""
+        return None
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]  # follows from the rest
+        return -(-self.pictures() // self.batch_size) - self.first
+
+    def numbers(self, step: int) -> range:
+        """Of the pictures of a batch."""
+        start = (self.first + step) * self.batch_size
+        return range(start, min(start + self.batch_size, self.pictures()))
+
+
+@dataclass(frozen=True, eq=False)
+class PictureFiles(InOrder):
+    """Pictures in files, read like the training data of a run.
+
+    Args:
+        recipe: of the run.
+        path: gives the file of each number.
+        count: how many there are.
+    """
+
+    recipe: Recipe
+    path: Callable[[int], Path]
+    count: int
+
+    def pictures(self) -> int:
+        return self.count
+
+    def file(self, number: int) -> Path:
+        return self.path(number)
+
+    def batch(self, step: int) -> Read:
+        pictures, used, digests, skipped = [], [], [], []
+        for number in self.numbers(step):
+            path = self.path(number)
+            try:
+                ((_, picture),) = self.recipe.read(path)
+                content = digest(str(path))[:DIGEST_BYTES]
+            except MetaplError as error:
+                skipped.append((number, str(error)))
+            except OSError as error:  # it was read a moment ago
+                skipped.append((number, f"{shown(path)}: {error.strerror}."))
+            else:
+                pictures.append(picture)
+                used.append(number)
+                digests.append(list(content))
+        x = torch.stack(pictures) if pictures else torch.empty(0, *self.recipe.input_shape)
+        return x, torch.tensor(used, dtype=torch.int64), torch.tensor(digests, dtype=torch.uint8), skipped
+
+
+@dataclass(frozen=True, eq=False)
+class SourcePictures(InOrder):
+    """The pictures of a source of batches: a tensor, uint8 or float32 in [0, 1], or images in memory or in files."""
+
+    images: Tensor | Images
+
+    def pictures(self) -> int:
+        return len(self.images)
+
+    def file(self, number: int) -> Path | None:
+        return self.images.path(number) if isinstance(self.images, FileImages) else None
+
+    def content(self) -> str | None:
+        if isinstance(self.images, FileImages):
+            return None
+        parts = [self.images.data, self.images.indices] if isinstance(self.images, MemoryImages) else [self.images]
+        return hashes(pictures=[part for part in parts if part is not None])["pictures"]
+
+    def batch(self, step: int) -> Read:
+        images, used = self.images, torch.tensor(self.numbers(step), dtype=torch.int64)
+        digests = torch.empty(len(used), 0)
+        if isinstance(images, FileImages):
+            x, used = images.fetch_sound(used)
+            contents = [ask(digest, str(images.path(number))) for number in used.tolist()]
+            sound = [row for row, content in enumerate(contents) if content is not None]
+            x, used = x[sound], used[sound]
+            digests = torch.tensor([list(content[:DIGEST_BYTES]) for content in contents if content], dtype=torch.uint8)
+        else:
+            x = images[used] if isinstance(images, Tensor) else images.fetch(used)[0]
+        return in_unit_range(x) if x.dtype == torch.uint8 else x, used, digests, []
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """What is to be labeled.
+
+    Args:
+        pictures: as batches.
+        ids: of each number, ascending: names of files in their folder, or the numbers themselves.
+        name: of the folder or of the data set.
+    """
+
+    pictures: InOrder
+    ids: Sequence[str] | range
+    name: str
+
+    def hash(self) -> str:
+        """SHA-256 over the ids."""
+        whole = hashlib.sha256()
+        for name in self.ids:
+            whole.update(f"{name}\0".encode("utf-8", "surrogateescape"))
+        return whole.hexdigest()
+
+
+def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: str | None = None) -> Labeled:
+    """The pictures of a folder, or of a data set by its name.
+
+    Args:
+        pictures: one of ``DATA_SETS``, or a folder.
+        recipe: of the run whose network labels them.
+        data_root: where torchvision keeps the data set; None: where the run had it.
+
+    Raises:
+        MetaplError: there is no such folder, no picture in it, or the data set is not for this recipe.
+    """
+    if data_root is not None and (pictures == "digits" or pictures not in DATA_SETS):
+        raise MetaplError(
+            f"--data-root {data_root} has no effect on {pictures}: it says where torchvision's data sets lie; leave it "
+            "out."
+        )
+    if pictures not in DATA_SETS:
+        return _of_folder(Path(pictures), recipe, batch_size)
+    if pictures == "digits":
+        if not isinstance(recipe, Digits):
+            raise _unfit(pictures, "digits", recipe)
+        from sklearn.datasets import load_digits
+
+        images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
+        return Labeled(SourcePictures(images, batch_size=batch_size), range(len(images)), "digits")
+    if not isinstance(recipe, ImageRecipe):
+        raise _unfit(pictures, "images, torchvision or a protocol", recipe)
+    root = data_root or getattr(recipe, "data_root", None)
+    if root is None:
+        raise MetaplError(
+            f"where {pictures} lies is not known; give the folder that torchvision calls so: --data-root DIR."
+        )
+    side = (recipe.image_size, recipe.image_size)
+    train = load_image_data(pictures, root, side, center=recipe.center, mode="L" if recipe.grey else "RGB").train
+    if train.shape != recipe.input_shape:
+        raise MetaplError(
+            f"the pictures of {pictures} are {_size(train.shape)}, and the run's network takes "
+            f"{_size(recipe.input_shape)}; expected a run on pictures of that size."
+        )
+    if isinstance(train, FileImages):
+        batches: InOrder = PictureFiles(recipe, train.path, len(train), batch_size=batch_size)
+    else:
+        batches = SourcePictures(train, batch_size=batch_size)
+    return Labeled(batches, range(len(train)), f"{pictures}, training pictures")
+
+
+def _of_folder(folder: Path, recipe: Recipe, batch_size: int) -> Labeled:
+    if not folder.expanduser().is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
+        raise MetaplError(f"{folder} {state}; expected a folder with pictures, or one of {', '.join(DATA_SETS)}.")
+    files = scan_unlabeled(folder)
+    batches = PictureFiles(recipe, files.path, len(files), batch_size=batch_size)
+    return Labeled(batches, files.names, str(folder))
+
+
+def _unfit(name: str, runs: str, recipe: Recipe) -> MetaplError:
+    return MetaplError(
+        f"the run is of the recipe {recipe.name}, and {name} can be labeled by a run of {runs} alone; give such a run, "
+        f"or a folder of pictures (./{name} if it is called so)."
+    )
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    channels, height, width = shape
+    return f"{height}x{width} {'grey' if channels == 1 else 'in colors'}"
+
+
+def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperature: float = 1.0) -> dict[str, Any]:
+    """What a store says of its labels; what is gone on with must say the same."""
+    return {
+        "pictures": labeled.name,
+        "examples": len(labeled.ids),
+        "ids_sha256": labeled.hash(),
+        "pictures_sha256": labeled.pictures.content(),
+        "weights_fingerprint": fingerprint(dict(network.state_dict())),
+        "temperature": temperature,
+        "views": f"as they are, not augmented. {recipe.input_note}",
+        "batch": labeled.pictures.batch_size,
+    }
+
+
+def rows_per_part(examples: int) -> int:
+    """Rows of a part of a store of so many examples: what a kill costs, against the number of files.
+
+    >>> rows_per_part(50_000), rows_per_part(1_281_167), rows_per_part(300_000_000)
+    (1024, 1282, 16384)
+    """
+    return min(max(-(-examples // PARTS), FEWEST_ROWS), PAGE_ROWS)
+
+
+def store_labels(
+    network: nn.Module,
+    labeled: Labeled,
+    place: Path,
+    classes: Sequence[str],
+    about: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> LabelStore:
+    """The store of a network's labels in a run's folder; one that is there already is gone on with.
+
+    Args:
+        about: by :func:`provenance`; a store that says otherwise is refused.
+        say: takes the reason of each file that is left out.
+    """
+    part = rows_per_part(len(labeled.ids))
+    with LabelWriter(place, classes, provenance=about, rows_per_part=part, resume=place.exists()) as writer:
+        write_labels(network, labeled, writer, skip=say)
+    return LabelStore(place)
+
+
+def refuse_other_pictures(
+    known: Iterable[tuple[Any, bytes]],
+    file: Callable[[Any], str | Path | None],
+    store: Path,
+    *,
+    tell_progress: bool,
+    unread: Callable[[str], object] = lambda path: None,
+) -> None:
+    """Refuse labels of pictures that were replaced under their names.
+
+    Args:
+        known: ids, each with the digest of the file that was labeled.
+        file: gives the file of an id; None: it is not compared. Nor is one that cannot be read, which whoever wants its
+            picture says.
+        store: that has the labels.
+        unread: takes the path of each file that cannot be read.
+
+    Cost: one reading of every file: for a million of 100 KB some four minutes of a local disk, and no decoding.
+    """
+    others, count = [], 0
+    with counting("comparing pictures with those that were labeled", tell_progress) as update:
+        for count, (name, content) in enumerate(known, 1):
+            path = file(name)
+            found = None if path is None else ask(digest, str(path))
+            if found is not None and found[:DIGEST_BYTES] != content:
+                others.append(name)
+            elif path is not None and found is None:
+                unread(str(path))
+            update(count)
+    if others:
+        raise MetaplError(
+            f"{len(others):,} of the {count:,} pictures that {store} has labels of are other ones now, by their bytes: "
+            f"{few(others)}; put back those that were labeled, or label these (metapl label) to another folder."
+        )
+
+
+def write_labels(
+    network: nn.Module,
+    labeled: Labeled,
+    writer: LabelWriter,
+    *,
+    temperature: float = 1.0,
+    num_workers: int = 0,
+    skip: Callable[[str], None] = lambda reason: None,
+    unread: Callable[[str], object] = lambda path: None,
+    tell_progress: bool = False,
+) -> None:
+    """Write softmax(network(x) / temperature) of every picture behind those that the writer has.
+
+    Args:
+        network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
+            of its first parameter. Afterwards it is in the mode that it was in.
+        labeled: which pictures.
+        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes. The files
+            of pictures that it has labels of are read, to tell whether they are still the same.
+        temperature: above 0.
+        num_workers: processes that read pictures; it changes nothing but the speed.
+        skip: takes the reason of each file that is left out.
+        unread: takes the path of each file that cannot be read, and of which the writer has labels.
+        tell_progress: show how far it is on standard error.
+
+    Raises:
+        MetaplError: the writer has labels of other pictures, the network's outputs are not finite, a worker died, or
+            the disk refused.
+    """
+    ids: Sequence[Any] = labeled.ids
+    there = LabelStore(writer.folder) if writer.complete else writer
+    refuse_other_pictures(
+        there.digests(),
+        lambda name: labeled.pictures.file(bisect_left(ids, name)),
+        writer.folder,
+        tell_progress=tell_progress,
+        unread=unread,
+    )
+    if writer.complete:
+        return
+    done = 0 if writer.last is None else ids.index(writer.last) + 1
+    first = done // labeled.pictures.batch_size
+    pictures = replace(labeled.pictures, first=first)
+    steps = len(pictures)
+    every = max(1, (first + steps) // 10)
+    source = feed(pictures, name="the pictures", stop=steps, num_workers=num_workers)
+    with closing(source), progress(tell_progress, name="labels", start=first, steps=first + steps) as bar:
+        for step in range(first, first + steps):
+            x, numbers, digests, skipped = source.next()
+            for number, reason in skipped:
+                if number >= done:
+                    skip(reason)
+            if len(numbers):
+                _write_batch(network, x, numbers, digests, labeled, writer, done, temperature, skip)
+            bar.advance([x], {}, due=(step + 1) % every == 0 or step + 1 == first + steps)
+
+
+def _write_batch(
+    network: nn.Module,
+    x: Tensor,
+    numbers: Tensor,
+    digests: Tensor,
+    labeled: Labeled,
+    writer: LabelWriter,
+    done: int,
+    temperature: float,
+    skip: Callable[[str], None],
+) -> None:
+    """Write the labels of a batch, of its pictures from number ``done`` on."""
+    # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
+    logits_BC = logits_of(network, [x]).float()
+    ids = [labeled.ids[number] for number in numbers.tolist()]
+    bad = [name for name, fine in zip(ids, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
+    if bad:
+        raise MetaplError(
+            f"the network's outputs are not finite for {few(bad)}; its training diverged: train again with a smaller "
+            "learning rate."
+        )
+    kept = []
+    for row, (name, number) in enumerate(zip(ids, numbers.tolist(), strict=True)):
+        if number < done:
+            continue
+        if isinstance(name, str) and not name.isascii() and not is_text(name):
+            skip(f"{shown(name)}: its name is not UTF-8; rename it.")
+        else:
+            kept.append(row)
+    if kept:
+        contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
+        scaled_BC = logits_BC[kept] / temperature
+        if not bool(scaled_BC.isfinite().all()):
+            raise MetaplError(
+                f"the temperature is {temperature}: the network's outputs divided by it are beyond float32; expected a "
+                "greater one."
+            )
+        writer.add([ids[row] for row in kept], scaled_BC.softmax(dim=1), contents)

@@ -1,0 +1,87 @@
+"""A picture of what is in a store: examples of each class, confidence and entropy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from metapl.apps.labels.queries import BINS, Statistics
+from metapl.apps.reports.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
+from metapl.apps.reports.counts import MOST_NAMED, draw_by_size, dress_counts, name_rows
+from metapl.apps.reports.style import ABOVE_PANEL, MARGIN, PALETTE
+from metapl.words import shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Inches.
+WIDTH, LEFT, BETWEEN, BELOW, BAR, LEAST, HISTOGRAM = 12.0, 1.75, 0.9, 0.5, 0.24, 2.4, 2.9
+
+
+def draw_statistics(path: str | os.PathLike[str], content: Statistics, title: str) -> None:
+    """Draw what is in a store as one PNG file.
+
+    Args:
+        path: the file; its folder exists. It takes this name only when it is whole.
+        content: by :func:`metapl.apps.labels.queries.statistics`.
+        title: of the picture.
+
+    Raises:
+        MetaplError: the file cannot be written.
+    """
+    names = [shown(name) for name in content.classes] if len(content.classes) <= MOST_NAMED else []
+    copies = f", {content.copies:,} with copies" if content.copies != content.rows else ""
+    summary = (
+        f"{content.rows:,} examples{copies}, {len(content.classes):,} classes. Mean confidence "
+        f"{100 * content.mean_confidence:.1f} %, mean entropy {content.mean_entropy:.2f} nats."
+    )
+    empty = sum(not count for count in content.counts)
+    if empty:
+        summary = f"{summary} {empty:,} of the classes {'has' if empty == 1 else 'have'} no example."
+    with drawing([title, *names]) as explanation:
+        write_page(path, _figure(title, f"{summary} {explanation}", content, names))
+
+
+def _figure(title: str, summary: str, content: Statistics, names: Sequence[str]) -> Figure:
+    panel = max(LEAST, BAR * len(names))
+    top = MARGIN + BELOW + panel
+    figure = headed_page(title, summary, WIDTH, top + ABOVE_PANEL)
+    wide = WIDTH - LEFT - 2 * (HISTOGRAM + BETWEEN) - MARGIN
+    _draw_classes(axes_at(figure, (LEFT, MARGIN + BELOW, wide, panel)), content, names)
+    most = content.greatest_entropy
+    for number, (name, note, counts, upper) in enumerate(
+        (
+            ("Confidence", "probability of the most probable class", content.confidence, 1.0),
+            ("Entropy", f"in nats; evenly spread is {most:.2f}", content.entropy, most),
+        )
+    ):
+        left = LEFT + wide + BETWEEN + number * (HISTOGRAM + BETWEEN)
+        _draw_histogram(axes_at(figure, (left, top - LEAST, HISTOGRAM, LEAST)), name, note, counts, upper)
+    return figure
+
+
+def _draw_classes(axes: Axes, content: Statistics, names: Sequence[str]) -> None:
+    with_copies = content.copies != content.rows
+    write_heading(axes, "Examples of each class")
+    write_note(axes, "dark: distinct; light: with copies" if with_copies else "by the most probable class")
+    shown_counts = [(content.class_copies, PALETTE[5])] if with_copies else []
+    shown_counts.append((content.counts, PALETTE[0]))
+    if not names:
+        draw_by_size(axes, content.counts, shown_counts)
+        return
+    for counts, color in shown_counts:
+        axes.barh(range(len(names)), counts, color=color, height=0.7)
+    name_rows(axes, names)
+
+
+def _draw_histogram(axes: Axes, name: str, note: str, counts: Sequence[int], upper: float) -> None:
+    write_heading(axes, name)
+    write_note(axes, note)
+    width = upper / BINS
+    axes.bar([width * i for i in range(BINS)], counts, width=width, align="edge", color=PALETTE[0], edgecolor="white")
+    axes.set_xlim(0, upper)
+    axes.set_ylabel("examples")
+    axes.grid(axis="y")
+    dress_counts(axes)

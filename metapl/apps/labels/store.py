@@ -1,0 +1,357 @@
+"""Reading a store, in any order."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metapl.apps.labels import files as layout
+from metapl.apps.labels.files import Part
+from metapl.errors import MetaplError, few
+from metapl.execution.checks import described
+from metapl.runs.plain_files import open_plain
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAPPED_PARTS = 16_384
+"""Parts that are mapped; Linux gives a process 65,530 maps."""
+
+KNOWN_PARTS = 64
+"""Parts whose names are held in memory."""
+
+
+class LabelStore:
+    """Class distributions of many examples by their ids, in a folder that a :class:`LabelWriter` has sealed.
+
+    Of an example, K float16 numbers s_1, …, s_K are stored, of its K most probable classes; K = C where all are kept.
+    What is read is the distribution
+
+        q_c ∝ s_c for a stored class c, and q_c ∝ max(0, 1 − Σ_j s_j) / (C − K) for every other class,
+
+    divided by its sum, in float32: the remainder is spread evenly. No other class gets more than the least probable
+    stored one, but for rounding, as each had less. Of probabilities above 6·10⁻⁵ float16 keeps 11 bits: they are off by
+    two parts in 2,048 at most, one of their own and one of the sum that is divided by.
+
+    Args:
+        folder: of the store.
+
+    Cost: to open it, its description is read (some 200 bytes a part), and each part's size is asked for. A part is
+    checked whole by its SHA-256 when something of it is first read (about 1 ms a MB), once in a process; then its
+    numbers are read from a memory map. A row by its number costs its 2 K bytes (6 K with classes) then, in any order.
+    To find a row by its id, the part is found by bisection of the parts' first ids. Within it, integers are found by
+    bisection in the memory map; of strings, those of the whole part are decoded (about 1 ms for 10,000) and kept for
+    the 64 parts that were used last. So ask for the rows of all ids once, by :meth:`rows`, where the same examples are
+    read again and again, and read by :meth:`at`.
+
+    It can be given to worker processes: a copy reads for itself.
+
+    Raises:
+        MetaplError: there is no store, or it is not whole, damaged or of a later format; later, when it is read: a part
+            is damaged, or there is no example of an id. The file is named.
+
+    >>> import tempfile
+    >>> from metapl.apps.labels import LabelWriter
+    >>> folder = Path(tempfile.mkdtemp()) / "store"
+    >>> with LabelWriter(folder, ["ant", "bee", "cat"], top_k=1) as writer:
+    ...     writer.add([7, 9], torch.tensor([[0.5, 0.375, 0.125], [0.0, 0.0, 1.0]]))
+    >>> store = LabelStore(folder)
+    >>> store[[9, 7]]
+    tensor([[0.0000, 0.0000, 1.0000],
+            [0.5000, 0.2500, 0.2500]])
+    >>> store.rows([9]), list(store), len(store)
+    (array([1]), [7, 9], 2)
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        layout.require("pyarrow")
+        self.folder = Path(folder)
+        content = layout.read_description(self.folder)
+        if not content["complete"]:
+            raise MetaplError(
+                f"the store in {self.folder} is not whole: its writer was stopped. Go on with the command that began "
+                "it, and resume=True (--resume)."
+            )
+        self.classes: tuple[str, ...] = tuple(content["classes"])
+        self.top_k: int | None = content["top_k"]
+        self.provenance: Mapping[str, Any] = content["provenance"]
+        self.has_digests: bool = content["digests"]
+        self.parts = tuple(Part(**part) for part in content["parts"])
+        self._numbers: bool = content["numbers"]
+        self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
+        self._firsts = [part.first for part in self.parts]
+        self._forget()
+        for part in self.parts:
+            self._check_size(part)
+
+    def _forget(self) -> None:
+        """As if nothing had been read yet."""
+        self._sound: set[int] = set()
+        self._columns = lru_cache(MAPPED_PARTS)(self._mapped)
+        self._names = lru_cache(KNOWN_PARTS)(self._decoded_names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Memory maps and what was found sound stay with the process.
+        return {name: value for name, value in vars(self).items() if name not in ("_sound", "_columns", "_names")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the labels, from the checksums of the parts; when they were written is left out."""
+        return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Number of rows, each of another example."""
+        return int(self._starts[-1])
+
+    def __iter__(self) -> Iterator[str | int]:
+        """The ids, in the order of the rows, a part at a time."""
+        for number in range(len(self.parts)):
+            yield from self.table(number, ["id"]).column(0).to_pylist()
+
+    def __contains__(self, example: object) -> bool:
+        kinds = (int, np.integer) if self._numbers else str
+        return isinstance(example, kinds) and bool(self._find([example])[0] >= 0)
+
+    def __getitem__(self, ids: str | int | Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """The distributions of examples.
+
+        Args:
+            ids: B of them, in any order, or one.
+
+        Returns:
+            float32 (B, C) on the CPU, each row summing to 1; (C,) of one id.
+
+        Raises:
+            MetaplError: there is no such example.
+        """
+        if isinstance(ids, str | int | np.integer):
+            return self.at(self.rows([cast(Any, ids)]))[0]
+        return self.at(self.rows(ids))
+
+    def rows(self, ids: Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> np.ndarray[Any, Any]:
+        """The rows of examples, int64 (B,).
+
+        Raises:
+            MetaplError: there is no such example.
+        """
+        wanted = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        kinds, expected = ((int, np.integer), "integers") if self._numbers else ((str,), "strings")
+        if not all(isinstance(name, kinds) for name in wanted):
+            raise MetaplError(f"the ids are {described(ids)}; expected {expected}, as they are stored.")
+        rows = self._find(wanted)
+        missing = [name for name, row in zip(wanted, rows.tolist(), strict=True) if row < 0]
+        if missing:
+            raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
+        return rows
+
+    def _find(self, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
+        """The rows of examples; −1 where there is none."""
+        rows = np.full(len(ids), -1, dtype=np.int64)
+        parts = np.array([bisect.bisect_right(self._firsts, name) - 1 for name in ids], dtype=np.int64)
+        for number, where in _by_part(parts):
+            if number >= 0:  # before the first part there is nothing
+                within = self._within(number, [ids[i] for i in where.tolist()])
+                rows[where] = np.where(within >= 0, within + self._starts[number], -1)
+        return rows
+
+    def _within(self, number: int, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
+        """The places of ids in a part; −1 where it has none."""
+        if self._numbers:
+            stored = self._columns(number)["id"]
+            places = np.minimum(np.searchsorted(stored, ids), len(stored) - 1)
+            return np.where(stored[places] == ids, places, -1)
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        wanted = pa.array([name if is_text(name) else None for name in ids], pa.string())
+        places = pc.index_in(wanted, value_set=self._names(number))
+        return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
+
+    def _decoded_names(self, number: int) -> pa.Array:
+        return self.table(number, ["id"]).column(0).combine_chunks()
+
+    def at(self, rows: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """The distributions of rows, read from memory maps.
+
+        Args:
+            rows: B of 0, …, len − 1, in any order.
+
+        Returns:
+            float32 (B, C) on the CPU, each row summing to 1.
+
+        Raises:
+            MetaplError: there is no such row, or a part is damaged.
+        """
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        outside = (wanted < 0) | (wanted >= len(self))
+        if outside.any():
+            raise MetaplError(
+                f"{self.folder} has no row {few(wanted[outside].tolist())}; expected 0 to {len(self) - 1:,}."
+            )
+        width = self.top_k or len(self.classes)
+        stored_BK = np.empty((len(wanted), width), np.float16)
+        classes_BK = None if self.top_k is None else np.empty((len(wanted), width), np.int32)
+        for number, where in _by_part(np.searchsorted(self._starts, wanted, side="right") - 1):
+            columns, places = self._columns(number), wanted[where] - self._starts[number]
+            stored_BK[where] = columns["probabilities"][places]
+            if classes_BK is not None:
+                classes_BK[where] = columns["classes"][places]
+        return spread(stored_BK, classes_BK, len(self.classes))
+
+    def rows_with_copies(self) -> np.ndarray[Any, Any]:
+        """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
+        tables = (self.table(number, ["copies"]) for number in range(len(self.parts)))
+        copies = np.concatenate([table.column(0).to_numpy() for table in tables])
+        return np.repeat(np.arange(len(self)), copies)
+
+    def verify(self) -> None:
+        """Check the bytes of all parts, whether or not they were read.
+
+        Raises:
+            MetaplError: one is damaged; it is named.
+        """
+        for number in range(len(self.parts)):
+            self._sound.discard(number)
+            self._check(number)
+
+    def table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a part, as pyarrow reads them.
+
+        Args:
+            number: of the part.
+            columns: their names; None: all.
+
+        Raises:
+            MetaplError: the part is damaged.
+        """
+        self._check(number)
+        return layout.read_rows(self._path(self.parts[number]), columns)
+
+    def digests(self) -> Iterator[tuple[Any, bytes]]:
+        """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
+        numbers = range(len(self.parts) if self.has_digests else 0)
+        return layout.read_digests(self.table(number, ["id", "digest"]) for number in numbers)
+
+    # ------------------------------------------------------------------------------------------------------ the files
+
+    def _path(self, part: Part) -> Path:
+        return self.folder / part.file
+
+    def _check_size(self, part: Part) -> None:
+        try:
+            with open_plain(self._path(part)) as file:
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise MetaplError(f"{self._path(part)} cannot be read: {error.strerror}. {layout.AGAIN}") from error
+        if size != part.bytes:
+            state = "truncated" if size < part.bytes else "damaged"
+            raise MetaplError(
+                f"{self._path(part)} is {state}: it has {size:,} bytes, and {part.bytes:,} were written. {layout.AGAIN}"
+            )
+
+    def _check(self, number: int) -> None:
+        """Refuse a part that is not as it was written; asked once."""
+        if number in self._sound:
+            return
+        part = self.parts[number]
+        self._check_size(part)
+        with open_plain(self._path(part)) as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != part.sha256:
+            raise MetaplError(
+                f"{self._path(part)} is damaged: its SHA-256 is not the one in {layout.DESCRIPTION}. {layout.AGAIN}"
+            )
+        fault = self._fault(part)
+        if fault is not None:
+            raise MetaplError(
+                f"{self._path(part)} is not a part as {layout.DESCRIPTION} describes it: {fault}. {layout.AGAIN}"
+            )
+        self._sound.add(number)
+
+    def _fault(self, part: Part) -> str | None:
+        """What is wrong with a part whose bytes are those that the description has."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with open_plain(self._path(part)) as file:
+                metadata = pq.read_metadata(file)
+                if metadata.num_rows != part.rows:
+                    return f"it has {metadata.num_rows:,} rows; expected {part.rows:,}"
+                return layout.part_fault(
+                    metadata,
+                    numbers=self._numbers,
+                    digests=self.has_digests,
+                    top_k=self.top_k,
+                    classes=len(self.classes),
+                )
+        except (pa.ArrowException, OSError) as error:
+            return f"it is not a Parquet file ({few([error], longest=120)})"
+
+    def _mapped(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
+        """The columns of a part that are read without a decoder."""
+        import pyarrow as pa
+
+        self._check(number)
+        part = self.parts[number]
+        # Unlike mmap.mmap, pyarrow's map does not need its file to stay open: a process may have few of these.
+        with pa.memory_map(os.fsencode(self._path(part))) as file:
+            buffer = file.read_buffer()
+        dtypes: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16)}
+        dtypes |= {} if self.top_k is None else {"classes": np.dtype(np.int32)}
+        dtypes |= {"id": np.dtype(np.int64)} if self._numbers else {}
+        columns = layout.mapped_columns(buffer, dtypes)
+        return columns | {name: columns[name].reshape(part.rows, -1) for name in dtypes if name != "id"}
+
+
+def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """Each part that occurs, and where."""
+    order = np.argsort(parts, kind="stable")
+    for where in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
+        if len(where):
+            yield int(parts[where[0]]), where
+
+
+def is_text(name: str) -> bool:
+    """Whether UTF-8 can hold it; nothing else is stored."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def spread(stored_BK: np.ndarray[Any, Any], classes_BK: np.ndarray[Any, Any] | None, classes: int) -> Tensor:
+    """Distributions, float32 (B, C), of what is stored of them; see :class:`LabelStore`.
+
+    By numpy, in one thread: torch's would wait for each other at every small batch.
+
+    Args:
+        stored_BK: probabilities of some classes, or of all in their order.
+        classes_BK: which these are, of each row different ones; None for all.
+        classes: C.
+    """
+    s_BK = stored_BK.astype(np.float32)
+    sum_B1 = s_BK.sum(axis=1, keepdims=True)
+    # NaN is not above 0 either.
+    if not (s_BK.min(initial=0) >= 0 and sum_B1.min(initial=1) > 0 and sum_B1.max(initial=1) < np.inf):
+        raise MetaplError(
+            "stored probabilities are negative, infinite, NaN or all 0; expected distributions: write the labels again."
+        )
+    if classes_BK is None:
+        return torch.from_numpy(s_BK / sum_B1)
+    remainder_B1 = np.maximum(0, 1 - sum_B1) if s_BK.shape[1] < classes else np.zeros_like(sum_B1)
+    whole_B1 = sum_B1 + remainder_B1
+    q_BC = np.empty((len(s_BK), classes), np.float32)
+    q_BC[:] = remainder_B1 / whole_B1 / max(classes - s_BK.shape[1], 1)
+    np.put_along_axis(q_BC, classes_BK, s_BK / whole_B1, axis=1)
+    return torch.from_numpy(q_BC)

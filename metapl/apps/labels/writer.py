@@ -1,0 +1,416 @@
+"""Writing a store, part by part, so that a kill at any moment costs the rows of one part and spoils nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metapl.apps.labels import files as layout
+from metapl.apps.labels.files import DESCRIPTION, DIGEST_BYTES, FORMAT, FREE, PAGE_ROWS, PAGE_VALUES, STORE, Part
+from metapl.errors import MetaplError, few
+from metapl.execution.checks import described
+from metapl.runs.atomic import write_whole
+from metapl.runs.environment import environment
+from metapl.runs.ownership import owned
+from metapl.runs.plain_files import read_plain
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Ids = Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor
+
+TOLERANCE = 1e-3
+"""How far the sum of an example's probabilities may be from 1; those of a softmax are within a few 1e-6."""
+
+
+class LabelWriter:
+    """Writes a store of class distributions; a context manager, which seals the store when its block ends well.
+
+    Of probabilities p_1, …, p_C of an example, the store keeps float16 numbers: all C, or the k greatest with their
+    classes. :class:`LabelStore` says what is read from them. Beside these stand, of the exact distribution, the label
+    (the most probable class, of equals the first), its probability as confidence, and the entropy −Σ p_c ln p_c in
+    nats.
+
+    Args:
+        folder: of the store; made where it is missing.
+        classes: their names, in the order of the probabilities.
+        top_k: how many of the greatest probabilities are kept of an example; None keeps all.
+        provenance: what is known of the distributions, such as the model, as values that JSON has.
+        rows_per_part: rows of a file; what a kill costs. At most 16,384, and fewer where that would be more than 2^24
+            numbers.
+        resume: go on with a store that is not whole, or find out that it is.
+
+    Cost: the rows of a part in memory, twice while it is written.
+
+    Raises:
+        MetaplError: when the block is entered: pyarrow is not installed; the folder holds other files, or a finished
+            store; another process is writing to it; or what is resumed was begun otherwise. Later: see :meth:`add`;
+            the disk refused, or nothing was added.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "store"
+    >>> with LabelWriter(folder, ["cat", "dog"]) as writer:
+    ...     writer.add(["a.png", "b.png"], torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
+    >>> from metapl.apps.labels import LabelStore
+    >>> LabelStore(folder)["a.png"]
+    tensor([0.2500, 0.7500])
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        classes: Sequence[str],
+        *,
+        top_k: int | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        rows_per_part: int = 8192,
+        resume: bool = False,
+    ) -> None:
+        if len(classes) < 1 or len({*classes}) < len(classes):
+            raise MetaplError(f"the classes are {few(classes, 10)}; expected one or more names, each once.")
+        if top_k is not None and not 1 <= top_k <= len(classes):
+            raise MetaplError(
+                f"top_k is {top_k}; expected 1 to {len(classes)}, the number of classes, or None for all."
+            )
+        if not 1 <= rows_per_part <= PAGE_ROWS:
+            raise MetaplError(f"rows_per_part is {rows_per_part}; expected 1 to {PAGE_ROWS:,}.")
+        fault = layout.selected_fault(provenance or {})
+        if fault is not None:
+            raise MetaplError(f"{fault}: this entry is written by metapl labels select; give yours another name.")
+        self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
+        self.rows_per_part = max(1, min(rows_per_part, PAGE_VALUES // (top_k or len(classes))))
+        begun = datetime.now(UTC).isoformat(timespec="seconds")
+        self.provenance = {"begun": begun, "made_with": environment(), **(provenance or {})}
+        self.complete = False
+        """Whether the store that was to be resumed is whole, so that there is nothing to add."""
+        self._parts: list[Part] = []
+        self._schema: pa.Schema | None = None
+        self._waiting: list[pa.Table] = []
+        self._last: str | int | None = None
+        self._is_begun = False
+        self._stack = ExitStack()
+
+    @property
+    def rows(self) -> int:
+        """How many rows are on disk."""
+        return sum(part.rows for part in self._parts)
+
+    @property
+    def last(self) -> str | int | None:
+        """The id of the last row on disk; a writer that resumes goes on behind it. None where there is none."""
+        return self._parts[-1].last if self._parts else None
+
+    def digests(self) -> Iterator[tuple[Any, bytes]]:
+        """As :meth:`LabelStore.digests`, of the rows that are on disk."""
+        has_digests = self._schema is not None and "digest" in self._schema.names
+        files = [self.folder / part.file for part in self._parts if has_digests]
+        return layout.read_digests(layout.read_rows(file, ["id", "digest"]) for file in files)
+
+    def __enter__(self) -> Self:
+        layout.require("pyarrow")
+        around = layout.store_around(self.folder)
+        if around is not None:
+            raise MetaplError(
+                f"{self.folder} lies in the store {around}; expected a folder elsewhere: give another folder (--out)."
+            )
+        if self.folder.exists() and not self.folder.is_dir():
+            raise MetaplError(
+                f"{self.folder} is not a folder; expected the folder of a store, or a new one: give another folder "
+                "(--out)."
+            )
+        with ExitStack() as stack:
+            stack.enter_context(owned(self.folder))
+            self._claim()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            # What is on disk stays as it is, so that a writer can go on with it.
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            if not self.complete:
+                self._finish()
+
+    # ---------------------------------------------------------------------------------------------------- what is there
+
+    def _claim(self) -> None:
+        others = sorted(name for name in os.listdir(self.folder) if not layout.is_own(name))
+        if others:
+            raise MetaplError(
+                f"{self.folder} holds files that are not a store's ({few(others)}); expected an empty folder, or a new "
+                "one: give another folder (--out)."
+            )
+        if (self.folder / DESCRIPTION).exists():
+            self._go_on(layout.read_description(self.folder))
+        elif layout.parts_there(self.folder):
+            raise MetaplError(
+                f"{self.folder} has parts of a store and no {DESCRIPTION}; put it back from a copy, or give another "
+                "folder (--out)."
+            )
+        else:
+            layout.remove_temporary(self.folder)
+
+    def _go_on(self, before: Mapping[str, Any]) -> None:
+        if not self.resume:
+            finished = ("a", "give another folder (--out)")
+            unfinished = ("an unfinished", "go on with resume=True (--resume)")
+            state, mend = finished if before["complete"] else unfinished
+            raise MetaplError(f"{self.folder} holds {state} store of labels; {mend}.")
+        now = self._description(complete=False)
+        of_before, of_now = before["provenance"], now["provenance"]
+        compared = [(name, before[name], now[name]) for name in ("classes", "top_k", "rows_per_part")]
+        compared += [
+            (f"provenance.{name}", of_before.get(name), of_now.get(name))
+            for name in sorted(of_before.keys() | of_now.keys())
+            if name not in FREE
+        ]
+        for name, then, asked in compared:
+            if then != asked:
+                begun, now_is = (few([repr(value)], longest=60) for value in (then, asked))
+                raise MetaplError(
+                    f"the store in {self.folder} was begun with {name} {begun}, and now it is {now_is}; go on as it "
+                    "was begun, or give another folder (--out)."
+                )
+        self.provenance, self.complete, self._is_begun = dict(of_before), before["complete"], True
+        self._schema, self._last = None, None
+        layout.remove_temporary(self.folder)
+        if self.complete:
+            self._parts = [Part(**part) for part in before["parts"]]
+        else:
+            self._parts = [self._part_there(*part) for part in layout.parts_there(self.folder)]
+        self._last = self.last
+
+    def _part_there(self, name: str, beginning: str) -> Part:
+        """A part that an earlier writer wrote, whose bytes are as they were."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            content = read_plain(self.folder / name)
+        except OSError as error:
+            raise MetaplError(f"{self.folder / name} cannot be read: {error.strerror}.") from error
+        sha256 = hashlib.sha256(content).hexdigest()
+        if not sha256.startswith(beginning):
+            raise MetaplError(
+                f"{self.folder / name} is damaged: its SHA-256 does not begin as its name says. Remove it and the "
+                "parts after it, then go on with resume=True (--resume)."
+            )
+        try:
+            file = pq.ParquetFile(pa.BufferReader(content))
+            names = file.schema_arrow.names
+            numbers = "id" in names and pa.types.is_integer(file.schema_arrow.field("id").type)
+            fault = layout.part_fault(
+                file.metadata,
+                numbers=numbers,
+                digests="digest" in names,
+                top_k=self.top_k,
+                classes=len(self.classes),
+            )
+            ids = [] if fault is not None else file.read(["id"]).column(0).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            fault = f"it is not a Parquet file ({few([error], longest=120)})"
+        if fault is None:
+            fault = self._other(file.schema_arrow, ids)
+        if fault is not None:
+            raise MetaplError(
+                f"{self.folder / name} is not a part of this store: {fault}. Remove it and the parts after it, then go "
+                "on with resume=True (--resume)."
+            )
+        self._schema, self._last = file.schema_arrow.remove_metadata(), ids[-1]
+        return Part(name, len(ids), ids[0], ids[-1], len(content), sha256)
+
+    def _other(self, found: pa.Schema, ids: Sequence[Any]) -> str | None:
+        """What makes a sound part one of another store."""
+        if (found.metadata or {}).get(STORE) != self._identity():
+            return "it was written to another store, or by an earlier metapl"
+        if self._schema is not None and not self._schema.equals(found):
+            return f"its columns are {', '.join(found.names)}, of other types or names than in the parts before it"
+        if self._last is not None and not self._last < ids[0]:
+            return f"its first id is {few([ids[0]])}, and the part before it ends with {few([self._last])}"
+        return None
+
+    def _identity(self) -> bytes:
+        return layout.identity(self.classes, self.top_k, self.rows_per_part, self.provenance)
+
+    # ------------------------------------------------------------------------------------------------------ new rows
+
+    def add(self, ids: Ids, probabilities: Tensor, digests: Sequence[bytes] | None = None) -> None:
+        """Add examples behind those that are there.
+
+        Args:
+            ids: B strings, or B integers; each greater than the one before, over all calls. Strings are compared by the
+                codes of their characters, as Python does.
+            probabilities: (B, C), floating point, on any device; each row sums to 1.
+            digests: the first 16 bytes of the SHA-256 of each example's file, by which copies are recognized.
+
+        Raises:
+            MetaplError: other ids or probabilities; the disk refused. What is on disk is whole then.
+        """
+        p_BC = self._checked(probabilities, len(ids))
+        names = self._ascending(ids)
+        self.add_table(self._table(names, p_BC, digests))
+
+    def _checked(self, probabilities: Tensor, rows: int) -> Tensor:
+        expected = f"floating point ({rows}, {len(self.classes)}), a row an id and a column a class"
+        if (
+            not isinstance(probabilities, Tensor)
+            or probabilities.shape != (rows, len(self.classes))
+            or not probabilities.is_floating_point()
+        ):
+            raise MetaplError(f"the probabilities are {described(probabilities)}; expected {expected}.")
+        p_BC = probabilities.detach().to("cpu", torch.float32)
+        far = (p_BC.sum(dim=1) - 1).abs()
+        if not bool(((p_BC >= 0).all(dim=1) & (far <= TOLERANCE)).all()):
+            raise MetaplError(
+                "some of the probabilities are negative or not finite, or those of an example do not sum to 1; "
+                "expected what softmax gives."
+            )
+        return p_BC
+
+    def _ascending(self, ids: Ids) -> list[str] | list[int]:
+        names: list[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        kinds = {type(name) for name in [*names, *([] if self._last is None else [self._last])]}
+        if kinds - {str} and kinds - {int}:
+            raise MetaplError(f"the ids are {described(ids)}; expected strings, or integers, over all calls.")
+        before = [] if self._last is None else [self._last]
+        for one, other in pairwise([*before, *names]):
+            if not one < other:
+                raise MetaplError(
+                    f"the id {few([other])} comes after {few([one])}; expected each greater than the one before: sort "
+                    "the examples by their ids, each once."
+                )
+        return names
+
+    def _table(self, ids: list[str] | list[int], p_BC: Tensor, digests: Sequence[bytes] | None) -> pa.Table:
+        import pyarrow as pa
+
+        kept_BK, columns = p_BC, {}
+        if self.top_k is not None:
+            classes_BK = most_probable(p_BC, self.top_k)
+            kept_BK = p_BC.gather(1, classes_BK)
+            columns["classes"] = _lists(classes_BK.to(torch.int32).numpy())
+        confidence, label = p_BC.numpy().max(axis=1), p_BC.numpy().argmax(axis=1)
+        columns |= {
+            "label": pa.array(label.astype(np.int32)),
+            "confidence": pa.array(confidence),
+            "entropy": pa.array(entropy(p_BC).numpy()),
+            "copies": pa.array(np.ones(len(ids), np.int32)),
+            "probabilities": _lists(kept_BK.to(torch.float16).numpy()),
+        }
+        numbers = bool(ids) and isinstance(ids[0], int)
+        if digests is not None:
+            columns["digest"] = pa.array([digest[:DIGEST_BYTES] for digest in digests], pa.binary(DIGEST_BYTES))
+        schema = layout.schema(numbers=numbers, sparse=self.top_k is not None, digests=digests is not None)
+        try:
+            columns["id"] = pa.array(ids, schema.field("id").type)
+        except UnicodeEncodeError as error:
+            raise MetaplError(f"an id is not text ({error}); expected strings that UTF-8 can hold.") from error
+        return pa.table([columns[name] for name in schema.names], schema=schema)
+
+    def add_table(self, table: pa.Table) -> None:
+        """Add rows as a part has them, such as those of another store; their ids follow those that are there."""
+        if self.complete:
+            raise MetaplError(f"the store in {self.folder} is whole; expected nothing more to be added.")
+        if not len(table):
+            return
+        if self._schema is not None and not self._schema.equals(table.schema):
+            raise MetaplError(
+                f"the store in {self.folder} has the columns {', '.join(self._schema.names)}; expected the same, of "
+                "the same types, in all that is added: either all with digests or none."
+            )
+        table = table.replace_schema_metadata(None)  # it says of which store it was
+        self._schema, self._last = table.schema, table["id"][-1].as_py()
+        self._waiting.append(table)
+        waiting = sum(map(len, self._waiting))
+        while waiting >= self.rows_per_part:
+            self._flush(self.rows_per_part)
+            waiting -= self.rows_per_part
+
+    def _flush(self, rows: int) -> None:
+        """Write a part of the first rows that wait."""
+        import pyarrow as pa
+
+        together = pa.concat_tables(self._waiting).combine_chunks()
+        # Else a part of another store, which was copied here, would be gone on with.
+        table = together.slice(0, rows).combine_chunks().replace_schema_metadata({STORE: self._identity()})
+        content = layout.encoded(table)
+        sha256 = hashlib.sha256(content).hexdigest()
+        if not self._is_begun:
+            self._write(DESCRIPTION, layout.sealed(self._description(complete=False)))
+            self._is_begun = True
+        name = layout.part_name(len(self._parts), sha256)
+        self._write(name, content)
+        ids = table["id"]
+        self._parts.append(Part(name, rows, ids[0].as_py(), ids[-1].as_py(), content.size, sha256))
+        self._waiting = [together.slice(rows)] if rows < len(together) else []
+
+    def _finish(self) -> None:
+        if self._waiting:
+            self._flush(sum(map(len, self._waiting)))
+        if not self._parts:
+            raise MetaplError(f"no example was given for the store in {self.folder}; expected one or more.")
+        self._write(DESCRIPTION, layout.sealed(self._description(complete=True)))
+        self.complete = True
+
+    def _description(self, *, complete: bool) -> dict[str, Any]:
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "complete": complete,
+            "classes": list(self.classes),
+            "top_k": self.top_k,
+            "rows_per_part": self.rows_per_part,
+            "provenance": self.provenance,
+        }
+        if complete and self._schema is not None:
+            numbers = isinstance(self.last, int)
+            content |= {"numbers": numbers, "digests": "digest" in self._schema.names, "rows": self.rows}
+            content["parts"] = [asdict(part) for part in self._parts]
+        return content
+
+    def _write(self, name: str, content: Any) -> None:
+        mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."
+        write_whole(self.folder / name, content, f"the {self.rows:,} rows that are there are whole. {mend}")
+
+
+def most_probable(p_BC: Tensor, k: int) -> Tensor:
+    """The k most probable classes of each example, the most probable first; of equals the first."""
+    values, classes = p_BC.topk(min(k + 1, p_BC.shape[1]), dim=1)
+    chosen = classes[:, :k]
+    if values.shape[1] > k:
+        tied = values[:, k - 1] == values[:, k]
+        if tied.any():  # which of them topk takes is open
+            chosen[tied] = p_BC[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    chosen = chosen.sort(dim=1).values
+    order = p_BC.gather(1, chosen).sort(dim=1, descending=True, stable=True).indices
+    return chosen.gather(1, order)
+
+
+def entropy(p_BC: Tensor) -> Tensor:
+    """−Σ_c p_c ln p_c, with 0 ln 0 = 0; several times as fast as torch.special.entr."""
+    return -(p_BC * p_BC.clamp(min=torch.finfo(p_BC.dtype).tiny).log()).sum(dim=1)
+
+
+def _lists(values_BK: np.ndarray[Any, Any]) -> pa.ListArray:
+    """The rows of a matrix as lists."""
+    import pyarrow as pa
+
+    rows, width = values_BK.shape
+    ends = np.arange(0, (rows + 1) * width, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32)
+    kind = pa.list_(pa.field("element", pa.from_numpy_dtype(values_BK.dtype), nullable=False))
+    return pa.ListArray.from_arrays(ends, np.ascontiguousarray(values_BK).reshape(-1), type=kind)

@@ -1,0 +1,344 @@
+"""Batches of examples that are seen through views; item t is the batch of step t.
+
+A batch is made in two halves. What is fetched (bytes of images, where there are files or images in memory) can come
+from worker processes; the views can be applied on the device, so that a quarter of the bytes crosses to it.
+Normalization is not a view: it belongs to the network, which sees the same numbers whatever the data came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from metapl.apps.pictures.hashes import told
+from metapl.apps.pictures.reader import Box
+from metapl.apps.pictures.store import FileImages, Images, pick
+from metapl.apps.pictures.views.base import View
+from metapl.data import draws
+from metapl.data.sampler import StepSampler
+from metapl.data.steps import BatchT, StepBatches
+from metapl.errors import MetaplError
+from metapl.runs.fingerprints import as_values, fingerprint
+
+Fetched = tuple[Tensor, ...]
+
+# One derived seed per role, so that no two views of one step share their draws even under one seed.
+_LABELED, _WEAK, _STRONG = range(3)
+
+
+class RandomBoxes(Protocol):
+    """Boxes of images whose every draw is a function of (seed, step, example)."""
+
+    def boxes(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """(B, 4) top, left, height and width in pixels, and (B,) whether to mirror."""
+        ...
+
+
+class ExampleBatches(StepBatches[BatchT]):
+    """Batches of sampled examples: columns of a data set, of which the first is seen through one view or several."""
+
+    images: Tensor | Images
+    sampler: StepSampler
+    seed: int
+    crop: RandomBoxes | None
+    roles: ClassVar[tuple[int, ...]]
+
+    @property
+    @abstractmethod
+    def views(self) -> tuple[View, ...]:
+        """How the images are seen, each with draws of its own."""
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """What else a batch holds of the same examples, by name."""
+        return {}
+
+    def batch(self, step: int) -> BatchT:
+        return self.augment(step, self.fetch(step))
+
+    def raw(self) -> StepBatches[Fetched]:
+        return RawBatches(self, self.steps)
+
+    def explain(self) -> str | None:
+        return _dead_workers(self.images)
+
+    def record(self) -> dict[str, Any]:
+        sampler = dataclasses.asdict(self.sampler)
+        return {
+            "examples": sampler.pop("size"),
+            **sampler,
+            "view_seed": self.seed,
+            "views": [as_values(view) for view in self.views],
+            "fingerprint": fingerprint([told(self.images), [*self.columns.values()]]),
+        }
+
+    def fetch(self, step: int) -> Fetched:
+        """The images of a step, once for all views or once for each crop, and then the other columns."""
+        indices = self.sampler.indices(step)
+        if self.crop is not None:
+            images, used = self._crops(step, indices)
+        elif isinstance(self.images, Tensor):
+            images, used = [pick(self.images, indices)], indices
+        else:
+            whole, used = self.images.fetch(indices)
+            images = [whole]
+        return (*images, *(pick(column, used) for column in self.columns.values()))
+
+    def augment(self, step: int, fetched: Fetched) -> BatchT:
+        columns = fetched[len(fetched) - len(self.columns) :]
+        images = fetched[: len(fetched) - len(columns)]
+        if not isinstance(self.images, Tensor):
+            images = tuple(map(in_unit_range, images))
+        if self.crop is None:
+            images = images * len(self.views)
+        examples = self._examples(step)
+        seen = (
+            view(x, seed=seed, step=step, examples=examples)
+            for view, x, seed in zip(self.views, images, self._seeds(), strict=True)
+        )
+        items = (*seen, *columns)
+        batch: Any = items if len(items) > 1 else items[0]
+        return batch  # type: ignore[no-any-return]  # what BatchT stands for
+
+    def _crops(self, step: int, indices: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Boxes of the images in files, drawn once the size of an image is known."""
+        assert isinstance(self.images, FileImages)
+        assert self.crop is not None  # both checked when the batches were made
+        crop, examples = self.crop, self._examples(step)
+        mirrored = torch.zeros(len(self.views), len(indices), dtype=torch.bool)
+
+        def box(view: int, row: int, height: int, width: int) -> Box:
+            boxes, mirrors = crop.boxes(self._seeds()[view], step, examples[row : row + 1], height, width)
+            mirrored[view, row] = mirrors[0]
+            top, left, tall, wide = boxes[0].tolist()
+            return left, top, left + wide, top + tall
+
+        boxes = [[partial(box, view, row) for view in range(len(self.views))] for row in range(len(indices))]
+        images, used = self.images.fetch_crops(indices, boxes)
+        return [
+            torch.where(flip[:, None, None, None], x.flip(-1), x) for x, flip in zip(images, mirrored, strict=True)
+        ], used
+
+    def _seeds(self) -> list[int]:
+        return [draws.fold_in(self.seed, role) for role in self.roles[: len(self.views)]]
+
+    def _examples(self, step: int) -> Tensor:
+        # With B > n a batch holds copies of an example; counting the epoch in keeps their augmentations apart. On the
+        # CPU, wherever the images are: a view that plans there would otherwise wait for the device.
+        return self.sampler.epochs(step) * self.sampler.size + self.sampler.indices(step)
+
+    def _check(self) -> None:
+        name = type(self).__name__
+        counts = {"images": len(self.images), **{key: len(column) for key, column in self.columns.items()}}
+        if set(counts.values()) != {self.sampler.size}:
+            given = ", ".join(f"{count} {key}" for key, count in counts.items())
+            raise MetaplError(
+                f"{name} got {given} and a sampler of size {self.sampler.size}; expected the same number everywhere: "
+                "StepSampler(len(images), batch_size, seed)"
+            )
+        if self.steps is not None and self.steps < 0:
+            raise MetaplError(
+                f"{name} got steps {self.steps}; expected a number of steps, or None for an endless stream"
+            )
+        if self.crop is not None and not isinstance(self.images, FileImages):
+            raise MetaplError(
+                f"{name} got a crop for {type(self.images).__name__}; expected FileImages, whose files are cropped as "
+                "they are read: images in memory are cropped by a view"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class RawBatches(StepBatches[Fetched]):
+    """Item t is ``batches.fetch(t)``: a tuple of tensors."""
+
+    batches: ExampleBatches[Any]
+    steps: int | None = None
+
+    def batch(self, step: int) -> Fetched:
+        return self.batches.fetch(step)
+
+    def explain(self) -> str | None:
+        return self.batches.explain()
+
+
+@dataclass(frozen=True, eq=False)
+class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
+    """The labeled batches: item t is (x, y), with x the view of the sampled images.
+
+    x = view(images[i]), y = labels[i], i = sampler.indices(t).
+
+    Args:
+        images: n examples: a tensor (n, ...) on any device, or :class:`~metapl.apps.pictures.Images`, whose bytes
+            become numbers in [0, 1].
+        labels: (n, ...) on any device.
+        sampler: picks from n examples.
+        view: augments; :class:`~metapl.apps.pictures.Identity` does not.
+        seed: of the view's draws, any integer.
+        steps: number of steps, or None for an endless stream.
+        crop: draws a box of the full image that is then brought to the size of ``images``; these are in files.
+        stored: (n, C) stored class distributions, which items then hold too: (x, y, stored).
+
+    Items: x (B, ...) and y (B, ...). An example that a batch holds more than once is augmented anew each time. Where a
+    file is broken, both are of the one that replaces it, seen through the view that was drawn for the broken one.
+
+    Raises:
+        MetaplError: images, labels and sampler disagree on n, steps is negative, or a crop of images in memory; on
+            access, a negative step, or images that cannot be read.
+
+    >>> from metapl.apps.pictures import Identity
+    >>> from metapl.data import StepSampler
+    >>> images, labels = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    >>> x, y = LabeledBatches(images, labels, StepSampler(20, 32, seed=0), Identity(), seed=0)[1000]
+    >>> x.shape, y.shape
+    (torch.Size([32, 1, 8, 8]), torch.Size([32]))
+    """
+
+    images: Tensor | Images
+    labels: Tensor
+    sampler: StepSampler
+    view: View
+    seed: int
+    steps: int | None = None
+    crop: RandomBoxes | None = None
+    stored: Tensor | None = None
+    roles: ClassVar[tuple[int, ...]] = (_LABELED,)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return (self.view,)
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return {"labels": self.labels, **_stored(self.stored)}
+
+
+@dataclass(frozen=True, eq=False)
+class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
+    """The unlabeled batches: item t is (weak, strong), two views of the same images, or one tensor.
+
+    weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t), with independent draws.
+
+    Args:
+        images, sampler, seed, steps: as in :class:`LabeledBatches`.
+        weak: the view that the teacher labels.
+        strong: the view that the student learns, or None for items of the weak view alone.
+        crop: draws a box for each view; files are decoded once.
+        stored: (n, C) stored class distributions, which items then hold too, at their end.
+
+    Items: a pair of tensors (B, ...), or one tensor (B, ...) without a strong view.
+
+    Raises:
+        MetaplError: as :class:`LabeledBatches`.
+
+    >>> from metapl.apps.pictures import Identity, ShiftNoiseCutout
+    >>> from metapl.data import StepSampler
+    >>> images = torch.rand(100, 1, 8, 8)
+    >>> batches = UnlabeledBatches(images, StepSampler(100, 64, seed=0), Identity(), ShiftNoiseCutout(), seed=0)
+    >>> weak, strong = batches[7]
+    >>> weak.shape == strong.shape
+    True
+    """
+
+    images: Tensor | Images
+    sampler: StepSampler
+    weak: View
+    strong: View | None
+    seed: int
+    steps: int | None = None
+    crop: RandomBoxes | None = None
+    stored: Tensor | None = None
+    roles: ClassVar[tuple[int, ...]] = (_WEAK, _STRONG)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return (self.weak,) if self.strong is None else (self.weak, self.strong)
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return _stored(self.stored)
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
+    """All labeled images once, in order and as they are: for validation and test.
+
+    Args:
+        images: n images.
+        labels: int64 (n,).
+        batch_size: B, 1 or more; the last batch may be smaller.
+
+    Items: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file that cannot be read is left out, so a batch may
+    be smaller still.
+
+    Raises:
+        MetaplError: images and labels disagree on n, or a batch size below 1.
+
+    >>> from metapl.apps.pictures import MemoryImages
+    >>> images = MemoryImages(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
+    >>> [len(y) for _, y in EvaluationBatches(images, torch.arange(5), batch_size=2)]
+    [2, 2, 1]
+    """
+
+    images: Images
+    labels: Tensor
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels) or self.batch_size < 1:
+            raise MetaplError(
+                f"EvaluationBatches got {len(self.images)} images, {len(self.labels)} labels and batch_size "
+                f"{self.batch_size}; expected as many labels as images, and 1 or more a batch"
+            )
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]  # follows from the rest
+        """Number of batches."""
+        return -(-len(self.images) // self.batch_size)
+
+    @property
+    def examples(self) -> int:
+        return len(self.labels)
+
+    def record(self) -> dict[str, Any]:
+        return {"examples": len(self.images), "fingerprint": fingerprint([told(self.images), self.labels])}
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        indices = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.images)))
+        fetch = self.images.fetch_sound if isinstance(self.images, FileImages) else self.images.fetch
+        images, used = fetch(indices)
+        return in_unit_range(images), pick(self.labels, used)
+
+    def explain(self) -> str | None:
+        return _dead_workers(self.images)
+
+
+def _stored(stored: Tensor | None) -> dict[str, Tensor]:
+    return {} if stored is None else {"stored": stored}
+
+
+def in_unit_range(images: Tensor) -> Tensor:
+    """Bytes as float32 in [0, 1]."""
+    return images.to(torch.float32) / 255
+
+
+def _dead_workers(images: object) -> str | None:
+    files: list[Path] = []
+    for _ in range(3):  # torch's handler raises once for a worker that died, wherever this process is at
+        with suppress(RuntimeError):
+            files = images.dead_readers() if isinstance(images, FileImages) else []
+            break
+    return f"a worker died while reading {' or '.join(map(str, files))}; remove or replace it" if files else None

@@ -1,0 +1,407 @@
+"""Problems with the folders of a training, found before it begins."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from metapl.apps.pictures.folders import Count, Files, FilesT, LabeledFiles, Progress, ask, digest
+from metapl.apps.pictures.shards import open_picture, size_of
+from metapl.errors import few
+from metapl.words import shown
+
+Kind = Literal["classes", "test copies", "validation copies", "labeled copies", "contradiction"]
+
+_PIECE = 4096
+
+LAYOUT = {
+    "labeled": "labeled",
+    "labelled": "labeled",
+    "train": "labeled",
+    "training": "labeled",
+    "unlabeled": "unlabeled",
+    "unlabelled": "unlabeled",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+    "heldout": "test",
+}
+"""What folders are called that hold the parts of a data set, and the part."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem with the folders that a user should know about before training.
+
+    Args:
+        level: an "error" makes results wrong or training impossible; a "warning" may be meant so.
+        message: what was found, with the first few files, and how to mend it.
+        files: all the files that it is about.
+        kind: of the classes' folders ("classes"); of pictures that stand in two folders ("test copies", "validation
+            copies", "labeled copies") or in two classes ("contradiction").
+    """
+
+    level: Literal["error", "warning"]
+    message: str
+    files: tuple[Path, ...] = ()
+    kind: Kind = "classes"
+
+
+def check_folders(
+    labeled: LabeledFiles,
+    unlabeled: Files | None = None,
+    validation: LabeledFiles | None = None,
+    test: LabeledFiles | None = None,
+    progress: Progress | None = None,
+) -> list[Finding]:
+    """Find what would spoil a training with these folders.
+
+    Errors: fewer than two classes; classes that are the parts of a data set, such as labeled and test; another of these
+    folders inside that of the classes; a class without pictures; a class of validation or test that training does not
+    know; a picture of test or validation, by its bytes, among the labeled or unlabeled ones (the result would be too
+    good), or in two classes. Warnings: a class with one picture; classes that are called like parts of a data set, or
+    that hold pictures in deeper folders alone; classes whose names differ by case only; pictures beside the class
+    folders; a picture of test in validation; a class that validation or test lacks; all labeled pictures among the
+    unlabeled ones.
+
+    Args:
+        labeled, unlabeled: the folders trained on.
+        validation, test: the folders that are not.
+        progress: called with the number of files whose bytes were compared.
+
+    Returns:
+        errors first; empty where all is well.
+
+    Cost: one question to the file system for each file. Bytes are read only of files that another side has with the
+    same size, and beyond 4 KiB only where these agree too.
+    """
+    others = {"unlabeled": unlabeled, "validation": validation, "test": test}
+    roots = {name: files.root for name, files in others.items() if files is not None}
+    findings = [*_class_findings(labeled), *find_inside(labeled, roots)]
+    around = find_around(labeled, {name: root for name, root in roots.items() if name != "unlabeled"})
+    findings += around.values()
+    # A folder around the labeled one has copies of all that lies in it, which says nothing more.
+    beside = {"validation": validation, "test": test} | dict.fromkeys(around)
+    findings += find_copies(labeled, unlabeled, beside["validation"], beside["test"], progress)
+    for name, held_out in (("validation", validation), ("test", test)):
+        if held_out is not None:
+            findings += find_other_classes(labeled, held_out, name)
+    return sorted(findings, key=lambda finding: finding.level != "error")
+
+
+def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
+    if len(labeled.classes) < 2:
+        yield Finding("error", f"{labeled.root} has one class, {labeled.classes[0]!r}; expected two or more folders.")
+    counts = labeled.counts()
+    for name, count in counts.items():
+        where = labeled.root / name
+        if count == 0:
+            yield Finding(
+                "error",
+                f"class {name!r} has no picture in {shown(where)}; put some there, or remove the folder.",
+                (where,),
+            )
+        elif count == 1:
+            files = tuple(labeled.path(i) for i, label in enumerate(labeled.labels) if labeled.classes[label] == name)
+            yield Finding(
+                "warning",
+                f"class {name!r} has one picture, {shown(files[0])}: it is trained on, so a validation split cannot "
+                "have any of this class; add more.",
+                files,
+            )
+    by_case: defaultdict[str, list[str]] = defaultdict(list)
+    for name in labeled.classes:
+        by_case[name.casefold()].append(name)
+    for same in by_case.values():
+        if len(same) == 1:
+            continue
+        names = " and ".join(map(repr, same))
+        folders = tuple(labeled.root / name for name in same)
+        yield Finding(
+            "warning",
+            f"classes {names} differ by case only and count as different classes; if not, merge them.",
+            folders,
+        )
+    if labeled.loose:
+        yield Finding(
+            "warning",
+            f"{labeled.loose} pictures lie in {labeled.root} beside the class folders and are not used; move them into "
+            "the folder of their class.",
+        )
+
+    yield from _layout_findings(labeled)
+
+
+def _layout_findings(labeled: LabeledFiles) -> Iterator[Finding]:
+    """What tells that the folder is the one above that of the classes."""
+    pictures: defaultdict[str, list[str]] = defaultdict(list)
+    for file in labeled.names:
+        name, _, below = file.partition("/")
+        pictures[name].append(below)
+    deep = {name for name, files in pictures.items() if all("/" in file for file in files)}
+    parts = {name: LAYOUT[plain] for name in labeled.classes if (plain := _plain(name)) in LAYOUT}
+    if len({*parts.values()}) > 1:
+        above = next((name for name, part in parts.items() if part == "labeled"), None)
+        instead = "" if above is None else f": {shown(labeled.root / above)}"
+        is_layout = not deep.isdisjoint(parts)
+        verb = "are" if is_layout else "may be"
+        yield Finding(
+            "error" if is_layout else "warning",
+            f"the classes in {labeled.root} are {few(labeled.classes)}, which {verb} the parts of a data set; expected "
+            f"one subfolder for each class. Name the folder with the classes{instead}",
+            tuple(labeled.root / name for name in parts),
+        )
+    elif deep and deep == {*pictures}:
+        name = min(deep)
+        inside = sorted({file.partition("/")[0] for file in pictures[name]})
+        yield Finding(
+            "warning",
+            f"the pictures of all classes ({few(labeled.classes)}) lie in deeper folders, such as "
+            f"{shown(f'{name}/{inside[0]}')}, whose names are not used; if the classes are rather {few(inside)}, name "
+            f"the folder above these: {shown(labeled.root / name)}",
+            tuple(labeled.root / name for name in sorted(deep)),
+        )
+
+
+def _plain(name: str) -> str:
+    """
+    >>> _plain("Held-out")
+    'heldout'
+    """
+    return "".join(filter(str.isalpha, name.casefold()))
+
+
+def find_inside(labeled: LabeledFiles, others: Mapping[str, Path]) -> Iterator[Finding]:
+    """The folders that lie inside that of the classes, where they would count as classes, or as pictures of one.
+
+    Args:
+        others: unlabeled, validation and test folders by name.
+    """
+    root = labeled.root.resolve()
+    for name, other in others.items():
+        if root not in other.resolve().parents:
+            continue
+        above = next((one for one in labeled.classes if LAYOUT.get(_plain(one)) == "labeled"), None)
+        instead = "" if above is None else f" Did you mean {shown(labeled.root / above)}?"
+        yield Finding(
+            "error",
+            f"the {name} folder {shown(other)} lies inside {shown(labeled.root)}, every subfolder of which is a class: "
+            f"{few(labeled.classes)}; expected a folder for the classes, and another one beside it.{instead}",
+            (other,),
+        )
+
+
+def find_around(labeled: LabeledFiles, held_out: Mapping[str, Path]) -> dict[str, Finding]:
+    """By name, the folders of held-out pictures in which the labeled folder lies."""
+    return {
+        name: Finding(
+            "error",
+            f"the labeled folder {shown(labeled.root)} lies inside the {name} folder {shown(root)}; expected the "
+            f"folder of the {name} pictures alone, with one subfolder for each class.",
+            (root,),
+        )
+        for name, root in held_out.items()
+        if root.resolve() in labeled.root.resolve().parents
+    }
+
+
+def find_other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> Iterator[Finding]:
+    """The classes that the two folders do not share: an error where training does not know one.
+
+    Args:
+        name: of the held-out folder: validation or test.
+    """
+    counts = held_out.counts()
+    known = set(labeled.classes)
+    unknown = [label for label, count in counts.items() if label not in known and count]
+    if unknown:
+        yield Finding(
+            "error",
+            f"the {name} folder {held_out.root} has classes that {labeled.root} does not: {few(unknown)}; expected "
+            "folders of the same names.",
+            tuple(held_out.root / label for label in unknown),
+        )
+    missing = [label for label in labeled.classes if not counts.get(label)]
+    if missing:
+        yield Finding(
+            "warning",
+            f"the {name} folder {held_out.root} has no picture of {few(missing)}: nothing is measured there.",
+        )
+
+
+class _File(NamedTuple):
+    """A file of one side: labeled, unlabeled, validation or test."""
+
+    side: str
+    label: str | None
+    path: str
+
+
+def find_copies(
+    labeled: LabeledFiles,
+    unlabeled: Files | None,
+    validation: LabeledFiles | None,
+    test: LabeledFiles | None,
+    progress: Progress | None,
+    *,
+    trained: bool = False,
+) -> Iterator[Finding]:
+    """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`.
+
+    Args:
+        trained: the labeled and unlabeled pictures were already trained on, so that the others are to be mended.
+    """
+    sides = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
+    files = [
+        _File(side, folder.classes[folder.labels[i]] if isinstance(folder, LabeledFiles) else None, path)
+        for side, folder in sides.items()
+        if folder is not None
+        for i, path in enumerate(folder.paths())
+    ]
+    count = Count(progress)
+    groups = _same_bytes(files, partial(_findings_among, labeled=len(labeled)), count)
+    count.end()
+    for held_out, other in _LEAKS:
+        pairs = [
+            (file, copy)
+            for group in groups
+            if (copy := next((file for file in group if file.side == other), None)) is not None
+            for file in group
+            if file.side == held_out
+        ]
+        if pairs:
+            yield _leak(held_out, other, pairs, mended=held_out if trained else other)
+    if unlabeled is not None and sum(map(_labeled_copies, groups)) == len(labeled):
+        yield _used_twice(labeled, unlabeled)
+    contradictions = [files for group in groups if _contradict(files := [f for f in group if f.side == "labeled"])]
+    if contradictions:
+        shown = few([" and ".join(file.path for file in group) for group in contradictions])
+        yield Finding(
+            "error",
+            f"{len(contradictions)} pictures are in two classes: {shown}; remove them from all classes but one.",
+            tuple(Path(file.path) for group in contradictions for file in group),
+            kind="contradiction",
+        )
+
+
+def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
+    """The paths in one folder, and those in another, of each picture that both have, by its bytes.
+
+    Cost: one question to the file system for each file. Bytes are read only of files that the other folder has with the
+    same size, and beyond 4 KiB only where these agree too.
+    """
+    sides = [_File(side, None, path) for side, of in (("own", files), ("other", others)) for path in of.paths()]
+    for group in _same_bytes(sides, lambda groups: [same for same in groups if len({file.side for file in same}) == 2]):
+        own = [file.path for file in group if file.side == "own"]
+        yield own, [file.path for file in group if file.side == "other"]
+
+
+def without_copies(files: FilesT, of: Files) -> FilesT:
+    """Those of the files that another folder does not have too; cost as :func:`same_pictures`."""
+    copies = {path for own, _ in same_pictures(files, of) for path in own}
+    return files.keep([i for i, path in enumerate(files.paths()) if path not in copies]) if copies else files
+
+
+def _used_twice(labeled: LabeledFiles, unlabeled: Files) -> Finding:
+    """All labeled pictures are unlabeled too: usual in the papers, and of no use where there are no others."""
+    if len(unlabeled) > len(labeled):
+        note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
+    else:
+        note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
+    message = f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: {note}"
+    return Finding("warning", message, kind="labeled copies")
+
+
+_COPIES: dict[str, Kind] = {"test": "test copies", "validation": "validation copies"}
+
+_LEAKS = (
+    ("test", "labeled"),
+    ("test", "unlabeled"),
+    ("validation", "labeled"),
+    ("validation", "unlabeled"),
+    ("test", "validation"),
+)
+
+
+def _leak(held_out: str, other: str, pairs: Sequence[tuple[_File, _File]], mended: str) -> Finding:
+    harmless = (held_out, other) == ("test", "validation")
+    shown = few([str(file.path) + f" is {copy.path}" * (file.path != copy.path) for file, copy in pairs])
+    return Finding(
+        "warning" if harmless else "error",
+        f"{len(pairs)} {held_out} pictures are among the {other} ones too: {shown}; "
+        + ("what is selected on them looks better than it is: " if harmless else "the result would be too good: ")
+        + f"remove them from the {mended} folder.",
+        tuple(Path(file.path) for pair in pairs for file in pair),
+        kind=_COPIES[held_out],
+    )
+
+
+def _same_bytes(
+    files: list[_File], that_matter: Callable[[list[list[_File]]], list[list[_File]]], count: Count | None = None
+) -> list[list[_File]]:
+    """Groups of files with the same bytes.
+
+    Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one size, so a piece
+    of them is compared before all their bytes.
+
+    Args:
+        files: of all sides.
+        that_matter: of groups that are alike so far, those that are compared further.
+        count: counts the files whose bytes were compared.
+    """
+    groups = [files]
+    for key in (size_of, _middle, digest):
+        alike: list[list[_File]] = []
+        for group in groups:
+            by_key: defaultdict[Hashable, list[_File]] = defaultdict(list)
+            for file in group:
+                found: Hashable | None = ask(key, file.path)
+                if found is not None:
+                    by_key[found].append(file)
+                if count is not None and key is _middle:
+                    count.add()
+            alike += (same for same in by_key.values() if len(same) > 1)
+        groups = that_matter(alike)
+    return groups
+
+
+def _findings_among(groups: list[list[_File]], labeled: int) -> list[list[_File]]:
+    """The groups, or files of them, that would be a finding if all in a group were the same picture."""
+    # That some labeled pictures are unlabeled too is usual; it is a finding where all of them might be.
+    all_copied = sum(map(_labeled_copies, groups)) == labeled
+    return [matter for same in groups if (matter := _that_matter(same, all_copied))]
+
+
+def _labeled_copies(files: Sequence[_File]) -> int:
+    """How many labeled files have the same bytes as an unlabeled one."""
+    sides = [file.side for file in files]
+    return sides.count("labeled") if "unlabeled" in sides else 0
+
+
+def _that_matter(files: list[_File], all_copied: bool) -> list[_File]:
+    """The files that would be a finding if all of them were the same picture."""
+    sides = {file.side for file in files}
+    if any(sides.issuperset(leak) for leak in _LEAKS) or (all_copied and sides >= {"labeled", "unlabeled"}):
+        return files
+    labeled = [file for file in files if file.side == "labeled"]
+    return labeled if _contradict(labeled) else []
+
+
+def _contradict(labeled: Sequence[_File]) -> bool:
+    return len({file.label for file in labeled}) > 1
+
+
+def _middle(path: str) -> bytes:
+    """4 KiB from the middle: the beginning is often a header that all files share."""
+    with open_picture(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size // 2 - _PIECE // 2))
+        return hashlib.sha256(file.read(_PIECE)).digest()

@@ -1,0 +1,348 @@
+"""Reading of image files: every format becomes the same kind of tensor, or is refused with the reason."""
+
+from __future__ import annotations
+
+import errno
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from metapl.apps.pictures.shards import open_picture, size_of
+from metapl.errors import MetaplError, reason_of
+from metapl.words import shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+"""Suffixes by which pictures are found in a folder; the case of the letters does not matter."""
+
+MAX_PIXELS = 89_478_485
+"""Pixels above which a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in brightness: ITU-R BT.601, as in Pillow."""
+
+# Pillow tries no others. Some of its readers start programs: EPS runs Ghostscript, whatever the file's name ends with.
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+
+_ORIENTATION = 0x0112  # of EXIF
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom edges in pixels, from the upper left corner of the picture."""
+
+Crop = Callable[[int, int], Box]
+"""From the height and width of a picture to a box of it."""
+
+
+class UnreadableImage(MetaplError):
+    """A file that is not a usable picture: ``path`` names it and ``reason`` says why.
+
+    What only one file has, such as its number of pixels, stands in brackets at the end of the reason.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{shown(path)}: {reason}.")
+        self.path, self.reason = Path(path), reason
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return type(self), (self.path, self.reason)
+
+
+def read_image(
+    path: str | Path,
+    *,
+    mode: Literal["RGB", "L"] = "RGB",
+    size: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    center: float = 1.0,
+) -> Tensor:
+    """Read a picture as bytes.
+
+    Whatever the file holds comes out the same way: turned as the camera noted (EXIF), palettes looked up, transparent
+    parts on white, 16 bits scaled (not clipped) to 8, CMYK and others converted as Pillow does, without color
+    profiles; of several frames the first.
+
+    Args:
+        path: a BMP, GIF, JPEG, PNG, PNM, TIFF or WebP file, whatever its suffix.
+        mode: "RGB", or "L" for brightness (0.299 R + 0.587 G + 0.114 B).
+        size: (height, width) of the result; None: as the file has it. It is filled by the largest centered box of its
+            shape that the picture has, by antialiased bilinear resampling: nothing is distorted, and the side that is
+            too long loses both ends.
+        max_pixels: a file whose header claims more is refused before anything is decoded; at most ``MAX_PIXELS``.
+        center: share of the sides of that box that is used, about its center: 224/256 for ImageNet; needs a size.
+
+    Returns:
+        uint8 (3, H, W) or (1, H, W) on the CPU.
+
+    Cost: one decoding. A JPEG of more than twice the needed size is decoded at a half, a quarter or an eighth of its
+    size, which is several times as fast; values then differ from those of full decoding by a few levels.
+
+    Raises:
+        UnreadableImage: the file cannot be opened, is empty, truncated, no picture, too large, or of numbers whose
+            range is unknown (floating point, 32 bits).
+        MetaplError: a size or limit below 1; the memory does not suffice.
+
+    >>> import pathlib, tempfile
+    >>> from PIL import Image
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "red.png"
+    >>> Image.new("RGB", (40, 30), "red").save(path)
+    >>> read_image(path).shape, read_image(path, size=(8, 8))[:, 0, 0]
+    (torch.Size([3, 30, 40]), tensor([255,   0,   0], dtype=torch.uint8))
+    """
+    if not 0 < center <= 1:
+        raise MetaplError(f"read_image got center {center}; expected a share of the sides, above 0 and at most 1.")
+    return _read(path, mode, size, max_pixels, (None,), center)[0]
+
+
+def read_crops(
+    path: str | Path,
+    crops: Sequence[Crop],
+    *,
+    size: tuple[int, int],
+    mode: Literal["RGB", "L"] = "RGB",
+    max_pixels: int = MAX_PIXELS,
+) -> list[Tensor]:
+    """Read boxes of a picture, decoding it once.
+
+    Args:
+        crops: each says from the (height, width) of the upright picture which box of it to use.
+        size: (height, width) that each box is brought to, whatever its shape.
+        path, mode, max_pixels, cost, raises: as :func:`read_image`.
+
+    Returns:
+        For each crop uint8 (3, H, W) or (1, H, W).
+    """
+    return _read(path, mode, size, max_pixels, crops)
+
+
+def _read(
+    path: str | Path,
+    mode: Literal["RGB", "L"],
+    size: tuple[int, int] | None,
+    max_pixels: int,
+    crops: Sequence[Crop | None],
+    center: float = 1.0,
+) -> list[Tensor]:
+    if not 1 <= max_pixels <= MAX_PIXELS or (size is not None and min(size) < 1):
+        raise MetaplError(
+            f"read_image got size {size} and max_pixels {max_pixels}; expected sides of 1 or more and 1 to {MAX_PIXELS}"
+        )
+    with _opened(path, max_pixels) as image:
+        return [_as_tensor(x) for x in _decoded(image, mode, size, crops, center)]
+
+
+def _as_tensor(image: Image) -> Tensor:
+    levels = torch.from_numpy(numpy.atleast_3d(numpy.array(image, dtype=numpy.uint8)))
+    return rearrange(levels, "h w c -> c h w").contiguous()
+
+
+def fitted(image: Image, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, int]) -> Tensor:
+    """A picture that is decoded already, such as a frame of a video, brought to a size as :func:`read_image` does.
+
+    Args:
+        image: Pillow's.
+        mode, size: as in :func:`read_image`.
+
+    Returns:
+        uint8 (3, H, W) or (1, H, W).
+    """
+    plain = _plain(image, mode)
+    return _as_tensor(_resized(plain, size, _part(plain.size, size, None, 1.0), plain.size))
+
+
+def gray_image(path: str | Path, size: int) -> Tensor:
+    """Read an image as brightness, averaged over the areas of a ``size`` x ``size`` grid.
+
+    Args:
+        path: as in :func:`read_image`, and so is what becomes of colors, transparency and turned cameras.
+        size: of both sides of the grid; an image that is not square is stretched.
+
+    Returns:
+        float32 (size, size) in [0, 1].
+
+    Raises:
+        UnreadableImage: as :func:`read_image`.
+    """
+    from PIL import Image
+
+    with _opened(path, MAX_PIXELS) as image:
+        # Floats, so that the averages are not rounded to 8 bits.
+        levels = Image.fromarray(numpy.asarray(_plain(_turned(image), "L"), dtype=numpy.float32))
+        grid = numpy.array(levels.resize((size, size), Image.Resampling.BOX))
+    return torch.from_numpy(grid / 255).clamp(0, 1)
+
+
+def image_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of a picture as its header has them, before any turning; nothing is decoded.
+
+    Raises:
+        UnreadableImage: as :func:`read_image`, for what the header shows.
+    """
+    with _opened(path, max_pixels) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
+    """The picture with its header read; whatever Pillow raises in the block says which file and why."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of oddities in files that read well. The one about size is a refusal here.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with open_picture(path) as file, Image.open(file, formats=_FORMATS) as image:
+                if image.width * image.height > max_pixels:
+                    raise UnreadableImage(path, _too_large(max_pixels, f"{image.width}x{image.height}"))
+                yield image
+    except MetaplError:
+        raise
+    except MemoryError as error:
+        raise MetaplError(
+            f"{path}: the memory does not suffice to decode it; expected room for a picture of {max_pixels:,} pixels: "
+            "lower max_pixels, or use fewer workers"
+        ) from error
+    except UnidentifiedImageError:
+        empty = size_of(path) == 0
+        raise UnreadableImage(path, "the file is empty" if empty else "not a picture of a known format") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableImage(path, _too_large(max_pixels, str(error))) from error
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EISDIR) and error.strerror:  # it is a pipe, a device or a folder
+            raise UnreadableImage(path, error.strerror) from error
+        raise _undecodable(path, error) from error
+    except Exception as error:  # each of Pillow's readers has exceptions of its own
+        raise _undecodable(path, error) from error
+
+
+def _undecodable(path: str | Path, error: Exception) -> UnreadableImage:
+    reason = reason_of(error)
+    fault = "is truncated" if "truncated" in reason.lower() else "cannot be decoded"
+    return UnreadableImage(path, f"the picture {fault} ({reason})")
+
+
+def _decoded(
+    image: Image,
+    mode: Literal["RGB", "L"],
+    size: tuple[int, int] | None,
+    crops: Sequence[Crop | None],
+    center: float,
+) -> list[Image]:
+    if size is None:
+        return [_plain(_turned(image), mode)]
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if not is_jpeg:
+        image.load()  # which side is up may stand behind the pixels
+    full = _upright_size(image)
+    parts = [_part(full, size, crop, center) for crop in crops]
+    # Twice the resolution of the result, so that the resampling has something to average over.
+    shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
+    shrink = max(1.0, min(shrinks))
+    if is_jpeg:
+        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    elif image.width * image.height > LARGE and shrink >= 2 and image.mode in _REDUCIBLE:
+        exif = image.getexif()
+        image = image.reduce(math.floor(shrink))
+        image.getexif().update(exif)  # which side is up
+    upright = _plain(_turned(image), mode)
+    return [_resized(upright, size, part, full) for part in parts]
+
+
+LARGE = 2**24
+"""Pixels above which a picture is shrunk before it is converted, which takes several copies."""
+
+_REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
+
+
+def _upright_size(image: Image) -> tuple[int, int]:
+    """(width, height) after the turn that the header asks for."""
+    try:
+        turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    except Exception:  # as in _turned
+        turned = False
+    return (image.height, image.width) if turned else image.size
+
+
+def _part(full: tuple[int, int], size: tuple[int, int], crop: Crop | None, center: float) -> Box:
+    """The box of an upright picture of the given (width, height) that is used."""
+    width, height = full
+    if crop is not None:
+        return crop(height, width)
+    scale = center * min(height / size[0], width / size[1])
+    left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
+    return left, top, width - left, height - top
+
+
+def _turned(image: Image) -> Image:
+    from PIL import ImageOps
+
+    image.load()
+    try:
+        ImageOps.exif_transpose(image, in_place=True)  # no copy of a picture that is upright
+    except Exception:  # a broken EXIF orientation should not lose the picture
+        return image
+    return image
+
+
+def _plain(image: Image, mode: Literal["RGB", "L"]) -> Image:
+    """The picture in 8 bits and without transparency."""
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image) -> Image:
+    """Brightness of 16 bits, which Pillow's own conversion would clip at 255, scaled down."""
+    from PIL import Image
+
+    values = numpy.asarray(image)
+    if image.mode == "F" or (values.size and (values.min() < 0 or values.max() > 65535)):
+        kind = "floating point" if image.mode == "F" else "32 bits"
+        raise ValueError(f"numbers in {kind}, whose range is unknown: save it with 8 or 16 bits")
+    return Image.fromarray(((values.astype(numpy.uint32) + 128) // 257).astype(numpy.uint8))
+
+
+def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, int]) -> Image:
+    """A box of the picture at the size asked for; the box counts in the pixels of the full picture."""
+    from PIL import Image
+
+    x, y = image.width / full[0], image.height / full[1]
+    left, top, right, bottom = max(part[0] * x, 0), max(part[1] * y, 0), part[2] * x, part[3] * y
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box)
+
+
+def _too_large(max_pixels: int, size: str) -> str:
+    return f"the picture has more than the {max_pixels:,} pixels that are allowed ({size})"

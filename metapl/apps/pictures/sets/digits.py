@@ -1,0 +1,98 @@
+"""The 1,797 handwritten digits that come with scikit-learn, with most labels hidden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metapl.apps.pictures.splits import rank_in_class
+from metapl.errors import MetaplError
+
+
+@dataclass(frozen=True, eq=False)
+class DigitsSplit:
+    """The digits in four disjoint parts; images float32 (n, 1, 8, 8) in [0, 1], labels int64 (n,) in 0, …, 9.
+
+    Args:
+        labeled: (images, labels), the same number of every class.
+        unlabeled: images.
+        unlabeled_truth: the labels that were hidden. For diagnostics only, such as how many pseudo labels are right;
+            nothing may be trained, selected or stopped on them.
+        validation: (images, labels), to select on.
+        test: (images, labels), to open once.
+    """
+
+    labeled: tuple[Tensor, Tensor]
+    unlabeled: Tensor
+    unlabeled_truth: Tensor
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, test: int = 400) -> DigitsSplit:
+    """Split the digits anew for a seed, and keep the labels of a few images of each class.
+
+    Test and validation are drawn with the classes in proportion; of the rest (1,200 images by default),
+    ``labels_per_class`` images of each class keep their labels.
+
+    Args:
+        labels_per_class: labeled images of each class, 1 or more.
+        seed: from 0 to 2³² − 1. With one seed, the parts for fewer labels lie within those for more.
+        validation: number of images to select on, 10 or more.
+        test: number of images to report on, 10 or more.
+
+    Returns:
+        The four parts, which are disjoint and together hold every image.
+
+    Raises:
+        MetaplError: a number out of its range, or more labels than the rest has.
+
+    >>> split = load_digits_split(labels_per_class=4, seed=0)
+    >>> len(split.labeled[0]), len(split.unlabeled), len(split.validation[0]), len(split.test[0])
+    (40, 1160, 197, 400)
+    """
+    # Imported here: it takes a second, and only the digits need it.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 16.0
+    labels = torch.as_tensor(data.target, dtype=torch.int64)
+    _check(labels_per_class, seed, validation, test, len(labels))
+
+    order = list(range(len(labels)))
+    rest, test_index = train_test_split(order, test_size=test, stratify=labels, random_state=seed)
+    train_index, validation_index = train_test_split(
+        rest, test_size=validation, stratify=labels[rest], random_state=seed
+    )
+    train = torch.tensor(train_index)
+    # The split comes shuffled, so the first of each class are a random choice.
+    chosen = rank_in_class(labels[train]) < labels_per_class
+    fewest = int(labels[train].bincount(minlength=10).min())
+    if labels_per_class > fewest:
+        raise MetaplError(
+            f"labels_per_class is {labels_per_class}; expected at most {fewest}, the size of the smallest class "
+            "outside validation and test: ask for fewer labels or make those smaller"
+        )
+    labeled, unlabeled = train[chosen], train[~chosen]
+    return DigitsSplit(
+        labeled=(images[labeled], labels[labeled]),
+        unlabeled=images[unlabeled],
+        unlabeled_truth=labels[unlabeled],
+        validation=(images[validation_index], labels[validation_index]),
+        test=(images[test_index], labels[test_index]),
+    )
+
+
+def _check(labels_per_class: int, seed: int, validation: int, test: int, total: int) -> None:
+    if labels_per_class < 1:
+        raise MetaplError(f"labels_per_class is {labels_per_class}; expected 1 or more labeled images of each class")
+    if not 0 <= seed < 2**32:
+        raise MetaplError(f"seed is {seed}; expected 0 to 2**32 - 1, which is what scikit-learn takes")
+    if min(validation, test) < 10 or validation + test > total - 10:
+        raise MetaplError(
+            f"validation is {validation} and test {test}; expected at least 10 each, one per class, and together at "
+            f"most {total - 10} of the {total} images"
+        )

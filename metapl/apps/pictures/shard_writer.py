@@ -1,0 +1,207 @@
+"""Writing a folder of pictures as tar files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from metapl.apps.pictures.folders import Files, Progress, ask, digest, scan_unlabeled
+from metapl.apps.pictures.reader import UnreadableImage, image_size
+from metapl.apps.pictures.shards import FORMAT, MANIFEST, SUFFIX, Manifest, ShardFile, open_picture, size_of
+from metapl.apps.pictures.verify import verify_files
+from metapl.errors import MetaplError, few
+from metapl.runs.atomic import is_temporary, remove_temporary, replacing
+from metapl.runs.ownership import LOCK, owned
+from metapl.words import shown
+
+PER_SHARD = 10_000
+
+
+def write_shards(
+    folder: str | Path,
+    out: str | Path,
+    per_shard: int = PER_SHARD,
+    progress: Progress | None = None,
+    no_picture: Callable[[str], object] = lambda path: None,
+) -> Manifest:
+    """Write the pictures of a folder as tar files that WebDataset reads too, and that stand for the folder in training.
+
+    Args:
+        folder: of pictures, as for ``scan_unlabeled``: any tree.
+        out: folder of the shards; made if need be. Those that were written before are kept where they have their
+            checksums and the bytes of the pictures, and written again where not.
+        per_shard: pictures of a shard.
+        progress: called with the number of pictures done.
+        no_picture: called with the path of each file that is no picture that can be read, by its header. It is copied,
+            unless it is empty, or a link that leads nowhere.
+
+    Returns: the manifest, which stands in ``out`` as ``shards.json``.
+
+    The pictures are copied byte by byte in the order of their names, and a shard has no time or owner in it: the same
+    pictures give the same bytes. A shard gets its name when it is whole.
+
+    Cost: one reading and one writing of every picture, and no more memory than the largest of them; one reading of
+    each shard that is there, and of its pictures.
+
+    Raises:
+        MetaplError: a picture cannot be read; ``out`` holds something else, lies in the folder, or cannot be written.
+    """
+    folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    if per_shard < 1:
+        raise MetaplError(f"write_shards got per_shard={per_shard}; expected 1 picture or more.")
+    files = _that_can_be_read(scan_unlabeled(folder), no_picture)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise MetaplError(
+            f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected a folder elsewhere."
+        )
+    listing = hashlib.sha256()
+    for name, path in zip(files.names, files.paths(), strict=True):
+        listing.update(f"{name}\0{ask(size_of, path)}\0".encode("utf-8", "surrogateescape"))
+    if out.exists() and not out.is_dir():
+        raise MetaplError(f"{shown(out)} is a file; expected a folder for the shards.")
+    try:
+        with owned(out, leaves_lock=False):
+            manifest = _begun(out, Manifest(listing.hexdigest(), len(files), per_shard))
+            for number in range(manifest.total):
+                rows = range(number * per_shard, min((number + 1) * per_shard, len(files)))
+                if number >= len(manifest.shards) or not _is_of(files, rows, out, manifest.shards[number]):
+                    manifest = _write_one(files, rows, out, number, manifest, no_picture)
+                if progress is not None:
+                    progress(rows.stop)
+    except OSError as error:
+        raise MetaplError(
+            f"{shown(out)} cannot be written: {error.strerror or error}; expected a folder with room for "
+            f"{shown(folder)}. Given once more, the command goes on."
+        ) from error
+    return manifest
+
+
+def check_shards(folder: str | Path, progress: Progress | None = None) -> Manifest:
+    """Compare the bytes of all shards with their checksums.
+
+    Raises:
+        MetaplError: there is no manifest, or a shard is not as it was written.
+    """
+    folder = Path(folder).expanduser()
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise MetaplError(f"{shown(folder)} has no {MANIFEST}; expected a folder that `metapl shards` wrote.")
+    manifest.check_files(folder, whole=True)
+    done, wrong = 0, []
+    for shard in manifest.shards:
+        if not _is_whole(folder, shard):
+            wrong.append(shard.file)
+        done += shard.pictures
+        if progress is not None:
+            progress(done)
+    if done != manifest.pictures:
+        raise MetaplError(
+            f"{shown(folder)}: {MANIFEST} names {manifest.pictures:,} pictures, and {done:,} by shard; copy the folder "
+            "again, or write the shards again."
+        )
+    if wrong:
+        raise MetaplError(
+            f"{shown(folder)}: the bytes of {few(wrong)} are not as they were written; copy the folder again, or write "
+            "the shards again."
+        )
+    return manifest
+
+
+def _that_can_be_read(files: Files, no_picture: Callable[[str], object]) -> Files:
+    """Those that are files with something in them; links may lead nowhere."""
+    verified = verify_files(files, "size")
+    for one in verified.skipped:
+        no_picture(str(files.root / one.name))
+    if not verified.sound:
+        raise MetaplError(f"none of the {len(files):,} pictures in {shown(files.root)} can be read.")
+    return files.keep(verified.sound) if verified.skipped else files
+
+
+def _begun(out: Path, wanted: Manifest) -> Manifest:
+    """The manifest to go on from; what a killed writer left beside it is removed."""
+    found = Manifest.read(out)
+    others = sorted(name for name in os.listdir(out) if name != LOCK and not is_temporary(name))
+    if found is None and others:
+        raise MetaplError(
+            f"{shown(out)} has {few(others)} in it; expected a new or an empty folder, or shards begun before."
+        )
+    if found is not None and dataclasses.replace(found, shards=()) != wanted:
+        raise MetaplError(
+            f"{shown(out)} holds shards of {found.pictures:,} other pictures, or of another size ({found.per_shard:,} "
+            "pictures each); expected a new folder, or the same command as before."
+        )
+    remove_temporary(out)
+    return found or wanted
+
+
+def _is_whole(folder: Path, shard: ShardFile) -> bool:
+    path = folder / shard.file
+    return path.is_file() and path.stat().st_size == shard.bytes and digest(str(path)).hex() == shard.sha256
+
+
+def _is_of(files: Files, rows: range, folder: Path, shard: ShardFile) -> bool:
+    """Whether a shard is whole, and has the pictures as they are now."""
+    in_tar = (f"{folder / shard.file}/{files.names[row]}" for row in rows)
+    return _is_whole(folder, shard) and all(
+        ask(digest, str(files.path(row))) == ask(digest, inside) for row, inside in zip(rows, in_tar, strict=True)
+    )
+
+
+def _write_one(
+    files: Files, rows: range, out: Path, number: int, manifest: Manifest, no_picture: Callable[[str], object]
+) -> Manifest:
+    """Write a shard; the manifest that has it."""
+    path = out / f"{number:06d}{SUFFIX}"
+    with replacing(path) as file:
+        hashed = _Hashed(file)
+        with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
+            for row in rows:
+                _add(tar, files.names[row], str(files.path(row)), no_picture)
+        shard = ShardFile(path.name, len(rows), hashed.written, hashed.digest.hexdigest())
+        before, after = manifest.shards[:number], manifest.shards[number + 1 :]
+        manifest = dataclasses.replace(manifest, shards=(*before, shard, *after))
+        # Before the shard has its name: a kill leaves no shard that the manifest does not have, and which could be of
+        # somebody else; one that it has and that is missing is written again.
+        with replacing(out / MANIFEST) as listed:
+            listed.write(json.dumps({"format": FORMAT} | dataclasses.asdict(manifest), indent=1).encode())
+    return manifest
+
+
+@dataclass
+class _Hashed:
+    """A file for writing that hashes what it is given, whatever the disk makes of it."""
+
+    file: BinaryIO
+
+    def __post_init__(self) -> None:
+        self.digest, self.written = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.written += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.written
+
+
+def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str], object]) -> None:
+    picture = ask(open_picture, path)
+    if picture is None:
+        raise MetaplError(f"{shown(path)} cannot be read; was it removed just now? Make it readable, or remove it.")
+    try:
+        image_size(path)
+    except UnreadableImage:
+        no_picture(path)
+    with picture:
+        member = tarfile.TarInfo(name)
+        member.size = picture.seek(0, os.SEEK_END)
+        picture.seek(0)
+        tar.addfile(member, picture)

@@ -1,0 +1,279 @@
+"""Pictures by number, as bytes: in memory, or decoded from files when they are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from metapl.apps.pictures.cache import Cache, shared_bytes
+from metapl.apps.pictures.reader import MAX_PIXELS, Crop, UnreadableImage, read_crops, read_image
+from metapl.apps.pictures.record import record_files
+from metapl.errors import MetaplError
+from metapl.execution.device import to_device
+
+_IN_A_ROW = 32
+_WORKERS = 256
+
+
+class Images(Protocol):
+    """What the batches draw from: pictures of one shape."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every picture."""
+        ...
+
+    def select(self, indices: Tensor) -> Images:
+        """Some of the pictures, in the order of ``indices`` (n,) int64; nothing is copied."""
+        ...
+
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures as uint8 (B, C, H, W), and which they are, (B,) int64: ``indices``, but where a file is broken."""
+        ...
+
+
+class MemoryImages:
+    """Pictures that lie in memory.
+
+    Args:
+        data: uint8 (n, C, H, W) on any device. On an accelerator, batches are picked there, and loaders must do without
+            worker processes.
+        indices: (m,) int64, which of them count, in this order; None: all.
+
+    Raises:
+        MetaplError: data of another kind.
+
+    >>> images = MemoryImages(torch.arange(12, dtype=torch.uint8).view(3, 1, 2, 2))
+    >>> images.select(torch.tensor([2, 0])).fetch(torch.tensor([0]))[0]
+    tensor([[[[ 8,  9],
+              [10, 11]]]], dtype=torch.uint8)
+    """
+
+    def __init__(self, data: Tensor, indices: Tensor | None = None) -> None:
+        if data.dtype != torch.uint8 or data.ndim != 4:
+            raise MetaplError(
+                f"MemoryImages got {data.dtype} of shape {tuple(data.shape)}; expected torch.uint8 (n, C, H, W)"
+            )
+        self.data = data
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.data if self.indices is None else self.indices)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.data.shape[1], self.data.shape[2], self.data.shape[3])
+
+    def select(self, indices: Tensor) -> MemoryImages:
+        return MemoryImages(self.data, indices if self.indices is None else self.indices[indices])
+
+    def to(self, device: torch.device | str) -> MemoryImages:
+        """The same pictures on another device."""
+        return MemoryImages(self.data.to(device), self.indices)
+
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        where = indices if self.indices is None else self.indices[indices]
+        return pick(self.data, where), indices
+
+
+class FileImages:
+    """Pictures in files, read when they are fetched.
+
+    A file that cannot be read is replaced by the next one that can, in the order of this set; so the batches stay a
+    function of their position. It is recorded once, whichever process meets it: as a line of ``log``, or as a warning.
+
+    Args:
+        paths: of the files.
+        size: (height, width) of every picture, see :func:`metapl.apps.pictures.reader.read_image`.
+        mode: "RGB" or "L".
+        max_pixels: larger pictures count as unreadable.
+        center: share of the centered box that is used where no other box is asked for, see ``read_image``.
+        log: file that gets a line of JSON, ``{"file": …, "reason": …}``, for each replaced file; see
+            :func:`replaced_files`.
+
+    Cost: paths are kept as one array of bytes, which worker processes share.
+
+    Raises:
+        MetaplError: no path, or a side below 1; when fetching, 32 files in a row, or all, cannot be read.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | Path],
+        *,
+        size: tuple[int, int],
+        mode: Literal["RGB", "L"] = "RGB",
+        max_pixels: int = MAX_PIXELS,
+        center: float = 1.0,
+        log: Path | None = None,
+    ) -> None:
+        # Lists of Python's own objects are copied bit by bit in forked workers, as their counts of references change.
+        encoded = [os.fsencode(path) for path in paths]
+        if not encoded or min(size) < 1:
+            raise MetaplError(f"FileImages got {len(encoded)} paths and size {size}; expected 1 or more of each.")
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([len(path) for path in encoded])
+        self._indices = torch.arange(len(encoded))
+        self.size, self.mode, self.max_pixels, self.center, self.log = size, mode, max_pixels, center, log
+        self._cache: Cache | None = None
+        self._recorded = shared_bytes(len(encoded))
+        # What each worker is reading: its process and the file, 0 for none. Whoever waits for it can look.
+        self._reading = torch.zeros(_WORKERS, 2, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (3 if self.mode == "RGB" else 1, *self.size)
+
+    def select(self, indices: Tensor) -> FileImages:
+        return self._with(_indices=self._indices[indices])
+
+    def logged(self, log: Path | None) -> FileImages:
+        """The same images, with another ``log``."""
+        return self._with(log=log)
+
+    def cached(self) -> FileImages:
+        """The same pictures, each kept in memory once it was read whole; forked worker processes share that memory.
+
+        Cost: C·H·W + 1 bytes a picture, taken as the pictures are read.
+        """
+        return self._with(_cache=Cache(len(self._ends), self.shape))
+
+    def _with(self, **changes: Any) -> FileImages:
+        copy = object.__new__(FileImages)
+        vars(copy).update({**vars(self), **changes})
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cache": None}  # a process that is not forked reads for itself
+
+    def path(self, index: int) -> Path:
+        """Where a picture is."""
+        return Path(self._path(int(self._indices[index])))
+
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        if self._cache is None:
+            pictures, used = self.fetch_crops(indices, [()] * len(indices))
+            return pictures[0], used
+        used = indices.clone()
+        for row in self._cache.missing(self._indices[indices]):
+            _, used[row] = self._next_sound(int(indices[row]), ())
+        return self._cache.gather(self._indices[used]), used
+
+    def fetch_crops(self, indices: Tensor, crops: Sequence[Sequence[Crop]]) -> tuple[list[Tensor], Tensor]:
+        """Several boxes of each picture.
+
+        Args:
+            indices: (B,) int64.
+            crops: for each picture the same number V of boxes; none for the center alone.
+
+        Returns:
+            V tensors, uint8 (B, C, H, W), and which pictures they are, (B,) int64.
+        """
+        rows, used = [], []
+        for index, boxes in zip(indices.tolist(), crops, strict=True):
+            images, sound = self._next_sound(index, boxes)
+            rows.append(images)
+            used.append(sound)
+        return [torch.stack(list(view)) for view in zip(*rows, strict=True)], torch.tensor(used, dtype=torch.int64)
+
+    def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`fetch`, but a broken file is left out instead of replaced: for measuring."""
+        if self._cache is not None:
+            is_sound = torch.ones(len(indices), dtype=torch.bool)
+            for row in self._cache.missing(self._indices[indices]):
+                is_sound[row] = self._try(int(indices[row]), ()) is not None
+            used = indices[is_sound]
+            return self._cache.gather(self._indices[used]), used
+        sound = [(index, views[0]) for index in indices.tolist() if (views := self._try(index, ())) is not None]
+        images = torch.stack([image for _, image in sound]) if sound else torch.empty(0, *self.shape).byte()
+        return images, torch.tensor([index for index, _ in sound], dtype=torch.int64)
+
+    def dead_readers(self) -> list[Path]:
+        """The files that worker processes were reading when they died, each reported once.
+
+        To be called after a loader failed and before its workers are stopped.
+        """
+        slots = self._reading.numpy()
+        reading = {int(pid): worker for worker, (pid, number) in enumerate(slots) if number > 0}
+        alive = {child.pid: child for child in active_children()}
+        if reading and reading.keys() <= alive.keys():
+            # A process loses its connections, which is what a loader may fail of, a moment before it counts as dead.
+            # When it does, torch's signal handler raises wherever this process is at.
+            with contextlib.suppress(RuntimeError):
+                ending = wait([alive[pid].sentinel for pid in reading], timeout=1)
+                for pid in reading:
+                    if alive[pid].sentinel in ending:
+                        alive[pid].join()
+            alive = {child.pid: child for child in active_children()}
+        dead = [worker for pid, worker in reading.items() if pid not in alive]
+        numbers = sorted({int(slots[worker, 1]) - 1 for worker in dead})
+        slots[dead, 1] = 0
+        return [Path(self._path(number)) for number in numbers]
+
+    def _next_sound(self, index: int, crops: Sequence[Crop]) -> tuple[list[Tensor], int]:
+        tries = min(_IN_A_ROW, len(self))
+        for candidate in range(index, index + tries):
+            pictures = self._try(candidate % len(self), crops)
+            if pictures is not None:
+                return pictures, candidate % len(self)
+        raise MetaplError(
+            f"{tries} pictures in a row cannot be read, the first being {self.path(index)}; expected whole files: is "
+            "the disk still there?"
+        )
+
+    def _try(self, index: int, crops: Sequence[Crop]) -> list[Tensor] | None:
+        number = int(self._indices[index])
+        known = None if crops or self._cache is None else self._cache.get(number)
+        if known is not None:
+            return [known]
+        path = self._path(number)
+        worker = get_worker_info()
+        if worker is not None and worker.id < _WORKERS:
+            self._reading.numpy()[worker.id] = os.getpid(), number + 1
+        try:
+            if crops:
+                return read_crops(path, crops, size=self.size, mode=self.mode, max_pixels=self.max_pixels)
+            picture = read_image(path, size=self.size, mode=self.mode, max_pixels=self.max_pixels, center=self.center)
+            if self._cache is not None:
+                self._cache.put(number, picture)
+            return [picture]
+        except UnreadableImage as error:
+            self._record(number, path, error.reason)
+            return None
+        finally:
+            if worker is not None and worker.id < _WORKERS:
+                self._reading.numpy()[worker.id, 1] = 0
+
+    def _path(self, number: int) -> str:
+        start = 0 if number == 0 else int(self._ends[number - 1])
+        return os.fsdecode(self._bytes[start : int(self._ends[number])].tobytes())
+
+    def _record(self, number: int, path: str, reason: str) -> None:
+        if self._recorded[number]:
+            return
+        self._recorded[number] = 1
+        if self.log is None:
+            warnings.warn(f"{path} is left out: {reason}", stacklevel=2)
+        else:
+            record_files(self.log, {path: reason})
+
+
+def pick(values: Tensor, indices: Tensor) -> Tensor:
+    """values[indices] on the device of the values, with indices from the CPU and without waiting for the device."""
+    return values.index_select(0, to_device(indices, values.device))  # on the CPU ten times as fast as values[indices]

@@ -1,0 +1,366 @@
+"""Views that change a whole batch by a few tensor operations: affine maps, colors, holes and mirroring.
+
+A chain of them costs less than the passes of a small network on the same pictures. Each takes float pictures in [0, 1]
+and keeps them there. What a picture becomes depends on (seed, step, example) alone, to the last bit on one device:
+angles come from :func:`metapl.data.draws.cosine_and_sine`, sums over a picture are exact, and everything else is
+elementwise or works on one picture at a time. Products of batched matrices would depend on the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from metapl.apps.pictures.reader import LUMA
+from metapl.apps.pictures.views.base import WIDE, View, check_channels, check_images, check_range
+from metapl.data import draws
+from metapl.errors import MetaplError
+from metapl.execution.device import to_device
+
+# Streams 0 to 5 are those of shift_noise_cutout.py, crops.py and randaugment.py.
+_AFFINE, _COLOR, _HOLE, _FLIP, _RECOLOR, _SOMETIMES = range(6, 12)
+
+_PADDING = {"border": "border", "reflect": "reflection"}
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Turn, scale, shear and move each picture about its center, in one bilinear sampling.
+
+    The pixel at p, from the center, is taken from M⁻¹(p − t), with M = s · R(θ) · [[1, −tan φ], [0, 1]]: torchvision's
+    ``affine``. Each number is uniform on its range.
+
+    Args:
+        degrees: greatest |θ|, 0 to 180; positive turns clockwise.
+        translate: greatest move along each axis, as a share of the side, 0 or more.
+        scale: smallest and largest s, 0 < smallest ≤ largest.
+        shear: greatest |φ| in degrees, 0 or more and below 90.
+        fill: what stands around the picture: ``"border"`` continues its outermost pixels, ``"reflect"`` mirrors it, and
+            a number in [0, 1] is a level.
+
+    Call: ``view(images, seed=, step=, examples=)`` takes float32 or float64 images (B, C, H, W) in [0, 1] and
+    ``examples`` (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order
+    matters.
+
+    Cost: one call of ``grid_sample`` for the batch.
+
+    Raises:
+        MetaplError: a field outside its range; on the call, images of another kind or a number of examples other than
+            B.
+
+    >>> view = Affine(degrees=15, translate=0.1, scale=(0.9, 1.1))
+    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 48])
+    """
+
+    degrees: float = 0.0
+    translate: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+    shear: float = 0.0
+    fill: float | Literal["border", "reflect"] = "border"
+
+    def __post_init__(self) -> None:
+        _require(self, 0 <= self.degrees <= 180, "degrees", "0 to 180")
+        _require(self, 0 <= self.translate < math.inf, "translate", "a share of the side, 0 or more")
+        _require(self, _is_range(self.scale) and self.scale[0] > 0, "scale", "(smallest, largest), above 0")
+        _require(self, 0 <= self.shear < 90, "shear", "degrees, 0 or more and below 90")
+        known = self.fill in _PADDING if isinstance(self.fill, str) else 0 <= self.fill <= 1
+        _require(self, known, "fill", '"border", "reflect" or a level from 0 to 1')
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        check_images(self, images, examples, WIDE)
+        if self == Affine(fill=self.fill):
+            return images
+        height, width = images.shape[2:]
+        maps_B23 = to_device(self._maps(seed, step, examples, height, width), images.device).to(images.dtype)
+        along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
+        x, y = _centered(width, images), _centered(height, images)[:, None]
+        # Not one fused operation, which may round differently at the end of a tensor than in its middle.
+        grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
+        if isinstance(self.fill, str):
+            moved = F.grid_sample(images, grid_BHW2, padding_mode=_PADDING[self.fill], align_corners=False)
+        else:
+            moved = F.grid_sample(images - self.fill, grid_BHW2, align_corners=False).add_(self.fill)
+        # Weights may add up to a rounding more than 1.
+        return moved.clamp_(0, 1)
+
+    def _maps(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> Tensor:
+        """(B, 2, 3) float64: from pixels about the center to where they come from, in units of half the sides."""
+        u_B5 = draws.uniform(seed, step, examples, 5, stream=_AFFINE, dtype=torch.float64)
+        v_B5 = 2.0 * u_B5 - 1.0
+        half_turns = torch.tensor([self.degrees / 180, self.shear / 180], dtype=torch.float64, device=u_B5.device)
+        cos_B2, sin_B2 = draws.cosine_and_sine(v_B5[:, :2] * half_turns)
+        (cos, cos_shear), (sin, sin_shear) = cos_B2.unbind(1), sin_B2.unbind(1)
+        slope = sin_shear / cos_shear
+        low, high = self.scale
+        scale = low + (high - low) * u_B5[:, 2]
+        right, down = v_B5[:, 3] * (self.translate * width), v_B5[:, 4] * (self.translate * height)
+        a, b = (cos - sin * slope) / scale, (sin + cos * slope) / scale
+        c, d = -sin / scale, cos / scale
+        rows = [a, b, -(a * right + b * down), c, d, -(c * right + d * down)]
+        sides = torch.tensor([width, height], dtype=torch.float64, device=u_B5.device)
+        return torch.stack(rows, dim=1).view(-1, 2, 3) / (sides[:, None] / 2.0)
+
+
+@dataclass(frozen=True)
+class Color:
+    """Change each picture's brightness, contrast, saturation and hue.
+
+    x ↦ s(c(bx) + (1 − c)m) + (1 − s)y, with m the mean luma of bx and y the luma of the picture so far; then the
+    colors are turned about the grey axis by an angle θ, and cut to [0, 1]. b, c and s are uniform on
+    [max(0, 1 − r), 1 + r] for their r, and θ on ±hue turns. Brightness, contrast and saturation are torchvision's, but
+    that nothing is cut off in between; the hue is linear, as in StyleGAN2-ADA, and not that of HSV.
+
+    Args:
+        brightness, contrast, saturation: r of b, c and s, 0 or more.
+        hue: greatest |θ| as a share of a turn, 0 to 0.5.
+
+    Call: as :class:`Affine`, with 1 or 3 channels. Pictures of one channel have no saturation and no hue.
+
+    Raises:
+        MetaplError: a field outside its range; on the call, as :class:`Affine`, another number of channels, or, on the
+            CPU, values outside [0, 1].
+
+    >>> view = Color(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 48])
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            _require(self, 0 <= getattr(self, name) < math.inf, name, "0 or more")
+        _require(self, 0 <= self.hue <= 0.5, "hue", "a share of a turn, 0 to 0.5")
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        check_images(self, images, examples, WIDE)
+        check_channels(self, images)
+        check_range(self, images)
+        if self == Color():
+            return images
+        plan_B5 = to_device(self._plan(seed, step, examples), images.device)
+        own, luma, mean, next_, last = plan_B5[:, :, None, None, None].unbind(1)
+        grey = _luma(images)
+        if images.shape[1] == 1:
+            own, luma = own + luma, torch.zeros_like(luma)
+        level = (mean * _mean(grey)).to(images.dtype)
+        own, luma, next_, last = (weight.to(images.dtype) for weight in (own, luma, next_, last))
+        if images.shape[1] == 1 or self.hue == 0:
+            changed: Tensor = images * own
+        else:
+            # Green, blue, red stand beside red, green, blue.
+            around = torch.cat([images, images[:, :2]], dim=1)
+            changed = images * (own * (1.0 - next_ - last))
+            changed += around[:, 1:4] * (own * next_)
+            changed += around[:, 2:5] * (own * last)
+        changed += grey * luma + level
+        return changed.clamp_(0, 1)
+
+    def _plan(self, seed: int, step: int, examples: Tensor) -> Tensor:
+        """(B, 5) float64: weights of the turned picture, of its luma and of the mean luma, and two of the turn."""
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=_COLOR, dtype=torch.float64)
+        ranges = [self.brightness, self.contrast, self.saturation]
+        low = torch.tensor([max(0.0, 1.0 - r) for r in ranges], dtype=torch.float64, device=u_B4.device)
+        high = torch.tensor([1.0 + r for r in ranges], dtype=torch.float64, device=u_B4.device)
+        b, c, s = (low + (high - low) * u_B4[:, :3]).unbind(1)
+        cos, sin = draws.cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
+        # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the last one.
+        turn, tilt = (1.0 - cos) / 3.0, sin / math.sqrt(3.0)
+        return torch.stack([s * c * b, (1.0 - s) * c * b, (1.0 - c) * b, turn - tilt, turn + tilt], dim=1)
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Cover a square of each picture by one color.
+
+    The center is uniform on the picture, so that a part of the square may lie outside.
+
+    Args:
+        side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤ smallest ≤ largest.
+        fill: ``"mean"``, the mean color of the picture, or ``"grey"``, a grey that is uniform on [0, 1].
+
+    Call: as :class:`Affine`.
+
+    Raises:
+        MetaplError: as :class:`Affine`.
+
+    >>> view = Hole(side=(0.2, 0.5))
+    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 48])
+    """
+
+    side: tuple[float, float]
+    fill: Literal["mean", "grey"] = "mean"
+
+    def __post_init__(self) -> None:
+        _require(self, _is_range(self.side), "side", "(smallest, largest), shares of the shorter side, 0 or more")
+        _require(self, self.fill in ("mean", "grey"), "fill", '"mean" or "grey"')
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        check_images(self, images, examples, WIDE)
+        if self.side[1] == 0:
+            return images
+        height, width = images.shape[2:]
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=_HOLE, dtype=torch.float64)
+        low, high = self.side
+        half = (low + (high - low) * u_B4[:, :1]) * (min(height, width) / 2.0)
+        sides = torch.tensor([height, width], dtype=torch.float64, device=u_B4.device)
+        centers = (u_B4[:, 1:3] - 0.5) * sides
+        plan_B6 = to_device(torch.cat([centers - half, centers + half, u_B4[:, 3:]], dim=1), images.device)
+        top, left, bottom, right, level = plan_B6.to(images.dtype)[:, :, None, None, None].unbind(1)
+        y, x = _centered(height, images)[:, None], _centered(width, images)
+        hole = ((y >= top) & (y < bottom) & (x >= left) & (x < right)).to(images.dtype)
+        fill = _mean(images).to(images.dtype) if self.fill == "mean" else level
+        covered: Tensor = images * (1.0 - hole)
+        return covered.add_(hole * fill)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirror half of the pictures.
+
+    Args:
+        horizontal: left to right; not for digits and other writing.
+        vertical: top to bottom, drawn independently.
+
+    Call: as :class:`Affine`.
+
+    Raises:
+        MetaplError: on the call, as :class:`Affine`.
+
+    >>> Flip()(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 48])
+    """
+
+    horizontal: bool = True
+    vertical: bool = False
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        check_images(self, images, examples, WIDE)
+        u_B2 = draws.uniform(seed, step, examples, 2, stream=_FLIP)
+        mirrored_B2 = to_device((u_B2 < 0.5).to(images.dtype), images.device)
+        for wanted, mirrored_B, axis in zip(
+            (self.horizontal, self.vertical), mirrored_B2[:, :, None, None, None].unbind(1), (3, 2), strict=True
+        ):
+            if wanted:
+                images = (images * (1.0 - mirrored_B)).add_(images.flip(axis) * mirrored_B)
+        return images
+
+
+@dataclass(frozen=True)
+class Recolor:
+    """Exchange the colors of each picture: its channels in another order, and light for dark.
+
+    x_c ↦ x_π(c), then 1 − x with probability ``invert``; π is one of the six orders of red, green and blue, all alike.
+    A network that learns the same label for such pictures learns shapes: not for classes that differ in color or
+    brightness.
+
+    Args:
+        permute: draw π; pictures of one channel have no order.
+        invert: probability in [0, 1].
+
+    Call: as :class:`Affine`, with 1 or 3 channels.
+
+    Raises:
+        MetaplError: a field outside its range; on the call, as :class:`Color`.
+
+    >>> view = Recolor(permute=True, invert=0.5)
+    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 48])
+    """
+
+    permute: bool = True
+    invert: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(self, 0 <= self.invert <= 1, "invert", "a probability, 0 to 1")
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        check_images(self, images, examples, WIDE)
+        check_channels(self, images)
+        check_range(self, images)
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=_RECOLOR, dtype=torch.float64)
+        if self.permute and images.shape[1] == 3:
+            order_B3 = to_device(u_B4[:, :3].argsort(dim=1), images.device)
+            images = images.gather(1, order_B3[:, :, None, None].expand_as(images))
+        if self.invert > 0:
+            inverted_B = to_device((u_B4[:, 3] < self.invert).to(images.dtype), images.device)[:, None, None, None]
+            images = inverted_B + images * (1.0 - 2.0 * inverted_B)
+        return images
+
+
+@dataclass(frozen=True)
+class Sometimes:
+    """Change a part of the pictures, and leave the others as they are.
+
+    x ↦ view(x) with probability ``share``, and x otherwise. A network that predicts pictures as they are should have
+    seen such pictures: interpolation takes away noise and fine lines, and batch norm's statistics are of what was seen.
+
+    Args:
+        view: changes pictures and keeps their shape.
+        share: probability in [0, 1] of changing a picture.
+
+    Call: as :class:`Affine`, if ``view`` takes such pictures.
+
+    Raises:
+        MetaplError: a share outside [0, 1]; on the call, as :class:`Affine` and as ``view``.
+
+    >>> view = Sometimes(Affine(degrees=15), share=0.5)
+    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 48])
+    """
+
+    view: View
+    share: float
+
+    def __post_init__(self) -> None:
+        _require(self, 0 <= self.share <= 1, "share", "a probability, 0 to 1")
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        check_images(self, images, examples, WIDE)
+        u_B = draws.uniform(seed, step, examples, 1, stream=_SOMETIMES)[:, 0]
+        changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
+        return torch.where(changed_B, self.view(images, seed=seed, step=step, examples=examples), images)
+
+
+def _centered(side: int, like: Tensor) -> Tensor:
+    """The places of pixels along a side, from its middle."""
+    return torch.arange(side, dtype=like.dtype, device=like.device) - (side - 1) / 2.0
+
+
+def _luma(images: Tensor) -> Tensor:
+    """(B, 1, H, W)."""
+    if images.shape[1] == 1:
+        return images
+    luma: Tensor = images[:, :1] * LUMA[0]
+    luma += images[:, 1:2] * LUMA[1]
+    luma += images[:, 2:] * LUMA[2]
+    return luma
+
+
+def _mean(images: Tensor) -> Tensor:
+    """(B, C, 1, 1) float64: the mean of each channel, whatever the order in which it is summed."""
+    # Plus 1, numbers in [0, 1] are multiples of 2^-23, of which float64 holds sums over 2^29 pixels without rounding.
+    raised = images.float() + 1.0
+    mean: Tensor = raised.sum((2, 3), keepdim=True, dtype=torch.float64) / math.prod(images.shape[2:]) - 1.0
+    return mean
+
+
+def _is_range(value: object) -> bool:
+    """Whether it is (smallest, largest), not negative."""
+    return isinstance(value, tuple | list) and len(value) == 2 and 0 <= value[0] <= value[1] < math.inf
+
+
+def _require(view: object, holds: bool, name: str, expected: str) -> None:
+    if not holds:
+        raise MetaplError(f"{type(view).__name__} got {name} {getattr(view, name)!r}; expected {expected}")

@@ -1,0 +1,142 @@
+"""Views that cut images out and mirror them: the weak view of the paper's image protocols, and ImageNet's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metapl.apps.pictures.views import operations
+from metapl.apps.pictures.views.base import FLOATING_OR_BYTES, below, check_images
+from metapl.data import draws
+from metapl.errors import MetaplError
+from metapl.execution.device import to_device
+
+# Streams 0 and 1 are those of shift_noise_cutout.py.
+_CROP, _RESIZED_CROP = range(2, 4)
+
+GREY = operations.GREY / 255
+"""The middle level, which fills what no pixel comes to."""
+
+
+@dataclass(frozen=True)
+class Weak:
+    """Mirror half of the images, pad them all, and cut each to its size at a random place.
+
+    x ↦ the (H, W) window of pad(flip(x)) at a corner uniform on {0, …, 2·pad}².
+
+    Args:
+        pad: width of the frame in pixels, 0 or more; the authors' code takes an eighth of the side, 4 for CIFAR-10.
+        flip: whether half of the images are mirrored left to right; not for digits and other writing.
+        fill: value of the frame in units of the images' range (of 255 where they are uint8); by default the middle
+            grey of images in [0, 1], as in the authors' code.
+
+    Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W), floating point or uint8, and ``examples``
+    (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order matters.
+
+    Raises:
+        MetaplError: a negative pad; on the call, images of another kind, or not one example index per image.
+
+    >>> Weak()(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 32])
+    """
+
+    pad: int = 4
+    flip: bool = True
+    fill: float = GREY
+
+    def __post_init__(self) -> None:
+        if self.pad < 0:
+            raise MetaplError(f"Weak got pad {self.pad}; expected 0 or more pixels")
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        check_images(self, images, examples, FLOATING_OR_BYTES)
+        u_B3 = draws.uniform(seed, step, examples, 3, stream=_CROP, dtype=torch.float64)
+        u_B3 = to_device(u_B3, images.device)
+        offsets_B2 = below(u_B3[:, :2], 2 * self.pad + 1) - self.pad
+        flip_B = (u_B3[:, 2] < 0.5) & self.flip
+        fill = self.fill if images.is_floating_point() else round(255 * self.fill)
+        return operations.crop_flip(images, offsets_B2, flip_B, fill)
+
+
+@dataclass(frozen=True)
+class ResizedCrop:
+    """Cut a random rectangle out of each image, bring it to one size, and mirror half of them.
+
+    The rectangle has an area uniform on scale · HW and a ratio width : height log-uniform on ``ratio``, at a uniform
+    place; after ten draws that do not fit, it is the middle of the image at the nearest ratio allowed. That is
+    torchvision's ``RandomResizedCrop``.
+
+    Args:
+        size: side of the result in pixels.
+        scale: smallest and largest share of the image's area, 0 < smallest ≤ largest ≤ 1.
+        ratio: smallest and largest ratio width : height, 0 < smallest ≤ largest.
+        flip: whether half of the images are mirrored left to right.
+
+    Call: as :class:`Weak`, but returns (B, C, size, size). Resized bilinearly with antialiasing, as Pillow does; the
+    authors' code resizes bicubically without.
+
+    Cost: one call of ``interpolate`` per image.
+
+    Raises:
+        MetaplError: a field outside its range; on the call, as :class:`Weak`.
+
+    >>> ResizedCrop(24)(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 24, 24])
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise MetaplError(f"ResizedCrop got size {self.size}; expected a side of 1 pixel or more")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise MetaplError(
+                f"ResizedCrop got scale {self.scale}; expected 0 < smallest <= largest <= 1, shares of area"
+            )
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise MetaplError(f"ResizedCrop got ratio {self.ratio}; expected 0 < smallest <= largest, width : height")
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        check_images(self, images, examples, FLOATING_OR_BYTES)
+        boxes, flips = self.boxes(seed, step, examples.cpu(), *images.shape[2:])
+        result = images.new_empty((*images.shape[:2], self.size, self.size))
+        for i, ((top, left, height, width), flip) in enumerate(zip(boxes.tolist(), flips.tolist(), strict=True)):
+            crop = images[i : i + 1, :, top : top + height, left : left + width].float()
+            crop = F.interpolate(crop, (self.size, self.size), mode="bilinear", antialias=True)
+            crop = crop.flip(3) if flip else crop
+            result[i] = crop[0] if images.is_floating_point() else crop[0].round()
+        return result
+
+    def boxes(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """What the view cuts out of images of one size, for whoever decodes no more of a file than that.
+
+        Args:
+            seed, step: as in the call.
+            examples: (B,) int64 on the CPU: logarithms differ between devices.
+            height, width: of the images, in pixels.
+
+        Returns:
+            (B, 4) int64: top, left, height and width in pixels; and (B,) bool: whether to mirror.
+        """
+        u = draws.uniform(seed, step, examples, 23, stream=_RESIZED_CROP, dtype=torch.float64)
+        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        ratio = (low + (high - low) * u[:, 13:]).exp()
+        # The last column is what to fall back on, and always fits.
+        middle = min(max(width / height, self.ratio[0]), self.ratio[1])
+        sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long()
+        whole = torch.tensor([min(height, round(width / middle)), min(width, round(height * middle))]).clamp(min=1)
+        sides = torch.cat([sides, whole.expand(len(u), 1, 2)], dim=1)
+        room = torch.tensor([height, width]) - sides
+        first = ((room >= 0) & (sides > 0)).all(2).int().argmax(1)
+        at = torch.arange(len(u))
+        sides, room = sides[at, first], room[at, first]
+        corners = torch.where((first == 10)[:, None], room // 2, below(u[:, :2], room + 1))
+        return torch.cat([corners, sides], dim=1), (u[:, 2] < 0.5) & self.flip

@@ -1,0 +1,261 @@
+"""What a training takes on many ranks, before there are any: memory, operations, bytes on the wire, hours."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from metapl.apps.experiments.methods import bilevel_trainer
+from metapl.apps.experiments.shares import check_shares
+from metapl.apps.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, stage
+from metapl.apps.recipes.base import ROLES, Recipe, Role
+from metapl.apps.recipes.methods import EVERY_METHOD
+from metapl.distributed.mesh import Mesh
+from metapl.errors import MetaplError, reason_of
+from metapl.execution.shards import local
+from metapl.problems.self_training import NoisyStudentLoss
+from metapl.training.loss_trainer import LossTrainer
+
+WIDEST = 128
+"""Ranks over which weights are cut at most: with more, gathering them takes longer, and what a rank holds of them is
+small already."""
+
+STAYS = 0.8
+"""The share of what is called activations that stays when weights are cut over more ranks; the rest may be weights."""
+
+NAMES = ("weights", "gradients", "optimizer", "activations", "feedback")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training on a mesh.
+
+    Args:
+        recipe: what is trained.
+        mesh: the ranks.
+        memory: bytes that a rank has.
+        flops_per_second: operations that a rank computes in a second; None: not known.
+        parameters: of the teacher and of the student.
+        step: what rank 0 does in a step; the ranks have equal shares.
+    """
+
+    recipe: Recipe
+    mesh: Mesh
+    memory: int
+    flops_per_second: float | None
+    parameters: dict[str, int]
+    step: Rehearsal
+
+    @property
+    def per_rank(self) -> dict[str, int]:
+        """Bytes by what they are for where a step holds the most, and their sum, ``peak``."""
+        found = {**self.step.plain, "feedback": self.step.feedback}
+        return {**{name: found.get(name, 0) for name in NAMES}, "peak": self.step.peak}
+
+    @property
+    def by_stored_labels(self) -> bool:
+        """Whether a step is that of Noisy Student's students, which learn stored labels; no teacher is held."""
+        return self_trained(self.recipe)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is less than the memory."""
+        return self.step.peak <= self.memory
+
+    @property
+    def hours(self) -> float | None:
+        """Of all steps, if communication is hidden behind computation; None where the rate is not known.
+
+        Of Noisy Student, those of one student: each of its rounds takes as many.
+        """
+        if self.flops_per_second is None:
+            return None
+        return self.recipe.steps * self.step.flops / self.flops_per_second / 3600
+
+    @property
+    def flops_per_step(self) -> int:
+        """Floating-point operations of all ranks in a step."""
+        return self.step.flops * self.mesh.size
+
+    @property
+    def communication_bytes_per_step(self) -> int:
+        """What a rank sends in a step."""
+        return sum(self.step.sent.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON has it."""
+        recipe = self.recipe
+        return {
+            "recipe": recipe.name,
+            "mesh": asdict(self.mesh),
+            "ranks": self.mesh.size,
+            "mode": None if self.by_stored_labels else recipe.feedback.mode,
+            "labeled_batch": recipe.labeled_batch,
+            "unlabeled_batch": recipe.unlabeled_batch,
+            "teacher_parameters": self.parameters["teacher"],
+            "student_parameters": self.parameters["student"],
+            "per_rank": self.per_rank,
+            "phases": self.step.peaks,
+            "memory": self.memory,
+            "fits": self.fits,
+            "flops_per_step": self.flops_per_step,
+            "communication_bytes_per_step": self.communication_bytes_per_step,
+            "communication": self.step.sent,
+            "steps": recipe.steps,
+            "flops_per_second": self.flops_per_second,
+            "hours": self.hours,
+            "torch": torch.__version__,
+        }
+
+
+def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | None = None) -> Plan:
+    """What a training by a recipe takes on a mesh: a step is rehearsed on tensors without values.
+
+    Args:
+        recipe: with a teacher and a student; its data are not read.
+        mesh: of one or more ranks.
+        memory: bytes that a rank has.
+        flops_per_second: operations that a rank computes in a second, if known.
+
+    Raises:
+        MetaplError: a batch that the ranks do not share equally, or a mesh or mode that does not run.
+    """
+    if self_trained(recipe):
+        changed: dict[str, Any] = {"unlabeled_batch": recipe.self_training.ratio * recipe.labeled_batch}
+        recipe = dataclasses.replace(recipe, **changed)
+    check_shares(recipe, mesh)
+    with torch.device("meta"):
+        networks = [recipe.network(role) for role in roles(recipe)]
+    counts = [sum(p.numel() for p in network.parameters()) for network in networks]
+    with stage(mesh), _explained(recipe, mesh):
+        networks = [laid_out(network, mesh) for network in networks]
+        with unset_fake_temporarily():
+            trainer = (
+                _of_stored_labels(recipe, *networks) if self_trained(recipe) else bilevel_trainer(recipe, *networks)
+            )
+        average = [torch.empty_like(local(t)) for t in _tensors(networks[-1])] if recipe.ema_decay is not None else []
+        batches = _batches(recipe, mesh)
+        if mesh.tensor > 1:
+            trainer.step(*batches)  # the first time, DTensor runs each operation on whole shapes, to learn its result's
+        step = rehearsed(trainer, batches, average)
+    parameters = {"teacher": 0 if self_trained(recipe) else counts[0], "student": counts[-1]}
+    return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
+
+
+def _of_stored_labels(recipe: Recipe, student: nn.Module) -> LossTrainer:
+    """The trainer of a student of Noisy Student, whose teacher's labels are stored."""
+    settings = recipe.self_training
+    loss = NoisyStudentLoss(settings.loss, settings.labels == "hard", label_smoothing=recipe.label_smoothing)
+    return LossTrainer(student, (loss,), optimizer=recipe.teacher.build(student), **recipe.trainer_options())
+
+
+def self_trained(recipe: Recipe) -> bool:
+    """Whether the recipe's own method is Noisy Student."""
+    return EVERY_METHOD[recipe.own_method].is_noisy_student
+
+
+def roles(recipe: Recipe) -> tuple[Role, ...]:
+    """The networks that are held in a step, as the recipe builds them."""
+    return ("teacher",) if self_trained(recipe) else ROLES
+
+
+CUT_ALONG_THE_WIDTH = (
+    "With --mesh.spatial, networks are made of convolutions, norms and pooling up to a global pooling; give such a "
+    "network, or more of --mesh.shard instead."
+)
+
+
+@contextmanager
+def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
+    """Errors of the networks' own code in a step, such as a batch norm's of a share of one example."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what is said here in a sentence
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    except MetaplError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        share = (
+            f"{recipe.labeled_batch // mesh.shares:,} labeled and {recipe.unlabeled_batch // mesh.shares:,} unlabeled"
+        )
+        remedy = f" {CUT_ALONG_THE_WIDTH}" if mesh.spatial > 1 else ""
+        raise MetaplError(
+            f"a step of {recipe.name} on {mesh.size:,} ranks, with {share} examples on each, does not run: "
+            f"{reason_of(error)}.{remedy}"
+        ) from error
+    finally:
+        log.disabled = before
+
+
+def propose(recipe: Recipe, ranks: int, *, memory: int, flops_per_second: float | None = None) -> Plan:
+    """The mesh of so many ranks that cuts weights over the fewest on which a step fits, as a plan.
+
+    Where none fits, it is that which cuts them over the most.
+    """
+    sizes = [size for size in range(1, min(ranks, WIDEST) + 1) if ranks % size == 0]
+    sizes = list(_worth_a_rehearsal(recipe, sizes, memory))
+    while True:
+        size = sizes.pop(0)
+        mesh = Mesh(replicate=ranks // size, shard=size)
+        found = plan(recipe, mesh, memory=memory, flops_per_second=flops_per_second)
+        if found.fits or not sizes:
+            return found
+        sizes = [larger for larger in sizes if _at_best(found, larger) < memory] or sizes[-1:]
+
+
+def _at_best(found: Plan, size: int) -> float:
+    """Bytes at the peak with weights cut over more ranks, at the least: activations stay, or most of them."""
+    held = found.per_rank
+    stays = STAYS * held["activations"]
+    return stays + (held["peak"] - held["activations"]) * found.mesh.shard / size
+
+
+def _worth_a_rehearsal(recipe: Recipe, sizes: list[int], memory: int) -> Iterator[int]:
+    """The sizes on which weights and gradients alone fit, or else the greatest."""
+    with torch.device("meta"):
+        weights = sum(p.numel() * p.element_size() for role in roles(recipe) for p in recipe.network(role).parameters())
+    least = [size for size in sizes if 2 * weights / size < memory]
+    yield from least or sizes[-1:]
+
+
+def _batches(recipe: Recipe, mesh: Mesh) -> Batches:
+    """A rank's share of the batches of a step: pictures in float32, as they come from the views, and stored labels."""
+    labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
+    *sides, width = recipe.input_shape
+    shape = (*sides, width // mesh.spatial)
+    weak, strong = (torch.empty(unlabeled, *shape) for _ in range(2))
+    stored = (strong, torch.empty(unlabeled, len(recipe.classes))) if self_trained(recipe) else None
+    return (torch.empty(labeled, *shape), torch.empty(labeled, dtype=torch.int64)), stored or (weak, strong)
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    inner = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+    yield from inner.parameters()
+    yield from inner.buffers()
+
+
+def bytes_of(text: str) -> int:
+    """A size such as 80GB, 40 GiB or 500000000, in bytes.
+
+    >>> bytes_of("80GB"), bytes_of("1.5 GiB"), bytes_of("2e9")
+    (80000000000, 1610612736, 2000000000)
+    """
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    plain = text.strip().upper()
+    unit = next((unit for unit in units if plain.endswith(unit)), "")
+    try:
+        size = float(plain.removesuffix(unit)) * units.get(unit, 1)
+    except ValueError:
+        size = math.nan
+    if not 1 <= size < math.inf:
+        raise MetaplError(f"--memory {text}: expected a size of memory, such as 80GB or 40GiB.")
+    return int(size)

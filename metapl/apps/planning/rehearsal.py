@@ -1,0 +1,344 @@
+"""A step of training rehearsed: run by the trainer itself, on tensors without values and ranks that are not there.
+
+The networks, their optimizers and the batches are fake tensors, which have shapes and storages but no memory; the
+collective operations of one rank are those of a process group that only pretends. So what a step holds, computes and
+sends is counted from the code that will run, without any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from metapl.apps.planning.held import FOR_FEEDBACK, OTHER, Held
+from metapl.distributed.mesh import Mesh, shard
+from metapl.distributed.spatial import _split_layer
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.columns import Columns, set_columns
+from metapl.execution.local import Pass
+from metapl.execution.modules import trainable
+from metapl.execution.ranks import Ranks
+from metapl.execution.rng import RandomState
+from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.path import Path
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.trainer import BilevelTrainer
+
+STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = (
+    "student step",
+    "labeled gradient",
+    "feedback",
+    "teacher step",
+    "update",
+)
+"""The phases: the teacher's labels and the student's gradient; the gradient of the labeled loss at the student's new
+weights; what follows from it for the labels; the teacher's gradient; both optimizers."""
+
+PHASES = (STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE)
+WITHOUT_FEEDBACK = (STUDENT, TEACHER, UPDATE)
+"""The phases of any step, and of one without feedback."""
+
+Batches = tuple[Any, Any]
+"""A labeled and an unlabeled batch."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank does in a step.
+
+    Args:
+        peaks: the most that is held, in bytes, by phase.
+        plain: what is held, by what it is for, where a step without feedback holds the most.
+        flops: floating-point operations of products and convolutions.
+        sent: bytes to other ranks, by collective operation.
+    """
+
+    peaks: dict[str, int]
+    plain: dict[str, int]
+    flops: int
+    sent: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase which holds the most."""
+        return max(self.peaks.values())
+
+    @property
+    def fullest(self) -> str:
+        """The phase which holds the most."""
+        return max(self.peaks, key=lambda name: self.peaks[name])
+
+    @property
+    def feedback(self) -> int:
+        """What the feedback adds to the peak of a step, in bytes."""
+        return self.peak - sum(self.plain.values())
+
+
+@contextmanager
+def stage(mesh: Mesh) -> Iterator[None]:
+    """In this block tensors have no values, and this process is rank 0 of a mesh."""
+    with ExitStack() as stack:
+        if mesh.size > 1:
+            stack.enter_context(_pretended_ranks(mesh.size))
+            mesh.devices("cpu")  # while tensors have values
+        stack.enter_context(_values_unread())
+        # A tangent may be wider than the weight that it meets; only this way such a product is let through, as it is.
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+class Replicated(DistributedDataParallel):
+    """``DistributedDataParallel`` without its start, in which ranks compare weights; its buckets are held here too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module: Any = module
+        self.process_group: Any = dist.group.WORLD
+        self.buckets = [torch.empty_like(p) for p in module.parameters() if p.requires_grad]
+
+    def __del__(self) -> None:
+        pass
+
+
+def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
+    """A network over the ranks of a mesh, as :func:`metapl.distributed.shard` lays it out, without values.
+
+    Args:
+        module: on the meta device.
+        mesh: of the :func:`stage`.
+    """
+    with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
+        if mesh.spatial > 1:
+            _cut_along_width(module, mesh)
+        if mesh.shard > 1 or mesh.tensor > 1:
+            module = shard(module, _without_columns(mesh))
+    module = module.to_empty(device="cpu")
+    return Replicated(module) if mesh.size > 1 and mesh.shard == mesh.tensor == 1 else module
+
+
+def _cut_along_width(module: nn.Module, mesh: Mesh) -> None:
+    """As :func:`metapl.distributed.spatial.spatial`, but for its comparison of outputs, which have no values here."""
+    columns = Columns(mesh.columns("cpu"))
+    for name, layer in list(module.named_modules()):
+        split = _split_layer(name, layer, columns)
+        if split is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, split)
+    set_columns(module, columns)
+
+
+def _without_columns(mesh: Mesh) -> Mesh:
+    """A mesh that cuts weights over the same ranks, and images no more."""
+    plain = Mesh(replicate=mesh.replicate, shard=mesh.shard * mesh.spatial, tensor=mesh.tensor)
+    mesh.devices("cpu")
+    vars(plain)["_built"] = {"meta": vars(mesh)["_built"]["cpu"]}
+    return plain
+
+
+def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Batches, average: Sequence[Tensor] = ()) -> Rehearsal:
+    """A step of a trainer, the second: optimizers then have their states.
+
+    Args:
+        trainer: built inside a :func:`stage`.
+        batches: of this rank.
+        average: a moving average of weights, which is held beside the networks.
+    """
+    if isinstance(trainer, LossTrainer):
+        networks = by_backward = [trainer.student]
+        given: tuple[nn.Module | None, ...] = (trainer.as_given,)
+        seams = _seams_alone(trainer)
+    else:
+        networks = [net for net in (trainer.teacher, trainer.student) if net is not None]
+        by_backward, given, seams = networks[:-1], trainer.given, _seams(trainer)
+    _optimizers_filled(trainer)
+    held = Held()
+    with held, _gradients_named(by_backward, held), replaced([_watched(held, seam) for seam in seams]):
+        held.name([t for net in networks for t in (*net.parameters(), *net.buffers())], "weights")
+        held.name(average, "weights")
+        held.name([t for net in given if isinstance(net, Replicated) for t in net.buckets], "gradients")
+        held.name(_tensors_in([optimizer.state for optimizer in trainer.schedulable]), "optimizer")
+        held.name(_tensors_in(batches), OTHER)
+        trainer.step(*batches)
+    phases = {name: held.phases[name] for name in PHASES if name in held.phases}
+    plain = max((phases[name].plain for name in WITHOUT_FEEDBACK if name in phases), key=lambda peak: peak.total)
+    return Rehearsal(
+        peaks={name: phase.peak.total for name, phase in phases.items()},
+        plain={name: size for name, size in plain.by_name.items() if name != FOR_FEEDBACK},
+        flops=held.flops,
+        sent=dict(held.sent),
+    )
+
+
+def _optimizers_filled(trainer: BilevelTrainer | LossTrainer) -> None:
+    """Let the optimizers make their states, by a step on gradients of zero."""
+    for optimizer in trainer.schedulable:
+        own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for p in own:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for p in own:
+            p.grad = None
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
+
+
+# ---------------------------------------------------------------------------------------------------------- the phases
+
+Seam = tuple[type, str, str | None, str | None]
+"""A method by its class and name, the phase that it is, and what it returns is for."""
+
+
+def _seams(trainer: BilevelTrainer) -> list[Seam]:
+    return [
+        (BilevelTrainer, "_look_ahead", STUDENT, None),
+        (Pass, "gradient", None, "gradients"),
+        (Path, "outer_gradient", LABELED, FOR_FEEDBACK),
+        (Path, "_outer_loss_at", LABELED, None),
+        (type(trainer.mode), "feedback", FEEDBACK, None),
+        (InnerStep, "pullback", None, FOR_FEEDBACK),
+        (InnerStep, "tangent", None, FOR_FEEDBACK),
+        (type(trainer.update), "update", None, FOR_FEEDBACK),
+        (BilevelTrainer, "_teacher_backward", TEACHER, None),
+        (LossTrainer, "clip", UPDATE, None),
+        (Path, "commit", UPDATE, None),
+        *((type(optimizer), "step", UPDATE, None) for optimizer in trainer.schedulable[1:]),
+    ]
+
+
+def _seams_alone(trainer: LossTrainer) -> list[Seam]:
+    return [
+        (LossTrainer, "_backward", STUDENT, None),
+        (LossTrainer, "clip", UPDATE, None),
+        (type(trainer.optimizer), "step", UPDATE, None),
+    ]
+
+
+def _watched(held: Held, seam: Seam) -> tuple[type, str, Callable[..., Any]]:
+    """A method that tells ``held`` its phase, and names what it returns."""
+    kind, method_name, phase, name = seam
+    method = getattr(kind, method_name)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if phase is None else held.phase(phase):
+            result = method(*args, **kwargs)
+        if phase == FEEDBACK:
+            held.name([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK, others=True)
+        elif name is not None:
+            held.name(_tensors_in(result), name, others=True)
+        return result
+
+    return kind, method_name, called
+
+
+@contextmanager
+def _gradients_named(networks: Sequence[nn.Module], held: Held) -> Iterator[None]:
+    """Name what the backward pass leaves in the parameters' ``.grad``."""
+
+    def named(p: Tensor) -> None:
+        if p.grad is not None:
+            held.name([p.grad], "gradients", others=True)
+
+    parameters = [p for network in networks for p in trainable(network).values()]
+    handles = [p.register_post_accumulate_grad_hook(named) for p in parameters]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ----------------------------------------------------------------------------------------------------------- the stage
+
+
+_INHERITED = object()
+
+
+@contextmanager
+def replaced(attributes: Any) -> Iterator[None]:
+    """Other attributes of classes and modules in this block: (owner, name, value) of each."""
+    before: list[tuple[Any, str, Any]] = []
+    try:
+        for owner, name, value in attributes:
+            before.append((owner, name, vars(owner).get(name, _INHERITED)))
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            if value is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+@contextmanager
+def _values_unread() -> Iterator[None]:
+    """Nothing reads a value of a tensor that has none; generators, which have one, work as ever."""
+    waits = checks.waits
+
+    def waits_or_has_none(t: Tensor) -> bool:
+        return isinstance(t, FakeTensor) or waits(t)
+
+    def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+
+        return called
+
+    with replaced(
+        [
+            (checks, "waits", waits_or_has_none),
+            (RandomState, "now", staticmethod(outside(RandomState.now))),
+            *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "same", "branch")),
+        ]
+    ):
+        yield
+
+
+@contextmanager
+def _pretended_ranks(number: int) -> Iterator[None]:
+    """A process group of so many ranks, of which this process is the first and the only one."""
+    if dist.is_available() and dist.is_initialized():
+        raise MetaplError("a plan pretends the ranks of a mesh, and this process is in a process group already.")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
+    try:
+        with _agreement_assumed():
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _agreement_assumed() -> Iterator[None]:
+    """The ranks that are not there say what this one says."""
+
+    @contextmanager
+    def agreed(_ranks: Ranks, **_: Any) -> Iterator[None]:
+        yield
+
+    def equal(_ranks: Ranks, *_: Any) -> None:
+        pass
+
+    def gathered(ranks: Ranks, value: Any) -> list[Any]:
+        return [value] * ranks.size
+
+    def any_of_them(_ranks: Ranks, here: bool) -> bool:
+        return here
+
+    instead = {"agreed": agreed, "equal": equal, "gathered": gathered, "any": any_of_them}
+    with replaced([(Ranks, name, function) for name, function in instead.items()]):
+        yield

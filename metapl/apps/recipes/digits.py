@@ -1,0 +1,129 @@
+"""Handwritten digits with a few labels a class: the recipe that runs anywhere, in seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, UnlabeledBatches, load_digits_split
+from metapl.apps.pictures.hashes import hashes
+from metapl.apps.pictures.reader import SUFFIXES, gray_image
+from metapl.apps.pictures.tables import csv_rows
+from metapl.apps.recipes.base import Optimizer, Recipe, Role, Task, require, require_within
+from metapl.apps.recipes.methods import METHODS, SELF_TRAINING_METHODS
+from metapl.data import StepSampler
+from metapl.errors import MetaplError
+from metapl.models import mlp
+from metapl.training import Say
+
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[(*METHODS, *SELF_TRAINING_METHODS)]  # what the command line offers
+
+MOST_LAYERS, WIDEST, MOST_THREADS = 64, 2**14, 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(Recipe):
+    """1,797 real 8x8 images: 1,200 to train on (a few labeled), 197 to select on, 400 to report on, split per seed.
+
+    The teacher sees clean unlabeled images and learns from augmented labeled ones; the student learns its labels on
+    augmented images. The feedback's weight is in units of the true gradient, which carries η/B.
+
+    Args:
+        method: how it is trained. mpl trains a teacher and a student with feedback, none does so without feedback.
+            reduced_mpl trains a teacher first and stores its labels, which a small network then adjusts by the
+            student's feedback. Others are supervised, pseudo_labels, uda and fixmatch, those of --methods, and
+            noisy_student, whose settings are flags of metapl noisy-student.
+        labels_per_class: labeled images of each class.
+        hidden: widths of the hidden layers of teacher and student.
+        view: how the student's, and the teacher's labeled, images are altered.
+        threads: of the linear algebra; more do not help networks of this size, and rounding depends on the number.
+    """
+
+    name: ClassVar[str] = "digits"
+    classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
+    reads: ClassVar[tuple[str, ...]] = (*SUFFIXES, ".csv")
+    input_shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
+    input_note: ClassVar[str] = "Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."
+
+    method: Annotated[Method, tyro.conf.arg(metavar="METHOD")] = "mpl"
+    labels_per_class: int = 2
+    steps: int = 6000
+    labeled_batch: int = 64
+    hidden: tuple[int, ...] = (32, 32)
+    view: ShiftNoiseCutout = field(default_factory=ShiftNoiseCutout)
+    label_smoothing: float = 0.0
+    uda_weight: float = 0.0
+    uda_temperature: float = 1.0
+    uda_threshold: float = 0.0
+    student: Optimizer = field(default_factory=lambda: Optimizer(lr=1.0))
+    teacher: Optimizer = field(default_factory=lambda: Optimizer(lr=0.06, momentum=0.9))
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=0.02))
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, self.labels_per_class >= 1, "labels_per_class", "1 or more")
+        require_within(self, "threads", 1, MOST_THREADS)
+        # A square, or a shift, of the picture's side would leave nothing of it.
+        side = min(self.input_shape[1:])
+        for name in ("shift", "cutout"):
+            fits = getattr(self.view, name) < side
+            require(self, fits, f"view.{name}", f"fewer pixels than the pictures' {side} a side")
+        require(self, all(width >= 1 for width in self.hidden), "hidden", "widths of 1 or more")
+        wide = len(self.hidden) > MOST_LAYERS or max(self.hidden, default=0) > WIDEST
+        require(self, not wide, "hidden", f"{MOST_LAYERS} widths at most, of {WIDEST:,} at most")
+
+    @property
+    def own_method(self) -> str:
+        return self.method
+
+    def by(self, method: str, seed: int) -> Digits:
+        return dataclasses.replace(self, method=method, seed=seed)
+
+    def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
+        split = load_digits_split(self.labels_per_class, self.seed)
+        images, labels = split.labeled
+        few = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=0)
+        many = StepSampler(len(split.unlabeled), self.unlabeled_batch, seed=self.seed, stream=1)
+        again = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=2)
+        known = torch.cat([images, split.unlabeled]), torch.cat([labels, split.unlabeled_truth])
+        all_of_them = StepSampler(len(known[0]), self.labeled_batch, seed=self.seed, stream=0)
+        return Task(
+            labeled=LabeledBatches(images, labels, few, self.view, self.seed),
+            unlabeled=UnlabeledBatches(split.unlabeled, many, Identity(), self.view, self.seed),
+            finetuning=LabeledBatches(images, labels, again, self.view, self.seed + 1),
+            validation=split.validation,
+            test=split.test,
+            classes=self.classes,
+            record={"hash": hashes(labeled=split.labeled, unlabeled=split.unlabeled, test=split.test)},
+            everything=LabeledBatches(*known, all_of_them, self.view, self.seed),
+            truth=(split.unlabeled, split.unlabeled_truth),
+            sample=(split.unlabeled, split.unlabeled_truth),
+        )
+
+    def network(self, role: Role = "student") -> nn.Module:
+        return mlp([64, *self.hidden, 10], dropout=self.dropout)
+
+    def with_network(self, name: str) -> Digits:
+        widths = name.split("x")
+        if not all(width.isascii() and width.isdigit() for width in widths):
+            raise MetaplError(
+                f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one layer."
+            )
+        return dataclasses.replace(self, hidden=tuple(map(int, widths)))
+
+    def read(self, path: Path) -> list[tuple[str, Tensor]]:
+        if path.suffix.lower() == ".csv":
+            return [(f"{path}:{line}", values.reshape(1, 8, 8) / 16.0) for line, values in csv_rows(path, 64, 16)]
+        image = gray_image(path, 8)
+        # The digits are bright ink on dark, paper is the other way round.
+        return [(str(path), (1 - image if image.mean() > 0.5 else image)[None])]

@@ -1,0 +1,565 @@
+"""A folder of pictures with few labels, and one with many pictures without."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, TypeVar
+
+import torch
+import tyro
+
+from metapl.apps.labels.files import DESCRIPTION
+from metapl.apps.pictures.check import (
+    Finding,
+    check_folders,
+    find_around,
+    find_inside,
+    find_other_classes,
+    without_copies,
+)
+from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
+from metapl.apps.pictures.hashes import hash_files
+from metapl.apps.pictures.splits import stratified_split
+from metapl.apps.pictures.store import FileImages, Images
+from metapl.apps.pictures.verify import verify_files
+from metapl.apps.pictures.views.base import Chain, Identity, View
+from metapl.apps.pictures.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
+from metapl.apps.pictures.views.crops import ResizedCrop
+from metapl.apps.recipes.base import ROLES, Optimizer, Task, require
+from metapl.apps.recipes.image_recipe import ImageParts, ImageRecipe, Views
+from metapl.apps.recipes.methods import EVERY_METHOD, SELF_TRAINING_METHODS
+from metapl.errors import MetaplError, few
+from metapl.problems.losses import UDA
+from metapl.runs.plain_files import read_plain
+from metapl.training import Say
+from metapl.training.progress import counting
+
+IN_MEMORY = 2**30
+"""Bytes of decoded pictures that are kept in memory; of larger folders, files are read each time they are drawn."""
+
+HUE = 0.1
+"""Share of a turn by which colors are changed that do not tell classes apart."""
+
+WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
+"""Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
+of its ramp."""
+
+FINETUNED_ON_CHANGED = 0.5
+"""Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
+may take away what a class is told by: a hole covers one of the things to be counted."""
+
+MOST_MINUTES = 60 * 24 * 366
+"""A year."""
+
+CHOSEN = (
+    "steps",
+    "image_size",
+    "grey",
+    "network_name",
+    "wait",
+    "warmup",
+    "uda_ramp",
+    "uda_start",
+    "validate_every",
+    "val_fraction",
+    "mean",
+    "std",
+    "uda_prior",
+)
+"""Fields that a recipe chooses for itself where they are None."""
+
+T = TypeVar("T")
+OPEN: Any = None
+if TYPE_CHECKING:
+    Open = Annotated[T, "chosen when the recipe is settled"]
+else:
+    Open = Optional
+
+STORED = ("teacher_run", "label_store", "labeled_label_store")
+"""Fields of :class:`ImageFolders` that say where the labels of a teacher come from."""
+
+OFFERED = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels", "reduced_mpl")
+"""What ``metapl train images`` names; it takes those of Noisy Student too, whose flags metapl noisy-student has."""
+
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[(*OFFERED, *SELF_TRAINING_METHODS)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """How pictures are changed before the network learns from them, in whole batches on the device.
+
+    Args:
+        degrees: greatest rotation, in degrees.
+        translate: greatest shift, as a share of the side.
+        zoom: greatest factor by which a picture is enlarged or shrunk.
+        shear: greatest shear, in degrees.
+        brightness: greatest change of brightness, as a share.
+        contrast: greatest change of contrast, as a share.
+        saturation: greatest change of saturation, as a share.
+        hue: greatest change of hue, as a share of a full turn; by default 0.1 with recolor, and 0 without.
+        hole: greatest side of the square that is covered, as a share of the picture's side.
+        mirror: mirror half of the pictures left to right. Not for letters, digits or anything else that has a right way
+            round.
+        recolor: exchange red, green and blue, and light and dark, so that the network learns shapes and textures. Not
+            for classes that differ by color; by default it is off if color tells the classes apart.
+    """
+
+    degrees: float = 20.0
+    translate: float = 0.125
+    zoom: float = 1.33
+    shear: float = 10.0
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float | None = None
+    hole: float = 0.5
+    mirror: bool = False
+    recolor: bool | None = None
+
+    def __post_init__(self) -> None:
+        require(self, self.zoom >= 1, "zoom", "a factor of 1 or more")
+        require(self, 0 <= self.hole < math.inf, "hole", "a share of the side, 0 or more")
+        self.strong()
+
+    def strong(self) -> View:
+        """What is learned from."""
+        flip = (Flip(),) if self.mirror else ()
+        recolor = (Recolor(),) if self.recolor else ()
+        return Chain((*flip, self._moved(1.0), self._color(), Hole((self.hole / 5, self.hole)), *recolor))
+
+    def weak(self) -> View:
+        """What is labeled: a quarter of the movement, and nothing else but mirroring."""
+        flip = (Flip(),) if self.mirror else ()
+        return Chain((*flip, self._moved(0.25)))
+
+    def after_crop(self) -> View:
+        """What is learned from, of a part of a picture."""
+        recolor = (Recolor(),) if self.recolor else ()
+        return Chain((self._color(), Hole((self.hole / 5, self.hole)), *recolor))
+
+    def _moved(self, share: float) -> Affine:
+        zoom = math.exp(share * math.log(self.zoom))
+        return Affine(share * self.degrees, share * self.translate, (1 / zoom, zoom), share * self.shear)
+
+    def _color(self) -> Color:
+        return Color(self.brightness, self.contrast, self.saturation, self.hue or 0.0)
+
+    def settled(self, recolor: bool) -> Changes:
+        """With a value for every field: ``recolor`` where it was left open, and the hue that goes with it."""
+        recolor = recolor if self.recolor is None else self.recolor
+        hue = (HUE if recolor else 0.0) if self.hue is None else self.hue
+        return dataclasses.replace(self, recolor=recolor, hue=hue)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenOptimizer(Optimizer):
+    """An optimizer whose learning rate is chosen for the network if it is not given.
+
+    Args:
+        lr: base learning rate, which the schedule multiplies. The default of adamw depends on the network, such as 0.01
+            for pooled_cnn and 0.001 for resnet18; that of sgd is 0.01.
+    """
+
+    algorithm: Literal["sgd", "adamw"] = "adamw"
+    lr: Open[float] = OPEN
+    weight_decay: float = 0.05
+    decay_norms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr is OPEN:
+            _with_rate(self, OTHER_RATE)  # every other field is checked
+        else:
+            super().__post_init__()
+
+
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+
+
+def _with_rate(optimizer: OptimizerT, rate: float) -> OptimizerT:
+    """The optimizer with this learning rate for adamw, if none was given."""
+    if optimizer.lr is not OPEN:
+        return optimizer
+    return dataclasses.replace(optimizer, lr=rate if optimizer.algorithm == "adamw" else SGD_RATE)
+
+
+RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
+OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
+"""Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
+
+SGD_RATE = 1e-2
+"""Learning rate of SGD, whatever the network."""
+
+CLIPPED, NOT_CLIPPED = 1.0, 0.0
+"""Greatest norm of a gradient in networks other than pooled_cnn and small_cnn, some of which diverge at first without
+it; and in these two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolders(ImageRecipe):
+    """One folder a class for labeled pictures, any folder tree for unlabeled ones.
+
+    What is left None is chosen by looking at the pictures, and by how many steps fit into the minutes; a run's
+    recipe.json has what was chosen.
+
+    Args:
+        labeled: labeled pictures: a folder with one subfolder for each class.
+        unlabeled: unlabeled pictures: a folder, with or without subfolders.
+        val: validation pictures, in a folder like --labeled. By default a fifth of the labeled pictures is set aside
+            if that makes 50 or more, and otherwise none.
+        test: test pictures, in a folder like --labeled; the accuracy on them is reported.
+        grey: read pictures without colors; by default if they have none.
+        image_size: side in pixels that every picture is resized to; by default close to their own, from 16 to 48, or
+            128 with --weights.
+        network_name: pooled_cnn (the default), small_cnn, wide_resnet28_2, resnet18 (the default with --weights), 34,
+            50, ..., efficientnet_b0 to b7, vit_b_16, ..., or timm:NAME. After an unknown name, the error lists all.
+        weights: file with pretrained weights of the network; imagenet downloads those of torchvision.
+        method: uda and fixmatch train one network, on the labeled pictures and on its own labels of pictures that it
+            is sure of. mpl trains a teacher and a student with feedback; none does so without feedback. supervised uses
+            the labeled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
+            labeled pictures alone. reduced_mpl trains a teacher first and stores its labels, which a small network
+            then adjusts by the student's feedback.
+        teacher_run: with --method reduced_mpl: the run whose network labels the pictures, instead of a teacher that is
+            trained first.
+        label_store: with --method reduced_mpl: a store of the labels of --unlabeled, written by metapl label. Without
+            --labeled-labels, the network that adjusts them learns from the student's feedback alone.
+        labeled_label_store: with --labels: a store of the labels of --labeled, likewise.
+        minutes: how long training may take: as many steps are taken as fit by a short measurement on this machine. By
+            default 5; --steps replaces it. With --compare, every method takes the steps of --method.
+        steps: number of training steps; by default as many as fit into --minutes.
+        wait: steps in which only the teacher trains, before the student starts (mpl and none); by default 75 % of all.
+        warm_start: let the student start from the teacher's weights (mpl and none).
+        warmup: steps over which the learning rates grow from 0; by default 5 %. With mpl and none, both networks take
+            the same share of the student's steps, which are those after --wait.
+        val_fraction: share of each class that is set aside for validation if --val is not given; 0 sets none aside.
+            Unlabeled pictures that are copies of these are left out.
+        mean: mean of each channel, from 0 to 1, by which pictures are normalized; by default that of the
+            pictures, or ImageNet's with --weights.
+        std: standard deviation of each channel, likewise.
+        clip_norm: greatest norm of either network's gradient; 0 turns clipping off. By default 0 for pooled_cnn and
+            small_cnn, and 1 for other networks.
+        uda_align: how far UDA moves the shares of its labels over the classes towards uda_prior: 0 leaves them as the
+            network has them, 1 moves them all the way.
+        uda_prior: share of each class, in the order of the folders; by default the shares in --labeled, with one
+            picture more in each class.
+        uda_start: steps on the labeled pictures alone, before UDA begins; these are fast. By default 40 % of all.
+        uda_ramp: steps over which the weight of UDA then grows from 0; by default 10 % of all.
+        validate_every: steps between validations; by default 5 % of all.
+        changes: how pictures are changed before they are learned from.
+        pad: with --randaugment: greatest shift of the weak view, in pixels.
+        randaugment: use the paper's RandAugment, with --pad and --strong.*, instead of --changes.*. It takes Pillow's
+            operations one by one, which is slower.
+        class_names: found in labeled.
+    """
+
+    name: ClassVar[str] = "images"
+    places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")
+    """Fields that are folders."""
+    chosen: ClassVar[tuple[str, ...]] = CHOSEN
+    """Fields that the recipe chooses for itself where they are None."""
+    batch_of_few: ClassVar[str] = "labeled_batch"
+    """The field with the number of pictures in a batch of those whose labels are right."""
+
+    labeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    unlabeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    val: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    test: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    method: Annotated[Method, tyro.conf.arg(metavar=f"{{{','.join(OFFERED)}}}")] = "uda"
+    teacher_run: Annotated[str | None, tyro.conf.arg(name="teacher", metavar="RUN")] = None
+    label_store: Annotated[str | None, tyro.conf.arg(name="labels", metavar="STORE")] = None
+    labeled_label_store: Annotated[str | None, tyro.conf.arg(name="labeled-labels", metavar="STORE")] = None
+    minutes: Open[float] = OPEN
+    steps: Open[int] = OPEN
+    image_size: Open[int] = OPEN
+    grey: Open[bool] = OPEN
+    network_name: Annotated[Open[str], tyro.conf.arg(name="network")] = OPEN
+    wait: Open[int] = OPEN
+    warmup: Open[int] = OPEN
+    uda_ramp: Open[int] = OPEN
+    uda_start: Open[int] = OPEN
+    validate_every: Open[int] = OPEN
+    val_fraction: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    uda_prior: tuple[float, ...] | None = None
+    changes: Changes = field(default_factory=Changes)
+    randaugment: bool = False
+    channels_last: bool = True
+    labeled_batch: int = 32
+    unlabeled_batch: int = 32
+    label_smoothing: float = 0.0
+    uda_temperature: float = 0.5
+    uda_threshold: float = 0.85
+    uda_align: float = 0.5
+    warm_start: bool = True
+    clip_norm: Open[float] = OPEN
+    student: OpenOptimizer = field(default_factory=OpenOptimizer)
+    teacher: OpenOptimizer = field(default_factory=OpenOptimizer)
+    ema_decay: float | None = 0.99
+    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-2))
+    class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        possible = self.minutes is None or 0 < self.minutes <= MOST_MINUTES
+        require(self, possible, "minutes", f"a number above 0, {MOST_MINUTES:,} at most")
+        clip = self.clip_norm
+        require(self, clip is None or 0 <= clip < math.inf, "clip_norm", "a number above 0, or 0 for no clipping")
+        fraction = self.val_fraction
+        require(self, fraction is None or 0 <= fraction < 1, "val_fraction", "a number in [0, 1)")
+        require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
+        require(self, 0 <= self.uda_align <= 1, "uda_align", "a number in [0, 1]")
+        require(self, self.uda_start is None or self.uda_start >= 0, "uda_start", "0 or more steps")
+        super().__post_init__()
+
+    def for_network(self, name: str) -> ImageFolders:
+        """The recipe with the rates and the clipping with which such a network trains, where none were given."""
+        family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
+        rate = PRETRAINED_RATE if self.weights else family
+        clip = (NOT_CLIPPED if name.endswith("_cnn") else CLIPPED) if self.clip_norm is OPEN else self.clip_norm
+        student, teacher = (_with_rate(optimizer, rate) for optimizer in (self.student, self.teacher))
+        return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
+
+    def with_network(self, name: str) -> ImageFolders:
+        """The recipe with another network; rates and clipping that are as where none were given become those of it."""
+        if name == self.network_name or self.network_name is None:
+            return super().with_network(name)
+        opened: dict[str, Any] = {role: dataclasses.replace(getattr(self, role), lr=OPEN) for role in ROLES}
+        opened["clip_norm"] = OPEN
+        usual = dataclasses.replace(self, **opened).for_network(self.network_name)
+        derived = {field: value for field, value in opened.items() if getattr(self, field) == getattr(usual, field)}
+        return dataclasses.replace(super().with_network(name), **derived).for_network(name)
+
+    @property
+    def complete(self) -> bool:
+        return all(getattr(self, name) is not None for name in self.chosen)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.class_names or self.trained_on()[0].classes
+
+    def trained_on(self) -> tuple[LabeledFiles, Files]:
+        """The pictures whose labels are right, and the others."""
+        return scan_labeled(self.labeled), scan_unlabeled(self.unlabeled)
+
+    def check_first(self) -> None:
+        """Refuse what can be seen of the folders at once, before anything is measured."""
+        labeled, unlabeled = self.trained_on()
+        held_out = {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
+        refuse_errors([*find_inside(labeled, {"unlabeled": unlabeled.root} | held_out)])
+        refuse_errors([*find_around(labeled, held_out).values()])
+        for name, folder in held_out.items():
+            refuse_errors([*find_other_classes(labeled, scan_labeled(folder), name)])
+        if not verify_files(labeled).skipped:  # else the files that are left out are listed first
+            refuse_errors(check_folders(labeled))
+
+    def scheduled(self, steps: int) -> ImageFolders:
+        """The recipe with this number of steps, and with the phases that are a share of it."""
+        shares = self._shares(steps)
+        missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, steps=steps, **missing)
+
+    def _hashes_of_labels(self) -> dict[str, str]:
+        """SHA-256 of what describes the stored labels: it has the hashes of their parts, or of a run's weights."""
+        files = {
+            "teacher": self.teacher_run and Path(self.teacher_run) / "result.json",
+            "labels": self.label_store and Path(self.label_store) / DESCRIPTION,
+            "labeled_labels": self.labeled_label_store and Path(self.labeled_label_store) / DESCRIPTION,
+        }
+        return {name: hashlib.sha256(read_plain(file)).hexdigest() for name, file in files.items() if file}
+
+    def _shares(self, steps: int) -> dict[str, int]:
+        """What is a share of the steps."""
+        # A method without a student does not wait, whatever stands here: a comparison has one recipe for all methods.
+        return {
+            "wait": min(round(WAIT * steps), steps - 1),
+            "warmup": round(WARMUP * steps),
+            "uda_ramp": round(RAMP * steps),
+            "uda_start": round(START * steps),
+            "validate_every": max(1, round(steps / 20)),
+        }
+
+    @property
+    def own_method(self) -> str:
+        return self.method
+
+    def by(self, method: str, seed: int) -> ImageFolders:
+        changed: dict[str, Any] = {"method": method, "seed": seed}
+        return dataclasses.replace(self, **changed)
+
+    def decided_by_minutes(self) -> tuple[str, ...]:
+        """Fields of a settled recipe that follow from its minutes, by way of the steps; none if steps were given."""
+        if self.minutes is OPEN:
+            return ()
+        shares = self._shares(self.steps).items()
+        return "steps", *(name for name, value in shares if getattr(self, name) == value)
+
+    def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
+        assert self.mean is not None  # settled
+        assert self.std is not None
+        return self.mean, self.std
+
+    def views(self) -> Views:
+        if self.randaugment:
+            return super().views()
+        if self.resized_crop:
+            after = self.changes.after_crop()
+            return Views(Identity(), after, after, ResizedCrop(self.image_size, flip=self.changes.mirror))
+        strong = self.changes.strong()
+        return Views(self.changes.weak(), strong, strong, finetuned=Sometimes(strong, FINETUNED_ON_CHANGED))
+
+    def uda(self) -> UDA:
+        return dataclasses.replace(super().uda(), align=self.uda_align, prior=self.uda_prior, start=self.uda_start or 0)
+
+    def fit_options(self) -> dict[str, Any]:
+        # A student that waits has fewer steps, and warms up over the same share of them. So the recipe of a comparison
+        # is that of each of its methods.
+        wait = self.wait if EVERY_METHOD[self.method].teaches else 0
+        warmup = round((self.steps - wait) / self.steps * self.warmup)
+        return super().fit_options() | {"wait": wait, "warm_start": self.warm_start and wait > 0, "warmup": warmup}
+
+    def trainer_options(self) -> dict[str, Any]:
+        return super().trainer_options() | {"clip_norm": self.clip_norm or None}
+
+    def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
+        tell, look = say or (lambda text: None), Look(say or (lambda text: None), progress)
+        labeled = look.listed(scan_labeled, self.labeled, "labeled")
+        unlabeled = look.listed(scan_unlabeled, self.unlabeled, "unlabeled")
+        folders = {name: folder for name, folder in (("val", self.val), ("test", self.test)) if folder is not None}
+        held_out = {name: look.listed(scan_labeled, folder, name) for name, folder in folders.items()}
+        labeled, unlabeled = look.sound(labeled, "labeled"), look.sound(unlabeled, "unlabeled")
+        held_out = {name: look.sound(files, name) for name, files in held_out.items()}
+        look.compare(labeled, unlabeled, held_out)
+        sides: dict[str, Files] = {"labeled": labeled, "unlabeled": unlabeled, **held_out}
+        hashes = {name: hash_files(files) for name, files in sides.items()}
+        val, test, fraction = held_out.get("val"), held_out.get("test"), self.val_fraction
+        if val is None and fraction:
+            train, aside = stratified_split(labeled.targets(), fraction, self.seed)
+            labeled, val = labeled.keep(train.tolist()), labeled.keep(aside.tolist())
+            unlabeled = look.apart(unlabeled, val)
+        tell(
+            f"{len(labeled):,} labeled pictures of {spoken_classes(self.classes)}, {len(unlabeled):,} unlabeled, "
+            f"{len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
+        )
+        return Task(
+            **self.batches(self._pictures(labeled, unlabeled, val, test, log)),
+            classes=self.classes,
+            test_names=test.names if test else None,
+            skipped=look.skipped,
+            record={
+                "labeled": list(labeled.names),
+                "validation": list(val.names) if val else [],
+                "test": list(test.names) if test else [],
+                "unlabeled": len(unlabeled),
+                "hash": hashes | self._hashes_of_labels(),
+            },
+        )
+
+    def _pictures(
+        self,
+        labeled: LabeledFiles,
+        unlabeled: Files,
+        val: LabeledFiles | None,
+        test: LabeledFiles | None,
+        log: Path | None,
+    ) -> ImageParts:
+        def with_labels(files: LabeledFiles | None) -> tuple[Images, torch.Tensor] | None:
+            return None if files is None else (self._images(files, log), files.targets(self.classes))
+
+        return ImageParts(
+            few=self._images(labeled, log),
+            labels=labeled.targets(self.classes),
+            many=self._images(unlabeled, log),
+            val=with_labels(val),
+            test=with_labels(test),
+        )
+
+    def _images(self, files: Files, log: Path | None) -> FileImages:
+        return self._images_at([*files.paths()], log)
+
+    def _images_at(self, paths: Sequence[str], log: Path | None) -> FileImages:
+        """Each file is read when it is first drawn, and kept where all fit: training starts at once."""
+        side = self.image_size
+        images = FileImages(paths, size=(side, side), mode="L" if self.grey else "RGB", log=log)
+        fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
+        return images.cached() if fits and not self.resized_crop else images
+
+
+@dataclass(frozen=True)
+class Look:
+    """At the folders, before training: says what a user should know, and keeps which files are left out, and why."""
+
+    tell: Say
+    progress: bool
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def listed(self, scan: Callable[[str, Progress], FilesT], folder: str, name: str) -> FilesT:
+        """The files of a folder."""
+        with counting(f"listing {_word(name)} files", self.progress) as count:
+            files = scan(folder, count)
+        if files.passed_over:
+            others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
+            self.tell(f"{name}: files without the name of a picture are passed over: {others}")
+        return files
+
+    def sound(self, files: FilesT, name: str) -> FilesT:
+        """Those that can be read."""
+        with counting(f"looking at {_word(name)} files", self.progress, len(files)) as count:
+            verified = verify_files(files, progress=count)
+        if verified.skipped:
+            self.tell(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
+        if not verified.sound:
+            raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
+        self.skipped.update({str(files.root / file.name): file.reason for file in verified.skipped})
+        return files.keep(verified.sound) if verified.skipped else files
+
+    def compare(self, labeled: LabeledFiles, unlabeled: Files, held_out: Mapping[str, LabeledFiles]) -> None:
+        """Refuse folders that would spoil the training."""
+        with counting("comparing files", self.progress) as count:
+            findings = check_folders(labeled, unlabeled, held_out.get("val"), held_out.get("test"), count)
+        refuse_errors(findings)
+        for finding in findings:
+            self.tell(f"note: {finding.message}")
+
+    def apart(self, unlabeled: Files, val: Files) -> Files:
+        """The unlabeled pictures that are not set aside for validation too; nothing may be learned from those."""
+        with counting("comparing files", self.progress):
+            others = without_copies(unlabeled, val)
+        if not others:
+            raise MetaplError(
+                f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled ones that are "
+                "set aside for validation; expected others, or --val-fraction 0."
+            )
+        if len(others) < len(unlabeled):
+            self.tell(
+                f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are copies of labeled "
+                "ones that are set aside for validation"
+            )
+        return others
+
+
+def spoken_classes(classes: Sequence[str]) -> str:
+    """How many classes there are, and what the first few are called.
+
+    >>> spoken_classes(["cat", "dog"])
+    '2 classes (cat, dog)'
+    """
+    return f"{len(classes)} classes ({few(classes, most=6, longest=24)})"
+
+
+def _word(folder: str) -> str:
+    """A folder as it is called on the terminal."""
+    return "validation" if folder == "val" else folder
+
+
+def refuse_errors(findings: Sequence[Finding]) -> None:
+    """Stop where the folders would spoil the training."""
+    errors = [finding.message for finding in findings if finding.level == "error"]
+    if errors:
+        raise MetaplError("\n".join(errors))

@@ -1,0 +1,324 @@
+"""What recipes for pictures share: views, networks, losses, how long. Where the pictures come from is their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from metapl.apps import networks
+from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches, in_unit_range
+from metapl.apps.pictures.reader import SUFFIXES, read_image
+from metapl.apps.pictures.store import Images
+from metapl.apps.pictures.views.base import Chain, Identity, View
+from metapl.apps.pictures.views.crops import ResizedCrop, Weak
+from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
+from metapl.apps.recipes.base import MOST_IN_A_BATCH, Optimizer, Recipe, Role, require, require_within
+from metapl.data.sampler import StepSampler
+from metapl.errors import MetaplError
+from metapl.problems.losses import UDA
+from metapl.training.options import MOST_WORKERS
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation that pretrained weights expect."""
+
+EVALUATED_AT_ONCE, SAMPLED = 256, 2048
+"""Pictures in a batch of an evaluation; unlabeled pictures that the report looks at."""
+
+LARGEST_SIDE = 4096
+"""Pixels; a batch of larger pictures would not fit into any memory."""
+
+NESTEROV = Optimizer(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strong:
+    """The student's view: the weak one, then RandAugment, then a square cut out.
+
+    Args:
+        operations: number of operations that are drawn for each picture.
+        magnitude: strength of each operation; 10 is usual, and 17 about the most.
+        cutout: side in pixels of the square that is cut out.
+        writing: for digits and letters: do not mirror, rotate or shift pictures sideways.
+        again: mirror and shift once more afterwards, as the authors' code does on CIFAR-10.
+        translate: greatest shift at magnitude 10, as a share of the side.
+    """
+
+    operations: int = 2
+    magnitude: float = 8.0
+    cutout: int = 8
+    writing: bool = False
+    again: bool = False
+    translate: float = 1 / 8
+
+    def view(self, weak: View) -> View:
+        """RandAugment with one of the paper's two lists of operations, after the weak view."""
+        changed = RandAugment(
+            self.operations,
+            self.magnitude,
+            operations=SVHN_OPERATIONS if self.writing else CIFAR_OPERATIONS,
+            translate=self.translate,
+            cutout=self.cutout,
+        )
+        return Chain((weak, changed, weak) if self.again else (weak, changed))
+
+
+@dataclass(frozen=True)
+class ImageParts:
+    """A recipe's pictures: a few with labels, many without, and pictures to select on and to report on.
+
+    Args:
+        few, labels: labeled pictures and int64 (n,).
+        many: unlabeled pictures.
+        hidden: int64, the true labels of these, where they are known: for looking at pseudo-labels only.
+        known: labeled and unlabeled pictures together with their true labels, where they are known: for the headroom.
+        given: int64, labels of the many pictures that may be wrong; with them, ``known`` has these.
+        names: of the many pictures, if they are to be named.
+        val: pictures to select on, and their labels; None where there are none.
+        test: pictures to report on, and their labels; None where there are none.
+    """
+
+    few: Images
+    labels: Tensor
+    many: Images
+    val: tuple[Images, Tensor] | None = None
+    test: tuple[Images, Tensor] | None = None
+    hidden: Tensor | None = None
+    known: tuple[Images, Tensor] | None = None
+    given: Tensor | None = None
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Views:
+    """What is done to the pictures of a step.
+
+    Args:
+        weak: to unlabeled pictures, for the network that labels them.
+        strong: to the same pictures, for the network that learns these labels.
+        labeled: to labeled ones.
+        crop: the box that is cut out of a file before any of them.
+        finetuned: to labeled ones in finetuning; None: as in training.
+    """
+
+    weak: View
+    strong: View
+    labeled: View
+    crop: ResizedCrop | None = None
+    finetuned: View | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecipe(Recipe):
+    """How a classifier of pictures is trained.
+
+    The teacher labels weakly augmented pictures and learns from labeled ones, from consistency (UDA) and from the
+    student's feedback; the student learns its labels on strongly augmented pictures.
+
+    Args:
+        image_size: side in pixels that every picture is resized to.
+        grey: read pictures without colors.
+        network_name: small_cnn, wide_resnet28_2, resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or
+            timm:NAME. After an unknown name, the error lists all names.
+        weights: file with pretrained weights of the network.
+        teacher_dropout: dropout rate of the teacher, if not the same.
+        stochastic_depth: probability of dropping the last block, for networks that support it.
+        channels_last: store the networks in the channels-last format, which is faster on tensor cores.
+        compile: compile the networks with torch.compile.
+        wait: steps in which only the teacher trains, before the student starts.
+        pad: greatest shift of the weak view, in pixels.
+        resized_crop: cut a random part out of each picture, as is usual for photographs, instead of shifting it. Every
+            step then reads its pictures from their files.
+        strong: the student's view.
+        uda_ramp: steps over which the weight of UDA grows from 0.
+        feedback_ratio: norm of the feedback's gradient relative to that of the teacher's own losses, at every step. It
+            replaces --feedback-weight.
+        clip_norm: greatest norm of either network's gradient; None turns clipping off.
+        accumulate: number of parts that a batch is split into, to save memory.
+        precision: bfloat16 runs the networks under autocast, which is faster where the device computes in it.
+        finetune_batch: labeled pictures in a batch of finetuning, if not as in training.
+        num_workers: number of processes that read pictures; it only changes the speed.
+        device: auto takes a GPU if there is one.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = SUFFIXES
+    center: ClassVar[float] = 1.0
+    """Share of a picture's sides that is looked at when it is evaluated."""
+
+    image_size: int = 32
+    grey: bool = False
+    network_name: Annotated[str, tyro.conf.arg(name="network")] = "small_cnn"
+    weights: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    teacher_dropout: float | None = None
+    stochastic_depth: float = 0.0
+    channels_last: bool = False
+    compile: bool = False
+    wait: int = 0
+    pad: int = 4
+    resized_crop: bool = False
+    strong: Strong = field(default_factory=Strong)
+    uda_ramp: int = 200
+    feedback_ratio: float | None = None
+    student: Optimizer = field(default_factory=lambda: NESTEROV)
+    teacher: Optimizer = field(default_factory=lambda: NESTEROV)
+    clip_norm: float | None = None
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema_decay: float | None = 0.995
+    finetune_batch: int | None = None
+    num_workers: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bounds = {
+            "image_size": (1, LARGEST_SIDE),
+            "accumulate": (1, MOST_IN_A_BATCH),
+            "finetune_batch": (1, MOST_IN_A_BATCH),
+            "num_workers": (0, MOST_WORKERS),
+            "pad": (0, LARGEST_SIDE),
+        }
+        for name, (least, most) in bounds.items():
+            require_within(self, name, least, most)
+        ratio = self.feedback_ratio
+        require(self, ratio is None or ratio >= 0, "feedback_ratio", "a number of 0 or more")
+        whole = self.finetune_batch is None or self.finetune_batch % self.accumulate == 0
+        require(self, whole, "finetune_batch", f"a multiple of accumulate={self.accumulate}")
+        self.strong.view(Identity())
+        if self.complete:
+            require(self, self.pad < self.image_size, "pad", f"less than the side of a picture, {self.image_size}")
+            for role in ("teacher", "student"):
+                self._architecture(role, num_classes=2)
+
+    # ------------------------------------------------------------------------------------------------------ the data
+
+    def views(self) -> Views:
+        """What is done to the pictures of a step."""
+        if self.resized_crop:
+            # The crop mirrors too, so nothing is left for the weak view to do.
+            crop = ResizedCrop(self.image_size, flip=not self.strong.writing)
+            return Views(Identity(), self.strong.view(Identity()), Identity(), crop)
+        weak = Weak(self.pad, flip=not self.strong.writing)
+        return Views(weak, self.strong.view(weak), weak)
+
+    def batches(self, pictures: ImageParts) -> dict[str, Any]:
+        """The sources of a :class:`~metapl.apps.recipes.Task`."""
+        views = self.views()
+        few, many, labels = pictures.few, pictures.many, pictures.labels
+
+        def labeled(
+            images: Images, labels: Tensor, size: int, stream: int, seed: int, view: View = views.labeled
+        ) -> LabeledBatches:
+            sampler = StepSampler(len(images), size, seed=self.seed, stream=stream)
+            return LabeledBatches(images, labels, sampler, view, seed, crop=views.crop)
+
+        def looked_at(images: Images, labels: Tensor) -> EvaluationBatches:
+            return EvaluationBatches(images, labels, EVALUATED_AT_ONCE)
+
+        sampler = StepSampler(len(many), self.unlabeled_batch, seed=self.seed, stream=1)
+        some = torch.arange(min(len(many), SAMPLED))
+        hidden = torch.zeros(len(many), dtype=torch.int64) if pictures.hidden is None else pictures.hidden
+        sample = looked_at(many.select(some), hidden[some])
+        return {
+            "labeled": labeled(few, labels, self.labeled_batch, 0, self.seed),
+            "unlabeled": UnlabeledBatches(many, sampler, views.weak, views.strong, self.seed, crop=views.crop),
+            "finetuning": labeled(
+                few,
+                labels,
+                self.finetune_batch or self.labeled_batch,
+                2,
+                self.seed + 1,
+                views.finetuned or views.labeled,
+            ),
+            "validation": pictures.val and looked_at(*pictures.val),
+            "test": pictures.test and looked_at(*pictures.test),
+            "sample": sample,
+            "truth": None if pictures.hidden is None else sample,
+            "everything": pictures.known and labeled(*pictures.known, self.labeled_batch, 0, self.seed),
+        }
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return 1 if self.grey else 3, self.image_size, self.image_size
+
+    @property
+    def input_note(self) -> str:
+        colors = "grey (0.299 R + 0.587 G + 0.114 B)" if self.grey else "in colors"
+        middle = "" if self.center == 1 else f"the middle {self.center:.1%} of "
+        return (
+            f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, brought to "
+            f"{self.image_size}x{self.image_size} by antialiased bilinear resampling."
+        )
+
+    def read(self, path: Path) -> list[tuple[str, Tensor]]:
+        """The network's input for a file."""
+        size = (self.image_size, self.image_size)
+        image = read_image(path, mode="L" if self.grey else "RGB", size=size, center=self.center)
+        return [(str(path), in_unit_range(image))]
+
+    # -------------------------------------------------------------------------------------------------- the networks
+
+    def architecture(self) -> networks.Architecture:
+        """What builds the student, without normalization."""
+        return self._architecture("student", len(self.classes))
+
+    def _architecture(self, role: Role, num_classes: int) -> networks.Architecture:
+        own = self.teacher_dropout is not None and role == "teacher"
+        dropout = self.teacher_dropout if own else self.dropout
+        return networks.Architecture(
+            name=self.network_name,
+            num_classes=num_classes,
+            dropout=dropout or 0.0,
+            stochastic_depth=self.stochastic_depth,
+            in_channels=1 if self.grey else 3,
+            image_size=self.image_size,
+        )
+
+    def network(self, role: Role = "student") -> nn.Module:
+        """The teacher or the student with fresh or pretrained weights, normalizing pictures in [0, 1]."""
+        network = self._architecture(role, len(self.classes)).create(self.weights)
+        normalized = networks.normalized(network, *self.normalization())
+        return normalized.to(memory_format=torch.channels_last) if self.channels_last else normalized
+
+    def with_network(self, name: str) -> Self:
+        if name == self.network_name:
+            return self
+        changed: dict[str, Any] = {"network_name": name, "weights": None}  # a file is of one network
+        return dataclasses.replace(self, **changed)
+
+    def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation that pictures are normalized by, of each channel in [0, 1]."""
+        channels = 1 if self.grey else 3
+        return IMAGENET if self.weights and not self.grey else ((0.5,) * channels, (0.25,) * channels)
+
+    # -------------------------------------------------------------------------------------------------- the training
+
+    def uda(self) -> UDA:
+        return dataclasses.replace(super().uda(), ramp=self.uda_ramp or 0)
+
+    def finetune_options(self) -> dict[str, Any]:
+        """A rate that stays: section 2.3 of the paper."""
+        return {"schedule": "constant"}
+
+    def trainer_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("clip_norm", "accumulate", "precision", "compile")}
+
+    def feedback_options(self) -> dict[str, float]:
+        return super().feedback_options() if self.feedback_ratio is None else {"feedback_ratio": self.feedback_ratio}
+
+    def torch_device(self) -> torch.device:
+        """A GPU where there is one, if wanted."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise MetaplError("device=cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def whole(path: str | None) -> str | None:
+    """A path as it can be stored; None stays None."""
+    return None if path is None else str(Path(path).expanduser().resolve())

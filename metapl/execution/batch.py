@@ -1,0 +1,206 @@
+"""The parts of a batch: inputs, labels and views.
+
+The inputs of a network are a tensor, or a dict or tuple of tensors, and are passed to it as one argument
+(:class:`metapl.models.Logits` spreads them over several).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.checks import described
+
+LABEL_KEYS = ("labels", "label")
+"""The names of the labels in a batch that is a dict."""
+
+_EXPECTED = (
+    "expected a pair (inputs, labels), the inputs a tensor, or a dict or tuple of tensors, or one dict with the labels "
+    "under 'labels'"
+)
+
+
+def plain(batch: Any) -> Any:
+    """The batch with its dict-like parts, such as the output of a tokenizer, as dicts.
+
+    >>> from collections import UserDict
+    >>> plain((UserDict(ids=[1, 2]), "labels"))
+    ({'ids': [1, 2]}, 'labels')
+    """
+    if isinstance(batch, Mapping):
+        return {name: plain(value) for name, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(plain(part) for part in batch)
+    return batch
+
+
+def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
+    """A labeled batch as (inputs, labels), or a longer tuple that begins with them.
+
+    Args:
+        batch: given.
+        name: of the batch, which errors begin with.
+        mend: what they end with.
+
+    >>> import torch
+    >>> inputs, labels = labeled_pair({"ids": torch.tensor([1, 2]), "labels": torch.tensor([0, 1])})
+    >>> inputs, labels
+    ({'ids': tensor([1, 2])}, tensor([0, 1]))
+
+    Raises: :class:`metapl.MetaplError` for any other batch.
+    """
+    batch = plain(batch)
+    if isinstance(batch, dict):
+        return _from_dict(batch, name, mend)
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not holds_tensors(batch[0]):
+        raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}.{mend}")
+    return batch
+
+
+def first_input(batch: Any) -> Any:
+    """A network's input in a batch: a tensor or a dict itself, the first element of a tuple.
+
+    >>> import torch
+    >>> first_input((torch.ones(2), "labels"))
+    tensor([1., 1.])
+    """
+    if isinstance(batch, Tensor | Mapping):
+        return batch
+    if isinstance(batch, tuple | list) and batch:
+        return batch[0]
+    raise MetaplError(
+        f"the batch is of type {type(batch).__name__}; expected a tensor, a dict or a tuple (input, ...). For other "
+        "batches, give the problem a method student_input(batch) that returns the student's input."
+    )
+
+
+def inputs_of(batch: Any) -> Any:
+    """The inputs of a batch, with its labels left out if it has any.
+
+    >>> inputs_of(["x", "y"]), inputs_of({"ids": [1, 2], "labels": [0, 1]}), inputs_of("x")
+    ('x', {'ids': [1, 2]}, 'x')
+    """
+    batch = plain(batch)
+    if isinstance(batch, dict):
+        return {name: value for name, value in batch.items() if name not in LABEL_KEYS}
+    if isinstance(batch, tuple | list) and batch:
+        return batch[0]
+    return batch
+
+
+def is_whole(data: Any) -> bool:
+    """Whether labeled data is a single pair (inputs, labels) or dict, not an iterable of such batches."""
+    return isinstance(data, Mapping) or (
+        isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[1], Tensor)
+    )
+
+
+def rows(batch: Any, start: int, stop: int) -> Any:
+    """The examples ``start`` to ``stop`` of a batch."""
+    checks.dense(batch, "a batch that is read in parts holds")
+    return pytree.tree_map_only(Tensor, lambda t: t[start:stop], batch)
+
+
+def length(batch: Any) -> int:
+    """The number of examples in a batch: the rows of its longest tensor."""
+    return max((len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), default=0)
+
+
+def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
+    """A batch (any pytree of tensors with a row per example) split into ``parts`` of equal size.
+
+    Every mean over the batch is then the mean of the micro-batches' means. Batch statistics and dropout masks are per
+    micro-batch.
+
+    >>> import torch
+    >>> [x.tolist() for x in micro_batches(torch.arange(4), 2, "labeled")]
+    [[0, 1], [2, 3]]
+    """
+    if parts == 1:
+        return [batch]
+    checks.dense(batch, f"the {name} batch, which is split for accumulate={parts}, holds")
+    leaves, structure = pytree.tree_flatten(batch)
+    lengths = {len(t) for t in leaves if isinstance(t, Tensor)}
+    if any(n % parts for n in lengths):
+        raise MetaplError(f"the {name} batch has {max(lengths)} examples; expected a multiple of accumulate={parts}.")
+    pieces = [t.chunk(parts) if isinstance(t, Tensor) else [t] * parts for t in leaves]
+    return [pytree.tree_unflatten(list(piece), structure) for piece in zip(*pieces, strict=True)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of micro-batches, concatenated; a single one is returned as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def are_views(first: Any, second: Any) -> bool:
+    """Whether two parts of a batch can be two views of the same inputs.
+
+    Tensors must agree in shape and type, and one integer per example is a label. Dicts and tuples must agree in the
+    names, types and numbers of dimensions of their tensors (texts may be padded to different lengths).
+    """
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        labels = second.ndim == 1 and not second.is_floating_point()
+        return first.shape == second.shape and first.dtype == second.dtype and not labels
+    return holds_tensors(first) and _same_structure(first, second)
+
+
+def views(unlabeled: Any) -> tuple[Any, ...]:
+    """(x,) or (weak, strong); a pair of inputs and labels is refused.
+
+    >>> import torch
+    >>> views((torch.zeros(2, 3), torch.ones(2, 3)))[1].shape
+    torch.Size([2, 3])
+    """
+    if isinstance(unlabeled, Tensor):
+        return (unlabeled,)
+    if isinstance(unlabeled, Mapping):
+        named = [name for name in LABEL_KEYS if name in unlabeled]
+        if named:
+            raise MetaplError(f"unlabeled is {described(unlabeled)}, with labels under {named[0]!r}; {_REMEDY}.")
+        return (unlabeled,)
+    if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
+        return (first_input(unlabeled),)
+    if not isinstance(unlabeled, tuple | list) or len(unlabeled) != 2:
+        raise MetaplError(
+            f"unlabeled is {described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak "
+            "view, strong view)."
+        )
+    if not are_views(*unlabeled):
+        first, second = map(described, unlabeled)
+        raise MetaplError(
+            f"unlabeled is a pair of {first} and {second}; two views of the same examples have the same shape and "
+            f"type. If the second is labels, {_REMEDY}. If the inputs are a tuple of tensors, write (inputs,)."
+        )
+    return tuple(unlabeled)
+
+
+_REMEDY = "leave the labels out, with metapl.data.without_labels(loader) or a data set of inputs only"
+
+
+def _from_dict(batch: dict[str, Any], name: str, mend: str) -> tuple[dict[str, Any], Any]:
+    label_keys = [key for key in LABEL_KEYS if key in batch]
+    inputs = {key: value for key, value in batch.items() if key not in label_keys}
+    if len(label_keys) != 1 or not holds_tensors(inputs):
+        raise MetaplError(f"{name} is a dict with the keys {', '.join(map(repr, batch)) or 'none'}; {_EXPECTED}.{mend}")
+    return inputs, batch[label_keys[0]]
+
+
+def holds_tensors(inputs: Any) -> bool:
+    """Whether there is a tensor in a network's inputs."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
+
+
+def _same_structure(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and first.ndim == second.ndim
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_same_structure(first[name], second[name]) for name in first)
+    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
+        return len(first) == len(second) and all(map(_same_structure, first, second))
+    return type(first) is type(second)

@@ -1,0 +1,562 @@
+"""Wrong batches and networks, refused before anything moves.
+
+On the CPU, values are checked at once and errors raised immediately. On an accelerator that would make the host wait,
+so the result of a check stays on the device: a :class:`Fault` collects it, and the error is raised when the report is
+read. By then the step has been taken, so it is better to check batches while they are on the host, as ``fit`` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.execution.modules import named_parts, named_tensors, trainable
+
+OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
+"""What torch says where inputs are of another type than weights."""
+
+
+class Fault:
+    """Results of checks that are still on the device, with the texts of their errors."""
+
+    def __init__(self) -> None:
+        self.findings: list[tuple[Tensor, str]] = []
+
+    def raise_if_found(self, where: str = "") -> None:
+        """Wait for the device and raise the first error, with ``where`` before its text."""
+        for bad, text in self.findings:
+            if bool(bad):
+                raise MetaplError(
+                    f"{where}{text} (detected on the device after the step was taken: the weights may be spoiled, so "
+                    "continue from the last good checkpoint)"
+                )
+
+
+_fault: ContextVar[Fault | None] = ContextVar("fault", default=None)
+
+
+@contextmanager
+def deferred_to(fault: Fault) -> Iterator[None]:
+    """Collect in ``fault`` the checks that would have to wait for a device."""
+    token = _fault.set(fault)
+    try:
+        yield
+    finally:
+        _fault.reset(token)
+
+
+def waits(t: Tensor) -> bool:
+    """Whether reading a value would make the host wait for its device."""
+    return t.device.type != "cpu"
+
+
+def refuse(bad: Tensor, text: str) -> None:
+    """Raise ``text`` where the boolean scalar ``bad`` holds, now or when the next report is read."""
+    fault = _fault.get()
+    if fault is not None and waits(bad):
+        fault.findings.append((bad, text))
+    elif bool(bad):
+        raise MetaplError(text)
+
+
+def refuse_not_finite(t: Tensor, text: str) -> None:
+    """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
+    # On the host a sum is several times cheaper than isfinite; finite values may overflow in it, but seldom do.
+    if waits(t) or not math.isfinite(t.detach().sum()):
+        refuse(~torch.isfinite(_stored(t.detach())).all(), text)
+
+
+def _stored(t: Tensor) -> Tensor:
+    """The values of a tensor; of a sparse one those that are stored."""
+    if t.layout == torch.strided:
+        return t
+    return t._values() if t.layout == torch.sparse_coo else t.values()
+
+
+def whole_number(value: Any, given: str, expected: str) -> None:
+    """Refuse what is not a whole number of 1 or more.
+
+    Args:
+        value: given.
+        given: how it was given, for the error, such as ``accumulate=0``.
+        expected: its meaning.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MetaplError(f"{given}: expected {expected}, 1 or more.")
+
+
+def described(value: Any) -> str:
+    """A value in words: its type, and the shape, dtype and device of a tensor."""
+    if isinstance(value, Tensor):
+        if value.is_nested and value.layout == torch.strided:
+            return "a nested tensor"  # without a shape
+        kind = "tensor" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} tensor"
+        return f"a {kind} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
+    if isinstance(value, dict):
+        return f"a dict of {len(value)} ({', '.join(map(repr, value))})"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(type(t).__name__ for t in value)})"
+    return f"of type {type(value).__name__}"
+
+
+def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> None:
+    """Refuse batches that are empty, of uneven length, on another device, or not finite.
+
+    Args:
+        labeled: the outer batch.
+        unlabeled: the inner ones.
+        device: of the networks.
+    """
+    for name, batch in (("labeled", labeled), *(("unlabeled", inner_batch) for inner_batch in unlabeled)):
+        leaves = pytree.tree_leaves(batch)
+        if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+            raise MetaplError(f"the {name} batch holds an array of NumPy; expected tensors: torch.as_tensor(x).")
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        if not tensors:
+            raise MetaplError(f"{name} is {described(batch)}; expected tensors, in any nesting of dicts and tuples.")
+        for t in tensors:
+            _tensor(name, t, device)
+        lengths = {len(t) for t in tensors}
+        if len(lengths) > 1:
+            raise MetaplError(
+                f"the tensors of the {name} batch have lengths {', '.join(str(len(t)) for t in tensors)}; "
+                "expected one row per example in each."
+            )
+
+
+def dense(batch: Any, which: str) -> None:
+    """Refuse sparse tensors, where rows are taken or values compared; ``which`` begins the sentence."""
+    for t in pytree.tree_leaves(batch):
+        if isinstance(t, Tensor) and t.layout not in (torch.strided, torch.jagged):
+            raise MetaplError(f"{which} {described(t)}; expected dense tensors: x.to_dense().")
+
+
+def finite_on_host(batch: Any) -> None:
+    """Refuse a batch on the host with NaN or infinite values; tensors on an accelerator are not checked."""
+    for t in pytree.tree_leaves(batch):
+        if (
+            isinstance(t, Tensor)
+            and t.is_floating_point()
+            and not waits(t)
+            and not bool(torch.isfinite(_stored(t)).all())
+        ):
+            raise MetaplError("a batch holds NaN or infinite values; clean the inputs first.")
+
+
+def types(inputs: Any) -> set[torch.dtype]:
+    """The types of the tensors in a network's inputs."""
+    return {t.dtype for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)}
+
+
+def explain_type(error: RuntimeError, inputs: Any, weight: Tensor | None, who: str, what: str) -> None:
+    """Say so where a network may have failed because its inputs are of another type than its weights.
+
+    Args:
+        error: what torch raised.
+        inputs: of the network, with any nesting of tensors.
+        weight: one of the network's.
+        who: the network in the message.
+        what: the inputs in the message.
+    """
+    given_types = types(inputs)
+    if not OTHER_TYPE.search(str(error)) or weight is None or not given_types or weight.dtype in given_types:
+        return
+    given = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in given_types))
+    own = str(weight.dtype).removeprefix("torch.")
+    raise MetaplError(
+        f"{who} cannot take {what} of {given}: its weights are {own}; expected inputs of that type: x.to(torch.{own})."
+    ) from error
+
+
+WRONG_CALL = (TypeError, AttributeError, LookupError, ValueError)
+"""What a network raises that is given one argument in place of several."""
+
+
+def explain_call(error: Exception, **networks: nn.Module | None) -> None:
+    """Say so where a network may have failed because its inputs are in a dict or tuple: those of Hugging Face take them
+    as arguments of their own; ``networks`` by role."""
+    calls = [f.f_locals for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == "_call_impl"]
+    for role, network in networks.items():
+        given: tuple[Any, ...] = next((call["args"] for call in calls if call.get("self") is network), ())
+        if network is None or len(given) != 1 or not isinstance(given[0], Mapping | tuple | list):
+            continue
+        if _could_be_spread(network, given[0]):
+            mend = f"it takes them one by one, so wrap it: {role} = metapl.models.Logits({role})"
+        elif role == "student" and type(given[0]).__name__ in str(error):
+            mend = (
+                "to pick those that it takes, give the problem a method student_input(batch), and outer_input(batch) "
+                "for the labeled batch"
+            )
+        else:
+            continue
+        raise MetaplError(
+            f"the {role}, a {type(network).__name__}, was given a batch's inputs as one argument, "
+            f"{described(given[0])} ({type(error).__name__}: {error}); {mend}."
+        ) from error
+
+
+def _could_be_spread(network: nn.Module, inputs: Any) -> bool:
+    named = inputs if isinstance(inputs, Mapping) else {}
+    listed = inputs if isinstance(inputs, tuple | list) else ()
+    try:
+        inspect.signature(network.forward).bind(*listed, **named)
+    except TypeError:
+        return False
+    return bool(named or listed)
+
+
+def no_inference_mode() -> None:
+    """Refuse to take gradients under ``torch.inference_mode()``."""
+    if torch.is_inference_mode_enabled():
+        raise MetaplError(
+            "a step was called inside torch.inference_mode(), where no gradient can be taken; call it outside of that "
+            "block (torch.no_grad() does no harm)."
+        )
+
+
+def _tensor(name: str, t: Tensor, device: torch.device) -> None:
+    if t.is_nested and t.layout == torch.strided:
+        raise MetaplError(
+            f"the {name} batch holds a nested tensor, whose rows differ in length; expected rows of one length: "
+            "x.to_padded_tensor(0.0)."
+        )
+    if t.ndim == 0 or len(t) == 0:
+        raise MetaplError(f"the {name} batch is empty: {described(t)}; expected at least one example.")
+    if t.device != device:
+        raise MetaplError(
+            f"the {name} batch is on {t.device}, the networks are on {device}; move it there with .to({str(device)!r})."
+        )
+    if t.is_inference():
+        raise MetaplError(
+            f"the {name} batch was made inside torch.inference_mode(), and no gradient can be taken through such a "
+            "tensor; make it under torch.no_grad(), or copy it outside of that block: x.clone()."
+        )
+    if t.requires_grad:
+        raise MetaplError(
+            f"the {name} batch requires a gradient ({described(t)}), and none is taken in it; expected x.detach(). "
+            "Inputs that the teacher makes for the student are made in the problem: student_input(batch, signal)."
+        )
+    if t.is_floating_point():
+        refuse_not_finite(t, f"the {name} batch holds NaN or infinite values; clean the inputs first.")
+
+
+def logits(outputs: Any, who: str) -> Tensor:
+    """The outputs of a network, refused if they are not a tensor."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_complex():
+            raise MetaplError(
+                f"the {who} returned {described(outputs)}, and losses are differentiated in real numbers; expected "
+                "real outputs, such as torch.view_as_real(outputs) or outputs.abs()."
+            )
+        if type(outputs) is not Tensor and hasattr(outputs, "device_mesh"):
+            raise MetaplError(
+                f"the {who} returned a DTensor laid out as {getattr(outputs, 'placements', '')}; expected a plain "
+                "tensor with the logits of this process's rows: give the last layer output_layouts=Replicate() and "
+                "use_local_output=True, or call .full_tensor() at the end of forward."
+            )
+        return outputs
+    has_logits = isinstance(logits_in(outputs), Tensor)
+    mend = f"wrap it: {who} = metapl.models.Logits({who})" if has_logits else "write a module that returns one"
+    raise MetaplError(f"the {who} returned {described(outputs)}; expected a tensor of logits; {mend}.")
+
+
+def logits_in(outputs: Any) -> Any:
+    """The logits of an object, such as those of Hugging Face, or of a dict; None where it has none."""
+    return outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+
+
+def class_outputs(outputs: Tensor, who: str) -> None:
+    """Refuse outputs that are not (B, C) with at least two classes."""
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise MetaplError(
+            f"the {who}'s outputs are {described(outputs)}; expected logits of shape (batch, classes), two classes or "
+            "more. For other outputs, write a problem of your own (metapl.BilevelProblem)."
+        )
+
+
+def finite(logits_NC: Tensor) -> None:
+    """Refuse logits of a network that has diverged."""
+    bad_N = ~logits_NC.isfinite().all(dim=1)
+    if bad_N.any():
+        raise MetaplError(
+            f"the logits of {int(bad_N.sum())} of {len(bad_N)} examples are not finite (first: example "
+            f"{int(bad_N.nonzero()[0])}); the model diverged: go back to an earlier checkpoint or take smaller steps"
+        )
+
+
+def class_labels(labels: Any, classes: int) -> None:
+    """Refuse labels that are not integers in [0, classes)."""
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        raise MetaplError(
+            f"the labels are {described(labels)}; expected integers, one class index per example: labels.long()."
+        )
+    dense(labels, "the labels are")
+    if labels.ndim != 1:
+        raise MetaplError(
+            f"the labels have shape {tuple(labels.shape)}; expected one class index per example, (batch,)."
+        )
+    if labels.dtype != torch.int64:
+        raise MetaplError(f"the labels are {described(labels)}; expected int64: labels.long().")
+    low, high = labels.aminmax()
+    networks = f"the networks have {classes} classes: expected 0..{classes - 1}."
+    if waits(labels):
+        refuse((low < 0) | (high >= classes), f"the labels hold a value outside 0..{classes - 1}; {networks}")
+    elif low < 0 or high >= classes:
+        raise MetaplError(f"the labels run from {int(low)} to {int(high)}; {networks}")
+
+
+def safe_labels(labels: Tensor, classes: int) -> Tensor:
+    """Labels within the range of classes: on a device, a wrong label would abort the process before it is reported."""
+    return labels.clamp(0, classes - 1) if waits(labels) else labels
+
+
+def row_indices(index: Any, rows: int, who: str) -> Tensor:
+    """Indices of rows, int64 or int32 (PyTorch takes uint8 for a mask); refuse values outside 0..rows - 1 (Python
+    counts -1 from the end).
+
+    Returns: the indices, within the range on a device, for the reason that :func:`safe_labels` gives.
+    """
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        raise MetaplError(f"the index of {who} is {described(index)}; expected integers, int64 or int32: index.long().")
+    indices: Tensor = index
+    if not indices.numel():
+        return indices
+    low, high = indices.aminmax()
+    expected = f"{who} has {rows:,} rows: expected 0..{rows - 1}."
+    if waits(indices):
+        refuse((low < 0) | (high >= rows), f"the index holds a value outside 0..{rows - 1}; {expected}")
+        return indices.clamp(0, rows - 1)
+    if low < 0 or high >= rows:
+        raise MetaplError(f"the index runs from {int(low)} to {int(high)}; {expected}")
+    return indices
+
+
+def safe_probabilities(probabilities: Tensor) -> Tensor:
+    """Probabilities without NaN, for ``torch.multinomial``: as :func:`safe_labels`."""
+    return probabilities.nan_to_num(nan=1.0) if waits(probabilities) else probabilities
+
+
+def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
+    """Refuse a teacher whose outputs do not match the student's, or are not finite."""
+    class_outputs(teacher_outputs, "teacher")
+    if teacher_outputs.shape != student_outputs.shape:
+        raise MetaplError(
+            f"the teacher's outputs have shape {tuple(teacher_outputs.shape)}, the student's "
+            f"{tuple(student_outputs.shape)}; expected the same batch and the same number of classes."
+        )
+    refuse_not_finite(
+        teacher_outputs,
+        "the teacher's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
+    )
+
+
+def sparse_gradients(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    """Refuse sparse gradients for an optimizer that would fail on them in the middle of its step."""
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SparseAdam) or (
+            isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad) and not group["weight_decay"]
+        ):
+            continue
+        sparse = {id(p) for p in group["params"] if p.grad is not None and p.grad.is_sparse}
+        if sparse:
+            name = next((name for name, p in network.named_parameters() if id(p) in sparse), "a parameter")
+            raise MetaplError(
+                f"the gradient of {name} is sparse, which {type(optimizer).__name__} with these options cannot "
+                "use; build the embedding with sparse=False, or take torch.optim.SparseAdam, or SGD without weight "
+                "decay."
+            )
+
+
+def dense_gradients(grads: Mapping[str, Tensor | None]) -> None:
+    """Refuse a student with sparse gradients."""
+    sparse = [name for name, g in grads.items() if g is not None and g.layout != torch.strided]
+    if sparse:
+        raise MetaplError(
+            f"the gradient of the student's {sparse[0]} is sparse, and the student's update is differentiated with "
+            "dense ones; build the embedding with sparse=False."
+        )
+
+
+def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
+    """Refuse a loss that is not a real scalar."""
+    if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
+        raise MetaplError(f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}.")
+
+
+def finite_student(outputs: Tensor) -> None:
+    """Refuse a student whose outputs would make the feedback, and so the teacher, NaN."""
+    refuse_not_finite(
+        outputs,
+        "the student's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
+    )
+
+
+def finite_feedback(h: Tensor) -> None:
+    """Refuse feedback that would make the teacher NaN."""
+    refuse_not_finite(
+        h,
+        "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no "
+        "finite derivative; lower the student's learning rate, or look for examples with extreme values.",
+    )
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "averages gradients over processes only where it is around the whole network",
+    "FullyShardedDataParallel": "shards the weights in a way that they cannot be replaced in (use fully_shard)",
+    "FSDPModule": "shards the weights of a network inside another wrapper",
+    "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
+    "ScriptModule": "has weights that cannot be replaced for a pass",
+}
+"""PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
+
+
+@cache
+def _wrapper(classes: tuple[type, ...]) -> str | None:
+    names = [kind.__name__ for kind in classes if kind.__module__.startswith("torch.")]
+    return next((name for name in _WRAPPERS if name in names), None)
+
+
+def plain(name: str, network: nn.Module, *, sharded: bool = False) -> None:
+    """Refuse a network that cannot be run again at other weights, naming the obstacle.
+
+    Args:
+        name: its role.
+        network: without a wrapper around it.
+        sharded: whether it is sharded by ``fully_shard``, and so may be.
+    """
+    for prefix, part in named_parts(network):
+        wrapper = _wrapper(type(part).__mro__)
+        if wrapper is not None and not (sharded and wrapper == "FSDPModule"):
+            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
+            raise MetaplError(
+                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, or one that is as a whole "
+                "in DistributedDataParallel or sharded by fully_shard."
+            )
+    for path, t in named_tensors(network):
+        if nn.parameter.is_lazy(t):
+            raise MetaplError(
+                f"the {name}'s {path} has no shape yet (a lazy module, such as LazyLinear); run the {name} on one "
+                "batch before the trainer is built."
+            )
+        if t.is_inference():
+            raise MetaplError(
+                f"the {name}'s {path} was made inside torch.inference_mode(), and cannot be trained; build the {name} "
+                "outside of that block."
+            )
+        if not sharded and (type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor"):
+            raise MetaplError(
+                f"the {name}'s {path} is a DTensor inside another wrapper; expected the plain module, or one that is "
+                "as a whole sharded by fully_shard or parallelize_module."
+            )
+
+
+def networks(teacher: nn.Module | None, student: nn.Module, *, sharded: Collection[str] = ()) -> torch.device:
+    """Refuse networks that cannot be run, have no trainable parameters, share weights or are on several devices.
+
+    Args:
+        teacher: None: there is none.
+        student: the student.
+        sharded: which of the two are sharded by ``fully_shard``, by role.
+
+    Returns: the device.
+    """
+    given = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    owned = {}
+    for name, module in given.items():
+        if not isinstance(module, nn.Module):
+            raise MetaplError(f"{name} is {described(module)}; expected a torch.nn.Module.")
+        plain(name, module, sharded=name in sharded)
+        owned[name] = list(trainable(module).values())
+        if not owned[name]:
+            raise MetaplError(
+                f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+            )
+    if teacher is not None and {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
+        raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
+    devices = {
+        name: {t.device for _, t in named_tensors(module) if isinstance(t, nn.Parameter)}
+        for name, module in given.items()
+    }
+    if len(set().union(*devices.values())) > 1:
+        where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
+        raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
+    return owned["student"][0].device
+
+
+def real_weights(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse complex weights of a student."""
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise MetaplError(
+                f"the student's {name} is complex ({described(p)}), and its step is differentiated in real numbers; "
+                "hold real and imaginary parts in one real parameter, torch.view_as_real(w), and join them in forward: "
+                "torch.view_as_complex(self.weight)."
+            )
+
+
+def learns(loss: Tensor, who: str) -> None:
+    """Refuse a loss without a gradient, except a constant 0, such as UDA before its start."""
+    if not loss.requires_grad and bool(loss != 0):
+        raise without_gradient(who)
+
+
+def without_gradient(who: str) -> MetaplError:
+    """The error for a network whose loss has no gradient."""
+    return MetaplError(
+        f"the {who}'s loss has no gradient, so nothing would be learned. Likely causes: its outputs are detached "
+        "(.detach(), .data, numpy), the parameters that they depend on have requires_grad=False, or this runs under "
+        "torch.no_grad() or torch.inference_mode()."
+    )
+
+
+def without_outer_gradient() -> MetaplError:
+    """The error for an outer loss that depends on none of the student's weights."""
+    return MetaplError(
+        "the outer loss has no gradient in any weight of the student, so there is no feedback to learn from. Likely "
+        "causes: outer_loss does not use the student's outputs, or detaches them (.detach(), .data, numpy), or the "
+        "student's weights that they depend on have requires_grad=False; to train without feedback, take mode='none'."
+    )
+
+
+def steps_alone(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose step evaluates the loss, such as LBFGS."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise MetaplError(
+            f"{type(optimizer).__name__} was given, whose step evaluates the loss again through a closure; expected an "
+            "optimizer that steps along a gradient, such as SGD or Adam."
+        )
+
+
+def moves(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that holds none of a network's trainable parameters."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    if not any(id(p) in held for p in learned):
+        why = (
+            "the optimizer holds none of the network's parameters that have requires_grad=True"
+            if learned
+            else "all parameters of the network have requires_grad=False"
+        )
+        raise MetaplError(
+            f"{why}, so nothing would be learned; expected an optimizer over model.parameters(), some of them with "
+            "requires_grad=True."
+        )

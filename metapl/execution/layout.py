@@ -1,0 +1,492 @@
+"""How a network that was handed over is laid out over processes, found by looking at it.
+
+plain       one process, or a part of a network that knows nothing of others
+replicated  in ``DistributedDataParallel``: every rank holds the whole network
+sharded     by ``fully_shard``: every rank holds a part of each weight, and gathers a block while it runs; or by
+            ``parallelize_module``: several ranks compute each product together, with or without ``fully_shard``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.columns import columns_of
+from metapl.execution.modules import named_parts, named_tensors, trainable
+from metapl.execution.numerics import WHOLE, Space, Tree
+from metapl.execution.ranks import ALONE, Ranks
+from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A network, and how it is laid out.
+
+    Args:
+        network: the network itself, without a wrapper around it.
+        kind: see the module's docstring.
+        ranks: the processes that share a batch.
+        space: products of trees of its weights.
+        processes: the ranks' numbers in the whole job.
+        product_ranks: how many processes compute each product together.
+        blocks: the submodules that gather their weights while they run, the network itself among them.
+        sharded: the sharded parameters by name: while the root has gathered its weights, the network holds others.
+
+    Attributes:
+        versions: of the buffers, when this layout was found.
+        moving: the buffers other than norms' that a step writes to; None: before the first step.
+    """
+
+    network: nn.Module
+    kind: Literal["plain", "replicated", "sharded"] = "plain"
+    ranks: Ranks = ALONE
+    space: Space = WHOLE
+    processes: tuple[int, ...] = ()
+    product_ranks: int = 1
+    blocks: tuple[Any, ...] = ()
+    sharded: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    versions: Mapping[str, tuple[int, int]] = field(init=False, repr=False)
+    moving: tuple[str, ...] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        known = {} if self.ranks.alone else _buffers(self.network)
+        object.__setattr__(self, "versions", {name: (id(t), t._version) for name, t in known.items()})
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.kind == "sharded"
+
+    def compilable(self) -> list[nn.Module]:
+        """The modules whose forward passes ``torch.compile`` takes: the network, or the blocks of a sharded one.
+
+        A block runs between the hooks that gather and give up its weights, which are not compiled.
+        """
+        if self.ranks.copies > 1:
+            raise MetaplError(
+                "compile=True does not run on networks that are cut along the width of their images, or whose products "
+                "are shared (parallelize_module): the exchanges inside them cannot be compiled. Leave compile out, or "
+                "lay the networks out over replicas and shards alone."
+            )
+        found = [block for block in self.blocks if block is not self.network]
+        inside = {id(part) for block in found for part in block.modules() if part is not block}
+        return [block for block in found if id(block) not in inside] or [self.network]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the network learns, as its optimizer holds them."""
+        if self.is_sharded:
+            return {name: p for name, p in self.sharded.items() if p.requires_grad}
+        return trainable(self.network)
+
+    def reshard(self) -> None:
+        """Let every block give up its gathered weights.
+
+        The root keeps them after a pass without a backward pass, and reads them again in the next one, whatever became
+        of this rank's parts; until then its parameters are other tensors than the optimizer's.
+        """
+        for block in self.blocks:
+            block.reshard()
+
+    def begin_step(self) -> None:
+        """:meth:`reshard`, and refuse blocks that have been switched since this layout was found."""
+        with self.ranks.agreed():
+            for block in self.blocks:
+                _check_reduction("network", block)
+        self.reshard()
+
+    def mean_gradients(self) -> None:
+        """Average ``.grad`` over the ranks; a sharded network's backward pass has done so."""
+        if self.kind != "replicated":
+            return
+        parameters = self.parameters()
+        like = {name: p.detach() for name, p in parameters.items()}
+        means = self.ranks.mean_tree({n: p.grad for n, p in parameters.items() if p.grad is not None}, like)
+        for name, mean in means.items():
+            parameters[name].grad = mean
+
+    def agree_on_buffers(self) -> None:
+        """Give the buffers that a step moves the same values on all ranks, each of which has seen its own rows.
+
+        Running statistics of norms are averaged: their means are right; a variance of a batch norm is the mean of the
+        ranks' variances, without the spread of their means. Other buffers get the values of the first rank, as in
+        ``DistributedDataParallel``; which of them move is found out after the first step.
+        """
+        if self.ranks.alone:
+            return
+        parts = [part for _, part in named_parts(self.network) if part.training]
+        norms = [part for part in parts if isinstance(part, _NormBase)]
+        held = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+        if held:
+            tree = {str(i): t for i, t in enumerate(held)}
+            for name, mean in self.ranks.mean_tree(tree, tree).items():
+                tree[name].copy_(mean)
+        self._agree_on_others({id(t) for norm in norms for t in norm._buffers.values()})
+
+    def _agree_on_others(self, known: Collection[int]) -> None:
+        others = {name: t for name, t in _buffers(self.network).items() if id(t) not in known}
+        if self.moving is None:
+            # The same tensors in the same versions have not been written to.
+            own = [name for name, t in others.items() if self.versions.get(name) != (id(t), t._version)]
+            agreed = {name for names in self.ranks.gathered(own) for name in names}
+            object.__setattr__(self, "moving", tuple(name for name in others if name in agreed))
+        for name in self.moving or ():
+            others[name].copy_(self.ranks.of_first(others[name]))
+
+    def as_parameters(self, tree: Tree) -> Tree:
+        """A tree of this rank's parts in the layout of the parameters: DTensors where these are."""
+        if not self.is_sharded:
+            return tree
+        return {name: as_sharded(part, self.sharded[name]) for name, part in tree.items()}
+
+    def clip_gradients(self, most: float) -> None:
+        """Clip ``.grad`` to a global norm, as ``torch.nn.utils.clip_grad_norm_``, which takes one mesh only."""
+        grads = {name: p.grad for name, p in self.parameters().items() if p.grad is not None}
+        if not self.is_sharded:
+            nn.utils.clip_grad_norm_(self.network.parameters(), most)
+        elif grads:
+            parts = {name: local(g) for name, g in grads.items()}
+            scale = (most / (self.space.norm(parts) + 1e-6)).clamp(max=1.0)
+            for part in parts.values():
+                part.mul_(scale.to(part.dtype))
+
+
+def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | None, Layout, torch.device]:
+    """The layouts of two networks and their device; refuse networks that cannot be trained together."""
+    of_teacher = None if teacher is None else layout_of("teacher", teacher)
+    of_student = layout_of("student", student)
+    known = {"teacher": of_teacher, "student": of_student}
+    device = checks.networks(
+        None if of_teacher is None else of_teacher.network,
+        of_student.network,
+        sharded=[name for name, layout in known.items() if layout is not None and layout.is_sharded],
+    )
+    if of_teacher is not None and of_teacher.processes != of_student.processes:
+        raise MetaplError(
+            f"the teacher is {_described(of_teacher)}, the student {_described(of_student)}; expected both to share "
+            "their batches with the same processes: wrap both in DistributedDataParallel, or shard both with "
+            "fully_shard over meshes of the same processes, in the same order."
+        )
+    if of_teacher is not None:
+        of_teacher = _beside(of_teacher, of_student)
+    return of_teacher, of_student, device
+
+
+def _beside(teacher: Layout, student: Layout) -> Layout:
+    """The teacher's layout beside a student over the same processes; refuse one that is cut where the student is not.
+
+    A teacher that is not cut, beside a student whose processes hold the same rows in ``copies``, computes the same in
+    each of these: its gradient is the mean over all processes, in which each share of the rows counts ``copies`` times.
+    """
+    copies = student.ranks.copies
+    if copies > 1 and teacher.ranks.copies == 1:
+        own = teacher.ranks
+        ranks = Ranks(own.groups, student.ranks.rank, own.device, copies, own.first, student.ranks.columns)
+        return replace(teacher, ranks=ranks)
+    mend = (
+        "expected the same number in both, or a teacher that is not cut, beside a student that is: in "
+        f"DistributedDataParallel over all processes, shard(teacher, Mesh(replicate={len(student.processes)}))."
+    )
+    if teacher.product_ranks != student.product_ranks:
+        raise MetaplError(
+            f"products are shared by {_count(teacher.product_ranks, 'process', 'processes')} in the teacher and "
+            f"{student.product_ranks} in the student (parallelize_module); {mend}"
+        )
+    if teacher.ranks.copies != copies:
+        raise MetaplError(
+            f"images are split into {_count(teacher.ranks.copies, 'part', 'parts')} for the teacher and {copies} for "
+            f"the student; {mend}"
+        )
+    return teacher
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
+
+
+def layout_of(name: str, network: Any) -> Layout:
+    """The layout of a network.
+
+    Args:
+        name: its role, for errors.
+        network: as it was handed over.
+    """
+    if not isinstance(network, nn.Module):
+        raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
+    if isinstance(network, DistributedDataParallel):
+        _check_embeddings(name, network.module)
+        return _replicated(name, network)
+    if any(is_block(part) for _, part in named_parts(network)):
+        _check_embeddings(name, network)
+        return _sharded(name, network)
+    if any(is_sharded(t) for _, t in named_tensors(network)):
+        return _parallel(name, network, (), _parameters(network))
+    if columns_of(network) is not None:
+        raise MetaplError(
+            f"the {name} is split along the width of its images, and nothing averages its gradients over the processes "
+            f"that hold the parts; expected it in DistributedDataParallel, or in fully_shard, over these: "
+            f"shard({name}, Mesh(spatial=...), example=...) does both."
+        )
+    return Layout(network)
+
+
+def _buffers(network: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in named_tensors(network) if not isinstance(t, nn.Parameter)}
+
+
+def is_block(part: nn.Module) -> bool:
+    """Whether ``fully_shard`` gathers the weights of a module while it runs."""
+    # By name: the class itself takes seconds to import, and one process has no such block.
+    return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in type(part).__mro__)
+
+
+def reshard(network: nn.Module) -> None:
+    """Let every block of a network give up its gathered weights; see :meth:`Layout.reshard`."""
+    blocks: list[Any] = [part for _, part in named_parts(network) if is_block(part)]
+    for block in blocks:
+        block.reshard()
+
+
+@contextmanager
+def without_gradients(network: nn.Module) -> Iterator[None]:
+    """Passes without gradients in this block: in inference mode, or by ``no_grad`` where the network is sharded.
+
+    In inference mode a sharded network would gather its weights into tensors that no later pass could fill again.
+    """
+    spread = any(is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
+    with torch.no_grad() if spread else torch.inference_mode():
+        yield
+    reshard(network)
+
+
+def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:
+    if getattr(wrapper, "_comm_hooks", None):
+        raise MetaplError(
+            f"the {name} is a DistributedDataParallel with a communication hook (register_comm_hook), which would not "
+            "be called: metapl averages the gradients itself. Leave the hook out."
+        )
+    group = wrapper.process_group
+    processes = tuple(dist.get_process_group_ranks(group))
+    device = next(wrapper.module.parameters()).device
+    ranks = _ranks(name, wrapper.module, [group], processes, device)
+    return Layout(wrapper.module, "replicated", ranks, processes=processes)
+
+
+def _sharded(name: str, network: nn.Module) -> Layout:
+    blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
+    if not is_block(network):
+        raise MetaplError(
+            f"fully_shard was called on parts of the {name} and not on the {name} itself, so the rest of it would "
+            f"learn from this rank's share of the batch alone; expected fully_shard({name}) after its blocks."
+        )
+    for block in blocks:
+        block.reshard()
+        _check_reduction(name, block)
+    _check_ties(name, blocks)
+    for path, t in named_tensors(network):
+        if isinstance(t, nn.Parameter) and t.requires_grad and not is_sharded(t):
+            raise MetaplError(
+                f"the {name}'s {path} is not sharded although fully_shard was called on the {name} (ignored_params), "
+                "so it would learn from this rank's share of the batch alone; expected every parameter with "
+                "requires_grad=True to be sharded."
+            )
+    parameters = {path: p for path, p in _parameters(network).items() if is_sharded(p)}
+    if not any(p.requires_grad for p in parameters.values()):
+        raise MetaplError(
+            f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+        )
+    if _shared_products(blocks, parameters) > 1:
+        return _parallel(name, network, blocks, parameters)
+    first = next(iter(parameters.values()))
+    for path, p in parameters.items():
+        _check_placements(name, path, p, first)
+    mesh = first.device_mesh
+    processes = tuple(int(i) for i in mesh.mesh.flatten().tolist())
+    groups = _groups(mesh, processes)
+    ranks = _ranks(name, network, groups, processes, local(first).device)
+    space = ShardedSpace(parameters, groups, len(processes))
+    return Layout(network, "sharded", ranks, space, processes, blocks=blocks, sharded=parameters)
+
+
+def _parameters(network: nn.Module) -> dict[str, Any]:
+    """All parameters, each with its first name."""
+    found: dict[int, tuple[str, Any]] = {}
+    for path, t in named_tensors(network):
+        if isinstance(t, nn.Parameter):
+            found.setdefault(id(t), (path, t))
+    return dict(found.values())
+
+
+def _widest(parameters: Mapping[str, Any]) -> Any:
+    """The mesh of all processes, which some parameters are laid out over."""
+    return max((p.device_mesh for p in parameters.values() if is_sharded(p)), key=lambda mesh: int(mesh.size()))
+
+
+def _shared_products(blocks: Sequence[Any], parameters: Mapping[str, Any]) -> int:
+    """How many processes compute each product together: all processes divided by the number that share the batch."""
+    size = int(_widest(parameters).size())
+    return size // int(_batch_mesh(blocks).size()) if blocks else size
+
+
+def _batch_mesh(blocks: Sequence[Any]) -> Any:
+    """The mesh of the processes that share the batch, among which ``fully_shard`` averages."""
+    gathered = (group for block in blocks for group in _param_groups(block))
+    return next(gathered).mesh_info.mesh
+
+
+def _param_groups(block: Any) -> list[Any]:
+    """What a block gathers; nothing where all of its weights belong to blocks inside it."""
+    state = block._get_fsdp_state()
+    groups: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _parallel(name: str, network: nn.Module, blocks: tuple[Any, ...], parameters: dict[str, Any]) -> Layout:
+    """A network whose products several processes compute together, by ``parallelize_module``."""
+    if columns_of(network) is not None:
+        raise MetaplError(
+            f"the {name} runs on columns of images and was given to parallelize_module too, which is not built yet; "
+            "expected one of the two."
+        )
+    mesh = _widest(parameters)
+    processes = tuple(int(i) for i in mesh.mesh.flatten().tolist())
+    for path, p in parameters.items():
+        inside = not is_sharded(p) or {int(i) for i in p.device_mesh.mesh.flatten().tolist()} <= {*processes}
+        if not inside or any(placement.is_partial() for placement in getattr(p, "placements", ())):
+            raise MetaplError(
+                f"the {name}'s {path} is laid out as {getattr(p, 'placements', ())} over {p.device_mesh}, beside "
+                f"parameters over {mesh}; expected one mesh whose dimensions parallelize_module and fully_shard share."
+            )
+    tensor = _shared_products(blocks, parameters)
+    own = [int(i) for i in _batch_mesh(blocks).mesh.flatten().tolist()] if blocks else [dist.get_rank()]
+    groups = _groups(mesh, processes)
+    device = local(next(iter(parameters.values()))).device
+    first = processes[0] == dist.get_rank()
+    ranks = Ranks(groups, own.index(dist.get_rank()), device, tensor, first)
+    space = ShardedSpace(parameters, groups, len(processes))
+    return Layout(network, "sharded", ranks, space, processes, tensor, blocks, parameters)
+
+
+def _ranks(
+    name: str, network: nn.Module, groups: Sequence[Any], processes: tuple[int, ...], device: torch.device
+) -> Ranks:
+    """The ranks over which a network is laid out; those that hold parts of the same images share their rows."""
+    number = processes.index(dist.get_rank())
+    columns = columns_of(network)
+    if columns is None:
+        return Ranks(groups, number, device, first=number == 0)
+    members = tuple(dist.get_process_group_ranks(columns.group))
+    start = number - number % len(members)
+    if processes[start : start + len(members)] != members:
+        raise MetaplError(
+            f"the {name}'s images are split over the processes {', '.join(map(str, members))}, which do not follow "
+            f"each other among those that share the batch, {', '.join(map(str, processes))}; expected neighbors."
+        )
+    return Ranks(groups, number // len(members), device, len(members), number == 0, columns=True)
+
+
+def _groups(mesh: Any, processes: Sequence[int]) -> list[Any]:
+    """The process groups whose product is a mesh: one where it is all processes."""
+    if list(processes) == list(range(dist.get_world_size())):
+        return [dist.group.WORLD]
+    return [mesh.get_group(i) for i in range(mesh.ndim)]
+
+
+def _check_placements(name: str, path: str, p: Any, first: Any) -> None:
+    if p.device_mesh != first.device_mesh:
+        raise MetaplError(
+            f"the {name}'s {path} is laid out over {p.device_mesh}, other parameters over {first.device_mesh}; "
+            "expected one mesh for all parameters of a network."
+        )
+    kinds = [type(placement).__name__ for placement in p.placements]
+    if kinds not in (["Shard"], ["Replicate", "Shard"]):
+        raise MetaplError(
+            f"the {name}'s {path} has the placements {tuple(p.placements)}; expected those of fully_shard over a mesh "
+            "of one dimension, or of two: replicas, and the shards of each."
+        )
+
+
+def _check_embeddings(name: str, network: nn.Module) -> None:
+    """Refuse embeddings that write to their weights for the rows of one rank, or whose gradients cannot be averaged."""
+    for prefix, part in named_parts(network):
+        if not isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            continue
+        where = f"the {name}'s {prefix.removesuffix('.') or 'module'} is an {type(part).__name__}"
+        if part.max_norm is not None:
+            raise MetaplError(
+                f"{where} with max_norm={part.max_norm}, which changes its weights in each pass, on each rank for its "
+                "own rows only, so that they would drift apart; expected max_norm=None (weight_decay of the optimizer "
+                "also keeps weights small)."
+            )
+        if part.sparse:
+            raise MetaplError(
+                f"{where} with sparse=True, and sparse gradients are not averaged over ranks; build it with "
+                "sparse=False."
+            )
+
+
+def _check_ties(name: str, blocks: Sequence[Any]) -> None:
+    """Refuse a weight of several places that two blocks gather: ``fully_shard`` has made two weights of it."""
+    seen: set[int] = set()
+    held = {id(p): p for block in blocks for group in _param_groups(block) for p in group.fsdp_params}
+    for p in held.values():
+        number = getattr(p, "_orig_param_uid", id(p))
+        if number in seen:
+            info = p._module_info
+            kind = type(info.module).__name__.removeprefix("FSDP")
+            raise MetaplError(
+                f"the {name} shares the {info.param_name} of a {kind} between two blocks that "
+                "fully_shard was called on, and each would learn a copy; expected both in one call, "
+                "fully_shard([first, second]), or outside of all blocks."
+            )
+        seen.add(number)
+
+
+def _check_reduction(name: str, block: Any) -> None:
+    """Refuse a block whose gradients are not the mean over the ranks."""
+    for group in _param_groups(block):
+        if getattr(group, "gradient_divide_factor", None) is not None:
+            raise MetaplError(
+                f"set_gradient_divide_factor was called on the {name}, so its gradients are not the mean over the "
+                "ranks, as the feedback takes them to be; leave it out, and scale the loss."
+            )
+        for attribute, call in (
+            ("reduce_grads", "set_requires_gradient_sync(False)"),
+            ("all_reduce_grads", "set_requires_all_reduce(False)"),
+        ):
+            if not getattr(group, attribute, True):
+                raise MetaplError(
+                    f"{call} was called on the {name}, so its gradients would be of this rank's rows alone; leave it "
+                    "out (accumulate=... of the trainer takes a batch in parts)."
+                )
+        if getattr(group, "_all_reduce_hook", None) is not None:
+            raise MetaplError(
+                f"set_all_reduce_hook was called on the {name}, whose gradients would be other than the mean over the "
+                "ranks; leave it out."
+            )
+
+
+def compute_dtype(block: Any) -> Any:
+    """The type that a block's mixed-precision policy computes in; None where it is the type of its weights."""
+    policy = getattr(block._get_fsdp_state(), "_mp_policy", None)
+    return getattr(policy, "param_dtype", None)
+
+
+def _described(layout: Layout) -> str:
+    if layout.kind == "plain":
+        return "a plain module"
+    how = "in DistributedDataParallel" if layout.kind == "replicated" else "sharded"
+    return f"{how} over the processes {', '.join(map(str, layout.processes))}"
+
+
+def parts_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """This rank's parts of parameters, sharing their memory."""
+    return {name: local(p) if is_sharded(p) else p.detach() for name, p in parameters.items()}

@@ -1,0 +1,276 @@
+"""The processes that share a batch.
+
+Every process, a *rank*, holds an equal share of each batch and takes means over it; a loss is the mean of the ranks'
+losses, and a gradient the mean of their gradients. With one rank nothing is communicated, and nothing computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.numerics import Tree
+
+
+class Agreed(MetaplError):
+    """An error that every rank raises, with one message."""
+
+
+class Ranks:
+    """The ranks that share a batch.
+
+    Args:
+        groups: process groups whose product they are, as the dimensions of a mesh; none: this process alone.
+        rank: the number of this process's share of the rows, in the order of the rows of the whole batch.
+        device: where tensors can be exchanged.
+        copies: how many processes hold the same rows: parts of the same images (:mod:`metapl.distributed.spatial`), or
+            of the same products (``parallelize_module``).
+        first: whether this is the process that shows and writes.
+        columns: whether the copies have columns of the same images, and not the same images.
+
+    Attributes:
+        size: how many shares of rows there are; each of them counts once, however many processes hold it.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dist.ProcessGroup] = (),
+        rank: int = 0,
+        device: torch.device | None = None,
+        copies: int = 1,
+        first: bool = True,
+        columns: bool = False,
+    ) -> None:
+        self.groups, self.rank, self.copies, self.first = tuple(groups), rank, copies, first
+        self.columns = columns
+        self.device = torch.device("cpu") if device is None else device
+        self.size = math.prod(group.size() for group in self.groups) // copies
+
+    @property
+    def alone(self) -> bool:
+        return self.size == self.copies == 1
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum over the shares, the same number on every rank."""
+        if self.alone:
+            return t
+        total = t.detach().clone(memory_format=torch.contiguous_format)
+        for group in self.groups:
+            dist.all_reduce(total, group=group)
+        return total if self.copies == 1 else total / self.copies
+
+    def mean(self, t: Tensor) -> Tensor:
+        """The mean over the ranks."""
+        return t if self.alone else self.sum(t) / self.size
+
+    def of_first(self, t: Tensor) -> Tensor:
+        """What the first rank has in the place of a tensor of this shape and type."""
+        found = t.detach().clone(memory_format=torch.contiguous_format)
+        for group in self.groups:
+            dist.broadcast(found, dist.get_global_rank(group, 0), group=group)
+        return found
+
+    def mean_of_copies(self, t: Tensor) -> Tensor:
+        """The mean of a small tensor over the processes that hold this process's rows."""
+        if self.copies == 1:
+            return t
+        held = t.new_zeros(self.size, *t.shape)
+        held[self.rank] = t
+        return self.sum(held)[self.rank]
+
+    def mean_scalars(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The means of scalars, in one exchange; every rank has the same names."""
+        if self.alone or not scalars:
+            return dict(scalars)
+        means = self.mean(torch.stack([t.detach().double().reshape(()) for t in scalars.values()]))
+        return {name: mean.to(t.dtype) for (name, t), mean in zip(scalars.items(), means, strict=True)}
+
+    def mean_tree(self, tree: Tree, like: Tree) -> Tree:
+        """The mean of gradients, in one exchange for each type of number.
+
+        A gradient that some ranks lack counts as zero there; one that all ranks lack is missing.
+
+        Args:
+            tree: this rank's gradients by parameter name.
+            like: all parameters.
+        """
+        if self.alone:
+            return tree
+        means: Tree = {}
+        for dtype in dict.fromkeys(t.dtype for t in like.values()):
+            names = [name for name, t in like.items() if t.dtype == dtype]
+            pieces = [tree[n].flatten() if n in tree else torch.zeros_like(like[n]).flatten() for n in names]
+            present = torch.tensor([float(n in tree) for n in names], dtype=dtype, device=pieces[0].device)
+            total = self.sum(torch.cat([*pieces, present]))
+            found = total.split([len(piece) for piece in pieces] + [len(names)])
+            # Where this rank lacks none, the others' need not be read, for which the host would wait.
+            somewhere = [True] * len(names) if all(n in tree for n in names) else (found[-1] > 0).tolist()
+            for name, t, known in zip(names, found, somewhere, strict=False):
+                if known:
+                    means[name] = (t / self.size).view_as(like[name])
+        return {name: means[name] for name in like if name in means}
+
+    def all_rows(self, t: Tensor) -> Tensor:
+        """The rows of all ranks, of which this one has these."""
+        if self.alone:
+            return t
+        every = t.new_zeros(self.size * len(t), *t.shape[1:])
+        self.own_rows(every).copy_(t)
+        return self.sum(every).to(t.dtype)
+
+    def own_rows(self, every: Tensor) -> Tensor:
+        """This rank's rows of all of them."""
+        return every.chunk(self.size)[self.rank]
+
+    def norm(self, t: Tensor) -> Tensor:
+        """The norm of a tensor of which each rank holds some rows, a scalar."""
+        local = torch.linalg.vector_norm(t)
+        return local if self.alone else self.pooled(local)
+
+    def pooled(self, norm: Tensor) -> Tensor:
+        """The norm of what has these norms on the ranks: the root of the sum of their squares."""
+        return norm if self.alone else self.sum(norm.detach().square()).sqrt()
+
+    def equal(self, counts: Sequence[int], text: str) -> None:
+        """Refuse, on every rank, counts that differ between ranks.
+
+        Args:
+            counts: of this rank.
+            text: the error, with ``{counts}`` for the counts of all ranks.
+        """
+        if self.alone:
+            return
+        given = torch.tensor([*counts, *(-n for n in counts)], device=self.device)
+        for group in self.groups:
+            dist.all_reduce(given, dist.ReduceOp.MAX, group=group)
+        most, least = given.split(len(counts))
+        bad = (most != -least).any()
+        if checks.waits(bad):
+            checks.refuse(bad, text.format(counts="not read here"))
+        elif bad:
+            every = enumerate(self.gathered(list(counts)))
+            raise Agreed(text.format(counts="; ".join(f"rank {i}: {n}" for i, n in every)))
+
+    @property
+    def processes(self) -> int:
+        """How many processes there are."""
+        return self.size * self.copies
+
+    @property
+    def number(self) -> int:
+        """This process's number among all of them, as in :meth:`gathered`."""
+        return self.gathered(dist.get_rank()).index(dist.get_rank()) if not self.alone else 0
+
+    def gathered(self, value: Any) -> list[Any]:
+        """A small value of every rank, in their order."""
+        values = [value]
+        for group in reversed(self.groups):
+            found: list[Any] = [None] * group.size()
+            dist.all_gather_object(found, values, group=group)
+            values = [v for part in found for v in part]
+        return values
+
+    def any(self, here: bool) -> bool:
+        """Whether something is so on any rank; the host waits for the answer."""
+        return here if self.alone else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
+
+    @contextmanager
+    def agreed(self, *, waiting: bool = False) -> Iterator[None]:
+        """If this block fails on one rank, fail on all of them, with the message of the first that failed.
+
+        The ranks must have exchanged the same in it before the error: a rank that waits for another inside the block
+        waits on.
+
+        Args:
+            waiting: also on an accelerator, where the host would wait for the answer. Without it an error there ends
+                its own rank, and whoever started the ranks ends the others.
+        """
+        if self.alone or not (waiting or self.device.type == "cpu"):
+            yield
+            return
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        if self.any(failed is not None):
+            texts = self.gathered(None if failed is None else str(failed) or type(failed).__name__)
+            if failed is not None and not isinstance(failed, MetaplError):
+                raise failed
+            rank, text = next((i, text) for i, text in enumerate(texts) if text is not None)
+            same = all(t == text for t in texts)
+            raise Agreed(text if same else f"rank {rank}: {text}") from failed
+
+
+_sharing: ContextVar[Ranks | None] = ContextVar("sharing", default=None)
+
+
+@contextmanager
+def rows_shared(ranks: Ranks) -> Iterator[None]:
+    """Let :func:`draw_classes` in this block draw for the rows of all ranks."""
+    if ranks.alone:
+        yield
+        return
+    token = _sharing.set(ranks)
+    try:
+        yield
+    finally:
+        _sharing.reset(token)
+
+
+def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A class for each row of probabilities (B, C), as a column (B, 1).
+
+    Where a batch is shared by several ranks, every rank draws for all rows of it and takes its own: with equal
+    generators the labels are those that one process would draw, and with any generators they are independent.
+
+    Raises: :class:`metapl.MetaplError`: processes that have the same rows have drawn different labels for them.
+    """
+    ranks = _sharing.get()
+    if ranks is None:
+        return torch.multinomial(probabilities, 1, generator=generator)
+    rows = len(probabilities)
+    own = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
+    every = probabilities.new_ones(ranks.size * rows, probabilities.shape[1])  # other ranks' rows do not matter here
+    every[own] = probabilities
+    drawn = torch.multinomial(every, 1, generator=generator)[own]
+    if ranks.copies > 1:
+        held = drawn.squeeze(-1).to(every.dtype)
+        differ = (ranks.mean_of_copies(held) != held).any()
+        checks.refuse(
+            differ,
+            "processes that have the same rows, such as those that hold parts of the same images, have drawn different "
+            "labels for them; seed their default generators alike, or give all of them a generator in the same state "
+            "(generator=).",
+        )
+    return drawn
+
+
+def log_mean_of_rows(log_p: Tensor) -> Tensor:
+    """The logarithms of the means of probabilities over the rows of all ranks that share a batch.
+
+    Args:
+        log_p: (B, C), of this rank's rows.
+    """
+    log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))
+    ranks = _sharing.get()
+    if ranks is None:
+        return log_mean_C
+    greatest = log_mean_C.detach().clone()
+    for group in ranks.groups:
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=group)
+    greatest = greatest.masked_fill(greatest == -math.inf, 0)  # of a class that is impossible everywhere
+    return ranks.mean((log_mean_C - greatest).exp()).log() + greatest
+
+
+ALONE = Ranks()
+"""This process alone."""

@@ -1,0 +1,133 @@
+"""Weights of which this process holds a part: a DTensor's part as a plain tensor, and products over all parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils import _pytree as pytree
+
+from metapl.execution.numerics import Space, Tree, wide
+
+
+def is_sharded(t: Any) -> bool:
+    """Whether a tensor is a DTensor, of which this process holds a part."""
+    kind = type(t)  # asked of every parameter in every step, and nearly all are plain
+    return kind is not nn.Parameter and kind is not Tensor and hasattr(t, "device_mesh") and hasattr(t, "to_local")
+
+
+def local(t: Any) -> Any:
+    """This process's part of a DTensor, sharing its memory, without a graph; anything else as it is."""
+    return t.detach().to_local() if is_sharded(t) else t
+
+
+def as_sharded(part: Tensor, like: Any) -> Tensor:
+    """The DTensor laid out like ``like`` of which this is this process's part."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def whole(t: Any) -> Any:
+    """All of a DTensor, gathered from the processes that hold its parts; anything else as it is."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def gathered(tree: Any) -> Any:
+    """A tree whose DTensors are whole, on the host; every process has to call this, as each holds a part of them."""
+    return pytree.tree_map(lambda t: whole(t).cpu() if is_sharded(t) else t, tree)
+
+
+def as_held(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The whole state of an optimizer laid out as its parameters are: DTensors where these are.
+
+    Args:
+        state: what ``optimizer.state_dict()`` gave, gathered.
+        optimizer: of ``torch.optim``; a state of anything else is returned as it is.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return state
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(is_sharded(p) for p in parameters):
+        return state
+    held = {
+        number: {name: laid_out_like(value, parameters[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": held}
+
+
+def laid_out_like(value: Any, like: Any) -> Any:
+    """This process's part of what is laid out as a parameter is; a count of steps is whole everywhere."""
+    if not isinstance(value, Tensor) or not is_sharded(like) or value.shape != like.shape or is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has all of it, so nothing is sent.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load whole weights, of which a sharded network takes this process's parts."""
+    held = network.state_dict()
+    if not any(is_sharded(t) for t in held.values()):
+        network.load_state_dict(dict(weights))
+        return
+    network.load_state_dict({name: laid_out_like(t, held.get(name)) for name, t in weights.items()})
+
+
+def copies_of(t: Any, processes: int) -> int:
+    """How many of all processes hold each part of a DTensor; of a plain tensor, all of them."""
+    if not is_sharded(t):
+        return processes
+    for size, placement in zip(t.device_mesh.shape, t.placements, strict=True):
+        processes //= 1 if placement.is_replicate() else int(size)
+    return processes
+
+
+class ShardedSpace(Space):
+    """Products of trees that hold this process's parts, over the parts of all processes: one exchange each.
+
+    Args:
+        parameters: by name; the tensors of a tree are laid out as these are.
+        groups: the process groups that hold the parts together, as the dimensions of a mesh.
+        processes: how many they are in all.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup], processes: int) -> None:
+        self.groups = tuple(groups)
+        self.copies = {name: copies_of(p, processes) for name, p in parameters.items()}
+        self.sizes = {name: p.numel() for name, p in parameters.items()}
+
+    def dot(self, a: Tree, b: Tree) -> Tensor:
+        return self._total([self._dot(a, b)])[0]
+
+    def norm(self, a: Tree) -> Tensor:
+        return self._total([self._dot(a, a)])[0].sqrt()
+
+    def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
+        names = [name for name in a if name in b]
+        products = {name: wide(a[name]) * wide(b[name]) for name in names}
+        total = self._total([self._dot(a, b), self._dot(products, products)])
+        return total[0], total[1].sqrt()
+
+    def count(self, a: Tree) -> int:
+        return sum(self.sizes[name] for name in a)
+
+    def _dot(self, a: Tree, b: Tree) -> Tensor:
+        """This process's share of ⟨a, b⟩; a part that several processes hold counts once in all."""
+        terms = [(wide(a[name]) * wide(b[name])).sum() / self.copies[name] for name in a if name in b]
+        return torch.stack(terms).sum()
+
+    def _total(self, shares: list[Tensor]) -> Tensor:
+        total = torch.stack(shares)
+        for group in self.groups:
+            dist.all_reduce(total, group=group)
+        return total

@@ -1,0 +1,265 @@
+"""The teacher's gradient through student steps, as a function; and the look-ahead that it shares with the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.buffers import nothing_moved
+from metapl.execution.guards import parametrized_anew, restored_on_failure, step_lock, types_explained
+from metapl.execution.kernels import checkpoints_without_reentry, overwritten_explained, refuse_once_differentiable
+from metapl.execution.layout import Layout, layouts
+from metapl.execution.rng import RandomState
+from metapl.execution.sharded import by_backward
+from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback.compatible import (
+    check_batches,
+    check_input,
+    check_kind,
+    check_layout,
+    check_steps,
+    check_tangent,
+    check_teacher,
+    prepare,
+    refuse_other_fields,
+    refuse_random_loss,
+    refuse_unread_signal,
+)
+from metapl.feedback.inner_step import outer_batch
+from metapl.feedback.instead import others_named
+from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
+from metapl.feedback.path import Path, Teach, take_steps
+from metapl.feedback.teacher_pass import TeacherPass
+from metapl.problems.base import BilevelProblem, Problem, Signal, check_signal, revises
+from metapl.updates import Update, update_of
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The result of :func:`hypergradient`.
+
+    Args:
+        grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter; empty without
+            a teacher.
+        feedback: h, minus the gradient of the labeled loss in the signal; a tuple of K for a :class:`metapl.Lookahead`.
+        inner_loss: the student's mean loss on the signal at θ, a scalar.
+        outer_loss: L(θ′), a scalar.
+        student_params: θ′ by parameter name, after the last step. Where the problem revises its signal, these and the
+            losses are of the real step.
+        inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
+    """
+
+    grads: dict[str, Tensor]
+    feedback: Tensor | tuple[Tensor, ...]
+    inner_loss: Tensor
+    outer_loss: Tensor
+    student_params: dict[str, Tensor]
+    inner_state: Any
+
+
+def look_ahead(
+    student: Layout,
+    update: Update,
+    problem: Problem,
+    mode: Estimator,
+    *,
+    labeled: Any,
+    unlabeled: Any,
+    teach: Teach,
+    parts: int = 1,
+    first: bool = True,
+) -> Path:
+    """The student's steps on the teacher's signals; refuse steps and signals that the mode cannot differentiate.
+
+    Args:
+        student, update, problem, mode: the network, its update U, the losses and the estimator.
+        labeled, unlabeled: the outer batch, and the inner one or a :class:`metapl.Lookahead`.
+        teach: makes the teacher's signal about a micro-batch.
+        parts: the number of micro-batches in a batch.
+        first: look closer: see :func:`metapl.feedback.path.take_steps`.
+    """
+    batches = inner_batches(unlabeled)
+    check_steps(mode, len(batches), problem)
+    check_layout(mode, len(batches), problem, student)
+    check_tangent(mode, student)
+    check_input(mode, problem)
+    if revises(problem) and getattr(mode, "normalization", None) == "cosine":
+        raise MetaplError(
+            'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '
+            'of the feedback; leave it at "gradient".'
+        )
+
+    def teach_checked(batch: Any, outputs: Tensor | None) -> Signal:
+        signal = check_signal(teach(batch, outputs), problem)
+        check_kind(signal, mode, problem, len(batches))
+        return signal
+
+    path = take_steps(
+        student,
+        update,
+        problem,
+        labeled=labeled,
+        batches=batches,
+        teach=teach_checked,
+        parts=parts,
+        keep_graph=mode.keep_graph,
+        keep_every=mode.keep_every,
+        first=first,
+    )
+    # On every step: a student and a loss may change in training, such as at the end of a warm-up.
+    if mode.keep_graph:
+        with others_named(mode, path):
+            refuse_once_differentiable(path.steps[-1].grads.values())  # whose graph has those of the steps before
+    if mode.credits != "nothing":
+        refuse_other_fields(path.steps[0])
+        refuse_unread_signal(path.steps[0])
+    if mode.credits in ("signal", "example") and not mode.keep_graph:
+        refuse_random_loss(path.steps[0])
+    return path
+
+
+def hypergradient(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    *,
+    labeled: Any,
+    unlabeled: Any,
+    mode: str | Estimator = "forward",
+    problem: BilevelProblem | None = None,
+    inner_optimizer: Any,
+    inner_state: Any = None,
+    generator: torch.Generator | None = None,
+    recompute_teacher: bool = False,
+    accumulate: int = 1,
+) -> Hypergradient:
+    r"""The gradient of the labeled loss after the student's step or steps, in the teacher's weights.
+
+    .. math:: \frac{d}{d\theta_T} L\big(U(\theta_S, \nabla_{\theta_S} \tfrac1B\sum_i
+              \ell_i(S(x_u;\theta_S), \mathrm{signal}(\theta_T)))\big)
+
+    Args:
+        teacher, student: modules on one device; they run in the mode (train or eval) that they are in. In several
+            processes, both in ``DistributedDataParallel`` or sharded by ``fully_shard``: the batches are then this
+            rank's equal share, and the results of sharded networks DTensors. No teacher, None, for a problem that has
+            none, such as :class:`metapl.problems.LearningToReweight`.
+        labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
+            also holds the labels, under ``labels``, is such a pair. For other batches see
+            :meth:`metapl.problems.Problem.outer_batch`.
+        unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
+            :class:`metapl.Lookahead` of K such batches, for K student steps.
+        mode: one of :data:`metapl.MODES`, or an estimator value.
+        problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
+        inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam or AdamW over the student's parameters
+            (its current state is read and left as it is).
+        inner_state: the transform's state, from an earlier call.
+        generator: for drawing labels; default: the default generator of the device.
+        recompute_teacher: run the teacher on each inner batch without a graph first, and once more with a graph at the
+            end. Cost: one more teacher forward pass per inner batch, and one graph of the teacher in memory instead of
+            K.
+        accumulate: the number of micro-batches that each batch is split into, as by
+            :class:`metapl.BilevelTrainer`. Above 1 the teacher's pass is recomputed too.
+
+    Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
+    drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
+
+    Cost, bias: see the mode (:mod:`metapl.feedback`).
+
+    Raises: :class:`metapl.MetaplError` before anything moves.
+
+    >>> import torch, torchopt
+    >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> result = hypergradient(teacher, student, labeled=(torch.randn(5, 4), torch.arange(5) % 3),
+    ...                        unlabeled=torch.randn(6, 4), inner_optimizer=torchopt.sgd(0.1))
+    >>> result.feedback.shape, sorted(result.grads)
+    (torch.Size([6, 3]), ['bias', 'weight'])
+
+    Source: Meta Pseudo Labels, eq. (3) and eq. (12).
+    """
+    estimate = estimator(mode)
+    problem = prepare(problem, estimate)
+    check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
+    checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
+    checks.no_inference_mode()
+    of_teacher, of_student, device = layouts(teacher, student)
+    student = of_student.network
+    teacher = None if of_teacher is None else of_teacher.network
+    asked = nn.Module() if teacher is None else teacher  # a problem without a teacher is given an empty module
+    update = update_of(inner_optimizer, of_student.parameters(), inner_state)
+    labeled, unlabeled = outer_batch(problem, labeled), plain_inner(unlabeled)
+    check_batches(labeled, inner_batches(unlabeled), device, of_student.ranks)
+    passes: list[TeacherPass] = []
+
+    def teach(batch: Any, outputs: Tensor | None) -> Signal:
+        recompute = recompute_teacher or accumulate > 1
+        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks))
+        return passes[-1].signal
+
+    with (
+        step_lock,
+        parametrized_anew(),
+        restored_on_failure(generator),
+        nothing_moved(asked, student, random=RandomState.now(device), on_success=True),
+        torch.enable_grad(),
+        checkpoints_without_reentry(),
+        types_explained(
+            labeled,
+            inner_batches(unlabeled),
+            student=student,
+            teacher=teacher if problem.teacher_reads_inputs else None,
+        ),
+    ):
+        path = look_ahead(
+            of_student,
+            update,
+            problem,
+            estimate,
+            labeled=labeled,
+            unlabeled=unlabeled,
+            teach=teach,
+            parts=accumulate,
+        )
+        with others_named(estimate, path):
+            feedback, _ = estimate.checked_feedback(path, estimate.init())
+        pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
+        grads = {} if of_teacher is None else _teacher_gradient(of_teacher, pieces, passes)
+        h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
+        path = path.revised(feedback[-1].h.detach())
+        return Hypergradient(
+            grads=grads,
+            feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+            inner_loss=path.inner_loss,
+            outer_loss=path.outer_loss,
+            student_params=of_student.as_parameters(path.params),
+            inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
+        )
+
+
+def _teacher_gradient(layout: Layout, feedback: Sequence[Feedback], passes: Sequence[TeacherPass]) -> dict[str, Tensor]:
+    """The gradient of −Σ h·signal over the teacher's passes and the ranks, by parameter name."""
+    if not passes[0].recompute:
+        losses = [h.teacher_loss(step.signal) for h, step in zip(feedback, passes, strict=True)]
+        return _gradient(layout, torch.stack(losses).sum())
+    total: dict[str, Tensor] = {}
+    for h, step in zip(feedback, passes, strict=True):  # one graph at a time
+        found = _gradient(layout, h.teacher_loss(step.with_graph()))
+        total = {name: total[name] + g for name, g in found.items()} if total else found
+    return total
+
+
+def _gradient(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of a loss of which each rank has the terms of its rows."""
+    parameters = layout.parameters()
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+    if layout.is_sharded:
+        found = by_backward(layout.ranks.size * loss, parameters)
+        return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}
+    with overwritten_explained("teacher"):
+        grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    return {name: layout.ranks.sum(g) for name, g in zip(parameters, grads, strict=True)}

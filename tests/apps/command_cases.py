@@ -1,0 +1,64 @@
+"""What the ranks of the tests of the command run."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_protocols import CASES
+
+import metapl
+from metapl.apps.commands import main
+from metapl.errors import MetaplError
+
+
+def command(arguments: list[str]) -> tuple[int, str, str]:
+    """The exit code of the command on this rank, and what it showed."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+def protocol(recipe: str, root: Path, arguments: list[str]) -> tuple[int, str, str]:
+    """The same on small files of a data set, which each rank writes for itself; the first one's are read."""
+    with pytest.MonkeyPatch.context() as patch:
+        rank = os.environ.get("RANK", "0")
+        CASES[recipe][0](root / rank, patch)
+        link = root / "data"
+        if rank == "0":
+            link.symlink_to(root / rank)
+        while not link.exists():
+            time.sleep(0.05)
+        return command(["train", recipe, "--data-root", str(link), *arguments])
+
+
+def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:
+    """The same where the third step of one process fails in some way, and the others do not."""
+    from metapl.distributed import launch
+
+    real, mine = metapl.BilevelTrainer.step, os.environ["RANK"] == str(rank)
+
+    def step(self: metapl.BilevelTrainer, labeled: Any, unlabeled: Any = None) -> Any:
+        if mine and self.steps_done == 2:
+            if how == "refuses":
+                raise MetaplError("the third")
+            if how == "breaks":
+                raise ZeroDivisionError
+            time.sleep(4)  # beyond the others' patience
+        return real(self, labeled, unlabeled)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metapl.BilevelTrainer, "step", step)
+        patch.setattr(launch, "PATIENCE", timedelta(seconds=3))
+        patch.setattr(launch, "HEARD_WITHIN", 1.0)
+        try:
+            return command(arguments)
+        except ZeroDivisionError:
+            return -1, "", ""

@@ -1,0 +1,53 @@
+"""What a step really holds, for the plans to be compared with."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl.apps.experiments.methods import bilevel_trainer
+from metapl.apps.recipes.base import ROLES, Recipe
+from metapl.distributed import Mesh, shard
+from metapl.execution.shards import local
+from metapl.metrics.cost import peak_bytes
+
+REPEATS = 5
+"""Of which the least counts: another thread frees the buffers of an exchange, sooner or later."""
+
+
+def measured(recipe: Recipe, mesh: Mesh) -> int:
+    """Bytes that this process holds at the peak of a step: what is there before it, and what the allocator adds."""
+    torch.manual_seed(0)
+    networks = [recipe.network(role) for role in ROLES]
+    if mesh.size > 1:
+        example = torch.rand(2, *recipe.input_shape) if mesh.spatial > 1 else None
+        networks = [shard(network, mesh, example=example) for network in networks]
+    trainer = bilevel_trainer(recipe, *networks)
+    labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
+    *sides, width = recipe.input_shape
+    shape = (*sides, width // mesh.spatial)
+    weak, strong = (torch.rand(unlabeled, *shape) for _ in range(2))
+    labels = torch.arange(labeled) % len(recipe.classes)
+    batches: Any = ((torch.rand(labeled, *shape), labels), (weak, strong))
+    for _ in range(2):  # with the second, the states of the optimizers are there
+        trainer.step(*batches)
+    before = [t for network in networks for t in held(network)]
+    states = [state for optimizer in trainer.schedulable for state in optimizer.state.values()]
+    before += [local(t) for t in pytree.tree_leaves([states, batches]) if isinstance(t, Tensor)]
+    peaks = []
+    for _ in range(REPEATS):
+        gc.collect()  # nothing of the step before is freed within this one
+        peaks.append(peak_bytes(lambda: trainer.step(*batches), torch.device("cpu")))
+    return sum(t.numel() * t.element_size() for t in before) + min(peaks)
+
+
+def held(network: nn.Module) -> list[Tensor]:
+    """The tensors of a network in this process, with the buckets in which replicas exchange gradients."""
+    wrapped = isinstance(network, nn.parallel.DistributedDataParallel)
+    inner: Any = network.module if wrapped else network
+    own = [local(t) for t in (*inner.parameters(), *inner.buffers())]
+    return own + ([p.detach() for p in inner.parameters()] if wrapped else [])

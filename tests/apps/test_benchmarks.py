@@ -1,0 +1,414 @@
+"""Every benchmark's command runs, in miniature, and leaves what its own table and picture are made from."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+STUDIES = {
+    "digits_study": ("--workers", "1"),
+    "feedback_size": ("--workers", "1"),
+    "label_noise": (),
+    "noisy_student": (),
+    "pictures_study": ("--jobs", "1"),
+    "student_or_mpl": (),
+    "suspects": (),
+    "two_moons": (),
+    "when": (),
+}
+MEASUREMENTS = (
+    "augment",
+    "difference_step",
+    "endurance",
+    "labels",
+    "modes",
+    "peers",
+    "reduced",
+    "scale",
+    "step",
+    "throughput",
+)
+LONG = ("endurance", "peers", "reduced")
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    """What a benchmark's command prints, in this process."""
+    printed, threads = io.StringIO(), torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.syspath_prepend(str(BENCHMARKS))
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        patch.chdir(ROOT)
+        importlib.import_module(name).main()
+    torch.set_num_threads(threads)
+    return printed.getvalue()
+
+
+def miniature(name: str, out: Path) -> str:
+    """What the command prints, run in miniature."""
+    return run(name, "--miniature", "--out", out, *STUDIES.get(name, ()))
+
+
+@pytest.fixture
+def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The benchmark itself, for what can be asked of it without another process."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module(request.param)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture(autouse=True)
+def _committed_results_stay() -> Iterator[None]:
+    before = {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir()}
+    yield
+    assert {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir()} == before
+
+
+def test_every_command_is_run_here() -> None:
+    found = {path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
+    assert found == {*STUDIES, *MEASUREMENTS}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in MEASUREMENTS],
+    indirect=True,
+)
+def test_a_measurement_prints_the_table_of_the_file_that_it_writes(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    printed = miniature(module.__name__, out)
+    table = module.table(json.loads(out.read_text()))
+    assert printed.endswith(f"{table}\n")
+    assert table.count("\n|") > 2
+    if module.__name__ == "labels":
+        assert "the same rows as numpy" in table
+        assert json.loads(out.read_text())["phases"]["compare"]["balanced"]
+    if module.__name__ == "modes":
+        module.draw(json.loads(out.read_text()), tmp_path / "modes.png")
+        assert (tmp_path / "modes.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("module", ["throughput"], indirect=True)
+def test_two_checkouts_take_turns(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "against.json"
+    printed = run("throughput", "--miniature", "--against", ROOT, "--turns", "2", "--rounds", "1", "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == len(module.MINIATURE_SUBJECTS) * len(module.MODES)
+    assert all(len(row[name]["seconds"]["floor"]) == 2 for row in rows for name in ("this", "other"))
+    assert printed.endswith(module.table_beside({"rows": rows}) + "\n")
+
+
+@pytest.mark.parametrize("module", ["feedback_size"], indirect=True)
+def test_feedback_size_runs_every_setting_at_every_size(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    printed = miniature("feedback_size", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert len({(row["setting"], row["kind"], row["size"]) for row in rows}) == len(rows) == 44
+    assert printed == module.table(rows) + "\n"
+
+
+@pytest.mark.parametrize("module", ["digits_study"], indirect=True)
+def test_the_digits_study_goes_on_where_it_was_stopped_and_fills_in_the_page(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "rows.jsonl", tmp_path / "results.md"
+    miniature("digits_study", out)
+    rows = module.read(out)
+    assert len(rows) == 13 + 2 * 21
+    for row in rows:
+        assert ("test_accuracy" in row) == row["final"] == (row.get("selected") is False)
+        assert ("validation_accuracy" in row) == (not row["final"])
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
+    miniature("digits_study", out)
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    page.write_text("before\n<!-- digits:begin -->\n<!-- digits:end -->\nafter\n")
+    run("digits_study", "--out", out, "--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("| MPL, forward |") == 2
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["digits_study"], indirect=True)
+def test_a_final_run_of_the_digits_study_is_blind_to_the_validation_images(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = module.Job("mpl", module.ENTRIES["mpl"].grid[0], 0, 2, final=True)
+    size = module.MINIATURE
+    told = module.one_run(job, size)
+    task = module.drawn(0, 2, size)
+    images, labels = task.validation
+    others = module.dataclasses.replace(task, validation=(images.flip(0), labels.roll(1)))
+    monkeypatch.setattr(module, "drawn", lambda *_: others)
+    assert {**module.one_run(job, size), "seconds": 0} == {**told, "seconds": 0}
+
+
+@pytest.mark.parametrize("module", ["pictures_study"], indirect=True)
+@pytest.mark.long
+def test_the_pictures_study_goes_through_the_command(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    printed = miniature("pictures_study", out)
+    rows = module.read(out)
+    found = [(row["phase"], row["method"], row["seed"]) for row in rows]
+    assert found == [("tuning", "mpl", 100), ("final", "mpl", 0), ("final", "none", 0)]
+    assert printed.endswith(f"{module.table(rows)}\n\n{module.pairs(rows)}\n")
+
+
+@pytest.mark.parametrize("module", ["label_noise"], indirect=True)
+@pytest.mark.long
+def test_the_study_of_label_noise_goes_on_where_it_was_stopped_and_fills_in_the_page(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "label_noise.jsonl", tmp_path / "page.md"
+    miniature("label_noise", out)
+    rows = module.read(out)
+    tuned = [name for name, entry in module.ENTRIES.items() if entry.grid]
+    assert len(rows) == 5 * len(tuned) + 2 * 5 * len(module.ENTRIES)
+    for row in rows:
+        assert ("test_accuracy" in row) == ("finetuned_test_accuracy" in row) == row["final"]
+        assert ("validation_accuracy" in row) == (not row["final"])
+        problem = module.ENTRIES[row["method"]].problem  # reweighting remembers nothing of an example
+        learned = row["method"] not in module.BASELINES and problem != "learning_to_reweight"
+        assert ("auc" in row) == (row["final"] and learned)
+        assert (row.get("auc_by_loss") is None) == (not row["final"] or row["condition"].startswith("imbalance"))
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
+    miniature("label_noise", out)
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    page.write_text("before\n<!-- label_noise:begin -->\n<!-- label_noise:end -->\nafter\n")
+    run("label_noise", "--out", out, "--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("| MetaWeightNet |") == 4
+    assert run("label_noise", "--out", out, "--table").strip() in text
+    assert page.with_name("label_noise.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["label_noise"], indirect=True)
+@pytest.mark.parametrize(
+    "method", ["plain", "early_stopping", "meta_weight_net", "learning_to_reweight", "label_correction_permuted"]
+)
+def test_a_seed_of_the_study_of_label_noise_ends_beside_others_as_it_does_alone(
+    module: ModuleType, method: str
+) -> None:
+    """So that the seeds of a run are independent of each other."""
+    size, config = module.dataclasses.replace(module.MINIATURE, steps=30, warm=10), module.ENTRIES["plain"].grid[0]
+    if method not in module.BASELINES:
+        config = module.ENTRIES[module.ENTRIES[method].problem].grid[0]
+    runs = []
+    for seeds in ((3, 4), (4,)):
+        runs.append(module.Run(module.Job(method, config, ("symmetric_40",), seeds, True), size))
+        runs[-1].train()
+    for both, alone in zip(runs[0].student.parameters(), runs[1].student.parameters(), strict=True):
+        assert torch.allclose(both[1], alone[0], atol=1e-5)
+        assert not torch.allclose(both[0], alone[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("module", ["label_noise"], indirect=True)
+def test_the_matrices_of_several_seeds_are_the_library_s_one_for_each(module: ModuleType) -> None:
+    logits, matrices = torch.randn(6, 10), torch.randn(2, 10, 10).softmax(-1)
+    given = torch.arange(6)
+    together = module.NoiseTransitions().inner_loss(logits, module.Signal(matrices), (None, given))
+    alone = [
+        module.NoiseTransition().inner_loss(z, module.Signal(matrix), (None, y))
+        for z, matrix, y in zip(logits.split(3), matrices, given.split(3), strict=True)
+    ]
+    assert torch.allclose(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("module", ["label_noise"], indirect=True)
+def test_the_planted_noise_is_as_it_is_called(module: ModuleType) -> None:
+    for condition in module.CONDITIONS:
+        data = module.drawn(condition, 7)
+        kind, percent = condition.split("_")
+        if kind == "imbalance":
+            counts = data.given.bincount(minlength=10).sort().values.tolist()
+            assert (counts[0], counts[-1], bool(data.wrong.any())) == (5, 100, False)
+        else:
+            assert abs(float(data.wrong.double().mean()) - int(percent) / 100) < 0.05
+        assert data.clean[1].bincount().tolist() == [10] * 10
+
+
+@pytest.mark.parametrize("module", ["suspects"], indirect=True)
+@pytest.mark.long
+def test_the_study_of_suspects_goes_through_the_command(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    printed = miniature("suspects", out)
+    rows = module.read(out)
+    assert [(row["method"], row["listed"], row["wrong"]) for row in rows] == [
+        ("example_weights", 60, 6),
+        ("plain", 60, 6),
+    ]
+    assert printed == f"{module.table(rows)}\n"
+
+
+@pytest.mark.parametrize("module", ["two_moons"], indirect=True)
+def test_the_search_of_the_two_moons_goes_on_where_it_was_stopped_and_fills_in_the_page(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    few = {name: module._miniature()[name] for name in ("uda", "uda_ratio_1", "no_supervised")}
+    module.run(out, few, (0, 1))
+    rows = module.read(out)
+    assert {(row["regime"], row["method"]) for row in rows} == {(n, m) for n, r in few.items() for m in r.methods}
+    assert all(row["runs"] == len(row["accuracy"]) == 2 for row in rows)
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-1]))
+    module.run(out, few, (0, 1))
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    page.write_text("before\n<!-- two_moons:begin -->\n<!-- two_moons:end -->\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["two_moons", "--out", str(out), "--write", str(page), "--table"])
+    module.main()
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("\n| ") == len(few) + 1
+    assert module.table(rows).partition("minutes")[0] in text.partition("minutes")[0] + "minutes"
+    assert page.with_name("rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["two_moons"], indirect=True)
+def test_regimes_of_the_two_moons_that_share_a_control_differ_in_the_feedback_alone(module: ModuleType) -> None:
+    def silent(name: str) -> object:
+        recipe = module.REGIMES[name].recipe
+        return module.dataclasses.replace(recipe, feedback_weight=0.0, feedback_ratio=None)
+
+    sharing = {name: regime.control for name, regime in module.REGIMES.items() if regime.control is not None}
+    assert len(sharing) >= 2
+    for name, control in sharing.items():
+        assert silent(name) == silent(control)
+        assert "none" in module.REGIMES[control].methods
+    alone = [regime for regime in module.REGIMES.values() if regime.control is None and "mpl" in regime.methods]
+    assert all("none" in regime.methods for regime in alone)
+
+
+@pytest.mark.parametrize("module", ["when"], indirect=True)
+def test_the_study_of_when_feedback_helps_goes_on_where_it_was_stopped_and_fills_in_the_page(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "when.jsonl", tmp_path / "page.md"
+    page.write_text("before\n<!-- when:begin -->\n<!-- when:end -->\nafter\n")
+
+    def command(*options: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["when", "--out", str(out), *map(str, options)])
+        module.main()
+
+    command("--miniature")
+    rows = module.read(out)
+    assert [row["part"] for row in rows].count("tuning") == len(module.GRIDS)
+    assert sum(row["final"] for row in rows) == len(module.ARMS)
+    for row in rows:
+        assert ("teacher" in row) == ("labels_right" in row) == row["final"]
+        assert len(row["student"]) == len(row["finetuned"]) == len(row["seeds"]) == (2 if row["final"] else 1)
+        assert bool(row["ratio"]) == (row["rule"]["own_loss"] and row["rule"]["feedback"] != "none")
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
+    command("--miniature")
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    command("--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("| feedback, ratio to the own loss |") == 2 * 3 + 1
+    assert text.count("\n| feedback alone |") == 3
+    assert "All arms of the list were run." in text
+    assert page.with_name("when.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module", ["when"], indirect=True)
+def test_every_arm_of_that_study_has_a_control_that_saw_the_same(module: ModuleType) -> None:
+    silent = {arm.group: arm for arm in module.ARMS if arm.method.split()[0] in ("none", "fixed")}
+    for arm in module.ARMS:
+        assert arm.group in silent
+        grid = module.GRIDS[arm.tuned]
+        assert (grid.condition == "right") == (arm.condition == "right")
+        assert {len(module.GRIDS[other.tuned].rules) for other in (arm, silent[arm.group])} <= {len(grid.rules)}
+        assert all(rule.alteration is None for rule in grid.rules)
+    assert not set(module.FULL.seeds) & {*module.FULL.tuning_seeds, *range(20)}
+
+
+@pytest.mark.parametrize("module", ["when"], indirect=True)
+def test_the_labels_that_a_teacher_learns_before_are_as_wrong_as_they_are_called(module: ModuleType) -> None:
+    data = module.drawn(4, (100, 101))
+    for x, y, seed in zip(*data.unlabeled, (100, 101), strict=True):
+        for condition in ("asymmetric", "style"):
+            pictures, given = module.wrongly_labeled(condition, x, y, seed)
+            assert pictures is x
+            for c in range(10):
+                wrong = given[y == c] != c
+                assert abs(float(wrong.double().mean()) - 0.3) < 0.01
+                assert set(given[y == c][wrong].tolist()) == {(c + 1) % 10}
+        pictures, given = module.wrongly_labeled("half", x, y, seed)
+        assert given.bincount().tolist() == [50] * 10
+        # One end of a class: its pictures are nearer to each other than those of the class are.
+        kept, all_of_it = pictures[given == 3], x[y == 3]
+        assert float(kept.var(0).sum()) < 0.95 * float(all_of_it.var(0).sum())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("module", ["student_or_mpl"], indirect=True)
+def test_noisy_student_beside_mpl_fills_in_the_page(module: ModuleType, tmp_path: Path) -> None:
+    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    miniature("student_or_mpl", out)
+    rows = module.read(out)
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        (method, seed) for method in ("noisy_student", "mpl_filtered") for seed in (0, 1)
+    ]
+    for seed in (0, 1):
+        assert len({row["store_sha256"] for row in rows if row["seed"] == seed}) == 1
+    page.write_text("before\n<!-- student-or-mpl:begin -->\n<!-- student-or-mpl:end -->\nafter\n")
+    run("student_or_mpl", "--out", out, "--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("\n| Noisy Student |") == text.count("\n| Meta Pseudo Labels, unlabeled") == 1
+
+
+@pytest.mark.parametrize("module", ["noisy_student"], indirect=True)
+def test_the_studies_of_noisy_student_go_on_where_they_were_stopped_and_fill_in_the_page(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "noisy_student.jsonl", tmp_path / "page.md"
+    page.write_text("before\n<!-- noisy-student-studies:begin -->\n<!-- noisy-student-studies:end -->\nafter\n")
+
+    def command(*options: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["noisy_student", "--out", str(out), *map(str, options)])
+        module.main()
+
+    command("--miniature")
+    rows = module.read(out)
+    assert sum(row["final"] for row in rows) == len(module.ARMS)
+    assert len(rows) - len(module.ARMS) == len(module.RATES) * len(module.DROPOUTS)
+    for row in rows:
+        assert ("test" in row) == row["final"] != ("validation" in row)
+        assert len(row["test" if row["final"] else "validation"]) == len(row["seeds"]) == (2 if row["final"] else 1)
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
+    command("--miniature")
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    command("--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    for study, arms in module.STUDIES.items():
+        assert f"**{'Noise' if study == 'noise' else f'Study {study}'}" in text
+        assert all(f"\n| {name} |" in text for name in arms)
+    assert page.with_name("noisy_student.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_miniature_does_not_take_the_place_of_the_committed_result() -> None:
+    command = [sys.executable, str(BENCHMARKS / "digits_study.py"), "--miniature"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "give it another file by --out FILE" in done.stderr

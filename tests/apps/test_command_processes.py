@@ -1,0 +1,370 @@
+"""Signals, closed streams, pipes whose reader has gone, and too little memory: no traceback, and nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import refused, said
+from forked import Forked
+from tiny_runs import TINY, color_folders, digit, images_command, run, tiny  # noqa: F401 - fixtures
+
+from metapl.apps.commands import main
+from metapl.apps.commands.commands import LESS_MEMORY
+from metapl.apps.commands.process import exit_code, stoppable
+from metapl.apps.labels import LabelStore
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.memory import out_of_memory
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.stopping import stop_requests
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def exhausted(kind: str) -> Exception:
+    return {
+        "python": MemoryError(),
+        "host": RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        "host, otherwise": RuntimeError("not enough memory: you tried to allocate 10 bytes."),
+        "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        "system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    }[kind]
+
+
+KINDS = ("python", "host", "host, otherwise", "gpu", "system")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_little_memory_elsewhere_is_one_line(
+    kind: str,
+    tiny: Path,  # noqa: F811
+    digit: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*given: Any) -> Any:
+        raise exhausted(kind)
+
+    monkeypatch.setattr("metapl.apps.commands.predict.predictions", failing)
+    capsys.readouterr()
+    assert main(["predict", str(tiny), str(digit)]) == 2
+    told = capsys.readouterr().err
+    assert "does not suffice; close other programs" in told
+    assert told.count("\n") == 1
+
+
+SHORT = """
+import resource, sys
+import matplotlib.pyplot, torch, torch._dynamo, torchopt
+import metapl.apps.commands.evaluate, metapl.apps.commands.export, metapl.apps.commands.two_moons
+from metapl.apps.commands import main
+for line in open("/proc/self/status"):
+    if line.startswith("VmSize"):
+        resource.setrlimit(resource.RLIMIT_AS, (int(line.split()[1]) * 1024 + 4 * 2**20,) * 2)
+run, out = sys.argv[1:]
+for words in ("train two-moons --seeds 0-199", f"export {run}", f"evaluate {run} --attack pgd"):
+    assert main([*words.split(), "--out", out]) == 2
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_commands_that_have_four_mebibytes_say_so(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = [sys.executable, "-c", SHORT, str(tiny), str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    for told, mend in zip(
+        ended.stderr.splitlines()[-3:], ("give fewer --seeds", "close other", "close other"), strict=True
+    ):
+        assert told.startswith(f"metapl: the memory of this machine does not suffice; {mend}")
+    assert not [*(tmp_path / "out").glob("*")]  # an empty folder may stay where there is no memory to remove it
+
+
+def test_a_program_that_is_not_exported_for_memory_is_told_by_it(
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*given: Any, **options: Any) -> Any:
+        raise exhausted("host")
+
+    monkeypatch.setattr("torch.export.export", failing)
+    assert "close other programs" in refused(capsys, "export", tiny, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("words", LESS_MEMORY)
+def test_what_takes_less_memory_are_flags_of_the_command(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = {"train": "images", "noisy-student": "imagenet", "ablate": "images"}
+    command = words.split() if words not in recipes else [words, recipes[words]]
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert [flag for flag in re.findall(r"--[a-z-]+", LESS_MEMORY[words]) if f"  {flag} " not in text] == []
+
+
+@pytest.mark.parametrize("said", ["could not create a primitive", "Resource temporarily unavailable"])
+def test_what_onednn_and_the_thread_of_autograd_say_is_taken_for_it(said: str) -> None:
+    assert out_of_memory(RuntimeError(said)) == "of this machine"
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+def wait_for(condition: Callable[[], Any], process: Forked) -> None:
+    patience = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < patience, "it did not come so far"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_sigterms_to_the_whole_group_with_workers_save_the_step(tmp_path: Path) -> None:
+    root, out = color_folders(tmp_path / "root"), tmp_path / "run"
+    flags = ("--steps", "100000", "--num-workers", "2", "--save-every", "100000", "--resized-crop", "--out", str(out))
+    process = Forked([*images_command(root), *flags], alone=True)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size > 500, process)
+    for _ in range(4):
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    said_there, words = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, words
+    assert "Traceback" not in words + said_there
+    assert "saved to" in words
+    (saved,) = CheckpointFolder(out / "checkpoints/fit").paths()
+    assert f"stopped after step {int(saved.stem[5:])};" in words
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_saves_the_step_and_leaves_no_worker(tmp_path: Path) -> None:
+    """SIGHUP reaches all processes of a terminal."""
+    root, out = color_folders(tmp_path / "root"), tmp_path / "run"
+    flags = ("--steps", "100000", "--num-workers", "2", "--save-every", "100000", "--resized-crop", "--out", str(out))
+    process = Forked([*images_command(root), *flags], alone=True)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size > 500, process)
+    os.killpg(process.pid, signal.SIGHUP)
+    said_there, words = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGHUP, words
+    assert "Traceback" not in words + said_there
+    assert "saved to" in words
+    assert len(CheckpointFolder(out / "checkpoints/fit").paths()) == 1
+    assert not list(out.rglob("*.tmp"))
+    with pytest.raises(ProcessLookupError):  # no worker of the group is left
+        os.killpg(process.pid, 0)
+
+
+def test_a_process_that_was_started_to_ignore_sighup_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by ``nohup``; and else it unwinds."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for handle in (stoppable(for_good=False), stop_requests()):
+            with handle:
+                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(KeyboardInterrupt) as stopped, stoppable(for_good=False):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert exit_code(stopped.value) == 128 + signal.SIGHUP
+        with stop_requests() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert asked == [signal.SIGHUP]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_exporting_leaves_no_temporary_folder(
+    number: signal.Signals,
+    tiny: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    process = Forked(["export", tiny, "--out", tmp_path / "out"], env=environment)
+    wait_for(lambda: list((tmp_path / "tmp").glob("*/*.pt")), process)
+    process.send_signal(number)
+    process.send_signal(number)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, words
+    assert "Traceback" not in words
+    assert [path for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor")] == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_finetune_that_is_killed_leaves_nothing_outside_the_run_and_the_next_tidies_up(
+    run: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    process = Forked(["finetune", run, "--steps", "10000000"], env=environment)
+    wait_for(lambda: list(run.glob(".finetune-*/metrics.jsonl")), process)
+    process.kill()
+    process.communicate()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    said(capsys, "finetune", run)
+    assert list(run.glob(".finetune-*")) == []
+
+
+INTERRUPTED_IMPORT = """
+import builtins, signal, sys
+real = builtins.__import__
+def importing(name, *given, **named):
+    if name == {name!r} and not seen:
+        seen.append(name)
+        signal.raise_signal(signal.SIGINT)
+    return real(name, *given, **named)
+seen = []
+builtins.__import__ = importing
+sys.argv = ["metapl", "--version"]
+from metapl.apps.commands import main
+from metapl.apps.commands.process import exit_code, stoppable
+sys.exit(main(["predict", "nowhere", "x"]))
+"""
+
+
+@pytest.mark.parametrize("name", ["torch", "metapl.training", "metapl.apps.commands.parse"])
+def test_ctrl_c_during_imports_is_no_traceback(name: str) -> None:
+    code = INTERRUPTED_IMPORT.format(name=name)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Traceback" not in found.stderr
+    assert found.returncode == 128 + signal.SIGINT
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, tiny: Path, digit: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out.csv"
+    line = f'exec "{sys.executable}" -m metapl predict "{tiny}" "{digit}" --out "{out}" {closed}'
+    found = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert found.returncode == (">&- " in f"{closed} ".replace("2>&-", "")), found.stderr
+    assert "Traceback" not in found.stderr
+    assert len(out.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sink", [">&-", "| head -n 0"])
+@pytest.mark.parametrize("line", ["--help", "evaluate RUN --out OUT", "label RUN digits --out OUT"])
+def test_nobody_who_reads_it_is_exit_code_1(sink: str, line: str, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "out"
+    given = line.replace("RUN", f'"{tiny}"').replace("OUT", f'"{out}"')
+    shell = f'{{ "{sys.executable}" -m metapl {given}; echo $? > "{tmp_path / "code"}"; }} {sink}'
+    found = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert "Traceback" not in found.stderr
+    assert (tmp_path / "code").read_text() == "1\n"
+    if "label" in line:
+        assert len(LabelStore(out)) == 1797  # it is whole, and only what is said of it is lost
+    else:
+        assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    """Standard error is progress alone; of standard output, the exit code says that its reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "metapl", *TINY, "--out", str(tmp_path / "one")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=write, text=True, check=True)
+    os.close(write)
+    assert "Test accuracy" in done.stdout
+    assert (tmp_path / "one" / "result.json").exists()
+
+
+# ------------------------------------------------------------------------------- options, before the first method runs
+
+
+def test_every_methods_options_are_checked_before_the_first_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = color_folders(tmp_path / "root")
+    ran: list[Any] = []
+    monkeypatch.setattr("metapl.apps.experiments.side_by_side.run_jobs", lambda *given, **named: ran.append(given))
+    for flags, words in (
+        (("--methods", "uda", "supervised_everything"), "supervised_everything: .*leave it out of --methods"),
+        (("--methods", "supervised", "uda", "--accumulate", "2"), "uda: accumulate=2 splits a batch"),
+    ):
+        capsys.readouterr()
+        assert main([*images_command(root), "--compare", *flags, "--out", str(tmp_path / "run")]) == 2
+        import re
+
+        assert re.search(words, capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+    assert ran == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--student.nesterov",), "momentum"),
+        (("--student.algorithm", "adamw", "--student.momentum", "0.9"), "momentum"),
+        (("--wait", "6"), "wait"),
+        (("--warmup", "7"), "warmup"),
+        (("--mode", "none", "--baseline", "0.9"), "baseline"),
+        (("--mode", "reinforce", "--pseudo-labels", "soft"), "labels"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_training(
+    flags: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(capsys, *TINY, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
+
+
+def test_validation_files_that_vanish_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = color_folders(tmp_path / "root")
+    (root / "test").rename(root / "val")
+    (root / "test").mkdir()
+    flags = [flag for flag in images_command(root) if not flag.startswith("--test")]
+    flags += ["--val", str(root / "val"), "--validate-every", "1", "--resized-crop"]
+    step, left = LossTrainer.step, [*sorted((root / "val").rglob("*.png"))]
+
+    def vanishing(many: int) -> Callable[..., Any]:
+        def one(self: LossTrainer, *given: Any) -> Any:
+            if self.steps_done == 1:
+                for path in left[:many]:
+                    path.unlink(missing_ok=True)
+            return step(self, *given)
+
+        return one
+
+    monkeypatch.setattr(LossTrainer, "step", vanishing(3))
+    assert "3 of the 12 validation pictures cannot be read any more" in said(capsys, *flags, "--out", tmp_path / "some")
+    monkeypatch.setattr(LossTrainer, "step", vanishing(12))
+    capsys.readouterr()
+    (tmp_path / "again").mkdir()
+    assert main([*flags, "--out", str(tmp_path / "all")]) == 2
+    assert "none of the 9 validation pictures can be read any more" in capsys.readouterr().err
+
+
+def test_a_validation_set_that_is_empty_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = color_folders(tmp_path / "root")
+    for path in (root / "test").rglob("*.png"):
+        path.write_bytes(b"")
+    flags = [flag for flag in images_command(root) if not flag.startswith("--test")]
+    capsys.readouterr()
+    assert main([*flags, "--val", str(root / "test"), "--out", str(tmp_path / "run")]) == 2
+    assert f"none of the 12 pictures in {root / 'test'} can be read" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,150 @@
+"""The documentation: its code runs, its links lead somewhere, its tables have their marks, and it can be built."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pages
+import pytest
+import torch
+
+import metapl
+from metapl.problems.classification import Classification
+
+pytestmark = pytest.mark.docs
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+@pytest.fixture
+def _own_generator() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.mark.usefixtures("_own_generator")
+@pytest.mark.parametrize("name", ["tutorial", "write-a-problem", "write-an-estimator"])
+def test_the_code_of_a_page_runs_and_prints_what_stands_beside_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = ROOT / "docs" / f"{name}.md"
+    code = pages.code(page)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    pages.check_printed(code, capsys.readouterr().out)
+
+
+def test_the_page_on_problems_quotes_its_example_as_it_stands() -> None:
+    """All of the file but its first lines, which say what was measured, and its last ones, which run it."""
+    example = (ROOT / "examples" / "your_own_method.py").read_text()
+    problem, train, *_ = pages.FENCED.findall((ROOT / "docs" / "write-a-problem.md").read_text())
+    _, _, code = example.split('"""', 2)
+    assert code.partition("\n\nif __name__")[0] == f"\n\n{problem}\n\n{train}"
+
+
+def methods() -> dict[str, list[str]]:
+    """The cells of the table of label methods, by class."""
+    text = (ROOT / "docs" / "label-methods.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "examples/" in line]
+    return {re.findall(r"`(\w+)`", cells[0])[0]: cells for cells in rows if cells[0].startswith("[")}
+
+
+def test_the_table_of_label_methods_has_all_of_them_and_the_figures_of_their_examples() -> None:
+    published = set(metapl.problems.__all__) & {k for k, v in vars(metapl.problems).items() if is_label_method(v)}
+    assert methods().keys() == published
+    for name, cells in methods().items():
+        file = re.findall(r"examples/\w+\.py", cells[4])[0]
+        text = (ROOT / file).read_text()
+        assert f'compare("{name}"' in text
+        assert re.findall(r"([+-]\d+\.\d) ± (\d+\.\d)", " ".join(cells[5:])) == re.findall(
+            r"([+-]\d+\.\d) ± (\d+\.\d)", text
+        )
+
+
+def is_label_method(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Classification) and value is not Classification
+
+
+def test_no_other_page_has_code_that_nothing_runs() -> None:
+    run = {"README.md", "docs/scale.md", "docs/tutorial.md", "docs/write-a-problem.md", "docs/write-an-estimator.md"}
+    assert {name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())} == run
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page, and the objects that it documents, are linked to by."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    documented = set(re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE))
+    return documented | {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        other = (page.parent / file).resolve() if file else page
+        assert other.is_file(), f"{target} is not there"
+        if anchor:  # a class stands for its methods
+            assert {anchor, anchor.rpartition(".")[0]} & anchors(other), f"{target} has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    top = "|".join(("benchmarks", "docs", "examples", "metapl", "tests"))
+    for command in re.findall(r"`([^`\n]+)`", page.read_text()):
+        for path in re.findall(rf"(?<![\w/.])(?:{top})/[\w./-]+", command):
+            assert (ROOT / path).exists(), f"{path} is not there"
+
+
+def test_every_table_that_a_benchmark_writes_has_its_marks_once() -> None:
+    commands = "".join(path.read_text() for path in (ROOT / "benchmarks").rglob("*.py"))
+    written = set(re.findall(r'write_between_marks\([\w.]+, "(\w+)"', commands)) | {"unseen"}
+    text = "".join(page.read_text() for page in PAGES)
+    for name in written:
+        assert text.count(f"<!-- {name}:begin -->") == text.count(f"<!-- {name}:end -->") == 1, name
+    assert set(re.findall(r"<!-- (\w+):begin -->", text)) == written
+
+
+def test_commands_that_write_a_page_name_the_page_that_has_the_marks() -> None:
+    """So that the command in a benchmark's own text does what it says."""
+    named = 0
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        marks = re.findall(r'write_between_marks\([\w.]+, "(\w+)"', script.read_text())
+        for page in re.findall(r"--write (\S+\.md)", script.read_text()):
+            assert all(f"<!-- {name}:begin -->" in (ROOT / page).read_text() for name in marks)
+            named += 1
+    assert named >= 4
+
+
+def test_all_pages_are_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f" {page.relative_to(ROOT / 'docs').as_posix()}\n" in navigation
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the docs extra is not installed: make docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    site = {page.relative_to(tmp_path / "site").as_posix() for page in (tmp_path / "site").rglob("*.html")}
+    assert {"index.html", "tutorial/index.html", "reference/feedback/index.html"} <= site
+    reference = (tmp_path / "site" / "reference" / "feedback" / "index.html").read_text()
+    assert 'id="metapl.feedback.Forward"' in reference
+    assert "<math" in reference
+    assert "arithmatex" not in reference
+    everything = "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', everything), (
+        "a page loads from elsewhere"
+    )

@@ -1,0 +1,133 @@
+"""The examples run as they stand and print what they promise."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import metapl
+
+ROOT = Path(__file__).parents[2]
+
+
+def output(name: str, *arguments: str) -> str:
+    command = [sys.executable, f"examples/{name}", *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient() -> None:
+    rows = dict(line.split(maxsplit=1) for line in output("all_modes.py").splitlines()[1:])
+    assert tuple(rows) == tuple(mode for mode in metapl.MODES if mode != "implicit")
+    cosines = {mode: [float(c) for c in row.split()[:2]] for mode, row in rows.items()}
+    for exact in ("unrolled", "forward", "difference"):
+        assert min(cosines[exact]) > 0.999
+    assert cosines["reinforce_per_example"][1] > 0.99
+    assert cosines["reinforce"][1] > 0.8
+    assert cosines["loss_difference"][1] > 0.8
+    assert cosines["none"] == [0, 0]
+
+
+@pytest.mark.long
+def test_own_networks_learns_with_feedback_and_without() -> None:
+    """One seed says nothing of the difference, and that is printed."""
+    found = re.fullmatch(
+        r"seed 3: student's accuracy ([\d.]+) % with feedback, ([\d.]+) % without\n"
+        r"One seed does not show whether the feedback helps: give several, such as 0 1 2 3 4 5 6 7\.\n",
+        output("own_networks.py", "3"),
+    )
+    assert found is not None
+    assert min(float(found[1]), float(found[2])) > 60
+    assert found[1] != found[2]
+
+
+@pytest.mark.long
+def test_tabular_is_no_worse_than_logistic_regression() -> None:
+    """On the mean of its seeds, less a point; the figures of twelve seeds are in the example's own text."""
+    printed = output("tabular.py")
+    tables = re.findall(
+        r"(?:breast cancer|wine), 5 labels a class, test accuracy in % over 3 seeds\n((?:  .*\n)+)", printed
+    )
+    assert len(tables) == 2
+    for table in tables:
+        found = dict(re.findall(r"^  (\S.*?) {2,}([\d.]+) ±", table, re.MULTILINE))
+        assert list(found) == ["logistic regression", "MPL", "MPL's teacher", "no feedback"]
+        assert float(found["MPL"]) > max(80, float(found["logistic regression"]) - 1)
+
+
+@pytest.mark.long
+def test_tabular_takes_seeds() -> None:
+    assert output("tabular.py", "--seeds", "4").count("over 1 seeds") == 2
+
+
+LABEL_METHODS = {
+    "meta_weight_net": "MetaWeightNet",
+    "learning_to_reweight": "LearningToReweight",
+    "example_weights": "ExampleWeights",
+    "example_labels": "ExampleLabels",
+    "label_correction": "LabelCorrection",
+    "noise_transition": "NoiseTransition",
+    "your_own_method": "trust in pairs",
+}
+
+
+def printed(name: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What an example prints, run in this process."""
+    patch.setattr(sys, "argv", [name, *arguments])
+    patch.syspath_prepend(ROOT / "examples")
+    with torch.random.fork_rng():
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def compared(
+    name: str, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> dict[str, tuple[float, float, float]]:
+    """By the kind of noise: accuracies of the method and of plain training, and their difference, as printed."""
+    line = rf"(\w+): ([\d.]+) by {LABEL_METHODS[name]}, ([\d.]+) by plain training, difference ([+-][\d.]+) ± [\d.]+ "
+    found = re.findall(line, printed(name, patch, capsys, *arguments))
+    return {noise: (float(a), float(b), float(d)) for noise, a, b, d in found}
+
+
+@pytest.mark.parametrize("name", LABEL_METHODS)
+def test_a_label_method_is_compared_with_plain_training_on_two_kinds_of_noise(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = compared(name, monkeypatch, capsys, "3", "--steps", "3")
+    assert list(found) == ["symmetric", "asymmetric"]
+    for own, plain, difference in found.values():
+        assert abs(own - plain - difference) < 0.11  # each is rounded
+        assert min(own, plain) > 40
+
+
+def test_learning_to_reweight_is_better_than_plain_training_on_asymmetric_noise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, plain, difference = compared("learning_to_reweight", monkeypatch, capsys, "0")["asymmetric"]
+    assert difference > 2
+    assert plain > 75
+    assert own > 88
+
+
+def test_ten_learned_images_teach_more_than_ten_real_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = printed("distilled_digits", monkeypatch, capsys, "3", "--steps", "40")
+    found = re.search(r"over 1 seeds: ([\d.]+) ± [\d.]+ on learned ones, ([\d.]+) ± [\d.]+ on random real ones", line)
+    assert found is not None
+    assert float(found[1]) > float(found[2]) + 5
+
+
+def test_the_noise_of_an_augmentation_is_learned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = printed("learned_augmentation", monkeypatch, capsys, "3", "--steps", "200")
+    found = re.search(r": ([\d.]+) with noise that was learned \(0\.1 -> ([\d.]+)\), ([\d.]+) with 0\.1", line)
+    assert found is not None
+    assert 0.15 < float(found[2]) < 1
+    assert float(found[1]) > float(found[3])

@@ -1,0 +1,233 @@
+"""What is installed: dependencies, imports, and the files of the wheel and the source distribution."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import metapl
+import metapl.runs.locks
+from metapl.runs.locks import BEHIND_CONTENT, lock
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
+"""Of modules that are called otherwise."""
+
+INDIRECT = {"onnx", "onnxruntime", "onnxscript"}
+"""Declared for torch.onnx, which imports them itself, and for programs that run in another process."""
+
+
+def imported() -> set[str]:
+    """The distributions that the package's files import, wherever in a file."""
+    modules: set[str] = set()
+    for file in (ROOT / "metapl").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                modules.add(node.module.partition(".")[0])
+    return {DISTRIBUTIONS.get(name, name) for name in modules - sys.stdlib_module_names - {"metapl"}}
+
+
+def declared(requirements: list[str]) -> set[str]:
+    """The names in a list of requirements."""
+    return {re.split(r"[^\w-]", one, maxsplit=1)[0] for one in requirements}
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    extras = PROJECT["optional-dependencies"]
+    optional = declared(extras["labels"] + extras["onnx"] + extras["timm"] + extras["video"])
+    assert imported() == (declared(PROJECT["dependencies"]) | optional) - INDIRECT
+
+
+def test_every_name_that_the_package_promises_is_there() -> None:
+    lazy = metapl._ON_FIRST_USE
+    assert all(hasattr(metapl, name) for name in (*metapl.__all__, *lazy))
+    assert {"ablate", "ablation", "metrics"} <= {*metapl.__all__, *lazy}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """The modules that are there after ``import metapl``, and after everything else, without ``fcntl``."""
+    code = """
+import json, sys
+sys.modules["fcntl"] = None  # as on Windows
+import metapl
+core = sorted(sys.modules)
+metapl.apps.pictures.load_digits_split, metapl.apps.recipes.Digits, metapl.metrics.paired_test
+metapl.apps.export.export
+import metapl.apps.commands.train, metapl.apps.commands.completion
+print(json.dumps({"core": core, "all": sorted(sys.modules)}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+def test_importing_the_library_loads_what_the_core_needs(loaded: dict[str, list[str]]) -> None:
+    not_needed = (
+        "metapl.data",
+        "metapl.apps.recipes",
+        "metapl.apps.reports",
+        "metapl.apps.commands",
+        "metapl.apps.export",
+        "metapl.apps.labels",
+    )
+    heavy = (
+        "duckdb",
+        "matplotlib",
+        "pandas",
+        "pyarrow",
+        "scipy",
+        "sklearn",
+        "tensorboard",
+        "torchvision",
+        "tyro",
+        "einops",
+    )
+    found = [name for name in loaded["core"] if name.startswith(not_needed) or name.partition(".")[0] in heavy]
+    assert found == []
+
+
+def test_it_can_be_imported_where_there_is_no_fcntl(loaded: dict[str, list[str]]) -> None:
+    assert {"metapl.runs.folder", "metapl.apps.pictures.store", "metapl.apps.commands.train"} <= set(loaded["all"])
+
+
+def test_a_name_that_is_not_there_is_refused_as_usual() -> None:
+    with pytest.raises(AttributeError, match="module 'metapl' has no attribute 'nothing'"):
+        _ = metapl.nothing
+
+
+HOLD = """
+import runpy, sys
+lock = runpy.run_path(sys.argv[1])["lock"]  # the file alone: the package takes seconds to import
+with open(sys.argv[2], "a+") as file:
+    lock(file, wait=False)
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_holds_against_other_processes_until_theirs_ends(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    command = [sys.executable, "-c", HOLD, metapl.runs.locks.__file__, file]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with holder, file.open("a+") as mine:
+        assert holder.stdout is not None
+        assert holder.stdin is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(OSError, match=r"."):
+            lock(mine, wait=False)
+        holder.stdin.close()
+        lock(mine, wait=True)
+    assert holder.returncode == 0
+
+
+def test_on_windows_a_byte_behind_the_content_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With record locks of this system in the place of ``msvcrt``, which lock from the file's position on as well."""
+    import fcntl
+    from types import SimpleNamespace
+
+    places: list[tuple[int, int]] = []
+
+    def locking(descriptor: int, how: int, count: int) -> None:
+        places.append((os.lseek(descriptor, 0, os.SEEK_CUR), how))
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, 0, os.SEEK_CUR)
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_LOCK=1, LK_NBLCK=2))
+    monkeypatch.setattr(sys, "platform", "win32")
+    with (tmp_path / "file").open("a+") as file:
+        file.write("content")
+        file.flush()
+        lock(file, wait=False)
+        lock(file, wait=True)
+        file.seek(0)
+        assert file.read() == "content"
+    assert places == [(BEHIND_CONTENT, 2), (BEHIND_CONTENT, 1)]
+
+
+# ------------------------------------------------------------------------------------------------ distributions
+
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+
+
+def built(kind: str, source: Path, out: Path) -> Path:
+    """The file that the build backend makes of a source tree, as ``pip`` and ``build`` call it."""
+    command = [sys.executable, "-c", BUILD, f"build_{kind}", str(out)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The source distribution of a copy of the checkout, and the wheel that is built from it alone."""
+    folder = tmp_path_factory.mktemp("distributions")
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "runs", "data", "site", "*.egg-info", "__pycache__")
+    copy = folder / "copy"
+    copy.mkdir()
+    for path in ROOT.iterdir():
+        if path.name in ("benchmarks", "docs", "examples", "metapl", "tests"):
+            nested = shutil.ignore_patterns(".*", "__pycache__")  # metapl/data is a package
+            shutil.copytree(path, copy / path.name, ignore=nested)
+        elif path.is_file() and path.name not in left_out(str(ROOT), [path.name]):
+            shutil.copy(path, copy)
+    source = built("sdist", copy, folder)
+    with tarfile.open(source) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return source, built("wheel", unpacked, folder)
+
+
+@pytest.mark.slow
+def test_the_distributions_have_the_package_and_its_license(distributions: tuple[Path, Path]) -> None:
+    source, wheel = distributions
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "metapl").rglob("*.py")} | {"metapl/py.typed"}
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
+    info = f"metapl-{PROJECT['version']}.dist-info"
+    assert {name for name in names if not name.startswith(f"{info}/")} == package
+    assert f"{info}/licenses/LICENSE" in names
+    assert f"Version: {PROJECT['version']}\n" in metadata
+    assert "License-Expression: Apache-2.0\n" in metadata
+    with tarfile.open(source) as archive:
+        files = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    assert package | {"LICENSE", "README.md", "pyproject.toml"} <= files
+    assert not {name for name in files if name.startswith("tests/")}
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_trains(distributions: tuple[Path, Path], tmp_path: Path) -> None:
+    """Beside this environment's libraries, and away from the checkout."""
+    site = tmp_path / "site"
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", *install, str(distributions[1])], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    where = [sys.executable, "-c", "import metapl; print(metapl.__file__)"]
+    found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == f"{site / 'metapl' / '__init__.py'}\n"
+    train = [sys.executable, str(site / "bin" / "metapl"), "train", "digits", "--steps", "50", "--out", "run"]
+    done = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0.1
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    for line in ("cff-version: 1.2.0", f"version: {PROJECT['version']}", f"license: {PROJECT['license']}"):
+        assert f"{line}\n" in text

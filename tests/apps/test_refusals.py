@@ -1,0 +1,247 @@
+"""What the commands refuse before anything is read, written or measured."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from command import refused, said
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from metapl.apps.commands import main
+from metapl.apps.experiments import budget
+from metapl.apps.experiments.accuracies import parse_seeds
+from metapl.apps.export.programs import programs
+from metapl.apps.recipes import ImageFolders
+from metapl.errors import MetaplError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps, which tests leave as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["train", "digits", "--steps", "2", "--finetune-steps", "1", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, image in enumerate(load_digits().images[:2]):
+        Image.fromarray((image * 255 / 16).astype(numpy.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file of a folder by its hash."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (("train", "images"), "--labeled DIR --unlabeled DIR"),
+        (("predict",), "RUN"),
+        (("evaluate",), "RUN"),
+        (("finetune",), "RUN"),
+        (("export",), "RUN --out DIR"),
+    ],
+)
+def test_without_arguments(command: tuple[str, ...], missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"missing: {missing}. See metapl {' '.join(command)} --help." in refused(capsys, *command)
+
+
+def test_predict_replaces_no_file_that_it_reads(
+    run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = pictures / "0.png"
+    (tmp_path / "link.png").symlink_to(one)
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    before = content(tmp_path), content(run)
+    same = tmp_path / "both.png"
+    assert "--out and --grid are the same file" in refused(
+        capsys, "predict", run, one, "--out", same, "--grid", pictures / ".." / "both.png"
+    )
+    for flag in ("--out", "--grid"):
+        for source in (one, pictures):
+            assert "is one of the files to be read" in refused(capsys, "predict", run, source, flag, one)
+        inside = run / ("student.safetensors" if flag == "--out" else "report.png")
+        assert f"lies in the run folder {run}" in refused(capsys, "predict", run, one, flag, inside)
+        assert "is one of the files to be read" in refused(capsys, "predict", run, one, flag, tmp_path / "link.png")
+        assert "is a pipe" in refused(capsys, "predict", run, one, flag, tmp_path / "pipe.png")
+        assert "is a link that leads to itself" in refused(capsys, "predict", run, one, flag, tmp_path / "loop.png")
+    assert (content(tmp_path), content(run)) == before
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "pipe.png").is_fifo()
+
+
+def test_predict_replaces_what_it_wrote_before(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid, table = pictures / "grid.png", pictures / "table.csv"
+    first = said(capsys, "predict", run, pictures, "--grid", grid, "--out", table)
+    assert said(capsys, "predict", run, pictures, "--grid", grid, "--out", table) == first
+
+
+# ---------------------------------------------------------------------------------------------- runs that are damaged
+
+
+@pytest.fixture
+def damaged(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def edited(file: Path, *keys: str, **values: Any) -> None:
+    content = json.loads(file.read_text())
+    part = content
+    for key in keys:
+        part = part[key]
+    part.update(values)
+    file.write_text(json.dumps(content))
+
+
+def test_weights_that_a_finished_run_has_lost(
+    damaged: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (damaged / "finetuned_student.safetensors").unlink()
+    words = refused(capsys, "predict", damaged, pictures / "0.png", "--network", "student", "--top", "11")
+    assert "--top 11" in words  # the student is there
+    edited(damaged / "result.json", delivered="finetuned")
+    words = refused(capsys, "predict", damaged, pictures / "0.png")
+    assert "finetuned_student.safetensors is missing" in words
+    assert "train again with another --out. What is left: --network student or teacher." in words
+
+
+def test_a_result_of_another_version(damaged: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edited(damaged / "result.json", "evaluation", colour="blue")
+    for command in (
+        ("train", "digits", "--steps", "2", "--finetune-steps", "1", "--out", damaged, "--resume"),
+        ("evaluate", damaged),
+    ):
+        words = refused(capsys, *command)
+        assert "result.json is damaged or of another version: its evaluation got an unexpected keyword" in words
+        assert "'colour'" in words
+
+
+def test_a_recipe_without_a_network(damaged: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"labeled": "a", "unlabeled": "b", "network_name": None}
+    edited(damaged / "recipe.json", recipe={"name": "images", "fields": fields})
+    for command in (
+        ("predict", damaged, pictures / "0.png"),
+        ("train", "images", "--labeled", pictures, "--unlabeled", pictures, "--out", damaged, "--resume"),
+    ):
+        assert "recipe.json is damaged: it has no value for" in refused(capsys, *command)
+
+
+# -------------------------------------------------------------------------------------------------------- wrong values
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Grey pictures of two classes; nothing may be measured."""
+    monkeypatch.setattr(budget, "seconds_per_step", lambda *given: pytest.fail("measured"))
+    digits = load_digits()
+    for index, (image, label) in enumerate(zip(digits.images[:40], digits.target[:40], strict=True)):
+        if label < 2:
+            file = tmp_path / "few" / str(label) / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 255 / 16).astype(numpy.uint8)).save(file)
+    few = str(tmp_path / "few")
+    return ("train", "images", "--labeled", few, "--unlabeled", few, "--test", few)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--minutes", "inf"), "--minutes inf: expected a number above 0"),
+        (("--minutes", "1e308"), "--minutes 1e+308: expected"),
+        (("--compare", "--seeds", "²"), "seeds='²': expected numbers and ranges"),
+        (("--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"), "expected 1 for grey pictures"),
+        (("--grey", "False", "--mean", ".5", "--std", ".2"), "expected 3 for color pictures"),
+        (("--out", ""), "nothing was given after --out"),
+        (("--out=",), "nothing was given after --out"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_is_measured(
+    flags: tuple[str, ...], text: str, folders: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(tmp_path)
+    out = () if "--out" in flags[0] else ("--out", tmp_path / "run")
+    assert text in refused(capsys, *folders, *out, *flags)
+    assert content(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_needs_no_measurement_is_checked_before_it(
+    folders: tuple[str, ...], damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "holds a run already" in refused(capsys, *folders, "--out", damaged)
+    one = next((tmp_path / "few" / "0").iterdir())
+    shutil.copy(one, tmp_path / "few" / "1" / "copy.png")
+    assert one.name in refused(capsys, *folders, "--out", tmp_path / "new")
+    inside = refused(capsys, *folders, "--val", tmp_path / "few" / "0", "--out", tmp_path / "new")
+    assert "the validation folder" in inside
+    assert "every subfolder of which is a class: 0, 1" in inside
+
+
+def test_an_empty_argument(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing was given after --out" in refused(capsys, "export", run, "--out", "")
+    assert "expected a value" in refused(capsys, "predict", run, "")
+
+
+@pytest.mark.parametrize("text", ["²", "٣", "0-²", "", "-"])
+def test_seeds_that_are_no_numbers(text: str) -> None:
+    with pytest.raises(MetaplError, match="expected numbers and ranges"):
+        parse_seeds(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0,4-2", "--seeds='0,4-2': .* 4-2 ends before it begins; write 2-4."),
+        ("3-5,4", "--seeds='3-5,4': .* none twice; 4 is named again."),
+    ],
+)
+def test_seeds_that_are_reversed_or_named_again(text: str, expected: str) -> None:
+    with pytest.raises(MetaplError, match=expected):
+        parse_seeds(text)
+
+
+def test_a_method_without_a_student_may_warm_up_for_longer_than_a_student_would_wait() -> None:
+    one = ImageFolders(labeled="few", unlabeled="many", method="uda", warmup=3, steps=8).scheduled(8)
+    assert (one.warmup, one.steps) == (3, 8)
+    chosen = {"image_size": 8, "grey": True, "network_name": "small_cnn", "val_fraction": 0.0, "precision": "float32"}
+    shares = {"mean": (0.5,), "std": (0.2,), "uda_prior": (0.5, 0.5)}
+    for method in ("uda", "supervised", "mpl"):  # a student that waits warms up over its share of these steps
+        ImageFolders(**one_of(one), **chosen, **shares, method=method)
+    with pytest.raises(MetaplError, match="warmup=9"):
+        ImageFolders(**one_of(one) | {"warmup": 9}, **chosen, **shares, method="uda")
+
+
+def one_of(recipe: ImageFolders) -> dict[str, Any]:
+    """What of a recipe goes with its number of steps."""
+    names = ("labeled", "unlabeled", "steps", "wait", "warmup", "uda_ramp", "uda_start", "validate_every")
+    return {name: getattr(recipe, name) for name in names}
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def test_an_export_runs_nothing_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "random.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    assert "model.pt2" in programs(network, (1, 2, 2))
+    assert [one.name for one in tmp_path.iterdir()] == ["random.py"]

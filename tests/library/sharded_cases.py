@@ -1,0 +1,697 @@
+"""What the ranks of the sharded tests run, and what one process with the whole batch runs beside them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pages
+import pytest
+import torch
+import torchopt
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._dynamo.utils import counters
+
+import metapl
+from metapl.distributed.dropout import KeyedDropout
+from metapl.errors import MetaplError
+from metapl.execution import sharded
+from metapl.execution.layout import Layout
+from metapl.execution.ranks import Ranks, rows_shared
+from metapl.execution.shards import ShardedSpace
+from metapl.feedback.inner_step import InnerStep
+from metapl.problems import LearningToReweight
+
+CLASSES, ROWS, LABELED = 3, 8, 12
+
+
+class Block(nn.Module):
+    """A residual block with a width that two processes do not divide."""
+
+    def __init__(self, width: int, inside: nn.Module, hidden: int = 9) -> None:
+        super().__init__()
+        self.inner, self.inside, self.outer = nn.Linear(width, hidden), inside, nn.Linear(hidden, width)
+        self.scale = nn.Parameter(torch.full((1,), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.outer(torch.tanh(self.inside(self.inner(x))))
+
+
+INSIDE: dict[str, Callable[[], nn.Module]] = {
+    "plain": nn.Identity,
+    "norm": lambda: nn.BatchNorm1d(9),
+    "dropout": lambda: nn.Dropout(0.3),
+    "keyed": lambda: KeyedDropout(0.3, dist.get_rank() if dist.is_initialized() else 0),
+}
+
+
+class Network(nn.Module):
+    """An embedding, blocks, and a head; the embedding and the head belong to the root."""
+
+    def __init__(self, blocks: int = 2, width: int = 5, inside: str = "plain", hidden: int = 9) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, width)
+        self.blocks = nn.ModuleList(Block(width, INSIDE[inside](), hidden) for _ in range(blocks))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1),
+}
+
+
+def networks(inside: str = "plain", dtype: torch.dtype = torch.float64, hidden: int = 9) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return Network(hidden=hidden).to(dtype), Network(3, inside=inside, hidden=hidden).to(dtype)
+
+
+def batches(steps: int, views: bool = False, dtype: torch.dtype = torch.float64) -> list[tuple[Any, Any]]:
+    draw = torch.Generator().manual_seed(1)
+
+    def inputs(rows: int) -> Tensor:
+        return torch.randn(rows, 4, generator=draw, dtype=torch.float64).to(dtype)
+
+    return [
+        (
+            (inputs(LABELED), torch.randint(CLASSES, (LABELED,), generator=draw)),
+            (inputs(ROWS), inputs(ROWS)) if views else inputs(ROWS),
+        )
+        for _ in range(steps)
+    ]
+
+
+def share(batch: Any, together: int = 1) -> Any:
+    """This rank's rows of a batch, which ``together`` ranks have in common."""
+    if not dist.is_initialized():
+        return batch
+    if isinstance(batch, tuple):
+        return tuple(share(t, together) for t in batch)
+    return batch.chunk(dist.get_world_size() // together)[dist.get_rank() // together]
+
+
+def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
+    """A network as a user lays it out, by hand or with metapl's own function."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from metapl.distributed import Mesh, shard
+
+    if layout is None:
+        return network
+    if layout == "ddp":
+        return nn.parallel.DistributedDataParallel(network)
+    world = dist.get_world_size()
+    if layout.startswith("tensor"):
+        return _parallel(network, layout)
+    if layout.startswith("shard"):
+        return shard(network, Mesh(shard=world), checkpoint=layout == "shard_checkpoint")
+    if layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(network, mesh=mesh)
+
+
+def _parallel(network: nn.Module, layout: str) -> nn.Module:
+    """Products shared by two processes, and the batch by the others: by hand, or by metapl's own function."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    from metapl.distributed import Mesh, shard
+
+    others = dist.get_world_size() // 2
+    if layout.startswith("tensor_by"):
+        plan = {"blocks.*.inner": ColwiseParallel(), "blocks.*.outer": RowwiseParallel()}
+        return shard(network, Mesh(tensor=2, **{layout.removeprefix("tensor_by_"): others}), plan=plan)
+    mesh = init_device_mesh("cpu", (others, 2), mesh_dim_names=("batch", "tensor"))
+    for block in network.blocks:
+        parallelize_module(block, mesh["tensor"], {"inner": ColwiseParallel(), "outer": RowwiseParallel()})
+        if layout == "tensor_shard":
+            fully_shard(block, mesh=mesh["batch"])
+    return fully_shard(network, mesh=mesh["batch"]) if layout == "tensor_shard" else network
+
+
+def whole(t: Any) -> Tensor:
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+
+
+def built(
+    mode: Any,
+    layout: str | None,
+    optimizer: str = "sgd",
+    *,
+    inside: str = "plain",
+    hidden: int = 9,
+    dtype: torch.dtype = torch.float64,
+    teacher_layout: str | None = "same",
+    inner: Any = None,
+    **options: Any,
+) -> metapl.BilevelTrainer:
+    teacher, student = networks(inside, dtype, hidden)
+    teacher = laid_out(teacher, layout if teacher_layout == "same" else teacher_layout)
+    student = laid_out(student, layout)
+    build = OPTIMIZERS[optimizer]
+    return metapl.BilevelTrainer(
+        teacher,
+        student,
+        mode=mode,
+        inner_optimizer=build(student.parameters()) if inner is None else inner,
+        outer_optimizer=build(teacher.parameters()),
+        generator=torch.Generator().manual_seed(5),
+        **options,
+    )
+
+
+def train(
+    mode: Any,
+    layout: str | None = None,
+    optimizer: str = "sgd",
+    *,
+    steps: int = 2,
+    views: bool = False,
+    gradients: bool = True,
+    dtype: torch.dtype = torch.float64,
+    backend: str = "inductor",
+    **options: Any,
+) -> dict[str, Any]:
+    """Some steps, on this rank's share of each batch; one process alone has all of it.
+
+    Args:
+        backend: what compiles, where something is compiled.
+    """
+    if options.get("compile") and backend != "inductor":
+        with torch.compiler.set_stance(force_backend=backend):
+            case = {"steps": steps, "views": views, "gradients": gradients, "dtype": dtype, **options}
+            return train(mode, layout, optimizer, **case)
+    trainer = built(mode, layout, optimizer, dtype=dtype, **options)
+    found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
+    graphs = counters["stats"]["unique_graphs"]
+    torch.manual_seed(3)
+    for step, (labeled, unlabeled) in enumerate(batches(steps, views, dtype)):
+        together = 2 if layout is not None and layout.startswith("tensor") else 1
+        labeled, unlabeled = share(labeled, together), share(unlabeled, together)
+        if gradients and step == 0:
+            gradient = trainer.hypergradient(labeled, unlabeled, generator=torch.Generator().manual_seed(6))
+            found["gradients"].append({name: whole(g) for name, g in gradient.grads.items()})
+            found["moved"].append({name: whole(p) for name, p in gradient.student_params.items()})
+        report = trainer.step(labeled, unlabeled)
+        found["scalars"].append(report.as_dict())
+        found["feedback"].append(report.feedback)
+    found["graphs"] = counters["stats"]["unique_graphs"] - graphs
+    for layout_of_one in trainer._layouts:
+        layout_of_one.reshard()
+    for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
+        found[name] = {path: whole(p) for path, p in network.named_parameters()}
+        found[f"{name}_buffers"] = {path: b.clone() for path, b in network.named_buffers()}
+    return found
+
+
+def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several of these, one after another."""
+    return [train(**case) for case in cases]
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(how: str) -> str:
+    """The text with which something is refused on this rank, before anything moved."""
+    try:
+        REFUSED[how]()
+    except MetaplError as error:
+        return str(error)
+    return "not refused"
+
+
+def _unequal() -> None:
+    trainer = built("forward", "fsdp")
+    labeled, unlabeled = share(batches(1)[0])
+    before = [whole(p) for p in trainer.student.parameters()]
+    try:
+        trainer.step(labeled, unlabeled[: 4 - dist.get_rank()])
+    finally:
+        assert all(torch.equal(a, whole(p)) for a, p in zip(before, trainer.student.parameters(), strict=True))
+
+
+def _not_finite_on_one() -> None:
+    trainer = built("reinforce", "ddp")
+    labeled, unlabeled = share(batches(1)[0])
+    trainer.step(labeled, unlabeled * torch.nan if dist.get_rank() == 1 else unlabeled)
+
+
+def _wrong_label_on_one() -> None:
+    trainer = built("reinforce", "fsdp")
+    (x, y), unlabeled = share(batches(1)[0])
+    trainer.step((x, y + 7 if dist.get_rank() == 1 else y), unlabeled)
+
+
+class WeightDecay(metapl.PseudoLabels):
+    """An inner loss that reads the student's weights."""
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch) + params["head.weight"].square().sum()
+
+
+def _reads_weights() -> None:
+    built("forward", "fsdp", problem=WeightDecay()).step(*share(batches(1)[0]))
+
+
+def _root_forgotten() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    teacher, student = networks()
+    fully_shard(student.blocks[0])
+    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
+
+
+def _divided_otherwise() -> None:
+    teacher, student = (laid_out(network, "fsdp") for network in networks())
+    student.set_gradient_divide_factor(1.0)
+    metapl.BilevelTrainer(teacher, student)
+
+
+def _not_reduced(role: int, how: str, *arguments: Any) -> None:
+    both = [laid_out(network, "hsdp") for network in networks()]
+    getattr(both[role], how)(*arguments)
+    metapl.BilevelTrainer(*both)
+
+
+def _switched_later() -> None:
+    trainer = built("forward", "hsdp")
+    labeled, unlabeled = share(batches(1)[0])
+    trainer.step(labeled, unlabeled)
+    trainer.student.set_requires_all_reduce(False)
+    trainer.step(labeled, unlabeled)
+
+
+def _part_left_out() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    teacher, student = networks()
+    fully_shard(student, ignored_params={student.head.weight})
+    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
+
+
+def _tensor_parallel_beside_sharded() -> None:
+    teacher, student = networks(hidden=8)
+    metapl.BilevelTrainer(laid_out(teacher, "tensor"), laid_out(student, "fsdp"))
+
+
+def _mesh_of_others() -> None:
+    from metapl.distributed import Mesh, shard
+
+    shard(networks()[0], Mesh(replicate=3, shard=2))
+
+
+def _embedding(**options: Any) -> None:
+    student = nn.Sequential(nn.Embedding(5, 4, **options), nn.Flatten(), nn.Linear(4, CLASSES))
+    metapl.BilevelTrainer(laid_out(networks()[0], "ddp"), laid_out(student, "ddp"))
+
+
+def _tied() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    teacher, student = networks()
+    student.blocks[1].inner.weight = student.blocks[0].inner.weight
+    for block in student.blocks:
+        fully_shard(block)
+    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), fully_shard(student))
+
+
+class Weighted(metapl.PseudoLabels):
+    """An outer loss that is a mean by weights of the classes, which the ranks' rows differ in."""
+
+    def outer_loss(self, outputs: Any, batch: Any) -> Any:
+        weights = torch.arange(1.0, 1 + outputs.shape[1], dtype=outputs.dtype)
+        total = torch.nn.functional.cross_entropy(outputs, batch[1], weights, reduction="sum")
+        return total, weights[batch[1]].sum()
+
+
+class Summed(metapl.PseudoLabels):
+    """An outer loss that is a sum over examples."""
+
+    def outer_loss(self, outputs: Any, batch: Any) -> Tensor:
+        return len(outputs) * super().outer_loss(outputs, batch)
+
+
+def _reweight() -> None:
+    student = laid_out(networks()[1], "ddp")
+    metapl.BilevelTrainer(None, student, mode="forward", problem=LearningToReweight())
+
+
+def _outputs_in_parts() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    both = networks()
+    for network in both:
+        plan = {"head": ColwiseParallel(output_layouts=Replicate(), use_local_output=False)}
+        parallelize_module(network, init_device_mesh("cpu", (2,)), plan)
+    metapl.BilevelTrainer(*both, mode="reinforce").step(*batches(1)[0])
+
+
+REFUSED: dict[str, Callable[[], Any]] = {
+    "unrolled": lambda: built("unrolled", "ddp"),
+    "implicit": lambda: built("implicit", "fsdp"),
+    "lookahead": lambda: built("forward", "fsdp", lookahead=2),
+    "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
+    "compile": lambda: built("none", "tensor", hidden=8, compile=True),
+    "one_plain": lambda: built("forward", "fsdp", teacher_layout=None),
+    "reweight": _reweight,
+    "max_norm": lambda: _embedding(max_norm=1.0),
+    "sparse": lambda: _embedding(sparse=True),
+    "tied": _tied,
+    "unequal": _unequal,
+    "not_finite_on_one": _not_finite_on_one,
+    "wrong_label_on_one": _wrong_label_on_one,
+    "reads_weights": _reads_weights,
+    "root_forgotten": _root_forgotten,
+    "divided_otherwise": _divided_otherwise,
+    "not_synchronized": lambda: _not_reduced(0, "set_requires_gradient_sync", False),
+    "ratio_without_rows": lambda: without_rows(teacher_losses=(Even(),), feedback_ratio=0.5),
+    "switched_later": _switched_later,
+    "not_reduced": lambda: _not_reduced(1, "set_requires_all_reduce", False),
+    "hooked": lambda: _not_reduced(0, "set_all_reduce_hook", Tensor.zero_),
+    "part_left_out": _part_left_out,
+    "outputs_in_parts": _outputs_in_parts,
+    "tensor_parallel_forward": lambda: built("forward", "tensor", hidden=8),
+    "tensor_parallel_beside_sharded": _tensor_parallel_beside_sharded,
+    "mesh_of_others": _mesh_of_others,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+def _stale_root(patch: pytest.MonkeyPatch) -> None:
+    """The root keeps its gathered weights while the parts are moved."""
+    patch.setattr(Layout, "reshard", lambda self: None)
+
+
+def _weights_swapped(patch: pytest.MonkeyPatch) -> None:
+    """θ′ is swapped in, as on one device, where sharded modules read their gathered weights."""
+    patch.setattr(sharded.ShardedStudent, "moved_to", lambda self, params: sharded.swapped(self.held_at(dict(params))))
+
+
+def _direction_not_gathered(patch: pytest.MonkeyPatch) -> None:
+    """Every rank goes along its own part of w only."""
+    real = sharded.gathered
+
+    def gathered(parts: Any, like: Any) -> Any:
+        lone = {name: part if dist.get_rank() == 0 else torch.zeros_like(part) for name, part in parts.items()}
+        return real(lone, like)
+
+    patch.setattr(sharded, "gathered", gathered)
+
+
+def _gradient_not_averaged(patch: pytest.MonkeyPatch) -> None:
+    """As ``torch.autograd.grad`` on gathered weights, or hooks of DistributedDataParallel that are bypassed."""
+    patch.setattr(Ranks, "mean_tree", lambda self, tree, like: tree)
+
+
+def _products_of_parts(patch: pytest.MonkeyPatch) -> None:
+    """Norms and products of this rank's parts only."""
+    patch.setattr(ShardedSpace, "_total", lambda self, shares: torch.stack(shares))
+
+
+def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
+    """1/B with the B of this rank."""
+    patch.setattr(InnerStep, "mean_over_batch", lambda self, losses: losses.mean())
+
+
+def _casts_kept(patch: pytest.MonkeyPatch) -> None:
+    """Autocast's casts of the weights stay while these are moved."""
+    patch.setattr(torch, "clear_autocast_cache", lambda: None)
+
+
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "stale_root": _stale_root,
+    "weights_swapped": _weights_swapped,
+    "direction_not_gathered": _direction_not_gathered,
+    "gradient_not_averaged": _gradient_not_averaged,
+    "casts_kept": _casts_kept,
+    "products_of_parts": _products_of_parts,
+    "mean_over_own_rows": _mean_over_own_rows,
+}
+
+
+def faulty(fault: str, case: dict[str, Any]) -> dict[str, Any] | str:
+    """A case with a planted fault: what it finds, or the error that it ends with."""
+    with pytest.MonkeyPatch.context() as patch:
+        FAULTS[fault](patch)
+        try:
+            return train(**case)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+# -------------------------------------------------------------------------------------------------------- other ways
+
+
+def placements() -> dict[str, Any]:
+    """How metapl's own function splits a network of widths that two processes divide, some of them."""
+    from metapl.distributed import Mesh, shard
+
+    network = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 4))
+    shard(network, Mesh(shard=2))
+    return {name: (str(p.placements), tuple(p.to_local().shape)) for name, p in network.named_parameters()}
+
+
+def warned(layout: str) -> list[str]:
+    """What two steps warn of, the first on this rank."""
+    trainer = built("loss_difference", layout, problem=Summed())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in batches(2):
+            trainer.step(*share(batch))
+    return [str(warning.message) for warning in caught if "outer_loss" in str(warning.message)]
+
+
+class Tempered(metapl.problems.Problem):
+    """A signal that is one number for all examples: a temperature."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(torch.zeros(1, dtype=torch.long))[0])
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        return nn.functional.cross_entropy(signal.value * outputs, batch[1], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def without_rows(mode: Any = "forward", matrix: bool = True, rows: int = ROWS, **options: Any) -> dict[str, float]:
+    """The report of a step whose signal is a matrix or a number, not one about each example; and the teacher then."""
+    start = 4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1, dtype=torch.float64)
+    student, teacher = networks()[1], metapl.problems.Table(start)
+    student, teacher = (laid_out(n, "ddp" if dist.is_initialized() else None) for n in (student, teacher))
+    problem = metapl.problems.NoiseTransition() if matrix else Tempered()
+    options = {"teacher_losses": (), **options}
+    trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem, **options)
+    (x, y), unlabeled = batches(1)[0]
+    report: dict[str, float] = trainer.step(share((x, y)), share((unlabeled[:rows], y[:rows]))).as_dict()
+    assert trainer.teacher is not None
+    values = torch.cat([p.detach().flatten() for p in trainer.teacher.parameters()])
+    return report | {f"teacher_{i}": float(v) for i, v in enumerate(values)}
+
+
+class Even(nn.Module):
+    """A teacher loss on a matrix: it is kept near one."""
+
+    name, weight = "even", 1.0
+
+    def __call__(self, teacher: nn.Module, **_: Any) -> Tensor:
+        return teacher().square().mean()
+
+
+class Moving(nn.Module):
+    """Tied weights, a parameter without dimensions, running statistics and a buffer that moves with the rows."""
+
+    def __init__(self, scale: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.layers[2].weight = self.layers[0].weight
+        self.norm, self.head = nn.InstanceNorm1d(1, track_running_stats=True), nn.Linear(4, CLASSES)
+        self.scale = nn.Parameter(torch.tensor(0.9)) if scale else None
+        self.register_buffer("seen", torch.zeros(4))
+        self.register_buffer("constant", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.seen = 0.5 * self.seen + x.mean(0)
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * self.constant
+        x = self.norm(x[:, None])[:, 0]
+        return self.head(x if self.scale is None else self.scale * x)
+
+
+def moved(replicate: bool) -> dict[str, Any]:
+    """Weights and buffers after two steps, by metapl's own function; one process alone has every row."""
+    from metapl.distributed import Mesh, shard
+
+    torch.manual_seed(0)
+    teacher, student = (Moving(replicate).double() for _ in range(2))
+    if dist.is_initialized():
+        mesh = Mesh(replicate=2) if replicate else Mesh(shard=2)
+        teacher, student = shard(teacher, mesh), shard(student, mesh)
+    trainer = metapl.BilevelTrainer(teacher, student, mode="forward", teacher_losses=())
+    for labeled, unlabeled in batches(2):
+        trainer.step(share(labeled), share(unlabeled))
+    for layout in trainer._layouts:
+        layout.reshard()
+    found = {}
+    for role, network in (("teacher", trainer.teacher), ("student", trainer.student)):
+        assert network is not None
+        found[role] = {name: whole(t) for name, t in [*network.named_parameters(), *network.named_buffers()]}
+    return found
+
+
+def in_bfloat16(inside: str) -> dict[str, Any]:
+    """The teacher's gradient with weights gathered in bfloat16, and in float32; and what ``difference`` says to it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    from metapl.distributed import Mesh, shard
+
+    found: dict[str, Any] = {}
+    labeled, unlabeled = share(batches(1, dtype=torch.float32)[0])
+    for precision in ("float32", "bfloat16"):
+        teacher, student = networks(inside, torch.float32)
+        mesh = Mesh(shard=dist.get_world_size())
+        teacher, student = shard(teacher, mesh), shard(student, mesh, precision=precision, blocks=lambda n: n.blocks)
+        trainer = metapl.BilevelTrainer(teacher, student, mode="forward")
+        gradient = trainer.hypergradient(labeled, unlabeled)
+        found[precision] = {name: whole(g) for name, g in gradient.grads.items()}
+        trainer.step(labeled, unlabeled)
+    found["dtypes"] = {str(p.dtype) for p in student.parameters()}
+    found["blocks"] = [name for name, part in student.named_modules() if isinstance(part, FSDPModule)]
+    try:
+        trainer.hypergradient(labeled, unlabeled, mode="difference")
+    except MetaplError as error:
+        found["difference"] = str(error)
+    return found
+
+
+def aligned() -> float:
+    """How far UDA's targets for this rank's rows are from those for the same rows in the whole batch."""
+    logits = 9 * torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logits[:, 2] = -torch.inf  # an impossible class is not aligned
+    loss, ranks = metapl.UDA(align=0.7, temperature=0.5), Ranks([dist.group.WORLD], dist.get_rank())
+    with rows_shared(ranks):
+        own = loss.target(share(logits))
+    return float((own - share(loss.target(logits))).abs().max())
+
+
+def ready() -> bool:
+    return True
+
+
+def hang() -> None:
+    """Rank 1 waits for rank 0, which has left."""
+    if dist.get_rank() == 1:
+        dist.barrier()
+
+
+def fitted(
+    layout: str | None, out: str | None = None, mode: str = "forward", ema_decay: float | None = None, **options: Any
+) -> dict[str, Any]:
+    """A short fit on the same whole batches everywhere, with validation."""
+    trainer = built(mode, layout, "adamw", **options)
+    drawn = batches(4)
+    (x, y), _ = batches(5)[4]
+    result = trainer.fit(
+        [labeled for labeled, _ in drawn],
+        [unlabeled for _, unlabeled in drawn],
+        steps=4,
+        wait=1,
+        validation=(x, y),
+        validate_every=2,
+        log_every=2,
+        save_every=2,
+        ema_decay=ema_decay,
+        split_batches=True,
+        progress=False,
+        out=out,
+        say=lambda text: None,
+    )
+    tuned = trainer.finetune([labeled for labeled, _ in drawn], steps=2, split_batches=True, progress=False)
+    return {"history": result.history, "weights": result.weights, "tuned": tuned.weights, "step": result.step}
+
+
+def script(page: str) -> None:
+    """The code of a page of the documentation."""
+    exec(compile(pages.code(Path(page)), page, "exec"), {"__name__": "__main__"})
+
+
+def unwritten(folder: str) -> list[str]:
+    """What each rank is told of two checkpoints, at whose beginning and end something fails on the first alone."""
+    from metapl.runs import checkpoint_parts as parts
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    told = []
+    for where, name in ((parts, "_free"), (parts.checkpoint, "save")):
+        writer = parts.PartsWriter(Path(folder), 2)
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == 0:
+                patch.setattr(where, name, refuse)
+            try:
+                writer.write(1, {"weight": torch.ones(3)}, {})
+                writer.settle()
+            except parts.CheckpointError as error:
+                told.append(str(error))
+        writer.close()
+    return told
+
+
+class Stopped(Exception):
+    """What ends a fit in the middle."""
+
+
+def resumed(
+    layout: str | None, out: str, stop: int | None = None, resume: bool = False, inside: str = "dropout"
+) -> dict[str, Any]:
+    """A fit of six steps, from the beginning or on from where it was stopped."""
+    trainer = built("forward", layout, "adamw", inside=inside)
+    torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
+    drawn = batches(6)
+    (x, y), _ = batches(7)[6]
+
+    def end(step: int, row: Any, trainer: Any) -> None:
+        if stop is not None and step >= stop:
+            raise Stopped
+
+    try:
+        result = trainer.fit(
+            [labeled for labeled, _ in drawn],
+            [unlabeled for _, unlabeled in drawn],
+            steps=6,
+            validation=(x, y),
+            validate_every=3,
+            log_every=1,
+            save_every=2,
+            split_batches=True,
+            progress=False,
+            out=out,
+            resume=resume,
+            callbacks=[end],
+            say=lambda text: None,
+        )
+    except Stopped:
+        return {}
+    return {"history": result.history, "weights": result.weights, "teacher": result.teacher_weights}

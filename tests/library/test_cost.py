@@ -1,0 +1,105 @@
+"""What a step of each mode costs in student forward passes, and the documentation's account of it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import metapl
+from metapl.execution.modules import trainable
+from metapl.execution.numerics import full_float32, reduced_float32
+from metapl.feedback import Difference, Estimator, Implicit
+from metapl.feedback.path import take_steps
+from metapl.updates import update_of
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- modes:begin -->", "<!-- modes:end -->"
+BOUNDS: list[tuple[str | Estimator, float]] = [
+    ("none", 6.1),
+    ("loss_difference", 8.1),
+    ("reinforce", 9.1),
+    (Difference(one_sided=True), 10.1),
+    ("difference", 11.1),
+    ("forward", 12.1),
+    ("reinforce_per_example", 12.1),
+    ("unrolled", 13.2),
+    (Implicit(solver="identity"), 12.1),
+    (Implicit(iterations=2, damping=1e5), 27.2),
+]
+
+
+def passes(mode: str | Estimator) -> float:
+    """FLOPs of a step on equal batches, after the first, over those of a forward pass of the student."""
+    torch.manual_seed(0)
+    teacher, student = (metapl.models.wide_resnet28_2(num_classes=10) for _ in range(2))
+    unlabeled, labeled = torch.randn(2, 3, 32, 32), (torch.randn(2, 3, 32, 32), torch.tensor([3, 7]))
+    trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=())
+    trainer.step(labeled, unlabeled)
+    with FlopCounterMode(display=False) as step:
+        trainer.step(labeled, unlabeled)
+    with FlopCounterMode(display=False) as one, torch.no_grad():
+        student(unlabeled)
+    return step.get_total_flops() / one.get_total_flops()
+
+
+@pytest.mark.parametrize(("mode", "bound"), BOUNDS, ids=str)
+def test_a_step_costs_no_more_passes_than_stated(mode: str | Estimator, bound: float) -> None:
+    assert passes(mode) <= bound
+
+
+def test_the_cost_of_implicit_is_what_the_table_of_the_documentation_says() -> None:
+    page = (ROOT / "docs" / "modes.md").read_text()
+    (fixed, each) = re.findall(r"^\| `implicit` \|.*\| (\d+) \+ (\d+) n \|", page, re.MULTILINE)[0]
+    (alone,) = re.findall(r'and (\d+) with `solver="identity"`', page)
+    assert passes(Implicit(solver="identity")) == pytest.approx(int(alone), abs=0.2)
+    assert passes(Implicit(iterations=2, damping=1e5)) == pytest.approx(int(fixed) + 2 * int(each), abs=0.2)
+
+
+def test_the_table_of_the_documentation_has_every_mode() -> None:
+    page = (ROOT / "docs" / "modes.md").read_text().split(BEGIN)[1].split(END)[0]
+    assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == set(metapl.MODES)
+
+
+def test_every_mode_has_a_bound() -> None:
+    assert {mode if isinstance(mode, str) else mode.name for mode, _ in BOUNDS} == set(metapl.MODES)
+
+
+def test_the_move_on_wide_resnet_is_about_1e_4_in_norm() -> None:
+    torch.manual_seed(0)
+    student = metapl.models.wide_resnet28_2(num_classes=10)
+    update = update_of(torch.optim.SGD(student.parameters(), lr=0.1), trainable(student))
+    x, y = torch.randn(2, 3, 16, 16), torch.arange(2)
+    problem = metapl.PseudoLabels(kind="soft")
+    signal = metapl.Signal(torch.full((2, 10), 0.1))
+    path = take_steps(student, update, problem, labeled=(x, y), batches=[x], teach=lambda batch, outputs: signal)
+    assert 0.5e-4 < float(Difference().step_size(path.steps[0])) < 2e-4
+
+
+def _settings() -> list[object]:
+    cuda, cudnn, cpu = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    return [
+        *(switch.fp32_precision for switch in (cuda, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)),
+        torch.get_float32_matmul_precision(),
+        cuda.allow_tf32,
+        cudnn.allow_tf32,
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_full_float32_puts_the_settings_back(device: str, precision: str) -> None:
+    start = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = _settings()
+        with full_float32(torch.device(device)):
+            assert not reduced_float32(torch.device(device))
+        assert _settings() == before
+    finally:
+        torch.set_float32_matmul_precision(start)
+
+
+def test_convolutions_on_cuda_may_be_rounded_unless_told_otherwise() -> None:
+    assert reduced_float32(torch.device("cuda"))

@@ -1,0 +1,189 @@
+"""Data: draws that hash their position, samplers, views, batches by step, and the digits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from metapl.data import StepSampler, draws
+from metapl.errors import MetaplError
+
+# --- draws ------------------------------------------------------------------------------------------------------------
+
+
+def test_hash_is_splitmix64() -> None:
+    # Its published outputs, from the seeds 0 and 1234567.
+    assert [draws.fold_in(0, i) for i in range(3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [draws.fold_in(1234567, i) for i in range(2)] == [6457827717110365317, 3203168211198807973]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**63, 2**64 - 1])
+def test_bits_are_the_nested_hash(seed: int) -> None:
+    examples = [0, 1, 12345, 2**40, -3, 2**63 - 1, -(2**63)]
+    got = draws.bits(seed, step=17, examples=torch.tensor(examples), n=3, stream=2)
+    key = draws.fold_in(draws.fold_in(seed, 2), 17)
+    for (row, example), draw in product(enumerate(examples), range(3)):
+        assert int(got[row, draw]) % 2**64 == draws.fold_in(draws.fold_in(key, example), draw)
+
+
+@pytest.mark.parametrize("draw", [draws.uniform, draws.normal])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_ignore_the_rest_of_the_batch(draw: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    examples = torch.arange(1003)
+    whole = draw(3, 5, examples, 7, dtype=dtype)
+    assert whole.dtype == dtype
+    order = torch.randperm(1003, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(3, 5, examples[order], 7, dtype=dtype), whole[order])
+    for size in (1, 2, 3, 5, 17):
+        assert torch.equal(draw(3, 5, examples[40 : 40 + size], 7, dtype=dtype), whole[40 : 40 + size])
+    # More draws continue fewer.
+    assert torch.equal(draw(3, 5, examples, 11, dtype=dtype)[:, :7], whole)
+
+
+def test_draws_leave_the_default_generator_alone() -> None:
+    state = torch.get_rng_state()
+    draws.normal(0, 0, torch.arange(5), 5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uniform_moments_and_range(dtype: torch.dtype) -> None:
+    u = draws.uniform(11, 0, torch.arange(2000), 500, dtype=dtype)
+    n = u.numel()
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert abs(u.mean().item() - 0.5) < 4 * math.sqrt(1 / 12 / n)
+    assert abs(u.double().var().item() - 1 / 12) < 4 * math.sqrt(1 / 180 / n)
+    counts = torch.histc(u.double(), bins=256, min=0, max=1)
+    chi_square = ((counts - n / 256) ** 2 / (n / 256)).sum().item()
+    assert abs(chi_square - 255) < 4 * math.sqrt(2 * 255)
+
+
+def test_normal_moments_and_tails() -> None:
+    z = draws.normal(11, 0, torch.arange(2000), 500, dtype=torch.float64)
+    n = z.numel()
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((z**power).mean().item() - moment) < 4 * math.sqrt(variance / n), power
+    for bound in (0.5, 1.0, 2.0, 3.0, 4.0):
+        expected = math.erfc(bound / math.sqrt(2))
+        assert abs((z.abs() > bound).double().mean().item() - expected) < 4 * math.sqrt(expected / n), bound
+
+
+def test_normal_is_box_muller() -> None:
+    u = draws.uniform(5, 1, torch.arange(3000), 20, stream=3, dtype=torch.float64)
+    expected = torch.sqrt(-2 * torch.log1p(-u[:, ::2])) * torch.sin(torch.pi * (u[:, 1::2] - 0.5))
+    got = draws.normal(5, 1, torch.arange(3000), 10, stream=3, dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
+
+
+def test_logarithm_and_sine_over_their_whole_range() -> None:
+    x = torch.cat([torch.logspace(-16, 0, 4001, dtype=torch.float64), 1 - torch.logspace(-16, -1, 999).double()])
+    torch.testing.assert_close(draws._log(x), x.log(), rtol=4e-16, atol=0)
+    t = torch.linspace(-1, 1, 4001, dtype=torch.float64)
+    torch.testing.assert_close(draws._sine_of_half_pi_times(t), (t * torch.pi / 2).sin(), rtol=0, atol=4e-16)
+
+
+@pytest.mark.parametrize("neighbour", ["seed", "step", "stream", "example", "draw"])
+def test_neighbours_are_uncorrelated(neighbour: str) -> None:
+    where = {"seed": 4, "step": 9, "stream": 0}
+    shift = dict(where)
+    if neighbour in shift:
+        shift[neighbour] += 1
+    a = draws.normal(examples=torch.arange(1000), n=400, **where)
+    b = draws.normal(examples=torch.arange(1000), n=400, **shift)
+    if neighbour == "example":
+        a, b = a[:-1], a[1:]
+    elif neighbour == "draw":
+        a, b = a[:, :-1], a[:, 1:]
+    for x, y in ((a, b), (a**2, b**2)):
+        correlation = torch.corrcoef(torch.stack([x.flatten(), y.flatten()]).double())[0, 1].item()
+        assert abs(correlation) < 4 / math.sqrt(a.numel())
+
+
+def test_bits_do_not_collide() -> None:
+    values = [
+        draws.bits(seed, step, torch.arange(50), 20, stream).flatten()
+        for seed, step, stream in product(range(5), range(20), range(5))
+    ]
+    flat = torch.cat(values)
+    assert len(flat.unique()) == len(flat) == 500_000
+
+
+def test_each_bit_is_fair() -> None:
+    b = draws.bits(2, 0, torch.arange(1000), 100).flatten()
+    ones = torch.stack([((b >> place) & 1).double().mean() for place in range(64)])
+    assert (ones - 0.5).abs().max().item() < 4.5 * 0.5 / math.sqrt(len(b))
+
+
+def test_draws_refuse_what_they_cannot_read() -> None:
+    with pytest.raises(MetaplError, match="int64"):
+        draws.bits(0, 0, torch.zeros(3), 1)
+    with pytest.raises(MetaplError, match=r"\(2, 2\)"):
+        draws.bits(0, 0, torch.zeros(2, 2, dtype=torch.int64), 1)
+    with pytest.raises(MetaplError, match="n is -1"):
+        draws.uniform(0, 0, torch.arange(3), -1)
+    with pytest.raises(MetaplError, match="float16"):
+        draws.normal(0, 0, torch.arange(3), 1, dtype=torch.float16)
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (7, 7), (5, 12), (1, 4), (64, 1)])
+def test_each_epoch_is_a_permutation(size: int, batch_size: int) -> None:
+    sampler = StepSampler(size, batch_size, seed=1)
+    steps = math.ceil(6 * size / batch_size)
+    stream = torch.cat([sampler.indices(t) for t in range(steps)])
+    epochs = torch.cat([sampler.epochs(t) for t in range(steps)])
+    assert all(sampler.indices(t).shape == (batch_size,) for t in range(steps))
+    for epoch in range(6):
+        members = stream[epoch * size : (epoch + 1) * size]
+        assert members.sort().values.tolist() == list(range(size))
+        assert epochs[epoch * size : (epoch + 1) * size].tolist() == [epoch] * size
+
+
+def test_sampler_has_no_state() -> None:
+    forwards = [StepSampler(50, 8, seed=3).indices(t) for t in range(40)]
+    sampler = StepSampler(50, 8, seed=3)
+    for t in reversed(range(40)):
+        assert torch.equal(sampler.indices(t), forwards[t])
+
+
+def test_writing_to_a_batch_leaves_the_sampler_alone() -> None:
+    sampler = StepSampler(6, 6, seed=0)
+    before = sampler.indices(0).clone()
+    sampler.indices(0).zero_()
+    assert torch.equal(sampler.indices(0), before)
+
+
+def test_orders_differ_by_epoch_seed_and_stream() -> None:
+    orders = [StepSampler(30, 30, seed, stream).indices(epoch) for seed, stream, epoch in product(range(3), repeat=3)]
+    assert len({tuple(order.tolist()) for order in orders}) == 27
+
+
+def test_orders_are_uniform() -> None:
+    sampler = StepSampler(4, 4, seed=0)
+    counts: dict[tuple[int, ...], int] = {}
+    for epoch in range(2400):
+        order = tuple(sampler.indices(epoch).tolist())
+        counts[order] = counts.get(order, 0) + 1
+    assert len(counts) == 24
+    chi_square = sum((c - 100) ** 2 / 100 for c in counts.values())
+    assert chi_square < 23 + 4 * math.sqrt(2 * 23)
+
+
+def test_sampler_refuses_what_it_cannot_draw() -> None:
+    with pytest.raises(MetaplError, match="size 0"):
+        StepSampler(0, 4, seed=0)
+    with pytest.raises(MetaplError, match="batch_size 0"):
+        StepSampler(4, 0, seed=0)
+    with pytest.raises(MetaplError, match="step is -1"):
+        StepSampler(4, 4, seed=0).indices(-1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        StepSampler(4, 4, seed=0).seed = 1  # type: ignore[misc]  # the very mistake under test

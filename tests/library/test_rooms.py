@@ -1,0 +1,143 @@
+"""The rooms of the package: imports go down, those inside functions included, never in a circle, never to the
+application."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import metapl
+
+PACKAGE = Path(metapl.__file__).parent
+
+FLOORS = (
+    ("errors", "moved", "words"),
+    ("runs",),
+    ("execution",),
+    ("data", "distributed", "models", "problems", "updates"),
+    ("feedback", "metrics"),
+    ("training",),
+    ("ablation",),
+    ("apps.networks", "apps.reports"),
+    ("apps.pictures", "apps.export"),
+    ("apps.labels", "apps.evaluation"),
+    ("apps.recipes",),
+    ("apps.experiments",),
+    ("apps.planning",),
+    ("apps.commands",),
+)
+"""Rooms, the lowest first: each imports from its own floor and from those below it. Problems, updates and the execution
+know nothing of each other's use in feedback, and none of them of a trainer."""
+
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+DOORS = ("metapl", "metapl.__main__", "metapl.apps")
+"""They give names of other rooms."""
+
+ROOMS, ENTRIES = 12, 18
+"""How many the library may have, and how many files and folders beside each other."""
+
+
+def modules() -> dict[str, Path]:
+    """The files of the package by module name."""
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imports(source: str, known: set[str]) -> set[str]:
+    """The package's modules that a file imports, those that only a type checker sees included."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in whole}
+    return found & known
+
+
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports(path.read_text(), {*known}) - {name} for name, path in known.items()}
+
+
+def room(module: str) -> str:
+    """The room of a module: the first word below the package, or the two of the application.
+
+    >>> room("metapl.feedback.forward"), room("metapl.apps.labels.store"), room("metapl.errors")
+    ('feedback', 'apps.labels', 'errors')
+    """
+    words = module.split(".")[1:]
+    return ".".join(words[: 1 + (words[:1] == ["apps"])])
+
+
+def arrows(found: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
+    """Which module imports which, the doors aside."""
+    for name, imported in found.items():
+        yield from ((name, used) for used in sorted(imported) if not {name, used} & {*DOORS})
+
+
+def upward(found: dict[str, set[str]]) -> list[str]:
+    return [f"{name} -> {used}" for name, used in arrows(found) if FLOOR[room(used)] > FLOOR[room(name)]]
+
+
+def circle(found: dict[str, set[str]]) -> list[str]:
+    """The names of a circle, or nothing."""
+    try:
+        TopologicalSorter(found).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_imports_go_down() -> None:
+    assert upward(graph()) == []
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    found = graph()
+    found["metapl"] = set()  # a module that asks for the version is not part of a circle
+    assert circle(found) == []
+
+
+def test_no_room_goes_in_a_circle() -> None:
+    rooms: dict[str, set[str]] = {}
+    for name, used in arrows(graph()):
+        rooms.setdefault(room(name), set()).add(room(used))
+    assert circle({name: used - {name} for name, used in rooms.items()}) == []
+
+
+def test_the_library_imports_nothing_of_the_application() -> None:
+    library = {name: used for name, used in graph().items() if not name.startswith("metapl.apps")}
+    library.pop("metapl.__main__", None)  # the command
+    assert [(name, one) for name, used in library.items() for one in used if one.startswith("metapl.apps")] == []
+
+
+def test_the_top_can_be_seen_at_a_glance() -> None:
+    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    rooms = [path.name for path in entries if path.is_dir() and path.name != "apps"]
+    assert len(entries) <= ENTRIES
+    assert len(rooms) <= ROOMS
+
+
+def test_no_public_name_is_a_module_too() -> None:
+    taken = {path.stem for path in PACKAGE.iterdir()} & {*metapl.__all__}
+    assert taken == {name for name in taken if (PACKAGE / name).is_dir()}
+
+
+def test_an_import_inside_a_function_is_seen() -> None:
+    source = "def late():\n    from metapl.training import loop\nif TYPE_CHECKING:\n    import metapl.ablation\n"
+    found = imports(source, {*modules()})
+    assert found == {"metapl.training.loop", "metapl.ablation"}
+    assert upward({"metapl.feedback.base": found}) == [
+        "metapl.feedback.base -> metapl.ablation",
+        "metapl.feedback.base -> metapl.training.loop",
+    ]
+    assert upward({"metapl.training.trainer": {"metapl.data.feed"}}) == []
+    assert circle({"a": {"b"}, "b": {"a"}}) != []

@@ -1,0 +1,125 @@
+"""What is loaded is what was written, or is refused in one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fits import batches, bilevel, single
+
+from metapl.errors import MetaplError
+from metapl.runs import checkpoint
+from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.rows import Metrics
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+DAMAGES = {
+    "half a line": b'{"phase": "fit", "st\n',
+    "another thing": b"[1, 2]\n",
+    "no step": b'{"phase": "fit", "loss": 1.0}\n',
+    "a text for a number": b'{"phase": "fit", "step": "3", "loss": 1.0}\n',
+    "a text for a loss": b'{"phase": "fit", "step": 3, "loss": "1.0"}\n',
+    "no text": b"\xff\xfe\x00{}\n",
+    "deep": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_row_is_cut_and_said_and_the_run_goes_on(name: str, tmp_path: Path) -> None:
+    labeled, _ = batches(5)
+    for steps in (6, 9):
+        spoken: list[str] = []
+        if steps == 9:
+            lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+            (tmp_path / "metrics.jsonl").write_bytes(b"".join([*lines[:2], DAMAGES[name], *lines[2:]]))
+        single().fit(
+            labeled,
+            steps=steps,
+            out=str(tmp_path),
+            resume=steps == 9,
+            schedule="constant",
+            log_every=1,
+            say=spoken.append,
+            progress=False,
+        )
+    assert spoken[-1] == f"{tmp_path / 'metrics.jsonl'}: lines that are damaged are left out: 3"
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    assert metrics.damaged() == []
+    assert [row["step"] for row in metrics.rows()] == [*range(1, 10)]
+
+
+def test_somebody_elses_rows_are_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(MetaplError, match=r"metrics\.jsonl is not a run's"):
+        single().fit(batches(5)[0], steps=2, out=str(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+
+
+# ----------------------------------------------------------------------------------------------------- JSON of a run
+
+
+def replaced(content: Any, keys: tuple[Any, ...], value: Any) -> Any:
+    if not keys:
+        return value
+    copy = content.copy()
+    copy[keys[0]] = replaced(content[keys[0]], keys[1:], value)
+    return copy
+
+
+# ----------------------------------------------------------------------------------------- checkpoints sealed again
+
+
+def spoiled(state: dict[str, Any], keys: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    return replaced(state, keys, value)  # type: ignore[no-any-return]
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "no step": lambda state: {key: value for key, value in state.items() if key != "step"},
+    "step as text": lambda state: spoiled(state, ("step",), "4"),
+    "step below 0": lambda state: spoiled(state, ("step",), -1),
+    "step beyond the end": lambda state: spoiled(state, ("step",), 10**9),
+    "options of another kind": lambda state: spoiled(state, ("options",), []),
+    "no trainer": lambda state: spoiled(state, ("trainer",), {}),
+    "trainer of another kind": lambda state: spoiled(state, ("trainer",), 3),
+    "weights of another shape": lambda state: spoiled(state, ("trainer", "student", "0.weight"), torch.ones(2)),
+    "weights without a name": lambda state: spoiled(state, ("trainer", "student"), {}),
+    "weights that are numbers": lambda state: spoiled(state, ("trainer", "student", "0.weight"), 1.0),
+    "an optimizer of another kind": lambda state: spoiled(state, ("trainer", "outer"), {"state": {}}),
+    "momentum of another shape": lambda state: spoiled(
+        state, ("trainer", "outer", "state", 0, "momentum_buffer"), torch.ones(1, 2, 3)
+    ),
+    "accuracies of another kind": lambda state: spoiled(state, ("seen",), {"x": "y"}),
+    "a best student of another kind": lambda state: spoiled(state, ("best",), None),
+    "the best of another network": lambda state: spoiled(state, ("best", "weights"), {"x": torch.ones(1)}),
+    "feeds of another kind": lambda state: spoiled(state, ("feeds", "labeled"), {"kind": "sequence", "position": -1}),
+    "random numbers of another kind": lambda state: spoiled(state, ("rng", "torch"), torch.ones(3)),
+    "an end of another kind": lambda state: spoiled(state, ("ended",), ("x",)),
+    "callbacks of another kind": lambda state: spoiled(state, ("callbacks",), [1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_checkpoint_that_was_sealed_with_wrong_values_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    labeled, unlabeled = batches(5)
+    how: dict[str, Any] = {"out": str(tmp_path), "steps": 8, "save_every": 4, "progress": False, "say": lambda _: None}
+    bilevel().fit(labeled, unlabeled, **how)
+    newest, older = CheckpointFolder(tmp_path / "checkpoints/fit").paths()
+    newest.unlink()
+    state = checkpoint.load(older)
+    checkpoint.save(older, WRONG[name](state))
+    trainer = bilevel()
+    before = {key: value.clone() for key, value in trainer.student.state_dict().items()}
+    with pytest.raises(
+        MetaplError, match=r"step-00000004\.ckpt|the checkpoint has the states|this is no state for this BilevelTrainer"
+    ) as told:
+        trainer.fit(labeled, unlabeled, resume=True, **how)
+    assert "\n" not in str(told.value)
+    if name != "momentum of another shape":
+        assert all(torch.equal(before[key], value) for key, value in trainer.student.state_dict().items())
+    checkpoint.save(older, state)
+    bilevel().fit(labeled, unlabeled, resume=True, **how)

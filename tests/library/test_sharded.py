@@ -1,0 +1,531 @@
+"""Networks in several processes: the same numbers as one process with the whole batch, every mode, every layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import sharded_cases
+import timm
+import torch
+import torchvision
+from ranks import Hung, Ranks
+from reference import error
+from torch import nn
+
+from metapl.distributed import Mesh, shard
+from metapl.distributed.mesh import blocks_of
+from metapl.errors import MetaplError
+from metapl.feedback import Altered, Reinforce, ReinforcePerExample
+from metapl.models import mlp as multilayer
+
+MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
+RULES = {
+    "sgd": reference.sgd(lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": reference.adamw(lr=0.05, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1),
+}
+KINDS = {"forward": "soft", "difference": "soft", "reinforce": "batch_score", "reinforce_per_example": "score"}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+@cache
+def alone(**case: Any) -> dict[str, Any]:
+    """The same in this process, with the whole batch."""
+    return sharded_cases.train(**case)
+
+
+def tolerance(mode: Any) -> float:
+    return 1e-6 if "difference" in (mode, getattr(mode, "tangent", None)) else 1e-10
+
+
+def compare(found: list[dict[str, Any]], expected: dict[str, Any], limit: float, alike: int = 1) -> None:
+    """What every rank found, with what one process found; ``alike`` ranks have the same rows."""
+    steps = len(expected["scalars"])
+    for rank, own in enumerate(found):
+        for name in ("teacher", "student"):
+            assert error(own[name], expected[name]) < limit, (name, rank)
+        for step in range(steps):
+            for name, value in expected["scalars"][step].items():
+                given = own["scalars"][step][name]
+                assert given == pytest.approx(value, rel=limit, abs=limit, nan_ok=True), (name, step, rank)
+                assert given == pytest.approx(found[0]["scalars"][step][name], rel=0, abs=0, nan_ok=True), (name, step)
+        for a, b in zip(own["gradients"], expected["gradients"], strict=True):
+            gap = (reference.flat(a) - reference.flat(b)).norm()
+            assert gap <= limit * reference.flat(b).norm()
+        for a, b in zip(own["moved"], expected["moved"], strict=True):
+            assert error(a, b) < limit
+    for step, h in enumerate(expected["feedback"]):
+        parts = [own["feedback"][step] for own in found[::alike]]
+        if h.ndim == 0:
+            assert all(torch.equal(part, parts[0]) for part in parts)  # Algorithm 1's h is one number
+            parts = [parts[0][None]]
+        together = torch.cat(parts).reshape(h.shape)
+        assert float((together - h).norm()) <= limit * float(h.norm()), step
+
+
+def check(ranks: Ranks, cases: list[dict[str, Any]], alike: int = 1) -> None:
+    found = ranks.run("many", cases=cases)
+    for i, case in enumerate(cases):
+        plain = {name: value for name, value in case.items() if name not in ("layout", "teacher_layout")}
+        compare([own[i] for own in found], alone(**plain), tolerance(case["mode"]), alike)
+
+
+# ------------------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_every_mode_is_as_in_one_process(two: Ranks, layout: str, optimizer: str) -> None:
+    check(two, [{"mode": mode, "layout": layout, "optimizer": optimizer} for mode in MODES])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "modes"),
+    [
+        ("sgd", MODES),
+        ("adamw", ("reinforce", "forward")),
+        pytest.param("adamw", ("none", *MODES[2:5]), marks=pytest.mark.long),
+    ],
+)
+def test_hybrid_sharding_of_two_by_two(four: Ranks, optimizer: str, modes: tuple[str, ...]) -> None:
+    check(four, [{"mode": mode, "layout": "hsdp", "optimizer": optimizer} for mode in modes])
+
+
+def test_uneven_shards(four: Ranks) -> None:
+    """Widths of 3, 5 and 9 over four processes: some hold nothing of a bias."""
+    check(four, [{"mode": mode, "layout": "fsdp", "optimizer": "sgd"} for mode in ("forward", "reinforce")])
+
+
+@pytest.mark.parametrize("alteration", ["permuted", "class_means", "random_sign"])
+def test_altered_feedback_is_that_of_all_rows(two: Ranks, alteration: Any) -> None:
+    modes = Altered(alteration=alteration), Altered(ReinforcePerExample(), alteration)
+    check(two, [{"mode": mode, "layout": "ddp", "optimizer": "sgd"} for mode in modes])
+
+
+INDUCTOR = (
+    pytest.mark.long,
+    pytest.mark.skipif(
+        shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a C++ compiler"
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mode", "graphs"),
+    [
+        # Passes of the blocks with and without a graph: of the student's 3 and the teacher's 2, and of whole networks.
+        pytest.param("fsdp", "reinforce", 10, id="blocks"),
+        pytest.param("shard_checkpoint", "forward", 10, id="checkpoint"),
+        pytest.param("ddp", "difference", 4, id="replicas"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
+def test_compiled_passes(two: Ranks, layout: str, mode: str, graphs: int, backend: str) -> None:
+    case: dict[str, Any] = {"mode": mode, "optimizer": "sgd"}
+    found = two.run("train", **case, layout=layout, compile=True, backend=backend)
+    assert all(own["graphs"] >= graphs for own in found)
+    compare(found, alone(**case), tolerance(mode))
+
+
+PLAIN_PASSES = ("none", "reinforce", "loss_difference", "difference", ReinforcePerExample(tangent="difference"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_tensor_parallelism(two: Ranks, optimizer: str) -> None:
+    case: dict[str, Any] = {"layout": "tensor", "optimizer": optimizer, "hidden": 8}
+    check(
+        two, [*({**case, "mode": mode} for mode in PLAIN_PASSES), {**case, "mode": "none", "clip_norm": 0.05}], alike=2
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["tensor_by_shard", "tensor_by_replicate"])
+def test_products_by_a_mesh(four: Ranks, layout: str) -> None:
+    case: dict[str, Any] = {"layout": layout, "hidden": 8}
+    pairs = (("reinforce", "sgd"), ("difference", "adamw"))
+    check(four, [{**case, "mode": mode, "optimizer": optimizer} for mode, optimizer in pairs], alike=2)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        (("reinforce", "sgd"), ("difference", "adamw")),
+        pytest.param((("reinforce", "adamw"), ("difference", "sgd")), marks=pytest.mark.long),
+    ],
+)
+def test_tensor_parallelism_and_shards(four: Ranks, pairs: tuple[tuple[str, str], ...]) -> None:
+    case: dict[str, Any] = {"layout": "tensor_shard", "hidden": 8}
+    cases = [{**case, "mode": mode, "optimizer": optimizer} for mode, optimizer in pairs]
+    check(four, [*cases, {**case, "mode": "difference", "optimizer": "sgd", "clip_norm": 0.05}], alike=2)
+
+
+@pytest.mark.parametrize("mode", list(KINDS))
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_the_hypergradient_is_that_of_double_backward(two: Ranks, layout: str, mode: str) -> None:
+    for optimizer, rule in RULES.items():
+        found = two.run("train", mode=mode, layout=layout, optimizer=optimizer, steps=1)
+        teacher, student = sharded_cases.networks()
+        labeled, unlabeled = sharded_cases.batches(1)[0]
+        q = teacher(unlabeled).softmax(-1).detach()
+        labels = torch.multinomial(q, 1, generator=torch.Generator().manual_seed(6)).squeeze(-1)
+        hard = {} if KINDS[mode] == "soft" else {"labels": labels}
+        expected = reference.pseudo_labels(teacher, student, labeled, unlabeled, rule, kind=KINDS[mode], **hard)
+        for own in found:
+            assert error(own["gradients"][0], expected.grads) < tolerance(mode)
+            assert error(own["moved"][0], expected.student_params) < tolerance(mode)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_options_of_the_trainer(two: Ranks, layout: str) -> None:
+    case: dict[str, Any] = {"mode": "forward", "layout": layout, "optimizer": "sgd"}
+    cosine = Reinforce(similarity="cosine", baseline=0.9)
+    check(
+        two,
+        [
+            {**case, "clip_norm": 0.05},
+            {**case, "clip_norm": 0.05, "optimizer": "adamw", "mode": "reinforce_per_example"},
+            {**case, "views": True},  # UDA
+            {**case, "recompute_teacher": True},
+            {**case, "accumulate": 2, "gradients": False},
+            {**case, "feedback_ratio": 0.5},
+            {**case, "mode": cosine},
+        ],
+    )
+
+
+def test_uda_aligns_the_labels_of_all_rows(two: Ranks) -> None:
+    assert max(two.run("aligned")) < 1e-14
+
+
+def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
+    check(two, [{"mode": "forward", "layout": "fsdp", "teacher_layout": "ddp", "optimizer": "adamw"}])
+
+
+def test_a_teacher_that_is_not_cut_beside_shared_products(two: Ranks) -> None:
+    case: dict[str, Any] = {"layout": "tensor", "hidden": 8, "optimizer": "adamw"}
+    layouts, modes = ("ddp", "fsdp"), ("reinforce", "difference")
+    check(two, [{**case, "teacher_layout": how, "mode": mode} for how in layouts for mode in modes], alike=2)
+
+
+@pytest.mark.parametrize("layout", ["shard", "shard_checkpoint"])
+def test_metapls_own_function(two: Ranks, layout: str) -> None:
+    check(two, [{"mode": mode, "layout": layout, "optimizer": "sgd"} for mode in ("forward", "difference")])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_batch_norms_have_the_statistics_of_their_ranks(two: Ranks, layout: str) -> None:
+    """So the numbers are those of one process that takes each batch in two parts; the running statistics are means."""
+    case: dict[str, Any] = {"mode": "forward", "optimizer": "sgd", "inside": "norm", "gradients": False}
+    found = two.run("train", layout=layout, **case)
+    expected = alone(**case, accumulate=2)
+    for own in found:
+        assert error(own["student"], expected["student"]) < 1e-10
+        assert error(own["teacher"], expected["teacher"]) < 1e-10
+    buffers = [own["student_buffers"] for own in found]
+    assert buffers[0].keys() == expected["student_buffers"].keys()
+    assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
+
+
+def test_masks_by_keys_are_those_of_the_whole_batch(two: Ranks, four: Ranks) -> None:
+    case: dict[str, Any] = {"mode": "forward", "optimizer": "sgd", "inside": "keyed"}
+    check(two, [{**case, "layout": layout} for layout in ("ddp", "fsdp")])
+    check(four, [{**case, "layout": "hsdp", "gradients": False}])
+
+
+def test_dropout_has_the_masks_of_the_inner_pass(two: Ranks) -> None:
+    """Forward mode and a difference of outputs agree, which they would not with other masks."""
+    case: dict[str, Any] = {"layout": "fsdp", "optimizer": "sgd", "steps": 1, "inside": "dropout"}
+    forward, difference = (two.run("train", mode=mode, **case)[0] for mode in ("forward", "difference"))
+    assert error(forward["gradients"][0], difference["gradients"][0]) < 1e-6
+
+
+def test_bfloat16_by_autocast(two: Ranks) -> None:
+    """Autocast keeps casts of weights, which must not survive a move of them."""
+    case: dict[str, Any] = {"optimizer": "sgd", "steps": 1, "dtype": torch.float32, "precision": "bfloat16"}
+    for mode in ("loss_difference", "forward"):
+        found = two.run("train", mode=mode, layout="fsdp", **case)
+        expected = alone(mode=mode, **case)
+        for own in found:
+            assert error(own["student"], expected["student"]) < 1e-2
+            assert error(own["gradients"][0], expected["gradients"][0]) < 5e-2
+            assert own["scalars"][0]["outer_loss"] == pytest.approx(expected["scalars"][0]["outer_loss"], rel=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout", "mode"),
+    [
+        ("stale_root", "fsdp", "loss_difference"),
+        ("stale_root", "fsdp", "difference"),
+        ("weights_swapped", "fsdp", "reinforce"),
+        ("direction_not_gathered", "fsdp", "forward"),
+        ("gradient_not_averaged", "ddp", "reinforce"),
+        ("products_of_parts", "fsdp", "reinforce"),
+        ("mean_over_own_rows", "fsdp", "forward"),
+        ("mean_over_own_rows", "ddp", "reinforce_per_example"),
+    ],
+)
+def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: str) -> None:
+    """By the comparison with one process, or by the library's own checks, and by all ranks alike."""
+    case: dict[str, Any] = {"mode": mode, "layout": layout, "optimizer": "sgd", "steps": 1}
+    found = two.run("faulty", fault=fault, case=case)
+    if isinstance(found[0], str):
+        assert found[0] == found[1]
+        return
+    with pytest.raises(AssertionError):
+        compare(found, alone(mode=mode, optimizer="sgd", steps=1), 1e-3)
+
+
+def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
+    """By the loss after the step, which test_bfloat16_by_autocast compares to 2e-3."""
+    case: dict[str, Any] = {"mode": "loss_difference", "optimizer": "sgd", "steps": 1, "gradients": False}
+    case |= {"dtype": torch.float32, "precision": "bfloat16"}
+    expected = alone(**case)["scalars"][0]["outer_loss"]
+    for own in two.run("faulty", fault="casts_kept", case={**case, "layout": "fsdp"}):
+        assert own["scalars"][0]["outer_loss"] != pytest.approx(expected, rel=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("unrolled", "mode 'unrolled' does not run on a student that is in DistributedDataParallel.*mode 'forward'"),
+        ("implicit", "mode 'implicit' does not run on a student that is sharded"),
+        ("lookahead", "a look-ahead of 2 student steps does not run on a student that is sharded"),
+        ("reweight", "LearningToReweight, which makes its signal of the feedback, does not run"),
+        ("max_norm", "the student's 0 is an Embedding with max_norm=1.0, which changes its weights in each pass"),
+        ("sparse", "the student's 0 is an Embedding with sparse=True, and sparse gradients are not averaged"),
+        ("tied", "the student shares the weight of a Linear between two blocks"),
+        ("torchopt", "TorchOpt transform.*for a sharded student expected torch.optim.SGD"),
+        ("compile", "compile=True does not run on networks that are cut along .* or whose products are shared"),
+        ("one_plain", "the teacher is a plain module, the student sharded over the processes 0, 1"),
+        ("unequal", r"unequal shares of a batch .*rank 0: \[6, 4\]; rank 1: \[6, 3\]"),
+        ("not_finite_on_one", "rank 1: the unlabeled batch holds NaN"),
+        ("wrong_label_on_one", r"rank 1: the labels run from 7 to 9"),
+        ("reads_weights", r"inner_loss reads the student's weights \(params\['head.weight'\]\)"),
+        ("root_forgotten", "fully_shard was called on parts of the student and not on the student itself"),
+        ("divided_otherwise", "set_gradient_divide_factor was called on the student"),
+        ("not_synchronized", r"set_requires_gradient_sync\(False\) was called on the teacher"),
+        ("ratio_without_rows", "feedback_ratio is measured row by row at the teacher's outputs"),
+        ("switched_later", r"set_requires_all_reduce\(False\) was called on the network"),
+        ("not_reduced", r"set_requires_all_reduce\(False\) was called on the student"),
+        ("hooked", "set_all_reduce_hook was called on the teacher"),
+        ("part_left_out", "the student's head.weight is not sharded although"),
+        ("outputs_in_parts", "the student returned a DTensor laid out as .*expected a plain tensor"),
+        ("tensor_parallel_forward", "mode 'forward' takes a pass in forward mode, .*use mode=\"difference\""),
+        ("tensor_parallel_beside_sharded", "products are shared by 2 processes in the teacher and 1 in the student"),
+        ("mesh_of_others", r"mesh is of 6 processes \(replicate=3 x shard=2\), and 2 were started"),
+    ],
+)
+def test_what_does_not_run_is_refused_on_every_rank_with_one_message(two: Ranks, how: str, text: str) -> None:
+    said = two.run("refused", how=how)
+    with pytest.raises(ValueError, match=text):
+        raise ValueError(said[0])
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_an_outer_loss_of_a_sum_and_a_weight_is_as_in_one_process(two: Ranks, layout: str) -> None:
+    cases = [{"mode": mode, "layout": layout, "problem": sharded_cases.Weighted()} for mode in MODES]
+    check(two, [*cases, {**cases[-1], "accumulate": 2, "gradients": False}])
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_an_outer_loss_that_is_no_mean_is_told_of_once(two: Ranks, layout: str) -> None:
+    first, second = two.run("warned", layout=layout)
+    assert second == []
+    assert 0 < len(first) < 3  # before and after the first step
+    assert all("on 6 examples" in text and "it is not a mean over examples" in text for text in first)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"rows": 2 * sharded_cases.CLASSES},  # as many on a rank as the matrix has
+        {"rows": 2 * sharded_cases.CLASSES, "mode": Altered()},
+        {"mode": Altered(alteration="random_sign"), "accumulate": 2},
+        {"matrix": False},
+    ],
+)
+def test_feedback_on_a_signal_without_rows_is_that_of_all_processes(two: Ranks, case: dict[str, Any]) -> None:
+    for found in two.run("without_rows", **case):
+        assert found == pytest.approx(sharded_cases.without_rows(**{**case, "accumulate": 1}), rel=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("replicate", [True, False])
+def test_tied_weights_and_buffers_that_move(two: Ranks, replicate: bool) -> None:
+    """Running statistics are means over the ranks; another buffer is the first rank's, on all of them."""
+    found, expected = two.run("moved", replicate=replicate), sharded_cases.moved(replicate)
+    for role in ("teacher", "student"):
+        first, second = (own[role] for own in found)
+        assert first.keys() == expected[role].keys()
+        assert all(torch.equal(t, second[name]) for name, t in first.items())
+        seen = first.pop("seen")
+        assert not torch.equal(seen, expected[role].pop("seen"))  # of its own rows
+        assert error(first, expected[role]) < 1e-10
+
+
+def test_nothing_is_padded_where_a_dimension_divides(two: Ranks) -> None:
+    assert two.run("placements")[0] == {
+        "0.weight": ("(Shard(dim=1),)", (3, 3)),
+        "0.bias": ("(Shard(dim=0),)", (2,)),
+        "1.weight": ("(Shard(dim=0),)", (2, 3)),
+        "1.bias": ("(Shard(dim=0),)", (2,)),
+    }
+
+
+@pytest.mark.parametrize("inside", ["plain", "norm"])
+def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
+    """Forward mode goes along; a difference of outputs would be noise. Batch norms stay in float32, on their own."""
+    for found in two.run("in_bfloat16", inside=inside):
+        assert 1e-6 < error(found["bfloat16"], found["float32"]) < 0.1
+        assert found["dtypes"] == {"torch.float32"}
+        norms = [f"blocks.{i}.inside" for i in range(3)] if inside == "norm" else []
+        assert sorted(found["blocks"]) == sorted(["", "blocks.0", "blocks.1", "blocks.2", *norms])
+        assert "mixed-precision policy of torch.bfloat16" in found["difference"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda: Mesh(tensor=2, spatial=2), r"Mesh\(tensor=2, spatial=2\): a network is cut either in its products"),
+        (lambda: shard(multilayer([4, 3]), Mesh(shard=2), plan={}), "shard was given a plan and mesh.tensor=1"),
+        (lambda: shard(multilayer([4, 3]), Mesh(spatial=2)), "shard was given mesh.spatial=2 and no example"),
+        (lambda: Mesh(shard=0), r"Mesh\(shard=0\): expected a number of processes"),
+        (lambda: shard(multilayer([4, 3]), Mesh(shard=2)), "torchrun --nproc-per-node=2"),
+        (lambda: shard(multilayer([4, 3]), Mesh(), precision="bfloat16"), "expected mesh.shard above 1"),
+        (lambda: shard(multilayer([4, 3]), Mesh(shard=2), precision="half"), "precision='half': expected"),
+        (
+            lambda: shard(multilayer([4, 3]), Mesh(shard=2), blocks=lambda n: [n]),
+            "a module that is not inside the network",
+        ),
+        (lambda: shard(nn.Flatten(), Mesh(shard=2)), "a module without parameters"),
+        (lambda: shard(sharded_cases.Moving(True), Mesh(shard=2)), "scale is a parameter without dimensions"),
+        (
+            lambda: shard(sharded_cases.Moving(False), Mesh(shard=2), blocks=lambda n: [n.layers[0]]),
+            "a Linear that shares a weight with a part of the network outside of it",
+        ),
+        (lambda: shard(nn.Sequential(nn.BatchNorm1d(3)), Mesh(shard=2), checkpoint=True), "count each batch twice"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(wrong: Callable[[], Any], text: str) -> None:
+    with pytest.raises(MetaplError, match=text):
+        wrong()
+
+
+def test_the_blocks_of_known_families() -> None:
+    with torch.device("meta"):
+        found = {
+            "BasicBlock": blocks_of(torchvision.models.resnet18()),
+            "EncoderBlock": blocks_of(torchvision.models.vit_b_16()),
+            "Block": blocks_of(timm.create_model("vit_tiny_patch16_224")),
+            "InvertedResidual": blocks_of(timm.create_model("tf_efficientnet_b0"))[1:],
+        }
+    kinds = {name: ({type(block).__name__ for block in blocks}, len(blocks)) for name, blocks in found.items()}
+    numbers = {"BasicBlock": 8, "EncoderBlock": 12, "Block": 12, "InvertedResidual": 15}
+    assert kinds == {name: ({name}, number) for name, number in numbers.items()}
+
+
+def test_a_rank_that_hangs_ends_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(2)
+    ranks.run("ready")  # on a busy machine processes take seconds to begin
+    monkeypatch.setattr("ranks.SECONDS", 3.0)
+    with pytest.raises(Hung, match=r"rank 1 of 2 did not answer to hang\(\{\}\) in 3 s"):
+        ranks.run("hang")
+
+
+# ------------------------------------------------------------------------------------------------ fits and the command
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_fit_is_as_in_one_process_and_the_first_rank_writes(two: Ranks, layout: str, tmp_path: Path) -> None:
+    """With averaged weights, which are validated and kept."""
+    found = two.run("fitted", layout=layout, out=str(tmp_path / "run"), ema_decay=0.7)
+    expected = sharded_cases.fitted(None, ema_decay=0.7)
+    for own in found:
+        assert error(own["weights"], expected["weights"]) < 1e-10
+        assert error(own["tuned"], expected["tuned"]) < 1e-10
+        assert own["step"] == expected["step"]
+        for row, other in zip(own["history"], expected["history"], strict=True):
+            assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in written if row["phase"] == "fit"] == [row["step"] for row in expected["history"]]
+
+
+@pytest.mark.parametrize("layout", ["tensor", "tensor_shard", "tensor_by_replicate"])
+def test_a_fit_of_parallel_products(two: Ranks, four: Ranks, layout: str) -> None:
+    case: dict[str, Any] = {"mode": "difference", "hidden": 8, "ema_decay": None if layout == "tensor" else 0.7}
+    expected = sharded_cases.fitted(None, **case)
+    for own in (two if layout == "tensor" else four).run("fitted", layout=layout, **case):
+        assert error(own["weights"], expected["weights"]) < 1e-6
+        assert error(own["tuned"], expected["tuned"]) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
+    two: Ranks, layout: str, tmp_path: Path
+) -> None:
+    """With dropout, whose masks are of the generators of each process."""
+    whole = two.run("resumed", layout=layout, out=str(tmp_path / "whole"))
+    two.run("resumed", layout=layout, out=str(tmp_path / "run"), stop=5)
+    names = [path.name for path in sorted((tmp_path / "run" / "checkpoints" / "fit").iterdir())]
+    suffix = "ckpt" if layout == "ddp" else "parts"  # every process writes its part of what is sharded
+    assert names == [f"step-00000002.{suffix}", f"step-00000004.{suffix}"]
+    gone_on = two.run("resumed", layout=layout, out=str(tmp_path / "run"), resume=True)
+    for own, expected in zip(gone_on, whole, strict=True):
+        for part in ("weights", "teacher"):
+            assert all(torch.equal(own[part][name], t) for name, t in expected[part].items())
+    assert gone_on[0]["history"] == whole[0]["history"]
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "hsdp"), ("fsdp", None), (None, "fsdp"), ("ddp", "fsdp")])
+def test_a_fit_goes_on_in_another_layout(
+    two: Ranks, four: Ranks, before: str | None, after: str | None, tmp_path: Path
+) -> None:
+    """The same numbers as one process, with dropout by keys too."""
+    expected = sharded_cases.resumed(None, str(tmp_path / "whole"), inside="keyed")
+    run = {"out": str(tmp_path / "run"), "inside": "keyed"}
+    begin, go_on = run | {"layout": before, "stop": 4}, run | {"layout": after, "resume": True}
+    two.run("resumed", **begin) if before else sharded_cases.resumed(**begin)
+    ranks = four if after == "hsdp" else two
+    for own in ranks.run("resumed", **go_on) if after else [sharded_cases.resumed(**go_on)]:
+        for part in ("weights", "teacher"):
+            assert error(own[part], expected[part]) < 1e-10
+        for row, other in zip(own["history"], expected["history"], strict=True):
+            assert row == pytest.approx(other, rel=1e-9, abs=1e-12, nan_ok=True)
+
+
+def test_a_checkpoint_that_fails_on_the_first_rank_ends_on_all(two: Ranks, tmp_path: Path) -> None:
+    first, second = two.run("unwritten", folder=str(tmp_path))
+    assert first == second
+    assert [text.partition(str(tmp_path))[0] for text in first] == ["a checkpoint could not be written in ", ""]
+    assert all("could not be written" in text and "a bug" in text for text in first)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_page_on_scale_runs(two: Ranks) -> None:
+    two.run("script", page=str(Path(__file__).parents[2] / "docs" / "scale.md"))

@@ -1,0 +1,194 @@
+"""No step makes the host wait for the device.
+
+On CUDA, PyTorch itself raises where it would. Elsewhere the step runs as it would on an accelerator (nothing is looked
+at on the spot), and every operator counts that reads a value out of a tensor, or whose result has a shape that depends
+on values.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems_zoo import ANYWHERE
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metapl
+from metapl.execution import checks
+from metapl.problems.losses import UDA, CrossEntropy
+from metapl.training.loss_trainer import LossTrainer
+
+WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal", "unique_dim")
+PACKAGE = Path(metapl.__file__).parent
+IN_A_STEP = (
+    *("training/trainer", "training/teacher", "training/loss_trainer", "numerics", "hypergradient"),
+    *("execution/local", "execution/buffers", "execution/kernels", "execution/agreement", "execution/rng"),
+    *("execution/guards", "execution/hooks", "execution/writes"),
+    *("problems/base", "problems/pseudo_labels", "problems/losses", "feedback/base", "feedback/lookahead"),
+    *("feedback/credit", "feedback/unrolled", "feedback/forward", "feedback/difference", "feedback/reinforce"),
+    *("feedback/reinforce_per_example", "feedback/loss_difference", "feedback/none"),
+    *("updates/base", "updates/torch_optim", "updates/sgd", "updates/adam", "updates/clip"),
+)
+ALLOWED = {
+    ("training/trainer", "exact_cosine"),
+    ("execution/rng", "branch"),
+    ("execution/rng", "same"),
+    ("problems/base", "counts"),
+}
+"""Functions that a step does not call, and two that read states which lie on the host."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that make the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
+    monkeypatch.setattr(checks, "waits", lambda t: True)
+    with Waits() as waits:
+        yield waits
+
+
+def networks(device: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+
+    def network() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(288, 4)
+        ).to(device)
+
+    return network(), network()
+
+
+def trainer(mode: Any, device: str, **options: Any) -> metapl.BilevelTrainer:
+    teacher, student = networks(device)
+    losses = (CrossEntropy(0.1), UDA(threshold=0.3))
+    return metapl.BilevelTrainer(teacher, student, mode, teacher_losses=losses, clip_norm=1.0, **options)
+
+
+def batches(device: str) -> tuple[Any, Any]:
+    torch.manual_seed(1)
+    labeled = torch.randn(4, 3, 8, 8), torch.arange(4)
+    views = torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8)
+    return tuple(t.to(device) for t in labeled), tuple(t.to(device) for t in views)
+
+
+SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{mode: (mode, {}) for mode in ANYWHERE},
+    "reinforce with a baseline": (metapl.feedback.Reinforce(similarity="cosine", baseline=0.9), {}),
+    "a ratio": ("forward", {"feedback_ratio": 0.1}),
+    "micro-batches": ("forward", {"accumulate": 2}),
+    "bfloat16": ("reinforce", {"precision": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_does_not_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, options = SETTINGS[name]
+    one = trainer(mode, "cpu", **options)
+    labeled, unlabeled = batches("cpu")
+    one.step(labeled, unlabeled)
+    with as_on_an_accelerator(monkeypatch) as waits:
+        report = one.step(labeled, unlabeled)
+        assert waits.found == []
+        assert report.fault.findings, "it ran as on the CPU, where it may look at values"
+        report.as_dict()
+
+
+@pytest.mark.parametrize("wait", ["teacher_step", "supervised"])
+def test_nor_do_the_other_steps(wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    labeled, unlabeled = batches("cpu")
+    with as_on_an_accelerator(monkeypatch) as waits:
+        if wait == "teacher_step":
+            trainer("forward", "cpu").teacher_step(labeled, unlabeled)
+        else:
+            model, _ = networks("cpu")
+            LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).step(labeled)
+        assert waits.found == []
+
+
+def test_nor_does_the_loop_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedule, average and watch between two looks at the numbers."""
+    one, data = trainer("forward", "cpu"), batches("cpu")
+    counts: list[int] = []
+    with as_on_an_accelerator(monkeypatch) as waits:
+        step = one.step
+
+        def noted(*given: Any) -> Any:
+            counts.append(len(waits.found))
+            return step(*given)
+
+        one.step = noted  # type: ignore[method-assign]
+        one.fit([data[0]], [data[1]], steps=8, wait=2, ema_decay=0.9, log_every=100, validate_every=100)
+    assert len(counts) == 6
+    assert counts == [0] * 6
+
+
+def test_a_look_at_a_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counter can fail: a look at the loss, as many training loops have one."""
+    one = trainer("forward", "cpu")
+    with as_on_an_accelerator(monkeypatch) as waits:
+        report = one.step(*batches("cpu"))
+        if report.scalars["inner_loss"] > 0:
+            report.scalars["inner_loss"].item()
+    assert len(waits.found) == 2
+
+
+@pytest.mark.parametrize("module", IN_A_STEP)
+def test_the_code_of_a_step_fetches_nothing(module: str) -> None:
+    """What operators do not show: ``tolist``, ``numpy`` and ``cpu`` read tensors past the dispatcher."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert functions
+    for function in functions:
+        if (module, function.name) in ALLOWED:
+            continue
+        calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+        names = {call.attr for call in calls if isinstance(call, ast.Attribute)}
+        assert not names & {"item", "tolist", "numpy", "cpu", "nonzero"}, function.name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "unrolled"])
+def test_cuda_is_not_waited_for(name: str, compiled: bool) -> None:
+    mode, options = SETTINGS[name]
+    one = trainer(mode, "cuda", compile=compiled, **options)
+    labeled, unlabeled = batches("cuda")
+    for _ in range(3):
+        one.step(labeled, unlabeled)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one.step(labeled, unlabeled)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_bad_batch_found_on_the_device_is_told_when_the_report_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one network's trainer too."""
+    model, _ = networks("cpu")
+    one = LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), clip_norm=1.0)
+    (x, y), _ = batches("cpu")
+    one.step((x, y))
+    with as_on_an_accelerator(monkeypatch) as waits:
+        report = one.step((x * torch.nan, y))
+        assert waits.found == []
+    with pytest.raises(metapl.MetaplError, match="NaN"):
+        report.fault.raise_if_found()

@@ -1,0 +1,435 @@
+"""The functional updates against the optimisers themselves, and their pullbacks against autograd and differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torchopt
+from problems_zoo import OPTIMISERS, toy, unmoved, warm
+from reference import error
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import metapl
+from metapl import MetaplError
+from metapl.execution.modules import trainable
+from metapl.feedback.path import take_steps
+from metapl.updates import Clipped, update_of
+
+TORCH = [name for name in OPTIMISERS if name.startswith("torch_")]
+TORCHOPT = [name for name in OPTIMISERS if name.startswith("torchopt")]
+
+
+def gradients(student: torch.nn.Module, seed: int = 11) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in student.named_parameters()}
+
+
+def values(student: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in student.named_parameters()}
+
+
+def check_three_steps(functional: Any, student: torch.nn.Module) -> None:
+    """θ′ by the pure update, its state carried along, and by the optimizer's own step."""
+    params, state = values(student), functional.read_state()
+    for seed in range(3):
+        g = gradients(student, seed)
+        moved = params, state = functional.update(params, g, state)
+        functional.commit(trainable(student), g, lambda moved=moved: moved)
+        assert error(params, values(student)) < 1e-14
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", TORCH)
+def test_the_functional_update_is_the_optimisers_own_step(name: str, steps: int) -> None:
+    """In θ′ and, over three more steps, in the state."""
+    problem = toy("batch_norm")
+    student = problem.student
+    real, _, _ = warm(problem, OPTIMISERS[name], steps)
+    functional = update_of(real, trainable(student))
+    check_three_steps(functional, student)
+    assert all(p.grad is None for p in student.parameters())
+
+
+def groups(student: torch.nn.Module) -> list[dict[str, Any]]:
+    first, *rest = student.parameters()
+    return [{"params": [first], "lr": 0.5}, {"params": rest[:1], "weight_decay": 0.2}, {"params": rest[1:]}]
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+        (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+        (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.3}),
+    ],
+)
+def test_param_groups_keep_their_own_options(cls: Any, options: dict[str, Any]) -> None:
+    student = toy("mlp").student
+    real = cls(groups(student), **options)
+    functional = update_of(real, trainable(student))
+    check_three_steps(functional, student)
+    check_pullback(functional, student)
+
+
+def check_pullback(functional: Any, student: torch.nn.Module, tolerance: float = 1e-10) -> None:
+    """w = (∂U/∂g)ᵀ v by the library, and by autograd through ``update``."""
+    params, state = values(student), functional.read_state()
+    g = {n: t.requires_grad_() for n, t in gradients(student, 21).items()}
+    v = gradients(student, 22)
+    moved, _ = functional.update(params, g, state)
+    by_autograd = torch.autograd.grad(sum((moved[n] * v[n]).sum() for n in v), list(g.values()))
+    w = functional.pullback(params, {n: t.detach() for n, t in g.items()}, state, v)
+    assert error(w, dict(zip(g, by_autograd, strict=True))) < tolerance
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_the_pullback_is_the_updates_vjp(name: str, steps: int) -> None:
+    problem = toy("mlp")
+    real, state, _ = warm(problem, OPTIMISERS[name], steps)
+    check_pullback(update_of(real, trainable(problem.student), state), problem.student)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_the_pullback_agrees_with_central_differences_of_the_real_update(name: str, steps: int) -> None:
+    """⟨w, d⟩ = d/dε ⟨v, U(θ, g + εd)⟩, U the optimiser itself (its step, or its transform untouched)."""
+    problem = toy("mlp")
+    real, state, _ = warm(problem, OPTIMISERS[name], steps)
+    student = problem.student
+    functional = update_of(real, trainable(student), state)
+    theta, g, v, d = values(student), *(gradients(student, seed) for seed in (31, 32, 33))
+    w = functional.pullback(theta, g, functional.read_state(), v)
+
+    def along(moved: float) -> torch.Tensor:
+        twin = toy("mlp")
+        optimizer, inner_state, _ = warm(twin, OPTIMISERS[name], steps)
+        grads = {n: g[n] + moved * d[n] for n in g}
+        if isinstance(optimizer, torch.optim.Optimizer):
+            for n, p in twin.student.named_parameters():
+                p.grad = grads[n]
+            optimizer.step()
+            new = values(twin.student)
+        else:
+            updates, _ = optimizer.update(grads, inner_state, params=theta, inplace=False)
+            new = {n: theta[n] + updates[n] for n in theta}
+        return sum((v[n] * new[n]).sum() for n in v)
+
+    slope = (along(1e-5) - along(-1e-5)) / 2e-5
+    expected = sum((w[n] * d[n]).sum() for n in w)
+    assert float(slope) == pytest.approx(float(expected), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", TORCHOPT)
+def test_a_fresh_transform_with_a_saved_state_goes_on_like_the_old_one(name: str) -> None:
+    """TorchOpt's own momentum forgets the saved state on a fresh transform's first call."""
+    student = toy("mlp").student
+    old = update_of(OPTIMISERS[name].build(student), trainable(student))
+    params, state = values(student), old.read_state()
+    for seed in range(3):
+        params, state = old.update(params, gradients(student, seed), state)
+    fresh = update_of(OPTIMISERS[name].build(student), trainable(student), state)
+    went_on, _ = old.update(params, gradients(student, 9), state)
+    resumed, _ = fresh.update(params, gradients(student, 9), fresh.read_state())
+    assert all(torch.equal(went_on[n], resumed[n]) for n in went_on)
+
+
+def test_dampening_of_a_transform_damps_the_first_step_too() -> None:
+    """TorchOpt takes the first gradient whole, which a state handed to a fresh transform cannot tell."""
+    student = toy("mlp").student
+    transform = torchopt.sgd(0.3, momentum=0.9, dampening=0.4)
+    functional = update_of(transform, trainable(student))
+    g = gradients(student)
+    moved, _ = functional.update(values(student), g, functional.read_state())
+    assert error(moved, {n: p - 0.3 * 0.6 * g[n] for n, p in values(student).items()}) < 1e-14
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("max_norm", [0.05, 1e6])
+def test_the_clip_is_torchopts_and_has_its_derivative(max_norm: float, norm_type: float) -> None:
+    """TorchOpt computes the norm outside autograd; the values must be its, the derivative the true one."""
+    student = toy("mlp").student
+    theta, g = values(student), gradients(student)
+    plain = torchopt.clip_grad_norm(max_norm, norm_type)
+    expected, _ = plain.update(g, plain.init(theta), params=theta, inplace=False)
+    functional = update_of(torchopt.clip_grad_norm(max_norm, norm_type), trainable(student))
+    moved, _ = functional.update(theta, g, functional.read_state())
+    assert error(moved, {n: theta[n] + expected[n] for n in g}) < 1e-14
+    check_pullback(functional, student)
+
+
+@pytest.mark.parametrize("name", ["torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_an_update_behind_a_clip_is_that_of_clipped_gradients(max_norm: float, name: str) -> None:
+    """The values of ``torch.nn.utils.clip_grad_norm_``, the optimiser's own step on them, and its derivative."""
+    problem = toy("mlp")
+    real, state, _ = warm(problem, OPTIMISERS[name], 2)
+    student = problem.student
+    functional = Clipped(update_of(real, trainable(student), state), max_norm)
+    g = gradients(student)
+    moved, new_state = functional.update(values(student), g, functional.read_state())
+    for n, p in student.named_parameters():
+        p.grad = g[n].clone()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm)
+    clipped = {n: p.grad for n, p in student.named_parameters()}
+    expected, _ = functional.inner.update(values(student), clipped, functional.read_state())
+    assert error(moved, expected) < 1e-7  # clip_grad_norm_ adds the norms of the parameters in another order
+    check_pullback(functional, student)
+    functional.commit(trainable(student), g, lambda: (moved, new_state))
+    assert error(values(student), moved) < 1e-14
+
+
+def test_parameters_that_the_loss_does_not_reach_do_not_move() -> None:
+    student = toy("mlp").student
+    real = torch.optim.AdamW(student.parameters(), lr=0.1, weight_decay=0.5)
+    functional = update_of(real, trainable(student))
+    g = gradients(student)
+    last = list(g)[-1]
+    del g[last]
+    before = values(student)
+    moved, _ = functional.update(before, g, functional.read_state())
+    functional.commit(trainable(student), g, lambda: (moved, None))
+    assert torch.equal(moved[last], before[last])
+    assert error(moved, values(student)) < 1e-14
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+def test_a_scheduled_learning_rate_is_read_at_every_step(decayed: bool) -> None:
+    student = toy("mlp").student
+    real = torch.optim.SGD(student.parameters(), lr=0.4)
+    functional = update_of(real, trainable(student))
+    if decayed:
+        real.param_groups[0]["lr"] = 0.1
+    v = gradients(student)
+    w = functional.pullback(values(student), v, functional.read_state(), v)
+    eta = 0.1 if decayed else 0.4
+    assert functional.learning_rate == eta
+    assert error(w, {n: -eta * t for n, t in v.items()}) < 1e-14
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_adjoints_over_three_steps_are_those_of_the_rule_unrolled(name: str, steps: int, clip: float | None) -> None:
+    """Through θ and through the optimizer's state, whose rule is written out in the reference.
+
+    A gradient that depends on θ stands for the student, so that θ's own cotangent counts.
+    """
+    optimiser = OPTIMISERS[name]
+    problem = toy("mlp")
+    real, state, rule_state = warm(problem, optimiser, steps)
+    update = update_of(real, trainable(problem.student), state)
+    update = update if clip is None else Clipped(update, clip)
+    rule = optimiser.rule if clip is None else reference.clipped(clip, optimiser.rule)
+    pull = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in problem.student.named_parameters()}
+
+    def gradient(theta: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: torch.tanh(theta[n]) * 0.3 + given[n] for n in theta}
+
+    givens = [{n: g.requires_grad_() for n, g in gradients(problem.student, seed).items()} for seed in (41, 42, 43)]
+    theta: Any = values(problem.student)
+    for given in givens:
+        theta, rule_state = rule(theta, gradient(theta, given), rule_state)
+    expected = torch.autograd.grad(
+        sum((theta[n] * pull[n]).sum() for n in pull), [g for given in givens for g in given.values()]
+    )
+
+    theta, state = values(problem.student), update.read_state()
+    records = []
+    for given in givens:
+        g = {n: t.detach() for n, t in gradient(theta, given).items()}
+        records.append((theta, g, state))
+        theta, state = update.update(theta, g, state)
+    bar, state_bar, found = pull, None, []
+    for theta, g, state in reversed(records):
+        cotangents = update.vjp(theta, g, state, bar, state_bar)
+        found.append(cotangents.gradient)
+        bar = {
+            n: t + 0.3 * (1 - torch.tanh(theta[n]) ** 2) * cotangents.gradient[n] for n, t in cotangents.params.items()
+        }
+        state_bar = cotangents.state
+    flat = [w[n] for w in reversed(found) for n in w]
+    for one, other in zip(flat, expected, strict=True):
+        assert error({"": one}, {"": other}) < optimiser.tolerance
+
+
+# -------------------------------------------------------------------------------------------------- weights in half
+
+
+def reached(problem: Any, update: Any, **options: Any) -> Any:
+    """The step of a student on soft labels."""
+    (step,) = take_steps(
+        problem.student,
+        update,
+        metapl.PseudoLabels(kind="soft"),
+        labeled=problem.labeled,
+        batches=[problem.unlabeled],
+        teach=lambda x, z: metapl.Signal(problem.teacher(x).softmax(-1)),
+        **options,
+    ).steps
+    return step
+
+
+SGD = {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+IN_HALF: dict[str, tuple[Any, reference.Rule]] = {
+    "sgd": (lambda p: torch.optim.SGD(p, **SGD), reference.sgd(**SGD)),
+    "adam": (lambda p: torch.optim.Adam(p, 1e-3), reference.adam(1e-3)),
+    "adam_decay": (lambda p: torch.optim.Adam(p, 0.01, weight_decay=0.1), reference.adam(0.01, weight_decay=0.1)),
+    "adamw": (lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1), reference.adamw(lr=0.01, weight_decay=0.1)),
+    "torchopt_sgd": (lambda p: torchopt.sgd(0.3, momentum=0.9), reference.sgd(0.3, momentum=0.9)),
+    "torchopt_adam": (lambda p: torchopt.adam(1e-3), reference.adam(1e-3)),
+}
+
+
+def stored(real: Any, student: torch.nn.Module) -> Any:
+    """The state of a ``torch.optim`` optimizer in double, as the rules of the reference have it."""
+    held = {n: real.state[p] for n, p in student.named_parameters()} if hasattr(real, "state") else {}
+    if not any(held.values()):
+        return None
+    if "exp_avg" not in held["1.weight"]:
+        return {n: s["momentum_buffer"].double() for n, s in held.items()}
+    m, n = ({name: s[key].double() for name, s in held.items()} for key in ("exp_avg", "exp_avg_sq"))
+    zeros = {name: torch.zeros_like(t) for name, t in m.items()}
+    return {"t": int(held["1.weight"]["step"]), "m": m, "n": n, "top": zeros}
+
+
+@pytest.mark.parametrize("clip", [None, 0.02])
+@pytest.mark.parametrize(
+    ("dtype", "name", "steps"),
+    [(torch.bfloat16, name, 0) for name in IN_HALF]
+    + [(torch.bfloat16, name, 2) for name in IN_HALF if "torchopt" not in name]
+    + [(torch.float16, "sgd", 0), (torch.float16, "sgd", 2), (torch.float16, "torchopt_sgd", 0)],
+)
+def test_adjoints_of_weights_in_half_are_those_in_double(dtype: Any, name: str, steps: int, clip: float | None) -> None:
+    """From the state as it is stored; in half, a fresh Adam's would be rounding alone."""
+    problem, (build, rule) = toy("mlp", dtype=dtype), IN_HALF[name]
+    real = build(problem.student.parameters())
+    for seed in range(steps):
+        for n, g in gradients(problem.student, seed).items():
+            problem.student.get_parameter(n).grad = g
+        real.step()
+        real.zero_grad()
+    update = update_of(real, trainable(problem.student))
+    update = update if clip is None else Clipped(update, clip)
+    rule = rule if clip is None else reference.clipped(clip, rule)
+    v = gradients(problem.student, 22)
+    step = reached(problem, update)
+    theta, g = ({n: t.double().requires_grad_() for n, t in tree.items()} for tree in (step.params, step.gradient))
+    moved, _ = rule(theta, g, stored(real, problem.student))
+    expected = torch.autograd.grad(sum((moved[n] * v[n].double()).sum() for n in v), [*g.values(), *theta.values()])
+    of_g, of_theta = (dict(zip(g, part, strict=True)) for part in (expected[: len(g)], expected[len(g) :]))
+    assert error(step.pullback(v), of_g) < 5e-3
+    assert error(step.vjp(v).gradient, of_g) < 5e-3
+    assert error(step.vjp(v).params, of_theta) < 5e-3
+    kept = reached(problem, update, keep_graph=True)
+    through = torch.autograd.grad([kept.moved[0][n] for n in v], list(kept.grads.values()), list(v.values()))
+    assert error(dict(zip(kept.grads, through, strict=True)), of_g) < 5e-3
+    as_it_is, _ = update.update(kept.params, kept.gradient, kept.state)
+    assert all(torch.equal(kept.moved[0][n], t) for n, t in as_it_is.items())
+
+
+# ---------------------------------------------------------------------------------------- another step than its class's
+
+
+def halved(self: Any, closure: Any = None) -> None:
+    for group in self.param_groups:
+        for p in group["params"]:
+            p.data.sub_(0.5 * group["lr"] * p.grad)
+
+
+def clipping(self: Any, closure: Any = None) -> None:
+    """The optimizer's own step, and one thing more, for the last bias alone."""
+    self.own_step()
+    with torch.no_grad():
+        self.param_groups[0]["params"][-1].mul_(0.5)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_step_that_was_replaced_on_an_optimizer_is_refused(cls: Any) -> None:
+    problem = toy("mlp")
+    inner = cls(problem.student.parameters(), lr=0.1)
+    given = {**problem.networks(), "inner_optimizer": inner}
+    trainer = metapl.BilevelTrainer(**given, mode="forward")
+    inner.step = halved.__get__(inner)
+    text = r"a step of its own \(its method was replaced: optimizer\.step = .*del optimizer\.step"
+    with unmoved(problem, inner), pytest.raises(MetaplError, match=text):
+        trainer.step(**problem.data())
+    torch.optim.lr_scheduler.StepLR(inner, 1)  # wraps it once more
+    with pytest.raises(MetaplError, match=text):
+        metapl.BilevelTrainer(**given, mode="forward")
+    with pytest.raises(MetaplError, match=text):
+        metapl.hypergradient(**given, **problem.data())
+    del inner.step
+    trainer.step(**problem.data())
+
+
+@pytest.mark.parametrize("step", [halved, clipping])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_was_replaced_on_the_class_is_refused(
+    cls: Any, warm: bool, step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the optimizer did is compared with what the feedback was found by."""
+    problem = toy("mlp")
+    inner = cls(problem.student.parameters(), lr=0.1)
+    if warm:
+        for p in problem.student.parameters():
+            p.grad = torch.ones_like(p)
+        inner.step()
+        inner.zero_grad()
+    monkeypatch.setattr(cls, "own_step", cls.step, raising=False)
+    monkeypatch.setattr(cls, "step", step)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", inner_optimizer=inner)
+    with pytest.raises(MetaplError, match=r"moved the student's .* elsewhere than the step of"):
+        trainer.step(**problem.data())
+
+
+def test_hooks_of_all_optimizers_are_refused() -> None:
+    problem = toy("mlp")
+    inner = torch.optim.SGD(problem.student.parameters(), lr=0.1)
+    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: None)
+    try:
+        with pytest.raises(MetaplError, match="register_optimizer_step_pre_hook"):
+            metapl.hypergradient(**problem.networks(), **problem.data(), inner_optimizer=inner)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"maximize": True}], ids=str
+)
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_steps_by_every_implementation_and_under_a_scheduler(cls: Any, options: Any, dtype: torch.dtype) -> None:
+    """None of them is taken for another rule, also by a clip and over three steps."""
+    problem = toy("mlp", dtype=dtype)
+    inner = cls(problem.student.parameters(), lr=1e-3, weight_decay=0.01, **options)
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1, gamma=0.5)
+    inner.step = inner.step  # what accelerate leaves behind
+    trainer = metapl.BilevelTrainer(
+        **problem.networks(), mode="forward", inner_optimizer=inner, clip_norm=0.5, teacher_losses=()
+    )
+    for _ in range(2):
+        trainer.step(**problem.data())
+        scheduler.step()
+    trainer.step(problem.labeled, metapl.Lookahead([problem.unlabeled] * 3))
+    assert inner.param_groups[0]["lr"] == pytest.approx(2.5e-4)
+
+
+class Wrapper:
+    """As those of accelerate and Lightning."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+
+def test_a_wrapper_around_an_inner_optimizer_says_what_to_give() -> None:
+    problem = toy("mlp")
+    inner = torch.optim.AdamW(problem.student.parameters(), lr=0.1)
+    with pytest.raises(
+        MetaplError, match=r"Wrapper, a wrapper around torch\.optim\.adamw\.AdamW.*=optimizer\.optimizer"
+    ):
+        metapl.BilevelTrainer(**problem.networks(), inner_optimizer=Wrapper(inner))
