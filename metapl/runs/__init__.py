@@ -11,8 +11,7 @@ atomic            files that are the old one or the whole new one
 locks             exclusive locks on files
 ownership         one owner per folder
 fingerprints      settings and data as plain values
-typed             values from a file, held against their types
-plain_files       reading plain files alone
+sealed            reading what was written: plain files, their SHA-256, values that fit their types
 cores             how many cores this process may use
 memory            too little memory, however it is said
 signals           the signals by which a process is asked to end

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, reason_of
 from metapl.runs.atomic import replacing
 from metapl.runs.memory import out_of_memory
-from metapl.runs.plain_files import open_plain
+from metapl.runs.sealed import open_plain
 
 _LOG = logging.getLogger(__name__)
 

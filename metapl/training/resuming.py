@@ -15,7 +15,7 @@ from metapl.execution.layout import reshard
 from metapl.moved import named_now
 from metapl.runs.checkpoint import CheckpointError
 from metapl.runs.fingerprints import as_values, network_record, unwrapped
-from metapl.runs.typed import misfit_entries
+from metapl.runs.sealed import misfit_entries
 from metapl.training.contract import Stepwise
 from metapl.training.rates import Rates
 
