@@ -3,7 +3,7 @@
 folder            the files of one run
 rows              the rows that it leaves behind
 checkpoint        states that are whole, or are refused by name
-checkpoint_parts  states of which every process writes its part
+checkpoint_parts  the same of several processes, each of which writes its part
 generators        the default random number generators, as a checkpoint keeps them
 environment       versions and hardware
 tensorboard       event files

@@ -21,8 +21,7 @@ from metapl.execution.batch import length, micro_batches
 from metapl.execution.shards import load_whole
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.runs.checkpoint import Found
-from metapl.runs.checkpoint import load as load_checkpoint
-from metapl.runs.checkpoint_parts import PartsWriter, check_parts, load_parts
+from metapl.runs.checkpoint_parts import PartsWriter, check, load
 from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.memory import LESS, out_of_memory
@@ -420,24 +419,16 @@ class FitRun:
         """The newest whole checkpoint: the first of several processes finds it, and all read it."""
         ranks = self.trainer.ranks
         if ranks.alone:
-            return self.records.newest(self.say, load_parts)
+            return self.records.newest(self.say, load)
         with ranks.agreed(waiting=True):
-            found = self.records.newest(self.say, check_parts) if self.first else None
+            found = self.records.newest(self.say, check) if self.first else None
         path = ranks.gathered(None if found is None else str(found.path))[0]
         if path is None:
             return None
-        with ranks.agreed(waiting=True):
-            if Path(path).is_dir():
-                return Found(Path(path), self._read(Path(path)))
-            state = load_checkpoint(path) if found is None else found.state
-        return Found(Path(path), state)
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        """A checkpoint in parts: as the networks are laid out, where they are sharded."""
-        if self.parts is None:
-            return load_parts(path, checked=True)
-        like = layouts_of(self._state(0), self.trainer)
-        return load_parts(path, like, self.parts.group, checked=True)
+        with ranks.agreed(waiting=True):  # as the networks are laid out, where they are sharded
+            like = None if self.parts is None else layouts_of(self._state(0), self.trainer)
+            found = Found(Path(path), load(Path(path), like, checked=True))
+        return found  # noqa: RET504 - a return inside would look to mypy as if the block could end without one
 
     def _take(self, state: dict[str, Any]) -> None:
         """Put everything to where a checkpoint has it."""
