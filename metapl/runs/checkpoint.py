@@ -322,28 +322,14 @@ def _key(key: Any, where: str) -> Any:
     return _encoded(key, where, _Tensors())
 
 
-def could_not_write(path: Path, error: OSError, size: int | None = None) -> str:
-    """Why a checkpoint could not be written, and how much room it would have needed."""
-    room = [] if size is None else [f"it needs {_bytes(size)}"]
-    with contextlib.suppress(OSError):  # the folder is missing or closed to us, which the error itself says
-        room.append(f"{_bytes(shutil.disk_usage(path.parent).free)} are free on that disk")
-    facts = f" ({', '.join(room)})" if room else ""
+def could_not_write(path: Path, error: OSError, size: int = 0) -> str:
+    """Why a checkpoint could not be written, and how much room it needs."""
+    room = f" (it needs {size / 1e6:,.1f} MB)" if size else ""
     return (
-        f"{path} could not be written: {error.strerror or error}{facts}. Nothing was left behind, and the checkpoints "
+        f"{path} could not be written: {error.strerror or error}{room}. Nothing was left behind, and the checkpoints "
         "before it are as they were. Free some room, raise the limit on the size of files (ulimit -f), or choose "
         "another folder"
     )
-
-
-def _bytes(number: int) -> str:
-    """
-    >>> _bytes(999), _bytes(1_234_567)
-    ('999 bytes', '1.2 MB')
-    """
-    if number < 1000:
-        return f"{number} bytes"
-    power = min((len(str(number)) - 1) // 3, 4)
-    return f"{number / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -394,7 +380,8 @@ def _decoded(value: Any, tensors: Mapping[int, Any]) -> Any:
         return tensors[content]
     if kind == "sparse":
         *parts, shape, is_coalesced = _decoded(content, tensors)
-        return torch.sparse_coo_tensor(*parts, shape, is_coalesced=is_coalesced, check_invariants=True)
+        indices, values = parts
+        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=True)
     if kind == "bytes":
         return bytes.fromhex(content)
     if kind == "tuple":

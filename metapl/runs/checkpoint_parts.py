@@ -61,13 +61,12 @@ class PartsWriter:
         self._path: Path | None = None
         self._failed: BaseException | None = None
 
-    def write(self, step: int, shared: dict[str, Any], rest: dict[str, Any]) -> None:
+    def write(self, step: int, state: dict[str, Any]) -> None:
         """Begin to write a checkpoint; what is in it is as it is now.
 
         Args:
             step: the number in the name.
-            shared: a tree whose tensors are DTensors, or the same in every process.
-            rest: a tree of which the first process writes its own.
+            state: a tree; of what is not sharded, the first process writes its own.
 
         Raises:
             CheckpointError: the checkpoint before this one could not be written; on every process.
@@ -75,9 +74,8 @@ class PartsWriter:
         self.settle()
         path, place = self._names(step)
         parts: dict[str, Any] = {}
-        tree = _apart(shared, parts, self.first)
-        content = {"shared": tree, **copy.deepcopy(rest)}  # the training goes on with it
-        job = threading.Thread(target=self._finish, args=(place, path, step, parts, content), daemon=True)
+        tree = _apart(state, parts, self.first)
+        job = threading.Thread(target=self._finish, args=(place, path, step, parts, tree), daemon=True)
         self._under_way = job
         job.start()
 
@@ -127,7 +125,7 @@ class PartsWriter:
         except BaseException as error:  # for the training's own thread
             self._failed = error
 
-    def _finished(self, place: Path, path: Path, step: int, parts: dict[str, Any], content: dict[str, Any]) -> Path:
+    def _finished(self, place: Path, path: Path, step: int, parts: dict[str, Any], tree: dict[str, Any]) -> Path:
         fault, written = None, {}
         try:
             name = f"part-{self.rank:05d}.ckpt"
@@ -140,7 +138,7 @@ class PartsWriter:
         if self.first and said == [None]:
             try:
                 files = {name: sha256 for _, part in every for name, sha256 in part.items()}
-                checkpoint.save(place / REST, content | {"files": files})
+                checkpoint.save(place / REST, {"files": files, "state": tree})
                 os.replace(place, path)
                 sync_folder(path.parent)
                 self.checkpoints.remove_oldest(step)
@@ -167,7 +165,8 @@ def _free(folder: Path, step: int) -> str:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Refuse a checkpoint, in parts or not, of which not every byte is as it was written; of parts, what is whole."""
+    """Refuse a checkpoint, in parts or not, of which not every byte is as it was written; what its file says, or the
+    file beside the parts."""
     if not path.is_dir():
         return checkpoint.load(path)
     rest = checkpoint.load(path / REST)
@@ -195,7 +194,7 @@ def load(path: Path, like: Like | None = None, *, checked: bool = False) -> dict
     rest = checkpoint.load(path / REST) if checked else check(path)
     with ExitStack() as opened:
         pieces: dict[str, list[Any]] = {}
-        for file in rest.pop("files"):
+        for file in rest["files"]:
             part = opened.enter_context(checkpoint.opened(path / Path(file).name, checked=True))
             later = {i: (shape, partial(part.tensor, i)) for i, (_, shape, _) in enumerate(part.places)}
             for name, piece in part.tree(later)["parts"].items():
@@ -204,8 +203,8 @@ def load(path: Path, like: Like | None = None, *, checked: bool = False) -> dict
         def read(name: str, shape: list[int], dtype: str) -> Tensor:
             return _read(name, shape, dtype, pieces.get(name, []), like)
 
-        shared: dict[str, Any] = _together(rest.pop("shared"), read)
-    return shared | rest
+        state: dict[str, Any] = _together(rest["state"], read)
+    return state
 
 
 def _read(name: str, shape: list[int], dtype: str, pieces: list[Any], like: Like | None) -> Tensor:

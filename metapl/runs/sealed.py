@@ -146,23 +146,28 @@ def _refuse_mode(mode: int, path: StrPath) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, these included, or with ``inside`` left out.
+    """Numbers from ``low`` to ``high``; a round bracket in ``ends`` leaves that end out.
 
-    >>> str(Range(1)), str(Range(0, 256)), str(Range(0, inside=True)), 1 in Range(0, 1, inside=True)
-    ('1 or more', '0 to 256', 'above 0', False)
+    >>> str(Range(1)), str(Range(0, 256)), str(Range(0, ends="()")), str(Range(0, 1, "[)")), 1 in Range(0, 1, "[)")
+    ('1 or more', '0 to 256', 'above 0', 'in [0, 1)', False)
     """
 
     low: float
     high: float = math.inf
-    inside: bool = False
+    ends: str = "[]"
 
     def __contains__(self, value: float) -> bool:
-        return self.low < value < self.high if self.inside else self.low <= value <= self.high
+        outside = [end for end, out in zip((self.low, self.high), self.ends, strict=True) if out in "()"]
+        return self.low <= value <= self.high and value not in outside
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"above {self.low}" if self.inside else f"{self.low} or more"
-        return f"{'between ' if self.inside else ''}{self.low} {'and' if self.inside else 'to'} {self.high}"
+            return f"above {self.low}" if self.ends[0] == "(" else f"{self.low} or more"
+        return (
+            f"{self.low} to {self.high}"
+            if self.ends == "[]"
+            else f"in {self.ends[0]}{self.low}, {self.high}{self.ends[1]}"
+        )
 
 
 AtLeastOne = Annotated[int, Range(1)]
@@ -180,7 +185,7 @@ def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
         where: what messages call the value.
 
     >>> misfit(3, int), misfit("3", int | None, "steps"), misfit(0, AtLeastOne, "steps")
-    (None, "steps is '3'; expected int | None", 'steps is 0; expected a whole number, 1 or more')
+    (None, "steps is '3'; expected int | None", 'steps is 0; expected 1 or more')
     >>> misfit({"a": [1, "x"]}, dict[str, tuple[int, ...]], "counts")
     "counts.a.1 is 'x'; expected int"
     """
@@ -214,6 +219,19 @@ def misfit_entries(values: Mapping[str, Any], hints: Mapping[str, Any], where: s
     """The same of the entries of a dict that have a hint, by name; ``where=""`` leaves them their bare names."""
     above = f"{where}." if where else ""
     return _first(misfit(value, hints[name], f"{above}{name}") for name, value in values.items() if name in hints)
+
+
+def check_fields(value: Any) -> None:
+    """Refuse a dataclass of which a field does not fit its annotation, as ``name=value: expected ...``.
+
+    Raises:
+        MetaplError: there is one.
+    """
+    for name, hint in typing.get_type_hints(type(value), include_extras=True).items():
+        held = getattr(value, name)
+        fault = misfit(held, hint)
+        if fault is not None:
+            raise MetaplError(f"{name}={held!r}: expected {fault.partition('; expected ')[2]}.")
 
 
 def _kind_and_ranges(hint: Any) -> tuple[Any, list[Range]]:
@@ -251,17 +269,20 @@ def _first(faults: Iterable[str | None]) -> str | None:
 
 def _unexpected(value: Any, hint: Any, where: str) -> str:
     shown = repr(value)
-    return f"{where} is {shown if len(shown) <= 60 else f'{shown[:57]}...'}; expected {_said(hint)}"
+    return f"{where} is {shown if len(shown) <= 60 else f'{shown[:57]}...'}; expected {_said(hint, value)}"
 
 
-def _said(hint: Any) -> str:
-    """A type in words."""
+def _said(hint: Any, value: Any) -> str:
+    """A type in words, for a value that does not fit it."""
     if dataclasses.is_dataclass(hint):
         return "an object"
     kind, ranges = _kind_and_ranges(hint)
     if ranges:
-        return ", ".join([{int: "a whole number", float: "a number"}[kind], *map(str, ranges)])
+        what = [] if _fits_plainly(value, kind) else [{int: "a whole number", float: "a number"}[kind]]
+        return ", ".join([*what, *map(str, ranges)])
     parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, parts))
     if any(get_origin(part) is Annotated for part in parts):
-        return " or ".join("None" if part is type(None) else _said(part) for part in parts)
+        return " or ".join("None" if part is type(None) else _said(part, value) for part in parts)
     return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind).replace("typing.", "")

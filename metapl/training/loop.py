@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metapl.distributed.dropout import drops_by_itself
 from metapl.errors import MetaplError
 from metapl.execution.batch import length, micro_batches
-from metapl.execution.shards import load_whole
+from metapl.execution.shards import gathered, load_whole
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.runs.checkpoint import Found
 from metapl.runs.checkpoint_parts import PartsWriter, check, load
@@ -26,17 +26,15 @@ from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.memory import LESS, out_of_memory
 from metapl.training.average import Average
-from metapl.training.callbacks import Callback, Callbacks
 from metapl.training.contract import Say, Stepwise
-from metapl.training.options import FitOptions
-from metapl.training.processes import in_parts, layouts_of, of_all, of_this, parts_writer
+from metapl.training.options import FitOptions, Rates
+from metapl.training.processes import layouts_of, of_this, parts_writer, with_ranks
 from metapl.training.progress import Progress, progress
-from metapl.training.rates import Rates
 from metapl.training.records import Records
 from metapl.training.report import Report
 from metapl.training.resuming import VERSIONS, check_state, data_of, made_of, refuse_changes, version_note
 from metapl.training.selection import Best, Selection, weights_of
-from metapl.training.stopping import Interrupted, stop_requests
+from metapl.training.stopping import Callback, Callbacks, Interrupted, stop_requests
 from metapl.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -286,9 +284,9 @@ class FitRun:
             last = f" ({self.records.last_good()})" if t or self.records.kept else ""
             raise MetaplError(f"step {t + 1}: {error}{last}") from error
         if self.average is not None and not waits:
-            self.average.update(self.trainer.student)
-        if self.teacher_average is not None and self.trainer.teacher is not None:
-            self.teacher_average.update(self.trainer.teacher)
+            self.average.update()
+        if self.teacher_average is not None:
+            self.teacher_average.update()
         return report
 
     def _warm_start(self) -> None:
@@ -336,13 +334,14 @@ class FitRun:
         ranks = self.trainer.ranks
         if ranks.alone:
             return self.records.save(step, state)
+        state = with_ranks(state, ranks)
         if self.parts is not None:
             self._settle()
             with ranks.agreed(waiting=True):
                 self.records.flush()
-            self.parts.write(step, *in_parts(state, ranks))
+            self.parts.write(step, state)
             return None
-        state = of_all(state, ranks)
+        state = gathered(state)
         path: Path | None = None
         with ranks.agreed(waiting=True):
             path = self.records.save(step, state)  # by the first one

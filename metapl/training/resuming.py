@@ -17,7 +17,7 @@ from metapl.runs.checkpoint import CheckpointError
 from metapl.runs.fingerprints import as_values, network_record, unwrapped
 from metapl.runs.sealed import misfit_entries
 from metapl.training.contract import Stepwise
-from metapl.training.rates import Rates
+from metapl.training.options import Rates
 
 PARTS = (
     "student_optimizer", "teacher_optimizer", "trainer", "networks", "dtype", "labeled", "unlabeled", "validation",

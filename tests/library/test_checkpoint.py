@@ -387,9 +387,7 @@ def test_a_disk_that_fails_at_the_sync(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(
-        CheckpointError, match=r"No space left.*it needs .*are free.*the checkpoints before it are as they were"
-    ):
+    with pytest.raises(CheckpointError, match=r"No space left.*it needs .*the checkpoints before it are as they were"):
         save(tmp_path / "one.ckpt", {"step": 2})
     assert load(tmp_path / "one.ckpt") == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 1
@@ -416,7 +414,7 @@ for limit in (10, 86, 87, 2000, 100_000, 8_000_100):
         folder.write(2, {"step": 2, "weights": torch.ones(2_000_000)})
     except CheckpointError as error:
         message = str(error)
-        assert "File too large (it needs 8.0 MB, " in message, message
+        assert "File too large (it needs 8.0 MB)" in message, message
         assert "the checkpoints before it are as they were. Free some room, raise the limit" in message, message
     else:
         raise SystemExit(f"{limit} bytes held it all")

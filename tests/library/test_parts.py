@@ -42,7 +42,7 @@ def shared(value: float = 1.0) -> dict[str, Any]:
 
 
 def written(writer: PartsWriter, step: int, value: float = 1.0) -> Path:
-    writer.write(step, shared(value), {"step": step, "rng": torch.arange(3)})
+    writer.write(step, {**shared(value), "step": step, "rng": torch.arange(3)})
     path = writer.settle()
     assert path is not None
     return path
@@ -54,7 +54,7 @@ def names(writer: PartsWriter) -> list[str]:
 
 def test_it_is_read_as_it_was_when_it_was_asked_for(writer: PartsWriter) -> None:
     state, rest = shared(2.0), {"step": 7, "seen": {"accuracy": [0.5]}}
-    writer.write(7, state, rest)
+    writer.write(7, state | rest)
     state["trainer"]["student"]["weight"].zero_()
     state["trainer"]["optimizer"]["param_groups"][0]["lr"] = 0.0
     rest["seen"]["accuracy"].append(0.6)
@@ -103,7 +103,7 @@ def test_a_disk_that_refuses_leaves_what_was_there(writer: PartsWriter, monkeypa
     written(writer, 1)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", refused)
-        writer.write(2, shared(), {"step": 2})
+        writer.write(2, {**shared(), "step": 2})
         with pytest.raises(CheckpointError, match=r"step-00000002.parts could not be written: No space left on device"):
             writer.settle()
     assert names(writer) == ["step-00000001.parts"]
