@@ -14,6 +14,7 @@ Writes a JSON file; ``--write`` puts its table into a page.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -556,10 +557,11 @@ def evil(marker: Path, draw: random.Random, damaged: int) -> Iterator[tuple[str,
             if where == "in a state":
                 yield f"{name}, protocol {protocol}, sealed", sealed(plain)
                 yield f"{name}, protocol {protocol}, zipped and sealed", sealed(zipped(plain))
-    sound = io.BytesIO()
-    torch.save({"step": 1, "trainer": {"a": torch.ones(3)}}, sound)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(sound := Path(folder) / "sound.ckpt", {"step": 1, "trainer": {"a": torch.ones(3)}})
+        content = sound.read_bytes().partition(b"\n")[2]
     for number in range(damaged):
-        yield f"damaged {number}, sealed", sealed(mutated(sound.getvalue(), draw))
+        yield f"damaged {number}, sealed", sealed(mutated(content, draw))
 
 
 def zipped(content: bytes) -> bytes:
@@ -575,11 +577,10 @@ def zipped(content: bytes) -> bytes:
     return file.getvalue()
 
 
-def sealed(payload: bytes) -> bytes:
-    """A payload with the first line of a checkpoint, as if metapl had written it."""
-    import hashlib
-
-    return checkpoint._header(len(payload), hashlib.sha256(payload).hexdigest()) + payload
+def sealed(content: bytes) -> bytes:
+    """Content with the first line of a checkpoint, as if metapl had written it."""
+    begin = b"metapl-checkpoint %04d " % checkpoint.FORMAT
+    return begin + hashlib.sha256(begin + content).hexdigest().encode() + b"\n" + content
 
 
 def mutated(content: bytes, draw: random.Random, most: int = 1) -> bytes:

@@ -3,7 +3,7 @@
 folder            the files of one run
 rows              the rows that it leaves behind
 checkpoint        states that are whole, or are refused by name
-checkpoint_parts  states of which every process writes its part
+checkpoint_parts  the same of several processes, each of which writes its part
 generators        the default random number generators, as a checkpoint keeps them
 environment       versions and hardware
 tensorboard       event files
@@ -11,8 +11,7 @@ atomic            files that are the old one or the whole new one
 locks             exclusive locks on files
 ownership         one owner per folder
 fingerprints      settings and data as plain values
-typed             values from a file, held against their types
-plain_files       reading plain files alone
+sealed            reading what was written: plain files, their SHA-256, values that fit their types
 cores             how many cores this process may use
 memory            too little memory, however it is said
 signals           the signals by which a process is asked to end

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from metapl.errors import MetaplError
-from metapl.runs.plain_files import refuse_irregular
+from metapl.runs.sealed import refuse_irregular
 
 
 @contextlib.contextmanager

@@ -1,61 +1,52 @@
 """Checkpoints that survive full disks, kills and flipped bits, or say plainly that they did not.
 
-A file is one line of ASCII, then the payload, which is what ``torch.save`` writes:
+A file is one line of ASCII, one line of JSON, and then the bytes of the tensors, one after another:
 
-    metapl-checkpoint <format> <bytes in the payload> <sha256 of the payload> <crc32 of the line up to here>
+    metapl-checkpoint <format> <sha256 of everything else>
+    {"tensors": [[dtype, shape], ...], "tree": ...}
 
-Later formats keep the line's first two words, so that an older metapl can name what it cannot read.
+so there is nothing in it that could run. One process writes such a file, and several write a folder of them
+(:mod:`metapl.runs.checkpoint_parts`). It is not what ``torch.distributed.checkpoint`` writes: that keeps its metadata
+in a pickle, and of one process makes a folder too, which no rename can replace whole. Later formats keep the line's
+first two words, so that an older metapl can name what it cannot read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
+import io
+import json
 import logging
+import math
 import os
-import pickle
 import re
 import secrets
 import shutil
-import warnings
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from metapl.errors import MetaplError, reason_of
 from metapl.runs.atomic import replacing
+from metapl.runs.fingerprints import type_name
 from metapl.runs.memory import out_of_memory
-from metapl.runs.plain_files import open_plain
+from metapl.runs.sealed import open_plain
 
 _LOG = logging.getLogger(__name__)
 
-FORMAT = 1
-MAGIC = b"metapl-checkpoint"
-
-_HEADER = re.compile(rb"(.{17}) (\d{4}) (\d{20}) ([0-9a-f]{64}) ([0-9a-f]{8})\n", re.DOTALL)
-_HEADER_BYTES = 17 + 1 + 4 + 1 + 20 + 1 + 64 + 1 + 8 + 1
-_LATER_HEADER = re.compile(re.escape(MAGIC) + rb" (\d+)\s")
+FORMAT = 2
+_LINE = re.compile(rb"(metapl-checkpoint \d{4} )([0-9a-f]{64})\n")
+_LINE_BYTES = 17 + 1 + 4 + 1 + 64 + 1
 
 _USE_AN_OLDER_ONE = "go back to an older checkpoint; CheckpointFolder(folder).newest() finds the newest whole one"
-_RIGHTS = "Give yourself the right to write in that folder, or choose another"
-_HOW_TO_MEND = {
-    errno.ENOSPC: "Free some room or choose a folder on another disk",
-    errno.EDQUOT: "Your quota is used up: free some room or choose a folder on another disk",
-    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)",
-    errno.EACCES: _RIGHTS,
-    errno.EPERM: _RIGHTS,
-    errno.EROFS: "The file system is read-only: choose another folder",
-    errno.ENOENT: "Create the folder first",
-    errno.ENOTDIR: "Create the folder first",
-    errno.EISDIR: "A folder has that name: choose another",
-}
 
 
 class CheckpointError(MetaplError):
@@ -63,68 +54,69 @@ class CheckpointError(MetaplError):
 
 
 class ClosedCheckpointError(CheckpointError):
-    """A checkpoint that may be whole, and that this process cannot read: of a later format, or without the right to.
+    """A checkpoint that may be whole, and that this process cannot read: of another format, or without the right to.
 
     To go on from an older one would write over what it holds.
     """
 
 
-def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+def save(path: str | os.PathLike[str], state: dict[str, Any]) -> str:
     """Write ``state`` to ``path`` so that the file is whole, or is as it was before.
 
     Args:
         path: the file to write; its folder exists. A checkpoint of that name is replaced when the new one is on disk.
         state: a tree of dicts, lists and tuples whose leaves are tensors, numbers, strings, bytes and None.
 
-    Cost: no copy of the state in memory; for a moment room on disk for the old file and the new one.
+    Returns: the SHA-256 that the file's first line has.
+
+    Cost: one tensor at a time is copied to the host; for a moment room on disk for the old file and the new one.
 
     Raises:
         CheckpointError: the state holds something that :func:`load` could not bring back, or the disk refused. Then
-            nothing is left behind, and the text says how much room was needed and whether the earlier file is whole.
+            nothing is left behind, and the text says how much room was needed.
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "first.ckpt"
-    >>> save(path, {"step": 3, "weights": torch.ones(2)})
+    >>> _ = save(path, {"step": 3, "weights": torch.ones(2)})
     >>> load(path)
     {'step': 3, 'weights': tensor([1., 1.])}
     """
-    path = Path(path)
-    _save(path, state, last_whole=lambda: path if _is_whole(path) else None)
+    tensors = _Tensors()
+    if type(state) not in (dict, OrderedDict):
+        raise CheckpointError(f"a checkpoint is a dict, and a {type(state).__name__} was given")
+    try:
+        tree = _encoded(state, "state", tensors)
+    except RecursionError as error:
+        raise CheckpointError("the state contains itself; a checkpoint is a tree") from error
+    places = [[str(t.dtype).removeprefix("torch."), [*t.shape]] for t in tensors.kept]
+    line = json.dumps({"tensors": places, "tree": tree}).encode() + b"\n"
+    begin = b"metapl-checkpoint %04d " % FORMAT
+    digest = hashlib.sha256(begin)
+    try:
+        with replacing(Path(path)) as file:
+            file.write(b"\0" * _LINE_BYTES)
+            for data in chain([line], map(_bytes_of, tensors.kept)):
+                digest.update(data)
+                file.write(data)
+            file.seek(0)
+            file.write(b"%s%s\n" % (begin, digest.hexdigest().encode()))
+    except OSError as error:
+        size = _LINE_BYTES + len(line) + sum(t.numel() * t.element_size() for t in tensors.kept)
+        raise CheckpointError(could_not_write(Path(path), error, size)) from error
+    return digest.hexdigest()
 
 
-def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read what :func:`save` wrote, after checking that every byte is as it was written.
-
-    Args:
-        path: the file.
-        map_location: the device for the tensors, as in ``torch.load``.
-
-    Returns: the state. No code from the file is ever run (``torch.load(weights_only=True)``).
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written.
 
     Cost: the file is read twice, once for its checksum.
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, damaged, not a checkpoint of metapl, of a later format
+        CheckpointError: the file is missing, empty, truncated, damaged, not a checkpoint of metapl, of another format
             or unreadable; the text says which, and how to mend it.
     """
-    path = Path(path)
-    with _open_whole(path) as file:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a file that metapl did not write; what is wrong with it is raised
-                state = torch.load(file, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} holds objects other than tensors and plain values, and metapl runs no code from a file; "
-                f"write it with metapl.runs.checkpoint.save. torch says: {reason_of(error)}"
-            ) from error
-        except Exception as error:  # damage that was sealed shows in many types
-            if out_of_memory(error):
-                raise
-            raise CheckpointError(
-                f"{path} is whole, but torch {torch.__version__} could not rebuild it on {map_location}: "
-                f"{reason_of(error)}; try map_location='cpu'"
-            ) from error
+    with opened(Path(path)) as content:
+        state = content.tree({number: content.tensor(number) for number in range(len(content.places))})
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__} instead of a dict; {_USE_AN_OLDER_ONE}")
     return state
@@ -179,31 +171,31 @@ class CheckpointFolder:
         Returns: the new file. Checkpoints of later steps, left from before a restart, stay until ``step`` passes them.
 
         Raises:
-            CheckpointError: as :func:`save`; the text names the last whole checkpoint of the folder.
+            CheckpointError: as :func:`save`.
         """
         if step < 0:
             raise MetaplError(f"step={step} is negative; a checkpoint is named by the number of steps done")
         path = self.folder / f"step-{step:08d}.ckpt"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # What killed processes left; only names that `replacing` makes, the folder may hold a user's files.
-            for left in self.folder.iterdir():
-                if re.fullmatch(r"step-\d{8,}\.ckpt\.[0-9a-f]{8}\.tmp", left.name):
-                    left.unlink(missing_ok=True)
+            self.make()
         except OSError as error:
-            raise CheckpointError(_could_not_write(path, error, None, self._last_whole())) from error
-        _save(path, state, last_whole=self._last_whole)
+            raise CheckpointError(could_not_write(path, error)) from error
+        save(path, state)
         self.remove_oldest(step)
         return path
 
-    def newest(
-        self, map_location: str | torch.device = "cpu", read_folder: Callable[[Path], dict[str, Any]] | None = None
-    ) -> Found | None:
-        """Load the checkpoint of the latest step that is whole.
+    def make(self) -> None:
+        """Make the folder, and remove what killed processes had begun to write to it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.iterdir():  # only names that are made here: it may hold a user's files
+            if re.fullmatch(r"step-\d{8,}(\.ckpt|(-\d+)?\.parts)\.[0-9a-f]{8}\.tmp", left.name):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+    def newest(self, read: Callable[[Path], dict[str, Any]] = load) -> Found | None:
+        """The checkpoint of the latest step that is whole.
 
         Args:
-            map_location: as in :func:`load`.
-            read_folder: reads checkpoints that are folders (:mod:`metapl.runs.checkpoint_parts`).
+            read: gives the state of one, or raises.
 
         Returns: it, with what was passed over; None where the folder holds no checkpoint at all.
 
@@ -215,9 +207,7 @@ class CheckpointFolder:
         skipped: list[Skipped] = []
         for path in self.paths():
             try:
-                in_parts = read_folder is not None and path.is_dir()
-                state = read_folder(path) if read_folder and in_parts else load(path, map_location)
-                return Found(path, state, tuple(skipped))
+                return Found(path, read(path), tuple(skipped))
             except ClosedCheckpointError:
                 raise
             except CheckpointError as error:
@@ -247,24 +237,18 @@ class CheckpointFolder:
         found = [((int(match[1]), int(match[2] or 0)), path) for match, path in matches if match]
         return [(step, path) for (step, _), path in sorted(found, reverse=True)]
 
-    def _last_whole(self) -> Path | None:
-        try:
-            return next((path for path in self.paths() if _is_whole(path)), None)
-        except CheckpointError:  # the folder cannot be listed; what failed before this is the better message
-            return None
-
     def remove_oldest(self, step: int) -> None:
         """Delete the oldest checkpoints before ``step`` beyond ``keep``, of which that one counts."""
         earlier = [path for number, path in self._numbered() if number < step]
         for path in earlier[self.keep - 1 :]:
             try:
-                remove(path)
+                _remove(path)
             except OSError as error:
                 # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
                 _LOG.warning("the old checkpoint %s could not be deleted: %s", path, error.strerror)
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Remove a checkpoint; a folder loses its name first, so that no half of it is taken for the whole."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
@@ -277,157 +261,152 @@ def remove(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _save(path: Path, state: dict[str, Any], last_whole: Callable[[], Path | None]) -> None:
-    _check_tree(state)
-    sealed: _Sealed | None = None
-    try:
-        with replacing(path) as file:
-            sealed = _Sealed(file)
-            try:
-                # Of all that a file can do, torch calls write and flush alone.
-                torch.save(state, cast(IO[bytes], sealed))
-            except RuntimeError as error:
-                # A Ctrl-C that falls into torch's C++ writer comes out as an error about the archive.
-                if isinstance(error.__context__, KeyboardInterrupt):
-                    raise error.__context__ from None
-                raise
-            sealed.finish()
-    except OSError as error:
-        size = sealed.size + _HEADER_BYTES if sealed else None
-        raise CheckpointError(_could_not_write(path, error, size, last_whole())) from error
+class _Tensors:
+    """The tensors of a tree, in their order; one that is there twice, as tied weights are, counts once."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+        self._known: dict[Any, int] = {}
+
+    def number_of(self, t: Tensor) -> int:
+        of_memory = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg())
+        known = self._known.setdefault(of_memory if t.numel() else id(t), len(self.kept))
+        if known == len(self.kept):
+            self.kept.append(t)
+        return known
 
 
-class _Sealed:
-    """The file that ``torch.save`` writes to: it counts and hashes the payload, and holds back the disk's errors.
-
-    An OSError inside torch's C++ writer would come out as a RuntimeError about a zip archive. Held back, it comes out
-    as itself; and as the rest is still counted, the message can say how much room is needed.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.size = 0
-        self._file, self._sha256 = file, hashlib.sha256()
-        self._failure: OSError | None = None
-        self._try_to_write(b"\0" * _HEADER_BYTES)
-
-    def write(self, data: bytes | memoryview) -> int:
-        written = memoryview(data).nbytes
-        self.size += written
-        if self._failure is None:
-            self._sha256.update(data)
-            self._try_to_write(data)
-        return written
-
-    def flush(self) -> None:
-        """torch calls it; ``replacing`` flushes for good."""
-
-    def finish(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        self._file.seek(0)
-        self._file.write(_header(self.size, self._sha256.hexdigest()))
-
-    def _try_to_write(self, data: bytes | memoryview) -> None:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self._failure = error
+def _bytes_of(t: Tensor) -> Any:
+    """The numbers of a tensor, in the order of its entries; of one on the host in its own memory."""
+    flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if t.numel() else bytearray()  # of no numbers there is no view
 
 
-def _header(size: int, sha256: str, version: int = FORMAT) -> bytes:
-    line = b"%s %04d %020d %s " % (MAGIC, version, size, sha256.encode())
-    return line + b"%08x\n" % zlib.crc32(line)
+_PLAIN = (int, float, bool, str, type(None))
 
 
-_CONTAINERS = (dict, OrderedDict, list, tuple, torch.Size)
-_VALUES = (int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Tensor)
-_KEYS = (str, int, float, bool, bytes, type(None))
+def _encoded(value: Any, where: str, tensors: _Tensors) -> Any:
+    """A tree as JSON has it: what is neither a list nor a plain value is an object whose first entry is named by its
+    type."""
+    kind = type(value)  # exact types throughout: numpy.float64 is a float too, and a named tuple a tuple
+    if kind in _PLAIN:
+        return value
+    if kind is bytes:
+        return {"bytes": value.hex()}
+    if kind in (list, tuple, torch.Size):
+        entries = [_encoded(entry, f"{where}[{i}]", tensors) for i, entry in enumerate(value)]
+        return entries if kind is list else {"tuple": entries}
+    if kind in (dict, OrderedDict):
+        pairs = [[_key(key, where), _encoded(entry, f"{where}[{key!r}]", tensors)] for key, entry in value.items()]
+        # A module writes there of which version its state is.
+        about = getattr(value, "_metadata", None)
+        return {"dict": pairs} | ({} if about is None else {"_metadata": _encoded(about, where, tensors)})
+    if kind in (Tensor, torch.nn.Parameter) and value.is_meta:
+        raise CheckpointError(f"{where} is a tensor on the meta device, which has no values to save")
+    if kind in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and not value.is_quantized:
+        return {"tensor": tensors.number_of(value)}
+    if kind is Tensor and value.layout == torch.sparse_coo:
+        held = value.detach()
+        parts = [_encoded(part, where, tensors) for part in (held._indices(), held._values())]
+        return {"sparse": [*parts, [*value.shape], value.is_coalesced()]}
+    raise CheckpointError(
+        f"{where} is a {type_name(kind).removeprefix('builtins.')}; a checkpoint holds trees of plain tensors and "
+        "plain Python values: give full_tensor() of a DTensor, torch.as_tensor(...) of an array, .item() of a number, "
+        "tuple(...) of a named tuple"
+    )
 
 
-def _check_tree(state: Any) -> None:
-    """Refuse what ``load`` could not bring back, before anything is written."""
-    if type(state) not in (dict, OrderedDict):
-        raise CheckpointError(f"a checkpoint is a dict, and a {type(state).__name__} was given")
-    try:
-        # Exact types throughout: numpy.float64 is a float too, and a named tuple a tuple.
-        leaves, _ = pytree.tree_flatten_with_path(
-            state, is_leaf=lambda value: type(value) not in _CONTAINERS or not value
-        )
-    except RecursionError as error:
-        raise CheckpointError("the state contains itself; a checkpoint is a tree") from error
-    for path, leaf in leaves:
-        where = f"state{pytree.keystr(path)}"
-        for key in (entry.key for entry in path if isinstance(entry, pytree.MappingKey)):
-            if any(type(part) not in _KEYS for part in (key if type(key) is tuple else (key,))):
-                raise CheckpointError(f"{where} has the key {key!r}, a {_type_name(key)}; give strings or numbers")
-        if type(leaf) not in (*_CONTAINERS, *_VALUES, torch.nn.Parameter):
-            raise CheckpointError(
-                f"{where} is a {_type_name(leaf)}; a checkpoint holds trees of tensors and plain Python values: "
-                f"{_plain_instead(leaf)}"
-            )
-        if isinstance(leaf, torch.Tensor) and leaf.is_meta:
-            raise CheckpointError(f"{where} is a tensor on the meta device, which has no values to save")
+def _key(key: Any, where: str) -> Any:
+    if any(type(part) not in (*_PLAIN, bytes) for part in (key if type(key) is tuple else (key,))):
+        raise CheckpointError(f"{where} has the key {key!r}, a {type_name(type(key))}; give strings or numbers")
+    return _encoded(key, where, _Tensors())
 
 
-def _plain_instead(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return "turn it into a plain tensor first (full_tensor() of a DTensor)"
-    if isinstance(value, tuple):
-        return "give tuple(...) or _asdict() of a named tuple"
-    if type(value).__module__ == "numpy":
-        return "give torch.as_tensor(...) of an array, .item() of a number"
-    return "give its values"
-
-
-def _type_name(value: Any) -> str:
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _could_not_write(path: Path, error: OSError, size: int | None, last_whole: Path | None) -> str:
-    facts = [] if size is None else [f"it needs {_bytes(size)}"]
-    with contextlib.suppress(OSError):  # the folder is missing or closed to us, which the error itself says
-        facts.append(f"{_bytes(shutil.disk_usage(path.parent).free)} are free on that disk")
-    room = f" ({', '.join(facts)})" if facts else ""
-    kept = f"the last checkpoint, {last_whole}, is whole" if last_whole else "no earlier checkpoint was found"
-    mend = _HOW_TO_MEND.get(error.errno or 0, "See to the disk, then write again")
-    return f"{path} could not be written: {error.strerror or error}{room}. Nothing was left behind and {kept}. {mend}"
-
-
-def _bytes(number: int) -> str:
-    """
-    >>> _bytes(999), _bytes(1_234_567)
-    ('999 bytes', '1.2 MB')
-    """
-    if number < 1000:
-        return f"{number} bytes"
-    power = min((len(str(number)) - 1) // 3, 4)
-    return f"{number / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+def could_not_write(path: Path, error: OSError, size: int = 0) -> str:
+    """Why a checkpoint could not be written, and how much room it needs."""
+    room = f" (it needs {size / 1e6:,.1f} MB)" if size else ""
+    return (
+        f"{path} could not be written: {error.strerror or error}{room}. Nothing was left behind, and the checkpoints "
+        "before it are as they were. Free some room, raise the limit on the size of files (ulimit -f), or choose "
+        "another folder"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        _open_whole(path).close()
-    except CheckpointError:
-        return False
-    return True
+class Content:
+    """What is in an open checkpoint, as it was written.
+
+    Attributes:
+        sha256: that its first line has.
+        places: of each tensor its type, its shape and where it begins.
+    """
+
+    def __init__(self, file: io.BufferedReader, sha256: str) -> None:
+        self.sha256, self._file = sha256, file
+        content = json.loads(file.readline())
+        self._tree, begin = content["tree"], file.tell()
+        self.places: list[tuple[torch.dtype, list[int], int]] = []
+        for name, shape in content["tensors"]:
+            dtype = getattr(torch, name)
+            if not isinstance(dtype, torch.dtype) or any(type(length) is not int or length < 0 for length in shape):
+                raise ValueError(f"a tensor of the type {name} and the shape {shape}")
+            self.places.append((dtype, shape, begin))
+            begin += math.prod(shape) * dtype.itemsize
+        if begin != os.fstat(file.fileno()).st_size:
+            raise ValueError("its tensors have another size")
+
+    def tree(self, tensors: Mapping[int, Any]) -> Any:
+        """The tree with these in the place of its tensors."""
+        return _decoded(self._tree, tensors)
+
+    def tensor(self, number: int) -> Tensor:
+        """A tensor, on the host."""
+        dtype, shape, begin = self.places[number]
+        t = torch.empty(shape, dtype=dtype)
+        self._file.seek(begin)
+        self._file.readinto(_bytes_of(t))
+        return t
 
 
-def _open_whole(path: Path) -> BinaryIO:
-    """Open a checkpoint at its payload, or say what is wrong with it."""
-    with contextlib.ExitStack() as opened:
+def _decoded(value: Any, tensors: Mapping[int, Any]) -> Any:
+    if isinstance(value, list):
+        return [_decoded(entry, tensors) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    kind, content = next(iter(value.items()))
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "sparse":
+        *parts, shape, is_coalesced = _decoded(content, tensors)
+        indices, values = parts
+        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=True)
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    if kind == "tuple":
+        return tuple(_decoded(content, tensors))
+    if kind != "dict":
+        raise ValueError(f"a value of the kind {kind!r}")
+    found = {_decoded(key, tensors): _decoded(entry, tensors) for key, entry in content}
+    if "_metadata" in value:
+        found = OrderedDict(found)
+        found._metadata = _decoded(value["_metadata"], tensors)  # type: ignore[attr-defined]
+    return found
+
+
+@contextmanager
+def opened(path: Path, *, checked: bool = False) -> Iterator[Content]:
+    """Open a checkpoint, or say what is wrong with it.
+
+    Args:
+        path: the file.
+        checked: whether its checksum was compared before.
+    """
+    with contextlib.ExitStack() as stack:
         try:
-            file = opened.enter_context(open_plain(path))
-            size, sha256 = _read_header(path, file)
-            digest = hashlib.file_digest(file, "sha256")
-            file.seek(_HEADER_BYTES)
-        except IsADirectoryError as error:
-            raise CheckpointError(
-                f"{path} is a folder; give a file, or use CheckpointFolder(folder).newest()"
-            ) from error
+            file = stack.enter_context(open_plain(path))
+            sha256 = _read_line(path, file, checked)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(f"{path} does not exist; give the path that the checkpoint was written to") from error
         except PermissionError as error:
@@ -436,65 +415,44 @@ def _open_whole(path: Path) -> BinaryIO:
             ) from error
         except OSError as error:
             raise CheckpointError(f"{path} could not be read: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
-        if digest.hexdigest() != sha256:
+        try:
+            yield Content(file, sha256)
+        except MetaplError:
+            raise
+        except Exception as error:  # what was sealed may be anything, and shows in many types
+            if out_of_memory(error):
+                raise
             raise CheckpointError(
-                f"{path} is damaged: its {size} bytes have another checksum than when they were written; "
+                f"{path} is whole, but holds what no metapl wrote ({type(error).__name__}: {reason_of(error)}); "
                 + _USE_AN_OLDER_ONE
-            )
-        opened.pop_all()  # it stays open
-    return file
+            ) from error
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[int, str]:
-    """The payload's size and checksum; refused where line and length do not belong to a whole checkpoint."""
-    payload = os.fstat(file.fileno()).st_size - _HEADER_BYTES
-    line = file.read(_HEADER_BYTES)
-    match = _HEADER.fullmatch(line)
-    if match is None or match[1] != MAGIC or int(match[5], 16) != zlib.crc32(line[: match.start(5)]):
-        later = _LATER_HEADER.match(line)
-        # A line of this format's shape with a wrong checksum was this format: a flipped bit can look like a later
-        # number.
-        if match is None and later and int(later[1]) > FORMAT:
-            raise ClosedCheckpointError(f"{path} {_later_format(int(later[1]))}")
-        raise CheckpointError(f"{path} {_wrong_header(line, shaped=match is not None)}")
-    version, size, sha256 = int(match[2]), int(match[3]), match[4].decode()
-    if version > FORMAT:
-        raise ClosedCheckpointError(f"{path} {_later_format(version)}")
-    if payload < size:
-        raise CheckpointError(f"{path} is truncated: {payload} of {size} bytes are there; {_USE_AN_OLDER_ONE}")
-    if payload > size:
-        raise CheckpointError(f"{path} is damaged: {payload - size} bytes follow its end; {_USE_AN_OLDER_ONE}")
-    return size, sha256
-
-
-def _later_format(version: int) -> str:
-    return f"was written by format {version}, this metapl reads up to {FORMAT}; upgrade metapl"
-
-
-def _wrong_header(line: bytes, shaped: bool) -> str:
-    """What is wrong with a first line, in words that follow the file's name."""
-    if not line:
-        wrong = "is empty"
-    elif len(line) < _HEADER_BYTES and (line.startswith(MAGIC) or MAGIC.startswith(line)):
-        wrong = "is truncated: it ends within its first line"
-    elif shaped or line.startswith(MAGIC):
-        wrong = "is damaged in its first line"
-    elif not line.strip(b"\0"):
-        wrong = "is damaged: it begins with zeros, as after a power cut"
-    else:
-        return f"is not a checkpoint of metapl but {_looks_like(line)}"
-    return f"{wrong}; {_USE_AN_OLDER_ONE}"
-
-
-def _looks_like(line: bytes) -> str:
-    ours = "that metapl.runs.checkpoint.save wrote"
-    if line.startswith(b"PK\x03\x04"):
-        return (
-            "a zip file, perhaps one of torch.save; read such a file with torch.load(path, weights_only=True) "
-            "and write it anew with metapl.runs.checkpoint.save"
+def _read_line(path: Path, file: io.BufferedReader, checked: bool) -> str:
+    """The SHA-256 that the first line has, which is that of the file."""
+    line = file.read(_LINE_BYTES)
+    version, match = re.match(rb"metapl-checkpoint (\d+)\s", line), _LINE.fullmatch(line)
+    if version is None:
+        wrong = f"is not a checkpoint of metapl, or no more: it begins with {line[:20]!r}" if line else "is empty"
+        raise CheckpointError(f"{path} {wrong}; {_USE_AN_OLDER_ONE}")
+    number = int(version[1])
+    if match is None and number != FORMAT:
+        raise _closed(path, number)
+    if match is not None and not checked:
+        begin = match[1]
+        found = hashlib.file_digest(file, lambda: hashlib.sha256(begin)).hexdigest()
+        # The number of the format counts too: one that was flipped is no other format.
+        match = match if found == match[2].decode() else None
+    if match is None:
+        raise CheckpointError(
+            f"{path} is damaged or was cut: it has another checksum than when it was written; {_USE_AN_OLDER_ONE}"
         )
-    if re.match(rb"\x80[\x02-\x05]", line):
-        return f"a pickle, which may hold code, so it is not opened; give a file {ours}"
-    if any(byte < 32 and byte not in b"\t\n\r" for byte in line):
-        return f"another file, beginning with {line[:8]!r}; give one {ours}"
-    return f"text, beginning with {line.decode(errors='replace')[:24]!r}; give a file {ours}"
+    if number != FORMAT:
+        raise _closed(path, number)
+    file.seek(_LINE_BYTES)
+    return match[2].decode()
+
+
+def _closed(path: Path, version: int) -> ClosedCheckpointError:
+    what = "metapl 0.1.0 reads: end the run with that, or move it away" if version == 1 else "a later metapl reads"
+    return ClosedCheckpointError(f"{path} was written by format {version}, which {what}")

@@ -19,8 +19,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,7 @@ from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.cores import default_threads
 from metapl.runs.environment import environment
 from metapl.runs.ownership import LOCK, owned
-from metapl.runs.plain_files import read_plain
-from metapl.runs.typed import misfit_entries
+from metapl.runs.sealed import read_json, read_sealed
 
 FORMAT = 2
 """The layout of run folders that this version writes and reads."""
@@ -55,6 +55,13 @@ WEIGHTS = {
 def weights_file(network: str) -> str:
     """The file of a network's weights in a run folder: of the student, the student finetuned or the teacher."""
     return WEIGHTS[network]
+
+
+@dataclass(frozen=True)
+class _MadeWith:
+    """What is read of what a run was made with."""
+
+    threads: int
 
 
 class RunFolder:
@@ -168,30 +175,17 @@ class RunFolder:
 
     def _description(self) -> dict[str, Any]:
         """What recipe.json holds."""
-        content = self.read_json("recipe.json")
-        hints = {"recipe": dict[str, Any], "made_with": dict[str, Any]}
-        fault = "it has no recipe" if "recipe" not in content else misfit_entries(content, hints)
-        fault = fault or misfit_entries(content.get("made_with", {}), {"threads": int}, "made_with")
-        if fault is not None:
-            raise MetaplError(f"{self.path / 'recipe.json'} is damaged: {fault}.")
-        return content
+        return self.read_json("recipe.json", {"recipe": dict[str, Any], "made_with": _MadeWith}, ("recipe",))
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """One of the folder's JSON files, an object."""
-        file = self.path / name
-        if not file.is_file():
+    def read_json(
+        self, name: str, hints: Mapping[str, Any] | None = None, needed: Iterable[str] = ()
+    ) -> dict[str, Any]:
+        """One of the folder's JSON files, an object, as :func:`~metapl.runs.sealed.read_json` reads it."""
+        if not (self.path / name).is_file():
             raise MetaplError(
                 f"{name} is missing in {self.path}: this is not a run folder, or its run has not come so far."
             )
-        try:
-            content: dict[str, Any] = json.loads(read_plain(file))
-        except RecursionError as error:
-            raise MetaplError(f"{file} cannot be read: it is nested too deeply.") from error
-        except (OSError, ValueError) as error:
-            raise MetaplError(f"{file} cannot be read: {error}.") from error
-        if not isinstance(content, dict):
-            raise MetaplError(f"{file} is damaged: it holds {content!r:.60}; expected an object.")
-        return content
+        return read_json(self.path / name, hints, needed)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all."""
@@ -229,29 +223,19 @@ class RunFolder:
         file = self.path / name
         if not file.is_file():
             raise MetaplError(f"{file} is missing. {self._how_to_get(name)}")
+        content = read_sealed(file, sha256, mend=ANOTHER)
         try:
-            content = read_plain(file)
-            refuse_other_bytes(file, content, sha256)
             weights: dict[str, Tensor] = load(content)
-        except MetaplError:
-            raise
-        except Exception as error:  # safetensors raises its own types, and OSError
+        except Exception as error:  # safetensors raises its own types
             raise MetaplError(f"{file} cannot be read: {error}.") from error
         return weights
 
 
-def refuse_other_bytes(file: Path, content: bytes, sha256: str | None) -> None:
-    """Stop where a file is not as it was written.
-
-    Raises:
-        MetaplError: its SHA-256 is another than ``sha256``; None is not compared.
-    """
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise MetaplError(
-            f"{file} is damaged or of another run: its SHA-256 is not the one in result.json. Put the file back from a "
-            "copy, or train again with another --out; finetuned weights are made anew by metapl finetune."
-        )
-
+ANOTHER = (
+    "Put the file back from a copy, or train again with another --out; finetuned weights are made anew by: metapl "
+    "finetune."
+)
+"""What to do where a file of a run is not as it was written."""
 
 _MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
 

@@ -44,7 +44,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what :func:`rng_state` returned; a warning says where the number of CUDA devices has changed.
 
     Args:
-        state: from :func:`rng_state`, perhaps through a checkpoint, its tensors on any device.
+        state: from :func:`rng_state`, perhaps through a checkpoint.
 
     Raises:
         GeneratorStateError: it is not such a state; then all generators are as they were.
@@ -72,15 +72,14 @@ def _set(state: Mapping[str, Any]) -> None:
     python, saved_cuda = state["python"], state["cuda"]
     random.setstate((python["version"], tuple(python["words"]), python["next_gauss"]))
     numpy.random.set_state(state["numpy"])  # noqa: NPY002 - the global one is meant
-    # A checkpoint loaded with map_location="cuda" has moved these too, and the setters take CPU tensors only.
-    torch.set_rng_state(state["torch"].cpu())
+    torch.set_rng_state(state["torch"])
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for device, generator in enumerate(saved_cuda[:present]):
-        torch.cuda.set_rng_state(generator.cpu(), device)
+        torch.cuda.set_rng_state(generator, device)
 
 
 def plain_states(value: Any) -> Any:
-    """NumPy's arrays and numbers as lists and numbers, which ``torch.load(weights_only=True)`` brings back."""
+    """NumPy's arrays and numbers as lists and numbers, as a checkpoint has them."""
     if isinstance(value, dict):
         return {key: plain_states(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metapl.runs.atomic import replacing
-from metapl.runs.plain_files import read_plain, refuse_irregular
-from metapl.runs.typed import misfit_entries
+from metapl.runs.sealed import misfit_entries, read_plain, refuse_irregular
 
 
 class Metrics:

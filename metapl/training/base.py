@@ -21,11 +21,11 @@ from metapl.metrics.predictions import batches_of, input_batches, logits_of
 from metapl.runs import checkpoint
 from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
-from metapl.training.callbacks import Callback
 from metapl.training.contract import Say, Stepwise
 from metapl.training.loop import FitResult, FitRun
 from metapl.training.options import FitOptions, refuse_unknown
 from metapl.training.resuming import check_allowed
+from metapl.training.stopping import Callback
 from metapl.words import tell
 
 

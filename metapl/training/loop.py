@@ -18,26 +18,23 @@ from torch import Tensor, nn
 from metapl.distributed.dropout import drops_by_itself
 from metapl.errors import MetaplError
 from metapl.execution.batch import length, micro_batches
-from metapl.execution.shards import load_whole
+from metapl.execution.shards import gathered, load_whole
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.runs.checkpoint import Found
-from metapl.runs.checkpoint import load as load_checkpoint
-from metapl.runs.checkpoint_parts import PartsWriter, check_parts, load_parts
+from metapl.runs.checkpoint_parts import PartsWriter, check, load
 from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.memory import LESS, out_of_memory
 from metapl.training.average import Average
-from metapl.training.callbacks import Callback, Callbacks
 from metapl.training.contract import Say, Stepwise
-from metapl.training.options import FitOptions
-from metapl.training.processes import in_parts, layouts_of, of_all, of_this, parts_writer
+from metapl.training.options import FitOptions, Rates
+from metapl.training.processes import layouts_of, of_this, parts_writer, with_ranks
 from metapl.training.progress import Progress, progress
-from metapl.training.rates import Rates
 from metapl.training.records import Records
 from metapl.training.report import Report
 from metapl.training.resuming import VERSIONS, check_state, data_of, made_of, refuse_changes, version_note
 from metapl.training.selection import Best, Selection, weights_of
-from metapl.training.stopping import Interrupted, stop_requests
+from metapl.training.stopping import Callback, Callbacks, Interrupted, stop_requests
 from metapl.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -287,9 +284,9 @@ class FitRun:
             last = f" ({self.records.last_good()})" if t or self.records.kept else ""
             raise MetaplError(f"step {t + 1}: {error}{last}") from error
         if self.average is not None and not waits:
-            self.average.update(self.trainer.student)
-        if self.teacher_average is not None and self.trainer.teacher is not None:
-            self.teacher_average.update(self.trainer.teacher)
+            self.average.update()
+        if self.teacher_average is not None:
+            self.teacher_average.update()
         return report
 
     def _warm_start(self) -> None:
@@ -337,13 +334,14 @@ class FitRun:
         ranks = self.trainer.ranks
         if ranks.alone:
             return self.records.save(step, state)
+        state = with_ranks(state, ranks)
         if self.parts is not None:
             self._settle()
             with ranks.agreed(waiting=True):
                 self.records.flush()
-            self.parts.write(step, *in_parts(state, ranks))
+            self.parts.write(step, state)
             return None
-        state = of_all(state, ranks)
+        state = gathered(state)
         path: Path | None = None
         with ranks.agreed(waiting=True):
             path = self.records.save(step, state)  # by the first one
@@ -420,24 +418,16 @@ class FitRun:
         """The newest whole checkpoint: the first of several processes finds it, and all read it."""
         ranks = self.trainer.ranks
         if ranks.alone:
-            return self.records.newest(self.say, load_parts)
+            return self.records.newest(self.say, load)
         with ranks.agreed(waiting=True):
-            found = self.records.newest(self.say, check_parts) if self.first else None
+            found = self.records.newest(self.say, check) if self.first else None
         path = ranks.gathered(None if found is None else str(found.path))[0]
         if path is None:
             return None
-        with ranks.agreed(waiting=True):
-            if Path(path).is_dir():
-                return Found(Path(path), self._read(Path(path)))
-            state = load_checkpoint(path) if found is None else found.state
-        return Found(Path(path), state)
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        """A checkpoint in parts: as the networks are laid out, where they are sharded."""
-        if self.parts is None:
-            return load_parts(path, checked=True)
-        like = layouts_of(self._state(0), self.trainer)
-        return load_parts(path, like, self.parts.group, checked=True)
+        with ranks.agreed(waiting=True):  # as the networks are laid out, where they are sharded
+            like = None if self.parts is None else layouts_of(self._state(0), self.trainer)
+            found = Found(Path(path), load(Path(path), like, checked=True))
+        return found  # noqa: RET504 - a return inside would look to mypy as if the block could end without one
 
     def _take(self, state: dict[str, Any]) -> None:
         """Put everything to where a checkpoint has it."""

@@ -1,21 +1,18 @@
-"""How a fit runs."""
+"""How a fit runs, and the learning rates that its schedule moves."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from metapl.errors import MetaplError
+from metapl.runs.sealed import AtLeastOne, Range, check_fields
+from metapl.training.contract import Stepwise
 from metapl.words import did_you_mean
-
-COUNTS = ("steps", "warmup", "wait", "validate_every", "log_every", "save_every", "exact_every", "keep", "num_workers")
-"""Options that count something."""
-
 
 MOST_WORKERS = 256
 """Processes that prepare batches; a machine has no use for more, and some end when more are started."""
@@ -57,56 +54,36 @@ class FitOptions:
         phase: the name under which checkpoints and rows are kept.
     """
 
-    steps: int
+    steps: AtLeastOne
     schedule: Literal["cosine", "constant", "exponential"] = "cosine"
-    decay_every: float | None = None
+    decay_every: Annotated[float, Range(0, ends="()")] | None = None
     warmup: int = 0
     wait: int = 0
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Range(0, 1, "[)")] | None = None
     warm_start: bool = False
     select: bool = True
-    validate_every: int = 100
-    log_every: int = 20
-    save_every: int = 500
-    exact_every: int | None = None
-    keep: int = 2
+    validate_every: AtLeastOne = 100
+    log_every: AtLeastOne = 20
+    save_every: AtLeastOne = 500
+    exact_every: AtLeastOne | None = None
+    keep: AtLeastOne = 2
     split_batches: bool = False
-    num_workers: int = 0
+    num_workers: Annotated[int, Range(0, MOST_WORKERS)] = 0
     phase: str = "fit"
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
-            value: Any = getattr(self, name)
-            left_out = name == "exact_every" and value is None
-            if not left_out and (isinstance(value, bool) or not isinstance(value, Integral)):
-                raise MetaplError(f"{name}={value!r}: expected a whole number.")
-        if not is_file_name(self.phase):
-            raise MetaplError(f"phase={self.phase!r}: expected a plain name, for it names a folder: 'fit'.")
-        for name in ("steps", "validate_every", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise MetaplError(f"{name}={getattr(self, name)}: expected 1 or more.")
-        if not 0 <= self.num_workers <= MOST_WORKERS:
-            raise MetaplError(f"num_workers={self.num_workers}: expected 0 to {MOST_WORKERS}.")
-        if self.schedule not in ("cosine", "constant", "exponential"):
-            raise MetaplError(f"schedule={self.schedule!r}: expected 'cosine', 'constant' or 'exponential'.")
-        every = self.decay_every
-        if every is not None and not (self.schedule == "exponential" and 0 < every < math.inf):
-            raise MetaplError(
-                f"decay_every={every!r}: expected a number of steps above 0 beside schedule='exponential', or None."
-            )
-        if not 0 <= self.wait < self.steps:
-            raise MetaplError(f"wait={self.wait}: expected 0 or more, and fewer than steps={self.steps}.")
-        if self.warm_start and not self.wait:
-            raise MetaplError(
-                "warm_start=True was given with wait=0; expected steps in which the teacher trains alone."
-            )
-        if not 0 <= self.warmup <= self.steps - self.wait:
-            after = f" - wait={self.wait}" if self.wait else ""
-            raise MetaplError(f"warmup={self.warmup}: expected between 0 and steps={self.steps}{after}.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise MetaplError(f"ema_decay={self.ema_decay}: expected a decay in [0, 1), or None.")
-        if self.exact_every is not None and self.exact_every < 1:
-            raise MetaplError(f"exact_every={self.exact_every}: expected 1 or more, or None.")
+        check_fields(self)
+        after = f" - wait={self.wait}" if self.wait else ""
+        late = self.decay_every is not None and self.schedule != "exponential"
+        for name, wrong, expected in (
+            ("phase", not is_file_name(self.phase), "a plain name, for it names a folder: phase='fit'"),
+            ("wait", not 0 <= self.wait < self.steps, f"0 or more, and fewer than steps={self.steps}"),
+            ("decay_every", late, "None, or a number beside schedule='exponential'"),
+            ("warm_start", self.warm_start and not self.wait, "steps in which the teacher trains alone, wait=1000 say"),
+            ("warmup", not 0 <= self.warmup <= self.steps - self.wait, f"between 0 and steps={self.steps}{after}"),
+        ):
+            if wrong:
+                raise MetaplError(f"{name}={getattr(self, name)!r}: expected {expected}.")
 
     def decisive(self) -> dict[str, Any]:
         """What a resumed run must have in common with its beginning."""
@@ -159,6 +136,51 @@ class FitOptions:
         return every is not None and ((step + 1) % every == 0 or step + 1 == self.steps)
 
 
+class Rates:
+    """The base rates as the optimizers came with them, and what the schedule makes of them.
+
+    Args:
+        trainer: whose rates; of a TorchOpt transform, which brings its own schedule, none is known.
+        options: the schedule.
+    """
+
+    def __init__(self, trainer: Stepwise, options: FitOptions) -> None:
+        optimizers = trainer.schedulable
+        names = ["student_lr"] if trainer.teacher is None else ["student_lr", "teacher_lr"]
+        names = names[len(names) - len(optimizers) :]
+        self.options = options
+        self.optimizers = dict(zip(names, optimizers, strict=True))
+        self.settings = {name: [_settings(group) for group in o.param_groups] for name, o in self.optimizers.items()}
+        self.base = {name: [group["lr"] for group in o.param_groups] for name, o in self.optimizers.items()}
+
+    def move(self, step: int) -> None:
+        """To where the schedule has them at ``step``."""
+        for name in self.optimizers:
+            self._scale(name, self.options.student_rate(step) if name == "student_lr" else self.options.rate(step))
+
+    def put_back(self) -> None:
+        """To the base rates."""
+        for name in self.optimizers:
+            self._scale(name, 1.0)
+
+    def keep_settings(self, allowed: Sequence[str]) -> None:
+        """Of the optimizers that may differ from those of a checkpoint, take the settings that they came with."""
+        for name, optimizer in self.optimizers.items():
+            if f"{name.removesuffix('_lr')}_optimizer" in allowed:
+                for group, settings in zip(optimizer.param_groups, self.settings[name], strict=False):
+                    group.update(settings)
+
+    def now(self) -> dict[str, float]:
+        """``student_lr`` and ``teacher_lr``, where they are known; of several groups, the first one's."""
+        return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+
+    def _scale(self, name: str, factor: float) -> None:
+        groups, base = self.optimizers[name].param_groups, self.base[name]
+        base.extend(group["lr"] for group in groups[len(base) :])  # added since, such as layers that were unfrozen
+        for group, rate in zip(groups, base, strict=True):
+            group["lr"] = rate * factor
+
+
 def refuse_unknown(given: Iterable[str], *functions: Callable[..., Any]) -> None:
     """Refuse options that neither the first of some functions, nor those that it calls with them, nor
     :class:`FitOptions` has, with what may have been meant.
@@ -193,3 +215,7 @@ def is_file_name(name: Any) -> bool:
     """
     separators = {os.sep, os.altsep, "\0"}
     return isinstance(name, str) and name not in ("", ".", "..") and not separators & set(name)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}

@@ -12,32 +12,15 @@ from torch import distributed as dist
 
 from metapl.errors import MetaplError
 from metapl.execution.ranks import Ranks
-from metapl.execution.shards import gathered, is_sharded
+from metapl.execution.shards import is_sharded
 from metapl.runs.checkpoint_parts import Like, PartsWriter, named
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.contract import Say, Stepwise
-from metapl.training.sharded_copy import has_sharded_weights
 
 
-def of_all(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """The state of a fit with whole weights, and under ``ranks`` what differs between processes; all have to call it.
-
-    Cost: every weight and optimizer state is gathered, one after another, and kept on the host.
-    """
-    every = ranks.gathered(_own(state))
-    whole: dict[str, Any] = gathered(state)
-    return whole | {"ranks": every}
-
-
-SHARED = ("trainer", "average", "teacher_average", "best")
-"""What of a checkpoint is the same in every process, or a part of the same."""
-
-
-def in_parts(state: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state of a fit as what every process writes its part of, and the rest; all have to call it."""
-    every = ranks.gathered(_own(state))
-    shared = {name: state[name] for name in SHARED}
-    return shared, {name: value for name, value in state.items() if name not in SHARED} | {"ranks": every}
+def with_ranks(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The state of a fit, and under ``ranks`` what differs between processes; all have to call it."""
+    return state | {"ranks": ranks.gathered(_own(state))}
 
 
 def parts_writer(trainer: Stepwise, folder: Path | None, keep: int) -> PartsWriter | None:
@@ -53,7 +36,7 @@ def parts_writer(trainer: Stepwise, folder: Path | None, keep: int) -> PartsWrit
     networks = [network for network in (trainer.student, trainer.teacher) if network is not None]
     if (
         trainer.ranks.alone
-        or not any(map(has_sharded_weights, networks))
+        or not any(is_sharded(p) for network in networks for p in network.parameters())
         or trainer.ranks.processes != dist.get_world_size()
     ):
         return None
@@ -68,7 +51,7 @@ def layouts_of(state: Mapping[str, Any], trainer: Stepwise) -> Like:
         state: of the fit as it is.
         trainer: of the fit.
     """
-    known = {name: t for name, t in named({key: state[key] for key in SHARED}).items() if is_sharded(t)}
+    known = named(state)
     optimizers = [key for key, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
     for key, optimizer in zip(optimizers, trainer.schedulable, strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -86,7 +86,10 @@ class Records:
         if self.checkpoints is None:
             return None
         self.flush()
-        self.saved_at = self.checkpoints.write(step, state)
+        try:
+            self.saved_at = self.checkpoints.write(step, state)
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(f"{error} ({self.last_good()})") from error
         return self.saved_at
 
     def flush(self) -> None:
@@ -98,19 +101,19 @@ class Records:
                 self.events.flush()
             self.metrics.sync()
 
-    def newest(self, say: Say, read_folder: Callable[[Path], dict[str, Any]]) -> checkpoint.Found | None:
+    def newest(self, say: Say, read: Callable[[Path], dict[str, Any]]) -> checkpoint.Found | None:
         """The newest whole checkpoint; None, with a word on it, where there are none.
 
         Args:
             say: takes what a user should know.
-            read_folder: reads a checkpoint in parts.
+            read: gives the state of one.
 
         Raises:
             CheckpointError: there are checkpoints, and none can be read. To train anew would replace them in time.
         """
         if self.checkpoints is None:
             raise MetaplError("resume=True was given without out; expected the folder of the run to go on with.")
-        newest = self.checkpoints.newest(read_folder=read_folder)
+        newest = self.checkpoints.newest(read)
         if newest is None:
             say(f"no checkpoint of phase {self.phase} yet: starting anew")
             return None

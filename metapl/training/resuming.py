@@ -15,9 +15,9 @@ from metapl.execution.layout import reshard
 from metapl.moved import named_now
 from metapl.runs.checkpoint import CheckpointError
 from metapl.runs.fingerprints import as_values, network_record, unwrapped
-from metapl.runs.typed import misfit_entries
+from metapl.runs.sealed import AtLeastZero, misfit_entries
 from metapl.training.contract import Stepwise
-from metapl.training.rates import Rates
+from metapl.training.options import Rates
 
 PARTS = (
     "student_optimizer", "teacher_optimizer", "trainer", "networks", "dtype", "labeled", "unlabeled", "validation",
@@ -27,7 +27,11 @@ PARTS = (
 OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr")
 """Settings of an optimizer that do not decide where it goes; its learning rate is compared as the schedule found it."""
 
-STATE: dict[str, Any] = {"step": int, "options": dict[str, Any], "seen": dict[str, float], "made_of": dict[str, Any]}
+BEST = {"accuracy": float | None, "step": int, "weights": dict[str, Any]}
+STATE: dict[str, Any] = {
+    "step": AtLeastZero, "options": dict[str, Any], "seen": dict[str, float], "made_of": dict[str, Any],
+    "best": dict[str, Any], "ended": tuple[int, str] | None,
+}  # fmt: skip
 """What the state of a fit has to say, with types; tensors stand in other entries."""
 
 
@@ -151,35 +155,19 @@ def check_state(file: Path, state: Mapping[str, Any], student: nn.Module, steps:
     """
     missing = [name for name in ("step", "options", "trainer", "seen", "best", "feeds", "rng") if name not in state]
     fault = f"it has no {missing[0]}" if missing else misfit_entries(state, STATE, "its state")
-    if fault is None and state["step"] < 0:
-        fault = f"its step is {state['step']}"
-    fault = fault or _best_fault(state["best"], student) or _ended_fault(state.get("ended"))
+    fault = fault or misfit_entries(best := state["best"], BEST, "its best student")
+    shapes = {name: value.shape for name, value in student.state_dict().items() if isinstance(value, Tensor)}
+    if fault is None and best.keys() != BEST.keys():
+        fault = f"its best student says {', '.join(map(str, best))}"
+    elif fault is None and best["weights"]:
+        kept = {name: value.shape for name, value in best["weights"].items() if isinstance(value, Tensor)}
+        fault = None if kept == shapes else "its best student is of another network"
     if fault is not None:
         raise CheckpointError(
             f"{file} is whole, but no fit wrote it so: {fault}; go back to an older checkpoint by moving it away."
         )
     if state["step"] > steps:
         raise MetaplError(f"{file} is of a run that has done {state['step']} steps, and steps={steps}; expected more.")
-
-
-def _best_fault(best: Any, student: nn.Module) -> str | None:
-    if not isinstance(best, Mapping) or best.keys() != {"accuracy", "step", "weights"}:
-        return "its best student is not one"
-    accuracy, step, weights = best["accuracy"], best["step"], best["weights"]
-    fault = misfit_entries({"accuracy": accuracy, "step": step}, {"accuracy": float | None, "step": int}, "its best")
-    if fault is not None or not weights:
-        return fault
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        return "its best student has no weights"
-    shapes = {name: value.shape for name, value in student.state_dict().items()}
-    if {name: value.shape for name, value in weights.items()} != shapes:
-        return "its best student is of another network"
-    return None
-
-
-def _ended_fault(ended: Any) -> str | None:
-    fits = ended is None or (isinstance(ended, tuple | list) and [*map(type, ended)] == [int, str])
-    return None if fits else f"it ended at {ended!r:.60}"
 
 
 def _networks(trainer: Stepwise) -> dict[str, nn.Module]:

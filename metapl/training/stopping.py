@@ -1,14 +1,96 @@
-"""Ctrl-C, SIGTERM and SIGHUP, heard between steps."""
+"""What ends a fit early: a callback, Ctrl-C, SIGTERM or SIGHUP; and what else is called after each recorded row."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from metapl.errors import MetaplError
+from metapl.execution.checks import described
+from metapl.execution.rng import RandomState, replayed
 from metapl.runs.signals import END, is_heard
+from metapl.training.contract import Stepwise
+
+Callback = Callable[[int, Mapping[str, float], Any], object]
+"""Called with the number of steps done, the row recorded after them and the trainer; what it returns is not read.
+
+An object with ``state_dict()`` and ``load_state_dict(state)`` beside its ``__call__`` is saved in the checkpoints and
+goes on where it was when the fit is resumed.
+"""
+
+
+class StopFit(Exception):
+    """Raised by a callback to end the fit after the step at hand, as if it had been the last one.
+
+    The student is then chosen as at the end of any fit, a checkpoint is written, the text is shown, and the fit counts
+    as finished when it is resumed. During ``wait`` the student has not begun: the fit then returns it untrained, beside
+    the teacher that was trained, and says so.
+
+    >>> import torch, metapl
+    >>> def stop_at_small_loss(step, row, trainer):
+    ...     if row["loss"] < 0.1:
+    ...         raise metapl.StopFit(f"the loss is {row['loss']:.2f}")
+    """
+
+
+class Callbacks:
+    """The callbacks of one fit, called in turn.
+
+    Args:
+        given: the callbacks.
+        trainer: what they are given.
+    """
+
+    def __init__(self, given: Sequence[Callback], trainer: Stepwise) -> None:
+        several = isinstance(given, tuple | list)
+        wrong = [callback for callback in given if not callable(callback)] if several else [given]
+        if wrong:
+            raise MetaplError(
+                f"callbacks holds or is something {described(wrong[0])}; expected a list of callables that take (step, "
+                "row, trainer), such as callbacks=[lambda step, row, trainer: print(step, row)]."
+            )
+        self.given, self.trainer = tuple(given), trainer
+        self.raised: Exception | None = None
+        """What a callback has raised, which ends the fit."""
+
+    def after(self, step: int, row: Mapping[str, float]) -> str | None:
+        """Call each; why the fit is to stop, if one of them says so."""
+        reasons = [reason for callback in self.given if (reason := self._called(callback, step, row)) is not None]
+        return "; ".join(filter(None, reasons)) if reasons else None
+
+    def _called(self, callback: Callback, step: int, row: Mapping[str, float]) -> str | None:
+        # Observing must not change the run: a DataLoader, for one, draws from the default generator.
+        with replayed(RandomState.now(self.trainer.device)):
+            try:
+                callback(step, dict(row), self.trainer)
+            except StopFit as stop:
+                return str(stop)
+            except Exception as error:
+                self.raised = error
+                raise
+        return None
+
+    def state(self) -> list[Any]:
+        """The states of the callbacks that have one."""
+        return [callback.state_dict() for callback in self._stateful()]
+
+    def restore(self, states: Sequence[Any]) -> None:
+        """Go on from :meth:`state`."""
+        stateful = self._stateful()
+        if len(states) != len(stateful):
+            raise MetaplError(
+                f"the checkpoint has the states of {len(states)} callbacks, and {len(stateful)} of those given have "
+                "state_dict; expected the callbacks that the run was started with."
+            )
+        for callback, state in zip(stateful, states, strict=True):
+            callback.load_state_dict(state)
+
+    def _stateful(self) -> list[Any]:
+        names = ("state_dict", "load_state_dict")
+        return [callback for callback in self.given if all(hasattr(callback, name) for name in names)]
 
 
 class Interrupted(KeyboardInterrupt):

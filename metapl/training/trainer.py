@@ -40,8 +40,7 @@ from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
-from metapl.training.finetuning import finetune
-from metapl.training.loss_trainer import SETTINGS, LossTrainer
+from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.report import Report, StepReport
 from metapl.training.states import check_state, names_of
 from metapl.training.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars

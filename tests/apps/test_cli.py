@@ -102,7 +102,7 @@ def test_evaluate_gives_the_number_on_record_again(trained: Path, capsys: pytest
 def test_evaluate_says_so_when_the_number_is_another(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = {name: torch.zeros_like(value) for name, value in load_file(delivered(run)).items()}
     save_file(weights, delivered(run))
-    assert "its SHA-256 is not the one in result.json" in refused(capsys, "evaluate", run)
+    assert "its SHA-256 is not the one that was noted" in refused(capsys, "evaluate", run)
     reseal(run)
     assert f"but {result(run)['test_accuracy']:.2%} in result.json" in said(capsys, "evaluate", run)
 

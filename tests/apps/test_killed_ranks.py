@@ -18,7 +18,7 @@ from forked import context
 from ranks import _free_port
 from tiny_runs import TINY
 
-from metapl.runs.checkpoint_parts import check_parts
+from metapl.runs.checkpoint_parts import check
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux has them")
 
@@ -101,7 +101,7 @@ def train_through(run: Path, kills: int, seconds: float, draw: random.Random) ->
         if -signal.SIGKILL not in codes:
             assert codes == [0, 0], [file.read_text() for file in attempt.said]
         for path in run.glob("checkpoints/*/*.parts"):
-            check_parts(path)  # what has its name is whole
+            check(path)  # what has its name is whole
     return hits, attempts
 
 
@@ -128,7 +128,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(whole:
     assert attempt.codes() == [2, -signal.SIGKILL]
     assert "another process of this run has ended" in " ".join(attempt.said[0].read_text().split())
     for path in run.glob("checkpoints/fit/*.parts"):
-        check_parts(path)
+        check(path)
     again = Attempt(run)
     assert again.codes() == [0, 0]
     assert "resumed at step" in again.said[0].read_text()

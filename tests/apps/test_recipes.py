@@ -308,7 +308,7 @@ def finetuned_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             seen.append({name: options[name] for name in EXECUTION})
             super().__init__(model, losses, **options | {"compile": False})  # compiling takes long
 
-    monkeypatch.setattr("metapl.training.finetuning.LossTrainer", Watched)
+    monkeypatch.setattr("metapl.training.loss_trainer.LossTrainer", Watched)
     return seen
 
 

@@ -651,7 +651,7 @@ def unwritten(folder: str) -> list[str]:
             if dist.get_rank() == 0:
                 patch.setattr(where, name, refuse)
             try:
-                writer.write(1, {"weight": torch.ones(3)}, {})
+                writer.write(1, {"weight": torch.ones(3)})
                 writer.settle()
             except parts.CheckpointError as error:
                 told.append(str(error))

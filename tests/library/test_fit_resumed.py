@@ -437,7 +437,7 @@ def test_damaged_checkpoints_are_passed_over_by_name_and_without_a_whole_one_it_
     newest, older = CheckpointFolder(tmp_path / "checkpoints/fit").paths()
     newest.write_bytes(newest.read_bytes()[:-100])
     assert same(ended(True), whole)
-    assert re.search(r"passed over step-00000012\.ckpt.*truncated", said[0])
+    assert re.search(r"passed over step-00000012\.ckpt.*was cut", said[0])
     assert said[1] == "resumed at step 10"
     for path in (newest, older):
         path.write_bytes(b"")

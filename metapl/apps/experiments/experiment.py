@@ -41,7 +41,7 @@ from metapl.metrics.predictions import batches_of
 from metapl.runs.folder import RunFolder, weights_file
 from metapl.runs.rows import Metrics
 from metapl.training import FitResult, Say, Trainer
-from metapl.training.finetuning import finetune
+from metapl.training.loss_trainer import finetune
 from metapl.training.selection import weights_of
 
 

@@ -18,8 +18,8 @@ from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.runs.atomic import replacing
-from metapl.runs.folder import refuse_other_bytes
-from metapl.runs.plain_files import read_plain
+from metapl.runs.folder import ANOTHER
+from metapl.runs.sealed import read_sealed
 
 SHOWN = 12
 """Pictures in a gallery."""
@@ -124,9 +124,8 @@ def read_galleries(folder: Path, sha256: str | None = None) -> list[Gallery]:
     path = folder / FILE
     if not path.is_file():
         return []
+    content = read_sealed(path, sha256, mend=ANOTHER)
     try:
-        content = read_plain(path)
-        refuse_other_bytes(path, content, sha256)
         pictures = load(content)
         length = int.from_bytes(content[:8], "little")
         words = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["galleries"])
@@ -136,7 +135,5 @@ def read_galleries(folder: Path, sha256: str | None = None) -> list[Gallery]:
             )
             for number, entry in enumerate(words)
         ]
-    except MetaplError:
-        raise
     except Exception as error:  # safetensors raises its own types; without a checksum anything may stand there
         raise MetaplError(f"{path} cannot be read: {type(error).__name__}, {error}; remove it to go on.") from error
