@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from metapl.distributed.tensor import Plan, parallel
 from metapl.errors import MetaplError
 from metapl.execution.modules import named_parts, named_tensors
 from metapl.execution.shards import local
+from metapl.runs.fields import Range, check_fields
 
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 """The submodules of a network that gather their weights one after another."""
+
+Count = Annotated[int, Range(1, of="a number of processes")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +47,13 @@ class Mesh:
     2
     """
 
-    replicate: int = 1
-    shard: int = 1
-    tensor: int = 1
-    spatial: int = 1
+    replicate: Count = 1
+    shard: Count = 1
+    tensor: Count = 1
+    spatial: Count = 1
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise MetaplError(f"Mesh({name}={value!r}): expected a number of processes, 1 or more.")
+        check_fields(self)
         if self.tensor > 1 and self.spatial > 1:
             raise MetaplError(
                 f"Mesh(tensor={self.tensor}, spatial={self.spatial}): a network is cut either in its products or along "

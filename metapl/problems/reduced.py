@@ -14,7 +14,7 @@ The feedback is that of :class:`metapl.PseudoLabels`; T reads q in the place of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Signal
 from metapl.problems.losses import TeacherLoss
 from metapl.problems.pseudo_labels import PseudoLabels
+from metapl.runs.fields import Range, check_fields
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,13 @@ class StoredCrossEntropy:
     1.0986
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0, 1)] = 0.0
     weight: float = 1.0
 
     name: ClassVar[str] = "cross_entropy"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise MetaplError(
-                f"StoredCrossEntropy(label_smoothing={self.label_smoothing}): expected a number in [0, 1)."
-            )
+        check_fields(self)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         if len(labeled) < 3:

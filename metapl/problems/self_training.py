@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from metapl.execution.modules import drop_rate, may_drop_by_function
 from metapl.execution.numerics import wide
 from metapl.problems.base import Signal
 from metapl.problems.reduced import check_stored
+from metapl.runs.fields import Range, check_fields
 
 
 def model_noise(network: nn.Module) -> list[nn.Module]:
@@ -88,15 +89,12 @@ class NoisyStudentLoss:
     form: Literal["mean", "two_means"] = "mean"
     hard: bool = False
     model_noise: bool = True
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0, 1)] = 0.0
 
     name: ClassVar[str] = "noisy_student"
 
     def __post_init__(self) -> None:
-        if self.form not in ("mean", "two_means"):
-            raise MetaplError(f"NoisyStudentLoss(form={self.form!r}): expected 'mean' or 'two_means'.")
-        if not 0 <= self.label_smoothing < 1:
-            raise MetaplError(f"NoisyStudentLoss(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
+        check_fields(self)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         (x_l, y), (x_u, stored) = labeled[:2], _pair(unlabeled)

@@ -12,6 +12,7 @@ locks             exclusive locks on files
 ownership         one owner per folder
 fingerprints      settings and data as plain values
 typed             values from a file, held against their types
+fields            fields of a frozen value, held against their ranges and choices
 plain_files       reading plain files alone
 cores             how many cores this process may use
 memory            too little memory, however it is said
