@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
+from metapl.execution.capabilities import EVERY, FORWARD_AD, Capability
 from metapl.execution.columns import columns_of
 from metapl.execution.modules import named_parts, named_tensors, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
@@ -65,6 +66,20 @@ class Layout:
     @property
     def is_sharded(self) -> bool:
         return self.kind == "sharded"
+
+    @property
+    def offers(self) -> frozenset[Capability]:
+        """What estimators and problems may require of it; PyTorch has no forward mode through shared products."""
+        if self.kind == "plain":
+            return EVERY
+        return frozenset({FORWARD_AD} if self.product_ranks == 1 else ())
+
+    @property
+    def how(self) -> str:
+        """Its kind, in words."""
+        if self.product_ranks > 1:
+            return "sharded by parallelize_module"
+        return {"plain": "a plain module", "replicated": "in DistributedDataParallel"}.get(self.kind, "sharded")
 
     def compilable(self) -> list[nn.Module]:
         """The modules whose forward passes ``torch.compile`` takes: the network, or the blocks of a sharded one.
@@ -481,10 +496,8 @@ def compute_dtype(block: Any) -> Any:
 
 
 def _described(layout: Layout) -> str:
-    if layout.kind == "plain":
-        return "a plain module"
-    how = "in DistributedDataParallel" if layout.kind == "replicated" else "sharded"
-    return f"{how} over the processes {', '.join(map(str, layout.processes))}"
+    where = f" over the processes {', '.join(map(str, layout.processes))}" if layout.processes else ""
+    return layout.how + where
 
 
 def parts_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

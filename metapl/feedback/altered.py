@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
+from metapl.execution.capabilities import Capability
 from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice
 from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
@@ -73,12 +74,8 @@ class Altered(Estimator):
         return self.base.looks_ahead
 
     @property
-    def one_process(self) -> bool:
-        return self.base.one_process
-
-    @property
-    def forward_mode(self) -> bool:
-        return self.base.forward_mode
+    def requires(self) -> frozenset[Capability]:
+        return self.base.requires
 
     @property
     def credits(self) -> Credits:

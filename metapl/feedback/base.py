@@ -19,6 +19,7 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
+from metapl.execution.capabilities import ONE_PROCESS, Capability
 from metapl.execution.guards import casts_explained
 from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import InnerStep
@@ -122,14 +123,9 @@ class Estimator(ABC):
         return False
 
     @property
-    def one_process(self) -> bool:
-        """Whether it takes the student's weights and batch as a whole, which one process has."""
-        return self.keep_graph
-
-    @property
-    def forward_mode(self) -> bool:
-        """Whether it takes a pass of the student in forward mode."""
-        return False
+    def requires(self) -> frozenset[Capability]:
+        """What it requires of the student's layout."""
+        return frozenset({ONE_PROCESS} if self.keep_graph else ())
 
     def init(self) -> State:
         """The state before the first step."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metapl.execution import checks
+from metapl.execution.capabilities import FORWARD_AD, Capability
 from metapl.feedback.base import (
     Estimator,
     Feedback,
@@ -74,7 +75,7 @@ class Forward(Estimator):
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     looks_ahead: ClassVar[bool] = True
-    forward_mode: ClassVar[bool] = True
+    requires: ClassVar[frozenset[Capability]] = frozenset({FORWARD_AD})
 
     def __post_init__(self) -> None:
         check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
+from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS, Capability
 from metapl.execution.numerics import Tree, scaled
 from metapl.feedback.base import Estimator, Feedback, State, check_choice
 from metapl.feedback.credit import exact_feedback
@@ -67,8 +68,7 @@ class Implicit(Estimator):
 
     name: ClassVar[str] = "implicit"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
-    one_process: ClassVar[bool] = True
-    forward_mode: ClassVar[bool] = True
+    requires: ClassVar[frozenset[Capability]] = frozenset({ONE_PROCESS, FORWARD_AD})
 
     def __post_init__(self) -> None:
         check_choice(self, "solver", ("cg", "neumann", "identity"))

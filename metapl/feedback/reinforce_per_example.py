@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from metapl.execution.capabilities import FORWARD_AD, Capability
 from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice, divisor
 from metapl.feedback.credit import example_feedback, forward_tangent
 from metapl.feedback.difference import Difference
@@ -42,8 +43,8 @@ class ReinforcePerExample(Estimator):
     credits: ClassVar[Credits] = "example"
 
     @property
-    def forward_mode(self) -> bool:
-        return self.tangent == "forward"
+    def requires(self) -> frozenset[Capability]:
+        return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 
     def __post_init__(self) -> None:
         check_choice(self, "tangent", ("forward", "difference"))
