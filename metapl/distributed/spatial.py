@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from metapl.distributed.dropout import KeyedDropout
@@ -246,48 +245,38 @@ def _split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | N
     return None
 
 
-class SpatialConv2d(nn.Conv2d):
-    """A convolution of this process's columns, with the neighbors' columns that it reads."""
+class _Window:
+    """A layer whose windows may reach into the neighbors' columns: these are put beside its own, in place of padding.
+
+    Attributes:
+        beside: its padding along the width; that of the layer is 0.
+        fill: what padding is filled with.
+    """
 
     columns: Columns
     name: str
+    beside: int
+    fill: float = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _extended(
-            x,
-            self.name,
-            self.kernel_size[1],
-            self.stride[1],
-            _side(self.padding, 1),
-            self.columns.group,
-            dilation=self.dilation[1],
-        )
-        padding = (_side(self.padding, 0), 0)
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        kernel, stride, dilation = (_pair(getattr(self, v, 1))[1] for v in ("kernel_size", "stride", "dilation"))
+        x = _extended(x, self.name, (kernel, stride, self.beside, dilation), self.columns.group, self.fill)
+        result: Tensor = super().forward(x)  # type: ignore[misc]  # of the layer beside this class
+        return result
 
 
-class SpatialMaxPool2d(nn.MaxPool2d):
-    """The greatest values of windows that may reach into the neighbors' columns."""
-
-    columns: Columns
-    name: str
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
-        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.columns.group, fill=-torch.inf)
-        return F.max_pool2d(x, kernel, stride, (padding[0], 0))
+class SpatialConv2d(_Window, nn.Conv2d):
+    """A convolution of this process's columns."""
 
 
-class SpatialAvgPool2d(nn.AvgPool2d):
-    """The means of windows that may reach into the neighbors' columns."""
+class SpatialMaxPool2d(_Window, nn.MaxPool2d):
+    """The greatest values of windows."""
 
-    columns: Columns
-    name: str
+    fill = -torch.inf
 
-    def forward(self, x: Tensor) -> Tensor:
-        kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
-        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.columns.group)
-        return F.avg_pool2d(x, kernel, stride, (padding[0], 0), False, self.count_include_pad, self.divisor_override)
+
+class SpatialAvgPool2d(_Window, nn.AvgPool2d):
+    """The means of windows."""
 
 
 class SpatialGlobalPool2d(nn.AdaptiveAvgPool2d):
@@ -362,18 +351,9 @@ class SpatialGroupNorm(nn.GroupNorm):
         return y.to(x.dtype)
 
 
-def _extended(
-    x: Tensor,
-    name: str,
-    kernel: int,
-    stride: int,
-    padding: int,
-    group: dist.ProcessGroup,
-    *,
-    dilation: int = 1,
-    fill: float = 0.0,
-) -> Tensor:
-    """The columns that a window of this shape reads, for the output columns of this process."""
+def _extended(x: Tensor, name: str, window: tuple[int, int, int, int], group: dist.ProcessGroup, fill: float) -> Tensor:
+    """The columns that a window (kernel, stride, padding, dilation) reads, for the output columns of this process."""
+    kernel, stride, padding, dilation = window
     width = x.shape[-1]
     left, right = padding, dilation * (kernel - 1) - padding - stride + 1
     whole, size = width * group.size(), group.size()
@@ -412,13 +392,12 @@ def _made(kind: type[nn.Module], *check: Callable[[Any], bool]) -> Callable[[str
         made = kind.__new__(kind)
         made.__dict__.update(layer.__dict__)
         made.__dict__.update(columns=columns, name=name)
+        if isinstance(made, _Window):
+            height, width = _pair(layer.padding)
+            made.__dict__.update(padding=(height, 0), beside=width)
         return made
 
     return make
-
-
-def _side(padding: Any, dimension: int) -> int:
-    return int(padding[dimension])
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
@@ -42,7 +41,7 @@ from metapl.execution.local import LocalStudent, Pass, WeightedLoss
 from metapl.execution.numerics import Tree, full_float32, wide_tree
 from metapl.execution.reach import Made
 from metapl.execution.rng import RandomState, replayed
-from metapl.execution.shards import is_sharded, local
+from metapl.execution.shards import as_sharded, is_sharded, local, whole
 from metapl.execution.writes import Watch, weights_watched
 
 
@@ -292,46 +291,5 @@ def _hooked(groups: Sequence[_Group]) -> Iterator[None]:
 
 
 def gathered(parts: Tree, like: Mapping[str, Any]) -> Tree:
-    """The whole tensors of which these are the ranks' parts, in one exchange for each type of number.
-
-    Args:
-        parts: this rank's.
-        like: the sharded parameters, by name.
-    """
-    whole: Tree = {}
-    for dtype in dict.fromkeys(t.dtype for t in parts.values()):
-        names = [name for name in parts if parts[name].dtype == dtype]
-        pieces = [_Piece(parts[name], like[name]) for name in names]
-        mine = torch.cat([piece.padded() for piece in pieces])
-        every = mine.new_empty(pieces[0].ranks * mine.numel())
-        dist.all_gather_into_tensor(every, mine, group=pieces[0].group)
-        columns = every.view(pieces[0].ranks, -1).split([piece.length for piece in pieces], dim=1)
-        whole |= {name: piece.joined(c) for name, piece, c in zip(names, pieces, columns, strict=True)}
-    return whole
-
-
-class _Piece:
-    """A part of a tensor that is split along one dimension, as ``torch.chunk`` splits it."""
-
-    def __init__(self, part: Tensor, like: Any) -> None:
-        number = next(i for i, placement in enumerate(like.placements) if placement.is_shard())
-        self.part, self.shape, self.dim = part, list(like.shape), like.placements[number].dim
-        self.group, self.ranks = like.device_mesh.get_group(number), like.device_mesh.size(number)
-        self.chunk = [*self.shape]
-        self.chunk[self.dim] = -(-self.shape[self.dim] // self.ranks)
-        self.length = 1
-        for n in self.chunk:
-            self.length *= n
-
-    def padded(self) -> Tensor:
-        """The part as a row of the length that every rank's has."""
-        if list(self.part.shape) == self.chunk:
-            return self.part.reshape(-1)
-        row = self.part.new_zeros(self.chunk)
-        row.narrow(self.dim, 0, self.part.shape[self.dim]).copy_(self.part)
-        return row.reshape(-1)
-
-    def joined(self, rows: Tensor) -> Tensor:
-        """The whole tensor, from the ranks' rows."""
-        chunks = rows.reshape(self.ranks, *self.chunk).movedim(0, self.dim)
-        return chunks.flatten(self.dim, self.dim + 1).narrow(self.dim, 0, self.shape[self.dim])
+    """The whole tensors of which these are the ranks' parts, laid out as the sharded parameters ``like``."""
+    return {name: whole(as_sharded(part, like[name])) for name, part in parts.items()}
