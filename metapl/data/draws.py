@@ -59,6 +59,11 @@ def _fold_in(seed: Tensor | int, data: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def hashed(seed: int, places: Tensor, length: int) -> Tensor:
+    """The first bits of a hash of places (int64, any shape), as numbers of so many bits."""
+    return _shift_right(_fold_in(seed, places - 1), 64 - length)
+
+
 def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Tensor:
     """Draw 64 random bits, ``n`` times per example.
 
