@@ -108,9 +108,7 @@ def check_started(mesh: Mesh) -> None:
             f"{count} processes were started, and no mesh says what each of them does; give --mesh.replicate {count}, "
             f"which shares the batches among them, or --mesh.shard {count}, which shares the weights too."
         )
-    flags = {"replicate": mesh.replicate, "shard": mesh.shard}
-    flags |= {name: getattr(mesh, name) for name in ("tensor", "spatial") if getattr(mesh, name) > 1}
-    product = " x ".join(f"--mesh.{name} {size}" for name, size in flags.items())
+    product = " x ".join(f"--mesh.{name} {size}" for name, size in mesh.factors.items())
     others = "" if count == 1 else f", or give a mesh of {count}"
     raise MetaplError(
         f"the mesh is of {mesh.size} processes ({product}) and {count} {'was' if count == 1 else 'were'} started; "

@@ -42,7 +42,7 @@ class ReducedLabels(PseudoLabels):
 
     Its own loss is by default :class:`StoredCrossEntropy`, on the stored distributions of the labeled examples.
 
-    >>> import metapl
+    >>> import metapl, torch
     >>> teacher, student = metapl.models.label_adjuster(3), torch.nn.Linear(4, 3)
     >>> trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=ReducedLabels())
     >>> stored = torch.rand(6, 3).softmax(-1)
@@ -65,17 +65,17 @@ class ReducedLabels(PseudoLabels):
 
     def teacher_input(self, batch: Any) -> Tensor:
         """The stored distributions."""
-        return _pair(batch)[1]
+        return self._pair(batch)[1]
 
     def student_input(self, batch: Any) -> Any:
         """x."""
-        return _pair(batch)[0]
+        return self._pair(batch)[0]
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """As of :class:`metapl.PseudoLabels`, of the stored distributions in the type of the teacher's weights."""
-        inputs, stored = _pair(batch)
+        inputs, stored = self._pair(batch)
         return super().signal(teacher, (inputs, in_type_of(teacher, stored)), student_outputs, generator=generator)
 
     def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
@@ -85,9 +85,13 @@ class ReducedLabels(PseudoLabels):
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels that are not classes of the student's outputs, and stored values that are not distributions."""
         super().check(outputs, labeled, unlabeled)
-        check_stored(_pair(unlabeled)[1], outputs, "unlabeled")
+        check_stored(self._pair(unlabeled)[1], outputs, "unlabeled")
         if len(labeled) > 2:
             check_stored(labeled[2], labeled[1][:, None].expand(-1, outputs.shape[1]), "labeled")
+
+    @staticmethod
+    def _pair(batch: Any) -> tuple[Any, Tensor]:
+        return stored_pair(batch, "the inner batch of ReducedLabels, unlabeled=,")
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class StoredCrossEntropy:
     Raises: :class:`metapl.MetaplError` for a smoothing out of its range, a labeled batch without stored distributions,
     and labels that are not classes.
 
-    >>> import metapl
+    >>> import metapl, torch
     >>> loss, labeled = StoredCrossEntropy(), (torch.randn(2, 4), torch.tensor([0, 1]), torch.full((2, 3), 1 / 3))
     >>> teacher, signal = metapl.models.label_adjuster(3), Signal(torch.zeros(2, 3))
     >>> round(loss(teacher, labeled=labeled, unlabeled=None, signal=signal, step=0).item(), 4)  # ln 3
@@ -143,9 +147,11 @@ def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
     )
 
 
-def _pair(batch: Any) -> tuple[Any, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], torch.Tensor):
+def stored_pair(batch: Any, what: str) -> tuple[Any, Tensor]:
+    """The inputs and the stored distributions of a batch; refuse one that is not a pair of these."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise MetaplError(
-            f"the inner batch of ReducedLabels is {checks.described(batch)}; expected (inputs, stored) as unlabeled=."
+            f"{what} is {checks.described(batch)}; expected (inputs, stored), with the stored class distributions of "
+            "the inputs."
         )
     return batch[0], batch[1]

@@ -141,7 +141,7 @@ def _without_columns(mesh: Mesh) -> Mesh:
     """A mesh that cuts weights over the same ranks, and images no more."""
     plain = Mesh(replicate=mesh.replicate, shard=mesh.shard * mesh.spatial, tensor=mesh.tensor)
     mesh.devices("cpu")
-    vars(plain)["_built"] = {"meta": vars(mesh)["_built"]["cpu"]}
+    vars(plain)["_meshes"] = {("meta", *sizes): built for (_, *sizes), built in vars(mesh)["_meshes"].items()}
     return plain
 
 
