@@ -81,7 +81,7 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> Modu
     """
     if columns_of(module) is not None:
         raise MetaplError("spatial was given a network whose images are split already; expected a whole one.")
-    if type(module) in _MADE:
+    if type(module) in _FORMS:
         raise MetaplError(f"spatial was given a {type(module).__name__} alone; expected a network around it.")
     columns = Columns(group)
     given = (example,) if isinstance(example, Tensor) else example
@@ -233,16 +233,28 @@ _OTHER_OUTPUTS = (
 
 
 def _split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | None:
-    """What takes a layer's place; None for one that works as it is."""
-    if type(layer) in _MADE:
-        return _MADE[type(layer)](name, layer, columns)
-    if isinstance(layer, _REFUSED) or type(layer).__module__.startswith("torch.nn.modules.conv"):
+    """What takes a layer's place, with the same tensors and settings; None for one that works as it is."""
+    if isinstance(layer, KeyedDropout):  # by the places in whole images
+        keyed = KeyedDropout(layer.p, layer.share, layer.shared_from, layer.scaled)
+        if layer.shared_from is None:
+            keyed.part, keyed.parts, keyed.of_images = columns.number, columns.count, True
+        return keyed
+    form, fits = _FORMS.get(type(layer), (None, None))
+    if form is None and not isinstance(layer, _WITHOUT_FORM):
+        return None
+    if form is None or (fits is not None and not fits(layer)):
         raise MetaplError(
-            f"{name or 'the module'} is a {type(layer).__name__}, which has no form for images cut along their width; "
-            "expected Conv2d, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d(1), BatchNorm2d, GroupNorm and layers that work "
-            "on each pixel. Share the network with Mesh(shard=...) instead."
+            f"{name or 'the module'}, {type(layer).__name__}({layer.extra_repr()}), has no form for images cut along "
+            "their width; expected Conv2d padded by zeros, MaxPool2d and AvgPool2d without dilation and ceil_mode, "
+            "AdaptiveAvgPool2d(1), BatchNorm2d, GroupNorm and layers that work on each pixel. Share the network with "
+            "Mesh(shard=...) instead."
         )
-    return None
+    made = form.__new__(form)
+    made.__dict__.update(layer.__dict__, columns=columns, name=name)
+    if isinstance(made, _Window):
+        height, width = _pair(layer.padding)
+        made.__dict__.update(padding=(height, 0), beside=width)
+    return made
 
 
 class _Window:
@@ -325,15 +337,12 @@ class SpatialBatchNorm2d(nn.BatchNorm2d):
 
     def _follow(self, mean: Tensor, variance: Tensor, n: int) -> None:
         """Move the running statistics, as PyTorch does: by the unbiased variance."""
+        held: dict[str, Any] = self._buffers
         with torch.no_grad():
-            count, means, variances = self.num_batches_tracked, self.running_mean, self.running_var
-            assert count is not None
-            assert means is not None
-            assert variances is not None
-            count.add_(1)
-            share = 1 / float(count) if self.momentum is None else self.momentum
-            means.lerp_(mean, share)
-            variances.lerp_(variance * (n / max(n - 1, 1)), share)
+            held["num_batches_tracked"].add_(1)
+            share = 1 / float(held["num_batches_tracked"]) if self.momentum is None else self.momentum
+            held["running_mean"].lerp_(mean, share)
+            held["running_var"].lerp_(variance * (n / max(n - 1, 1)), share)
 
 
 class SpatialGroupNorm(nn.GroupNorm):
@@ -380,54 +389,24 @@ def _extended(x: Tensor, name: str, window: tuple[int, int, int, int], group: di
     return x
 
 
-def _made(kind: type[nn.Module], *check: Callable[[Any], bool]) -> Callable[[str, Any, Any], nn.Module]:
-    """A layer of another class with the same tensors and settings."""
-
-    def make(name: str, layer: nn.Module, columns: Columns) -> nn.Module:
-        if not all(passes(layer) for passes in check):
-            raise MetaplError(
-                f"{name}, {layer}, has no form for images cut along their width; expected zeros for padding, no "
-                "dilation or ceil_mode in pooling, and AdaptiveAvgPool2d(1)."
-            )
-        made = kind.__new__(kind)
-        made.__dict__.update(layer.__dict__)
-        made.__dict__.update(columns=columns, name=name)
-        if isinstance(made, _Window):
-            height, width = _pair(layer.padding)
-            made.__dict__.update(padding=(height, 0), beside=width)
-        return made
-
-    return make
-
-
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _keyed_columns(name: str, layer: Any, columns: Columns) -> nn.Module:
-    """Dropout by the places in whole images."""
-    made = KeyedDropout(layer.p, layer.share, layer.shared_from, layer.scaled)
-    if layer.shared_from is None:
-        made.part, made.parts, made.of_images = columns.number, columns.count, True
-    return made
-
-
-_MADE: dict[type[nn.Module], Callable[[str, Any, Any], nn.Module]] = {
-    nn.Conv2d: _made(SpatialConv2d, lambda c: c.padding_mode == "zeros" and not isinstance(c.padding, str)),
-    nn.MaxPool2d: _made(
-        SpatialMaxPool2d, lambda p: not p.ceil_mode and p.dilation in (1, (1, 1)) and not p.return_indices
+_FORMS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool] | None]] = {
+    nn.Conv2d: (SpatialConv2d, lambda c: c.padding_mode == "zeros" and not isinstance(c.padding, str)),
+    nn.MaxPool2d: (
+        SpatialMaxPool2d,
+        lambda p: not p.ceil_mode and _pair(p.dilation) == (1, 1) and not p.return_indices,
     ),
-    nn.AvgPool2d: _made(
-        SpatialAvgPool2d, lambda p: not p.ceil_mode and (p.count_include_pad or _pair(p.padding)[1] == 0)
-    ),
-    nn.AdaptiveAvgPool2d: _made(SpatialGlobalPool2d, lambda p: p.output_size in (1, (1, 1))),
-    nn.BatchNorm2d: _made(SpatialBatchNorm2d),
-    nn.GroupNorm: _made(SpatialGroupNorm),
-    nn.Dropout: _made(SpatialDropout),
-    KeyedDropout: _keyed_columns,
+    nn.AvgPool2d: (SpatialAvgPool2d, lambda p: not p.ceil_mode and (p.count_include_pad or not _pair(p.padding)[1])),
+    nn.AdaptiveAvgPool2d: (SpatialGlobalPool2d, lambda p: p.output_size in (1, (1, 1))),
+    nn.BatchNorm2d: (SpatialBatchNorm2d, None),
+    nn.GroupNorm: (SpatialGroupNorm, None),
+    nn.Dropout: (SpatialDropout, None),
 }
 
-_REFUSED = (
+_WITHOUT_FORM = (
     nn.modules.conv._ConvNd,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,

@@ -239,7 +239,6 @@ def test_uda_with_one_view_is_refused_and_nothing_moves() -> None:
         (lambda: metapl.UDA(temperature=float("inf")), r"UDA\(temperature=inf\): expected a number of 0 or more"),
         (lambda: metapl.UDA(align=1.1), r"align=1\.1\): expected a number in \[0, 1\]"),
         (lambda: metapl.UDA(align=-0.1), r"align=-0\.1\): expected a number in \[0, 1\]"),
-        (r"prior=\(0\.5, 0\.0\)\): expected several, each a number above 0 or None",),
         (lambda: metapl.UDA(ramp=-1), r"ramp=-1\): expected a number of steps, 0 or more"),
         (lambda: metapl.UDA(start=-1), r"start=-1\): expected a number of steps, 0 or more"),
         (lambda: Reinforce(similarity="angle"), r"similarity='angle'.*'dot', 'cosine'"),
