@@ -281,7 +281,8 @@ def class_labels(labels: Any, classes: int) -> None:
     dense(labels, "the labels are")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         raise MetaplError(
-            f"the labels are {described(labels)}; expected int64, one class index per example: labels.long()."
+            f"the labels are {described(labels)}; expected integers (int64), one class index per example: "
+            "labels.long()."
         )
     if labels.ndim != 1:
         raise MetaplError(

@@ -38,6 +38,7 @@ from metapl.execution.kernels import (
 )
 from metapl.execution.layout import Layout, compute_dtype, parts_of
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss
+from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree, full_float32, wide_tree
 from metapl.execution.reach import Made
 from metapl.execution.rng import RandomState, replayed
@@ -119,14 +120,18 @@ class ShardedStudent(LocalStudent):
         names = {id(p): name for name, p in self.parameters.items()}
         self.layout.reshard()
         held = _slots_by_block(self.module, self.layout.blocks, names)
-        groups = [_Group(block, slots, w) for block, slots in held.items()]
-        with _hooked(groups):
-            try:
-                yield
-            finally:
-                for group in groups:
-                    group.put_back()
-                self.layout.reshard()
+        groups = [_Group(slots, w) for slots in held.values()]
+        # After fully_shard's own hook, and before its other.
+        hooks = [block.register_forward_pre_hook(group.enter) for block, group in zip(held, groups, strict=True)]
+        hooks += [block.register_forward_hook(g.leave, prepend=True) for block, g in zip(held, groups, strict=True)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for group in groups:
+                group.leave()
+            self.layout.reshard()
 
 
 class ShardedPass(Pass):
@@ -225,32 +230,24 @@ _Slot = tuple[dict[str, Any], str, str]
 
 
 def _slots_by_block(network: nn.Module, blocks: Sequence[Any], names: Mapping[int, str]) -> dict[Any, list[_Slot]]:
-    """The places that hold the learned parameters, by the submodule that gathers them."""
+    """The places that hold the learned parameters, by the submodule that gathers them: the innermost block around."""
     found: dict[Any, list[_Slot]] = {}
-    seen: set[int] = set()
-    own = set(blocks)
-
-    def collect(part: nn.Module, block: nn.Module) -> None:
-        if id(part) in seen:
-            return
-        seen.add(id(part))
-        block = part if part in own else block
+    around: dict[nn.Module, Any] = {}
+    for _, part in named_parts(network):  # as a pass would come to them
+        block = part if part in blocks else around.get(part, network)
+        for child in part.children():
+            around[child] = block
         for attribute, p in part._parameters.items():
             if id(p) in names:
                 found.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
-        for child in part._modules.values():
-            if child is not None:
-                collect(child, block)
-
-    collect(network, network)
     return found
 
 
 class _Group:
     """The weights that one submodule gathers, and how they become dual numbers while it runs."""
 
-    def __init__(self, block: Any, slots: list[_Slot], w: Tree) -> None:
-        self.block, self.slots, self.w = block, slots, w
+    def __init__(self, slots: list[_Slot], w: Tree) -> None:
+        self.slots, self.w = slots, w
         self.like = {name: tensors[attribute] for tensors, attribute, name in slots}  # the sharded parameters
         self._before: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -270,24 +267,9 @@ class _Group:
 
     def leave(self, *_: Any) -> None:
         """Before the gathered weights are given up: put them back."""
-        self.put_back()
-
-    def put_back(self) -> None:
         for tensors, attribute, weight in self._before:
             tensors[attribute] = weight
         self._before = []
-
-
-@contextmanager
-def _hooked(groups: Sequence[_Group]) -> Iterator[None]:
-    """Enter and leave the groups as their submodules run: after ``fully_shard``'s own hook, and before its other."""
-    handles = [group.block.register_forward_pre_hook(group.enter) for group in groups]
-    handles += [group.block.register_forward_hook(group.leave, prepend=True) for group in groups]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def gathered(parts: Tree, like: Mapping[str, Any]) -> Tree:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -25,10 +25,13 @@ from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal
+from metapl.runs.fields import Range
 
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Credits = Literal["signal", "example", "batch", "nothing"]
+Steps = Annotated[int, Range(1, of="a number of steps")]
+Decay = Annotated[float, Range(0, 1, of="a decay")]
 
 
 @dataclass(frozen=True)
@@ -143,22 +146,6 @@ class Estimator(ABC):
             for step_feedback in feedback:
                 step_feedback.check_finite()
         return feedback, state
-
-
-def check_choice(estimator: object, name: str, allowed: Sequence[str]) -> None:
-    """Refuse a field whose value is not one of ``allowed``."""
-    given = getattr(estimator, name)
-    if given not in allowed:
-        names = ", ".join(repr(a) for a in allowed)
-        raise MetaplError(f"{type(estimator).__name__}({name}={given!r}): expected one of {names}.")
-
-
-def check_truncate(estimator: object) -> None:
-    """Refuse a ``truncate`` below 1."""
-    given = getattr(estimator, "truncate", None)
-    if given is not None:
-        text = f"{type(estimator).__name__}(truncate={given!r})"
-        checks.whole_number(given, text, "the number of last steps to differentiate (None: all)")
 
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
