@@ -11,10 +11,9 @@ import inspect
 import math
 import re
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.modules import named_parts, named_tensors, trainable
 
 OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
 """What torch says where inputs are of another type than weights."""
@@ -387,75 +385,6 @@ def finite_feedback(h: Tensor) -> None:
         "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no "
         "finite derivative; lower the student's learning rate, or look for examples with extreme values.",
     )
-
-
-_WRAPPERS = {
-    "DistributedDataParallel": "averages gradients over processes only where it is around the whole network",
-    "FullyShardedDataParallel": "shards the weights in a way that they cannot be replaced in (use fully_shard)",
-    "FSDPModule": "shards the weights of a network inside another wrapper",
-    "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
-    "ScriptModule": "has weights that cannot be replaced for a pass",
-}
-"""PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
-
-
-@cache
-def _wrapper(classes: tuple[type, ...]) -> str | None:
-    names = [kind.__name__ for kind in classes if kind.__module__.startswith("torch.")]
-    return next((name for name in _WRAPPERS if name in names), None)
-
-
-def plain(name: str, network: nn.Module, *, sharded: bool = False) -> None:
-    """Refuse a network that cannot be run again at other weights, naming the obstacle."""
-    for prefix, part in named_parts(network):
-        wrapper = _wrapper(type(part).__mro__)
-        if wrapper is not None and not (sharded and wrapper == "FSDPModule"):
-            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
-            raise MetaplError(
-                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, or one that is as a whole "
-                "in DistributedDataParallel or sharded by fully_shard."
-            )
-    for path, t in named_tensors(network):
-        fault = None
-        if nn.parameter.is_lazy(t):
-            fault = f"has no shape yet (a lazy module, such as LazyLinear); run the {name} on one batch first."
-        elif t.is_inference():
-            fault = "was made inside torch.inference_mode(), and cannot be trained; build it outside of that block."
-        elif not sharded and (type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor"):
-            fault = (
-                "is a DTensor inside another wrapper; expected the plain module, or one that is as a whole sharded by "
-                "fully_shard or parallelize_module."
-            )
-        if fault is not None:
-            raise MetaplError(f"the {name}'s {path} {fault}")
-
-
-def networks(teacher: nn.Module | None, student: nn.Module, *, sharded: Collection[str] = ()) -> torch.device:
-    """Refuse networks that cannot be run, have no trainable parameters, share weights or are on several devices.
-
-    Returns: the device.
-    """
-    given = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
-    owned = {}
-    for name, module in given.items():
-        if not isinstance(module, nn.Module):
-            raise MetaplError(f"{name} is {described(module)}; expected a torch.nn.Module.")
-        plain(name, module, sharded=name in sharded)
-        owned[name] = list(trainable(module).values())
-        if not owned[name]:
-            raise MetaplError(
-                f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
-            )
-    if teacher is not None and {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
-        raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
-    devices = {
-        name: {t.device for _, t in named_tensors(module) if isinstance(t, nn.Parameter)}
-        for name, module in given.items()
-    }
-    if len(set().union(*devices.values())) > 1:
-        where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
-        raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
-    return owned["student"][0].device
 
 
 def real_weights(parameters: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -174,14 +175,26 @@ class Layout:
 
 def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | None, Layout, torch.device]:
     """The layouts of two networks and their device; refuse networks that cannot be trained together."""
-    of_teacher = None if teacher is None else layout_of("teacher", teacher)
-    of_student = layout_of("student", student)
-    known = {"teacher": of_teacher, "student": of_student}
-    device = checks.networks(
-        None if of_teacher is None else of_teacher.network,
-        of_student.network,
-        sharded=[name for name, layout in known.items() if layout is not None and layout.is_sharded],
-    )
+    networks = {"teacher": teacher, "student": student}
+    known = {name: layout_of(name, network) for name, network in networks.items() if network is not None}
+    learned = {}
+    for name, layout in known.items():
+        _check_plain(name, layout)
+        learned[name] = trainable(layout.network)
+        if not learned[name]:
+            raise MetaplError(
+                f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+            )
+    of_teacher, of_student = known.get("teacher"), known["student"]
+    if of_teacher is not None and {*map(id, learned["teacher"].values())} & {*map(id, learned["student"].values())}:
+        raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
+    devices = {
+        name: {t.device for _, t in named_tensors(layout.network) if isinstance(t, nn.Parameter)}
+        for name, layout in known.items()
+    }
+    if len(set().union(*devices.values())) > 1:
+        where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
+        raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
     if of_teacher is not None and of_teacher.processes != of_student.processes:
         raise MetaplError(
             f"the teacher is {_described(of_teacher)}, the student {_described(of_student)}; expected both to share "
@@ -190,7 +203,48 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
         )
     if of_teacher is not None:
         of_teacher = _beside(of_teacher, of_student)
-    return of_teacher, of_student, device
+    return of_teacher, of_student, devices["student"].pop()
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "averages gradients over processes only where it is around the whole network",
+    "FullyShardedDataParallel": "shards the weights in a way that they cannot be replaced in (use fully_shard)",
+    "FSDPModule": "shards the weights of a network inside another wrapper",
+    "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
+    "ScriptModule": "has weights that cannot be replaced for a pass",
+}
+"""PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
+
+
+@cache
+def _wrapper(classes: tuple[type, ...]) -> str | None:
+    names = [kind.__name__ for kind in classes if kind.__module__.startswith("torch.")]
+    return next((name for name in _WRAPPERS if name in names), None)
+
+
+def _check_plain(name: str, layout: Layout) -> None:
+    """Refuse a network that cannot be run again at other weights, naming the obstacle."""
+    for prefix, part in named_parts(layout.network):
+        wrapper = _wrapper(type(part).__mro__)
+        if wrapper is not None and not (layout.is_sharded and wrapper == "FSDPModule"):
+            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
+            raise MetaplError(
+                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, or one that is as a whole "
+                "in DistributedDataParallel or sharded by fully_shard."
+            )
+    for path, t in named_tensors(layout.network):
+        fault = None
+        if nn.parameter.is_lazy(t):
+            fault = f"has no shape yet (a lazy module, such as LazyLinear); run the {name} on one batch first."
+        elif t.is_inference():
+            fault = "was made inside torch.inference_mode(), and cannot be trained; build it outside of that block."
+        elif not layout.is_sharded and (type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor"):
+            fault = (
+                "is a DTensor inside another wrapper; expected the plain module, or one that is as a whole sharded by "
+                "fully_shard or parallelize_module."
+            )
+        if fault is not None:
+            raise MetaplError(f"the {name}'s {path} {fault}")
 
 
 def _beside(teacher: Layout, student: Layout) -> Layout:
