@@ -54,12 +54,16 @@ class CrossEntropy:
         check_fields(self)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        logits, labels = wide(checks.logits(teacher(labeled[0]), "network")), labeled[1]
+        logits, labels = wide(checks.logits(self.outputs(teacher, labeled), "network")), labeled[1]
         probabilities = isinstance(labels, Tensor) and labels.shape == logits.shape
         if logits.ndim == 2 and not probabilities:
             checks.class_labels(labels, logits.shape[1])
         labels = checks.safe_labels(labels, logits.shape[1])
         return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
+        """T on the labeled batch."""
+        return teacher(labeled[0])
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,17 @@ The feedback is that of :class:`metapl.PseudoLabels`; T reads q in the place of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Signal
-from metapl.problems.losses import TeacherLoss
+from metapl.problems.losses import CrossEntropy, TeacherLoss
 from metapl.problems.pseudo_labels import PseudoLabels
-from metapl.runs.fields import Range, check_fields
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class ReducedLabels(PseudoLabels):
 
 
 @dataclass(frozen=True)
-class StoredCrossEntropy:
+class StoredCrossEntropy(CrossEntropy):
     r"""Supervised: (1/B_l) Σ_j CE((1−α) y_j + α/C, T(stored_j)), of labeled batches (x, y, stored).
 
     Args:
@@ -112,24 +110,14 @@ class StoredCrossEntropy:
     1.0986
     """
 
-    label_smoothing: Annotated[float, Range(0, 1)] = 0.0
-    weight: float = 1.0
-
-    name: ClassVar[str] = "cross_entropy"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+    def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
+        """T on the stored distributions of the labeled batch."""
         if len(labeled) < 3:
             raise MetaplError(
                 f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored), with the stored class "
                 "distributions of the labeled examples, for the teacher's supervised loss; or teacher_losses=()."
             )
-        logits = wide(checks.logits(teacher(in_type_of(teacher, labeled[2])), "teacher"))
-        checks.class_labels(labeled[1], logits.shape[1])
-        labels = checks.safe_labels(labeled[1], logits.shape[1])
-        return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return teacher(in_type_of(teacher, labeled[2]))
 
 
 def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
