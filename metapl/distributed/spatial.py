@@ -13,13 +13,13 @@ DTensor's own sharding of convolutions is not used: it drops the halo without a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from metapl.distributed.dropout import KeyedDropout
@@ -86,19 +86,20 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> Modu
     columns = Columns(group)
     given = (example,) if isinstance(example, Tensor) else example
     rows = len(given[0])
-    with torch.no_grad(), _all_weights_seen(module):
-        kept = _of_whole_rows(module, given)
+    with torch.no_grad():
+        weights = _seen_weights(module)
+        kept = _of_whole_rows(module, given, weights)
         layers = [(path, layer) for path, layer in module.named_modules(remove_duplicate=False) if layer not in kept]
         made = {layer: _split_layer(path, layer, columns) for path, layer in reversed(layers)}
         replaced = [(path, layer, new) for path, layer in layers if (new := made[layer]) is not None]
         # Of a single example, batch norm has no statistics.
-        expected = {training: _run(module, given, training) for training in (False, True)[:rows]}
+        expected = {training: _run(module, given, weights, training) for training in (False, True)[:rows]}
         try:
             for path, _, new in replaced:
                 _put(module, path, new)
             for training, whole in expected.items():
                 try:
-                    found = _run(module, (split_width(given[0], group), *given[1:]), training)
+                    found = _run(module, (split_width(given[0], group), *given[1:]), weights, training)
                 except RuntimeError as error:
                     if isinstance(error, dist.DistError):
                         raise
@@ -129,50 +130,38 @@ def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, layer)
 
 
-@contextmanager
-def _all_weights_seen(module: nn.Module) -> Iterator[None]:
-    """Other values in this block for weights that are about zero, as at the start of many heads and branches: what
-    they are multiplied with would not be seen in the outputs."""
+def _seen_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Other values for weights that are about zero, as at the start of many heads and branches: what they are
+    multiplied with would not be seen in the outputs."""
     draw = torch.Generator().manual_seed(0)
-    kept = []
-    for p in module.parameters():
-        if p.is_floating_point() and p.numel() and p.detach().abs().max() < FAINT:
-            kept.append((p, p.detach().clone()))
+    found = {}
+    for name, p in module.named_parameters():
+        if p.is_floating_point() and p.numel() and p.abs().max() < FAINT:
             values = torch.rand(p.shape, generator=draw, dtype=torch.float64) + 0.5
-            with torch.no_grad():
-                p.copy_(values / math.sqrt(max(1, p.numel() // len(p)) if p.ndim else 1))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, values in kept:
-                p.copy_(values)
+            found[name] = (values / math.sqrt(max(1, p.numel() // len(p)) if p.ndim else 1)).to(p)
+    return found
 
 
 FAINT = 1e-2
 """A weight all of whose numbers are smaller counts as about zero."""
 
 
-def _run(module: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Tensor:
+def _run(module: nn.Module, inputs: tuple[Tensor, ...], weights: dict[str, Tensor], training: bool) -> Tensor:
     """Outputs in training or evaluation, on draws that are the same for whole images and parts; nothing is moved."""
     modes = [(part, part.training) for part in module.modules()]
-    buffers = [(part._buffers, name, t) for part in module.modules() for name, t in part._buffers.items()]
-    for held, name, t in buffers:
-        held[name] = None if t is None else t.clone()
     module.train(training)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            outputs: Tensor = module(*inputs)
+            buffers = {name: t.clone() for name, t in module.named_buffers()}
+            outputs: Tensor = functional_call(module, weights | buffers, inputs)
             return outputs
     finally:
         for part, before in modes:
             part.training = before
-        for held, name, t in buffers:
-            held[name] = t
 
 
-def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...]) -> set[nn.Module]:
+def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...], weights: dict[str, Tensor]) -> set[nn.Module]:
     """The layers that run after the global pooling alone, on what every process has whole; they stay as they are."""
     whole: set[nn.Module] = set()
     cut: set[nn.Module] = set()
@@ -186,7 +175,7 @@ def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...]) -> set[nn.Mod
     leaves = [part for part in module.modules() if not list(part.children())]
     handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in leaves]
     try:
-        _run(module, example, training=False)
+        _run(module, example, weights, training=False)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if out_of_memory(error):
             raise

@@ -452,13 +452,11 @@ def _check_embeddings(name: str, network: nn.Module) -> None:
         if part.max_norm is not None:
             raise MetaplError(
                 f"{where} with max_norm={part.max_norm}, which changes its weights in each pass, on each rank for its "
-                "own rows only, so that they would drift apart; expected max_norm=None (weight_decay of the optimizer "
-                "also keeps weights small)."
+                "own rows only; expected max_norm=None (weight_decay of the optimizer also keeps weights small)."
             )
         if part.sparse:
             raise MetaplError(
-                f"{where} with sparse=True, and sparse gradients are not averaged over ranks; build it with "
-                "sparse=False."
+                f"{where} with sparse=True, and sparse gradients are not averaged; expected sparse=False."
             )
 
 

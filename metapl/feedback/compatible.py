@@ -40,12 +40,8 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
 
 
 def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
-    """Refuse a problem without the teacher that makes its signal, and a teacher that is not used.
-
-    Args:
-        teacher, problem: None: no teacher.
-        given: whether an option of the teacher was given, by its name; refused without one.
-    """
+    """Refuse a problem without the teacher that makes its signal, one that is not used, and options that are ``given``
+    for a teacher where there is none."""
     kind = kind_of(problem)
     if teacher is None and problem.has_teacher:
         raise MetaplError(f"teacher is None, and {kind} takes its signal from a teacher; expected a torch.nn.Module.")

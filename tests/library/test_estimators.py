@@ -100,3 +100,11 @@ def test_which_modes_are_never_recommended_can_be_said() -> None:
     modes: dict[str, ModeCost | str] = {"own": ModeCost(1.0, 0.5, 1.0, 9.0, 0.01, 1000)}
     assert recommendation(modes)[0] == "own"
     assert recommendation(modes, never=("own",))[0] is None
+
+
+def test_an_estimator_that_says_what_it_requires_in_the_former_way_is_refused() -> None:
+    class Former(Forward):
+        one_process = True
+
+    with pytest.raises(MetaplError, match=r"Former says one_process; expected the set `requires`.*ONE_PROCESS"):
+        estimator(Former())
