@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 from metapl.distributed.dropout import KeyedDropout
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
-from metapl.execution.columns import Columns, columns_of, set_columns
 from metapl.execution.numerics import wide
+from metapl.execution.ranks import Columns, columns_of, set_columns
 from metapl.runs.memory import out_of_memory
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

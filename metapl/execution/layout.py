@@ -23,10 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.capabilities import EVERY, FORWARD_AD, Capability
-from metapl.execution.columns import columns_of
 from metapl.execution.modules import named_parts, named_tensors, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
-from metapl.execution.ranks import ALONE, Ranks
+from metapl.execution.ranks import ALONE, Ranks, columns_of
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
 
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from metapl.errors import MetaplError
@@ -252,3 +252,33 @@ def log_mean_of_rows(log_p: Tensor) -> Tensor:
 
 ALONE = Ranks()
 """This process alone."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The processes that hold parts of the same images, from left to right; a copy of a network shares them."""
+
+    group: dist.ProcessGroup
+
+    @property
+    def count(self) -> int:
+        """The number of parts."""
+        return self.group.size()
+
+    @property
+    def number(self) -> int:
+        """The part that this process holds, from the left."""
+        return self.group.rank()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Columns:
+        return self  # a process group cannot be copied
+
+
+def columns_of(network: nn.Module) -> Columns | None:
+    """How the images of a network are split, if they are."""
+    return network.__dict__.get("_metapl_columns")
+
+
+def set_columns(network: nn.Module, columns: Columns) -> None:
+    """Note how the images of a network are split."""
+    network.__dict__["_metapl_columns"] = columns
