@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import metapl
 from metapl.apps.pictures import load_digits_split
 from metapl.execution.modules import trainable
-from metapl.execution.numerics import norm
+from metapl.execution.numerics import WHOLE
 from metapl.feedback import Difference, path
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.updates import update_of
@@ -141,15 +141,15 @@ def measure(teacher: nn.Module, student: nn.Module, labeled: Any, unlabeled: Ten
 
     row: dict[str, Any] = {
         "weights": sum(p.numel() for p in student.parameters()),
-        "norm_of_weights": float(norm(steps["float32"].params)),
-        "norm_of_v": float(norm(v)),
+        "norm_of_weights": float(WHOLE.norm(steps["float32"].params)),
+        "norm_of_v": float(WHOLE.norm(v)),
         "forward_float32": error(steps["float32"].tangent(w)),
         "gradient": gradient_errors(teacher, student, labeled, unlabeled),
         "z_dot": {},
     }
     for name, step in steps.items():
         direction = {k: t.to(DTYPES[name]) for k, t in wide.items()}
-        length = norm(direction)
+        length = WHOLE.norm(direction)
         central, one_sided = [], []
         for delta in HALF_DECADES:
             move = torch.tensor(delta, dtype=DTYPES[name])

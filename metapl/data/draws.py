@@ -22,14 +22,8 @@ _MASK = (1 << 64) - 1
 def fold_in(seed: int, data: int) -> int:
     """Derive an independent seed from a seed and a number.
 
-    mix(seed + (data + 1)·γ) mod 2⁶⁴, with splitmix64's mix and γ = 0x9E3779B97F4A7C15.
-
-    Args:
-        seed: any integer; it counts modulo 2⁶⁴.
-        data: any integer; it counts modulo 2⁶⁴. Different data give different seeds.
-
-    Returns:
-        An integer in [0, 2⁶⁴).
+    mix(seed + (data + 1)·γ) mod 2⁶⁴, with splitmix64's mix and γ = 0x9E3779B97F4A7C15; both count modulo 2⁶⁴, and
+    different data give different seeds.
 
     >>> fold_in(0, 0) == 0xE220A8397B1DCDAF  # the first output of splitmix64 from 0
     True
@@ -59,23 +53,23 @@ def _fold_in(seed: Tensor | int, data: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def hashed(seed: int, places: Tensor, length: int) -> Tensor:
+    """The first bits of a hash of places (int64, any shape), as numbers of so many bits."""
+    return _shift_right(_fold_in(seed, places - 1), 64 - length)
+
+
 def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Tensor:
     """Draw 64 random bits, ``n`` times per example.
 
     fold_in(fold_in(fold_in(fold_in(seed, stream), step), example), draw)
 
     Args:
-        seed: any integer.
-        step: any integer.
+        seed, step: any integers.
         examples: (B,) int64, what identifies each example; equal entries draw equal bits.
         n: draws per example; a larger n continues the draws of a smaller one.
         stream: any integer; keeps uses with the same seed and step apart.
 
-    Returns:
-        (B, n) int64 on the device of ``examples``.
-
-    Raises:
-        MetaplError: ``examples`` is not a vector of int64, or n is negative.
+    Returns: (B, n) int64 on the device of ``examples``.
 
     >>> bits(0, step=3, examples=torch.tensor([7, 9]), n=2).shape
     torch.Size([2, 2])
@@ -99,15 +93,7 @@ def uniform(
 
     u = ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64.
 
-    Args:
-        seed, step, examples, n, stream: as in :func:`bits`.
-        dtype: ``torch.float32`` or ``torch.float64``.
-
-    Returns:
-        (B, n) on the device of ``examples``, the same to the last bit on every device.
-
-    Raises:
-        MetaplError: as :func:`bits`, or another dtype.
+    Returns: (B, n), float32 or float64, on the device of ``examples``, the same to the last bit on every device.
 
     >>> u = uniform(0, step=3, examples=torch.tensor([7, 9, 7]), n=2)
     >>> torch.equal(u[0], u[2])
@@ -126,19 +112,11 @@ def normal(
     z = √(−2 log(1 − u₁)) · sin(π(u₂ − ½)), with u₁, u₂ uniform: Box and Muller with the angle folded into a half
     circle.
 
-    Args:
-        seed, step, examples, n, stream: as in :func:`bits`.
-        dtype: ``torch.float32`` or ``torch.float64``; computed in float64 either way.
-
-    Returns:
-        (B, n) on the device of ``examples``. The logarithm and the sine are made of sums, products, a quotient and a
-        square root, which IEEE 754 rounds in one way only, because library versions of them differ in the last bit
-        between devices, and even between places of one tensor.
+    Returns: (B, n), float32 or float64, on the device of ``examples``. The logarithm and the sine are made of sums,
+    products, a quotient and a square root, which IEEE 754 rounds in one way only, because library versions of them
+    differ in the last bit between devices, and even between places of one tensor.
 
     Cost: about fifty elementwise float64 operations, and 2n uniform draws per example.
-
-    Raises:
-        MetaplError: as :func:`bits`, or another dtype.
 
     >>> z = normal(0, step=3, examples=torch.arange(1000), n=100)
     >>> bool(z.mean().abs() < 0.02), bool((z.std() - 1).abs() < 0.02)
@@ -153,11 +131,7 @@ def normal(
 def cosine_and_sine(half_turns: Tensor) -> tuple[Tensor, Tensor]:
     """cos πt and sin πt for t in [−1, 1], the same to the last bit on every device and at every place of a tensor.
 
-    Args:
-        half_turns: float64, any shape.
-
-    Returns:
-        Two tensors of that shape, within 2e-15 of the cosine and 2e-8 of the sine; of 0 they are exact.
+    They are float64, within 2e-15 of the cosine and 2e-8 of the sine; of 0 they are exact.
 
     >>> cosine_and_sine(torch.tensor([0.0, 0.5], dtype=torch.float64))
     (tensor([1.0000e+00, 2.2204e-16], dtype=torch.float64), tensor([0., 1.], dtype=torch.float64))

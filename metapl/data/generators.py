@@ -21,13 +21,8 @@ _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomS
 
 
 class Generators:
-    """The default generators on the CPU (torch's, Python's, numpy's) and those that a source holds.
-
-    Args:
-        seed, name: first states of the default generators; other names draw differently.
-        parts: of the source, see :func:`parts_of`. Generators among their attributes begin where they are now.
-        source: what errors call it.
-    """
+    """The default generators on the CPU (torch's, Python's, numpy's), seeded by a seed and a name, and those that the
+    parts of a source hold as attributes (see :func:`parts_of`), which begin where they are now."""
 
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
         own = _own_generators(parts)
@@ -100,22 +95,17 @@ def _own_generators(parts: Sequence[Any]) -> list[Any]:
 
 
 def _state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
     if isinstance(generator, random.Random) or generator is random:
         return generator.getstate()
-    return generator.get_state(legacy=False)
+    return generator.get_state() if isinstance(generator, torch.Generator) else generator.get_state(legacy=False)
 
 
 def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        # A checkpoint that was loaded onto a device has moved the state there too.
-        generator.set_state(state.cpu())
-    elif isinstance(generator, np.random.Generator):
+    if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
     elif isinstance(generator, random.Random) or generator is random:
         generator.setstate(state)
-    else:
-        generator.set_state(state)
+    else:  # a checkpoint that was loaded onto a device has moved a state of torch there too
+        generator.set_state(state.cpu() if isinstance(generator, torch.Generator) else state)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from metapl.data import draws
 from metapl.errors import MetaplError
+from metapl.runs.fields import Range, check_fields
 
 # Keeps the shuffles apart from every other use of the same seed.
 _SHUFFLE = 0x5A3F
@@ -45,17 +47,13 @@ class StepSampler:
     tensor([0, 1, 2, 3, 4])
     """
 
-    size: int
-    batch_size: int
+    size: Annotated[int, Range(1, of="a number of examples")]
+    batch_size: Annotated[int, Range(1, of="a number of examples")]
     seed: int
     stream: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.batch_size < 1:
-            raise MetaplError(
-                f"StepSampler got size {self.size} and batch_size {self.batch_size}; expected both to be 1 or more: "
-                "size is the number of examples, StepSampler(len(images), 64, seed=0)"
-            )
+        check_fields(self)
 
     def indices(self, step: int) -> Tensor:
         """The examples of a step.

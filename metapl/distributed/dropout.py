@@ -11,11 +11,13 @@ With micro-batches a key is drawn for each of them, so that their number changes
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metapl.data.draws import hashed
 from metapl.execution.modules import drop_rate, may_drop_by_function, named_parts
 
 _BITS = 31
@@ -97,52 +99,27 @@ class KeyedDropout(nn.Module):
             shape[self.shared_from :] = [1] * (x.ndim - self.shared_from)
         key = int(torch.randint(2**62, ()))
         cut = not self.of_images or (x.ndim == 4 and x.shape[-1] > 1)
-        kept = _hashed(self._places(shape, x.device, *((self.part, self.parts) if cut else (0, 1))), key)
+        kept = hashed(key, self._places(shape, x.device, *((self.part, self.parts) if cut else (0, 1))), _BITS)
         mask = (kept >= int(self.p * 2**_BITS)).to(x.dtype)
         return x * (mask / (1 - self.p) if self.scaled and self.p < 1 else mask)
 
     def _places(self, shape: list[int], device: torch.device, part: int, parts: int) -> Tensor:
         """The numbers of the whole batch's entries that this process has, as a tensor of this shape."""
         *outer, last = shape
-        rows = 1
-        for length in outer:
-            rows *= length
+        rows = math.prod(outer)
         row = torch.arange(rows, device=device) + self.share * rows
         column = torch.arange(last, device=device) + part * last
         return (row[:, None] * (last * parts) + column).view(shape)
 
 
-def _hashed(places: Tensor, key: int) -> Tensor:
-    """Numbers of 31 bits that look drawn, by SplitMix64's finalizer; overflow is meant."""
-    z = places * _signed(0x9E3779B97F4A7C15) + key
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shifted(z, shift)) * _signed(factor)
-    return _shifted(z ^ _shifted(z, 31), 64 - _BITS)
-
-
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """A shift to the right of numbers without a sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >= 1 << 63 else number
-
-
-_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
-
 def _keyed(layer: Any, share: int) -> KeyedDropout | None:
     """What drops the same share as a layer, by places; None for one that drops nothing, or in another way."""
     kind, rate = type(layer), drop_rate(layer)
-    if not rate:
-        return None
-    if kind is nn.Dropout:
-        return KeyedDropout(rate, share)
-    if kind in _CHANNELS:
-        return KeyedDropout(rate, share, shared_from=2)
-    if kind.__name__ == "StochasticDepth" and getattr(layer, "mode", None) == "row":
-        return KeyedDropout(rate, share, shared_from=1)
-    if kind.__name__ == "DropPath" and hasattr(layer, "scale_by_keep"):
-        return KeyedDropout(rate, share, shared_from=1, scaled=layer.scale_by_keep)
-    return None
+    known: dict[Any, tuple[bool, int | None]] = {
+        nn.Dropout: (True, None),
+        **dict.fromkeys((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), (True, 2)),
+        "StochasticDepth": (getattr(layer, "mode", None) == "row", 1),
+        "DropPath": (hasattr(layer, "scale_by_keep"), 1),
+    }
+    takes, shared_from = known.get(kind, known.get(kind.__name__, (False, None)))
+    return KeyedDropout(rate, share, shared_from, getattr(layer, "scale_by_keep", True)) if rate and takes else None

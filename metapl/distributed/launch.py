@@ -67,16 +67,9 @@ def left_to_first() -> int:
 
 @contextmanager
 def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
-    """Join the processes of a mesh for this block.
+    """Join the processes of a mesh for this block; yields this one's number, of which 0 shows and writes.
 
-    Args:
-        mesh: of all processes; one of a single process joins nothing.
-        device: where the networks will be.
-
-    Yields: this process's number; 0 is the one that shows and writes.
-
-    Raises:
-        ProcessLost: the others did not come.
+    A mesh of a single process joins nothing. :class:`ProcessLost`: the others did not come.
     """
     check_started(mesh)
     if mesh.size == 1:
@@ -108,9 +101,7 @@ def check_started(mesh: Mesh) -> None:
             f"{count} processes were started, and no mesh says what each of them does; give --mesh.replicate {count}, "
             f"which shares the batches among them, or --mesh.shard {count}, which shares the weights too."
         )
-    flags = {"replicate": mesh.replicate, "shard": mesh.shard}
-    flags |= {name: getattr(mesh, name) for name in ("tensor", "spatial") if getattr(mesh, name) > 1}
-    product = " x ".join(f"--mesh.{name} {size}" for name, size in flags.items())
+    product = " x ".join(f"--mesh.{name} {size}" for name, size in mesh.factors.items())
     others = "" if count == 1 else f", or give a mesh of {count}"
     raise MetaplError(
         f"the mesh is of {mesh.size} processes ({product}) and {count} {'was' if count == 1 else 'were'} started; "
@@ -163,13 +154,8 @@ def run_together(
 ) -> int:
     """Join the processes of a mesh and run a command in all of them; what goes wrong is said by one.
 
-    Args:
-        mesh, device: as for :func:`joined`.
-        lead: the share of the first process, which shows and writes.
-        beside: that of each other one.
-        then: what to do where a process was lost.
-
-    Returns: the exit code.
+    ``lead`` is the share of the first process, ``beside`` that of each other one, ``then`` what to do where one was
+    lost. Returns the exit code.
     """
     with joined(mesh, device) as rank:
         try:
@@ -195,10 +181,7 @@ def run_together(
 
 
 def _ignore_sigterm() -> None:
-    """Let this process end by itself: ``torchrun`` sends SIGTERM to all as soon as one of them has failed.
-
-    The command around it puts the handler back.
-    """
+    """Let this process end by itself: ``torchrun`` sends SIGTERM to all as soon as one of them has failed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -206,39 +189,33 @@ def _ignore_sigterm() -> None:
 def _leave(rank: int, speaks: bool) -> None:
     """Wait until some process has said what went wrong, for ``torchrun`` ends all when one leaves.
 
-    Args:
-        rank: the number of this process. The first one, which may keep the store, leaves last.
-        speaks: whether this process has said it.
+    The first one, which may keep the store, leaves last.
     """
     store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + SAID_WITHIN
-
-    def told(kind: str, rank: int) -> bool:
-        return bool(store.check([_key(kind, rank)]))
-
     with suppress(RuntimeError):  # the process that kept the store has ended
         if speaks:
             store.set(_SAID, "")
         for kind in ("error", "left"):  # so that nobody waits for an error of this process
-            if not told(kind, rank):
+            if not _told(store, kind, rank):
                 store.set(_key(kind, rank), "")
-        while not store.check([_SAID]) and time.monotonic() < until:
-            time.sleep(0.02)
+        _wait(lambda: store.check([_SAID]), until)
         store.set(_key("gone", rank), "")
-        others = [] if rank else [r for r in range(1, dist.get_world_size()) if told("error", r)]
-        while not all(told("gone", r) for r in others) and time.monotonic() < until:
-            time.sleep(0.02)
+        others = [] if rank else [r for r in range(1, dist.get_world_size()) if _told(store, "error", r)]
+        _wait(lambda: all(_told(store, "gone", r) for r in others), until)
+
+
+def _wait(ready: Callable[[], bool], until: float) -> None:
+    while not ready() and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def _told(store: Any, kind: str, rank: int) -> bool:
+    return bool(store.check([_key(kind, rank)]))
 
 
 @contextmanager
 def lost_processes_explained(then: str = GO_ON) -> Iterator[None]:
-    """Say in words that an exchange failed because another process has ended, or does not answer.
-
-    Args:
-        then: what to do about it.
-
-    Raises:
-        ProcessLost: that.
-    """
+    """Raise :class:`ProcessLost` where an exchange failed because another process has ended, or does not answer."""
     try:
         yield
     except RuntimeError as error:
@@ -284,18 +261,19 @@ def said_by_another(error: MetaplError) -> bool:
     own = "" if lost else str(error)
     until = time.monotonic() + HEARD_WITHIN
     elsewhere = False
+
+    def heard() -> bool:
+        nonlocal elsewhere
+        others = [r for r in processes if r != rank and _told(store, "error", r)]
+        said = {r: store.get(_key("error", r)).decode() for r in others}
+        elsewhere = any(text == own for r, text in said.items() if r < rank) or (lost and any(said.values()))
+        # The first process, which may keep the store, leaves last.
+        everyone = len(others) == len(processes) - 1
+        return (elsewhere and rank > 0) or (everyone and (rank > 0 or all(_told(store, "left", r) for r in others)))
+
     try:
         store.set(_key("error", rank), own)
-        while time.monotonic() < until:
-            others = [r for r in processes if r != rank and store.check([_key("error", r)])]
-            said = {r: store.get(_key("error", r)).decode() for r in others}
-            elsewhere = any(text == own for r, text in said.items() if r < rank) or (lost and any(said.values()))
-            # The first process, which may keep the store, leaves last.
-            if (elsewhere and rank) or (
-                len(others) == len(processes) - 1 and (rank or all(store.check([_key("left", r)]) for r in others))
-            ):
-                break
-            time.sleep(0.02)
+        _wait(heard, until)
         store.set(_key("left", rank), "")
     except RuntimeError:  # the process that kept the store has ended
         return elsewhere or lost

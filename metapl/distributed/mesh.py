@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from metapl.distributed.tensor import Plan, parallel
 from metapl.errors import MetaplError
 from metapl.execution.modules import named_parts, named_tensors
 from metapl.execution.shards import local
+from metapl.runs.fields import Range, check_fields
 
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
 """The submodules of a network that gather their weights one after another."""
+
+Count = Annotated[int, Range(1, of="a number of processes")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +47,13 @@ class Mesh:
     2
     """
 
-    replicate: int = 1
-    shard: int = 1
-    tensor: int = 1
-    spatial: int = 1
+    replicate: Count = 1
+    shard: Count = 1
+    tensor: Count = 1
+    spatial: Count = 1
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise MetaplError(f"Mesh({name}={value!r}): expected a number of processes, 1 or more.")
+        check_fields(self)
         if self.tensor > 1 and self.spatial > 1:
             raise MetaplError(
                 f"Mesh(tensor={self.tensor}, spatial={self.spatial}): a network is cut either in its products or along "
@@ -95,47 +95,44 @@ class Mesh:
         return images.chunk(self.shares)[share].chunk(self.spatial, dim=-1)[number]
 
     def columns(self, kind: str) -> Any:
-        """The group of the processes that hold parts of the same images as this one."""
-        built: dict[str, Any] = self.__dict__.setdefault("_columns", {})
-        if kind not in built:
-            self.check_processes()
-            from torch.distributed.device_mesh import init_device_mesh
-
-            names = ("share", "spatial")
-            built[kind] = init_device_mesh(kind, (self.shares, self.spatial), mesh_dim_names=names).get_group("spatial")
-        return built[kind]
+        """The group of the processes that hold parts of the same images as this one; ``kind`` of device."""
+        return self._built(kind, share=self.shares, spatial=self.spatial).get_group("spatial")
 
     def devices(self, kind: str) -> Any:
-        """The mesh of the devices among which ``fully_shard`` cuts weights; built once, for every mesh has its groups.
+        """The mesh of the devices among which ``fully_shard`` cuts weights.
 
         Args:
             kind: ``"cpu"`` or ``"cuda"``.
         """
-        mesh = self._all_devices(kind)
+        mesh = self._over(kind)
         if self.tensor == 1:
             return mesh
         return mesh["replicate", "shard"] if self.replicate > 1 else mesh["shard"]
 
     def products(self, kind: str) -> Any:
         """The mesh of the devices that compute products together with this one."""
-        return self._all_devices(kind)["tensor"]
+        return self._over(kind)["tensor"]
 
-    def _all_devices(self, kind: str) -> Any:
-        built: dict[str, Any] = self.__dict__.setdefault("_built", {})
-        if kind not in built:
+    def _over(self, kind: str) -> Any:
+        sizes = {"replicate": self.replicate, "shard": self.shard * self.spatial, "tensor": self.tensor}
+        return self._built(kind, **{name: size for name, size in sizes.items() if size > 1 or name == "shard"})
+
+    def _built(self, kind: str, **sizes: int) -> Any:
+        """A mesh of devices with these dimensions; built once, for every mesh has its groups."""
+        built: dict[Any, Any] = self.__dict__.setdefault("_meshes", {})
+        key = (kind, *sizes)
+        if key not in built:
             self.check_processes()
             from torch.distributed.device_mesh import init_device_mesh
 
-            sizes = {"replicate": self.replicate} if self.replicate > 1 else {}
-            sizes |= {"shard": self.shard * self.spatial}
-            sizes |= {"tensor": self.tensor} if self.tensor > 1 else {}
-            built[kind] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        return built[kind]
+            built[key] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return built[key]
 
-    def _product(self) -> str:
-        sizes = {"replicate": self.replicate, "shard": self.shard}
-        sizes |= {name: getattr(self, name) for name in ("tensor", "spatial") if getattr(self, name) > 1}
-        return " x ".join(f"{name}={size}" for name, size in sizes.items())
+    @property
+    def factors(self) -> dict[str, int]:
+        """What its number of processes is the product of."""
+        sizes = {name: getattr(self, name) for name in ("replicate", "shard", "tensor", "spatial")}
+        return {name: size for name, size in sizes.items() if size > 1 or name in ("replicate", "shard")}
 
     def check_processes(self) -> None:
         """Refuse a mesh that is not of all processes of this job."""
@@ -145,8 +142,9 @@ class Mesh:
                 f"with torchrun --nproc-per-node={self.size} and call torch.distributed.init_process_group() first."
             )
         if dist.get_world_size() != self.size:
+            factors = " x ".join(f"{name}={size}" for name, size in self.factors.items())
             raise MetaplError(
-                f"the mesh is of {self.size} processes ({self._product()}), and "
+                f"the mesh is of {self.size} processes ({factors}), and "
                 f"{dist.get_world_size()} were started; expected a product of {dist.get_world_size()}."
             )
 
@@ -204,7 +202,10 @@ def shard(
     chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
     _check_blocks(module, chosen, mesh)
     if checkpoint:
-        _checkpoint(chosen)
+        from torch.distributed._composable.checkpoint_activation import checkpoint as checkpointed
+
+        for block in chosen:
+            checkpointed(block)
     if mesh.tensor > 1:
         mesh.check_processes()
         parallel(module, mesh.products(_device(module).type), plan)
@@ -274,13 +275,6 @@ def _placement(shards: int) -> Callable[[nn.Parameter], Any]:
         return Shard(fitting[0]) if fitting else Shard(0)
 
     return placement
-
-
-def _checkpoint(blocks: Iterable[nn.Module]) -> None:
-    from torch.distributed._composable.checkpoint_activation import checkpoint
-
-    for block in blocks:
-        checkpoint(block)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -13,21 +13,20 @@ DTensor's own sharding of convolutions is not used: it drops the halo without a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from metapl.distributed.dropout import KeyedDropout
 from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
-from metapl.execution.columns import Columns, columns_of, set_columns
 from metapl.execution.numerics import wide
+from metapl.execution.ranks import Columns, columns_of, set_columns
 from metapl.runs.memory import out_of_memory
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -82,24 +81,25 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> Modu
     """
     if columns_of(module) is not None:
         raise MetaplError("spatial was given a network whose images are split already; expected a whole one.")
-    if type(module) in _MADE:
+    if type(module) in _FORMS:
         raise MetaplError(f"spatial was given a {type(module).__name__} alone; expected a network around it.")
     columns = Columns(group)
     given = (example,) if isinstance(example, Tensor) else example
     rows = len(given[0])
-    with torch.no_grad(), _all_weights_seen(module):
-        kept = _of_whole_rows(module, given)
+    with torch.no_grad():
+        weights = _seen_weights(module)
+        kept = _of_whole_rows(module, given, weights)
         layers = [(path, layer) for path, layer in module.named_modules(remove_duplicate=False) if layer not in kept]
         made = {layer: _split_layer(path, layer, columns) for path, layer in reversed(layers)}
         replaced = [(path, layer, new) for path, layer in layers if (new := made[layer]) is not None]
         # Of a single example, batch norm has no statistics.
-        expected = {training: _run(module, given, training) for training in (False, True)[:rows]}
+        expected = {training: _run(module, given, weights, training) for training in (False, True)[:rows]}
         try:
             for path, _, new in replaced:
                 _put(module, path, new)
             for training, whole in expected.items():
                 try:
-                    found = _run(module, (split_width(given[0], group), *given[1:]), training)
+                    found = _run(module, (split_width(given[0], group), *given[1:]), weights, training)
                 except RuntimeError as error:
                     if isinstance(error, dist.DistError):
                         raise
@@ -130,50 +130,38 @@ def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, layer)
 
 
-@contextmanager
-def _all_weights_seen(module: nn.Module) -> Iterator[None]:
-    """Other values in this block for weights that are about zero, as at the start of many heads and branches: what
-    they are multiplied with would not be seen in the outputs."""
+def _seen_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Other values for weights that are about zero, as at the start of many heads and branches: what they are
+    multiplied with would not be seen in the outputs."""
     draw = torch.Generator().manual_seed(0)
-    kept = []
-    for p in module.parameters():
-        if p.is_floating_point() and p.numel() and p.detach().abs().max() < FAINT:
-            kept.append((p, p.detach().clone()))
+    found = {}
+    for name, p in module.named_parameters():
+        if p.is_floating_point() and p.numel() and p.abs().max() < FAINT:
             values = torch.rand(p.shape, generator=draw, dtype=torch.float64) + 0.5
-            with torch.no_grad():
-                p.copy_(values / math.sqrt(max(1, p.numel() // len(p)) if p.ndim else 1))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, values in kept:
-                p.copy_(values)
+            found[name] = (values / math.sqrt(max(1, p.numel() // len(p)) if p.ndim else 1)).to(p)
+    return found
 
 
 FAINT = 1e-2
 """A weight all of whose numbers are smaller counts as about zero."""
 
 
-def _run(module: nn.Module, inputs: tuple[Tensor, ...], training: bool) -> Tensor:
+def _run(module: nn.Module, inputs: tuple[Tensor, ...], weights: dict[str, Tensor], training: bool) -> Tensor:
     """Outputs in training or evaluation, on draws that are the same for whole images and parts; nothing is moved."""
     modes = [(part, part.training) for part in module.modules()]
-    buffers = [(part._buffers, name, t) for part in module.modules() for name, t in part._buffers.items()]
-    for held, name, t in buffers:
-        held[name] = None if t is None else t.clone()
     module.train(training)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            outputs: Tensor = module(*inputs)
+            buffers = {name: t.clone() for name, t in module.named_buffers()}
+            outputs: Tensor = functional_call(module, weights | buffers, inputs)
             return outputs
     finally:
         for part, before in modes:
             part.training = before
-        for held, name, t in buffers:
-            held[name] = t
 
 
-def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...]) -> set[nn.Module]:
+def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...], weights: dict[str, Tensor]) -> set[nn.Module]:
     """The layers that run after the global pooling alone, on what every process has whole; they stay as they are."""
     whole: set[nn.Module] = set()
     cut: set[nn.Module] = set()
@@ -187,7 +175,7 @@ def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...]) -> set[nn.Mod
     leaves = [part for part in module.modules() if not list(part.children())]
     handles = [part.register_forward_pre_hook(note, with_kwargs=True) for part in leaves]
     try:
-        _run(module, example, training=False)
+        _run(module, example, weights, training=False)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         if out_of_memory(error):
             raise
@@ -234,60 +222,62 @@ _OTHER_OUTPUTS = (
 
 
 def _split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | None:
-    """What takes a layer's place; None for one that works as it is."""
-    if type(layer) in _MADE:
-        return _MADE[type(layer)](name, layer, columns)
-    if isinstance(layer, _REFUSED) or type(layer).__module__.startswith("torch.nn.modules.conv"):
+    """What takes a layer's place, with the same tensors and settings; None for one that works as it is."""
+    if isinstance(layer, KeyedDropout):  # by the places in whole images
+        keyed = KeyedDropout(layer.p, layer.share, layer.shared_from, layer.scaled)
+        if layer.shared_from is None:
+            keyed.part, keyed.parts, keyed.of_images = columns.number, columns.count, True
+        return keyed
+    form, fits = _FORMS.get(type(layer), (None, None))
+    if form is None and not isinstance(layer, _WITHOUT_FORM):
+        return None
+    if form is None or (fits is not None and not fits(layer)):
         raise MetaplError(
-            f"{name or 'the module'} is a {type(layer).__name__}, which has no form for images cut along their width; "
-            "expected Conv2d, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d(1), BatchNorm2d, GroupNorm and layers that work "
-            "on each pixel. Share the network with Mesh(shard=...) instead."
+            f"{name or 'the module'}, {type(layer).__name__}({layer.extra_repr()}), has no form for images cut along "
+            "their width; expected Conv2d padded by zeros, MaxPool2d and AvgPool2d without dilation and ceil_mode, "
+            "AdaptiveAvgPool2d(1), BatchNorm2d, GroupNorm and layers that work on each pixel. Share the network with "
+            "Mesh(shard=...) instead."
         )
-    return None
+    made = form.__new__(form)
+    made.__dict__.update(layer.__dict__, columns=columns, name=name)
+    if isinstance(made, _Window):
+        height, width = _pair(layer.padding)
+        made.__dict__.update(padding=(height, 0), beside=width)
+    return made
 
 
-class SpatialConv2d(nn.Conv2d):
-    """A convolution of this process's columns, with the neighbors' columns that it reads."""
+class _Window:
+    """A layer whose windows may reach into the neighbors' columns: these are put beside its own, in place of padding.
 
-    columns: Columns
-    name: str
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = _extended(
-            x,
-            self.name,
-            self.kernel_size[1],
-            self.stride[1],
-            _side(self.padding, 1),
-            self.columns.group,
-            dilation=self.dilation[1],
-        )
-        padding = (_side(self.padding, 0), 0)
-        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-
-
-class SpatialMaxPool2d(nn.MaxPool2d):
-    """The greatest values of windows that may reach into the neighbors' columns."""
+    Attributes:
+        beside: its padding along the width; that of the layer is 0.
+        fill: what padding is filled with.
+    """
 
     columns: Columns
     name: str
+    beside: int
+    fill: float = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
-        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.columns.group, fill=-torch.inf)
-        return F.max_pool2d(x, kernel, stride, (padding[0], 0))
+        kernel, stride, dilation = (_pair(getattr(self, v, 1))[1] for v in ("kernel_size", "stride", "dilation"))
+        x = _extended(x, self.name, (kernel, stride, self.beside, dilation), self.columns.group, self.fill)
+        result: Tensor = super().forward(x)  # type: ignore[misc]  # of the layer beside this class
+        return result
 
 
-class SpatialAvgPool2d(nn.AvgPool2d):
-    """The means of windows that may reach into the neighbors' columns."""
+class SpatialConv2d(_Window, nn.Conv2d):
+    """A convolution of this process's columns."""
 
-    columns: Columns
-    name: str
 
-    def forward(self, x: Tensor) -> Tensor:
-        kernel, stride, padding = (_pair(v) for v in (self.kernel_size, self.stride, self.padding))
-        x = _extended(x, self.name, kernel[1], stride[1], padding[1], self.columns.group)
-        return F.avg_pool2d(x, kernel, stride, (padding[0], 0), False, self.count_include_pad, self.divisor_override)
+class SpatialMaxPool2d(_Window, nn.MaxPool2d):
+    """The greatest values of windows."""
+
+    fill = -torch.inf
+
+
+class SpatialAvgPool2d(_Window, nn.AvgPool2d):
+    """The means of windows."""
 
 
 class SpatialGlobalPool2d(nn.AdaptiveAvgPool2d):
@@ -336,15 +326,12 @@ class SpatialBatchNorm2d(nn.BatchNorm2d):
 
     def _follow(self, mean: Tensor, variance: Tensor, n: int) -> None:
         """Move the running statistics, as PyTorch does: by the unbiased variance."""
+        held: dict[str, Any] = self._buffers
         with torch.no_grad():
-            count, means, variances = self.num_batches_tracked, self.running_mean, self.running_var
-            assert count is not None
-            assert means is not None
-            assert variances is not None
-            count.add_(1)
-            share = 1 / float(count) if self.momentum is None else self.momentum
-            means.lerp_(mean, share)
-            variances.lerp_(variance * (n / max(n - 1, 1)), share)
+            held["num_batches_tracked"].add_(1)
+            share = 1 / float(held["num_batches_tracked"]) if self.momentum is None else self.momentum
+            held["running_mean"].lerp_(mean, share)
+            held["running_var"].lerp_(variance * (n / max(n - 1, 1)), share)
 
 
 class SpatialGroupNorm(nn.GroupNorm):
@@ -362,18 +349,9 @@ class SpatialGroupNorm(nn.GroupNorm):
         return y.to(x.dtype)
 
 
-def _extended(
-    x: Tensor,
-    name: str,
-    kernel: int,
-    stride: int,
-    padding: int,
-    group: dist.ProcessGroup,
-    *,
-    dilation: int = 1,
-    fill: float = 0.0,
-) -> Tensor:
-    """The columns that a window of this shape reads, for the output columns of this process."""
+def _extended(x: Tensor, name: str, window: tuple[int, int, int, int], group: dist.ProcessGroup, fill: float) -> Tensor:
+    """The columns that a window (kernel, stride, padding, dilation) reads, for the output columns of this process."""
+    kernel, stride, padding, dilation = window
     width = x.shape[-1]
     left, right = padding, dilation * (kernel - 1) - padding - stride + 1
     whole, size = width * group.size(), group.size()
@@ -400,55 +378,24 @@ def _extended(
     return x
 
 
-def _made(kind: type[nn.Module], *check: Callable[[Any], bool]) -> Callable[[str, Any, Any], nn.Module]:
-    """A layer of another class with the same tensors and settings."""
-
-    def make(name: str, layer: nn.Module, columns: Columns) -> nn.Module:
-        if not all(passes(layer) for passes in check):
-            raise MetaplError(
-                f"{name}, {layer}, has no form for images cut along their width; expected zeros for padding, no "
-                "dilation or ceil_mode in pooling, and AdaptiveAvgPool2d(1)."
-            )
-        made = kind.__new__(kind)
-        made.__dict__.update(layer.__dict__)
-        made.__dict__.update(columns=columns, name=name)
-        return made
-
-    return make
-
-
-def _side(padding: Any, dimension: int) -> int:
-    return int(padding[dimension])
-
-
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _keyed_columns(name: str, layer: Any, columns: Columns) -> nn.Module:
-    """Dropout by the places in whole images."""
-    made = KeyedDropout(layer.p, layer.share, layer.shared_from, layer.scaled)
-    if layer.shared_from is None:
-        made.part, made.parts, made.of_images = columns.number, columns.count, True
-    return made
-
-
-_MADE: dict[type[nn.Module], Callable[[str, Any, Any], nn.Module]] = {
-    nn.Conv2d: _made(SpatialConv2d, lambda c: c.padding_mode == "zeros" and not isinstance(c.padding, str)),
-    nn.MaxPool2d: _made(
-        SpatialMaxPool2d, lambda p: not p.ceil_mode and p.dilation in (1, (1, 1)) and not p.return_indices
+_FORMS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool] | None]] = {
+    nn.Conv2d: (SpatialConv2d, lambda c: c.padding_mode == "zeros" and not isinstance(c.padding, str)),
+    nn.MaxPool2d: (
+        SpatialMaxPool2d,
+        lambda p: not p.ceil_mode and _pair(p.dilation) == (1, 1) and not p.return_indices,
     ),
-    nn.AvgPool2d: _made(
-        SpatialAvgPool2d, lambda p: not p.ceil_mode and (p.count_include_pad or _pair(p.padding)[1] == 0)
-    ),
-    nn.AdaptiveAvgPool2d: _made(SpatialGlobalPool2d, lambda p: p.output_size in (1, (1, 1))),
-    nn.BatchNorm2d: _made(SpatialBatchNorm2d),
-    nn.GroupNorm: _made(SpatialGroupNorm),
-    nn.Dropout: _made(SpatialDropout),
-    KeyedDropout: _keyed_columns,
+    nn.AvgPool2d: (SpatialAvgPool2d, lambda p: not p.ceil_mode and (p.count_include_pad or not _pair(p.padding)[1])),
+    nn.AdaptiveAvgPool2d: (SpatialGlobalPool2d, lambda p: p.output_size in (1, (1, 1))),
+    nn.BatchNorm2d: (SpatialBatchNorm2d, None),
+    nn.GroupNorm: (SpatialGroupNorm, None),
+    nn.Dropout: (SpatialDropout, None),
 }
 
-_REFUSED = (
+_WITHOUT_FORM = (
     nn.modules.conv._ConvNd,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,

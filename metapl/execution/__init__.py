@@ -14,9 +14,9 @@ guards     the lock and the restoration around a step
 sharded    a network of which this process holds a part
 choice     which of the two a student is
 layout     how a network that was handed over is laid out, found by looking at it
-ranks      the processes that share a batch: means, sums and agreement over them
+ranks      the processes that share a batch, or the columns of its images: means, sums and agreement over them
 shards     weights of which this process holds a part: norms and products over all parts
-columns    which columns of an image this process holds
+capabilities  what estimators and problems may require of a layout
 
 What every pass asks of its arguments:
 

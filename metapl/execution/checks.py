@@ -11,10 +11,9 @@ import inspect
 import math
 import re
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.modules import named_parts, named_tensors, trainable
 
 OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
 """What torch says where inputs are of another type than weights."""
@@ -87,13 +85,7 @@ def _stored(t: Tensor) -> Tensor:
 
 
 def whole_number(value: Any, given: str, expected: str) -> None:
-    """Refuse what is not a whole number of 1 or more.
-
-    Args:
-        value: given.
-        given: how it was given, for the error, such as ``accumulate=0``.
-        expected: its meaning.
-    """
+    """Refuse what is not a whole number of 1 or more; ``given`` is how it was given, such as ``accumulate=0``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise MetaplError(f"{given}: expected {expected}, 1 or more.")
 
@@ -113,13 +105,7 @@ def described(value: Any) -> str:
 
 
 def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> None:
-    """Refuse batches that are empty, of uneven length, on another device, or not finite.
-
-    Args:
-        labeled: the outer batch.
-        unlabeled: the inner ones.
-        device: of the networks.
-    """
+    """Refuse batches that are empty, of uneven length, on another device than the networks, or not finite."""
     for name, batch in (("labeled", labeled), *(("unlabeled", inner_batch) for inner_batch in unlabeled)):
         leaves = pytree.tree_leaves(batch)
         if any(isinstance(leaf, np.ndarray) for leaf in leaves):
@@ -147,12 +133,7 @@ def dense(batch: Any, which: str) -> None:
 def finite_on_host(batch: Any) -> None:
     """Refuse a batch on the host with NaN or infinite values; tensors on an accelerator are not checked."""
     for t in pytree.tree_leaves(batch):
-        if (
-            isinstance(t, Tensor)
-            and t.is_floating_point()
-            and not waits(t)
-            and not bool(torch.isfinite(_stored(t)).all())
-        ):
+        if isinstance(t, Tensor) and t.is_floating_point() and not waits(t) and not torch.isfinite(_stored(t)).all():
             raise MetaplError("a batch holds NaN or infinite values; clean the inputs first.")
 
 
@@ -162,20 +143,11 @@ def types(inputs: Any) -> set[torch.dtype]:
 
 
 def explain_type(error: RuntimeError, inputs: Any, weight: Tensor | None, who: str, what: str) -> None:
-    """Say so where a network may have failed because its inputs are of another type than its weights.
-
-    Args:
-        error: what torch raised.
-        inputs: of the network, with any nesting of tensors.
-        weight: one of the network's.
-        who: the network in the message.
-        what: the inputs in the message.
-    """
-    given_types = types(inputs)
-    if not OTHER_TYPE.search(str(error)) or weight is None or not given_types or weight.dtype in given_types:
+    """Say so where ``who`` may have failed because ``what``, its inputs, are of another type than its weights."""
+    found = types(inputs)
+    if not OTHER_TYPE.search(str(error)) or weight is None or not found or weight.dtype in found:
         return
-    given = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in given_types))
-    own = str(weight.dtype).removeprefix("torch.")
+    given, own = (" and ".join(sorted(str(t).removeprefix("torch.") for t in ts)) for ts in (found, {weight.dtype}))
     raise MetaplError(
         f"{who} cannot take {what} of {given}: its weights are {own}; expected inputs of that type: x.to(torch.{own})."
     ) from error
@@ -228,29 +200,34 @@ def no_inference_mode() -> None:
 
 
 def _tensor(name: str, t: Tensor, device: torch.device) -> None:
-    if t.is_nested and t.layout == torch.strided:
-        raise MetaplError(
-            f"the {name} batch holds a nested tensor, whose rows differ in length; expected rows of one length: "
-            "x.to_padded_tensor(0.0)."
-        )
-    if t.ndim == 0 or len(t) == 0:
-        raise MetaplError(f"the {name} batch is empty: {described(t)}; expected at least one example.")
-    if t.device != device:
-        raise MetaplError(
-            f"the {name} batch is on {t.device}, the networks are on {device}; move it there with .to({str(device)!r})."
-        )
-    if t.is_inference():
-        raise MetaplError(
-            f"the {name} batch was made inside torch.inference_mode(), and no gradient can be taken through such a "
-            "tensor; make it under torch.no_grad(), or copy it outside of that block: x.clone()."
-        )
-    if t.requires_grad:
-        raise MetaplError(
-            f"the {name} batch requires a gradient ({described(t)}), and none is taken in it; expected x.detach(). "
-            "Inputs that the teacher makes for the student are made in the problem: student_input(batch, signal)."
-        )
+    fault = _fault_of(t, device)
+    if fault is not None:
+        raise MetaplError(f"the {name} batch {fault}")
     if t.is_floating_point():
         refuse_not_finite(t, f"the {name} batch holds NaN or infinite values; clean the inputs first.")
+
+
+def _fault_of(t: Tensor, device: torch.device) -> str | None:
+    """What is wrong with a tensor of a batch, its values aside."""
+    if t.is_nested and t.layout == torch.strided:
+        return (
+            "holds a nested tensor, whose rows differ in length; expected rows of one length: x.to_padded_tensor(0.0)."
+        )
+    if t.ndim == 0 or len(t) == 0:
+        return f"is empty: {described(t)}; expected at least one example."
+    if t.device != device:
+        return f"is on {t.device}, the networks are on {device}; move it there with .to({str(device)!r})."
+    if t.is_inference():
+        return (
+            "was made inside torch.inference_mode(), and no gradient can be taken through such a tensor; make it under "
+            "torch.no_grad(), or copy it outside of that block: x.clone()."
+        )
+    if t.requires_grad:
+        return (
+            f"requires a gradient ({described(t)}), and none is taken in it; expected x.detach(). Inputs that the "
+            "teacher makes for the student are made in the problem: student_input(batch, signal)."
+        )
+    return None
 
 
 def logits(outputs: Any, who: str) -> Tensor:
@@ -299,28 +276,17 @@ def finite(logits_NC: Tensor) -> None:
 
 def class_labels(labels: Any, classes: int) -> None:
     """Refuse labels that are not integers in [0, classes)."""
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
-        raise MetaplError(
-            f"the labels are {described(labels)}; expected integers, one class index per example: labels.long()."
-        )
     dense(labels, "the labels are")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise MetaplError(
+            f"the labels are {described(labels)}; expected integers (int64), one class index per example: "
+            "labels.long()."
+        )
     if labels.ndim != 1:
         raise MetaplError(
             f"the labels have shape {tuple(labels.shape)}; expected one class index per example, (batch,)."
         )
-    if labels.dtype != torch.int64:
-        raise MetaplError(f"the labels are {described(labels)}; expected int64: labels.long().")
-    low, high = labels.aminmax()
-    networks = f"the networks have {classes} classes: expected 0..{classes - 1}."
-    if waits(labels):
-        refuse((low < 0) | (high >= classes), f"the labels hold a value outside 0..{classes - 1}; {networks}")
-    elif low < 0 or high >= classes:
-        raise MetaplError(f"the labels run from {int(low)} to {int(high)}; {networks}")
+    _in_range(labels, classes, "the labels", ("hold", "run"), f"the networks have {classes} classes")
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:
@@ -336,17 +302,20 @@ def row_indices(index: Any, rows: int, who: str) -> Tensor:
     """
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         raise MetaplError(f"the index of {who} is {described(index)}; expected integers, int64 or int32: index.long().")
-    indices: Tensor = index
-    if not indices.numel():
-        return indices
-    low, high = indices.aminmax()
-    expected = f"{who} has {rows:,} rows: expected 0..{rows - 1}."
-    if waits(indices):
-        refuse((low < 0) | (high >= rows), f"the index holds a value outside 0..{rows - 1}; {expected}")
-        return indices.clamp(0, rows - 1)
-    if low < 0 or high >= rows:
-        raise MetaplError(f"the index runs from {int(low)} to {int(high)}; {expected}")
-    return indices
+    if not index.numel():
+        return index
+    _in_range(index, rows, "the index", ("holds", "runs"), f"{who} has {rows:,} rows")
+    return safe_labels(index, rows)
+
+
+def _in_range(numbers: Tensor, count: int, what: str, verbs: tuple[str, str], why: str) -> None:
+    """Refuse numbers outside 0..count - 1."""
+    low, high = numbers.aminmax()
+    why = f"{why}: expected 0..{count - 1}."
+    if waits(numbers):
+        refuse((low < 0) | (high >= count), f"{what} {verbs[0]} a value outside 0..{count - 1}; {why}")
+    elif low < 0 or high >= count:
+        raise MetaplError(f"{what} {verbs[1]} from {int(low)} to {int(high)}; {why}")
 
 
 def safe_probabilities(probabilities: Tensor) -> Tensor:
@@ -418,89 +387,6 @@ def finite_feedback(h: Tensor) -> None:
     )
 
 
-_WRAPPERS = {
-    "DistributedDataParallel": "averages gradients over processes only where it is around the whole network",
-    "FullyShardedDataParallel": "shards the weights in a way that they cannot be replaced in (use fully_shard)",
-    "FSDPModule": "shards the weights of a network inside another wrapper",
-    "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
-    "ScriptModule": "has weights that cannot be replaced for a pass",
-}
-"""PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
-
-
-@cache
-def _wrapper(classes: tuple[type, ...]) -> str | None:
-    names = [kind.__name__ for kind in classes if kind.__module__.startswith("torch.")]
-    return next((name for name in _WRAPPERS if name in names), None)
-
-
-def plain(name: str, network: nn.Module, *, sharded: bool = False) -> None:
-    """Refuse a network that cannot be run again at other weights, naming the obstacle.
-
-    Args:
-        name: its role.
-        network: without a wrapper around it.
-        sharded: whether it is sharded by ``fully_shard``, and so may be.
-    """
-    for prefix, part in named_parts(network):
-        wrapper = _wrapper(type(part).__mro__)
-        if wrapper is not None and not (sharded and wrapper == "FSDPModule"):
-            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
-            raise MetaplError(
-                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, or one that is as a whole "
-                "in DistributedDataParallel or sharded by fully_shard."
-            )
-    for path, t in named_tensors(network):
-        if nn.parameter.is_lazy(t):
-            raise MetaplError(
-                f"the {name}'s {path} has no shape yet (a lazy module, such as LazyLinear); run the {name} on one "
-                "batch before the trainer is built."
-            )
-        if t.is_inference():
-            raise MetaplError(
-                f"the {name}'s {path} was made inside torch.inference_mode(), and cannot be trained; build the {name} "
-                "outside of that block."
-            )
-        if not sharded and (type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor"):
-            raise MetaplError(
-                f"the {name}'s {path} is a DTensor inside another wrapper; expected the plain module, or one that is "
-                "as a whole sharded by fully_shard or parallelize_module."
-            )
-
-
-def networks(teacher: nn.Module | None, student: nn.Module, *, sharded: Collection[str] = ()) -> torch.device:
-    """Refuse networks that cannot be run, have no trainable parameters, share weights or are on several devices.
-
-    Args:
-        teacher: None: there is none.
-        student: the student.
-        sharded: which of the two are sharded by ``fully_shard``, by role.
-
-    Returns: the device.
-    """
-    given = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
-    owned = {}
-    for name, module in given.items():
-        if not isinstance(module, nn.Module):
-            raise MetaplError(f"{name} is {described(module)}; expected a torch.nn.Module.")
-        plain(name, module, sharded=name in sharded)
-        owned[name] = list(trainable(module).values())
-        if not owned[name]:
-            raise MetaplError(
-                f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
-            )
-    if teacher is not None and {id(p) for p in owned["teacher"]} & {id(p) for p in owned["student"]}:
-        raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
-    devices = {
-        name: {t.device for _, t in named_tensors(module) if isinstance(t, nn.Parameter)}
-        for name, module in given.items()
-    }
-    if len(set().union(*devices.values())) > 1:
-        where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
-        raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
-    return owned["student"][0].device
-
-
 def real_weights(parameters: Mapping[str, Tensor]) -> None:
     """Refuse complex weights of a student."""
     for name, p in parameters.items():
@@ -551,12 +437,8 @@ def moves(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     learned = [p for p in model.parameters() if p.requires_grad]
     if not any(id(p) in held for p in learned):
-        why = (
-            "the optimizer holds none of the network's parameters that have requires_grad=True"
-            if learned
-            else "all parameters of the network have requires_grad=False"
-        )
+        none = "the optimizer holds none of the network's parameters that have requires_grad=True"
         raise MetaplError(
-            f"{why}, so nothing would be learned; expected an optimizer over model.parameters(), some of them with "
-            "requires_grad=True."
+            f"{none if learned else 'all parameters of the network have requires_grad=False'}, so nothing would be "
+            "learned; expected an optimizer over model.parameters(), some of them with requires_grad=True."
         )

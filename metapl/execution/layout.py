@@ -8,9 +8,10 @@ sharded     by ``fully_shard``: every rank holds a part of each weight, and gath
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -21,14 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.columns import columns_of
+from metapl.execution.capabilities import EVERY, FORWARD_AD, Capability
 from metapl.execution.modules import named_parts, named_tensors, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
-from metapl.execution.ranks import ALONE, Ranks
+from metapl.execution.ranks import ALONE, Ranks, columns_of
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Layout:
     """A network, and how it is laid out.
 
@@ -60,11 +61,25 @@ class Layout:
 
     def __post_init__(self) -> None:
         known = {} if self.ranks.alone else _buffers(self.network)
-        object.__setattr__(self, "versions", {name: (id(t), t._version) for name, t in known.items()})
+        self.versions = {name: (id(t), t._version) for name, t in known.items()}
 
     @property
     def is_sharded(self) -> bool:
         return self.kind == "sharded"
+
+    @property
+    def offers(self) -> frozenset[Capability]:
+        """What estimators and problems may require of it; PyTorch has no forward mode through shared products."""
+        if self.kind == "plain":
+            return EVERY
+        return frozenset({FORWARD_AD} if self.product_ranks == 1 else ())
+
+    @property
+    def how(self) -> str:
+        """Its kind, in words."""
+        if self.product_ranks > 1:
+            return "sharded by parallelize_module"
+        return {"plain": "a plain module", "replicated": "in DistributedDataParallel"}.get(self.kind, "sharded")
 
     def compilable(self) -> list[nn.Module]:
         """The modules whose forward passes ``torch.compile`` takes: the network, or the blocks of a sharded one.
@@ -118,7 +133,8 @@ class Layout:
 
         Running statistics of norms are averaged: their means are right; a variance of a batch norm is the mean of the
         ranks' variances, without the spread of their means. Other buffers get the values of the first rank, as in
-        ``DistributedDataParallel``; which of them move is found out after the first step.
+        ``DistributedDataParallel``; which of them move is found out after the first step: the same tensors in the same
+        versions have not been written to.
         """
         if self.ranks.alone:
             return
@@ -129,15 +145,12 @@ class Layout:
             tree = {str(i): t for i, t in enumerate(held)}
             for name, mean in self.ranks.mean_tree(tree, tree).items():
                 tree[name].copy_(mean)
-        self._agree_on_others({id(t) for norm in norms for t in norm._buffers.values()})
-
-    def _agree_on_others(self, known: Collection[int]) -> None:
+        known = {id(t) for norm in norms for t in norm._buffers.values()}
         others = {name: t for name, t in _buffers(self.network).items() if id(t) not in known}
         if self.moving is None:
-            # The same tensors in the same versions have not been written to.
             own = [name for name, t in others.items() if self.versions.get(name) != (id(t), t._version)]
             agreed = {name for names in self.ranks.gathered(own) for name in names}
-            object.__setattr__(self, "moving", tuple(name for name in others if name in agreed))
+            self.moving = tuple(name for name in others if name in agreed)
         for name in self.moving or ():
             others[name].copy_(self.ranks.of_first(others[name]))
 
@@ -161,14 +174,26 @@ class Layout:
 
 def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | None, Layout, torch.device]:
     """The layouts of two networks and their device; refuse networks that cannot be trained together."""
-    of_teacher = None if teacher is None else layout_of("teacher", teacher)
-    of_student = layout_of("student", student)
-    known = {"teacher": of_teacher, "student": of_student}
-    device = checks.networks(
-        None if of_teacher is None else of_teacher.network,
-        of_student.network,
-        sharded=[name for name, layout in known.items() if layout is not None and layout.is_sharded],
-    )
+    networks = {"teacher": teacher, "student": student}
+    known = {name: layout_of(name, network) for name, network in networks.items() if network is not None}
+    learned = {}
+    for name, layout in known.items():
+        _check_plain(name, layout)
+        learned[name] = trainable(layout.network)
+        if not learned[name]:
+            raise MetaplError(
+                f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+            )
+    of_teacher, of_student = known.get("teacher"), known["student"]
+    if of_teacher is not None and {*map(id, learned["teacher"].values())} & {*map(id, learned["student"].values())}:
+        raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
+    devices = {
+        name: {t.device for _, t in named_tensors(layout.network) if isinstance(t, nn.Parameter)}
+        for name, layout in known.items()
+    }
+    if len(set().union(*devices.values())) > 1:
+        where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
+        raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
     if of_teacher is not None and of_teacher.processes != of_student.processes:
         raise MetaplError(
             f"the teacher is {_described(of_teacher)}, the student {_described(of_student)}; expected both to share "
@@ -177,7 +202,48 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
         )
     if of_teacher is not None:
         of_teacher = _beside(of_teacher, of_student)
-    return of_teacher, of_student, device
+    return of_teacher, of_student, devices["student"].pop()
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": "averages gradients over processes only where it is around the whole network",
+    "FullyShardedDataParallel": "shards the weights in a way that they cannot be replaced in (use fully_shard)",
+    "FSDPModule": "shards the weights of a network inside another wrapper",
+    "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
+    "ScriptModule": "has weights that cannot be replaced for a pass",
+}
+"""PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
+
+
+@cache
+def _wrapper(classes: tuple[type, ...]) -> str | None:
+    names = [kind.__name__ for kind in classes if kind.__module__.startswith("torch.")]
+    return next((name for name in _WRAPPERS if name in names), None)
+
+
+def _check_plain(name: str, layout: Layout) -> None:
+    """Refuse a network that cannot be run again at other weights, naming the obstacle."""
+    for prefix, part in named_parts(layout.network):
+        wrapper = _wrapper(type(part).__mro__)
+        if wrapper is not None and not (layout.is_sharded and wrapper == "FSDPModule"):
+            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
+            raise MetaplError(
+                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, or one that is as a whole "
+                "in DistributedDataParallel or sharded by fully_shard."
+            )
+    for path, t in named_tensors(layout.network):
+        fault = None
+        if nn.parameter.is_lazy(t):
+            fault = f"has no shape yet (a lazy module, such as LazyLinear); run the {name} on one batch first."
+        elif t.is_inference():
+            fault = "was made inside torch.inference_mode(), and cannot be trained; build it outside of that block."
+        elif not layout.is_sharded and (type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor"):
+            fault = (
+                "is a DTensor inside another wrapper; expected the plain module, or one that is as a whole sharded by "
+                "fully_shard or parallelize_module."
+            )
+        if fault is not None:
+            raise MetaplError(f"the {name}'s {path} {fault}")
 
 
 def _beside(teacher: Layout, student: Layout) -> Layout:
@@ -188,47 +254,30 @@ def _beside(teacher: Layout, student: Layout) -> Layout:
     """
     copies = student.ranks.copies
     if copies > 1 and teacher.ranks.copies == 1:
-        own = teacher.ranks
-        ranks = Ranks(own.groups, student.ranks.rank, own.device, copies, own.first, student.ranks.columns)
-        return replace(teacher, ranks=ranks)
-    mend = (
-        "expected the same number in both, or a teacher that is not cut, beside a student that is: in "
-        f"DistributedDataParallel over all processes, shard(teacher, Mesh(replicate={len(student.processes)}))."
-    )
-    if teacher.product_ranks != student.product_ranks:
-        raise MetaplError(
-            f"products are shared by {_count(teacher.product_ranks, 'process', 'processes')} in the teacher and "
-            f"{student.product_ranks} in the student (parallelize_module); {mend}"
-        )
-    if teacher.ranks.copies != copies:
-        raise MetaplError(
-            f"images are split into {_count(teacher.ranks.copies, 'part', 'parts')} for the teacher and {copies} for "
-            f"the student; {mend}"
-        )
+        own = student.ranks
+        return replace(teacher, ranks=replace(teacher.ranks, rank=own.rank, copies=copies, columns=own.columns))
+    for what, many, of_teacher, of_student in (
+        ("products are shared by {} process{} in the teacher", "es", teacher.product_ranks, student.product_ranks),
+        ("images are split into {} part{} for the teacher", "s", teacher.ranks.copies, copies),
+    ):
+        if of_teacher != of_student:
+            counted = what.format(of_teacher, many if of_teacher > 1 else "")
+            raise MetaplError(
+                f"{counted} and {of_student} in the student; expected the same number in both, or a "
+                "teacher that is not cut, beside a student that is: in DistributedDataParallel over all processes, "
+                f"shard(teacher, Mesh(replicate={len(student.processes)}))."
+            )
     return teacher
 
 
-def _count(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
-
-
 def layout_of(name: str, network: Any) -> Layout:
-    """The layout of a network.
-
-    Args:
-        name: its role, for errors.
-        network: as it was handed over.
-    """
+    """The layout of a network as it was handed over; ``name`` is its role."""
     if not isinstance(network, nn.Module):
         raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
     if isinstance(network, DistributedDataParallel):
-        _check_embeddings(name, network.module)
         return _replicated(name, network)
-    if any(is_block(part) for _, part in named_parts(network)):
-        _check_embeddings(name, network)
+    if any(is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network)):
         return _sharded(name, network)
-    if any(is_sharded(t) for _, t in named_tensors(network)):
-        return _parallel(name, network, (), _parameters(network))
     if columns_of(network) is not None:
         raise MetaplError(
             f"the {name} is split along the width of its images, and nothing averages its gradients over the processes "
@@ -268,6 +317,8 @@ def without_gradients(network: nn.Module) -> Iterator[None]:
 
 
 def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:
+    network = wrapper.module
+    _check_embeddings(name, network)
     if getattr(wrapper, "_comm_hooks", None):
         raise MetaplError(
             f"the {name} is a DistributedDataParallel with a communication hook (register_comm_hook), which would not "
@@ -275,45 +326,41 @@ def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:
         )
     group = wrapper.process_group
     processes = tuple(dist.get_process_group_ranks(group))
-    device = next(wrapper.module.parameters()).device
-    ranks = _ranks(name, wrapper.module, [group], processes, device)
-    return Layout(wrapper.module, "replicated", ranks, processes=processes)
+    ranks = _ranks(name, network, [group], processes, next(network.parameters()).device)
+    return Layout(network, "replicated", ranks, processes=processes)
 
 
 def _sharded(name: str, network: nn.Module) -> Layout:
+    """A network by ``fully_shard``, or whose products several processes compute together, by ``parallelize_module``."""
     blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
-    if not is_block(network):
+    if blocks:
+        _check_blocks(name, network, blocks)
+    parameters = {path: p for path, p in _parameters(network).items() if is_sharded(p) or not blocks}
+    # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch.
+    mesh = max((p.device_mesh for p in parameters.values() if is_sharded(p)), key=lambda mesh: int(mesh.size()))
+    processes, rank = _processes(mesh), dist.get_rank()
+    own = _processes(next(g for b in blocks for g in _param_groups(b)).mesh_info.mesh) if blocks else (rank,)
+    together = len(processes) // len(own)
+    _check_parameters(name, parameters, mesh, together)
+    # One group where it is all processes.
+    everywhere = list(processes) == list(range(dist.get_world_size()))
+    groups: list[Any] = [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
+    device = local(next(iter(parameters.values()))).device
+    if together == 1:
+        ranks = _ranks(name, network, groups, processes, device)
+    elif columns_of(network) is None:
+        ranks = Ranks(groups, own.index(rank), device, together, processes[0] == rank)
+    else:
         raise MetaplError(
-            f"fully_shard was called on parts of the {name} and not on the {name} itself, so the rest of it would "
-            f"learn from this rank's share of the batch alone; expected fully_shard({name}) after its blocks."
+            f"the {name} runs on columns of images and was given to parallelize_module too, which is not built yet; "
+            "expected one of the two."
         )
-    for block in blocks:
-        block.reshard()
-        _check_reduction(name, block)
-    _check_ties(name, blocks)
-    for path, t in named_tensors(network):
-        if isinstance(t, nn.Parameter) and t.requires_grad and not is_sharded(t):
-            raise MetaplError(
-                f"the {name}'s {path} is not sharded although fully_shard was called on the {name} (ignored_params), "
-                "so it would learn from this rank's share of the batch alone; expected every parameter with "
-                "requires_grad=True to be sharded."
-            )
-    parameters = {path: p for path, p in _parameters(network).items() if is_sharded(p)}
-    if not any(p.requires_grad for p in parameters.values()):
-        raise MetaplError(
-            f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
-        )
-    if _shared_products(blocks, parameters) > 1:
-        return _parallel(name, network, blocks, parameters)
-    first = next(iter(parameters.values()))
-    for path, p in parameters.items():
-        _check_placements(name, path, p, first)
-    mesh = first.device_mesh
-    processes = tuple(int(i) for i in mesh.mesh.flatten().tolist())
-    groups = _groups(mesh, processes)
-    ranks = _ranks(name, network, groups, processes, local(first).device)
     space = ShardedSpace(parameters, groups, len(processes))
-    return Layout(network, "sharded", ranks, space, processes, blocks=blocks, sharded=parameters)
+    return Layout(network, "sharded", ranks, space, processes, together, blocks, parameters)
+
+
+def _processes(mesh: Any) -> tuple[int, ...]:
+    return tuple(int(i) for i in mesh.mesh.flatten().tolist())
 
 
 def _parameters(network: nn.Module) -> dict[str, Any]:
@@ -325,54 +372,11 @@ def _parameters(network: nn.Module) -> dict[str, Any]:
     return dict(found.values())
 
 
-def _widest(parameters: Mapping[str, Any]) -> Any:
-    """The mesh of all processes, which some parameters are laid out over."""
-    return max((p.device_mesh for p in parameters.values() if is_sharded(p)), key=lambda mesh: int(mesh.size()))
-
-
-def _shared_products(blocks: Sequence[Any], parameters: Mapping[str, Any]) -> int:
-    """How many processes compute each product together: all processes divided by the number that share the batch."""
-    size = int(_widest(parameters).size())
-    return size // int(_batch_mesh(blocks).size()) if blocks else size
-
-
-def _batch_mesh(blocks: Sequence[Any]) -> Any:
-    """The mesh of the processes that share the batch, among which ``fully_shard`` averages."""
-    gathered = (group for block in blocks for group in _param_groups(block))
-    return next(gathered).mesh_info.mesh
-
-
 def _param_groups(block: Any) -> list[Any]:
     """What a block gathers; nothing where all of its weights belong to blocks inside it."""
     state = block._get_fsdp_state()
     groups: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return [group for group in groups if group is not None]
-
-
-def _parallel(name: str, network: nn.Module, blocks: tuple[Any, ...], parameters: dict[str, Any]) -> Layout:
-    """A network whose products several processes compute together, by ``parallelize_module``."""
-    if columns_of(network) is not None:
-        raise MetaplError(
-            f"the {name} runs on columns of images and was given to parallelize_module too, which is not built yet; "
-            "expected one of the two."
-        )
-    mesh = _widest(parameters)
-    processes = tuple(int(i) for i in mesh.mesh.flatten().tolist())
-    for path, p in parameters.items():
-        inside = not is_sharded(p) or {int(i) for i in p.device_mesh.mesh.flatten().tolist()} <= {*processes}
-        if not inside or any(placement.is_partial() for placement in getattr(p, "placements", ())):
-            raise MetaplError(
-                f"the {name}'s {path} is laid out as {getattr(p, 'placements', ())} over {p.device_mesh}, beside "
-                f"parameters over {mesh}; expected one mesh whose dimensions parallelize_module and fully_shard share."
-            )
-    tensor = _shared_products(blocks, parameters)
-    own = [int(i) for i in _batch_mesh(blocks).mesh.flatten().tolist()] if blocks else [dist.get_rank()]
-    groups = _groups(mesh, processes)
-    device = local(next(iter(parameters.values()))).device
-    first = processes[0] == dist.get_rank()
-    ranks = Ranks(groups, own.index(dist.get_rank()), device, tensor, first)
-    space = ShardedSpace(parameters, groups, len(processes))
-    return Layout(network, "sharded", ranks, space, processes, tensor, blocks, parameters)
 
 
 def _ranks(
@@ -393,25 +397,49 @@ def _ranks(
     return Ranks(groups, number // len(members), device, len(members), number == 0, columns=True)
 
 
-def _groups(mesh: Any, processes: Sequence[int]) -> list[Any]:
-    """The process groups whose product is a mesh: one where it is all processes."""
-    if list(processes) == list(range(dist.get_world_size())):
-        return [dist.group.WORLD]
-    return [mesh.get_group(i) for i in range(mesh.ndim)]
+def _check_blocks(name: str, network: nn.Module, blocks: Sequence[Any]) -> None:
+    """Refuse weights that would learn from this rank's rows alone, or be two where one is meant."""
+    _check_embeddings(name, network)
+    if not is_block(network):
+        raise MetaplError(
+            f"fully_shard was called on parts of the {name} and not on the {name} itself, so the rest of it would "
+            f"learn from this rank's share of the batch alone; expected fully_shard({name}) after its blocks."
+        )
+    for block in blocks:
+        block.reshard()
+        _check_reduction(name, block)
+    _check_ties(name, blocks)
+    learned = [(path, p) for path, p in _parameters(network).items() if p.requires_grad]
+    if not learned:
+        raise MetaplError(
+            f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+        )
+    for path, p in learned:
+        if not is_sharded(p):
+            raise MetaplError(
+                f"the {name}'s {path} is not sharded although fully_shard was called on the {name} (ignored_params), "
+                "so it would learn from this rank's share of the batch alone; expected every parameter with "
+                "requires_grad=True to be sharded."
+            )
 
 
-def _check_placements(name: str, path: str, p: Any, first: Any) -> None:
-    if p.device_mesh != first.device_mesh:
-        raise MetaplError(
-            f"the {name}'s {path} is laid out over {p.device_mesh}, other parameters over {first.device_mesh}; "
-            "expected one mesh for all parameters of a network."
-        )
-    kinds = [type(placement).__name__ for placement in p.placements]
-    if kinds not in (["Shard"], ["Replicate", "Shard"]):
-        raise MetaplError(
-            f"the {name}'s {path} has the placements {tuple(p.placements)}; expected those of fully_shard over a mesh "
-            "of one dimension, or of two: replicas, and the shards of each."
-        )
+def _check_parameters(name: str, parameters: Mapping[str, Any], mesh: Any, together: int) -> None:
+    """Refuse parameters that are laid out over several meshes, or in another way than products of them are taken."""
+    processes = {*_processes(mesh)}
+    for path, p in parameters.items():
+        placements = getattr(p, "placements", ())
+        if together > 1:
+            fits = not is_sharded(p) or {*_processes(p.device_mesh)} <= processes
+            fits = fits and not any(placement.is_partial() for placement in placements)
+        else:
+            kinds = [type(placement).__name__ for placement in placements]
+            fits = p.device_mesh == mesh and kinds in (["Shard"], ["Replicate", "Shard"])
+        if not fits:
+            raise MetaplError(
+                f"the {name}'s {path} is laid out as {tuple(placements)} over {getattr(p, 'device_mesh', 'one')}, "
+                f"beside parameters over {mesh}; expected one mesh for all: of fully_shard, with one dimension, or "
+                "two, replicas and the shards of each; or one whose dimensions it shares with parallelize_module."
+            )
 
 
 def _check_embeddings(name: str, network: nn.Module) -> None:
@@ -423,13 +451,11 @@ def _check_embeddings(name: str, network: nn.Module) -> None:
         if part.max_norm is not None:
             raise MetaplError(
                 f"{where} with max_norm={part.max_norm}, which changes its weights in each pass, on each rank for its "
-                "own rows only, so that they would drift apart; expected max_norm=None (weight_decay of the optimizer "
-                "also keeps weights small)."
+                "own rows only; expected max_norm=None (weight_decay of the optimizer also keeps weights small)."
             )
         if part.sparse:
             raise MetaplError(
-                f"{where} with sparse=True, and sparse gradients are not averaged over ranks; build it with "
-                "sparse=False."
+                f"{where} with sparse=True, and sparse gradients are not averaged; expected sparse=False."
             )
 
 
@@ -453,25 +479,18 @@ def _check_ties(name: str, blocks: Sequence[Any]) -> None:
 def _check_reduction(name: str, block: Any) -> None:
     """Refuse a block whose gradients are not the mean over the ranks."""
     for group in _param_groups(block):
-        if getattr(group, "gradient_divide_factor", None) is not None:
-            raise MetaplError(
-                f"set_gradient_divide_factor was called on the {name}, so its gradients are not the mean over the "
-                "ranks, as the feedback takes them to be; leave it out, and scale the loss."
-            )
-        for attribute, call in (
-            ("reduce_grads", "set_requires_gradient_sync(False)"),
-            ("all_reduce_grads", "set_requires_all_reduce(False)"),
+        for attribute, usual, call in (
+            ("gradient_divide_factor", None, "set_gradient_divide_factor"),
+            ("reduce_grads", True, "set_requires_gradient_sync(False)"),
+            ("all_reduce_grads", True, "set_requires_all_reduce(False)"),
+            ("_all_reduce_hook", None, "set_all_reduce_hook"),
         ):
-            if not getattr(group, attribute, True):
+            if getattr(group, attribute, usual) is not usual:
                 raise MetaplError(
-                    f"{call} was called on the {name}, so its gradients would be of this rank's rows alone; leave it "
-                    "out (accumulate=... of the trainer takes a batch in parts)."
+                    f"{call} was called on the {name}, so its gradients would not be the mean over the ranks, as the "
+                    "feedback takes them to be; leave it out (scale the loss itself; accumulate=... of the trainer "
+                    "takes a batch in parts)."
                 )
-        if getattr(group, "_all_reduce_hook", None) is not None:
-            raise MetaplError(
-                f"set_all_reduce_hook was called on the {name}, whose gradients would be other than the mean over the "
-                "ranks; leave it out."
-            )
 
 
 def compute_dtype(block: Any) -> Any:
@@ -481,10 +500,8 @@ def compute_dtype(block: Any) -> Any:
 
 
 def _described(layout: Layout) -> str:
-    if layout.kind == "plain":
-        return "a plain module"
-    how = "in DistributedDataParallel" if layout.kind == "replicated" else "sharded"
-    return f"{how} over the processes {', '.join(map(str, layout.processes))}"
+    where = f" over the processes {', '.join(map(str, layout.processes))}" if layout.processes else ""
+    return layout.how + where
 
 
 def parts_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -29,25 +29,6 @@ def wide_tree(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, wide, tree)
 
 
-def products(a: Tree, b: Tree) -> Tensor:
-    """The terms of ⟨a, b⟩, entry by entry in one dimension, over the parameters that both have."""
-    names = [name for name in a if name in b]
-    terms = torch._foreach_mul([wide(a[name]) for name in names], [wide(b[name]) for name in names])
-    return torch.cat([t.flatten() for t in terms])
-
-
-def dot(a: Tree, b: Tree) -> Tensor:
-    """⟨a, b⟩ over the parameters that both have, a scalar."""
-    return products(a, b).sum()
-
-
-def norm(a: Tree) -> Tensor:
-    """‖a‖ over all parameters, a scalar."""
-    norms: list[Tensor] = list(torch._foreach_norm([wide(t) for t in a.values()]))
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
-
-
 def scaled(tree: Tree, factor: float | Tensor) -> Tree:
     """factor·a."""
     return {name: factor * t for name, t in tree.items()}
@@ -58,20 +39,28 @@ class Space:
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
         """⟨a, b⟩ over the parameters that both have, a scalar."""
-        return dot(a, b)
+        return self._terms(a, b).sum()
 
     def norm(self, a: Tree) -> Tensor:
         """‖a‖ over all parameters, a scalar."""
-        return norm(a)
+        norms: list[Tensor] = list(torch._foreach_norm([wide(t) for t in a.values()]))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
         """⟨a, b⟩, and the norm of its terms, to which its rounding is proportional."""
-        terms = products(a, b)
+        terms = self._terms(a, b)
         return terms.sum(), torch.linalg.vector_norm(terms)
 
     def count(self, a: Tree) -> int:
         """The number of weights."""
         return sum(t.numel() for t in a.values())
+
+    def _terms(self, a: Tree, b: Tree) -> Tensor:
+        """The terms of ⟨a, b⟩, entry by entry in one dimension."""
+        names = [name for name in a if name in b]
+        terms = torch._foreach_mul([wide(a[name]) for name in names], [wide(b[name]) for name in names])
+        return torch.cat([t.flatten() for t in terms])
 
 
 WHOLE = Space()

@@ -10,10 +10,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from metapl.errors import MetaplError
@@ -25,39 +27,39 @@ class Agreed(MetaplError):
     """An error that every rank raises, with one message."""
 
 
+@dataclass(frozen=True, eq=False)
 class Ranks:
     """The ranks that share a batch.
 
     Args:
         groups: process groups whose product they are, as the dimensions of a mesh; none: this process alone.
-        rank: the number of this process's share of the rows, in the order of the rows of the whole batch.
+        rank: the number of this process's share of the rows, in the order of the whole batch.
         device: where tensors can be exchanged.
-        copies: how many processes hold the same rows: parts of the same images (:mod:`metapl.distributed.spatial`), or
-            of the same products (``parallelize_module``).
+        copies: how many processes hold the same rows, and compute parts of the same images or products.
         first: whether this is the process that shows and writes.
         columns: whether the copies have columns of the same images, and not the same images.
-
-    Attributes:
-        size: how many shares of rows there are; each of them counts once, however many processes hold it.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[dist.ProcessGroup] = (),
-        rank: int = 0,
-        device: torch.device | None = None,
-        copies: int = 1,
-        first: bool = True,
-        columns: bool = False,
-    ) -> None:
-        self.groups, self.rank, self.copies, self.first = tuple(groups), rank, copies, first
-        self.columns = columns
-        self.device = torch.device("cpu") if device is None else device
-        self.size = math.prod(group.size() for group in self.groups) // copies
+    groups: Sequence[dist.ProcessGroup] = ()
+    rank: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # a value
+    copies: int = 1
+    first: bool = True
+    columns: bool = False
+
+    @cached_property
+    def size(self) -> int:
+        """How many shares of rows there are; each of them counts once, however many processes hold it."""
+        return self.processes // self.copies
+
+    @cached_property
+    def processes(self) -> int:
+        """How many processes there are."""
+        return math.prod(group.size() for group in self.groups)
 
     @property
     def alone(self) -> bool:
-        return self.size == self.copies == 1
+        return self.processes == 1
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum over the shares, the same number on every rank."""
@@ -95,13 +97,9 @@ class Ranks:
         return {name: mean.to(t.dtype) for (name, t), mean in zip(scalars.items(), means, strict=True)}
 
     def mean_tree(self, tree: Tree, like: Tree) -> Tree:
-        """The mean of gradients, in one exchange for each type of number.
+        """The mean of gradients of the parameters ``like``, in one exchange for each type of number.
 
         A gradient that some ranks lack counts as zero there; one that all ranks lack is missing.
-
-        Args:
-            tree: this rank's gradients by parameter name.
-            like: all parameters.
         """
         if self.alone:
             return tree
@@ -141,12 +139,7 @@ class Ranks:
         return norm if self.alone else self.sum(norm.detach().square()).sqrt()
 
     def equal(self, counts: Sequence[int], text: str) -> None:
-        """Refuse, on every rank, counts that differ between ranks.
-
-        Args:
-            counts: of this rank.
-            text: the error, with ``{counts}`` for the counts of all ranks.
-        """
+        """Refuse, on every rank, counts that differ between ranks; in ``text``, ``{counts}`` are those of all."""
         if self.alone:
             return
         given = torch.tensor([*counts, *(-n for n in counts)], device=self.device)
@@ -159,11 +152,6 @@ class Ranks:
         elif bad:
             every = enumerate(self.gathered(list(counts)))
             raise Agreed(text.format(counts="; ".join(f"rank {i}: {n}" for i, n in every)))
-
-    @property
-    def processes(self) -> int:
-        """How many processes there are."""
-        return self.size * self.copies
 
     @property
     def number(self) -> int:
@@ -187,12 +175,8 @@ class Ranks:
     def agreed(self, *, waiting: bool = False) -> Iterator[None]:
         """If this block fails on one rank, fail on all of them, with the message of the first that failed.
 
-        The ranks must have exchanged the same in it before the error: a rank that waits for another inside the block
-        waits on.
-
-        Args:
-            waiting: also on an accelerator, where the host would wait for the answer. Without it an error there ends
-                its own rank, and whoever started the ranks ends the others.
+        A rank that waits for another inside the block waits on. On an accelerator, where the host would wait for the
+        answer, only if ``waiting``: else an error ends its own rank, and whoever started the ranks ends the others.
         """
         if self.alone or not (waiting or self.device.type == "cpu"):
             yield
@@ -232,8 +216,6 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
 
     Where a batch is shared by several ranks, every rank draws for all rows of it and takes its own: with equal
     generators the labels are those that one process would draw, and with any generators they are independent.
-
-    Raises: :class:`metapl.MetaplError`: processes that have the same rows have drawn different labels for them.
     """
     ranks = _sharing.get()
     if ranks is None:
@@ -256,11 +238,7 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
 
 
 def log_mean_of_rows(log_p: Tensor) -> Tensor:
-    """The logarithms of the means of probabilities over the rows of all ranks that share a batch.
-
-    Args:
-        log_p: (B, C), of this rank's rows.
-    """
+    """The logarithms of the means of probabilities, (B, C), over the rows of all ranks that share a batch."""
     log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))
     ranks = _sharing.get()
     if ranks is None:
@@ -274,3 +252,33 @@ def log_mean_of_rows(log_p: Tensor) -> Tensor:
 
 ALONE = Ranks()
 """This process alone."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The processes that hold parts of the same images, from left to right; a copy of a network shares them."""
+
+    group: dist.ProcessGroup
+
+    @property
+    def count(self) -> int:
+        """The number of parts."""
+        return self.group.size()
+
+    @property
+    def number(self) -> int:
+        """The part that this process holds, from the left."""
+        return self.group.rank()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Columns:
+        return self  # a process group cannot be copied
+
+
+def columns_of(network: nn.Module) -> Columns | None:
+    """How the images of a network are split, if they are."""
+    return network.__dict__.get("_metapl_columns")
+
+
+def set_columns(network: nn.Module, columns: Columns) -> None:
+    """Note how the images of a network are split."""
+    network.__dict__["_metapl_columns"] = columns

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
@@ -39,10 +38,11 @@ from metapl.execution.kernels import (
 )
 from metapl.execution.layout import Layout, compute_dtype, parts_of
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss
+from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree, full_float32, wide_tree
 from metapl.execution.reach import Made
 from metapl.execution.rng import RandomState, replayed
-from metapl.execution.shards import is_sharded, local
+from metapl.execution.shards import as_sharded, is_sharded, local, whole
 from metapl.execution.writes import Watch, weights_watched
 
 
@@ -120,14 +120,18 @@ class ShardedStudent(LocalStudent):
         names = {id(p): name for name, p in self.parameters.items()}
         self.layout.reshard()
         held = _slots_by_block(self.module, self.layout.blocks, names)
-        groups = [_Group(block, slots, w) for block, slots in held.items()]
-        with _hooked(groups):
-            try:
-                yield
-            finally:
-                for group in groups:
-                    group.put_back()
-                self.layout.reshard()
+        groups = [_Group(slots, w) for slots in held.values()]
+        # After fully_shard's own hook, and before its other.
+        hooks = [block.register_forward_pre_hook(group.enter) for block, group in zip(held, groups, strict=True)]
+        hooks += [block.register_forward_hook(g.leave, prepend=True) for block, g in zip(held, groups, strict=True)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for group in groups:
+                group.leave()
+            self.layout.reshard()
 
 
 class ShardedPass(Pass):
@@ -226,32 +230,24 @@ _Slot = tuple[dict[str, Any], str, str]
 
 
 def _slots_by_block(network: nn.Module, blocks: Sequence[Any], names: Mapping[int, str]) -> dict[Any, list[_Slot]]:
-    """The places that hold the learned parameters, by the submodule that gathers them."""
+    """The places that hold the learned parameters, by the submodule that gathers them: the innermost block around."""
     found: dict[Any, list[_Slot]] = {}
-    seen: set[int] = set()
-    own = set(blocks)
-
-    def collect(part: nn.Module, block: nn.Module) -> None:
-        if id(part) in seen:
-            return
-        seen.add(id(part))
-        block = part if part in own else block
+    around: dict[nn.Module, Any] = {}
+    for _, part in named_parts(network):  # as a pass would come to them
+        block = part if part in blocks else around.get(part, network)
+        for child in part.children():
+            around[child] = block
         for attribute, p in part._parameters.items():
             if id(p) in names:
                 found.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
-        for child in part._modules.values():
-            if child is not None:
-                collect(child, block)
-
-    collect(network, network)
     return found
 
 
 class _Group:
     """The weights that one submodule gathers, and how they become dual numbers while it runs."""
 
-    def __init__(self, block: Any, slots: list[_Slot], w: Tree) -> None:
-        self.block, self.slots, self.w = block, slots, w
+    def __init__(self, slots: list[_Slot], w: Tree) -> None:
+        self.slots, self.w = slots, w
         self.like = {name: tensors[attribute] for tensors, attribute, name in slots}  # the sharded parameters
         self._before: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -271,67 +267,11 @@ class _Group:
 
     def leave(self, *_: Any) -> None:
         """Before the gathered weights are given up: put them back."""
-        self.put_back()
-
-    def put_back(self) -> None:
         for tensors, attribute, weight in self._before:
             tensors[attribute] = weight
         self._before = []
 
 
-@contextmanager
-def _hooked(groups: Sequence[_Group]) -> Iterator[None]:
-    """Enter and leave the groups as their submodules run: after ``fully_shard``'s own hook, and before its other."""
-    handles = [group.block.register_forward_pre_hook(group.enter) for group in groups]
-    handles += [group.block.register_forward_hook(group.leave, prepend=True) for group in groups]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def gathered(parts: Tree, like: Mapping[str, Any]) -> Tree:
-    """The whole tensors of which these are the ranks' parts, in one exchange for each type of number.
-
-    Args:
-        parts: this rank's.
-        like: the sharded parameters, by name.
-    """
-    whole: Tree = {}
-    for dtype in dict.fromkeys(t.dtype for t in parts.values()):
-        names = [name for name in parts if parts[name].dtype == dtype]
-        pieces = [_Piece(parts[name], like[name]) for name in names]
-        mine = torch.cat([piece.padded() for piece in pieces])
-        every = mine.new_empty(pieces[0].ranks * mine.numel())
-        dist.all_gather_into_tensor(every, mine, group=pieces[0].group)
-        columns = every.view(pieces[0].ranks, -1).split([piece.length for piece in pieces], dim=1)
-        whole |= {name: piece.joined(c) for name, piece, c in zip(names, pieces, columns, strict=True)}
-    return whole
-
-
-class _Piece:
-    """A part of a tensor that is split along one dimension, as ``torch.chunk`` splits it."""
-
-    def __init__(self, part: Tensor, like: Any) -> None:
-        number = next(i for i, placement in enumerate(like.placements) if placement.is_shard())
-        self.part, self.shape, self.dim = part, list(like.shape), like.placements[number].dim
-        self.group, self.ranks = like.device_mesh.get_group(number), like.device_mesh.size(number)
-        self.chunk = [*self.shape]
-        self.chunk[self.dim] = -(-self.shape[self.dim] // self.ranks)
-        self.length = 1
-        for n in self.chunk:
-            self.length *= n
-
-    def padded(self) -> Tensor:
-        """The part as a row of the length that every rank's has."""
-        if list(self.part.shape) == self.chunk:
-            return self.part.reshape(-1)
-        row = self.part.new_zeros(self.chunk)
-        row.narrow(self.dim, 0, self.part.shape[self.dim]).copy_(self.part)
-        return row.reshape(-1)
-
-    def joined(self, rows: Tensor) -> Tensor:
-        """The whole tensor, from the ranks' rows."""
-        chunks = rows.reshape(self.ranks, *self.chunk).movedim(0, self.dim)
-        return chunks.flatten(self.dim, self.dim + 1).narrow(self.dim, 0, self.shape[self.dim])
+    """The whole tensors of which these are the ranks' parts, laid out as the sharded parameters ``like``."""
+    return {name: whole(as_sharded(part, like[name])) for name, part in parts.items()}

@@ -46,17 +46,10 @@ def gathered(tree: Any) -> Any:
 
 
 def as_held(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The whole state of an optimizer laid out as its parameters are: DTensors where these are.
-
-    Args:
-        state: what ``optimizer.state_dict()`` gave, gathered.
-        optimizer: of ``torch.optim``; a state of anything else is returned as it is.
-    """
+    """The whole ``state_dict()`` of an optimizer of ``torch.optim``, laid out as its parameters are."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return state
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(is_sharded(p) for p in parameters):
-        return state
     held = {
         number: {name: laid_out_like(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
@@ -77,9 +70,6 @@ def laid_out_like(value: Any, like: Any) -> Any:
 def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load whole weights, of which a sharded network takes this process's parts."""
     held = network.state_dict()
-    if not any(is_sharded(t) for t in held.values()):
-        network.load_state_dict(dict(weights))
-        return
     network.load_state_dict({name: laid_out_like(t, held.get(name)) for name, t in weights.items()})
 
 
@@ -95,10 +85,7 @@ def copies_of(t: Any, processes: int) -> int:
 class ShardedSpace(Space):
     """Products of trees that hold this process's parts, over the parts of all processes: one exchange each.
 
-    Args:
-        parameters: by name; the tensors of a tree are laid out as these are.
-        groups: the process groups that hold the parts together, as the dimensions of a mesh.
-        processes: how many they are in all.
+    The trees are laid out as ``parameters``, whose parts the process ``groups`` hold together, ``processes`` in all.
     """
 
     def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup], processes: int) -> None:

@@ -74,6 +74,12 @@ def estimator(mode: str | Estimator) -> Estimator:
     if isinstance(mode, str) and mode in _REGISTRY:
         return _REGISTRY[mode]()
     if not isinstance(mode, str | type) and isinstance(mode, Estimator):
+        former = [name for name in ("one_process", "forward_mode") if hasattr(mode, name)]
+        if former:
+            raise MetaplError(
+                f"{type(mode).__name__} says {' and '.join(former)}; expected the set `requires`, such as "
+                "frozenset({ONE_PROCESS, FORWARD_AD}) from metapl.execution.capabilities."
+            )
         return mode
     raise MetaplError(
         f"mode={mode!r} was given; expected one of {', '.join(MODES)}, "

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice
+from metapl.execution.capabilities import Capability
+from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State
 from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
+from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Altered(Estimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(self, "alteration", ("permuted", "class_means", "random_sign"))
+        check_fields(self)
         if self.base.credits not in ("signal", "example"):
             raise MetaplError(
                 f"Altered(base={self.base!r}): expected an estimator with feedback on each example, whose `credits` is "
@@ -73,12 +75,8 @@ class Altered(Estimator):
         return self.base.looks_ahead
 
     @property
-    def one_process(self) -> bool:
-        return self.base.one_process
-
-    @property
-    def forward_mode(self) -> bool:
-        return self.base.forward_mode
+    def requires(self) -> frozenset[Capability]:
+        return self.base.requires
 
     @property
     def credits(self) -> Credits:

@@ -12,22 +12,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
+from metapl.execution.capabilities import ONE_PROCESS, Capability
 from metapl.execution.guards import casts_explained
 from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal
+from metapl.runs.fields import Range
 
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Credits = Literal["signal", "example", "batch", "nothing"]
+Steps = Annotated[int, Range(1, of="a number of steps")]
+Decay = Annotated[float, Range(0, 1, of="a decay")]
 
 
 @dataclass(frozen=True)
@@ -122,14 +126,9 @@ class Estimator(ABC):
         return False
 
     @property
-    def one_process(self) -> bool:
-        """Whether it takes the student's weights and batch as a whole, which one process has."""
-        return self.keep_graph
-
-    @property
-    def forward_mode(self) -> bool:
-        """Whether it takes a pass of the student in forward mode."""
-        return False
+    def requires(self) -> frozenset[Capability]:
+        """What it requires of the student's layout."""
+        return frozenset({ONE_PROCESS} if self.keep_graph else ())
 
     def init(self) -> State:
         """The state before the first step."""
@@ -147,22 +146,6 @@ class Estimator(ABC):
             for step_feedback in feedback:
                 step_feedback.check_finite()
         return feedback, state
-
-
-def check_choice(estimator: object, name: str, allowed: Sequence[str]) -> None:
-    """Refuse a field whose value is not one of ``allowed``."""
-    given = getattr(estimator, name)
-    if given not in allowed:
-        names = ", ".join(repr(a) for a in allowed)
-        raise MetaplError(f"{type(estimator).__name__}({name}={given!r}): expected one of {names}.")
-
-
-def check_truncate(estimator: object) -> None:
-    """Refuse a ``truncate`` below 1."""
-    given = getattr(estimator, "truncate", None)
-    if given is not None:
-        text = f"{type(estimator).__name__}(truncate={given!r})"
-        checks.whole_number(given, text, "the number of last steps to differentiate (None: all)")
 
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:

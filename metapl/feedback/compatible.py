@@ -13,14 +13,15 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import check_copies
+from metapl.execution.capabilities import ONE_PROCESS, THROUGH_INPUT, Capability
 from metapl.execution.layout import Layout
 from metapl.execution.local import as_leaves
 from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback import Estimator, modes_for
+from metapl.feedback import MODES, Estimator, estimator, modes_for
 from metapl.feedback.inner_step import InnerStep
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Problem, Signal, as_problem, enters_input, kind_of, revises
+from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, as_problem, enters_input, kind_of, revises
 
 
 def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
@@ -39,12 +40,8 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
 
 
 def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
-    """Refuse a problem without the teacher that makes its signal, and a teacher that is not used.
-
-    Args:
-        teacher, problem: None: no teacher.
-        given: whether an option of the teacher was given, by its name; refused without one.
-    """
+    """Refuse a problem without the teacher that makes its signal, one that is not used, and options that are ``given``
+    for a teacher where there is none."""
     kind = kind_of(problem)
     if teacher is None and problem.has_teacher:
         raise MetaplError(f"teacher is None, and {kind} takes its signal from a teacher; expected a torch.nn.Module.")
@@ -79,10 +76,10 @@ def _check_same_rows(batches: Sequence[Any], ranks: Ranks) -> None:
     check_copies([t for t in leaves if t.is_floating_point()], "rows of a batch", ranks)
 
 
-def check_steps(mode: Estimator, steps: int, problem: Problem) -> None:
-    """Refuse more student steps than a mode, or a problem, takes."""
+def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
+    """Refuse more steps than the mode or the problem takes, and what the student's layout does not offer."""
+    kind = kind_of(problem)
     if steps > 1 and revises(problem):
-        kind = kind_of(problem)
         raise MetaplError(
             f"{kind} takes the student's step again on a signal that it makes of the feedback, and this goes with one "
             f"step, but {steps} were given; give one batch (lookahead=1)."
@@ -92,84 +89,61 @@ def check_steps(mode: Estimator, steps: int, problem: Problem) -> None:
             f"mode '{mode.name}' looks one student step ahead, and {steps} were given; give one batch (lookahead=1), "
             f"or use a mode that takes several: {', '.join(modes_for(looks_ahead=True))}."
         )
-
-
-def check_layout(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
-    """Refuse what takes the student's weights and batch as a whole, where several processes share them."""
-    if student.kind == "plain":
-        return
-    taken = (
-        f"mode {mode.name!r}"
-        if mode.one_process
-        else f"a look-ahead of {steps} student steps"
-        if steps > 1
-        else f"{kind_of(problem)}, which makes its signal of the feedback,"
-        if revises(problem)
-        else None
-    )
-    how = "sharded" if student.is_sharded else "in DistributedDataParallel"
-    if mode.credits == "signal" and enters_input(problem):
+    if enters_input(problem) and revises(problem):
         raise MetaplError(
-            f"the signal of {kind_of(problem)} enters the student's input, and mode {mode.name!r} takes no derivative "
-            f"through the input of a student that is {how}; train in one process, or with sampled signals in mode "
-            '"reinforce" or "loss_difference".'
+            f"{kind} has revised_signal and student_input(batch, signal), and a step that is taken again on a revised "
+            "signal has the first one's input; expected one of the two."
         )
-    if taken is not None:
-        exact = "mode 'forward' (as exact as 'unrolled'), " if student.product_ranks == 1 else ""
-        raise MetaplError(
-            f"{taken} does not run on a student that is {how}. With one student step {exact}'difference' and the "
-            "sampled modes run there; else train in one process."
-        )
+    if mode.credits == "example" and enters_input(problem):
+        raise _labels_enter(mode, problem)
+    for need, who in _required(mode, steps, problem).items():
+        if need not in student.offers:
+            fitting = [m for m in map(estimator, MODES) if not _required(m, 1, problem).keys() - student.offers]
+            there = f"With one student step, mode {' or '.join(repr(m.name) for m in fitting)} runs there; else train"
+            raise MetaplError(
+                f"{who} does not run on a student that is {student.how}: it takes {need.value}. "
+                f"{there if fitting else 'Train'} in one process."
+            )
 
 
-def check_input(mode: Estimator, problem: Problem) -> None:
-    """Refuse what a signal in the student's input does not go with."""
-    if not enters_input(problem):
-        return
+def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability, str]:
+    """What is required of the student's layout, and what requires it."""
+    found = {need: f"mode {mode.name!r}" for need in Capability if need in mode.requires}
+    if steps > 1:
+        found.setdefault(ONE_PROCESS, f"a look-ahead of {steps} student steps")
     if revises(problem):
-        raise MetaplError(
-            f"{kind_of(problem)} has revised_signal and student_input(batch, signal), and a step that is taken again "
-            "on a revised signal has the first one's input; expected one of the two."
-        )
-    if mode.credits == "example":
-        raise MetaplError(
-            f"mode {mode.name!r} credits each label with its effect on the loss of its own example alone, and the "
-            f"labels of {kind_of(problem)} enter the student's input, where they act on others too, such as through "
-            'batch statistics; use mode "reinforce" or "loss_difference", or a differentiable signal.'
-        )
-
-
-def check_tangent(mode: Estimator, student: Layout) -> None:
-    """Refuse forward mode where PyTorch has none, through the exchanges of tensor parallelism."""
-    if student.product_ranks > 1 and mode.forward_mode:
-        raise MetaplError(
-            f"mode {mode.name!r} takes a pass in forward mode, which PyTorch does not have through the exchanges of "
-            'parallelize_module; use mode="difference", or '
-            'metapl.feedback.ReinforcePerExample(tangent="difference").'
-        )
+        found.setdefault(ONE_PROCESS, f"{kind_of(problem)}, which makes its signal of the feedback,")
+    if mode.credits == "signal" and enters_input(problem):
+        found[THROUGH_INPUT] = f"mode {mode.name!r} with the signal of {kind_of(problem)}, which enters the input,"
+    return found
 
 
 def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
-    sampled = signal.sampled
-    if sampled and mode.credits == "signal" and enters_input(problem):
-        raise MetaplError(
-            f"mode {mode.name!r} takes the expectation over sampled labels, for which the inner loss must be linear in "
-            f'the label, and the label of {kind_of(problem)} enters the student\'s input; use mode "reinforce" or '
-            '"loss_difference", or a differentiable signal (without log_prob).'
-        )
-    if not sampled and not signal.differentiable() and mode.credits != "nothing":
+    if not signal.sampled and not signal.differentiable() and mode.credits != "nothing":
         raise MetaplError(
             f"the problem's signal is {checks.described(signal.value)} without a log_prob, so mode '{mode.name}' has "
             "nothing to differentiate; expected a floating-point tensor, or the log_prob of each sampled value."
         )
-    if ("hard" if sampled else "soft") not in mode.labels:
-        if sampled:
+    if signal.sampled and mode.credits == "signal" and enters_input(problem):
+        raise _labels_enter(mode, problem)
+    kind: Kind = "hard" if signal.sampled else "soft"
+    if kind not in mode.labels:
+        if signal.sampled:
             kinds = "is for differentiable signals, and the problem's signal is sampled (it carries log_prob)"
         else:
             kinds = "is for sampled signals, and the problem's signal is differentiable (it carries no log_prob)"
-        fitting = ", ".join(modes_for("hard" if sampled else "soft", looks_ahead=steps > 1))
+        fitting = ", ".join(modes_for(kind, looks_ahead=steps > 1))
         raise MetaplError(f"mode '{mode.name}' {kinds}; expected one of the modes {fitting}.")
+
+
+def _labels_enter(mode: Estimator, problem: Problem) -> MetaplError:
+    fitting = [m.name for m in map(estimator, MODES) if "hard" in m.labels and m.credits in ("batch", "nothing")]
+    return MetaplError(
+        f"mode {mode.name!r} credits each label apart, and the sampled labels of {kind_of(problem)} enter the "
+        f"student's input, where they act on others too, and not linearly; expected one of the modes "
+        f"{', '.join(fitting)}, or a differentiable signal (without log_prob)."
+    )
 
 
 def refuse_random_loss(step: InnerStep) -> None:

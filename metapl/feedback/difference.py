@@ -6,20 +6,20 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import SlopesDisagree, check_bend, check_difference
 from metapl.execution.numerics import Tree
-from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor
 from metapl.feedback.credit import Tangent, check_projections, signal_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
+from metapl.runs.fields import Range, check_fields
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,14 @@ class Difference(Estimator):
     """
 
     one_sided: bool = False
-    relative_step: float | None = None
+    relative_step: Annotated[float, Range(above=0, below=1)] | None = None
     normalization: Normalization = "gradient"
 
     name: ClassVar[str] = "difference"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
 
     def __post_init__(self) -> None:
-        check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
-        if self.relative_step is not None and not 0 < self.relative_step < 1:
-            raise MetaplError(
-                f"Difference(relative_step={self.relative_step}): expected a number between 0 and 1, or None."
-            )
+        check_fields(self)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()

@@ -18,20 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.execution import checks
-from metapl.feedback.base import (
-    Estimator,
-    Feedback,
-    Normalization,
-    State,
-    check_choice,
-    check_truncate,
-    divisor,
-    padded,
-)
+from metapl.execution.capabilities import FORWARD_AD, Capability
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, Steps, divisor, padded
 from metapl.feedback.credit import credited_fields, exact_feedback, feedback_from_gradients
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
+from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -68,18 +60,16 @@ class Forward(Estimator):
     """
 
     normalization: Normalization = "gradient"
-    truncate: int | None = None
-    keep_every: int = 1
+    truncate: Steps | None = None
+    keep_every: Steps = 1
 
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     looks_ahead: ClassVar[bool] = True
-    forward_mode: ClassVar[bool] = True
+    requires: ClassVar[frozenset[Capability]] = frozenset({FORWARD_AD})
 
     def __post_init__(self) -> None:
-        check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
-        check_truncate(self)
-        checks.whole_number(self.keep_every, f"Forward(keep_every={self.keep_every!r})", "a number of steps")
+        check_fields(self)
 
     @property
     def exact(self) -> bool:

@@ -20,11 +20,8 @@ from metapl.execution.sharded import by_backward
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.compatible import (
     check_batches,
-    check_input,
     check_kind,
-    check_layout,
-    check_steps,
-    check_tangent,
+    check_mode,
     check_teacher,
     prepare,
     refuse_other_fields,
@@ -85,10 +82,7 @@ def look_ahead(
         first: look closer: see :func:`metapl.feedback.path.take_steps`.
     """
     batches = inner_batches(unlabeled)
-    check_steps(mode, len(batches), problem)
-    check_layout(mode, len(batches), problem, student)
-    check_tangent(mode, student)
-    check_input(mode, problem)
+    check_mode(mode, len(batches), problem, student)
     if revises(problem) and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError(
             'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '

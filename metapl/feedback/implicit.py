@@ -11,20 +11,19 @@ with v = ∇L(θ*), H = ∂²ℓ/∂θ² and g = ∇_θ ℓ: the same form as fo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from metapl.errors import MetaplError
-from metapl.execution import checks
+from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS, Capability
 from metapl.execution.numerics import Tree, scaled
-from metapl.feedback.base import Estimator, Feedback, State, check_choice
+from metapl.feedback.base import Estimator, Feedback, State
 from metapl.feedback.credit import exact_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.feedback.solvers import Product, conjugate_gradient, neumann
 from metapl.problems.base import Kind
+from metapl.runs.fields import Range, check_fields
 
 
 @dataclass(frozen=True)
@@ -61,22 +60,16 @@ class Implicit(Estimator):
     """
 
     solver: Literal["cg", "neumann", "identity"] = "cg"
-    iterations: int = 10
-    step_size: float | None = None
-    damping: float = 0.0
+    iterations: Annotated[int, Range(1)] = 10
+    step_size: Annotated[float, Range(above=0)] | None = None
+    damping: Annotated[float, Range(0)] = 0.0
 
     name: ClassVar[str] = "implicit"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
-    one_process: ClassVar[bool] = True
-    forward_mode: ClassVar[bool] = True
+    requires: ClassVar[frozenset[Capability]] = frozenset({ONE_PROCESS, FORWARD_AD})
 
     def __post_init__(self) -> None:
-        check_choice(self, "solver", ("cg", "neumann", "identity"))
-        checks.whole_number(self.iterations, f"Implicit(iterations={self.iterations!r})", "a whole number")
-        if self.step_size is not None and not (_is_number(self.step_size) and self.step_size > 0):
-            raise MetaplError(f"Implicit(step_size={self.step_size!r}): expected a finite number above 0, or None.")
-        if not (_is_number(self.damping) and self.damping >= 0):
-            raise MetaplError(f"Implicit(damping={self.damping!r}): expected a finite number of 0 or more.")
+        check_fields(self)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         (step,) = path.steps
@@ -98,11 +91,3 @@ class Implicit(Estimator):
                 "has none above 0; give step_size=..., below 2 over the greatest eigenvalue of the inner loss."
             )
         return neumann(product, v, self.iterations, float(step_size), float(self.damping))
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number that a float can hold."""
-    try:
-        return isinstance(value, Real) and math.isfinite(value)
-    except OverflowError:
-        return False

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from metapl.errors import MetaplError
+from metapl.execution.capabilities import FORWARD_AD
 from metapl.execution.kernels import NotByThisMode
 from metapl.feedback.base import Estimator
 from metapl.feedback.credit import credited_fields, feedback_from_gradients
@@ -50,7 +51,7 @@ def _exact(mode: Estimator, path: Path, sampled: bool, one_step: bool) -> Iterat
     if expected is not None and not sampled and not mode.keep_graph:
         yield 'mode="unrolled"' + " (with accumulate=1)" * (len(path.labeled) > 1)
     tangents = [("forward", Forward()), ("difference", Difference())] if one_step else [("forward", Forward())]
-    own = None if mode.keep_graph else "forward" if mode.forward_mode else "difference"
+    own = None if mode.keep_graph else "forward" if FORWARD_AD in mode.requires else "difference"
     for name, estimate in tangents:
         found = None if name == own else _tried(_by, path, estimate)
         if found is not None and expected is not None:

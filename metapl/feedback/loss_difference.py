@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Credits, Estimator, Feedback, State, check_choice, divisor
+from metapl.feedback.base import Credits, Decay, Estimator, Feedback, State, divisor
 from metapl.feedback.path import Path
-from metapl.feedback.reinforce import check_baseline, init_baseline, subtract_baseline
+from metapl.feedback.reinforce import init_baseline, subtract_baseline
 from metapl.problems.base import Kind
+from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class LossDifference(Estimator):
     the opposite sign.
     """
 
-    baseline: float | None = None
+    baseline: Decay | None = None
     normalization: Literal["gradient", "learning_rate"] = "gradient"
 
     name: ClassVar[str] = "loss_difference"
@@ -37,8 +38,7 @@ class LossDifference(Estimator):
     credits: ClassVar[Credits] = "batch"
 
     def __post_init__(self) -> None:
-        check_choice(self, "normalization", ("gradient", "learning_rate"))
-        check_baseline(self)
+        check_fields(self)
 
     def init(self) -> State:
         return init_baseline(self.baseline)

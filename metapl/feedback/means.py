@@ -21,20 +21,13 @@ class MeanCheck:
     """Lets the first rank warn, once, if a loss of a problem is not the mean of its values on parts of the rows.
 
     Values alone do not tell: all losses of a network are equal before it has learned anything. So the gradients in
-    the outputs are compared too.
-
-    Args:
-        name: of the method.
-        loss: of outputs and a batch; its sum, and its weight: the number of rows, where it is a mean over these.
-        ranks: all of them look.
-        parts: the number of micro-batches.
-        mend: the end of the warning.
+    the outputs are compared too. ``loss`` gives a sum and its weight, of ``parts`` micro-batches; ``mend`` ends the
+    warning.
     """
 
     def __init__(self, name: str, loss: Callable[[Tensor, Any], Weighted], ranks: Ranks, parts: int, mend: str) -> None:
         self.name, self.loss, self.ranks, self.mend = name, loss, ranks, mend
-        shared = ["the ranks' rows"] * (ranks.size > 1) + ["micro-batches"] * (parts > 1)
-        self.where = " and ".join(shared)
+        self.where = " and ".join(["the ranks' rows"] * (ranks.size > 1) + ["micro-batches"] * (parts > 1))
         self._first: tuple[Tensor, Any] | None = None
         self._told = False
 
@@ -58,7 +51,7 @@ class MeanCheck:
                 if not half:
                     return None
             else:
-                both = joined([one[0], other[0]]), pytree.tree_map(_joined, one[1], other[1])
+                both = pytree.tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, one, other)
             sums, weights, slopes = zip(*(self._at(*given) for given in (both, one, other)), strict=True)
         except Exception:  # a loss that takes batches of its own number of rows alone is not looked at
             return None
@@ -83,10 +76,6 @@ class MeanCheck:
             total, weight = self.loss(z, batch)
         slope = torch.autograd.grad(total, z, materialize_grads=True)[0] if total.requires_grad else torch.zeros_like(z)
         return float(total.detach()), float(weight), slope
-
-
-def _joined(one: Any, other: Any) -> Any:
-    return torch.cat([one, other]) if isinstance(one, Tensor) else one
 
 
 TOLERANCE = 1e-3

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Credits, Estimator, Feedback, State, check_choice, divisor
+from metapl.feedback.base import Credits, Decay, Estimator, Feedback, State, divisor
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
+from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Reinforce(Estimator):
     """
 
     similarity: Literal["dot", "cosine"] = "dot"
-    baseline: float | None = None
+    baseline: Decay | None = None
     normalization: Literal["gradient", "learning_rate"] = "gradient"
 
     name: ClassVar[str] = "reinforce"
@@ -47,9 +48,7 @@ class Reinforce(Estimator):
     credits: ClassVar[Credits] = "batch"
 
     def __post_init__(self) -> None:
-        check_choice(self, "similarity", ("dot", "cosine"))
-        check_choice(self, "normalization", ("gradient", "learning_rate"))
-        check_baseline(self)
+        check_fields(self)
         if self.similarity == "cosine" and self.normalization != "gradient":
             raise MetaplError(
                 'Reinforce(similarity="cosine", normalization="learning_rate"): a cosine does not depend on the '
@@ -68,13 +67,6 @@ class Reinforce(Estimator):
         h = -step.space.dot(w, step.gradient) / divisor(self._normalization, step, w)
         h, state = subtract_baseline(h, self.baseline, state)
         return [Feedback(h, "log_prob")], state
-
-
-def check_baseline(estimator: object) -> None:
-    """Refuse a decay outside [0, 1)."""
-    decay = getattr(estimator, "baseline", None)
-    if decay is not None and not 0 <= decay < 1:
-        raise MetaplError(f"{type(estimator).__name__}(baseline={decay}): expected a decay in [0, 1), or None.")
 
 
 def init_baseline(decay: float | None) -> State:

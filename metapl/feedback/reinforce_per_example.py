@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice, divisor
+from metapl.execution.capabilities import FORWARD_AD, Capability
+from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, divisor
 from metapl.feedback.credit import example_feedback, forward_tangent
 from metapl.feedback.difference import Difference
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
+from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,11 @@ class ReinforcePerExample(Estimator):
     credits: ClassVar[Credits] = "example"
 
     @property
-    def forward_mode(self) -> bool:
-        return self.tangent == "forward"
+    def requires(self) -> frozenset[Capability]:
+        return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 
     def __post_init__(self) -> None:
-        check_choice(self, "tangent", ("forward", "difference"))
-        check_choice(self, "normalization", ("gradient", "learning_rate", "cosine"))
+        check_fields(self)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()

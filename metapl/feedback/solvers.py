@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from metapl.execution import checks
-from metapl.execution.numerics import Tree, dot, norm, scaled
+from metapl.execution.numerics import WHOLE, Tree, scaled
 
 Product = Callable[[Tree], Tree]
+
+dot, norm = WHOLE.dot, WHOLE.norm
 
 
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metapl.execution.kernels import explained
-from metapl.feedback.base import Estimator, Feedback, State, check_truncate, padded
+from metapl.feedback.base import Estimator, Feedback, State, Steps, padded
 from metapl.feedback.credit import feedback_from_gradients
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
+from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Unrolled(Estimator):
     Source: Meta Pseudo Labels, eq. (3); DARTS and MAML's one-step gradient.
     """
 
-    truncate: int | None = None
+    truncate: Steps | None = None
 
     name: ClassVar[str] = "unrolled"
     labels: ClassVar[tuple[Kind, ...]] = ("soft",)
@@ -37,7 +38,7 @@ class Unrolled(Estimator):
     looks_ahead: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_truncate(self)
+        check_fields(self)
 
     @property
     def exact(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 from metapl.execution.checks import described
 from metapl.execution.numerics import in_type_of, wide
+from metapl.models.mlp import mlp
 
 LEAST = 1e-8
 """A stored probability below this counts as this; a class that was stored as impossible may become possible again."""
@@ -31,15 +31,11 @@ class LabelAdjuster(nn.Module):
                 f"label_adjuster(num_classes={num_classes}, hidden={hidden}, layers={layers}): expected two classes or "
                 "more, a width of 1 or more, and two layers or more."
             )
-        widths = [2 * num_classes, *[hidden] * (layers - 1)]
-        parts: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(widths):
-            parts += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        last = nn.Linear(hidden, num_classes)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
         self.num_classes = num_classes
-        self.correction = nn.Sequential(*parts, last)
+        _, *linear = mlp([2 * num_classes, *[hidden] * (layers - 1), num_classes])
+        for weight in linear[-1].parameters():
+            nn.init.zeros_(weight)
+        self.correction = nn.Sequential(*linear)
 
     def forward(self, stored_BC: Tensor) -> Tensor:
         """Logits (B, C) of the adjusted distributions."""

@@ -73,23 +73,19 @@ class Signal:
 
 def check_signal(signal: Any, problem: Any) -> Signal:
     """What a problem's ``signal`` returned, refused if it is not a signal of finite tensors."""
-    name = kind_of(problem)
+    name, value, returned = kind_of(problem), getattr(signal, "value", None), None
     if not isinstance(signal, Signal):
-        given = described(signal) if isinstance(signal, Tensor | tuple | list | dict) else f"a {type(signal).__name__}"
+        tensors = isinstance(signal, Tensor | tuple | list | dict)
+        returned = described(signal) if tensors else f"a {type(signal).__name__}"
+    elif not isinstance(value, Tensor):
+        returned = f"a Signal whose value is {described(value)}"
+    elif signal.log_prob is not None and signal.log_prob.shape != value.shape[:1]:
+        returned = f"a Signal whose log_prob is {described(signal.log_prob)} beside a value, {described(value)}"
+    if returned is not None:
         raise MetaplError(
-            f"{name}.signal returned {given}; expected a metapl.Signal: return metapl.Signal(value), or "
-            "metapl.Signal(value, log_prob=...) where it was sampled."
-        )
-    if not isinstance(signal.value, Tensor):
-        raise MetaplError(
-            f"{name}.signal returned a Signal whose value is {described(signal.value)}; expected a tensor with a row "
-            "for each example: metapl.Signal(tensor)."
-        )
-    shape, rows = (None if signal.log_prob is None else signal.log_prob.shape), signal.value.shape[:1]
-    if shape not in (None, rows):
-        raise MetaplError(
-            f"{name}.signal returned a Signal whose log_prob is {described(signal.log_prob)} beside a value that is "
-            f"{described(signal.value)}; expected one log-probability for each example, of shape {tuple(rows)}."
+            f"{name}.signal returned {returned}; expected a metapl.Signal: metapl.Signal(value), of a tensor with a "
+            "row for each example, or metapl.Signal(value, log_prob=...), with one log-probability for each, where it "
+            "was sampled."
         )
     if signal.value.is_floating_point():
         refuse_not_finite(
@@ -97,7 +93,8 @@ def check_signal(signal: Any, problem: Any) -> Signal:
             f"the teacher's signal, by {name}.signal, is NaN or infinite; the teacher's weights have probably "
             "diverged: lower its learning rate, or look for such values in what it was built from.",
         )
-    return signal
+    checked: Signal = signal
+    return checked
 
 
 def joined_signals(signals: Sequence[Signal]) -> Signal:

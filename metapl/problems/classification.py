@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import holds_tensors
-from metapl.problems.base import Problem
+from metapl.execution.numerics import wide
+from metapl.problems.base import Params, Problem, Signal
 from metapl.runs.memory import out_of_memory
 
 
@@ -19,6 +21,15 @@ class Classification(Problem):
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")
     """The parts of an inner batch, by name."""
+
+    asks: ClassVar[tuple[str, ...]] = ("indices",)
+    """The parts that the teacher is given."""
+
+    maps: ClassVar[str] = ""
+    """What the teacher takes and returns, for errors."""
+
+    shape: ClassVar[str] = "B"
+    """The shape of what it returns: B for the examples, C for the classes."""
 
     def student_input(self, batch: Any) -> Any:
         """The inputs in an inner batch; refuse a batch of other parts before the student is given any."""
@@ -33,7 +44,7 @@ class Classification(Problem):
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean cross-entropy on the trusted labels."""
         checks.class_outputs(outputs, "student")
-        return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
+        return F.cross_entropy(outputs, self.safe_labels(outputs, batch))
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels, of either batch, that are not classes of the student's outputs."""
@@ -42,6 +53,42 @@ class Classification(Problem):
         parts = self.parts_of(unlabeled)
         if "labels" in parts:
             checks.class_labels(parts["labels"], outputs.shape[1])
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
+    ) -> Signal:
+        """What the teacher makes of :attr:`asks`, as :meth:`made`; refuse one that takes, or returns, other things."""
+        given = self.asked(teacher, batch, student_outputs)
+        try:
+            answer = teacher(*given)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, MetaplError) or out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            taken = " and ".join(map(checks.described, given)) or "a call without arguments"
+            raise MetaplError(
+                f"the teacher {type(teacher).__name__} cannot take {taken}: {reason}. Expected a module that maps "
+                f"{self.maps}."
+            ) from error
+        sizes = dict(zip("BC", student_outputs.shape, strict=True))
+        shape, device = tuple(sizes[letter] for letter in self.shape), student_outputs.device
+        tensor = isinstance(answer, Tensor)
+        if not tensor or answer.shape != shape or not answer.is_floating_point() or answer.device != device:
+            returned = checks.described(answer) if tensor else type(answer).__name__
+            raise MetaplError(
+                f"the teacher returned {returned}; expected numbers of floating point, of shape {shape}, on {device}: "
+                f"a module that maps {self.maps}."
+            )
+        return self.made(answer)
+
+    def asked(self, teacher: nn.Module, batch: Any, student_outputs: Tensor) -> tuple[Any, ...]:
+        """What the teacher is given."""
+        parts = self.parts_of(batch)
+        return tuple(parts[name] for name in self.asks)
+
+    def made(self, answer: Tensor) -> Signal:
+        """The signal, of what the teacher returned."""
+        return Signal(wide(answer))
 
     def parts_of(self, batch: Any) -> dict[str, Any]:
         """The parts of an inner batch by name; refuse a batch with more or fewer."""
@@ -52,53 +99,29 @@ class Classification(Problem):
             )
         return dict(zip(self.inner_batch, batch, strict=True))
 
-
-def ask_teacher(teacher: nn.Module, expected: str, *given: Any) -> Any:
-    """What a teacher returns; refuse one that cannot take what it is given.
-
-    Args:
-        teacher: is asked.
-        expected: what it takes and returns, for the error.
-        given: what it takes.
-    """
-    try:
-        return teacher(*given)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, MetaplError) or out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        taken = " and ".join(map(checks.described, given)) or "a call without arguments"
-        raise MetaplError(
-            f"the teacher {type(teacher).__name__} cannot take {taken}: {reason}. Expected a module that "
-            f"maps {expected}."
-        ) from error
+    @staticmethod
+    def safe_labels(outputs: Tensor, batch: Any) -> Tensor:
+        """The labels of a batch; on a device, within the range of classes."""
+        return checks.safe_labels(batch[1], outputs.shape[1])
 
 
-def check_rows(values: Tensor, outputs: Tensor, meaning: str, *shape: int) -> Tensor:
-    """What the teacher returned, refused if it does not have one row for each example.
+class Weighted(Classification):
+    """Problems whose signal is a weight a_i for each example, (B,)."""
 
-    Args:
-        values: the teacher's outputs.
-        outputs: the student's outputs, (B, C).
-        meaning: the name of the teacher's outputs in the error.
-        shape: of each row.
-    """
-    return check_numbers(values, outputs, meaning, (len(outputs), *shape))
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """a_i CE_i, (B,)."""
+        return signal.value * F.cross_entropy(outputs, self.safe_labels(outputs, batch), reduction="none")
 
 
-def check_numbers(values: Any, outputs: Tensor, meaning: str, shape: tuple[int, ...]) -> Tensor:
-    """What the teacher returned, refused if it is not a floating-point tensor of a shape, on the student's device."""
-    if not isinstance(values, Tensor) or values.shape != shape:
-        given = checks.described(values) if isinstance(values, Tensor | tuple | list | dict) else type(values).__name__
-        raise MetaplError(f"the teacher returned {given}; expected {meaning} of shape {shape}.")
-    if not values.is_floating_point() or values.device != outputs.device:
-        raise MetaplError(
-            f"the teacher returned {checks.described(values)}; expected {meaning} of floating point, on "
-            f"{outputs.device}."
-        )
-    return values
+class Relabeled(Classification):
+    """Problems whose signal is a distribution q_i over the classes for each example, (B, C), by the teacher."""
 
+    shape: ClassVar[str] = "BC"
 
-def example_losses(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each example, (B,)."""
-    return F.cross_entropy(outputs, checks.safe_labels(labels, outputs.shape[1]), reduction="none")
+    def made(self, answer: Tensor) -> Signal:
+        """q = softmax(t), (B, C)."""
+        return Signal(wide(answer).softmax(-1), outputs=answer)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """CE against q, (B,)."""
+        return F.cross_entropy(outputs, signal.value, reduction="none")

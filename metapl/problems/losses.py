@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from metapl.execution.buffers import given_unchanged
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks, log_mean_of_rows
 from metapl.problems.base import Signal
+from metapl.runs.fields import Range, check_fields
 
 
 @runtime_checkable
@@ -44,22 +45,25 @@ class CrossEntropy:
     Source: Algorithm 1, line 6.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0, 1)] = 0.0
     weight: float = 1.0
 
     name: ClassVar[str] = "cross_entropy"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise MetaplError(f"CrossEntropy(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
+        check_fields(self)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        logits, labels = wide(checks.logits(teacher(labeled[0]), "network")), labeled[1]
+        logits, labels = wide(checks.logits(self.outputs(teacher, labeled), "network")), labeled[1]
         probabilities = isinstance(labels, Tensor) and labels.shape == logits.shape
         if logits.ndim == 2 and not probabilities:
             checks.class_labels(labels, logits.shape[1])
         labels = checks.safe_labels(labels, logits.shape[1])
         return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
+        """T on the labeled batch."""
+        return teacher(labeled[0])
 
 
 @dataclass(frozen=True)
@@ -94,23 +98,20 @@ class UDA:
             [0.5000, 0.5000]])
     """
 
-    temperature: float = 1.0
-    threshold: float = 0.0
+    temperature: Annotated[float, Range(0)] = 1.0
+    threshold: Annotated[float, Range(0, 1)] = 0.0
     weight: float = 1.0
-    ramp: int = 0
-    align: float = 0.0
-    start: int = 0
+    ramp: Annotated[int, Range(0, of="a number of steps")] = 0
+    align: Annotated[float, Range(0, most=1)] = 0.0
+    start: Annotated[int, Range(0, of="a number of steps")] = 0
     prior: tuple[float, ...] | None = None
 
     name: ClassVar[str] = "uda"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or not 0 <= self.threshold < 1 or not 0 <= self.align <= 1:
-            raise MetaplError(f"{self}: expected temperature >= 0, threshold in [0, 1) and align in [0, 1].")
-        if not self.ramp >= 0 or not self.start >= 0:
-            raise MetaplError(f"{self}: expected ramp and start of 0 or more steps.")
+        check_fields(self)
         if self.prior is not None and not (all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)):
-            raise MetaplError(f"{self}: expected a prior of shares above 0 that sum to 1.")
+            raise MetaplError(f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1.")
 
     def target(self, logits: Tensor) -> Tensor:
         """The target of the strong view: class probabilities (B, C), zeros for examples that are left out.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from metapl.execution.numerics import wide
 from metapl.execution.ranks import draw_classes
 from metapl.problems.base import Kind, Params, Problem, Signal
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.runs.fields import Range, check_fields
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,13 @@ class PseudoLabels(Problem):
     """
 
     kind: Literal["soft", "hard"] | None = None
-    temperature: float = 1.0
-    label_smoothing: float = 0.0
+    temperature: Annotated[float, Range(above=0)] = 1.0
+    label_smoothing: Annotated[float, Range(0, 1)] = 0.0
 
     teacher_classifies: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.kind not in (None, "soft", "hard"):
-            raise MetaplError(f"PseudoLabels(kind={self.kind!r}): expected 'soft', 'hard' or None.")
-        if not self.temperature > 0:
-            raise MetaplError(f"PseudoLabels(temperature={self.temperature}): expected a number above 0.")
-        if not 0 <= self.label_smoothing < 1:
-            raise MetaplError(f"PseudoLabels(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
+        check_fields(self)
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> PseudoLabels:
         """The problem with a kind of labels that a mode takes: ``kind``, or the mode's first choice."""

@@ -18,13 +18,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Signal
-from metapl.problems.losses import TeacherLoss
+from metapl.problems.losses import CrossEntropy, TeacherLoss
 from metapl.problems.pseudo_labels import PseudoLabels
 
 
@@ -41,7 +40,7 @@ class ReducedLabels(PseudoLabels):
 
     Its own loss is by default :class:`StoredCrossEntropy`, on the stored distributions of the labeled examples.
 
-    >>> import metapl
+    >>> import metapl, torch
     >>> teacher, student = metapl.models.label_adjuster(3), torch.nn.Linear(4, 3)
     >>> trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=ReducedLabels())
     >>> stored = torch.rand(6, 3).softmax(-1)
@@ -64,17 +63,17 @@ class ReducedLabels(PseudoLabels):
 
     def teacher_input(self, batch: Any) -> Tensor:
         """The stored distributions."""
-        return _pair(batch)[1]
+        return self._pair(batch)[1]
 
     def student_input(self, batch: Any) -> Any:
         """x."""
-        return _pair(batch)[0]
+        return self._pair(batch)[0]
 
     def signal(
         self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
     ) -> Signal:
         """As of :class:`metapl.PseudoLabels`, of the stored distributions in the type of the teacher's weights."""
-        inputs, stored = _pair(batch)
+        inputs, stored = self._pair(batch)
         return super().signal(teacher, (inputs, in_type_of(teacher, stored)), student_outputs, generator=generator)
 
     def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
@@ -84,13 +83,17 @@ class ReducedLabels(PseudoLabels):
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels that are not classes of the student's outputs, and stored values that are not distributions."""
         super().check(outputs, labeled, unlabeled)
-        check_stored(_pair(unlabeled)[1], outputs, "unlabeled")
+        check_stored(self._pair(unlabeled)[1], outputs, "unlabeled")
         if len(labeled) > 2:
             check_stored(labeled[2], labeled[1][:, None].expand(-1, outputs.shape[1]), "labeled")
 
+    @staticmethod
+    def _pair(batch: Any) -> tuple[Any, Tensor]:
+        return stored_pair(batch, "the inner batch of ReducedLabels, unlabeled=,")
+
 
 @dataclass(frozen=True)
-class StoredCrossEntropy:
+class StoredCrossEntropy(CrossEntropy):
     r"""Supervised: (1/B_l) Σ_j CE((1−α) y_j + α/C, T(stored_j)), of labeled batches (x, y, stored).
 
     Args:
@@ -100,34 +103,21 @@ class StoredCrossEntropy:
     Raises: :class:`metapl.MetaplError` for a smoothing out of its range, a labeled batch without stored distributions,
     and labels that are not classes.
 
-    >>> import metapl
+    >>> import metapl, torch
     >>> loss, labeled = StoredCrossEntropy(), (torch.randn(2, 4), torch.tensor([0, 1]), torch.full((2, 3), 1 / 3))
     >>> teacher, signal = metapl.models.label_adjuster(3), Signal(torch.zeros(2, 3))
     >>> round(loss(teacher, labeled=labeled, unlabeled=None, signal=signal, step=0).item(), 4)  # ln 3
     1.0986
     """
 
-    label_smoothing: float = 0.0
-    weight: float = 1.0
-
-    name: ClassVar[str] = "cross_entropy"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise MetaplError(
-                f"StoredCrossEntropy(label_smoothing={self.label_smoothing}): expected a number in [0, 1)."
-            )
-
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+    def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
+        """T on the stored distributions of the labeled batch."""
         if len(labeled) < 3:
             raise MetaplError(
                 f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored), with the stored class "
                 "distributions of the labeled examples, for the teacher's supervised loss; or teacher_losses=()."
             )
-        logits = wide(checks.logits(teacher(in_type_of(teacher, labeled[2])), "teacher"))
-        checks.class_labels(labeled[1], logits.shape[1])
-        labels = checks.safe_labels(labeled[1], logits.shape[1])
-        return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return teacher(in_type_of(teacher, labeled[2]))
 
 
 def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
@@ -145,9 +135,11 @@ def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
     )
 
 
-def _pair(batch: Any) -> tuple[Any, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], torch.Tensor):
+def stored_pair(batch: Any, what: str) -> tuple[Any, Tensor]:
+    """The inputs and the stored distributions of a batch; refuse one that is not a pair of these."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise MetaplError(
-            f"the inner batch of ReducedLabels is {checks.described(batch)}; expected (inputs, stored) as unlabeled=."
+            f"{what} is {checks.described(batch)}; expected (inputs, stored), with the stored class distributions of "
+            "the inputs."
         )
     return batch[0], batch[1]

@@ -17,15 +17,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution.numerics import in_type_of, wide
-from metapl.problems.base import Kind, Params, Signal
-from metapl.problems.classification import Classification, ask_teacher, check_rows, example_losses
+from metapl.problems.base import Kind, Signal
+from metapl.problems.classification import Weighted
 
 
 @dataclass(frozen=True)
-class MetaWeightNet(Classification):
+class MetaWeightNet(Weighted):
     r"""The weight of an example is a function of the student's loss on it.
 
     .. math:: a_i = V(\mathrm{CE}(y_i, S(x_i;\theta)))
@@ -48,22 +49,16 @@ class MetaWeightNet(Classification):
     """
 
     teacher_reads_inputs: ClassVar[bool] = False
+    maps: ClassVar[str] = "losses (B,) to weights (B,), such as metapl.problems.WeightNet()"
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
-        """a = V(losses), (B,)."""
-        losses = in_type_of(teacher, example_losses(student_outputs, self.parts_of(batch)["labels"]))
-        weights = ask_teacher(teacher, "losses (B,) to weights (B,), such as metapl.problems.WeightNet()", losses)
-        return Signal(wide(check_rows(weights, student_outputs, "a weight per loss,")))
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
-        """a_i CE_i, (B,)."""
-        return signal.value * example_losses(outputs, batch[1])
+    def asked(self, teacher: nn.Module, batch: Any, student_outputs: Tensor) -> tuple[Any, ...]:
+        """The losses (B,), in the type of its weights."""
+        losses = F.cross_entropy(student_outputs, self.safe_labels(student_outputs, batch), reduction="none")
+        return (in_type_of(teacher, losses),)
 
 
 @dataclass(frozen=True)
-class LearningToReweight(Classification):
+class LearningToReweight(Weighted):
     r"""The weights of a batch are what one gradient step on them makes of zero; there is no teacher.
 
     .. math:: \hat\theta = U(\theta, \nabla_\theta \tfrac1B \textstyle\sum_i \varepsilon_i \mathrm{CE}_i)
@@ -129,13 +124,9 @@ class LearningToReweight(Classification):
         total = helpful.sum()
         return Signal(len(h) * helpful / torch.where(total > 0, total, torch.ones_like(total)))
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
-        """a_i CE_i, (B,)."""
-        return signal.value * example_losses(outputs, batch[1])
-
 
 @dataclass(frozen=True)
-class ExampleWeights(Classification):
+class ExampleWeights(Weighted):
     r"""Each training example has a weight of its own: data hyper-cleaning.
 
     .. math:: a_i = \sigma(t_{\mathrm{index}_i})
@@ -159,19 +150,8 @@ class ExampleWeights(Classification):
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels", "indices")
     teacher_reads_inputs: ClassVar[bool] = False
+    maps: ClassVar[str] = "indices (B,) to numbers (B,), such as metapl.problems.Table(torch.zeros(n)) for n examples"
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
+    def made(self, answer: Tensor) -> Signal:
         """a = σ(t), (B,)."""
-        indices = self.parts_of(batch)["indices"]
-        numbers = ask_teacher(
-            teacher,
-            "indices (B,) to numbers (B,), such as metapl.problems.Table(torch.zeros(n)) for n examples",
-            indices,
-        )
-        return Signal(wide(check_rows(numbers, student_outputs, "a number per index,")).sigmoid())
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
-        """a_i CE_i, (B,)."""
-        return signal.value * example_losses(outputs, batch[1])
+        return Signal(wide(answer).sigmoid())

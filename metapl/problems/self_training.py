@@ -3,20 +3,20 @@ r"""The student's loss in Noisy Student: labels of people on some examples, stor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.modules import drop_rate, may_drop_by_function
 from metapl.execution.numerics import wide
 from metapl.problems.base import Signal
-from metapl.problems.reduced import check_stored
+from metapl.problems.reduced import check_stored, stored_pair
+from metapl.runs.fields import Range, check_fields
 
 
 def model_noise(network: nn.Module) -> list[nn.Module]:
@@ -88,25 +88,19 @@ class NoisyStudentLoss:
     form: Literal["mean", "two_means"] = "mean"
     hard: bool = False
     model_noise: bool = True
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0, 1)] = 0.0
 
     name: ClassVar[str] = "noisy_student"
 
     def __post_init__(self) -> None:
-        if self.form not in ("mean", "two_means"):
-            raise MetaplError(f"NoisyStudentLoss(form={self.form!r}): expected 'mean' or 'two_means'.")
-        if not 0 <= self.label_smoothing < 1:
-            raise MetaplError(f"NoisyStudentLoss(label_smoothing={self.label_smoothing}): expected a number in [0, 1).")
+        check_fields(self)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        (x_l, y), (x_u, stored) = labeled[:2], _pair(unlabeled)
+        (x_l, y), (x_u, stored) = labeled[:2], stored_pair(unlabeled, "the pseudo-labeled batch")
         if self.model_noise:
-            logits_l, logits_u = teacher(torch.cat([x_l, x_u])).split([len(x_l), len(x_u)])
+            logits_l, logits_u = _logits(teacher, torch.cat([x_l, x_u])).split([len(x_l), len(x_u)])
         else:
-            logits_l = teacher(x_l)
-            with with_model_noise(teacher, on=False):
-                logits_u = teacher(x_u)
-        logits_l, logits_u = (wide(checks.logits(logits, "network")) for logits in (logits_l, logits_u))
+            logits_l, logits_u = _logits(teacher, x_l), _logits(teacher, x_u, noise=False)
         checks.class_labels(y, logits_l.shape[1])
         y = checks.safe_labels(y, logits_l.shape[1])
         on_labeled = F.cross_entropy(logits_l, y, label_smoothing=self.label_smoothing)
@@ -133,25 +127,15 @@ class StoredLabelLoss:
     name: ClassVar[str] = "pseudo_labeled"
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        inputs, stored = _pair(labeled)
-        if self.model_noise:
-            logits = teacher(inputs)
-        else:
-            with with_model_noise(teacher, on=False):
-                logits = teacher(inputs)
-        return _against_stored(wide(checks.logits(logits, "network")), stored, self.hard)
+        inputs, stored = stored_pair(labeled, "the pseudo-labeled batch")
+        return _against_stored(_logits(teacher, inputs, self.model_noise), stored, self.hard)
+
+
+def _logits(network: nn.Module, inputs: Tensor, noise: bool = True) -> Tensor:
+    with nullcontext() if noise else with_model_noise(network, on=False):
+        return wide(checks.logits(network(inputs), "network"))
 
 
 def _against_stored(logits: Tensor, stored: Tensor, hard: bool) -> Tensor:
     check_stored(stored, logits, "unlabeled")
-    target = stored.argmax(1) if hard else wide(stored)
-    return F.cross_entropy(logits, target)
-
-
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise MetaplError(
-            f"the pseudo-labeled batch is {checks.described(batch)}; expected (inputs, stored), with the stored class "
-            "distributions of the inputs."
-        )
-    return batch[0], batch[1]
+    return F.cross_entropy(logits, stored.argmax(1) if hard else wide(stored))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import described, row_indices
+from metapl.execution.checks import described, row_indices, whole_number
 
 
 class Table(nn.Module):
@@ -51,8 +51,7 @@ class WeightNet(nn.Module):
     """
 
     def __init__(self, hidden: int = 100) -> None:
-        if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
-            raise MetaplError(f"WeightNet(hidden={hidden!r}): expected a whole number of 1 or more.")
+        whole_number(hidden, f"WeightNet(hidden={hidden!r})", "a width")
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
 

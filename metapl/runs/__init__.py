@@ -11,6 +11,7 @@ atomic            files that are the old one or the whole new one
 locks             exclusive locks on files
 ownership         one owner per folder
 fingerprints      settings and data as plain values
+fields            fields of a frozen value, held against their ranges and choices
 sealed            reading what was written: plain files, their SHA-256, values that fit their types
 cores             how many cores this process may use
 memory            too little memory, however it is said

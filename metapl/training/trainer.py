@@ -24,10 +24,7 @@ from metapl.execution.shards import as_held, load_whole, whole
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.compatible import (
     check_batches,
-    check_input,
-    check_layout,
-    check_steps,
-    check_tangent,
+    check_mode,
     check_teacher,
     prepare,
 )
@@ -362,10 +359,7 @@ class BilevelTrainer(Trainer):
             )
         refuse_split_batches(self.teacher_losses or (), self.accumulate)
         checks.whole_number(self.lookahead, f"lookahead={self.lookahead!r}", "a number of student steps")
-        check_steps(self.mode, self.lookahead, self.problem)
-        check_layout(self.mode, self.lookahead, self.problem, self.layout)
-        check_tangent(self.mode, self.layout)
-        check_input(self.mode, self.problem)
+        check_mode(self.mode, self.lookahead, self.problem, self.layout)
         if self.teacher is None and self.compile and self.mode.keep_graph:
             raise MetaplError(
                 "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "

@@ -4,7 +4,7 @@ images."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -103,21 +103,31 @@ def passes(
 @contextmanager
 def _planted(fault: str | None) -> Iterator[None]:
     """A fault of the exchanges that leaves the outputs right."""
+
+    def wrong(name: str, of: Any, instead: Callable[[Tensor, dict[str, Any]], Tensor]) -> Any:
+        """A way of the exchange ``of`` that gives what ``instead`` makes, and of other exchanges what it gave."""
+        right, more = getattr(exchange.Exchange, name), (None, None) if name == "backward" else ()
+
+        def way(ctx: Any, t: Tensor, *rest: Any) -> Any:
+            if ctx.exchange.func is not of:
+                return right(ctx, t, *rest)
+            made = instead(t, ctx.exchange.keywords)
+            return (made, *more) if more else made
+
+        return exchange.Exchange, name, staticmethod(way)
+
     faults: dict[str, tuple[Any, str, Any]] = {
-        "columns that are not given back": (exchange, "_returned", lambda t, left, right, _: _own(t, left, right)),
-        "a sum that is not summed backwards": (exchange._Sum, "backward", staticmethod(lambda ctx, g: (g, None))),
-        "a tangent without halo": (
-            exchange._Halo,
-            "jvp",
-            staticmethod(lambda ctx, t, *_: F.pad(t, (ctx.sides[0], ctx.sides[1]))),
+        "columns that are not given back": (exchange, "_returned", lambda t, left, right, group: _own(t, left, right)),
+        "a sum that is not summed backwards": wrong("backward", exchange._summed, lambda g, _: g),
+        "a tangent without halo": wrong(
+            "jvp", exchange._gathered, lambda t, sides: F.pad(t, (sides["left"], sides["right"]))
         ),
-        "a tangent that is not summed": (exchange._Sum, "jvp", staticmethod(lambda ctx, t, _: t.clone())),
+        "a tangent that is not summed": wrong("jvp", exchange._summed, lambda t, _: t.clone()),
     }
     if fault is None:
         yield
         return
-    where, name, wrong = faults[fault]
-    with mock.patch.object(where, name, wrong):
+    with mock.patch.object(*faults[fault]):
         yield
 
 

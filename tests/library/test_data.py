@@ -179,9 +179,9 @@ def test_orders_are_uniform() -> None:
 
 
 def test_sampler_refuses_what_it_cannot_draw() -> None:
-    with pytest.raises(MetaplError, match="size 0"):
+    with pytest.raises(MetaplError, match=r"StepSampler\(size=0\): expected a number of examples, 1 or more"):
         StepSampler(0, 4, seed=0)
-    with pytest.raises(MetaplError, match="batch_size 0"):
+    with pytest.raises(MetaplError, match=r"StepSampler\(batch_size=0\): expected a number"):
         StepSampler(4, 0, seed=0)
     with pytest.raises(MetaplError, match="step is -1"):
         StepSampler(4, 4, seed=0).indices(-1)

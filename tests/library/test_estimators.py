@@ -57,7 +57,7 @@ def test_exact_modes_are_those_that_say_so() -> None:
 )
 def test_an_altered_mode_says_what_its_base_does(base: Estimator) -> None:
     altered = Altered(base)
-    for name in ("labels", "keep_graph", "keep_every", "looks_ahead", "credits"):
+    for name in ("labels", "keep_graph", "keep_every", "looks_ahead", "requires", "credits"):
         assert getattr(altered, name) == getattr(base, name)
     assert altered.normalization == getattr(base, "normalization", "gradient")
 
@@ -100,3 +100,11 @@ def test_which_modes_are_never_recommended_can_be_said() -> None:
     modes: dict[str, ModeCost | str] = {"own": ModeCost(1.0, 0.5, 1.0, 9.0, 0.01, 1000)}
     assert recommendation(modes)[0] == "own"
     assert recommendation(modes, never=("own",))[0] is None
+
+
+def test_an_estimator_that_says_what_it_requires_in_the_former_way_is_refused() -> None:
+    class Former(Forward):
+        one_process = True
+
+    with pytest.raises(MetaplError, match=r"Former says one_process; expected the set `requires`.*ONE_PROCESS"):
+        estimator(Former())

@@ -570,9 +570,9 @@ def test_a_sampled_signal_in_the_input_gets_the_batchs_feedback(mode: str) -> No
 @pytest.mark.parametrize(
     ("mode", "text"),
     [
-        ("forward", "takes the expectation over sampled labels.*enters the student's input"),
-        ("difference", "takes the expectation over sampled labels.*enters the student's input"),
-        ("reinforce_per_example", "credits each label with its effect on the loss of its own example alone"),
+        ("forward", "credits each label.*enter the student's input.*modes reinforce, loss_difference, none, or"),
+        ("difference", "credits each label.*enter the student's input.*modes reinforce, loss_difference, none, or"),
+        ("reinforce_per_example", "credits each label apart, and the sampled labels of DrawnInput enter the student's"),
     ],
 )
 def test_a_sampled_signal_in_the_input_is_refused_elsewhere(mode: str, text: str) -> None:

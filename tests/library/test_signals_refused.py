@@ -14,6 +14,7 @@ from trainers import OnceDifferentiable, refused
 
 import metapl
 from metapl import MetaplError, Signal
+from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS
 from metapl.feedback import Altered, Implicit, ReinforcePerExample
 
 ROWS, CLASSES = 12, 4
@@ -83,7 +84,7 @@ def gradient(mode: Any, problem: Any, dtype: torch.dtype = torch.float32, **opti
 
 
 def test_a_log_probability_has_the_rows_of_its_value() -> None:
-    with pytest.raises(MetaplError, match=r"log_prob is a tensor of shape \(12, 1\).*expected .* of shape \(12,\)"):
+    with pytest.raises(MetaplError, match=r"log_prob is a tensor of shape \(12, 1\).*one log-probability for each"):
         gradient("reinforce_per_example", Drawn(column=True))
 
 
@@ -147,9 +148,9 @@ def test_counts_are_whole_numbers(value: Any) -> None:
 
 def test_an_altered_mode_runs_where_its_base_does() -> None:
     altered = Altered(Implicit(solver="identity"))
-    assert (altered.one_process, altered.forward_mode) == (True, True)
+    assert altered.requires == {ONE_PROCESS, FORWARD_AD}
     by_difference = Altered(ReinforcePerExample(tangent="difference"))
-    assert (by_difference.one_process, by_difference.forward_mode) == (False, False)
+    assert not by_difference.requires
 
 
 # ------------------------------------------------------------------------- ways to the teacher other than the signal

@@ -24,10 +24,9 @@ from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.spatial import _split_layer
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.columns import Columns, set_columns
 from metapl.execution.local import Pass
 from metapl.execution.modules import trainable
-from metapl.execution.ranks import Ranks
+from metapl.execution.ranks import Columns, Ranks, set_columns
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
@@ -141,7 +140,7 @@ def _without_columns(mesh: Mesh) -> Mesh:
     """A mesh that cuts weights over the same ranks, and images no more."""
     plain = Mesh(replicate=mesh.replicate, shard=mesh.shard * mesh.spatial, tensor=mesh.tensor)
     mesh.devices("cpu")
-    vars(plain)["_built"] = {"meta": vars(mesh)["_built"]["cpu"]}
+    vars(plain)["_meshes"] = {("meta", *sizes): built for (_, *sizes), built in vars(mesh)["_meshes"].items()}
     return plain
 
 

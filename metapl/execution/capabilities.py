@@ -1,0 +1,17 @@
+"""What an estimator or a problem may require of the student's layout, and what the layouts offer."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Capability(Enum):
+    """A way to use the student that not every layout has."""
+
+    ONE_PROCESS = "the student's weights and batch as a whole"
+    FORWARD_AD = "a pass of the student in forward mode"
+    THROUGH_INPUT = "a derivative through the student's input"
+
+
+ONE_PROCESS, FORWARD_AD, THROUGH_INPUT = Capability
+EVERY = frozenset(Capability)
