@@ -19,7 +19,7 @@ from metapl.apps.commands import main
 from metapl.apps.recipes.base import Optimizer, from_dict
 from metapl.errors import MetaplError
 from metapl.runs.folder import WEIGHTS
-from metapl.runs.typed import misfit
+from metapl.runs.sealed import misfit
 
 SEALED = (*WEIGHTS.values(), "pictures.safetensors")
 

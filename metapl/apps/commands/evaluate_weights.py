@@ -23,7 +23,7 @@ from metapl.apps.pictures.folders import scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES
 from metapl.apps.recipes.image_recipe import IMAGENET, LARGEST_SIDE
 from metapl.errors import MetaplError, few
-from metapl.runs.plain_files import read_plain
+from metapl.runs.sealed import read_plain
 from metapl.words import tell
 
 USUAL_SIDE, USUAL_CENTER = 224, 224 / 256

@@ -26,7 +26,7 @@ from metapl.apps.evaluation.measure import Robustness, measure
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.runs.atomic import written_last
-from metapl.runs.plain_files import refuse_irregular
+from metapl.runs.sealed import refuse_irregular
 from metapl.training.progress import counting
 from metapl.words import tell
 

@@ -19,7 +19,7 @@ from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.recipes.base import MOST_IN_A_BATCH
 from metapl.errors import MetaplError, few
 from metapl.runs.folder import weights_file
-from metapl.runs.plain_files import read_plain
+from metapl.runs.sealed import read_plain
 from metapl.training.options import MOST_WORKERS
 from metapl.words import tell
 

@@ -17,7 +17,7 @@ from metapl.apps.labels.drawing import draw_statistics
 from metapl.apps.labels.files import store_around
 from metapl.apps.labels.queries import BINS, Statistics, select, statistics
 from metapl.errors import MetaplError, few
-from metapl.runs.plain_files import refuse_irregular
+from metapl.runs.sealed import refuse_irregular
 from metapl.training.progress import counting
 from metapl.words import short, shown, table, tell
 

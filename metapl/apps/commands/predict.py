@@ -22,7 +22,7 @@ from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.reports import SOFTWARE
 from metapl.errors import MetaplError
-from metapl.runs.plain_files import irregular
+from metapl.runs.sealed import irregular
 from metapl.words import shown, tell
 
 HEADER = ("file", "class", "probability")

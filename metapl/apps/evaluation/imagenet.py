@@ -34,7 +34,7 @@ from metapl.execution.device import to_device
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.predictions import eval_mode
 from metapl.runs.cores import available_cores
-from metapl.runs.plain_files import refuse_irregular
+from metapl.runs.sealed import refuse_irregular
 
 IMAGENET_OUTPUTS = 1000
 

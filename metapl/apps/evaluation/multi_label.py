@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from metapl.errors import MetaplError, few
-from metapl.runs.plain_files import read_plain
+from metapl.runs.sealed import read_plain
 
 Label = int | str
 LabelSets = tuple[frozenset[int], ...]

@@ -13,7 +13,7 @@ from metapl.apps.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.runs.folder import PLACES, WEIGHTS, RunFolder
-from metapl.runs.typed import misfit, misfit_entries
+from metapl.runs.sealed import misfit, misfit_entries
 
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method", "steps", "best_step")
 """What every ``result.json`` says of the networks in its folder."""

@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metapl.errors import MetaplError, few, require_extra
-from metapl.runs.plain_files import open_plain, read_plain
-from metapl.runs.typed import misfit, misfit_entries
+from metapl.runs.sealed import misfit, misfit_entries, open_plain, read_plain
 from metapl.words import shown
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from metapl.apps.labels import files as layout
 from metapl.apps.labels.files import Part
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
-from metapl.runs.plain_files import open_plain
+from metapl.runs.sealed import open_plain
 
 if TYPE_CHECKING:
     import pyarrow as pa

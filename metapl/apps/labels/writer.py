@@ -24,7 +24,7 @@ from metapl.execution.checks import described
 from metapl.runs.atomic import write_whole
 from metapl.runs.environment import environment
 from metapl.runs.ownership import owned
-from metapl.runs.plain_files import read_plain
+from metapl.runs.sealed import read_plain
 
 if TYPE_CHECKING:
     import pyarrow as pa

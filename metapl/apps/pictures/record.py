@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from metapl.runs.locks import lock
-from metapl.runs.plain_files import read_plain, refuse_irregular
+from metapl.runs.sealed import read_plain, refuse_irregular
 
 
 def record_files(log: Path, reasons: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metapl.errors import MetaplError, few, reason_of
-from metapl.runs.plain_files import open_plain, read_plain
+from metapl.runs.sealed import open_plain, read_plain
 from metapl.words import shown
 
 SUFFIX = ".tar"
@@ -96,7 +96,7 @@ def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO
     """Open a file, or a member of a tar file, for reading its bytes.
 
     Raises:
-        OSError: as :func:`~metapl.runs.plain_files.open_plain`; there is no such member.
+        OSError: as :func:`~metapl.runs.sealed.open_plain`; there is no such member.
     """
     parts = _split(path)
     if parts is None:

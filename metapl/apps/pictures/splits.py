@@ -15,8 +15,7 @@ from torch import Tensor
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.runs.atomic import write_whole
-from metapl.runs.plain_files import read_plain
-from metapl.runs.typed import misfit_entries
+from metapl.runs.sealed import misfit_entries, read_plain
 
 _VERSION = 1
 _PARTS = ("labeled", "unlabeled", "validation", "test")

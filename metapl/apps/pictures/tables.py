@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError, reason_of
-from metapl.runs.plain_files import open_plain
+from metapl.runs.sealed import open_plain
 
 
 def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor]]:

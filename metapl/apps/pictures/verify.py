@@ -15,7 +15,7 @@ from metapl.apps.pictures.reader import MAX_PIXELS, UnreadableImage, image_size,
 from metapl.apps.pictures.shards import status_of
 from metapl.errors import few
 from metapl.runs.atomic import write_whole
-from metapl.runs.plain_files import irregular
+from metapl.runs.sealed import irregular
 
 Depth = Literal["decode", "header", "size"]
 

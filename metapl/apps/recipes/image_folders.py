@@ -35,7 +35,7 @@ from metapl.apps.recipes.image_recipe import ImageParts, ImageRecipe, Views
 from metapl.apps.recipes.methods import EVERY_METHOD, SELF_TRAINING_METHODS
 from metapl.errors import MetaplError, few
 from metapl.problems.losses import UDA
-from metapl.runs.plain_files import read_plain
+from metapl.runs.sealed import read_plain
 from metapl.training import Say
 from metapl.training.progress import counting
 
