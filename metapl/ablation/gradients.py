@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ Gradient = Tensor
 
 LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
 """Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed."""
+
+
+SAME = (
+    *("inner_optimizer", "outer_optimizer", "teacher_losses", "feedback_weight", "feedback_ratio", "lookahead"),
+    *("recompute_teacher", "generator", "clip_norm", "precision", "accumulate", "compile"),
+)
+"""What a :func:`sibling` has in common with a trainer."""
 
 
 class CannotRun(MetaplError):
@@ -54,23 +62,13 @@ def sibling(
     trainer: BilevelTrainer, mode: str | Estimator | None = None, problem: BilevelProblem | None = None
 ) -> BilevelTrainer:
     """A trainer of the same networks and optimizers, in their state, by another mode or on another problem."""
+    options: dict[str, Any] = {name: getattr(trainer, name) for name in SAME}
     made = BilevelTrainer(
         trainer.teacher,
         trainer.student,
         trainer.mode if mode is None else mode,
         problem=trainer.given_problem if problem is None else problem,
-        inner_optimizer=trainer.inner_optimizer,
-        outer_optimizer=trainer.outer_optimizer,
-        teacher_losses=trainer.teacher_losses,
-        feedback_weight=trainer.feedback_weight,
-        feedback_ratio=trainer.feedback_ratio,
-        recompute_teacher=trainer.recompute_teacher,
-        generator=trainer.generator,
-        clip_norm=trainer.clip_norm,
-        precision=trainer.precision,  # type: ignore[arg-type]  # checked when the trainer was built
-        accumulate=trainer.accumulate,
-        compile=trainer.compile,
-        lookahead=trainer.lookahead,
+        **options,
     )
     made.update.load_state_dict(copy.deepcopy(trainer.update.state_dict()))
     return made
@@ -109,7 +107,8 @@ def distance(
         for seed in range(draws):
             generator = torch.Generator(trainer.device).manual_seed(seed)
             start = generator.get_state()
-            gradients.append(_gradient(trainer, _drawn(mode, seed), labeled, unlabeled, generator))
+            drawn = replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
+            gradients.append(_gradient(trainer, drawn, labeled, unlabeled, generator))
             draws_any = altered or not torch.equal(start, generator.get_state())
             if not draws_any:
                 break
@@ -119,11 +118,6 @@ def distance(
     noise = (found - mean).square().sum() / max(1, len(found) - 1)
     cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
     return Distance(float(cosine), float((mean - exact).norm() / length), float(noise.sqrt() / length)), draws_any
-
-
-def _drawn(mode: Estimator, seed: int) -> Estimator:
-    """A mode, or a draw of an alteration."""
-    return replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
 
 
 def _gradient(
@@ -152,10 +146,6 @@ def costs(
         modes: which have run there before.
         rounds: of timing; None: 5, and more for short calls.
     """
-
-    def call(mode: Estimator) -> Callable[[], Gradient]:
-        return lambda: _gradient(trainer, mode, labeled, unlabeled)
-
     batch, problem = inner_batches(unlabeled)[0], trainer.problem
     with torch.no_grad(), replayed(RandomState.now(trainer.device)):
         signal = None
@@ -169,7 +159,7 @@ def costs(
             copy.deepcopy(trainer.student)(inputs)
 
     one = flops(student)
-    calls = {mode.name: call(mode) for mode in modes}
+    calls = {mode.name: partial(_gradient, trainer, mode, labeled, unlabeled) for mode in modes}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     for done in range(rounds or MOST_ROUNDS):

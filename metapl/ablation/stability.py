@@ -47,83 +47,79 @@ def sweeps(
     """
     modes = [mode for mode in modes if mode.name != "none"]  # zero is as far from any gradient
     found: dict[str, Sweep | str] = {}
-    for name, sweep in (("epsilon", _over_steps), ("temperature", _over_temperatures), ("batch_size", _over_sizes)):
-        found[name] = sweep(trainer, modes, labeled, unlabeled, draws)
+    for name, settings in (
+        ("epsilon", _over_steps(trainer, modes, unlabeled)),
+        ("temperature", _over_temperatures(trainer, modes, unlabeled)),
+        ("batch_size", _over_sizes(trainer, modes, unlabeled)),
+    ):
+        if isinstance(settings, str):
+            found[name] = settings
+        else:
+            columns = [_column(setting, labeled, draws) for setting in settings]
+            by_mode = zip(settings[0].modes, zip(*columns, strict=True), strict=True)
+            values = tuple(setting.value for setting in settings)
+            found[name] = Sweep(values, {mode.name: tuple(row) for mode, row in by_mode})
         done()
     return found
 
 
-def _over_steps(
-    trainer: BilevelTrainer, modes: Sequence[Estimator], labeled: Any, unlabeled: Any, draws: int
-) -> Sweep | str:
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """One value of what is varied, and what is measured with it."""
+
+    value: float
+    trainer: BilevelTrainer
+    modes: Sequence[Estimator]
+    unlabeled: Any
+
+
+def _column(setting: _Setting, labeled: Any, draws: int) -> list[Distance | str]:
+    """The distance of each mode, or why it cannot run."""
+    exact = exact_gradient(setting.trainer, labeled, setting.unlabeled)
+    found: list[Distance | str] = []
+    for mode in setting.modes:
+        try:
+            found.append(distance(setting.trainer, mode, labeled, setting.unlabeled, exact, draws)[0])
+        except CannotRun as error:
+            found.append(str(error))
+    return found
+
+
+def _over_steps(trainer: BilevelTrainer, modes: Sequence[Estimator], unlabeled: Any) -> list[_Setting] | str:
     """Modes with a ``relative_step``, as :class:`metapl.feedback.Difference` has."""
     with_step: list[Any] = [mode for mode in modes if hasattr(mode, "relative_step") and dataclasses.is_dataclass(mode)]
     if not with_step:
         return "none of the modes takes a finite difference, so there is no step size."
     dtype = torch.promote_types(next(trainer.student.parameters()).dtype, torch.float32)
     own = with_step[0].relative_step or RELATIVE_STEP[dtype]
-    values = tuple(own * factor for factor in STEPS if own * factor < 1)
-    exact = exact_gradient(trainer, labeled, unlabeled)
-    found = {
-        mode.name: tuple(
-            _tried(trainer, dataclasses.replace(mode, relative_step=step), labeled, unlabeled, exact, draws)
-            for step in values
-        )
-        for mode in with_step
-    }
-    return Sweep(values, found)
+    return [
+        _Setting(step, trainer, [dataclasses.replace(mode, relative_step=step) for mode in with_step], unlabeled)
+        for step in (own * factor for factor in STEPS)
+        if step < 1
+    ]
 
 
-def _over_temperatures(
-    trainer: BilevelTrainer, modes: Sequence[Estimator], labeled: Any, unlabeled: Any, draws: int
-) -> Sweep | str:
+def _over_temperatures(trainer: BilevelTrainer, modes: Sequence[Estimator], unlabeled: Any) -> list[_Setting] | str:
     problem: Any = PseudoLabels() if trainer.given_problem is None else trainer.given_problem
     if not dataclasses.is_dataclass(problem) or not hasattr(problem, "temperature"):
         return f"the problem {type(problem).__name__} has no temperature."
-    values = tuple(problem.temperature * factor for factor in TEMPERATURES)
-    columns = []
-    for value in values:
+    settings = []
+    for value in (problem.temperature * factor for factor in TEMPERATURES):
         changed: Any = dataclasses.replace(problem, temperature=value)  # type: ignore[type-var]  # an instance
-        columns.append(_column(sibling(trainer, problem=changed), modes, labeled, unlabeled, draws))
-    return _sweep(values, modes, columns)
+        settings.append(_Setting(value, sibling(trainer, problem=changed), modes, unlabeled))
+    return settings
 
 
-def _over_sizes(
-    trainer: BilevelTrainer, modes: Sequence[Estimator], labeled: Any, unlabeled: Any, draws: int
-) -> Sweep | str:
-    batches = inner_batches(unlabeled)
+def _over_sizes(trainer: BilevelTrainer, modes: Sequence[Estimator], unlabeled: Any) -> list[_Setting] | str:
+    batches, parts = inner_batches(unlabeled), trainer.accumulate
     whole = length(batches[0])
     leaves = [leaf for leaf in pytree.tree_leaves(batches) if isinstance(leaf, Tensor)]
-    parts = trainer.accumulate
     if whole < 4 * parts or any(leaf.ndim == 0 or len(leaf) != whole for leaf in leaves):
         of = "" if parts == 1 else f" in each of its {parts} micro-batches"
         return f"the unlabeled batch has fewer than four examples{of}, or tensors without a row for each example."
-    values = sorted({n for n in (whole // part for part in PARTS) if n % parts == 0 and n // parts >= 2})
-    columns = []
-    for size in values:
+    settings = []
+    for size in sorted({n for n in (whole // part for part in PARTS) if n % parts == 0 and n // parts >= 2}):
         first = [rows(batch, 0, size) for batch in batches]
         part = Lookahead(first) if isinstance(unlabeled, Lookahead) else first[0]
-        columns.append(_column(trainer, modes, labeled, part, draws))
-    return _sweep(tuple(map(float, values)), modes, columns)
-
-
-def _column(
-    trainer: BilevelTrainer, modes: Sequence[Estimator], labeled: Any, unlabeled: Any, draws: int
-) -> list[Distance | str]:
-    """All modes with one value of a setting."""
-    exact = exact_gradient(trainer, labeled, unlabeled)
-    return [_tried(trainer, mode, labeled, unlabeled, exact, draws) for mode in modes]
-
-
-def _tried(
-    trainer: BilevelTrainer, mode: Estimator, labeled: Any, unlabeled: Any, exact: Tensor, draws: int
-) -> Distance | str:
-    try:
-        return distance(trainer, mode, labeled, unlabeled, exact, draws)[0]
-    except CannotRun as error:
-        return str(error)
-
-
-def _sweep(values: tuple[float, ...], modes: Sequence[Estimator], columns: Sequence[Sequence[Distance | str]]) -> Sweep:
-    by_mode = zip(modes, zip(*columns, strict=True), strict=True)
-    return Sweep(values, {mode.name: tuple(row) for mode, row in by_mode})
+        settings.append(_Setting(float(size), trainer, modes, part))
+    return settings
