@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -298,26 +300,23 @@ def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
     >>> parse_seeds("0-2,7")
     (0, 1, 2, 7)
     """
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not _is_number(first) or (dash and not _is_number(last)):
-            raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
-        if max(len(first), len(last)) > len(str(2**32)) or int(last or first) - int(first) >= MOST_SEEDS:
-            raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
-        if int(last or first) < int(first):
+    found = [re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip()) for part in text.split(",")]
+    parts = [(part[1], part[2] or part[1]) for part in found if part is not None]
+    if len(parts) < len(found):
+        raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
+    most = f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32."
+    if any(len(end) > len(str(2**32)) for part in parts for end in part):  # Python does not read any length
+        raise MetaplError(most)
+    ranges = [range(int(first), int(last) + 1) for first, last in parts]
+    if sum(map(len, ranges)) > MOST_SEEDS or any(seeds.stop > 2**32 for seeds in ranges):
+        raise MetaplError(most)
+    for (first, last), seeds in zip(parts, ranges, strict=True):
+        if not seeds:
             raise MetaplError(
                 f"{flag}={text!r}: expected at least one seed in a range, and {first}-{last} ends before it begins; "
                 f"write {last}-{first}."
             )
-        seeds += range(int(first), int(last or first) + 1)
-    if len(seeds) > MOST_SEEDS or max(seeds) >= 2**32:
-        raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
-    if len(set(seeds)) < len(seeds):
-        again = Counter(seeds).most_common(1)[0][0]
+    again, times = Counter(itertools.chain(*ranges)).most_common(1)[0]
+    if times > 1:
         raise MetaplError(f"{flag}={text!r}: expected each seed once and none twice; {again} is named again.")
-    return tuple(seeds)
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()  # of other scripts' digits, and of ², Python's int takes only some
+    return tuple(itertools.chain(*ranges))
