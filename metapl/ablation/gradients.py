@@ -139,13 +139,7 @@ def _gradient(
 def costs(
     trainer: BilevelTrainer, modes: Iterable[Estimator], labeled: Any, unlabeled: Any, rounds: int | None
 ) -> dict[str, tuple[float, float, int]]:
-    """Passes, seconds and peak bytes by mode; the modes take turns.
-
-    Args:
-        trainer, labeled, unlabeled: where they are measured.
-        modes: which have run there before.
-        rounds: of timing; None: 5, and more for short calls.
-    """
+    """Passes, seconds and peak bytes by mode; the modes, which have run there before, take turns."""
     batch, problem = inner_batches(unlabeled)[0], trainer.problem
     with torch.no_grad(), replayed(RandomState.now(trainer.device)):
         signal = None

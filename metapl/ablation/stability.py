@@ -39,11 +39,7 @@ def sweeps(
 ) -> dict[str, Sweep | str]:
     """The modes over step sizes, temperatures and batch sizes, each against the exact gradient with the same setting.
 
-    Args:
-        trainer, labeled, unlabeled: where it is measured.
-        modes: which have run there before.
-        draws: of labels and of alterations.
-        done: called after each setting.
+    The modes have run there before; ``done`` is called after each setting.
     """
     modes = [mode for mode in modes if mode.name != "none"]  # zero is as far from any gradient
     found: dict[str, Sweep | str] = {}

@@ -36,17 +36,7 @@ def short_trainings(
 
     The seed is that of everything drawn: labels, dropout, and the order of batches. Sources with numbered batches
     (lists, step batches) are read from batch ``seed · steps`` on, so that seeds see different batches and all modes
-    see the same.
-
-    Args:
-        trainer: whose networks are trained; the caller puts it back.
-        start: the trainer's state that every training begins in.
-        modes: by which is trained.
-        labeled, unlabeled: sources.
-        steps: of each training.
-        seeds: one training for each.
-        validation: (inputs, labels) or batches of these; None: without accuracies.
-        done: called after each training.
+    see the same. Every training begins in the state ``start``; the caller puts the trainer back.
     """
     found: dict[str, Outcome | str] = {}
     for mode in modes:

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,10 +148,8 @@ def test_two_moons_prints_the_rate_of_each_method_and_draws_its_regions(
     torch.set_num_threads(threads)
 
 
-def test_the_seeds_of_two_moons_end_beside_others_as_they_do_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import two_moons
-
+def test_the_seeds_of_two_moons_end_beside_others_as_they_do_alone() -> None:
+    two_moons = SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / "two_moons.py")))
     try:
         torch.set_default_dtype(torch.float64)
         together, alone = (two_moons.Moons(seeds, 5, True, 10.0) for seeds in (range(4), range(2, 3)))
@@ -164,4 +163,3 @@ def test_the_seeds_of_two_moons_end_beside_others_as_they_do_alone(monkeypatch: 
                 assert not torch.allclose(many[1], one[0])
     finally:
         torch.set_default_dtype(torch.float32)
-        sys.modules.pop("two_moons", None)

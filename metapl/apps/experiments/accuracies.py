@@ -87,9 +87,9 @@ class Comparison:
         if pair is None:
             return None
         method, control = (self.methods[name] for name in pair)
-        own, readouts = _readouts(pair[0])
-        better = max(readouts, key=lambda readout: statistics.fmean(control[readout]))
-        return paired_test(method[own], control[better]), better
+        asked = _question(pair[0])
+        better = max(asked.readouts, key=lambda readout: statistics.fmean(control[readout]))
+        return paired_test(method[asked.own], control[better]), better
 
     def best(self) -> str:
         """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
@@ -137,25 +137,21 @@ class Comparison:
 
         Feedback is not mentioned where MPL or the loop without feedback was not trained.
         """
-        difference = self.against_control()
-        if difference is None:
-            best = self._best_of_all()
-            return f"{best[0].upper()}{best[1:]}."
-        test, readout = difference
-        name, control = self.pair() or ("", "")
-        subject, of_control, question, answers = _words(name)
-        own_readout, readouts = _readouts(name)
-        own = statistics.fmean(self.methods[name][own_readout])
-        other = f"{of_control} {statistics.fmean(self.methods[control][readout]):.1%}"
-        if len(readouts) > 1:
-            which = titled(control, "finetuned" if readout.startswith("finetuned") else "student")
+        difference, pair = self.against_control(), self.pair()
+        if difference is None or pair is None:
+            return _capital(f"{self._best_of_all()}.")
+        (test, readout), (name, control) = difference, pair
+        asked = _question(name)
+        own = statistics.fmean(self.methods[name][asked.own])
+        other = f"{asked.control} {statistics.fmean(self.methods[control][readout]):.1%}"
+        if len(asked.readouts) > 1:
+            which = titled(control, "finetuned" if readout == FINETUNED else "student")
             other = f"{other} (its {which}, the better of its two read-outs)"
-        start = (
-            f"{subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), {other}: "
-            f"{100 * test.mean:+.1f} points over {seeds_in_words(test.n)}"
-        )
         best = "" if self.best() == name else f"; {self._best_of_all()}"
-        return f"{start[0].upper()}{start[1:]}{_verdict(test, question, answers)}{best}."
+        return _capital(
+            f"{asked.subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), "
+            f"{other}: {100 * test.mean:+.1f} points over {seeds_in_words(test.n)}{_verdict(test, asked)}{best}."
+        )
 
     def _best_of_all(self) -> str:
         best = self.best()
@@ -241,57 +237,58 @@ def seeds_in_words(n: int) -> str:
     return f"{n} seed{'s' if n != 1 else ''}"
 
 
-def _p(p: float) -> str:
-    return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+def _capital(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
 
 
-def _readouts(method: str) -> tuple[str, tuple[str, ...]]:
-    """What of a method is compared with its control, and the read-outs of the control of which the better one counts.
-
-    Where labels may be wrong, only finetuning learns from the clean ones, which plain training has learned from
-    already.
-    """
-    if EVERY_METHOD[method].is_noisy_student:
-        return DELIVERED, (DELIVERED,)
-    return FINETUNED if EVERY_METHOD[method].doubting else STUDENT, (STUDENT, FINETUNED)
-
-
-def _words(method: str) -> tuple[str, str, str, Mapping[bool, str]]:
-    """A method's network and its control, as the sentence calls them, and the question and answers of the test."""
-    if EVERY_METHOD[method].is_noisy_student:
-        better = {True: "Noisy Student is better", False: "Meta Pseudo Labels is better"}
-        return (
-            "what Noisy Student delivers",
-            "what Meta Pseudo Labels delivers",
-            "which of the two is better",
-            better,
-        )
-    if EVERY_METHOD[method].doubting:
-        names = f"with {title(method)} the finetuned student", "plain training"
-        what = "what is learned about labels"
-    elif EVERY_METHOD[method].reduced:
-        names = "reduced MPL's student", "the same loop without feedback"
-        what = "the student's feedback"
-    else:
-        names = "MPL's student", "the same loop without feedback"
-        what = "the teacher's feedback"
-    return *names, f"whether {what} helped", {True: f"{what} helped", False: f"{what} hurt"}
-
-
-def _verdict(test: PairedTest, question: str, answers: Mapping[bool, str]) -> str:
-    """What a paired test says.
+@dataclass(frozen=True)
+class _Question:
+    """What the comparison of a method with its control asks.
 
     Args:
-        test: the test.
-        question: what it could tell, after "tell" and "show".
-        answers: what it says where the difference is above 0, and where it is not.
+        own: the read-out of the method.
+        readouts: those of the control, of which the better one counts.
+        subject, control: the networks, as the sentence calls them.
+        question: what the test could tell, after "tell" and "show".
+        answers: where the difference is above 0, and where it is not.
     """
+
+    own: str
+    readouts: tuple[str, ...]
+    subject: str
+    control: str
+    question: str
+    answers: tuple[str, str]
+
+
+def _question(name: str) -> _Question:
+    method = EVERY_METHOD[name]
+    if method.is_noisy_student:
+        subject, control = "what Noisy Student delivers", "what Meta Pseudo Labels delivers"
+        answers = "Noisy Student is better", "Meta Pseudo Labels is better"
+        return _Question(DELIVERED, (DELIVERED,), subject, control, "which of the two is better", answers)
+    own, control = STUDENT, "the same loop without feedback"
+    if method.doubting:
+        # Only finetuning learns from the clean labels, which plain training has learned from already.
+        own, control = FINETUNED, "plain training"
+        subject, what = f"with {title(name)} the finetuned student", "what is learned about labels"
+    elif method.reduced:
+        subject, what = "reduced MPL's student", "the student's feedback"
+    else:
+        subject, what = "MPL's student", "the teacher's feedback"
+    answers = f"{what} helped", f"{what} hurt"
+    return _Question(own, (STUDENT, FINETUNED), subject, control, f"whether {what} helped", answers)
+
+
+def _verdict(test: PairedTest, asked: _Question) -> str:
+    """What a paired test says."""
     if test.n < ENOUGH_SEEDS:
-        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {question}"
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {asked.question}"
     if test.p is None:  # all differences are the same
-        return f", with every seed the same: too little to tell {question}"
-    found = answers[test.mean > 0] if test.p < 0.05 else f"these seeds do not show {question}"
-    return f", paired t-test p = {_p(test.p)}: {found}"
+        return f", with every seed the same: too little to tell {asked.question}"
+    found = asked.answers[test.mean <= 0] if test.p < 0.05 else f"these seeds do not show {asked.question}"
+    p = f"{test.p:.2g}" if test.p >= 1e-4 else f"{test.p:.0e}"
+    return f", paired t-test p = {p}: {found}"
 
 
 def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
