@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from metapl.ablation.batches import pairs, refuse_single_use
 from metapl.ablation.figures import Distance, ModeCost
-from metapl.ablation.gradients import CannotRun, costs, distance, exact_gradient, over_points
+from metapl.ablation.gradients import CannotRun, Point, over_points
 from metapl.ablation.recommend import PREFERRED, gives_the_gradient_of_a_step, recommendation
 from metapl.ablation.results import Ablation
 from metapl.ablation.stability import sweeps
@@ -100,23 +100,23 @@ def ablate(
         refuse_single_use(labeled=labeled, unlabeled=unlabeled, validation=validation)
     Selection(validation, None, trainer.device).check(trainer.student)
     estimates, points = _by_name(modes), tuple(sorted({0, steps // 2, steps}))
-    look = _Look(trainer, draws)
+    look = _Look(draws)
     sweep, trainings = {}, None
     with _put_back(trainer) as start:
         with _counted("steps looked at", progress, len(points)) as done:
             for t, (x_l, x_u) in enumerate(pairs(trainer, labeled, unlabeled, steps + 1)):
                 if t in points:
-                    look.at(x_l, x_u, look.estimates or estimates)
+                    look.at(Point(trainer, x_l, x_u), look.estimates or estimates)
                     if altered and t == 0:
-                        look.at(x_l, x_u, look.alterations())
+                        look.at(Point(trainer, x_l, x_u), look.alterations())
                     done()
                 if t < steps:
                     trainer.step(x_l, x_u)
-            measured = look.figures(costs(trainer, look.running, look.labeled, look.unlabeled, rounds))
+            measured = look.figures(look.point.costs(look.running, rounds))
         if stability:
             with _counted("settings varied", progress, 3) as done:
                 true = [estimate for estimate in look.running if not isinstance(estimate, Altered)]
-                sweep = sweeps(trainer, true, look.labeled, look.unlabeled, draws, done)
+                sweep = sweeps(look.point, true, draws, done)
         if train_steps:
             with _counted("trainings", progress, len(look.running) * len(train_seeds)) as done:
                 seen = {"steps": train_steps, "seeds": train_seeds, "validation": validation, "done": done}
@@ -130,30 +130,29 @@ def ablate(
 
 
 class _Look:
-    """The distances of the modes at several points, or why they cannot run; and the batches of the last point."""
+    """The distances of the modes at several points, the last of which is ``point``, or why they cannot run."""
 
-    def __init__(self, trainer: BilevelTrainer, draws: int) -> None:
-        self.trainer, self.draws = trainer, draws
+    point: Point
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
         self.estimates: dict[str, Estimator] = {}
         self.distances: dict[str, list[Distance]] = {}
         self.reasons: dict[str, str] = {}
         self.drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
-        self.labeled: Any = None
-        self.unlabeled: Any = None
 
     @property
     def running(self) -> list[Estimator]:
         """The modes that ran at every point."""
         return [estimate for name, estimate in self.estimates.items() if name not in self.reasons]
 
-    def at(self, labeled: Any, unlabeled: Any, estimates: Mapping[str, Estimator]) -> None:
-        """Look with the trainer as it stands, by these modes too."""
-        self.labeled, self.unlabeled = labeled, unlabeled
+    def at(self, point: Point, estimates: Mapping[str, Estimator]) -> None:
+        """Look by these modes too."""
+        self.point, exact = point, point.exact()
         self.estimates |= estimates
-        exact = exact_gradient(self.trainer, labeled, unlabeled)
         for name in [name for name in estimates if name not in self.reasons]:
             try:
-                found, draws_any = distance(self.trainer, estimates[name], labeled, unlabeled, exact, self.draws)
+                found, draws_any = point.distance(estimates[name], exact, self.draws)
             except CannotRun as error:
                 self.reasons[name] = str(error)
             else:
