@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 from machine import arguments, parsed, write_between_marks
+from two_moons_stack import Method, Outcome, TwoMoons, TwoMoonsRuns, mcnemar
 
-from metapl.apps.experiments.two_moons import Method, Outcome, TwoMoonsRuns, mcnemar
-from metapl.apps.recipes.two_moons import TwoMoons
 from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "two_moons.jsonl"

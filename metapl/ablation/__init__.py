@@ -6,8 +6,7 @@ stability   the same over step sizes, temperatures and batch sizes
 trainings   short trainings by each mode, over seeds
 recommend   the sentence that recommends a mode
 figures     what is found of a mode
-tables      the figures in lines of a terminal
-results     what is returned
+results     what is returned, as values, JSON and tables
 """
 
 from metapl.ablation.figures import Distance, ModeCost, Outcome, Sweep, Trainings

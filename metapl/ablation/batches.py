@@ -18,12 +18,7 @@ def pairs(
 ) -> Iterator[tuple[Any, Any]]:
     """``count`` pairs of a labeled batch and an unlabeled one, or a look-ahead where the trainer takes several steps.
 
-    Args:
-        trainer: for its device and its number of steps.
-        labeled, unlabeled: batches or sources, as for :func:`metapl.ablate`.
-        count: how many.
-        first: the first pair, of sources whose batches are numbered.
-        seed: of the order in which other sources are read.
+    They begin with the ``first`` of sources whose batches are numbered; ``seed`` is of the order of other sources.
     """
     from metapl.data.feed import feed
 

@@ -81,11 +81,6 @@ class Outcome:
     validation_loss: tuple[float, ...] | None = None
     accuracy: tuple[float, ...] | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Mean, standard error and values of each."""
-        figures = {name: getattr(self, name) for name in ("outer_loss", "validation_loss", "accuracy")}
-        return {name: None if values is None else spread(values) for name, values in figures.items()}
-
 
 @dataclass(frozen=True)
 class Trainings:

@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ Gradient = Tensor
 
 LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
 """Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed."""
+
+SAME = (
+    *("inner_optimizer", "outer_optimizer", "teacher_losses", "feedback_weight", "feedback_ratio", "lookahead"),
+    *("recompute_teacher", "generator", "clip_norm", "precision", "accumulate", "compile"),
+)
+"""What a :func:`sibling` has in common with a trainer."""
 
 
 class CannotRun(MetaplError):
@@ -54,137 +61,107 @@ def sibling(
     trainer: BilevelTrainer, mode: str | Estimator | None = None, problem: BilevelProblem | None = None
 ) -> BilevelTrainer:
     """A trainer of the same networks and optimizers, in their state, by another mode or on another problem."""
+    options: dict[str, Any] = {name: getattr(trainer, name) for name in SAME}
     made = BilevelTrainer(
         trainer.teacher,
         trainer.student,
         trainer.mode if mode is None else mode,
         problem=trainer.given_problem if problem is None else problem,
-        inner_optimizer=trainer.inner_optimizer,
-        outer_optimizer=trainer.outer_optimizer,
-        teacher_losses=trainer.teacher_losses,
-        feedback_weight=trainer.feedback_weight,
-        feedback_ratio=trainer.feedback_ratio,
-        recompute_teacher=trainer.recompute_teacher,
-        generator=trainer.generator,
-        clip_norm=trainer.clip_norm,
-        precision=trainer.precision,  # type: ignore[arg-type]  # checked when the trainer was built
-        accumulate=trainer.accumulate,
-        compile=trainer.compile,
-        lookahead=trainer.lookahead,
+        **options,
     )
     made.update.load_state_dict(copy.deepcopy(trainer.update.state_dict()))
     return made
 
 
-def exact_gradient(trainer: BilevelTrainer, labeled: Any, unlabeled: Any) -> Gradient:
-    """Of the soft step, by double backward, or by forward mode where the student has no second derivative."""
-    problem = trainer.problem.exact()
-    if problem is not None:
-        trainer = sibling(trainer, mode="forward", problem=problem)
-    refusals = []
-    for mode in ("unrolled", "forward"):
-        try:
-            with reasons_told():
-                return _gradient(trainer, mode, labeled, unlabeled)
-        except CannotRun as error:
-            refusals.append(str(error))
-    why = f"by double backward, {refusals[0]}; by forward mode, {refusals[1]}"
-    if refusals[0] == refusals[1]:
-        why = f"by double backward and by forward mode, {refusals[0]}"
-    raise MetaplError(f"there is no exact gradient to compare with: {why}")
+@dataclass(frozen=True)
+class Point:
+    """A trainer as it stands, and the batches on which its modes are compared."""
 
+    trainer: BilevelTrainer
+    labeled: Any
+    unlabeled: Any
 
-def distance(
-    trainer: BilevelTrainer, mode: Estimator, labeled: Any, unlabeled: Any, exact: Gradient, draws: int
-) -> tuple[Distance, bool]:
-    """Of a mode from the exact gradient at one point, by that many draws, and whether anything is drawn at all;
-    :class:`CannotRun` where it cannot run.
+    def gradient(self, mode: str | Estimator, generator: torch.Generator | None = None) -> Gradient:
+        """Of labels drawn from a generator, the first of its seed where none is given."""
+        generator = torch.Generator(self.trainer.device).manual_seed(0) if generator is None else generator
+        found = self.trainer.hypergradient(self.labeled, self.unlabeled, mode, generator=generator)
+        # Without a teacher, the gradient is that in the signal.
+        feedback = found.feedback if isinstance(found.feedback, tuple) else (found.feedback,)
+        parts = found.grads.values() if self.trainer.teacher is not None else [-h for h in feedback]
+        return torch.cat([part.flatten().double() for part in parts])
 
-    Labels are drawn from the generator that is given, so whether they are is seen by its state: draws of a confident
-    teacher may well be equal.
-    """
-    altered = isinstance(mode, Altered) and mode.alteration != "class_means"
-    gradients: list[Gradient] = []
-    with reasons_told():
-        for seed in range(draws):
-            generator = torch.Generator(trainer.device).manual_seed(seed)
-            start = generator.get_state()
-            gradients.append(_gradient(trainer, _drawn(mode, seed), labeled, unlabeled, generator))
-            draws_any = altered or not torch.equal(start, generator.get_state())
-            if not draws_any:
-                break
-    found = torch.stack(gradients)
-    mean, length = found.mean(0), exact.norm().clamp_min(1e-300)
-    # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
-    noise = (found - mean).square().sum() / max(1, len(found) - 1)
-    cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
-    return Distance(float(cosine), float((mean - exact).norm() / length), float(noise.sqrt() / length)), draws_any
+    def exact(self) -> Gradient:
+        """Of the soft step, by double backward, or by forward mode where the student has no second derivative."""
+        problem = self.trainer.problem.exact()
+        point = self if problem is None else replace(self, trainer=sibling(self.trainer, "forward", problem))
+        refusals = []
+        for mode in ("unrolled", "forward"):
+            try:
+                with reasons_told():
+                    return point.gradient(mode)
+            except CannotRun as error:
+                refusals.append(str(error))
+        why = f"by double backward, {refusals[0]}; by forward mode, {refusals[1]}"
+        if refusals[0] == refusals[1]:
+            why = f"by double backward and by forward mode, {refusals[0]}"
+        raise MetaplError(f"there is no exact gradient to compare with: {why}")
 
+    def distance(self, mode: Estimator, exact: Gradient, draws: int) -> tuple[Distance, bool]:
+        """Of a mode from the exact gradient, by that many draws, and whether anything is drawn at all;
+        :class:`CannotRun` where it cannot run.
 
-def _drawn(mode: Estimator, seed: int) -> Estimator:
-    """A mode, or a draw of an alteration."""
-    return replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
+        Labels are drawn from the generator that is given, so whether they are is seen by its state: draws of a
+        confident teacher may well be equal.
+        """
+        altered = isinstance(mode, Altered) and mode.alteration != "class_means"
+        gradients: list[Gradient] = []
+        with reasons_told():
+            for seed in range(draws):
+                generator = torch.Generator(self.trainer.device).manual_seed(seed)
+                start = generator.get_state()
+                drawn = replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
+                gradients.append(self.gradient(drawn, generator))
+                draws_any = altered or not torch.equal(start, generator.get_state())
+                if not draws_any:
+                    break
+        found = torch.stack(gradients)
+        mean, length = found.mean(0), exact.norm().clamp_min(1e-300)
+        # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
+        noise = (found - mean).square().sum() / max(1, len(found) - 1)
+        cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
+        return Distance(float(cosine), float((mean - exact).norm() / length), float(noise.sqrt() / length)), draws_any
 
-
-def _gradient(
-    trainer: BilevelTrainer,
-    mode: str | Estimator,
-    labeled: Any,
-    unlabeled: Any,
-    generator: torch.Generator | None = None,
-) -> Gradient:
-    """Of labels drawn from a generator, the first of its seed where none is given."""
-    generator = torch.Generator(trainer.device).manual_seed(0) if generator is None else generator
-    found = trainer.hypergradient(labeled, unlabeled, mode, generator=generator)
-    # Without a teacher, the gradient is that in the signal.
-    feedback = found.feedback if isinstance(found.feedback, tuple) else (found.feedback,)
-    parts = found.grads.values() if trainer.teacher is not None else [-h for h in feedback]
-    return torch.cat([part.flatten().double() for part in parts])
-
-
-def costs(
-    trainer: BilevelTrainer, modes: Iterable[Estimator], labeled: Any, unlabeled: Any, rounds: int | None
-) -> dict[str, tuple[float, float, int]]:
-    """Passes, seconds and peak bytes by mode; the modes take turns.
-
-    Args:
-        trainer, labeled, unlabeled: where they are measured.
-        modes: which have run there before.
-        rounds: of timing; None: 5, and more for short calls.
-    """
-
-    def call(mode: Estimator) -> Callable[[], Gradient]:
-        return lambda: _gradient(trainer, mode, labeled, unlabeled)
-
-    batch, problem = inner_batches(unlabeled)[0], trainer.problem
-    with torch.no_grad(), replayed(RandomState.now(trainer.device)):
-        signal = None
-        if enters_input(problem):
-            no_outputs: Any = None
-            signal = problem.signal(copy.deepcopy(trainer._asked), batch, no_outputs, generator=None)
-        inputs = student_input(problem, batch, signal)
-
-    def student() -> None:
+    def costs(self, modes: Iterable[Estimator], rounds: int | None) -> dict[str, tuple[float, float, int]]:
+        """Passes, seconds and peak bytes by mode; the modes, which have run here before, take turns."""
+        trainer, problem, batch = self.trainer, self.trainer.problem, inner_batches(self.unlabeled)[0]
         with torch.no_grad(), replayed(RandomState.now(trainer.device)):
-            copy.deepcopy(trainer.student)(inputs)
+            signal = None
+            if enters_input(problem):
+                no_outputs: Any = None
+                signal = problem.signal(copy.deepcopy(trainer._asked), batch, no_outputs, generator=None)
+            inputs = student_input(problem, batch, signal)
 
-    one = flops(student)
-    calls = {mode.name: call(mode) for mode in modes}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    for done in range(rounds or MOST_ROUNDS):
-        if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - start > TIMED:
-            break
-        for name, run in calls.items():
-            seconds[name].append(_seconds(run, trainer.device))
-    return {
-        name: (
-            flops(run) / one if one else math.nan,
-            min(seconds[name]),  # other work on the machine only ever adds
-            peak_bytes(run, trainer.device),
-        )
-        for name, run in calls.items()
-    }
+        def student() -> None:
+            with torch.no_grad(), replayed(RandomState.now(trainer.device)):
+                copy.deepcopy(trainer.student)(inputs)
+
+        one = flops(student)
+        calls = {mode.name: partial(self.gradient, mode) for mode in modes}
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        start = time.perf_counter()
+        for done in range(rounds or MOST_ROUNDS):
+            if rounds is None and done >= LEAST_ROUNDS and time.perf_counter() - start > TIMED:
+                break
+            for name, run in calls.items():
+                seconds[name].append(_seconds(run, trainer.device))
+        return {
+            name: (
+                flops(run) / one if one else math.nan,
+                min(seconds[name]),  # other work on the machine only ever adds
+                peak_bytes(run, trainer.device),
+            )
+            for name, run in calls.items()
+        }
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from metapl.ablation.figures import ModeCost
 from metapl.feedback import MODES, Estimator, Implicit, estimator
@@ -80,8 +80,16 @@ def recommendation(
             f"one (error {ran[name].relative_error:.2g}, noise {ran[name].noise_to_signal:.2g} of its length)"
         )
     text = [f"Take {name}: {why}. A call takes {duration(ran[name].seconds)} and {size(ran[name].peak_bytes)}."]
-    text += _faster(name, ran[name], {n: m for n, m in near.items() if n not in exact}) if exact else []
-    text += _scalar(name, ran)
+    clearly = {n: m for n, m in near.items() if n not in exact and m.seconds * (1 + EQUAL) < ran[name].seconds}
+    if exact and clearly:
+        other, mode = min(clearly.items(), key=lambda one: one[1].seconds)
+        text.append(f"{other} is within {mode.of_one_draw:.1g} of it and takes {duration(mode.seconds)}.")
+    if "reinforce" in ran and name != "reinforce":
+        scalar = ran["reinforce"]
+        text.append(
+            f"Algorithm 1's scalar (reinforce) takes {duration(scalar.seconds)}, and error and noise of one draw are "
+            f"{scalar.of_one_draw:.2g} times the signal."
+        )
     return name, " ".join(text)
 
 
@@ -89,25 +97,22 @@ def _cheapest(modes: Mapping[str, ModeCost]) -> tuple[str, str]:
     """The mode that costs least, and what decided, as part of a sentence; nothing where there is one."""
     if len(modes) == 1:
         return next(iter(modes)), ""
-    every = _listed(modes)
     fastest = _least({name: mode.seconds for name, mode in modes.items()})
     if len(fastest) == 1:
-        name = fastest[0]
-        times = sorted(mode.seconds for other, mode in modes.items() if other != name)
-        return name, f"and of {every} it is the fastest ({duration(modes[name].seconds)}; next {duration(times[0])})"
+        next_one = min(mode.seconds for name, mode in modes.items() if name not in fastest)
+        times = f"{duration(modes[fastest[0]].seconds)}; next {duration(next_one)}"
+        return fastest[0], f"and of {_listed(modes)} it is the fastest ({times})"
     smallest = _least({name: float(modes[name].peak_bytes) for name in fastest})
-    tied = f"{_listed(fastest)} take the same time within {100 * EQUAL:.0f} %"
-    if len(fastest) < len(modes):
-        tied = f"of {every}, {tied}"
+    of_all = f"of {_listed(modes)}, " if len(fastest) < len(modes) else ""
+    tied = f"and as {of_all}{_listed(fastest)} take the same time within {100 * EQUAL:.0f} %"
     if len(smallest) == 1:
-        name = smallest[0]
-        sizes = sorted(modes[other].peak_bytes for other in fastest if other != name)
-        needs = f"{size(modes[name].peak_bytes)}; next {size(sizes[0])}"
-        return name, f"and as {tied}, the least memory decided ({needs})"
+        next_one = min(modes[name].peak_bytes for name in fastest if name not in smallest)
+        needs = f"{size(modes[smallest[0]].peak_bytes)}; next {size(next_one)}"
+        return smallest[0], f"{tied}, the least memory decided ({needs})"
     if PREFERRED in smallest:
-        return PREFERRED, f"and as {tied}, and memory too, the choice is {PREFERRED}, which needs no second derivatives"
-    name = min(smallest, key=lambda name: modes[name].of_one_draw)
-    return name, f"and as {tied}, and memory too, the nearest to the exact gradient is taken"
+        return PREFERRED, f"{tied}, and memory too, the choice is {PREFERRED}, which needs no second derivatives"
+    nearest = min(smallest, key=lambda name: modes[name].of_one_draw)
+    return nearest, f"{tied}, and memory too, the nearest to the exact gradient is taken"
 
 
 def _least(values: Mapping[str, float]) -> list[str]:
@@ -116,28 +121,7 @@ def _least(values: Mapping[str, float]) -> list[str]:
     return [name for name, value in values.items() if value <= least * (1 + EQUAL)]
 
 
-def _faster(name: str, taken: ModeCost, near: Mapping[str, ModeCost]) -> list[str]:
-    """What to know of a mode that is near the exact gradient and clearly faster."""
-    faster = {n: m for n, m in near.items() if m.seconds * (1 + EQUAL) < taken.seconds}
-    if not faster:
-        return []
-    other = min(faster, key=lambda n: faster[n].seconds)
-    mode = faster[other]
-    return [f"{other} is within {mode.of_one_draw:.1g} of it and takes {duration(mode.seconds)}."]
-
-
-def _scalar(name: str, ran: Mapping[str, ModeCost]) -> list[str]:
-    """What Algorithm 1's scalar would cost instead."""
-    scalar = ran.get("reinforce")
-    if scalar is None or name == "reinforce":
-        return []
-    return [
-        f"Algorithm 1's scalar (reinforce) takes {duration(scalar.seconds)}, and error and noise of one draw are "
-        f"{scalar.of_one_draw:.2g} times the signal."
-    ]
-
-
-def _listed(names: Mapping[str, ModeCost] | list[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     """
     >>> _listed(["a", "b", "c"])
     'a, b and c'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -9,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from metapl.ablation.batches import pairs, refuse_single_use
 from metapl.ablation.figures import Distance, ModeCost
-from metapl.ablation.gradients import CannotRun, costs, distance, exact_gradient, over_points
+from metapl.ablation.gradients import CannotRun, Point, over_points
 from metapl.ablation.recommend import PREFERRED, gives_the_gradient_of_a_step, recommendation
 from metapl.ablation.results import Ablation
 from metapl.ablation.stability import sweeps
@@ -97,31 +99,28 @@ def ablate(
         _check_seeds(train_seeds)
         refuse_single_use(labeled=labeled, unlabeled=unlabeled, validation=validation)
     Selection(validation, None, trainer.device).check(trainer.student)
-    points = tuple(sorted({0, steps // 2, steps}))
+    estimates, points = _by_name(modes), tuple(sorted({0, steps // 2, steps}))
+    look = _Look(draws)
+    sweep, trainings = {}, None
     with _put_back(trainer) as start:
         with _counted("steps looked at", progress, len(points)) as done:
-            look = _looked(trainer, labeled, unlabeled, _by_name(modes), points, draws, altered, done)
-            cost = costs(trainer, look.running, look.labeled, look.unlabeled, rounds)
-        measured = look.figures(cost)
-        sweep = {}
+            for t, (x_l, x_u) in enumerate(pairs(trainer, labeled, unlabeled, steps + 1)):
+                if t in points:
+                    look.at(Point(trainer, x_l, x_u), look.estimates or estimates)
+                    if altered and t == 0:
+                        look.at(Point(trainer, x_l, x_u), look.alterations())
+                    done()
+                if t < steps:
+                    trainer.step(x_l, x_u)
+            measured = look.figures(look.point.costs(look.running, rounds))
         if stability:
             with _counted("settings varied", progress, 3) as done:
                 true = [estimate for estimate in look.running if not isinstance(estimate, Altered)]
-                sweep = sweeps(trainer, true, look.labeled, look.unlabeled, draws, done)
-        trainings = None
+                sweep = sweeps(look.point, true, draws, done)
         if train_steps:
             with _counted("trainings", progress, len(look.running) * len(train_seeds)) as done:
-                trainings = short_trainings(
-                    trainer,
-                    start,
-                    look.running,
-                    labeled,
-                    unlabeled,
-                    steps=train_steps,
-                    seeds=train_seeds,
-                    validation=validation,
-                    done=done,
-                )
+                seen = {"steps": train_steps, "seeds": train_seeds, "validation": validation, "done": done}
+                trainings = short_trainings(trainer, start, look.running, labeled, unlabeled, **seen)
     controls = {name: mode for name, mode in measured.items() if isinstance(look.estimates[name], Altered)}
     compared = {name: mode for name, mode in measured.items() if name not in controls}
     exact = [name for name in compared if look.estimates[name].exact and name not in look.drawing]
@@ -131,37 +130,41 @@ def ablate(
 
 
 class _Look:
-    """The distances of the modes at several points, or why they cannot run; and the batches of the last point."""
+    """The distances of the modes at several points, the last of which is ``point``, or why they cannot run."""
 
-    def __init__(self, trainer: BilevelTrainer, draws: int) -> None:
-        self.trainer, self.draws = trainer, draws
+    point: Point
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
         self.estimates: dict[str, Estimator] = {}
         self.distances: dict[str, list[Distance]] = {}
         self.reasons: dict[str, str] = {}
         self.drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
-        self.labeled: Any = None
-        self.unlabeled: Any = None
 
     @property
     def running(self) -> list[Estimator]:
         """The modes that ran at every point."""
         return [estimate for name, estimate in self.estimates.items() if name not in self.reasons]
 
-    def at(self, labeled: Any, unlabeled: Any, estimates: Mapping[str, Estimator]) -> None:
-        """Look with the trainer as it stands."""
-        self.labeled, self.unlabeled = labeled, unlabeled
+    def at(self, point: Point, estimates: Mapping[str, Estimator]) -> None:
+        """Look by these modes too."""
+        self.point, exact = point, point.exact()
         self.estimates |= estimates
-        exact = exact_gradient(self.trainer, labeled, unlabeled)
-        for name, estimate in estimates.items():
-            if name in self.reasons:
-                continue
+        for name in [name for name in estimates if name not in self.reasons]:
             try:
-                found, draws_any = distance(self.trainer, estimate, labeled, unlabeled, exact, self.draws)
+                found, draws_any = point.distance(estimates[name], exact, self.draws)
             except CannotRun as error:
                 self.reasons[name] = str(error)
             else:
                 self.distances.setdefault(name, []).append(found)
                 self.drawing |= {name} if draws_any else set()
+
+    def alterations(self) -> dict[str, Estimator]:
+        """Of the first mode that runs and that they can be made of, best of the preferred one."""
+        fit = [mode for mode in self.running if mode.credits in ("signal", "example") and not isinstance(mode, Altered)]
+        base = next((mode for mode in fit if mode.name == PREFERRED), fit[0] if fit else None)
+        made = [] if base is None else [Altered(base, alteration) for alteration in ALTERATIONS]
+        return {one.name: one for one in made if one.name not in self.estimates}
 
     def figures(self, cost: Mapping[str, tuple[float, float, int]]) -> dict[str, ModeCost | str]:
         """By name, with the costs."""
@@ -169,29 +172,6 @@ class _Look:
             name: self.reasons[name] if name in self.reasons else over_points(self.distances[name], *cost[name])
             for name in self.estimates
         }
-
-
-def _looked(
-    trainer: BilevelTrainer,
-    labeled: Any,
-    unlabeled: Any,
-    estimates: Mapping[str, Estimator],
-    points: Sequence[int],
-    draws: int,
-    altered: bool,
-    done: Callable[[], None],
-) -> _Look:
-    """Train to the last of the points, and look at each of them."""
-    look = _Look(trainer, draws)
-    for t, (x_l, x_u) in enumerate(pairs(trainer, labeled, unlabeled, points[-1] + 1)):
-        if t in points:
-            look.at(x_l, x_u, look.estimates or estimates)
-            if altered and t == 0:
-                look.at(x_l, x_u, _altered(look))
-            done()
-        if t < points[-1]:
-            trainer.step(x_l, x_u)
-    return look
 
 
 def _by_name(modes: Sequence[str | Estimator] | None) -> dict[str, Estimator]:
@@ -206,46 +186,33 @@ def _by_name(modes: Sequence[str | Estimator] | None) -> dict[str, Estimator]:
     return dict(zip(names, estimates, strict=True))
 
 
-def _altered(look: _Look) -> dict[str, Estimator]:
-    """The alterations of the first mode that runs and that they can be made of, best of the preferred one."""
-    fit = [mode for mode in look.running if mode.credits in ("signal", "example") and not isinstance(mode, Altered)]
-    base = next((mode for mode in fit if mode.name == PREFERRED), fit[0] if fit else None)
-    made = [] if base is None else [Altered(base, alteration) for alteration in ALTERATIONS]
-    return {one.name: one for one in made if one.name not in look.estimates}
-
-
 def _check_numbers(**numbers: Any) -> None:
     for name, number in numbers.items():
-        if number is None and name == "rounds":
-            continue
-        if not _is_whole(number) or number < LEAST.get(name, 1):
-            raise MetaplError(f"ablate({name}={number!r}): expected {LEAST.get(name, 1)} or more, a whole number.")
+        least = LEAST.get(name, 1)
+        if (number is not None or name != "rounds") and not _is_whole(number, least):
+            raise MetaplError(f"ablate({name}={number!r}): expected {least} or more, a whole number.")
 
 
 def _check_seeds(seeds: Any) -> None:
-    whole = isinstance(seeds, Sequence) and all(_is_whole(seed) and 0 <= seed < 2**63 for seed in seeds)
-    if not whole or not len(seeds) or len(set(seeds)) < len(seeds):
-        raise MetaplError(
-            f"ablate(train_seeds={seeds!r}): expected a list of one or more whole numbers of 0 or more, none twice."
-        )
+    if not isinstance(seeds, Sequence) or not seeds or not all(_is_whole(seed, 0, 2**63) for seed in seeds):
+        expected = "one or more whole numbers of 0 or more"
+    elif len(set(seeds)) < len(seeds):
+        expected = "seeds, none twice"
+    else:
+        return
+    raise MetaplError(f"ablate(train_seeds={seeds!r}): expected a list of {expected}.")
 
 
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)
+def _is_whole(number: Any, least: int, beyond: float = math.inf) -> bool:
+    return not isinstance(number, bool) and isinstance(number, Integral) and least <= int(number) < beyond
 
 
 @contextmanager
 def _counted(what: str, shown: bool, total: int) -> Iterator[Callable[[], None]]:
     """Give a function that counts one more."""
     with counting(what, shown, total) as update:
-        done = 0
-
-        def one_more() -> None:
-            nonlocal done
-            done += 1
-            update(done)
-
-        yield one_more
+        numbers = itertools.count(1)
+        yield lambda: update(next(numbers))
 
 
 @contextmanager

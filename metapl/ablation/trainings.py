@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from metapl.ablation.batches import pairs
 from metapl.ablation.figures import Outcome, Trainings
@@ -16,7 +15,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator
 from metapl.feedback.inner_step import outer_batch
 from metapl.metrics import evaluate_logits, predict_logits
-from metapl.metrics.predictions import batches_of
+from metapl.metrics.predictions import batches_of, eval_mode
 from metapl.problems.base import sum_and_weight
 from metapl.training.trainer import BilevelTrainer
 
@@ -37,17 +36,7 @@ def short_trainings(
 
     The seed is that of everything drawn: labels, dropout, and the order of batches. Sources with numbered batches
     (lists, step batches) are read from batch ``seed · steps`` on, so that seeds see different batches and all modes
-    see the same.
-
-    Args:
-        trainer: whose networks are trained; the caller puts it back.
-        start: the trainer's state that every training begins in.
-        modes: by which is trained.
-        labeled, unlabeled: sources.
-        steps: of each training.
-        seeds: one training for each.
-        validation: (inputs, labels) or batches of these; None: without accuracies.
-        done: called after each training.
+    see the same. Every training begins in the state ``start``; the caller puts the trainer back.
     """
     found: dict[str, Outcome | str] = {}
     for mode in modes:
@@ -97,16 +86,7 @@ def _train(
 
 def _outer_loss(trainer: BilevelTrainer, labeled: Any) -> float:
     batch = outer_batch(trainer.problem, labeled)
-    modes = {module: module.training for module in trainer.student.modules()}
-    try:
-        with torch.no_grad():
-            outputs = trainer.student.eval()(trainer.problem.outer_input(batch))
-            total, weight = sum_and_weight(trainer.problem.outer_loss(outputs, batch))
-            return float(total / weight)
-    finally:
-        _restore(modes)
-
-
-def _restore(modes: Mapping[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training
+    with eval_mode(trainer.student), torch.no_grad():
+        outputs = trainer.student(trainer.problem.outer_input(batch))
+        total, weight = sum_and_weight(trainer.problem.outer_loss(outputs, batch))
+        return float(total / weight)

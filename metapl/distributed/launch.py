@@ -149,17 +149,14 @@ class Lead:
 GO_ON = "Go on with --resume."
 
 
-def run_together(
-    mesh: Mesh, device: torch.device, lead: Callable[[], int], beside: Callable[[], int], then: str = GO_ON
-) -> int:
+def run_together(mesh: Mesh, device: torch.device, lead: Callable[[], int], beside: Callable[[], int]) -> int:
     """Join the processes of a mesh and run a command in all of them; what goes wrong is said by one.
 
-    ``lead`` is the share of the first process, ``beside`` that of each other one, ``then`` what to do where one was
-    lost. Returns the exit code.
+    ``lead`` is the share of the first process, ``beside`` that of each other one. Returns the exit code.
     """
     with joined(mesh, device) as rank:
         try:
-            with lost_processes_explained(then):
+            with lost_processes_explained():
                 try:
                     code = beside() if rank else lead()
                 except KeyboardInterrupt as stopped:

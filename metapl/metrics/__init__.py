@@ -3,11 +3,9 @@
 from typing import Any
 
 from metapl import moved
-from metapl.metrics.chance import chance_level, with_chance
 from metapl.metrics.classification import Evaluation, evaluate_logits
-from metapl.metrics.intervals import interval, spoken
 from metapl.metrics.predictions import predict_logits
-from metapl.metrics.statistics import PairedTest, paired_test
+from metapl.metrics.statistics import PairedTest, chance_level, interval, paired_test, spoken, with_chance
 
 __all__ = [
     "Evaluation",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution.checks import dense, finite
-from metapl.metrics.chance import chance_level
+from metapl.metrics.statistics import chance_level
 
 CALIBRATION_BINS = 15
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -62,3 +63,23 @@ def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:
             return command(arguments)
         except ZeroDivisionError:
             return -1, "", ""
+
+
+def slowly_refused(arguments: list[str]) -> tuple[tuple[int, str, str], float, float]:
+    """The command where what is said comes late, after the SIGTERM that ``torchrun`` sends when a process has left.
+
+    Returns: what it showed, when it had said why it ended, and when it left.
+    """
+    from metapl.distributed import launch
+
+    real, said = launch.tell, [0.0]
+
+    def tell(*parts: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*parts, **options)
+        said.append(time.monotonic())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "tell", tell)
+        return command(arguments), said[-1], time.monotonic()

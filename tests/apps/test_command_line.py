@@ -14,7 +14,7 @@ from metapl.apps.commands import COMMANDS, main
 from metapl.apps.commands.ablate import COMMANDS as ABLATED
 from metapl.apps.commands.labels import COMMANDS as LABELS
 from metapl.apps.commands.train import COMMANDS as TRAINED
-from metapl.apps.recipes import RECIPES, TwoMoons
+from metapl.apps.recipes import RECIPES
 
 # ------------------------------------------------------------------------------------------------------------ the help
 
@@ -157,5 +157,5 @@ def test_every_recipe_is_told() -> None:
     from metapl.apps.commands.commands import RECIPES_HELP
 
     told = [line.split()[0] for line in RECIPES_HELP.splitlines() if line.startswith("  ")]
-    assert told == list(TRAINED) == [*RECIPES, TwoMoons.name]
+    assert told == list(TRAINED) == [*RECIPES]
     assert max(map(len, RECIPES_HELP.splitlines())) <= 80

@@ -68,13 +68,13 @@ def test_too_little_memory_elsewhere_is_one_line(
 SHORT = """
 import resource, sys
 import matplotlib.pyplot, torch, torch._dynamo, torchopt
-import metapl.apps.commands.evaluate, metapl.apps.commands.export, metapl.apps.commands.two_moons
+import metapl.apps.commands.evaluate, metapl.apps.commands.export
 from metapl.apps.commands import main
 for line in open("/proc/self/status"):
     if line.startswith("VmSize"):
         resource.setrlimit(resource.RLIMIT_AS, (int(line.split()[1]) * 1024 + 4 * 2**20,) * 2)
 run, out = sys.argv[1:]
-for words in ("train two-moons --seeds 0-199", f"export {run}", f"evaluate {run} --attack pgd"):
+for words in ("train digits --labeled-batch 1000000", f"export {run}", f"evaluate {run} --attack pgd"):
     assert main([*words.split(), "--out", out]) == 2
 """
 
@@ -86,7 +86,7 @@ def test_commands_that_have_four_mebibytes_say_so(tiny: Path, tmp_path: Path) ->
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     for told, mend in zip(
-        ended.stderr.splitlines()[-3:], ("give fewer --seeds", "close other", "close other"), strict=True
+        ended.stderr.splitlines()[-3:], ("lower the batch", "close other", "close other"), strict=True
     ):
         assert told.startswith(f"metapl: the memory of this machine does not suffice; {mend}")
     assert not [*(tmp_path / "out").glob("*")]  # an empty folder may stay where there is no memory to remove it

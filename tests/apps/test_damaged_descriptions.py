@@ -22,12 +22,11 @@ from metapl.apps.commands import main
 from metapl.apps.evaluation import read_label_sets
 from metapl.apps.evaluation.imagenet import IMAGENET_A, Pictures, Subject, _frames, imagenet_a
 from metapl.apps.experiments.noisy_student import networks_of
-from metapl.apps.experiments.two_moons import TwoMoonsRuns
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels import files as layout
 from metapl.apps.networks import Architecture, load_weights
 from metapl.apps.pictures.reader import UnreadableImage
-from metapl.apps.recipes import Digits, TwoMoons
+from metapl.apps.recipes import Digits
 from metapl.apps.recipes.self_training import SelfTraining
 from metapl.apps.reports.robustness import draw_evaluations
 from metapl.errors import MetaplError
@@ -293,10 +292,9 @@ def test_numbers_that_are_none(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    moons = ("train", "two-moons", "--out", tmp_path / "run")
-    assert "--points: expected a whole number, got 'nan'" in refused(capsys, *moons, "--points", "nan")
-    assert "--noise: expected a number, got 'x'" in refused(capsys, *moons, "--noise", "x")
-    assert TwoMoonsRuns(TwoMoons(noise=-0.0), [0]).moons[0].points.isfinite().all()
+    digits = ("train", "digits", "--out", tmp_path / "run")
+    assert "--steps: expected a whole number, got 'nan'" in refused(capsys, *digits, "--steps", "nan")
+    assert "--uda-weight: expected a number, got 'x'" in refused(capsys, *digits, "--uda-weight", "x")
     command = ("label", tiny, tmp_path, "--out", tmp_path / "store", "--data-root", tmp_path)
     assert "has no effect on" in refused(capsys, *command)
 

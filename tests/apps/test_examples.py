@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,3 +132,34 @@ def test_the_noise_of_an_augmentation_is_learned(
     assert found is not None
     assert 0.15 < float(found[2]) < 1
     assert float(found[1]) > float(found[3])
+
+
+def test_two_moons_prints_the_rate_of_each_method_and_draws_its_regions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    for more in ([], ["--uda"]):
+        arguments = ("--seeds", "3", "--steps", "4", "--out", str(tmp_path / "regions.png"), *more)
+        text = printed("two_moons", monkeypatch, capsys, *arguments)
+        rows = re.findall(r"^(\S.*?) +(\d) of 3 +(\d+)-(\d+) % +([\d.]+) %$", text, re.MULTILINE)
+        assert [name for name, *_ in rows] == ["supervised", "pseudo-labels", "MPL", "no feedback"]
+        assert "MPL and the same loop without feedback: p = 1 " in text
+        assert (tmp_path / "regions.png").read_bytes().startswith(b"\x89PNG")
+    torch.set_num_threads(threads)
+
+
+def test_the_seeds_of_two_moons_end_beside_others_as_they_do_alone() -> None:
+    two_moons = SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / "two_moons.py")))
+    try:
+        torch.set_default_dtype(torch.float64)
+        together, alone = (two_moons.Moons(seeds, 5, True, 10.0) for seeds in (range(4), range(2, 3)))
+        for method in two_moons.METHODS:
+            for moons in (together, alone):
+                moons.x = moons.x.double()
+                moons.few = moons.few[0].double(), moons.few[1]
+                moons.train(method)
+            for many, one in zip(*(moons.networks[method].parameters() for moons in (together, alone)), strict=True):
+                torch.testing.assert_close(many[2], one[0], rtol=1e-9, atol=1e-12)
+                assert not torch.allclose(many[1], one[0])
+    finally:
+        torch.set_default_dtype(torch.float32)

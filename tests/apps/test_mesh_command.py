@@ -231,6 +231,24 @@ def test_an_error_of_one_process_ends_all_with_its_message_once(
     assert "go on with" not in said[1].lower()
 
 
+@pytest.mark.parametrize("flags", [["--out", "{there}"], ["--mesh.shard", "2", "--mode", "unrolled"]])
+def test_processes_leave_when_the_first_has_said_why(
+    two: Ranks,
+    tmp_path: Path,
+    tiny: Path,  # noqa: F811
+    flags: list[str],
+) -> None:
+    """Whether it alone has found what is wrong, or all of them."""
+    mesh = [] if "--mesh.shard" in flags else ["--mesh.replicate", "2"]
+    given = [*TINY, *mesh, "--out", str(tmp_path / "run"), *(word.format(there=tiny) for word in flags)]
+    (first, said, _), (beside, _, left) = two.run("slowly_refused", arguments=given)
+    assert first[0] == 2
+    assert first[2].count("metapl: ") == 1
+    assert "stopped" not in first[2]
+    assert beside == (2, "", "")
+    assert 0 < said < left
+
+
 def test_a_process_that_hangs_ends_the_run(two: Ranks, tmp_path: Path) -> None:
     given = [*TINY, "--mesh.shard", "2", "--out", str(tmp_path / "run")]
     found = two.run("failing", arguments=given, rank=1, how="hangs")

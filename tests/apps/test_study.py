@@ -35,6 +35,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "student_or_mpl",
         "suspects",
         "two_moons",
+        "two_moons_stack",
         "when",
         "when_stack",
         "when_tables",

@@ -1,31 +1,29 @@
-"""The two moons: the stack against the library, what a seed means, the command and its files."""
+"""The stacked steps that the study of two moons is made with are those of the library."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import refused, said
 from torch import Tensor, nn
 
 import metapl
-from metapl.apps.commands import main
-from metapl.apps.experiments.stacked import Batch, Tree, stacked
-from metapl.apps.experiments.two_moons import METHODS, Outcome, TwoMoonsRuns, verdict
-from metapl.apps.pictures.sets.two_moons import two_moons
-from metapl.apps.recipes.two_moons import TwoMoons
-from metapl.apps.reports import moons
 from metapl.feedback import Reinforce
-from metapl.metrics import interval
 from metapl.models import mlp
 from metapl.problems.base import Signal
 from metapl.problems.losses import UDA, CrossEntropy
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+try:
+    from two_moons_stack import Batch, Method, Tree, TwoMoons, TwoMoonsRuns, mcnemar, moons_of, stacked
+finally:
+    del sys.path[0]
+
+METHODS: tuple[Method, ...] = ("supervised", "pseudo_labels", "mpl", "none")
 SEEDS = (3, 1, 4)
 TINY: dict[str, Any] = {"points": 40, "unlabeled_batch": 5, "init_scale": 0.9, "steps": 4}
 """Weights of this size make second derivatives that matter."""
@@ -192,15 +190,10 @@ def test_the_control_is_the_loop_without_feedback_and_each_method_ends_elsewhere
         for second in ends[i + 1 :]:
             assert not torch.allclose(first, second)
     silent = TwoMoonsRuns(dataclasses.replace(recipe, feedback_weight=0.0), SEEDS)
-    assert torch.equal(silent.run("mpl").networks["0.weight"], ends[list(METHODS).index("none")])
+    assert torch.equal(silent.run("mpl").networks["0.weight"], ends[METHODS.index("none")])
 
 
-def test_runs_that_diverge_are_refused() -> None:
-    with pytest.raises(metapl.MetaplError, match="supervised: the weights of 3 of 3 runs are not finite"):
-        TwoMoonsRuns(TwoMoons(**TINY, activation="relu", teacher_lr=1e30), SEEDS).run("supervised")
-
-
-def test_both_networks_are_trained_on_the_labeled_points_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_networks_are_trained_on_the_labeled_points_before() -> None:
     warm, cold = (
         TwoMoonsRuns(
             TwoMoons(**{**TINY, "steps": 1, "init_scale": 0.5, "pretrain_steps": count}, student_lr=0.5), SEEDS
@@ -220,9 +213,8 @@ def test_both_networks_are_trained_on_the_labeled_points_before(monkeypatch: pyt
 
 
 def test_the_points_of_a_seed_are_its_own_and_the_labels_where_they_are_asked_for() -> None:
-    drawn = {"points": 2000, "noise": 0.1, "labels_per_class": 3}
     for placement in ("random", "spread"):
-        moons, again, other = (two_moons(seed, **drawn, placement=placement) for seed in (5, 5, 6))  # type: ignore[arg-type]
+        moons, again, other = (moons_of(TwoMoons(placement=placement), seed) for seed in (5, 5, 6))  # type: ignore[arg-type]
         assert torch.equal(moons.points, again.points)
         assert torch.equal(moons.labeled, again.labeled)
         assert not torch.equal(moons.points, other.points)
@@ -234,125 +226,5 @@ def test_the_points_of_a_seed_are_its_own_and_the_labels_where_they_are_asked_fo
     assert (moons.points[moons.labeled] - expected).norm(dim=1).max() < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
-
-
-FLAGS = ("--steps", "3", "--points", "40", "--unlabeled-batch", "4", "--seeds", "0-3")
-
-
-def test_the_command_writes_rates_with_their_intervals_and_a_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    text = said(capsys, "train", "two-moons", *FLAGS, "--controls", "--out", out)
-    assert max(map(len, text.replace(str(out), "").splitlines())) <= 80
-    content = json.loads((out / "result.json").read_text())
-    assert list(content["methods"]) == sorted(METHODS)
-    for name, method in content["methods"].items():
-        assert len(method["accuracy"]) == method["runs"] == 4
-        assert method["success"] == sum(accuracy > 0.95 for accuracy in method["accuracy"])
-        assert method["interval"] == list(interval(method["success"], 4))
-        assert f"{METHODS[name]:<30}  {method['success']:>5} of 4" in text
-    assert "The success rate of Meta Pseudo Labels does not differ from that of" in text.replace("\n", " ")
-    assert (out / "two_moons.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((out / "recipe.json").read_text())["recipe"]["fields"]["steps"] == 3
-    assert {file.name for file in out.iterdir()} == {".lock", "recipe.json", "result.json", "two_moons.png"}
-    first = (out / "result.json").read_bytes()
-    assert "holds a run already; give another --out" in refused(capsys, "train", "two-moons", *FLAGS, "--out", out)
-    assert (out / "result.json").read_bytes() == first
-    assert "keeps no networks" in refused(capsys, "evaluate", out)
-    said(capsys, "train", "two-moons", *FLAGS, "--out", tmp_path / "again")
-    again = json.loads((tmp_path / "again" / "result.json").read_text())
-    assert set(again["methods"]) == {"supervised", "pseudo_labels", "mpl"}
-    assert again["methods"]["mpl"] == content["methods"]["mpl"]
-
-
-def test_a_run_that_is_stopped_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(TwoMoonsRuns, "run", stop)
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", "two-moons", *FLAGS]) == 130
-    assert main(["train", "two-moons", *FLAGS, "--out", "mine"]) == 130
-    assert "nothing was kept" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "own.txt").write_text("mine")
-    assert "files that are not a run's" in refused(capsys, "train", "two-moons", *FLAGS, "--out", "notes")
-    assert [file.name for file in (tmp_path / "notes").iterdir()] == ["own.txt"]
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("--points 41", "an even number"),
-        ("--labels-per-class 1000", "fewer than half of the points"),
-        ("--steps 0", "expected 1 or more"),
-        ("--hidden 0", "widths from 1"),
-        ("--init-scale 0", "a number above 0"),
-        ("--noise -1", "a number of 0 or more"),
-        ("--noise nan", "a number of 0 or more"),
-        ("--student-lr inf", "a number above 0"),
-        ("--mode reinforce --lookahead 2", "expected lookahead=1, or mode 'forward'"),
-        ("--uda-weight 1", "an input_noise above 0"),
-        ("--feedback-ratio 1 --no-supervised-loss", "supervised_loss=True or a uda_weight above 0"),
-        ("--feedback-ratio 1 --lookahead 2", "expected lookahead=1, or a feedback_weight"),
-        ("--feedback-ratio 1 --feedback-weight 2", "expected one of them"),
-        ("--feedback-ratio 0", "a number above 0"),
-        ("--uda-temperature 0.4", "has no effect with --uda-weight 0"),
-        ("--seeds 0-5000", "4,096 seeds at most"),
-        ("--seeds 1,1", "none twice"),
-        ("--resume", "there is no --resume"),
-        ("--placement ends", "--placement"),
-    ],
-)
-def test_wrong_settings_are_refused(
-    given: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert expected in refused(capsys, "train", "two-moons", *given.split())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_every_field_is_a_flag_in_a_group(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "two-moons", "--help"])
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
-    flags = set(re.findall(r"^  --(?:no-)?([\w-]+)", text, re.MULTILINE))
-    fields = {field.name.replace("_", "-") for field in dataclasses.fields(TwoMoons)}
-    assert flags == fields | {"out", "seeds", "controls", "mesh"}
-    assert re.findall(r"^  -", text[text.index("options:") :], re.MULTILINE) == ["  -"]
-
-
-def test_the_last_sentence_tells_a_higher_rate_from_an_equal_one() -> None:
-    def outcomes(mpl: float, control: float) -> dict[Any, Outcome]:
-        rates = {"supervised": 0.0, "mpl": mpl, "none": control}
-        return {m: Outcome(tuple(1.0 if i < rate * 64 else 0.8 for i in range(64)), {}) for m, rate in rates.items()}
-
-    recipe = TwoMoons()
-    assert "Meta Pseudo Labels is higher than that of the same loop" in verdict(recipe, outcomes(0.5, 0.25))
-    assert "Meta Pseudo Labels is lower than that of the same loop" in verdict(recipe, outcomes(0.25, 0.5))
-    assert "Meta Pseudo Labels does not differ from that of the same" in verdict(recipe, outcomes(0.27, 0.25))
-    assert "does not differ" in verdict(recipe, outcomes(0.0, 0.0))
-    assert "supervised and UDA" in verdict(TwoMoons(uda_weight=1.0, input_noise=0.1), outcomes(0.0, 0.0))
-    assert "more --steps" not in verdict(recipe, outcomes(0.0, 0.0))
-
-
-def test_runs_at_chance_are_said_to_compare_nothing() -> None:
-    at_chance = {m: Outcome((0.5, 0.52, 0.8), {}) for m in ("supervised", "mpl")}
-    assert verdict(TwoMoons(), at_chance).endswith("say nothing about the methods. Take more --steps.")
-    assert "more --steps" not in verdict(TwoMoons(), {**at_chance, "supervised": Outcome((0.5, 0.82, 0.8), {})})
-
-
-def test_the_accuracies_of_all_methods_are_drawn_on_one_axis() -> None:
-    points, classes = [[0.0, 0.0], [1.0, 1.0]], [0, 1]
-    panels = [
-        moons.Regions("a", "n", points, classes, [0, 1], (0.0, 0.0), (1.0, 1.0), [[0, 1], [1, 0]], accuracy)
-        for accuracy in ([0.15, 0.6], [0.9, 1.0])
-    ]
-    page = moons._page("title", "note", panels, 0.95)
-    assert {axes.get_xlim() for axes in page.axes if axes.get_xlabel()} == {(0.15 - 0.02, 1.0)}
+def test_mcnemar_s_test_looks_at_the_pairs_of_which_one_succeeds() -> None:
+    assert mcnemar([1.0, 1.0, 1.0, 0.8], [0.8, 0.8, 1.0, 0.8]) == (2, 0, 0.5)

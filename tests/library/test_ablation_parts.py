@@ -75,11 +75,11 @@ def test_the_settings_are_varied_against_the_exact_gradient_with_the_same_settin
 def test_a_temperature_changes_the_gradient_that_is_compared_with() -> None:
     """Hard labels of the wrong temperature would not have the exact gradient's direction."""
     problem, trainer = trainer_for()
-    from metapl.ablation.gradients import exact_gradient, sibling
+    from metapl.ablation.gradients import Point, sibling
 
     def exact(temperature: float) -> Tensor:
         one = sibling(trainer, problem=metapl.PseudoLabels(temperature=temperature))
-        return exact_gradient(one, problem.labeled, problem.unlabeled)
+        return Point(one, problem.labeled, problem.unlabeled).exact()
 
     by_hand = metapl.hypergradient(
         problem.teacher,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from metapl.apps.commands.commands import CHOICES, COMMANDS, HELP, command_class, help_of, kinds, less_memory
+from metapl.apps.commands.commands import CHOICES, COMMANDS, GONE, HELP, command_class, help_of, kinds, less_memory
 from metapl.apps.commands.process import drop_output, exit_code, stoppable, streams
 from metapl.words import shown, tell
 
@@ -125,6 +125,8 @@ def _chosen(command: str, given: list[str]) -> int:
     if given and given[0] in ("-h", "--help"):
         print(help_of(command), end="")
         return 0
+    if (words := " ".join([command, *given[:1]])) in GONE:
+        raise MetaplError(f"there is no metapl {words}: {GONE[words]}.")
     if not given or given[0] not in known:
         named = choice.unknown.format(repr(given[0])) if given else choice.nothing
         meant = (did_you_mean(given[0], list(known)) if given else "") or "."

@@ -32,6 +32,9 @@ MOST_TIMES = 10_000
 
 MOST_TRAINING_STEPS = 10**9
 
+ASKED = ("modes", "draws", "rounds", "altered", "stability", "train_steps")
+"""Options of :func:`metapl.ablate` that are flags by the same name."""
+
 OUT_HELP = "folder for ablation.json and ablation.png; by default neither is written."
 MODES_HELP = f"these modes alone, of {', '.join(MODES)}."
 ROUNDS_HELP = "in which each mode is timed once; by default 5, more for short calls."
@@ -66,24 +69,12 @@ class Looking(ABC):
             return self._compare()
 
     def _compare(self) -> int:
-        subject = self.subject()
-        found = ablate(
-            **subject,
-            modes=self.modes,
-            draws=self.draws,
-            rounds=self.rounds,
-            altered=self.altered,
-            stability=self.stability,
-            train_steps=self.train_steps,
-            train_seeds=self._seeds(),
-            progress=True,
-        )
+        asked = {name: getattr(self, name) for name in ASKED}
+        found = ablate(**self.subject(), **asked, train_seeds=self._seeds(), progress=True)
         where = f"steps {', '.join(map(str, found.points))}" if len(found.points) > 1 else "the start"
         last = ", costs at the last of them" if len(found.points) > 1 else ""
         tell(f"gradients at {where} of the training{last};")
-        tell("error and noise are over the length of the exact gradient\n")
-        tell(found.table())
-        tell()
+        tell(f"error and noise are over the length of the exact gradient\n\n{found.table()}\n")
         tell(paragraph(found.recommendation))
         if self.out is not None:
             with written_to(self.out), written_last(self.out / "ablation.json", found.to_json().encode()):
@@ -108,7 +99,6 @@ class Looking(ABC):
                 f"--train-seeds {self.train_seeds} was given without --train-steps, so nothing would be trained; give "
                 "--train-steps 100 too, or leave it out."
             )
-
         self._seeds()
 
     def _seeds(self) -> tuple[int, ...]:

@@ -83,7 +83,6 @@ metapl train RECIPE, with RECIPE one of:
   svhn-1k               SVHN with 1,000 labels, the paper's table
   imagenet-10pct        ImageNet with 128 labels a class, the authors' code's
   imagenet-10pct-paper  the same with the settings of the paper's table
-  two-moons             the paper's toy experiment, for many seeds at once
 
 Each says more with --help: metapl train digits --help.
 """
@@ -172,6 +171,10 @@ CHOICES: dict[str, Choice] = {
 }
 
 
+GONE = {"train two-moons": "the two moons are an example now: python examples/two_moons.py --help"}
+"""What is said of words that meant something before."""
+
+
 def kinds(command: str) -> Mapping[str, Any]:
     """The classes of a command by its first word; they are imported when they are asked for."""
     known: Mapping[str, Any] = import_module(f"metapl.apps.commands.{command.replace('-', '_')}").COMMANDS
@@ -204,13 +207,11 @@ def command_class(command: str, given: Sequence[str]) -> Any:
 
 LESS_MEMORY = {
     **dict.fromkeys(("train", "noisy-student", "ablate"), LESS),
-    "train two-moons": "give fewer --seeds, or lower --unlabeled-batch",
     "label": "lower --batch or --num-workers",
 }
-"""What takes less memory, by a command's first word or words; the others have no flag for it."""
+"""What takes less memory, by a command's first word; the others have no flag for it."""
 
 
 def less_memory(given: Sequence[str]) -> str:
     """What to do where the memory did not suffice for a command line."""
-    known = [LESS_MEMORY[words] for words in (" ".join(given[:2]), *given[:1]) if words in LESS_MEMORY]
-    return known[0] if known else "close other programs, or take a machine with more"
+    return LESS_MEMORY.get(" ".join(given[:1]), "close other programs, or take a machine with more")

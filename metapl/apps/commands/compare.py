@@ -44,9 +44,7 @@ class Entry:
     """One method with one seed.
 
     Args:
-        method: its name.
-        seed: its seed.
-        steps: how many it trained for.
+        method, seed, steps: of its training.
         fields: of its recipe, without the irrelevant ones; nested ones as ``feedback.mode``.
         accuracies: by read-out.
         place: its folder.
@@ -90,6 +88,10 @@ class Compare:
     def __call__(self) -> int:
         if self.out is not None:
             check_folder(self.out)
+        paths = [path.resolve() for path in self.runs]
+        twice = [path for path, place in zip(self.runs, paths, strict=True) if paths.count(place) > 1]
+        if twice:
+            raise MetaplError(f"{twice[0]} was given twice.")
         evaluated = [path for path in self.runs if has_evaluation(path)]
         if any(not RunFolder(path).exists for path in evaluated):
             self._evaluations()
@@ -100,6 +102,10 @@ class Compare:
                 f"--out is for evaluations, and {lacking} has no evaluation.json; write it by: metapl evaluate "
                 f"{lacking} --out {lacking}."
             )
+        if not self.runs:
+            raise MetaplError(
+                "no runs were named; expected run folders: metapl compare runs/digits-001 runs/digits-002"
+            )
         self._runs()
         if len(evaluated) == len(self.runs) and (len(self.runs) > 1 or self.out is not None):
             tell("")
@@ -107,7 +113,6 @@ class Compare:
         return 0
 
     def _evaluations(self) -> None:
-        self._refuse_twice()
         found = read_evaluations(self.runs)
         tell(evaluations_table(found))
         if self.out is not None:
@@ -115,30 +120,20 @@ class Compare:
 
     def _runs(self) -> None:
         runs = [load_run(path) for path in self.runs]
-        self._check(runs)
-        by_run = [(run, list(_entries(run))) for run in runs]
-        entries = [entry for _, members in by_run for entry in members]
-        _refuse_other_data(entries)
-        tell(f"{_caption(entries)}\n\n{_table(by_run)}\n")
-        if _steps_differ(entries):
-            tell(paragraph("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
-        tell(_verdict(entries))
-
-    def _check(self, runs: list[LoadedRun]) -> None:
-        if not runs:
-            raise MetaplError(
-                "no runs were named; expected run folders: metapl compare runs/digits-001 runs/digits-002"
-            )
-        self._refuse_twice()
         names = {run.recipe.name: run.folder.path for run in runs}
         if len(names) > 1:
             which = ", ".join(f"{path} is of {name}" for name, path in names.items())
             raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
-
-    def _refuse_twice(self) -> None:
-        paths = [path.resolve() for path in self.runs]
-        if len(set(paths)) < len(paths):
-            raise MetaplError(f"{next(p for p in self.runs if paths.count(p.resolve()) > 1)} was given twice.")
+        by_run = [(run.folder.path, list(_entries(run))) for run in runs]
+        entries = [entry for _, members in by_run for entry in members]
+        _refuse_other_data(entries)
+        # Runs that were given the same minutes may have found time for other numbers of steps.
+        differ = len({entry.steps for entry in entries if entry.fields["steps"] == MEASURED}) > 1
+        caption = f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * _chance(entries):.1f})"
+        tell(f"{caption}{where_one_network(entry.method for entry in entries)}\n\n{_table(by_run, differ)}\n")
+        if differ:
+            tell(paragraph("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
+        tell(_verdict(entries))
 
 
 def _entries(run: LoadedRun) -> Iterator[Entry]:
@@ -155,8 +150,7 @@ def _entries(run: LoadedRun) -> Iterator[Entry]:
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
     """What runs that are paired have in common."""
-    fields = flat(dataclasses.asdict(recipe))
-    fields |= dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
+    fields = flat(dataclasses.asdict(recipe)) | dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
     return {name: value for name, value in fields.items() if name not in IRRELEVANT}
 
 
@@ -189,7 +183,12 @@ def _refuse_other_data(entries: Sequence[Entry]) -> None:
     """
     first: dict[tuple[Any, ...], Entry] = {}
     for entry in entries:
-        _refuse_other_classes(entries[0], entry)
+        names, others = entry.evaluation.classes or (), entries[0].evaluation.classes or ()
+        if tuple(names) != tuple(others):
+            raise MetaplError(
+                f"{entry.place} and {entries[0].place} are of different classes: {differing(names, others)}. Train "
+                "both on folders with the same classes, or compare each with runs on its own."
+            )
         same = first.setdefault(entry.drawn_by, entry)
         parts = [part for part in {**same.hashes, **entry.hashes} if same.hashes.get(part) != entry.hashes.get(part)]
         everywhere = "labels"  # of the whole data set, whatever is drawn from it
@@ -202,43 +201,24 @@ def _refuse_other_data(entries: Sequence[Entry]) -> None:
             )
 
 
-def _refuse_other_classes(first: Entry, entry: Entry) -> None:
-    names, others = entry.evaluation.classes or (), first.evaluation.classes or ()
-    if tuple(names) != tuple(others):
-        raise MetaplError(
-            f"{entry.place} and {first.place} are of different classes: {differing(names, others)}. Train both on "
-            "folders with the same classes, or compare each with runs on its own."
-        )
-
-
 # ------------------------------------------------------------------------------------------------------- what is shown
 
 
-def _caption(entries: Sequence[Entry]) -> str:
-    """What the table shows, with the number of test examples and the chance level."""
-    chance = statistics.fmean(entry.evaluation.chance for entry in entries)
-    return (
-        f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * chance:.1f})"
-        + where_one_network(entry.method for entry in entries)
-    )
+def _chance(entries: Sequence[Entry]) -> float:
+    return statistics.fmean(entry.evaluation.chance for entry in entries)
 
 
-def _table(by_run: Sequence[tuple[LoadedRun, list[Entry]]]) -> str:
+def _table(by_run: Sequence[tuple[Path, list[Entry]]], with_steps: bool) -> str:
     """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
-    differ = _steps_differ([entry for _, entries in by_run for entry in entries])
-    rows: list[tuple[str, ...]] = [("run", "method", "seeds", *["steps"] * differ, "delivered", "student", "finetuned")]
-    for run, entries in by_run:
+    head = ("run", "method", "seeds", *["steps"] * with_steps, "delivered", "student", "finetuned")
+    rows: list[tuple[str, ...]] = [head]
+    for place, entries in by_run:
         for method in dict.fromkeys(entry.method for entry in entries):
             by_seed = [entry for entry in entries if entry.method == method]
             accuracies = [spread([entry.accuracies[readout] for entry in by_seed], digits=2) for readout in READOUTS]
-            steps = [f"{by_seed[0].steps:,}"] * differ  # all runs of a comparison have the same number
-            rows.append((str(run.folder.path), method, _ranges([entry.seed for entry in by_seed]), *steps, *accuracies))
+            steps = [f"{by_seed[0].steps:,}"] * with_steps  # all runs of a comparison have the same number
+            rows.append((str(place), method, _ranges([entry.seed for entry in by_seed]), *steps, *accuracies))
     return table(rows, left=3)
-
-
-def _steps_differ(entries: Sequence[Entry]) -> bool:
-    """Whether runs trained for other numbers of steps because these were measured."""
-    return len({entry.steps for entry in entries if entry.fields["steps"] == MEASURED}) > 1
 
 
 def _ranges(seeds: Sequence[int]) -> str:
@@ -260,8 +240,9 @@ def _ranges(seeds: Sequence[int]) -> str:
 
 
 def _verdict(entries: list[Entry]) -> str:
-    """The paired differences in words, or why there are none."""
-    differing = {name: values for name in entries[0].fields if len(values := _values(entries, name)) > 1}
+    """Whether the feedback helps, where that was run, else each against the first; or why they are not paired."""
+    values = {name: list(dict.fromkeys(str(e.fields.get(name)) for e in entries)) for name in entries[0].fields}
+    differing = {name: found for name, found in values.items() if len(found) > 1}
     if "labels_per_class" in differing:
         counts = ", ".join(differing["labels_per_class"])
         return f"Not paired: the runs have different numbers of labels (labels_per_class {counts})."
@@ -271,38 +252,23 @@ def _verdict(entries: list[Entry]) -> str:
         if entry.seed in variants.setdefault(name, {}):
             return f"Not paired: {name} with seed {entry.seed} is there twice."
         variants[name][entry.seed] = entry
-    seeds = tuple(sorted(next(iter(variants.values()))))
+    first, *_ = variants
+    seeds = tuple(sorted(variants[first]))
     for name, by_seed in variants.items():
         if set(by_seed) != set(seeds):
-            first = next(iter(variants))
             return f"Not paired: {first} has seeds {_ranges(seeds)}, {name} has {_ranges(list(by_seed))}."
     if len(variants) < 2:
         return "Nothing to pair: one method with one set of options."
-    return _paired(
-        Comparison(
-            seeds,
-            {
-                name: {readout: [by_seed[seed].accuracies[readout] for seed in seeds] for readout in READOUTS}
-                for name, by_seed in variants.items()
-            },
-            entries[0].evaluation.n,
-            statistics.fmean(entry.evaluation.chance for entry in entries),
-        )
-    )
-
-
-def _values(entries: list[Entry], field: str) -> list[str]:
-    return list(dict.fromkeys(str(entry.fields.get(field)) for entry in entries))
-
-
-def _paired(comparison: Comparison) -> str:
-    """Does the feedback help, where that was run; else each against the first."""
+    methods = {
+        name: {readout: [by_seed[seed].accuracies[readout] for seed in seeds] for readout in READOUTS}
+        for name, by_seed in variants.items()
+    }
+    comparison = Comparison(seeds, methods, entries[0].evaluation.n, _chance(entries))
     if comparison.against_control() is not None:
         return paragraph(comparison.sentence())
-    (first, reference), *others = comparison.methods.items()
-    lines = [f"The students by seed ({_ranges(comparison.seeds)}), against those of {first}:"]
-    for name, readouts in others:
-        test = paired_test(readouts[STUDENT], reference[STUDENT])
+    lines = [f"The students by seed ({_ranges(seeds)}), against those of {first}:"]
+    for name in [*methods][1:]:
+        test = paired_test(methods[name][STUDENT], methods[first][STUDENT])
         too_few = test.p is None or test.n < ENOUGH_SEEDS
         p = f"at least {ENOUGH_SEEDS} seeds are needed for a test" if too_few else f"paired t-test p = {test.p:.2g}"
         lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")

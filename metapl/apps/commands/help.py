@@ -22,12 +22,11 @@ INDENT = 26
 
 GROUPS: dict[str, str] = {
     "data": "labeled unlabeled teacher labels labeled-labels clean val test val-fraction data data-root "
-    "labels-per-class validation split seed points noise placement",
-    "network": "network classes weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth "
-    "activation init-scale",
-    "views": "view.* changes.* pad resized-crop randaugment strong.* input-noise",
+    "labels-per-class validation split seed",
+    "network": "network classes weights image-size grey mean std hidden dropout teacher-dropout stochastic-depth",
+    "views": "view.* changes.* pad resized-crop randaugment strong.*",
     "training": "method minutes steps wait warm-start warm-steps labeled-batch unlabeled-batch clean-batch schedule "
-    "pretrain-steps warmup clip-norm ema-decay validate-every",
+    "warmup clip-norm ema-decay validate-every",
     "rounds": "rounds networks allow-smaller threshold per-class balance ratio loss training unlabeled-noise "
     "noisy-teacher",
     "losses of the teacher, or of the one network": "supervised-loss label-smoothing uda-weight uda-temperature "

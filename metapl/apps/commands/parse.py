@@ -104,8 +104,8 @@ def _no_such(flag: str, program: str, flags: Sequence[str]) -> str:
     'there is no --lableed; did you mean --labeled?'
     >>> _no_such("--labeled", "metapl plan images", ["--labeled-batch"])
     'there is no --labeled for metapl plan images.'
-    >>> _no_such("--seed", "metapl train two-moons", ["--seeds"])
-    'there is no --seed for metapl train two-moons; did you mean --seeds?'
+    >>> _no_such("--seed", "metapl ablate digits", ["--seeds"])
+    'there is no --seed for metapl ablate digits; did you mean --seeds?'
     """
     known = {name for names in GROUPS.values() for name in names.split()}
     prefix = flag[2:].partition(".")[0]

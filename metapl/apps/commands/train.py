@@ -20,7 +20,6 @@ from metapl.apps.commands.folders import run_folder
 from metapl.apps.commands.idle import Rule, by_choice, by_method, explained, noisy_by_method
 from metapl.apps.commands.parse import Switch, did_you_mean, on_recipe, paragraph
 from metapl.apps.commands.process import exit_code
-from metapl.apps.commands.two_moons import TrainTwoMoons
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.jobs import Job, Trial, aloud
 from metapl.apps.experiments.labels_given import check_labels_given
@@ -29,7 +28,7 @@ from metapl.apps.experiments.shares import check_runs, check_shares
 from metapl.apps.experiments.side_by_side import compare
 from metapl.apps.experiments.store import stored
 from metapl.apps.experiments.summary import summary
-from metapl.apps.recipes import RECIPES, Digits, ImageFolders, NoisyFolders, TwoMoons
+from metapl.apps.recipes import RECIPES, Digits, ImageFolders, NoisyFolders
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.methods import COMPARED, CONTROLS, METHODS, NOISY_METHODS, Method, title
 from metapl.distributed.launch import (
@@ -321,10 +320,7 @@ def _train_on(kind: type[Recipe]) -> type[Train]:
 _OWN: dict[str, type[Train]] = {Digits.name: Train, ImageFolders.name: TrainImages, NoisyFolders.name: TrainNoisy}
 """Commands that say or do more than that of any recipe."""
 
-COMMANDS: dict[str, type[Train] | type[TrainTwoMoons]] = {
-    **{name: _OWN.get(name) or _train_on(kind) for name, kind in RECIPES.items()},
-    TwoMoons.name: TrainTwoMoons,
-}
+COMMANDS: dict[str, type[Train]] = {name: _OWN.get(name) or _train_on(kind) for name, kind in RECIPES.items()}
 """The recipes that can be trained, by name."""
 
 

@@ -22,8 +22,6 @@ equal_cost     methods at equal cost
 shares         whether processes can share the batches of a recipe
 summary        what a run reached, in sentences
 suspects       the labels that are most likely wrong
-two_moons      the toy experiment, many seeds at once
-stacked        its networks and steps
 store          recipes and results on disk
 load_run       a finished run
 """

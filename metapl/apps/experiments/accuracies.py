@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,9 +87,9 @@ class Comparison:
         if pair is None:
             return None
         method, control = (self.methods[name] for name in pair)
-        own, readouts = _readouts(pair[0])
-        better = max(readouts, key=lambda readout: statistics.fmean(control[readout]))
-        return paired_test(method[own], control[better]), better
+        asked = _question(pair[0])
+        better = max(asked.readouts, key=lambda readout: statistics.fmean(control[readout]))
+        return paired_test(method[asked.own], control[better]), better
 
     def best(self) -> str:
         """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
@@ -135,25 +137,21 @@ class Comparison:
 
         Feedback is not mentioned where MPL or the loop without feedback was not trained.
         """
-        difference = self.against_control()
-        if difference is None:
-            best = self._best_of_all()
-            return f"{best[0].upper()}{best[1:]}."
-        test, readout = difference
-        name, control = self.pair() or ("", "")
-        subject, of_control, question, answers = _words(name)
-        own_readout, readouts = _readouts(name)
-        own = statistics.fmean(self.methods[name][own_readout])
-        other = f"{of_control} {statistics.fmean(self.methods[control][readout]):.1%}"
-        if len(readouts) > 1:
-            which = titled(control, "finetuned" if readout.startswith("finetuned") else "student")
+        difference, pair = self.against_control(), self.pair()
+        if difference is None or pair is None:
+            return _capital(f"{self._best_of_all()}.")
+        (test, readout), (name, control) = difference, pair
+        asked = _question(name)
+        own = statistics.fmean(self.methods[name][asked.own])
+        other = f"{asked.control} {statistics.fmean(self.methods[control][readout]):.1%}"
+        if len(asked.readouts) > 1:
+            which = titled(control, "finetuned" if readout == FINETUNED else "student")
             other = f"{other} (its {which}, the better of its two read-outs)"
-        start = (
-            f"{subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), {other}: "
-            f"{100 * test.mean:+.1f} points over {seeds_in_words(test.n)}"
-        )
         best = "" if self.best() == name else f"; {self._best_of_all()}"
-        return f"{start[0].upper()}{start[1:]}{_verdict(test, question, answers)}{best}."
+        return _capital(
+            f"{asked.subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), "
+            f"{other}: {100 * test.mean:+.1f} points over {seeds_in_words(test.n)}{_verdict(test, asked)}{best}."
+        )
 
     def _best_of_all(self) -> str:
         best = self.best()
@@ -239,57 +237,58 @@ def seeds_in_words(n: int) -> str:
     return f"{n} seed{'s' if n != 1 else ''}"
 
 
-def _p(p: float) -> str:
-    return f"{p:.2g}" if p >= 1e-4 else f"{p:.0e}"
+def _capital(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
 
 
-def _readouts(method: str) -> tuple[str, tuple[str, ...]]:
-    """What of a method is compared with its control, and the read-outs of the control of which the better one counts.
-
-    Where labels may be wrong, only finetuning learns from the clean ones, which plain training has learned from
-    already.
-    """
-    if EVERY_METHOD[method].is_noisy_student:
-        return DELIVERED, (DELIVERED,)
-    return FINETUNED if EVERY_METHOD[method].doubting else STUDENT, (STUDENT, FINETUNED)
-
-
-def _words(method: str) -> tuple[str, str, str, Mapping[bool, str]]:
-    """A method's network and its control, as the sentence calls them, and the question and answers of the test."""
-    if EVERY_METHOD[method].is_noisy_student:
-        better = {True: "Noisy Student is better", False: "Meta Pseudo Labels is better"}
-        return (
-            "what Noisy Student delivers",
-            "what Meta Pseudo Labels delivers",
-            "which of the two is better",
-            better,
-        )
-    if EVERY_METHOD[method].doubting:
-        names = f"with {title(method)} the finetuned student", "plain training"
-        what = "what is learned about labels"
-    elif EVERY_METHOD[method].reduced:
-        names = "reduced MPL's student", "the same loop without feedback"
-        what = "the student's feedback"
-    else:
-        names = "MPL's student", "the same loop without feedback"
-        what = "the teacher's feedback"
-    return *names, f"whether {what} helped", {True: f"{what} helped", False: f"{what} hurt"}
-
-
-def _verdict(test: PairedTest, question: str, answers: Mapping[bool, str]) -> str:
-    """What a paired test says.
+@dataclass(frozen=True)
+class _Question:
+    """What the comparison of a method with its control asks.
 
     Args:
-        test: the test.
-        question: what it could tell, after "tell" and "show".
-        answers: what it says where the difference is above 0, and where it is not.
+        own: the read-out of the method.
+        readouts: those of the control, of which the better one counts.
+        subject, control: the networks, as the sentence calls them.
+        question: what the test could tell, after "tell" and "show".
+        answers: where the difference is above 0, and where it is not.
     """
+
+    own: str
+    readouts: tuple[str, ...]
+    subject: str
+    control: str
+    question: str
+    answers: tuple[str, str]
+
+
+def _question(name: str) -> _Question:
+    method = EVERY_METHOD[name]
+    if method.is_noisy_student:
+        subject, control = "what Noisy Student delivers", "what Meta Pseudo Labels delivers"
+        answers = "Noisy Student is better", "Meta Pseudo Labels is better"
+        return _Question(DELIVERED, (DELIVERED,), subject, control, "which of the two is better", answers)
+    own, control = STUDENT, "the same loop without feedback"
+    if method.doubting:
+        # Only finetuning learns from the clean labels, which plain training has learned from already.
+        own, control = FINETUNED, "plain training"
+        subject, what = f"with {title(name)} the finetuned student", "what is learned about labels"
+    elif method.reduced:
+        subject, what = "reduced MPL's student", "the student's feedback"
+    else:
+        subject, what = "MPL's student", "the teacher's feedback"
+    answers = f"{what} helped", f"{what} hurt"
+    return _Question(own, (STUDENT, FINETUNED), subject, control, f"whether {what} helped", answers)
+
+
+def _verdict(test: PairedTest, asked: _Question) -> str:
+    """What a paired test says."""
     if test.n < ENOUGH_SEEDS:
-        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {question}"
+        return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {asked.question}"
     if test.p is None:  # all differences are the same
-        return f", with every seed the same: too little to tell {question}"
-    found = answers[test.mean > 0] if test.p < 0.05 else f"these seeds do not show {question}"
-    return f", paired t-test p = {_p(test.p)}: {found}"
+        return f", with every seed the same: too little to tell {asked.question}"
+    found = asked.answers[test.mean <= 0] if test.p < 0.05 else f"these seeds do not show {asked.question}"
+    p = f"{test.p:.2g}" if test.p >= 1e-4 else f"{test.p:.0e}"
+    return f", paired t-test p = {p}: {found}"
 
 
 def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
@@ -298,26 +297,23 @@ def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
     >>> parse_seeds("0-2,7")
     (0, 1, 2, 7)
     """
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not _is_number(first) or (dash and not _is_number(last)):
-            raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
-        if max(len(first), len(last)) > len(str(2**32)) or int(last or first) - int(first) >= MOST_SEEDS:
-            raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
-        if int(last or first) < int(first):
+    found = [re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip()) for part in text.split(",")]
+    parts = [(part[1], part[2] or part[1]) for part in found if part is not None]
+    if len(parts) < len(found):
+        raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
+    most = f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32."
+    if any(len(end) > len(str(2**32)) for part in parts for end in part):  # Python does not read any length
+        raise MetaplError(most)
+    ranges = [range(int(first), int(last) + 1) for first, last in parts]
+    if sum(map(len, ranges)) > MOST_SEEDS or any(seeds.stop > 2**32 for seeds in ranges):
+        raise MetaplError(most)
+    for (first, last), seeds in zip(parts, ranges, strict=True):
+        if not seeds:
             raise MetaplError(
                 f"{flag}={text!r}: expected at least one seed in a range, and {first}-{last} ends before it begins; "
                 f"write {last}-{first}."
             )
-        seeds += range(int(first), int(last or first) + 1)
-    if len(seeds) > MOST_SEEDS or max(seeds) >= 2**32:
-        raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
-    if len(set(seeds)) < len(seeds):
-        again = Counter(seeds).most_common(1)[0][0]
+    again, times = Counter(itertools.chain(*ranges)).most_common(1)[0]
+    if times > 1:
         raise MetaplError(f"{flag}={text!r}: expected each seed once and none twice; {again} is named again.")
-    return tuple(seeds)
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()  # of other scripts' digits, and of ², Python's int takes only some
+    return tuple(itertools.chain(*ranges))

@@ -8,8 +8,7 @@ import signal
 import statistics
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -220,41 +219,21 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class Pace:
-    """Times of the jobs that are done, and what they say of the others.
+def seconds_left(waiting: Sequence[str], times: Mapping[str, Sequence[float]], together: int) -> float | None:
+    """Seconds until all jobs are done: methods take times of their own, and one that is not known yet takes the mean.
 
     Args:
-        methods: of the jobs that are to be run, one each.
+        waiting: the methods of the jobs that are not done, one each.
+        times: seconds of the jobs that are done, by method.
         together: how many run at a time.
 
-    >>> pace = Pace(["mpl", "uda", "mpl", "uda"], together=2)
-    >>> pace.left() is None
-    True
-    >>> pace.done("mpl", 60.0)
-    >>> pace.done("uda", 20.0)
-    >>> pace.left()
-    40.0
+    Returns: None where nothing waits, or no job is done yet.
+
+    >>> seconds_left(["mpl", "uda"], {}, together=2), seconds_left(["mpl", "uda"], {"mpl": [60.0], "uda": [20.0]}, 2)
+    (None, 40.0)
     """
-
-    def __init__(self, methods: Sequence[str], together: int) -> None:
-        self.waiting, self.together = list(methods), together
-        self.times: defaultdict[str, list[float]] = defaultdict(list)
-
-    def done(self, method: str, seconds: float) -> None:
-        """A job by ``method`` is done."""
-        self.waiting.remove(method)
-        self.times[method].append(seconds)
-
-    def left(self) -> float | None:
-        """Seconds until all are done: methods take times of their own, and one that is not known yet takes the mean.
-
-        None while no job is done, as where a comparison that is resumed only gives what was done before.
-        """
-        if not self.waiting:
-            return 0.0
-        if not self.times:
-            return None
-        means = {method: statistics.fmean(times) for method, times in self.times.items()}
-        usual = statistics.fmean(means.values())
-        work = sum(means.get(method, usual) for method in self.waiting)
-        return work / min(self.together, len(self.waiting))
+    if not waiting or not times:
+        return None
+    means = {method: statistics.fmean(taken) for method, taken in times.items()}
+    usual = statistics.fmean(means.values())
+    return sum(means.get(method, usual) for method in waiting) / min(together, len(waiting))

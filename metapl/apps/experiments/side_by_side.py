@@ -9,10 +9,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metapl.apps.experiments.accuracies import Comparison, seeds_in_words
 from metapl.apps.experiments.equal_cost import at_equal_cost
 from metapl.apps.experiments.experiment import last_fit
-from metapl.apps.experiments.jobs import Job, Pace, aloud, run_all
+from metapl.apps.experiments.jobs import Job, aloud, run_all, seconds_left
 from metapl.apps.experiments.methods import check_method, compared
 from metapl.apps.experiments.store import describe
 from metapl.apps.experiments.suspects import GRID, SUSPECTS
@@ -111,14 +113,19 @@ def run_jobs(
     words = f"{len(methods)} method{'s' if len(methods) != 1 else ''} x {seeds_in_words(len(seeds))}"
     aloud(f"{words}, {workers} at a time -> {out}")
     results = {}
-    to_run = [job for job in to_compare if not (job.folder / "result.json").exists()]
-    pace, total = Pace([job.method for job in to_run], workers), len(to_compare)
+    new = [job for job in to_compare if not job.finished]
+    waiting, total = [job.method for job in new], len(to_compare)
+    times: defaultdict[str, list[float]] = defaultdict(list)
     with closing(run_all(to_compare, workers, together)) as running:  # the workers end before the command does
         for number, (job, result, seconds) in enumerate(running, 1):
             results[job.method, job.recipe.seed] = result
-            if job in to_run:
-                pace.done(job.method, seconds)
-            aloud(f"[{number:>{len(str(total))}}/{total}] {_line(job, result, pace)}")
+            if job in new:
+                waiting.remove(job.method)
+                times[job.method].append(seconds)
+            on, left = Evaluation(**result["evaluation"]), seconds_left(waiting, times, workers)
+            reached = with_chance(result["test_accuracy"], on.n, on.chance)
+            until = "" if left is None else f", about {duration(left)} left"
+            aloud(f"[{number:>{len(str(total))}}/{total}] {job.method}, seed {job.recipe.seed}: {reached}{until}")
     return results
 
 
@@ -128,14 +135,6 @@ def _spoken_steps(sized: Mapping[str, Recipe]) -> str:
     shared = {recipe.self_training.first for recipe in sized.values()} - {None}
     first = "".join(f"; the first teacher of each that has one {each.steps:,}" for each in shared if each is not None)
     return f"steps at equal cost: {counts}{first}"
-
-
-def _line(job: Job, result: dict[str, Any], pace: Pace) -> str:
-    """What a job reached, and how long the others will take."""
-    on = Evaluation(**result["evaluation"])
-    seconds = pace.left()
-    left = f", about {duration(seconds)} left" if pace.waiting and seconds is not None else ""
-    return f"{job.method}, seed {job.recipe.seed}: {with_chance(result['test_accuracy'], on.n, on.chance)}{left}"
 
 
 def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
@@ -153,10 +152,7 @@ def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int]
         curves, along = {method: _in_percent(rows) for method, rows in curves.items()}, "% of the steps"
     first, _ = comparison.delivered()
     evaluations = [results[first, seed]["evaluation"] for seed in comparison.seeds]
-    confusion = [
-        [sum(evaluation["confusion"][i][j] for evaluation in evaluations) for j in range(len(row))]
-        for i, row in enumerate(evaluations[0]["confusion"])
-    ]
+    confusion = np.sum([evaluation["confusion"] for evaluation in evaluations], axis=0).tolist()
     together = ", all seeds together" if len(comparison.seeds) > 1 else ""
     many = len(comparison.methods)
     left_out = f" The curves are of the first {SHOWN} methods." if many > SHOWN else ""
@@ -187,16 +183,17 @@ def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, flo
     >>> mean_rows([[{"step": 1, "x": 1.0}], [{"step": 1, "x": 3.0}]])
     [{'step': 1, 'x': 2.0}]
     """
-    by_step: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    by_step: defaultdict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for rows in runs:
         for row in rows:
             by_step[row["step"]].append(row)
-    mean = []
-    for step, rows_here in sorted(by_step.items()):
-        if len(rows_here) < len(runs):
-            continue
-        numbers = [k for k, v in rows_here[0].items() if isinstance(v, float) and k != "step"]
-        values = {k: [row[k] for row in rows_here if isinstance(row.get(k), float)] for k in numbers}
-        averaged = {k: sum(v) / len(v) for k, v in values.items() if len(v) == len(runs)}
-        mean.append({"step": step, **averaged})
-    return mean
+    return [
+        {"step": step, **{name: sum(row[name] for row in rows) / len(rows) for name in _numbers(rows)}}
+        for step, rows in sorted(by_step.items())
+        if len(rows) == len(runs)
+    ]
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the figures that all rows have."""
+    return [k for k in rows[0] if k != "step" and all(isinstance(row.get(k), float) for row in rows)]

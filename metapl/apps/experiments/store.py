@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from metapl.apps.experiments.accuracies import READOUTS
-from metapl.apps.recipes import RECIPES, ImageFolders, TwoMoons, from_dict
+from metapl.apps.recipes import RECIPES, ImageFolders, from_dict
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.methods import EVERY_METHOD
 from metapl.apps.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
@@ -69,11 +69,6 @@ def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     lacks = [name for name in ("name", "fields") if name not in description]
     if fault or lacks:
         raise MetaplError(f"{file} is damaged: {fault or f'it does not say {lacks[0]}'}.")
-    if description["name"] == TwoMoons.name:
-        raise MetaplError(
-            f"{folder.path} is a run of {TwoMoons.name}, which keeps no networks: what it found is in result.json and "
-            "two_moons.png. Expected a run of another recipe."
-        )
     known: dict[str, type[Recipe]] = {**RECIPES, NoisyImagenet.name: NoisyImagenet, **PAPER_RECIPES}
     kind = known.get(description["name"])
     if kind is None:

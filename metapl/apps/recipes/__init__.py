@@ -14,7 +14,6 @@ from metapl.apps.recipes.protocols import (
     Svhn,
     Vision,
 )
-from metapl.apps.recipes.two_moons import TwoMoons
 
 RECIPES: dict[str, type] = {
     Digits.name: Digits,
@@ -41,7 +40,6 @@ __all__ = [
     "Strong",
     "Svhn",
     "Task",
-    "TwoMoons",
     "Vision",
     "from_dict",
 ]
