@@ -74,18 +74,28 @@ class LabelStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         layout.require("pyarrow")
-        self.folder = Path(folder)
-        content = layout.read_description(self.folder)
+        content = layout.read_description(Path(folder))
         if not content["complete"]:
             raise MetaplError(
-                f"the store in {self.folder} is not whole: its writer was stopped. Go on with the command that began "
-                "it, and resume=True (--resume)."
+                f"the store in {folder} is not whole: its writer was stopped. Go on with the command that began it, "
+                "and resume=True (--resume)."
             )
+        self._open(Path(folder), content)
+
+    @classmethod
+    def begun(cls, folder: Path, content: Mapping[str, Any]) -> LabelStore:
+        """What there is of a store, whole or not, by its description."""
+        store = cls.__new__(cls)
+        store._open(folder, content)
+        return store
+
+    def _open(self, folder: Path, content: Mapping[str, Any]) -> None:
+        self.folder = folder
         self.classes: tuple[str, ...] = tuple(content["classes"])
         self.top_k: int | None = content["top_k"]
         self.provenance: Mapping[str, Any] = content["provenance"]
         self.has_digests: bool = content["digests"]
-        self.parts = tuple(Part(**part) for part in content["parts"])
+        self.parts: tuple[Part, ...] = tuple(content["parts"])
         self._numbers: bool = content["numbers"]
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
         self._firsts = [part.first for part in self.parts]
@@ -242,10 +252,16 @@ class LabelStore:
 
     def digests(self) -> Iterator[tuple[Any, bytes]]:
         """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
-        numbers = range(len(self.parts) if self.has_digests else 0)
-        return layout.read_digests(self.table(number, ["id", "digest"]) for number in numbers)
+        for number in range(len(self.parts) if self.has_digests else 0):
+            table = self.table(number, ["id", "digest"])
+            yield from zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True)
 
     # ------------------------------------------------------------------------------------------------------ the files
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of its parts."""
+        return layout.schema(numbers=self._numbers, sparse=self.top_k is not None, digests=self.has_digests)
 
     def _path(self, part: Part) -> Path:
         return self.folder / part.file
@@ -264,42 +280,30 @@ class LabelStore:
 
     def _check(self, number: int) -> None:
         """Refuse a part that is not as it was written; asked once."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         if number in self._sound:
             return
-        part = self.parts[number]
+        part, classes = self.parts[number], len(self.classes)
         self._check_size(part)
         with open_plain(self._path(part)) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != part.sha256:
-            raise MetaplError(
-                f"{self._path(part)} is damaged: its SHA-256 is not the one in {layout.DESCRIPTION}. {layout.AGAIN}"
-            )
-        fault = self._fault(part)
+            if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
+                raise MetaplError(
+                    f"{self._path(part)} is damaged: its SHA-256 is not the one in {layout.DESCRIPTION}. {layout.AGAIN}"
+                )
+            file.seek(0)
+            try:
+                fault = layout.part_fault(
+                    pq.read_metadata(file), self.schema, part.rows, self.top_k or classes, classes
+                )
+            except (pa.ArrowException, OSError) as error:
+                fault = f"it is not a Parquet file ({few([error], longest=120)})"
         if fault is not None:
             raise MetaplError(
                 f"{self._path(part)} is not a part as {layout.DESCRIPTION} describes it: {fault}. {layout.AGAIN}"
             )
         self._sound.add(number)
-
-    def _fault(self, part: Part) -> str | None:
-        """What is wrong with a part whose bytes are those that the description has."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with open_plain(self._path(part)) as file:
-                metadata = pq.read_metadata(file)
-                if metadata.num_rows != part.rows:
-                    return f"it has {metadata.num_rows:,} rows; expected {part.rows:,}"
-                return layout.part_fault(
-                    metadata,
-                    numbers=self._numbers,
-                    digests=self.has_digests,
-                    top_k=self.top_k,
-                    classes=len(self.classes),
-                )
-        except (pa.ArrowException, OSError) as error:
-            return f"it is not a Parquet file ({few([error], longest=120)})"
 
     def _mapped(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
         """The columns of a part that are read without a decoder."""
