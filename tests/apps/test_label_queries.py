@@ -429,3 +429,16 @@ def test_the_command_selects_and_says_what_became_of_the_examples(
     ):
         assert words in refused(capsys, "labels", *arguments)
     assert main(["labels", "--help"]) == 0
+
+
+@pytest.mark.parametrize("selected", ["x", [{}], [3], {"threshold": []}, [{"of_rows": [], "threshold": {}}]])
+def test_whatever_a_store_says_of_its_selection_is_shown(
+    selected: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who wrote the store may have said something else by this name."""
+    with LabelWriter(tmp_path / "store", ["a", "b"], provenance={"selected": selected}) as writer:
+        writer.add(["x"], torch.tensor([[0.75, 0.25]]))
+    select(LabelStore(tmp_path / "store"), tmp_path / "out", threshold=0.0)
+    for place in ("store", "out"):
+        said(capsys, "labels", "stats", tmp_path / place)
+    assert "selected from 1: confidence above 0.0\n" in said(capsys, "labels", "stats", tmp_path / "out")

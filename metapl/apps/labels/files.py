@@ -162,10 +162,9 @@ def read_description(folder: Path) -> dict[str, Any]:
 def _contradiction(content: Mapping[str, Any]) -> str | None:
     """What in a description, whose types are as they should be, cannot be."""
     classes, top_k, parts = content["classes"], content["top_k"], content["parts"]
-    if not classes or len({*classes}) < len(classes):
-        return f"its classes are {few(classes, 10, 30)}; expected one or more names, each once"
-    if top_k is not None and not 1 <= top_k <= len(classes):
-        return f"its top_k is {top_k!s:.30}; expected 1 to {len(classes)}, the number of classes"
+    fault = classes_fault(classes, top_k)
+    if fault is not None:
+        return fault
     if content["complete"] and not parts:
         return "it has no parts"
     kind = int if content["numbers"] else str
@@ -184,6 +183,15 @@ def _contradiction(content: Mapping[str, Any]) -> str | None:
             )
     rows = sum(part["rows"] for part in parts)
     return None if content["rows"] == rows else f"it has {content['rows']!s:.30} rows; expected {rows:,}, of its parts"
+
+
+def classes_fault(classes: Sequence[str], top_k: int | None) -> str | None:
+    """What is wrong with the classes of a store, and with how many of them are kept of an example."""
+    if not classes or len({*classes}) < len(classes):
+        return f"the classes are {few(classes, 10, 30)}; expected one or more names, each once"
+    if top_k is not None and not 1 <= top_k <= len(classes):
+        return f"top_k is {top_k!s:.30}; expected 1 to {len(classes)}, the number of classes, or None for all"
+    return None
 
 
 def described(parts: Sequence[Part], **content: Any) -> dict[str, Any]:
@@ -229,8 +237,6 @@ def encoded(table: pa.Table) -> pa.Buffer:
     names = table.schema.names
     mapped = [name for name in names if name in ("probabilities", "classes")]
     codecs = dict.fromkeys(names, "zstd") | {f"{name}.list.element": "none" for name in mapped}
-    if pa.types.is_integer(table.schema.field("id").type):
-        mapped, codecs["id"] = [*mapped, "id"], "none"
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink, table.schema, compression=codecs, use_dictionary=["copies"], data_page_size=2**30, write_batch_size=2**25
@@ -238,8 +244,7 @@ def encoded(table: pa.Table) -> pa.Buffer:
         writer.write_table(table, row_group_size=len(table))
     buffer = sink.getvalue()
     for name in mapped:
-        values = table[name].combine_chunks()
-        flat = (values if name == "id" else values.flatten()).to_numpy(zero_copy_only=False).reshape(-1)
+        flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         if not np.array_equal(mapped_columns(buffer, {name: flat.dtype})[name], flat):
             raise MetaplError(
                 f"this pyarrow, {pa.__version__}, lays out the column {name} of a Parquet file in another way than "
@@ -312,12 +317,11 @@ def part_fault(metadata: pq.FileMetaData, expected: pa.Schema, rows: int, width:
     )
     for chunk in map(group.column, range(group.num_columns)):
         name, known = column_of(chunk), chunk.statistics
-        is_list = name in ("probabilities", "classes")
-        if is_list and chunk.num_values != rows * width:
-            return f"it has {chunk.num_values:,} {name} in {rows:,} rows; expected {width:,} in each"
-        mapped = is_list or (name == "id" and chunk.physical_type == "INT64")
-        if mapped and (chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page):
-            return f"its column {name} is compressed or encoded; expected plain numbers"
+        if name in ("probabilities", "classes"):
+            if chunk.num_values != rows * width:
+                return f"it has {chunk.num_values:,} {name} in {rows:,} rows; expected {width:,} in each"
+            if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
+                return f"its column {name} is compressed or encoded; expected plain numbers"
         if name in ranges:
             (least, most), found = ranges[name], [known.min, known.max] if known and known.has_min_max else []
             if not found or not least <= found[0] <= found[1] <= most:

@@ -116,8 +116,9 @@ def statistics(store: LabelStore) -> Statistics:
         MetaplError: a part is damaged.
     """
     classes, top = len(store.classes), greatest_entropy(len(store.classes))
-    counts, copies, sums = (np.zeros(classes, kind) for kind in (np.int64, np.int64, np.float64))
-    confidences, entropies, entropy = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64), 0.0
+    counts, copies = np.zeros((2, classes), np.int64)
+    confidences, entropies = np.zeros((2, BINS), np.int64)
+    sums, entropy = np.zeros(classes), 0.0
     for table in _every(store)({"label", "confidence", "entropy", "copies"}):
         label, confidence, entropy_B, copies_B = (
             table[name].to_numpy() for name in ("label", "confidence", "entropy", "copies")
@@ -242,11 +243,12 @@ def select(
         "balance": balance,
         "dropped_overlap_with": None if drop_overlap is None else overlap,
     }
+    before = store.provenance.get("selected", [])
     writer = LabelWriter(
         out,
         store.classes,
         top_k=store.top_k,
-        provenance={**store.provenance, "selected": [*store.provenance.get("selected", []), asked]},
+        provenance={**store.provenance, "selected": [*(before if isinstance(before, list) else [before]), asked]},
         rows_per_part=max(part.rows for part in store.parts),
         resume=resume,
     )
@@ -397,7 +399,7 @@ class _Cut:
             of = classes[tied]
             is_first[tied[np.arange(len(of)) - np.searchsorted(of, of) < left[of]]] = True
             left = np.maximum(left - np.bincount(of, minlength=len(left)), 0)
-            yield table, is_first.reshape(len(table), -1).any(axis=1)
+            yield table, np.any(is_first.reshape(len(table), -1), axis=1)
 
 
 def _cut(

@@ -48,10 +48,9 @@ class LabelStore:
     Cost: to open it, its description is read (some 200 bytes a part), and each part's size is asked for. A part is
     checked whole by its SHA-256 when something of it is first read (about 1 ms a MB), once in a process; then its
     numbers are read from a memory map. A row by its number costs its 2 K bytes (6 K with classes) then, in any order.
-    To find a row by its id, the part is found by bisection of the parts' first ids. Within it, integers are found by
-    bisection in the memory map; of strings, those of the whole part are decoded (about 1 ms for 10,000) and kept for
-    the 64 parts that were used last. So ask for the rows of all ids once, by :meth:`rows`, where the same examples are
-    read again and again, and read by :meth:`at`.
+    To find a row by its id, the part is found by bisection of the parts' first ids; its ids are decoded (about 1 ms for
+    10,000) and kept for the 64 parts that were used last. So ask for the rows of all ids once, by :meth:`rows`, where
+    the same examples are read again and again, and read by :meth:`at`.
 
     It can be given to worker processes: a copy reads for itself.
 
@@ -179,15 +178,12 @@ class LabelStore:
 
     def _within(self, number: int, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
         """The places of ids in a part; −1 where it has none."""
-        if self._numbers:
-            stored = self._columns(number)["id"]
-            places = np.minimum(np.searchsorted(stored, ids), len(stored) - 1)
-            return np.where(stored[places] == ids, places, -1)
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        wanted = pa.array([name if is_text(name) else None for name in ids], pa.string())
-        places = pc.index_in(wanted, value_set=self._names(number))
+        names = self._names(number)
+        wanted = pa.array([name if _is_storable(name) else None for name in ids], names.type)
+        places = pc.index_in(wanted, value_set=names)
         return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def _decoded_names(self, number: int) -> pa.Array:
@@ -316,9 +312,8 @@ class LabelStore:
             buffer = file.read_buffer()
         dtypes: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16)}
         dtypes |= {} if self.top_k is None else {"classes": np.dtype(np.int32)}
-        dtypes |= {"id": np.dtype(np.int64)} if self._numbers else {}
         columns = layout.mapped_columns(buffer, dtypes)
-        return columns | {name: columns[name].reshape(part.rows, -1) for name in dtypes if name != "id"}
+        return {name: column.reshape(part.rows, -1) for name, column in columns.items()}
 
 
 def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
@@ -332,6 +327,10 @@ def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any,
 def is_text(name: str) -> bool:
     """Whether UTF-8 can hold it; nothing else is stored."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _is_storable(name: str | int) -> bool:
+    return is_text(name) if isinstance(name, str) else -(2**63) <= name < 2**63
 
 
 def spread(stored_BK: np.ndarray[Any, Any], classes_BK: np.ndarray[Any, Any] | None, classes: int) -> Tensor:

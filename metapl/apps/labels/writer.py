@@ -77,12 +77,9 @@ class LabelWriter:
         rows_per_part: int = 8192,
         resume: bool = False,
     ) -> None:
-        if len(classes) < 1 or len({*classes}) < len(classes):
-            raise MetaplError(f"the classes are {few(classes, 10)}; expected one or more names, each once.")
-        if top_k is not None and not 1 <= top_k <= len(classes):
-            raise MetaplError(
-                f"top_k is {top_k}; expected 1 to {len(classes)}, the number of classes, or None for all."
-            )
+        fault = layout.classes_fault(classes, top_k)
+        if fault is not None:
+            raise MetaplError(f"{fault}.")
         if not 1 <= rows_per_part <= PAGE_ROWS:
             raise MetaplError(f"rows_per_part is {rows_per_part}; expected 1 to {PAGE_ROWS:,}.")
         self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume

@@ -167,10 +167,10 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Batches, average: 
         held.name(_tensors_in(batches), OTHER)
         trainer.step(*batches)
     phases = {name: held.phases[name] for name in PHASES if name in held.phases}
-    without_feedback = (phases[name].plain for name in (STUDENT, TEACHER, UPDATE) if name in phases)
+    without_feedback = [dict(phases[name].plain) for name in (STUDENT, TEACHER, UPDATE) if name in phases]
     return Rehearsal(
         peaks={name: sum(phase.peak.values()) for name, phase in phases.items()},
-        plain=dict(max(without_feedback, key=lambda plain: sum(plain.values()))),
+        plain=max(without_feedback, key=lambda plain: sum(plain.values())),
         flops=held.flops,
         sent=dict(held.sent),
     )
