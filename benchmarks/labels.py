@@ -26,15 +26,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import torch
 from machine import arguments, described, parsed, write_between_marks, write_json
 from torch import Tensor
 
-from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.labels.queries import MEMORY, select, statistics
+from metapl.apps.labels import LabelStore, LabelWriter, select, statistics
 
 RESULT = Path(__file__).parent / "results" / "labels.json"
 ALLOWED = 2 * 2**30
@@ -222,8 +220,7 @@ def table(result: dict[str, Any]) -> str:
         f"{rows:,} examples, {size['classes']:,} classes, top-{size['top_k']}; {within} 2 GiB of resident memory, "
         f"memory maps included. Selected: confidence above 0.3, at most {size['per_class']:,} of a class, balanced by "
         f"duplication: {agreed}. {made['cpu']}, {made['cores']} cores, shared with other work; torch {made['torch']}, "
-        f"pyarrow {made['pyarrow']}, duckdb {made['duckdb']}, which was given {made['duckdb_memory']}. "
-        "`nice -n 15 python benchmarks/labels.py`; raw: `benchmarks/results/labels.json`."
+        f"pyarrow {made['pyarrow']}. `nice -n 15 python benchmarks/labels.py`; raw: `benchmarks/results/labels.json`."
     )
     return "\n".join([*lines, "", about])
 
@@ -240,8 +237,7 @@ def main() -> None:
         write_between_marks(options.write, "labels", table(json.loads(options.out.read_text())))
         return
     size = MINIATURE if options.miniature else FULL
-    versions = {"pyarrow": pa.__version__, "duckdb": duckdb.__version__, "duckdb_memory": MEMORY}
-    result = {"made_with": described("cpu") | versions, "size": vars(size), "phases": run(size)}
+    result = {"made_with": described("cpu") | {"pyarrow": pa.__version__}, "size": vars(size), "phases": run(size)}
     write_json(options.out, result)
     print(table(json.loads(options.out.read_text())))
 

@@ -88,6 +88,8 @@ def test_the_cards_code_predicts_the_same(
     written = export(wrapped, tmp_path / "out", card=CARD, architecture=architecture)
     theirs = run(written, monkeypatch, with_metapl=architecture.library == "metapl")
     assert ("metapl" in code_of(written)) == (architecture.library == "metapl")
+    # In this process it is imported already, so the code would run without saying so.
+    assert ("\nimport metapl.apps.networks\n" in f"\n{code_of(written)}") == (architecture.library == "metapl")
     images = torch.rand(3, channels, size, size)
     torch.testing.assert_close(theirs["predict"](images), wrapped.eval()(images).softmax(1).detach())
 

@@ -131,8 +131,9 @@ def test_however_often_it_is_killed_nothing_is_there_twice_and_nothing_is_missin
     out, context = tmp_path / "killed", multiprocessing.get_context("fork")
     kills, rng = 0, np.random.default_rng(0)
     while True:
-        # A part passes six such moments; in the last one before the store is whole, and in the first, it is killed too.
-        moments = 1 if kills == 0 else int(rng.integers(2, 130))
+        # A part and the description pass six such moments each. In the first, and in the last one before the store is
+        # whole, it is killed too.
+        moments = 1 if kills == 0 else int(rng.integers(2, 260))
         process = context.Process(target=killed_after, args=(moments, [*command, str(out)]))
         process.start()
         process.join()
@@ -157,10 +158,10 @@ def test_killed_at_any_moment_of_a_part_and_of_the_seal(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a store of one part: the description, the part and the sealed description pass six moments each."""
+    """Of a store of one part: the part, and the description before it, behind it and sealed, pass six moments each."""
     monkeypatch.setattr(labeling, "FEWEST_ROWS", 4096)
     context = multiprocessing.get_context("fork")
-    for write in range(3):
+    for write in range(4):
         out = tmp_path / f"{write}"
         command = ["label", str(tiny), "digits", "--resume", "--out", str(out)]
         process = context.Process(target=killed_after, args=(6 * write + moments, command))

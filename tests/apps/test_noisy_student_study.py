@@ -95,7 +95,6 @@ def test_dropout_is_on_the_rows_that_it_is_meant_for_and_its_gradient_is_autogra
 def test_what_is_kept_is_what_the_librarys_selection_keeps(
     study: ModuleType, tmp_path: Path, per_class: int | None, balanced: bool
 ) -> None:
-    pytest.importorskip("duckdb")
     generator = torch.Generator().manual_seed(0)
     q = (3 * torch.randn(60, 4, generator=generator)).softmax(1)
     with LabelWriter(tmp_path / "all", tuple("abcd"), provenance={}, rows_per_part=25) as writer:

@@ -88,7 +88,6 @@ def test_importing_the_library_loads_what_the_core_needs(loaded: dict[str, list[
         "metapl.apps.labels",
     )
     heavy = (
-        "duckdb",
         "matplotlib",
         "pandas",
         "pyarrow",

@@ -193,7 +193,7 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ((), "no recipe was named"),
         (("digit",), "did you mean digits"),
-        (("digits", "--mesh.shard", "0"), r"--mesh.shard 0: expected a number of ranks"),
+        (("digits", "--mesh.shard", "0"), "--mesh.shard 0: expected a number of processes"),
         (("digits", "--mesh.shard", "3"), "labeled_batch of 64, which 3 ranks do not share equally"),
         (("digits", "--mesh.tensor", "2"), r"mode 'forward' .* use mode=\"difference\""),
         (("cifar10-4k", "--mesh.tensor", "2"), "has no two linear layers"),
@@ -201,10 +201,12 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
         (("digits", "--mesh.spatial", "2"), "does not run: .* networks are made of convolutions, norms and pooling"),
         (("digits", "--mesh.shard", "2", "--ranks", "2"), "--ranks 2 has no effect beside --mesh"),
         (("digits", "--ranks", "0"), "--ranks 0: expected 1 to"),
+        (("digits", "--mesh.shard", "10000000"), "--mesh 10000000: expected 1 to 1,048,576"),
+        (("digits", "--json", "/"), "expected the name of a file"),
         (("digits", "--memory", "lots"), "--memory lots: expected a size"),
         (("digits", "--flops-per-second", "-1"), "--flops-per-second -1.0: expected a number above 0"),
         (("digits", "--steps", "0"), "--steps 0: expected 1"),
-        (("digits", "--json", "/no/such/folder/x"), "there is no folder"),
+        (("digits", "--json", "/no/such/folder/x"), "expected the name of a file, in a folder that is there"),
         (("digits", "--network", "resnet18"), "digits has no network; leave --network out"),
         (("digits", "--classes", "3"), "--classes 3 has no effect on digits"),
         (("images",), "give their number by --classes"),
@@ -271,11 +273,11 @@ def test_storages_are_counted_while_they_live() -> None:
             d = given + 1
             held.name([d], "feedback", others=True)
             torch.zeros(1)
-    assert held.phases["first"].peak.total == 800
+    assert sum(held.phases["first"].peak.values()) == 800
     second = held.phases["second"]
-    assert second.peak.total == 804
-    assert second.peak.by_name["weights"] == second.peak.by_name["feedback"] == 400
-    assert second.plain.total == 800  # while the sum had no name
+    assert sum(second.peak.values()) == 804
+    assert second.peak["weights"] == second.peak["feedback"] == 400
+    assert sum(second.plain.values()) == 800  # while the sum had no name
     assert held.bytes["feedback"] == 400
 
 

@@ -16,7 +16,7 @@ import sys
 
 OTHERS = (
     "tyro", "matplotlib", "tensorboard", "sklearn", "joblib", "torchvision", "PIL", "torchopt", "einops", "scipy",
-    "timm", "pyarrow", "duckdb", "pandas", "metapl.apps",
+    "timm", "pyarrow", "pandas", "metapl.apps",
 )
 
 

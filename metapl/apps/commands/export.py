@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from metapl.apps.commands.parse import Run, Switch
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import describe, stored_data
 from metapl.apps.export import export
-from metapl.apps.export.programs import ONNX, can_run_onnx, require_onnx
+from metapl.apps.export.programs import can_run_onnx, require_onnx
 from metapl.apps.recipes.methods import title
 from metapl.metrics import Evaluation
 from metapl.runs.folder import RunFolder
@@ -64,22 +65,15 @@ class Export:
                 onnx=self.onnx,
             )
         tell(f"{run.heading(name)}\n")
-        tell(f"{written.weights}: {_size(written.weights)}\n  SHA-256 {written.sha256}")
-        for file in (written.program, written.onnx):
-            if file is not None:
-                tell(f"{file}: {_size(file)}\n  {_checked(file)}")
+        for file in filter(None, (written.weights, written.program, written.onnx)):
+            about = "run without metapl: it gives what the network gives"
+            if file == written.weights:
+                about = f"SHA-256 {written.sha256}"
+            elif file == written.onnx and not can_run_onnx():
+                about = "not run: onnxruntime is not installed"
+            tell(f"{file}: {file.stat().st_size / 1e6:.3g} MB\n  {about}")
         tell(f"{written.card}: how to load them, and how good they are")
         return 0
-
-
-def _size(file: Path) -> str:
-    return f"{file.stat().st_size / 1e6:.3g} MB"
-
-
-def _checked(file: Path) -> str:
-    if file.name == ONNX and not can_run_onnx():
-        return "not run: onnxruntime is not installed"
-    return "run without metapl: it gives what the network gives"
 
 
 def _card(run: LoadedRun, name: str) -> dict[str, Any]:
@@ -143,34 +137,25 @@ def _recipe(run: LoadedRun, name: str) -> dict[str, Any]:
     return run_by | again | {"fields": fields}
 
 
-def _notes(run: LoadedRun, name: str) -> list[str]:
-    """Which weights these are, how they were chosen, and what they take."""
-    result, notes = run.result, [_which(run, name), _why(run, name)]
-    if run.is_comparison:
-        methods, seeds = (", ".join(map(str, result[part])) for part in ("methods", "seeds"))
-        notes.append(f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}.")
-    notes.append("Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given.")
-    return [*notes, run.recipe.input_note]
-
-
-def _which(run: LoadedRun, name: str) -> str:
-    """Of which step the weights are."""
-    step, steps = run.result["best_step"], run.recipe.steps
+def _notes(run: LoadedRun, name: str) -> Iterator[str]:
+    """Of which step these weights are, how they were chosen, and what they take."""
+    result, by_validation = run.result, run.result["delivered_by"] == "validation"
+    step, steps, student = result["best_step"], run.recipe.steps, run.titled("student")
     if name == "teacher":
-        return f"The weights are those of the teacher after the last step, {steps:,}."
-    chosen = run.result["delivered_by"] == "validation"
-    student = run.titled("student")
-    kept = f"best {student} by validation" if chosen else f"last {student}"
-    which = f"The weights are those of the {kept}: step {step:,} of {steps:,}."
-    unless = ", unless that lowered the validation accuracy" if chosen else ""
-    return which + f" They were finetuned on the labeled examples{unless}." * (name == "finetuned")
-
-
-def _why(run: LoadedRun, name: str) -> str:
-    """Whether the run delivers this network, and by what."""
-    result = run.result
-    why = "as the best by validation" if result["delivered_by"] == "validation" else "by a rule of its method"
+        yield f"The weights are those of the teacher after the last step, {steps:,}."
+    else:
+        chosen = f"best {student} by validation" if by_validation else f"last {student}"
+        unless = ", unless that lowered the validation accuracy" if by_validation else ""
+        anew = f" They were finetuned on the labeled examples{unless}." if name == "finetuned" else ""
+        yield f"The weights are those of the {chosen}: step {step:,} of {steps:,}.{anew}"
+    why = "as the best by validation" if by_validation else "by a rule of its method"
     if name == result["delivered"]:
         names = ", ".join(map(run.titled, run.networks))
-        return f"Of the networks of the run ({names}) it delivers this one, {why}."
-    return f"The run delivers another of its networks, {why}: {run.titled(result['delivered'])}."
+        yield f"Of the networks of the run ({names}) it delivers this one, {why}."
+    else:
+        yield f"The run delivers another of its networks, {why}: {run.titled(result['delivered'])}."
+    if run.is_comparison:
+        methods, seeds = (", ".join(map(str, result[part])) for part in ("methods", "seeds"))
+        yield f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}."
+    yield "Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given."
+    yield run.recipe.input_note

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.apps.commands.inputs import Network
+from metapl.apps.commands.labels import kept
 from metapl.apps.commands.parse import Run, Switch
 from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.apps.experiments.load_run import LoadedRun, load_run
@@ -105,7 +106,7 @@ class Label:
                 tell(f"\nmetapl: {writer.rows:,} labels are in {self.out}; go on with --resume.", file=sys.stderr)
                 raise
         store = LabelStore(self.out)
-        tell(f"{self.out}: labels of {len(store):,} pictures, {len(store.classes):,} classes, {_kept(self.top_k)}")
+        tell(f"{self.out}: labels of {len(store):,} pictures, {len(store.classes):,} classes, {kept(self.top_k)}")
         tell(f"what is in it: metapl labels stats {self.out}")
         left_out = len(labeled.ids) - len(store)
         if left_out:
@@ -128,15 +129,10 @@ class Label:
 
 def _model(run: LoadedRun, name: str) -> dict[str, Any]:
     """Which network, and the SHA-256 of its file."""
-    file = run.folder.path / weights_file(name)
     return {
         "recipe": run.recipe.name,
         "method": run.result["method"],
         "seed": run.result["seed"],
         "network": name,
-        "weights_sha256": hashlib.sha256(read_plain(file)).hexdigest(),
+        "weights_sha256": hashlib.sha256(read_plain(run.folder.path / weights_file(name))).hexdigest(),
     }
-
-
-def _kept(top_k: int | None) -> str:
-    return "all probabilities" if top_k is None else f"the {top_k} greatest probabilities"

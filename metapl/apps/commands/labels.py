@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.commands.parse import WIDTH, Switch
+from metapl.apps.commands.parse import Switch
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.drawing import draw_statistics
 from metapl.apps.labels.files import store_around
@@ -144,28 +144,43 @@ COMMANDS: dict[str, type[Callable[[], int]]] = {"stats": Stats, "select": Select
 # ------------------------------------------------------------------------------------------------------- what is shown
 
 
+def kept(top_k: int | None) -> str:
+    """How much of each distribution is stored."""
+    return "all probabilities" if top_k is None else f"the {top_k} greatest probabilities"
+
+
 def _heading(store: LabelStore, content: Statistics) -> str:
-    kept = "all probabilities" if store.top_k is None else f"the {store.top_k} greatest probabilities"
+    """What is stored, and what the store says of it, which may be anything where somebody else wrote it."""
     copies = f", {content.copies:,} with copies" * (content.copies != content.rows)
-    lines = [f"{store.folder}: {content.rows:,} examples{copies}, {len(content.classes):,} classes, {kept}"]
+    lines = [
+        f"{store.folder}: {content.rows:,} examples{copies}, {len(content.classes):,} classes, {kept(store.top_k)}"
+    ]
     about = store.provenance
-    model = about.get("model")
+    model, selected = about.get("model"), about.get("selected")
     if isinstance(model, dict):
         what = ", ".join(str(model[name]) for name in ("recipe", "method", "network") if name in model)
         lines.append(f"by {about.get('run')} ({what}), temperature {about.get('temperature')}")
     if "pictures" in about:
         lines.append(f"of {about['pictures']}, {str(about.get('begun'))[:10]}")
-    lines += [f"selected from {asked['of_rows']:,}: {_asked(asked)}" for asked in about.get("selected", [])]
+    lines += [_asked(asked) for asked in (selected if isinstance(selected, list) else []) if isinstance(asked, dict)]
     return "\n".join(lines)
 
 
+SELECTED = {
+    "dropped_overlap_with": "without the pictures of a folder",
+    "threshold": "confidence above {}",
+    "per_class": "at most {} a class",
+    "any_class": "by the probability of any class",
+    "balance": "balanced",
+}
+"""What a selection is asked for, in words."""
+
+
 def _asked(selected: Mapping[str, Any]) -> str:
-    overlap, threshold, per_class = (selected[name] for name in ("dropped_overlap_with", "threshold", "per_class"))
-    parts = [] if overlap is None else [f"not among {overlap['pictures']:,} others"]
-    parts += [] if threshold is None else [f"confidence above {threshold:g}"]
-    parts += [] if per_class is None else [f"at most {per_class:,} a class"]
-    parts += ["by the probability of any class"] * selected["any_class"]
-    return ", ".join([*parts, *["balanced"] * selected["balance"]])
+    given = {name: value for name, value in selected.items() if value is not None and value is not False}
+    told = {name: f"{value:,}" if type(value) is int else value for name, value in given.items()}
+    words = ", ".join(words.format(told[name]) for name, words in SELECTED.items() if name in told)
+    return f"selected from {told.get('of_rows')}: {words}"
 
 
 def _by_class(content: Statistics) -> str:
@@ -191,23 +206,19 @@ def _by_class(content: Statistics) -> str:
 def _histograms(content: Statistics) -> str:
     low, middle, high = content.quartiles_of_confidence
     most = content.greatest_entropy
-    parts = [
-        f"confidence: mean {content.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}",
-        _bars(content.confidence, 1.0),
-        f"\nentropy: mean {content.mean_entropy:.2f} of at most {most:.2f} nats",
-        _bars(content.entropy, most),
-    ]
-    return "\n".join(parts)
+    return (
+        f"confidence: mean {content.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}\n"
+        f"{_bars(content.confidence, 1.0)}\n\n"
+        f"entropy: mean {content.mean_entropy:.2f} of at most {most:.2f} nats\n{_bars(content.entropy, most)}"
+    )
 
 
 def _bars(counts: Sequence[int], top: float) -> str:
     """A histogram in lines, two bins a line."""
     pairs = [counts[i] + counts[i + 1] for i in range(0, BINS, 2)]
+    edges = [f"{top * edge / len(pairs):.2f}" for edge in range(len(pairs) + 1)]
     width = max(len(f"{count:,}") for count in pairs)
-    lines = []
-    for i, count in enumerate(pairs):
-        low, high = (f"{top * edge / len(pairs):.2f}" for edge in (i, i + 1))
-        bar = "#" * round(BAR * count / max(*pairs, 1))
-        lines.append(f"  {low} to {high}  {count:>{width},}  {bar}".rstrip())
-    assert max(map(len, lines)) <= WIDTH
-    return "\n".join(lines)
+    return "\n".join(
+        f"  {low} to {high}  {count:>{width},}  {'#' * round(BAR * count / max(*pairs, 1))}".rstrip()
+        for low, high, count in zip(edges, edges[1:], pairs, strict=False)
+    )

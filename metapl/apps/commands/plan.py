@@ -32,29 +32,13 @@ CLASSES = {"cifar10": 10, "svhn": 10, "imagenet": len(IMAGENET_CLASSES)}
 """Numbers of classes by data set, so that no data are needed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The sizes of a mesh, as far as they are given.
+def _left_out(metavar: str = "INT") -> Any:
+    """What a flag takes whose default is the recipe's."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
-    Args:
-        replicate: copies of the sharded networks.
-        shard: ranks over which the weights of a copy are cut.
-        tensor: ranks over which the products within a layer are cut.
-        spatial: ranks over which pictures are cut along their width.
-    """
 
-    replicate: Annotated[int | None, tyro.conf.arg(metavar="R", help_behavior_hint="")] = None
-    shard: Annotated[int | None, tyro.conf.arg(metavar="S", help_behavior_hint="")] = None
-    tensor: Annotated[int | None, tyro.conf.arg(metavar="T", help_behavior_hint="")] = None
-    spatial: Annotated[int | None, tyro.conf.arg(metavar="W", help_behavior_hint="")] = None
-
-    def mesh(self) -> Mesh | None:
-        """The mesh; None where no size is given."""
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        for name, value in given.items():
-            if not 1 <= value <= MOST_RANKS:
-                raise MetaplError(f"--mesh.{name} {value}: expected a number of ranks, 1 to {MOST_RANKS:,}.")
-        return Mesh(**given) if given else None
+OF_THE_RECIPE = ("image_size", "labeled_batch", "unlabeled_batch", "accumulate", "precision", "steps")
+"""Flags that are fields of the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +68,29 @@ class PlanRecipe:
     recipe: ClassVar[str]
     """Its name."""
 
-    mesh: Sizes = field(default_factory=Sizes)
-    ranks: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    mesh: Mesh = field(default_factory=Mesh)
+    ranks: Annotated[int | None, _left_out("N")] = None
     memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = MEMORY
-    flops_per_second: Annotated[float | None, tyro.conf.arg(metavar="FLOPS", help_behavior_hint="")] = None
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    flops_per_second: Annotated[float | None, _left_out("FLOPS")] = None
+    json: Annotated[Path | None, _left_out("FILE")] = None
     mode: Mode | None = None
-    network: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
-    classes: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    image_size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    labeled_batch: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    unlabeled_batch: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    accumulate: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    network: Annotated[str | None, _left_out("NAME")] = None
+    classes: Annotated[int | None, _left_out()] = None
+    image_size: Annotated[int | None, _left_out()] = None
+    labeled_batch: Annotated[int | None, _left_out()] = None
+    unlabeled_batch: Annotated[int | None, _left_out()] = None
+    accumulate: Annotated[int | None, _left_out()] = None
     precision: Literal["float32", "bfloat16"] | None = None
-    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
+    steps: Annotated[int | None, _left_out()] = None
 
     def __call__(self) -> int:
-        memory, mesh = self._checked()
-        recipe = self._planned()
-        given: dict[str, Any] = {"memory": memory, "flops_per_second": self.flops_per_second}
-        found = propose(recipe, self.ranks or 1, **given) if mesh is None else plan(recipe, mesh, **given)
+        self._check()
+        given = {name: value for name in OF_THE_RECIPE if (value := getattr(self, name)) is not None}
+        given |= {} if self.network is None else {"network_name": self.network}
+        recipe: Recipe = without_data(PLANNED[self.recipe], given, self.classes, self.mode)
+        machine: dict[str, Any] = {"memory": bytes_of(self.memory), "flops_per_second": self.flops_per_second}
+        asked = self.mesh.size > 1
+        found = plan(recipe, self.mesh, **machine) if asked else propose(recipe, self.ranks or 1, **machine)
         for line in lines(found):
             tell(line, wrap=not line.startswith(" "))
         if self.json is not None:
@@ -111,33 +98,24 @@ class PlanRecipe:
                 file.write((json.dumps(found.as_dict(), indent=1) + "\n").encode())
         return 0
 
-    def _checked(self) -> tuple[int, Mesh | None]:
-        """The memory and the mesh; wrong options are refused before anything is built."""
-        mesh = self.mesh.mesh()
-        if mesh is not None and self.ranks is not None:
+    def _check(self) -> None:
+        """Refuse what is wrong before anything is built."""
+        bytes_of(self.memory)
+        if self.mesh.size > 1 and self.ranks is not None:
             raise MetaplError(f"--ranks {self.ranks} has no effect beside --mesh: leave out one of them.")
-        for name, most in (("ranks", MOST_RANKS), ("classes", 10**6), ("steps", MOST_STEPS)):
-            value = getattr(self, name)
+        for flag, value, most in (
+            ("ranks", self.ranks, MOST_RANKS),
+            ("mesh", self.mesh.size, MOST_RANKS),
+            ("classes", self.classes, 10**6),
+            ("steps", self.steps, MOST_STEPS),
+        ):
             if value is not None and not 1 <= value <= most:
-                raise MetaplError(f"--{name} {value}: expected 1 to {most:,}.")
+                raise MetaplError(f"--{flag} {value}: expected 1 to {most:,}.")
         rate = self.flops_per_second
         if rate is not None and not 0 < rate < math.inf:
             raise MetaplError(f"--flops-per-second {rate}: expected a number above 0, such as 4e14.")
-        if self.json is not None and not self.json.resolve().parent.is_dir():
-            raise MetaplError(f"--json {self.json}: there is no folder {self.json.resolve().parent}.")
-        if self.json is not None and self.json.is_dir():
-            raise MetaplError(f"--json {self.json} is a folder; expected a file, which is written.")
-        return bytes_of(self.memory), mesh
-
-    def _planned(self) -> Recipe:
-        given = {
-            name: value
-            for name in ("image_size", "labeled_batch", "unlabeled_batch", "accumulate", "precision", "steps")
-            if (value := getattr(self, name)) is not None
-        }
-        given |= {} if self.network is None else {"network_name": self.network}
-        recipe: Recipe = without_data(PLANNED[self.recipe], given, self.classes, self.mode)
-        return recipe
+        if self.json is not None and (self.json.is_dir() or not self.json.resolve().parent.is_dir()):
+            raise MetaplError(f"--json {self.json}: expected the name of a file, in a folder that is there.")
 
 
 def lines(found: Plan) -> list[str]:

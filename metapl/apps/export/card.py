@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from string import Template
 from typing import Any
 
 import torch
@@ -18,6 +19,101 @@ from metapl.apps.networks import Architecture
 from metapl.words import shown
 
 WEIGHTS, CARD = "model.safetensors", "MODEL_CARD.md"
+
+_CARD = Template("""\
+# $title
+
+A classifier trained with metapl.
+
+$summary
+
+## Loading it
+
+$loading
+
+## Metrics
+
+$metrics
+
+## Data
+
+$data
+
+## Recipe
+
+```json
+$recipe
+```
+
+## Versions
+
+$versions
+$notes""")
+
+_LOADING = {
+    PROGRAM: f'''\
+### As a program
+
+This needs torch $torch or newer and nothing else.
+
+```python
+import torch
+
+model = torch.export.load("{PROGRAM}").module()
+
+
+def predict(images):
+    """Class probabilities (B, K) of pictures (B, C, H, W) $takes."""
+    with torch.inference_mode():
+        return model(images).softmax(dim=1)
+```''',
+    WEIGHTS: f'''\
+### The weights
+
+$needs
+
+```python
+$imports
+
+$building
+model.load_state_dict(load_file("{WEIGHTS}"))
+model.eval()
+
+
+def predict(images):
+    """Class probabilities (B, K) of pictures (B, C, H, W) $takes."""
+$normalize    with torch.inference_mode():
+        return model(images).softmax(dim=1)
+```''',
+    ONNX: f'''\
+### As ONNX
+
+This needs onnxruntime and NumPy; the pictures are NumPy's.
+
+```python
+import numpy
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvider"])
+
+
+def predict(images):
+    """Class probabilities (B, K) of pictures (B, C, H, W), float32, $takes."""
+    (logits,) = session.run(["{OUTPUT}"], {{"{INPUT}": images}})
+    exponentials = numpy.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+```''',
+}
+"""A section for each file, in their order; whichever code is run, ``predict`` is the same."""
+
+_NORMALIZE = """\
+    mean = torch.tensor($mean).view(-1, 1, 1)
+    std = torch.tensor($std).view(-1, 1, 1)
+    images = (images - mean) / std
+"""
+
+_SPELLED = (nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout)
+"""Layers whose text is the code that makes them."""
 
 
 def render(
@@ -36,137 +132,58 @@ def render(
         architecture: what builds it; None for a network of a user's own.
         digests: SHA-256 of each file by its name.
     """
-    name = "A network" if architecture is None else architecture.name
-    summary = [
-        "A classifier trained with metapl.",
-        "",
-        *_network(architecture),
-        f"- Weights: {sum(p.numel() for p in module.parameters()):,} parameters",
-        *(f"- `{name}`: SHA-256 `{digest}`" for name, digest in digests.items()),
-        f"- Normalization: {_normalization(normalization)}",
-    ]
+    name, summary = "A network", []
+    if architecture is not None:
+        name, side = architecture.name, architecture.image_size
+        size = "" if side is None else f" of {side}x{side} pixels"
+        takes = f"pictures{size} with {architecture.in_channels} channels, {architecture.num_classes} classes"
+        summary.append(f"- Network: `{name}`, {takes}")
+    summary.append(f"- Weights: {sum(p.numel() for p in module.parameters()):,} parameters")
+    summary += [f"- `{file}`: SHA-256 `{digest}`" for file, digest in digests.items()]
+    if normalization is None:
+        summary.append("- Normalization: none; the network takes pictures in the range that it was trained on")
+    else:
+        by = Template("mean $mean, std $std").substitute(normalization)
+        summary.append(f"- Normalization: (x - mean) / std per channel of pictures in [0, 1], {by}")
     if card.get("classes") is not None:
         summary.append(f"- Classes, in the order of the outputs: {', '.join(map(_text, card['classes']))}")
-    sections = [
-        f"# {_text(card.get('title') or name)}",
-        "\n".join(summary),
-        f"## Loading it\n\n{_loading(module, normalization, architecture, digests)}",
-        f"## Metrics\n\n{_table('metric', card['metrics'])}",
-        f"## Data\n\n{_data(card['data_hash'])}",
-        f"## Recipe\n\n```json\n{json.dumps(card['recipe'], indent=2, sort_keys=True, default=str)}\n```",
-        f"## Versions\n\n{_table('package', _versions(architecture, digests))}",
-    ]
-    if card.get("notes"):
-        sections.append(f"## Notes\n\n{card['notes']}")
-    return "\n\n".join(sections) + "\n"
+    data = card["data_hash"]
+    code = _code(module, normalization, architecture)
+    return _CARD.substitute(
+        title=_text(card.get("title") or name),
+        summary="\n".join(summary),
+        loading="\n\n".join(Template(text).substitute(code) for file, text in _LOADING.items() if file in digests),
+        metrics=_table("metric", card["metrics"]),
+        data=_table("part", data) if isinstance(data, Mapping) else f"Hash of the data: `{data}`",
+        recipe=json.dumps(card["recipe"], indent=2, sort_keys=True, default=str),
+        versions=_table("package", _versions(architecture, digests)),
+        notes=f"\n## Notes\n\n{card['notes']}\n" if card.get("notes") else "",
+    )
 
 
-def _network(architecture: Architecture | None) -> list[str]:
-    if architecture is None:
-        return []
-    a, side = architecture, architecture.image_size
-    size = "" if side is None else f" of {side}x{side} pixels"
-    return [f"- Network: `{a.name}`, pictures{size} with {a.in_channels} channels, {a.num_classes} classes"]
-
-
-def _normalization(normalization: Mapping[str, list[float]] | None) -> str:
-    if normalization is None:
-        return "none; the network takes pictures in the range that it was trained on"
-    mean, std = normalization["mean"], normalization["std"]
-    return f"(x - mean) / std per channel of pictures in [0, 1], mean {mean}, std {std}"
-
-
-def _loading(
-    module: nn.Module,
-    normalization: Mapping[str, list[float]] | None,
-    architecture: Architecture | None,
-    digests: Mapping[str, str],
-) -> str:
-    """One block of code for each file; whichever is run, ``predict`` is the same."""
-    takes = "in the range of the training" if normalization is None else "in [0, 1]"
-    building, library = _building(module, architecture)
-    parts = []
-    if PROGRAM in digests:
-        torch_version = torch.__version__.partition("+")[0]
-        parts.append(
-            ("As a program", f"This needs torch {torch_version} or newer and nothing else.", _program_code(takes))
-        )
-    parts.append(("The weights", _how(library), _weights_code(building, library, normalization, takes)))
-    if ONNX in digests:
-        parts.append(("As ONNX", "This needs onnxruntime and NumPy; the pictures are NumPy's.", _onnx_code(takes)))
-    return "\n\n".join(f"### {title}\n\n{needs}\n\n```python\n{code}\n```" for title, needs, code in parts)
-
-
-def _program_code(takes: str) -> str:
-    return f'''\
-import torch
-
-model = torch.export.load("{PROGRAM}").module()
-
-
-def predict(images):
-    """Class probabilities (B, K) of pictures (B, C, H, W) {takes}."""
-    with torch.inference_mode():
-        return model(images).softmax(dim=1)'''
-
-
-def _onnx_code(takes: str) -> str:
-    return f'''\
-import numpy
-import onnxruntime
-
-session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvider"])
-
-
-def predict(images):
-    """Class probabilities (B, K) of pictures (B, C, H, W), float32, {takes}."""
-    (logits,) = session.run(["{OUTPUT}"], {{"{INPUT}": images}})
-    exponentials = numpy.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)'''
-
-
-def _building(module: nn.Module, architecture: Architecture | None) -> tuple[str, str | None]:
-    """The code that builds a network as ``model``, and the package that it needs; None for code that is not known."""
+def _code(
+    module: nn.Module, normalization: Mapping[str, list[float]] | None, architecture: Architecture | None
+) -> dict[str, str]:
+    """What the templates of the code leave open."""
+    library = "torch" if architecture is None else architecture.library
+    imports, needs = f"import {library}", f"This needs {library} and safetensors; metapl itself is not needed."
+    if library == "metapl":
+        imports, needs = "import metapl.apps.networks", "This needs metapl and safetensors."
     if architecture is not None:
-        return architecture.code(), architecture.library
-    if type(module) is nn.Sequential and all(type(layer) in _SPELLED for layer in module):
+        building = architecture.code()
+    elif type(module) is nn.Sequential and all(type(layer) in _SPELLED for layer in module):
         layers = "".join(f"    torch.nn.{layer},\n" for layer in module)
-        return f"model = torch.nn.Sequential(\n{layers})", "torch"
-    return "model = build_network()", None
-
-
-_SPELLED = (nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout)
-"""Layers whose text is the code that makes them."""
-
-
-def _how(library: str | None) -> str:
-    if library is None:
-        return "`build_network()` stands for the code that builds the network."
-    without = "; metapl itself is not needed" * (library != "metapl")
-    return f"This needs {library} and safetensors{without}."
-
-
-def _weights_code(
-    building: str, library: str | None, normalization: Mapping[str, list[float]] | None, takes: str
-) -> str:
-    imports = {"import torch", "from safetensors.torch import load_file"}
-    imports |= {{"metapl": "import metapl.models"}.get(library, f"import {library}")} if library else set()
-    lines = sorted(imports, key=lambda line: (line.startswith("from"), line))
-    lines += ["", building, f'model.load_state_dict(load_file("{WEIGHTS}"))', "model.eval()"]
-    lines += ["", "", "def predict(images):"]
-    lines += [f'    """Class probabilities (B, K) of pictures (B, C, H, W) {takes}."""']
-    if normalization is not None:
-        lines += [
-            f"    mean = torch.tensor({normalization['mean']}).view(-1, 1, 1)",
-            f"    std = torch.tensor({normalization['std']}).view(-1, 1, 1)",
-            "    images = (images - mean) / std",
-        ]
-    lines += ["    with torch.inference_mode():", "        return model(images).softmax(dim=1)"]
-    return "\n".join(lines)
-
-
-def _data(data_hash: Any) -> str:
-    return _table("part", data_hash) if isinstance(data_hash, Mapping) else f"Hash of the data: `{data_hash}`"
+        building = f"model = torch.nn.Sequential(\n{layers})"
+    else:
+        building, needs = "model = build_network()", "`build_network()` stands for the code that builds the network."
+    return {
+        "torch": torch.__version__.partition("+")[0],
+        "takes": "in the range of the training" if normalization is None else "in [0, 1]",
+        "needs": needs,
+        "imports": "\n".join([*sorted({imports, "import torch"}), "from safetensors.torch import load_file"]),
+        "building": building,
+        "normalize": "" if normalization is None else Template(_NORMALIZE).substitute(normalization),
+    }
 
 
 def _table(head: str, values: Mapping[str, Any]) -> str:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from metapl.apps.export.card import CARD, WEIGHTS, render
@@ -99,12 +101,22 @@ def export(
     ('model.safetensors', 'MODEL_CARD.md')
     """
     folder = Path(path)
-    _check_card(card, architecture)
-    _check_folder(folder, shape, onnx)
     module, normalization = _unwrapped(model)
     state = module.state_dict()
-    _check_weights(state, architecture)
-    files = {WEIGHTS: _safetensors(state, _metadata(architecture, normalization, card))}
+    fault = _fault_of_card(card, architecture) or _fault_of_folder(folder, shape, onnx)
+    fault = fault or _fault_of_weights(state, architecture)
+    if fault is not None:
+        raise MetaplError(fault)
+    classes, center = card.get("classes"), card.get("center", 1.0)
+    metadata = ({} if center == 1.0 else {"center": center}) | {
+        "architecture": None if architecture is None else asdict(architecture),
+        "normalization": normalization,
+        "classes": None if classes is None else list(classes),
+    }
+    # Tensors that share memory, as tied weights do, are written one by one: safetensors refuses them otherwise.
+    plain = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in sorted(state.items())}
+    # One entry, for safetensors writes several in an order that changes from call to call.
+    files = {WEIGHTS: save(plain, {"metapl": json.dumps(metadata, sort_keys=True)})}
     if shape is not None:
         whole = module if normalization is None else normalized(module, **normalization)
         files |= programs(whole, shape, onnx)
@@ -141,78 +153,51 @@ def _numbers(tensor: Tensor) -> list[float]:
     return [float(str(x)) for x in tensor.detach().flatten().float().cpu().numpy()]
 
 
-# ------------------------------------------------------------------------------------------------------------ checks
-
-
-def _check_card(card: Mapping[str, Any], architecture: Architecture | None) -> None:
+def _fault_of_card(card: Mapping[str, Any], architecture: Architecture | None) -> str | None:
     missing = [part for part in _REQUIRED if part not in card]
     unknown = [part for part in card if part not in (*_REQUIRED, *_OPTIONAL)]
     if missing or unknown:
-        raise MetaplError(
+        return (
             f"the model card lacks {missing} and has the unknown {unknown}; expected {', '.join(_REQUIRED)}, and if "
             f"wanted {', '.join(_OPTIONAL)}."
         )
     classes = card.get("classes")
-    if architecture is not None and classes is not None and len(classes) != architecture.num_classes:
-        raise MetaplError(
-            f"the model card names {len(classes)} classes, and the network has {architecture.num_classes} outputs."
-        )
+    if architecture is None or classes is None or len(classes) == architecture.num_classes:
+        return None
+    return f"the model card names {len(classes)} classes, and the network has {architecture.num_classes} outputs."
 
 
-def _check_folder(folder: Path, shape: Sequence[int] | None, onnx: bool) -> None:
-    """Refuse what could not be written, and to leave a program beside weights that are not its own."""
+def _fault_of_folder(folder: Path, shape: Sequence[int] | None, onnx: bool) -> str | None:
+    """What could not be written, or a program that would stay beside weights that are not its own."""
     if folder.exists() and not folder.is_dir():
-        raise MetaplError(f"{folder} could not be written: it is a file; expected a folder.")
+        return f"{folder} could not be written: it is a file; expected a folder."
     if onnx and shape is None:
-        raise MetaplError("onnx=True was given without shape; expected the shape of a picture too: shape=(3, 32, 32).")
+        return "onnx=True was given without shape; expected the shape of a picture too: shape=(3, 32, 32)."
     for name, replaced, mend in ((PROGRAM, shape is not None, "give shape"), (ONNX, onnx, "export ONNX too (--onnx)")):
         if not replaced and (folder / name).exists():
-            raise MetaplError(
+            return (
                 f"{folder / name} is of another export and would stand beside weights that are not its own; {mend}, "
                 "remove the file, or take another folder."
             )
+    return None
 
 
-def _check_weights(state: Mapping[str, Tensor], architecture: Architecture | None) -> None:
+def _fault_of_weights(state: Mapping[str, Tensor], architecture: Architecture | None) -> str | None:
     bad = [name for name, t in state.items() if not t.isfinite().all()]
     if bad:
-        raise MetaplError(f"weights that are not finite are not exported: {', '.join(bad[:4])}; the training diverged.")
+        return f"weights that are not finite are not exported: {', '.join(bad[:4])}; the training diverged."
     if architecture is None:
-        return
+        return None
     with torch.device("meta"):
         expected = {name: t.shape for name, t in architecture.create().state_dict().items()}
     shapes = {name: t.shape for name, t in state.items()}
     differing = [name for name in sorted(expected | shapes) if expected.get(name) != shapes.get(name)]
-    if differing:
-        raise MetaplError(
-            f"the network is not what {architecture} builds: it differs in {', '.join(differing[:4])} "
-            f"({len(differing)} in all); give the architecture that it was created from."
-        )
-
-
-# ----------------------------------------------------------------------------------------------------------- weights
-
-
-def _metadata(
-    architecture: Architecture | None, normalization: Mapping[str, Any] | None, card: Mapping[str, Any]
-) -> dict[str, Any]:
-    classes = card.get("classes")
-    center = {} if card.get("center", 1.0) == 1.0 else {"center": card["center"]}
-    return center | {
-        "architecture": None if architecture is None else asdict(architecture),
-        "normalization": normalization,
-        "classes": None if classes is None else list(classes),
-    }
-
-
-def _safetensors(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
-    from safetensors.torch import save
-
-    # Tensors that share memory, as tied weights do, are written one by one: safetensors refuses them otherwise.
-    plain = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in sorted(state.items())}
-    # One entry, for safetensors writes several in an order that changes from call to call.
-    data: bytes = save(plain, {"metapl": json.dumps(metadata, sort_keys=True)})
-    return data
+    if not differing:
+        return None
+    return (
+        f"the network is not what {architecture} builds: it differs in {', '.join(differing[:4])} "
+        f"({len(differing)} in all); give the architecture that it was created from."
+    )
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
@@ -225,8 +210,6 @@ def read_metadata(file: Path) -> dict[str, Any]:
     Raises:
         MetaplError: there is no such file, it is damaged, or it is of an export that is not understood.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not file.is_file():
         raise MetaplError(f"there is no file of weights {file}; expected a .safetensors or .pt file on this machine.")
     if file.suffix != ".safetensors":

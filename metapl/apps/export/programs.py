@@ -144,18 +144,12 @@ def _check(files: Mapping[str, bytes], network: nn.Module, shape: Sequence[int])
     batches = [torch.rand(count, *shape, generator=generator) for count in (1, 3)]
     with torch.inference_mode():
         expected = [network(images) for images in batches]
-    runnable = {name: content for name, content in files.items() if name != ONNX or can_run_onnx()}
-    for name, given in _run_elsewhere(runnable, batches).items():
-        for output, expected_output in zip(given, expected, strict=True):
-            _compare(name, output, expected_output)
-
-
-def _run_elsewhere(files: Mapping[str, bytes], batches: list[Tensor]) -> dict[str, list[Tensor]]:
-    """What the programs give, in a process that cannot import metapl."""
-    with tempfile.TemporaryDirectory(prefix="metapl-") as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        torch.save(batches, Path(folder) / "batches.pt")
+    with tempfile.TemporaryDirectory(prefix="metapl-") as name:
+        folder = Path(name)
+        for file, content in files.items():
+            if file != ONNX or can_run_onnx():
+                (folder / file).write_bytes(content)
+        torch.save(batches, folder / "batches.pt")
         # -c alone would import what the current folder has under the names of Python's own modules.
         command = [sys.executable, "-P", "-c", _ELSEWHERE]
         finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -163,8 +157,9 @@ def _run_elsewhere(files: Mapping[str, bytes], batches: list[Tensor]) -> dict[st
             why = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
             # Its last line tells in this process whether the memory was too little.
             raise MetaplError(f"{' and '.join(files)} cannot be run without metapl: {why}") from RuntimeError(why)
-        logits: dict[str, list[Tensor]] = torch.load(Path(folder) / "logits.pt")
-        return logits
+        for file, given in torch.load(folder / "logits.pt").items():
+            for output, expected_output in zip(given, expected, strict=True):
+                _compare(file, output, expected_output)
 
 
 def _compare(name: str, output: Tensor, expected: Tensor) -> None:

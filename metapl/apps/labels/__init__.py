@@ -2,7 +2,7 @@
 
 writer    `LabelWriter`: a store, written part by part
 store     `LabelStore`: a store, read by ids or rows
-queries   `select` and `statistics`: some of a store, and what is in it, by DuckDB
+queries   `select` and `statistics`: some of a store, and what is in it
 files     the files of a store, and what they are refused for
 drawing   statistics as a picture
 """

@@ -2,12 +2,13 @@
 
 A store is a folder:
 
-store.json                         classes, encoding, provenance and, once it is whole, its parts; sealed by a checksum
+store.json                         classes, encoding, provenance and the parts; sealed by a checksum
 part-00000-0123456789abcdef.parquet  rows of the store, with the beginning of the file's SHA-256 in its name
 
 A part is a Parquet file of one row group, which any reader of Parquet understands. Its rows are in the order of their
 ids, and so are the parts. It is written to memory, then to a temporary file, and gets its name when its bytes are on
-disk: a part that has its name is whole, and a writer that was killed goes on behind the last of them.
+disk; then the description, which names it, is replaced. So a writer that was killed goes on behind the last part that
+the description names, and a part that it does not name yet is written again.
 
 The numbers of the distributions are neither compressed nor encoded, and those of a part lie in one page. So they stand
 one after another at the end of their column, and are read from there in a memory map, without a decoder.
@@ -19,9 +20,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from metapl.errors import MetaplError, few, require_extra
-from metapl.runs.sealed import misfit, misfit_entries, open_plain, read_plain
+from metapl.runs.atomic import is_temporary
+from metapl.runs.sealed import misfit_entries, open_plain, read_plain
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -41,17 +42,11 @@ FORMAT = 1
 
 DESCRIPTION = "store.json"
 
-SPILL = ".spill-"
-"""What the folder of DuckDB's files begins with, in that of a store that is selected."""
-
 DIGEST_BYTES = 16
 """Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1 in 10^21."""
 
 PAGE_VALUES = 2**24
 """Numbers of a part's distributions: pages of Parquet end long before 2^31 bytes, and a part is held in memory."""
-
-STORE = b"metapl.store"
-"""In the metadata of a part: which store it is of, by the hash of :func:`identity`."""
 
 FREE = ("begun", "made_with", "run", "pictures")
 """What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are."""
@@ -59,24 +54,12 @@ FREE = ("begun", "made_with", "run", "pictures")
 PAGE_ROWS = 16_384
 """Rows of a part: from 20,000 on, pyarrow begins another page."""
 
-_PART = re.compile(r"part-(\d{5,})-([0-9a-f]{16})\.parquet")
-_TEMPORARY = re.compile(r"(store\.json|part-\d{5,}-[0-9a-f]{16}\.parquet)\.[0-9a-f]{8}\.tmp")
+AGAIN = "Put the file back from a copy, or write the labels again to another folder (--out)."
 
-_ENTRIES: dict[str, Any] = {
-    "format": int,
-    "complete": bool,
-    "classes": list[str],
-    "top_k": int | None,
-    "rows_per_part": int,
-    "provenance": dict[str, Any],
-    "numbers": bool,
-    "digests": bool,
-    "rows": int,
-    "parts": list[dict[str, Any]],
-}
-"""What the description says, with types; those from ``numbers`` on are there once the store is whole."""
+_PART = re.compile(r"part-\d{5,}-[0-9a-f]{16}\.parquet")
 
-_WHOLE = ("numbers", "digests", "rows", "parts")
+require = partial(require_extra, "labels", "stored labels need")
+"""Refuse to go on without packages of the extra."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +82,19 @@ class Part:
     sha256: str
 
 
-require = partial(require_extra, "labels", "stored labels need")
-"""Refuse to go on without packages of the extra."""
-
-
-# ------------------------------------------------------------------------------------------------------ the description
+_ENTRIES: dict[str, Any] = {
+    "format": int,
+    "complete": bool,
+    "classes": list[str],
+    "top_k": int | None,
+    "rows_per_part": int,
+    "provenance": dict[str, Any],
+    "numbers": bool,
+    "digests": bool,
+    "rows": int,
+    "parts": list[Part],
+}
+"""What the description says, with types."""
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
@@ -113,18 +104,17 @@ def sealed(content: Mapping[str, Any]) -> bytes:
     return (json.dumps({**plain, "seal": seal}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """What the description of a store says.
+def read_sealed(file: Path, version: int, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says that :func:`sealed` made.
+
+    Args:
+        file: plain, or it is refused.
+        version: the ``format`` that it is to have.
+        entries: what it is to say, with types.
 
     Raises:
-        MetaplError: there is none, it is damaged, or it is of a later format.
+        MetaplError: the file cannot be read, is of another format, or is not as it was written.
     """
-    file = folder / DESCRIPTION
-    if not folder.is_dir():
-        state = "is a file" if folder.exists() else "does not exist"
-        raise MetaplError(f"{folder} {state}; expected the folder of a store, as metapl label writes it.")
-    if not file.exists():
-        raise MetaplError(f"{folder} is not a store of labels: there is no {DESCRIPTION} in it.")
     try:
         written = read_plain(file)
         content = json.loads(written)
@@ -134,87 +124,79 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise MetaplError(f"{file} cannot be read: {error}. {AGAIN}") from error
     if not isinstance(content, dict) or "format" not in content:
         raise MetaplError(f"{file} is not of a store of labels: it does not say its format.")
-    if content["format"] != FORMAT:
+    if content["format"] != version:
         raise MetaplError(
-            f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}: take the metapl "
-            "that wrote it, or write the labels again."
+            f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {version}: take the "
+            "metapl that wrote it, or write the labels again."
         )
-    needed = [name for name in _ENTRIES if content.get("complete") is True or name not in _WHOLE]
-    fault = misfit_entries(content, _ENTRIES)
-    fault = fault or next((f"it does not say {name}" for name in needed if name not in content), None)
+    fault = misfit_entries(content, entries)
+    fault = fault or next(
+        (f"it does not say {name}, or an earlier metapl began it" for name in entries if name not in content), None
+    )
     if fault is None and written != sealed(content):
         fault = "its checksum (seal) is of another content"
-    fault = fault or _contradiction(content)
     if fault is not None:
         raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
     return content
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """What the description of a store says; its parts as :class:`Part`.
+
+    Raises:
+        MetaplError: there is none, it is damaged, or it is of another format.
+    """
+    file = folder / DESCRIPTION
+    if not file.exists():
+        state = "is a file" if folder.exists() else "does not exist"
+        state = f"is not a store of labels: there is no {DESCRIPTION} in it" if folder.is_dir() else state
+        raise MetaplError(f"{folder} {state}; expected the folder of a store, as metapl label writes it.")
+    content = read_sealed(file, FORMAT, _ENTRIES)
+    fault = _contradiction(content)
+    if fault is not None:
+        raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
+    return content | {"parts": [Part(**part) for part in content["parts"]]}
+
+
 def _contradiction(content: Mapping[str, Any]) -> str | None:
     """What in a description, whose types are as they should be, cannot be."""
-    classes, top_k, parts = content["classes"], content["top_k"], content.get("parts", [])
-    if not classes or len({*classes}) < len(classes):
-        return f"its classes are {few(classes, 10, 30)}; expected one or more names, each once"
-    if top_k is not None and not 1 <= top_k <= len(classes):
-        return f"its top_k is {top_k!s:.30}; expected 1 to {len(classes)}, the number of classes"
-    fault = selected_fault(content["provenance"])
-    if fault is not None or not content["complete"]:
-        return fault
-    if not parts:
-        return "it has no parts"
-    fault = misfit(parts, list[Part], "parts")
+    classes, top_k, parts = content["classes"], content["top_k"], content["parts"]
+    fault = classes_fault(classes, top_k)
     if fault is not None:
         return fault
-    if any({*part} != {*Part.__dataclass_fields__} for part in parts):
-        return "it does not say all of a part"
+    if content["complete"] and not parts:
+        return "it has no parts"
     kind = int if content["numbers"] else str
     for number, part in enumerate(parts):
-        if part["file"] != part_name(number, part["sha256"]) or not _PART.fullmatch(part["file"]):
-            name = few([part["file"]], longest=60)
-            return f"its part {number} is the file {name}; expected part-{number:05} and the beginning of its SHA-256"
-        if not 1 <= part["rows"] <= PAGE_ROWS:
-            return f"its part {number} has {part['rows']!s:.30} rows; expected 1 to {PAGE_ROWS:,}"
-        if type(part["first"]) is not kind or type(part["last"]) is not kind:
-            return f"the ids of its part {number} are not all of the type that numbers ({content['numbers']}) says"
-    if content["rows"] != sum(part["rows"] for part in parts):
-        return (
-            f"it has {content['rows']!s:.30} rows; expected {sum(part['rows'] for part in parts):,}, those of its parts"
-        )
+        if (
+            {*part} != {*Part.__dataclass_fields__}
+            or not _PART.fullmatch(part["file"])
+            or part["file"] != part_name(number, part["sha256"])
+            or not 1 <= part["rows"] <= PAGE_ROWS
+            or not type(part["first"]) is type(part["last"]) is kind
+        ):
+            return (
+                f"its part {number} is {few([part], longest=60)}; expected the file part-{number:05} with the "
+                f"beginning of its SHA-256, 1 to {PAGE_ROWS:,} rows, and ids that are "
+                f"{'integers' if content['numbers'] else 'strings'}"
+            )
+    rows = sum(part["rows"] for part in parts)
+    return None if content["rows"] == rows else f"it has {content['rows']!s:.30} rows; expected {rows:,}, of its parts"
+
+
+def classes_fault(classes: Sequence[str], top_k: int | None) -> str | None:
+    """What is wrong with the classes of a store, and with how many of them are kept of an example."""
+    if not classes or len({*classes}) < len(classes):
+        return f"the classes are {few(classes, 10, 30)}; expected one or more names, each once"
+    if top_k is not None and not 1 <= top_k <= len(classes):
+        return f"top_k is {top_k!s:.30}; expected 1 to {len(classes)}, the number of classes, or None for all"
     return None
 
 
-@dataclass(frozen=True)
-class _Overlap:
-    pictures: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class _Selected:
-    """What a selection was asked for, as its provenance says it."""
-
-    of_rows: int
-    of_store_sha256: str
-    threshold: float | None
-    per_class: int | None
-    any_class: bool
-    balance: bool
-    dropped_overlap_with: _Overlap | None
-
-
-def selected_fault(provenance: Mapping[str, Any]) -> str | None:
-    """What is wrong with the selections that a store says it was made by; None where nothing is."""
-    selected = provenance.get("selected", [])
-    fault = misfit(selected, list[_Selected], "provenance.selected")
-    if fault is None and any({*_Selected.__dataclass_fields__} - {*asked} for asked in selected):
-        fault = f"provenance.selected does not say all of {', '.join(_Selected.__dataclass_fields__)}"
-    overlaps = [] if fault is not None else [asked["dropped_overlap_with"] for asked in selected]
-    if any(overlap is not None and {*overlap} != {"pictures", "sha256"} for overlap in overlaps):
-        fault = "provenance.selected does not say all of dropped_overlap_with"
-    return fault
-
-
-AGAIN = "Put the file back from a copy, or write the labels again to another folder (--out)."
+def described(parts: Sequence[Part], **content: Any) -> dict[str, Any]:
+    """A description, of what it says beside the parts, and of these."""
+    rows = sum(part.rows for part in parts)
+    return {"format": FORMAT, **content, "rows": rows, "parts": [asdict(part) for part in parts]}
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -230,25 +212,20 @@ def schema(*, numbers: bool, sparse: bool, digests: bool) -> pa.Schema:
     """
     import pyarrow as pa
 
-    def plain(name: str, kind: pa.DataType) -> pa.Field:
-        return pa.field(name, kind, nullable=False)
+    def several(kind: pa.DataType) -> pa.DataType:
+        return pa.list_(pa.field("element", kind, nullable=False))
 
-    def several(name: str, kind: pa.DataType) -> pa.Field:
-        return plain(name, pa.list_(plain("element", kind)))
-
-    columns = [
-        plain("id", pa.int64() if numbers else pa.string()),
-        plain("label", pa.int32()),
-        plain("confidence", pa.float32()),
-        plain("entropy", pa.float32()),
-        plain("copies", pa.int32()),
-    ]
-    if digests:
-        columns.append(plain("digest", pa.binary(DIGEST_BYTES)))
-    columns.append(several("probabilities", pa.float16()))
-    if sparse:
-        columns.append(several("classes", pa.int32()))
-    return pa.schema(columns)
+    columns = {
+        "id": pa.int64() if numbers else pa.string(),
+        "label": pa.int32(),
+        "confidence": pa.float32(),
+        "entropy": pa.float32(),
+        "copies": pa.int32(),
+        **({"digest": pa.binary(DIGEST_BYTES)} if digests else {}),
+        "probabilities": several(pa.float16()),
+        **({"classes": several(pa.int32())} if sparse else {}),
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
 def encoded(table: pa.Table) -> pa.Buffer:
@@ -256,21 +233,17 @@ def encoded(table: pa.Table) -> pa.Buffer:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = [field.name for field in table.schema]
-    mapped = {"id"} if pa.types.is_integer(table.schema.field("id").type) else set()
-    codecs = {
-        **{name: "none" if name in mapped else "zstd" for name in names},
-        **{f"{name}.list.element": "none" for name in ("probabilities", "classes")},
-    }
+    names = table.schema.names
+    mapped = [name for name in names if name in ("probabilities", "classes")]
+    codecs = dict.fromkeys(names, "zstd") | {f"{name}.list.element": "none" for name in mapped}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink, table.schema, compression=codecs, use_dictionary=["copies"], data_page_size=2**30, write_batch_size=2**25
     ) as writer:
         writer.write_table(table, row_group_size=len(table))
     buffer = sink.getvalue()
-    for name in (*mapped, "probabilities", *(["classes"] if "classes" in names else [])):
-        values = table[name].combine_chunks()
-        flat = (values if name == "id" else values.flatten()).to_numpy(zero_copy_only=False).reshape(-1)
+    for name in mapped:
+        flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         if not np.array_equal(mapped_columns(buffer, {name: flat.dtype})[name], flat):
             raise MetaplError(
                 f"this pyarrow, {pa.__version__}, lays out the column {name} of a Parquet file in another way than "
@@ -289,14 +262,19 @@ def mapped_columns(buffer: pa.Buffer, dtypes: Mapping[str, np.dtype[Any]]) -> di
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    group = pq.read_metadata(pa.BufferReader(buffer)).row_group(0)
-    chunks = {(chunk := group.column(i)).path_in_schema.partition(".")[0]: chunk for i in range(group.num_columns)}
-    columns = {}
-    for name, dtype in dtypes.items():
-        end = int(chunks[name].data_page_offset) + int(chunks[name].total_compressed_size)
-        count = int(chunks[name].num_values)
-        columns[name] = np.frombuffer(buffer, dtype, count, end - count * dtype.itemsize)
+    group, columns = pq.read_metadata(pa.BufferReader(buffer)).row_group(0), {}
+    for chunk in map(group.column, range(group.num_columns)):
+        name = column_of(chunk)
+        if name in dtypes:
+            end, size = int(chunk.data_page_offset) + int(chunk.total_compressed_size), dtypes[name].itemsize
+            columns[name] = np.frombuffer(buffer, dtypes[name], chunk.num_values, end - chunk.num_values * size)
     return columns
+
+
+def column_of(chunk: pq.ColumnChunkMetaData) -> str:
+    """The column of a table that a column of numbers belongs to."""
+    name: str = chunk.path_in_schema.partition(".")[0]
+    return name
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -309,99 +287,59 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return parquet.read(None if columns is None else list(columns), use_threads=False)
 
 
-def read_digests(tables: Iterable[pa.Table]) -> Iterator[tuple[Any, bytes]]:
-    """Each id with the digest of its file, of tables with these columns."""
-    for table in tables:
-        yield from zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True)
-
-
 def part_name(number: int, sha256: str) -> str:
     return f"part-{number:05}-{sha256[:16]}.parquet"
 
 
-def identity(classes: Sequence[str], top_k: int | None, rows_per_part: int, provenance: Mapping[str, Any]) -> bytes:
-    """A hash of what a store is of; writers that may go on with each other's store have the same one."""
-    plain = {name: value for name, value in provenance.items() if name not in FREE}
-    whole = json.dumps([list(classes), top_k, rows_per_part, plain], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest().encode()
-
-
-def part_fault(
-    metadata: pq.FileMetaData, *, numbers: bool, digests: bool, top_k: int | None, classes: int
-) -> str | None:
-    """What is wrong with a part's columns, by what Parquet says of them; None where they are as they are written.
+def part_fault(metadata: pq.FileMetaData, expected: pa.Schema, rows: int, width: int, classes: int) -> str | None:
+    """What is wrong with a part, by what Parquet says of it; None where it is as it is written.
 
     Args:
         metadata: of the file.
-        numbers: whether ids are integers.
-        digests: whether it says which file an example was.
-        top_k: how many probabilities of an example are kept; None for all.
+        expected: its columns.
+        rows: how many it has.
+        width: how many probabilities of an example are kept.
         classes: how many there are.
     """
-    expected = schema(numbers=numbers, sparse=top_k is not None, digests=digests)
-    found = metadata.schema.to_arrow_schema()
-    if not found.equals(expected):
-        differing = [field for field in expected if field.name not in found.names or found.field(field.name) != field]
+    columns = metadata.schema.to_arrow_schema()
+    if metadata.num_rows != rows or metadata.num_row_groups != 1:
+        return f"it has {metadata.num_rows:,} rows in {metadata.num_row_groups} groups; expected {rows:,} in one"
+    if not columns.equals(expected):
+        differing = [
+            field for field in expected if field.name not in columns.names or columns.field(field.name) != field
+        ]
         what = f"{differing[0].name} as {differing[0].type}" if differing else f"only {', '.join(expected.names)}"
-        return f"its columns are {few(found.names, 10, 30)}; expected {what}"
-    if metadata.num_row_groups != 1 or not metadata.num_rows:
-        return (
-            f"it has {metadata.num_rows:,} rows in {metadata.num_row_groups} groups; expected one or more in one group"
-        )
-    group, width = metadata.row_group(0), top_k or classes
-    for chunk in map(group.column, range(group.num_columns)):
-        name = chunk.path_in_schema.partition(".")[0]
-        is_list = name in ("probabilities", "classes")
-        if is_list and chunk.num_values != metadata.num_rows * width:
-            return f"it has {chunk.num_values:,} {name} in {metadata.num_rows:,} rows; expected {width:,} in each"
-        if (is_list or (name == "id" and numbers)) and (
-            chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page
-        ):
-            return f"its column {name} is compressed or encoded; expected plain numbers"
-        known = chunk.statistics
-        has_range = known is not None and known.has_min_max
-        if has_range and name == "copies" and known.min < 1:
-            return f"its column copies has {known.min}; expected 1 or more"
-        if has_range and name in ("label", "classes") and not 0 <= known.min <= known.max < classes:
-            return f"its column {name} has {known.min} to {known.max}; expected numbers of {classes:,} classes"
-    return None
-
-
-def parts_there(folder: Path) -> list[tuple[str, str]]:
-    """The parts in a folder that is being written to, in their order: the name, and the beginning of its SHA-256.
-
-    Raises:
-        MetaplError: one is missing, or there are two of a number.
-    """
-    parts = sorted(
-        (int(match[1]), match[0], match[2]) for name in os.listdir(folder) if (match := _PART.fullmatch(name))
+        return f"its columns are {few(columns.names, 10, 30)}; expected {what}"
+    group, ranges = (
+        metadata.row_group(0),
+        {"label": (0, classes - 1), "classes": (0, classes - 1), "copies": (1, 2**31)},
     )
-    for expected, (number, name, _) in enumerate(parts):
-        if number != expected:
-            raise MetaplError(
-                f"{folder} has {shown(name)}, and not the part {expected} before it; expected the parts as they were "
-                "written, one of each number. Remove those from there on, then go on with resume=True (--resume)."
-            )
-    return [(name, sha256) for _, name, sha256 in parts]
+    for chunk in map(group.column, range(group.num_columns)):
+        name, known = column_of(chunk), chunk.statistics
+        if name in ("probabilities", "classes"):
+            if chunk.num_values != rows * width:
+                return f"it has {chunk.num_values:,} {name} in {rows:,} rows; expected {width:,} in each"
+            if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
+                return f"its column {name} is compressed or encoded; expected plain numbers"
+        if name in ranges:
+            (least, most), found = ranges[name], [known.min, known.max] if known and known.has_min_max else []
+            if not found or not least <= found[0] <= found[1] <= most:
+                return f"its column {name} has {' to '.join(map(str, found))}; expected {least} to {most:,}"
+    return None
 
 
 def store_around(path: Path) -> Path | None:
     """The store in whose folder a file or a folder would lie, at any depth; None where there is none."""
-    for folder in path.resolve().parents:
-        if (folder / DESCRIPTION).is_file() and any(map(_PART.fullmatch, os.listdir(folder))):
-            return folder
-    return None
+    return next(
+        (folder for folder in path.resolve().parents if (folder / DESCRIPTION).is_file() and parts(folder)), None
+    )
+
+
+def parts(folder: Path) -> list[str]:
+    """The files in a folder that are called as parts are."""
+    return sorted(filter(_PART.fullmatch, os.listdir(folder)))
 
 
 def is_own(name: str) -> bool:
     """Whether a file is one of a store that is not whole yet, or what its killed writer left."""
-    return name == DESCRIPTION or name.startswith(".") or bool(_PART.fullmatch(name) or _TEMPORARY.fullmatch(name))
-
-
-def remove_temporary(folder: Path) -> None:
-    """Remove what a killed writer left; for whoever owns the folder."""
-    for name in os.listdir(folder):
-        if _TEMPORARY.fullmatch(name):
-            (folder / name).unlink()
-        elif name.startswith(SPILL):
-            shutil.rmtree(folder / name)
+    return name == DESCRIPTION or name.startswith(".") or bool(_PART.fullmatch(name)) or is_temporary(name)

@@ -1,41 +1,33 @@
-"""What is in a store, and stores of some of its rows, by DuckDB: in bounded memory, whatever the number of rows."""
+"""What is in a store, and stores of some of its rows: read part by part, in memory that more rows take no more of."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metapl.apps.labels import files as layout
 from metapl.apps.labels.files import DIGEST_BYTES
-from metapl.apps.labels.store import LabelStore, is_text
+from metapl.apps.labels.store import LabelStore
 from metapl.apps.labels.writer import LabelWriter
 from metapl.apps.pictures.folders import Progress, ask, digest, scan_unlabeled
-from metapl.errors import MetaplError, reason_of
-from metapl.runs.cores import available_cores
-from metapl.words import shown
+from metapl.errors import MetaplError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from duckdb import DuckDBPyConnection
-
-MEMORY = "768MiB"
-"""What DuckDB may hold; what takes more goes to files."""
-
-MOST_OF_ANY_CLASS = 1_000_000
-"""DuckDB takes fewer of the greatest values."""
 
 MOST_COPIES = 1_000_000_000
 """Examples with their copies: :meth:`LabelStore.rows_with_copies` takes 8 bytes for each, and some memory on top."""
 
-_LAST_ROW = 2**32 - 1
+COUNTERS = 2**22
+"""Of 8 bytes each, by which the first of each class are found."""
+
+QUARTILES = (0.25, 0.5, 0.75)
 
 BINS = 20
 """Of the histograms of confidence and entropy."""
@@ -115,91 +107,62 @@ class Selection:
     unread: int = 0
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """Which rows are kept: the arguments of :func:`select` that say so."""
-
-    threshold: float | None
-    per_class: int | None
-    any_class: bool
-    balance: bool
-    drop_overlap: Path | None
-
-    @property
-    def sure(self) -> str:
-        """In SQL, what holds for an example of enough confidence."""
-        # Confidence is stored as float32, in which 0.3 is above 0.3.
-        return "true" if self.threshold is None else f"confidence > {self.threshold!r}::FLOAT"
-
-    def check(self, store: LabelStore) -> None:
-        """Refuse a rule that says nothing, or that a store cannot be selected by."""
-        threshold, per_class = self.threshold, self.per_class
-        if threshold is None and per_class is None and not self.balance and self.drop_overlap is None:
-            raise MetaplError(
-                "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap."
-            )
-        if threshold is not None and not 0 <= threshold < 1:
-            raise MetaplError(f"the threshold is {threshold}; expected a confidence in [0, 1).")
-        if per_class is not None and not 1 <= per_class <= MOST_COPIES:
-            raise MetaplError(f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}.")
-        if self.any_class and (per_class is None or self.balance or not per_class < MOST_OF_ANY_CLASS):
-            raise MetaplError(
-                f"any_class was asked for; expected per_class with it, below {MOST_OF_ANY_CLASS:,}, and no balance: an "
-                "example can be of several classes."
-            )
-        if self.drop_overlap is not None and not store.has_digests:
-            raise MetaplError(
-                f"the examples of {store.folder} have no files that could be compared with those in "
-                f"{self.drop_overlap}; expected a store of the pictures in a folder."
-            )
-
-
 def statistics(store: LabelStore) -> Statistics:
     """Counts by class, and how confident the labels are.
 
-    Cost: all parts are read once, for their checksums; of the rows, some 20 bytes each.
+    Cost: all parts are read three times, of the rows some 20 bytes each; memory for a part, and 100 MB.
 
     Raises:
-        MetaplError: a part is damaged, or DuckDB is not installed.
+        MetaplError: a part is damaged.
     """
-    top = greatest_entropy(len(store.classes))
-    with tempfile.TemporaryDirectory() as spill, _database(Path(spill)) as database:
-        columns = ["label", "confidence", "entropy", "copies"]
-        _load(database, store, "CREATE TEMP TABLE example AS SELECT * FROM incoming", columns, _numbered)
-        by_class = database.execute(
-            "SELECT label, count(*), sum(copies), avg(confidence::DOUBLE) FROM example GROUP BY label ORDER BY label"
-        ).fetchall()
-        whole = database.execute(
-            "SELECT sum(copies), avg(confidence::DOUBLE), avg(entropy::DOUBLE), "
-            "quantile_cont(confidence::DOUBLE, [0.25, 0.5, 0.75]) FROM example"
-        ).fetchone()
-        histograms = [
-            database.execute(
-                f"SELECT least(greatest(floor({column}::DOUBLE / $top * {BINS}), 0), {BINS - 1})::INTEGER AS bin, "
-                "count(*) FROM example GROUP BY bin",
-                {"top": upper},
-            ).fetchall()
-            for column, upper in (("confidence", 1.0), ("entropy", top))
-        ]
-    assert whole is not None
-    counts, copies = [0] * len(store.classes), [0] * len(store.classes)
-    means: list[float | None] = [None] * len(store.classes)
-    for label, count, counted, mean in by_class:
-        counts[label], copies[label], means[label] = count, int(counted), mean
-    bins = [[dict(histogram).get(number, 0) for number in range(BINS)] for histogram in histograms]
+    classes, top = len(store.classes), greatest_entropy(len(store.classes))
+    counts, copies = np.zeros((2, classes), np.int64)
+    confidences, entropies = np.zeros((2, BINS), np.int64)
+    sums, entropy = np.zeros(classes), 0.0
+    for table in _every(store)({"label", "confidence", "entropy", "copies"}):
+        label, confidence, entropy_B, copies_B = (
+            table[name].to_numpy() for name in ("label", "confidence", "entropy", "copies")
+        )
+        counts += np.bincount(label, minlength=classes)
+        copies += np.bincount(label, copies_B, classes).astype(np.int64)
+        sums += np.bincount(label, confidence, classes)
+        confidences += _histogram(confidence, 1.0)
+        entropies += _histogram(entropy_B, top)
+        entropy += float(entropy_B.sum(dtype=np.float64))
     return Statistics(
         rows=len(store),
-        copies=int(whole[0]),
+        copies=int(copies.sum()),
         classes=store.classes,
-        counts=tuple(counts),
-        class_copies=tuple(copies),
-        class_confidence=tuple(means),
-        confidence=tuple(bins[0]),
-        entropy=tuple(bins[1]),
-        mean_confidence=whole[1],
-        quartiles_of_confidence=tuple(whole[3]),
-        mean_entropy=whole[2],
+        counts=tuple(counts.tolist()),
+        class_copies=tuple(copies.tolist()),
+        class_confidence=tuple(
+            float(total / count) if count else None for total, count in zip(sums, counts, strict=True)
+        ),
+        confidence=tuple(confidences.tolist()),
+        entropy=tuple(entropies.tolist()),
+        mean_confidence=float(sums.sum()) / len(store),
+        quartiles_of_confidence=_quartiles(store),
+        mean_entropy=entropy / len(store),
     )
+
+
+def _histogram(values: np.ndarray[Any, Any], upper: float) -> np.ndarray[Any, Any]:
+    bins = np.clip(np.floor(values.astype(np.float64) / upper * BINS), 0, BINS - 1)
+    return np.bincount(bins.astype(np.int64), minlength=BINS)
+
+
+def _quartiles(store: LabelStore) -> tuple[float, ...]:
+    """Of the confidence: the values at these places of their order, between two of them in proportion."""
+    places = np.array(QUARTILES) * (len(store) - 1)
+    ranks = np.concatenate([np.floor(places), np.ceil(places)]).astype(np.int64)
+
+    def asked(table: pa.Table) -> Keys:
+        bits = table["confidence"].to_numpy().view(np.uint32)
+        return np.repeat(np.arange(len(ranks)), len(bits)), np.tile(bits, len(ranks))
+
+    found = _cut(_every(store), {"confidence"}, asked, ranks + 1, 32, exact=True).prefix
+    low, high = found.astype(np.uint32).view(np.float32).astype(np.float64).reshape(2, -1)
+    return tuple((low + (high - low) * (places - np.floor(places))).tolist())
 
 
 def select(
@@ -241,16 +204,36 @@ def select(
         resume: go on with a selection that was stopped.
         progress: called with the number of rows written.
 
-    Cost: memory for DuckDB within 768 MiB (what is more goes to files in ``out``) and a few parts; the parts are read
-    twice.
+    Cost: memory for a few parts, and 100 MB; no more for more rows. The parts are read once for each step that is asked
+    for, two or three times more for ``per_class`` and for ``balance`` each, and once to write.
 
     Raises:
         MetaplError: nothing is asked for or nothing is left, an argument is out of its range, the examples have no
             files to compare, a part is damaged, or the disk refused.
     """
-    rule = _Rule(threshold, per_class, any_class, balance, drop_overlap)
-    rule.check(store)
-    overlap, unread = (None, 0) if drop_overlap is None else _digests(drop_overlap)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if threshold is None and per_class is None and not balance and drop_overlap is None:
+        raise MetaplError(
+            "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap."
+        )
+    if threshold is not None and not 0 <= threshold < 1:
+        raise MetaplError(f"the threshold is {threshold}; expected a confidence in [0, 1).")
+    if per_class is not None and not 1 <= per_class <= MOST_COPIES:
+        raise MetaplError(f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}.")
+    if any_class and (per_class is None or balance):
+        raise MetaplError(
+            "any_class was asked for; expected per_class with it, and no balance: an example can be of several classes."
+        )
+    if drop_overlap is not None and not store.has_digests:
+        raise MetaplError(
+            f"the examples of {store.folder} have no files that could be compared with those in {drop_overlap}; "
+            "expected a store of the pictures in a folder."
+        )
+    found = [] if drop_overlap is None else [ask(digest, path) for path in scan_unlabeled(drop_overlap).paths()]
+    known = sorted({content[:DIGEST_BYTES] for content in found if content})
+    overlap = {"pictures": len(known), "sha256": hashlib.sha256(b"".join(known)).hexdigest()}
     asked = {
         "of_rows": len(store),
         "of_store_sha256": store.sha256,
@@ -258,249 +241,215 @@ def select(
         "per_class": per_class,
         "any_class": any_class,
         "balance": balance,
-        "dropped_overlap_with": None if overlap is None else _summary(overlap),
+        "dropped_overlap_with": None if drop_overlap is None else overlap,
     }
-    provenance = {**store.provenance, "selected": [*store.provenance.get("selected", []), asked]}
+    before = store.provenance.get("selected", [])
     writer = LabelWriter(
         out,
         store.classes,
         top_k=store.top_k,
-        provenance=provenance,
+        provenance={**store.provenance, "selected": [*(before if isinstance(before, list) else [before]), asked]},
         rows_per_part=max(part.rows for part in store.parts),
         resume=resume,
     )
-    layout.require("duckdb")
-    with writer, tempfile.TemporaryDirectory(prefix=layout.SPILL, dir=out) as spill, _database(Path(spill)) as database:
-        selection = _choose(database, store, rule, overlap)
+    with writer:
+        rows = _every(store)
+        left = [_by_class(rows, store)]
+        if drop_overlap is not None:
+            digests = pa.array(known, pa.binary(DIGEST_BYTES))
+            rows = _where(rows, "digest", lambda column: pc.invert(pc.is_in(column, value_set=digests)))
+        left.append(left[-1] if drop_overlap is None else _by_class(rows, store))
+        if threshold is not None:
+            # Confidence is stored as float32, in which 0.3 is above 0.3.
+            least = pa.scalar(threshold, pa.float32())
+            rows = _where(rows, "confidence", lambda column: pc.greater(column, least))
+        left.append(left[-1] if threshold is None else _by_class(rows, store))
+        if per_class is not None:
+            rows = _first_of_each(rows, store, per_class, any_class)
+        counts = left[-1] if per_class is None else _by_class(rows, store)
+        overlapping, unsure, beyond = (int(a.sum() - b.sum()) for a, b in pairwise([*left, counts]))
+        if not counts.any():
+            raise MetaplError(
+                f"nothing is left of the {len(store):,} examples of {store.folder}: {overlapping:,} overlap, and "
+                f"{unsure:,} are not above the threshold; lower it."
+            )
+        goal = per_class or int(counts.max())
+        if balance:
+            copies = goal * int(np.count_nonzero(counts))
+        else:
+            copies = sum(int(table["copies"].to_numpy().sum(dtype=np.int64)) for table in rows({"copies"}))
+        if copies > MOST_COPIES:
+            raise MetaplError(
+                f"the new store would count {copies:,} examples with their copies; expected at most {MOST_COPIES:,}: "
+                "give a smaller per_class."
+            )
         if not writer.complete:
-            _copy(database, store, writer, progress)
-    return replace(selection, unread=unread)
+            _write(_balanced(rows, counts, goal) if balance else rows, store, writer, progress)
+    missing = tuple(name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count)
+    kept = int(counts.sum())
+    return Selection(len(store), overlapping, unsure, beyond, kept, copies, missing, unread=found.count(None))
 
 
-def _digests(folder: Path) -> tuple[list[bytes], int]:
-    """What each picture's file of a folder begins with as SHA-256, each once; and how many cannot be read."""
-    found = [ask(digest, path) for path in scan_unlabeled(folder).paths()]
-    return sorted({content[:DIGEST_BYTES] for content in found if content}), found.count(None)
+# -------------------------------------------------------------------------------------------------- rows that are left
+
+Tables = Callable[[set[str]], Iterator["pa.Table"]]
+"""A pass over the rows of a store that are left, in their order: a table of each part that has any, with the columns of
+these names at least."""
+
+Keys = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+"""Classes and keys, (n,) of each row of a table in turn, where of each class the least keys are looked for."""
 
 
-def _summary(digests: Sequence[bytes]) -> dict[str, Any]:
-    return {"pictures": len(digests), "sha256": hashlib.sha256(b"".join(digests)).hexdigest()}
+def _every(store: LabelStore) -> Tables:
+    return lambda columns: (store.table(number, sorted(columns)) for number in range(len(store.parts)))
 
 
-# ------------------------------------------------------------------------------------------------------------- DuckDB
+def _where(rows: Tables, column: str, holds: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> Tables:
+    def left(columns: set[str]) -> Iterator[pa.Table]:
+        for table in rows(columns | {column}):
+            if len(kept := table.filter(holds(table[column]))):
+                yield kept
+
+    return left
 
 
-@contextmanager
-def _database(spill: Path) -> Iterator[DuckDBPyConnection]:
-    """A database in memory, with what it says when it fails in a line."""
-    layout.require("duckdb")
-    import duckdb
-
-    if not is_text(str(spill)):  # DuckDB would say std::bad_cast
-        raise MetaplError(
-            f"DuckDB cannot keep its files in {shown(spill.parent)}: the name is not UTF-8; expected another "
-            "folder (--out), or rename it."
-        )
-    settings: dict[str, Any] = {
-        "memory_limit": MEMORY,
-        "threads": available_cores(),
-        "temp_directory": str(spill),
-        "preserve_insertion_order": False,
-    }
-    with duckdb.connect(config=settings) as database:
-        database.execute("SET enable_progress_bar = false")  # it would be written to standard output
-        try:
-            yield database
-        except duckdb.InterruptException as error:
-            raise KeyboardInterrupt from error
-        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
-            raise MetaplError(
-                f"DuckDB could not go on: {reason_of(error)}; expected room for its files in {spill.parent} beyond "
-                f"{MEMORY} of memory."
-            ) from error
-        except duckdb.Error as error:
-            raise MetaplError(
-                f"DuckDB could not go on: {reason_of(error)}; expected a store as metapl label writes it, and a "
-                "version of DuckDB that pip install 'metapl[labels]' takes."
-            ) from error
+def _by_class(rows: Tables, store: LabelStore) -> np.ndarray[Any, Any]:
+    """How many rows are left of each class."""
+    counts = np.zeros(len(store.classes), np.int64)
+    for table in rows({"label"}):
+        counts += np.bincount(table["label"].to_numpy(), minlength=len(counts))
+    return counts
 
 
-def _load(
-    database: DuckDBPyConnection,
-    store: LabelStore,
-    sql: str,
-    columns: Sequence[str],
-    rows_of: Callable[[pa.Table, int], pa.Table],
-) -> None:
-    """Run a statement that reads the table ``incoming`` once, which is made of the parts as it is read.
+def _first_of_each(rows: Tables, store: LabelStore, per_class: int, any_class: bool) -> Tables:
+    """The most confident rows of each class; with ``any_class``, those with the greatest probability of it."""
+    most = np.full(len(store.classes), per_class)
 
-    Args:
-        sql: the statement.
-        columns: of the parts.
-        rows_of: makes rows of ``incoming`` of those of a part, and the number of its first row.
-    """
-    import pyarrow as pa
+    def by_confidence(table: pa.Table) -> Keys:
+        # Of numbers that are not negative, the bits are in their order.
+        return table["label"].to_numpy(), ~table["confidence"].to_numpy().view(np.uint32)
 
-    refusals: list[MetaplError] = []
+    def by_probability(table: pa.Table) -> Keys:
+        p = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        if store.top_k is None:
+            return np.tile(np.arange(len(store.classes)), len(table)), ~p.view(np.uint16)
+        return table["classes"].combine_chunks().flatten().to_numpy(), ~p.view(np.uint16)
 
-    def batches(first: pa.Table) -> Iterator[pa.RecordBatch]:
-        yield from first.to_batches()
-        start = store.parts[0].rows
-        try:
-            for number in range(1, len(store.parts)):
-                table = store.table(number, columns)
-                yield from rows_of(table, start).to_batches()
-                start += len(table)
-        except MetaplError as error:  # DuckDB would wrap it in words of its own
-            refusals.append(error)
-            raise
-
-    first = rows_of(store.table(0, columns), 0)
-    database.register("incoming", pa.RecordBatchReader.from_batches(first.schema, batches(first)))
-    try:
-        database.execute(sql)
-    except Exception:
-        if refusals:
-            raise refusals[0] from None
-        raise
-    database.unregister("incoming")
-
-
-def _numbered(table: pa.Table, start: int) -> pa.Table:
-    """With the numbers of the rows as the column ``row``."""
-    import pyarrow as pa
-
-    return table.add_column(0, "row", pa.array(np.arange(start, start + len(table))))
-
-
-def _by_class(table: pa.Table, start: int) -> pa.Table:
-    """A row for each stored probability: its class and a key, which is greater for a more probable example.
-
-    Probabilities are not negative, so their bits as float32 are in their order. Behind these stands the number of the
-    row, counted backwards: of equals, the first is the greatest.
-    """
-    import pyarrow as pa
-
-    p = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    width = len(p) // len(table)
-    rows = np.repeat(np.arange(start, start + len(table), dtype=np.uint64), width)
-    key = (p.view(np.uint32).astype(np.uint64) << np.uint64(32)) | (np.uint64(_LAST_ROW) - rows)
-    if "classes" in table.schema.names:
-        classes = table["classes"].combine_chunks().flatten()
+    if any_class:
+        columns = {"probabilities"} | (set() if store.top_k is None else {"classes"})
+        cut = _cut(rows, columns, by_probability, most, 16)
     else:
-        classes = pa.array(np.tile(np.arange(width, dtype=np.int32), len(table)))
-    return pa.table({"class": classes, "key": pa.array(key), "row": pa.array(rows.astype(np.int64))})
+        cut = _cut(rows, {"label", "confidence"}, by_confidence, most, 32)
+
+    def left(columns: set[str]) -> Iterator[pa.Table]:
+        for table, is_first in cut.marked(columns):
+            if is_first.any():
+                yield table.filter(is_first)
+
+    return left
 
 
-def _choose(database: DuckDBPyConnection, store: LabelStore, rule: _Rule, overlap: Sequence[bytes] | None) -> Selection:
-    """Make the table ``chosen`` of the rows to be kept and their copies."""
-    _load_examples(database, store, rule.balance, overlap)
-    overlapping, unsure = _keep(database, store, rule)
-    counts = dict(database.execute("SELECT label, count(*) FROM kept GROUP BY label").fetchall())
-    kept = sum(counts.values())
-    if not kept:
-        raise MetaplError(
-            f"nothing is left of the {len(store):,} examples of {store.folder}: {overlapping:,} overlap, and "
-            f"{unsure:,} are not above the threshold; lower it."
-        )
-    return Selection(
-        rows=len(store),
-        overlapping=overlapping,
-        unsure=unsure,
-        beyond=len(store) - overlapping - unsure - kept,
-        kept=kept,
-        copies=_count_copies(database, counts, (rule.per_class or max(counts.values())) if rule.balance else None),
-        missing=tuple(name for label, name in enumerate(store.classes) if label not in counts),
-    )
-
-
-def _load_examples(
-    database: DuckDBPyConnection, store: LabelStore, balance: bool, overlap: Sequence[bytes] | None
-) -> None:
-    """Make the table ``example`` of all rows: what is selected by, and whether their files are known."""
+def _balanced(rows: Tables, counts: np.ndarray[Any, Any], goal: int) -> Tables:
+    """The rows with so many copies that each class has ``goal``."""
     import pyarrow as pa
 
-    columns, selected = ["label", "confidence", "copies"], "row, label, confidence, copies"
-    if balance:
-        columns, selected = [*columns, "id"], f"{selected}, md5_number_lower(id::VARCHAR) AS tie"
-    if overlap is not None:
-        database.register("known", pa.table({"digest": pa.array(overlap, pa.binary())}))
-        columns, selected = [*columns, "digest"], f"{selected}, digest::BLOB IN (SELECT digest FROM known) AS is_known"
-    else:
-        selected = f"{selected}, false AS is_known"
-    _load(database, store, f"CREATE TEMP TABLE example AS SELECT {selected} FROM incoming", columns, _numbered)
+    whole, rest = np.divmod(goal, np.maximum(counts, 1))
 
+    def by_hash(table: pa.Table) -> Keys:
+        digests = (hashlib.md5(str(name).encode(), usedforsecurity=False).digest() for name in table["id"].to_pylist())
+        return table["label"].to_numpy(), np.frombuffer(b"".join(digests), "<u8")[1::2]
 
-def _keep(database: DuckDBPyConnection, store: LabelStore, rule: _Rule) -> tuple[int, int]:
-    """Make the table ``kept`` of ``example``, which is dropped; how many overlap, and how many others are not sure."""
-    limit = ""
-    if rule.any_class:
-        database.execute(f"CREATE TEMP TABLE sure AS SELECT row FROM example WHERE NOT is_known AND {rule.sure}")
-        best = f"SELECT unnest(max(key, {rule.per_class})) AS key FROM incoming WHERE row IN (FROM sure) GROUP BY class"
-        columns = ["probabilities", *(["classes"] if store.top_k is not None else [])]
-        sql = f"CREATE TEMP TABLE best AS SELECT DISTINCT {_LAST_ROW} - (key & {_LAST_ROW}) AS row FROM ({best})"
-        _load(database, store, sql, columns, _by_class)
-        limit = "AND row IN (FROM best)"
-    elif rule.per_class is not None:
-        limit = f"QUALIFY row_number() OVER (PARTITION BY label ORDER BY confidence DESC, row) <= {rule.per_class}"
-    database.execute(
-        f"CREATE TEMP TABLE kept AS SELECT * EXCLUDE (confidence, is_known) FROM example "
-        f"WHERE NOT is_known AND {rule.sure} {limit}"
-    )
-    counted = database.execute(
-        f"SELECT count(*) FILTER (is_known), count(*) FILTER (NOT is_known AND NOT {rule.sure}) FROM example"
-    ).fetchone()
-    assert counted is not None
-    database.execute("DROP TABLE example")
-    return counted[0], counted[1]
+    cut = _cut(rows, {"label", "id"}, by_hash, rest, 64)
 
-
-def _count_copies(database: DuckDBPyConnection, counts: Mapping[int, int], goal: int | None) -> int:
-    """Make the table ``chosen`` of ``kept``, which is dropped; how many examples it counts.
-
-    Args:
-        counts: rows of each class that is left.
-        goal: of each class, with copies; None: each row counts as often as it did.
-    """
-    copies = "copies"
-    if goal is not None:
-        _refuse_many_copies(goal * len(counts), f"{len(counts):,} classes of {goal:,} each")
-        size, place = "count(*) OVER (PARTITION BY label)", "row_number() OVER (PARTITION BY label ORDER BY tie, row)"
-        copies = f"({goal} // {size} + CASE WHEN {place} <= {goal} % {size} THEN 1 ELSE 0 END)::INTEGER"
-    database.execute(f"CREATE TEMP TABLE chosen AS SELECT row, {copies} AS copies FROM kept ORDER BY row")
-    database.execute("DROP TABLE kept")
-    total = database.execute("SELECT sum(copies) FROM chosen").fetchone()
-    assert total is not None
-    _refuse_many_copies(int(total[0]), "those of the store")
-    return int(total[0])
-
-
-def _refuse_many_copies(copies: int, made_of: str) -> None:
-    if copies > MOST_COPIES:
-        raise MetaplError(
-            f"the new store would count {copies:,} examples with their copies, {made_of}; expected at most "
-            f"{MOST_COPIES:,}: give a smaller per_class."
-        )
-
-
-def _copy(database: DuckDBPyConnection, store: LabelStore, writer: LabelWriter, progress: Progress | None) -> None:
-    """Write the chosen rows behind those that the writer has."""
-    import pyarrow as pa
-
-    start, done = 0, 0
-    last: Any = writer.last
-    behind = -1 if last is None else int(store.rows([last])[0])
-    for number, part in enumerate(store.parts):
-        rows = database.execute(
-            "SELECT row, copies FROM chosen WHERE row >= $first AND row < $end AND row > $behind ORDER BY row",
-            {"first": start, "end": start + part.rows, "behind": behind},
-        ).fetchnumpy()
-        if len(rows["row"]):
-            table = store.table(number).take(rows["row"] - start)
+    def left(columns: set[str]) -> Iterator[pa.Table]:
+        for table, once_more in cut.marked(columns | {"label", "copies"}):
             place = table.schema.get_field_index("copies")
-            column = pa.array(np.asarray(rows["copies"], dtype=np.int32))
-            writer.add_table(table.set_column(place, table.schema.field(place), column))
-            done += len(rows["row"])
-            if progress is not None:
-                progress(done)
-        start += part.rows
+            copies = whole[table["label"].to_numpy()] + once_more
+            yield table.set_column(place, table.schema.field(place), pa.array(copies.astype(np.int32)))
+
+    return left
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where the first rows of each class end, by their keys.
+
+    Args:
+        rows, columns, keys: which rows, and their keys by these columns.
+        prefix: of each class, those are of the first whose bits from ``shift`` on are less than this;
+        ties: and so many of those of which they are equal, in the order of the rows.
+    """
+
+    rows: Tables
+    columns: set[str]
+    keys: Callable[[pa.Table], Keys]
+    prefix: np.ndarray[Any, Any]
+    ties: np.ndarray[Any, Any]
+    shift: int
+
+    def marked(self, columns: set[str]) -> Iterator[tuple[pa.Table, np.ndarray[Any, Any]]]:
+        """A pass over the rows: tables, and which of their rows, (n,), are of the first of some class."""
+        left = self.ties
+        for table in self.rows(columns | self.columns):
+            classes, keys = self.keys(table)
+            begins = keys.astype(np.uint64) >> np.uint64(self.shift)
+            is_first = begins < self.prefix[classes]
+            tied = np.flatnonzero(begins == self.prefix[classes])
+            tied = tied[np.argsort(classes[tied], kind="stable")]
+            of = classes[tied]
+            is_first[tied[np.arange(len(of)) - np.searchsorted(of, of) < left[of]]] = True
+            left = np.maximum(left - np.bincount(of, minlength=len(left)), 0)
+            yield table, np.any(is_first.reshape(len(table), -1), axis=1)
+
+
+def _cut(
+    rows: Tables,
+    columns: set[str],
+    keys: Callable[[pa.Table], Keys],
+    most: np.ndarray[Any, Any],
+    bits: int,
+    *,
+    exact: bool = False,
+) -> _Cut:
+    """Find the ``most`` least keys of each class, digit by digit from the highest: a pass over the rows for each.
+
+    Args:
+        rows, columns, keys: see :class:`_Cut`.
+        most: (C,)
+        bits: of a key.
+        exact: also where the first digits tell which rows these are, until ``prefix`` is the greatest of their keys.
+    """
+    each, digit_bits = np.arange(len(most)), max(1, COUNTERS.bit_length() - 1 - len(most).bit_length())
+    prefix, wanted, shift = np.zeros(len(most), np.uint64), most, bits
+    while shift:
+        step = min(digit_bits, shift)
+        shift -= step
+        counts = np.zeros((len(most), 1 << step), np.int64)
+        for table in rows(columns):
+            of, key = keys(table)
+            begins = key.astype(np.uint64) >> np.uint64(shift)
+            undecided = begins >> np.uint64(step) == prefix[of]
+            digits = begins[undecided].astype(np.int64) & ((1 << step) - 1)
+            np.add.at(counts.reshape(-1), (of[undecided].astype(np.int64) << step) + digits, 1)
+        totals = counts.cumsum(axis=1)
+        wanted = np.minimum(wanted, totals[:, -1])
+        digit = (totals < wanted[:, None]).sum(axis=1)
+        there = counts[each, digit]
+        wanted = wanted - (totals[each, digit] - there)
+        prefix = (prefix << np.uint64(step)) | digit.astype(np.uint64)
+        if not exact and ((wanted == 0) | (wanted == there)).all():
+            break
+    return _Cut(rows, columns, keys, prefix, wanted, shift)
+
+
+def _write(rows: Tables, store: LabelStore, writer: LabelWriter, progress: Progress | None) -> None:
+    """Write the rows behind those that the writer has."""
+    import pyarrow.compute as pc
+
+    names, last, done = store.table(0).schema.names, writer.last, 0
+    for table in rows({*names}):
+        behind = table if last is None else table.filter(pc.greater(table["id"], last))
+        writer.add_table(behind.select(names))
+        done += len(behind)
+        if progress is not None:
+            progress(done)

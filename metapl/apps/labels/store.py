@@ -48,10 +48,9 @@ class LabelStore:
     Cost: to open it, its description is read (some 200 bytes a part), and each part's size is asked for. A part is
     checked whole by its SHA-256 when something of it is first read (about 1 ms a MB), once in a process; then its
     numbers are read from a memory map. A row by its number costs its 2 K bytes (6 K with classes) then, in any order.
-    To find a row by its id, the part is found by bisection of the parts' first ids. Within it, integers are found by
-    bisection in the memory map; of strings, those of the whole part are decoded (about 1 ms for 10,000) and kept for
-    the 64 parts that were used last. So ask for the rows of all ids once, by :meth:`rows`, where the same examples are
-    read again and again, and read by :meth:`at`.
+    To find a row by its id, the part is found by bisection of the parts' first ids; its ids are decoded (about 1 ms for
+    10,000) and kept for the 64 parts that were used last. So ask for the rows of all ids once, by :meth:`rows`, where
+    the same examples are read again and again, and read by :meth:`at`.
 
     It can be given to worker processes: a copy reads for itself.
 
@@ -74,18 +73,28 @@ class LabelStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         layout.require("pyarrow")
-        self.folder = Path(folder)
-        content = layout.read_description(self.folder)
+        content = layout.read_description(Path(folder))
         if not content["complete"]:
             raise MetaplError(
-                f"the store in {self.folder} is not whole: its writer was stopped. Go on with the command that began "
-                "it, and resume=True (--resume)."
+                f"the store in {folder} is not whole: its writer was stopped. Go on with the command that began it, "
+                "and resume=True (--resume)."
             )
+        self._open(Path(folder), content)
+
+    @classmethod
+    def begun(cls, folder: Path, content: Mapping[str, Any]) -> LabelStore:
+        """What there is of a store, whole or not, by its description."""
+        store = cls.__new__(cls)
+        store._open(folder, content)
+        return store
+
+    def _open(self, folder: Path, content: Mapping[str, Any]) -> None:
+        self.folder = folder
         self.classes: tuple[str, ...] = tuple(content["classes"])
         self.top_k: int | None = content["top_k"]
         self.provenance: Mapping[str, Any] = content["provenance"]
         self.has_digests: bool = content["digests"]
-        self.parts = tuple(Part(**part) for part in content["parts"])
+        self.parts: tuple[Part, ...] = tuple(content["parts"])
         self._numbers: bool = content["numbers"]
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
         self._firsts = [part.first for part in self.parts]
@@ -169,15 +178,12 @@ class LabelStore:
 
     def _within(self, number: int, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
         """The places of ids in a part; −1 where it has none."""
-        if self._numbers:
-            stored = self._columns(number)["id"]
-            places = np.minimum(np.searchsorted(stored, ids), len(stored) - 1)
-            return np.where(stored[places] == ids, places, -1)
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        wanted = pa.array([name if is_text(name) else None for name in ids], pa.string())
-        places = pc.index_in(wanted, value_set=self._names(number))
+        names = self._names(number)
+        wanted = pa.array([name if _is_storable(name) else None for name in ids], names.type)
+        places = pc.index_in(wanted, value_set=names)
         return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def _decoded_names(self, number: int) -> pa.Array:
@@ -242,10 +248,16 @@ class LabelStore:
 
     def digests(self) -> Iterator[tuple[Any, bytes]]:
         """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
-        numbers = range(len(self.parts) if self.has_digests else 0)
-        return layout.read_digests(self.table(number, ["id", "digest"]) for number in numbers)
+        for number in range(len(self.parts) if self.has_digests else 0):
+            table = self.table(number, ["id", "digest"])
+            yield from zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True)
 
     # ------------------------------------------------------------------------------------------------------ the files
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of its parts."""
+        return layout.schema(numbers=self._numbers, sparse=self.top_k is not None, digests=self.has_digests)
 
     def _path(self, part: Part) -> Path:
         return self.folder / part.file
@@ -264,42 +276,30 @@ class LabelStore:
 
     def _check(self, number: int) -> None:
         """Refuse a part that is not as it was written; asked once."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         if number in self._sound:
             return
-        part = self.parts[number]
+        part, classes = self.parts[number], len(self.classes)
         self._check_size(part)
         with open_plain(self._path(part)) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != part.sha256:
-            raise MetaplError(
-                f"{self._path(part)} is damaged: its SHA-256 is not the one in {layout.DESCRIPTION}. {layout.AGAIN}"
-            )
-        fault = self._fault(part)
+            if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
+                raise MetaplError(
+                    f"{self._path(part)} is damaged: its SHA-256 is not the one in {layout.DESCRIPTION}. {layout.AGAIN}"
+                )
+            file.seek(0)
+            try:
+                fault = layout.part_fault(
+                    pq.read_metadata(file), self.schema, part.rows, self.top_k or classes, classes
+                )
+            except (pa.ArrowException, OSError) as error:
+                fault = f"it is not a Parquet file ({few([error], longest=120)})"
         if fault is not None:
             raise MetaplError(
                 f"{self._path(part)} is not a part as {layout.DESCRIPTION} describes it: {fault}. {layout.AGAIN}"
             )
         self._sound.add(number)
-
-    def _fault(self, part: Part) -> str | None:
-        """What is wrong with a part whose bytes are those that the description has."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with open_plain(self._path(part)) as file:
-                metadata = pq.read_metadata(file)
-                if metadata.num_rows != part.rows:
-                    return f"it has {metadata.num_rows:,} rows; expected {part.rows:,}"
-                return layout.part_fault(
-                    metadata,
-                    numbers=self._numbers,
-                    digests=self.has_digests,
-                    top_k=self.top_k,
-                    classes=len(self.classes),
-                )
-        except (pa.ArrowException, OSError) as error:
-            return f"it is not a Parquet file ({few([error], longest=120)})"
 
     def _mapped(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
         """The columns of a part that are read without a decoder."""
@@ -312,9 +312,8 @@ class LabelStore:
             buffer = file.read_buffer()
         dtypes: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16)}
         dtypes |= {} if self.top_k is None else {"classes": np.dtype(np.int32)}
-        dtypes |= {"id": np.dtype(np.int64)} if self._numbers else {}
         columns = layout.mapped_columns(buffer, dtypes)
-        return columns | {name: columns[name].reshape(part.rows, -1) for name in dtypes if name != "id"}
+        return {name: column.reshape(part.rows, -1) for name, column in columns.items()}
 
 
 def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
@@ -328,6 +327,10 @@ def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any,
 def is_text(name: str) -> bool:
     """Whether UTF-8 can hold it; nothing else is stored."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _is_storable(name: str | int) -> bool:
+    return is_text(name) if isinstance(name, str) else -(2**63) <= name < 2**63
 
 
 def spread(stored_BK: np.ndarray[Any, Any], classes_BK: np.ndarray[Any, Any] | None, classes: int) -> Tensor:

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +17,13 @@ import torch
 from torch import Tensor
 
 from metapl.apps.labels import files as layout
-from metapl.apps.labels.files import DESCRIPTION, DIGEST_BYTES, FORMAT, FREE, PAGE_ROWS, PAGE_VALUES, STORE, Part
+from metapl.apps.labels.files import DESCRIPTION, DIGEST_BYTES, FREE, PAGE_ROWS, PAGE_VALUES, Part
+from metapl.apps.labels.store import LabelStore
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
-from metapl.runs.atomic import write_whole
+from metapl.runs.atomic import remove_temporary, write_whole
 from metapl.runs.environment import environment
 from metapl.runs.ownership import owned
-from metapl.runs.sealed import read_plain
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,28 +77,22 @@ class LabelWriter:
         rows_per_part: int = 8192,
         resume: bool = False,
     ) -> None:
-        if len(classes) < 1 or len({*classes}) < len(classes):
-            raise MetaplError(f"the classes are {few(classes, 10)}; expected one or more names, each once.")
-        if top_k is not None and not 1 <= top_k <= len(classes):
-            raise MetaplError(
-                f"top_k is {top_k}; expected 1 to {len(classes)}, the number of classes, or None for all."
-            )
+        fault = layout.classes_fault(classes, top_k)
+        if fault is not None:
+            raise MetaplError(f"{fault}.")
         if not 1 <= rows_per_part <= PAGE_ROWS:
             raise MetaplError(f"rows_per_part is {rows_per_part}; expected 1 to {PAGE_ROWS:,}.")
-        fault = layout.selected_fault(provenance or {})
-        if fault is not None:
-            raise MetaplError(f"{fault}: this entry is written by metapl labels select; give yours another name.")
         self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
         self.rows_per_part = max(1, min(rows_per_part, PAGE_VALUES // (top_k or len(classes))))
         begun = datetime.now(UTC).isoformat(timespec="seconds")
         self.provenance = {"begun": begun, "made_with": environment(), **(provenance or {})}
         self.complete = False
         """Whether the store that was to be resumed is whole, so that there is nothing to add."""
+        self._there: LabelStore | None = None
         self._parts: list[Part] = []
         self._schema: pa.Schema | None = None
         self._waiting: list[pa.Table] = []
         self._last: str | int | None = None
-        self._is_begun = False
         self._stack = ExitStack()
 
     @property
@@ -113,10 +106,8 @@ class LabelWriter:
         return self._parts[-1].last if self._parts else None
 
     def digests(self) -> Iterator[tuple[Any, bytes]]:
-        """As :meth:`LabelStore.digests`, of the rows that are on disk."""
-        has_digests = self._schema is not None and "digest" in self._schema.names
-        files = [self.folder / part.file for part in self._parts if has_digests]
-        return layout.read_digests(layout.read_rows(file, ["id", "digest"]) for file in files)
+        """As :meth:`LabelStore.digests`, of the rows that were on disk when this writer was entered."""
+        return iter(()) if self._there is None else self._there.digests()
 
     def __enter__(self) -> Self:
         layout.require("pyarrow")
@@ -158,13 +149,12 @@ class LabelWriter:
             )
         if (self.folder / DESCRIPTION).exists():
             self._go_on(layout.read_description(self.folder))
-        elif layout.parts_there(self.folder):
+        elif layout.parts(self.folder):
             raise MetaplError(
                 f"{self.folder} has parts of a store and no {DESCRIPTION}; put it back from a copy, or give another "
                 "folder (--out)."
             )
-        else:
-            layout.remove_temporary(self.folder)
+        remove_temporary(self.folder)
 
     def _go_on(self, before: Mapping[str, Any]) -> None:
         if not self.resume:
@@ -172,81 +162,32 @@ class LabelWriter:
             unfinished = ("an unfinished", "go on with resume=True (--resume)")
             state, mend = finished if before["complete"] else unfinished
             raise MetaplError(f"{self.folder} holds {state} store of labels; {mend}.")
-        now = self._description(complete=False)
-        of_before, of_now = before["provenance"], now["provenance"]
-        compared = [(name, before[name], now[name]) for name in ("classes", "top_k", "rows_per_part")]
-        compared += [
-            (f"provenance.{name}", of_before.get(name), of_now.get(name))
-            for name in sorted(of_before.keys() | of_now.keys())
-            if name not in FREE
-        ]
-        for name, then, asked in compared:
-            if then != asked:
-                begun, now_is = (few([repr(value)], longest=60) for value in (then, asked))
+        then, now = (
+            {name: content[name] for name in ("classes", "top_k", "rows_per_part")}
+            | {f"provenance.{name}": value for name, value in content["provenance"].items() if name not in FREE}
+            for content in (before, self._content(complete=False))
+        )
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                begun, asked = (few([repr(content.get(name))], longest=60) for content in (then, now))
                 raise MetaplError(
-                    f"the store in {self.folder} was begun with {name} {begun}, and now it is {now_is}; go on as it "
+                    f"the store in {self.folder} was begun with {name} {begun}, and now it is {asked}; go on as it "
                     "was begun, or give another folder (--out)."
                 )
-        self.provenance, self.complete, self._is_begun = dict(of_before), before["complete"], True
-        self._schema, self._last = None, None
-        layout.remove_temporary(self.folder)
-        if self.complete:
-            self._parts = [Part(**part) for part in before["parts"]]
-        else:
-            self._parts = [self._part_there(*part) for part in layout.parts_there(self.folder)]
+        self._there = LabelStore.begun(self.folder, before)
+        self._there.verify()
+        self.provenance, self.complete = dict(before["provenance"]), before["complete"]
+        self._parts, self._schema = list(before["parts"]), self._there.schema
         self._last = self.last
-
-    def _part_there(self, name: str, beginning: str) -> Part:
-        """A part that an earlier writer wrote, whose bytes are as they were."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            content = read_plain(self.folder / name)
-        except OSError as error:
-            raise MetaplError(f"{self.folder / name} cannot be read: {error.strerror}.") from error
-        sha256 = hashlib.sha256(content).hexdigest()
-        if not sha256.startswith(beginning):
-            raise MetaplError(
-                f"{self.folder / name} is damaged: its SHA-256 does not begin as its name says. Remove it and the "
-                "parts after it, then go on with resume=True (--resume)."
-            )
-        try:
-            file = pq.ParquetFile(pa.BufferReader(content))
-            names = file.schema_arrow.names
-            numbers = "id" in names and pa.types.is_integer(file.schema_arrow.field("id").type)
-            fault = layout.part_fault(
-                file.metadata,
-                numbers=numbers,
-                digests="digest" in names,
-                top_k=self.top_k,
-                classes=len(self.classes),
-            )
-            ids = [] if fault is not None else file.read(["id"]).column(0).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            fault = f"it is not a Parquet file ({few([error], longest=120)})"
-        if fault is None:
-            fault = self._other(file.schema_arrow, ids)
-        if fault is not None:
-            raise MetaplError(
-                f"{self.folder / name} is not a part of this store: {fault}. Remove it and the parts after it, then go "
-                "on with resume=True (--resume)."
-            )
-        self._schema, self._last = file.schema_arrow.remove_metadata(), ids[-1]
-        return Part(name, len(ids), ids[0], ids[-1], len(content), sha256)
-
-    def _other(self, found: pa.Schema, ids: Sequence[Any]) -> str | None:
-        """What makes a sound part one of another store."""
-        if (found.metadata or {}).get(STORE) != self._identity():
-            return "it was written to another store, or by an earlier metapl"
-        if self._schema is not None and not self._schema.equals(found):
-            return f"its columns are {', '.join(found.names)}, of other types or names than in the parts before it"
-        if self._last is not None and not self._last < ids[0]:
-            return f"its first id is {few([ids[0]])}, and the part before it ends with {few([self._last])}"
-        return None
-
-    def _identity(self) -> bytes:
-        return layout.identity(self.classes, self.top_k, self.rows_per_part, self.provenance)
+        # A writer that is killed leaves one part at most that the description does not name yet.
+        next_one = layout.part_name(len(self._parts), "").removesuffix(".parquet")
+        for name in {*layout.parts(self.folder)} - {part.file for part in self._parts}:
+            if self.complete or not name.startswith(next_one):
+                raise MetaplError(
+                    f"{self.folder} has {name}, which its {DESCRIPTION} does not name: it is of another store; remove "
+                    "it, or give another folder (--out)."
+                )
+            (self.folder / name).unlink()
 
     # ------------------------------------------------------------------------------------------------------ new rows
 
@@ -334,7 +275,7 @@ class LabelWriter:
                 f"the store in {self.folder} has the columns {', '.join(self._schema.names)}; expected the same, of "
                 "the same types, in all that is added: either all with digests or none."
             )
-        table = table.replace_schema_metadata(None)  # it says of which store it was
+        table = table.replace_schema_metadata(None)
         self._schema, self._last = table.schema, table["id"][-1].as_py()
         self._waiting.append(table)
         waiting = sum(map(len, self._waiting))
@@ -347,17 +288,15 @@ class LabelWriter:
         import pyarrow as pa
 
         together = pa.concat_tables(self._waiting).combine_chunks()
-        # Else a part of another store, which was copied here, would be gone on with.
-        table = together.slice(0, rows).combine_chunks().replace_schema_metadata({STORE: self._identity()})
+        table = together.slice(0, rows).combine_chunks()
         content = layout.encoded(table)
+        if not self._parts:
+            self._describe(complete=False)
         sha256 = hashlib.sha256(content).hexdigest()
-        if not self._is_begun:
-            self._write(DESCRIPTION, layout.sealed(self._description(complete=False)))
-            self._is_begun = True
-        name = layout.part_name(len(self._parts), sha256)
+        name, ids = layout.part_name(len(self._parts), sha256), table["id"]
         self._write(name, content)
-        ids = table["id"]
         self._parts.append(Part(name, rows, ids[0].as_py(), ids[-1].as_py(), content.size, sha256))
+        self._describe(complete=False)
         self._waiting = [together.slice(rows)] if rows < len(together) else []
 
     def _finish(self) -> None:
@@ -365,23 +304,24 @@ class LabelWriter:
             self._flush(sum(map(len, self._waiting)))
         if not self._parts:
             raise MetaplError(f"no example was given for the store in {self.folder}; expected one or more.")
-        self._write(DESCRIPTION, layout.sealed(self._description(complete=True)))
+        self._describe(complete=True)
         self.complete = True
 
-    def _description(self, *, complete: bool) -> dict[str, Any]:
-        content: dict[str, Any] = {
-            "format": FORMAT,
-            "complete": complete,
-            "classes": list(self.classes),
-            "top_k": self.top_k,
-            "rows_per_part": self.rows_per_part,
-            "provenance": self.provenance,
-        }
-        if complete and self._schema is not None:
-            numbers = isinstance(self.last, int)
-            content |= {"numbers": numbers, "digests": "digest" in self._schema.names, "rows": self.rows}
-            content["parts"] = [asdict(part) for part in self._parts]
-        return content
+    def _content(self, *, complete: bool) -> dict[str, Any]:
+        names = () if self._schema is None else self._schema.names
+        return layout.described(
+            self._parts,
+            complete=complete,
+            classes=list(self.classes),
+            top_k=self.top_k,
+            rows_per_part=self.rows_per_part,
+            provenance=self.provenance,
+            numbers=isinstance(self._last, int),
+            digests="digest" in names,
+        )
+
+    def _describe(self, *, complete: bool) -> None:
+        self._write(DESCRIPTION, layout.sealed(self._content(complete=complete)))
 
     def _write(self, name: str, content: Any) -> None:
         mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -26,29 +26,16 @@ FOR_FEEDBACK = "feedback"
 
 
 @dataclass
-class Peak:
-    """What is held where the most is.
-
-    Args:
-        total: bytes.
-        by_name: bytes by what they are for.
-    """
-
-    total: int = 0
-    by_name: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
 class Phase:
     """A phase of a step.
 
     Args:
-        peak: where the most is held.
-        plain: where the most is held that the feedback is no part of.
+        peak: bytes by what they are for, where the most is held.
+        plain: the same where the most is held that the feedback is no part of.
     """
 
-    peak: Peak = field(default_factory=Peak)
-    plain: Peak = field(default_factory=Peak)
+    peak: Mapping[str, int] = field(default_factory=dict)
+    plain: Mapping[str, int] = field(default_factory=dict)
 
 
 class Held(TorchDispatchMode):
@@ -58,6 +45,7 @@ class Held(TorchDispatchMode):
 
     Attributes:
         bytes: held now, by name.
+        total: held now.
         phases: by name, in their order.
         sent: bytes that this rank sends to others, by collective operation, if these run in rings.
         flops: floating-point operations of products and convolutions; the rest is not counted.
@@ -150,11 +138,11 @@ class Held(TorchDispatchMode):
         self.total -= size
 
     def _look(self) -> None:
-        plain = self.total - self.bytes[FOR_FEEDBACK]
-        if self.total > self._phase.peak.total:
-            self._phase.peak = Peak(self.total, dict(self.bytes))
-        if plain > self._phase.plain.total:
-            self._phase.plain = Peak(plain, dict(self.bytes))
+        phase, feedback = self._phase, self.bytes[FOR_FEEDBACK]
+        if self.total > sum(phase.peak.values()):
+            phase.peak = dict(self.bytes)
+        if self.total - feedback > sum(phase.plain.values()):
+            phase.plain = {name: size for name, size in self.bytes.items() if name != FOR_FEEDBACK}
 
     def _resizing(self, resize: Callable[[UntypedStorage, int], Any]) -> Any:
         def resized(storage: UntypedStorage, size: int) -> Any:
@@ -168,20 +156,16 @@ class Held(TorchDispatchMode):
     def _count_sent(self, func: Any, args: Any) -> None:
         """In a ring over n ranks each sends (n − 1)/n of what is gathered or scattered, twice that in a reduction."""
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-        tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-        name = func.overloadpacket.__name__.strip("_")
-        if not tensors or name == "wait_tensor":  # a barrier, say
+        sizes = [t.numel() * t.element_size() for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        name, group = func.overloadpacket.__name__.strip("_"), given.get("process_group", given.get("group_name"))
+        if not sizes or group is None or name == "wait_tensor":  # a barrier, say
             return
         if "process_group" in given:
-            ranks = ProcessGroup.unbox(given["process_group"]).size()
-        elif "group_name" in given:  # the operations of DTensors
-            group, named = given["group_name"], cast(Any, distributed_c10d)
-            ranks = (named._resolve_process_group(group) if isinstance(group, str) else group).size()
-        else:
-            return
-        whole = max(t.numel() * t.element_size() for t in tensors)
-        if name == "all_gather_into_tensor":
-            whole *= ranks
+            group = ProcessGroup.unbox(group)
+        elif isinstance(group, str):  # the operations of DTensors
+            group = cast(Any, distributed_c10d)._resolve_process_group(group)
+        ranks = group.size()
+        whole = max(sizes) * (ranks if name == "all_gather_into_tensor" else 1)
         name = _SENT_AS.get(name, name)
         self.sent[name] += (2 if name.startswith("allreduce") else 1) * whole * (ranks - 1) // ranks
 

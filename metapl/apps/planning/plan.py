@@ -184,13 +184,11 @@ def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
     except MetaplError:
         raise
     except (RuntimeError, ValueError) as error:
-        share = (
-            f"{recipe.labeled_batch // mesh.shares:,} labeled and {recipe.unlabeled_batch // mesh.shares:,} unlabeled"
-        )
+        labeled, unlabeled = (count // mesh.shares for count in (recipe.labeled_batch, recipe.unlabeled_batch))
         remedy = f" {CUT_ALONG_THE_WIDTH}" if mesh.spatial > 1 else ""
         raise MetaplError(
-            f"a step of {recipe.name} on {mesh.size:,} ranks, with {share} examples on each, does not run: "
-            f"{reason_of(error)}.{remedy}"
+            f"a step of {recipe.name} on {mesh.size:,} ranks, with {labeled:,} labeled and {unlabeled:,} unlabeled "
+            f"examples on each, does not run: {reason_of(error)}.{remedy}"
         ) from error
     finally:
         log.disabled = before
@@ -202,29 +200,19 @@ def propose(recipe: Recipe, ranks: int, *, memory: int, flops_per_second: float 
     Where none fits, it is that which cuts them over the most.
     """
     sizes = [size for size in range(1, min(ranks, WIDEST) + 1) if ranks % size == 0]
-    sizes = list(_worth_a_rehearsal(recipe, sizes, memory))
+    with torch.device("meta"):
+        weights = sum(p.numel() * p.element_size() for role in roles(recipe) for p in recipe.network(role).parameters())
+    # Only those are rehearsed on which weights and gradients alone fit, and then what a rank holds besides activations.
+    sizes = [size for size in sizes if 2 * weights / size < memory] or sizes[-1:]
     while True:
         size = sizes.pop(0)
         mesh = Mesh(replicate=ranks // size, shard=size)
         found = plan(recipe, mesh, memory=memory, flops_per_second=flops_per_second)
         if found.fits or not sizes:
             return found
-        sizes = [larger for larger in sizes if _at_best(found, larger) < memory] or sizes[-1:]
-
-
-def _at_best(found: Plan, size: int) -> float:
-    """Bytes at the peak with weights cut over more ranks, at the least: activations stay, or most of them."""
-    held = found.per_rank
-    stays = STAYS * held["activations"]
-    return stays + (held["peak"] - held["activations"]) * found.mesh.shard / size
-
-
-def _worth_a_rehearsal(recipe: Recipe, sizes: list[int], memory: int) -> Iterator[int]:
-    """The sizes on which weights and gradients alone fit, or else the greatest."""
-    with torch.device("meta"):
-        weights = sum(p.numel() * p.element_size() for role in roles(recipe) for p in recipe.network(role).parameters())
-    least = [size for size in sizes if 2 * weights / size < memory]
-    yield from least or sizes[-1:]
+        peak, activations = found.per_rank["peak"], found.per_rank["activations"]
+        least = [STAYS * activations + (peak - activations) * size / larger for larger in sizes]
+        sizes = [larger for larger, held in zip(sizes, least, strict=True) if held < memory] or sizes[-1:]
 
 
 def _batches(recipe: Recipe, mesh: Mesh) -> Batches:

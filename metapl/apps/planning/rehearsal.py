@@ -7,10 +7,11 @@ sends is counted from the code that will run, without any device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from metapl.feedback.path import Path
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
-STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = (
+PHASES = STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = (
     "student step",
     "labeled gradient",
     "feedback",
@@ -42,10 +43,6 @@ STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = (
 )
 """The phases: the teacher's labels and the student's gradient; the gradient of the labeled loss at the student's new
 weights; what follows from it for the labels; the teacher's gradient; both optimizers."""
-
-PHASES = (STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE)
-WITHOUT_FEEDBACK = (STUDENT, TEACHER, UPDATE)
-"""The phases of any step, and of one without feedback."""
 
 Batches = tuple[Any, Any]
 """A labeled and an unlabeled batch."""
@@ -169,10 +166,10 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Batches, average: 
         held.name(_tensors_in(batches), OTHER)
         trainer.step(*batches)
     phases = {name: held.phases[name] for name in PHASES if name in held.phases}
-    plain = max((phases[name].plain for name in WITHOUT_FEEDBACK if name in phases), key=lambda peak: peak.total)
+    without_feedback = [dict(phases[name].plain) for name in (STUDENT, TEACHER, UPDATE) if name in phases]
     return Rehearsal(
-        peaks={name: phase.peak.total for name, phase in phases.items()},
-        plain={name: size for name, size in plain.by_name.items() if name != FOR_FEEDBACK},
+        peaks={name: sum(phase.peak.values()) for name, phase in phases.items()},
+        plain=max(without_feedback, key=lambda plain: sum(plain.values())),
         flops=held.flops,
         sent=dict(held.sent),
     )
@@ -261,24 +258,13 @@ def _gradients_named(networks: Sequence[nn.Module], held: Held) -> Iterator[None
 # ----------------------------------------------------------------------------------------------------------- the stage
 
 
-_INHERITED = object()
-
-
 @contextmanager
-def replaced(attributes: Any) -> Iterator[None]:
+def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     """Other attributes of classes and modules in this block: (owner, name, value) of each."""
-    before: list[tuple[Any, str, Any]] = []
-    try:
+    with ExitStack() as stack:
         for owner, name, value in attributes:
-            before.append((owner, name, vars(owner).get(name, _INHERITED)))
-            setattr(owner, name, value)
+            stack.enter_context(patch.object(owner, name, value))
         yield
-    finally:
-        for owner, name, value in reversed(before):
-            if value is _INHERITED:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
 
 
 @contextmanager
@@ -296,13 +282,9 @@ def _values_unread() -> Iterator[None]:
 
         return called
 
-    with replaced(
-        [
-            (checks, "waits", waits_or_has_none),
-            (RandomState, "now", staticmethod(outside(RandomState.now))),
-            *((RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "same", "branch")),
-        ]
-    ):
+    generators = [(RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "same", "branch")]
+    now = (RandomState, "now", staticmethod(outside(RandomState.now)))
+    with replaced([(checks, "waits", waits_or_has_none), now, *generators]):
         yield
 
 
@@ -315,29 +297,16 @@ def _pretended_ranks(number: int) -> Iterator[None]:
 
     dist.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
     try:
-        with _agreement_assumed():
+        with replaced(_AGREEMENT):
             yield
     finally:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _agreement_assumed() -> Iterator[None]:
-    """The ranks that are not there say what this one says."""
-
-    @contextmanager
-    def agreed(_ranks: Ranks, **_: Any) -> Iterator[None]:
-        yield
-
-    def equal(_ranks: Ranks, *_: Any) -> None:
-        pass
-
-    def gathered(ranks: Ranks, value: Any) -> list[Any]:
-        return [value] * ranks.size
-
-    def any_of_them(_ranks: Ranks, here: bool) -> bool:
-        return here
-
-    instead = {"agreed": agreed, "equal": equal, "gathered": gathered, "any": any_of_them}
-    with replaced([(Ranks, name, function) for name, function in instead.items()]):
-        yield
+_AGREEMENT: tuple[tuple[type, str, Any], ...] = (
+    (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
+    (Ranks, "equal", lambda _ranks, *_: None),
+    (Ranks, "gathered", lambda ranks, value: [value] * ranks.size),
+    (Ranks, "any", lambda _ranks, here: here),
+)
+"""The ranks that are not there say what this one says."""
