@@ -40,7 +40,7 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> No
     assert data.classes == tuple(f"class{i}" for i in range(classes))
     assert data.train_labels.tolist() == [i % classes for i in range(count)]
     assert data.test_labels.tolist() == [i % classes for i in range(count, count + 20)]
-    assert (len(data.train), len(data.test), data.core) == (count, 20, count)
+    assert (len(data.train), len(data.test), data.core) == (count, 20, None)
     images, _ = data.train.fetch(torch.tensor([7, 3]))
     assert images.shape == (2, 3, 32, 32)
     assert images.dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""Pretrained weights from a local file."""
+"""Pretrained weights from a local file, ImageNet's as torchvision fetches them among these."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +104,39 @@ def head_outputs(file: str | os.PathLike[str], heads: Iterable[str]) -> int | No
     state = _without_prefixes(_state_dict(Path(file)), ())
     names = [f"{head}.{part}" for head in heads for part in ("bias", "weight")]
     return next((len(state[name]) for name in names if name in state and state[name].ndim), None)
+
+
+def fetch_imagenet_weights(name: str) -> Path:
+    """The file of a torchvision network's newest ImageNet weights, downloaded once into torch's cache.
+
+    Args:
+        name: of a network, ``resnet18`` say.
+
+    Returns: a file for :func:`metapl.apps.networks.load_weights`, its hash checked by torch.
+
+    Raises:
+        MetaplError: torchvision has no weights of that network, or the file is not there and cannot be downloaded.
+    """
+    from torchvision.models import get_model_weights
+
+    try:
+        weights = get_model_weights(name).DEFAULT
+    except ValueError as error:
+        raise MetaplError(
+            f"torchvision has no ImageNet weights of {name!r}; take one of its networks, --network resnet18 say, or a "
+            "file: --weights FILE."
+        ) from error
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / Path(urlparse(weights.url).path).name
+    if not file.exists():
+        try:
+            torch.hub.load_state_dict_from_url(weights.url, str(folder), check_hash=True, weights_only=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise MetaplError(
+                f"the ImageNet weights of {name} could not be downloaded ({error}). Download {weights.url} elsewhere "
+                f"and give it as --weights {file.name}, or leave --weights out."
+            ) from error
+    return file
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

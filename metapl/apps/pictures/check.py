@@ -75,16 +75,14 @@ def check_folders(
     same size, and beyond 4 KiB only where these agree too.
     """
     held_out = {name: files for name, files in (("validation", validation), ("test", test)) if files is not None}
-    roots = {name: files.root for name, files in held_out.items()}
-    inside = roots if unlabeled is None else {"unlabeled": unlabeled.root} | roots
-    around = find_around(labeled, roots)
-    # A folder around the labeled one has copies of all that lies in it, which says nothing more.
-    beside = {name: files for name, files in held_out.items() if name not in around}
+    others = held_out if unlabeled is None else {"unlabeled": unlabeled, **held_out}
+    nested = find_nested(labeled, {name: files.root for name, files in others.items()})
+    # A held-out folder around the labeled one has copies of all that lies in it, which says nothing more.
+    beside = {name: files for name, files in held_out.items() if name not in nested}
     findings = [
         *_class_findings(labeled),
         *_layout_findings(labeled),
-        *find_inside(labeled, inside),
-        *around.values(),
+        *nested.values(),
         *find_copies(labeled, unlabeled, beside.get("validation"), beside.get("test"), progress),
         *(finding for name, files in held_out.items() for finding in find_other_classes(labeled, files, name)),
     ]
@@ -162,36 +160,29 @@ def _trained_on(labeled: LabeledFiles) -> str:
     return next((shown(labeled.root / name) for name in labeled.classes if LAYOUT.get(_plain(name)) == "labeled"), "")
 
 
-def find_inside(labeled: LabeledFiles, others: Mapping[str, Path]) -> Iterator[Finding]:
-    """The folders that lie inside that of the classes, where they would count as classes, or as pictures of one.
+def find_nested(labeled: LabeledFiles, others: Mapping[str, Path]) -> dict[str, Finding]:
+    """By name, the folders inside that of the classes, where they would count as classes or as pictures of one, and
+    those of held-out pictures around it.
 
     Args:
         others: unlabeled, validation and test folders by name.
     """
-    root, meant = labeled.root.resolve(), _trained_on(labeled)
+    root, meant, found = labeled.root.resolve(), _trained_on(labeled), {}
     for name, other in others.items():
+        message = ""
         if root in other.resolve().parents:
-            yield Finding(
-                "error",
+            message = (
                 f"the {name} folder {shown(other)} lies inside {shown(labeled.root)}, every subfolder of which is a "
                 f"class: {few(labeled.classes)}; expected a folder for the classes, and another one beside it."
-                + (f" Did you mean {meant}?" if meant else ""),
-                (other,),
+            ) + (f" Did you mean {meant}?" if meant else "")
+        elif other.resolve() in root.parents and name != "unlabeled":
+            message = (
+                f"the labeled folder {shown(labeled.root)} lies inside the {name} folder {shown(other)}; expected the "
+                f"folder of the {name} pictures alone, with one subfolder for each class."
             )
-
-
-def find_around(labeled: LabeledFiles, held_out: Mapping[str, Path]) -> dict[str, Finding]:
-    """By name, the folders of held-out pictures in which the labeled folder lies."""
-    return {
-        name: Finding(
-            "error",
-            f"the labeled folder {shown(labeled.root)} lies inside the {name} folder {shown(root)}; expected the "
-            f"folder of the {name} pictures alone, with one subfolder for each class.",
-            (root,),
-        )
-        for name, root in held_out.items()
-        if root.resolve() in labeled.root.resolve().parents
-    }
+        if message:
+            found[name] = Finding("error", message, (other,))
+    return found
 
 
 def find_other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> Iterator[Finding]:

@@ -56,7 +56,13 @@ def write_shards(
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     if per_shard < 1:
         raise MetaplError(f"write_shards got per_shard={per_shard}; expected 1 picture or more.")
-    files = _that_can_be_read(scan_unlabeled(folder), no_picture)
+    files = scan_unlabeled(folder)
+    verified = verify_files(files, "size")  # links may lead nowhere
+    for one in verified.skipped:
+        no_picture(str(files.root / one.name))
+    if not verified.sound:
+        raise MetaplError(f"none of the {len(files):,} pictures in {shown(files.root)} can be read.")
+    files = files.keep(verified.sound)
     if out.resolve().is_relative_to(folder.resolve()):
         raise MetaplError(
             f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected a folder elsewhere."
@@ -105,16 +111,6 @@ def check_shards(folder: str | Path, progress: Progress = silent) -> Manifest:
             fault = f"{MANIFEST} names {manifest.pictures:,} pictures, and {done:,} by shard"
         raise MetaplError(f"{shown(folder)}: {fault}; copy the folder again, or write the shards again.")
     return manifest
-
-
-def _that_can_be_read(files: Files, no_picture: Callable[[str], object]) -> Files:
-    """Those that are files with something in them; links may lead nowhere."""
-    verified = verify_files(files, "size")
-    for one in verified.skipped:
-        no_picture(str(files.root / one.name))
-    if not verified.sound:
-        raise MetaplError(f"none of the {len(files):,} pictures in {shown(files.root)} can be read.")
-    return files.keep(verified.sound) if verified.skipped else files
 
 
 def _begun(out: Path, wanted: Manifest) -> Manifest:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from metapl.apps.pictures.reader import Crop, UnreadableImage, read_crops, read_image
-from metapl.apps.pictures.record import record_files
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
+from metapl.runs.locks import lock
+from metapl.runs.plain_files import read_plain, refuse_irregular
 
 _IN_A_ROW = 32
 _WORKERS = 256
@@ -305,3 +307,34 @@ def shared_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def pick(values: Tensor, indices: Tensor) -> Tensor:
     """values[indices] on the device of the values, with indices from the CPU and without waiting for the device."""
     return values.index_select(0, to_device(indices, values.device))  # on the CPU ten times as fast as values[indices]
+
+
+def record_files(log: Path, reasons: Mapping[str, str]) -> None:
+    """Add files that cannot be read to a record, each with the reason; a file is recorded once."""
+    if not reasons:
+        return
+    refuse_irregular(log)
+    with log.open("a+", encoding="utf-8", errors="surrogateescape") as file:
+        lock(file, wait=True)  # workers add to it too
+        file.seek(0)
+        before = file.read()
+        known = _recorded(before)
+        new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
+        torn = before and not before.endswith("\n")  # by a process that was killed
+        file.write(("\n" if torn else "") + "".join(json.dumps(entry) + "\n" for entry in new))
+
+
+def replaced_files(log: Path) -> dict[str, str]:
+    """The files that :class:`FileImages` recorded, each with the reason; empty where there is no such record."""
+    return _recorded(read_plain(log).decode("utf-8", "replace")) if log.exists() else {}
+
+
+def _recorded(lines: str) -> dict[str, str]:
+    reasons = {}
+    for line in lines.splitlines():
+        try:
+            entry = json.loads(line)
+            reasons[str(entry["file"])] = str(entry["reason"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue  # torn or damaged
+    return reasons
