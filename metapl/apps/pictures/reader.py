@@ -106,34 +106,42 @@ def read_image(
     >>> read_image(path).shape, read_image(path, size=(8, 8))[:, 0, 0]
     (torch.Size([3, 30, 40]), tensor([255,   0,   0], dtype=torch.uint8))
     """
-    return read_crops(path, (None,), size=size, mode=mode, center=center)[0]
+    if not 0 < center <= 1:
+        raise MetaplError(f"read_image got center {center}; expected a share of the sides, above 0 and at most 1.")
+    if size is not None:
+        return read_crops(path, [_centered(size, center)], size=size, mode=mode)[0]
+    with _opened(path) as image:
+        return _as_tensor(_plain(_turned(image), mode))
 
 
 def read_crops(
-    path: str | Path,
-    crops: Sequence[Crop | None],
-    *,
-    size: tuple[int, int] | None,
-    mode: Literal["RGB", "L"] = "RGB",
-    center: float = 1.0,
+    path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Literal["RGB", "L"] = "RGB"
 ) -> list[Tensor]:
     """Read boxes of a picture, decoding it once.
 
     Args:
-        crops: each says from the (height, width) of the upright picture which box of it to use; None: the center.
+        crops: each says from the (height, width) of the upright picture which box of it to use.
         size: (height, width) that each box is brought to, whatever its shape.
-        path, mode, center, cost, raises: as :func:`read_image`.
+        path, mode, cost, raises: as :func:`read_image`.
 
     Returns:
         For each crop uint8 (3, H, W) or (1, H, W).
     """
-    if not 0 < center <= 1 or (size is not None and min(size) < 1):
-        raise MetaplError(
-            f"read_image got size {size} and center {center}; expected sides of 1 or more, and a share of the sides, "
-            "above 0 and at most 1"
-        )
+    if min(size) < 1:
+        raise MetaplError(f"read_image got size {size}; expected sides of 1 or more")
     with _opened(path) as image:
-        return [_as_tensor(x) for x in _decoded(image, mode, size, crops, center)]
+        return [_as_tensor(x) for x in _decoded(image, mode, size, crops)]
+
+
+def _centered(size: tuple[int, int], center: float) -> Crop:
+    """A share of the largest centered box of a shape."""
+
+    def box(height: int, width: int) -> Box:
+        scale = center * min(height / size[0], width / size[1])
+        left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
+        return left, top, width - left, height - top
+
+    return box
 
 
 def _as_tensor(image: Image) -> Tensor:
@@ -152,7 +160,7 @@ def fitted(image: Image, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, 
         uint8 (3, H, W) or (1, H, W).
     """
     plain = _plain(image, mode)
-    return _as_tensor(_resized(plain, size, _part(plain.size, size, None, 1.0), plain.size))
+    return _as_tensor(_resized(plain, size, _centered(size, 1.0)(plain.height, plain.width), plain.size))
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
@@ -222,20 +230,12 @@ def _opened(path: str | Path) -> Iterator[Image]:
         raise UnreadableImage(path, reason) from error  # of a pipe, a device or a folder, the system's words
 
 
-def _decoded(
-    image: Image,
-    mode: Literal["RGB", "L"],
-    size: tuple[int, int] | None,
-    crops: Sequence[Crop | None],
-    center: float,
-) -> list[Image]:
-    if size is None:
-        return [_plain(_turned(image), mode)]
+def _decoded(image: Image, mode: Literal["RGB", "L"], size: tuple[int, int], crops: Sequence[Crop]) -> list[Image]:
     is_jpeg = image.format in ("JPEG", "MPO")
     if not is_jpeg:
         image.load()  # which side is up may stand behind the pixels
     full = _upright_size(image)
-    parts = [_part(full, size, crop, center) for crop in crops]
+    parts = [crop(full[1], full[0]) for crop in crops]
     # Twice the resolution of the result, so that the resampling has something to average over.
     shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
     shrink = max(1.0, min(shrinks))
@@ -262,16 +262,6 @@ def _upright_size(image: Image) -> tuple[int, int]:
     except Exception:  # as in _turned
         turned = False
     return (image.height, image.width) if turned else image.size
-
-
-def _part(full: tuple[int, int], size: tuple[int, int], crop: Crop | None, center: float) -> Box:
-    """The box of an upright picture of the given (width, height) that is used."""
-    width, height = full
-    if crop is not None:
-        return crop(height, width)
-    scale = center * min(height / size[0], width / size[1])
-    left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
-    return left, top, width - left, height - top
 
 
 def _turned(image: Image) -> Image:
