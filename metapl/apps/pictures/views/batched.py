@@ -119,10 +119,6 @@ class Color(PictureView):
 
     Raises:
         MetaplError: as :class:`Affine`; another number of channels, or, on the CPU, values outside [0, 1].
-
-    >>> view = Color(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
     """
 
     is_colored = True
@@ -180,9 +176,6 @@ class Hole(PictureView):
         fill: ``"mean"``, the mean color of the picture, or ``"grey"``, a grey that is uniform on [0, 1].
 
     Call, raises: as :class:`Affine`.
-
-    >>> Hole(side=(0.2, 0.5))(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
     """
 
     side: tuple[float, float]
@@ -218,9 +211,6 @@ class Flip(PictureView):
         vertical: top to bottom, drawn independently.
 
     Call, raises: as :class:`Affine`.
-
-    >>> Flip()(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
     """
 
     horizontal: bool = True
@@ -249,10 +239,6 @@ class Recolor(PictureView):
         invert: probability in [0, 1].
 
     Call, raises: as :class:`Color`.
-
-    >>> view = Recolor(permute=True, invert=0.5)
-    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
     """
 
     is_colored = True
@@ -285,10 +271,6 @@ class Sometimes(PictureView):
         share: probability in [0, 1] of changing a picture.
 
     Call, raises: as :class:`Affine` and as ``view``.
-
-    >>> view = Sometimes(Affine(degrees=15), share=0.5)
-    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
     """
 
     view: View

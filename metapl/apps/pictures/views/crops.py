@@ -149,10 +149,6 @@ class ShiftNoiseCutout(PictureView):
 
     Raises:
         MetaplError: a negative field; on the call, as :class:`Weak`, or images smaller than the square.
-
-    >>> view = ShiftNoiseCutout(shift=1, noise=0.2, cutout=2)
-    >>> view(torch.rand(2, 1, 8, 8), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 1, 8, 8])
     """
 
     takes = base.FLOATING
