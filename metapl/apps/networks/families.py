@@ -118,15 +118,6 @@ class _Torchvision(Family):
     def build(self, a: Sizes) -> nn.Module:
         return _with_channels(self._made(a), self.stem, a.in_channels)
 
-    def _made(self, a: Sizes) -> nn.Module:
-        from torchvision import models
-
-        module: nn.Module = models.get_model(a.name, weights=None, num_classes=a.num_classes)
-        if a.dropout > 0:
-            features: Any = module.fc
-            module.fc = _DroppedLinear(features.in_features, a.num_classes, a.dropout)
-        return module
-
     def code(self, a: Sizes) -> list[str]:
         lines = self._lines(a)
         if a.in_channels != 3:
@@ -136,25 +127,42 @@ class _Torchvision(Family):
             lines.append(f"model.{head}{''.join(f'[{i}]' for i in indices)} = torch.nn.{conv}")
         return lines
 
+    def _call(self, a: Sizes) -> tuple[str, dict[str, Any]]:
+        """What torchvision calls it, and the arguments without those of noise."""
+        return a.name.removesuffix("_svhn"), {"num_classes": a.num_classes}
+
+    def _made(self, a: Sizes, **noise: float) -> nn.Module:
+        from torchvision import models
+
+        name, given = self._call(a)
+        return getattr(models, name)(**given, **noise)  # type: ignore[no-any-return]
+
     def _lines(self, a: Sizes) -> list[str]:
-        return [f"model = torchvision.models.{a.name}(num_classes={a.num_classes})"]
+        name, given = self._call(a)
+        return [f"model = torchvision.models.{name}({_arguments(given)})"]
+
+
+class _ResNet(_Torchvision):
+    def _made(self, a: Sizes, **noise: float) -> nn.Module:
+        module: Any = super()._made(a)
+        if a.dropout > 0:
+            module.fc = _DroppedLinear(module.fc.in_features, a.num_classes, a.dropout)
+        return module  # type: ignore[no-any-return]
 
 
 class _EfficientNet(_Torchvision):
-    def _made(self, a: Sizes) -> nn.Module:
-        from torchvision import models
+    def _made(self, a: Sizes, **noise: float) -> nn.Module:
         from torchvision.models.efficientnet import EfficientNet, MBConvConfig
         from torchvision.ops import StochasticDepth
 
-        given = {"num_classes": a.num_classes, "dropout": a.dropout}
         if a.name in _SCALES:
             width, depth = _SCALES[a.name]
             stages = [MBConvConfig(*stage, width_mult=width, depth_mult=depth) for stage in _STAGES]
             # The batch norm of B5 to B7.
             norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
-            module: nn.Module = EfficientNet(stages, norm_layer=norm, **given)
+            module: nn.Module = EfficientNet(stages, a.dropout, num_classes=a.num_classes, norm_layer=norm)
         else:
-            module = models.get_model(a.name.removesuffix("_svhn"), weights=None, **given)
+            module = super()._made(a, dropout=a.dropout)
         for stage in _KEEPING_STAGES if a.name.endswith("_svhn") else ():
             # The first block of a stage: expansion, then the depthwise convolution that strides.
             convolution: Any = module.get_submodule(f"features.{stage}.0.block.1.0")
@@ -177,28 +185,20 @@ class _EfficientNet(_Torchvision):
                 f"model = nets.EfficientNet(stages, dropout=0.0, num_classes={a.num_classes}, "
                 "norm_layer=lambda c: torch.nn.BatchNorm2d(c, eps=0.001, momentum=0.01))",
             ]
-        lines = [f"model = torchvision.models.{a.name.removesuffix('_svhn')}(num_classes={a.num_classes})"]
-        if a.name.endswith("_svhn"):
-            lines += [f"for stage in {_KEEPING_STAGES}:", "    model.features[stage][0].block[1][0].stride = (1, 1)"]
-        return lines
+        keeping = [f"for stage in {_KEEPING_STAGES}:", "    model.features[stage][0].block[1][0].stride = (1, 1)"]
+        return super()._lines(a) + (keeping if a.name.endswith("_svhn") else [])
 
 
 class _VisionTransformer(_Torchvision):
-    def _made(self, a: Sizes) -> nn.Module:
-        from torchvision import models
-
-        given: dict[str, Any] = {"num_classes": a.num_classes, "dropout": a.dropout}
-        given |= {} if a.image_size is None else {"image_size": a.image_size}
+    def _call(self, a: Sizes) -> tuple[str, dict[str, Any]]:
         if a.name == "vit_1b_14":
-            return models.VisionTransformer(**{"image_size": 224, **_LARGE_VIT, **given})  # type: ignore[no-any-return]
-        return models.get_model(a.name, weights=None, **given)  # type: ignore[no-any-return]
+            size = {"image_size": a.image_size or 224}
+            return "VisionTransformer", {**size, **_LARGE_VIT, "num_classes": a.num_classes}
+        size = {} if a.image_size is None else {"image_size": a.image_size}
+        return a.name, {"num_classes": a.num_classes, **size}
 
-    def _lines(self, a: Sizes) -> list[str]:
-        if a.name == "vit_1b_14":
-            given = {"image_size": a.image_size or 224, **_LARGE_VIT, "num_classes": a.num_classes}
-            return [f"model = torchvision.models.VisionTransformer({_arguments(given)})"]
-        given = {"num_classes": a.num_classes} | ({} if a.image_size is None else {"image_size": a.image_size})
-        return [f"model = torchvision.models.{a.name}({_arguments(given)})"]
+    def _made(self, a: Sizes, **noise: float) -> nn.Module:
+        return super()._made(a, dropout=a.dropout)
 
     def adapt(self, module: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
         """Position embeddings of another resolution, by torchvision's own rule."""
@@ -302,7 +302,7 @@ def _arguments(given: dict[str, Any]) -> str:
 
 
 _OWN = _Own(library="metapl")
-_RESNET = _Torchvision(library="torchvision", stem="conv1", head="fc")
+_RESNET = _ResNet(library="torchvision", stem="conv1", head="fc")
 _EFFICIENTNET = _EfficientNet(library="torchvision", stem="features.0.0", head="classifier.1", stochastic_depth=True)
 _VITS = {"b_16": 16, "b_32": 32, "l_16": 16, "l_32": 32, "h_14": 14, "1b_14": 14}
 

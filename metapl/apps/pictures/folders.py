@@ -240,7 +240,7 @@ def _in_shards(root: Path) -> Iterator[list[str]]:
         manifest.check_files(root)
     for folder, _, files in _walk(root):
         for tar in (folder / name for name in files if name.endswith(SUFFIX)):
-            inside = [m.name for m in members(tar) if all(map(_is_visible, m.name.split("/")))]
+            inside = [name for name, _, _ in members(tar) if all(map(_is_visible, name.split("/")))]
             twice = [name for name, times in Counter(inside).items() if times > 1]
             if twice:
                 raise MetaplError(f"{shown(tar)} has {few(twice)} more than once; expected each name once.")
